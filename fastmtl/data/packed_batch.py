@@ -1,0 +1,118 @@
+"""One batch of all tasks without padding.
+
+Shapes: N tokens, B sequences, T tasks of the recipe, E_t examples of task t in this batch.
+Sequences are sorted by task, so every task owns a contiguous segment of tokens and of sequences (empty when it is absent).
+A bi-encoded pair is two sequences of its task; `pairs` says which.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """Fields
+
+    input_ids, position_ids, token_type_ids: int64 [N], positions start at 0 in every sequence.
+    cu_seqlens: int32 [B + 1], sequence b is rows cu_seqlens[b]:cu_seqlens[b + 1].
+    seq_offsets, token_offsets: int32 [T + 1], sequences and tokens of task t are offsets[t]:offsets[t + 1].
+    labels: T tensors, int64 [E_t] (classification) or float32 [E_t] (binary, regression); None where there are no labels.
+    example_ids: T tensors int64 [E_t], the rows' positions in their data set.
+    pairs: T entries, int64 [E_t, 2] indices into the B sequences for bi-encoded pairs, None where an example is one sequence.
+    group_counts: rows of each task over all ranks and micro-batches of this optimiser step (T host integers), None outside training.
+    host: the same offsets as Python integers, so that no op waits for the device.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    token_type_ids: Tensor
+    cu_seqlens: Tensor
+    seq_offsets: Tensor
+    token_offsets: Tensor
+    labels: tuple[Tensor | None, ...]
+    example_ids: tuple[Tensor, ...]
+    pairs: tuple[Tensor | None, ...]
+    host: HostOffsets
+    group_counts: tuple[int, ...] | None = None
+
+    @property
+    def num_tasks(self) -> int:
+        return len(self.example_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.host.token_offsets[-1]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Examples of each task in this batch."""
+        return tuple(int(ids.shape[0]) for ids in self.example_ids)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
+        """The same batch on `device`; the host offsets stay where they are."""
+
+        def move(value: object) -> object:
+            if isinstance(value, Tensor):
+                return value.to(device, non_blocking=non_blocking)
+            if isinstance(value, tuple):
+                return tuple(move(item) for item in value)
+            return value
+
+        return dataclasses.replace(self, **{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+    def task(self, index: int) -> PackedBatch:
+        """The batch with the sequences of one task only; the others become empty segments."""
+        token_start, token_stop = self.host.token_offsets[index : index + 2]
+        seq_start, seq_stop = self.host.seq_offsets[index : index + 2]
+        rows = slice(token_start, token_stop)
+        num_sequences = seq_stop - seq_start
+
+        def offsets(total: int) -> list[int]:
+            return [0] * (index + 1) + [total] * (self.num_tasks - index)
+
+        host = HostOffsets(
+            cu_seqlens=tuple(value - token_start for value in self.host.cu_seqlens[seq_start : seq_stop + 1]),
+            seq_offsets=tuple(offsets(num_sequences)),
+            token_offsets=tuple(offsets(token_stop - token_start)),
+        )
+        pair = self.pairs[index]
+        counts = self.group_counts
+
+        def only(values: tuple[Tensor | None, ...], keep: Tensor | None) -> tuple[Tensor | None, ...]:
+            return tuple(
+                keep if t == index else (None if value is None else value[:0]) for t, value in enumerate(values)
+            )
+
+        return PackedBatch(
+            input_ids=self.input_ids[rows],
+            position_ids=self.position_ids[rows],
+            token_type_ids=self.token_type_ids[rows],
+            cu_seqlens=self.cu_seqlens[seq_start : seq_stop + 1] - token_start,
+            seq_offsets=self.seq_offsets.new_tensor(host.seq_offsets),
+            token_offsets=self.token_offsets.new_tensor(host.token_offsets),
+            labels=only(self.labels, self.labels[index]),
+            example_ids=only(self.example_ids, self.example_ids[index]),  # type: ignore[arg-type]
+            pairs=only(self.pairs, None if pair is None else pair - seq_start),
+            host=host,
+            group_counts=None if counts is None else tuple(n if t == index else 0 for t, n in enumerate(counts)),
+        )
+
+
+@dataclass(frozen=True)
+class HostOffsets:
+    """cu_seqlens, seq_offsets and token_offsets as Python integers."""
+
+    cu_seqlens: tuple[int, ...]
+    seq_offsets: tuple[int, ...]
+    token_offsets: tuple[int, ...]
+
+    @property
+    def max_seqlen(self) -> int:
+        return max((b - a for a, b in zip(self.cu_seqlens, self.cu_seqlens[1:], strict=False)), default=0)
+
+
