@@ -1,0 +1,133 @@
+"""What a task's predictions are worth: accuracy, macro precision, recall and F1, Pearson, Spearman, mean squared error.
+
+Scores are what `MultiTaskModel.predict` gives: class probabilities float [E, C] (classification), the probability of
+class 1 float [E] (binary), the score itself float [E] (regression).
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from fastmtl.config import Recipe, TaskConfig
+from fastmtl.errors import UserError, unknown_name
+
+CLASS_METRICS = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
+REGRESSION_METRICS = ("pearson", "spearman", "mse")
+LOWER_IS_BETTER = ("mse",)
+
+
+def metric_names(task: TaskConfig) -> tuple[str, ...]:
+    """The metrics of a task of this type, in the order in which tables show them."""
+    return REGRESSION_METRICS if task.type == "regression" else CLASS_METRICS
+
+
+def check_metrics(recipe: Recipe) -> None:
+    """Refuses metrics that the recipe's tasks do not have, before anything is trained for them.
+
+    Raises UserError naming the key and the nearest valid name.
+    """
+    for name, task in recipe.tasks.items():
+        valid = [metric for metric in metric_names(task) if metric not in LOWER_IS_BETTER]
+        if task.metric_name not in valid:
+            why = unknown_name(f"metric of a {task.type} task", task.metric_name, valid)
+            raise UserError(f"tasks.{name}.metric: {why} (The mean over tasks needs metrics where more is better.)")
+    wanted = recipe.early_stopping.metric
+    choices = ["mean", *(f"{name}/{metric}" for name, task in recipe.tasks.items() for metric in metric_names(task))]
+    if wanted not in choices:
+        raise UserError(f"early_stopping.metric: {unknown_name('metric', wanted, choices)}")
+
+
+def predicted_labels(task: TaskConfig, scores: np.ndarray) -> np.ndarray:
+    """Class ids int64 [E], or the scores themselves for regression. A binary probability of exactly 0.5 is class 1."""
+    if task.type == "classification":
+        return scores.argmax(axis=1).astype(np.int64)
+    if task.type == "binary":
+        return (scores >= 0.5).astype(np.int64)
+    return scores
+
+
+def evaluate_predictions(task: TaskConfig, scores: np.ndarray, labels: Any) -> dict[str, float]:
+    """Every metric of the task's type.
+
+    Classes that occur neither in the labels nor in the predictions do not count in the macro averages; a class that is
+    never predicted has precision 0. Constant predictions or labels have correlation 0. The mse is in squared label units.
+    Raises UserError where there is no row, or where a score is not finite.
+    """
+    labels = np.asarray(labels)
+    if len(labels) == 0:
+        raise UserError("there are no rows to evaluate")
+    if len(labels) != len(scores):
+        raise ValueError(f"{len(scores)} predictions for {len(labels)} labels")
+    broken = int((~np.isfinite(scores)).reshape(len(scores), -1).any(axis=1).sum())
+    if broken:
+        raise UserError(
+            f"{broken} of {len(scores)} predictions are not finite: the training diverged; lower optimizer.lr, "
+            "or raise schedule.warmup, or use engine.precision=bf16 instead of fp16"
+        )
+    if task.type == "regression":
+        return _regression(scores.astype(np.float64), labels.astype(np.float64))
+    return _classes(predicted_labels(task, scores), labels.astype(np.int64))
+
+
+def confusion(task: TaskConfig, scores: np.ndarray, labels: Any) -> np.ndarray:
+    """int64 [C, C]: rows are the true classes, columns the predicted ones (classification and binary tasks)."""
+    from sklearn.metrics import confusion_matrix
+
+    classes = np.arange(2 if task.type == "binary" else task.num_labels or 0)
+    return confusion_matrix(np.asarray(labels).astype(np.int64), predicted_labels(task, scores), labels=classes)
+
+
+def mean_score(metrics: dict[str, dict[str, float]], recipe: Recipe) -> float:
+    """The mean of every task's own metric (`tasks.<task>.metric`) over the tasks that were evaluated."""
+    values = [metrics[name][task.metric_name] for name, task in recipe.tasks.items() if name in metrics]
+    if not values:
+        raise UserError("no task of the recipe has a dev file: there is nothing to take the mean of")
+    return float(np.mean(values))
+
+
+def selected_score(metrics: dict[str, dict[str, float]], recipe: Recipe) -> float:
+    """The value of `early_stopping.metric`, negated where less is better: the greater one is always the better one.
+
+    Raises UserError where it asks for a task without a dev file.
+    """
+    wanted = recipe.early_stopping.metric
+    if wanted == "mean":
+        return mean_score(metrics, recipe)
+    task, metric = wanted.rsplit("/", 1)
+    if task not in metrics:
+        raise UserError(f"early_stopping.metric: {wanted} is not known: task {task} has no dev file")
+    return -metrics[task][metric] if metric in LOWER_IS_BETTER else metrics[task][metric]
+
+
+def _classes(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    from sklearn.metrics import precision_recall_fscore_support
+
+    precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted, average="macro", zero_division=0)
+    return {
+        "accuracy": float((predicted == labels).mean()),
+        "macro_precision": float(precision),
+        "macro_recall": float(recall),
+        "macro_f1": float(f1),
+    }
+
+
+def _regression(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    from scipy import stats
+
+    def correlation(measure: Any) -> float:
+        if len(labels) < 2 or np.ptp(scores) == 0 or np.ptp(labels) == 0:
+            return 0.0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", stats.ConstantInputWarning)
+            warnings.simplefilter("ignore", stats.NearConstantInputWarning)
+            value = float(measure(scores, labels)[0])
+        return value if np.isfinite(value) else 0.0
+
+    return {
+        "pearson": correlation(stats.pearsonr),
+        "spearman": correlation(stats.spearmanr),
+        "mse": float(np.mean((scores - labels) ** 2)),
+    }
