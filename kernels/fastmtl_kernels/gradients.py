@@ -1,0 +1,48 @@
+"""Gramian and combination of task gradients by the C++ kernels of csrc/gradients_cpu.cpp.
+
+    gramian  G[i, j] = sum_p J[i, p] J[j, p]
+    combine  out[p]  = sum_t weights[t] J[t, p]
+
+J [T, P] comes as T lists of K tensors. float32, bfloat16 and float16 on the CPU; float32 inner products over blocks of
+a few thousand columns, float64 over blocks; combine in float32. J is read once by each operation and the result has
+the same bits for any number of threads. Source: as fastmtl_kernels.reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def why_unavailable() -> str:
+    """Loads the library of the C++ kernels: the reason why it cannot be used here, "" where it can."""
+    libraries = sorted(Path(__file__).parent.glob("_C*.so"))
+    if not libraries:
+        return (
+            "the C++ kernels are not built; with a C++ compiler and torch installed, "
+            "`pip install --no-build-isolation .` in a checkout of fastmtl builds them"
+        )
+    try:
+        torch.ops.load_library(libraries[0])
+    except OSError as error:
+        return f"the C++ kernels do not load: {error}"
+    return ""
+
+
+def gramian(grads: Sequence[Sequence[Tensor]]) -> Tensor:
+    """G [T, T] float32 on the CPU."""
+    tensors = [tensor for task in grads for tensor in task]
+    # Without a tensor the dispatcher has no device to go by.
+    return torch.ops.fastmtl.gramian(tensors, len(grads)) if tensors else torch.zeros(len(grads), len(grads))
+
+
+def combine(grads: Sequence[Sequence[Tensor]], weights: Tensor, out: Sequence[Tensor]) -> None:
+    """Writes the weighted sum over tasks into `out`, K contiguous tensors, float32 or of the dtype of the gradients."""
+    torch.ops.fastmtl.combine_out([tensor for task in grads for tensor in task], weights.float().contiguous(), out)
