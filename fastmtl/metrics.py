@@ -53,7 +53,8 @@ def evaluate_predictions(task: TaskConfig, scores: np.ndarray, labels: Any) -> d
     """Every metric of the task's type.
 
     Classes that occur neither in the labels nor in the predictions do not count in the macro averages; a class that is
-    never predicted has precision 0. Constant predictions or labels have correlation 0. The mse is in squared label units.
+    never predicted has precision 0. Constant predictions or labels have correlation 0. The mse is in squared label
+    units.
     Raises UserError where there is no row, or where a score is not finite.
     """
     labels = np.asarray(labels)

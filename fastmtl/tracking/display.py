@@ -1,0 +1,108 @@
+"""The progress of a run, as a bar on a terminal or as a line every few seconds in a log, and the table of scores."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fastmtl.config import Recipe
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Display(Protocol):
+    def update(self, step: int, epoch: int, summary: str | None) -> None:
+        """`step` is done; `summary` is its losses and rates, None where they were not computed."""
+
+    def message(self, text: str) -> None:
+        """A line that stays."""
+
+    def close(self) -> None: ...
+
+
+class BarDisplay:
+    """A bar with the newest summary below it."""
+
+    def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[summary]}"),
+            console=console,
+        )
+        self._task = self._progress.add_task("", total=total_steps, completed=first_step, epoch=1, summary="")
+        self._progress.start()
+
+    def update(self, step: int, epoch: int, summary: str | None) -> None:
+        self._progress.update(self._task, completed=step, epoch=epoch + 1)
+        if summary is not None:
+            self._progress.update(self._task, summary=summary)
+
+    def message(self, text: str) -> None:
+        self._progress.console.print(text, highlight=False, markup=False)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class LineDisplay:
+    """Plain lines, the first and last step always, the others at most every SECONDS_BETWEEN_LINES."""
+
+    def __init__(self, console: Console, total_steps: int) -> None:
+        self._console = console
+        self._total = total_steps
+        self._next = 0.0
+
+    def update(self, step: int, epoch: int, summary: str | None) -> None:
+        now = time.monotonic()
+        if summary is not None and (now >= self._next or step == self._total):
+            self._next = now + SECONDS_BETWEEN_LINES
+            self.message(f"epoch {epoch + 1}  step {step}/{self._total}  {summary}")
+
+    def message(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        pass
+
+
+def open_display(console: Console, total_steps: int, first_step: int) -> Display:
+    """A bar where the console is a terminal, lines where it is a file or a pipe."""
+    return BarDisplay(console, total_steps, first_step) if console.is_terminal else LineDisplay(console, total_steps)
+
+
+def summarize(losses: dict[str, float], conflict_rate: float | None, tokens_per_second: float) -> str:
+    """`sst 1.204  para 0.502  conflicts 33 %  2.4k tokens/s`"""
+    parts = [f"{name} {loss:.3f}" for name, loss in losses.items()]
+    if conflict_rate is not None:
+        parts.append(f"conflicts {conflict_rate:.0%}".replace("%", " %"))
+    rate = f"{tokens_per_second / 1000:.1f}k" if tokens_per_second >= 1000 else f"{tokens_per_second:.0f}"
+    return "  ".join([*parts, f"{rate} tokens/s"])
+
+
+SCORE_COLUMNS = {"accuracy": "accuracy", "macro_f1": "macro F1", "pearson": "Pearson", "spearman": "Spearman"}
+
+
+def scores_table(recipe: Recipe, metrics: dict[str, dict[str, float]], mean: float | None, title: str) -> Table:
+    """Accuracy, macro F1, Pearson and Spearman of every task; below it the mean of the tasks' own metrics (in bold)."""
+    shown = [name for name in SCORE_COLUMNS if any(name in values for values in metrics.values())]
+    own = ", ".join(f"{task} {recipe.tasks[task].metric_name}" for task in metrics)
+    caption = None if mean is None else f"mean {mean:.3f} ({own})"
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    table.add_column("task")
+    for name in shown:
+        table.add_column(SCORE_COLUMNS[name], justify="right")
+    for task, values in metrics.items():
+        chosen = recipe.tasks[task].metric_name
+        cells = [f"{values[name]:.3f}" if name in values else "" for name in shown]
+        bold = [f"[bold]{cell}[/bold]" if name == chosen else cell for name, cell in zip(shown, cells, strict=True)]
+        table.add_row(task, *bold)
+    return table

@@ -1,0 +1,69 @@
+"""metrics.jsonl: one JSON object a line, floats in full precision so that two runs can be compared bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from fastmtl.errors import UserError
+
+
+class MetricsFile:
+    """Appends lines to `path`. Lines after `resume_step` are cut off first; with resume_step 0 the file starts empty.
+
+    A line is handed to the operating system before `write` returns, so a killed run leaves at most one torn line.
+    """
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
+        self.last_evaluation = max((line["step"] for line in kept if "dev" in line), default=0)
+        temporary = path.with_name(f".{path.name}.tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(_encode(line) for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write(_encode(line))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All complete lines, [] for a missing file. A torn last line is left out.
+
+    Raises UserError for a line before the last one that is not a JSON object with a step.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    result = []
+    for number, text in enumerate(lines, start=1):
+        try:
+            value = json.loads(text)
+            if not isinstance(value["step"], int):
+                raise TypeError
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number}: not a line of metrics (a JSON object with a step)") from None
+        result.append(value)
+    return result
+
+
+def _encode(line: dict[str, Any]) -> str:
+    return json.dumps(_finite(line), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a loss that is not finite is null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,162 @@
+"""The one object that the training loop tells what happened."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rich.console import Console
+
+from fastmtl.config import Recipe
+from fastmtl.tracking.display import open_display, scores_table, summarize
+from fastmtl.tracking.metrics_file import MetricsFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class StepInfo(Protocol):
+    """What `GradientSurgery.run` returns, as far as it is tracked. T tasks in the recipe's order."""
+
+    @property
+    def losses(self) -> Mapping[str, float | Tensor]:
+        """Mean loss of every task that the step had rows of."""
+
+    @property
+    def cosines(self) -> Tensor | None:
+        """float [T, T] between the tasks' shared gradients; NaN for an absent task, None where not computed."""
+
+    @property
+    def conflict_rate(self) -> float | Tensor | None:
+        """Share of task pairs with a negative cosine."""
+
+    @property
+    def task_norms(self) -> Any:
+        """Norm of each task's gradient: a mapping by task, or T numbers, or None."""
+
+
+class Tracker:
+    """Progress, metrics.jsonl and TensorBoard of the process with `is_main`; in every other process it does nothing.
+
+    Values are taken from the device only in steps that are logged (`train.log_every`). When a run goes on from
+    `resume_step`, lines of later steps are dropped, so metrics.jsonl ends up as that of an uninterrupted run.
+
+    metrics.jsonl holds for a step: step, epoch (from 0), loss {task: mean}, lr, cosines {"a/b": cosine}, conflict_rate,
+    task_norms {task: norm}, tokens_per_second (over the steps since the last line, evaluation not counted), time (Unix
+    seconds); and for an evaluation: step, epoch, dev {task: {metric: value}}, mean, time. A number that is not finite
+    is null.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        recipe: Recipe,
+        total_steps: int,
+        resume_step: int = 0,
+        *,
+        is_main: bool = True,
+        console: Console | None = None,
+    ) -> None:
+        self._is_main = is_main
+        if not is_main:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only this process needs it
+
+        self._recipe = recipe
+        self._total_steps = total_steps
+        output.mkdir(parents=True, exist_ok=True)
+        self._file = MetricsFile(output / "metrics.jsonl", resume_step)
+        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+        self._console = console or Console()
+        self._display = open_display(self._console, total_steps, resume_step)
+        self._restart_clock()
+
+    def step(self, step: int, epoch: int, info: StepInfo, lr: float | Mapping[str, float], tokens: int) -> None:
+        """Optimiser step `step` (from 1) of `epoch` (from 0) is done; `tokens`: of this step, over all ranks."""
+        if not self._is_main:
+            return
+        self._tokens += tokens
+        summary = None
+        if step % self._recipe.train.log_every == 0 or step == self._total_steps:
+            summary = self._log(step, epoch, info, lr)
+        self._display.update(step, epoch, summary)
+
+    def _log(self, step: int, epoch: int, info: StepInfo, lr: float | Mapping[str, float]) -> str:
+        losses = {name: float(loss) for name, loss in info.losses.items()}
+        conflict_rate = None if info.conflict_rate is None else float(info.conflict_rate)
+        rate = self._tokens / max(time.monotonic() - self._since, 1e-9)
+        line = {
+            "step": step,
+            "epoch": epoch,
+            "loss": losses,
+            "lr": dict(lr) if isinstance(lr, Mapping) else lr,
+            "cosines": self._pairwise(info.cosines),
+            "conflict_rate": conflict_rate,
+            "task_norms": self._by_task(info.task_norms),
+            "tokens_per_second": round(rate, 1),
+            "time": round(time.time(), 3),
+        }
+        self._file.write(line)
+        self._to_board(step, {key: line[key] for key in line if key not in ("step", "epoch", "time")})
+        self._restart_clock()
+        return summarize(losses, conflict_rate, rate)
+
+    def evaluation(self, step: int, epoch: int, dev: dict[str, dict[str, float]], mean: float) -> None:
+        """Dev metrics after `step`. What the file already holds (a resumed run may repeat it) is not written twice."""
+        if not self._is_main:
+            return
+        if step > self._file.last_evaluation:
+            line = {"step": step, "epoch": epoch, "dev": dev, "mean": mean, "time": round(time.time(), 3)}
+            self._file.write(line)
+            self._file.last_evaluation = step
+            self._to_board(step, {"dev": {**dev, "mean": mean}})
+        chosen = [f"{task} {self._recipe.tasks[task].metric_name} {self._chosen(task, dev):.3f}" for task in dev]
+        self._display.message(f"epoch {epoch + 1}  step {step}  dev: {'  '.join(chosen)}  mean {mean:.3f}")
+        self._restart_clock()
+
+    def message(self, text: str) -> None:
+        """A line above the progress bar, from the main process only."""
+        if self._is_main:
+            self._display.message(text)
+
+    def scores(self, dev: dict[str, dict[str, float]], mean: float, title: str = "dev scores") -> None:
+        """Ends the progress bar and prints the final table."""
+        if self._is_main:
+            self._display.close()
+            self._console.print(scores_table(self._recipe, dev, mean, title))
+
+    def close(self) -> None:
+        """Flushes and closes everything; the tracker cannot be used afterwards."""
+        if self._is_main:
+            self._display.close()
+            self._file.close()
+            self._board.close()
+
+    def _restart_clock(self) -> None:
+        self._tokens, self._since = 0, time.monotonic()
+
+    def _chosen(self, task: str, dev: dict[str, dict[str, float]]) -> float:
+        return dev[task][self._recipe.tasks[task].metric_name]
+
+    def _pairwise(self, cosines: Tensor | None) -> dict[str, float]:
+        if cosines is None:
+            return {}
+        names, values = self._recipe.task_names, cosines.tolist()
+        pairs = itertools.combinations(range(len(names)), 2)
+        return {f"{names[i]}/{names[j]}": values[i][j] for i, j in pairs}
+
+    def _by_task(self, values: Mapping[str, Any] | Iterable[Any] | None) -> dict[str, float]:
+        if values is None:
+            return {}
+        items = values if isinstance(values, Mapping) else dict(zip(self._recipe.task_names, values, strict=True))
+        return {name: float(value) for name, value in items.items()}
+
+    def _to_board(self, step: int, values: Mapping[str, Any], prefix: str = "") -> None:
+        for key, value in values.items():
+            if isinstance(value, Mapping):
+                self._to_board(step, value, f"{prefix}{key}/")
+            elif value is not None:
+                self._board.add_scalar(f"{prefix}{key}", value, step)
