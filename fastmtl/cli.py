@@ -1,0 +1,315 @@
+"""The commands. What they need is imported inside them: `fastmtl --help` must not wait for torch."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from fastmtl import __version__
+from fastmtl.errors import UserError
+
+EXIT_FAILURE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+
+
+class Commands(TyperGroup):
+    """Ctrl-C ends with 130, as in a shell."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with [bold]fastmtl train demo[/bold]. Help for one command: [bold]fastmtl train --help[/bold].",
+)
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+ModelDir = Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A run's model directory, or the run's directory.")]
+_debug = False
+
+
+def _set_debug(debug: bool) -> None:
+    global _debug
+    _debug = _debug or debug
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"fastmtl {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def common(
+    context: typer.Context,
+    debug: Debug = False,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Fine-tune one BERT-style encoder on many tasks at once, with task adapters and gradient surgery, under DeepSpeed."""
+    _set_debug(debug)
+    context.obj = local_rank
+
+
+@app.command(no_args_is_help=True)
+def train(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A bundled recipe (fastmtl recipes) or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[section.key=value]...", help="Settings that replace the recipe's.", show_default=False
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the run is kept. Default: runs/RECIPE.", show_default=False),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in DIR.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train a recipe.
+
+    [bold]Examples[/bold]
+
+    One process, on the first GPU or the CPU:
+      [cyan]fastmtl train demo[/cyan]
+
+    Other settings, another place:
+      [cyan]fastmtl train demo train.epochs=1 gradient.method=sum --output runs/joint[/cyan]
+
+    Your own files:
+      [cyan]fastmtl train cs224n data.dir=data/cs224n[/cyan]
+
+    Under the launcher, every GPU (or two CPU processes):
+      [cyan]deepspeed --no_python fastmtl train demo[/cyan]
+      [cyan]DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 --no_python fastmtl train demo[/cyan]
+
+    Go on after a stop, or train longer:
+      [cyan]fastmtl train demo --resume[/cyan]
+
+    DIR gets config.yaml, metrics.jsonl, tensorboard/, checkpoints/, model/, predictions/ and report.html.
+    """
+    from fastmtl.config import load_recipe
+
+    _set_debug(debug)
+    settings = load_recipe(recipe, overrides or [])
+    directory = output or Path("runs") / Path(recipe).stem
+    if _is_first_process():
+        _prepare_output(directory, resume)
+    from fastmtl.train import train as run
+
+    run(settings, directory, resume=resume, local_rank=context.obj)
+
+
+@app.command(no_args_is_help=True)
+def evaluate(
+    model_dir: ModelDir,
+    task: Annotated[str | None, typer.Option(metavar="T", help="Evaluate this task only.", show_default=False)] = None,
+    file: Annotated[
+        Path | None, typer.Option(metavar="F", help="Labelled rows of task T, in its format.", show_default=False)
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the recipe's files are. Default: as in training.")
+    ] = None,
+    split: Annotated[Literal["train", "dev", "test"], typer.Option(help="Which files of the recipe.")] = "dev",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Score a trained model.
+
+    [bold]Examples[/bold]
+
+    The dev files of its recipe:
+      [cyan]fastmtl evaluate runs/demo/model[/cyan]
+
+    The same files elsewhere, and their test split:
+      [cyan]fastmtl evaluate runs/demo/model --data data/cs224n --split test[/cyan]
+
+    One file, for a program to read:
+      [cyan]fastmtl evaluate runs/demo/model --task paraphrase --file pairs.csv --json[/cyan]
+    """
+    _set_debug(debug)
+    if file is not None and task is None:
+        raise UserError("--file needs --task: which task are its rows of?")
+    if file is not None and data is not None:
+        raise UserError("--file and --data exclude each other: one file of one task, or the files of the recipe")
+    from fastmtl.predict import evaluate_file, evaluate_split, load
+
+    predictor = load(model_dir)
+    if file is not None and task is not None:
+        result = evaluate_file(predictor, task, file)
+    else:
+        result = evaluate_split(predictor, split, data, [task] if task is not None else None)
+    if as_json:
+        print(json.dumps(result.as_dict(), indent=2))
+        return
+    from rich.console import Console
+
+    from fastmtl.tracking.display import scores_table
+
+    title = f"{file}" if file is not None else f"{split} scores"
+    console = Console()
+    console.print(scores_table(predictor.recipe, result.metrics, result.mean, title))
+    for note in result.notes:
+        console.print(note, highlight=False, markup=False)
+
+
+@app.command(no_args_is_help=True)
+def predict(
+    model_dir: ModelDir,
+    task: Annotated[str, typer.Option(metavar="T", help="The task to predict.")],
+    input_file: Annotated[
+        Path, typer.Option("--input", metavar="F", help="Rows of the task, in its format; no labels needed.")
+    ],
+    output_file: Annotated[Path, typer.Option("--output", metavar="F", help="The CSV file to write.")],
+    layout: Annotated[
+        Literal["table", "cs224n"],
+        typer.Option("--format", help="CSV with probabilities, or the CS224N hand-in format."),
+    ] = "table",
+    debug: Debug = False,
+) -> None:
+    """Predict labels for a file.
+
+    The file is read like the task's training files, but labels may be missing. A table has the columns id, predicted
+    and the probabilities of the classes (regression: id, predicted).
+
+    [bold]Examples[/bold]
+
+      [cyan]fastmtl predict runs/demo/model --task sentiment --input reviews.csv --output reviews-predicted.csv[/cyan]
+
+    A file to hand in for CS224N:
+      [cyan]fastmtl predict runs/cs224n/model --task sst --input sst-test.csv --output sst-test-output.csv --format cs224n[/cyan]
+    """
+    _set_debug(debug)
+    from fastmtl.predict import load, predict_file
+
+    rows, notes = predict_file(load(model_dir), task, input_file, output_file, layout)
+    for note in notes:
+        print(note)
+    print(f"{rows} predictions in {output_file}")
+
+
+@app.command()
+def recipes(debug: Debug = False) -> None:
+    """List the bundled recipes.
+
+    Copy one to begin your own: [cyan]fastmtl train my.yaml[/cyan].
+    """
+    _set_debug(debug)
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastmtl.config import bundled_recipes, load_recipe
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("recipe", "tasks", "description"):
+        table.add_column(column, overflow="fold")
+    found = bundled_recipes()
+    for name in found:
+        recipe = load_recipe(name)
+        table.add_row(name, ", ".join(recipe.task_names), recipe.description)
+    console = Console()
+    console.print(table)
+    folder = os.path.commonpath([str(path.parent) for path in found.values()])
+    console.print(f"\nTheir files are in {folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, debug: Debug = False) -> None:
+    """Show what this machine offers: versions, GPUs, and which implementation every kernel uses and why.
+
+    Exit status 1 where something that training needs is missing or broken.
+    """
+    _set_debug(debug)
+    import dataclasses
+
+    from rich.console import Console
+
+    from fastmtl.doctor import diagnose, show
+
+    findings = diagnose()
+    if as_json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+    else:
+        show(findings, Console())
+    if any(finding.required and finding.status != "ok" for finding in findings):
+        raise typer.Exit(EXIT_FAILURE)
+
+
+def main() -> None:
+    """The console script. A UserError is one message and status 2, anything unexpected a short one and status 1."""
+    try:
+        app(prog_name="fastmtl")
+    except UserError as error:
+        _fail(str(error), EXIT_USER_ERROR, everywhere=False)
+    except Exception as error:
+        advice = _advice(error)
+        if advice is not None:
+            _fail(advice, EXIT_FAILURE, everywhere=True)
+        text = f"{type(error).__name__}: {error}"
+        _fail(f"{text}\nrun with --debug for the traceback; this is a bug in fastmtl", EXIT_FAILURE, everywhere=True)
+
+
+def _fail(message: str, status: int, *, everywhere: bool) -> NoReturn:
+    """Ends the process from inside an `except` block. Under a launcher every process meets a user's error: one tells it."""
+    if _debug:
+        raise  # noqa: PLE0704
+    if everywhere or _is_first_process():
+        rank = os.environ.get("RANK")
+        where = f" (rank {rank})" if everywhere and rank is not None else ""
+        print(f"fastmtl{where}: {message}", file=sys.stderr)
+    raise SystemExit(status) from None
+
+
+def _advice(error: Exception) -> str | None:
+    """What to do about failures of the machine, which are no bugs."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
+        return (
+            "out of GPU memory: lower sampler.batch_size (or batch_tokens) and raise engine.accumulation, "
+            f"or set encoder.checkpointing=true\n{str(error).splitlines()[0]}"
+        )
+    if isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+    ):
+        return str(error)
+    return None
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _prepare_output(directory: Path, resume: bool) -> None:
+    """Refuses a directory that would be overwritten or cannot be written, before the encoder is loaded for it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        used = any(directory.iterdir())
+    except OSError as error:
+        raise UserError(f"cannot write to the output directory {directory}: {error.strerror}") from None
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to the output directory {directory}: no permission")
+    if used and not resume:
+        raise UserError(
+            f"{directory} already holds a run: go on with it by --resume, or choose another place by --output DIR"
+        )
