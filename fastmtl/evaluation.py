@@ -1,0 +1,70 @@
+"""Scores of a model on data sets, sharded over ranks, every row once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastmtl.config import Recipe
+from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.data.stream import evaluation_batches
+from fastmtl.data.tokenized import TokenizedDataset
+
+# Runs the model on a batch in evaluation mode: {task: scores [E_t, ...]}.
+Predict = Callable[[PackedBatch], dict[str, torch.Tensor]]
+Gather = Callable[[object], list]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A task's outputs in the order of its data set: scores float32 [n, classes] or [n], labels [n] or None."""
+
+    dataset: TokenizedDataset
+    scores: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return self.dataset.labels
+
+
+def score(
+    predict: Predict,
+    recipe: Recipe,
+    datasets: dict[str, TokenizedDataset],
+    *,
+    rank: int = 0,
+    world: int = 1,
+    all_gather: Gather = lambda value: [value],
+) -> dict[str, Scores]:
+    """Runs `predict` over every row of every data set, this rank's share here, and returns all rows' scores on every rank.
+
+    Every rank runs the same number of batches per task, for ZeRO 3 gathers parameters collectively: a rank that has fewer repeats its
+    last one, or another rank's first, and drops the result.
+    """
+    result = {}
+    for name, dataset in datasets.items():
+        index = recipe.task_names.index(name)
+        shards = [
+            list(evaluation_batches(dataset, index, len(recipe.tasks), recipe.train.eval_tokens, r, world))
+            for r in sorted({rank, 0})
+        ]
+        batches, spare = shards[-1], shards[0][0]
+        longest = max(all_gather(len(batches)))
+        rows, outputs = [], []
+        for step in range(longest):
+            batch = batches[step] if step < len(batches) else spare
+            with torch.no_grad():
+                output = predict(batch)[name]
+            if step < len(batches):
+                rows.append(batch.example_ids[index].cpu().numpy())
+                outputs.append(output.float().cpu().numpy())
+        gathered = all_gather((rows, outputs))
+        all_rows = np.concatenate([part for rank_rows, _ in gathered for part in rank_rows])
+        all_outputs = np.concatenate([part for _, rank_outputs in gathered for part in rank_outputs])
+        ordered = np.empty_like(all_outputs)
+        ordered[all_rows] = all_outputs
+        result[name] = Scores(dataset, ordered)
+    return result
