@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -31,6 +32,7 @@ class Commands(TyperGroup):
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -62,7 +64,7 @@ def common(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Fine-tune one BERT-style encoder on many tasks at once, with task adapters and gradient surgery, under DeepSpeed."""
+    """Fine-tune one BERT-style encoder on many tasks at once, with task adapters and gradient surgery."""
     _set_debug(debug)
     context.obj = local_rank
 
@@ -73,9 +75,7 @@ def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A bundled recipe (fastmtl recipes) or a YAML file.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[section.key=value]...", help="Settings that replace the recipe's.", show_default=False
-        ),
+        typer.Argument(metavar="section.key=value", help="Settings that replace the recipe's.", show_default=False),
     ] = None,
     output: Annotated[
         Path | None,
@@ -101,7 +101,7 @@ def train(
       [cyan]deepspeed --no_python fastmtl train demo[/cyan]
       [cyan]DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 --no_python fastmtl train demo[/cyan]
 
-    Go on after a stop, or train longer:
+    Go on after a stop:
       [cyan]fastmtl train demo --resume[/cyan]
 
     DIR gets config.yaml, metrics.jsonl, tensorboard/, checkpoints/, model/, predictions/ and report.html.
@@ -195,7 +195,7 @@ def predict(
       [cyan]fastmtl predict runs/demo/model --task sentiment --input reviews.csv --output reviews-predicted.csv[/cyan]
 
     A file to hand in for CS224N:
-      [cyan]fastmtl predict runs/cs224n/model --task sst --input sst-test.csv --output sst-test-output.csv --format cs224n[/cyan]
+      [cyan]fastmtl predict runs/cs224n/model --task sst --input test.csv --output sst-out.csv --format cs224n[/cyan]
     """
     _set_debug(debug)
     from fastmtl.predict import load, predict_file
@@ -270,8 +270,8 @@ def main() -> None:
 def _fail(message: str, status: int, *, everywhere: bool) -> NoReturn:
     """Ends the process from inside an `except` block. Under a launcher every process meets a user's error: one tells it."""
     if _debug:
-        raise  # noqa: PLE0704
-    if everywhere or _is_first_process():
+        traceback.print_exc()
+    elif everywhere or _is_first_process():
         rank = os.environ.get("RANK")
         where = f" (rank {rank})" if everywhere and rank is not None else ""
         print(f"fastmtl{where}: {message}", file=sys.stderr)
@@ -285,13 +285,8 @@ def _advice(error: Exception) -> str | None:
             "out of GPU memory: lower sampler.batch_size (or batch_tokens) and raise engine.accumulation, "
             f"or set encoder.checkpointing=true\n{str(error).splitlines()[0]}"
         )
-    if isinstance(error, OSError) and error.errno in (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-    ):
+    refused = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+    if isinstance(error, OSError) and error.errno in refused:
         return str(error)
     return None
 

@@ -185,8 +185,8 @@ def _apex() -> list[tuple[str, Status, str]]:
     folders = [Path(folder) for folder in spec.submodule_search_locations or []]
     if not any((folder / "optimizers" / "fused_adam.py").is_file() for folder in folders):
         detail = (
-            f"the package in {folders[0] if folders else spec.origin} is not NVIDIA's Apex but an unrelated one of that "
-            "name (pip install apex gives it): it is not used; pip uninstall apex, then build "
+            f"the package in {folders[0] if folders else spec.origin} is not NVIDIA's Apex but an unrelated one of "
+            "that name (pip install apex gives it): it is not used; pip uninstall apex, then build "
             "https://github.com/NVIDIA/apex"
         )
         return [("apex", "missing", detail)]
