@@ -98,7 +98,8 @@ FASTMTL_INLINE void tile(const scalar_t* const* rows, int64_t row, int64_t col, 
 }
 
 template <typename scalar_t>
-FASTMTL_INLINE void gramian_part(const scalar_t* const* __restrict rows, int64_t num_tasks, int64_t count, double* partial) {
+FASTMTL_INLINE void gramian_part(const scalar_t* const* __restrict rows, int64_t num_tasks, int64_t count,
+                                 double* partial) {
   const int64_t block = std::max<int64_t>(kBlockElements / num_tasks / kLanes, 16) * kLanes;
   for (int64_t begin = 0; begin < count; begin += block) {
     const int64_t end = std::min(begin + block, count);
@@ -117,8 +118,8 @@ FASTMTL_INLINE void gramian_part(const scalar_t* const* __restrict rows, int64_t
 }
 
 template <typename scalar_t, typename out_t>
-FASTMTL_INLINE void combine_part(const scalar_t* const* __restrict rows, const float* __restrict weights, int64_t num_tasks,
-                                 int64_t count, out_t* out) {
+FASTMTL_INLINE void combine_part(const scalar_t* const* __restrict rows, const float* __restrict weights,
+                                 int64_t num_tasks, int64_t count, out_t* out) {
   int64_t p = 0;
   for (; p + 2 * kLanes <= count; p += 2 * kLanes) {
     Lanes acc0 = {}, acc1 = {}, x0, x1;
@@ -179,9 +180,12 @@ void check_lists(const char* op, const std::vector<Tensor>& grads, int64_t num_t
   const int64_t num_tensors = grads.size() / num_tasks;
   for (size_t n = 0; n < grads.size(); ++n) {
     const Tensor& first = grads[n % num_tensors];
+    const ScalarType dtype = grads[n].scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
+                    ": grads must be float32, bfloat16 or float16");
     STD_TORCH_CHECK(grads[n].is_contiguous(), op, ": grads must be contiguous");
     STD_TORCH_CHECK(grads[n].is_cpu(), op, ": grads must be on the CPU");
-    STD_TORCH_CHECK(grads[n].numel() == first.numel() && grads[n].scalar_type() == first.scalar_type(), op,
+    STD_TORCH_CHECK(grads[n].numel() == first.numel() && dtype == first.scalar_type(), op,
                     ": tensor ", n % num_tensors, " differs between tasks in size or dtype");
   }
 }
@@ -214,8 +218,7 @@ Tensor gramian(std::vector<Tensor> grads, int64_t num_tasks) {
         switch (grads[tensor].scalar_type()) {
           case ScalarType::Float: return gramian_float(rows.data(), num_tasks, count, partial);
           case ScalarType::BFloat16: return gramian_bfloat16(rows.data(), num_tasks, count, partial);
-          case ScalarType::Half: return gramian_half(rows.data(), num_tasks, count, partial);
-          default: STD_TORCH_CHECK(false, "gramian: grads must be float32, bfloat16 or float16");
+          default: return gramian_half(rows.data(), num_tasks, count, partial);
         }
       });
     }
@@ -263,10 +266,9 @@ void combine_out(std::vector<Tensor> grads, Tensor weights, std::vector<Tensor> 
             if (to_float)
               return combine_bfloat16_float(rows.data(), w, num_tasks, count, static_cast<float*>(to));
             return combine_bfloat16(rows.data(), w, num_tasks, count, static_cast<BFloat16*>(to));
-          case ScalarType::Half:
+          default:
             if (to_float) return combine_half_float(rows.data(), w, num_tasks, count, static_cast<float*>(to));
             return combine_half(rows.data(), w, num_tasks, count, static_cast<Half*>(to));
-          default: STD_TORCH_CHECK(false, "combine_out: grads must be float32, bfloat16 or float16");
         }
       });
     }

@@ -1,7 +1,7 @@
 // Eight fp32 lanes in the compilers' portable vector extension, with loads and stores for every input dtype.
 //
 // FASTMTL_CLONES compiles a function for several instruction sets and picks one when the library is loaded, so that a
-// wheel built anywhere is fast everywhere. Everything such a function calls must be inlined into it to be compiled alike.
+// wheel built anywhere is fast everywhere. What such a function calls must be inlined into it to be compiled alike.
 #pragma once
 
 #include <cstdint>

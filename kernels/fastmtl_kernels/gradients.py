@@ -45,4 +45,6 @@ def gramian(grads: Sequence[Sequence[Tensor]]) -> Tensor:
 
 def combine(grads: Sequence[Sequence[Tensor]], weights: Tensor, out: Sequence[Tensor]) -> None:
     """Writes the weighted sum over tasks into `out`, K contiguous tensors, float32 or of the dtype of the gradients."""
-    torch.ops.fastmtl.combine_out([tensor for task in grads for tensor in task], weights.float().contiguous(), out)
+    tensors = [tensor for task in grads for tensor in task]
+    if tensors:
+        torch.ops.fastmtl.combine_out(tensors, weights.float().contiguous(), out)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # Columns handled at once, so that the float copies stay small beside J.
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 
 
 def gramian(grads: Sequence[Sequence[Tensor]]) -> Tensor:

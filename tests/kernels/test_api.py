@@ -1,0 +1,123 @@
+"""Validation and dispatch of fastmtl_kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import fastmtl_kernels
+from fastmtl_kernels import combine, gradients, gradvac_weights, gramian, implementations, pcgrad_weights
+
+ROWS = torch.ones(2, 3)
+ORDER = torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: gramian(torch.ones(3)), r"grads .*\[T, P\].*\[3\]"),
+        (lambda: gramian(torch.ones(0, 3)), r"grads .*T >= 1"),
+        (lambda: gramian(torch.ones(2, 3, dtype=torch.int64)), r"grads\[0\]\[0\] .*int64"),
+        (lambda: gramian([]), "grads .*at least one task"),
+        (lambda: gramian([[ROWS], []]), r"grads\[1\] .*\(1\), got 0"),
+        (lambda: gramian([[ROWS], [ROWS.T]]), r"grads\[1\]\[0\] .*\[2, 3\].*\[3, 2\]"),
+        (lambda: gramian([[ROWS], [ROWS.half()]]), r"grads\[1\]\[0\] .*float32.*float16"),
+        (lambda: gramian([[ROWS, ROWS], [ROWS, ROWS.to("meta")]]), r"grads\[1\]\[1\] .*cpu.*meta"),
+        (lambda: gramian([[ROWS], ["x"]]), r"grads\[1\]\[0\] .*'x'"),
+        (lambda: gramian(ROWS, "triton4"), "impl .*'triton4'"),
+        (lambda: combine(ROWS, torch.ones(3)), r"weights .*\[2\].*\[3\]"),
+        (lambda: combine(ROWS, torch.ones(2, dtype=torch.int64)), "weights .*int64"),
+        (lambda: combine(ROWS, [1.0, 1.0]), r"weights .*\[1.0, 1.0\]"),
+        (lambda: combine(ROWS, torch.ones(2, device="meta")), "weights .*cpu.*meta"),
+        (lambda: combine(ROWS, torch.ones(2), torch.ones(4)), r"out\[0\] .*\[3\].*\[4\]"),
+        (lambda: combine(ROWS, torch.ones(2), torch.ones(6)[::2]), r"out\[0\] .*not contiguous"),
+        (lambda: combine(ROWS, torch.ones(2), torch.ones(3).half()), r"out\[0\] .*float16"),
+        (lambda: combine(ROWS, torch.ones(2), [torch.ones(3)]), "out must be a tensor"),
+        (lambda: combine([[ROWS], [ROWS]], torch.ones(2), ROWS), "out must be a list"),
+        (lambda: combine([[ROWS], [ROWS]], torch.ones(2), []), "out must hold 1"),
+        (lambda: pcgrad_weights(ROWS), r"gram .*\[2, 3\]"),
+        (lambda: pcgrad_weights(torch.eye(2).half()), "gram .*float16"),
+        (lambda: pcgrad_weights(torch.eye(2), reduction="max"), "reduction .*'max'"),
+        (lambda: pcgrad_weights(torch.eye(2), torch.tensor([0.0, 1.0])), "order .*float32"),
+        (lambda: pcgrad_weights(torch.eye(2), torch.tensor([0, 1, 2])), r"order .*\[2, 2\], got \[3\]"),
+        (lambda: pcgrad_weights(torch.eye(2), torch.tensor([1, 1])), r"order .*permutations.*\[1, 1\]"),
+        (lambda: gradvac_weights(torch.eye(2), torch.eye(3)), r"target .*\[2, 2\].*\[3, 3\]"),
+        (lambda: gradvac_weights(torch.eye(2), ORDER), "target .*int64"),
+        (lambda: gradvac_weights(torch.eye(2), torch.eye(2, device="meta")), "target .*meta"),
+    ],
+)
+def test_a_wrong_argument_is_named(call: Callable[[], Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_an_explicit_implementation_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "why_unavailable", lambda: "no library of C++ kernels")
+    with pytest.raises(RuntimeError, match="impl='cpp' .*no library of C"):
+        gramian(ROWS, "cpp")
+    with pytest.raises(RuntimeError, match="impl='cpp' .*no library of C"):
+        combine(ROWS, torch.ones(2), impl="cpp")
+    assert torch.equal(gramian(ROWS), torch.full((2, 2), 3.0))
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [(torch.ones(2, 3, device="meta"), "CPU tensors, not meta"), (ROWS.double(), "not torch.float64")],
+)
+def test_cpp_says_what_it_does_not_take(rows: torch.Tensor, words: str) -> None:
+    with pytest.raises(RuntimeError, match=words):
+        gramian(rows, "cpp")
+
+
+def test_a_missing_or_broken_library_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr(gradients, "__file__", str(tmp_path / "gradients.py"))
+    gradients.why_unavailable.cache_clear()
+    try:
+        assert "not built" in gradients.why_unavailable()
+        (tmp_path / "_C.abi3.so").write_bytes(b"no library")
+        gradients.why_unavailable.cache_clear()
+        assert "do not load" in gradients.why_unavailable()
+    finally:
+        gradients.why_unavailable.cache_clear()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_implementations_agree_with_dispatch(device: str) -> None:
+    listed = implementations(device)
+    assert set(listed) | {"implementations", "Implementation"} == set(fastmtl_kernels.__all__)
+    for impls in listed.values():
+        chosen = [impl for impl in impls if impl.auto]
+        assert len(chosen) == 1 and chosen[0].available
+        assert all(impl.reason for impl in impls)
+    cpp = next(impl for impl in listed["gramian"] if impl.impl == "cpp")
+    assert cpp.available == cpp.auto == (device == "cpu" and not gradients.why_unavailable())
+
+
+def test_nothing_is_recorded_for_autograd() -> None:
+    rows = torch.ones(2, 3, requires_grad=True)
+    assert not gramian(rows).requires_grad
+    assert not combine(rows, torch.ones(2, requires_grad=True)).requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_a_gpu(dtype: torch.dtype) -> None:
+    """The same results as on the CPU, and no step of the weights waits for the device."""
+    rows = torch.randn(3, 10_001, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows[1] = -rows[0] + 0.1 * rows[1]
+    gram = gramian(rows.cuda())
+    torch.testing.assert_close(gram.cpu(), gramian(rows), rtol=1e-5, atol=1e-2)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        weights = pcgrad_weights(gram, generator=torch.Generator().manual_seed(1))
+        gradvac_weights(gram, torch.zeros_like(gram))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = pcgrad_weights(gram.cpu(), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(weights.cpu(), expected)
+    merged = combine(rows.cuda(), weights)
+    torch.testing.assert_close(merged.cpu(), combine(rows, weights.cpu()), rtol=torch.finfo(dtype).eps, atol=1e-5)
