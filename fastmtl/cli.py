@@ -268,7 +268,7 @@ def main() -> None:
 
 
 def _fail(message: str, status: int, *, everywhere: bool) -> NoReturn:
-    """Ends the process from inside an `except` block. Under a launcher every process meets a user's error: one tells it."""
+    """Ends the process inside an `except` block. Under a launcher every process meets a user's error: one tells it."""
     if _debug:
         traceback.print_exc()
     elif everywhere or _is_first_process():

@@ -1,0 +1,231 @@
+"""From a run's config.yaml, metrics.jsonl and results.json to report.html."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from fastmtl.config import Recipe, load_recipe
+from fastmtl.errors import UserError
+from fastmtl.metrics import metric_names
+from fastmtl.report import page, plots
+from fastmtl.tracking.metrics_file import read_metrics
+
+TITLES = {
+    "accuracy": "accuracy",
+    "macro_precision": "macro precision",
+    "macro_recall": "macro recall",
+    "macro_f1": "macro F1",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+    "mse": "MSE",
+}
+
+
+def write_report(output: Path, results: dict[str, Any] | None = None) -> Path:
+    """Writes report.html into a run's directory and returns its path.
+
+    results: of `collect_results`; it is kept as results.json, so that a later call without it builds the report again.
+    Raises UserError where the directory holds no finished run.
+    """
+    kept = output / "results.json"
+    if results is not None:
+        _replace(kept, json.dumps(results, indent=1))
+    elif not kept.is_file():
+        raise UserError(f"{output} holds no finished run: there is no results.json")
+    else:
+        results = json.loads(kept.read_text(encoding="utf-8"))
+    config = output / "config.yaml"
+    recipe = load_recipe(str(config))
+    lines = read_metrics(output / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "dev" in line]
+    body = [
+        _head(output, recipe, results),
+        page.section(
+            "Dev scores", "The metric in bold is the task's own; the mean is over these.", [_scores(recipe, results)]
+        ),
+        page.section(
+            "Loss",
+            "Mean per row, each on its own scale. Faint: the steps; strong: their moving average.",
+            _losses(recipe, steps),
+        ),
+        page.section("Dev metrics over the run", "", _dev_curves(recipe, evaluations)),
+        page.section(
+            "Predictions on the dev rows", "Counts, and shares of the true class.", _predictions(recipe, results)
+        ),
+        page.section(
+            "Do the tasks agree?",
+            "Cosines between the tasks' gradients of the shared parameters. Below zero two tasks pull against each "
+            "other; the conflict rate is the share of such pairs.",
+            _gradients(recipe, steps),
+        ),
+        page.section("Speed and schedule", "", _speed(steps)),
+        page.section("Data", "", [_data(results)] if results["data"] else []),
+        page.section("Versions and settings", "", [_versions(results)]),
+        page.details("config.yaml: the complete recipe of this run", config.read_text(encoding="utf-8")),
+    ]
+    title = f"fastmtl: {output.resolve().name}"
+    return _replace(output / "report.html", page.page(title, [part for part in body if part]))
+
+
+def _replace(path: Path, text: str) -> Path:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def _head(output: Path, recipe: Recipe, results: dict[str, Any]) -> str:
+    engine = recipe.engine
+    world = results["world_size"]
+    values = {
+        "mean dev score": "–" if results["mean"] is None else f"{results['mean']:.3f}",
+        "gradient method": recipe.gradient.method,
+        "adapter": recipe.adapter.name,
+        "encoder": Path(recipe.encoder.path).name,
+        "engine": f"ZeRO {engine.zero}, {engine.precision}",
+        "processes": str(world),
+        "optimiser steps": f"{results['steps']:,}",
+        "time": _duration(results["seconds"]),
+        "seed": str(recipe.seed),
+    }
+    return (
+        f"<h1>{page.escape(output.resolve().name)}</h1>\n<p>{page.escape(recipe.description)}</p>\n{page.facts(values)}"
+    )
+
+
+def _scores(recipe: Recipe, results: dict[str, Any]) -> str:
+    dev = results["dev"]
+    columns = [metric for metric in TITLES if any(metric in values for values in dev.values())]
+    rows = [[task, *(f"{values[m]:.3f}" if m in values else "" for m in columns)] for task, values in dev.items()]
+    own = frozenset((number, 1 + columns.index(recipe.tasks[task].metric_name)) for number, task in enumerate(dev))
+    mean = "" if results["mean"] is None else f", mean {results['mean']:.3f}"
+    return page.table(f"Scores of the kept model{mean}", ["task", *(TITLES[m] for m in columns)], rows, own)
+
+
+def _losses(recipe: Recipe, steps: list[dict[str, Any]]) -> list[str]:
+    result = []
+    for index, (name, task) in enumerate(recipe.tasks.items()):
+        found = [line for line in steps if name in line["loss"]]
+        if found:
+            curve = ([line["step"] for line in found], [line["loss"][name] for line in found])
+            svg = plots.curves({name: curve}, name=f"loss of {name}", ylabel=task.loss_name, first_color=index)
+            result.append(page.figure(name, svg))
+    return result
+
+
+def _dev_curves(recipe: Recipe, evaluations: list[dict[str, Any]]) -> list[str]:
+    if not evaluations:
+        return []
+    at = [line["step"] for line in evaluations]
+    own = {
+        f"{name} ({TITLES[task.metric_name]})": (
+            at,
+            [line["dev"].get(name, {}).get(task.metric_name) for line in evaluations],
+        )
+        for name, task in recipe.tasks.items()
+    }
+    own["mean"] = (at, [line["mean"] for line in evaluations])
+    result = [
+        page.figure(
+            "The tasks' own metrics",
+            plots.curves(own, name="dev metrics", ylabel="score", smooth=False, markers=True, size=plots.WIDE),
+        )
+    ]
+    for name, task in recipe.tasks.items():
+        shown = [metric for metric in metric_names(task) if metric != "mse"]
+        curves = {
+            TITLES[metric]: (at, [line["dev"].get(name, {}).get(metric) for line in evaluations]) for metric in shown
+        }
+        svg = plots.curves(
+            curves, name=f"dev metrics of {name}", ylabel="score", smooth=False, markers=True, size=plots.TALL
+        )
+        result.append(page.figure(name, svg))
+    return result
+
+
+def _predictions(recipe: Recipe, results: dict[str, Any]) -> list[str]:
+    result = []
+    for name, counts in results["confusion"].items():
+        names = recipe.tasks[name].label_names or [str(label) for label in range(len(counts))]
+        result.append(page.matrix(f"{name}: confusion matrix", names, counts))
+    for name, points in results["scatter"].items():
+        limits = recipe.tasks[name].range
+        assert limits is not None  # the recipe demands it of a regression task
+        svg = plots.scatter(points["labels"], points["scores"], limits, name=f"predictions of {name}")
+        result.append(page.figure(f"{name}: predictions against labels", svg))
+    return result
+
+
+def _gradients(recipe: Recipe, steps: list[dict[str, Any]]) -> list[str]:
+    with_cosines = [line for line in steps if line["cosines"]]
+    if not with_cosines:
+        return []
+    at = [line["step"] for line in with_cosines]
+    cosines = {
+        pair.replace("/", " · "): (at, [line["cosines"][pair] for line in with_cosines])
+        for pair in with_cosines[0]["cosines"]
+    }
+    rate = {"conflict rate": (at, [line["conflict_rate"] for line in with_cosines])}
+    norms = {
+        name: (at, [line["task_norms"].get(name) for line in with_cosines])
+        for name in recipe.task_names
+        if any(line["task_norms"].get(name) for line in with_cosines)
+    }
+    result = [
+        page.figure(
+            "Cosine between task gradients",
+            plots.curves(cosines, name="cosines", ylabel="cosine", zero_line=True, size=plots.WIDE),
+        ),
+        page.figure(
+            "Conflict rate",
+            plots.curves(rate, name="conflict rate", ylabel="share of pairs", ylim=(-0.03, 1.03)),
+        ),
+    ]
+    if norms:
+        svg = plots.curves(norms, name="gradient norms", ylabel="norm", log=True, size=plots.TALL)
+        result.append(page.figure("Norm of the task gradients", svg))
+    return result
+
+
+def _speed(steps: list[dict[str, Any]]) -> list[str]:
+    if not steps:
+        return []
+    at = [line["step"] for line in steps]
+    speed = {"tokens/s": (at, [line["tokens_per_second"] for line in steps])}
+    groups: dict[str, list[float]] = {}
+    for line in steps:
+        rates = line["lr"] if isinstance(line["lr"], dict) else {"learning rate": line["lr"]}
+        for name, rate in rates.items():
+            groups.setdefault(name, []).append(rate)
+    lr = {name: (at, rates) for name, rates in groups.items() if len(rates) == len(at)}
+    return [
+        page.figure("Throughput, all processes", plots.curves(speed, name="throughput", ylabel="tokens/s")),
+        page.figure(
+            "Learning rate", plots.curves(lr, name="learning rate", ylabel="lr", smooth=False, size=plots.TALL)
+        ),
+    ]
+
+
+def _data(results: dict[str, Any]) -> str:
+    rows = [
+        [f"{task}, {split}", *(f"{counts[key]:,}" for key in ("rows", "skipped", "truncated"))]
+        for task, splits in results["data"].items()
+        for split, counts in splits.items()
+    ]
+    head = ["file", "rows", "bad rows skipped", "texts truncated"]
+    return page.table("Rows read", head, rows, frozenset())
+
+
+def _versions(results: dict[str, Any]) -> str:
+    rows = [[name, version] for name, version in results["versions"].items()]
+    return page.table(f"Finished {results['finished']}", ["package", "version"], rows, frozenset())
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

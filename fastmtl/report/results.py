@@ -1,0 +1,71 @@
+"""What the report shows beyond metrics.jsonl and config.yaml, as plain JSON (`results.json` beside them)."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fastmtl.config import Recipe
+from fastmtl.metrics import confusion, evaluate_predictions, mean_score
+
+PACKAGES = ("fastmtl", "torch", "deepspeed", "transformers", "tokenizers", "safetensors", "numpy")
+SCATTER_POINTS = 800  # more would only make the file larger: the points overlap
+
+
+def collect_results(
+    recipe: Recipe,
+    scored: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    data: Mapping[str, Mapping[str, Mapping[str, int]]],
+    *,
+    steps: int,
+    seconds: float,
+    world_size: int,
+) -> dict[str, Any]:
+    """The results of a run as JSON values.
+
+    scored: {task: (scores, labels)} of the dev rows, as `MultiTaskModel.predict` and the data set give them.
+    data: {task: {"train" | "dev": {"rows": n, "skipped": n, "truncated": n}}}.
+    steps, seconds: optimiser steps of the whole run, and the time that they took.
+    """
+    dev = {name: evaluate_predictions(recipe.tasks[name], *pair) for name, pair in scored.items()}
+    regression = {name: pair for name, pair in scored.items() if recipe.tasks[name].type == "regression"}
+    return {
+        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "steps": steps,
+        "seconds": round(seconds, 1),
+        "world_size": world_size,
+        "dev": dev,
+        "mean": mean_score(dev, recipe) if dev else None,
+        "confusion": {
+            name: confusion(recipe.tasks[name], *pair).tolist()
+            for name, pair in scored.items()
+            if name not in regression
+        },
+        "scatter": {name: _sample(*pair) for name, pair in regression.items()},
+        "data": {task: {split: dict(counts) for split, counts in splits.items()} for task, splits in data.items()},
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+
+
+def _sample(scores: np.ndarray, labels: np.ndarray) -> dict[str, list[float]]:
+    """At most SCATTER_POINTS rows, evenly taken."""
+    chosen = np.unique(np.linspace(0, len(scores) - 1, min(len(scores), SCATTER_POINTS)).astype(np.int64))
+    return {
+        "labels": [round(float(value), 4) for value in np.asarray(labels)[chosen]],
+        "scores": [round(float(value), 4) for value in np.asarray(scores)[chosen]],
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # fastmtl itself, run from its source tree
+    return found

@@ -1,0 +1,58 @@
+"""Files of predictions, read back as others read them."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastmtl.config import TaskConfig
+from fastmtl.errors import UserError
+from fastmtl.predictions import write_cs224n, write_table
+
+NAMED = TaskConfig.model_validate({"type": "classification", "label_names": ["bad", "so, so"], "data": {}})
+CLASSES = TaskConfig.model_validate({"type": "classification", "num_labels": 3, "data": {}})
+BINARY = TaskConfig.model_validate({"type": "binary", "data": {}})
+REGRESSION = TaskConfig.model_validate({"type": "regression", "range": [0, 5], "data": {}})
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_table_has_probabilities_beside_the_labels(tmp_path: Path) -> None:
+    path = tmp_path / "out.csv"
+    write_table(path, CLASSES, ["x", "y"], np.array([[0.1, 0.7, 0.2], [0.5, 0.25, 0.25]]))
+    assert read(path) == [
+        {"id": "x", "predicted": "1", "p_0": "0.100000", "p_1": "0.700000", "p_2": "0.200000"},
+        {"id": "y", "predicted": "0", "p_0": "0.500000", "p_1": "0.250000", "p_2": "0.250000"},
+    ]
+    write_table(path, BINARY, ["x"], np.array([0.75]))
+    assert read(path) == [{"id": "x", "predicted": "1", "p_0": "0.250000", "p_1": "0.750000"}]
+    write_table(path, REGRESSION, ["x"], np.array([3.25]))
+    assert read(path) == [{"id": "x", "predicted": "3.250000"}]
+    assert [p.name for p in tmp_path.iterdir()] == ["out.csv"]
+
+
+def test_table_survives_names_and_ids_with_commas_and_quotes(tmp_path: Path) -> None:
+    path = tmp_path / "out.csv"
+    write_table(path, NAMED, ['a "b", c'], np.array([[0.2, 0.8]]))
+    assert read(path) == [{"id": 'a "b", c', "predicted": "so, so", "p_bad": "0.200000", "p_so, so": "0.800000"}]
+
+
+def test_cs224n_lines(tmp_path: Path) -> None:
+    path = tmp_path / "out.csv"
+    write_cs224n(path, CLASSES, ["a1", "a2"], np.array([[0.1, 0.7, 0.2], [0.5, 0.25, 0.25]]))
+    assert path.read_text() == "id \t Predicted_Sentiment \na1, 1 \na2, 0 \n"
+    write_cs224n(path, BINARY, ["a1"], np.array([0.2]))
+    assert path.read_text() == "id \t Predicted_Is_Paraphrase \na1, 0 \n"
+    write_cs224n(path, REGRESSION, ["a1"], np.array([2.5]))
+    assert path.read_text() == "id \t Predicted_Similiary \na1, 2.500000 \n"
+
+
+def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot write .*absent/out\.csv: No such file"):
+        write_table(tmp_path / "absent" / "out.csv", BINARY, ["x"], np.array([0.5]))
