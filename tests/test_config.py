@@ -1,0 +1,140 @@
+"""Recipes: what is read is what is dumped, and every mistake is named with its key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastmtl.config import Recipe, bundled_recipes, load_recipe, parse_recipe
+from fastmtl.errors import UserError, unknown_name
+
+TASKS = {"sst": {"type": "classification", "num_labels": 5, "data": {"train": "a.csv"}}}
+
+
+def save(tmp_path: Path, values: object) -> str:
+    path = tmp_path / "my.yaml"
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", sorted(bundled_recipes()))
+def test_bundled_recipes_are_valid_and_repeatable(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    assert recipe.description
+    path = tmp_path / "config.yaml"
+    path.write_text(recipe.dump())
+    again = load_recipe(str(path))
+    assert again == recipe
+    assert again.dump() == recipe.dump()
+
+
+def test_the_recipes_of_the_readme_are_bundled() -> None:
+    assert {"demo", "cs224n"} <= set(bundled_recipes())
+    assert load_recipe("demo").task_names == ["sentiment", "paraphrase", "similarity"]
+
+
+def test_overrides_are_yaml_and_reach_nested_and_absent_sections(tmp_path: Path) -> None:
+    overrides = [
+        "optimizer.lr=1e-5",
+        "sampler.batch_size={sst: 4}",
+        "tasks.sst.head.name=mlp",
+        "adapter.layers=[0, 2]",
+        "encoder.freeze=true",
+        "encoder.max_length=null",
+        "deepspeed.zero_optimization.reduce_bucket_size=500",
+        "description=a = b",
+    ]
+    recipe = load_recipe(save(tmp_path, {"tasks": TASKS}), overrides)
+    assert recipe.optimizer.lr == 1e-5
+    assert recipe.sampler.batch_size == {"sst": 4}
+    assert recipe.tasks["sst"].head.name == "mlp"
+    assert recipe.adapter.layers == [0, 2]
+    assert recipe.encoder.freeze is True
+    assert recipe.encoder.max_length is None
+    assert recipe.deepspeed == {"zero_optimization": {"reduce_bucket_size": 500}}
+    assert recipe.description == "a = b"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tasks": TASKS, "optimiser": {}}, "unknown key 'optimiser'. Did you mean 'optimizer'?"),
+        ({"tasks": TASKS, "train": {"epoch": 1}}, "unknown key 'train.epoch'. Did you mean 'train.epochs'?"),
+        (
+            {"tasks": {"sst": {**TASKS["sst"], "poling": "cls"}}},
+            "unknown key 'tasks.sst.poling'. Did you mean 'tasks.sst.pooling'?",
+        ),
+        (
+            {"tasks": {"sst": {**TASKS["sst"], "data": {"trian": "a"}}}},
+            "unknown key 'tasks.sst.data.trian'. Did you mean 'tasks.sst.data.train'?",
+        ),
+        ({}, "tasks is missing"),
+        ({"tasks": {"a": {"type": "binary"}}}, "tasks.a.data is missing"),
+        ({"tasks": {}}, "tasks: "),
+        ({"tasks": TASKS, "engine": {"zero": 5}}, "engine.zero: "),
+        ({"tasks": TASKS, "train": {"epochs": 0}}, "train.epochs: "),
+        ({"tasks": {"a": {"type": "regression", "data": {}}}}, "a regression task needs range"),
+        ({"tasks": {"a": {"type": "classification", "data": {}}}}, "needs num_labels"),
+        (
+            {"tasks": {"a": {"type": "classification", "num_labels": 3, "label_names": ["x", "y"], "data": {}}}},
+            "label_names has 2 names, num_labels says 3",
+        ),
+        ("- a\n- b\n", "a recipe is a mapping of sections, got list"),
+        ("a: [1\n", "not a YAML file"),
+        ("", "got NoneType"),
+    ],
+)
+def test_mistakes_name_file_and_key(values: object, message: str, tmp_path: Path) -> None:
+    path = save(tmp_path, values)
+    with pytest.raises(UserError) as caught:
+        load_recipe(path)
+    assert message in str(caught.value)
+    assert path in str(caught.value)
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    path = save(tmp_path, {"tasks": TASKS, "sede": 1, "train": {"epochs": 0}})
+    with pytest.raises(UserError) as caught:
+        load_recipe(path)
+    assert "'seed'" in str(caught.value)
+    assert "train.epochs" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("epochs", "write section.key=value"),
+        ("=3", "write section.key=value"),
+        ("seed.x=3", "seed is a value, not a section"),
+        ("train.epochs=[", "the value is not YAML"),
+        ("train.epochs=many", "train.epochs: "),
+    ],
+)
+def test_wrong_overrides_are_named(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(save(tmp_path, {"tasks": TASKS, "seed": 1}), [override])
+    assert message in str(caught.value)
+
+
+def test_missing_files_and_names() -> None:
+    with pytest.raises(UserError, match="no recipe file absent.yaml"):
+        load_recipe("absent.yaml")
+    with pytest.raises(UserError, match="Did you mean 'cs224n'"):
+        load_recipe("cs225n")
+    assert "Valid: a, b" in str(unknown_name("x", "zzz", ["b", "a"]))
+    assert "Did you mean" not in str(unknown_name("x", "zzz", ["b", "a"]))
+
+
+def test_defaults_by_type() -> None:
+    tasks = {
+        "c": {"type": "classification", "label_names": ["x", "y", "z"], "data": {}},
+        "b": {"type": "binary", "data": {}},
+        "r": {"type": "regression", "range": [0, 1], "data": {}},
+    }
+    recipe = parse_recipe({"tasks": tasks}, "here")
+    assert recipe.tasks["c"].num_labels == 3
+    assert [task.loss_name for task in recipe.tasks.values()] == ["cross_entropy", "bce", "mse"]
+    assert [task.metric_name for task in recipe.tasks.values()] == ["accuracy", "accuracy", "pearson"]
+    assert Recipe.model_validate(yaml.safe_load(recipe.dump())) == recipe
