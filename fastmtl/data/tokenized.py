@@ -1,0 +1,158 @@
+"""A task's rows as token ids, made once and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastmtl.config import TaskConfig
+from fastmtl.data.readers import Rows
+from fastmtl.data.records import BadRow
+from fastmtl.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CACHE_VERSION = 1
+_ARRAYS = ("tokens", "offsets", "second_text")
+
+
+@dataclass(frozen=True)
+class TokenizedDataset:
+    """n examples of S sequences each (S is 2 for bi-encoded pairs, else 1); example i owns sequences S i to S i + S - 1.
+
+    tokens: int32 [all tokens], memory-mapped. offsets: int64 [S n + 1], sequence s is tokens[offsets[s]:offsets[s + 1]].
+    second_text: int32 [S n], where in the sequence token type 1 begins (its length if nowhere).
+    labels: int64 or float32 [n], or None. ids: the rows' own ids. truncated: examples cut to the encoder's positions.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    second_text: np.ndarray
+    sequences_per_example: int
+    labels: np.ndarray | None
+    ids: list[str]
+    truncated: int
+    skipped: list[BadRow]
+    path: Path
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [n]: tokens of each example, both sequences of a bi-encoded pair."""
+        return np.diff(self.offsets[:: self.sequences_per_example])
+
+
+def tokenize(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, max_length: int, cache_dir: str | Path
+) -> TokenizedDataset:
+    """Tokenises rows, or finds them in `cache_dir` under a digest of their texts, the tokenizer and the settings.
+
+    max_length: tokens per sequence with [CLS] and [SEP]; the longest text of a pair is cut first.
+    A damaged cache entry is made again; where the cache cannot be written, a temporary folder serves and a line says so.
+    """
+    bi = task.pairs == "bi"
+    if bi and rows.pair_texts is None:
+        raise UserError(f"{rows.path}: pairs: bi needs two texts per row, the file has one; leave `pairs` out")
+    key = _digest(rows, tokenizer, bi, max_length)
+    entry = Path(cache_dir).expanduser() / f"tokens-{key}"
+    arrays = _load(entry)
+    if arrays is None:
+        made = _encode(rows, tokenizer, bi, max_length)
+        try:
+            _store(entry, *made)
+        except OSError as error:
+            entry = Path(tempfile.mkdtemp(prefix="fastmtl-")) / entry.name
+            print(f"fastmtl: data.cache_dir={cache_dir} is not writable ({error.strerror}); using {entry}", file=sys.stderr)
+            _store(entry, *made)
+        arrays = _load(entry)
+        assert arrays is not None
+    tokens, offsets, second_text, truncated = arrays
+    return TokenizedDataset(
+        tokens=tokens,
+        offsets=offsets,
+        second_text=second_text,
+        sequences_per_example=2 if bi else 1,
+        labels=rows.labels,
+        ids=rows.ids,
+        truncated=truncated,
+        skipped=rows.skipped,
+        path=rows.path,
+    )
+
+
+def _digest(rows: Rows, tokenizer: PreTrainedTokenizerBase, bi: bool, max_length: int) -> str:
+    digest = hashlib.sha256()
+    settings = [CACHE_VERSION, bi, max_length, tokenizer.backend_tokenizer.to_str(), rows.texts, rows.pair_texts]
+    digest.update(json.dumps(settings).encode("utf-8"))
+    return digest.hexdigest()[:32]
+
+
+def _encode(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, bi: bool, max_length: int
+) -> tuple[dict[str, np.ndarray], int]:
+    if bi:
+        assert rows.pair_texts is not None
+        texts = [text for pair in zip(rows.texts, rows.pair_texts, strict=True) for text in pair]
+        pairs = None
+    else:
+        texts, pairs = rows.texts, rows.pair_texts
+    encoded = tokenizer(texts, pairs, verbose=False)
+    ids, types = encoded["input_ids"], encoded["token_type_ids"]
+    long = [index for index, sequence in enumerate(ids) if len(sequence) > max_length]
+    for index in long:
+        cut = tokenizer(
+            texts[index], None if pairs is None else pairs[index], truncation="longest_first", max_length=max_length
+        )
+        ids[index], types[index] = cut["input_ids"], cut["token_type_ids"]
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    arrays = {
+        "tokens": np.fromiter((token for sequence in ids for token in sequence), np.int32, int(lengths.sum())),
+        "offsets": np.concatenate([[0], np.cumsum(lengths)]),
+        "second_text": (lengths - np.fromiter(map(sum, types), np.int64, len(types))).astype(np.int32),
+    }
+    return arrays, len({index // (2 if bi else 1) for index in long})
+
+
+def _store(entry: Path, arrays: dict[str, np.ndarray], truncated: int) -> None:
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    # Beside, then renamed: another process sees the whole entry or none.
+    temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=entry.parent))
+    try:
+        for name, array in arrays.items():
+            np.save(temporary / f"{name}.npy", array)
+        checks = {name: zlib.crc32((temporary / f"{name}.npy").read_bytes()) for name in arrays}
+        (temporary / "meta.json").write_text(json.dumps({"truncated": truncated, "crc32": checks}), encoding="utf-8")
+        if entry.exists():  # damaged, or another process was quicker
+            if _load(entry) is not None:
+                return
+            shutil.rmtree(entry)
+        os.rename(temporary, entry)
+    except OSError:
+        if _load(entry) is None:
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _load(entry: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, int] | None:
+    try:
+        meta = json.loads((entry / "meta.json").read_text(encoding="utf-8"))
+        if any(zlib.crc32((entry / f"{name}.npy").read_bytes()) != meta["crc32"][name] for name in _ARRAYS):
+            return None
+        tokens, offsets, second_text = (np.load(entry / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
+        return tokens, offsets, second_text, int(meta["truncated"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
