@@ -89,7 +89,7 @@ def _plot(name: str, size: tuple[float, float], draw: Callable[[Axes], None]) ->
     import matplotlib
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
-    style: dict[str, Any] = {
+    style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,  # ids differ between the plots of one page and not between two builds
         "font.family": "sans-serif",
