@@ -47,9 +47,11 @@ lint: install
 bench: install
 	$(BIN)/python -m pytest -q -o python_functions="bench_*" --benchmark-group-by=group,param:grads benchmarks/bench_gradients.py $(ARGS)
 
+# Only the files with GPU tests are read: they need pytest and torch alone.
 gpu-check:
+	@$(PYTHON) -c 'import importlib.util as u, sys; u.find_spec("torch") or sys.exit("gpu-check: $(PYTHON) has no torch; make gpu-check PYTHON=... takes another")'
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: torch finds no CUDA device here")'
-	PYTHONPATH=.:kernels $(PYTHON) -m pytest -q -m gpu $(ARGS)
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest -q -m gpu $(ARGS) $$(grep -rl --include="test_*.py" "pytest\.mark\.gpu" tests)
 
 clean:
 	rm -rf .venv .cache build dist fastmtl.egg-info kernels/fastmtl_kernels/_C*.so

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from glob import glob
 from typing import Any
 
@@ -15,6 +16,7 @@ from setuptools import find_packages, setup
 
 # PyTorch's stable ABI of 2.11, the oldest torch we support: the library then also loads in every later one.
 TORCH_TARGET_VERSION = "0x020b000000000000"
+BUILDS = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install"}
 
 
 def why_no_extension() -> str | None:
@@ -36,7 +38,9 @@ def native_extension() -> dict[str, Any]:
     """setup()'s arguments that build fastmtl_kernels._C, none where it cannot be built."""
     reason = why_no_extension()
     if reason is not None:
-        print(f"fastmtl: building without the C++ kernels: {reason}.")
+        # pip runs this file for the metadata too; the line belongs to the build.
+        if BUILDS & set(sys.argv):
+            print(f"fastmtl: building without the C++ kernels: {reason}.")
         return {}
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
