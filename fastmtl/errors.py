@@ -10,6 +10,10 @@ class UserError(ValueError):
     """Something the user can mend. Its message names the file, line, key or argument and what to do; the commands print it without a traceback."""
 
 
+class TrainingError(RuntimeError):
+    """The run cannot go on, though nothing in its input is malformed. Its message says what to change."""
+
+
 def unknown_name(what: str, name: str, valid: Iterable[str]) -> UserError:
     """The error for a misspelt name: it gives the nearest valid one and lists the others."""
     choices = sorted(valid)

@@ -60,14 +60,22 @@ class TaskGradients:
         self._views: dict[int, list[Tensor]] = {}
         self._rows: dict[int, list[list[tuple[Tensor, Tensor]]]] = {}
         self._shards: dict[int, Tensor] = {}
+        self._keep = True
+        self._dropped: dict[int, Tensor] = {}
         self.anchor = torch.zeros((), requires_grad=True)
 
     @contextmanager
-    def armed(self, mode: Mode, device: torch.device, weights: Tensor | None = None) -> Iterator[None]:
-        """Takes writes inside the block. weights: [T] for `weighted`."""
+    def armed(
+        self, mode: Mode, device: torch.device, *, weights: Tensor | None = None, keep: bool = True
+    ) -> Iterator[None]:
+        """Takes writes inside the block.
+
+        weights: [T] for `weighted`. keep: for `gramian`, whether this rank's share of J adds up over several blocks; without it
+        a gradient goes into G at once and is dropped, so a weight may be written only once until `clear`.
+        """
         if self.anchor.device != device:
             self.anchor = torch.zeros((), device=device, requires_grad=True)
-        self.mode, self.weights = mode, weights
+        self.mode, self.weights, self._keep = mode, weights, keep
         if mode == "stack" and self._stack is None:
             self._allocate(device)
         try:
@@ -89,6 +97,14 @@ class TaskGradients:
     def add(self, parameter: nn.Parameter, gradients: Tensor) -> None:
         """Adds [T, *shape] task gradients of a dense parameter (mode `gramian`)."""
         share = self._scatter(gradients.reshape(self.num_tasks, -1)).to(torch.float32)
+        if not self._keep:
+            if id(parameter) in self._dropped:
+                raise RuntimeError(
+                    "a shared weight is used twice in one forward: its task gradients must add up before they meet in the "
+                    "Gramian, so use storage='stacked'"
+                )
+            self._dropped[id(parameter)] = gramian(share)
+            return
         held = self._shards.get(id(parameter))
         self._shards[id(parameter)] = share if held is None else held.add_(share)
 
@@ -104,6 +120,8 @@ class TaskGradients:
             total += gramian(self._scatter(self._stack))
         for shard in self._shards.values():
             total += gramian(shard)
+        for part in self._dropped.values():
+            total += part
         return total
 
     def sparse_gramian(self) -> Tensor:
@@ -136,6 +154,7 @@ class TaskGradients:
             self._stack.zero_()
         self._rows.clear()
         self._shards.clear()
+        self._dropped.clear()
 
     def nbytes(self) -> int:
         """Bytes held now."""

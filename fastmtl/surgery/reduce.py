@@ -1,0 +1,62 @@
+"""Task gradients over ranks: what has to be summed so that surgery sees the whole step's J."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_BUCKET = 1 << 23  # numbers per collective: bounds the copy that a collective needs
+
+
+def world_size() -> int:
+    """Processes that train together, 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def scatter_columns(piece: Tensor) -> Tensor:
+    """Sums [T, n] over ranks and returns this rank's columns, [T, ceil(n / world)] with zeros at the end."""
+    world = world_size()
+    if world == 1:
+        return piece
+    columns = max(1, _BUCKET // (world * piece.shape[0])) * world
+    return torch.cat([_scatter(piece[:, start : start + columns]) for start in range(0, piece.shape[1], columns)], dim=1)
+
+
+def _scatter(piece: Tensor) -> Tensor:
+    world, (num_tasks, columns) = world_size(), piece.shape
+    share = -(-columns // world)
+    padded = torch.nn.functional.pad(piece, (0, share * world - columns))
+    by_rank = padded.view(num_tasks, world, share).transpose(0, 1).contiguous()
+    if dist.get_backend() == "gloo":  # its reduce_scatter is an all_reduce inside; this one serves every version
+        dist.all_reduce(by_rank)
+        return by_rank[dist.get_rank()]
+    result = torch.empty(num_tasks, share, dtype=piece.dtype, device=piece.device)
+    dist.reduce_scatter_tensor(result, by_rank)
+    return result
+
+
+def gather_rows(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """All ranks' compact rows one after another: ids [k], rows [k, d] -> [sum k], [sum k, d]."""
+    world = world_size()
+    if world == 1:
+        return ids, rows
+    lengths = [torch.zeros(1, dtype=torch.int64, device=ids.device) for _ in range(world)]
+    dist.all_gather(lengths, torch.tensor([len(ids)], device=ids.device))
+    sizes = torch.cat(lengths).tolist()
+    longest = max(sizes)
+
+    def gathered(value: Tensor) -> Tensor:
+        padding = value.new_zeros(longest - len(value), *value.shape[1:])
+        parts = [torch.empty_like(torch.cat([value, padding])) for _ in range(world)]
+        dist.all_gather(parts, torch.cat([value, padding]).contiguous())
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    return gathered(ids), gathered(rows)
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Adds up a small tensor in place and returns it."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
