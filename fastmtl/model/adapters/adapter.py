@@ -1,0 +1,86 @@
+"""What all adapters share: the layers they stand in, dropout on TS(h), initialisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import BertConfig
+
+from fastmtl.config import AdapterConfig
+from fastmtl.errors import UserError
+from fastmtl.model.context import ForwardContext
+
+
+class Adapter(nn.Module):
+    """TS_t(h) of Stickland & Murray (2019), added to a BERT layer: LN(h' + FFN(h') + TS_t(h)).
+
+    A subclass makes its parameters, stacked over tasks [T, ...], calls `initialise` and defines `task_specific`. T
+    tasks, d_m the encoder's hidden size, d_s = config.size.
+    """
+
+    def __init__(self, config: AdapterConfig, bert: BertConfig, task_names: list[str]) -> None:
+        super().__init__()
+        self.layers = _layers(config, bert.num_hidden_layers)
+        self.dropout = _dropout(config, task_names)
+
+    def task_specific(self, layer: int, hidden: Tensor, context: ForwardContext) -> Tensor:
+        """TS(h) of one layer: [N, d_m] -> [N, d_m]."""
+        raise NotImplementedError
+
+    def forward(self, layer: int, hidden: Tensor, context: ForwardContext) -> Tensor | None:
+        """What is added to layer `layer`, whose input is `hidden` [N, d_m]; None where it carries no adapter."""
+        if layer not in self.layers:
+            return None
+        added = self.task_specific(layer, hidden, context)
+        if not self.training or not any(self.dropout):
+            return added
+        if len(set(self.dropout)) == 1:
+            return functional.dropout(added, self.dropout[0])
+        offsets = context.segments.host
+        parts = added.split([stop - start for start, stop in zip(offsets, offsets[1:], strict=False)])
+        return torch.cat([functional.dropout(part, p) for part, p in zip(parts, self.dropout, strict=True)])
+
+    def initialise(self, scheme: str, std: float, last: list[nn.Parameter]) -> None:
+        """Weights [T, ..., out, in]; biases stay zero.
+
+        default: normal with the encoder's own standard deviation. xavier: uniform, by each matrix's own sizes.
+        no_influence: as default, but `last` (the maps that give TS) is zero: TS is exactly 0 at first, while the
+        gradient of `last` is not.
+        """
+        with torch.no_grad():
+            for parameter in self.parameters():
+                for matrix in parameter.flatten(0, -3) if parameter.ndim > 2 else ():
+                    if scheme == "xavier":
+                        nn.init.xavier_uniform_(matrix)
+                    else:
+                        nn.init.normal_(matrix, std=std)
+            if scheme == "no_influence":
+                for parameter in last:
+                    parameter.zero_()
+
+
+ACTIVATIONS = {"identity": nn.Identity, "gelu": nn.GELU}
+
+
+def _layers(config: AdapterConfig, num_layers: int) -> list[int]:
+    layers = list(range(num_layers)) if config.layers is None else sorted(config.layers)
+    wrong = [layer for layer in layers if not 0 <= layer < num_layers]
+    if wrong:
+        raise UserError(f"adapter.layers: no layer {wrong[0]}: the encoder's layers are 0 to {num_layers - 1}")
+    if not layers or len(set(layers)) < len(layers):
+        raise UserError(f"adapter.layers: {config.layers}: name at least one layer, and each once")
+    return layers
+
+
+def _dropout(config: AdapterConfig, task_names: list[str]) -> list[float]:
+    if isinstance(config.dropout, dict):
+        for name in config.dropout:
+            if name not in task_names:
+                raise UserError(f"adapter.dropout: no task '{name}'; the tasks are {', '.join(task_names)}")
+    given = config.dropout
+    rates = [given.get(name, 0.0) if isinstance(given, dict) else given for name in task_names]
+    for rate in rates:
+        if not 0 <= rate < 1:
+            raise UserError(f"adapter.dropout: {rate} is not a rate in [0, 1)")
+    return rates

@@ -1,0 +1,32 @@
+"""PAL-LoRA: TS(h) = (h W_hr + b_1) W_rh + b_2 in each layer, rank `size`. Weights T L 2 d_m r, biases T L (r +
+d_m).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import BertConfig
+
+from fastmtl.config import AdapterConfig
+from fastmtl.errors import UserError
+from fastmtl.model.adapters.adapter import Adapter
+from fastmtl.model.adapters.per_task import PerTaskLinear
+from fastmtl.model.context import ForwardContext
+
+
+class Lora(Adapter):
+    def __init__(self, config: AdapterConfig, bert: BertConfig, task_names: list[str]) -> None:
+        super().__init__(config, bert, task_names)
+        if config.activation != "identity":
+            raise UserError(f"adapter.activation: {config.activation}: lora has no activation, low_rank has")
+        num_tasks, outer, rank = len(task_names), bert.hidden_size, config.size
+        self.encode = nn.ModuleDict(
+            {str(layer): PerTaskLinear(num_tasks, outer, rank, bias=True) for layer in self.layers}
+        )
+        self.decode = nn.ModuleDict(
+            {str(layer): PerTaskLinear(num_tasks, rank, outer, bias=True) for layer in self.layers}
+        )
+        self.initialise(config.init, bert.initializer_range, last=list(self.decode.parameters()))
+
+    def task_specific(self, layer: int, hidden: Tensor, context: ForwardContext) -> Tensor:
+        return self.decode[str(layer)](self.encode[str(layer)](hidden, context), context)

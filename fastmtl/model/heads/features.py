@@ -1,0 +1,25 @@
+"""What a head sees of an example: u for one sequence, chosen combinations of u and v for two."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl.config import TaskConfig
+
+PAIR_FEATURES = {
+    "u": lambda u, v: u,
+    "v": lambda u, v: v,
+    "abs_diff": lambda u, v: (u - v).abs(),
+    "product": lambda u, v: u * v,
+}
+
+
+def num_features(task: TaskConfig, hidden_size: int) -> int:
+    """Width of what `features` returns."""
+    return hidden_size * (len(task.head.features) if task.pairs == "bi" else 1)
+
+
+def features(task: TaskConfig, u: Tensor, v: Tensor | None) -> Tensor:
+    """u, v: [E, d], v None for examples of one sequence. Returns [E, num_features]."""
+    return u if v is None else torch.cat([PAIR_FEATURES[name](u, v) for name in task.head.features], dim=1)

@@ -1,0 +1,140 @@
+"""One encoder, one adapter stacked over the tasks, one head and loss per task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.config import OptimizerConfig, Recipe
+from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.errors import UserError
+from fastmtl.model.adapters import build_adapter
+from fastmtl.model.encoder import PackedBert
+from fastmtl.model.heads import build_head
+from fastmtl.model.losses import build_loss
+from fastmtl.model.outputs import predictions, targets
+from fastmtl.model.pooling import pooling
+
+if TYPE_CHECKING:
+    from fastmtl.surgery.task_gradients import TaskGradients
+
+
+class MultiTaskModel(nn.Module):
+    """Modules `encoder`, `adapter` (None without one) and `heads` (in the order of the recipe's tasks).
+
+    Every module touches only its own parameters and all heads run on every batch, on no rows if need be, so that
+    under ZeRO 3 all ranks gather the same parameters in the same order. Raises UserError, naming the key, for choices
+    that do not fit together.
+    """
+
+    def __init__(self, recipe: Recipe, encoder: PackedBert) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.encoder = encoder.requires_grad_(not recipe.encoder.freeze)
+        self.adapter = build_adapter(recipe.adapter, encoder.config, recipe.task_names)
+        heads, self.losses, self.poolings = [], [], []
+        for name, task in recipe.tasks.items():
+            try:
+                heads.append(build_head(task, encoder.config.hidden_size, encoder.config.initializer_range))
+                self.losses.append(build_loss(task))
+                self.poolings.append(pooling(task.pooling))
+            except UserError as error:
+                raise UserError(f"tasks.{name}: {error}") from None
+        self.heads = nn.ModuleList(heads)
+
+    @property
+    def task_weights(self) -> dict[str, float]:
+        """The recipe's fixed weights. The losses of `forward` are not multiplied by them."""
+        return {name: task.weight for name, task in self.recipe.tasks.items()}
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        task_grads: TaskGradients | None = None,
+        *,
+        returns: Literal["losses", "predictions"] = "losses",
+    ) -> dict[str, Any]:
+        """Per task that has examples in the batch: (fp32 0-dim loss sum, number of examples), or predictions.
+
+        task_grads: where the encoder's layers write task gradients while it is armed.
+        Raises ValueError where losses are asked for and a task's examples have no labels.
+        """
+        results: dict[str, Any] = {}
+        idle = []
+        for index, (name, outputs) in enumerate(self._outputs(batch, task_grads).items()):
+            task, labels, count = self.recipe.tasks[name], batch.labels[index], batch.counts[index]
+            if count == 0:
+                idle.append(outputs.sum())
+            elif returns == "predictions":
+                results[name] = predictions(task, outputs)
+            elif labels is None:
+                raise ValueError(f"task '{name}': the batch has no labels for its examples")
+            else:
+                results[name] = (self.losses[index](outputs, targets(task, labels)).sum(), count)
+        if idle and results and returns == "losses":
+            # The sum over no rows is 0 and keeps the heads without rows in the graph: the ranks whose batch has rows
+            # for them gather their parameters in backward too.
+            first = next(iter(results))
+            loss, count = results[first]
+            results[first] = (torch.stack([loss, *idle]).sum(), count)
+        return results
+
+    def predict(self, batch: PackedBatch) -> dict[str, Tensor]:
+        """Per task that has examples, in the order of its example_ids, fp32.
+
+        classification: probabilities [E, C]; binary: probability of class 1 [E]; regression: score [E] in label
+        units.
+        """
+        with torch.no_grad():
+            return self(batch, returns="predictions")
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """What gradient surgery merges: the encoder's parameters, none where it is frozen."""
+        return [parameter for parameter in self.encoder.parameters() if parameter.requires_grad]
+
+    def task_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """What belongs to tasks and keeps its own gradient: "adapters" (stacked [T, ...]) and "heads"."""
+        adapters = [] if self.adapter is None else list(self.adapter.parameters())
+        return {"adapters": adapters, "heads": list(self.heads.parameters())}
+
+    def parameter_groups(self, config: OptimizerConfig) -> list[dict[str, Any]]:
+        """Trainable parameters for an optimiser: groups `encoder`, `adapters`, `heads`, with and without weight
+        decay.
+
+        Biases and the weights of LayerNorm do not decay. Keys: params, lr, weight_decay, name.
+        """
+        parts = [("encoder", self.encoder, config.lr), ("heads", self.heads, config.head_lr)]
+        if self.adapter is not None:
+            parts.insert(1, ("adapters", self.adapter, config.adapter_lr))
+        groups = []
+        for name, module, lr in parts:
+            split: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+            for key, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    split[not key.endswith(("bias", "LayerNorm.weight"))].append(parameter)
+            for decays, parameters in split.items():
+                if parameters:
+                    decay = config.weight_decay if decays else 0.0
+                    lr = config.lr if lr is None else lr
+                    groups.append({"params": parameters, "lr": lr, "weight_decay": decay, "name": name})
+        return groups
+
+    def _outputs(self, batch: PackedBatch, task_grads: TaskGradients | None) -> dict[str, Tensor]:
+        """Every head's outputs, float32 [E_t, num_outputs], E_t = 0 included."""
+        hidden = self.encoder(batch, self.adapter, task_grads)
+        pooled = {pool: pool(hidden, batch) for pool in self.poolings}
+        outputs = {}
+        for index, (name, head) in enumerate(zip(self.recipe.task_names, self.heads, strict=True)):
+            vectors = pooled[self.poolings[index]]
+            pairs = batch.pairs[index]
+            start, stop = batch.host.seq_offsets[index : index + 2]
+            if self.recipe.tasks[name].pairs == "cross":
+                outputs[name] = head(vectors[start:stop], None).float()
+                continue
+            if pairs is None and stop > start:
+                raise UserError(f"tasks.{name}.pairs: bi, but its examples are single texts")
+            u, v = (vectors[:0], vectors[:0]) if pairs is None else (vectors[pairs[:, 0]], vectors[pairs[:, 1]])
+            outputs[name] = head(u, v).float()
+        return outputs

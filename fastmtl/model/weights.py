@@ -1,0 +1,118 @@
+"""Tensors of a Hugging Face BERT directory, under the names of transformers.BertModel. No object is unpickled."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fastmtl.errors import UserError
+
+# In the order in which transformers looks for them.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def read_encoder_weights(directory: Path) -> dict[str, Tensor]:
+    """Embeddings, layers and pooler of a directory, in the dtype of its files.
+
+    Other tensors (a masked LM's head) are left out. Names may carry the prefix `bert.` of BertForMaskedLM and its
+    like, and LayerNorm's old `gamma` and `beta`. Raises UserError naming the file that is missing, damaged or no
+    weight file.
+    """
+    path = next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
+    if path is None:
+        raise UserError(f"{directory}: no weights: expected one of {', '.join(WEIGHT_FILES)}")
+    tensors: dict[str, Tensor] = {}
+    for part in _parts(path):
+        tensors.update(read_tensors(part))
+    return {
+        renamed: tensor
+        for name, tensor in tensors.items()
+        if (renamed := _bert_name(name)).startswith(("embeddings.", "encoder.", "pooler."))
+        and renamed != "embeddings.position_ids"  # a buffer of old versions
+    }
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file or, by torch's restricted unpickler, of a .bin file.
+
+    Raises UserError naming the file.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: the file is missing") from None
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"{path}: damaged, or no file of weights: {str(error).splitlines()[0]}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError(f"{path}: expected a mapping of names to tensors")
+    return tensors
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError naming the file that is missing, damaged or something else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: the file is missing") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: not a JSON file: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Puts float32 copies of `tensors` in the place of the module's own, which may be on the meta device.
+
+    Raises UserError, naming `source` and the tensors, where one is missing, unknown or of another shape.
+    """
+    expected = module.state_dict()
+    shapes = [
+        f"{name} {list(tensors[name].shape)} (expected {list(tensor.shape)})"
+        for name, tensor in expected.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    _refuse(source, "lacks the tensors", expected.keys() - tensors.keys())
+    _refuse(source, "holds tensors that the model does not have:", tensors.keys() - expected.keys())
+    _refuse(source, "holds tensors of the wrong shape:", shapes)
+    copies = {name: tensor.to(torch.float32, copy=True).contiguous() for name, tensor in tensors.items()}
+    module.load_state_dict(copies, assign=True)
+
+
+def _refuse(source: str, what: str, names: Iterable[str]) -> None:
+    wrong = sorted(names)
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise UserError(f"{source} {what} {', '.join(wrong[:5])}{more}. Do these files belong together?")
+
+
+def _parts(path: Path) -> list[Path]:
+    if path.suffix != ".json":
+        return [path]
+    index = read_json(path).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+        raise UserError(f"{path}: no weight_map from tensor names to file names")
+    outside = [name for name in index.values() if Path(name).name != name]
+    if outside:
+        raise UserError(f"{path}: weight_map names {outside[0]!r}, which is not a file of this directory")
+    return [path.parent / name for name in sorted(set(index.values()))]
+
+
+def _bert_name(name: str) -> str:
+    name = name.removeprefix("bert.")
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
