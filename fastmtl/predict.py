@@ -81,7 +81,7 @@ class Predictor:
         """float32 [n, classes] probabilities, [n] probabilities of class 1, or [n] scores, by the task's type."""
         config = self.task(task)
         with tempfile.TemporaryDirectory(prefix="fastmtl-") as cache:
-            dataset = tokenize(rows, self._tokenizer, config, self.model.max_length, cache)
+            dataset = tokenize(rows, self._tokenizer, config, self.model.encoder.max_length, cache)
             return score(self._forward, self.recipe, {task: dataset})[task].scores
 
     def task(self, name: str) -> TaskConfig:

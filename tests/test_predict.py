@@ -120,7 +120,7 @@ def test_kinds_of_answers(predictor: Predictor) -> None:
 @pytest.mark.parametrize(
     ("task", "texts", "message"),
     [
-        ("ssd", ["x"], "unknown task 'ssd'. Did you mean 'sst'?"),
+        ("parra", ["x"], "unknown task 'parra'. Did you mean 'para'?"),
         ("sst", "one text", "write [text]"),
         ("sst", ["x", ("a", "b")], "texts[1] is not a string"),
         ("para", [("a", "b"), "x"], "texts[1] is not a pair of strings"),
