@@ -43,6 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, data: Path) -> Path:
     """A run's directory with an untrained model whose heads differ from task to task."""
     import torch
+
     from fastmtl.model.multitask import MultiTaskModel
     from fastmtl.model.pretrained import load_encoder, load_tokenizer, save_model
 
