@@ -84,6 +84,8 @@ def packed_attention(
 
     query, key, value: [N, num_heads * head size], packed rows. Returns [N, num_heads * head size].
     """
+    if not plan.blocks:
+        return query + key + value  # no rows, but all three stay in the graph: under ZeRO 3 every rank has to run them
     sizes = [block.num_sequences * block.length for block in plan.blocks]
     parts = [_ToBlocks.apply(x, plan).split(sizes) for x in (query, key, value)]
     outputs = []
@@ -92,7 +94,7 @@ def packed_attention(
         q, k, v = (x.view(shape).transpose(1, 2) for x in rows)
         mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=block.mask, dropout_p=dropout)
         outputs.append(mixed.transpose(1, 2).reshape(block.num_sequences * block.length, -1))
-    return _FromBlocks.apply(torch.cat(outputs) if outputs else query, plan)
+    return _FromBlocks.apply(torch.cat(outputs), plan)
 
 
 class _ToBlocks(torch.autograd.Function):

@@ -1,0 +1,57 @@
+"""Model -> DeepSpeed engine: optimiser, schedule, ZeRO."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastmtl.config import Recipe
+from fastmtl.engine.settings import deepspeed_config
+from fastmtl.model.multitask import MultiTaskModel
+
+
+def build_engine(recipe: Recipe, model: MultiTaskModel, world: int, total_steps: int, *, universal: bool = False) -> Any:
+    """The DeepSpeed engine for a model on the CPU; it moves, casts and partitions it.
+
+    total_steps: optimiser steps of the whole run, for the schedule. universal: the engine will load a universal checkpoint.
+    """
+    import deepspeed
+
+    optimizer = build_optimizer(recipe, model)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(recipe, total_steps))
+    cpu = not torch.cuda.is_available()
+    config = deepspeed_config(recipe, world, cpu=cpu)
+    if universal:
+        config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
+    return engine
+
+
+def build_optimizer(recipe: Recipe, model: MultiTaskModel) -> torch.optim.Optimizer:
+    """AdamW, Adam or SGD over the model's groups (each with its own learning rate and weight decay)."""
+    config = recipe.optimizer
+    groups = model.parameter_groups(config)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    fused = torch.cuda.is_available() and not recipe.engine.offload
+    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def lr_factor(recipe: Recipe, total_steps: int) -> Callable[[int], float]:
+    """step (from 0) -> the factor of every group's learning rate: linear warm-up, then linear or cosine decay to 0, or constant."""
+    warmup = math.ceil(recipe.schedule.warmup * total_steps)
+    kind = recipe.schedule.name
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        if kind == "constant":
+            return 1.0
+        return 1.0 - done if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+    return factor

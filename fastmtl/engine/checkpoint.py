@@ -1,0 +1,167 @@
+"""Checkpoints: whole or absent, checked before they are opened, the latest and the best kept.
+
+checkpoints/step-N/ holds DeepSpeed's files (engine/), one file of random state per rank, state.json (sampler position, surgery, early
+stopping) and manifest.json. A save goes into .incomplete-step-N and is renamed when everything is on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastmtl.config import Recipe
+from fastmtl.engine.distributed import Ranks
+from fastmtl.engine.manifest import Refused, read_manifest, write_manifest
+from fastmtl.engine.universal import universal_copy
+from fastmtl.errors import UserError
+
+KEEP_LATEST = 2  # the newest, and one to fall back on
+
+
+@dataclass(frozen=True)
+class Found:
+    """A good checkpoint to go on from. universal: it was saved by another number of ranks."""
+
+    path: Path
+    manifest: dict[str, Any]
+    universal: bool
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. Every rank makes one and calls its methods together."""
+
+    def __init__(self, directory: Path, recipe: Recipe, ranks: Ranks) -> None:
+        self._directory, self._recipe, self._ranks = directory, recipe, ranks
+
+    def save(self, engine: Any, step: int, state: dict[str, Any], value: float | None = None) -> None:
+        """Saves everything needed to go on after `step`. value: of the metric that chooses the best, where there is one."""
+        incomplete = self._directory / f".incomplete-step-{step}"
+        final = self._directory / f"step-{step}"
+        if self._ranks.is_main:
+            shutil.rmtree(incomplete, ignore_errors=True)
+            incomplete.mkdir(parents=True)
+        self._ranks.barrier()
+        engine.save_checkpoint(str(incomplete), tag="engine", save_latest=False)
+        save_file(_random_state(self._ranks.device), incomplete / f"random-{self._ranks.rank}.safetensors")
+        self._ranks.barrier()
+        if self._ranks.is_main:
+            (incomplete / "state.json").write_text(json.dumps(state), encoding="utf-8")
+            write_manifest(incomplete, {**self._about(), "step": step, "value": value})
+            _sync(incomplete)
+            shutil.rmtree(final, ignore_errors=True)  # the same step, saved again after a resume
+            incomplete.rename(final)
+            self._prune()
+        self._ranks.barrier()
+
+    def find(self) -> Found | None:
+        """The newest checkpoint, None where there is none.
+
+        Raises UserError where it is damaged or foreign (naming the newest good one), or belongs to another kind of run.
+        """
+        steps = self._steps()
+        if not steps:
+            return None
+        path = self._path(steps[-1])
+        try:
+            manifest = read_manifest(path)
+        except Refused as reason:
+            others = [step for step in reversed(steps[:-1]) if self._is_good(step)]
+            advice = (
+                f"Move it away and run again with --resume: {self._path(others[0])} is good."
+                if others
+                else "There is no other good checkpoint here: start again in another --output."
+            )
+            raise UserError(f"{path} cannot be used: {reason}. {advice}") from None
+        for key, ours in self._about().items():
+            theirs = manifest.get(key)
+            if theirs != ours and key not in ("world", "recipe"):
+                raise UserError(f"{path} was saved with {key}: {theirs}, this run has {key}: {ours}; a resumed run keeps it")
+        universal = manifest["world"] != self._ranks.world
+        if universal and (self._recipe.engine.zero == 0 or self._recipe.engine.offload):
+            kind = "engine.offload" if self._recipe.engine.offload else "engine.zero: 0"
+            raise UserError(
+                f"{path} was saved by {manifest['world']} processes, this run has {self._ranks.world}: with {kind} DeepSpeed "
+                "cannot change their number; run with as many as before"
+            )
+        return Found(path, manifest, universal)
+
+    def restore(self, engine: Any, found: Found) -> dict[str, Any]:
+        """Loads a found checkpoint into the engine and the random state; returns what `save` was given as state."""
+        if found.universal:
+            with universal_copy(found.path, self._ranks) as directory:
+                loaded, _ = engine.load_checkpoint(str(directory), tag="engine")
+        else:
+            loaded, _ = engine.load_checkpoint(str(found.path), tag="engine")
+            file = found.path / f"random-{self._ranks.rank}.safetensors"
+            state = load_file(file)
+            torch.set_rng_state(state["cpu"])
+            if "cuda" in state and self._ranks.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda"], self._ranks.device)
+        assert loaded is not None, "DeepSpeed found no checkpoint where the manifest says there is one"
+        return json.loads((found.path / "state.json").read_text(encoding="utf-8"))
+
+    def _about(self) -> dict[str, Any]:
+        engine = self._recipe.engine
+        recipe = hashlib.sha256(self._recipe.dump().encode("utf-8")).hexdigest()
+        return {
+            "world": self._ranks.world,
+            "zero": engine.zero,
+            "precision": engine.precision,
+            "offload": engine.offload,
+            "tasks": self._recipe.task_names,
+            "adapter": self._recipe.adapter.name,
+            "recipe": recipe,
+        }
+
+    def _path(self, step: int) -> Path:
+        return self._directory / f"step-{step}"
+
+    def _steps(self) -> list[int]:
+        names = [path.name.removeprefix("step-") for path in self._directory.glob("step-*")]
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def _is_good(self, step: int) -> bool:
+        try:
+            read_manifest(self._path(step))
+        except Refused:
+            return False
+        return True
+
+    def _prune(self) -> None:
+        steps = self._steps()
+        values = {}
+        for step in steps:
+            try:
+                values[step] = json.loads((self._path(step) / "manifest.json").read_text(encoding="utf-8")).get("value")
+            except (OSError, ValueError):
+                continue  # damaged: not ours to delete
+        scored = {step: value for step, value in values.items() if value is not None}
+        best = max(scored, key=lambda step: (scored[step], -step)) if scored else None
+        for step in steps[:-KEEP_LATEST]:
+            if step != best and step in values:
+                shutil.rmtree(self._path(step))
+
+
+def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _sync(directory: Path) -> None:
+    """Everything below on disk, before the rename says so."""
+    for path in [*directory.rglob("*"), directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,120 @@
+"""The processes of a run: under the DeepSpeed launcher, under torchrun, or one bare process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `world` processes; `local_rank` counts within the machine."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_gather(self, value: T) -> list[T]:
+        """Every rank's value (any picklable object), in rank order, on every rank."""
+        gathered: list[Any] = [None] * self.world
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def barrier(self) -> None:
+        dist.all_reduce(torch.zeros(1, device=self.device))
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank: the same answer on all."""
+        value = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """Runs `work` on the first process of each machine, then on the others. An error anywhere is raised everywhere."""
+        result: list[T] = []
+        error: BaseException | None = None
+        for first in (True, False):
+            if (self.local_rank == 0) == first and error is None:
+                try:
+                    result.append(work())
+                except Exception as caught:  # noqa: BLE001 - raised again below, after the others know
+                    error = caught
+            errors = self.all_gather(None if error is None else f"{error}")
+            if any(errors):
+                if error is not None:
+                    raise error
+                raise SystemExit(2)  # another process reports it
+        return result[0]
+
+
+def start(local_rank: int | None = None, *, debug: bool = False) -> Ranks:
+    """Joins the other processes and picks the device. local_rank: as the DeepSpeed launcher passes it.
+
+    RANK, WORLD_SIZE and LOCAL_RANK come from the launcher; without them the run has one process.
+    """
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+    if not debug:
+        _quiet()
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local = int(os.environ.get("LOCAL_RANK", local_rank or 0))
+    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world)))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    import deepspeed
+
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=debug)
+    return Ranks(rank, world, local, device)
+
+
+def _quiet() -> None:
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(torch|deepspeed|transformers)\b")
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+class StopFlag:
+    """Goes up at SIGTERM; the loop looks at it after each step."""
+
+    def __init__(self) -> None:
+        self.up = False
+        self._previous = signal.signal(signal.SIGTERM, self._raise)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        self.up = True
+
+    def release(self) -> None:
+        """Gives SIGTERM back its earlier meaning."""
+        signal.signal(signal.SIGTERM, self._previous)

@@ -1,0 +1,80 @@
+"""The DeepSpeed configuration of a recipe, and what may not contradict it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastmtl.config import Recipe
+from fastmtl.errors import UserError
+
+# DeepSpeed's key -> the recipe's key that owns it, where the two are the same setting.
+_OWNED = {
+    ("zero_optimization", "stage"): "engine.zero",
+    ("gradient_accumulation_steps",): "engine.accumulation",
+    ("gradient_clipping",): "engine.clip",
+    ("fp16", "enabled"): "engine.precision",
+    ("bf16", "enabled"): "engine.precision",
+    ("zero_optimization", "offload_optimizer", "device"): "engine.offload",
+    ("zero_optimization", "offload_param", "device"): "engine.offload",
+}
+# DeepSpeed's blocks for what a recipe says elsewhere.
+_REFUSED = {
+    "optimizer": "use the section `optimizer`",
+    "scheduler": "use the section `schedule`",
+    "train_batch_size": "use sampler.batch_size or sampler.batch_tokens; DeepSpeed's number is derived",
+    "train_micro_batch_size_per_gpu": "use sampler.batch_size or sampler.batch_tokens; DeepSpeed's number is derived",
+    "amp": "DeepSpeed dropped it with Apex's amp; use engine.precision: bf16 or fp16",
+}
+
+
+def deepspeed_config(recipe: Recipe, world: int, *, cpu: bool) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`; the recipe's `deepspeed` section is merged in.
+
+    Raises UserError naming both keys where that section contradicts the recipe, and for combinations that DeepSpeed cannot train.
+    """
+    engine = recipe.engine
+    if engine.precision == "fp16" and cpu:
+        raise UserError("engine.precision: fp16 needs a GPU (DeepSpeed refuses it on CPUs); use bf16 or fp32")
+    if engine.precision == "fp16" and engine.zero == 0:
+        raise UserError("engine.precision: fp16 with engine.zero: 0 is not scaled by DeepSpeed; use engine.zero: 1")
+    if engine.offload and engine.zero == 0:
+        raise UserError("engine.offload needs engine.zero 1, 2 or 3")
+    zero: dict[str, Any] = {"stage": engine.zero}
+    if engine.zero:
+        zero |= {"overlap_comm": not cpu, "contiguous_gradients": True}
+    if engine.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": not cpu}
+        if engine.zero == 3:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": not cpu}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants a number; losses are divided by the true counts
+        "gradient_accumulation_steps": engine.accumulation,
+        "gradient_clipping": engine.clip,  # always written: DeepSpeed clips at 1.0 unless told otherwise
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "fp16": {"enabled": engine.precision == "fp16"},
+        "bf16": {"enabled": engine.precision == "bf16"},
+        "steps_per_print": 1 << 30,
+    }
+    for key, advice in _REFUSED.items():
+        if key in recipe.deepspeed:
+            raise UserError(f"deepspeed.{key}: {advice}")
+    _merge(config, recipe.deepspeed, recipe, ())
+    return config
+
+
+def _merge(config: dict[str, Any], given: dict[str, Any], recipe: Recipe, path: tuple[str, ...]) -> None:
+    for key, value in given.items():
+        where = (*path, key)
+        if where in _OWNED:
+            owner = _OWNED[where]
+            ours = config.get(key, "none")
+            if value != ours:
+                section, name = owner.split(".")
+                setting = getattr(getattr(recipe, section), name)
+                raise UserError(f"deepspeed.{'.'.join(where)}: {value} contradicts {owner}: {setting}; change {owner} only")
+        if isinstance(value, dict):
+            _merge(config.setdefault(key, {}), value, recipe, where)
+        else:
+            config[key] = value

@@ -1,0 +1,97 @@
+"""What a run leaves in its output directory besides metrics and checkpoints. Written by the main process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from fastmtl.config import Recipe
+from fastmtl.data.corpus import Corpus
+from fastmtl.data.tokenized import TokenizedDataset
+from fastmtl.engine.distributed import Ranks
+from fastmtl.evaluation import Scores
+from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.model.pretrained import save_model
+from fastmtl.predictions import write_cs224n
+from fastmtl.report import collect_results, write_report
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class RunFiles:
+    """config.yaml at once; model/ and predictions/ of the best epoch so far; report.html at the end."""
+
+    def __init__(
+        self,
+        output: Path,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerBase,
+        corpus: Corpus,
+        ranks: Ranks,
+        *,
+        resume: bool,
+    ) -> None:
+        self._output, self._recipe, self._tokenizer, self._corpus = output, recipe, tokenizer, corpus
+        self._ranks = ranks
+        if ranks.is_main:
+            output.mkdir(parents=True, exist_ok=True)
+            _write(output / "config.yaml", recipe.dump())
+
+    def notes(self) -> list[str]:
+        """What the user should know of the files before the run starts."""
+        notes = []
+        for name, split, dataset in self._datasets():
+            if dataset.skipped:
+                notes.append(f"{name} {split}: {len(dataset.skipped)} bad rows skipped, first {dataset.skipped[0]}")
+            if dataset.truncated:
+                notes.append(f"{name} {split}: {dataset.truncated} of {len(dataset)} texts cut to the encoder's positions")
+        return notes
+
+    def keep(self, scored: Mapping[str, Scores], state_dict: dict[str, Tensor] | None, model: MultiTaskModel) -> None:
+        """Writes model/ and predictions/<task>-dev.csv, and remembers the scores for the report."""
+        if not self._ranks.is_main:
+            return
+        assert state_dict is not None
+        save_model(self._output / "model", model, self._recipe, self._tokenizer, state_dict)
+        folder = self._output / "predictions"
+        folder.mkdir(exist_ok=True)
+        for name, task in scored.items():
+            write_cs224n(folder / f"{name}-dev.csv", self._recipe.tasks[name], task.dataset.ids, task.scores)
+            np.save(folder / f".{name}-dev.npy", task.scores)  # the report's, after a resume too
+
+    def finish(self, steps: int, seconds: float) -> dict[str, Any] | None:
+        """Writes report.html (and results.json) from the kept scores; returns the results on the main process."""
+        if not self._ranks.is_main:
+            return None
+        kept = {}
+        for name, split, dataset in self._datasets():
+            file = self._output / "predictions" / f".{name}-dev.npy"
+            if split == "dev" and file.is_file():
+                assert dataset.labels is not None
+                kept[name] = (np.load(file), dataset.labels)
+        counts: dict[str, dict[str, dict[str, int]]] = {}
+        for name, split, dataset in self._datasets():
+            numbers = {"rows": len(dataset), "skipped": len(dataset.skipped), "truncated": dataset.truncated}
+            counts.setdefault(name, {})[split] = numbers
+        results = collect_results(
+            self._recipe, kept, counts, steps=steps, seconds=seconds, world_size=self._ranks.world
+        )
+        write_report(self._output, results)
+        return results
+
+    def _datasets(self) -> list[tuple[str, str, TokenizedDataset]]:
+        named = zip(self._recipe.task_names, self._corpus.train, self._corpus.dev, strict=True)
+        pairs = [(name, split, data) for name, *both in named for split, data in zip(("train", "dev"), both, strict=True)]
+        return [(name, split, data) for name, split, data in pairs if data is not None]
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
