@@ -94,6 +94,11 @@ class MultiTaskModel(nn.Module):
         """What gradient surgery merges: the encoder's parameters, none where it is frozen."""
         return [parameter for parameter in self.encoder.parameters() if parameter.requires_grad]
 
+    def sparse_parameters(self) -> list[nn.Parameter]:
+        """Those whose gradient has few rows that are not zero: the word embeddings."""
+        weight = self.encoder.embeddings.word_embeddings.weight
+        return [weight] if weight.requires_grad else []
+
     def task_parameters(self) -> dict[str, list[nn.Parameter]]:
         """What belongs to tasks and keeps its own gradient: "adapters" (stacked [T, ...]) and "heads"."""
         adapters = [] if self.adapter is None else list(self.adapter.parameters())

@@ -61,8 +61,7 @@ class EngineTarget:
         stage = engine.zero_optimization_stage()
         if engine.fp16_enabled() and stage == 0:
             raise ValueError("fp16 with ZeRO 0: DeepSpeed does not scale that loss while its optimiser divides; use ZeRO 1")
-        offload = engine.zero_optimization() and (engine.zero_cpu_offload() or engine.zero_has_nvme_offload())
-        self.stacks = stage < 3 and not offload
+        self.stacks = stage < 3 and not engine.zero_use_cpu_optimizer()
 
     def model(self, training_pass: bool) -> Any:
         # engine(...) prepares DeepSpeed for a backward of its own: only for a forward that engine.backward follows.
