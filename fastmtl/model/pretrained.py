@@ -108,14 +108,11 @@ def save_model(
     masters).
     """
     tensors = model.state_dict() if state_dict is None else state_dict
-    parts = {"encoder": {}, "adapter": {}, "heads": {}}  # type: dict[str, dict[str, Tensor]]
+    parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "adapter": {}, "heads": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = tensor.detach().cpu().contiguous()
-    heads = {}
-    for name, tensor in parts["heads"].items():
-        index, _, rest = name.partition(".")
-        heads[f"{recipe.task_names[int(index)]}.{rest}"] = tensor
+    heads = {_head_name(name, recipe): tensor for name, tensor in parts["heads"].items()}
 
     written = directory.with_name(f".{directory.name}.new")
     shutil.rmtree(written, ignore_errors=True)
@@ -161,18 +158,15 @@ def load_model(directory: Path) -> tuple[MultiTaskModel, Recipe, PreTrainedToken
     if model.adapter is not None:
         adapters = directory / "adapters.safetensors"
         load_exactly(model.adapter, read_tensors(adapters), str(adapters))
-    tensors = read_tensors(directory / "heads.safetensors")
-    expected = {
-        f"{name}.{key}": f"{index}.{key}"
-        for index, (name, head) in enumerate(zip(recipe.task_names, model.heads, strict=True))
-        for key in head.state_dict()
-    }
-    load_exactly(
-        model.heads,
-        {expected.get(name, name): tensor for name, tensor in tensors.items()},
-        f"{directory}/heads.safetensors",
-    )
+    heads = directory / "heads.safetensors"
+    names = {name: _head_name(name, recipe) for name in model.heads.state_dict()}
+    load_exactly(model.heads, read_tensors(heads), str(heads), names)
     return model.eval(), recipe, load_tokenizer(here)
+
+
+def _head_name(name: str, recipe: Recipe) -> str:
+    index, _, parameter = name.partition(".")
+    return f"{recipe.task_names[int(index)]}.{parameter}"
 
 
 def _bert_config(path: Path) -> BertConfig:

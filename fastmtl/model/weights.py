@@ -76,12 +76,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+def load_exactly(
+    module: nn.Module, tensors: Mapping[str, Tensor], source: str, names: Mapping[str, str] | None = None
+) -> None:
     """Puts float32 copies of `tensors` in the place of the module's own, which may be on the meta device.
 
+    names: {the module's name of a tensor: its name in `tensors`} where these differ.
     Raises UserError, naming `source` and the tensors, where one is missing, unknown or of another shape.
     """
-    expected = module.state_dict()
+    names = names or {name: name for name in module.state_dict()}
+    expected = {names[name]: tensor for name, tensor in module.state_dict().items()}
     shapes = [
         f"{name} {list(tensors[name].shape)} (expected {list(tensor.shape)})"
         for name, tensor in expected.items()
@@ -90,7 +94,7 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) 
     _refuse(source, "lacks the tensors", expected.keys() - tensors.keys())
     _refuse(source, "holds tensors that the model does not have:", tensors.keys() - expected.keys())
     _refuse(source, "holds tensors of the wrong shape:", shapes)
-    copies = {name: tensor.to(torch.float32, copy=True).contiguous() for name, tensor in tensors.items()}
+    copies = {name: tensors[there].to(torch.float32, copy=True).contiguous() for name, there in names.items()}
     module.load_state_dict(copies, assign=True)
 
 

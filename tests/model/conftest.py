@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fastmtl.config import EncoderConfig, Recipe
 from fastmtl.data.packed_batch import HostOffsets, PackedBatch
 from fastmtl.model.multitask import MultiTaskModel
@@ -76,7 +77,7 @@ def make_model(tiny_bert: Path) -> Callable[..., MultiTaskModel]:
 
     def make(**sections: dict) -> MultiTaskModel:
         encoder = {"path": str(tiny_bert), **sections.pop("encoder", {})}
-        recipe = Recipe.model_validate({"encoder": encoder, "tasks": TASKS, **sections})
+        recipe = Recipe.model_validate({"tasks": TASKS, **sections, "encoder": encoder})
         torch.manual_seed(3)
         return MultiTaskModel(recipe, load_encoder(EncoderConfig(**encoder)))
 

@@ -1,0 +1,199 @@
+"""Adapters against the formulas, task by task in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import BertConfig
+
+from fastmtl.config import AdapterConfig
+from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.errors import UserError
+from fastmtl.model.adapters import Adapter, build_adapter
+from fastmtl.model.context import ForwardContext
+
+MakeBatch = Callable[..., PackedBatch]
+TASKS = ["a", "b", "c"]
+LENGTHS = [[5, 1, 9], [], [3, 7]]
+FORMULAS = [("pal", False), ("pal", True), ("low_rank", False), ("low_rank", True), ("lora", False)]
+BERT = BertConfig(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, attention_probs_dropout_prob=0.0)
+
+
+def build(name: str, bert: BertConfig = BERT, **settings: object) -> Adapter:
+    torch.manual_seed(0)
+    settings = {"size": 8, "heads": 4, **settings}
+    adapter = build_adapter(AdapterConfig(name=name, **settings), bert, TASKS)
+    assert adapter is not None
+    return adapter
+
+
+def randomise(adapter: Adapter) -> Adapter:
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapter.parameters():
+        parameter.data = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+    return adapter
+
+
+def context_of(batch: PackedBatch) -> ForwardContext:
+    return ForwardContext.build(batch, torch.float64)
+
+
+def attention(x: Tensor, weight: Tensor, heads: int) -> Tensor:
+    """One sequence; weight [3, d_s, d_s]."""
+    size = x.shape[1] // heads
+    query, key, value = (x @ w.T for w in weight)
+    parts = []
+    for head in range(heads):
+        columns = slice(head * size, (head + 1) * size)
+        scores = query[:, columns] @ key[:, columns].T / math.sqrt(size)
+        parts.append(scores.softmax(dim=1) @ value[:, columns])
+    return torch.cat(parts, dim=1)
+
+
+def naive(name: str, p: dict[str, Tensor], layer: int, task: int, x: Tensor, gelu: bool) -> Tensor:
+    """TS_t(h) of one sequence, as the papers write it."""
+    activation = functional.gelu if gelu else (lambda y: y)
+    if name == "pal":
+        attended = attention(x @ p["encode.weight"][task].T, p[f"attention.{layer}.weight"][task], 4)
+        return activation(attended @ p["decode.weight"][task].T)
+    encode, decode = p[f"encode.{layer}.weight"][task], p[f"decode.{layer}.weight"][task]
+    if name == "low_rank":
+        return activation(x @ encode.T) @ decode.T
+    inner = x @ encode.T + p[f"encode.{layer}.bias"][task]
+    return inner @ decode.T + p[f"decode.{layer}.bias"][task]
+
+
+@pytest.mark.parametrize(("name", "gelu"), FORMULAS)
+def test_outputs_and_gradients_follow_the_formula(name: str, gelu: bool, make_batch: MakeBatch) -> None:
+    adapter = randomise(build(name, activation="gelu" if gelu else "identity"))
+    batch = make_batch(LENGTHS)
+    context = context_of(batch)
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(batch.num_tokens, 24, dtype=torch.float64, generator=generator, requires_grad=True)
+    upstream = torch.randn(hidden.shape, dtype=torch.float64, generator=generator)
+    total = sum((adapter(layer, hidden, context) * upstream).sum() for layer in range(3))
+    names = [key for key, _ in adapter.named_parameters()]
+    gradients = torch.autograd.grad(total, [hidden, *adapter.parameters()])
+
+    copies = {key: value.detach().clone().requires_grad_() for key, value in adapter.named_parameters()}
+    reference = hidden.detach().clone().requires_grad_()
+    expected = reference.new_zeros(())
+    tasks = [task for task, own in enumerate(LENGTHS) for _ in own]
+    lengths = [length for own in LENGTHS for length in own]
+    for layer in range(3):
+        for task, x, u in zip(tasks, reference.split(lengths), upstream.split(lengths), strict=True):
+            expected = expected + (naive(name, copies, layer, task, x, gelu) * u).sum()
+    wanted = torch.autograd.grad(expected, [reference, *copies.values()])
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
+    for key, ours, theirs in zip(["hidden", *names], gradients, wanted, strict=True):
+        scale = theirs.abs().max()
+        assert (ours - theirs).abs().max() <= 1e-11 * scale, key
+        if key != "hidden":
+            assert not ours[1].any()  # the task without rows
+            assert ours[0].any() and ours[2].any()
+
+
+def count(adapter: Adapter, *, weights: bool) -> int:
+    return sum(p.numel() for key, p in adapter.named_parameters() if key.endswith("weight") == weights)
+
+
+def test_weight_counts_are_those_of_table_1() -> None:
+    bert = BertConfig()  # 12 layers of size 768
+    tasks, d_m, d_s = len(TASKS), 768, 204
+    pal = build("pal", bert, size=d_s, heads=12)
+    assert count(pal, weights=True) == tasks * (2 * d_m * d_s + 12 * 3 * d_s**2)
+    assert count(pal, weights=False) == 0
+    low_rank = build("low_rank", bert, size=100)
+    assert count(low_rank, weights=True) == tasks * (12 * 2 * d_m * 100)
+    assert count(low_rank, weights=False) == 0
+    lora = build("lora", bert, size=2)
+    assert count(lora, weights=True) == tasks * (12 * 2 * d_m * 2)
+    assert count(lora, weights=False) == tasks * 12 * (2 + d_m)
+
+
+@pytest.mark.parametrize(("name", "gelu"), FORMULAS)
+def test_no_influence_is_exactly_zero_and_can_learn(name: str, gelu: bool, make_batch: MakeBatch) -> None:
+    adapter = build(name, init="no_influence", activation="gelu" if gelu else "identity").double()
+    batch = make_batch(LENGTHS)
+    hidden = torch.randn(batch.num_tokens, 24, dtype=torch.float64)
+    total = sum(adapter(layer, hidden, context_of(batch)) for layer in range(3))
+    assert not total.any()
+    total.backward(torch.randn(total.shape, dtype=total.dtype))
+    assert any(p.grad[0].any() and p.grad[2].any() for key, p in adapter.named_parameters() if key.endswith("weight"))
+
+
+@pytest.mark.parametrize("name", ["pal", "low_rank", "lora"])
+def test_initialisation(name: str) -> None:
+    for key, parameter in build(name, BertConfig(hidden_size=96, num_hidden_layers=2), size=48).named_parameters():
+        if key.endswith("bias"):
+            assert not parameter.any()
+        else:
+            assert 0.018 < parameter.std() < 0.022
+    bert = BertConfig(hidden_size=96, num_hidden_layers=2)
+    for key, parameter in build(name, bert, size=48, init="xavier").named_parameters():
+        if key.endswith("weight"):
+            bound = math.sqrt(6 / sum(parameter.shape[-2:]))
+            assert 0.95 * bound < parameter.abs().max() <= bound
+
+
+def test_only_the_listed_layers_carry_the_adapter(make_batch: MakeBatch) -> None:
+    batch = make_batch(LENGTHS)
+    hidden = torch.randn(batch.num_tokens, 24, dtype=torch.float64)
+    for name in ("pal", "low_rank", "lora"):
+        adapter = build(name, layers=[2, 0]).double()
+        given = [adapter(layer, hidden, context_of(batch)) is not None for layer in range(3)]
+        assert given == [True, False, True]
+        assert not any(".1." in key for key, _ in adapter.named_parameters())
+
+
+def test_dropout_is_each_tasks_own_and_for_training_only(make_batch: MakeBatch) -> None:
+    adapter = build("lora", dropout={"a": 0.5}).double()
+    batch = make_batch([[40], [40], [40]])
+    hidden = torch.randn(120, 24, dtype=torch.float64)
+    adapter.eval()
+    exact = adapter(0, hidden, context_of(batch))
+    adapter.train()
+    torch.manual_seed(0)
+    dropped = adapter(0, hidden, context_of(batch))
+    zeros = dropped[:40] == 0
+    assert 0.4 < zeros.double().mean() < 0.6
+    torch.testing.assert_close(dropped[:40][~zeros], 2 * exact[:40][~zeros])
+    assert torch.equal(dropped[40:], exact[40:])
+    uniform = build("lora", dropout=0.5)(0, hidden.float(), context_of(batch))
+    assert 0.45 < (uniform == 0).double().mean() < 0.55
+
+
+def test_dropout_on_attention_is_the_encoders(make_batch: MakeBatch) -> None:
+    bert = BertConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=4, attention_probs_dropout_prob=0.4)
+    adapter = build("pal", bert).double()
+    context, hidden = context_of(make_batch([[30], [], []])), torch.randn(30, 24, dtype=torch.float64)
+    assert not torch.equal(adapter(0, hidden, context), adapter(0, hidden, context))
+    adapter.eval()
+    assert torch.equal(adapter(0, hidden, context), adapter(0, hidden, context))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "pla"}, "unknown adapter 'pla'. Did you mean 'pal'"),
+        ({"name": "pal", "size": 10, "heads": 4}, "adapter.size: 10 is not a multiple of adapter.heads: 4"),
+        ({"name": "pal", "size": 8, "heads": 4, "layers": [3]}, "adapter.layers: no layer 3: .* are 0 to 2"),
+        ({"name": "lora", "layers": []}, "name at least one layer"),
+        ({"name": "lora", "layers": [1, 1]}, "each once"),
+        ({"name": "lora", "dropout": {"d": 0.1}}, "adapter.dropout: no task 'd'; the tasks are a, b, c"),
+        ({"name": "lora", "dropout": 1.0}, "adapter.dropout: 1.0 is not a rate"),
+        ({"name": "lora", "activation": "gelu"}, "adapter.activation: gelu: lora has no activation"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_adapter(AdapterConfig(**settings), BERT, TASKS)
+
+
+def test_none_is_no_module() -> None:
+    assert build_adapter(AdapterConfig(), BERT, TASKS) is None
