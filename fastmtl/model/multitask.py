@@ -56,29 +56,25 @@ class MultiTaskModel(nn.Module):
         *,
         returns: Literal["losses", "predictions"] = "losses",
     ) -> dict[str, Any]:
-        """Per task that has examples in the batch: (fp32 0-dim loss sum, number of examples), or predictions.
+        """Losses of every task, (fp32 0-dim sum over its examples, number of examples), or predictions of those present.
 
+        A task without examples gives (0, 0), a zero that its head computed from no rows: every rank then has the same
+        graph, which ZeRO 3 needs to gather parameters collectively.
         task_grads: where the encoder's layers write task gradients while it is armed.
         Raises ValueError where losses are asked for and a task's examples have no labels.
         """
         results: dict[str, Any] = {}
-        idle = []
         for index, (name, outputs) in enumerate(self._outputs(batch, task_grads).items()):
             task, labels, count = self.recipe.tasks[name], batch.labels[index], batch.counts[index]
-            if count == 0:
-                idle.append(outputs.sum())
-            elif returns == "predictions":
-                results[name] = predictions(task, outputs)
+            if returns == "predictions":
+                if count:
+                    results[name] = predictions(task, outputs)
+            elif count == 0:
+                results[name] = (outputs.sum(), 0)
             elif labels is None:
                 raise ValueError(f"task '{name}': the batch has no labels for its examples")
             else:
                 results[name] = (self.losses[index](outputs, targets(task, labels)).sum(), count)
-        if idle and results and returns == "losses":
-            # The sum over no rows is 0 and keeps the heads without rows in the graph: the ranks whose batch has rows
-            # for them gather their parameters in backward too.
-            first = next(iter(results))
-            loss, count = results[first]
-            results[first] = (torch.stack([loss, *idle]).sum(), count)
         return results
 
     def predict(self, batch: PackedBatch) -> dict[str, Tensor]:

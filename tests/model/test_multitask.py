@@ -100,24 +100,34 @@ def test_predictions_have_their_shapes_and_draw_no_dropout(make_model: MakeModel
         model(unlabelled)
 
 
-def test_absent_tasks_are_left_out(make_model: MakeModel, make_batch: MakeBatch) -> None:
+def test_absent_tasks_have_no_predictions_and_zero_losses(make_model: MakeModel, make_batch: MakeBatch) -> None:
     model = make_model(adapter={"name": "pal", "size": 12, "heads": 4}).eval()
     full = make_batch(LENGTHS, pairs=PAIRS)
     alone = full.task(2)
-    assert model(alone).keys() == model.predict(alone).keys() == {"sts"}
+    assert model.predict(alone).keys() == {"sts"}
+    assert {name: (loss.item(), count) for name, (loss, count) in model(alone).items() if name != "sts"} == {
+        "sst": (0.0, 0),
+        "para": (0.0, 0),
+    }
+    torch.testing.assert_close(model(alone)["sts"], model(full)["sts"])
     torch.testing.assert_close(model.predict(alone)["sts"], model.predict(full)["sts"])
     no_pairs = dataclasses.replace(full.task(0), pairs=(None, None, None))  # as where the other tasks have no data set
     torch.testing.assert_close(model.predict(no_pairs)["sst"], model.predict(full)["sst"])
-    assert model(make_batch([[], [], []], pairs=PAIRS)) == {}
+    empty = make_batch([[], [], []], pairs=PAIRS)
+    assert model.predict(empty) == {}
+    assert all((loss.item(), count) == (0.0, 0) for loss, count in model(empty).values())
     with pytest.raises(UserError, match="tasks.sts.pairs: bi, but its examples are single texts"):
         model(dataclasses.replace(full, pairs=(None, None, None)))
 
 
-def test_heads_without_rows_stay_in_the_graph(make_model: MakeModel, make_batch: MakeBatch) -> None:
+@pytest.mark.parametrize("lengths", [[[5], [], []], [[], [], []]])
+def test_everything_stays_in_the_graph_of_absent_tasks(
+    lengths: list[list[int]], make_model: MakeModel, make_batch: MakeBatch
+) -> None:
     """Under ZeRO 3 another rank may have rows for them, and backward gathers parameters collectively."""
-    model = make_model(adapter={"name": "lora", "size": 2})
-    loss, _ = model(make_batch([[5], [], []], pairs=PAIRS))["sst"]
-    grads = gradients(model, loss)
+    model = make_model(adapter={"name": "pal", "size": 12, "heads": 4})
+    results = model(make_batch(lengths, pairs=PAIRS))
+    grads = gradients(model, sum(loss for loss, _ in results.values()))
     assert grads.keys() == {name for name, _ in model.named_parameters()}
     assert not any(grad.any() for name, grad in grads.items() if name.startswith(("heads.1.", "heads.2.")))
 
