@@ -1,0 +1,160 @@
+"""What the ranks of tests/surgery/test_deepspeed.py run: every case in one launch. Usage: deepspeed_cases.py DIRECTORY"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import BertConfig
+
+from fastmtl.config import Recipe, parse_recipe
+from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.data.packing import pack
+from fastmtl.data.tokenized import TokenizedDataset
+from fastmtl.model.encoder import PackedBert
+from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.surgery.gradient_surgery import GradientSurgery
+
+STEPS, ROWS = 3, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    zero: int
+    accumulation: int
+    method: str
+    precision: str = "fp32"
+    storage: str = "auto"
+
+    @property
+    def name(self) -> str:
+        return f"zero{self.zero}-acc{self.accumulation}-{self.method}-{self.precision}-{self.storage}"
+
+
+CASES = [
+    *(Case(zero, acc, method) for zero in (0, 1, 2, 3) for acc in (1, 4) for method in ("sum", "pcgrad")),
+    *(Case(zero, 1, "pcgrad", storage="replay") for zero in (0, 1, 2)),
+    *(Case(zero, 1, "pcgrad", precision="bf16") for zero in (1, 2, 3)),
+]
+
+
+def make_recipe(case: Case) -> Recipe:
+    task = {"data": {"train": "none"}}
+    values = {
+        "adapter": {"name": "pal", "size": 8, "heads": 2},
+        "tasks": {
+            "kind": {**task, "type": "classification", "num_labels": 3},
+            "same": {**task, "type": "binary", "weight": 0.5},
+            "degree": {**task, "type": "regression", "range": [0, 5], "pairs": "bi", "pooling": "mean"},
+        },
+        "gradient": {"method": case.method, "storage": case.storage},
+        "optimizer": {"name": "sgd", "lr": 0.05},
+        "schedule": {"name": "constant", "warmup": 0.0},
+        "engine": {"zero": case.zero, "accumulation": case.accumulation, "precision": case.precision, "clip": 1.0},
+    }
+    return parse_recipe(values, "test")
+
+
+def make_model(recipe: Recipe) -> MultiTaskModel:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    model = MultiTaskModel(recipe, PackedBert(config))
+    for head in recipe.tasks.values():
+        head.head.dropout = 0.0
+    return model.eval()  # no dropout: the reference draws its masks in another order
+
+
+def make_data() -> list[TokenizedDataset]:
+    random = np.random.default_rng(0)
+    datasets = []
+    for per_example, labels in (
+        (1, random.integers(0, 3, STEPS * ROWS)),
+        (1, random.integers(0, 2, STEPS * ROWS).astype(np.float32)),
+        (2, random.uniform(0, 5, STEPS * ROWS).astype(np.float32)),
+    ):
+        lengths = random.integers(2, 16, STEPS * ROWS * per_example)
+        datasets.append(
+            TokenizedDataset(
+                tokens=random.integers(0, 50, lengths.sum()).astype(np.int32),
+                offsets=np.concatenate([[0], np.cumsum(lengths)]),
+                second_text=(lengths // 2).astype(np.int32),
+                sequences_per_example=per_example,
+                labels=labels,
+                ids=[str(row) for row in range(STEPS * ROWS)],
+                truncated=0,
+                skipped=[],
+                path=Path("none"),
+            )
+        )
+    return datasets
+
+
+def step_batches(data: list[TokenizedDataset], step: int, part: int, parts: int) -> PackedBatch:
+    """One of `parts` pieces of a step's rows. The second task has rows in one piece of each step only."""
+    rows = np.arange(step * ROWS, (step + 1) * ROWS)
+    second = rows[:3] if part == 0 else rows[:0]
+    return pack([(data[0], rows[part::parts]), (data[1], second), (data[2], rows[part::parts])], (ROWS, 3, ROWS))
+
+
+def run_steps(surgery: GradientSurgery, recipe: Recipe, parts: list[int], of: int, step_fn) -> None:  # noqa: ANN001
+    data = make_data()
+
+    def loss_fn(batch: PackedBatch, model, task_grads):  # noqa: ANN001, ANN202
+        return model(batch, task_grads)
+
+    for step in range(STEPS):
+        batches = [step_batches(data, step, part, of) for part in parts]
+        counts = dict(zip(recipe.task_names, batches[0].group_counts, strict=True))
+        info = surgery.run(batches, loss_fn, counts)
+        assert info.skipped is None
+        step_fn()
+
+
+def make_surgery(target, model: MultiTaskModel, recipe: Recipe) -> GradientSurgery:  # noqa: ANN001
+    return GradientSurgery(
+        target,
+        recipe.gradient.method,
+        tasks=recipe.task_names,
+        shared=model.shared_parameters(),
+        sparse=model.sparse_parameters(),
+        storage=recipe.gradient.storage,
+        task_weights=model.task_weights,
+        seed=3,
+    )
+
+
+def main(directory: Path) -> None:
+    from fastmtl.engine.build import build_engine
+    from fastmtl.engine.distributed import start
+    from fastmtl.engine.gather import gathered_state_dict
+
+    ranks = start()
+    for case in CASES:
+        recipe = make_recipe(case)
+        model = make_model(recipe)
+        engine = build_engine(recipe, model, ranks.world, STEPS)
+        surgery = make_surgery(engine, model, recipe)
+        acc = case.accumulation
+        run_steps(surgery, recipe, [ranks.rank * acc + a for a in range(acc)], ranks.world * acc, engine.step)
+        state = gathered_state_dict(engine)
+        if ranks.is_main:
+            assert state is not None
+            save_file({name: tensor.clone() for name, tensor in state.items()}, directory / f"{case.name}.safetensors")
+        engine.destroy()
+
+
+if __name__ == "__main__":
+    main(Path([argument for argument in sys.argv[1:] if not argument.startswith("--")][0]))

@@ -1,0 +1,78 @@
+"""Real DeepSpeed, its real launcher, two processes: the step of two ranks equals one process with the joined batch, in every ZeRO stage."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+WORKER = Path(__file__).with_name("deepspeed_cases.py")
+
+
+def _load_worker() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("deepspeed_cases", WORKER)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["deepspeed_cases"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+cases = _load_worker()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("cases")
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29611"]
+    run = subprocess.run(
+        [*launcher, str(WORKER), str(directory)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    return directory
+
+
+def reference(case: cases.Case) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The model before, and after the same steps in this process with a torch optimiser on the joined batch."""
+    recipe = cases.make_recipe(case)
+    model = cases.make_model(recipe)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameter_groups(recipe.optimizer), lr=recipe.optimizer.lr, momentum=0.9)
+    surgery = cases.make_surgery(optimizer, model, recipe)
+
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.engine.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    data = cases.make_data()
+    for index in range(cases.STEPS):
+        batch = cases.step_batches(data, index, 0, 1)
+        counts = dict(zip(recipe.task_names, batch.group_counts, strict=True))
+        surgery.run([batch], lambda batch, task_grads: model(batch, task_grads), counts)
+        step()
+    return before, model.state_dict()
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+def test_two_ranks_equal_one_process(results: Path, case: cases.Case) -> None:
+    found = load_file(results / f"{case.name}.safetensors")
+    before, expected = reference(case)
+    assert found.keys() == expected.keys()
+    moved = torch.cat([(expected[name] - before[name]).flatten() for name in expected])
+    error = torch.cat([(found[name] - expected[name]).flatten() for name in expected])
+    assert moved.norm() > 0.01
+    if case.precision == "fp32":
+        assert error.abs().max() <= 1e-5 * moved.abs().max()
+    else:  # bf16 weights: each is rounded to 8 bits, and so are its gradients
+        magnitude = torch.cat([expected[name].flatten() for name in expected]).norm()
+        assert error.norm() <= 2**-8 * magnitude + 0.05 * moved.norm()
