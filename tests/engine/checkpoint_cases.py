@@ -1,0 +1,96 @@
+"""What the processes of tests/engine/test_checkpoint.py run. Usage: checkpoint_cases.py DIRECTORY
+
+Two ranks save after two steps and go on for two more, once straight and once from the checkpoint. One rank loads what two saved.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "surgery"))
+import deepspeed_cases as steps  # noqa: E402
+
+from fastmtl.config import Recipe  # noqa: E402
+from fastmtl.engine.build import build_engine  # noqa: E402
+from fastmtl.engine.checkpoint import Checkpoints  # noqa: E402
+from fastmtl.engine.distributed import Ranks, start  # noqa: E402
+from fastmtl.engine.gather import gathered_state_dict  # noqa: E402
+
+STAGES = (0, 1, 2, 3)
+
+
+def make_recipe(zero: int) -> Recipe:
+    recipe = steps.make_recipe(steps.Case(zero, 1, "pcgrad"))
+    recipe.optimizer.name = "adamw"
+    recipe.optimizer.lr = 1e-3
+    recipe.schedule.name = "linear"
+    return recipe
+
+
+class Run:
+    """An engine and its surgery; `go_on` takes steps number `first` to `last`."""
+
+    def __init__(self, recipe: Recipe, ranks: Ranks, universal: bool = False) -> None:
+        self.recipe, self.ranks = recipe, ranks
+        model = steps.make_model(recipe)
+        self.engine = build_engine(recipe, model, ranks.world, 2 * steps.STEPS, universal=universal)
+        self.surgery = steps.make_surgery(self.engine, model, recipe)
+
+    def go_on(self, first: int, last: int) -> None:
+        data = steps.make_data()
+        for step in range(first, last + 1):
+            batch = steps.step_batches(data, step % steps.STEPS, self.ranks.rank, self.ranks.world)
+            counts = dict(zip(self.recipe.task_names, batch.group_counts or (), strict=True))
+            self.surgery.run([batch], lambda batch, model, task_grads: model(batch, task_grads), counts)
+            self.engine.step()
+
+    def write(self, path: Path) -> None:
+        state = gathered_state_dict(self.engine)
+        if state is not None:
+            save_file({name: tensor.clone() for name, tensor in state.items()}, path)
+
+
+def save_and_go_on(directory: Path, ranks: Ranks) -> None:
+    for zero in STAGES:
+        recipe = make_recipe(zero)
+        checkpoints = Checkpoints(directory / f"zero{zero}", recipe, ranks)
+        run = Run(recipe, ranks)
+        run.go_on(1, 2)
+        run.write(directory / f"zero{zero}-saved.safetensors")
+        checkpoints.save(run.engine, 2, {"surgery": run.surgery.state_dict()})
+        run.go_on(3, 4)
+        run.write(directory / f"zero{zero}-straight.safetensors")
+        run.engine.destroy()
+
+        found = checkpoints.find()
+        assert found is not None and not found.universal
+        run = Run(recipe, ranks)
+        state = checkpoints.restore(run.engine, found)
+        run.surgery.load_state_dict(state["surgery"])
+        run.go_on(3, 4)
+        run.write(directory / f"zero{zero}-resumed.safetensors")
+        run.engine.destroy()
+
+
+def load_at_one_rank(directory: Path, ranks: Ranks) -> None:
+    for zero in STAGES[1:]:
+        recipe = make_recipe(zero)
+        checkpoints = Checkpoints(directory / f"zero{zero}", recipe, ranks)
+        found = checkpoints.find()
+        assert found is not None and found.universal
+        run = Run(recipe, ranks, universal=True)
+        state = checkpoints.restore(run.engine, found)
+        run.surgery.load_state_dict(state["surgery"])
+        run.write(directory / f"zero{zero}-universal-saved.safetensors")
+        run.go_on(3, 4)
+        run.write(directory / f"zero{zero}-universal.safetensors")
+        run.engine.destroy()
+
+
+if __name__ == "__main__":
+    target = Path([argument for argument in sys.argv[1:] if not argument.startswith("--")][0])
+    processes = start()
+    (save_and_go_on if processes.world > 1 else load_at_one_rank)(target, processes)

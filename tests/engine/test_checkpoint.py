@@ -1,0 +1,176 @@
+"""Checkpoints of real engines: bitwise resume at the same number of ranks, another number through the universal form, refusals."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastmtl.config import Recipe, parse_recipe
+from fastmtl.engine.checkpoint import Checkpoints
+from fastmtl.engine.distributed import Ranks
+from fastmtl.engine.manifest import Refused, read_manifest
+from fastmtl.errors import UserError
+
+WORKER = Path(__file__).with_name("checkpoint_cases.py")
+
+
+def _run(command: list[str]) -> None:
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks' runs in every ZeRO stage, then one rank's from their checkpoints."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29617"]
+    _run([*launcher, str(WORKER), str(directory)])
+    _run([sys.executable, str(WORKER), str(directory)])
+    return directory
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_resumed_run_is_bitwise_the_same(saved: Path, zero: int) -> None:
+    straight, resumed = (load_file(saved / f"zero{zero}-{kind}.safetensors") for kind in ("straight", "resumed"))
+    before = load_file(saved / f"zero{zero}-saved.safetensors")
+    assert any(not torch.equal(before[name], straight[name]) for name in before)
+    for name, tensor in straight.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_two_ranks_checkpoint_loads_at_one_rank(saved: Path, zero: int) -> None:
+    before, loaded = (load_file(saved / f"zero{zero}-{kind}.safetensors") for kind in ("saved", "universal-saved"))
+    for name, tensor in before.items():
+        assert torch.equal(tensor, loaded[name]), name
+    # Two more AdamW steps agree only if the moments and the schedule came along. Adam's m / sqrt(v) makes the sign of a gradient that is
+    # zero but for rounding (a key's bias) count as much as any other, so those entries are left out.
+    straight, went_on = (load_file(saved / f"zero{zero}-{kind}.safetensors") for kind in ("straight", "universal"))
+    for name, tensor in straight.items():
+        if not name.endswith("key.bias"):
+            torch.testing.assert_close(went_on[name], tensor, atol=2e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    task = {"type": "binary", "data": {"train": "none"}}
+    return parse_recipe({"tasks": {"kind": task}, "engine": {"zero": 1}}, "test")
+
+
+class FakeEngine:
+    """Writes two files where DeepSpeed would write its own."""
+
+    def save_checkpoint(self, directory: str, tag: str, save_latest: bool) -> None:
+        folder = Path(directory) / tag
+        folder.mkdir()
+        (folder / "model.pt").write_bytes(b"weights" * 100)
+        (folder / "optim.pt").write_bytes(b"moments" * 100)
+
+
+class OneRank(Ranks):
+    def barrier(self) -> None:
+        pass
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path, recipe: Recipe) -> Checkpoints:
+    return Checkpoints(tmp_path / "checkpoints", recipe, OneRank(0, 1, 0, torch.device("cpu")))
+
+
+def test_latest_two_and_best_are_kept(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    for step, value in ((1, 0.5), (2, 0.9), (3, 0.6), (4, 0.7), (5, None)):
+        checkpoints.save(FakeEngine(), step, {}, value)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-2", "step-4", "step-5"]
+
+
+@pytest.mark.parametrize("at", ["save_checkpoint", "write_manifest", "_sync"])
+def test_a_save_that_breaks_off_leaves_the_previous_one(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    checkpoints.save(FakeEngine(), 1, {"epoch": 0})
+
+    def broken(*arguments: object, **keywords: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        if at == "save_checkpoint":
+            patch.setattr(FakeEngine, at, broken)
+        else:
+            patch.setattr(f"fastmtl.engine.checkpoint.{at}", broken)
+        with pytest.raises(OSError, match="no space"):
+            checkpoints.save(FakeEngine(), 2, {})
+    found = checkpoints.find()
+    assert found is not None and found.path.name == "step-1"
+    checkpoints.save(FakeEngine(), 2, {})  # what was left over is no obstacle
+    found = checkpoints.find()
+    assert found is not None and found.path.name == "step-2"
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda p: (p / "engine/model.pt").write_bytes(b"weights" * 50), "350 bytes instead of 700"),
+        (lambda p: (p / "engine/model.pt").write_bytes(b"Weights" * 100), "changed after it was saved"),
+        (lambda p: (p / "engine/optim.pt").unlink(), "optim.pt is missing"),
+        (lambda p: (p / "engine/more.pt").write_bytes(b"x"), "not saved with: engine/more.pt"),
+        (lambda p: (p / "manifest.json").unlink(), "no manifest.json"),
+        (lambda p: (p / "manifest.json").write_text("{"), "cannot be read"),
+    ],
+)
+def test_damaged_checkpoint_is_refused_and_the_previous_offered(checkpoints: Checkpoints, damage, reason: str) -> None:  # noqa: ANN001
+    checkpoints.save(FakeEngine(), 1, {})
+    checkpoints.save(FakeEngine(), 2, {})
+    found = checkpoints.find()
+    assert found is not None
+    damage(found.path)
+    with pytest.raises(UserError) as error:
+        checkpoints.find()
+    assert reason in str(error.value) and "step-1 is good" in str(error.value)
+
+
+def test_foreign_pickle_is_never_opened(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    checkpoints.save(FakeEngine(), 1, {})
+    found = checkpoints.find()
+    assert found is not None
+    shutil.rmtree(found.path / "engine")
+    (found.path / "engine").mkdir()
+    (found.path / "engine/model.pt").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match="There is no other good checkpoint"):
+        checkpoints.find()
+    with pytest.raises(Refused):
+        read_manifest(found.path)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_another_kind_of_run_is_refused(checkpoints: Checkpoints, tmp_path: Path, recipe: Recipe) -> None:
+    checkpoints.save(FakeEngine(), 1, {})
+    other = recipe.model_copy(deep=True)
+    other.engine.zero = 2
+    with pytest.raises(UserError, match="zero: 1, this run has zero: 2"):
+        Checkpoints(tmp_path / "checkpoints", other, OneRank(0, 1, 0, torch.device("cpu"))).find()
+
+
+@pytest.mark.parametrize("setting", ["zero", "offload"])
+def test_another_number_of_ranks_is_refused_where_deepspeed_cannot(tmp_path: Path, recipe: Recipe, setting: str) -> None:
+    setattr(recipe.engine, setting, 0 if setting == "zero" else True)
+    Checkpoints(tmp_path / "c", recipe, OneRank(0, 1, 0, torch.device("cpu"))).save(FakeEngine(), 1, {})
+    with pytest.raises(UserError, match="saved by 1 processes, this run has 2"):
+        Checkpoints(tmp_path / "c", recipe, OneRank(0, 2, 0, torch.device("cpu"))).find()
+
+
+def test_no_checkpoint_is_none(checkpoints: Checkpoints) -> None:
+    assert checkpoints.find() is None
