@@ -72,14 +72,17 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         # The parameters themselves are saved: ZeRO 3 has gathered their storage again when backward comes.
         ctx.save_for_backward(x, weight, bias)
+        # The sink knows parameters by identity, and under checkpointing saved tensors come back as other objects.
+        ctx.parameters = weight, bias
         ctx.segments, ctx.task_grads = segments, task_grads
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
+        x, gathered, _ = ctx.saved_tensors
+        weight, bias = ctx.parameters
         task_grads, segments = ctx.task_grads, ctx.segments
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        dx = dy @ gathered if ctx.needs_input_grad[0] else None
         if task_grads.mode is None:
             dw = dy.t() @ x if ctx.needs_input_grad[1] else None
             db = dy.sum(0) if ctx.needs_input_grad[2] else None
@@ -122,19 +125,22 @@ class _LayerNorm(torch.autograd.Function):
     ) -> Tensor:
         y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.parameters = weight, bias
         ctx.segments, ctx.task_grads = segments, task_grads
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
+        x, *gathered, mean, rstd = ctx.saved_tensors
+        weight, bias = ctx.parameters
         task_grads, segments = ctx.task_grads, ctx.segments
+        shape = gathered[0].shape
         if task_grads.mode is None:
             mask = list(ctx.needs_input_grad[:3])
-            dx, dw, db = torch.ops.aten.native_layer_norm_backward(dy, x, weight.shape, mean, rstd, weight, bias, mask)
+            dx, dw, db = torch.ops.aten.native_layer_norm_backward(dy, x, shape, mean, rstd, *gathered, mask)
             return dx, dw, db, None, None, None
         dx, _, _ = torch.ops.aten.native_layer_norm_backward(
-            dy, x, weight.shape, mean, rstd, weight, bias, [True, False, False]
+            dy, x, shape, mean, rstd, *gathered, [True, False, False]
         )
         scaled = dy * _rows_weights(task_grads, segments, dy) if task_grads.mode == "weighted" else dy
         dw = db = None
@@ -153,12 +159,14 @@ class _Embedding(torch.autograd.Function):
         ctx: Any, anchor: Tensor, ids: Tensor, weight: nn.Parameter, segments: Segments, task_grads: TaskGradients
     ) -> Tensor:
         ctx.save_for_backward(ids, weight)
+        ctx.parameter = weight
         ctx.segments, ctx.task_grads = segments, task_grads
         return F.embedding(ids, weight)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        ids, weight = ctx.saved_tensors
+        ids, _ = ctx.saved_tensors
+        weight = ctx.parameter
         task_grads, segments = ctx.task_grads, ctx.segments
         anchor = dy.new_zeros(()).to(task_grads.anchor.dtype)
         shape = weight.ds_shape if hasattr(weight, "ds_shape") else weight.shape  # ZeRO 3 keeps the shape there

@@ -12,6 +12,7 @@ from fastmtl.config import OptimizerConfig
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
 from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.surgery.task_gradients import TaskGradients
 
 MakeBatch = Callable[..., PackedBatch]
 MakeModel = Callable[..., MultiTaskModel]
@@ -163,6 +164,24 @@ def test_every_module_touches_only_its_own_parameters(
         parameter.data = data
     found = gradients(model, sum(loss for loss, _ in partitioned.values()))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_backward_gives_every_tasks_gradient(
+    checkpointing: bool, make_model: MakeModel, make_batch: MakeBatch
+) -> None:
+    encoder = {"checkpointing": checkpointing, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    model = make_model(encoder=encoder, adapter={"name": "pal", "size": 12, "heads": 4}).eval().double()
+    batch = make_batch(LENGTHS, pairs=PAIRS)
+    shared = model.shared_parameters()
+    sink = TaskGradients(shared, 3, dtype=torch.float64)
+    with sink.armed("stack", torch.device("cpu")):
+        losses = model(batch, task_grads=sink)
+        torch.autograd.grad(sum(loss for loss, _ in losses.values()), [sink.anchor])
+    for task, name in enumerate(losses):
+        expected = torch.autograd.grad(model(batch)[name][0], shared)
+        for parameter, gradient in zip(shared, expected, strict=True):
+            torch.testing.assert_close(sink.views(parameter)[task], gradient, rtol=1e-5, atol=1e-9)
 
 
 @every_adapter
