@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from fastmtl.config import Recipe
 from fastmtl.engine.distributed import Ranks
 from fastmtl.engine.manifest import Refused, read_manifest, write_manifest
-from fastmtl.engine.universal import universal_copy
+from fastmtl.engine.universal import keeps_groups, universal_copy
 from fastmtl.errors import UserError
 
 KEEP_LATEST = 2  # the newest, and one to fall back on
@@ -97,7 +97,8 @@ class Checkpoints:
         """Loads a found checkpoint into the engine and the random state; returns what `save` was given as state."""
         if found.universal:
             with universal_copy(found.path, self._ranks) as directory:
-                loaded, _ = engine.load_checkpoint(str(directory), tag="engine")
+                with keeps_groups(engine):
+                    loaded, _ = engine.load_checkpoint(str(directory), tag="engine")
         else:
             loaded, _ = engine.load_checkpoint(str(found.path), tag="engine")
             file = found.path / f"random-{self._ranks.rank}.safetensors"

@@ -10,6 +10,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from fastmtl.engine.distributed import Ranks
 
@@ -29,6 +32,25 @@ def universal_copy(checkpoint: Path, ranks: Ranks) -> Iterator[Path]:
     finally:
         if ranks.is_main:
             shutil.rmtree(shared, ignore_errors=True)
+
+
+@contextmanager
+def keeps_groups(engine: Any) -> Iterator[None]:
+    """Undoes what DeepSpeed 0.19 does to a torch optimiser when it loads a universal ZeRO 3 checkpoint.
+
+    It gives every group the settings of the first (learning rate, weight decay), and every parameter one and the same step
+    tensor, which each parameter's update then counts up.
+    """
+    optimizer = engine.optimizer.optimizer
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    yield
+    rates = engine.lr_scheduler.get_last_lr()
+    for group, kept, rate in zip(optimizer.param_groups, settings, rates, strict=True):
+        group.update(kept)
+        group["lr"] = rate
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()
 
 
 def _convert(source: Path, target: Path) -> None:
