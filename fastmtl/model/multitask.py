@@ -56,7 +56,7 @@ class MultiTaskModel(nn.Module):
         *,
         returns: Literal["losses", "predictions"] = "losses",
     ) -> dict[str, Any]:
-        """Losses of every task, (fp32 0-dim sum over its examples, number of examples), or predictions of those present.
+        """Losses of all tasks, (fp32 0-dim sum over the examples, their number), or predictions of the present ones.
 
         A task without examples gives (0, 0), a zero that its head computed from no rows: every rank then has the same
         graph, which ZeRO 3 needs to gather parameters collectively.
