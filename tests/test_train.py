@@ -1,0 +1,170 @@
+"""The whole chain under the real launcher: train, stop, go on, and what a run leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from fastmtl.cli import main
+
+COLORS, PLACES = ["red", "blue", "green"], ["road", "house", "river", "city"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
+    """A recipe of three tasks on small files of its own: which color, whether places are the same, how many words agree."""
+    directory = tmp_path_factory.mktemp("data")
+    draw = random.Random(0)
+
+    def sentence() -> str:
+        return f"the {draw.choice(COLORS)} car sat in the {draw.choice(PLACES)}"
+
+    for split, rows in (("train", 96), ("dev", 31)):  # 31: the last evaluation batch is not full, on one rank of two
+        kind, same, degree = [], [], []
+        for _ in range(rows):
+            one, two = sentence(), sentence()
+            kind.append(f"{one}\t{COLORS.index(one.split()[1])}")
+            same.append(f"{one}\t{two}\t{int(one.split()[-1] == two.split()[-1])}")
+            agree = sum(a == b for a, b in zip(one.split(), two.split(), strict=True))
+            degree.append(f"{one}\t{two}\t{agree - 5}")
+        for name, header, lines in (
+            ("kind", "text\tlabel", kind),
+            ("same", "a\tb\tlabel", same),
+            ("degree", "a\tb\tlabel", degree),
+        ):
+            (directory / f"{name}-{split}.tsv").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+
+    def files(name: str, columns: dict[str, str]) -> dict[str, Any]:
+        return {"train": f"{name}-train.tsv", "dev": f"{name}-dev.tsv", "columns": columns}
+
+    pair = {"text": "a", "text_pair": "b", "label": "label"}
+    values = {
+        "encoder": {"path": str(tiny_bert)},
+        "adapter": {"name": "low_rank", "size": 4},
+        "data": {"dir": str(directory), "cache_dir": str(directory / "cache")},
+        "tasks": {
+            "kind": {
+                "type": "classification",
+                "num_labels": 3,
+                "pooling": "mean",
+                "data": files("kind", {"text": "text", "label": "label"}),
+            },
+            "same": {"type": "binary", "data": files("same", pair)},
+            "degree": {"type": "regression", "range": [0, 2], "pairs": "bi", "pooling": "mean", "data": files("degree", pair)},
+        },
+        "sampler": {"batch_size": 2},
+        "gradient": {"method": "pcgrad"},
+        "optimizer": {"lr": 3e-3, "head_lr": 1e-2},
+        "train": {"epochs": 2},
+    }
+    path = directory / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def _environment() -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def _launch(recipe: Path, output: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29623"]
+    command += ["--no_python", "fastmtl", "train", str(recipe), "--output", str(output), *more]
+    return subprocess.Popen(command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _finish(run: subprocess.Popen[str]) -> str:
+    text, _ = run.communicate(timeout=200)
+    assert run.returncode == 0, text[-4000:]
+    return text
+
+
+def _lines(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _lasting(output: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    return [{k: v for k, v in line.items() if k not in ("time", "tokens_per_second")} for line in _lines(output)]
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "run"
+    text = _finish(_launch(recipe, output))
+    assert "dev scores" in text
+    return output
+
+
+def test_a_run_leaves_what_it_promises(whole: Path) -> None:
+    for name in ("config.yaml", "metrics.jsonl", "report.html", "model/model.safetensors", "model/heads.safetensors"):
+        assert (whole / name).is_file(), name
+    for task in ("kind", "same", "degree"):
+        rows = (whole / "predictions" / f"{task}-dev.csv").read_text(encoding="utf-8").splitlines()
+        assert len(rows) == 1 + 31
+    assert any(path.name.startswith("events") for path in (whole / "tensorboard").iterdir())
+    losses = [line["loss"]["kind"] for line in _lines(whole) if "loss" in line]
+    assert sum(losses[-8:]) < sum(losses[:8])
+
+
+def test_config_of_a_run_repeats_it(whole: Path, recipe: Path) -> None:
+    from fastmtl.config import load_recipe
+
+    assert load_recipe(str(whole / "config.yaml")) == load_recipe(str(recipe))
+
+
+def test_evaluate_finds_the_scores_of_the_run(whole: Path) -> None:
+    done = subprocess.run(
+        ["fastmtl", "evaluate", str(whole / "model"), "--json"],
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    kept = json.loads((whole / "results.json").read_text(encoding="utf-8"))["dev"]
+    tasks = found.get("dev", found.get("tasks", found))
+    for task, metrics in kept.items():
+        for name, value in metrics.items():
+            assert tasks[task][name] == pytest.approx(value, abs=1e-5)
+
+
+def test_stopped_and_resumed_run_is_bitwise_the_same(whole: Path, recipe: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    run = _launch(recipe, output)
+    deadline = time.monotonic() + 120
+    while not (output / "metrics.jsonl").exists() or len(_lines(output)) < 5:
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    ranks = [p for p in psutil.Process(run.pid).children(recursive=True) if "train" in p.cmdline() and _is_rank(p)]
+    assert len(ranks) == 2
+    for rank in ranks:
+        rank.send_signal(signal.SIGTERM)
+    assert "go on with --resume" in _finish(run)
+    steps = len([line for line in _lines(output) if "loss" in line])
+    assert 4 <= steps < len([line for line in _lines(whole) if "loss" in line])
+    _finish(_launch(recipe, output, "--resume"))
+    assert _lasting(output) == _lasting(whole)
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    return "RANK" in process.environ()
+
+
+def test_one_process_trains_without_a_launcher(recipe: Path, tmp_path: Path) -> None:
+    command = ["fastmtl", "train", str(recipe), "train.max_steps=3", "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line["step"] for line in _lines(tmp_path / "run")] == [1, 2, 3, 3]
