@@ -1,7 +1,8 @@
 """The recipe: every setting of a run, typed. A YAML file holds what differs from the defaults below.
 
 Sections follow the path of a batch: encoder, adapter, tasks, sampler, gradient, optimizer, schedule, precision, engine.
-`load_recipe` reads a bundled name or a file and applies `section.key=value` overrides; `Recipe.dump` writes it back complete.
+`load_recipe` reads a bundled name or a file and applies `section.key=value` overrides; `Recipe.dump` writes it back
+complete.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class AdapterConfig(Section):
 
 class HeadConfig(Section):
     name: str = "linear"
-    hidden: list[int] = Field(default_factory=list, description="mlp: sizes of the hidden layers; empty: one of the encoder's size")
+    hidden: list[int] = Field(
+        default_factory=list, description="mlp: sizes of the hidden layers; empty: one of the encoder's size"
+    )
     dropout: float = Field(0.1, ge=0, lt=1)
     features: list[Literal["u", "v", "abs_diff", "product"]] = Field(
         default_factory=lambda: ["u", "v", "abs_diff"], description="bi-encoded pairs: what the head sees"
@@ -55,7 +58,9 @@ class HeadConfig(Section):
 
 
 class FileConfig(Section):
-    """Where a task's rows are. `format` names a known layout; `columns` maps id, text, text_pair, label to columns of any CSV, TSV, JSONL, Parquet."""
+    """Where a task's rows are. `format` names a known layout; `columns` maps id, text, text_pair, label to columns of
+    any CSV, TSV, JSONL, Parquet.
+    """
 
     train: str | None = None
     dev: str | None = None
@@ -68,10 +73,14 @@ class FileConfig(Section):
 class TaskConfig(Section):
     type: Literal["classification", "binary", "regression"]
     num_labels: int | None = Field(None, ge=2, description="classification: number of classes")
-    label_names: list[str] | None = Field(None, description="classification: text labels in the order of their class ids")
+    label_names: list[str] | None = Field(
+        None, description="classification: text labels in the order of their class ids"
+    )
     range: tuple[float, float] | None = Field(None, description="regression: smallest and largest label")
     data: FileConfig
-    pairs: Literal["cross", "bi"] = Field("cross", description="two texts in one sequence, or two sequences through one encoder")
+    pairs: Literal["cross", "bi"] = Field(
+        "cross", description="two texts in one sequence, or two sequences through one encoder"
+    )
     pooling: str = "cls"
     head: HeadConfig = Field(default_factory=HeadConfig)
     loss: str | None = Field(None, description="default: cross_entropy, bce or mse by type")
@@ -101,24 +110,36 @@ class TaskConfig(Section):
 
 
 class DataConfig(Section):
-    dir: str | None = Field(None, description="relative files of the tasks are looked up here; default: the bundled demo corpus")
+    dir: str | None = Field(
+        None, description="relative files of the tasks are looked up here; default: the bundled demo corpus"
+    )
     on_bad_row: Literal["error", "skip"] = "error"
     cache_dir: str = Field("~/.cache/fastmtl", description="tokenised texts, keyed by content and tokenizer")
 
 
 class SamplerConfig(Section):
-    """How many rows of each task a micro-batch holds. Either `batch_size` rows per task and rank, or `batch_tokens` tokens per rank over all tasks."""
+    """How many rows of each task a micro-batch holds. Either `batch_size` rows per task and rank, or `batch_tokens`
+    tokens per rank over all tasks.
+    """
 
     name: str = "proportional"
-    batch_size: int | dict[str, int] = Field(16, description="rows per task, micro-batch and rank (proportional and annealed share out the sum)")
+    batch_size: int | dict[str, int] = Field(
+        16, description="rows per task, micro-batch and rank (proportional and annealed share out the sum)"
+    )
     batch_tokens: int | None = Field(None, ge=16, description="tokens per micro-batch and rank instead of batch_size")
-    steps_per_epoch: int | None = Field(None, ge=1, description="optimiser steps per epoch; default: as many rows as the training files hold")
+    steps_per_epoch: int | None = Field(
+        None, ge=1, description="optimiser steps per epoch; default: as many rows as the training files hold"
+    )
 
 
 class GradientConfig(Section):
     method: str = "sum"
-    storage: Literal["auto", "stacked", "replay"] = Field("auto", description="auto: stacked for ZeRO 0-2, replay for ZeRO 3")
-    reduction: Literal["sum", "mean"] = Field("sum", description="pcgrad: the merged gradient is the sum (the paper) or the mean of the projected ones")
+    storage: Literal["auto", "stacked", "replay"] = Field(
+        "auto", description="auto: stacked for ZeRO 0-2, replay for ZeRO 3"
+    )
+    reduction: Literal["sum", "mean"] = Field(
+        "sum", description="pcgrad: the merged gradient is the sum (the paper) or the mean of the projected ones"
+    )
 
 
 class OptimizerConfig(Section):
@@ -145,7 +166,9 @@ class EarlyStoppingConfig(Section):
 class EngineConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     zero: Literal[0, 1, 2, 3] = 1
-    offload: bool = Field(False, description="ZeRO 3: parameters and optimiser state in host memory; ZeRO 1, 2: optimiser state")
+    offload: bool = Field(
+        False, description="ZeRO 3: parameters and optimiser state in host memory; ZeRO 1, 2: optimiser state"
+    )
     accumulation: int = Field(1, ge=1, description="micro-batches per optimiser step")
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
 
@@ -258,7 +281,11 @@ def _explain(item: Any, source: str) -> str:
     if item["type"] == "missing":
         return f"{source}: {key} is missing"
     message = item["msg"].removeprefix("Value error, ")
-    return f"{source}: {key or 'recipe'}: {message} (got {item['input']!r})" if not isinstance(item["input"], dict) else f"{source}: {key}: {message}"
+    return (
+        f"{source}: {key or 'recipe'}: {message} (got {item['input']!r})"
+        if not isinstance(item["input"], dict)
+        else f"{source}: {key}: {message}"
+    )
 
 
 def _fields_at(location: list[str]) -> list[str]:

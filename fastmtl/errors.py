@@ -7,7 +7,9 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something the user can mend. Its message names the file, line, key or argument and what to do; the commands print it without a traceback."""
+    """Something the user can mend. Its message names the file, line, key or argument and what to do; the commands print
+    it without a traceback.
+    """
 
 
 class TrainingError(RuntimeError):

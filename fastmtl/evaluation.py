@@ -39,9 +39,11 @@ def score(
     world: int = 1,
     all_gather: Gather = lambda value: [value],
 ) -> dict[str, Scores]:
-    """Runs `predict` over every row of every data set, this rank's share here, and returns all rows' scores on every rank.
+    """Runs `predict` over every row of every data set, this rank's share here, and returns all rows' scores on every
+    rank.
 
-    Every rank runs the same number of batches per task, for ZeRO 3 gathers parameters collectively: a rank that has fewer repeats its
+    Every rank runs the same number of batches per task, for ZeRO 3 gathers parameters collectively: a rank that has
+    fewer repeats its
     last one, or another rank's first, and drops the result.
     """
     result = {}

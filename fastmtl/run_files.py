@@ -50,7 +50,9 @@ class RunFiles:
             if dataset.skipped:
                 notes.append(f"{name} {split}: {len(dataset.skipped)} bad rows skipped, first {dataset.skipped[0]}")
             if dataset.truncated:
-                notes.append(f"{name} {split}: {dataset.truncated} of {len(dataset)} texts cut to the encoder's positions")
+                notes.append(
+                    f"{name} {split}: {dataset.truncated} of {len(dataset)} texts cut to the encoder's positions"
+                )
         return notes
 
     def keep(self, scored: Mapping[str, Scores], state_dict: dict[str, Tensor] | None, model: MultiTaskModel) -> None:
@@ -87,7 +89,9 @@ class RunFiles:
 
     def _datasets(self) -> list[tuple[str, str, TokenizedDataset]]:
         named = zip(self._recipe.task_names, self._corpus.train, self._corpus.dev, strict=True)
-        pairs = [(name, split, data) for name, *both in named for split, data in zip(("train", "dev"), both, strict=True)]
+        pairs = [
+            (name, split, data) for name, *both in named for split, data in zip(("train", "dev"), both, strict=True)
+        ]
         return [(name, split, data) for name, split, data in pairs if data is not None]
 
 

@@ -1,7 +1,9 @@
 """The training loop: from a recipe to a model directory.
 
-Order of a step: `BatchStream` draws this rank's micro-batches, `GradientSurgery.run` turns them into one merged gradient inside the
-DeepSpeed engine, `engine.step` applies it. Evaluation, checkpoints and tracking hang off that loop and change nothing in it.
+Order of a step: `BatchStream` draws this rank's micro-batches, `GradientSurgery.run` turns them into one merged
+gradient inside the
+DeepSpeed engine, `engine.step` applies it. Evaluation, checkpoints and tracking hang off that loop and change nothing
+in it.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ class Progress:
 def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int | None = None) -> None:
     """Runs a recipe; every rank calls it.
 
-    Leaves config.yaml, metrics.jsonl, tensorboard/, checkpoints/, model/ (of the best epoch), predictions/ and report.html in `output`.
+    Leaves config.yaml, metrics.jsonl, tensorboard/, checkpoints/, model/ (of the best epoch), predictions/ and
+    report.html in `output`.
     Raises UserError for what the user can mend. SIGTERM ends the current step, saves, and returns.
     """
     check_metrics(recipe)
@@ -132,7 +135,9 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int
             at.epochs_without_gain += 1
         save(value)
         if recipe.early_stopping.patience and at.epochs_without_gain >= recipe.early_stopping.patience:
-            tracker.message(f"{recipe.early_stopping.metric} has not grown for {at.epochs_without_gain} epochs: stopped early")
+            tracker.message(
+                f"{recipe.early_stopping.metric} has not grown for {at.epochs_without_gain} epochs: stopped early"
+            )
             break
         if at.epoch < epochs and ranks.any(stop.up):
             tracker.message(f"stopped at step {at.step}; go on with --resume")

@@ -9,7 +9,8 @@ import pytest
 WORDS = """the a an this that is was are were it he she they we i you and or but not no never very really quite too so
 film movie story actor song book cat dog bird man woman child boy girl city road house river car train food soup cake
 good bad great poor awful lovely dull bright slow quick old new small large red blue green happy sad funny boring
-sat sits ran runs saw sees made makes ate eats drove drives read reads on in at with to from by of for after before""".split()
+sat sits ran runs saw sees made makes ate eats drove drives read reads on in at with to from by of for after
+before""".split()
 
 
 def save_tiny_bert(directory: Path, *, hidden: int = 32, layers: int = 2, heads: int = 4) -> Path:

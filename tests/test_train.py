@@ -16,14 +16,14 @@ import psutil
 import pytest
 import yaml
 
-from fastmtl.cli import main
-
 COLORS, PLACES = ["red", "blue", "green"], ["road", "house", "river", "city"]
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
-    """A recipe of three tasks on small files of its own: which color, whether places are the same, how many words agree."""
+    """A recipe of three tasks on small files of its own: which color, whether places are the same, how many words
+    agree.
+    """
     directory = tmp_path_factory.mktemp("data")
     draw = random.Random(0)
 
@@ -61,7 +61,13 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
                 "data": files("kind", {"text": "text", "label": "label"}),
             },
             "same": {"type": "binary", "data": files("same", pair)},
-            "degree": {"type": "regression", "range": [0, 2], "pairs": "bi", "pooling": "mean", "data": files("degree", pair)},
+            "degree": {
+                "type": "regression",
+                "range": [0, 2],
+                "pairs": "bi",
+                "pooling": "mean",
+                "data": files("degree", pair),
+            },
         },
         "sampler": {"batch_size": 2},
         "gradient": {"method": "pcgrad"},

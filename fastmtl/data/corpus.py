@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Corpus:
-    """One data set per task of the recipe and split, in the recipe's order; `dev` is None for a task without a dev file."""
+    """One data set per task of the recipe and split, in the recipe's order; `dev` is None for a task without a dev
+    file.
+    """
 
     train: list[TokenizedDataset]
     dev: list[TokenizedDataset | None]

@@ -63,7 +63,9 @@ def find_layout(name: str, header: list[str], columns: Mapping[str, str | int], 
     """
     if name == "table":
         if "text" not in columns:
-            raise UserError(f"{path}: format 'table' needs data.columns with at least text (and label); it has {dict(columns)}")
+            raise UserError(
+                f"{path}: format 'table' needs data.columns with at least text (and label); it has {dict(columns)}"
+            )
         return Layout(
             text=columns["text"],
             text_pair=columns.get("text_pair"),

@@ -1,7 +1,8 @@
 """One batch of all tasks without padding.
 
 Shapes: N tokens, B sequences, T tasks of the recipe, E_t examples of task t in this batch.
-Sequences are sorted by task, so every task owns a contiguous segment of tokens and of sequences (empty when it is absent).
+Sequences are sorted by task, so every task owns a contiguous segment of tokens and of sequences (empty when it is
+absent).
 A bi-encoded pair is two sequences of its task; `pairs` says which.
 """
 
@@ -21,10 +22,13 @@ class PackedBatch:
     input_ids, position_ids, token_type_ids: int64 [N], positions start at 0 in every sequence.
     cu_seqlens: int32 [B + 1], sequence b is rows cu_seqlens[b]:cu_seqlens[b + 1].
     seq_offsets, token_offsets: int32 [T + 1], sequences and tokens of task t are offsets[t]:offsets[t + 1].
-    labels: T tensors, int64 [E_t] (classification) or float32 [E_t] (binary, regression); None where there are no labels.
+    labels: T tensors, int64 [E_t] (classification) or float32 [E_t] (binary, regression); None where there are no
+    labels.
     example_ids: T tensors int64 [E_t], the rows' positions in their data set.
-    pairs: T entries, int64 [E_t, 2] indices into the B sequences for bi-encoded pairs, None where an example is one sequence.
-    group_counts: rows of each task over all ranks and micro-batches of this optimiser step (T host integers), None outside training.
+    pairs: T entries, int64 [E_t, 2] indices into the B sequences for bi-encoded pairs, None where an example is one
+    sequence.
+    group_counts: rows of each task over all ranks and micro-batches of this optimiser step (T host integers), None
+    outside training.
     host: the same offsets as Python integers, so that no op waits for the device.
     """
 
@@ -114,5 +118,3 @@ class HostOffsets:
     @property
     def max_seqlen(self) -> int:
         return max((b - a for a, b in zip(self.cu_seqlens, self.cu_seqlens[1:], strict=False)), default=0)
-
-

@@ -64,7 +64,9 @@ def _decoded_lines(content: bytes, on_bad_row: OnBadRow) -> Iterator[tuple[int, 
         try:
             yield number, line.decode("utf-8")
         except UnicodeDecodeError as error:
-            on_bad_row(BadRow(number, f"byte {error.start + 1}", f"expected UTF-8, found byte 0x{line[error.start]:02x}"))
+            on_bad_row(
+                BadRow(number, f"byte {error.start + 1}", f"expected UTF-8, found byte 0x{line[error.start]:02x}")
+            )
 
 
 def _delimited(

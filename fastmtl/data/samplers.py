@@ -1,6 +1,7 @@
 """Samplers: which share of an epoch's rows each task gets.
 
-A new sampler is one function here and its name in SAMPLERS. The stream turns shares into batches, the same for all samplers.
+A new sampler is one function here and its name in SAMPLERS. The stream turns shares into batches, the same for all
+samplers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import numpy as np
 
 from fastmtl.errors import unknown_name
 
-# (rows of each task [T], rows per micro-batch of each task [T], epoch from 0, number of epochs) -> weights [T], any scale
+# (rows of each task [T], rows per micro-batch of each task [T], epoch from 0, number of epochs) -> weights [T], any
+# scale
 Sampler = Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]
 
 
@@ -26,7 +28,9 @@ def proportional(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs:
 
 
 def annealed(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs: int) -> np.ndarray:
-    """p_t ~ N_t^a with a = 1 - 0.8 (e - 1) / (E - 1) in epoch e = 1..E, a = 1 when E = 1 (Stickland & Murray 2019, section 4.1)."""
+    """p_t ~ N_t^a with a = 1 - 0.8 (e - 1) / (E - 1) in epoch e = 1..E, a = 1 when E = 1 (Stickland & Murray 2019,
+    section 4.1).
+    """
     exponent = 1.0 - 0.8 * epoch / (epochs - 1) if epochs > 1 else 1.0
     return sizes.astype(np.float64) ** exponent
 

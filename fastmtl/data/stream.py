@@ -1,7 +1,9 @@
 """The batches of a run: which rows, in which order, on which rank.
 
-Everything is a pure function of (seed, epoch, step), so every rank draws the same without talking, and resuming needs no state but
-those numbers. An epoch is one interleaved sequence of rows of all tasks, in which every stretch holds the sampler's shares; it is cut into
+Everything is a pure function of (seed, epoch, step), so every rank draws the same without talking, and resuming needs
+no state but
+those numbers. An epoch is one interleaved sequence of rows of all tasks, in which every stretch holds the sampler's
+shares; it is cut into
 micro-batches, and each micro-batch is dealt to the ranks.
 """
 
@@ -184,7 +186,8 @@ class BatchStream:
 def evaluation_batches(
     dataset: TokenizedDataset, task_index: int, num_tasks: int, max_tokens: int, rank: int = 0, world: int = 1
 ) -> Iterator[PackedBatch]:
-    """Every row of a data set once over all ranks, in batches of at most `max_tokens` tokens (one row where a row is longer).
+    """Every row of a data set once over all ranks, in batches of at most `max_tokens` tokens (one row where a row is
+    longer).
 
     The batches hold rows of like length; `example_ids` say which. The other num_tasks - 1 tasks are empty.
     """

@@ -29,9 +29,11 @@ _ARRAYS = ("tokens", "offsets", "second_text")
 
 @dataclass(frozen=True)
 class TokenizedDataset:
-    """n examples of S sequences each (S is 2 for bi-encoded pairs, else 1); example i owns sequences S i to S i + S - 1.
+    """n examples of S sequences each (S is 2 for bi-encoded pairs, else 1); example i owns sequences S i to S i + S -
+    1.
 
-    tokens: int32 [all tokens], memory-mapped. offsets: int64 [S n + 1], sequence s is tokens[offsets[s]:offsets[s + 1]].
+    tokens: int32 [all tokens], memory-mapped. offsets: int64 [S n + 1], sequence s is tokens[offsets[s]:offsets[s +
+    1]].
     second_text: int32 [S n], where in the sequence token type 1 begins (its length if nowhere).
     labels: int64 or float32 [n], or None. ids: the rows' own ids. truncated: examples cut to the encoder's positions.
     """
@@ -61,7 +63,8 @@ def tokenize(
     """Tokenises rows, or finds them in `cache_dir` under a digest of their texts, the tokenizer and the settings.
 
     max_length: tokens per sequence with [CLS] and [SEP]; the longest text of a pair is cut first.
-    A damaged cache entry is made again; where the cache cannot be written, a temporary folder serves and a line says so.
+    A damaged cache entry is made again; where the cache cannot be written, a temporary folder serves and a line says
+    so.
     """
     bi = task.pairs == "bi"
     if bi and rows.pair_texts is None:
@@ -75,7 +78,10 @@ def tokenize(
             _store(entry, *made)
         except OSError as error:
             entry = Path(tempfile.mkdtemp(prefix="fastmtl-")) / entry.name
-            print(f"fastmtl: data.cache_dir={cache_dir} is not writable ({error.strerror}); using {entry}", file=sys.stderr)
+            print(
+                f"fastmtl: data.cache_dir={cache_dir} is not writable ({error.strerror}); using {entry}",
+                file=sys.stderr,
+            )
             _store(entry, *made)
         arrays = _load(entry)
         assert arrays is not None

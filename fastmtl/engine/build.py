@@ -13,10 +13,13 @@ from fastmtl.engine.settings import deepspeed_config
 from fastmtl.model.multitask import MultiTaskModel
 
 
-def build_engine(recipe: Recipe, model: MultiTaskModel, world: int, total_steps: int, *, universal: bool = False) -> Any:
+def build_engine(
+    recipe: Recipe, model: MultiTaskModel, world: int, total_steps: int, *, universal: bool = False
+) -> Any:
     """The DeepSpeed engine for a model on the CPU; it moves, casts and partitions it.
 
-    total_steps: optimiser steps of the whole run, for the schedule. universal: the engine will load a universal checkpoint.
+    total_steps: optimiser steps of the whole run, for the schedule. universal: the engine will load a universal
+    checkpoint.
     """
     import deepspeed
 
@@ -42,7 +45,9 @@ def build_optimizer(recipe: Recipe, model: MultiTaskModel) -> torch.optim.Optimi
 
 
 def lr_factor(recipe: Recipe, total_steps: int) -> Callable[[int], float]:
-    """step (from 0) -> the factor of every group's learning rate: linear warm-up, then linear or cosine decay to 0, or constant."""
+    """step (from 0) -> the factor of every group's learning rate: linear warm-up, then linear or cosine decay to 0, or
+    constant.
+    """
     warmup = math.ceil(recipe.schedule.warmup * total_steps)
     kind = recipe.schedule.name
 

@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, checked before they are opened, the latest and the best kept.
 
-checkpoints/step-N/ holds DeepSpeed's files (engine/), one file of random state per rank, state.json (sampler position, surgery, early
+checkpoints/step-N/ holds DeepSpeed's files (engine/), one file of random state per rank, state.json (sampler position,
+surgery, early
 stopping) and manifest.json. A save goes into .incomplete-step-N and is renamed when everything is on disk.
 """
 
@@ -42,7 +43,9 @@ class Checkpoints:
         self._directory, self._recipe, self._ranks = directory, recipe, ranks
 
     def save(self, engine: Any, step: int, state: dict[str, Any], value: float | None = None) -> None:
-        """Saves everything needed to go on after `step`. value: of the metric that chooses the best, where there is one."""
+        """Saves everything needed to go on after `step`. value: of the metric that chooses the best, where there is
+        one.
+        """
         incomplete = self._directory / f".incomplete-step-{step}"
         final = self._directory / f"step-{step}"
         if self._ranks.is_main:
@@ -83,7 +86,9 @@ class Checkpoints:
         for key, ours in self._about().items():
             theirs = manifest.get(key)
             if theirs != ours and key not in ("world", "recipe"):
-                raise UserError(f"{path} was saved with {key}: {theirs}, this run has {key}: {ours}; a resumed run keeps it")
+                raise UserError(
+                    f"{path} was saved with {key}: {theirs}, this run has {key}: {ours}; a resumed run keeps it"
+                )
         universal = manifest["world"] != self._ranks.world
         if universal and (self._recipe.engine.zero == 0 or self._recipe.engine.offload):
             kind = "engine.offload" if self._recipe.engine.offload else "engine.zero: 0"

@@ -1,6 +1,7 @@
 """manifest.json: what a checkpoint consists of, checked before anything in it is opened.
 
-DeepSpeed's files are pickles, and unpickling runs code. So a file that is not named in the manifest, or whose size or digest differs,
+DeepSpeed's files are pickles, and unpickling runs code. So a file that is not named in the manifest, or whose size or
+digest differs,
 makes the whole checkpoint refused.
 """
 

@@ -30,7 +30,8 @@ _REFUSED = {
 def deepspeed_config(recipe: Recipe, world: int, *, cpu: bool) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`; the recipe's `deepspeed` section is merged in.
 
-    Raises UserError naming both keys where that section contradicts the recipe, and for combinations that DeepSpeed cannot train.
+    Raises UserError naming both keys where that section contradicts the recipe, and for combinations that DeepSpeed
+    cannot train.
     """
     engine = recipe.engine
     if engine.precision == "fp16" and cpu:
@@ -73,7 +74,9 @@ def _merge(config: dict[str, Any], given: dict[str, Any], recipe: Recipe, path: 
             if value != ours:
                 section, name = owner.split(".")
                 setting = getattr(getattr(recipe, section), name)
-                raise UserError(f"deepspeed.{'.'.join(where)}: {value} contradicts {owner}: {setting}; change {owner} only")
+                raise UserError(
+                    f"deepspeed.{'.'.join(where)}: {value} contradicts {owner}: {setting}; change {owner} only"
+                )
         if isinstance(value, dict):
             _merge(config.setdefault(key, {}), value, recipe, where)
         else:

@@ -38,7 +38,8 @@ def universal_copy(checkpoint: Path, ranks: Ranks) -> Iterator[Path]:
 def keeps_groups(engine: Any) -> Iterator[None]:
     """Undoes what DeepSpeed 0.19 does to a torch optimiser when it loads a universal ZeRO 3 checkpoint.
 
-    It gives every group the settings of the first (learning rate, weight decay), and every parameter one and the same step
+    It gives every group the settings of the first (learning rate, weight decay), and every parameter one and the same
+    step
     tensor, which each parameter's update then counts up.
     """
     optimizer = engine.optimizer.optimizer

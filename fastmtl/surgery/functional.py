@@ -1,6 +1,7 @@
 """Linear, LayerNorm and embedding whose backward can write one gradient per task.
 
-Shapes: N rows of T tasks, task t owns rows segments.host[t]:segments.host[t + 1]. With `task_grads` None these are torch's own ops.
+Shapes: N rows of T tasks, task t owns rows segments.host[t]:segments.host[t + 1]. With `task_grads` None these are
+torch's own ops.
 Rows of different tasks never mix, so in one backward of sum_t L_t the rows of task t carry exactly the gradient of L_t:
 dW_t = dY[segment t]^T X[segment t], and the T gradients cost what one costs.
 """
@@ -18,7 +19,11 @@ from fastmtl.surgery.task_gradients import TaskGradients
 
 
 def linear(
-    x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, segments: Segments, task_grads: TaskGradients | None = None
+    x: Tensor,
+    weight: nn.Parameter,
+    bias: nn.Parameter | None,
+    segments: Segments,
+    task_grads: TaskGradients | None = None,
 ) -> Tensor:
     """x [N, in], weight [out, in], bias [out] -> [N, out], as torch.nn.functional.linear."""
     if task_grads is None:
@@ -27,7 +32,12 @@ def linear(
 
 
 def layer_norm(
-    x: Tensor, weight: nn.Parameter, bias: nn.Parameter, eps: float, segments: Segments, task_grads: TaskGradients | None = None
+    x: Tensor,
+    weight: nn.Parameter,
+    bias: nn.Parameter,
+    eps: float,
+    segments: Segments,
+    task_grads: TaskGradients | None = None,
 ) -> Tensor:
     """x [N, d], weight [d], bias [d] -> [N, d], as torch.nn.functional.layer_norm over the last dimension."""
     if task_grads is None:
@@ -35,9 +45,7 @@ def layer_norm(
     return _LayerNorm.apply(x, weight, bias, eps, segments, task_grads)
 
 
-def embedding(
-    ids: Tensor, weight: nn.Parameter, segments: Segments, task_grads: TaskGradients | None = None
-) -> Tensor:
+def embedding(ids: Tensor, weight: nn.Parameter, segments: Segments, task_grads: TaskGradients | None = None) -> Tensor:
     """ids int64 [N], weight [V, d] -> [N, d], as torch.nn.functional.embedding. Takes the sink's anchor into the graph."""
     if task_grads is None:
         return F.embedding(ids, weight)
@@ -68,7 +76,12 @@ def _write(task_grads: TaskGradients, parameter: nn.Parameter, segments: Segment
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, segments: Segments, task_grads: TaskGradients
+        ctx: Any,
+        x: Tensor,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        segments: Segments,
+        task_grads: TaskGradients,
     ) -> Tensor:
         # The parameters themselves are saved: ZeRO 3 has gathered their storage again when backward comes.
         ctx.save_for_backward(x, weight, bias)
@@ -139,9 +152,7 @@ class _LayerNorm(torch.autograd.Function):
             mask = list(ctx.needs_input_grad[:3])
             dx, dw, db = torch.ops.aten.native_layer_norm_backward(dy, x, shape, mean, rstd, *gathered, mask)
             return dx, dw, db, None, None, None
-        dx, _, _ = torch.ops.aten.native_layer_norm_backward(
-            dy, x, shape, mean, rstd, *gathered, [True, False, False]
-        )
+        dx, _, _ = torch.ops.aten.native_layer_norm_backward(dy, x, shape, mean, rstd, *gathered, [True, False, False])
         scaled = dy * _rows_weights(task_grads, segments, dy) if task_grads.mode == "weighted" else dy
         dw = db = None
         if task_grads.wants(weight):

@@ -1,7 +1,9 @@
-"""Gradient surgery for a training loop: `run` takes the micro-batches of one optimiser step and leaves one merged gradient.
+"""Gradient surgery for a training loop: `run` takes the micro-batches of one optimiser step and leaves one merged
+gradient.
 
 T tasks. Loss of task t = weight_t * (sum of its losses over the whole step) / (its rows in the whole step), over micro-batches and
-ranks together, so the same rows give the same step however they are spread. J holds the T gradients of the shared parameters.
+ranks together, so the same rows give the same step however they are spread. J holds the T gradients of the shared
+parameters.
 """
 
 from __future__ import annotations
@@ -32,8 +34,10 @@ MAX_SKIPPED = 5
 class SurgeryInfo:
     """By-products of a step, over all ranks.
 
-    losses: mean loss of each task that had rows. cosines [T, T] between task gradients (NaN for an absent task), conflict_rate: share of
-    task pairs with a negative cosine, task_norms [T], weights [T] of the gradients in the update, merged_norm: of the shared
+    losses: mean loss of each task that had rows. cosines [T, T] between task gradients (NaN for an absent task),
+    conflict_rate: share of
+    task pairs with a negative cosine, task_norms [T], weights [T] of the gradients in the update, merged_norm: of the
+    shared
     update; all None for `sum`. skipped: the task with a non-finite gradient; do not call step() then.
     """
 
@@ -53,9 +57,11 @@ class GradientSurgery:
     tasks: their names, in the order of segments and rows of J.
     shared: the parameters that surgery is about; the others get their own gradient. Default: all of the target.
     sparse: shared embedding tables whose gradient is kept as compact rows.
-    storage: "stacked" keeps J; "replay" keeps only G and runs forward and backward a second time; "auto" takes stacked where the
+    storage: "stacked" keeps J; "replay" keeps only G and runs forward and backward a second time; "auto" takes stacked
+    where the
     target can (ZeRO 0 to 2 without offload).
-    task_weights: fixed weight of each task's loss, applied before the Gramian. reduction: of PCGrad, "sum" (the paper) or "mean".
+    task_weights: fixed weight of each task's loss, applied before the Gramian. reduction: of PCGrad, "sum" (the paper)
+    or "mean".
     seed: of PCGrad's random order, with the step's number.
     Raises ValueError for an unknown name, and for a combination that cannot do what it promises.
     """
@@ -98,10 +104,13 @@ class GradientSurgery:
     def run(
         self, micro_batches: Sequence[Any], loss_fn: Callable[..., Losses], counts: Mapping[str, int] | None = None
     ) -> SurgeryInfo:
-        """Forward and backward of one optimiser step; then call `engine.step()` (or `optimizer.step()`) unless `skipped`.
+        """Forward and backward of one optimiser step; then call `engine.step()` (or `optimizer.step()`) unless
+        `skipped`.
 
-        loss_fn(micro_batch, ...) -> {task: (sum of the rows' losses, number of rows)}. It is given by keyword what it declares:
-        `model`, what to call (the engine or its module, by pass; needed for replay under DeepSpeed), and `task_grads`, the sink, for a
+        loss_fn(micro_batch, ...) -> {task: (sum of the rows' losses, number of rows)}. It is given by keyword what it
+        declares:
+        `model`, what to call (the engine or its module, by pass; needed for replay under DeepSpeed), and `task_grads`,
+        the sink, for a
         model whose layers write into it. Without `task_grads` there is one backward per task.
         counts: rows of each task in the whole step over all ranks; needed with several micro-batches, else counted.
         """
@@ -262,7 +271,9 @@ class _Step:
         losses = self._loss_fn(self.micro_batches[index], **keywords)
         unknown = set(losses) - set(surgery.tasks)
         if unknown:
-            raise ValueError(f"loss_fn gave losses of {', '.join(sorted(unknown))}, tasks are {', '.join(surgery.tasks)}")
+            raise ValueError(
+                f"loss_fn gave losses of {', '.join(sorted(unknown))}, tasks are {', '.join(surgery.tasks)}"
+            )
         if self._counts is None:
             local = [losses[name][1] if name in losses else 0 for name in surgery.tasks]
             total = sum_over_ranks(torch.tensor(local, device=surgery._target.device))

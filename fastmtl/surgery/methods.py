@@ -1,4 +1,6 @@
-"""Gradient methods: from a Gramian to the weight of each task's gradient. A new method is one function here and its name in METHODS."""
+"""Gradient methods: from a Gramian to the weight of each task's gradient. A new method is one function here and its
+name in METHODS.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +34,8 @@ def find_method(name: str) -> Method | None:
 
 
 def draw_order(num_tasks: int, seed: int, step: int) -> Tensor:
-    """A permutation of the tasks for each row, int64 [T, T], the same on every rank: drawn on the host from (seed, step)."""
+    """A permutation of the tasks for each row, int64 [T, T], the same on every rank: drawn on the host from (seed,
+    step).
+    """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 63))
     return torch.stack([torch.randperm(num_tasks, generator=generator) for _ in range(num_tasks)])

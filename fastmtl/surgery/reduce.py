@@ -20,7 +20,9 @@ def scatter_columns(piece: Tensor) -> Tensor:
     if world == 1:
         return piece
     columns = max(1, _BUCKET // (world * piece.shape[0])) * world
-    return torch.cat([_scatter(piece[:, start : start + columns]) for start in range(0, piece.shape[1], columns)], dim=1)
+    return torch.cat(
+        [_scatter(piece[:, start : start + columns]) for start in range(0, piece.shape[1], columns)], dim=1
+    )
 
 
 def _scatter(piece: Tensor) -> Tensor:

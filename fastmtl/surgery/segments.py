@@ -11,7 +11,8 @@ from torch import Tensor
 class Segments:
     """Rows of task t are offsets[t]:offsets[t + 1].
 
-    offsets: int32 [T + 1] on the rows' device; host: the same numbers as Python integers, so that no op waits for the device.
+    offsets: int32 [T + 1] on the rows' device; host: the same numbers as Python integers, so that no op waits for the
+    device.
     """
 
     offsets: Tensor

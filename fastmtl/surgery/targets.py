@@ -31,7 +31,9 @@ class OptimizerTarget:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         if world_size() > 1:
-            raise ValueError("target: with several processes use a DeepSpeed engine, a torch optimiser does not reduce gradients")
+            raise ValueError(
+                "target: with several processes use a DeepSpeed engine, a torch optimiser does not reduce gradients"
+            )
         self.parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self.device = self.parameters[0].device
         self._optimizer = optimizer
@@ -52,7 +54,9 @@ class OptimizerTarget:
 
 
 class EngineTarget:
-    """A DeepSpeed engine, by its public calls. DeepSpeed averages over ranks, so gradients are handed over times their number."""
+    """A DeepSpeed engine, by its public calls. DeepSpeed averages over ranks, so gradients are handed over times their
+    number.
+    """
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
@@ -60,7 +64,9 @@ class EngineTarget:
         self.parameters = [p for p in engine.module.parameters() if p.requires_grad]
         stage = engine.zero_optimization_stage()
         if engine.fp16_enabled() and stage == 0:
-            raise ValueError("fp16 with ZeRO 0: DeepSpeed does not scale that loss while its optimiser divides; use ZeRO 1")
+            raise ValueError(
+                "fp16 with ZeRO 0: DeepSpeed does not scale that loss while its optimiser divides; use ZeRO 1"
+            )
         self.stacks = stage < 3 and not engine.zero_use_cpu_optimizer()
 
     def model(self, training_pass: bool) -> Any:
@@ -81,7 +87,9 @@ class EngineTarget:
 
 
 class _Surrogate(torch.autograd.Function):
-    """A scalar whose gradient for parameter k is `merged[k]`: it carries gradients made elsewhere through every hook of DeepSpeed."""
+    """A scalar whose gradient for parameter k is `merged[k]`: it carries gradients made elsewhere through every hook of
+    DeepSpeed.
+    """
 
     @staticmethod
     def forward(ctx: Any, merged: list[Tensor], *parameters: Tensor) -> Tensor:

@@ -24,16 +24,21 @@ GatherRows = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 class TaskGradients:
     """J of the shared parameters, or what surgery needs of it.
 
-    Handed to the layers in forward; nothing is written unless it is armed, and every write adds (a weight used twice, accumulation).
+    Handed to the layers in forward; nothing is written unless it is armed, and every write adds (a weight used twice,
+    accumulation).
 
     - `stack`: keeps J, dense parameters in one [T, P] buffer, embedding rows as (ids, rows) per task. Autograd gets no gradient.
-    - `gramian`: adds a layer's share to G as soon as the layer's backward is done, and drops it. Autograd gets no gradient.
-    - `weighted`: autograd gets `sum_t weights[t] g_t` for shared parameters; nothing is kept. Inputs' gradients stay unweighted.
+    - `gramian`: adds a layer's share to G as soon as the layer's backward is done, and drops it. Autograd gets no
+    gradient.
+    - `weighted`: autograd gets `sum_t weights[t] g_t` for shared parameters; nothing is kept. Inputs' gradients stay
+    unweighted.
 
-    `anchor` is a zero scalar that requires a gradient; the embedding takes it as an input. Differentiating a loss for it runs every
+    `anchor` is a zero scalar that requires a gradient; the embedding takes it as an input. Differentiating a loss for
+    it runs every
     layer's backward without asking autograd for any shared parameter, so no hook on one fires.
 
-    parameters: the trainable shared ones. sparse: those among them whose gradient is compact rows (the word embeddings).
+    parameters: the trainable shared ones. sparse: those among them whose gradient is compact rows (the word
+    embeddings).
     dtype: of J. scatter, gather_rows: see `reduce` of GradientSurgery; the identity for one rank.
     """
 
@@ -70,7 +75,8 @@ class TaskGradients:
     ) -> Iterator[None]:
         """Takes writes inside the block.
 
-        weights: [T] for `weighted`. keep: for `gramian`, whether this rank's share of J adds up over several blocks; without it
+        weights: [T] for `weighted`. keep: for `gramian`, whether this rank's share of J adds up over several blocks;
+        without it
         a gradient goes into G at once and is dropped, so a weight may be written only once until `clear`.
         """
         if self.anchor.device != device:
@@ -125,7 +131,9 @@ class TaskGradients:
         return total
 
     def sparse_gramian(self) -> Tensor:
-        """The compact rows' part of G, float32 [T, T], all ranks' rows: equal on every rank, so it is not summed over them."""
+        """The compact rows' part of G, float32 [T, T], all ranks' rows: equal on every rank, so it is not summed over
+        them.
+        """
         total = torch.zeros(self.num_tasks, self.num_tasks, device=self.anchor.device)
         for per_task in self._rows.values():
             total += _rows_gramian([self._gather_rows(*_coalesce(parts)) for parts in _filled(per_task)])

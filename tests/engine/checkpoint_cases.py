@@ -1,6 +1,7 @@
 """What the processes of tests/engine/test_checkpoint.py run. Usage: checkpoint_cases.py DIRECTORY
 
-Two ranks save after two steps and go on for two more, once straight and once from the checkpoint. One rank loads what two saved.
+Two ranks save after two steps and go on for two more, once straight and once from the checkpoint. One rank loads what
+two saved.
 """
 
 from __future__ import annotations

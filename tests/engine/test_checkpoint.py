@@ -1,4 +1,6 @@
-"""Checkpoints of real engines: bitwise resume at the same number of ranks, another number through the universal form, refusals."""
+"""Checkpoints of real engines: bitwise resume at the same number of ranks, another number through the universal form,
+refusals.
+"""
 
 from __future__ import annotations
 
@@ -53,12 +55,15 @@ def test_two_ranks_checkpoint_loads_at_one_rank(saved: Path, zero: int) -> None:
     before, loaded = (load_file(saved / f"zero{zero}-{kind}.safetensors") for kind in ("saved", "universal-saved"))
     for name, tensor in before.items():
         assert torch.equal(tensor, loaded[name]), name
-    # Two more AdamW steps agree only if the moments and the schedule came along. Adam's m / sqrt(v) makes the sign of a gradient that is
+    # Two more AdamW steps agree only if the moments and the schedule came along. Adam's m / sqrt(v) makes the sign of a
+    # gradient that is
     # zero but for rounding (a key's bias) count as much as any other, so those entries are left out.
     straight, went_on = (load_file(saved / f"zero{zero}-{kind}.safetensors") for kind in ("straight", "universal"))
     for name, tensor in straight.items():
         if not name.endswith("key.bias"):
-            torch.testing.assert_close(went_on[name], tensor, atol=2e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                went_on[name], tensor, atol=2e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 @pytest.fixture
@@ -165,7 +170,9 @@ def test_another_kind_of_run_is_refused(checkpoints: Checkpoints, tmp_path: Path
 
 
 @pytest.mark.parametrize("setting", ["zero", "offload"])
-def test_another_number_of_ranks_is_refused_where_deepspeed_cannot(tmp_path: Path, recipe: Recipe, setting: str) -> None:
+def test_another_number_of_ranks_is_refused_where_deepspeed_cannot(
+    tmp_path: Path, recipe: Recipe, setting: str
+) -> None:
     setattr(recipe.engine, setting, 0 if setting == "zero" else True)
     Checkpoints(tmp_path / "c", recipe, OneRank(0, 1, 0, torch.device("cpu"))).save(FakeEngine(), 1, {})
     with pytest.raises(UserError, match="saved by 1 processes, this run has 2"):

@@ -1,4 +1,6 @@
-"""Real DeepSpeed, its real launcher, two processes: the step of two ranks equals one process with the joined batch, in every ZeRO stage."""
+"""Real DeepSpeed, its real launcher, two processes: the step of two ranks equals one process with the joined batch, in
+every ZeRO stage.
+"""
 
 from __future__ import annotations
 
