@@ -53,7 +53,7 @@ class HeadConfig(Section):
     )
     dropout: float = Field(0.1, ge=0, lt=1)
     features: list[Literal["u", "v", "abs_diff", "product"]] = Field(
-        default_factory=lambda: ["u", "v", "abs_diff"], description="bi-encoded pairs: what the head sees"
+        ["u", "v", "abs_diff"], description="bi-encoded pairs: what the head sees"
     )
 
 

@@ -14,7 +14,7 @@ before""".split()
 
 
 def save_tiny_bert(directory: Path, *, hidden: int = 32, layers: int = 2, heads: int = 4) -> Path:
-    """A Hugging Face directory with a randomly initialised BERT of a few thousand weights and a word-piece tokenizer."""
+    """A Hugging Face directory with a random BERT of a few thousand weights and a word-piece tokenizer."""
     import string
 
     import torch

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from fastmtl.config import Recipe
+from fastmtl.config import Recipe, TaskConfig
 from fastmtl.data.readers import read_rows
 from fastmtl.data.tokenized import TokenizedDataset, tokenize
 
@@ -26,34 +25,20 @@ class Corpus:
     dev: list[TokenizedDataset | None]
 
     @classmethod
-    def load(
-        cls,
-        recipe: Recipe,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        in_turn: Callable[[Callable[[], Corpus]], Corpus] = lambda read: read(),
-    ) -> Corpus:
-        """Reads the train and dev files.
+    def load(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Corpus:
+        """Reads the train and dev files. max_length: tokens per text, [CLS] and [SEP] included.
 
-        max_length: tokens per text, [CLS] and [SEP] included.
-        in_turn: runs the reading on the first process of each machine before the others, which then find the cache.
+        Raises UserError for a task without a train file, and as `read_rows` does.
         """
-        return in_turn(lambda: cls._read(recipe, tokenizer, max_length))
-
-    @classmethod
-    def _read(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Corpus:
         data = recipe.data.model_copy(update={"dir": recipe.data.dir or str(demo_directory())})
 
-        def read(name: str, split: str) -> TokenizedDataset | None:
-            task = recipe.tasks[name]
-            if getattr(task.data, split) is None:
-                return None
-            rows = read_rows(task, data, split)
-            return tokenize(rows, tokenizer, task, max_length, data.cache_dir)
+        def read(task: TaskConfig, split: Literal["train", "dev"]) -> TokenizedDataset:
+            return tokenize(read_rows(task, data, split), tokenizer, task, max_length, data.cache_dir)
 
+        tasks = recipe.tasks.values()
         return cls(
-            train=[read(name, "train") for name in recipe.task_names],
-            dev=[read(name, "dev") for name in recipe.task_names],
+            train=[read(task, "train") for task in tasks],
+            dev=[None if task.data.dev is None else read(task, "dev") for task in tasks],
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ class PackedBatch:
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
         """The same batch on `device`; the host offsets stay where they are."""
 
-        def move(value: object) -> object:
+        def move(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return value.to(device, non_blocking=non_blocking)
             if isinstance(value, tuple):

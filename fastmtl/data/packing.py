@@ -21,7 +21,8 @@ def pack(
     """
     ids, positions, types, lengths, seq_counts, token_counts = [], [], [], [], [], []
     labels: list[torch.Tensor | None] = []
-    example_ids, pairs = [], []
+    example_ids: list[torch.Tensor] = []
+    pairs: list[torch.Tensor | None] = []
     sequences_so_far = 0
     for dataset, rows in parts:
         rows = np.asarray(rows, dtype=np.int64)

@@ -80,7 +80,7 @@ def _delimited(
         quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
     )
     header: list[str] = []
-    records = []
+    records: list[Record] = []
     while True:
         first = reader.line_num  # a quoted cell may span lines: a record is named by its first
         try:

@@ -118,8 +118,8 @@ class BatchStream:
             plan.pop()
         if len(plan) < self._accumulation:
             raise UserError(
-                f"the training files fill {len(plan)} micro-batches of sampler.batch_tokens={budget} on {self._world} ranks, "
-                f"engine.accumulation={self._accumulation} needs more: lower one of them"
+                f"the training files fill {len(plan)} micro-batches of sampler.batch_tokens={budget} on "
+                f"{self._world} ranks, engine.accumulation={self._accumulation} needs more: lower one of them"
             )
         return [[np.array(part) for part in parts] for parts in plan]
 
@@ -178,7 +178,8 @@ class BatchStream:
             if lengths.max() > budget:
                 row = int(lengths.argmax())
                 raise UserError(
-                    f"sampler.batch_tokens={budget} is less than the {lengths.max()} tokens of row {dataset.ids[row]} of {name} "
+                    f"sampler.batch_tokens={budget} is less than the {lengths.max()} tokens of row "
+                    f"{dataset.ids[row]} of {name} "
                     f"({dataset.path}): raise it, or set encoder.max_length"
                 )
 

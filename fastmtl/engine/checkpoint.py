@@ -93,8 +93,8 @@ class Checkpoints:
         if universal and (self._recipe.engine.zero == 0 or self._recipe.engine.offload):
             kind = "engine.offload" if self._recipe.engine.offload else "engine.zero: 0"
             raise UserError(
-                f"{path} was saved by {manifest['world']} processes, this run has {self._ranks.world}: with {kind} DeepSpeed "
-                "cannot change their number; run with as many as before"
+                f"{path} was saved by {manifest['world']} processes, this run has {self._ranks.world}: with {kind} "
+                "DeepSpeed cannot change their number; run with as many as before"
             )
         return Found(path, manifest, universal)
 

@@ -47,7 +47,7 @@ class Ranks:
         return bool(value.item())
 
     def in_turn(self, work: Callable[[], T]) -> T:
-        """Runs `work` on the first process of each machine, then on the others. An error anywhere is raised everywhere."""
+        """Runs `work` on the first process of each machine, then on the others. An error anywhere ends all."""
         result: list[T] = []
         error: BaseException | None = None
         for first in (True, False):

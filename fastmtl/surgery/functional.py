@@ -46,7 +46,7 @@ def layer_norm(
 
 
 def embedding(ids: Tensor, weight: nn.Parameter, segments: Segments, task_grads: TaskGradients | None = None) -> Tensor:
-    """ids int64 [N], weight [V, d] -> [N, d], as torch.nn.functional.embedding. Takes the sink's anchor into the graph."""
+    """ids int64 [N], weight [V, d] -> [N, d], as F.embedding. Takes the sink's anchor into the graph."""
     if task_grads is None:
         return F.embedding(ids, weight)
     return _Embedding.apply(task_grads.anchor, ids, weight, segments, task_grads)
@@ -60,7 +60,7 @@ def _rows_weights(task_grads: TaskGradients, segments: Segments, like: Tensor) -
 
 
 def _write(task_grads: TaskGradients, parameter: nn.Parameter, segments: Segments, product: Any) -> Tensor | None:
-    """Sends product(rows) of every task's segment where the armed mode wants it, or returns autograd's plain gradient."""
+    """Sends product(rows) of every task's segment where the mode wants it, or returns autograd's gradient."""
     if task_grads.mode == "weighted":
         return product(slice(0, segments.host[-1]), True)
     if task_grads.mode == "stack":

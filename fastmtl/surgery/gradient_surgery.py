@@ -1,9 +1,8 @@
-"""Gradient surgery for a training loop: `run` takes the micro-batches of one optimiser step and leaves one merged
-gradient.
+"""Gradient surgery for a training loop: `run` takes the micro-batches of one step and leaves one merged gradient.
 
-T tasks. Loss of task t = weight_t * (sum of its losses over the whole step) / (its rows in the whole step), over micro-batches and
-ranks together, so the same rows give the same step however they are spread. J holds the T gradients of the shared
-parameters.
+T tasks. Loss of task t = weight_t * (sum of its losses over the whole step) / (its rows in the whole step), over
+micro-batches and ranks together, so the same rows give the same step however they are spread. J holds the
+T gradients of the shared parameters.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import TrainingError
-from fastmtl.surgery.methods import draw_order, find_method
+from fastmtl.surgery.methods import Reduction, draw_order, find_method
 from fastmtl.surgery.random_state import RandomState
 from fastmtl.surgery.reduce import gather_rows, scatter_columns, sum_over_ranks, world_size
 from fastmtl.surgery.targets import find_target
@@ -76,7 +75,7 @@ class GradientSurgery:
         sparse: Sequence[nn.Parameter] = (),
         storage: str = "auto",
         task_weights: Mapping[str, float] | None = None,
-        reduction: str = "sum",
+        reduction: Reduction = "sum",
         seed: int = 0,
     ) -> None:
         self._target = find_target(target)
@@ -90,7 +89,8 @@ class GradientSurgery:
             raise ValueError(f"storage must be auto, stacked or replay, got {storage!r}")
         if storage == "stacked" and not self._target.stacks:
             raise ValueError(
-                "storage='stacked' needs every gradient at hand, which ZeRO 3 and offload do not give: use storage='replay'"
+                "storage='stacked' needs every gradient at hand, which ZeRO 3 and offload do not give: "
+                "use storage='replay'"
             )
         self.storage = storage if storage != "auto" else ("stacked" if self._target.stacks else "replay")
         self._weights = [float((task_weights or {}).get(name, 1.0)) for name in self.tasks]
@@ -181,8 +181,8 @@ class GradientSurgery:
     def _replay(self, step: _Step) -> SurgeryInfo:
         if not step.takes_sink:
             raise ValueError(
-                "storage='replay' (ZeRO 3, offload) needs a model whose layers write into task_grads: DeepSpeed holds the weights "
-                "of other models only inside their forward. Use ZeRO 0 to 2 without offload."
+                "storage='replay' (ZeRO 3, offload) needs a model whose layers write into task_grads: DeepSpeed holds "
+                "the weights of other models only inside their forward. Use ZeRO 0 to 2 without offload."
             )
         scale = self._target.loss_scale()
         self._sink.clear()

@@ -5,6 +5,7 @@ name in METHODS.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,11 +13,12 @@ from torch import Tensor
 from fastmtl.errors import unknown_name
 from fastmtl_kernels import pcgrad_weights
 
+Reduction = Literal["sum", "mean"]
 # (G [T, T] float32, order [T, T] int64, reduction) -> weights [T]
-Method = Callable[[Tensor, Tensor, str], Tensor]
+Method = Callable[[Tensor, Tensor, Reduction], Tensor]
 
 
-def pcgrad(gram: Tensor, order: Tensor, reduction: str) -> Tensor:
+def pcgrad(gram: Tensor, order: Tensor, reduction: Reduction) -> Tensor:
     """Yu et al. 2020, Algorithm 1, in coefficients (see fastmtl_kernels.pcgrad_weights)."""
     return pcgrad_weights(gram, order=order, reduction=reduction)
 

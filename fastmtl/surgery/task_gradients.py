@@ -27,9 +27,10 @@ class TaskGradients:
     Handed to the layers in forward; nothing is written unless it is armed, and every write adds (a weight used twice,
     accumulation).
 
-    - `stack`: keeps J, dense parameters in one [T, P] buffer, embedding rows as (ids, rows) per task. Autograd gets no gradient.
-    - `gramian`: adds a layer's share to G as soon as the layer's backward is done, and drops it. Autograd gets no
-    gradient.
+    - `stack`: keeps J, dense parameters in one [T, P] buffer, embedding rows as (ids, rows) per task.
+      Autograd gets no gradient.
+    - `gramian`: adds a layer's share to G as soon as the layer's backward is done, and drops it.
+      Autograd gets no gradient.
     - `weighted`: autograd gets `sum_t weights[t] g_t` for shared parameters; nothing is kept. Inputs' gradients stay
     unweighted.
 
@@ -106,8 +107,8 @@ class TaskGradients:
         if not self._keep:
             if id(parameter) in self._dropped:
                 raise RuntimeError(
-                    "a shared weight is used twice in one forward: its task gradients must add up before they meet in the "
-                    "Gramian, so use storage='stacked'"
+                    "a shared weight is used twice in one forward: its task gradients must add up before they "
+                    "meet in the Gramian, so use storage='stacked'"
                 )
             self._dropped[id(parameter)] = gramian(share)
             return
@@ -143,6 +144,7 @@ class TaskGradients:
         """sum_t weights[t] g_t for every shared parameter by id(parameter), float32 (mode `stack`)."""
         assert self._stack is not None, "combine needs mode stack"
         merged = combine(self._stack, weights)
+        assert isinstance(merged, Tensor)
         result, start = {}, 0
         for parameter in self._dense:
             result[id(parameter)] = merged[start : start + parameter.numel()].view(parameter.shape)

@@ -1,4 +1,4 @@
-"""What the ranks of tests/surgery/test_deepspeed.py run: every case in one launch. Usage: deepspeed_cases.py DIRECTORY"""
+"""What the ranks of test_deepspeed.py run: every case in one launch. Usage: deepspeed_cases.py DIRECTORY"""
 
 from __future__ import annotations
 
