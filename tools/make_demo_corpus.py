@@ -1,0 +1,199 @@
+"""Makes the demo corpus: fastmtl/data/demo/<task>-<split>.csv, the same bytes at every run. Usage: python tools/make_demo_corpus.py [DIR]
+
+Three tasks on sentences of our own, which nobody else's licence covers. Train and dev share words but no template and no sentence.
+A bag of words does not solve them: what counts is which of two opinions is the writer's (sentiment), who did what to whom
+(paraphrase), and which parts of two statements mean the same in other words (similarity).
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROWS = {
+    "sentiment": {"train": 2400, "dev": 400},
+    "paraphrase": {"train": 2400, "dev": 400},
+    "similarity": {"train": 1600, "dev": 400},
+}
+
+# Opinions by class, worst to best. The last two of each are for dev only.
+OPINIONS = [
+    ["awful", "dreadful", "terrible", "horrible", "atrocious", "disastrous", "appalling", "abysmal"],
+    ["dull", "weak", "tedious", "bland", "clumsy", "disappointing", "tiresome", "feeble"],
+    ["ordinary", "average", "passable", "middling", "acceptable", "adequate", "unremarkable", "fair"],
+    ["good", "pleasant", "enjoyable", "charming", "solid", "likable", "nice", "appealing"],
+    ["brilliant", "superb", "wonderful", "magnificent", "outstanding", "perfect", "marvelous", "stunning"],
+]
+THINGS = "film novel play concert meal hotel show album comedy documentary recipe lecture game series musical tour".split()
+SOURCES = ["critics", "reviewers", "friends", "neighbours", "colleagues", "the papers"]
+
+# {t} the thing, {x} somebody else's opinion, {y} the writer's, {s} who was wrong.
+SENTIMENT = {
+    "train": [
+        "I was told the {t} would be {x}, yet I found it {y}.",
+        "The {t} was {y}, although {s} had called it {x}.",
+        "{s} promised a {x} {t}; what I got was {y}.",
+        "I expected something {x}, but the {t} turned out {y}.",
+        "To me this {t} is {y}, whatever {s} say about it being {x}.",
+        "It may look {x} at first, but in the end the {t} is {y}.",
+        "Far from being {x}, the {t} was {y}.",
+        "What a {y} {t}, and to think that I feared it would be {x}.",
+        "The trailer made the {t} seem {x}; the real thing is {y}.",
+        "{y} is my word for this {t}, not {x}.",
+        "Instead of the {x} {t} I had hoped for, I sat through a {y} one.",
+        "Last year's {t} was {x}; this one is {y}.",
+        "The {t} was {y} from beginning to end.",
+        "All in all, a {y} {t}.",
+        "We thought the {t} was {y}.",
+    ],
+    "dev": [
+        "My verdict on the {t} is {y}, even if {s} insist that it is {x}.",
+        "{s} had warned us of a {x} {t}, but it proved {y}.",
+        "I went in thinking the {t} would be {x} and came out thinking it was {y}.",
+        "This {t} is {y} rather than {x}.",
+        "Though it is often described as {x}, I consider the {t} {y}.",
+        "The {t} is not {x} at all; it is {y}.",
+        "Honestly, the {t} felt {y}.",
+        "Some find the {t} {x}. I say it is {y}.",
+    ],
+}
+
+# Pairs of words that mean the same here.
+PEOPLE = """man/gentleman woman/lady boy/lad child/kid doctor/physician lawyer/attorney teacher/instructor policeman/cop
+singer/vocalist writer/author sailor/seaman soldier/trooper thief/burglar boss/manager drunk/alcoholic tourist/traveller
+priest/clergyman pilot/aviator""".split()
+DEEDS = """helped/assisted praised/complimented followed/trailed rescued/saved phoned/called hired/employed
+insulted/offended tricked/fooled punished/penalized warned/alerted""".split()
+ACTIONS = """bought/purchased repaired/fixed cleaned/washed carried/hauled found/discovered destroyed/wrecked
+lost/misplaced built/constructed examined/inspected concealed/hid sold/auctioned""".split()
+OBJECTS = """car/automobile bike/bicycle boat/ship sofa/couch bag/sack stone/rock gift/present picture/photo coat/jacket
+lamp/light cup/mug rug/carpet box/crate letter/note""".split()
+PLACES = [
+    "in the forest/in the woods",
+    "near the shop/near the store",
+    "by the sea/by the ocean",
+    "at the airport/at the airfield",
+    "in the garden/in the yard",
+    "on the hill/on the slope",
+    "at the hospital/at the clinic",
+    "behind the church/behind the chapel",
+    "at the crossroads/at the junction",
+    "in the cellar/in the basement",
+]
+
+# {a} did {d} to {b} in place {p}: ways to say the same.
+CLAIMS = {
+    "train": [
+        "The {a} {d} the {b} {p}.",
+        "The {b} was {d} by the {a} {p}.",
+        "It was the {a} who {d} the {b} {p}.",
+        "{P}, the {a} {d} the {b}.",
+        "{P}, the {b} was {d} by the {a}.",
+    ],
+    "dev": [
+        "Somebody saw how the {a} {d} the {b} {p}.",
+        "The {b} said that {p} he was {d} by the {a}.",
+        "It was {p} that the {a} {d} the {b}.",
+        "It was {p} that the {b} was {d} by the {a}.",
+    ],
+}
+STATEMENTS = {
+    "train": [
+        "The {a} {v} a {o} {p}.",
+        "{P}, the {a} {v} a {o}.",
+        "A {a} {v} the {o} {p}.",
+        "There was a {a} who {v} a {o} {p}.",
+    ],
+    "dev": [
+        "Yesterday a {a} {v} one {o} {p}.",
+        "They say that {p} the {a} {v} a {o}.",
+        "Some {a} {v} this {o} {p}.",
+    ],
+}
+
+
+def sentiment(draw: random.Random, split: str) -> tuple[int, tuple[str, ...], str]:
+    """(template, texts, label)"""
+    template = draw.randrange(len(SENTIMENT[split]))
+    label = draw.randrange(5)
+    other = draw.choice([grade for grade in range(5) if grade != label])
+    known = 8 if split == "dev" else 6
+    words = {"t": draw.choice(THINGS), "s": draw.choice(SOURCES)}
+    words |= {"x": draw.choice(OPINIONS[other][:known]), "y": draw.choice(OPINIONS[label][:known])}
+    text = SENTIMENT[split][template].format(**words)
+    return template, (_sentence(text),), str(label)
+
+
+def paraphrase(draw: random.Random, split: str) -> tuple[int, tuple[str, ...], str]:
+    """Half say the same; the others swap who and whom, or change one part. Rewording is as common in both."""
+    first, second = draw.sample(range(len(CLAIMS[split])), 2)
+    one, two = draw.sample(PEOPLE, 2)
+    parts = {"a": one, "d": draw.choice(DEEDS), "b": two, "p": draw.choice(PLACES)}
+    same = draw.random() < 0.5
+    others = dict(parts)
+    if not same and draw.random() < 0.3:
+        others["a"], others["b"] = parts["b"], parts["a"]
+    elif not same:
+        changed = draw.choice("abdp")
+        pool = {"a": PEOPLE, "b": PEOPLE, "d": DEEDS, "p": PLACES}[changed]
+        others[changed] = draw.choice([word for word in pool if word not in parts.values()])
+    reworded = draw.choice([0.0, 0.5, 1.0])
+    texts = (_say(draw, CLAIMS[split][first], parts, 0.0), _say(draw, CLAIMS[split][second], others, reworded))
+    return first * len(CLAIMS[split]) + second, texts, f"{int(same)}.0"
+
+
+def similarity(draw: random.Random, split: str) -> tuple[int, tuple[str, ...], str]:
+    """5 for the same statement in other words, 1.25 less for each of its four parts that differs."""
+    first, second = draw.randrange(len(STATEMENTS[split])), draw.randrange(len(STATEMENTS[split]))
+    pools = {"a": PEOPLE, "v": ACTIONS, "o": OBJECTS, "p": PLACES}
+    parts = {role: draw.choice(pool) for role, pool in pools.items()}
+    differing = draw.sample(list(pools), draw.randrange(5))
+    others = {
+        role: draw.choice([word for word in pools[role] if word != parts[role]]) if role in differing else parts[role]
+        for role in pools
+    }
+    texts = (_say(draw, STATEMENTS[split][first], parts, 0.0), _say(draw, STATEMENTS[split][second], others, 0.95))
+    return first * len(STATEMENTS[split]) + second, texts, f"{5 - 1.25 * len(differing)}"
+
+
+def _say(draw: random.Random, template: str, parts: dict[str, str], reworded: float) -> str:
+    words = {role: pair.split("/")[draw.random() < reworded] for role, pair in parts.items()}
+    return _sentence(template.format(**words, P=words["p"]))
+
+
+def _sentence(text: str) -> str:
+    for vowel in "aeiou":
+        text = text.replace(f" a {vowel}", f" an {vowel}").replace(f"A {vowel}", f"An {vowel}")
+    return text[0].upper() + text[1:]
+
+
+TASKS: dict[str, tuple[Callable[..., tuple[int, tuple[str, ...], str]], str]] = {
+    "sentiment": (sentiment, "sentence\tsentiment"),
+    "paraphrase": (paraphrase, "sentence1\tsentence2\tis_duplicate"),
+    "similarity": (similarity, "sentence1\tsentence2\tsimilarity"),
+}
+
+
+def make(directory: Path) -> None:
+    """Writes the six files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for task, (draw_row, header) in TASKS.items():
+        seen: set[str] = set()
+        for split, number in ROWS[task].items():
+            draw = random.Random(f"{task}-{split}")
+            lines = [f"\tid\t{header}"]
+            while len(lines) <= number:
+                template, texts, label = draw_row(draw, split)
+                if any(text in seen for text in texts) and (split == "dev" or len(texts) == 1):
+                    continue
+                if split == "train" or len(texts) == 1:
+                    seen.update(texts)
+                row = len(lines) - 1
+                lines.append("\t".join([str(row), f"{task[:3]}-{split}-t{template:02d}-{row:05d}", *texts, label]))
+            (directory / f"{task}-{split}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "fastmtl" / "data" / "demo")
