@@ -1,8 +1,10 @@
-"""Makes the demo corpus: fastmtl/data/demo/<task>-<split>.csv, the same bytes at every run. Usage: python tools/make_demo_corpus.py [DIR]
+"""Makes the demo corpus: fastmtl/data/demo/<task>-<split>.csv, the same bytes at every run.
 
-Three tasks on sentences of our own, which nobody else's licence covers. Train and dev share words but no template and no sentence.
-A bag of words does not solve them: what counts is which of two opinions is the writer's (sentiment), who did what to whom
-(paraphrase), and which parts of two statements mean the same in other words (similarity).
+Usage: python tools/make_demo_corpus.py [DIR]
+
+Three tasks on sentences of our own, which nobody else's licence covers. Train and dev share words but no template and no
+sentence. A bag of words does not solve them: what counts is which of two opinions is the writer's (sentiment), who did
+what to whom (paraphrase), and which parts of two statements mean the same in other words (similarity).
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ OPINIONS = [
     ["good", "pleasant", "enjoyable", "charming", "solid", "likable", "nice", "appealing"],
     ["brilliant", "superb", "wonderful", "magnificent", "outstanding", "perfect", "marvelous", "stunning"],
 ]
-THINGS = "film novel play concert meal hotel show album comedy documentary recipe lecture game series musical tour".split()
+THINGS = (
+    "film novel play concert meal hotel show album comedy documentary recipe lecture game series musical tour".split()
+)
 SOURCES = ["critics", "reviewers", "friends", "neighbours", "colleagues", "the papers"]
 
 # {t} the thing, {x} somebody else's opinion, {y} the writer's, {s} who was wrong.

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def bag_of_words_score(train: Path, dev: Path, kind: Literal["sentiment", "paraphrase", "similarity"]) -> float:
-    """Dev score of a linear model on word counts: accuracy of logistic regression, for similarity Pearson's r of ridge regression.
+    """Dev score of a linear model on word counts: accuracy of logistic regression; similarity: Pearson's r of ridge.
 
     Pairs are the counts of both texts, the share of common words (Jaccard) and the difference of their lengths.
     """

@@ -1,0 +1,55 @@
+"""The shipped corpus: what its script makes, nothing shared by train and dev, hard for a bag of words."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from fastmtl.data.baseline import bag_of_words_score
+from fastmtl.data.corpus import demo_directory
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "make_demo_corpus.py"
+
+
+@pytest.fixture(scope="module")
+def maker() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_demo_corpus", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["make_demo_corpus"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_script_makes_the_shipped_files(maker: ModuleType, tmp_path: Path) -> None:
+    maker.make(tmp_path)
+    made = sorted(tmp_path.iterdir())
+    assert len(made) == 6
+    for path in made:
+        assert path.read_bytes() == (demo_directory() / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("task", ["sentiment", "paraphrase", "similarity"])
+def test_train_and_dev_share_no_sentence(task: str) -> None:
+    def texts(split: str) -> set[str]:
+        with (demo_directory() / f"{task}-{split}.csv").open(encoding="utf-8", newline="") as stream:
+            return {text for row in list(csv.reader(stream, delimiter="\t"))[1:] for text in row[2:-1]}
+
+    assert not texts("train") & texts("dev")
+
+
+@pytest.mark.parametrize("name", ["SENTIMENT", "CLAIMS", "STATEMENTS"])
+def test_train_and_dev_share_no_template(maker: ModuleType, name: str) -> None:
+    templates = getattr(maker, name)
+    assert not set(templates["train"]) & set(templates["dev"])
+
+
+@pytest.mark.parametrize(("task", "ceiling"), [("sentiment", 0.60), ("paraphrase", 0.75), ("similarity", 0.70)])
+def test_bag_of_words_stays_low(task: str, ceiling: float) -> None:
+    score = bag_of_words_score(demo_directory() / f"{task}-train.csv", demo_directory() / f"{task}-dev.csv", task)  # type: ignore[arg-type]
+    assert score <= ceiling
