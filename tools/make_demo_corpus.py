@@ -137,7 +137,7 @@ def paraphrase(draw: random.Random, split: str) -> tuple[int, tuple[str, ...], s
     parts = {"a": one, "d": draw.choice(DEEDS), "b": two, "p": draw.choice(PLACES)}
     same = draw.random() < 0.5
     others = dict(parts)
-    if not same and draw.random() < 0.3:
+    if not same and draw.random() < 0.2:
         others["a"], others["b"] = parts["b"], parts["a"]
     elif not same:
         changed = draw.choice("abdp")

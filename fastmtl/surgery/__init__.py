@@ -1,4 +1,4 @@
-"""Gradient surgery: task gradients, their Gramian, and one merged gradient in a DeepSpeed engine or a torch optimiser."""
+"""Gradient surgery: task gradients, their Gramian, and one merged gradient for an engine or an optimiser."""
 
 from fastmtl.surgery.gradient_surgery import GradientSurgery, SurgeryInfo
 

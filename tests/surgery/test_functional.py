@@ -1,0 +1,161 @@
+"""Every task's gradient from one backward, against one float64 backward per task."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fastmtl.surgery import functional
+from fastmtl.surgery.segments import Segments
+from fastmtl.surgery.task_gradients import TaskGradients
+
+SIZES = st.lists(st.integers(0, 5), min_size=1, max_size=8).filter(any)
+
+
+class Net(nn.Module):
+    """Embedding -> Linear -> LayerNorm -> Linear without bias, one loss per row."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Parameter(torch.randn(11, 6, dtype=dtype))
+        self.places = nn.Parameter(torch.randn(3, 6, dtype=dtype))
+        self.weight = nn.Parameter(torch.randn(5, 6, dtype=dtype))
+        self.bias = nn.Parameter(torch.randn(5, dtype=dtype))
+        self.gain = nn.Parameter(torch.rand(5, dtype=dtype))
+        self.shift = nn.Parameter(torch.randn(5, dtype=dtype))
+        self.last = nn.Parameter(torch.randn(4, 5, dtype=dtype))
+
+    def forward(self, ids: Tensor, segments: Segments, sink: TaskGradients | None) -> Tensor:
+        x = functional.embedding(ids, self.words, segments, sink)
+        x = x + functional.embedding(ids % 3, self.places, segments, sink)
+        x = functional.linear(x, self.weight, self.bias, segments, sink)
+        x = functional.layer_norm(x, self.gain, self.shift, 1e-5, segments, sink)
+        return functional.linear(x.tanh(), self.last, None, segments, sink).square().sum(1)
+
+
+def segments(sizes: list[int]) -> Segments:
+    host = tuple([0, *torch.tensor(sizes).cumsum(0).tolist()])
+    return Segments(torch.tensor(host, dtype=torch.int32), host)
+
+
+def rows(sizes: list[int]) -> Tensor:
+    return torch.randint(0, 11, (sum(sizes),), generator=torch.Generator().manual_seed(1))
+
+
+def expected_jacobian(net: Net, ids: Tensor, sizes: list[int]) -> Tensor:
+    """[T, P] float64: plain autograd, one backward per task."""
+    wide = Net(torch.float64)
+    wide.load_state_dict({name: value.double() for name, value in net.state_dict().items()})
+    result = []
+    for t in range(len(sizes)):
+        loss = wide(ids, segments(sizes), None).split(sizes)[t].sum() + 0 * sum(p.sum() for p in wide.parameters())
+        gradients = torch.autograd.grad(loss, list(wide.parameters()))
+        result.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    return torch.stack(result)
+
+
+def scale(jacobian: Tensor) -> Tensor:
+    norms = jacobian.norm(dim=1)
+    return norms[:, None] * norms[None, :] + 1e-12
+
+
+@given(SIZES)
+@settings(max_examples=30, deadline=None)
+def test_stacked_gradients_and_gramian(sizes: list[int]) -> None:
+    net, ids = Net(), rows(sizes)
+    sink = TaskGradients(list(net.parameters()), len(sizes), sparse=[net.words])
+    with sink.armed("stack", ids.device):
+        torch.autograd.grad(net(ids, segments(sizes), sink).sum(), [sink.anchor])
+    expected = expected_jacobian(net, ids, sizes)
+    gram = (sink.gramian() + sink.sparse_gramian()).double()
+    assert ((gram - expected @ expected.T).abs() <= 1e-5 * scale(expected)).all()
+    for t in range(len(sizes)):
+        merged = sink.combine(torch.eye(len(sizes))[t])
+        found = torch.cat([merged[id(p)].flatten() for p in net.parameters()])
+        torch.testing.assert_close(found.double(), expected[t], atol=1e-5 * float(expected[t].norm() + 1e-12), rtol=0)
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+@given(SIZES, st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_gramian_without_keeping_the_gradients(sizes: list[int], keep: bool) -> None:
+    net, ids = Net(), rows(sizes)
+    sink = TaskGradients(list(net.parameters()), len(sizes), sparse=[net.words])
+    with sink.armed("gramian", ids.device, keep=keep):
+        torch.autograd.grad(net(ids, segments(sizes), sink).sum(), [sink.anchor])
+    expected = expected_jacobian(net, ids, sizes)
+    gram = (sink.gramian() + sink.sparse_gramian()).double()
+    assert ((gram - expected @ expected.T).abs() <= 1e-5 * scale(expected)).all()
+
+
+@given(SIZES)
+@settings(max_examples=30, deadline=None)
+def test_weighted_gradients(sizes: list[int]) -> None:
+    net, ids = Net(), rows(sizes)
+    weights = torch.linspace(-1, 2, len(sizes))
+    sink = TaskGradients(list(net.parameters()), len(sizes), sparse=[net.words])
+    with sink.armed("weighted", ids.device, weights=weights):
+        net(ids, segments(sizes), sink).sum().backward()
+    expected = expected_jacobian(net, ids, sizes)
+    found = torch.cat([p.grad.flatten() for p in net.parameters()])
+    bound = 1e-5 * float((weights.abs() * expected.norm(dim=1)).sum() + 1e-12)
+    torch.testing.assert_close(found.double(), weights.double() @ expected, atol=bound, rtol=0)
+
+
+def test_inputs_gradient_is_never_weighted() -> None:
+    x = torch.randn(6, 4, requires_grad=True)
+    weight, bias = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3))
+    sink = TaskGradients([weight, bias], 2)
+    with sink.armed("weighted", x.device, weights=torch.tensor([0.0, 5.0])):
+        functional.linear(x, weight, bias, segments([3, 3]), sink).sum().backward()
+    torch.testing.assert_close(x.grad, weight.detach().sum(0).expand(6, 4))
+    assert bias.grad is not None and bias.grad.tolist() == [15.0] * 3
+
+
+@pytest.mark.parametrize("sink", [None, "unarmed"])
+def test_without_an_armed_sink_it_is_plain_torch(sink: str | None) -> None:
+    net, ids = Net(), rows([4, 3])
+    held = None if sink is None else TaskGradients(list(net.parameters()), 2, sparse=[net.words])
+    net(ids, segments([4, 3]), held).sum().backward()
+    expected = expected_jacobian(net, ids, [4, 3]).sum(0)
+    found = torch.cat([p.grad.flatten() for p in net.parameters()])
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-5)
+    if held is not None:
+        assert held.nbytes() == 0
+
+
+def test_writes_add_up() -> None:
+    net, ids = Net(), rows([4, 3])
+    expected = expected_jacobian(net, ids, [4, 3]) * 2
+    for mode in ("stack", "gramian"):
+        sink = TaskGradients(list(net.parameters()), 2, sparse=[net.words])
+        for _ in range(2):
+            with sink.armed(mode, ids.device):
+                torch.autograd.grad(net(ids, segments([4, 3]), sink).sum(), [sink.anchor])
+        gram = (sink.gramian() + sink.sparse_gramian()).double()
+        assert ((gram - expected @ expected.T).abs() <= 1e-5 * scale(expected)).all()
+        sink.clear()
+        assert (sink.gramian() == 0).all()
+
+
+def test_a_weight_used_twice_needs_keeping() -> None:
+    weight = nn.Parameter(torch.randn(4, 4))
+    sink = TaskGradients([weight], 1)
+    x = torch.randn(3, 4, requires_grad=True)
+    with sink.armed("gramian", x.device, keep=False), pytest.raises(RuntimeError, match="used twice"):
+        once = functional.linear(x, weight, None, segments([3]), sink)
+        torch.autograd.grad(functional.linear(once, weight, None, segments([3]), sink).sum(), [x])
+
+
+def test_frozen_parameters_are_left_alone() -> None:
+    net, ids = Net(), rows([4, 3])
+    net.weight.requires_grad_(False)
+    trainable = [p for p in net.parameters() if p.requires_grad]
+    sink = TaskGradients(trainable, 2, sparse=[net.words])
+    with sink.armed("stack", ids.device):
+        torch.autograd.grad(net(ids, segments([4, 3]), sink).sum(), [sink.anchor])
+    assert id(net.weight) not in sink.combine(torch.ones(2))
