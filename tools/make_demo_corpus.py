@@ -2,9 +2,9 @@
 
 Usage: python tools/make_demo_corpus.py [DIR]
 
-Three tasks on sentences of our own, which nobody else's licence covers. Train and dev share words but no template and no
-sentence. A bag of words does not solve them: what counts is which of two opinions is the writer's (sentiment), who did
-what to whom (paraphrase), and which parts of two statements mean the same in other words (similarity).
+Three tasks on sentences of our own, which nobody else's licence covers. Train and dev share words but no template and
+no sentence. A bag of words does not solve them: what counts is which of two opinions is the writer's (sentiment), who
+did what to whom (paraphrase), and which parts of two statements mean the same in other words (similarity).
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def gradients(
 
 
 def textbook(model: MultiTaskModel, joined: PackedBatch) -> dict[str, Tensor]:
-    """T backwards, flatten, project pair by pair (Yu et al. 2020, Algorithm 1), float64. A task's own gradients are summed."""
+    """T backwards, flatten, project pair by pair (Yu et al. 2020, Algorithm 1), float64; own gradients are summed."""
     wide = make(model.recipe.adapter.name).double()
     wide.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
     names = [name for name, _ in wide.named_parameters()]
