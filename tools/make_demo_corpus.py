@@ -131,20 +131,19 @@ def sentiment(draw: random.Random, split: str) -> tuple[int, tuple[str, ...], st
 
 
 def paraphrase(draw: random.Random, split: str) -> tuple[int, tuple[str, ...], str]:
-    """Half say the same; the others swap who and whom, or change one part. Rewording is as common in both."""
+    """Half say the same in other words; the others change one or two parts as well, or swap who and whom."""
     first, second = draw.sample(range(len(CLAIMS[split])), 2)
     one, two = draw.sample(PEOPLE, 2)
     parts = {"a": one, "d": draw.choice(DEEDS), "b": two, "p": draw.choice(PLACES)}
     same = draw.random() < 0.5
     others = dict(parts)
-    if not same and draw.random() < 0.2:
+    if not same and draw.random() < 0.1:
         others["a"], others["b"] = parts["b"], parts["a"]
     elif not same:
-        changed = draw.choice("abdp")
-        pool = {"a": PEOPLE, "b": PEOPLE, "d": DEEDS, "p": PLACES}[changed]
-        others[changed] = draw.choice([word for word in pool if word not in parts.values()])
-    reworded = draw.choice([0.0, 0.5, 1.0])
-    texts = (_say(draw, CLAIMS[split][first], parts, 0.0), _say(draw, CLAIMS[split][second], others, reworded))
+        for changed in draw.sample("abdp", draw.choice([1, 2])):
+            pool = {"a": PEOPLE, "b": PEOPLE, "d": DEEDS, "p": PLACES}[changed]
+            others[changed] = draw.choice([word for word in pool if word not in (*parts.values(), *others.values())])
+    texts = (_say(draw, CLAIMS[split][first], parts, 0.0), _say(draw, CLAIMS[split][second], others, 1.0))
     return first * len(CLAIMS[split]) + second, texts, f"{int(same)}.0"
 
 

