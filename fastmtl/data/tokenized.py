@@ -101,7 +101,10 @@ def tokenize(
 
 def _digest(rows: Rows, tokenizer: PreTrainedTokenizerBase, bi: bool, max_length: int) -> str:
     digest = hashlib.sha256()
-    settings = [CACHE_VERSION, bi, max_length, tokenizer.backend_tokenizer.to_str(), rows.texts, rows.pair_texts]
+    model = json.loads(tokenizer.backend_tokenizer.to_str())
+    for state in ("truncation", "padding"):  # of the last call, not of the tokenizer
+        model.pop(state, None)
+    settings = [CACHE_VERSION, bi, max_length, model, rows.texts, rows.pair_texts]
     digest.update(json.dumps(settings).encode("utf-8"))
     return digest.hexdigest()[:32]
 

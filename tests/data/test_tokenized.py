@@ -1,0 +1,98 @@
+"""Token ids are those of the tokenizer; the cache gives them back, and only them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from fastmtl.config import TaskConfig
+from fastmtl.data import tokenized
+from fastmtl.data.readers import Rows
+from fastmtl.data.tokenized import tokenize
+from fastmtl.errors import UserError
+
+TEXTS, OTHERS = ["the cat sat", "a very long story about the dog and the house"], ["it ran", "so do we"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_bert: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_bert)
+
+
+def rows(pairs: bool = True) -> Rows:
+    return Rows(Path("f.csv"), ["x", "y"], TEXTS, OTHERS if pairs else None, np.array([0.0, 1.0], np.float32))
+
+
+def config(pairs: str = "cross") -> TaskConfig:
+    return TaskConfig.model_validate({"type": "binary", "data": {}, "pairs": pairs})
+
+
+def sequence(data: tokenized.TokenizedDataset, index: int) -> list[int]:
+    return data.tokens[data.offsets[index] : data.offsets[index + 1]].tolist()
+
+
+def test_cross_encoded_pairs(tokenizer: Any, tmp_path: Path) -> None:
+    data = tokenize(rows(), tokenizer, config(), 64, tmp_path)
+    for index in range(2):
+        expected = tokenizer(TEXTS[index], OTHERS[index])
+        assert sequence(data, index) == expected["input_ids"]
+        assert data.second_text[index] == expected["token_type_ids"].index(1)
+    assert data.truncated == 0 and data.lengths.tolist() == np.diff(data.offsets).tolist()
+
+
+def test_bi_encoded_pairs(tokenizer: Any, tmp_path: Path) -> None:
+    data = tokenize(rows(), tokenizer, config("bi"), 64, tmp_path)
+    texts = [TEXTS[0], OTHERS[0], TEXTS[1], OTHERS[1]]
+    assert [sequence(data, k) for k in range(4)] == tokenizer(texts)["input_ids"]
+    assert len(data) == 2 and data.lengths.sum() == len(data.tokens)
+    assert (data.second_text == np.diff(data.offsets)).all()
+
+
+def test_long_pairs_are_cut_and_counted(tokenizer: Any, tmp_path: Path) -> None:
+    data = tokenize(rows(), tokenizer, config(), 14, tmp_path)
+    assert data.truncated == 1 and data.lengths.max() == 14
+    cut = tokenizer(TEXTS[1], OTHERS[1], truncation="longest_first", max_length=14)
+    assert sequence(data, 1) == cut["input_ids"]
+
+
+def test_single_texts_cannot_be_bi_encoded(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="pairs: bi needs two texts"):
+        tokenize(rows(pairs=False), tokenizer, config("bi"), 64, tmp_path)
+
+
+def test_cache_is_used_and_keyed_by_everything(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = tokenize(rows(), tokenizer, config(), 64, tmp_path)
+    for other in (
+        lambda: tokenize(rows(False), tokenizer, config(), 64, tmp_path),
+        lambda: _shorter(tokenizer, tmp_path),
+    ):
+        other()
+    assert len(list(tmp_path.iterdir())) == 3
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr(tokenized, "_encode", refuse)
+    again = tokenize(rows(), tokenizer, config(), 64, tmp_path)
+    assert isinstance(again.tokens, np.memmap)
+    assert again.tokens.tolist() == first.tokens.tolist()
+
+
+@pytest.mark.parametrize("name", ["tokens.npy", "offsets.npy", "meta.json"])
+def test_damaged_cache_is_made_again(tokenizer: Any, tmp_path: Path, name: str) -> None:
+    first = tokenize(rows(), tokenizer, config(), 64, tmp_path).tokens.tolist()
+    entry = next(tmp_path.iterdir())
+    (entry / name).write_bytes((entry / name).read_bytes()[:-3])
+    assert tokenize(rows(), tokenizer, config(), 64, tmp_path).tokens.tolist() == first
+    assert tokenized._load(entry) is not None
+
+
+def test_cache_that_cannot_be_written(tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    data = tokenize(rows(), tokenizer, config(), 64, tmp_path / "file" / "cache")
+    assert sequence(data, 0) == tokenizer(TEXTS[0], OTHERS[0])["input_ids"]
+    assert "is not writable" in capsys.readouterr().err
