@@ -66,11 +66,9 @@ def test_single_texts_cannot_be_bi_encoded(tokenizer: Any, tmp_path: Path) -> No
 
 def test_cache_is_used_and_keyed_by_everything(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = tokenize(rows(), tokenizer, config(), 64, tmp_path)
-    for other in (
-        lambda: tokenize(rows(False), tokenizer, config(), 64, tmp_path),
-        lambda: _shorter(tokenizer, tmp_path),
-    ):
-        other()
+    tokenize(rows(pairs=False), tokenizer, config(), 64, tmp_path)
+    tokenize(rows(), tokenizer, config(), 14, tmp_path)  # cuts, which the tokenizer remembers: no other key for that
+    tokenize(rows(), tokenizer, config(), 64, tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
 
     def refuse(*arguments: object) -> None:
