@@ -1,5 +1,6 @@
 """Gradient surgery: task gradients, their Gramian, and one merged gradient for an engine or an optimiser."""
 
-from fastmtl.surgery.gradient_surgery import GradientSurgery, SurgeryInfo
+from fastmtl.surgery.gradient_surgery import GradientSurgery
+from fastmtl.surgery.step import SurgeryInfo
 
 __all__ = ["GradientSurgery", "SurgeryInfo"]

@@ -1,13 +1,14 @@
 """Linear, LayerNorm and embedding whose backward can write one gradient per task.
 
-Shapes: N rows of T tasks, task t owns rows segments.host[t]:segments.host[t + 1]. With `task_grads` None these are
-torch's own ops.
+Shapes: N rows of T tasks, task t owns rows segments.host[t]:segments.host[t + 1]. With `task_grads` None or not armed
+these are torch's own ops. A sink that is armed in forward must be so in backward.
 Rows of different tasks never mix, so in one backward of sum_t L_t the rows of task t carry exactly the gradient of L_t:
 dW_t = dY[segment t]^T X[segment t], and the T gradients cost what one costs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmtl.surgery.segments import Segments
-from fastmtl.surgery.task_gradients import TaskGradients
+from fastmtl.surgery.task_gradients import Mode, TaskGradients
 
 
 def linear(
@@ -26,8 +27,10 @@ def linear(
     task_grads: TaskGradients | None = None,
 ) -> Tensor:
     """x [N, in], weight [out, in], bias [out] -> [N, out], as torch.nn.functional.linear."""
-    if task_grads is None:
+    if task_grads is None or task_grads.mode is None:
         return F.linear(x, weight, bias)
+    if torch.is_autocast_enabled(x.device.type):  # what backward multiplies has to have the product's dtype
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     return _Linear.apply(x, weight, bias, segments, task_grads)
 
 
@@ -40,36 +43,63 @@ def layer_norm(
     task_grads: TaskGradients | None = None,
 ) -> Tensor:
     """x [N, d], weight [d], bias [d] -> [N, d], as torch.nn.functional.layer_norm over the last dimension."""
-    if task_grads is None:
+    if task_grads is None or task_grads.mode is None:
         return F.layer_norm(x, weight.shape, weight, bias, eps)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(weight.dtype)
     return _LayerNorm.apply(x, weight, bias, eps, segments, task_grads)
 
 
 def embedding(ids: Tensor, weight: nn.Parameter, segments: Segments, task_grads: TaskGradients | None = None) -> Tensor:
     """ids int64 [N], weight [V, d] -> [N, d], as F.embedding. Takes the sink's anchor into the graph."""
-    if task_grads is None:
+    if task_grads is None or task_grads.mode is None:
         return F.embedding(ids, weight)
     return _Embedding.apply(task_grads.anchor, ids, weight, segments, task_grads)
 
 
-def _rows_weights(task_grads: TaskGradients, segments: Segments, like: Tensor) -> Tensor:
-    """weights[task of row], [N, 1]."""
+def _mode(task_grads: TaskGradients) -> Mode:
+    if task_grads.mode is None:
+        raise RuntimeError("the sink was armed in forward but not in backward: keep both inside one `armed` block")
+    return task_grads.mode
+
+
+def _weighted(dy: Tensor, task_grads: TaskGradients, segments: Segments) -> Tensor:
+    """Rows times weights[task of row], multiplied in float32: a weight rounded to bf16 would be off in every row."""
     assert task_grads.weights is not None
-    sizes = torch.tensor([b - a for a, b in zip(segments.host, segments.host[1:], strict=False)], device=like.device)
-    return task_grads.weights.to(like.dtype).repeat_interleave(sizes, output_size=segments.host[-1]).unsqueeze(1)
+    sizes = segments.offsets[1:] - segments.offsets[:-1]
+    rows = task_grads.weights.float().repeat_interleave(sizes, output_size=segments.host[-1])
+    return (dy * rows.unsqueeze(1)).to(dy.dtype)
 
 
-def _write(task_grads: TaskGradients, parameter: nn.Parameter, segments: Segments, product: Any) -> Tensor | None:
-    """Sends product(rows) of every task's segment where the mode wants it, or returns autograd's gradient."""
-    if task_grads.mode == "weighted":
-        return product(slice(0, segments.host[-1]), True)
+def _write(
+    task_grads: TaskGradients, parameter: nn.Parameter, segments: Segments, product: Callable[[slice], Tensor]
+) -> None:
+    """Sends product(rows) of every task's segment to the sink (modes `stack` and `gramian`)."""
+    segment_rows = [slice(a, b) for a, b in zip(segments.host, segments.host[1:], strict=False)]
     if task_grads.mode == "stack":
-        for t, view in enumerate(task_grads.views(parameter)):
-            if segments.host[t + 1] > segments.host[t]:
-                view += product(slice(segments.host[t], segments.host[t + 1]), False)
+        for view, rows in zip(task_grads.views(parameter), segment_rows, strict=True):
+            if rows.stop > rows.start:
+                view += product(rows)
+    else:
+        task_grads.add(parameter, torch.stack([product(rows) for rows in segment_rows]))
+
+
+def _gradient(
+    ctx: Any, index: int, parameter: nn.Parameter | None, dy: Tensor, product: Callable[[Tensor, slice], Tensor]
+) -> Tensor | None:
+    """The gradient for autograd of the parameter that is argument `index`: none where the sink takes it.
+
+    product(dy, rows) is the gradient from some rows; the sum of them all where the parameter belongs to tasks.
+    """
+    task_grads, segments = ctx.task_grads, ctx.segments
+    if parameter is None or not ctx.needs_input_grad[index]:
         return None
-    parts = [product(slice(a, b), False) for a, b in zip(segments.host, segments.host[1:], strict=False)]
-    task_grads.add(parameter, torch.stack(parts))
+    every_row = slice(0, segments.host[-1])
+    if not task_grads.wants(parameter):
+        return product(dy, every_row)
+    if _mode(task_grads) == "weighted":
+        return product(_weighted(dy, task_grads, segments), every_row)
+    _write(task_grads, parameter, segments, lambda rows: product(dy, rows))
     return None
 
 
@@ -88,6 +118,7 @@ class _Linear(torch.autograd.Function):
         # The sink knows parameters by identity, and under checkpointing saved tensors come back as other objects.
         ctx.parameters = weight, bias
         ctx.segments, ctx.task_grads = segments, task_grads
+        task_grads.expect(weight, bias)
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -95,34 +126,17 @@ class _Linear(torch.autograd.Function):
         x, gathered, _ = ctx.saved_tensors
         weight, bias = ctx.parameters
         task_grads, segments = ctx.task_grads, ctx.segments
-        dx = dy @ gathered if ctx.needs_input_grad[0] else None
-        if task_grads.mode is None:
-            dw = dy.t() @ x if ctx.needs_input_grad[1] else None
-            db = dy.sum(0) if ctx.needs_input_grad[2] else None
-            return dx, dw, db, None, None
-        weighted = dy * _rows_weights(task_grads, segments, dy) if task_grads.mode == "weighted" else dy
-
-        def product_weight(rows: slice, use_weights: bool) -> Tensor:
-            return (weighted if use_weights else dy)[rows].t() @ x[rows]
-
-        def product_bias(rows: slice, use_weights: bool) -> Tensor:
-            return (weighted if use_weights else dy)[rows].sum(0)
-
-        dw = _write_weight(task_grads, weight, segments, dy, x, product_weight) if task_grads.wants(weight) else None
-        db = _write(task_grads, bias, segments, product_bias) if task_grads.wants(bias) else None
+        dx = dy @ gathered.to(dy.dtype) if ctx.needs_input_grad[0] else None
+        if _mode(task_grads) == "stack" and task_grads.wants(weight) and task_grads.views(weight)[0].dtype == dy.dtype:
+            for t, view in enumerate(task_grads.views(weight)):  # the product adds into J: no T x out x in temporary
+                rows = slice(segments.host[t], segments.host[t + 1])
+                if rows.stop > rows.start:
+                    view.addmm_(dy[rows].t(), x[rows])
+            dw = None
+        else:
+            dw = _gradient(ctx, 1, weight, dy, lambda dy, rows: dy[rows].t() @ x[rows])
+        db = _gradient(ctx, 2, bias, dy, lambda dy, rows: dy[rows].sum(0))
         return dx, dw, db, None, None
-
-
-def _write_weight(
-    task_grads: TaskGradients, weight: nn.Parameter, segments: Segments, dy: Tensor, x: Tensor, product: Any
-) -> Tensor | None:
-    if task_grads.mode == "stack" and task_grads.views(weight)[0].dtype == dy.dtype:
-        for t, view in enumerate(task_grads.views(weight)):  # the product adds into J: no T x out x in temporary
-            rows = slice(segments.host[t], segments.host[t + 1])
-            if rows.stop > rows.start:
-                view.addmm_(dy[rows].t(), x[rows])
-        return None
-    return _write(task_grads, weight, segments, product)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -140,28 +154,24 @@ class _LayerNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.parameters = weight, bias
         ctx.segments, ctx.task_grads = segments, task_grads
+        task_grads.expect(weight, bias)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, *gathered, mean, rstd = ctx.saved_tensors
         weight, bias = ctx.parameters
-        task_grads, segments = ctx.task_grads, ctx.segments
-        shape = gathered[0].shape
-        if task_grads.mode is None:
-            mask = list(ctx.needs_input_grad[:3])
-            dx, dw, db = torch.ops.aten.native_layer_norm_backward(dy, x, shape, mean, rstd, *gathered, mask)
-            return dx, dw, db, None, None, None
-        dx, _, _ = torch.ops.aten.native_layer_norm_backward(dy, x, shape, mean, rstd, *gathered, [True, False, False])
-        scaled = dy * _rows_weights(task_grads, segments, dy) if task_grads.mode == "weighted" else dy
-        dw = db = None
-        if task_grads.wants(weight):
-            terms = scaled.float() * (x.float() - mean) * rstd
-            dw = _write(task_grads, weight, segments, lambda rows, _: terms[rows].sum(0))
-        if task_grads.wants(bias):
-            db = _write(task_grads, bias, segments, lambda rows, _: scaled[rows].sum(0, dtype=torch.float32))
-        cast = (None if g is None else g.to(weight.dtype) for g in (dw, db))
-        return dx, *cast, None, None, None
+        mask = [ctx.needs_input_grad[0], False, False]
+        dx, _, _ = torch.ops.aten.native_layer_norm_backward(dy, x, gathered[0].shape, mean, rstd, *gathered, mask)
+        normalised = (x.float() - mean) * rstd if ctx.needs_input_grad[1] else None
+
+        def product(dy: Tensor, rows: slice) -> Tensor:
+            assert normalised is not None
+            return (dy[rows].float() * normalised[rows]).sum(0)
+
+        dw = _gradient(ctx, 1, weight, dy, product)
+        db = _gradient(ctx, 2, bias, dy, lambda dy, rows: dy[rows].sum(0, dtype=torch.float32))
+        return dx, dw, db, None, None, None
 
 
 class _Embedding(torch.autograd.Function):
@@ -169,30 +179,31 @@ class _Embedding(torch.autograd.Function):
     def forward(
         ctx: Any, anchor: Tensor, ids: Tensor, weight: nn.Parameter, segments: Segments, task_grads: TaskGradients
     ) -> Tensor:
-        ctx.save_for_backward(ids, weight)
+        ctx.save_for_backward(ids)
         ctx.parameter = weight
+        ctx.shape = weight.shape
         ctx.segments, ctx.task_grads = segments, task_grads
+        task_grads.expect(weight)
         return F.embedding(ids, weight)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        ids, _ = ctx.saved_tensors
-        weight = ctx.parameter
-        task_grads, segments = ctx.task_grads, ctx.segments
-        anchor = dy.new_zeros(()).to(task_grads.anchor.dtype)
-        shape = weight.ds_shape if hasattr(weight, "ds_shape") else weight.shape  # ZeRO 3 keeps the shape there
-
-        def table(rows: slice, scaled: Tensor = dy) -> Tensor:
-            return scaled.new_zeros(shape).index_add_(0, ids[rows], scaled[rows])
-
-        if task_grads.mode is None:
-            return anchor, None, table(slice(0, len(ids))) if ctx.needs_input_grad[2] else None, None, None
-        if not task_grads.wants(weight):
+        (ids,) = ctx.saved_tensors
+        weight, task_grads, segments = ctx.parameter, ctx.task_grads, ctx.segments
+        anchor = torch.zeros_like(task_grads.anchor)
+        if not ctx.needs_input_grad[2]:
             return anchor, None, None, None, None
-        if task_grads.mode == "weighted":
-            return anchor, None, table(slice(0, len(ids)), dy * _rows_weights(task_grads, segments, dy)), None, None
+        if not task_grads.wants(weight) or _mode(task_grads) == "weighted":
+            scaled = _weighted(dy, task_grads, segments) if task_grads.wants(weight) else dy
+            dense = torch.ops.aten.embedding_dense_backward(scaled, ids, ctx.shape[0], -1, False)
+            return anchor, None, dense, None, None
         if task_grads.is_sparse(weight):
             for t, (start, stop) in enumerate(zip(segments.host, segments.host[1:], strict=False)):
                 task_grads.add_rows(weight, t, ids[start:stop], dy[start:stop])
             return anchor, None, None, None, None
-        return anchor, None, _write(task_grads, weight, segments, lambda rows, _: table(rows)), None, None
+
+        def table(rows: slice) -> Tensor:  # float32: a table of two rows (token types) adds up thousands of tokens
+            return dy.new_zeros(ctx.shape, dtype=torch.float32).index_add_(0, ids[rows], dy[rows].float())
+
+        _write(task_grads, weight, segments, table)
+        return anchor, None, None, None, None

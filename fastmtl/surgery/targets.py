@@ -3,43 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fastmtl.errors import UserError
 from fastmtl.surgery.reduce import world_size
 
 
 class Target(Protocol):
-    """Takes a step's gradients, from losses or merged already."""
+    """Takes a step's gradients, from losses or merged already.
+
+    names: of the trainable parameters by id, for messages. stacks: whether merged gradients can be handed over;
+    otherwise replay. factor: what merged gradients are to be multiplied by before they are.
+    """
 
     parameters: list[nn.Parameter]
+    names: dict[int, str]
     device: torch.device
-    stacks: bool  # whether merged gradients can be handed over; otherwise replay
+    stacks: bool
+    factor: float
 
     def model(self, training_pass: bool) -> Any: ...
+    def autocast(self) -> AbstractContextManager[Any]: ...
     def backward(self, loss: Tensor, last: bool) -> None: ...
     def hand_over(self, gradients: Mapping[int, Tensor]) -> None: ...
     def loss_scale(self) -> float: ...
+    def backs_off(self) -> bool: ...
 
 
 class OptimizerTarget:
     """A torch optimiser in one process: merged gradients go into `.grad`."""
 
     stacks = True
+    factor = 1.0
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         if world_size() > 1:
-            raise ValueError(
+            raise UserError(
                 "target: with several processes use a DeepSpeed engine, a torch optimiser does not reduce gradients"
             )
         self.parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        if not self.parameters:
+            raise UserError("target: no parameter of the optimiser requires a gradient")
+        self.names = {id(p): f"number {k} of the optimiser" for k, p in enumerate(self.parameters)}
         self.device = self.parameters[0].device
-        self._optimizer = optimizer
 
     def model(self, training_pass: bool) -> None:
         """The user's loss function knows its model."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
@@ -52,6 +68,9 @@ class OptimizerTarget:
     def loss_scale(self) -> float:
         return 1.0
 
+    def backs_off(self) -> bool:
+        return False
+
 
 class EngineTarget:
     """A DeepSpeed engine, by its public calls. DeepSpeed averages over ranks, so gradients are handed over times their
@@ -61,11 +80,19 @@ class EngineTarget:
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         self.device = torch.device(engine.device)
-        self.parameters = [p for p in engine.module.parameters() if p.requires_grad]
+        named = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+        self.names = {id(p): name for name, p in named}
+        self.parameters = [p for _, p in named]
+        self.factor = float(world_size())
         stage = engine.zero_optimization_stage()
         if engine.fp16_enabled() and stage == 0:
-            raise ValueError(
+            raise UserError(
                 "fp16 with ZeRO 0: DeepSpeed does not scale that loss while its optimiser divides; use ZeRO 1"
+            )
+        if engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16:
+            raise UserError(
+                "torch_autocast with float16: its gradient scaler is out of surgery's reach; use bfloat16, or fp16 "
+                "with ZeRO 1"
             )
         self.stacks = stage < 3 and not engine.zero_use_cpu_optimizer()
 
@@ -73,17 +100,29 @@ class EngineTarget:
         # engine(...) prepares DeepSpeed for a backward of its own: only for a forward that engine.backward follows.
         return self.engine if training_pass else self.engine.module
 
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What engine(...) runs its forward in, and engine.module(...) does not."""
+        if not self.engine.torch_autocast_enabled():
+            return nullcontext()
+        return torch.autocast(self.device.type, self.engine.torch_autocast_dtype())
+
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss * world_size(), scale_wrt_gas=False)
+        self.engine.backward(loss * self.factor, scale_wrt_gas=False)
 
     def hand_over(self, gradients: Mapping[int, Tensor]) -> None:
-        merged = [gradients[id(parameter)] * world_size() for parameter in self.parameters]
         self.engine.set_gradient_accumulation_boundary(True)
+        merged = [gradients[id(parameter)] for parameter in self.parameters]
         self.engine.backward(_Surrogate.apply(merged, *self.parameters), scale_wrt_gas=False)
 
     def loss_scale(self) -> float:
         return float(self.engine.optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0
+
+    def backs_off(self) -> bool:
+        """Whether DeepSpeed answers an overflow with a smaller loss scale, so that it is no failure of the step."""
+        if not self.engine.fp16_enabled() or not self.engine.optimizer.dynamic_loss_scale:
+            return False
+        return self.loss_scale() > self.engine.optimizer.loss_scaler.min_scale
 
 
 class _Surrogate(torch.autograd.Function):
@@ -100,7 +139,7 @@ class _Surrogate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         merged, ctx.merged = ctx.merged, None
-        return None, *((g * scale).to(dtype) for g, dtype in zip(merged, ctx.dtypes, strict=True))
+        return None, *(g.mul_(scale).to(dtype) for g, dtype in zip(merged, ctx.dtypes, strict=True))
 
 
 def find_target(target: Any) -> Target:
@@ -108,4 +147,4 @@ def find_target(target: Any) -> Target:
         return OptimizerTarget(target)
     if hasattr(target, "zero_optimization_stage") and hasattr(target, "module"):
         return EngineTarget(target)
-    raise ValueError(f"target: expected a DeepSpeed engine or a torch optimiser, got {type(target).__name__}")
+    raise UserError(f"target: expected a DeepSpeed engine or a torch optimiser, got {type(target).__name__}")

@@ -32,7 +32,7 @@ class TaskGradients:
     - `gramian`: adds a layer's share to G as soon as the layer's backward is done, and drops it.
       Autograd gets no gradient.
     - `weighted`: autograd gets `sum_t weights[t] g_t` for shared parameters; nothing is kept. Inputs' gradients stay
-    unweighted.
+      unweighted.
 
     `anchor` is a zero scalar that requires a gradient; the embedding takes it as an input. Differentiating a loss for
     it runs every
@@ -67,6 +67,9 @@ class TaskGradients:
         self._rows: dict[int, list[list[tuple[Tensor, Tensor]]]] = {}
         self._shards: dict[int, Tensor] = {}
         self._keep = True
+        self._counting = False
+        self._uses: dict[int, int] = {}
+        self._held: dict[int, Tensor] = {}
         self._dropped: dict[int, Tensor] = {}
         self.anchor = torch.zeros((), requires_grad=True)
 
@@ -77,18 +80,31 @@ class TaskGradients:
         """Takes writes inside the block.
 
         weights: [T] for `weighted`. keep: for `gramian`, whether this rank's share of J adds up over several blocks;
-        without it
-        a gradient goes into G at once and is dropped, so a weight may be written only once until `clear`.
+        without it a gradient goes into G and is dropped as soon as every use of its weight in the forward has written,
+        so there may be one block, of one forward, until `clear`. Call `forward_done` in it between forward and
+        backward.
         """
         if self.anchor.device != device:
             self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.mode, self.weights, self._keep = mode, weights, keep
+        self._counting = mode == "gramian" and not keep
         if mode == "stack" and self._stack is None:
             self._allocate(device)
         try:
             yield
         finally:
             self.mode = self.weights = None
+            self._counting = False
+
+    def expect(self, *parameters: nn.Parameter | None) -> None:
+        """A forward uses these: as many writes will come."""
+        if self._counting:
+            for parameter in parameters:
+                self._uses[id(parameter)] = self._uses.get(id(parameter), 0) + 1
+
+    def forward_done(self) -> None:
+        """What checkpointing runs again in backward is no use of its own."""
+        self._counting = False
 
     def wants(self, parameter: nn.Parameter | None) -> bool:
         """Whether a layer should write this parameter's gradient here."""
@@ -103,17 +119,22 @@ class TaskGradients:
 
     def add(self, parameter: nn.Parameter, gradients: Tensor) -> None:
         """Adds [T, *shape] task gradients of a dense parameter (mode `gramian`)."""
-        share = self._scatter(gradients.reshape(self.num_tasks, -1)).to(torch.float32)
-        if not self._keep:
-            if id(parameter) in self._dropped:
-                raise RuntimeError(
-                    "a shared weight is used twice in one forward: its task gradients must add up before they "
-                    "meet in the Gramian, so use storage='stacked'"
-                )
-            self._dropped[id(parameter)] = gramian(share)
+        gradients = gradients.reshape(self.num_tasks, -1)
+        key = id(parameter)
+        if self._keep:
+            share = self._scatter(gradients).to(torch.float32)
+            held = self._shards.get(key)
+            self._shards[key] = share if held is None else held.add_(share)
             return
-        held = self._shards.get(id(parameter))
-        self._shards[id(parameter)] = share if held is None else held.add_(share)
+        if key in self._dropped:
+            raise RuntimeError("a weight's task gradients met in the Gramian before its last use had written")
+        if key in self._held:
+            gradients = gradients + self._held.pop(key)
+        self._uses[key] -= 1
+        if self._uses[key] > 0:
+            self._held[key] = gradients
+        else:
+            self._dropped[key] = gramian(self._scatter(gradients).to(torch.float32))
 
     def add_rows(self, parameter: nn.Parameter, task: int, ids: Tensor, rows: Tensor) -> None:
         """Adds gradient rows [k, d] of table rows ids [k] for one task (modes `stack` and `gramian`)."""
@@ -129,6 +150,8 @@ class TaskGradients:
             total += gramian(shard)
         for part in self._dropped.values():
             total += part
+        for held in self._held.values():  # a use that the loss does not depend on never writes
+            total += gramian(self._scatter(held).to(torch.float32))
         return total
 
     def sparse_gramian(self) -> Tensor:
@@ -136,15 +159,18 @@ class TaskGradients:
         them.
         """
         total = torch.zeros(self.num_tasks, self.num_tasks, device=self.anchor.device)
-        for per_task in self._rows.values():
-            total += _rows_gramian([self._gather_rows(*_coalesce(parts)) for parts in _filled(per_task)])
+        for parameter in self._parameters:  # every rank in the same order, with or without rows: it is collective
+            if id(parameter) in self._sparse:
+                per_task = self._rows.get(id(parameter), [[] for _ in range(self.num_tasks)])
+                width = _shape(parameter)[1]
+                total += _rows_gramian([self._gather_rows(*_coalesce(parts, width, total)) for parts in per_task])
         return total
 
     def combine(self, weights: Tensor) -> dict[int, Tensor]:
         """sum_t weights[t] g_t for every shared parameter by id(parameter), float32 (mode `stack`)."""
         assert self._stack is not None, "combine needs mode stack"
-        merged = combine(self._stack, weights)
-        assert isinstance(merged, Tensor)
+        merged = torch.empty(self._stack.shape[1], dtype=torch.float32, device=self._stack.device)
+        combine(self._stack, weights, out=merged)
         result, start = {}, 0
         for parameter in self._dense:
             result[id(parameter)] = merged[start : start + parameter.numel()].view(parameter.shape)
@@ -165,6 +191,8 @@ class TaskGradients:
         self._rows.clear()
         self._shards.clear()
         self._dropped.clear()
+        self._held.clear()
+        self._uses.clear()
 
     def nbytes(self) -> int:
         """Bytes held now."""
@@ -182,23 +210,24 @@ class TaskGradients:
             start = stop
 
 
-def _filled(per_task: list[list[tuple[Tensor, Tensor]]]) -> list[list[tuple[Tensor, Tensor]]]:
-    """Gives tasks without rows an empty pair of the others' dtype and width, so that collectives match."""
-    ids, rows = next(part for parts in per_task for part in parts)
-    return [parts or [(ids[:0], rows[:0])] for parts in per_task]
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """Of the whole parameter, also where ZeRO 3 has partitioned it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def _coalesce(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """One row per id: the sums over equal ids, float32."""
+def _coalesce(parts: list[tuple[Tensor, Tensor]], width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """One row per id: the sums over equal ids, float32 [k, width] on the device of `like`."""
+    if not parts:
+        return like.new_zeros(0, dtype=torch.int64), like.new_zeros(0, width)
     ids = torch.cat([ids for ids, _ in parts])
     rows = torch.cat([rows for _, rows in parts]).float()
     unique, inverse = torch.unique(ids, return_inverse=True)
-    return unique, rows.new_zeros(len(unique), rows.shape[1]).index_add_(0, inverse, rows)
+    return unique, rows.new_zeros(len(unique), width).index_add_(0, inverse, rows)
 
 
 def _rows_gramian(tasks: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Dot products of compact gradients: rows meet where ids are equal."""
-    merged = [_coalesce([task]) for task in tasks]
+    merged = [_coalesce([task], task[1].shape[1], task[1]) for task in tasks]
     result = torch.zeros(len(tasks), len(tasks), device=merged[0][1].device)
     for i, (ids_i, rows_i) in enumerate(merged):
         for j, (ids_j, rows_j) in enumerate(merged[: i + 1]):

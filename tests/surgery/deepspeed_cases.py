@@ -20,6 +20,7 @@ from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery.gradient_surgery import GradientSurgery
 
 STEPS, ROWS = 3, 8
+ONE_STEP = [("sum", "auto"), ("pcgrad", "stacked"), ("pcgrad", "replay")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,16 +30,23 @@ class Case:
     method: str
     precision: str = "fp32"
     storage: str = "auto"
+    variant: str = ""  # "offload", "autocast" or "one-step" (the engine is told of one micro-batch a step)
 
     @property
     def name(self) -> str:
-        return f"zero{self.zero}-acc{self.accumulation}-{self.method}-{self.precision}-{self.storage}"
+        name = f"zero{self.zero}-acc{self.accumulation}-{self.method}-{self.precision}-{self.storage}"
+        return f"{name}-{self.variant}" if self.variant else name
 
 
 CASES = [
     *(Case(zero, acc, method) for zero in (0, 1, 2, 3) for acc in (1, 4) for method in ("sum", "pcgrad")),
     *(Case(zero, 1, "pcgrad", storage="replay") for zero in (0, 1, 2)),
-    *(Case(zero, 1, "pcgrad", precision="bf16") for zero in (1, 2, 3)),
+    *(Case(zero, 1, "pcgrad", precision="bf16") for zero in (0, 1, 2, 3)),
+    *(Case(zero, 1, "gradvac") for zero in (1, 3)),
+    *(Case(zero, 1, "pcgrad", variant="offload") for zero in (2, 3)),
+    *(Case(1, 4, method, storage=storage, variant="one-step") for method, storage in ONE_STEP),
+    *(Case(3, 1, method, variant="autocast") for method in ("sum", "pcgrad")),
+    Case(1, 1, "pcgrad", variant="autocast"),
 ]
 
 
@@ -54,8 +62,16 @@ def make_recipe(case: Case) -> Recipe:
         "gradient": {"method": case.method, "storage": case.storage},
         "optimizer": {"name": "sgd", "lr": 0.05},
         "schedule": {"name": "constant", "warmup": 0.0},
-        "engine": {"zero": case.zero, "accumulation": case.accumulation, "precision": case.precision, "clip": 1.0},
+        "engine": {
+            "zero": case.zero,
+            "accumulation": 1 if case.variant == "one-step" else case.accumulation,
+            "precision": case.precision,
+            "clip": 1.0,
+            "offload": case.variant == "offload",
+        },
     }
+    if case.variant == "autocast":
+        values["deepspeed"] = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
     return parse_recipe(values, "test")
 
 

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastmtl.surgery import functional
 from fastmtl.surgery.segments import Segments
-from fastmtl.surgery.task_gradients import TaskGradients
+from fastmtl.surgery.task_gradients import Mode, TaskGradients
 
 SIZES = st.lists(st.integers(0, 5), min_size=1, max_size=8).filter(any)
 
@@ -86,7 +87,9 @@ def test_gramian_without_keeping_the_gradients(sizes: list[int], keep: bool) -> 
     net, ids = Net(), rows(sizes)
     sink = TaskGradients(list(net.parameters()), len(sizes), sparse=[net.words])
     with sink.armed("gramian", ids.device, keep=keep):
-        torch.autograd.grad(net(ids, segments(sizes), sink).sum(), [sink.anchor])
+        loss = net(ids, segments(sizes), sink).sum()
+        sink.forward_done()
+        torch.autograd.grad(loss, [sink.anchor])
     expected = expected_jacobian(net, ids, sizes)
     gram = (sink.gramian() + sink.sparse_gramian()).double()
     assert ((gram - expected @ expected.T).abs() <= 1e-5 * scale(expected)).all()
@@ -142,13 +145,96 @@ def test_writes_add_up() -> None:
         assert (sink.gramian() == 0).all()
 
 
-def test_a_weight_used_twice_needs_keeping() -> None:
-    weight = nn.Parameter(torch.randn(4, 4))
-    sink = TaskGradients([weight], 1)
-    x = torch.randn(3, 4, requires_grad=True)
-    with sink.armed("gramian", x.device, keep=False), pytest.raises(RuntimeError, match="used twice"):
-        once = functional.linear(x, weight, None, segments([3]), sink)
-        torch.autograd.grad(functional.linear(once, weight, None, segments([3]), sink).sum(), [x])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_weight_used_twice_adds_up_before_it_meets_the_gramian(keep: bool, checkpointing: bool) -> None:
+    sizes, x = [3, 2], torch.randn(5, 4, requires_grad=True)
+    weight, bias = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
+
+    def forward(sink: TaskGradients | None) -> Tensor:
+        def layer(x: Tensor) -> Tensor:
+            return functional.linear(x, weight, bias, segments(sizes), sink).tanh()
+
+        hidden = x
+        for _ in range(2):
+            hidden = checkpoint(layer, hidden, use_reentrant=False) if checkpointing else layer(hidden)
+        return hidden.square().sum(1)
+
+    sink = TaskGradients([weight, bias], 2)
+    with sink.armed("gramian", x.device, keep=keep):
+        loss = forward(sink).sum()
+        sink.forward_done()
+        torch.autograd.grad(loss, [x])
+    jacobian = []
+    for part in forward(None).split(sizes):
+        gradients = torch.autograd.grad(part.sum(), [weight, bias], retain_graph=True)
+        jacobian.append(torch.cat([gradient.flatten() for gradient in gradients]).double())
+    expected = torch.stack(jacobian)
+    assert ((sink.gramian().double() - expected @ expected.T).abs() <= 1e-5 * scale(expected)).all()
+
+
+@pytest.mark.parametrize("mode", ["stack", "gramian", "weighted"])
+def test_a_parameter_that_is_not_shared_keeps_its_own_gradient(mode: Mode) -> None:
+    net, ids = Net(), rows([4, 3])
+    own = [net.places, net.last, net.gain, net.shift]
+    shared = [net.words, net.weight, net.bias]
+    sink = TaskGradients(shared, 2, sparse=[net.words])
+    with sink.armed(mode, ids.device, weights=torch.tensor([0.0, 3.0])):
+        found = torch.autograd.grad(net(ids, segments([4, 3]), sink).sum(), [sink.anchor, *own])[1:]
+    expected = torch.autograd.grad(net(ids, segments([4, 3]), None).sum(), own)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.norm()))
+
+
+def test_bfloat16_is_as_exact_as_torch() -> None:
+    """Every parameter's task gradients against float64, next to what plain bfloat16 autograd makes of them."""
+    sizes = [40, 0, 25]
+    net, ids = Net(torch.bfloat16), rows(sizes)
+    sink = TaskGradients(list(net.parameters()), 3, sparse=[net.words])
+    with sink.armed("stack", ids.device):
+        torch.autograd.grad(net(ids, segments(sizes), sink).sum(), [sink.anchor])
+    expected = expected_jacobian(net, ids, sizes)
+    for t in (0, 2):
+        plain = torch.autograd.grad(net(ids, segments(sizes), None).split(sizes)[t].sum(), list(net.parameters()))
+        merged = sink.combine(torch.eye(3)[t])
+        exact = expected[t].split([p.numel() for p in net.parameters()])
+        for parameter, theirs, truth in zip(net.parameters(), plain, exact, strict=True):
+            ours = (merged[id(parameter)].flatten() - truth).norm()
+            assert ours <= 2 * (theirs.flatten().double() - truth).norm() + 2**-9 * truth.norm()
+
+
+def test_autocast() -> None:
+    net, ids = Net(), rows([4, 3])
+    sink = TaskGradients(list(net.parameters()), 2, sparse=[net.words])
+    with sink.armed("stack", ids.device):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = net(ids, segments([4, 3]), sink).sum()
+        torch.autograd.grad(loss, [sink.anchor])
+    expected = expected_jacobian(net, ids, [4, 3])
+    gram = (sink.gramian() + sink.sparse_gramian()).double()
+    error = (gram - expected @ expected.T).abs() / scale(expected)
+    assert 1e-5 < error.max() < 0.1
+
+
+def test_a_sink_armed_in_forward_only_is_an_error() -> None:
+    net, ids = Net(), rows([4, 3])
+    sink = TaskGradients(list(net.parameters()), 2)
+    with sink.armed("stack", ids.device):
+        loss = net(ids, segments([4, 3]), sink).sum()
+    with pytest.raises(RuntimeError, match="armed in forward but not in backward"):
+        loss.backward()
+
+
+def test_a_rank_without_rows_still_takes_part_in_the_gathering() -> None:
+    net, gathered = Net(), []
+
+    def gather(ids: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+        gathered.append((len(ids), found.shape))
+        return ids, found
+
+    sink = TaskGradients(list(net.parameters()), 2, sparse=[net.words], gather_rows=gather)
+    assert (sink.sparse_gramian() == 0).all()
+    assert gathered == [(0, (0, 6))] * 2
 
 
 def test_frozen_parameters_are_left_alone() -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertConfig, BertModel
 
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import TrainingError, UserError
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.surgery import GradientSurgery
+from fastmtl.surgery import GradientSurgery, SurgeryInfo, gradient_surgery
 from fastmtl.surgery.methods import draw_order
+from fastmtl.surgery.targets import OptimizerTarget
+from fastmtl_kernels import gradvac_weights
 
 sys.path.insert(0, str(Path(__file__).parent))
 import deepspeed_cases as cases  # noqa: E402
@@ -175,6 +180,12 @@ def test_bad_arguments() -> None:
         GradientSurgery(model, tasks=TASKS)
     with pytest.raises(ValueError, match="counts"):
         GradientSurgery(optimizer, tasks=TASKS).run([batch(), batch()], lambda b: model(b))
+    with pytest.raises(UserError, match="same has 3 rows in one micro-batch, counts gives it 2"):
+        GradientSurgery(optimizer, tasks=TASKS).run([batch()], lambda b: model(b), {**COUNTS, "same": 2})
+    with pytest.raises(UserError, match="gave no loss"):
+        GradientSurgery(optimizer, tasks=TASKS).run([batch()], lambda b: {})
+    with pytest.raises(UserError, match="dtype must be"):
+        GradientSurgery(optimizer, tasks=TASKS, dtype=torch.float16)
     with pytest.raises(ValueError, match="losses of other"):
         GradientSurgery(optimizer, tasks=["other2"]).run([0], lambda b: {"other": (torch.zeros(()), 1)})
 
@@ -196,6 +207,176 @@ def test_a_gradient_that_is_not_finite_skips_and_five_stop() -> None:
         surgery.run([batch()], loss_fn)
     state = surgery.state_dict()
     assert state["skipped"] == 5
+
+
+@pytest.mark.parametrize("storage", ["stacked", "replay"])
+def test_a_model_that_goes_past_the_sink_is_refused(storage: str) -> None:
+    """Else its gradient would be lost without a word."""
+    model = make()
+    surgery = GradientSurgery(
+        torch.optim.SGD(model.parameters(), lr=0.1), tasks=TASKS, shared=model.shared_parameters(), storage=storage
+    )
+    with pytest.raises(UserError, match="model does not use it"):
+        surgery.run([batch()], lambda b, task_grads: model(b))
+
+    def tied(b: PackedBatch, task_grads: object) -> dict[str, tuple[Tensor, int]]:
+        losses = model(b, task_grads)
+        penalty = model.encoder.embeddings.word_embeddings.weight.square().sum()
+        return {**losses, "kind": (losses["kind"][0] + penalty, losses["kind"][1])}
+
+    with pytest.raises(UserError, match="does not write into task_grads"):
+        surgery.run([batch()], tied)
+    assert all(p.grad is None for p in model.parameters())
+
+
+class Scaled(OptimizerTarget):
+    """A target with a loss scale, as fp16 has it under DeepSpeed."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(optimizer)
+        self.merged: dict[int, Tensor] = {}
+
+    def loss_scale(self) -> float:
+        return 1024.0
+
+    def backs_off(self) -> bool:
+        return True
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        (loss * self.loss_scale()).backward()
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad /= self.loss_scale()
+
+    def hand_over(self, gradients: Mapping[int, Tensor]) -> None:
+        self.merged = dict(gradients)
+        super().hand_over(gradients)
+
+
+@pytest.mark.parametrize("storage", ["stacked", "replay"])
+def test_a_loss_scale_changes_nothing(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    expected = {name: value.double() for name, value in gradients(model, [batch()]).items()}
+    monkeypatch.setattr(gradient_surgery, "find_target", Scaled)
+    assert_same(gradients(model, [batch()], storage=storage), expected)
+
+
+@pytest.mark.parametrize("storage", ["stacked", "replay"])
+def test_an_overflow_reaches_the_loss_scaler(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient_surgery, "find_target", Scaled)
+    model = make()
+    surgery = GradientSurgery(
+        torch.optim.SGD(model.parameters(), lr=0.1), tasks=TASKS, shared=model.shared_parameters(), storage=storage
+    )
+
+    def loss_fn(b: PackedBatch, task_grads: object) -> dict[str, tuple[Tensor, int]]:
+        losses = model(b, task_grads)
+        return {**losses, "degree": (losses["degree"][0] * float("inf"), 8)}
+
+    for _ in range(6):  # more than the skipped steps that stop a run
+        info = surgery.run([batch()], loss_fn)
+        assert info.skipped is None and info.cosines is None  # so the loop calls step(), which backs off
+    assert surgery.state_dict()["skipped"] == 0
+    assert not all(p.grad.isfinite().all() for p in model.shared_parameters() if p.grad is not None)
+
+
+def test_gradvac_carries_its_targets_over_steps_and_checkpoints() -> None:
+    model = make()
+
+    def surgery() -> GradientSurgery:
+        return GradientSurgery(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            "gradvac",
+            tasks=TASKS,
+            shared=model.shared_parameters(),
+            sparse=model.sparse_parameters(),
+            seed=3,
+        )
+
+    def run(which: GradientSurgery, part: int) -> SurgeryInfo:
+        return which.run([batch(part, 2)], lambda b, task_grads: model(b, task_grads))
+
+    going, target = surgery(), torch.zeros(3, 3)
+    for step in range(1, 5):
+        info = run(going, step % 2)
+        assert info.cosines is not None and info.task_norms is not None and info.weights is not None
+        gram = info.cosines.nan_to_num() * info.task_norms[:, None] * info.task_norms[None, :]
+        weights, cosines = gradvac_weights(gram, target, order=draw_order(3, 3, step))
+        target.lerp_(cosines, 0.01)
+        torch.testing.assert_close(info.weights, weights, rtol=1e-4, atol=1e-5)
+        if step == 2:
+            state = json.loads(json.dumps(going.state_dict()))
+    resumed = surgery()
+    resumed.load_state_dict(state)
+    for step in (3, 4):
+        info = run(resumed, step % 2)
+    assert resumed.state_dict() == going.state_dict()
+    assert target.abs().max() > 0.001
+
+
+def test_jacobian_in_bfloat16() -> None:
+    model = make()
+    exact, rounded = textbook(model, batch()), gradients(model, [batch()], dtype=torch.bfloat16)
+    error = torch.cat([(rounded[name].double() - value).flatten() for name, value in exact.items()]).norm()
+    total = torch.cat([value.flatten() for value in exact.values()]).norm()
+    assert 1e-5 * total < error <= 2**-7 * total
+    assert all(value.dtype == torch.float32 for value in rounded.values())
+
+
+class HuggingFace(nn.Module):
+    """transformers.BertModel with two heads: layers of other make, one backward per task."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        size = BertConfig(
+            vocab_size=40,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        self.encoder = BertModel(size, add_pooling_layer=False)
+        self.heads = nn.ModuleList([nn.Linear(16, 1), nn.Linear(16, 1)])
+        self.heads[1].load_state_dict(self.heads[0].state_dict())  # with opposite goals: they conflict
+
+    def forward(self, ids: Tensor) -> dict[str, tuple[Tensor, int]]:
+        first = self.encoder(ids).last_hidden_state[:, 0]
+        up, down = (head(first).squeeze(1) for head in self.heads)
+        goal = ids[:, 1].to(up.dtype) / 10
+        return {"up": ((up - goal).square().sum(), len(ids)), "down": ((down + goal).square().sum(), len(ids))}
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_hugging_face_model_equals_the_textbook(sparse: bool) -> None:
+    model, ids = HuggingFace(), torch.randint(0, 40, (6, 7), generator=torch.Generator().manual_seed(2))
+    wide = HuggingFace().double()
+    shared = [p for p in wide.encoder.parameters()]
+    rows = []
+    for loss, count in wide(ids).values():
+        found = torch.autograd.grad(loss / count, shared, retain_graph=True)
+        rows.append(torch.cat([gradient.flatten() for gradient in found]))
+    assert rows[0] @ rows[1] < 0
+    one = rows[0] - (rows[0] @ rows[1]) / (rows[1] @ rows[1]) * rows[1]
+    two = rows[1] - (rows[0] @ rows[1]) / (rows[0] @ rows[0]) * rows[0]
+    expected = (one + two).split([p.numel() for p in shared])
+    surgery = GradientSurgery(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        tasks=["up", "down"],
+        shared=list(model.encoder.parameters()),
+        sparse=[model.encoder.embeddings.word_embeddings.weight] if sparse else [],
+    )
+    info = surgery.run([ids], lambda ids: model(ids))
+    assert info.conflict_rate == 1.0
+    total = (one + two).norm()
+    for parameter, truth in zip(model.encoder.parameters(), expected, strict=True):
+        assert parameter.grad is not None
+        assert (parameter.grad.flatten().double() - truth).abs().max() <= 1e-5 * total
+    own = torch.autograd.grad(sum(loss / count for loss, count in wide(ids).values()), list(wide.heads.parameters()))
+    for parameter, truth in zip(model.heads.parameters(), own, strict=True):
+        torch.testing.assert_close(parameter.grad.double(), truth, rtol=1e-4, atol=1e-5)
 
 
 def test_order_is_a_function_of_seed_and_step() -> None:
