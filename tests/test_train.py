@@ -150,19 +150,35 @@ def test_evaluate_finds_the_scores_of_the_run(whole: Path) -> None:
 def test_stopped_and_resumed_run_is_bitwise_the_same(whole: Path, recipe: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     run = _launch(recipe, output)
-    deadline = time.monotonic() + 120
-    while not (output / "metrics.jsonl").exists() or len(_lines(output)) < 5:
-        assert run.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    _wait_for_steps(run, output, 5)
     ranks = [p for p in psutil.Process(run.pid).children(recursive=True) if "train" in p.cmdline() and _is_rank(p)]
     assert len(ranks) == 2
     for rank in ranks:
         rank.send_signal(signal.SIGTERM)
     assert "go on with --resume" in _finish(run)
-    steps = len([line for line in _lines(output) if "loss" in line])
-    assert 4 <= steps < len([line for line in _lines(whole) if "loss" in line])
+    stopped = _steps(output)
+    assert 4 <= stopped < _steps(whole)
+
+    run = _launch(recipe, output, "--resume")
+    _wait_for_steps(run, output, stopped + 3)
+    run.terminate()  # the deepspeed command passes it to nobody
+    text, _ = run.communicate(timeout=100)  # ends with the last process that writes there
+    assert run.returncode == -signal.SIGTERM and "go on with --resume" in text
+    assert stopped < _steps(output) < _steps(whole)
+
     _finish(_launch(recipe, output, "--resume"))
     assert _lasting(output) == _lasting(whole)
+
+
+def _steps(output: Path) -> int:
+    return len([line for line in _lines(output) if "loss" in line])
+
+
+def _wait_for_steps(run: subprocess.Popen[str], output: Path, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (output / "metrics.jsonl").exists() or _steps(output) < steps:
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def _is_rank(process: psutil.Process) -> bool:
@@ -174,3 +190,11 @@ def test_one_process_trains_without_a_launcher(recipe: Path, tmp_path: Path) -> 
     done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line["step"] for line in _lines(tmp_path / "run")] == [1, 2, 3, 3]
+
+
+def test_torchrun(whole: Path, recipe: Path, tmp_path: Path) -> None:
+    command = ["torchrun", "--nproc-per-node", "2", "--master-port", "29625", "--no-python", "fastmtl", "train"]
+    command += [str(recipe), "train.max_steps=2", "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert _lines(tmp_path / "run")[0]["loss"] == _lines(whole)[0]["loss"]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -106,15 +107,35 @@ def _free_port() -> str:
 
 
 class StopFlag:
-    """Goes up at SIGTERM; the loop looks at it after each step."""
+    """Goes up at SIGTERM, and when the `deepspeed` command that started this process is gone: it dies of a SIGTERM
+    without passing it on. The loop looks at it after each step.
+    """
 
     def __init__(self) -> None:
-        self.up = False
+        self._raised = False
+        self._command = _deepspeed_command()
         self._previous = signal.signal(signal.SIGTERM, self._raise)
 
+    @property
+    def up(self) -> bool:
+        return self._raised or (self._command is not None and not _alive(self._command))
+
     def _raise(self, number: int, frame: FrameType | None) -> None:
-        self.up = True
+        self._raised = True
 
     def release(self) -> None:
         """Gives SIGTERM back its earlier meaning."""
         signal.signal(signal.SIGTERM, self._previous)
+
+
+def _deepspeed_command() -> psutil.Process | None:
+    """The parent of DeepSpeed's launcher on this machine, if that started this process."""
+    launcher = psutil.Process().parent()
+    return launcher.parent() if launcher is not None and "deepspeed.launcher.launch" in launcher.cmdline() else None
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,7 +1,7 @@
-"""What the processes of tests/engine/test_checkpoint.py run. Usage: checkpoint_cases.py DIRECTORY
+"""What the processes of tests/engine/test_checkpoint.py run. Usage: checkpoint_cases.py DIRECTORY CASE
 
-Two ranks save after two steps and go on for two more, once straight and once from the checkpoint. One rank loads what
-two saved.
+CASE `save`: save after two steps. `load`: two more steps from what another number of ranks saved. `both`: save, two
+more steps, once straight and once from the checkpoint, then load.
 """
 
 from __future__ import annotations
@@ -57,41 +57,57 @@ class Run:
 def save_and_go_on(directory: Path, ranks: Ranks) -> None:
     for zero in STAGES:
         recipe = make_recipe(zero)
-        checkpoints = Checkpoints(directory / f"zero{zero}", recipe, ranks)
-        run = Run(recipe, ranks)
-        run.go_on(1, 2)
-        run.write(directory / f"zero{zero}-saved.safetensors")
-        checkpoints.save(run.engine, 2, {"surgery": run.surgery.state_dict()})
+        run = save(directory, ranks, zero)
         run.go_on(3, 4)
-        run.write(directory / f"zero{zero}-straight.safetensors")
+        run.write(directory / f"zero{zero}-{ranks.world}-straight.safetensors")
         run.engine.destroy()
 
+        checkpoints = Checkpoints(directory / f"zero{zero}-{ranks.world}", recipe, ranks)
         found = checkpoints.find()
         assert found is not None and not found.universal
         run = Run(recipe, ranks)
         state = checkpoints.restore(run.engine, found)
         run.surgery.load_state_dict(state["surgery"])
         run.go_on(3, 4)
-        run.write(directory / f"zero{zero}-resumed.safetensors")
+        run.write(directory / f"zero{zero}-{ranks.world}-resumed.safetensors")
         run.engine.destroy()
 
 
-def load_at_one_rank(directory: Path, ranks: Ranks) -> None:
+def save(directory: Path, ranks: Ranks, zero: int) -> Run:
+    recipe = make_recipe(zero)
+    run = Run(recipe, ranks)
+    run.go_on(1, 2)
+    run.write(directory / f"zero{zero}-{ranks.world}-saved.safetensors")
+    checkpoints = Checkpoints(directory / f"zero{zero}-{ranks.world}", recipe, ranks)
+    checkpoints.save(run.engine, 2, {"surgery": run.surgery.state_dict()})
+    return run
+
+
+def load_of_others(directory: Path, ranks: Ranks) -> None:
+    others = 3 - ranks.world
     for zero in STAGES[1:]:
         recipe = make_recipe(zero)
-        checkpoints = Checkpoints(directory / f"zero{zero}", recipe, ranks)
+        checkpoints = Checkpoints(directory / f"zero{zero}-{others}", recipe, ranks)
         found = checkpoints.find()
         assert found is not None and found.universal
         run = Run(recipe, ranks, universal=True)
         state = checkpoints.restore(run.engine, found)
         run.surgery.load_state_dict(state["surgery"])
-        run.write(directory / f"zero{zero}-universal-saved.safetensors")
+        run.write(directory / f"zero{zero}-{others}-universal-saved.safetensors")
         run.go_on(3, 4)
-        run.write(directory / f"zero{zero}-universal.safetensors")
+        run.write(directory / f"zero{zero}-{others}-universal.safetensors")
         run.engine.destroy()
 
 
 if __name__ == "__main__":
-    target = Path([argument for argument in sys.argv[1:] if not argument.startswith("--")][0])
+    target, case = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
     processes = start()
-    (save_and_go_on if processes.world > 1 else load_at_one_rank)(target, processes)
+    match case:
+        case "save":
+            for stage in STAGES[1:]:
+                save(Path(target), processes, stage).engine.destroy()
+        case "both":
+            save_and_go_on(Path(target), processes)
+            load_of_others(Path(target), processes)
+        case "load":
+            load_of_others(Path(target), processes)
