@@ -1,0 +1,1 @@
+"""Benchmarks. They are here because the installed command runs them and no wheel holds `benchmarks/`."""

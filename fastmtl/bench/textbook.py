@@ -1,0 +1,96 @@
+"""PCGrad as it is usually written: a padded BertModel, one backward per task, flat gradients, pairwise projections.
+
+This is what fastmtl's gradients are compared with and what its speed is measured against; it uses nothing of fastmtl.
+It is a lean one: each task's graph is freed before the next task's forward, and nothing is copied that the algorithm
+does not ask for. T tasks, P shared parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import BertConfig, BertModel
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """The rows of one task, padded to the longest of them.
+
+    input_ids, attention_mask, token_type_ids: int64 [B, L]. labels: [B], int64 for classes, float32 otherwise.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    token_type_ids: Tensor
+    labels: Tensor
+
+
+class PaddedModel(nn.Module):
+    """`encoder`, a BertModel, and for each task a linear map of the first token's hidden state.
+
+    kinds: "classification" (with its number of classes), "binary" or "regression" for each task.
+    """
+
+    def __init__(self, config: BertConfig, kinds: Sequence[tuple[str, int]]) -> None:
+        super().__init__()
+        self.kinds = [kind for kind, _ in kinds]
+        self.encoder = BertModel(config, add_pooling_layer=False)
+        self.heads = nn.ModuleList(nn.Linear(config.hidden_size, outputs) for _, outputs in kinds)
+
+    def features(self, batch: PaddedBatch) -> Tensor:
+        """[B, hidden]."""
+        encoded = self.encoder(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+        return encoded.last_hidden_state[:, 0]
+
+    def loss(self, task: int, features: Tensor, batch: PaddedBatch) -> Tensor:
+        """The task's mean loss."""
+        outputs = self.heads[task](features)
+        if self.kinds[task] == "classification":
+            return functional.cross_entropy(outputs, batch.labels)
+        if self.kinds[task] == "binary":
+            return functional.binary_cross_entropy_with_logits(outputs.squeeze(1), batch.labels)
+        return functional.mse_loss(outputs.squeeze(1), batch.labels)
+
+
+def step(model: PaddedModel, batches: Sequence[PaddedBatch]) -> None:
+    """Leaves the merged gradient in `.grad` of the encoder and each head's own gradient in its `.grad`."""
+    model.zero_grad()
+    merged = pcgrad(task_gradients(model, batches))
+    parameters = list(model.encoder.parameters())
+    pieces = merged.split([parameter.numel() for parameter in parameters])
+    for parameter, piece in zip(parameters, pieces, strict=True):
+        parameter.grad = piece.view(parameter.shape)
+
+
+def task_gradients(model: PaddedModel, batches: Sequence[PaddedBatch]) -> list[Tensor]:
+    """T gradients [P] of the encoder; those of the heads stay in `.grad`."""
+    gradients = []
+    for task, batch in enumerate(batches):
+        model.encoder.zero_grad()
+        model.loss(task, model.features(batch), batch).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.encoder.parameters() if p.grad is not None]))
+    return gradients
+
+
+def pcgrad(gradients: Sequence[Tensor], order: Tensor | None = None) -> Tensor:
+    """Yu et al. 2020, Algorithm 1: the sum of the T gradients [P], each without its conflicts with the others.
+
+    order: int64 [T, T], for each task the others (and itself, which is left out) in the order they are met; by default
+    drawn from torch's global generator.
+    """
+    merged = torch.zeros_like(gradients[0])
+    for i, gradient in enumerate(gradients):
+        projected = gradient.clone()
+        others = torch.randperm(len(gradients)) if order is None else order[i]
+        for j in others.tolist():
+            if j == i:
+                continue
+            inner = projected @ gradients[j]
+            if inner < 0:
+                projected -= inner / (gradients[j] @ gradients[j]) * gradients[j]
+        merged += projected
+    return merged
