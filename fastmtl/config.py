@@ -133,12 +133,24 @@ class SamplerConfig(Section):
 
 
 class GradientConfig(Section):
-    method: str = "sum"
+    """How the tasks' gradients of the shared parameters become one; docs/surgery.md tells what each choice costs."""
+
+    method: str = Field("sum", description="sum, pcgrad, gradvac, or with fastmtl[torchjd] upgrad, mgda, cagrad, ...")
+    options: dict[str, Any] = Field(default_factory=dict, description="what the method takes, as {c: 0.4} of cagrad")
     storage: Literal["auto", "stacked", "replay"] = Field(
-        "auto", description="auto: stacked for ZeRO 0-2, replay for ZeRO 3"
+        "auto", description="auto: stacked for ZeRO 0-2, replay for ZeRO 3 and offload"
     )
+    scope: Literal["global", "tensor"] = Field(
+        "global", description="tensor: surgery on each parameter tensor by itself, inside backward"
+    )
+    reduce: Literal["exact", "local", "sketch"] = Field(
+        "exact", description="over ranks; local: each projects, then they average; sketch: for slow networks"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="stacked: of the stored task gradients")
+    sketch_size: int = Field(32_768, ge=16, description="sketch: buckets per task")
     reduction: Literal["sum", "mean"] = Field(
-        "sum", description="pcgrad: the merged gradient is the sum (the paper) or the mean of the projected ones"
+        "sum",
+        description="pcgrad, gradvac: the merged gradient is the sum (the paper) or the mean of the modified ones",
     )
 
 

@@ -29,6 +29,7 @@ from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.model.pretrained import load_encoder, load_tokenizer
 from fastmtl.run_files import RunFiles
 from fastmtl.surgery.gradient_surgery import GradientSurgery
+from fastmtl.surgery.options import DTYPES
 from fastmtl.surgery.task_gradients import TaskGradients
 from fastmtl.tracking import Tracker
 
@@ -43,7 +44,7 @@ class Progress:
     best: float | None = None  # value of early_stopping.metric
     epochs_without_gain: int = 0
     seconds: float = 0.0
-    surgery: dict[str, int] = field(default_factory=dict)
+    surgery: dict[str, Any] = field(default_factory=dict)
 
 
 def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int | None = None) -> None:
@@ -74,8 +75,13 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int
         shared=model.shared_parameters(),
         sparse=model.sparse_parameters(),
         storage=recipe.gradient.storage,
+        scope=recipe.gradient.scope,
+        reduce=recipe.gradient.reduce,
+        dtype=DTYPES[recipe.gradient.dtype],
+        sketch_size=recipe.gradient.sketch_size,
         task_weights=model.task_weights,
         reduction=recipe.gradient.reduction,
+        options=recipe.gradient.options,
         seed=recipe.seed,
     )
     torch.manual_seed(recipe.seed + 1 + ranks.rank)  # other dropout masks on every rank

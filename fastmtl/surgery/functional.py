@@ -71,17 +71,20 @@ def _weighted(dy: Tensor, task_grads: TaskGradients, segments: Segments) -> Tens
     return (dy * rows.unsqueeze(1)).to(dy.dtype)
 
 
+def _segment_rows(segments: Segments) -> list[slice]:
+    return [slice(a, b) for a, b in zip(segments.host, segments.host[1:], strict=False)]
+
+
 def _write(
     task_grads: TaskGradients, parameter: nn.Parameter, segments: Segments, product: Callable[[slice], Tensor]
 ) -> None:
     """Sends product(rows) of every task's segment to the sink (modes `stack` and `gramian`)."""
-    segment_rows = [slice(a, b) for a, b in zip(segments.host, segments.host[1:], strict=False)]
     if task_grads.mode == "stack":
-        for view, rows in zip(task_grads.views(parameter), segment_rows, strict=True):
+        for view, rows in zip(task_grads.views(parameter), _segment_rows(segments), strict=True):
             if rows.stop > rows.start:
                 view += product(rows)
     else:
-        task_grads.add(parameter, torch.stack([product(rows) for rows in segment_rows]))
+        task_grads.add(parameter, torch.stack([product(rows) for rows in _segment_rows(segments)]))
 
 
 def _gradient(
@@ -97,8 +100,11 @@ def _gradient(
     every_row = slice(0, segments.host[-1])
     if not task_grads.wants(parameter):
         return product(dy, every_row)
-    if _mode(task_grads) == "weighted":
-        return product(_weighted(dy, task_grads, segments), every_row)
+    match _mode(task_grads):
+        case "weighted":
+            return product(_weighted(dy, task_grads, segments), every_row)
+        case "tensor":
+            return task_grads.merge(parameter, torch.stack([product(dy, rows) for rows in _segment_rows(segments)]))
     _write(task_grads, parameter, segments, lambda rows: product(dy, rows))
     return None
 
@@ -197,13 +203,20 @@ class _Embedding(torch.autograd.Function):
             scaled = _weighted(dy, task_grads, segments) if task_grads.wants(weight) else dy
             dense = torch.ops.aten.embedding_dense_backward(scaled, ids, ctx.shape[0], -1, False)
             return anchor, None, dense, None, None
+        segment_rows = _segment_rows(segments)
         if task_grads.is_sparse(weight):
-            for t, (start, stop) in enumerate(zip(segments.host, segments.host[1:], strict=False)):
-                task_grads.add_rows(weight, t, ids[start:stop], dy[start:stop])
+            if task_grads.mode == "tensor":
+                by_task = [ids[rows] for rows in segment_rows], [dy[rows] for rows in segment_rows]
+                return anchor, None, task_grads.merge_rows(weight, *by_task), None, None
+            for t, rows in enumerate(segment_rows):
+                task_grads.add_rows(weight, t, ids[rows], dy[rows])
             return anchor, None, None, None, None
 
         def table(rows: slice) -> Tensor:  # float32: a table of two rows (token types) adds up thousands of tokens
             return dy.new_zeros(ctx.shape, dtype=torch.float32).index_add_(0, ids[rows], dy[rows].float())
 
+        if task_grads.mode == "tensor":
+            merged = task_grads.merge(weight, torch.stack([table(rows) for rows in segment_rows]))
+            return anchor, None, None if merged is None else merged.to(dy.dtype), None, None
         _write(task_grads, weight, segments, table)
         return anchor, None, None, None, None

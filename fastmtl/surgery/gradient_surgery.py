@@ -9,38 +9,52 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastmtl.errors import TrainingError, UserError
-from fastmtl.surgery.methods import Reduction, draw_order, find_method
-from fastmtl.surgery.random_state import RandomState
-from fastmtl.surgery.reduce import gather_rows, scatter_columns, sum_over_ranks
-from fastmtl.surgery.step import Losses, Step, SurgeryInfo
+from fastmtl.errors import UserError
+from fastmtl.surgery.joint import JointStep
+from fastmtl.surgery.methods import Reduction, find_method
+from fastmtl.surgery.options import SKETCH_SIZE, Reduce, Scope, Storage, check_options, find_ranks
+from fastmtl.surgery.parts import Parts
+from fastmtl.surgery.replay import replay
+from fastmtl.surgery.solver import Solver
+from fastmtl.surgery.stacked import StackedStep
+from fastmtl.surgery.step import Losses, LossFunction, Step, SurgeryInfo
 from fastmtl.surgery.targets import find_target
 from fastmtl.surgery.task_gradients import TaskGradients
+from fastmtl.surgery.tensor_scope import tensor_scope
 
 log = logging.getLogger(__name__)
 
-MAX_SKIPPED = 5
+_COUNTS = "counts: with several micro-batches give {task: rows in the whole step, over all ranks}"
 
 
 class GradientSurgery:
     """`sum` or a gradient method on a DeepSpeed engine or a torch optimiser.
 
-    target: the engine (ZeRO 0 to 3) or, in one process, the optimiser. method: "sum", "pcgrad" or "gradvac".
+    target: the engine (ZeRO 0 to 3) or, in one process, the optimiser. method: "sum", "pcgrad", "gradvac", or a
+    Gramian weighting of TorchJD in lower case ("upgrad", "mgda", ...); options: what it takes ({"c": 0.4} for
+    "cagrad").
     tasks: their names, in the order of segments and rows of J.
     shared: the parameters that surgery is about; the others get their own gradient. Default: all of the target.
     sparse: shared embedding tables whose gradient is kept as compact rows.
     storage: "stacked" keeps J; "replay" keeps only G and runs forward and backward a second time; "auto" takes stacked
     where the target can (ZeRO 0 to 2 without offload).
+    scope: "global", or "tensor": surgery on each parameter tensor by itself as soon as backward has its T gradients.
+    That is another method (finer, and for each micro-batch by itself); it needs no J and no second pass in any stage.
+    reduce: "exact": J is that of all ranks. "local": every rank projects its own J, then the ranks average. "sketch":
+    J's inner products come from count-sketches of `sketch_size` buckets a task, all that crosses the network besides
+    the merged gradient; a cosine is off by at most sqrt(2 / sketch_size) in the root mean square.
     dtype: of J in `stacked`; bfloat16 halves it and rounds every task gradient to 8 bits.
     task_weights: fixed weight of each task's loss, applied before the Gramian. reduction: of the modified gradients,
-    "sum" (the paper) or "mean".
+    "sum" (the paper) or "mean"; for pcgrad and gradvac.
     seed: of the random order in which tasks meet, with the step's number.
-    Raises UserError for an unknown name, and for a combination that cannot do what it promises.
+    Raises UserError for an unknown name, and for a combination that cannot do what it promises. `sum` heeds none of
+    storage, scope, reduce and dtype.
     """
 
     def __init__(
@@ -51,35 +65,41 @@ class GradientSurgery:
         tasks: Sequence[str],
         shared: Sequence[nn.Parameter] | None = None,
         sparse: Sequence[nn.Parameter] = (),
-        storage: str = "auto",
+        storage: Storage = "auto",
+        scope: Scope = "global",
+        reduce: Reduce = "exact",
         dtype: torch.dtype = torch.float32,
+        sketch_size: int = SKETCH_SIZE,
         task_weights: Mapping[str, float] | None = None,
         reduction: Reduction = "sum",
+        options: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
         self._target = find_target(target)
-        self._method = find_method(method)
+        chosen = find_method(method, reduction, options)
         self.tasks = list(tasks)
         trainable = {id(p) for p in self._target.parameters}
-        self._shared = [p for p in (self._target.parameters if shared is None else shared) if id(p) in trainable]
-        shared_ids = {id(p) for p in self._shared}
-        self._own = [p for p in self._target.parameters if id(p) not in shared_ids]
-        if storage not in ("auto", "stacked", "replay"):
-            raise UserError(f"storage must be auto, stacked or replay, got {storage!r}")
-        if storage == "stacked" and not self._target.stacks:
-            raise UserError(
-                "storage='stacked' needs every gradient at hand, which ZeRO 3 and offload do not give: "
-                "use storage='replay'"
-            )
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise UserError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
-        self.storage = storage if storage != "auto" else ("stacked" if self._target.stacks else "replay")
-        self._weights = [float((task_weights or {}).get(name, 1.0)) for name in self.tasks]
-        self._reduction, self._seed = reduction, seed
-        self._sink = TaskGradients(
-            self._shared, len(self.tasks), sparse=sparse, dtype=dtype, scatter=scatter_columns, gather_rows=gather_rows
+        inside = [p for p in (self._target.parameters if shared is None else shared) if id(p) in trainable]
+        inside_ids = {id(p) for p in inside}
+        if not inside:
+            chosen = None  # nothing that tasks could disagree on
+        self.storage = check_options(
+            self._target, chosen, storage=storage, scope=scope, reduce=reduce, dtype=dtype, sketch_size=sketch_size
         )
-        self._step = self._skipped = self._skipped_in_a_row = 0
+        self._joint, self._scope, self._by_rank = chosen is None, scope, reduce == "local"
+        self._weights = [float((task_weights or {}).get(name, 1.0)) for name in self.tasks]
+        self._solver = Solver(chosen, self.tasks, seed, by_rank=self._by_rank)
+        self._sink = TaskGradients(
+            inside,
+            len(self.tasks),
+            sparse=sparse,
+            dtype=dtype,
+            ranks=find_ranks(reduce),
+            sketch_size=sketch_size if reduce == "sketch" else None,
+        )
+        own = [p for p in self._target.parameters if id(p) not in inside_ids]
+        self._parts = Parts(self._target, self._sink, self._solver, self.tasks, inside, own)
+        self._open: JointStep | StackedStep | None = None
         self._told = False
 
     def run(
@@ -94,171 +114,87 @@ class GradientSurgery:
         task.
         counts: rows of each task in the whole step over all ranks; needed with several micro-batches, else counted.
         Raises UserError where the losses do not fit `tasks` or `counts`, or a shared parameter's gradient goes past
-        the sink; TrainingError after five skipped steps in a row.
+        the sink; TrainingError after five skipped steps in a row, and for a loss (`sum`) or gradient
+        (`scope="tensor"`) that is not finite where the step cannot be skipped any more.
         """
-        step = Step(
-            micro_batches,
-            loss_fn,
-            counts,
-            tasks=self.tasks,
-            task_weights=self._weights,
-            target=self._target,
-            sink=self._sink,
-        )
-        self._step += 1
-        if self._method is None or not self._shared:
-            return self._sum(step)
-        if not step.takes_sink and not self._told:
-            self._told = True
-            log.warning("loss_fn takes no task_grads: one backward pass per task (see docs/surgery.md)")
-        return self._replay(step) if self.storage == "replay" else self._stacked(step)
+        if not micro_batches:
+            raise UserError("micro_batches: a step needs at least one")
+        if counts is None and len(micro_batches) > 1:
+            raise UserError(_COUNTS)
+        losses_of = LossFunction(loss_fn, self._target, self._sink)
+        step = self._new_step(counts)
+        if not self._joint and self._scope == "tensor":
+            return tensor_scope(self._parts, step, micro_batches, losses_of, by_rank=self._by_rank)
+        if self.storage == "replay":
+            return replay(self._parts, step, micro_batches, losses_of)
+        way = self._start(step)
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            with self._sink.armed("stack", self._target.device) if not self._joint else nullcontext():
+                losses = losses_of(micro_batch, training_pass=self._joint)
+                self._tell(losses_of.takes_sink)
+                way.take(losses, takes_sink=losses_of.takes_sink, last=number == len(micro_batches))
+        return way.finish()
+
+    @property
+    def task_grads(self) -> TaskGradients:
+        """The sink for a forward whose losses go to `backward`: it takes writes until then. For models of fastmtl's
+        layers. Raises UserError as `backward` does.
+        """
+        self._check_backward()
+        if not self._joint:
+            self._sink.arm("stack", self._target.device)
+        return self._sink
+
+    def backward(
+        self, losses: Losses, counts: Mapping[str, int] | None = None, *, last: bool = True
+    ) -> SurgeryInfo | None:
+        """In place of `engine.backward(loss)`, where the losses are at hand: {task: (sum of the rows' losses, rows)}.
+
+        counts: rows of each task in the whole step over all ranks; needed with several micro-batches a step, else
+        counted. last: whether this is the step's last micro-batch; the merged gradient and the SurgeryInfo come with
+        it, None before.
+        Raises UserError where a step cannot be done without running forward again: use `run` there.
+        """
+        self._check_backward()
+        if self._open is None:
+            if counts is None and not last:
+                raise UserError(_COUNTS)
+            self._open = self._start(self._new_step(counts))
+        way, takes_sink = self._open, self._sink.mode is not None
+        if last:
+            self._open = None
+        try:
+            if not takes_sink and not self._joint:
+                self._sink.arm("stack", self._target.device)
+            self._tell(takes_sink)
+            way.take(losses, takes_sink=takes_sink, last=last)
+        except BaseException:
+            self._open = None
+            raise
+        finally:
+            self._sink.disarm()
+        return way.finish() if last else None
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready: what the next step's order, the skipped steps and the method depend on."""
-        method = {} if self._method is None else self._method.state_dict()
-        return {
-            "seed": self._seed,
-            "step": self._step,
-            "skipped": self._skipped,
-            "skipped_in_a_row": self._skipped_in_a_row,
-            "method": method,
-        }
+        return self._solver.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._seed, self._step = state["seed"], state["step"]
-        self._skipped, self._skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
-        if self._method is not None:
-            self._method.load_state_dict(state["method"])
+        self._solver.load_state_dict(state)
 
-    def _sum(self, step: Step) -> SurgeryInfo:
-        for index in range(len(step.micro_batches)):
-            losses = step.losses(index, training_pass=True)
-            self._target.backward(step.total(losses), last=index == len(step.micro_batches) - 1)
-        return SurgeryInfo(losses=step.mean_losses(sum_over_ranks(step.sums).tolist()))
+    def _new_step(self, counts: Mapping[str, int] | None) -> Step:
+        self._solver.next_step()
+        return Step(counts, tasks=self.tasks, task_weights=self._weights, device=self._target.device)
 
-    def _stacked(self, step: Step) -> SurgeryInfo:
-        scale = self._target.loss_scale()
-        self._sink.clear()
-        own = [torch.zeros_like(p, dtype=torch.float32) for p in self._own]
-        for index in range(len(step.micro_batches)):
-            with self._sink.armed("stack", self._target.device):
-                losses = step.losses(index, training_pass=False)
-                if step.takes_sink:
-                    _add(own, self._one_pass(step.total(losses) * scale))
-                else:
-                    self._one_by_one(step, losses, scale, own)
-        info, weights = self._solve(step, scale)
-        if info.skipped is None:
-            factor = self._target.factor / scale
-            merged = self._sink.combine(weights * factor)
-            merged.update({id(p): gradient.mul_(factor) for p, gradient in zip(self._own, own, strict=True)})
-            self._target.hand_over(merged)
-        return info
+    def _start(self, step: Step) -> JointStep | StackedStep:
+        return JointStep(self._parts, step) if self._joint else StackedStep(self._parts, step)
 
-    def _one_pass(self, loss: Tensor) -> Sequence[Tensor | None]:
-        """All task gradients into the sink; returns those of the tasks' own parameters."""
-        # Shared parameters are asked for only to see that autograd has nothing for them: layers that write into the
-        # sink give None, any other op's gradient would be lost.
-        anchor, *rest = torch.autograd.grad(loss, [self._sink.anchor, *self._own, *self._shared], allow_unused=True)
-        self._check_wiring(anchor, rest[len(self._own) :])
-        return rest[: len(self._own)]
+    def _check_backward(self) -> None:
+        if not self._joint and self.storage != "stacked":
+            reason = "scope='tensor'" if self._scope == "tensor" else "storage='replay' (ZeRO 3, offload)"
+            raise UserError(f"backward: {reason} makes the forward itself; use run(micro_batches, loss_fn)")
 
-    def _check_wiring(self, anchor: Tensor | None, shared: Sequence[Tensor | None]) -> None:
-        if anchor is None:
-            raise UserError(
-                "loss_fn takes task_grads but the model does not use it: pass it to the layers, embedding included, "
-                "or leave it out for one backward pass per task"
-            )
-        for parameter, gradient in zip(self._shared, shared, strict=True):
-            if gradient is not None:
-                raise UserError(
-                    f"shared parameter {self._target.names[id(parameter)]} is used by an op that does not write into "
-                    "task_grads: use the ops of fastmtl.surgery.functional for it, or leave it out of `shared`"
-                )
-
-    def _one_by_one(self, step: Step, losses: Losses, scale: float, own: list[Tensor]) -> None:
-        """The textbook way, for a model that is not made of fastmtl's layers: one backward per task."""
-        for t, name in enumerate(self.tasks):
-            if name not in losses or losses[name][1] == 0:
-                continue
-            gradients = torch.autograd.grad(
-                step.scaled(name, losses) * scale, [*self._shared, *self._own], retain_graph=True, allow_unused=True
-            )
-            for parameter, gradient in zip(self._shared, gradients, strict=False):
-                if gradient is None:
-                    continue
-                if self._sink.is_sparse(parameter):
-                    ids = gradient.abs().sum(1).nonzero().squeeze(1)
-                    self._sink.add_rows(parameter, t, ids, gradient[ids])
-                else:
-                    self._sink.views(parameter)[t].add_(gradient)
-            _add(own, gradients[len(self._shared) :])
-
-    def _replay(self, step: Step) -> SurgeryInfo:
-        if not step.takes_sink:
-            raise UserError(
-                "storage='replay' (ZeRO 3, offload) needs a model whose layers write into task_grads: DeepSpeed holds "
-                "the weights of other models only inside their forward. Use ZeRO 0 to 2 without offload."
-            )
-        scale = self._target.loss_scale()
-        self._sink.clear()
-        states = []
-        for index in range(len(step.micro_batches)):
-            states.append(RandomState.capture(self._target.device))
-            with self._sink.armed("gramian", self._target.device, keep=len(step.micro_batches) > 1):
-                losses = step.losses(index, training_pass=False)
-                self._sink.forward_done()
-                anchor, *shared = torch.autograd.grad(
-                    step.total(losses) * scale, [self._sink.anchor, *self._shared], allow_unused=True
-                )
-                self._check_wiring(anchor, shared)
-        after = RandomState.capture(self._target.device)
-        info, weights = self._solve(step, scale)
-        self._sink.clear()
-        if info.skipped is not None:
-            return info
-        for index, state in enumerate(states):
-            state.restore()  # the same dropout masks as in the first pass
-            with self._sink.armed("weighted", self._target.device, weights=weights):
-                losses = step.losses(index, training_pass=True, count=False)
-                self._target.backward(step.total(losses), last=index == len(states) - 1)
-        after.restore()
-        return info
-
-    def _solve(self, step: Step, scale: float) -> tuple[SurgeryInfo, Tensor]:
-        """G over all ranks, the weights, and what they tell: one small reduction, one wait for the device."""
-        assert self._method is not None
-        num_tasks = len(self.tasks)
-        partial = sum_over_ranks(torch.cat([self._sink.gramian().flatten().double(), step.sums]))
-        gram = partial[: num_tasks**2].float().view(num_tasks, num_tasks) + self._sink.sparse_gramian()
-        gram = gram / scale**2
-        order = draw_order(num_tasks, self._seed, self._step).to(gram.device)
-        weights = self._method.weights(gram, order, self._reduction)
-        on_host = torch.cat([gram.flatten().double(), weights.double(), partial[num_tasks**2 :]]).cpu()
-        host, host_weights, sums = on_host.split([num_tasks**2, num_tasks, num_tasks])
-        host = host.view(num_tasks, num_tasks).float()
-        losses = step.mean_losses(sums.tolist())
-        bad = [name for t, name in enumerate(self.tasks) if not torch.isfinite(host[t, t])]
-        if not bad:
-            self._skipped_in_a_row = 0
-            return SurgeryInfo.of_gramian(losses, host, host_weights.float()), weights
-        if self._target.backs_off():  # it has to see the overflow in the gradients
-            return SurgeryInfo(losses=losses), torch.full_like(weights, float("nan"))
-        return self._skip(bad[0], losses), weights
-
-    def _skip(self, task: str, losses: dict[str, float]) -> SurgeryInfo:
-        self._skipped += 1
-        self._skipped_in_a_row += 1
-        log.warning("step %d skipped: the gradient of task %s is not finite", self._step, task)
-        if self._skipped_in_a_row == MAX_SKIPPED:
-            raise TrainingError(
-                f"the gradient of task {task} was not finite in {MAX_SKIPPED} steps in a row: lower optimizer.lr, "
-                "lengthen schedule.warmup, or look for broken rows of that task"
-            )
-        return SurgeryInfo(losses=losses, skipped=task)
-
-
-def _add(totals: list[Tensor], gradients: Sequence[Tensor | None]) -> None:
-    for total, gradient in zip(totals, gradients, strict=True):
-        if gradient is not None:
-            total += gradient
+    def _tell(self, takes_sink: bool) -> None:
+        if not takes_sink and not self._joint and not self._told:
+            self._told = True
+            log.warning("the model takes no task_grads: one backward pass per task (see docs/surgery.md)")

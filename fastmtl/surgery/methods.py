@@ -1,39 +1,55 @@
 """Gradient methods: from a Gramian to the weight of each task's gradient. A new method is one class here and its name
-in METHODS.
+in METHODS; TorchJD's come by their own names from `torchjd_methods`.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from fastmtl.errors import unknown_name
+from fastmtl.errors import UserError, unknown_name
+from fastmtl.surgery import torchjd_methods
 from fastmtl_kernels import gradvac_weights, pcgrad_weights
 
 Reduction = Literal["sum", "mean"]
 
 
 class Method(Protocol):
-    """Weights of one step after another; `state` is what it carries between them, JSON-ready."""
+    """Weights of one step after another.
 
-    def weights(self, gram: Tensor, order: Tensor, reduction: Reduction) -> Tensor:
-        """G [T, T] float32, order [T, T] int64 on its device -> weights [T]. A G that is not finite changes no state:
-        its step is skipped.
+    by_rank: whether each rank may solve for itself. by_tensor: whether it can solve inside backward, for each tensor.
+    """
+
+    by_rank: bool
+    by_tensor: bool
+
+    def weights(self, gram: Tensor, order: Tensor, index: int | None) -> Tensor:
+        """G [T, T] float32, order int64 [T, T] on its device -> weights [T]. index: of the tensor whose Gramian this
+        is, None for the global one. A G that is not finite changes no state: its step is skipped.
         """
         ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-ready: what is carried from step to step."""
+        ...
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class PCGrad:
     """Yu et al. 2020, Algorithm 1, in coefficients (see fastmtl_kernels.pcgrad_weights)."""
 
-    def weights(self, gram: Tensor, order: Tensor, reduction: Reduction) -> Tensor:
-        return pcgrad_weights(gram, order=order, reduction=reduction)
+    by_rank = by_tensor = True
+
+    def __init__(self, *, reduction: Reduction = "sum") -> None:
+        self._reduction = reduction
+
+    def weights(self, gram: Tensor, order: Tensor, index: int | None) -> Tensor:
+        return pcgrad_weights(gram, order=order, reduction=self._reduction)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -43,36 +59,62 @@ class PCGrad:
 
 
 class GradVac:
-    """Wang et al. 2021, Algorithm 1: target cosines follow the seen ones as a moving average, beta 0.01, from 0."""
+    """Wang et al. 2021, Algorithm 1: target cosines follow the seen ones as a moving average, from 0.
 
-    BETA = 0.01
+    beta: share of the newest cosine in the average.
+    """
 
-    def __init__(self) -> None:
-        self._target: Tensor | None = None
+    by_rank, by_tensor = False, True
 
-    def weights(self, gram: Tensor, order: Tensor, reduction: Reduction) -> Tensor:
-        target = torch.zeros_like(gram) if self._target is None else self._target.to(gram.device)
-        weights, cosines = gradvac_weights(gram, target, order=order, reduction=reduction)
-        self._target = torch.where(gram.isfinite().all(), target.lerp(cosines, self.BETA), target)
+    def __init__(self, *, reduction: Reduction = "sum", beta: float = 0.01) -> None:
+        self._reduction, self._beta = reduction, beta
+        self._targets: dict[str, Tensor] = {}
+
+    def weights(self, gram: Tensor, order: Tensor, index: int | None) -> Tensor:
+        key = "all" if index is None else str(index)
+        target = self._targets[key].to(gram.device) if key in self._targets else torch.zeros_like(gram)
+        weights, cosines = gradvac_weights(gram, target, order=order, reduction=self._reduction)
+        self._targets[key] = torch.where(gram.isfinite().all(), target.lerp(cosines, self._beta), target)
         return weights
 
     def state_dict(self) -> dict[str, Any]:
-        return {"target": None if self._target is None else self._target.tolist()}
+        return {"targets": {key: target.tolist() for key, target in self._targets.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._target = None if state["target"] is None else torch.tensor(state["target"], dtype=torch.float32)
+        self._targets = {key: torch.tensor(rows, dtype=torch.float32) for key, rows in state["targets"].items()}
 
 
-METHODS: dict[str, type[Method]] = {"pcgrad": PCGrad, "gradvac": GradVac}
+METHODS: dict[str, type[PCGrad | GradVac]] = {"pcgrad": PCGrad, "gradvac": GradVac}
 
 
-def find_method(name: str) -> Method | None:
-    """The method of a name, None for `sum`, which needs no Gramian."""
+def method_names() -> list[str]:
+    """Every name that `find_method` takes here."""
+    return ["sum", *METHODS, *torchjd_methods.names()]
+
+
+def find_method(name: str, reduction: Reduction = "sum", options: Mapping[str, Any] | None = None) -> Method | None:
+    """The method of a name, None for `sum`, which needs no Gramian. options: what its class takes by keyword.
+
+    Raises UserError for an unknown name or option.
+    """
+    options = dict(options or {})
     if name == "sum":
+        if options:
+            raise UserError(f"gradient method sum takes no options, got {', '.join(options)}")
         return None
-    if name not in METHODS:
-        raise unknown_name("gradient method", name, ["sum", *METHODS])
-    return METHODS[name]()
+    if name in METHODS:
+        allowed = [key for key in inspect.signature(METHODS[name]).parameters if key != "reduction"]
+        for key in options:
+            if key not in allowed:
+                raise unknown_name(f"option of {name}", key, allowed)
+        return METHODS[name](reduction=reduction, **options)
+    if torchjd_methods.knows(name):
+        return torchjd_methods.TorchJDMethod(name, options)
+    if torchjd_methods.why_unavailable():
+        raise UserError(
+            f"{unknown_name('gradient method', name, ['sum', *METHODS])} ({torchjd_methods.why_unavailable()})"
+        )
+    raise unknown_name("gradient method", name, method_names())
 
 
 def draw_order(num_tasks: int, seed: int, step: int) -> Tensor:

@@ -1,6 +1,8 @@
-"""Task gradients over ranks: what has to be summed so that surgery sees the whole step's J."""
+"""Task gradients over ranks: what has to be summed, and what every rank may keep to itself."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -9,20 +11,80 @@ from torch import Tensor
 _BUCKET = 1 << 23  # numbers per collective: bounds the copy that a collective needs
 
 
+class Ranks(Protocol):
+    """What surgery asks of the other ranks for its Gramian."""
+
+    def scatter(self, piece: Tensor) -> Tensor:
+        """[T, n] of this rank -> this rank's share of the columns of what it stands for."""
+        ...
+
+    def gather_rows(self, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Compact rows (ids [k], rows [k, d]) -> those that belong to the same J."""
+        ...
+
+    def total(self, value: Tensor) -> Tensor:
+        """Adds up a small tensor over the shares, in place, and returns it."""
+        ...
+
+
+class Alone:
+    """J is this rank's own: one process, or `reduce: local`, where each rank projects before DeepSpeed averages."""
+
+    def scatter(self, piece: Tensor) -> Tensor:
+        return piece
+
+    def gather_rows(self, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return ids, rows
+
+    def total(self, value: Tensor) -> Tensor:
+        return value
+
+
+class Together:
+    """J is the sum over ranks, each of which keeps some of its columns (`reduce: exact`)."""
+
+    def scatter(self, piece: Tensor) -> Tensor:
+        """[T, ceil(n / world)], zeros at the end."""
+        world = world_size()
+        if world == 1:
+            return piece
+        columns = max(1, _BUCKET // (world * piece.shape[0])) * world
+        return torch.cat(
+            [_scatter(piece[:, start : start + columns]) for start in range(0, piece.shape[1], columns)], dim=1
+        )
+
+    def gather_rows(self, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """All ranks' rows one after another, [sum k] and [sum k, d]."""
+        world = world_size()
+        if world == 1:
+            return ids, rows
+        lengths = [torch.zeros(1, dtype=torch.int64, device=ids.device) for _ in range(world)]
+        dist.all_gather(lengths, torch.tensor([len(ids)], device=ids.device))
+        sizes = torch.cat(lengths).tolist()
+        longest = max(sizes)
+
+        def gathered(value: Tensor) -> Tensor:
+            padded = torch.cat([value, value.new_zeros(longest - len(value), *value.shape[1:])])
+            parts = [torch.empty_like(padded) for _ in range(world)]
+            dist.all_gather(parts, padded)
+            return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+        return gathered(ids), gathered(rows)
+
+    def total(self, value: Tensor) -> Tensor:
+        return sum_over_ranks(value)
+
+
 def world_size() -> int:
     """Processes that train together, 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def scatter_columns(piece: Tensor) -> Tensor:
-    """Sums [T, n] over ranks and returns this rank's columns, [T, ceil(n / world)] with zeros at the end."""
-    world = world_size()
-    if world == 1:
-        return piece
-    columns = max(1, _BUCKET // (world * piece.shape[0])) * world
-    return torch.cat(
-        [_scatter(piece[:, start : start + columns]) for start in range(0, piece.shape[1], columns)], dim=1
-    )
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Adds up a small tensor in place and returns it."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
 
 
 def _scatter(piece: Tensor) -> Tensor:
@@ -36,29 +98,3 @@ def _scatter(piece: Tensor) -> Tensor:
     result = torch.empty(num_tasks, share, dtype=piece.dtype, device=piece.device)
     dist.reduce_scatter_tensor(result, by_rank)
     return result
-
-
-def gather_rows(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """All ranks' compact rows one after another: ids [k], rows [k, d] -> [sum k], [sum k, d]."""
-    world = world_size()
-    if world == 1:
-        return ids, rows
-    lengths = [torch.zeros(1, dtype=torch.int64, device=ids.device) for _ in range(world)]
-    dist.all_gather(lengths, torch.tensor([len(ids)], device=ids.device))
-    sizes = torch.cat(lengths).tolist()
-    longest = max(sizes)
-
-    def gathered(value: Tensor) -> Tensor:
-        padding = value.new_zeros(longest - len(value), *value.shape[1:])
-        parts = [torch.empty_like(torch.cat([value, padding])) for _ in range(world)]
-        dist.all_gather(parts, torch.cat([value, padding]).contiguous())
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-    return gathered(ids), gathered(rows)
-
-
-def sum_over_ranks(value: Tensor) -> Tensor:
-    """Adds up a small tensor in place and returns it."""
-    if world_size() > 1:
-        dist.all_reduce(value)
-    return value

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastmtl.errors import UserError
 from fastmtl.surgery.reduce import sum_over_ranks
+from fastmtl.surgery.stopwatch import Stopwatch
 from fastmtl.surgery.targets import Target
 from fastmtl.surgery.task_gradients import TaskGradients
 
@@ -25,7 +26,10 @@ class SurgeryInfo:
     losses: mean loss of each task that had rows. cosines [T, T] between task gradients (NaN for an absent task),
     conflict_rate: share of task pairs with a negative cosine, task_norms [T], weights [T] of the gradients in the
     update, merged_norm: of the shared update; all None for `sum`, and where an fp16 overflow makes DeepSpeed back off.
-    skipped: the task with a non-finite gradient; do not call step() then.
+    With `scope="tensor"` there are no weights: each tensor has its own. With `reduce="local"` each rank has its own, so
+    there are neither weights nor merged_norm, and the rest is of the mean of the ranks' Gramians.
+    skipped: the task with a gradient that is not finite, or a parameter of its own; do not call step() then.
+    nbytes: of J, or of what takes its place, on this rank. stopwatch: of what surgery added to the step.
     """
 
     losses: dict[str, float]
@@ -35,10 +39,21 @@ class SurgeryInfo:
     weights: Tensor | None = None
     merged_norm: float | None = None
     skipped: str | None = None
+    nbytes: int = 0
+    stopwatch: Stopwatch | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Added by surgery on this rank: Gramian, reductions, weights and merging; with `replay` the first pass too,
+        with one backward per task all of them, with `scope="tensor"` nothing is set apart (0). Waits for the device.
+        """
+        return 0.0 if self.stopwatch is None else self.stopwatch.seconds()
 
     @classmethod
-    def of_gramian(cls, losses: dict[str, float], gram: Tensor, weights: Tensor) -> SurgeryInfo:
-        """From G [T, T] and the weights [T], both on the host."""
+    def of_gramian(
+        cls, losses: dict[str, float], gram: Tensor, weights: Tensor | None, merged_square: float | None, **more: Any
+    ) -> SurgeryInfo:
+        """From G [T, T] and the weights [T], on the host. merged_square: the shared update's norm squared."""
         norms = gram.diagonal().clamp(min=0).sqrt()
         cosines = gram / (norms[:, None] * norms[None, :])
         cosines[norms == 0, :] = cosines[:, norms == 0] = float("nan")
@@ -50,72 +65,46 @@ class SurgeryInfo:
             conflict_rate=float((upper < 0).float().mean()) if len(upper) else 0.0,
             task_norms=norms,
             weights=weights,
-            merged_norm=float((weights @ gram @ weights).clamp(min=0).sqrt()),
+            merged_norm=None if merged_square is None else max(merged_square, 0.0) ** 0.5,
+            **more,
         )
 
 
 class Step:
-    """Calls loss_fn on the micro-batches and keeps the sums for the means.
+    """Sums the losses of a step's micro-batches and scales them to means.
 
+    counts: rows of each task in the whole step over all ranks; None: those of the one micro-batch, summed over ranks.
     task_weights: fixed weight of each task's loss. sums: this rank's losses of each task so far, float64 [T].
     """
 
     def __init__(
-        self,
-        micro_batches: Sequence[Any],
-        loss_fn: Callable[..., Losses],
-        counts: Mapping[str, int] | None,
-        *,
-        tasks: list[str],
-        task_weights: list[float],
-        target: Target,
-        sink: TaskGradients,
+        self, counts: Mapping[str, int] | None, *, tasks: list[str], task_weights: list[float], device: torch.device
     ) -> None:
-        if not micro_batches:
-            raise UserError("micro_batches: a step needs at least one")
-        if counts is None and len(micro_batches) > 1:
-            raise UserError("counts: with several micro-batches give {task: rows in the whole step, over all ranks}")
-        self.micro_batches = micro_batches
-        self._loss_fn, self._counts = loss_fn, counts
+        self._counts = counts
         self._tasks, self._task_weights = tasks, task_weights
-        self._target, self._sink = target, sink
-        declared = inspect.signature(loss_fn).parameters
-        self.takes_sink = "task_grads" in declared
-        self._takes_model = "model" in declared
-        self.sums = torch.zeros(len(tasks), dtype=torch.float64, device=target.device)
+        self.sums = torch.zeros(len(tasks), dtype=torch.float64, device=device)
 
-    def losses(self, index: int, *, training_pass: bool, count: bool = True) -> Losses:
-        keywords: dict[str, Any] = {"task_grads": self._sink} if self.takes_sink else {}
-        if self._takes_model:
-            keywords["model"] = self._target.model(training_pass)
-        if training_pass and self._takes_model:
-            losses = self._loss_fn(self.micro_batches[index], **keywords)
-        else:
-            with self._target.autocast():
-                losses = self._loss_fn(self.micro_batches[index], **keywords)
-        self._check(losses)
-        if count:
-            for t, name in enumerate(self._tasks):
-                if name in losses:
-                    self.sums[t] += losses[name][0].detach()
-        return losses
-
-    def _check(self, losses: Losses) -> None:
+    def take(self, losses: Losses) -> None:
+        """Checks a micro-batch's losses and adds them up."""
         unknown = set(losses) - set(self._tasks)
         if unknown:
-            raise UserError(f"loss_fn gave losses of {', '.join(sorted(unknown))}, tasks are {', '.join(self._tasks)}")
+            raise UserError(f"losses of {', '.join(sorted(unknown))} were given, tasks are {', '.join(self._tasks)}")
         if not losses:
-            raise UserError("loss_fn gave no loss: give every task that the model ran, without rows a zero of its head")
+            raise UserError("no loss was given: give every task that the model ran, without rows a zero of its head")
         if self._counts is None:
             local = [losses[name][1] if name in losses else 0 for name in self._tasks]
-            total = sum_over_ranks(torch.tensor(local, device=self._target.device))
+            total = sum_over_ranks(torch.tensor(local, device=self.sums.device))
             self._counts = dict(zip(self._tasks, total.tolist(), strict=True))
-        for name, (_, rows) in losses.items():
+        for t, name in enumerate(self._tasks):
+            if name not in losses:
+                continue
+            loss, rows = losses[name]
             if rows > self._counts.get(name, 0):
                 raise UserError(
                     f"counts: task {name} has {rows} rows in one micro-batch, counts gives it "
                     f"{self._counts.get(name, 0)} in the whole step over all ranks"
                 )
+            self.sums[t] += loss.detach()
 
     def scaled(self, name: str, losses: Losses) -> Tensor:
         """This micro-batch's part of the task's weighted mean loss."""
@@ -131,3 +120,23 @@ class Step:
         assert self._counts is not None
         values = zip(self._tasks, sums, strict=True)
         return {name: value / self._counts[name] for name, value in values if self._counts.get(name, 0)}
+
+
+class LossFunction:
+    """The user's loss_fn, given by keyword what it declares."""
+
+    def __init__(self, loss_fn: Callable[..., Losses], target: Target, sink: TaskGradients) -> None:
+        self._loss_fn, self._target, self._sink = loss_fn, target, sink
+        declared = inspect.signature(loss_fn).parameters
+        self.takes_sink = "task_grads" in declared
+        self._takes_model = "model" in declared
+
+    def __call__(self, micro_batch: Any, *, training_pass: bool) -> Losses:
+        """training_pass: whether a backward of the target follows, so that `model` is the engine."""
+        keywords: dict[str, Any] = {"task_grads": self._sink} if self.takes_sink else {}
+        if self._takes_model:
+            keywords["model"] = self._target.model(training_pass)
+            if training_pass:
+                return self._loss_fn(micro_batch, **keywords)
+        with self._target.autocast():
+            return self._loss_fn(micro_batch, **keywords)

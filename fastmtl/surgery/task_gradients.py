@@ -5,20 +5,22 @@ Shapes: T tasks, P numbers in the dense shared parameters, V x d an embedding ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from fastmtl.errors import UserError
+from fastmtl.surgery.compact_rows import coalesce, rows_gramian, weighted_table
+from fastmtl.surgery.reduce import Alone, Ranks
+from fastmtl.surgery.sketch import CountSketch
 from fastmtl_kernels import combine, gramian
 
-Mode = Literal["stack", "gramian", "weighted"]
-# Sums a [T, n] piece of J over ranks and returns this rank's share of its columns: all of them for one rank.
-Scatter = Callable[[Tensor], Tensor]
-# Gathers a task's compact embedding rows (ids [k], rows [k, d]) from all ranks.
-GatherRows = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Mode = Literal["stack", "gramian", "weighted", "tensor"]
+# (index of the parameter, its Gramian [T, T]) -> weights [T]
+Solve = Callable[[int, Tensor], Tensor]
 
 
 class TaskGradients:
@@ -33,14 +35,14 @@ class TaskGradients:
       Autograd gets no gradient.
     - `weighted`: autograd gets `sum_t weights[t] g_t` for shared parameters; nothing is kept. Inputs' gradients stay
       unweighted.
+    - `tensor`: as `weighted`, with weights that are found for each parameter as soon as its T gradients are there.
 
     `anchor` is a zero scalar that requires a gradient; the embedding takes it as an input. Differentiating a loss for
-    it runs every
-    layer's backward without asking autograd for any shared parameter, so no hook on one fires.
+    it runs every layer's backward without asking autograd for any shared parameter, so no hook on one fires.
 
     parameters: the trainable shared ones. sparse: those among them whose gradient is compact rows (the word
-    embeddings).
-    dtype: of J. scatter, gather_rows: see `reduce` of GradientSurgery; the identity for one rank.
+    embeddings). dtype: of J. ranks: which ranks' gradients make up J. sketch_size: buckets of a count-sketch that
+    takes the place of J in G, None for the exact one.
     """
 
     def __init__(
@@ -50,8 +52,8 @@ class TaskGradients:
         *,
         sparse: Sequence[nn.Parameter] = (),
         dtype: torch.dtype = torch.float32,
-        scatter: Scatter = lambda piece: piece,
-        gather_rows: GatherRows = lambda ids, rows: (ids, rows),
+        ranks: Ranks | None = None,
+        sketch_size: int | None = None,
     ) -> None:
         self.num_tasks = num_tasks
         self.mode: Mode | None = None
@@ -60,10 +62,12 @@ class TaskGradients:
         self._sparse = {id(parameter) for parameter in sparse}
         self._dense = [parameter for parameter in self._parameters if id(parameter) not in self._sparse]
         self._dtype = dtype
-        self._scatter, self._gather_rows = scatter, gather_rows
-        self._known = {id(parameter) for parameter in self._parameters}
+        self._ranks = Alone() if ranks is None else ranks
+        self._sketch_size = sketch_size
+        self._index = {id(parameter): k for k, parameter in enumerate(self._parameters)}
         self._stack: Tensor | None = None
         self._views: dict[int, list[Tensor]] = {}
+        self._starts: dict[int, int] = {}
         self._rows: dict[int, list[list[tuple[Tensor, Tensor]]]] = {}
         self._shards: dict[int, Tensor] = {}
         self._keep = True
@@ -71,30 +75,52 @@ class TaskGradients:
         self._uses: dict[int, int] = {}
         self._held: dict[int, Tensor] = {}
         self._dropped: dict[int, Tensor] = {}
+        self._sketch: CountSketch | None = None
+        self._solve: Solve | None = None
+        self._largest = 0
         self.anchor = torch.zeros((), requires_grad=True)
 
     @contextmanager
     def armed(
-        self, mode: Mode, device: torch.device, *, weights: Tensor | None = None, keep: bool = True
+        self,
+        mode: Mode,
+        device: torch.device,
+        *,
+        weights: Tensor | None = None,
+        keep: bool = True,
+        solve: Solve | None = None,
     ) -> Iterator[None]:
         """Takes writes inside the block.
 
-        weights: [T] for `weighted`. keep: for `gramian`, whether this rank's share of J adds up over several blocks;
-        without it a gradient goes into G and is dropped as soon as every use of its weight in the forward has written,
-        so there may be one block, of one forward, until `clear`. Call `forward_done` in it between forward and
-        backward.
+        weights: [T] for `weighted`. solve: for `tensor`. keep: for `gramian`, whether this rank's share of J adds up
+        over several blocks; without it a gradient goes into G and is dropped as soon as every use of its weight in the
+        forward has written, so there may be one block, of one forward, until `clear`. Call `forward_done` in it
+        between forward and backward.
         """
-        if self.anchor.device != device:
-            self.anchor = torch.zeros((), device=device, requires_grad=True)
-        self.mode, self.weights, self._keep = mode, weights, keep
-        self._counting = mode == "gramian" and not keep
-        if mode == "stack" and self._stack is None:
-            self._allocate(device)
+        self.arm(mode, device)
+        self.weights, self._keep, self._solve = weights, keep, solve
+        self._counting = mode == "tensor" or (mode == "gramian" and not keep and self._sketch is None)
         try:
             yield
         finally:
-            self.mode = self.weights = None
-            self._counting = False
+            self.disarm()
+
+    def arm(self, mode: Mode, device: torch.device) -> None:
+        """Takes writes from now on, where forward and backward are not in one block (mode `stack`)."""
+        if self.anchor.device != device:
+            self.anchor = torch.zeros((), device=device, requires_grad=True)
+        self.mode = mode
+        if mode == "stack" and self._stack is None:
+            self._allocate(device)
+
+    def disarm(self) -> None:
+        self.mode = self.weights = self._solve = None
+        self._counting = False
+
+    def start_sketch(self, seed: int, device: torch.device) -> None:
+        """For a step, with hashes of its own; nothing where G is exact."""
+        if self._sketch_size is not None:
+            self._sketch = CountSketch(self.num_tasks, self._sketch_size, seed, device)
 
     def expect(self, *parameters: nn.Parameter | None) -> None:
         """A forward uses these: as many writes will come."""
@@ -108,7 +134,7 @@ class TaskGradients:
 
     def wants(self, parameter: nn.Parameter | None) -> bool:
         """Whether a layer should write this parameter's gradient here."""
-        return parameter is not None and parameter.requires_grad and id(parameter) in self._known
+        return parameter is not None and parameter.requires_grad and id(parameter) in self._index
 
     def views(self, parameter: nn.Parameter) -> list[Tensor]:
         """T tensors of the parameter's shape inside J, to be added to (mode `stack`)."""
@@ -120,50 +146,98 @@ class TaskGradients:
     def add(self, parameter: nn.Parameter, gradients: Tensor) -> None:
         """Adds [T, *shape] task gradients of a dense parameter (mode `gramian`)."""
         gradients = gradients.reshape(self.num_tasks, -1)
+        self._largest = max(self._largest, gradients.nbytes)
         key = id(parameter)
-        if self._keep:
-            share = self._scatter(gradients).to(torch.float32)
+        if self._sketch is not None:
+            self._sketch.add(self._index[key], gradients)
+        elif self._keep:
+            share = self._ranks.scatter(gradients).to(torch.float32)
             held = self._shards.get(key)
             self._shards[key] = share if held is None else held.add_(share)
-            return
-        if key in self._dropped:
+        elif key in self._dropped:
             raise RuntimeError("a weight's task gradients met in the Gramian before its last use had written")
+        else:
+            complete = self._complete(key, gradients)
+            if complete is not None:
+                self._dropped[key] = gramian(self._ranks.scatter(complete).to(torch.float32))
+
+    def merge(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
+        """[T, *shape] task gradients of a dense parameter -> the merged one for autograd, with the last use of it
+        (mode `tensor`).
+        """
+        assert self._solve is not None
+        self._largest = max(self._largest, gradients.nbytes)
+        complete = self._complete(id(parameter), gradients)
+        if complete is None:
+            return None
+        share = self._ranks.scatter(complete.reshape(self.num_tasks, -1)).to(torch.float32)
+        weights = self._solve(self._index[id(parameter)], self._ranks.total(gramian(share)))
+        return combine([[gradient] for gradient in complete.unbind()], weights)[0]
+
+    def merge_rows(self, parameter: nn.Parameter, ids: list[Tensor], rows: list[Tensor]) -> Tensor:
+        """T tasks' rows ids [k], rows [k, d] of a table -> the merged dense gradient (mode `tensor`)."""
+        assert self._solve is not None
+        shape, like = _shape(parameter), rows[0]
+        parts = list(zip(ids, rows, strict=True))
+        gram = rows_gramian([self._ranks.gather_rows(*coalesce([part], shape[1], like)) for part in parts])
+        weights = self._solve(self._index[id(parameter)], gram)
+        return weighted_table(shape, [[part] for part in parts], weights).to(like.dtype)
+
+    def check_merged(self, names: Mapping[int, str]) -> None:
+        """After the backward of mode `tensor`: raises UserError for a parameter of which a use is out of the loss."""
+        for key in self._held:
+            raise UserError(
+                f"scope='tensor': {names[key]} is used more than once and the loss depends on some of the uses only, "
+                "so its gradient would be lost; use scope='global'"
+            )
+
+    def _complete(self, key: int, gradients: Tensor) -> Tensor | None:
+        """The sum over all uses of a weight with the last of them, None before."""
         if key in self._held:
             gradients = gradients + self._held.pop(key)
         self._uses[key] -= 1
         if self._uses[key] > 0:
             self._held[key] = gradients
-        else:
-            self._dropped[key] = gramian(self._scatter(gradients).to(torch.float32))
+            return None
+        return gradients
 
     def add_rows(self, parameter: nn.Parameter, task: int, ids: Tensor, rows: Tensor) -> None:
         """Adds gradient rows [k, d] of table rows ids [k] for one task (modes `stack` and `gramian`)."""
+        if self._sketch is not None:
+            self._sketch.add_rows(self._index[id(parameter)], task, ids, rows)
+            if self.mode == "gramian":
+                return
         per_task = self._rows.setdefault(id(parameter), [[] for _ in range(self.num_tasks)])
         per_task[task].append((ids, rows))
 
     def gramian(self) -> Tensor:
-        """G = J J^T over what was written since `clear`, float32 [T, T], this rank's share of it."""
+        """G = J J^T of what was written since `clear`, float32 [T, T], over the ranks that make up J."""
+        if self._sketch is not None:
+            if self._stack is not None:
+                for parameter in self._dense:
+                    self._sketch.add(self._index[id(parameter)], self._columns(parameter))
+            self._ranks.total(self._sketch.values)
+            return self._sketch.gramian()
         total = torch.zeros(self.num_tasks, self.num_tasks, device=self.anchor.device)
         if self._stack is not None:
-            total += gramian(self._scatter(self._stack))
+            total += gramian(self._ranks.scatter(self._stack))
         for shard in self._shards.values():
             total += gramian(shard)
         for part in self._dropped.values():
             total += part
         for held in self._held.values():  # a use that the loss does not depend on never writes
-            total += gramian(self._scatter(held).to(torch.float32))
-        return total
+            total += gramian(self._ranks.scatter(held).to(torch.float32))
+        return self._ranks.total(total) + self._sparse_gramian()
 
-    def sparse_gramian(self) -> Tensor:
-        """The compact rows' part of G, float32 [T, T], all ranks' rows: equal on every rank, so it is not summed over
-        them.
-        """
+    def _sparse_gramian(self) -> Tensor:
+        """The compact rows' part of G, of the gathered rows: equal on every rank."""
         total = torch.zeros(self.num_tasks, self.num_tasks, device=self.anchor.device)
         for parameter in self._parameters:  # every rank in the same order, with or without rows: it is collective
             if id(parameter) in self._sparse:
                 per_task = self._rows.get(id(parameter), [[] for _ in range(self.num_tasks)])
                 width = _shape(parameter)[1]
-                total += _rows_gramian([self._gather_rows(*_coalesce(parts, width, total)) for parts in per_task])
+                compact = (coalesce(parts, width, total) for parts in per_task)
+                total += rows_gramian([self._ranks.gather_rows(*pair) for pair in compact])
         return total
 
     def combine(self, weights: Tensor) -> dict[int, Tensor]:
@@ -177,11 +251,8 @@ class TaskGradients:
             start += parameter.numel()
         for parameter in self._parameters:
             if id(parameter) in self._sparse:
-                table = torch.zeros(parameter.shape, dtype=torch.float32, device=self.anchor.device)
-                for task, parts in enumerate(self._rows.get(id(parameter), [])):
-                    for ids, rows in parts:
-                        table.index_add_(0, ids, rows.float() * weights[task])
-                result[id(parameter)] = table
+                parts = self._rows.get(id(parameter), [[] for _ in range(self.num_tasks)])
+                result[id(parameter)] = weighted_table(parameter.shape, parts, weights)
         return result
 
     def clear(self) -> None:
@@ -193,12 +264,22 @@ class TaskGradients:
         self._dropped.clear()
         self._held.clear()
         self._uses.clear()
+        self._sketch = None
+        self._largest = 0
 
     def nbytes(self) -> int:
-        """Bytes held now."""
-        tensors = [*self._shards.values(), *([] if self._stack is None else [self._stack])]
+        """Bytes of J, its shards, sketch and compact rows as they are now, and of the largest piece in passing."""
+        tensors = [*self._shards.values(), *self._held.values()]
+        tensors += [] if self._stack is None else [self._stack]
+        tensors += [] if self._sketch is None else [self._sketch.values]
         tensors += [part for rows in self._rows.values() for parts in rows for pair in parts for part in pair]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return self._largest + sum(tensor.nbytes for tensor in tensors)
+
+    def _columns(self, parameter: nn.Parameter) -> Tensor:
+        """J's columns [T, n] of a dense parameter."""
+        assert self._stack is not None
+        start = self._starts[id(parameter)]
+        return self._stack[:, start : start + parameter.numel()]
 
     def _allocate(self, device: torch.device) -> None:
         total = sum(parameter.numel() for parameter in self._dense)
@@ -206,6 +287,7 @@ class TaskGradients:
         start = 0
         for parameter in self._dense:
             stop = start + parameter.numel()
+            self._starts[id(parameter)] = start
             self._views[id(parameter)] = [row[start:stop].view(parameter.shape) for row in self._stack]
             start = stop
 
@@ -213,26 +295,3 @@ class TaskGradients:
 def _shape(parameter: nn.Parameter) -> torch.Size:
     """Of the whole parameter, also where ZeRO 3 has partitioned it."""
     return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def _coalesce(parts: list[tuple[Tensor, Tensor]], width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """One row per id: the sums over equal ids, float32 [k, width] on the device of `like`."""
-    if not parts:
-        return like.new_zeros(0, dtype=torch.int64), like.new_zeros(0, width)
-    ids = torch.cat([ids for ids, _ in parts])
-    rows = torch.cat([rows for _, rows in parts]).float()
-    unique, inverse = torch.unique(ids, return_inverse=True)
-    return unique, rows.new_zeros(len(unique), width).index_add_(0, inverse, rows)
-
-
-def _rows_gramian(tasks: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Dot products of compact gradients: rows meet where ids are equal."""
-    merged = [_coalesce([task], task[1].shape[1], task[1]) for task in tasks]
-    result = torch.zeros(len(tasks), len(tasks), device=merged[0][1].device)
-    for i, (ids_i, rows_i) in enumerate(merged):
-        for j, (ids_j, rows_j) in enumerate(merged[: i + 1]):
-            if len(ids_i) and len(ids_j):
-                place = torch.searchsorted(ids_j, ids_i).clamp_(max=len(ids_j) - 1)
-                same = (ids_j[place] == ids_i).unsqueeze(1)
-                result[i, j] = result[j, i] = (rows_i * rows_j[place] * same).sum()
-    return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,9 @@ class Case:
     method: str
     precision: str = "fp32"
     storage: str = "auto"
-    variant: str = ""  # "offload", "autocast" or "one-step" (the engine is told of one micro-batch a step)
+    # "offload", "autocast", "one-step" (the engine is told of one micro-batch a step), "backward" (in place of run), or
+    # an option's value: "tensor" (scope), "local", "sketch" (reduce)
+    variant: str = ""
 
     @property
     def name(self) -> str:
@@ -47,6 +50,11 @@ CASES = [
     *(Case(1, 4, method, storage=storage, variant="one-step") for method, storage in ONE_STEP),
     *(Case(3, 1, method, variant="autocast") for method in ("sum", "pcgrad")),
     Case(1, 1, "pcgrad", variant="autocast"),
+    *(Case(zero, 1, method, variant="tensor") for zero, method in ((0, "gradvac"), (1, "pcgrad"), (3, "pcgrad"))),
+    *(Case(zero, 1, "pcgrad", variant="local") for zero in (2, 3)),
+    *(Case(zero, acc, "pcgrad", variant="sketch") for zero, acc in ((1, 4), (3, 1), (3, 4))),
+    *(Case(zero, 1, "upgrad") for zero in (1, 3)),
+    *(Case(1, 4, method, variant="backward") for method in ("sum", "pcgrad")),
 ]
 
 
@@ -59,7 +67,13 @@ def make_recipe(case: Case) -> Recipe:
             "same": {**task, "type": "binary", "weight": 0.5},
             "degree": {**task, "type": "regression", "range": [0, 5], "pairs": "bi", "pooling": "mean"},
         },
-        "gradient": {"method": case.method, "storage": case.storage},
+        "gradient": {
+            "method": case.method,
+            "storage": case.storage,
+            "scope": "tensor" if case.variant == "tensor" else "global",
+            "reduce": case.variant if case.variant in ("local", "sketch") else "exact",
+            "sketch_size": 256,
+        },
         "optimizer": {"name": "sgd", "lr": 0.05},
         "schedule": {"name": "constant", "warmup": 0.0},
         "engine": {
@@ -125,7 +139,15 @@ def step_batches(data: list[TokenizedDataset], step: int, part: int, parts: int)
     return pack([(data[0], rows[part::parts]), (data[1], second), (data[2], rows[part::parts])], (ROWS, 3, ROWS))
 
 
-def run_steps(surgery: GradientSurgery, recipe: Recipe, parts: list[int], of: int, step_fn) -> None:  # noqa: ANN001
+def run_steps(
+    surgery: GradientSurgery,
+    recipe: Recipe,
+    parts: list[int],
+    of: int,
+    step_fn: Callable[[], object],
+    backward_on: MultiTaskModel | None = None,
+) -> None:
+    """backward_on: the model to run for `backward` instead of `run`."""
     data = make_data()
 
     def loss_fn(batch: PackedBatch, model, task_grads):  # noqa: ANN001, ANN202
@@ -134,8 +156,13 @@ def run_steps(surgery: GradientSurgery, recipe: Recipe, parts: list[int], of: in
     for step in range(STEPS):
         batches = [step_batches(data, step, part, of) for part in parts]
         counts = dict(zip(recipe.task_names, batches[0].group_counts, strict=True))
-        info = surgery.run(batches, loss_fn, counts)
-        assert info.skipped is None
+        if backward_on is None:
+            info = surgery.run(batches, loss_fn, counts)
+        else:
+            for number, batch in enumerate(batches, start=1):
+                losses = backward_on(batch, surgery.task_grads)
+                info = surgery.backward(losses, counts, last=number == len(batches))
+        assert info is not None and info.skipped is None
         step_fn()
 
 
@@ -147,6 +174,9 @@ def make_surgery(target, model: MultiTaskModel, recipe: Recipe) -> GradientSurge
         shared=model.shared_parameters(),
         sparse=model.sparse_parameters(),
         storage=recipe.gradient.storage,
+        scope=recipe.gradient.scope,
+        reduce=recipe.gradient.reduce,
+        sketch_size=recipe.gradient.sketch_size,
         task_weights=model.task_weights,
         seed=3,
     )
@@ -164,7 +194,9 @@ def main(directory: Path) -> None:
         engine = build_engine(recipe, model, ranks.world, STEPS)
         surgery = make_surgery(engine, model, recipe)
         acc = case.accumulation
-        run_steps(surgery, recipe, [ranks.rank * acc + a for a in range(acc)], ranks.world * acc, engine.step)
+        parts = [ranks.rank * acc + a for a in range(acc)]
+        backward_on = model if case.variant == "backward" else None
+        run_steps(surgery, recipe, parts, ranks.world * acc, engine.step, backward_on)
         state = gathered_state_dict(engine)
         if ranks.is_main:
             assert state is not None

@@ -44,12 +44,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reference(case: cases.Case) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The model before, and after the same steps in this process with a torch optimiser on the joined batch."""
+    """The model before, and after the same steps in this process with a torch optimiser on the joined batch; with
+    `reduce: local` on the batch of one rank after the other.
+    """
     recipe = cases.make_recipe(case)
     model = cases.make_model(recipe)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.SGD(model.parameter_groups(recipe.optimizer), lr=recipe.optimizer.lr, momentum=0.9)
-    surgery = cases.make_surgery(optimizer, model, recipe)
+    parts = 2 if case.variant == "local" else 1
+    surgeries = [cases.make_surgery(optimizer, model, recipe) for _ in range(parts)]
 
     def step() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.engine.clip)
@@ -58,9 +61,10 @@ def reference(case: cases.Case) -> tuple[dict[str, torch.Tensor], dict[str, torc
 
     data = cases.make_data()
     for index in range(cases.STEPS):
-        batch = cases.step_batches(data, index, 0, 1)
-        counts = dict(zip(recipe.task_names, batch.group_counts, strict=True))
-        surgery.run([batch], lambda batch, task_grads: model(batch, task_grads), counts)
+        for part, surgery in enumerate(surgeries):
+            batch = cases.step_batches(data, index, part, parts)
+            counts = dict(zip(recipe.task_names, batch.group_counts, strict=True))
+            surgery.run([batch], lambda batch, task_grads: model(batch, task_grads), counts)
         step()
     return before, model.state_dict()
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastmtl.surgery import functional
+from fastmtl.surgery.reduce import Alone
 from fastmtl.surgery.segments import Segments
 from fastmtl.surgery.task_gradients import Mode, TaskGradients
 
@@ -72,7 +73,7 @@ def test_stacked_gradients_and_gramian(sizes: list[int]) -> None:
     with sink.armed("stack", ids.device):
         torch.autograd.grad(net(ids, segments(sizes), sink).sum(), [sink.anchor])
     expected = expected_jacobian(net, ids, sizes)
-    gram = (sink.gramian() + sink.sparse_gramian()).double()
+    gram = (sink.gramian()).double()
     assert ((gram - expected @ expected.T).abs() <= 1e-5 * scale(expected)).all()
     for t in range(len(sizes)):
         merged = sink.combine(torch.eye(len(sizes))[t])
@@ -91,7 +92,7 @@ def test_gramian_without_keeping_the_gradients(sizes: list[int], keep: bool) -> 
         sink.forward_done()
         torch.autograd.grad(loss, [sink.anchor])
     expected = expected_jacobian(net, ids, sizes)
-    gram = (sink.gramian() + sink.sparse_gramian()).double()
+    gram = (sink.gramian()).double()
     assert ((gram - expected @ expected.T).abs() <= 1e-5 * scale(expected)).all()
 
 
@@ -139,7 +140,7 @@ def test_writes_add_up() -> None:
         for _ in range(2):
             with sink.armed(mode, ids.device):
                 torch.autograd.grad(net(ids, segments([4, 3]), sink).sum(), [sink.anchor])
-        gram = (sink.gramian() + sink.sparse_gramian()).double()
+        gram = (sink.gramian()).double()
         assert ((gram - expected @ expected.T).abs() <= 1e-5 * scale(expected)).all()
         sink.clear()
         assert (sink.gramian() == 0).all()
@@ -211,7 +212,7 @@ def test_autocast() -> None:
             loss = net(ids, segments([4, 3]), sink).sum()
         torch.autograd.grad(loss, [sink.anchor])
     expected = expected_jacobian(net, ids, [4, 3])
-    gram = (sink.gramian() + sink.sparse_gramian()).double()
+    gram = (sink.gramian()).double()
     error = (gram - expected @ expected.T).abs() / scale(expected)
     assert 1e-5 < error.max() < 0.1
 
@@ -226,14 +227,16 @@ def test_a_sink_armed_in_forward_only_is_an_error() -> None:
 
 
 def test_a_rank_without_rows_still_takes_part_in_the_gathering() -> None:
-    net, gathered = Net(), []
+    gathered = []
 
-    def gather(ids: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
-        gathered.append((len(ids), found.shape))
-        return ids, found
+    class Ranks(Alone):
+        def gather_rows(self, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            gathered.append((len(ids), rows.shape))
+            return ids, rows
 
-    sink = TaskGradients(list(net.parameters()), 2, sparse=[net.words], gather_rows=gather)
-    assert (sink.sparse_gramian() == 0).all()
+    net = Net()
+    sink = TaskGradients(list(net.parameters()), 2, sparse=[net.words], ranks=Ranks())
+    assert (sink.gramian() == 0).all()
     assert gathered == [(0, (0, 6))] * 2
 
 

@@ -1,0 +1,48 @@
+"""What every way of doing a step works on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.errors import UserError
+from fastmtl.surgery.solver import Solver
+from fastmtl.surgery.targets import Target
+from fastmtl.surgery.task_gradients import TaskGradients
+
+
+@dataclass(frozen=True)
+class Parts:
+    """shared: the parameters that surgery is about. own: the tasks' own, which get their own gradient."""
+
+    target: Target
+    sink: TaskGradients
+    solver: Solver
+    tasks: list[str]
+    shared: list[nn.Parameter]
+    own: list[nn.Parameter]
+
+    def one_pass(self, loss: Tensor, own: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
+        """Differentiates `loss`: all task gradients of the shared parameters go into the armed sink, those of `own`
+        are returned.
+
+        Raises UserError where a shared parameter's gradient goes past the sink.
+        """
+        # Shared parameters are asked for only to see that autograd has nothing for them: layers that write into the
+        # sink give None, any other op's gradient would be lost.
+        anchor, *rest = torch.autograd.grad(loss, [self.sink.anchor, *own, *self.shared], allow_unused=True)
+        if anchor is None:
+            raise UserError(
+                "loss_fn takes task_grads but the model does not use it: pass it to the layers, embedding included, or "
+                "leave it out for one backward pass per task"
+            )
+        for parameter, gradient in zip(self.shared, rest[len(own) :], strict=True):
+            if gradient is not None:
+                raise UserError(
+                    f"shared parameter {self.target.names[id(parameter)]} is used by an op that does not write into "
+                    "task_grads: use the ops of fastmtl.surgery.functional for it, or leave it out of `shared`"
+                )
+        return rest[: len(own)]

@@ -1,0 +1,47 @@
+"""`storage: replay`: a first pass for G alone, a second one of the target's own, weighted by row."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from fastmtl.errors import UserError
+from fastmtl.surgery.parts import Parts
+from fastmtl.surgery.random_state import RandomState
+from fastmtl.surgery.step import LossFunction, Step, SurgeryInfo
+from fastmtl.surgery.stopwatch import Stopwatch
+
+
+def replay(parts: Parts, step: Step, micro_batches: Sequence[Any], losses_of: LossFunction) -> SurgeryInfo:
+    if not losses_of.takes_sink:
+        raise UserError(
+            "storage='replay' (ZeRO 3, offload) needs a model whose layers write into task_grads: DeepSpeed holds the "
+            "weights of other models only inside their forward. Use ZeRO 0 to 2 without offload."
+        )
+    target, sink = parts.target, parts.sink
+    watch = Stopwatch(target.device)
+    scale = target.loss_scale()
+    sink.clear()
+    sink.start_sketch(parts.solver.step_seed, target.device)
+    states = []
+    for micro_batch in micro_batches:
+        states.append(RandomState.capture(target.device))
+        with sink.armed("gramian", target.device, keep=len(micro_batches) > 1):
+            losses = losses_of(micro_batch, training_pass=False)
+            step.take(losses)
+            sink.forward_done()
+            parts.one_pass(step.total(losses) * scale, own=())
+    after = RandomState.capture(target.device)
+    info, weights = parts.solver.solve(sink.gramian() / scale**2, step, target)
+    info = dataclasses.replace(info, nbytes=sink.nbytes(), stopwatch=watch.stop())
+    sink.clear()
+    if info.skipped is not None:
+        return info
+    for number, (micro_batch, state) in enumerate(zip(micro_batches, states, strict=True), start=1):
+        state.restore()  # the same dropout masks as in the first pass
+        with sink.armed("weighted", target.device, weights=weights):
+            losses = losses_of(micro_batch, training_pass=True)
+            target.backward(step.total(losses), last=number == len(micro_batches))
+    after.restore()
+    return info

@@ -1,0 +1,105 @@
+"""From the Gramian of a step to its weights, and the steps that have to be skipped."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl.errors import TrainingError
+from fastmtl.surgery.methods import Method, draw_order
+from fastmtl.surgery.reduce import sum_over_ranks, world_size
+from fastmtl.surgery.step import Step, SurgeryInfo
+from fastmtl.surgery.targets import Target
+
+log = logging.getLogger(__name__)
+
+MAX_SKIPPED = 5
+
+
+class Solver:
+    """Holds the state of surgery: the step's number (with `seed` it fixes the order), skipped steps, the method's own.
+
+    by_rank: whether the Gramians are each rank's own (`reduce: local`).
+    """
+
+    def __init__(self, method: Method | None, tasks: list[str], seed: int, *, by_rank: bool) -> None:
+        self.method, self.tasks = method, tasks
+        self._seed, self._by_rank = seed, by_rank
+        self._step = self._skipped = self._skipped_in_a_row = 0
+
+    @property
+    def step_seed(self) -> int:
+        """Of what is random in this step, the same on every rank."""
+        return (self._seed * 1_000_003 + self._step) % (1 << 31)
+
+    def next_step(self) -> None:
+        self._step += 1
+
+    def weights(self, gram: Tensor, index: int | None = None) -> Tensor:
+        """Weights [T] for G [T, T], on its device."""
+        assert self.method is not None
+        order = draw_order(len(self.tasks), self._seed, self._step)
+        if gram.device.type == "cuda":
+            order = order.pin_memory().to(gram.device, non_blocking=True)
+        return self.method.weights(gram, order, index)
+
+    def solve(
+        self, gram: Tensor, step: Step, target: Target, own: Sequence[Tensor] = (), own_names: Sequence[str] = ()
+    ) -> tuple[SurgeryInfo, Tensor]:
+        """The weights of a step, and what it tells: one small reduction, one wait for the device.
+
+        own: gradients of the tasks' own parameters, looked at for numbers that are not finite.
+        """
+        num_tasks = len(self.tasks)
+        weights = self.weights(gram)
+        bad_own = [(~torch.isfinite(norm)).double() for norm in torch._foreach_norm(list(own))] if own else []
+        extra = sum_over_ranks(torch.cat([step.sums, torch.stack(bad_own) if bad_own else step.sums[:0]]))
+        shown = sum_over_ranks(gram.clone()) / world_size() if self._by_rank else gram
+        host = torch.cat([shown.flatten().double(), weights.double(), extra]).cpu()
+        host_gram, host_weights, sums, flags = host.split([num_tasks**2, num_tasks, num_tasks, len(own)])
+        host_gram = host_gram.view(num_tasks, num_tasks)
+        losses = step.mean_losses(sums.tolist())
+        bad = [name for t, name in enumerate(self.tasks) if not torch.isfinite(host_gram[t, t])]
+        bad += [name for name, flag in zip(own_names, flags.tolist(), strict=True) if flag]
+        if not bad:
+            self._skipped_in_a_row = 0
+            merged = None if self._by_rank else float(host_weights @ host_gram @ host_weights)
+            shown_weights = None if self._by_rank else host_weights.float()
+            return SurgeryInfo.of_gramian(losses, host_gram.float(), shown_weights, merged), weights
+        if target.backs_off():  # it has to see the overflow in the gradients
+            return SurgeryInfo(losses=losses), torch.full_like(weights, float("nan"))
+        self._skip(bad[0])
+        return SurgeryInfo(losses=losses, skipped=bad[0]), weights
+
+    def _skip(self, name: str) -> None:
+        self._skipped += 1
+        self._skipped_in_a_row += 1
+        log.warning("step %d skipped: the gradient of %s is not finite", self._step, name)
+        if self._skipped_in_a_row == MAX_SKIPPED:
+            raise TrainingError(f"the gradient of {name} was not finite in {MAX_SKIPPED} steps in a row: {_ADVICE}")
+
+    def stop_at(self, what: str, name: str) -> None:
+        """For a step that cannot be skipped any more: what is not finite has gone into the target already."""
+        raise TrainingError(f"the {what} of {name} is not finite at step {self._step}, before its update: {_ADVICE}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "seed": self._seed,
+            "step": self._step,
+            "skipped": self._skipped,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "method": {} if self.method is None else self.method.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._seed, self._step = state["seed"], state["step"]
+        self._skipped, self._skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        if self.method is not None:
+            self.method.load_state_dict(state["method"])
+
+
+_ADVICE = "lower optimizer.lr, lengthen schedule.warmup, or look for broken rows of that task"

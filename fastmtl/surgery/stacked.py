@@ -1,0 +1,72 @@
+"""`storage: stacked`: J adds up over the step's micro-batches, and the merged gradient is handed to the target."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmtl.surgery.parts import Parts
+from fastmtl.surgery.step import Losses, Step, SurgeryInfo
+from fastmtl.surgery.stopwatch import Stopwatch
+
+log = logging.getLogger(__name__)
+
+
+class StackedStep:
+    """One step: `take` each micro-batch's losses, made while the sink was armed, then `finish`."""
+
+    def __init__(self, parts: Parts, step: Step) -> None:
+        self._parts, self._step = parts, step
+        self._scale = parts.target.loss_scale()
+        parts.sink.clear()
+        parts.sink.start_sketch(parts.solver.step_seed, parts.target.device)
+        self._own = [torch.zeros_like(p, dtype=torch.float32) for p in parts.own]
+
+    def take(self, losses: Losses, *, takes_sink: bool, last: bool) -> None:
+        self._step.take(losses)
+        if takes_sink:
+            self._add_own(self._parts.one_pass(self._step.total(losses) * self._scale, self._parts.own))
+        else:
+            self._one_by_one(losses)
+
+    def _one_by_one(self, losses: Losses) -> None:
+        """The textbook way, for a model that is not made of fastmtl's layers: one backward per task."""
+        sink, shared = self._parts.sink, self._parts.shared
+        for t, name in enumerate(self._parts.tasks):
+            if name not in losses or losses[name][1] == 0:
+                continue
+            loss = self._step.scaled(name, losses) * self._scale
+            gradients = torch.autograd.grad(loss, [*shared, *self._parts.own], retain_graph=True, allow_unused=True)
+            for parameter, gradient in zip(shared, gradients, strict=False):
+                if gradient is None:
+                    continue
+                if sink.is_sparse(parameter):
+                    ids = gradient.abs().sum(1).nonzero().squeeze(1)
+                    sink.add_rows(parameter, t, ids, gradient[ids])
+                else:
+                    sink.views(parameter)[t].add_(gradient)
+            self._add_own(gradients[len(shared) :])
+
+    def _add_own(self, gradients: Sequence[Tensor | None]) -> None:
+        for total, gradient in zip(self._own, gradients, strict=True):
+            if gradient is not None:
+                total += gradient
+
+    def finish(self) -> SurgeryInfo:
+        parts = self._parts
+        watch = Stopwatch(parts.target.device)
+        gram = parts.sink.gramian() / self._scale**2
+        names = [parts.target.names[id(p)] for p in parts.own]
+        info, weights = parts.solver.solve(gram, self._step, parts.target, self._own, names)
+        nbytes = parts.sink.nbytes()
+        if info.skipped is None:
+            factor = parts.target.factor / self._scale
+            merged = parts.sink.combine(weights * factor)
+            merged.update({id(p): gradient.mul_(factor) for p, gradient in zip(parts.own, self._own, strict=True)})
+            watch.stop()
+            parts.target.hand_over(merged)
+        return dataclasses.replace(info, nbytes=nbytes, stopwatch=watch)

@@ -1,0 +1,56 @@
+"""`scope: tensor`: every parameter's T gradients meet inside the target's own backward and go on merged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl.errors import UserError
+from fastmtl.surgery.parts import Parts
+from fastmtl.surgery.reduce import sum_over_ranks, world_size
+from fastmtl.surgery.step import LossFunction, Step, SurgeryInfo
+
+
+def tensor_scope(
+    parts: Parts, step: Step, micro_batches: Sequence[Any], losses_of: LossFunction, *, by_rank: bool
+) -> SurgeryInfo:
+    """by_rank: whether each rank's Gramians are its own (`reduce: local`)."""
+    if not losses_of.takes_sink:
+        raise UserError(
+            "scope='tensor' needs a model whose layers write into task_grads: one backward per task has no place where "
+            "a tensor's gradients meet. Use scope='global'."
+        )
+    target, sink = parts.target, parts.sink
+    num_tasks = len(parts.tasks)
+    total = torch.zeros(num_tasks, num_tasks, device=target.device)
+    merged_square = torch.zeros((), device=target.device)
+
+    def solve(index: int, gram: Tensor) -> Tensor:
+        weights = parts.solver.weights(gram, index)
+        total.add_(gram)
+        merged_square.add_(weights @ gram @ weights)
+        return weights
+
+    sink.clear()
+    factor = target.loss_scale() * target.factor
+    for number, micro_batch in enumerate(micro_batches, start=1):
+        with sink.armed("tensor", target.device, solve=solve):
+            losses = losses_of(micro_batch, training_pass=True)
+            step.take(losses)
+            sink.forward_done()
+            target.backward(step.total(losses), last=number == len(micro_batches))
+            sink.check_merged(target.names)
+    shown = sum_over_ranks(total) / world_size() if by_rank else total
+    host = torch.cat([shown.flatten().double(), merged_square[None].double(), sum_over_ranks(step.sums)]).cpu()
+    gram = (host[: num_tasks**2].view(num_tasks, num_tasks) / factor**2).float()
+    mean_losses = step.mean_losses(host[num_tasks**2 + 1 :].tolist())
+    for t, name in enumerate(parts.tasks):
+        if not torch.isfinite(gram[t, t]):
+            if target.backs_off():
+                return SurgeryInfo(losses=mean_losses)
+            parts.solver.stop_at("gradient", f"task {name}")
+    merged = None if by_rank else float(host[num_tasks**2]) / factor**2
+    return SurgeryInfo.of_gramian(mean_losses, gram, None, merged, nbytes=sink.nbytes())
