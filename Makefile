@@ -11,7 +11,7 @@ export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 
-.PHONY: install train test lint bench gpu-check clean
+.PHONY: install train test lint bench bench-gradients bench-surgery gpu-check clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -44,8 +44,14 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install
+# Each takes ARGS of its own: make bench-surgery ARGS="--rounds 3".
+bench: bench-gradients bench-surgery
+
+bench-gradients: install
 	$(BIN)/python -m pytest -q -o python_functions="bench_*" --benchmark-group-by=group,param:grads benchmarks/bench_gradients.py $(ARGS)
+
+bench-surgery: install
+	$(BIN)/python benchmarks/bench_surgery.py $(ARGS)
 
 # Only the files with GPU tests are read: they need pytest and torch alone.
 gpu-check:

@@ -253,6 +253,80 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         raise typer.Exit(EXIT_FAILURE)
 
 
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+app.add_typer(bench, name="bench")
+
+
+@bench.callback()
+def bench_help() -> None:
+    """Measure fastmtl on this machine against what it replaces.
+
+    [bold]Examples[/bold]
+
+      [cyan]fastmtl bench surgery[/cyan]
+      [cyan]fastmtl bench surgery --help[/cyan]
+    """
+
+
+@bench.command("surgery")
+def bench_surgery(
+    shape: Annotated[Literal["minilm", "bert-base"], typer.Option(help="The encoder's size.")] = "minilm",
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Steps of each variant that are timed.")] = 7,
+    tasks: Annotated[bool, typer.Option("--tasks", help="Instead: 2 to 32 tasks in equally many tokens.")] = False,
+    tokens: Annotated[
+        int | None, typer.Option(min=1024, metavar="N", help="With --tasks: tokens of a step. Default: 8192.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Threads of torch. Default: as torch chooses.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Keep the result, all samples included.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """What gradient surgery costs over plain joint training: time and memory of a step without the optimiser's update.
+
+    Beside fastmtl's variants run the textbook PCGrad loop on a padded BertModel, and TorchJD where it is installed.
+    Random weights, on the CPU. Every variant's gradient is compared with the textbook's first; a wrong one is an error.
+    docs/benchmarks.md says how to read the table.
+
+    [bold]Examples[/bold]
+
+    A few minutes on two cores:
+      [cyan]fastmtl bench surgery[/cyan]
+
+    A larger encoder, and a file for a program to read:
+      [cyan]fastmtl bench surgery --shape bert-base --threads 2 --json bert-base.json[/cyan]
+
+    The cost of more tasks, quickly:
+      [cyan]fastmtl bench surgery --tasks --tokens 2048 --rounds 3[/cyan]
+    """
+    _set_debug(debug)
+    if tokens is not None and not tasks:
+        raise UserError("--tokens needs --tasks: without it every task has a fixed number of sequences")
+    from rich.console import Console
+
+    from fastmtl.bench.report import check_file, save, show
+
+    check_file(json_file)
+    import torch
+
+    from fastmtl.bench.surgery import bench_tasks, bench_variants
+    from fastmtl.bench.workload import SHAPES
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with Console(stderr=True).status("", refresh_per_second=1) as status:
+        if tasks:
+            result = bench_tasks(SHAPES[shape], rounds, status.update, tokens or 8192)
+        else:
+            result = bench_variants(SHAPES[shape], rounds, status.update)
+    show(result, Console())
+    if json_file is not None:
+        save(result, json_file)
+        print(f"saved in {json_file}")
+
+
 def main() -> None:
     """The console script. A UserError is one message and status 2, anything unexpected a short one and status 1."""
     try:

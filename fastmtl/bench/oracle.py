@@ -1,8 +1,9 @@
-"""No time without the right gradients: every variant is compared with the textbook loop on the same rows and weights."""
+"""No time without the right gradients: each variant is compared with the textbook loop on the same rows and weights."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -24,23 +25,26 @@ class GradientMismatch(RuntimeError):
 class Oracle:
     """The textbook loop's gradients of a workload, by parameter. Holds T gradients of the encoder.
 
-    Task gradients are float32, made by the loop's own backwards; they are merged in float64, since torch's inner
-    product of 10^8 float32 numbers may be off by a percent of the norms.
+    Task gradients are float32, made by the loop's own backwards. They are merged in float64, since torch's inner
+    product of 10^8 float32 numbers may be off by a percent of the norms; and by T coordinates in place of P, since the
+    loop never leaves the span of the T gradients and knows nothing of them but inner products.
     """
 
     def __init__(self, workload: Workload) -> None:
         model = workload.padded
         model.zero_grad()
         self._shapes = {name: p.shape for name, p in model.encoder.named_parameters(prefix="encoder")}
-        self._rows = textbook.task_gradients(model, workload.padded_batches)
+        rows = textbook.task_gradients(model, workload.padded_batches)
+        self._rows = [row.split([shape.numel() for shape in self._shapes.values()]) for row in rows]
         heads = model.heads.named_parameters(prefix="heads")
         self._own = {name: p.grad.clone() for name, p in heads if p.grad is not None}
         self._norms = {name: gradient.norm().item() for name, gradient in self._own.items()}
-        for row in self._rows:
-            for name, piece in self._split(row).items():
-                self._norms[name] = self._norms.get(name, 0.0) + piece.norm().item()
+        self._gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+        for name, piece in self._pieces():
+            self._gram += piece @ piece.t()
+            self._norms[name] = piece.norm(dim=1).sum().item()
         self._whole = math.hypot(*self._norms.values())
-        self._summed = self._split(torch.stack(self._rows).sum(0))
+        self._summed = self._combined(torch.ones(len(rows), dtype=torch.float64))
         self._merged: dict[tuple[int, ...], dict[str, Tensor]] = {}
 
     def expected(self, order: Tensor | None) -> dict[str, Tensor]:
@@ -49,8 +53,10 @@ class Oracle:
             return {**self._summed, **self._own}
         key = tuple(order.flatten().tolist())
         if key not in self._merged:
-            merged = textbook.pcgrad([row.double() for row in self._rows], order)
-            self._merged[key] = self._split(merged.float())
+            values, vectors = torch.linalg.eigh(self._gram)
+            coordinates = vectors * values.clamp(min=0).sqrt()  # rows with the gradients' inner products
+            merged = textbook.pcgrad(list(coordinates), order)
+            self._merged[key] = self._combined(torch.linalg.pinv(coordinates.t()) @ merged)
         return {**self._merged[key], **self._own}
 
     def check(self, variant: Variant) -> float:
@@ -65,10 +71,10 @@ class Oracle:
         torch.manual_seed(SEED)
         try:
             variant.step()
-        except Exception as error:
+        except Exception as failure:
             if not variant.optional:
                 raise
-            raise Skipped(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
+            raise Skipped(f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}") from failure
         found = {plain_name(name): parameter.grad for name, parameter in variant.model.named_parameters()}
         largest = 0.0
         for name, wanted in expected.items():
@@ -85,6 +91,10 @@ class Oracle:
     def _error(self, name: str, found: Tensor, expected: Tensor) -> float:
         return (found - expected).norm().item() / (self._norms[name] + FLOOR * self._whole)
 
-    def _split(self, flat: Tensor) -> dict[str, Tensor]:
-        pieces = flat.split([shape.numel() for shape in self._shapes.values()])
-        return {name: piece.view(shape) for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True)}
+    def _pieces(self) -> Iterator[tuple[str, Tensor]]:
+        """The columns of J that belong to a parameter, float64 [T, its size]."""
+        for name, *rows in zip(self._shapes, *self._rows, strict=True):
+            yield name, torch.stack(rows).double()
+
+    def _combined(self, weights: Tensor) -> dict[str, Tensor]:
+        return {name: (weights @ piece).float().view(self._shapes[name]) for name, piece in self._pieces()}

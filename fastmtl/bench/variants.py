@@ -12,9 +12,10 @@ from fastmtl.bench import textbook
 from fastmtl.bench.workload import SEED, Workload
 from fastmtl.surgery import GradientSurgery
 from fastmtl.surgery.methods import draw_order
+from fastmtl.surgery.options import Storage
 
 # Largest error relative to the task gradients' norms. float32: other orders of addition. bfloat16: 8 bits of every
-# number of J. Peers: torch's inner products of 10^8 float32 numbers, which PCGrad's coefficients are made of, may be off
+# number of J. Peers: PCGrad's coefficients are made of inner products, and torch's of 10^8 float32 numbers may be off
 # by a percent on CPUs.
 FLOAT32, BFLOAT16, PEER = 1e-5, 2.0**-8, 1e-2
 
@@ -54,7 +55,7 @@ def _autograd(name: str, workload: Workload) -> Variant:
     return Variant(name, model, step, order=None)
 
 
-def _surgery(method: str, storage: str = "stacked", dtype: torch.dtype = torch.float32) -> Callable[..., Variant]:
+def _surgery(method: str, storage: Storage = "stacked", dtype: torch.dtype = torch.float32) -> Callable[..., Variant]:
     def build(name: str, workload: Workload) -> Variant:
         model, batch = workload.packed, workload.packed_batch
         surgery = GradientSurgery(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,17 +87,17 @@ class Workload:
         )
         torch.manual_seed(SEED)
         model = PaddedModel(config, self._kinds)
-        with torch.no_grad():  # equal heads and opposite labels: some of the tasks conflict
-            for head, (kind, _) in zip(model.heads, self._kinds, strict=True):
-                if kind == "regression":
-                    head.weight.copy_(model.heads[0].weight)
+        for head, (kind, _) in zip(model.heads, self._kinds, strict=True):
+            if kind == "regression":  # equal heads and opposite labels: some of the tasks conflict
+                head.load_state_dict(model.heads[0].state_dict())
         return model
 
     @cached_property
     def packed(self) -> MultiTaskModel:
+        sizes: dict[str, dict[str, Any]] = {"regression": {"range": [-2, 2]}, "binary": {}}
         tasks = {}
         for task, (kind, outputs) in enumerate(self._kinds):
-            size = {"classification": {"num_labels": outputs}, "regression": {"range": [-2, 2]}}.get(kind, {})
+            size = sizes.get(kind, {"num_labels": outputs})
             tasks[f"task{task}"] = {"type": kind, "data": {}, "head": {"dropout": 0.0}, **size}
         recipe = parse_recipe({"tasks": tasks}, "benchmark")
         config, weights = self.padded.encoder.config, self.padded.state_dict()
@@ -112,18 +113,18 @@ class Workload:
 
     def _rows(self, task: int, lengths: np.ndarray, random: np.random.Generator) -> TokenizedDataset:
         kind, outputs = self._kinds[task]
-        labels = {
+        labels: dict[str, np.ndarray] = {
             "classification": random.integers(0, outputs, len(lengths)),
             "binary": (random.random(len(lengths)) < 0.8).astype(np.float32),
             "regression": random.uniform(-2, 0, len(lengths)).astype(np.float32),
-        }[kind]
+        }
         return TokenizedDataset(
             # 0 is [PAD], which no text holds: BertModel gives its embedding no gradient.
             tokens=random.integers(1, self.shape.vocabulary, lengths.sum()).astype(np.int32),
             offsets=np.concatenate([[0], np.cumsum(lengths)]),
             second_text=(lengths if kind == "classification" else lengths // 2).astype(np.int32),
             sequences_per_example=1,
-            labels=labels,
+            labels=labels[kind],
             ids=[str(row) for row in range(len(lengths))],
             truncated=0,
             skipped=[],

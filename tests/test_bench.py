@@ -1,0 +1,273 @@
+"""The surgery benchmark: its oracle, what it refuses, and a whole run on a tiny encoder."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastmtl import cli
+from fastmtl.bench import surgery, textbook, variants, workload
+from fastmtl.bench.harness import MIB, in_own_process, interleave, summary
+from fastmtl.bench.oracle import GradientMismatch, Oracle
+from fastmtl.bench.variants import BUILDERS, Skipped, Variant
+from fastmtl.bench.workload import Shape, Workload
+from fastmtl.errors import UserError
+from fastmtl.surgery.methods import draw_order
+
+TINY = Shape("tiny", hidden=32, layers=2, heads=2, intermediate=64, rows=4, vocabulary=100, positions=128)
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Workload:
+    return Workload(TINY)
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny: Workload) -> Oracle:
+    return Oracle(tiny)
+
+
+@pytest.mark.parametrize(
+    ("order", "merged"),
+    [([[1, 2, 0], [0, 2, 1], [0, 1, 2]], [0.5, -0.5]), ([[2, 1, 0], [0, 2, 1], [1, 0, 2]], [1.0, 0.5])],
+)
+def test_the_textbook_loop_by_hand(order: list[list[int]], merged: list[float]) -> None:
+    """First order: (2, 0) -> (1, 1) -> (1, 0); (-1, 1) -> (0, 1) -> (0, 0); (0, -1) -> (-1/2, -1/2).
+
+    Second order: (2, 0) -> (1, 1); the second as before; (0, -1) -> (-1/2, -1/2) -> (0, -1/2).
+    """
+    gradients = [torch.tensor(row, dtype=torch.float64) for row in ([2.0, 0.0], [-1.0, 1.0], [0.0, -1.0])]
+    assert textbook.pcgrad(gradients, torch.tensor(order)).tolist() == merged
+
+
+def test_the_textbook_step_equals_float64(tiny: Workload) -> None:
+    wide = copy.deepcopy(tiny.padded).double()
+    names = [name for name, _ in wide.named_parameters()]
+    rows, own = [], {}
+    for task, batch in enumerate(tiny.padded_batches):
+        labels = batch.labels if wide.kinds[task] == "classification" else batch.labels.double()
+        batch = dataclasses.replace(batch, labels=labels)
+        loss = wide.loss(task, wide.features(batch), batch)
+        found = dict(zip(names, torch.autograd.grad(loss, list(wide.parameters()), allow_unused=True), strict=True))
+        rows.append(torch.cat([found[name].flatten() for name in names if name.startswith("encoder.")]))
+        own.update({name: g for name, g in found.items() if name.startswith(f"heads.{task}.")})
+    torch.manual_seed(7)
+    order = [torch.randperm(3).tolist() for _ in range(3)]
+    merged = torch.zeros_like(rows[0])
+    for i in range(3):
+        row = rows[i]
+        for j in order[i]:
+            if j != i:
+                row = row - min(float(row.dot(rows[j])), 0.0) / float(rows[j].dot(rows[j])) * rows[j]
+        merged += row
+    assert (merged - torch.stack(rows).sum(0)).norm() > 0.1 * merged.norm()  # there is something to project
+
+    torch.manual_seed(7)
+    textbook.step(tiny.padded, tiny.padded_batches)
+    stepped = {name: p.grad for name, p in tiny.padded.named_parameters()}
+    flat = torch.cat([stepped[name].flatten() for name in names if name.startswith("encoder.")])
+    scale = sum(row.norm() for row in rows)
+    assert (flat - merged).norm() < 1e-5 * scale
+    for name, gradient in own.items():
+        assert (stepped[name] - gradient).norm() < 1e-5 * scale
+
+
+def test_both_models_run_the_same_rows(tiny: Workload) -> None:
+    batch = tiny.packed_batch
+    real = [b.input_ids[b.attention_mask.bool()] for b in tiny.padded_batches]
+    assert torch.equal(torch.cat(real), batch.input_ids)
+    types = [b.token_type_ids[b.attention_mask.bool()] for b in tiny.padded_batches]
+    assert torch.equal(torch.cat(types), batch.token_type_ids)
+    assert tiny.num_padded > batch.num_tokens
+    with torch.no_grad():
+        packed = [float(total / count) for total, count in tiny.packed(batch).values()]
+        model = tiny.padded
+        padded = [float(model.loss(t, model.features(b), b)) for t, b in enumerate(tiny.padded_batches)]
+    assert packed == pytest.approx(padded, rel=1e-5)
+
+
+def test_the_oracle_is_the_textbook_loop_in_float64(tiny: Workload, oracle: Oracle) -> None:
+    rows = [row.double() for row in textbook.task_gradients(tiny.padded, tiny.padded_batches)]
+    names = [name for name, _ in tiny.padded.encoder.named_parameters(prefix="encoder")]
+    for seed in range(4):
+        expected = oracle.expected(draw_order(3, seed, 1))
+        flat = torch.cat([expected[name].flatten() for name in names])
+        wanted = textbook.pcgrad(rows, draw_order(3, seed, 1))
+        assert (flat - wanted).norm() < 1e-6 * wanted.norm()
+    summed = torch.cat([oracle.expected(None)[name].flatten() for name in names])
+    assert (summed - sum(rows)).norm() < 1e-6 * summed.norm()
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_variant_passes_the_check(name: str, tiny: Workload, oracle: Oracle) -> None:
+    variant = variants.build(name, tiny)
+    assert oracle.check(variant) <= variant.tolerance
+
+
+def scale_a_bias(model: nn.Module) -> None:
+    model.encoder.encoder.layer[0].output.LayerNorm.bias.grad.mul_(1.01)
+
+
+def lose_one(model: nn.Module) -> None:
+    model.encoder.embeddings.word_embeddings.weight.grad = None
+
+
+def break_a_head(model: nn.Module) -> None:
+    model.heads[1].dense.weight.grad.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("harm", [scale_a_bias, lose_one, break_a_head])
+def test_a_wrong_gradient_is_refused(harm: Callable[[nn.Module], None], tiny: Workload, oracle: Oracle) -> None:
+    right = variants.build("pcgrad stacked", tiny)
+
+    def step() -> None:
+        right.step()
+        harm(right.model)
+
+    with pytest.raises(GradientMismatch, match=r"^broken: the gradient of \S+ is not the textbook loop's"):
+        oracle.check(dataclasses.replace(right, name="broken", step=step))
+
+
+def test_a_sum_and_another_order_are_not_pcgrad(tiny: Workload, oracle: Oracle) -> None:
+    summed, right = variants.build("sum", tiny), variants.build("pcgrad replay", tiny)
+    order = right.order
+    assert order is not None
+    with pytest.raises(GradientMismatch, match="^sum: "):
+        oracle.check(dataclasses.replace(summed, order=order))
+    found = [merged(oracle, draw_order(3, seed, 1)) for seed in range(20)]
+    other = next(seed for seed, value in enumerate(found) if (value - merged(oracle, order)).norm() > 1e-2)
+    with pytest.raises(GradientMismatch, match="^pcgrad replay: "):
+        oracle.check(dataclasses.replace(variants.build("pcgrad replay", tiny), order=draw_order(3, other, 1)))
+
+
+def merged(oracle: Oracle, order: Tensor) -> Tensor:
+    return torch.cat([value.flatten() for value in oracle.expected(order).values()])
+
+
+def test_nothing_is_timed_after_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    builder = BUILDERS["autograd"]
+
+    def wrong(name: str, workload: Workload) -> Variant:
+        right = builder(name, workload)
+        return dataclasses.replace(right, step=lambda: (right.step(), scale_a_bias(right.model)))
+
+    timed: list[object] = []
+    monkeypatch.setitem(BUILDERS, "autograd", wrong)
+    monkeypatch.setattr(surgery, "interleave", lambda *_: timed.append(_))
+    with pytest.raises(GradientMismatch, match="^autograd: "):
+        surgery.bench_variants(TINY, 1, quiet)
+    assert not timed
+
+
+def test_without_a_conflict_the_check_would_see_nothing() -> None:
+    alone = Workload(TINY, tasks=1)
+    with pytest.raises(GradientMismatch, match="^textbook: the tasks do not conflict"):
+        Oracle(alone).check(variants.build("textbook", alone))
+
+
+def test_a_peer_that_cannot_run_is_skipped_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, tiny: Workload, oracle: Oracle
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("no rule for this op\nat great length")
+
+    ours = variants.build("autograd", tiny)
+    with pytest.raises(Skipped, match="^RuntimeError: no rule for this op$"):
+        oracle.check(dataclasses.replace(ours, step=fail, optional=True))
+    with pytest.raises(RuntimeError, match="no rule"):  # our own failures are errors
+        oracle.check(dataclasses.replace(ours, step=fail))
+    monkeypatch.setitem(sys.modules, "torchjd.autojac", None)
+    with pytest.raises(Skipped, match=r"pip install 'fastmtl\[torchjd\]'"):
+        variants.build("torchjd", tiny)
+
+
+def test_variants_take_turns() -> None:
+    order: list[str] = []
+    samples = interleave({name: lambda name=name: order.append(name) for name in "ABC"}, 2, quiet)
+    assert order == list("ABCABC")
+    assert [len(seconds) for seconds in samples.values()] == [2, 2, 2]
+
+
+def test_summary_holds_median_quantiles_and_samples() -> None:
+    seconds = [5.0, 1.0, 4.0, 2.0, 3.0, 100.0]
+    assert summary(seconds) == {"median_s": 3.5, "p20_s": 2.0, "p80_s": 5.0, "samples_s": seconds}
+
+
+def test_peak_memory_is_that_of_one_variant() -> None:
+    wide = dataclasses.replace(TINY, hidden=256, intermediate=1024, layers=4)
+    held = torch.ones(200 * MIB // 4)  # of this process, not of the ones that are measured
+    joint, stacked = (in_own_process(surgery._peak, name, wide, 1) for name in ("autograd", "pcgrad stacked"))
+    assert joint is not None and stacked is not None
+    model = Workload(wide).packed
+    dense = sum(p.numel() for p in model.shared_parameters()) - sum(p.numel() for p in model.sparse_parameters())
+    assert 0.8 * 12 * dense <= stacked - joint <= 2.5 * 12 * dense
+    del held
+
+
+def test_more_tasks_in_the_same_number_of_tokens() -> None:
+    result = surgery.bench_tasks(TINY, 2, quiet, tokens=1024, numbers=(2, 8))
+    assert [(point["tasks"], point["tokens"]) for point in result["points"]] == [(2, 1024), (8, 1024)]
+    few, many = (point["pcgrad stacked"] for point in result["points"])
+    assert few["relative"] == 1.0
+    assert many["relative"] == many["median_s"] / few["median_s"]
+
+
+@pytest.mark.parametrize("task", range(3))
+def test_lengths_are_those_of_short_texts(task: int) -> None:
+    lengths = workload._lengths(task, 32)
+    assert lengths.mean() == pytest.approx((30, 28, 25)[task], abs=0.6)
+    assert lengths.max() >= 2 * lengths.mean()  # a padded batch is less than half real tokens
+    assert workload._lengths_of_tokens(task, 256).sum() == 256
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["fastmtl", *arguments])
+    monkeypatch.setenv("COLUMNS", "160")
+    cli.app(list(arguments), standalone_mode=False)
+
+
+def test_the_command_prints_and_saves_ratios(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(workload.SHAPES, "minilm", TINY)
+    file = tmp_path / "surgery.json"
+    run(monkeypatch, "bench", "surgery", "--rounds", "2", "--json", str(file))
+    printed = capsys.readouterr().out
+    result = json.loads(file.read_text())
+    assert set(result["variants"]) | set(result["skipped"]) == set(BUILDERS)
+    assert set(result["skipped"]) <= {"torchjd"}
+    joint = min(result["variants"][name]["median_s"] for name in ("autograd", "sum"))
+    loop = result["variants"]["textbook"]["median_s"]
+    for name, entry in result["variants"].items():
+        assert len(entry["samples_s"]) == 2
+        assert entry["ratio_to_joint"] == entry["median_s"] / joint
+        assert entry["ratio_to_textbook"] == entry["median_s"] / loop
+        assert entry["peak_mib"] > 0
+        assert f"{name} " in printed and f"{entry['ratio_to_joint']:.2f}x" in printed
+    assert result["variants"]["autograd"]["peak_above_joint_mib"] == 0
+    assert {"device", "threads", "torch", "transformers", "fastmtl", "commit"} <= set(result["environment"])
+    assert result["environment"]["torch"] == torch.__version__
+
+
+def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "bench", "surgery", "--help")
+    assert "fastmtl bench surgery --shape bert-base" in capsys.readouterr().out.split("Examples")[1]
+
+
+def test_what_cannot_be_done_is_said_before_measuring(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--tokens needs --tasks"):
+        run(monkeypatch, "bench", "surgery", "--tokens", "4096")
+    with pytest.raises(UserError, match="--json: cannot write"):
+        run(monkeypatch, "bench", "surgery", "--json", str(tmp_path / "no" / "file.json"))
