@@ -150,7 +150,7 @@ class GradientConfig(Section):
     sketch_size: int = Field(32_768, ge=16, description="sketch: buckets per task")
     reduction: Literal["sum", "mean"] = Field(
         "sum",
-        description="pcgrad, gradvac: the merged gradient is the sum (the paper) or the mean of the modified ones",
+        description="pcgrad, gradvac: the sum (the paper) or the mean of the modified gradients",
     )
 
 

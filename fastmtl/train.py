@@ -29,6 +29,7 @@ from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.model.pretrained import load_encoder, load_tokenizer
 from fastmtl.run_files import RunFiles
 from fastmtl.surgery.gradient_surgery import GradientSurgery
+from fastmtl.surgery.methods import find_method
 from fastmtl.surgery.options import DTYPES
 from fastmtl.surgery.task_gradients import TaskGradients
 from fastmtl.tracking import Tracker
@@ -55,6 +56,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int
     Raises UserError for what the user can mend. SIGTERM ends the current step, saves, and returns.
     """
     check_metrics(recipe)
+    find_method(recipe.gradient.method, options=recipe.gradient.options)  # a wrong name costs no waiting for data
     ranks = start(local_rank)
     stop = StopFlag()
     tokenizer = load_tokenizer(recipe.encoder)
@@ -116,6 +118,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int
             info = surgery.run(micro_batches, loss_fn, counts)
             if info.skipped is None:
                 engine.step()
+            else:
+                tracker.message(f"step {at.step + 1} skipped: the gradient of {info.skipped} is not finite")
             at.step += 1
             at.step_in_epoch += 1
             at.seconds = time.monotonic() - begun

@@ -44,6 +44,10 @@ def step_line(step: int, **changes: object) -> dict:
         "cosines": {"sst/para": 0.1, "sst/sts": -0.2, "para/sts": 0.3},
         "conflict_rate": 1 / 3,
         "task_norms": {"sst": 1.0, "para": 2.0, "sts": 3.0},
+        "merged_norm": 2.5,
+        "skipped": "task sts" if step == 2 else None,
+        "surgery_bytes": 3 << 20,
+        "surgery_seconds": 0.004,
         "tokens_per_second": 2000.0,
         "time": 1.0,
     }
@@ -132,6 +136,7 @@ def test_every_part_is_there(built: Path) -> None:
     }
     for expected in ("my run", "pcgrad", "1 h 2 min", "8,544", "sst: confusion matrix", "para: confusion matrix"):
         assert expected in page.text
+    assert any("(task sts 1)" in part for part in page.text)  # the steps skipped
     assert any(part.startswith("Scores of the kept model, mean 0.") for part in page.text)
     assert "three &lt;tasks&gt; &amp; more" in text
     assert "torch" in page.text  # versions
@@ -165,7 +170,7 @@ def test_without_results_the_directory_is_named(tmp_path: Path) -> None:
 
 
 def test_a_plain_sum_without_cosines_and_a_diverged_loss(tmp_path: Path) -> None:
-    nothing = {"cosines": {}, "conflict_rate": None, "task_norms": {}, "lr": 1e-4}
+    nothing = {"cosines": {}, "conflict_rate": None, "task_norms": {}, "lr": 1e-4, "skipped": None}
     lines = [step_line(step, **nothing) for step in range(1, 6)]
     lines[3]["loss"]["sst"] = None
     output = tmp_path / "sum"

@@ -28,6 +28,10 @@ class Info:
     cosines: torch.Tensor | None = None
     conflict_rate: float | None = None
     task_norms: object = field(default=None)
+    merged_norm: float | None = None
+    skipped: str | None = None
+    seconds: float = 0.0
+    nbytes: int = 0
 
 
 def recipe(**train: object) -> Recipe:
@@ -41,7 +45,9 @@ def recipe(**train: object) -> Recipe:
 def info(step: int) -> Info:
     value = torch.tensor(1.0 / 3 / step, dtype=torch.float32)
     cosines = torch.tensor([[1.0, -0.25], [-0.25, 1.0]])
-    return Info({"sst": value, "sts": float(value) / 7}, cosines, 1.0, torch.tensor([2.0, 3.0]))
+    skipped = "task sts" if step == 2 else None
+    norms = torch.tensor([2.0, 3.0])
+    return Info({"sst": value, "sts": float(value) / 7}, cosines, 1.0, norms, 2.5, skipped, 0.25, 24)
 
 
 def run(output: Path, first: int, last: int, resume: int = 0, total: int = 6) -> str:
@@ -56,7 +62,7 @@ def run(output: Path, first: int, last: int, resume: int = 0, total: int = 6) ->
 
 
 def comparable(output: Path) -> list[dict]:
-    varying = ("time", "tokens_per_second")
+    varying = ("time", "tokens_per_second", "surgery_seconds")
     return [{k: v for k, v in line.items() if k not in varying} for line in read_metrics(output / "metrics.jsonl")]
 
 
@@ -64,8 +70,10 @@ def test_lines_hold_what_is_promised(tmp_path: Path) -> None:
     run(tmp_path, 1, 3)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 3]
-    keys = {"step", "epoch", "loss", "lr", "cosines", "conflict_rate", "task_norms", "tokens_per_second", "time"}
-    assert set(lines[0]) == keys
+    keys = {"step", "epoch", "loss", "lr", "cosines", "conflict_rate", "task_norms", "merged_norm", "skipped"}
+    assert set(lines[0]) == keys | {"surgery_bytes", "surgery_seconds", "tokens_per_second", "time"}
+    assert lines[0]["skipped"] is None and lines[1]["skipped"] == "task sts"
+    assert lines[0]["surgery_seconds"] == 0.25 and lines[0]["surgery_bytes"] == 24
     assert lines[0]["cosines"] == {"sst/sts": -0.25}
     assert lines[0]["task_norms"] == {"sst": 2.0, "sts": 3.0}
     assert lines[0]["lr"] == {"encoder": 1e-4}

@@ -102,7 +102,8 @@ def _lines(output: Path) -> list[dict[str, Any]]:
 
 def _lasting(output: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
-    return [{k: v for k, v in line.items() if k not in ("time", "tokens_per_second")} for line in _lines(output)]
+    clocks = ("time", "tokens_per_second", "surgery_seconds")
+    return [{k: v for k, v in line.items() if k not in clocks} for line in _lines(output)]
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,9 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
         rows = (whole / "predictions" / f"{task}-dev.csv").read_text(encoding="utf-8").splitlines()
         assert len(rows) == 1 + 31
     assert any(path.name.startswith("events") for path in (whole / "tensorboard").iterdir())
-    losses = [line["loss"]["kind"] for line in _lines(whole) if "loss" in line]
+    steps = [line for line in _lines(whole) if "loss" in line]
+    assert all(line["surgery_seconds"] > 0 and line["surgery_bytes"] > 0 for line in steps)
+    losses = [line["loss"]["kind"] for line in steps]
     assert sum(losses[-8:]) < sum(losses[:8])
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +190,21 @@ def _gradients(recipe: Recipe, steps: list[dict[str, Any]]) -> list[str]:
     if norms:
         svg = plots.curves(norms, name="gradient norms", ylabel="norm", log=True, size=plots.TALL)
         result.append(page.figure("Norm of the task gradients", svg))
-    return result
+    return [*result, _surgery(steps)]
+
+
+def _surgery(steps: list[dict[str, Any]]) -> str:
+    """What surgery cost, and the steps that it skipped."""
+    skipped = collections.Counter(line["skipped"] for line in steps if line["skipped"])
+    told = ", ".join(f"{name} {count:,}" for name, count in skipped.items())
+    seconds = statistics.median(line["surgery_seconds"] for line in steps)
+    return page.facts(
+        {
+            "time in surgery, median step": f"{1e3 * seconds:.1f} ms",
+            "task gradients held": f"{max(line['surgery_bytes'] for line in steps) / 2**20:.1f} MiB",
+            "steps skipped, gradient not finite": f"{sum(skipped.values()):,}{f' ({told})' if told else ''}",
+        }
+    )
 
 
 def _speed(steps: list[dict[str, Any]]) -> list[str]:

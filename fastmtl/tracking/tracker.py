@@ -37,6 +37,22 @@ class StepInfo(Protocol):
     def task_norms(self) -> Any:
         """Norm of each task's gradient: a mapping by task, or T numbers, or None."""
 
+    @property
+    def merged_norm(self) -> float | None:
+        """Norm of the shared update, None where not computed."""
+
+    @property
+    def skipped(self) -> str | None:
+        """What had a gradient that is not finite, so that no update was made."""
+
+    @property
+    def seconds(self) -> float:
+        """Added to the step by surgery; may wait for the device."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of J or what took its place."""
+
 
 class Tracker:
     """Progress, metrics.jsonl and TensorBoard of the process with `is_main`; in every other process it does nothing.
@@ -45,9 +61,10 @@ class Tracker:
     `resume_step`, lines of later steps are dropped, so metrics.jsonl ends up as that of an uninterrupted run.
 
     metrics.jsonl holds for a step: step, epoch (from 0), loss {task: mean}, lr, cosines {"a/b": cosine}, conflict_rate,
-    task_norms {task: norm}, tokens_per_second (over the steps since the last line, evaluation not counted), time (Unix
-    seconds); and for an evaluation: step, epoch, dev {task: {metric: value}}, mean, time. A number that is not finite
-    is null.
+    task_norms {task: norm}, merged_norm, skipped (what had a gradient that is not finite, or null), surgery_bytes and
+    surgery_seconds (of this step), tokens_per_second (over the steps since the last line, evaluation not counted), time
+    (Unix seconds); and for an evaluation: step, epoch, dev {task: {metric: value}}, mean, time. A number that is not
+    finite is null.
     """
 
     def __init__(
@@ -96,6 +113,10 @@ class Tracker:
             "cosines": self._pairwise(info.cosines),
             "conflict_rate": conflict_rate,
             "task_norms": self._by_task(info.task_norms),
+            "merged_norm": info.merged_norm,
+            "skipped": info.skipped,
+            "surgery_bytes": info.nbytes,
+            "surgery_seconds": round(info.seconds, 6),
             "tokens_per_second": round(rate, 1),
             "time": round(time.time(), 3),
         }
@@ -158,5 +179,5 @@ class Tracker:
         for key, value in values.items():
             if isinstance(value, Mapping):
                 self._to_board(step, value, f"{prefix}{key}/")
-            elif value is not None:
+            elif isinstance(value, (int, float)):
                 self._board.add_scalar(f"{prefix}{key}", value, step)

@@ -181,7 +181,10 @@ def test_one_backward_gives_every_tasks_gradient(
     for task, name in enumerate(losses):
         expected = torch.autograd.grad(model(batch)[name][0], shared)
         for parameter, gradient in zip(shared, expected, strict=True):
-            torch.testing.assert_close(sink.views(parameter)[task], gradient, rtol=1e-5, atol=1e-9)
+            # The sink adds rows up in float32: a budget for the tensor, not for elements that cancel. The keys' bias
+            # has a gradient of rounding alone.
+            error = (sink.views(parameter)[task] - gradient).abs().max()
+            assert error <= 1e-6 * gradient.abs().max() + 1e-12
 
 
 @every_adapter

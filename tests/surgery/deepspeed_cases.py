@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import loads
 import numpy as np
 import torch
 from safetensors.torch import save_file
@@ -55,6 +56,14 @@ CASES = [
     *(Case(zero, acc, "pcgrad", variant="sketch") for zero, acc in ((1, 4), (3, 1), (3, 4))),
     *(Case(zero, 1, "upgrad") for zero in (1, 3)),
     *(Case(1, 4, method, variant="backward") for method in ("sum", "pcgrad")),
+]
+
+
+# Random batches (loads.py): ZeRO stage and load.
+RANDOM = [
+    (zero, loads.Load(rows, loads.ADAPTERS[zero], accumulation, seed=10 * zero + accumulation))
+    for zero in (0, 1, 2, 3)
+    for accumulation, rows in ((1, (5, 0, 4, 1, 3, 2, 5, 1)[: 8 - 2 * zero]), (4, (3, 5, 1, 0, 2)[: 1 + zero]))
 ]
 
 
@@ -188,6 +197,14 @@ def main(directory: Path) -> None:
     from fastmtl.engine.gather import gathered_state_dict
 
     ranks = start()
+
+    def keep(engine, path: Path) -> None:  # noqa: ANN001
+        state = gathered_state_dict(engine)
+        if ranks.is_main:
+            assert state is not None
+            save_file({name: tensor.clone() for name, tensor in state.items()}, path)
+        engine.destroy()
+
     for case in CASES:
         recipe = make_recipe(case)
         model = make_model(recipe)
@@ -197,11 +214,17 @@ def main(directory: Path) -> None:
         parts = [ranks.rank * acc + a for a in range(acc)]
         backward_on = model if case.variant == "backward" else None
         run_steps(surgery, recipe, parts, ranks.world * acc, engine.step, backward_on)
-        state = gathered_state_dict(engine)
-        if ranks.is_main:
-            assert state is not None
-            save_file({name: tensor.clone() for name, tensor in state.items()}, directory / f"{case.name}.safetensors")
-        engine.destroy()
+        keep(engine, directory / f"{case.name}.safetensors")
+    for number, (zero, load) in enumerate(RANDOM):
+        recipe = loads.make_recipe(load, zero)
+        model = loads.make_model(load, zero)
+        engine = build_engine(recipe, model, ranks.world, 1)
+        acc = load.accumulation
+        micro_batches = loads.make_batches(load, ranks.world * acc)[ranks.rank * acc : (ranks.rank + 1) * acc]
+        surgery = make_surgery(engine, model, recipe)
+        surgery.run(micro_batches, lambda batch, model, task_grads: model(batch, task_grads), load.counts())
+        engine.step()
+        keep(engine, directory / f"random{number}.safetensors")
 
 
 if __name__ == "__main__":
