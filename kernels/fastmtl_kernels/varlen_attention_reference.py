@@ -1,0 +1,78 @@
+"""Plain-torch oracle of attention over packed sequences: it defines the meaning, and is the portable path.
+
+    P = softmax(softmax_scale * Q K^T)    over the keys of the query's own sequence
+    O = (keep * P / (1 - dropout_p)) V    keep[query, key] in {0, 1}, all ones where dropout_p is 0
+
+qkv [N, 3, heads, head_dim] holds Q, K and V of N packed tokens; sequence b is rows cu_seqlens[b]:cu_seqlens[b + 1].
+Rows past cu_seqlens[-1] belong to no sequence: output and gradient are zero there, whatever they hold. Any floating
+dtype; float32 inside, float64 for float64. Gradients by autograd.
+
+Whether an entry of P is kept is a pure function of the seed and of its place, so that backward can draw it again and
+every implementation draws the same:
+
+    words = Philox4x32-10(key = seed, counter = (key // 4, row, head, 0))
+    keep[row, key] = int32(words[key % 4]) >= round(2^32 dropout_p) - 2^31
+
+`row` is the query's row of qkv, `key` the key's position in its sequence: one call serves four keys. A fair 32-bit word
+makes the probability exact to 2^-33.
+
+Sources: Vaswani et al., Attention Is All You Need, 2017, equation 1; Salmon et al., Parallel Random Numbers: As Easy as
+1, 2, 3, 2011 (Philox, the generator behind Triton's `tl.rand` too).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+
+
+def varlen_attention(
+    qkv: Tensor, offsets: Sequence[int], softmax_scale: float, dropout_p: float, seed: Tensor | None
+) -> Tensor:
+    """O [N, heads, head_dim] of qkv's dtype, for the host's cu_seqlens `offsets` and a `seed` of one element."""
+    wide = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
+    mixed = []
+    for start, stop in pairwise(offsets):
+        q, k, v = wide[start:stop].permute(1, 2, 0, 3)
+        probabilities = (softmax_scale * (q @ k.mT)).softmax(-1)
+        if seed is not None and dropout_p > 0:
+            keep = keep_mask(seed, start, stop - start, qkv.shape[2], dropout_p)
+            probabilities = probabilities * keep / (1 - dropout_p)
+        mixed.append((probabilities @ v).transpose(0, 1))
+    # Filled rather than made anew, so that the result has a gradient where there is no sequence at all.
+    tail = wide[offsets[-1] :, 0].masked_fill(torch.ones((), dtype=torch.bool, device=qkv.device), 0.0)
+    return torch.cat([*mixed, tail]).to(qkv.dtype)
+
+
+def keep_mask(seed: Tensor, first_row: int, length: int, num_heads: int, dropout_p: float) -> Tensor:
+    """What dropout keeps of the sequence of `length` tokens at row `first_row`: bool [heads, query, key]."""
+    groups = torch.arange((length + 3) // 4, device=seed.device)
+    rows = torch.arange(first_row, first_row + length, device=seed.device)[:, None]
+    heads = torch.arange(num_heads, device=seed.device)[:, None, None]
+    words = torch.stack(philox(seed.reshape(()), groups, rows, heads, torch.zeros_like(groups)), dim=-1)
+    signed = words - ((words >> 31) << 32)
+    return signed.flatten(-2)[..., :length] >= keep_threshold(dropout_p)
+
+
+def keep_threshold(dropout_p: float) -> int:
+    """The smallest signed 32-bit word that is kept."""
+    return min(round(dropout_p * 2**32), 2**32 - 1) - 2**31
+
+
+def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 with the 64-bit key `seed`: four words in [0, 2^32) for each counter, all of them int64 tensors.
+
+    A product of two words passes 2^63, but its bits are right, which is all that is used of it.
+    """
+    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(10):
+        low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = ((high >> 32) & _WORD) ^ c1 ^ k0, high & _WORD
+        c2, c3 = ((low >> 32) & _WORD) ^ c3 ^ k1, low & _WORD
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
