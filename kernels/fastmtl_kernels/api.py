@@ -7,7 +7,11 @@ tests) by the reference only. No operation is differentiable.
 
 from __future__ import annotations
 
+import importlib
+import os
+import shutil
 from collections.abc import Sequence
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,8 +19,17 @@ from torch import Tensor
 
 from fastmtl_kernels import gradients, reference
 
-Impl = Literal["auto", "reference", "cpp"]
+Impl = Literal["auto", "reference", "cpp", "cuda", "triton"]
 Grads = Tensor | Sequence[Sequence[Tensor]]
+
+
+# The implementations of gramian and combine, with what doctor says of them.
+_FASTEST_FIRST = {
+    "cpp": "C++, vectorised and threaded",
+    "cuda": f"CUDA, tensor lists, up to {gradients.MAX_CUDA_TASKS} tasks",
+    "triton": "Triton, one tensor for each task",
+    "reference": "plain torch",
+}
 
 
 class Implementation(NamedTuple):
@@ -35,10 +48,11 @@ def implementations(device: str | torch.device = "cpu") -> dict[str, list[Implem
         For each operation its implementations, fastest first: the name for `impl=`, whether it can be used, the reason
         if not or what it is, and whether `impl="auto"` picks it.
     """
-    cpp_reason = _why_not_cpp(torch.device(device), ())
+    reasons = {impl: _why_not(impl, torch.device(device)) for impl in _FASTEST_FIRST}
+    auto = next(impl for impl, reason in reasons.items() if not reason)
     gradient_impls = [
-        Implementation("cpp", not cpp_reason, cpp_reason or "C++, vectorised and threaded", not cpp_reason),
-        Implementation("reference", True, "plain torch", bool(cpp_reason)),
+        Implementation(impl, not reason, reason or _FASTEST_FIRST[impl], impl == auto)
+        for impl, reason in reasons.items()
     ]
     on_device = [Implementation("reference", True, "plain torch, stays on the device", True)]
     return {
@@ -56,7 +70,8 @@ def gramian(grads: Grads, impl: Impl = "auto") -> Tensor:
     Args:
         grads: J as [T, P] or T lists of K tensors (see the module); T >= 1, P and K may be 0. Tensors that are not
             contiguous are copied.
-        impl: "auto", "reference" or "cpp" (C++, CPU tensors).
+        impl: "auto", "reference", "cpp" (C++, CPU tensors), "cuda" (CUDA tensors, T <= 64) or "triton" (CUDA tensors, a
+            [T, P] tensor or lists of one tensor).
 
     Returns:
         G [T, T] float32 on the gradients' device (float64 for float64 gradients). Equal inputs give equal bits.
@@ -67,8 +82,12 @@ def gramian(grads: Grads, impl: Impl = "auto") -> Tensor:
     """
     lists = _task_lists(grads)
     match _select(impl, lists):
-        case "cpp":
+        case "cpp" | "cuda":
             return gradients.gramian(lists)
+        case "triton":
+            from fastmtl_kernels import gradients_triton
+
+            return gradients_triton.gramian(lists)
         case _:
             return reference.gramian(lists)
 
@@ -84,7 +103,8 @@ def combine(
         weights: [T], floating point, on the gradients' device; used in float32.
         out: where to write: [P] for a tensor, K tensors for lists; contiguous, of the gradients' shapes, float32 or of
             their dtype; must not overlap `grads`. None makes new tensors of the gradients' dtype.
-        impl: "auto", "reference" or "cpp" (C++, CPU tensors).
+        impl: "auto", "reference", "cpp" (C++, CPU tensors), "cuda" (CUDA tensors, T <= 64) or "triton" (CUDA tensors, a
+            [T, P] tensor or lists of one tensor).
 
     Returns:
         `out`: [P] for a tensor, a list of K tensors for lists.
@@ -100,8 +120,12 @@ def combine(
         raise ValueError(f"weights must be on {lists[0][0].device} like grads, got {weights.device}")
     targets = _targets(grads, lists[0], out)
     match _select(impl, lists):
-        case "cpp":
+        case "cpp" | "cuda":
             gradients.combine(lists, weights, targets)
+        case "triton":
+            from fastmtl_kernels import gradients_triton
+
+            gradients_triton.combine(lists, weights, targets)
         case _:
             reference.combine(lists, weights, targets)
     return targets[0] if isinstance(grads, Tensor) else targets
@@ -156,29 +180,51 @@ def _targets(grads: Grads, like: list[Tensor], out: Tensor | Sequence[Tensor] | 
 
 def _select(impl: str, lists: list[list[Tensor]]) -> str:
     """The implementation to use; an explicit one that cannot be used is an error."""
-    tensors = lists[0]
-    device = tensors[0].device if tensors else torch.device("cpu")
-    match impl:
-        case "reference":
-            return impl
-        case "auto":
-            return "reference" if _why_not_cpp(device, tensors) else "cpp"
-        case "cpp":
-            reason = _why_not_cpp(device, tensors)
-            if reason:
-                raise RuntimeError(f"impl='cpp' cannot be used here: {reason}")
-            return impl
-        case _:
-            raise ValueError(f"impl must be 'auto', 'reference' or 'cpp', got {impl!r}")
+    device = lists[0][0].device if lists[0] else torch.device("cpu")
+    if impl == "auto":
+        return next(name for name in _FASTEST_FIRST if not _why_not(name, device, lists))
+    if impl not in _FASTEST_FIRST:
+        raise ValueError(f"impl must be 'auto', {', '.join(map(repr, _FASTEST_FIRST))}, got {impl!r}")
+    reason = _why_not(impl, device, lists)
+    if reason:
+        raise RuntimeError(f"impl={impl!r} cannot be used here: {reason}")
+    return impl
 
 
-def _why_not_cpp(device: torch.device, tensors: Sequence[Tensor]) -> str:
-    if device.type != "cpu":
-        return f"the C++ kernels take CPU tensors, not {device.type}"
-    wrong = [tensor.dtype for tensor in tensors if tensor.dtype not in gradients.DTYPES]
+def _why_not(impl: str, device: torch.device, lists: Sequence[Sequence[Tensor]] = ((),)) -> str:
+    """The reason why an implementation cannot be used on a device, with these gradients if given; "" where it can."""
+    if impl == "reference":
+        return ""
+    kernels = {"cpp": "the C++ kernels", "cuda": "the CUDA kernels", "triton": "the Triton kernels"}[impl]
+    wanted = "cpu" if impl == "cpp" else "cuda"
+    if device.type != wanted:
+        return f"{kernels} take {wanted.upper()} tensors, not {device.type}"
+    wrong = [tensor.dtype for tensor in lists[0] if tensor.dtype not in gradients.DTYPES]
     if wrong:
-        return f"the C++ kernels take float32, bfloat16 and float16, not {wrong[0]}"
-    return gradients.why_unavailable()
+        return f"{kernels} take float32, bfloat16 and float16, not {wrong[0]}"
+    if impl == "cpp":
+        return gradients.why_unavailable()
+    if impl == "cuda":
+        if len(lists) > gradients.MAX_CUDA_TASKS:
+            return f"{kernels} take up to {gradients.MAX_CUDA_TASKS} tasks, not {len(lists)}"
+        return gradients.why_no_cuda(device)
+    if len(lists[0]) > 1:
+        return f"{kernels} take a [T, P] tensor or lists of one tensor, not lists of {len(lists[0])}"
+    return _why_no_triton()
+
+
+@cache
+def _why_no_triton() -> str:
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # a broken package may raise anything
+        return f"triton cannot be imported ({error}); `pip install triton` installs it on Linux"
+    # Triton compiles a launcher for each kernel.
+    if not os.environ.get("CC") and not shutil.which("gcc") and not shutil.which("clang"):
+        return "triton needs a C compiler: CC, gcc or clang"
+    return ""
 
 
 def _describe(value: object) -> str:

@@ -1,11 +1,12 @@
-"""Gramian and combination of task gradients by the C++ kernels of csrc/gradients_cpu.cpp.
+"""Gramian and combination of task gradients by the C++ kernels of csrc/gradients_cpu.cpp and the CUDA ones beside it.
 
     gramian  G[i, j] = sum_p J[i, p] J[j, p]
     combine  out[p]  = sum_t weights[t] J[t, p]
 
-J [T, P] comes as T lists of K tensors. float32, bfloat16 and float16 on the CPU; float32 inner products over blocks of
-a few thousand columns, float64 over blocks; combine in float32. J is read once by each operation and the result has
-the same bits for any number of threads. Source: as fastmtl_kernels.reference.
+J [T, P] comes as T lists of K tensors, all on one device. float32, bfloat16 and float16; float32 inner products over
+blocks of columns, float64 over blocks; combine in float32. No flat copy is made, J is read once by each operation (on
+GPUs for up to 8 tasks), and the result has the same bits for any number of threads and in every run. Limits: up to
+MAX_CUDA_TASKS tasks on GPUs. Source: as fastmtl_kernels.reference.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_CUDA_TASKS = 64
 
 
 @cache
@@ -36,8 +38,27 @@ def why_unavailable() -> str:
     return ""
 
 
+@cache
+def why_no_cuda(device: torch.device) -> str:
+    """The reason why the library's CUDA kernels cannot be used on a GPU, "" where they can."""
+    reason = why_unavailable()
+    if reason:
+        return reason
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("fastmtl::gramian", "CUDA"):
+        return (
+            "the CUDA kernels are not built; with nvcc and a CUDA build of torch installed, "
+            "`pip install --no-build-isolation .` in a checkout of fastmtl builds them"
+        )
+    try:
+        # Only a launch shows whether they were built for this GPU and its driver takes them.
+        torch.ops.fastmtl.gramian([torch.zeros(1, device=device)], 1)
+    except RuntimeError as error:
+        return f"the CUDA kernels do not run on {device}: {str(error).splitlines()[0]}"
+    return ""
+
+
 def gramian(grads: Sequence[Sequence[Tensor]]) -> Tensor:
-    """G [T, T] float32 on the CPU."""
+    """G [T, T] float32 on the device of the gradients."""
     tensors = [tensor for task in grads for tensor in task]
     # Without a tensor the dispatcher has no device to go by.
     return torch.ops.fastmtl.gramian(tensors, len(grads)) if tensors else torch.zeros(len(grads), len(grads))

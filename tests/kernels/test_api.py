@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastmtl_kernels
-from fastmtl_kernels import combine, gradients, gradvac_weights, gramian, implementations, pcgrad_weights
+from fastmtl_kernels import api, combine, gradients, gradvac_weights, gramian, implementations, pcgrad_weights
 
 ROWS = torch.ones(2, 3)
 ORDER = torch.tensor([0, 1])
@@ -72,6 +74,14 @@ def test_cpp_says_what_it_does_not_take(rows: torch.Tensor, words: str) -> None:
         gramian(rows, "cpp")
 
 
+@pytest.mark.parametrize("impl", ["cuda", "triton"])
+def test_a_gpu_s_kernels_do_not_take_cpu_tensors(impl: Any) -> None:
+    with pytest.raises(RuntimeError, match=f"impl='{impl}' .*CUDA tensors, not cpu"):
+        gramian(ROWS, impl)
+    with pytest.raises(RuntimeError, match=f"impl='{impl}' .*CUDA tensors, not cpu"):
+        combine(ROWS, torch.ones(2), impl=impl)
+
+
 def test_a_missing_or_broken_library_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(gradients, "__file__", str(tmp_path / "gradients.py"))
     gradients.why_unavailable.cache_clear()
@@ -90,10 +100,63 @@ def test_implementations_agree_with_dispatch(device: str) -> None:
     assert set(listed) | {"implementations", "Implementation"} == set(fastmtl_kernels.__all__)
     for impls in listed.values():
         chosen = [impl for impl in impls if impl.auto]
-        assert len(chosen) == 1 and chosen[0].available
+        assert len(chosen) == 1 and chosen[0] == next(impl for impl in impls if impl.available)
         assert all(impl.reason for impl in impls)
-    cpp = next(impl for impl in listed["gramian"] if impl.impl == "cpp")
-    assert cpp.available == cpp.auto == (device == "cpu" and not gradients.why_unavailable())
+    found = {impl.impl: impl.available for impl in listed["gramian"]}
+    assert list(found) == ["cpp", "cuda", "triton", "reference"] and found["reference"]
+    assert found["cpp"] == (device == "cpu" and not gradients.why_unavailable())
+    if device == "cpu" or not torch.cuda.is_available():
+        assert not found["cuda"] and not found["triton"]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "triton", "flat", "chosen"),
+    [
+        ("", "", True, "cuda"),
+        ("", "", False, "cuda"),
+        ("not built", "", True, "triton"),
+        ("not built", "", False, "reference"),
+        ("not built", "absent", True, "reference"),
+    ],
+)
+def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, cuda: str, triton: str, flat: bool, chosen: str) -> None:
+    """CUDA where it is built, Triton for one tensor per task, else plain torch; asked for, each says why not."""
+    monkeypatch.setattr(gradients, "why_no_cuda", lambda device: cuda)
+    monkeypatch.setattr(api, "_why_no_triton", lambda: triton)
+    with FakeTensorMode():
+        row = torch.empty(3, device="cuda")
+        lists = [[row]] * 2 if flat else [[row, row]] * 2
+        assert api._select("auto", lists) == chosen
+        assert api._select("auto", [[row.double()]] * 2) == "reference"
+        assert api._select("auto", [[row]] * 65) == ("reference" if triton else "triton")
+        reasons = {"cuda": cuda, "triton": triton or ("" if flat else "lists of 2")}
+        for impl, reason in reasons.items():
+            if reason:
+                with pytest.raises(RuntimeError, match=f"impl='{impl}' .*{reason}"):
+                    api._select(impl, lists)
+            else:
+                assert api._select(impl, lists) == impl
+        with pytest.raises(RuntimeError, match="up to 64 tasks, not 65"):
+            api._select("cuda", [[row]] * 65)
+    assert next(impl for impl in implementations("cuda")["combine"] if impl.auto).impl == (
+        "triton" if chosen == "reference" and not triton else chosen
+    )
+
+
+def test_why_there_is_no_triton(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(api.importlib, "import_module", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert api._why_no_triton.__wrapped__() == "triton needs a C compiler: CC, gcc or clang"
+    monkeypatch.setenv("CC", "cc")
+    assert api._why_no_triton.__wrapped__() == ""
+
+    def fail(name: str) -> None:
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(api.importlib, "import_module", fail)
+    assert "No module named 'triton'" in api._why_no_triton.__wrapped__()
 
 
 def test_nothing_is_recorded_for_autograd() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,17 +11,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastmtl_kernels import combine, gradients, gramian
+from fastmtl_kernels import combine, gradients, gramian, implementations
+
+DEVICES = {"reference": "cpu", "cpp": "cpu", "cuda": "cuda", "triton": "cuda"}
+
+
+def unless_missing(impl: str) -> Any:
+    """The implementation as a parameter, skipped with the reason where it cannot be used."""
+    found = next(found for found in implementations(DEVICES[impl])["gramian"] if found.impl == impl)
+    marks = [pytest.mark.skipif(not found.available, reason=found.reason)]
+    return pytest.param(impl, marks=[*marks, pytest.mark.gpu] if DEVICES[impl] == "cuda" else marks)
+
 
 needs_cpp = pytest.mark.skipif(bool(gradients.why_unavailable()), reason=gradients.why_unavailable() or "built")
-IMPLS = ["reference", pytest.param("cpp", marks=needs_cpp)]
+LIST_IMPLS = [unless_missing(impl) for impl in ("reference", "cpp", "cuda")]
+IMPLS = [*LIST_IMPLS, unless_missing("triton")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # One element, less than a vector, odd, more than one block, more than one piece of 65,536 columns.
 SIZES = [1, 7, 63, 1111, 9001, 131_111]
 
 
-def random_rows(num_tasks: int, size: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return torch.randn(num_tasks, size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def random_rows(num_tasks: int, size: int, dtype: torch.dtype, impl: str = "cpp", seed: int = 0) -> Tensor:
+    """[num_tasks, size] on the device of an implementation."""
+    return torch.randn(num_tasks, size, generator=torch.Generator().manual_seed(seed)).to(DEVICES[impl], dtype)
 
 
 def gramian64(rows: Tensor) -> Tensor:
@@ -29,7 +42,7 @@ def gramian64(rows: Tensor) -> Tensor:
 
 def assert_gramian(gram: Tensor, rows: Tensor) -> None:
     """Within 1e-5 |g_i| |g_j| of the inner products in float64, and symmetric."""
-    assert gram.dtype == torch.float32
+    assert gram.dtype == torch.float32 and gram.device == rows.device
     norms = rows.double().norm(dim=1)
     assert ((gram.double() - gramian64(rows)).abs() <= 1e-5 * norms[:, None] * norms).all()
     assert torch.equal(gram, gram.T)
@@ -50,15 +63,15 @@ def assert_combined(merged: Tensor, rows: Tensor, weights: Tensor) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("num_tasks", [1, 2, 3, 4, 5, 8])
 def test_flat(impl: str, dtype: torch.dtype, size: int, num_tasks: int) -> None:
-    rows = random_rows(num_tasks, size, dtype)
-    weights = torch.randn(num_tasks, generator=torch.Generator().manual_seed(1))
+    rows = random_rows(num_tasks, size, dtype, impl)
+    weights = torch.randn(num_tasks, generator=torch.Generator().manual_seed(1)).to(rows.device)
     assert_gramian(gramian(rows, impl), rows)
     merged = combine(rows, weights, impl=impl)
     assert isinstance(merged, Tensor) and merged.dtype == dtype and merged.shape == (size,)
     assert_combined(merged, rows, weights)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", LIST_IMPLS)
 @settings(max_examples=40, deadline=None)
 @given(
     num_tasks=st.integers(1, 8),
@@ -71,11 +84,17 @@ def test_lists(impl: str, num_tasks: int, shapes: list[list[int]], seed: int, da
     dtypes = data.draw(st.lists(st.sampled_from(DTYPES), min_size=len(shapes), max_size=len(shapes)))
     generator = torch.Generator().manual_seed(seed)
     grads = [
-        [torch.randn(shape, generator=generator).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        [
+            torch.randn(shape, generator=generator).to(DEVICES[impl], dtype)
+            for shape, dtype in zip(shapes, dtypes, strict=True)
+        ]
         for _ in range(num_tasks)
     ]
-    weights = torch.randn(num_tasks, generator=generator)
-    rows = torch.stack([torch.cat([torch.zeros(0), *(t.flatten().float() for t in task)]) for task in grads])
+    device = DEVICES[impl] if shapes else "cpu"
+    weights = torch.randn(num_tasks, generator=generator).to(device)
+    rows = torch.stack(
+        [torch.cat([torch.zeros(0, device=device), *(t.flatten().float() for t in task)]) for task in grads]
+    )
     assert_gramian(gramian(grads, impl), rows)
     merged = combine(grads, weights, impl=impl)
     assert [(tuple(m.shape), m.dtype) for m in merged] == [(tuple(g.shape), g.dtype) for g in grads[0]]
@@ -83,21 +102,21 @@ def test_lists(impl: str, num_tasks: int, shapes: list[list[int]], seed: int, da
         assert_combined(tensor.flatten(), torch.stack([task[k].flatten() for task in grads]), weights)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", LIST_IMPLS)
 def test_large_lists_cross_pieces(impl: str) -> None:
     """Tensors that begin and end inside the pieces that threads share out."""
     sizes = [40_000, 3, 0, 70_001, 1, 65_536, 128]
-    rows = random_rows(3, sum(sizes), torch.float32)
+    rows = random_rows(3, sum(sizes), torch.float32, impl)
     grads = [list(row.split(sizes)) for row in rows]
     assert_gramian(gramian(grads, impl), rows)
-    weights = torch.tensor([0.5, -1.0, 2.0])
+    weights = torch.tensor([0.5, -1.0, 2.0], device=rows.device)
     assert_combined(torch.cat(combine(grads, weights, impl=impl)), rows, weights)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_not_contiguous(impl: str) -> None:
-    rows = random_rows(6, 1001, torch.float32)
-    strided, weights = rows[::2, 1::3], torch.randn(3)
+    rows = random_rows(6, 1001, torch.float32, impl)
+    strided, weights = rows[::2, 1::3], torch.randn(3).to(rows.device)
     assert_gramian(gramian(strided, impl), strided)
     merged = combine(strided, weights, impl=impl)
     assert isinstance(merged, Tensor)
@@ -113,32 +132,35 @@ def test_not_contiguous(impl: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("out_is_float", [False, True])
 def test_out_is_filled_and_returned(impl: str, dtype: torch.dtype, out_is_float: bool) -> None:
-    rows, weights = random_rows(3, 1003, dtype), torch.tensor([1.0, 0.0, -0.25])
-    out = torch.full((1003,), math.nan, dtype=torch.float32 if out_is_float else dtype)
+    rows = random_rows(3, 1003, dtype, impl)
+    weights = torch.tensor([1.0, 0.0, -0.25], device=rows.device)
+    out = torch.full((1003,), math.nan, dtype=torch.float32 if out_is_float else dtype, device=rows.device)
     assert combine(rows, weights, out, impl) is out
     assert_combined(out, rows, weights)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nothing_to_read(impl: str) -> None:
-    assert torch.equal(gramian([[], []], impl), torch.zeros(2, 2))
-    assert combine([[], []], torch.ones(2), impl=impl) == []
-    assert torch.equal(gramian(torch.zeros(2, 0), impl), torch.zeros(2, 2))
-    assert combine(torch.zeros(2, 0), torch.ones(2), impl=impl).shape == (0,)
+    device = DEVICES[impl]
+    assert torch.equal(gramian(torch.zeros(2, 0, device=device), impl), torch.zeros(2, 2, device=device))
+    assert combine(torch.zeros(2, 0, device=device), torch.ones(2, device=device), impl=impl).shape == (0,)
+    if device == "cpu":  # where lists without tensors are
+        assert torch.equal(gramian([[], []], impl), torch.zeros(2, 2))
+        assert combine([[], []], torch.ones(2), impl=impl) == []
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_16_bit_number(impl: str, dtype: torch.dtype) -> None:
     """Zeros, subnormals, infinities and NaNs are read and written, and sums are rounded, as by torch."""
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    half = torch.tensor([0.5])
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).to(DEVICES[impl])
+    half, one = torch.tensor([[0.5], [1.0]], device=every.device)
     expected = torch.empty_like(every)
     expected.copy_(every.float() * 0.5)
     assert torch.equal(
         torch.nan_to_num(combine(every[None], half, impl=impl), nan=7.0), torch.nan_to_num(expected, nan=7.0)
     )
-    as_float = combine(every[None], torch.ones(1), torch.empty(2**16), impl)
+    as_float = combine(every[None], one, torch.empty(2**16, device=every.device), impl)
     assert torch.equal(torch.nan_to_num(as_float, nan=7.0), torch.nan_to_num(every.float(), nan=7.0))
 
 
@@ -146,7 +168,7 @@ def test_every_16_bit_number(impl: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("where", [0, 500, 1000])
 def test_non_finite_gradients_show(impl: str, bad: float, where: int) -> None:
-    rows = random_rows(3, 1001, torch.float32)
+    rows = random_rows(3, 1001, torch.float32, impl)
     rows[1, where] = bad
     finite = gramian(rows, impl).isfinite()
     assert not finite[1].any() and finite[0, 0] and finite[0, 2] and finite[2, 2]
@@ -155,11 +177,11 @@ def test_non_finite_gradients_show(impl: str, bad: float, where: int) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
 def test_scales(impl: str, scale: float) -> None:
-    rows = random_rows(4, 5001, torch.float32) * scale
+    rows = random_rows(4, 5001, torch.float32, impl) * scale
     assert_gramian(gramian(rows, impl), rows)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", [unless_missing("reference"), unless_missing("cpp")])
 def test_equal_bits_for_any_number_of_threads(impl: str) -> None:
     rows, weights = random_rows(3, 500_003, torch.float32), torch.tensor([0.3, 0.3, -1.7])
     before = torch.get_num_threads()
