@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <vector>
 
 using torch::headeronly::ScalarType;
@@ -22,15 +23,34 @@ Tensor gramian_meta(std::vector<Tensor> grads, int64_t num_tasks) {
 
 void combine_out_meta(std::vector<Tensor>, Tensor, std::vector<Tensor>) {}
 
+void add_layer_norm_out_meta(Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>, Tensor, Tensor,
+                             std::optional<Tensor>, int64_t, double, double, int64_t, Tensor, Tensor, Tensor, Tensor) {}
+
+void add_layer_norm_backward_out_meta(Tensor, Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>, int64_t, double,
+                                      Tensor, Tensor, std::optional<Tensor>, Tensor) {}
+
+void row_dropout_out_meta(Tensor, Tensor, int64_t, double, Tensor) {}
+
 }  // namespace
 
 // Tensor lists are task-major: grads[t * K + k] is task t's gradient of tensor k, K tensors per task.
 STABLE_TORCH_LIBRARY(fastmtl, m) {
   m.def("gramian(Tensor[] grads, int num_tasks) -> Tensor");
   m.def("combine_out(Tensor[] grads, Tensor weights, Tensor(a!)[] out) -> ()");
+  m.def(
+      "add_layer_norm_out(Tensor residual, Tensor x, Tensor? ts, Tensor? x_bias, Tensor weight, Tensor bias, "
+      "Tensor? seed, int threshold, float scale, float eps, int num_rows, "
+      "Tensor(a!) y, Tensor(b!) z, Tensor(c!) mean, Tensor(d!) rstd) -> ()");
+  m.def(
+      "add_layer_norm_backward_out(Tensor dy, Tensor z, Tensor mean, Tensor rstd, Tensor weight, Tensor? seed, "
+      "int threshold, float scale, Tensor token_offsets, Tensor(a!) dz, Tensor(b!)? dx, Tensor(c!) sums) -> ()");
+  m.def("row_dropout_out(Tensor x, Tensor seed, int threshold, float scale, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, Meta, m) {
   m.impl("gramian", TORCH_BOX(&gramian_meta));
   m.impl("combine_out", TORCH_BOX(&combine_out_meta));
+  m.impl("add_layer_norm_out", TORCH_BOX(&add_layer_norm_out_meta));
+  m.impl("add_layer_norm_backward_out", TORCH_BOX(&add_layer_norm_backward_out_meta));
+  m.impl("row_dropout_out", TORCH_BOX(&row_dropout_out_meta));
 }

@@ -1,0 +1,343 @@
+// Residual LayerNorm and row-wise dropout on CPUs; the formulas are in fastmtl_kernels/add_layer_norm.py.
+//
+// A row stays in the L1 cache between its passes, so memory is read and written once. Rows are cut into chunks of
+// kChunk; a chunk belongs to one thread, and neither the chunks nor the order in which their partial sums are added up
+// depend on how many threads there are: equal inputs give equal bits.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "philox.h"
+#include "simd.h"
+
+namespace fastmtl {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kChunk = 64;
+constexpr int kUnroll = 4;
+constexpr int64_t kWide = kUnroll * kLanes;
+
+int64_t padded(int64_t num_columns) { return (num_columns + kDroppedBlock - 1) / kDroppedBlock * kDroppedBlock; }
+
+// Calls fn(first column, columns, accumulator) for vectors of kLanes columns and a last shorter one; accumulators
+// 0 to kUnroll - 1 take turns, so that a sum does not wait for its own last addition.
+template <typename F>
+FASTMTL_INLINE void for_vectors(int64_t num_columns, const F& fn) {
+  int64_t c = 0;
+  for (; c + kWide <= num_columns; c += kWide) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kUnroll; ++k) fn(c + k * kLanes, kLanes, k);
+  }
+  for (; c + kLanes <= num_columns; c += kLanes) fn(c, kLanes, 0);
+  if (c < num_columns) fn(c, num_columns - c, 0);
+}
+
+template <typename scalar_t>
+FASTMTL_INLINE Lanes get(const scalar_t* ptr, int64_t count) {
+  Lanes lanes;
+  if (count == kLanes) load(ptr, lanes);
+  else load_tail(ptr, count, lanes);
+  return lanes;
+}
+
+template <typename scalar_t>
+FASTMTL_INLINE void put(Lanes lanes, scalar_t* ptr, int64_t count) {
+  if (count == kLanes) store(lanes, ptr);
+  else store_tail(lanes, ptr, count);
+}
+
+FASTMTL_INLINE Lanes drop(Lanes lanes, const uint32_t* dropped) {
+  LaneBits bits;
+  std::memcpy(&bits, dropped, sizeof(bits));
+  return (Lanes)(~bits & (LaneBits)lanes);
+}
+
+FASTMTL_INLINE float total(const Lanes (&acc)[kUnroll]) {
+  const Lanes lanes = (acc[0] + acc[1]) + (acc[2] + acc[3]);
+  return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+}
+
+struct Dropout {
+  uint64_t seed;
+  int32_t threshold;
+  float scale;  // of what is kept
+  bool active;
+
+  // What is dropped of a row; zeros, once and for all, where nothing is.
+  void draw(int64_t row, int64_t num_columns, uint32_t* dropped) const {
+    if (active) dropped_row(seed, static_cast<uint32_t>(row), threshold, num_columns, dropped);
+  }
+};
+
+Dropout dropout_of(const std::optional<Tensor>& seed, int64_t threshold, double scale) {
+  if (!seed) return {0, 0, 1.0f, false};
+  STD_TORCH_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+                  "seed must be an int64 tensor of one element on the CPU");
+  const uint64_t key = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+  return {key, static_cast<int32_t>(threshold), static_cast<float>(scale), true};
+}
+
+struct ForwardArgs {
+  const void *residual, *x, *ts;  // ts: null where there is none
+  const float *x_bias, *weight, *bias;
+  void *y, *z;
+  float *mean, *rstd;
+  int64_t num_columns;
+  float eps;
+  Dropout dropout;
+};
+
+template <typename scalar_t>
+FASTMTL_INLINE void forward_part(const ForwardArgs& args, int64_t first, int64_t last, uint32_t* dropped,
+                                 scalar_t* no_ts, float* row_z) {
+  const int64_t d = args.num_columns;
+  for (int64_t row = first; row < last; ++row) {
+    const scalar_t* residual = static_cast<const scalar_t*>(args.residual) + row * d;
+    const scalar_t* x = static_cast<const scalar_t*>(args.x) + row * d;
+    const scalar_t* ts = args.ts ? static_cast<const scalar_t*>(args.ts) + row * d : no_ts;
+    scalar_t* z = static_cast<scalar_t*>(args.z) + row * d;
+    scalar_t* y = static_cast<scalar_t*>(args.y) + row * d;
+    args.dropout.draw(row, d, dropped);
+    Lanes sums[kUnroll] = {}, squares[kUnroll] = {};
+    for_vectors(d, [&](int64_t c, int64_t count, int k) __attribute__((always_inline)) {
+      const Lanes f = drop((get(x + c, count) + get(args.x_bias + c, count)) * args.dropout.scale, dropped + c);
+      const Lanes sum = get(residual + c, count) + f + get(ts + c, count);
+      put(sum, z + c, count);
+      put(sum, row_z + c, count);
+      sums[k] += sum;
+    });
+    const float mean = total(sums) / d;
+    for_vectors(d, [&](int64_t c, int64_t count, int k) __attribute__((always_inline)) {
+      // Filled up with the mean, so that what is past the last column adds nothing.
+      Lanes lanes = get(row_z + c, count);
+      for (int64_t lane = count; lane < kLanes; ++lane) lanes[lane] = mean;
+      squares[k] += (lanes - mean) * (lanes - mean);
+    });
+    const float rstd = 1.0f / std::sqrt(total(squares) / d + args.eps);
+    for_vectors(d, [&](int64_t c, int64_t count, int) __attribute__((always_inline)) {
+      const Lanes h = (get(row_z + c, count) - mean) * rstd;
+      put(h * get(args.weight + c, count) + get(args.bias + c, count), y + c, count);
+    });
+    args.mean[row] = mean;
+    args.rstd[row] = rstd;
+  }
+}
+
+struct BackwardArgs {
+  const void *dy, *z;
+  const float *mean, *rstd, *weight;
+  void *dz, *dx;  // dx: null where it is not wanted
+  int64_t num_columns;
+  Dropout dropout;
+};
+
+// Adds to sums [3, num_columns]: of weight, bias and x_bias.
+template <typename scalar_t>
+FASTMTL_INLINE void backward_part(const BackwardArgs& args, int64_t first, int64_t last, uint32_t* dropped,
+                                  float* sums) {
+  const int64_t d = args.num_columns;
+  float *dweight = sums, *dbias = sums + d, *dx_bias = sums + 2 * d;
+  for (int64_t row = first; row < last; ++row) {
+    const scalar_t* dy = static_cast<const scalar_t*>(args.dy) + row * d;
+    const scalar_t* z = static_cast<const scalar_t*>(args.z) + row * d;
+    scalar_t* dz = static_cast<scalar_t*>(args.dz) + row * d;
+    const float mean = args.mean[row], rstd = args.rstd[row];
+    Lanes sum_g[kUnroll] = {}, sum_gh[kUnroll] = {};
+    for_vectors(d, [&](int64_t c, int64_t count, int k) __attribute__((always_inline)) {
+      const Lanes grad = get(dy + c, count), h = (get(z + c, count) - mean) * rstd;
+      const Lanes g = grad * get(args.weight + c, count);
+      sum_g[k] += g;
+      sum_gh[k] += g * h;
+      put(get(dweight + c, count) + grad * h, dweight + c, count);
+      put(get(dbias + c, count) + grad, dbias + c, count);
+    });
+    const float mean_g = total(sum_g) / d, mean_gh = total(sum_gh) / d;
+    const auto dz_at = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
+      const Lanes h = (get(z + c, count) - mean) * rstd;
+      const Lanes lanes = (get(dy + c, count) * get(args.weight + c, count) - mean_g - h * mean_gh) * rstd;
+      put(lanes, dz + c, count);
+      return lanes;
+    };
+    if (!args.dx) {
+      for_vectors(d, [&](int64_t c, int64_t count, int) __attribute__((always_inline)) {
+        put(get(dx_bias + c, count) + dz_at(c, count), dx_bias + c, count);
+      });
+      continue;
+    }
+    scalar_t* dx = static_cast<scalar_t*>(args.dx) + row * d;
+    args.dropout.draw(row, d, dropped);
+    for_vectors(d, [&](int64_t c, int64_t count, int) __attribute__((always_inline)) {
+      const Lanes lanes = drop(dz_at(c, count) * args.dropout.scale, dropped + c);
+      put(lanes, dx + c, count);
+      put(get(dx_bias + c, count) + lanes, dx_bias + c, count);
+    });
+  }
+}
+
+template <typename scalar_t>
+FASTMTL_INLINE void dropout_part(const void* x, void* out, int64_t d, const Dropout& dropout, int64_t first,
+                                 int64_t last, uint32_t* dropped) {
+  for (int64_t row = first; row < last; ++row) {
+    dropout.draw(row, d, dropped);
+    const scalar_t* from = static_cast<const scalar_t*>(x) + row * d;
+    scalar_t* to = static_cast<scalar_t*>(out) + row * d;
+    for_vectors(d, [&](int64_t c, int64_t count, int) __attribute__((always_inline)) {
+      put(drop(get(from + c, count) * dropout.scale, dropped + c), to + c, count);
+    });
+  }
+}
+
+// One function for each dtype, compiled for several instruction sets.
+#define FASTMTL_ROW_KERNELS(scalar_t)                                                                                 \
+  FASTMTL_CLONES void forward_rows(const ForwardArgs& args, int64_t first, int64_t last, uint32_t* dropped,           \
+                                   scalar_t* no_ts, float* row_z) {                                                   \
+    forward_part<scalar_t>(args, first, last, dropped, no_ts, row_z);                                                 \
+  }                                                                                                                   \
+  FASTMTL_CLONES void backward_rows(const BackwardArgs& args, int64_t first, int64_t last, uint32_t* dropped,         \
+                                    float* sums, scalar_t) {                                                          \
+    backward_part<scalar_t>(args, first, last, dropped, sums);                                                        \
+  }                                                                                                                   \
+  FASTMTL_CLONES void dropout_rows(const void* x, void* out, int64_t d, const Dropout& dropout, int64_t first,        \
+                                   int64_t last, uint32_t* dropped, scalar_t) {                                       \
+    dropout_part<scalar_t>(x, out, d, dropout, first, last, dropped);                                                 \
+  }
+FASTMTL_ROW_KERNELS(float)
+FASTMTL_ROW_KERNELS(BFloat16)
+FASTMTL_ROW_KERNELS(Half)
+#undef FASTMTL_ROW_KERNELS
+
+// Calls fn with a zero of the C++ type of a dtype.
+template <typename F>
+void for_dtype(const char* op, ScalarType dtype, const F& fn) {
+  switch (dtype) {
+    case ScalarType::Float: return fn(float{0});
+    case ScalarType::BFloat16: return fn(BFloat16(0));
+    case ScalarType::Half: return fn(Half(0));
+    default: STD_TORCH_CHECK(false, op, ": rows must be float32, bfloat16 or float16");
+  }
+}
+
+void check(const char* op, const char* name, const Tensor& tensor, ScalarType dtype, int64_t numel) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == dtype && tensor.numel() == numel,
+                  op, ": ", name, " must be contiguous on the CPU, of ", numel, " elements and of the right dtype");
+}
+
+void add_layer_norm_out(Tensor residual, Tensor x, std::optional<Tensor> ts, std::optional<Tensor> x_bias,
+                        Tensor weight, Tensor bias, std::optional<Tensor> seed, int64_t threshold, double scale,
+                        double eps, int64_t num_rows, Tensor y, Tensor z, Tensor mean, Tensor rstd) {
+  const char* op = "add_layer_norm_out";
+  const int64_t n = residual.size(0), d = residual.size(1);
+  const ScalarType dtype = residual.scalar_type();
+  STD_TORCH_CHECK(num_rows >= 0 && num_rows <= n, op, ": num_rows must be at most the rows there are");
+  check(op, "residual", residual, dtype, n * d);
+  check(op, "x", x, dtype, n * d);
+  if (ts) check(op, "ts", *ts, dtype, n * d);
+  if (x_bias) check(op, "x_bias", *x_bias, ScalarType::Float, d);
+  check(op, "weight", weight, ScalarType::Float, d);
+  check(op, "bias", bias, ScalarType::Float, d);
+  check(op, "y", y, dtype, n * d);
+  check(op, "z", z, dtype, n * d);
+  check(op, "mean", mean, ScalarType::Float, n);
+  check(op, "rstd", rstd, ScalarType::Float, n);
+  const std::vector<float> no_bias(x_bias ? 0 : d);
+  const auto floats = [](const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); };
+  const ForwardArgs args{residual.const_data_ptr(), x.const_data_ptr(), ts ? ts->const_data_ptr() : nullptr,
+                         x_bias ? floats(*x_bias) : no_bias.data(), floats(weight), floats(bias),
+                         y.mutable_data_ptr(), z.mutable_data_ptr(), static_cast<float*>(mean.mutable_data_ptr()),
+                         static_cast<float*>(rstd.mutable_data_ptr()), d, static_cast<float>(eps),
+                         dropout_of(seed, threshold, scale)};
+  for_dtype(op, dtype, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    torch::stable::parallel_for(0, num_rows, kChunk, [&](int64_t first, int64_t last) {
+      std::vector<uint32_t> dropped(padded(d), 0);
+      std::vector<scalar_t> no_ts(d, zero);
+      std::vector<float> row_z(d);
+      forward_rows(args, first, last, dropped.data(), no_ts.data(), row_z.data());
+    });
+  });
+  std::memset(static_cast<char*>(args.y) + num_rows * d * y.element_size(), 0, (n - num_rows) * d * y.element_size());
+}
+
+// sums [3, T, d]: of weight, bias and x_bias over the rows of each task.
+void add_layer_norm_backward_out(Tensor dy, Tensor z, Tensor mean, Tensor rstd, Tensor weight,
+                                 std::optional<Tensor> seed, int64_t threshold, double scale, Tensor token_offsets,
+                                 Tensor dz, std::optional<Tensor> dx, Tensor sums) {
+  const char* op = "add_layer_norm_backward_out";
+  const int64_t n = dy.size(0), d = dy.size(1), num_tasks = token_offsets.numel() - 1;
+  const ScalarType dtype = dy.scalar_type();
+  check(op, "dy", dy, dtype, n * d);
+  check(op, "z", z, dtype, n * d);
+  check(op, "mean", mean, ScalarType::Float, n);
+  check(op, "rstd", rstd, ScalarType::Float, n);
+  check(op, "weight", weight, ScalarType::Float, d);
+  check(op, "token_offsets", token_offsets, ScalarType::Int, num_tasks + 1);
+  check(op, "dz", dz, dtype, n * d);
+  if (dx) check(op, "dx", *dx, dtype, n * d);
+  check(op, "sums", sums, ScalarType::Float, 3 * num_tasks * d);
+  const int32_t* offsets = static_cast<const int32_t*>(token_offsets.const_data_ptr());
+  STD_TORCH_CHECK(num_tasks >= 1 && offsets[0] == 0 && std::is_sorted(offsets, offsets + num_tasks + 1) &&
+                      offsets[num_tasks] <= n, op, ": token_offsets must ascend from 0 to at most the rows there are");
+  const auto floats = [](const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); };
+  const BackwardArgs args{dy.const_data_ptr(), z.const_data_ptr(), floats(mean), floats(rstd), floats(weight),
+                          dz.mutable_data_ptr(), dx ? dx->mutable_data_ptr() : nullptr, d,
+                          dropout_of(seed, threshold, scale)};
+  const int64_t num_rows = offsets[num_tasks], num_chunks = (num_rows + kChunk - 1) / kChunk;
+  // Chunk p's part of task t is slot p + t: along the rows one of the two grows with every part.
+  std::vector<float> partials((num_chunks + num_tasks) * 3 * d, 0.0f);
+  for_dtype(op, dtype, [&](auto zero) {
+    torch::stable::parallel_for(0, num_chunks, 1, [&](int64_t first, int64_t last) {
+      std::vector<uint32_t> dropped(padded(d), 0);
+      for (int64_t chunk = first; chunk < last; ++chunk) {
+        for (int64_t t = 0; t < num_tasks; ++t) {
+          const int64_t begin = std::max<int64_t>(chunk * kChunk, offsets[t]);
+          const int64_t end = std::min<int64_t>((chunk + 1) * kChunk, offsets[t + 1]);
+          if (begin < end)
+            backward_rows(args, begin, end, dropped.data(), partials.data() + (chunk + t) * 3 * d, zero);
+        }
+      }
+    });
+  });
+  float* out = static_cast<float*>(sums.mutable_data_ptr());
+  std::fill(out, out + 3 * num_tasks * d, 0.0f);
+  for (int64_t t = 0; t < num_tasks; ++t) {
+    if (offsets[t] == offsets[t + 1]) continue;
+    for (int64_t slot = offsets[t] / kChunk + t; slot <= (offsets[t + 1] - 1) / kChunk + t; ++slot)
+      for (int64_t k = 0; k < 3; ++k)
+        for (int64_t c = 0; c < d; ++c) out[(k * num_tasks + t) * d + c] += partials[(slot * 3 + k) * d + c];
+  }
+  const int64_t done = num_rows * d * dy.element_size(), rest = (n - num_rows) * d * dy.element_size();
+  std::memset(static_cast<char*>(args.dz) + done, 0, rest);
+  if (args.dx) std::memset(static_cast<char*>(args.dx) + done, 0, rest);
+}
+
+void row_dropout_out(Tensor x, Tensor seed, int64_t threshold, double scale, Tensor out) {
+  const int64_t n = x.size(0), d = x.size(1);
+  check("row_dropout_out", "x", x, x.scalar_type(), n * d);
+  check("row_dropout_out", "out", out, x.scalar_type(), n * d);
+  const Dropout dropout = dropout_of(seed, threshold, scale);
+  const void* from = x.const_data_ptr();
+  void* to = out.mutable_data_ptr();
+  for_dtype("row_dropout_out", x.scalar_type(), [&](auto zero) {
+    torch::stable::parallel_for(0, n, kChunk, [&](int64_t first, int64_t last) {
+      std::vector<uint32_t> dropped(padded(d), 0);
+      dropout_rows(from, to, d, dropout, first, last, dropped.data(), zero);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace fastmtl
+
+STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
+  m.impl("add_layer_norm_out", TORCH_BOX(&fastmtl::add_layer_norm_out));
+  m.impl("add_layer_norm_backward_out", TORCH_BOX(&fastmtl::add_layer_norm_backward_out));
+  m.impl("row_dropout_out", TORCH_BOX(&fastmtl::row_dropout_out));
+}

@@ -1,0 +1,69 @@
+"""Philox4x32-10 in plain torch, and which elements of a matrix dropout keeps by it.
+
+Whether an element is kept is a pure function of the seed and of its place, so that backward draws it again and every
+implementation draws the same. In a matrix whose rows are tokens:
+
+    words = Philox4x32-10(key = seed, counter = (column // 4, row, 0, 1))
+    keep[row, column] = int32(words[column % 4]) >= round(2^32 dropout_p) - 2^31
+
+A fair 32-bit word makes the probability exact to 2^-33. The counter's last word is 0 for attention's dropout
+(fastmtl_kernels.varlen_attention_reference), so one seed may serve both; two calls with the same seed drop the same
+places, so every row-wise dropout of a step needs a seed of its own.
+
+Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011 (the generator behind Triton's `tl.rand` too).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+
+
+def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 with the 64-bit key `seed`: four words in [0, 2^32) for each counter, all of them int64 tensors.
+
+    A product of two words passes 2^63, but its bits are right, which is all that is used of it.
+    """
+    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(10):
+        low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = ((high >> 32) & _WORD) ^ c1 ^ k0, high & _WORD
+        c2, c3 = ((low >> 32) & _WORD) ^ c3 ^ k1, low & _WORD
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def keep_threshold(dropout_p: float) -> int:
+    """The smallest signed 32-bit word that is kept."""
+    return min(round(dropout_p * 2**32), 2**32 - 1) - 2**31
+
+
+def keep_mask(seed: Tensor, num_rows: int, num_columns: int, dropout_p: float) -> Tensor:
+    """What row-wise dropout keeps: bool [num_rows, num_columns] on the seed's device."""
+    groups = torch.arange((num_columns + 3) // 4, device=seed.device)
+    rows = torch.arange(num_rows, device=seed.device)[:, None]
+    zero = torch.zeros_like(groups)
+    words = torch.stack(philox(seed.reshape(()), groups, rows, zero, zero + 1), dim=-1)
+    signed = words - ((words >> 31) << 32)
+    return signed.flatten(-2)[:, :num_columns] >= keep_threshold(dropout_p)
+
+
+def check_dropout(dropout_p: float, seed: Tensor | None, device: torch.device) -> None:
+    """Raises a ValueError that names the argument that is wrong; reads no value on a device."""
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if seed is None:
+        if dropout_p > 0:
+            raise ValueError("seed must be an int64 tensor of one element where dropout_p > 0, got None")
+        return
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
+        raise ValueError(f"seed must be an int64 tensor of one element, got {describe(seed)}")
+    if seed.device != device:
+        raise ValueError(f"seed must be on {device} like the rows, got {seed.device}")
+
+
+def describe(value: object) -> str:
+    """A tensor's dtype and shape, for messages; anything else as it prints."""
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)

@@ -1,0 +1,142 @@
+"""Where operations with shared parameters send one gradient per task, and which rows belong to which task.
+
+An operation is handed a sink only for a forward and backward that should write task gradients. Its backward computes
+the T gradients of a parameter, since rows of different tasks never mix, and asks the sink what autograd gets. The sink
+is known by what it does (`TaskSink`), not by its class: the layers above implement it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastmtl_kernels.philox import describe
+
+
+class Offsets(Protocol):
+    """Token offsets on both sides, so that nothing has to be copied."""
+
+    @property
+    def offsets(self) -> Tensor: ...
+
+    @property
+    def host(self) -> tuple[int, ...]: ...
+
+
+# int32 [T + 1] on the rows' device; or the same numbers on the host; or both.
+TokenOffsets = Tensor | Sequence[int] | Offsets
+
+
+class TaskSink(Protocol):
+    """What takes task gradients.
+
+    anchor: a scalar that requires a gradient and that embeddings take into the graph, so that a backward that asks for
+        no parameter still runs through them.
+    """
+
+    anchor: Tensor
+
+    def expect(self, *parameters: Any) -> None:
+        """A forward uses these parameters: as many deliveries will come."""
+
+    def deliver(self, parameter: Any, gradients: Tensor) -> Tensor | None:
+        """The gradient of `parameter` for autograd, None where the sink keeps `gradients`, float32 [T, *shape].
+
+        `parameter` is the object that forward was given, since saved tensors come back as others.
+        """
+
+    def deliver_rows(self, table: Any, ids: Tensor, rows: Tensor, token_offsets: tuple[int, ...]) -> Tensor | None:
+        """As `deliver`, of an embedding table [V, d] that gave its rows `ids` [N], int64, which have the gradients
+        `rows` [N, d]; token_offsets: those of the tasks among the N.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class TaskRows:
+    """The rows of T tasks: task t owns rows offsets[t]:offsets[t + 1] of num_rows, the rest belongs to none."""
+
+    offsets: Tensor
+    num_rows: int
+    known: tuple[int, ...] | None
+
+    @property
+    def num_tasks(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    @property
+    def host(self) -> tuple[int, ...]:
+        """The offsets as integers; waits for the device where the caller gave only a tensor on it."""
+        return tuple(self.offsets.tolist()) if self.known is None else self.known
+
+    @classmethod
+    def make(cls, token_offsets: TokenOffsets | None, num_rows: int, device: torch.device) -> TaskRows:
+        """None: one task that owns every row.
+
+        Raises:
+            ValueError: token_offsets is not int32 [T + 1] on `device`, or values known on the host do not ascend from 0
+                to at most num_rows.
+        """
+        if token_offsets is None:
+            token_offsets = (0, num_rows)
+        if isinstance(token_offsets, Tensor):
+            offsets, known = token_offsets, None
+        elif isinstance(token_offsets, Sequence):
+            offsets, known = torch.tensor(token_offsets, dtype=torch.int32, device=device), tuple(token_offsets)
+        else:
+            offsets, known = token_offsets.offsets, tuple(token_offsets.host)
+        if offsets.dtype != torch.int32 or offsets.dim() != 1 or len(offsets) < 2:
+            raise ValueError(f"token_offsets must be int32 of shape [T + 1], T >= 1, got {describe(offsets)}")
+        if offsets.device != device:
+            raise ValueError(f"token_offsets must be on {device} like the rows, got {offsets.device}")
+        if known is None and device.type == "cpu":
+            known = tuple(offsets.tolist())
+        if known is not None and (known[0] != 0 or list(known) != sorted(known) or known[-1] > num_rows):
+            raise ValueError(f"token_offsets must ascend from 0 to at most the {num_rows} rows, got {list(known)}")
+        return cls(offsets.contiguous(), num_rows, known)
+
+
+def check_sink(token_offsets: TokenOffsets | None, task_grads: TaskSink | None) -> None:
+    if task_grads is not None and token_offsets is None:
+        raise ValueError("token_offsets must be given with task_grads: they say which rows belong to which task")
+
+
+def gradient(sink: TaskSink | None, parameter: Any, gradients: Tensor) -> Tensor | None:
+    """What autograd gets for a parameter, of its dtype, from `gradients` [T, *shape]."""
+    merged = gradients.sum(0) if sink is None else sink.deliver(parameter, gradients)
+    return None if merged is None else merged.to(parameter.dtype)
+
+
+def table_gradient(sink: TaskSink | None, table: Any, ids: Tensor, rows: Tensor, tasks: TaskRows) -> Tensor | None:
+    """What autograd gets for an embedding table [V, d] whose rows `ids` [N] have the gradients `rows` [N, d].
+
+    Without a sink a dense table of its dtype, added up in float32.
+    """
+    if sink is not None:
+        merged = sink.deliver_rows(table, ids, rows, tasks.host)
+    else:
+        merged = torch.ops.aten.embedding_dense_backward(rows.float(), ids, table.shape[0], -1, False)
+    return None if merged is None else merged.to(table.dtype)
+
+
+def per_task(parameter: Tensor, num_tasks: int, sink: TaskSink | None) -> Tensor:
+    """The parameter once for each task, [T, *shape], with a gradient that goes through the sink (for the oracles)."""
+    return _PerTask.apply(parameter, num_tasks, sink)
+
+
+class _PerTask(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, num_tasks: int, sink: TaskSink | None) -> Tensor:
+        ctx.parameter, ctx.sink = parameter, sink
+        if sink is not None:
+            sink.expect(parameter)
+        return parameter.expand(num_tasks, *parameter.shape).clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient(ctx.sink, ctx.parameter, gradients), None, None
