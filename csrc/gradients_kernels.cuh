@@ -19,6 +19,8 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 // Tasks whose inner products fit in the registers of a thread.
 constexpr int kGroup = 8;
+// Rows that combine loads before it uses the first one.
+constexpr int kRowsInFlight = 4;
 
 // The place of G[i, j], i <= j, in the upper triangle of G, row by row.
 __device__ inline int64_t entry_of(int i, int j, int num_tasks) { return i * num_tasks - i * (i - 1) / 2 + j - i; }
@@ -163,12 +165,19 @@ __device__ __forceinline__ void combine_columns(const void* const* rows, const f
   out_t* out = static_cast<out_t*>(const_cast<void*>(rows[num_tasks])) + offset;
   for (int p = begin + static_cast<int>(threadIdx.x) * kSize; p < end; p += kThreads * kSize) {
     float sums[kSize] = {};
-#pragma unroll 4
-    for (int t = 0; t < num_tasks; ++t) {
-      const Values x = *reinterpret_cast<const Values*>(static_cast<const scalar_t*>(rows[t]) + offset + p);
+    for (int first = 0; first < num_tasks; first += kRowsInFlight) {
+      Values x[kRowsInFlight];
 #pragma unroll
-      for (int lane = 0; lane < kSize; ++lane)
-        sums[lane] = fmaf(weights[t], static_cast<float>(x.values[lane]), sums[lane]);
+      for (int i = 0; i < kRowsInFlight; ++i)
+        if (first + i < num_tasks)
+          x[i] = *reinterpret_cast<const Values*>(static_cast<const scalar_t*>(rows[first + i]) + offset + p);
+#pragma unroll
+      for (int i = 0; i < kRowsInFlight; ++i) {
+        if (first + i >= num_tasks) break;
+#pragma unroll
+        for (int lane = 0; lane < kSize; ++lane)
+          sums[lane] = fmaf(weights[first + i], static_cast<float>(x[i].values[lane]), sums[lane]);
+      }
     }
     Pack<out_t, kSize> packed;
 #pragma unroll
