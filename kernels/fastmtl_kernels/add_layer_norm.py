@@ -6,8 +6,8 @@
 
 residual, x, ts, y [N, d]; weight, bias, x_bias [d]; the sums are over the rows of one task. Statistics and sums are
 float32, z is kept for backward in residual's dtype, dropout is drawn again. An implementation is a module with
-`forward` and `backward` (fastmtl_kernels.row_norm_cpu for C++, row_norm_triton for Triton). Equal inputs give equal bits.
-Not differentiable twice.
+`forward` and `backward`: add_layer_norm_cpp, add_layer_norm_triton. Equal inputs give equal bits. Not differentiable
+twice.
 
 Source: as fastmtl_kernels.add_layer_norm_reference.
 """
@@ -131,7 +131,9 @@ class _AddLayerNorm(torch.autograd.Function):
         )  # fmt: skip
         gradients = [
             gradient(call.sink, parameter, sums[k]) if wanted else None
-            for k, (parameter, wanted) in enumerate(zip(ctx.parameters, (wants.weight, wants.bias, wants.x_bias)))
+            for k, (parameter, wanted) in enumerate(
+                zip(ctx.parameters, (wants.weight, wants.bias, wants.x_bias), strict=True)
+            )
         ]
         dts = dz.to(ts_dtype) if wants.ts else None
         return (
@@ -153,13 +155,13 @@ def backend_of(impl: str) -> ModuleType | None:
     """The module of an implementation, None for the reference."""
     match impl:
         case "cpp":
-            from fastmtl_kernels import row_norm_cpu
+            from fastmtl_kernels import add_layer_norm_cpp
 
-            return row_norm_cpu
+            return add_layer_norm_cpp
         case "triton":
-            from fastmtl_kernels import row_norm_triton
+            from fastmtl_kernels import add_layer_norm_triton
 
-            return row_norm_triton
+            return add_layer_norm_triton
     return None
 
 

@@ -1,12 +1,12 @@
-"""Plain-torch oracle of the residual LayerNorm and of row-wise dropout: it defines the meaning, and is the portable path.
+"""Plain-torch oracle of residual LayerNorm and row-wise dropout: it defines the meaning, and is the portable path.
 
     z = residual + dropout(x + x_bias) + ts
     y = (z - mean(z)) / sqrt(var(z) + eps) * weight + bias        mean and biased variance over the columns
 
-residual, x, ts [N, d]; weight, bias, x_bias [d]. Any floating dtypes; float32 inside, float64 where residual is float64;
-y has residual's dtype. Dropout keeps what fastmtl_kernels.philox.keep_mask says and multiplies it with
-1 / (1 - dropout_p). Rows past the last token offset belong to no task: y and the gradients are zero there, whatever they
-hold. Gradients by autograd; those of a task's rows go to the sink by giving every task a copy of the parameters.
+residual, x, ts [N, d]; weight, bias, x_bias [d]. Any floating dtypes; float32 inside, float64 where residual is
+float64; y has residual's dtype. Dropout keeps what fastmtl_kernels.philox.keep_mask says and multiplies it with
+1 / (1 - dropout_p). Rows past the last token offset belong to no task: y and the gradients are zero there, whatever
+they hold. Gradients by autograd; those of a task's rows go to the sink by giving every task a copy of the parameters.
 
 Source: Ba et al., Layer Normalization, 2016; Devlin et al., BERT, 2019 (the order of bias, dropout, sum and norm).
 """
@@ -40,7 +40,7 @@ def add_layer_norm(
     task_of_row = task_index(tasks)
     f = x[:stop].to(dtype)
     if x_bias is not None:
-        f = f + per_task(x_bias, tasks.num_tasks, task_grads).to(dtype)[task_of_row]
+        f = f + per_task(x_bias, tasks.num_tasks, dtype, task_grads)[task_of_row]
     z = residual[:stop].to(dtype) + dropout(f, dropout_p, seed)
     if ts is not None:
         z = z + ts[:stop].to(dtype)
@@ -55,7 +55,7 @@ def layer_norm(
     task_of_row = task_index(tasks)
     centred = z - z.mean(-1, keepdim=True)
     normalised = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-    weights, biases = (per_task(parameter, tasks.num_tasks, task_grads).to(z.dtype) for parameter in (weight, bias))
+    weights, biases = (per_task(parameter, tasks.num_tasks, z.dtype, task_grads) for parameter in (weight, bias))
     return normalised * weights[task_of_row] + biases[task_of_row]
 
 

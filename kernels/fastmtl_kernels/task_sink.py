@@ -116,6 +116,7 @@ def table_gradient(sink: TaskSink | None, table: Any, ids: Tensor, rows: Tensor,
 
     Without a sink a dense table of its dtype, added up in float32.
     """
+    ids = ids.long()
     if sink is not None:
         merged = sink.deliver_rows(table, ids, rows, tasks.host)
     else:
@@ -123,20 +124,31 @@ def table_gradient(sink: TaskSink | None, table: Any, ids: Tensor, rows: Tensor,
     return None if merged is None else merged.to(table.dtype)
 
 
-def per_task(parameter: Tensor, num_tasks: int, sink: TaskSink | None) -> Tensor:
-    """The parameter once for each task, [T, *shape], with a gradient that goes through the sink (for the oracles)."""
-    return _PerTask.apply(parameter, num_tasks, sink)
+def per_task(parameter: Tensor, num_tasks: int, dtype: torch.dtype, sink: TaskSink | None) -> Tensor:
+    """The parameter once for each task, [T, *shape] of `dtype`, with a gradient that goes through the sink (for the
+    oracles).
+    """
+    return _PerTask.apply(None if sink is None else sink.anchor, parameter, num_tasks, dtype, sink)
 
 
 class _PerTask(torch.autograd.Function):
+    """Takes the anchor, as otherwise a backward that asks for the anchor alone would not come by here."""
+
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, num_tasks: int, sink: TaskSink | None) -> Tensor:
+    def forward(
+        ctx: Any, anchor: Tensor | None, parameter: Tensor, num_tasks: int, dtype: torch.dtype, sink: TaskSink | None
+    ) -> Tensor:
+        ctx.save_for_backward(anchor)
         ctx.parameter, ctx.sink = parameter, sink
         if sink is not None:
             sink.expect(parameter)
-        return parameter.expand(num_tasks, *parameter.shape).clone()
+        return parameter.to(dtype).repeat(num_tasks, *[1] * parameter.dim())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient(ctx.sink, ctx.parameter, gradients), None, None
+        (anchor,) = ctx.saved_tensors
+        d_anchor = None if anchor is None else torch.zeros_like(anchor)
+        wanted = ctx.needs_input_grad[1]
+        d_parameter = gradient(ctx.sink, ctx.parameter, gradients) if wanted else None
+        return d_anchor, d_parameter, None, None, None
