@@ -1,4 +1,4 @@
-"""The example of docs/surgery.md runs as pasted."""
+"""The examples of docs/surgery.md run as pasted."""
 
 from __future__ import annotations
 
@@ -8,13 +8,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PAGE = Path(__file__).parents[2] / "docs" / "surgery.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+EXAMPLES = [block for block in BLOCKS if "import deepspeed" in block]
 
 
-def test_example_runs(tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+def test_both_ways_are_shown() -> None:
+    hugging_face, own_layers = EXAMPLES
+    assert "from transformers import" in hugging_face and "surgery.backward(" in hugging_face
+    assert "from fastmtl.surgery.functional import" in own_layers and "surgery.run(" in own_layers
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_example_runs(number: int, tmp_path: Path) -> None:
     script = tmp_path / "example.py"
-    script.write_text(next(block for block in blocks if "import deepspeed" in block), encoding="utf-8")
+    script.write_text(EXAMPLES[number], encoding="utf-8")
     ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29631"}
     environment = {**os.environ, **ranks, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120)
