@@ -16,6 +16,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from fastmtl.engine import extension_locks
+
 T = TypeVar("T")
 
 
@@ -85,6 +87,7 @@ def start(local_rank: int | None = None, *, debug: bool = False) -> Ranks:
     elif "OMP_NUM_THREADS" not in os.environ:
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world)))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    extension_locks.release()
     import deepspeed
 
     if not dist.is_initialized():
