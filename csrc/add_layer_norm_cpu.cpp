@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "philox.h"
-#include "simd.h"
+#include "rows.h"
 
 namespace fastmtl {
 namespace {
@@ -22,47 +22,12 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kChunk = 64;
-constexpr int kUnroll = 4;
-constexpr int64_t kWide = kUnroll * kLanes;
-
 int64_t padded(int64_t num_columns) { return (num_columns + kDroppedBlock - 1) / kDroppedBlock * kDroppedBlock; }
-
-// Calls fn(first column, columns, accumulator) for vectors of kLanes columns and a last shorter one; accumulators
-// 0 to kUnroll - 1 take turns, so that a sum does not wait for its own last addition.
-template <typename F>
-FASTMTL_INLINE void for_vectors(int64_t num_columns, const F& fn) {
-  int64_t c = 0;
-  for (; c + kWide <= num_columns; c += kWide) {
-#pragma GCC unroll 4
-    for (int k = 0; k < kUnroll; ++k) fn(c + k * kLanes, kLanes, k);
-  }
-  for (; c + kLanes <= num_columns; c += kLanes) fn(c, kLanes, 0);
-  if (c < num_columns) fn(c, num_columns - c, 0);
-}
-
-template <typename scalar_t>
-FASTMTL_INLINE Lanes get(const scalar_t* ptr, int64_t count) {
-  Lanes lanes;
-  if (count == kLanes) load(ptr, lanes);
-  else load_tail(ptr, count, lanes);
-  return lanes;
-}
-
-template <typename scalar_t>
-FASTMTL_INLINE void put(Lanes lanes, scalar_t* ptr, int64_t count) {
-  if (count == kLanes) store(lanes, ptr);
-  else store_tail(lanes, ptr, count);
-}
 
 FASTMTL_INLINE Lanes drop(Lanes lanes, const uint32_t* dropped) {
   LaneBits bits;
   std::memcpy(&bits, dropped, sizeof(bits));
   return (Lanes)(~bits & (LaneBits)lanes);
-}
-
-FASTMTL_INLINE float total(const Lanes (&acc)[kUnroll]) {
-  const Lanes lanes = (acc[0] + acc[1]) + (acc[2] + acc[3]);
-  return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
 }
 
 struct Dropout {
@@ -213,22 +178,6 @@ FASTMTL_ROW_KERNELS(float)
 FASTMTL_ROW_KERNELS(BFloat16)
 FASTMTL_ROW_KERNELS(Half)
 #undef FASTMTL_ROW_KERNELS
-
-// Calls fn with a zero of the C++ type of a dtype.
-template <typename F>
-void for_dtype(const char* op, ScalarType dtype, const F& fn) {
-  switch (dtype) {
-    case ScalarType::Float: return fn(float{0});
-    case ScalarType::BFloat16: return fn(BFloat16(0));
-    case ScalarType::Half: return fn(Half(0));
-    default: STD_TORCH_CHECK(false, op, ": rows must be float32, bfloat16 or float16");
-  }
-}
-
-void check(const char* op, const char* name, const Tensor& tensor, ScalarType dtype, int64_t numel) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == dtype && tensor.numel() == numel,
-                  op, ": ", name, " must be contiguous on the CPU, of ", numel, " elements and of the right dtype");
-}
 
 void add_layer_norm_out(Tensor residual, Tensor x, std::optional<Tensor> ts, std::optional<Tensor> x_bias,
                         Tensor weight, Tensor bias, std::optional<Tensor> seed, int64_t threshold, double scale,

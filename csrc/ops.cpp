@@ -31,6 +31,10 @@ void add_layer_norm_backward_out_meta(Tensor, Tensor, Tensor, Tensor, Tensor, st
 
 void row_dropout_out_meta(Tensor, Tensor, int64_t, double, Tensor) {}
 
+void pool_out_meta(Tensor, Tensor, int64_t, Tensor, std::optional<Tensor>) {}
+
+void pool_backward_out_meta(Tensor, Tensor, int64_t, std::optional<Tensor>, Tensor) {}
+
 }  // namespace
 
 // Tensor lists are task-major: grads[t * K + k] is task t's gradient of tensor k, K tensors per task.
@@ -45,6 +49,8 @@ STABLE_TORCH_LIBRARY(fastmtl, m) {
       "add_layer_norm_backward_out(Tensor dy, Tensor z, Tensor mean, Tensor rstd, Tensor weight, Tensor? seed, "
       "int threshold, float scale, Tensor token_offsets, Tensor(a!) dz, Tensor(b!)? dx, Tensor(c!) sums) -> ()");
   m.def("row_dropout_out(Tensor x, Tensor seed, int threshold, float scale, Tensor(a!) out) -> ()");
+  m.def("pool_out(Tensor x, Tensor cu_seqlens, int mode, Tensor(a!) out, Tensor(b!)? winners) -> ()");
+  m.def("pool_backward_out(Tensor dout, Tensor cu_seqlens, int mode, Tensor? winners, Tensor(a!) dx) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, Meta, m) {
@@ -53,4 +59,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastmtl, Meta, m) {
   m.impl("add_layer_norm_out", TORCH_BOX(&add_layer_norm_out_meta));
   m.impl("add_layer_norm_backward_out", TORCH_BOX(&add_layer_norm_backward_out_meta));
   m.impl("row_dropout_out", TORCH_BOX(&row_dropout_out_meta));
+  m.impl("pool_out", TORCH_BOX(&pool_out_meta));
+  m.impl("pool_backward_out", TORCH_BOX(&pool_backward_out_meta));
 }

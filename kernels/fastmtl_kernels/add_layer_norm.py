@@ -15,18 +15,16 @@ Source: as fastmtl_kernels.add_layer_norm_reference.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastmtl_kernels import add_layer_norm_reference as reference
-from fastmtl_kernels.dispatch import select
+from fastmtl_kernels.dispatch import RowImpl, select
 from fastmtl_kernels.philox import check_dropout, describe
 from fastmtl_kernels.task_sink import TaskRows, TaskSink, TokenOffsets, check_sink, gradient
-
-RowImpl = Literal["auto", "reference", "triton", "cpp"]
 
 
 def add_layer_norm(
@@ -129,11 +127,10 @@ class _AddLayerNorm(torch.autograd.Function):
             dx_dtype=x_dtype if wants.x or wants.x_bias else None,
             sums=wants.weight or wants.bias or wants.x_bias,
         )  # fmt: skip
+        wanted = wants.weight, wants.bias, wants.x_bias
         gradients = [
-            gradient(call.sink, parameter, sums[k]) if wanted else None
-            for k, (parameter, wanted) in enumerate(
-                zip(ctx.parameters, (wants.weight, wants.bias, wants.x_bias), strict=True)
-            )
+            gradient(call.sink, parameter, sums[k]) if asked else None
+            for k, (parameter, asked) in enumerate(zip(ctx.parameters, wanted, strict=True))
         ]
         dts = dz.to(ts_dtype) if wants.ts else None
         return (

@@ -6,12 +6,14 @@ import importlib
 import os
 import shutil
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastmtl_kernels.gradients import why_unavailable
 
+RowImpl = Literal["auto", "reference", "triton", "cpp"]
 # Fastest first: "auto" takes the first that can be used.
 IMPLS = ("cpp", "triton", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastmtl_kernels import add_layer_norm_reference as reference
-from fastmtl_kernels.add_layer_norm import RowImpl, backend_of
-from fastmtl_kernels.dispatch import select
+from fastmtl_kernels.add_layer_norm import backend_of
+from fastmtl_kernels.dispatch import RowImpl, select
 from fastmtl_kernels.philox import check_dropout, describe
 
 

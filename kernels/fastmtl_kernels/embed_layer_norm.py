@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastmtl_kernels import embed_layer_norm_reference as reference
-from fastmtl_kernels.add_layer_norm import RowImpl, RowNorm, backend_of, check_columns
-from fastmtl_kernels.dispatch import select
+from fastmtl_kernels.add_layer_norm import RowNorm, backend_of, check_columns
+from fastmtl_kernels.dispatch import RowImpl, select
 from fastmtl_kernels.philox import check_dropout, describe
 from fastmtl_kernels.task_sink import TaskRows, TaskSink, TokenOffsets, check_sink, gradient, table_gradient
 

@@ -37,10 +37,9 @@ def embed_layer_norm(
     """y [N, d]; ids and tables in the order word, position, type; the rest as fastmtl_kernels.embed_layer_norm."""
     dtype = torch.promote_types(tables[0].dtype, torch.float32)
     stop = tasks.host[-1]
+    anchor = None if task_grads is None else task_grads.anchor
     z = sum(
-        _TableRows.apply(
-            None if task_grads is None else task_grads.anchor, index[:stop], table, dtype, tasks, task_grads
-        )
+        _TableRows.apply(anchor, index[:stop], table, dtype, tasks, task_grads)
         for index, table in zip(ids, tables, strict=True)
     )
     y = dropout(layer_norm(z, weight, bias, eps, tasks, task_grads), dropout_p, seed)

@@ -73,9 +73,8 @@ def assert_close(found: Tensor, exact: Tensor, oracle: Tensor, scale: Tensor | f
     assert found.shape == exact.shape
     if exact.numel() == 0:
         return
-    budget = 2 * (
-        (oracle.double() - exact).abs().max() + 4 * torch.finfo(dtype).eps * torch.as_tensor(scale).abs().max()
-    )
+    rounding = torch.finfo(dtype).eps * torch.as_tensor(scale).abs().max()
+    budget = 2 * ((oracle.double() - exact).abs().max() + 4 * rounding)
     error = (found.double() - exact).abs().max()
     assert error <= budget, f"error {error:.3g}, budget {budget:.3g}"
 

@@ -64,7 +64,7 @@ def test_task_gradients_of_the_oracle() -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS[1:])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(case=cases())
 def test_any_case(impl: str, case: Case) -> None:
     check(case, impl)
