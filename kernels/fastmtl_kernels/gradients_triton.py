@@ -117,20 +117,16 @@ def _combine_block(
     offs: tl.tensor,
     mask: tl.tensor,
     NUM_ROWS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
 ) -> None:
     merged = tl.zeros(offs.shape, tl.float32)
     for t in tl.static_range(NUM_ROWS):
-        if HAS_MASK:
-            row = tl.load(row_ptrs[t] + offs, mask=mask, other=0.0)
-        else:
-            row = tl.load(row_ptrs[t] + offs)
+        if t % MAX_ROWS == 0 and t > 0:
+            # Keeps the compiler from loading more rows ahead than there are registers for.
+            tl.debug_barrier()
+        row = tl.load(row_ptrs[t] + offs, mask=mask)
         merged += tl.load(weights_ptr + t) * row.to(tl.float32)
-    merged = merged.to(out_ptr.dtype.element_ty)
-    if HAS_MASK:
-        tl.store(out_ptr + offs, merged, mask=mask)
-    else:
-        tl.store(out_ptr + offs, merged)
+    tl.store(out_ptr + offs, merged.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_columns"])
@@ -140,15 +136,19 @@ def _combine_kernel(
     out_ptr: tl.tensor,
     num_columns: tl.tensor,
     NUM_ROWS: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
 ) -> None:
     """BLOCK columns of the merged gradient."""
-    begin = tl.program_id(0).to(tl.int64) * BLOCK
-    offs = begin + tl.arange(0, BLOCK)
+    # From the last block to the first, so that the incomplete one, which is slow, does not come after all others.
+    begin = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * BLOCK
     if begin + BLOCK <= num_columns:
-        _combine_block(row_ptrs, weights_ptr, out_ptr, offs, None, NUM_ROWS, False)
+        _combine_block(row_ptrs, weights_ptr, out_ptr, begin + tl.arange(0, BLOCK), None, NUM_ROWS, MAX_ROWS)
     else:
-        _combine_block(row_ptrs, weights_ptr, out_ptr, offs, offs < num_columns, NUM_ROWS, True)
+        for first in range(begin, num_columns, LANES):
+            offs = first + tl.arange(0, LANES)
+            _combine_block(row_ptrs, weights_ptr, out_ptr, offs, offs < num_columns, NUM_ROWS, MAX_ROWS)
 
 
 def _gramian_of_rows(rows: Sequence[Tensor]) -> Tensor:
@@ -212,7 +212,9 @@ def combine(grads: Sequence[Sequence[Tensor]], weights: Tensor, out: Sequence[Te
             out_ptr=target,
             num_columns=target.numel(),
             NUM_ROWS=len(rows),
+            MAX_ROWS=MAX_ROWS,
             BLOCK=block,
+            LANES=LANES,
             num_warps=NUM_WARPS,
             enable_fp_fusion=True,
         )

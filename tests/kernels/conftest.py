@@ -1,0 +1,54 @@
+"""Compilation of Triton kernels for GPUs that need not be there."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """A kernel as it would run: per thread registers and bytes spilled, per block bytes of shared memory.
+
+    `signature` has the types of its arguments, "*bf16:16" for a pointer to bf16 that is aligned to 16 bytes;
+    `instructions` counts those of the machine code, {"LDG.E.128": 6, ...}; tensor cores are HMMA and HGMMA.
+    """
+
+    name: str
+    signature: dict[str, Any]
+    constants: dict[str, Any]
+    registers: int
+    spilled: int
+    shared: int
+    instructions: dict[str, int]
+
+
+@pytest.fixture
+def compile_ahead(tmp_path: Path) -> Callable[[Callable[[], None], int], list[Compiled]]:
+    """compile_ahead(function, 90): the Triton kernels that a function of a module launches, compiled for sm_90.
+
+    The function is called in a process of its own, on CPU or meta tensors; its launches compile and compute nothing.
+    """
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+
+    def compile_for(function: Callable[[], None], capability: int) -> list[Compiled]:
+        script = Path(__file__).with_name("triton_aot.py")
+        command = [sys.executable, str(script), inspect.getfile(function), function.__name__, str(capability)]
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment["TRITON_CACHE_DIR"] = str(tmp_path)
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        return [Compiled(**json.loads(line)) for line in ran.stdout.splitlines()]
+
+    return compile_for
