@@ -20,8 +20,6 @@ from torch import Tensor
 
 TILE = 64
 GROUP = 4
-# One block holds a whole head in registers.
-MAX_HEAD_DIM = 128
 
 
 @dataclass(frozen=True, eq=False)

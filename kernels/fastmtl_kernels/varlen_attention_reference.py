@@ -13,11 +13,10 @@ every implementation draws the same:
     words = Philox4x32-10(key = seed, counter = (key // 4, row, head, 0))
     keep[row, key] = int32(words[key % 4]) >= round(2^32 dropout_p) - 2^31
 
-`row` is the query's row of qkv, `key` the key's position in its sequence: one call serves four keys. A fair 32-bit word
-makes the probability exact to 2^-33.
+`row` is the query's row of qkv, `key` the key's position in its sequence: one call of fastmtl_kernels.philox serves
+four keys.
 
-Sources: Vaswani et al., Attention Is All You Need, 2017, equation 1; Salmon et al., Parallel Random Numbers: As Easy as
-1, 2, 3, 2011 (Philox, the generator behind Triton's `tl.rand` too).
+Source: Vaswani et al., Attention Is All You Need, 2017, equation 1.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-_WORD = 0xFFFFFFFF
+from fastmtl_kernels.philox import keep_threshold, philox
 
 
 def varlen_attention(
@@ -57,22 +56,3 @@ def keep_mask(seed: Tensor, first_row: int, length: int, num_heads: int, dropout
     words = torch.stack(philox(seed.reshape(()), groups, rows, heads, torch.zeros_like(groups)), dim=-1)
     signed = words - ((words >> 31) << 32)
     return signed.flatten(-2)[..., :length] >= keep_threshold(dropout_p)
-
-
-def keep_threshold(dropout_p: float) -> int:
-    """The smallest signed 32-bit word that is kept."""
-    return min(round(dropout_p * 2**32), 2**32 - 1) - 2**31
-
-
-def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 with the 64-bit key `seed`: four words in [0, 2^32) for each counter, all of them int64 tensors.
-
-    A product of two words passes 2^63, but its bits are right, which is all that is used of it.
-    """
-    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
-    for _ in range(10):
-        low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1 = ((high >> 32) & _WORD) ^ c1 ^ k0, high & _WORD
-        c2, c3 = ((low >> 32) & _WORD) ^ c3 ^ k1, low & _WORD
-        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
-    return c0, c1, c2, c3

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastmtl_kernels import varlen_attention_reference as reference
+from fastmtl_kernels.philox import keep_threshold
 from fastmtl_kernels.varlen_attention import varlen_attention
+from fastmtl_kernels.varlen_attention_plan import TILE, AttentionPlan
 
 IMPLS = ["reference"]
 HEAD_DIMS = [1, 8, 11, 16, 17, 32, 34, 64, 128]
@@ -220,25 +222,6 @@ def test_non_finite_values_stay_in_their_sequence(impl: str, bad: float) -> None
     assert not out[5:12, 0].isfinite().all() and not dqkv[5:12, :, 0].isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("counter", "key", "words"),
-    [
-        ([0, 0, 0, 0], 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ([2**32 - 1] * 4, -1, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        (
-            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
-            0x299F31D0_A4093822,
-            "d16cfe09 94fdcceb 5001e420 24126ea1",
-        ),
-    ],
-    ids=["zeros", "ones", "pi"],
-)
-def test_philox_gives_the_published_words(counter: list[int], key: int, words: str) -> None:
-    """The known answers of the authors' Random123."""
-    drawn = reference.philox(torch.tensor(key), *(torch.tensor(c) for c in counter))
-    assert " ".join(f"{int(word):08x}" for word in drawn) == words
-
-
 def kept(impl: str, lengths: list[int], num_heads: int, dropout_p: float, seed: Tensor) -> list[Tensor]:
     """What an implementation keeps, bool [heads, query, key] of every sequence, read off its output.
 
@@ -302,7 +285,7 @@ def test_dropout_keeps_what_the_oracle_says(impl: str) -> None:
 @pytest.mark.parametrize("dropout_p", [0.0, 1e-9, 0.1, 1 / 3, 0.5, 0.9, 1 - 2**-33, math.nextafter(1, 0)])
 def test_the_threshold_is_the_probability(dropout_p: float) -> None:
     """Of the 2^32 words, those below it are dropped; never all of them."""
-    dropped = reference.keep_threshold(dropout_p) + 2**31
+    dropped = keep_threshold(dropout_p) + 2**31
     assert 0 <= dropped < 2**32 and abs(dropped / 2**32 - dropout_p) <= 2**-32
 
 
@@ -358,7 +341,10 @@ CU_SEQLENS = torch.tensor([0, 4, 10], dtype=torch.int32)
         ({"dropout_p": 0.1, "seed": 3}, "seed must be an int64 tensor"),
         ({"dropout_p": 0.1, "seed": SEED.int()}, "seed must be an int64 tensor"),
         ({"dropout_p": 0.1, "seed": torch.zeros(2, dtype=torch.int64)}, "seed must be an int64 tensor of one element"),
-        ({"dropout_p": 0.1, "seed": SEED.to("meta")}, "seed must be on cpu like qkv, got meta"),
+        ({"dropout_p": 0.1, "seed": SEED.to("meta")}, "seed must be on cpu like .*, got meta"),
+        ({"plan": [0, 4, 10]}, "plan must be an AttentionPlan"),
+        ({"plan": AttentionPlan.make([0, 9], 9)}, "plan must be for the 10 rows of qkv on cpu, got one for 9 rows"),
+        ({"plan": AttentionPlan.make([0, 9], 10, "meta")}, "plan must be for .* on cpu, got one .* on meta"),
     ],
     ids=str,
 )
@@ -371,3 +357,36 @@ def test_bad_input_is_named(impl: str, wrong: dict[str, Any], message: str) -> N
 def test_an_unknown_implementation_is_an_error() -> None:
     with pytest.raises(ValueError, match="impl must be .* got 'fast'"):
         varlen_attention(QKV, CU_SEQLENS, impl="fast")  # type: ignore[arg-type]
+
+
+def test_triton_takes_no_cpu_tensors() -> None:
+    with pytest.raises(RuntimeError, match="impl='triton' cannot be used here: the Triton kernels take CUDA tensors"):
+        varlen_attention(QKV, CU_SEQLENS, impl="triton")
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(0, 200), max_size=30), tail=st.integers(0, 150))
+def test_a_plan_has_every_row_once(lengths: list[int], tail: int) -> None:
+    offsets = [0, *accumulate(lengths)]
+    num_rows = offsets[-1] + tail
+    plan = AttentionPlan.make(offsets, num_rows)
+    start_of = {row: start for start, stop in pairwise(offsets) for row in range(start, stop)}
+    seen = []
+    for rows, starts in zip(plan.tile_rows.tolist(), plan.tile_starts.tolist(), strict=True):
+        for slot, (row, start) in enumerate(zip(rows, starts, strict=True)):
+            assert start == start_of.get(row, -1)
+            # A sequence is in one piece, and its keys' groups of four begin at a multiple of four slots.
+            assert start < 0 or rows[slot - (row - start)] == start and (slot - (row - start)) % 4 == 0
+        seen += [row for row in rows if row >= 0]
+    for start, stop, first in plan.blocks.tolist():
+        assert start_of[first] == start and stop - start > TILE and (first - start) % TILE == 0
+        assert start == offsets[offsets.index(start) + offsets.count(start) - 1]
+        seen += range(first, min(first + TILE, stop))
+    assert sorted(seen) == list(range(num_rows))
+
+
+def test_a_plan_wastes_little() -> None:
+    """Sentences of a real batch: at most an eighth of the slots is empty, and rounding to groups is most of it."""
+    lengths = torch.randint(5, 50, (96,), generator=torch.Generator().manual_seed(0)).tolist()
+    plan = AttentionPlan.make([0, *accumulate(lengths)], sum(lengths))
+    assert plan.tile_rows.numel() * 7 / 8 <= sum(lengths)

@@ -1,0 +1,169 @@
+"""Attention over packed sequences by Triton.
+
+    S = softmax_scale * Q K^T, only within a sequence      dV = (Z P)^T dO
+    P = softmax(S)                                         dP = Z (dO V^T)
+    O = (Z P) V, Z = keep / (1 - dropout_p)                dS = P (dP - rowsum(P dP))
+                                                           dQ = softmax_scale * dS K,  dK = softmax_scale * dS^T Q
+
+qkv [N, 3, heads, head_dim], float16 or bfloat16 with head_dim up to 128, float32 up to 64, all padded to a power of
+two. Scores, softmax and sums are float32, the operands of the dots have qkv's dtype. P is recomputed in backward, by
+one kernel for each kind of sequence, every row written by exactly one program: no atomics, equal inputs give equal bits.
+
+- Sequences of at most 64 tokens (varlen_attention_tile): a program holds a tile of 64 rows, which may be several
+  sequences, and the whole rows of P; rowsum(P dP) never leaves its registers.
+- Longer ones (varlen_attention_long): a program loops over the 64-row blocks of its sequence. Forward keeps the
+  log2-sum-exp2 of the rows; backward's programs own a block of keys (dK, dV) or a block of queries (dQ) and take
+  rowsum(P dP) as rowsum(O dO).
+
+Limits: a value that is not finite makes its whole tile so, also where the tile holds other sequences. float32 spills
+registers: it is for checks rather than speed. Not differentiable twice.
+Sources: Dao, FlashAttention-2, 2023; dropout as fastmtl_kernels.varlen_attention_reference defines it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastmtl_kernels.philox import keep_threshold
+from fastmtl_kernels.varlen_attention_long import long_bwd_kernel, long_fwd_kernel
+from fastmtl_kernels.varlen_attention_plan import AttentionPlan
+from fastmtl_kernels.varlen_attention_tile import tile_bwd_kernel, tile_fwd_kernel
+
+# One program holds a whole head; float32 of 128 would pass the shared memory of an A100.
+MAX_HEAD_DIM = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 64}
+_LOG2_E = 1.4426950408889634
+
+
+def _constants(qkv: Tensor, dropout_p: float) -> dict[str, Any]:
+    """What all kernels are compiled with."""
+    head_dim = qkv.shape[3]
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "DROPOUT": dropout_p > 0,
+        # Three tensor core products in place of one give float32 back its digits.
+        "PRECISION": "tf32x3" if qkv.dtype == torch.float32 else "tf32",
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+
+
+def _tile_bwd_options(head_dim: int) -> dict[str, Any]:
+    """What keeps tile_bwd_kernel within the registers of sm_90."""
+    return {"num_warps": 8 if head_dim > 64 else 4}
+
+
+def _long_bwd_options(qkv: Tensor) -> dict[str, Any]:
+    """What keeps long_bwd_kernel within the registers of sm_90.
+
+    Heads that are not loaded by vectors need a register for every address: more warps, and no loads ahead. dK and dV
+    are left to two programs where one would not hold both.
+    """
+    head_dim, is_float = qkv.shape[3], qkv.dtype == torch.float32
+    vectors = head_dim in (16, 32, 64) and not is_float
+    options = {"num_warps": 4, "num_stages": 2} if vectors else {"num_warps": 8, "num_stages": 1}
+    if is_float:
+        options["num_warps"] = 4
+    return {"SPLIT": head_dim > 64 or is_float, **options}
+
+
+def _common(qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None) -> dict[str, Any]:
+    return {
+        "qkv_ptr": qkv,
+        # Without dropout it is not read, but a kernel needs a pointer.
+        "seed_ptr": qkv if seed is None else seed,
+        "stride_qkv_row": qkv.stride(0),
+        "stride_qkv_part": qkv.stride(1),
+        "stride_qkv_head": qkv.stride(2),
+        "num_heads": qkv.shape[2],
+        "scale_log2": scale * _LOG2_E,
+        "threshold": keep_threshold(dropout_p),
+        "keep_scale": 1 / (1 - dropout_p),
+        **_constants(qkv, dropout_p),
+    }
+
+
+def forward(
+    qkv: Tensor, plan: AttentionPlan, scale: float, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """O [N, heads, head_dim], and the log2-sum-exp2 [N, heads] float32 of the rows of long sequences, if there are."""
+    num_rows, _, num_heads, head_dim = qkv.shape
+    out = torch.empty(num_rows, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty(num_rows if len(plan.blocks) else 0, num_heads, dtype=torch.float32, device=qkv.device)
+    common = _common(qkv, scale, dropout_p, seed)
+    if len(plan.tile_rows):
+        tile_fwd_kernel[(len(plan.tile_rows) * num_heads,)](
+            out_ptr=out, rows_ptr=plan.tile_rows, starts_ptr=plan.tile_starts, **common
+        )
+    if len(plan.blocks):
+        long_fwd_kernel[(len(plan.blocks) * num_heads,)](out_ptr=out, lse_ptr=lse, blocks_ptr=plan.blocks, **common)
+    return out, lse
+
+
+def backward(
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """dqkv [N, 3, heads, head_dim]."""
+    num_heads, head_dim = qkv.shape[2:]
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    common = _common(qkv, scale, dropout_p, seed) | {
+        "dout_ptr": dout,
+        "dqkv_ptr": dqkv,
+        "stride_dout_row": dout.stride(0),
+        "stride_dout_head": dout.stride(1),
+        "scale": scale,
+    }
+    if len(plan.tile_rows):
+        tile_bwd_kernel[(len(plan.tile_rows) * num_heads,)](
+            rows_ptr=plan.tile_rows, starts_ptr=plan.tile_starts, **common | _tile_bwd_options(head_dim)
+        )
+    if len(plan.blocks):
+        options = _long_bwd_options(qkv)
+        long_bwd_kernel[(len(plan.blocks) * num_heads, 3 if options["SPLIT"] else 2)](
+            out_ptr=out, lse_ptr=lse, blocks_ptr=plan.blocks, **common | options
+        )
+    return dqkv
+
+
+class _VarlenAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, plan: AttentionPlan, scale: float, dropout_p: float, seed: Tensor | None
+    ) -> Tensor:
+        out, lse = forward(qkv, plan, scale, dropout_p, seed)
+        # The tiles need no output in backward, and what nobody needs is not kept alive.
+        ctx.save_for_backward(qkv, seed, lse, *([out] if len(lse) else []))
+        ctx.plan, ctx.scale, ctx.dropout_p = plan, scale, dropout_p
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, None, None]:
+        qkv, seed, lse, *kept = ctx.saved_tensors
+        dout = _with_unit_stride(dout)
+        out = kept[0] if kept else dout
+        return backward(qkv, out, lse, dout, ctx.plan, ctx.scale, ctx.dropout_p, seed), None, None, None, None
+
+
+def varlen_attention(
+    qkv: Tensor, plan: AttentionPlan, softmax_scale: float, dropout_p: float, seed: Tensor | None
+) -> Tensor:
+    """O [N, heads, head_dim] of qkv's dtype."""
+    seed = seed if dropout_p > 0 else None
+    return _VarlenAttention.apply(_with_unit_stride(qkv), plan, softmax_scale, dropout_p, seed)
+
+
+def _with_unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,57 @@
+"""The Triton kernels of varlen_attention, compiled ahead of time: spills, shared memory, tensor cores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+# Bytes of shared memory that a block may have on A100 and H100.
+SHARED = {80: 163 << 10, 90: 227 << 10}
+
+
+def launch(dtype: torch.dtype, num_heads: int, head_dim: int) -> None:
+    """Forward and backward of a batch with both kinds of sequences."""
+    from fastmtl_kernels import varlen_attention_triton
+    from fastmtl_kernels.varlen_attention_plan import AttentionPlan
+
+    plan = AttentionPlan.make([0, 20, 200], 208, "meta")
+    qkv = torch.empty(208, 3, num_heads, head_dim, dtype=dtype, device="meta")
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    out, lse = varlen_attention_triton.forward(qkv, plan, 0.125, 0.1, seed)
+    varlen_attention_triton.backward(qkv, out, lse, torch.empty_like(out), plan, 0.125, 0.1, seed)
+
+
+def bert_base() -> None:
+    launch(torch.bfloat16, 12, 64)
+
+
+def pal() -> None:
+    """The low-dimensional attention of a projected adapter layer: no vector of 16 bytes begins where a head does."""
+    launch(torch.float16, 6, 34)
+
+
+@pytest.mark.parametrize(
+    ("function", "capability", "spilled"),
+    [(bert_base, 90, 0), (pal, 90, 0), (bert_base, 80, 32)],
+    ids=["bert_base-90", "pal-90", "bert_base-80"],
+)
+def test_what_the_launchers_choose(
+    compile_ahead: Callable[..., Any], function: Callable[[], None], capability: int, spilled: int
+) -> None:
+    kernels = compile_ahead(function, capability)
+    assert [kernel.name for kernel in kernels] == [
+        "tile_fwd_kernel",
+        "long_fwd_kernel",
+        "tile_bwd_kernel",
+        "long_bwd_kernel",
+    ]
+    tensor_core = "HGMMA" if capability == 90 else "HMMA"
+    for kernel in kernels:
+        assert kernel.spilled <= spilled, kernel
+        assert kernel.shared <= SHARED[capability], kernel
+        assert any(name.startswith(tensor_core) for name in kernel.instructions), kernel
+        # Every dot is one: none is left to the ordinary multipliers, whose sums of products would be FFMA by hundreds.
+        assert sum(count for name, count in kernel.instructions.items() if name.startswith("FFMA")) < 200, kernel

@@ -1,0 +1,153 @@
+"""The Triton kernels of varlen_attention in Triton's interpreter, against the oracle: outputs and gradients.
+
+TRITON_INTERPRET is read when triton is imported, so the tests run in a process of their own: pytest on this file again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from itertools import accumulate
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastmtl_kernels import varlen_attention_reference as reference
+from fastmtl_kernels.varlen_attention_plan import AttentionPlan
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_a_process_of_its_own")
+SEED = torch.tensor([-77])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs the others")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_in_a_process_of_its_own() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert ran.returncode == 0 and " passed" in ran.stdout, ran.stdout + ran.stderr
+
+
+def filled_with_nan(*args: object, **kwargs: object) -> Tensor:
+    return EMPTY(*args, **kwargs).fill_(math.nan)  # type: ignore[call-overload]
+
+
+EMPTY = torch.empty
+
+
+def run(qkv: Tensor, grad: Tensor, offsets: list[int], scale: float, dropout_p: float, impl: str) -> list[Tensor]:
+    """O and dqkv; what a kernel leaves unwritten is NaN."""
+    from fastmtl_kernels import varlen_attention_triton
+
+    qkv = qkv.detach().requires_grad_()
+    with mock.patch.object(torch, "empty", filled_with_nan):
+        if impl == "triton":
+            plan = AttentionPlan.make(offsets, len(qkv))
+            out = varlen_attention_triton.varlen_attention(qkv, plan, scale, dropout_p, SEED)
+        else:
+            out = reference.varlen_attention(qkv, offsets, scale, dropout_p, SEED)
+        return [out.detach(), *torch.autograd.grad(out, qkv, grad.to(out.dtype))]
+
+
+def check(
+    lengths: list[int], tail: int, num_heads: int, head_dim: int, dtype: torch.dtype, scale: float, dropout_p: float
+) -> None:
+    """Within twice what the oracle itself is off in this dtype, and rounding."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    offsets = [0, *accumulate(lengths)]
+    # Views of wider tensors: no stride is what a contiguous tensor would have.
+    wide = torch.randn(offsets[-1] + tail, 3, num_heads + 1, head_dim + 3, generator=generator).to(dtype)
+    wide[offsets[-1] :] = math.nan
+    qkv = wide[:, :, 1:, 3:]
+    grad = torch.randn(len(qkv), num_heads, head_dim + 1, generator=generator).to(dtype)[..., 1:]
+    results = run(qkv, grad, offsets, scale, dropout_p, "triton")
+    rounded = run(qkv, grad, offsets, scale, dropout_p, "reference")
+    exact = run(qkv.double(), grad.double(), offsets, scale, dropout_p, "reference")
+    for result, oracle, truth in zip(results, rounded, exact, strict=True):
+        assert result.dtype == dtype and result.shape == truth.shape
+        size = float(truth.abs().max()) if truth.numel() else 0.0
+        off = float((oracle.double() - truth).abs().max()) if truth.numel() else 0.0
+        # P and dS are rounded to the dtype of the dots: a few units of the largest entry.
+        assert ((result.double() - truth).abs() <= 2 * off + 4 * torch.finfo(dtype).eps * size + 1e-7).all()
+        assert not result[offsets[-1] :].any()
+
+
+head_dims = st.sampled_from([1, 11, 16, 17, 32, 34, 64])
+dtypes = st.sampled_from([torch.float32, torch.float16])
+scales = st.sampled_from([0.25, -0.5])
+probabilities = st.sampled_from([0.0, 0.1, 0.75])
+
+
+@interpreted
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(0, 64), max_size=6),
+    tail=st.integers(0, 5),
+    num_heads=st.integers(1, 2),
+    head_dim=head_dims,
+    dtype=dtypes,
+    scale=scales,
+    dropout_p=probabilities,
+)
+def test_short_sequences(
+    lengths: list[int],
+    tail: int,
+    num_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    scale: float,
+    dropout_p: float,
+) -> None:
+    check(lengths, tail, num_heads, head_dim, dtype, scale, dropout_p)
+
+
+@interpreted
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.sampled_from([0, 5, 64, 65, 100, 128, 129]), min_size=1, max_size=2),
+    tail=st.integers(0, 70),
+    num_heads=st.just(1),
+    head_dim=head_dims,
+    dtype=dtypes,
+    scale=scales,
+    dropout_p=probabilities,
+)
+def test_long_sequences_among_short_ones(
+    lengths: list[int],
+    tail: int,
+    num_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    scale: float,
+    dropout_p: float,
+) -> None:
+    check(lengths, tail, num_heads, head_dim, dtype, scale, dropout_p)
+
+
+@interpreted
+def test_the_widest_head_and_the_longest_sequence() -> None:
+    check([300, 3], 0, 1, 128, torch.float16, 128**-0.5, 0.1)
+    check([512], 0, 1, 16, torch.float32, 0.25, 0.0)
+
+
+@interpreted
+def test_large_scores() -> None:
+    """exp2 of nothing above 0: no overflow, in neither kind of kernel."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(100, 3, 1, 16, generator=generator)
+    qkv[:, :2] *= 30
+    grad = torch.randn(100, 1, 16, generator=generator)
+    for offsets in ([0, 40, 100], [0, 100]):
+        results = run(qkv, grad, offsets, 1.0, 0.0, "triton")
+        exact = run(qkv.double(), grad.double(), offsets, 1.0, 0.0, "reference")
+        for result, truth in zip(results, exact, strict=True):
+            assert ((result - truth).abs() <= 1e-3 * truth.abs().max()).all()
