@@ -7,17 +7,13 @@ tests) by the reference only. No operation is differentiable.
 
 from __future__ import annotations
 
-import importlib
-import os
-import shutil
 from collections.abc import Sequence
-from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmtl_kernels import gradients, reference
+from fastmtl_kernels import dispatch, gradients, reference
 
 Impl = Literal["auto", "reference", "cpp", "cuda", "triton"]
 Grads = Tensor | Sequence[Sequence[Tensor]]
@@ -210,21 +206,7 @@ def _why_not(impl: str, device: torch.device, lists: Sequence[Sequence[Tensor]] 
         return gradients.why_no_cuda(device)
     if len(lists[0]) > 1:
         return f"{kernels} take a [T, P] tensor or lists of one tensor, not lists of {len(lists[0])}"
-    return _why_no_triton()
-
-
-@cache
-def _why_no_triton() -> str:
-    if not torch.cuda.is_available():
-        return "there is no CUDA device"
-    try:
-        importlib.import_module("triton")
-    except Exception as error:  # a broken package may raise anything
-        return f"triton cannot be imported ({error}); `pip install triton` installs it on Linux"
-    # Triton compiles a launcher for each kernel.
-    if not os.environ.get("CC") and not shutil.which("gcc") and not shutil.which("clang"):
-        return "triton needs a C compiler: CC, gcc or clang"
-    return ""
+    return dispatch.why_no_triton()
 
 
 def _describe(value: object) -> str:

@@ -11,7 +11,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastmtl_kernels
-from fastmtl_kernels import api, combine, gradients, gradvac_weights, gramian, implementations, pcgrad_weights
+from fastmtl_kernels import (
+    api,
+    combine,
+    dispatch,
+    gradients,
+    gradvac_weights,
+    gramian,
+    implementations,
+    pcgrad_weights,
+)
 
 ROWS = torch.ones(2, 3)
 ORDER = torch.tensor([0, 1])
@@ -122,7 +131,7 @@ def test_implementations_agree_with_dispatch(device: str) -> None:
 def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, cuda: str, triton: str, flat: bool, chosen: str) -> None:
     """CUDA where it is built, Triton for one tensor per task, else plain torch; asked for, each says why not."""
     monkeypatch.setattr(gradients, "why_no_cuda", lambda device: cuda)
-    monkeypatch.setattr(api, "_why_no_triton", lambda: triton)
+    monkeypatch.setattr(dispatch, "why_no_triton", lambda: triton)
     with FakeTensorMode():
         row = torch.empty(3, device="cuda")
         lists = [[row]] * 2 if flat else [[row, row]] * 2
@@ -145,18 +154,18 @@ def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, cuda: str, triton: str, 
 
 def test_why_there_is_no_triton(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(api.importlib, "import_module", lambda name: None)
+    monkeypatch.setattr(dispatch.importlib, "import_module", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    assert api._why_no_triton.__wrapped__() == "triton needs a C compiler: CC, gcc or clang"
+    assert dispatch.why_no_triton.__wrapped__() == "triton needs a C compiler: CC, gcc or clang"
     monkeypatch.setenv("CC", "cc")
-    assert api._why_no_triton.__wrapped__() == ""
+    assert dispatch.why_no_triton.__wrapped__() == ""
 
     def fail(name: str) -> None:
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr(api.importlib, "import_module", fail)
-    assert "No module named 'triton'" in api._why_no_triton.__wrapped__()
+    monkeypatch.setattr(dispatch.importlib, "import_module", fail)
+    assert "No module named 'triton'" in dispatch.why_no_triton.__wrapped__()
 
 
 def test_nothing_is_recorded_for_autograd() -> None:
