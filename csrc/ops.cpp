@@ -35,6 +35,11 @@ void pool_out_meta(Tensor, Tensor, int64_t, Tensor, std::optional<Tensor>) {}
 
 void pool_backward_out_meta(Tensor, Tensor, int64_t, std::optional<Tensor>, Tensor) {}
 
+void varlen_attention_out_meta(Tensor, Tensor, std::optional<Tensor>, int64_t, double, double, Tensor, Tensor) {}
+
+void varlen_attention_backward_out_meta(Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>, int64_t, double, double,
+                                        Tensor) {}
+
 }  // namespace
 
 // Tensor lists are task-major: grads[t * K + k] is task t's gradient of tensor k, K tensors per task.
@@ -51,6 +56,12 @@ STABLE_TORCH_LIBRARY(fastmtl, m) {
   m.def("row_dropout_out(Tensor x, Tensor seed, int threshold, float scale, Tensor(a!) out) -> ()");
   m.def("pool_out(Tensor x, Tensor cu_seqlens, int mode, Tensor(a!) out, Tensor(b!)? winners) -> ()");
   m.def("pool_backward_out(Tensor dout, Tensor cu_seqlens, int mode, Tensor? winners, Tensor(a!) dx) -> ()");
+  m.def(
+      "varlen_attention_out(Tensor qkv, Tensor cu_seqlens, Tensor? seed, int threshold, float keep_scale, float scale, "
+      "Tensor(a!) out, Tensor(b!) stats) -> ()");
+  m.def(
+      "varlen_attention_backward_out(Tensor dout, Tensor qkv, Tensor stats, Tensor cu_seqlens, Tensor? seed, "
+      "int threshold, float keep_scale, float scale, Tensor(a!) dqkv) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, Meta, m) {
@@ -61,4 +72,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastmtl, Meta, m) {
   m.impl("row_dropout_out", TORCH_BOX(&row_dropout_out_meta));
   m.impl("pool_out", TORCH_BOX(&pool_out_meta));
   m.impl("pool_backward_out", TORCH_BOX(&pool_backward_out_meta));
+  m.impl("varlen_attention_out", TORCH_BOX(&varlen_attention_out_meta));
+  m.impl("varlen_attention_backward_out", TORCH_BOX(&varlen_attention_backward_out_meta));
 }

@@ -14,12 +14,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastmtl_kernels import varlen_attention_cpp as cpp
 from fastmtl_kernels import varlen_attention_reference as reference
 from fastmtl_kernels.dispatch import select
 from fastmtl_kernels.philox import check_dropout, describe
 from fastmtl_kernels.varlen_attention_plan import AttentionPlan, check_cu_seqlens
 
-Impl = Literal["auto", "reference", "triton"]
+Impl = Literal["auto", "reference", "triton", "cpp"]
 
 
 def varlen_attention(
@@ -41,8 +42,8 @@ def varlen_attention(
         softmax_scale: what the scores are multiplied with; None means head_dim ** -0.5.
         dropout_p: the probability of dropping an entry of P, in [0, 1).
         seed: int64 of one element on qkv's device; needed where dropout_p > 0. Equal seeds drop equal entries.
-        impl: "auto", "reference" (plain torch, reads cu_seqlens on the host) or "triton" (CUDA tensors; float16 and
-            bfloat16 with head_dim up to 128, float32 up to 64).
+        impl: "auto", "reference" (plain torch, reads cu_seqlens on the host), "cpp" (CPU tensors) or "triton" (CUDA
+            tensors; float16 and bfloat16 with head_dim up to 128, float32 up to 64).
         plan: AttentionPlan.make of cu_seqlens for qkv's rows and device, which serves every layer of a batch. The
             Triton kernels need one; where it is None they read cu_seqlens on the host, which waits for the GPU.
 
@@ -64,6 +65,8 @@ def varlen_attention(
         return varlen_attention_triton.varlen_attention(qkv, plan, scale, dropout_p, seed)
     offsets = cu_seqlens.tolist()
     check_cu_seqlens(offsets, qkv.shape[0])
+    if chosen == "cpp":
+        return cpp.varlen_attention(qkv, cu_seqlens, scale, dropout_p, seed)
     return reference.varlen_attention(qkv, offsets, scale, dropout_p, seed)
 
 

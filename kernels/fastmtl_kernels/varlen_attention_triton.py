@@ -7,7 +7,7 @@
 
 qkv [N, 3, heads, head_dim], float16 or bfloat16 with head_dim up to 128, float32 up to 64, all padded to a power of
 two. Scores, softmax and sums are float32, the operands of the dots have qkv's dtype. P is recomputed in backward, by
-one kernel for each kind of sequence, every row written by exactly one program: no atomics, equal inputs give equal bits.
+one kernel for each kind of sequence. A row is written by one program, without atomics: equal inputs give equal bits.
 
 - Sequences of at most 64 tokens (varlen_attention_tile): a program holds a tile of 64 rows, which may be several
   sequences, and the whole rows of P; rowsum(P dP) never leaves its registers.
