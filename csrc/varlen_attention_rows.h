@@ -18,9 +18,13 @@ template <typename scalar_t>
 FASTMTL_INLINE void gather_inline(const scalar_t* from, int64_t stride, int64_t rows, int64_t head_dim, float factor,
                                   float* to) {
   const int64_t width = round_up(head_dim, kLanes), padded_rows = round_up(rows, kLanes);
-  for (int64_t row = 0; row < rows; ++row)
+  for (int64_t row = 0; row < rows; ++row) {
+    const scalar_t* columns = from + row * stride;
+    // The next head's columns, which are gathered next: rows are too far apart for the hardware to see it coming.
+    for (int64_t d = head_dim; d < 2 * head_dim; d += 64 / sizeof(scalar_t)) __builtin_prefetch(columns + d);
     for (int64_t d = 0; d < width; d += kLanes)
-      store(get(from + row * stride + d, std::min(head_dim - d, kLanes)) * factor, to + row * width + d);
+      store(get(columns + d, std::min(head_dim - d, kLanes)) * factor, to + row * width + d);
+  }
   std::fill(to + rows * width, to + padded_rows * width, 0.0f);
 }
 
