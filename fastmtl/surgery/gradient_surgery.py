@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fastmtl.errors import UserError
+from fastmtl.surgery.inputs import check_sketch, check_task_weights, check_tasks, find_shared
 from fastmtl.surgery.joint import JointStep
 from fastmtl.surgery.methods import Reduction, find_method
 from fastmtl.surgery.options import SKETCH_SIZE, Reduce, Scope, Storage, check_options, find_ranks
@@ -77,18 +78,21 @@ class GradientSurgery:
     ) -> None:
         self._target = find_target(target)
         chosen = find_method(method, reduction, options)
-        self.tasks = list(tasks)
-        trainable = {id(p) for p in self._target.parameters}
-        inside = [p for p in (self._target.parameters if shared is None else shared) if id(p) in trainable]
+        self.tasks = check_tasks(tasks)
+        self._weights = check_task_weights(task_weights or {}, self.tasks)
+        sparse = list(sparse)
+        inside = find_shared(self._target, shared, sparse)
         inside_ids = {id(p) for p in inside}
-        if not inside:
-            chosen = None  # nothing that tasks could disagree on
+        if not inside and chosen is not None:
+            log.warning("no shared parameter is trained, so there is nothing that tasks could disagree on: sum")
+            chosen = None
         self.storage = check_options(
             self._target, chosen, storage=storage, scope=scope, reduce=reduce, dtype=dtype, sketch_size=sketch_size
         )
+        if reduce == "sketch":
+            check_sketch(sketch_size, sparse)
         self._joint, self._scope, self._by_rank = chosen is None, scope, reduce == "local"
-        self._weights = [float((task_weights or {}).get(name, 1.0)) for name in self.tasks]
-        self._solver = Solver(chosen, self.tasks, seed, by_rank=self._by_rank)
+        self._solver = Solver(chosen, method, self.tasks, seed, by_rank=self._by_rank)
         self._sink = TaskGradients(
             inside,
             len(self.tasks),

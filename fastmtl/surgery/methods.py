@@ -98,6 +98,8 @@ def find_method(name: str, reduction: Reduction = "sum", options: Mapping[str, A
     Raises UserError for an unknown name or option.
     """
     options = dict(options or {})
+    if reduction not in ("sum", "mean"):
+        raise UserError(f"reduction must be sum or mean, got {reduction!r}")
     if name == "sum":
         if options:
             raise UserError(f"gradient method sum takes no options, got {', '.join(options)}")
@@ -109,6 +111,8 @@ def find_method(name: str, reduction: Reduction = "sum", options: Mapping[str, A
                 raise unknown_name(f"option of {name}", key, allowed)
         return METHODS[name](reduction=reduction, **options)
     if torchjd_methods.knows(name):
+        if reduction != "sum":
+            raise UserError(f"reduction={reduction!r} is for pcgrad and gradvac; {name} scales its weights itself")
         return torchjd_methods.TorchJDMethod(name, options)
     if torchjd_methods.why_unavailable():
         raise UserError(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UserError
+from fastmtl.surgery.reduce import sum_over_ranks
 from fastmtl.surgery.solver import Solver
 from fastmtl.surgery.targets import Target
 from fastmtl.surgery.task_gradients import TaskGradients
@@ -46,3 +48,31 @@ class Parts:
                     "task_grads: use the ops of fastmtl.surgery.functional for it, or leave it out of `shared`"
                 )
         return rest[: len(own)]
+
+    @contextmanager
+    def own_watched(self) -> Iterator[Tensor]:
+        """float64 [own]: above 0 for those whose gradient is not finite in a backward of the target inside the block.
+        It goes into the target as it comes; `check_own` tells afterwards.
+        """
+        bad = torch.zeros(len(self.own), dtype=torch.float64, device=self.target.device)
+
+        def note(k: int) -> Callable[[Tensor], None]:
+            def add(gradient: Tensor) -> None:
+                bad[k] += ~torch.isfinite(gradient.norm())
+
+            return add
+
+        handles = [parameter.register_hook(note(k)) for k, parameter in enumerate(self.own)]
+        try:
+            yield bad
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def check_own(self, bad: Tensor) -> None:
+        """Stops the run before the update with what is not finite, unless fp16 backs off from it. Waits for the
+        device.
+        """
+        for parameter, count in zip(self.own, sum_over_ranks(bad).tolist(), strict=True):
+            if count and not self.target.backs_off():
+                self.solver.stop_at("gradient", self.target.names[id(parameter)])

@@ -38,10 +38,12 @@ def replay(parts: Parts, step: Step, micro_batches: Sequence[Any], losses_of: Lo
     sink.clear()
     if info.skipped is not None:
         return info
-    for number, (micro_batch, state) in enumerate(zip(micro_batches, states, strict=True), start=1):
-        state.restore()  # the same dropout masks as in the first pass
-        with sink.armed("weighted", target.device, weights=weights):
-            losses = losses_of(micro_batch, training_pass=True)
-            target.backward(step.total(losses), last=number == len(micro_batches))
+    with parts.own_watched() as bad_own:
+        for number, (micro_batch, state) in enumerate(zip(micro_batches, states, strict=True), start=1):
+            state.restore()  # the same dropout masks as in the first pass
+            with sink.armed("weighted", target.device, weights=weights):
+                losses = losses_of(micro_batch, training_pass=True)
+                target.backward(step.total(losses), last=number == len(micro_batches))
     after.restore()
+    parts.check_own(bad_own)
     return info

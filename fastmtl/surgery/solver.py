@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl.errors import TrainingError
+from fastmtl.errors import TrainingError, UserError
 from fastmtl.surgery.methods import Method, draw_order
 from fastmtl.surgery.reduce import sum_over_ranks, world_size
 from fastmtl.surgery.step import Step, SurgeryInfo
@@ -23,11 +23,11 @@ MAX_SKIPPED = 5
 class Solver:
     """Holds the state of surgery: the step's number (with `seed` it fixes the order), skipped steps, the method's own.
 
-    by_rank: whether the Gramians are each rank's own (`reduce: local`).
+    name: of the method. by_rank: whether the Gramians are each rank's own (`reduce: local`).
     """
 
-    def __init__(self, method: Method | None, tasks: list[str], seed: int, *, by_rank: bool) -> None:
-        self.method, self.tasks = method, tasks
+    def __init__(self, method: Method | None, name: str, tasks: list[str], seed: int, *, by_rank: bool) -> None:
+        self.method, self.name, self.tasks = method, name, tasks
         self._seed, self._by_rank = seed, by_rank
         self._step = self._skipped = self._skipped_in_a_row = 0
 
@@ -92,14 +92,20 @@ class Solver:
             "step": self._step,
             "skipped": self._skipped,
             "skipped_in_a_row": self._skipped_in_a_row,
-            "method": {} if self.method is None else self.method.state_dict(),
+            "method": self.name,
+            "method_state": {} if self.method is None else self.method.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["method"] != self.name:
+            raise UserError(
+                f"the state to go on from is of gradient method {state['method']}, not {self.name}: keep the method, "
+                "or begin a new run from the saved model"
+            )
         self._seed, self._step = state["seed"], state["step"]
         self._skipped, self._skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         if self.method is not None:
-            self.method.load_state_dict(state["method"])
+            self.method.load_state_dict(state["method_state"])
 
 
 _ADVICE = "lower optimizer.lr, lengthen schedule.warmup, or look for broken rows of that task"

@@ -27,6 +27,7 @@ class StackedStep:
         self._own = [torch.zeros_like(p, dtype=torch.float32) for p in parts.own]
 
     def take(self, losses: Losses, *, takes_sink: bool, last: bool) -> None:
+        self._parts.target.check_forward()
         self._step.take(losses)
         if takes_sink:
             self._add_own(self._parts.one_pass(self._step.total(losses) * self._scale, self._parts.own))

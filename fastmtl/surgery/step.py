@@ -80,6 +80,9 @@ class Step:
     def __init__(
         self, counts: Mapping[str, int] | None, *, tasks: list[str], task_weights: list[float], device: torch.device
     ) -> None:
+        unknown = sorted(set(counts or ()) - set(tasks))
+        if unknown:
+            raise UserError(f"counts: of {', '.join(unknown)}, tasks are {', '.join(tasks)}")
         self._counts = counts
         self._tasks, self._task_weights = tasks, task_weights
         self.sums = torch.zeros(len(tasks), dtype=torch.float64, device=device)

@@ -17,7 +17,8 @@ class Target(Protocol):
     """Takes a step's gradients, from losses or merged already.
 
     names: of the trainable parameters by id, for messages. stacks: whether merged gradients can be handed over;
-    otherwise replay. factor: what merged gradients are to be multiplied by before they are.
+    otherwise replay. factor: what merged gradients are to be multiplied by before they are. check_forward: raises
+    UserError where losses whose gradients will be handed over come from the target's own forward.
     """
 
     parameters: list[nn.Parameter]
@@ -30,6 +31,7 @@ class Target(Protocol):
     def autocast(self) -> AbstractContextManager[Any]: ...
     def backward(self, loss: Tensor, last: bool) -> None: ...
     def hand_over(self, gradients: Mapping[int, Tensor]) -> None: ...
+    def check_forward(self) -> None: ...
     def loss_scale(self) -> float: ...
     def backs_off(self) -> bool: ...
 
@@ -65,6 +67,9 @@ class OptimizerTarget:
             gradient = gradients[id(parameter)].to(parameter.dtype)
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
+    def check_forward(self) -> None:
+        pass
+
     def loss_scale(self) -> float:
         return 1.0
 
@@ -95,6 +100,11 @@ class EngineTarget:
                 "with ZeRO 1"
             )
         self.stacks = stage < 3 and not engine.zero_use_cpu_optimizer()
+        self._own_forward = False
+        engine.register_forward_pre_hook(self._saw_forward)
+
+    def _saw_forward(self, *_: Any) -> None:
+        self._own_forward = torch.is_grad_enabled()
 
     def model(self, training_pass: bool) -> Any:
         # engine(...) prepares DeepSpeed for a backward of its own: only for a forward that engine.backward follows.
@@ -107,6 +117,7 @@ class EngineTarget:
         return torch.autocast(self.device.type, self.engine.torch_autocast_dtype())
 
     def backward(self, loss: Tensor, last: bool) -> None:
+        self._own_forward = False
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.factor, scale_wrt_gas=False)
 
@@ -114,6 +125,13 @@ class EngineTarget:
         self.engine.set_gradient_accumulation_boundary(True)
         merged = [gradients[id(parameter)] for parameter in self.parameters]
         self.engine.backward(_Surrogate.apply(merged, *self.parameters), scale_wrt_gas=False)
+
+    def check_forward(self) -> None:
+        if self._own_forward:
+            raise UserError(
+                "the losses come from engine(...), which prepares DeepSpeed for a backward of its own: call "
+                "engine.module(...) in their place"
+            )
 
     def loss_scale(self) -> float:
         return float(self.engine.optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0

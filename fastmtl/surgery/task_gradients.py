@@ -138,6 +138,11 @@ class TaskGradients:
 
     def views(self, parameter: nn.Parameter) -> list[Tensor]:
         """T tensors of the parameter's shape inside J, to be added to (mode `stack`)."""
+        if id(parameter) in self._sparse:
+            raise UserError(
+                f"sparse: the parameter of shape {tuple(whole_shape(parameter))} is used by an op with a dense "
+                "gradient: leave it out of `sparse`, which is for embedding tables alone"
+            )
         return self._views[id(parameter)]
 
     def is_sparse(self, parameter: nn.Parameter) -> bool:
@@ -177,7 +182,7 @@ class TaskGradients:
     def merge_rows(self, parameter: nn.Parameter, ids: list[Tensor], rows: list[Tensor]) -> Tensor:
         """T tasks' rows ids [k], rows [k, d] of a table -> the merged dense gradient (mode `tensor`)."""
         assert self._solve is not None
-        shape, like = _shape(parameter), rows[0]
+        shape, like = whole_shape(parameter), rows[0]
         parts = list(zip(ids, rows, strict=True))
         gram = rows_gramian([self._ranks.gather_rows(*coalesce([part], shape[1], like)) for part in parts])
         weights = self._solve(self._index[id(parameter)], gram)
@@ -235,7 +240,7 @@ class TaskGradients:
         for parameter in self._parameters:  # every rank in the same order, with or without rows: it is collective
             if id(parameter) in self._sparse:
                 per_task = self._rows.get(id(parameter), [[] for _ in range(self.num_tasks)])
-                width = _shape(parameter)[1]
+                width = whole_shape(parameter)[1]
                 compact = (coalesce(parts, width, total) for parts in per_task)
                 total += rows_gramian([self._ranks.gather_rows(*pair) for pair in compact])
         return total
@@ -292,6 +297,6 @@ class TaskGradients:
             start = stop
 
 
-def _shape(parameter: nn.Parameter) -> torch.Size:
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
     """Of the whole parameter, also where ZeRO 3 has partitioned it."""
     return getattr(parameter, "ds_shape", parameter.shape)

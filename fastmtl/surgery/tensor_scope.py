@@ -36,13 +36,14 @@ def tensor_scope(
 
     sink.clear()
     factor = target.loss_scale() * target.factor
-    for number, micro_batch in enumerate(micro_batches, start=1):
-        with sink.armed("tensor", target.device, solve=solve):
-            losses = losses_of(micro_batch, training_pass=True)
-            step.take(losses)
-            sink.forward_done()
-            target.backward(step.total(losses), last=number == len(micro_batches))
-            sink.check_merged(target.names)
+    with parts.own_watched() as bad_own:
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            with sink.armed("tensor", target.device, solve=solve):
+                losses = losses_of(micro_batch, training_pass=True)
+                step.take(losses)
+                sink.forward_done()
+                target.backward(step.total(losses), last=number == len(micro_batches))
+                sink.check_merged(target.names)
     shown = sum_over_ranks(total) / world_size() if by_rank else total
     host = torch.cat([shown.flatten().double(), merged_square[None].double(), sum_over_ranks(step.sums)]).cpu()
     gram = (host[: num_tasks**2].view(num_tasks, num_tasks) / factor**2).float()
@@ -52,5 +53,6 @@ def tensor_scope(
             if target.backs_off():
                 return SurgeryInfo(losses=mean_losses)
             parts.solver.stop_at("gradient", f"task {name}")
+    parts.check_own(bad_own)
     merged = None if by_rank else float(host[num_tasks**2]) / factor**2
     return SurgeryInfo.of_gramian(mean_losses, gram, None, merged, nbytes=sink.nbytes())

@@ -1,8 +1,9 @@
 """TorchJD's Gramian weightings as gradient methods, through the extra `fastmtl[torchjd]`.
 
 Each has its class's name in lower case without `Weighting`: upgrad, mgda, cagrad, imtlg, alignedmtl, dualproj, ...
-They work on the host in TorchJD's own precision; rank 0 solves and the others take its weights. Left out: weightings
-that need J itself, and PCGrad and GradVac, which fastmtl computes on the device.
+They work on the host in TorchJD's own precision; rank 0 solves and the others take its weights. A task without a
+gradient in a step gets weight 0 and no part in the problem: solvers take a zero gradient for the best compromise there
+is. Left out: weightings that need J itself, and PCGrad and GradVac, which fastmtl computes on the device.
 """
 
 from __future__ import annotations
@@ -65,21 +66,39 @@ class TorchJDMethod:
         for key, parameter in allowed.items():
             if parameter.default is parameter.empty and key not in options:
                 raise UserError(f"gradient method {name} needs the option {key} (see TorchJD's {kind.__name__})")
-        values = {k: torch.tensor(v, dtype=torch.float32) if isinstance(v, list) else v for k, v in options.items()}
+        self._name, self._kind = name, kind
+        self._values = {
+            k: torch.tensor(v, dtype=torch.float32) if isinstance(v, list) else v for k, v in options.items()
+        }
         try:
-            self._weighting = kind(**values)
+            self._weighting = kind(**self._values)
         except (ImportError, ValueError, TypeError) as error:
             raise UserError(f"gradient method {name}: {error}") from None
 
     def weights(self, gram: Tensor, order: Tensor, index: int | None) -> Tensor:
-        weights = torch.zeros(len(gram), device=gram.device)
+        result = torch.zeros(len(gram) + 1, device=gram.device)  # the last number: whether rank 0 failed
+        failure = ""
         if world_size() == 1 or dist.get_rank() == 0:
-            host = gram.detach().cpu()
-            # Not every solver comes back from what is not finite; its step is skipped anyway.
-            solved = self._weighting(host) if bool(host.isfinite().all()) else torch.full((len(gram),), float("nan"))
-            weights.copy_(solved)
+            try:
+                result[:-1] = self._solve(gram.detach().cpu())
+            except ValueError as error:
+                failure, result[-1] = f": {error}", 1
         if world_size() > 1:
-            dist.broadcast(weights, 0)
+            dist.broadcast(result, 0)
+        if result[-1] > 0:
+            raise UserError(f"gradient method {self._name} cannot solve this step's tasks{failure}")
+        return result[:-1]
+
+    def _solve(self, gram: Tensor) -> Tensor:
+        if not bool(gram.isfinite().all()):  # not every solver comes back from that; the step is skipped anyway
+            return torch.full((len(gram),), float("nan"))
+        present = (gram.diagonal() > 0).nonzero().squeeze(1)
+        if len(present) == len(gram) or dict(self._weighting.named_buffers()):  # a state is of all tasks
+            return self._weighting(gram)
+        weights = torch.zeros(len(gram))
+        if len(present):
+            values = {k: v[present] if isinstance(v, Tensor) else v for k, v in self._values.items()}
+            weights[present] = self._kind(**values)(gram[present][:, present])
         return weights
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from fastmtl.config import Recipe, parse_recipe
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.packing import pack
 from fastmtl.data.tokenized import TokenizedDataset
+from fastmtl.errors import UserError
 from fastmtl.model.encoder import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery.gradient_surgery import GradientSurgery
@@ -191,6 +192,24 @@ def make_surgery(target, model: MultiTaskModel, recipe: Recipe) -> GradientSurge
     )
 
 
+def engine_forward(zero: int, world: int) -> str:
+    """What is said where the losses for `backward` come from engine(...)."""
+    from fastmtl.engine.build import build_engine
+
+    recipe = make_recipe(Case(zero, 1, "pcgrad"))
+    model = make_model(recipe)
+    engine = build_engine(recipe, model, world, STEPS)
+    surgery = make_surgery(engine, model, recipe)
+    losses = engine(step_batches(make_data(), 0, 0, 1), surgery.task_grads)
+    try:
+        surgery.backward(losses)
+    except UserError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+    return ""
+
+
 def main(directory: Path) -> None:
     from fastmtl.engine.build import build_engine
     from fastmtl.engine.distributed import start
@@ -215,6 +234,8 @@ def main(directory: Path) -> None:
         backward_on = model if case.variant == "backward" else None
         run_steps(surgery, recipe, parts, ranks.world * acc, engine.step, backward_on)
         keep(engine, directory / f"{case.name}.safetensors")
+    for zero in (0, 2):
+        (directory / f"engine-forward-zero{zero}-{ranks.rank}.txt").write_text(engine_forward(zero, ranks.world))
     for number, (zero, load) in enumerate(RANDOM):
         recipe = loads.make_recipe(load, zero)
         model = loads.make_model(load, zero)

@@ -107,3 +107,10 @@ def test_any_batch_of_two_ranks_equals_the_textbook(results: Path, number: int) 
     assert (moved - update).norm() <= bound + 4e-7 * len(moved) ** 0.5
     for name, value in own.items():
         assert (change[name] - value).norm() <= 1e-5 * float(value.norm()) + 4e-6 * value.numel() ** 0.5
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_losses_of_the_engine_itself_are_refused(results: Path, zero: int, rank: int) -> None:
+    said = (results / f"engine-forward-zero{zero}-{rank}.txt").read_text()
+    assert "call engine.module(...) in their place" in said
