@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastmtl_kernels import add_layer_norm_reference as reference
-from fastmtl_kernels.dispatch import RowImpl, select
+from fastmtl_kernels.dispatch import RowImpl, backend, select
 from fastmtl_kernels.philox import check_dropout, describe
 from fastmtl_kernels.task_sink import TaskRows, TaskSink, TokenOffsets, check_sink, gradient
 
@@ -72,20 +72,20 @@ def add_layer_norm(
     check_dropout(dropout_p, seed, residual.device)
     check_sink(token_offsets, task_grads)
     tasks = TaskRows.make(token_offsets, residual.shape[0], residual.device)
-    backend = backend_of(select(impl, residual, x, ts, weight, bias, x_bias))
-    if backend is None:
+    kernels = backend("add_layer_norm", select(impl, residual, x, ts, weight, bias, x_bias))
+    if kernels is None:
         return reference.add_layer_norm(
             residual, x, weight, bias, ts=ts, x_bias=x_bias, dropout_p=dropout_p, eps=eps, seed=seed, tasks=tasks,
             task_grads=task_grads,
         )  # fmt: skip
-    call = RowNorm(backend, dropout_p, eps, tasks, task_grads)
+    call = RowNorm(kernels, dropout_p, eps, tasks, task_grads)
     return _AddLayerNorm.apply(residual, x, weight, bias, ts, x_bias, seed if dropout_p > 0 else None, call)
 
 
 class RowNorm(NamedTuple):
     """What forward and backward share besides tensors."""
 
-    backend: ModuleType
+    kernels: ModuleType
     dropout_p: float
     eps: float
     tasks: TaskRows
@@ -105,7 +105,7 @@ class _AddLayerNorm(torch.autograd.Function):
         seed: Tensor | None,
         call: RowNorm,
     ) -> Tensor:
-        y, z, mean, rstd = call.backend.forward(residual, x, ts, x_bias, weight, bias, seed, call)
+        y, z, mean, rstd = call.kernels.forward(residual, x, ts, x_bias, weight, bias, seed, call)
         # The parameters themselves are saved: under ZeRO 3 their storage is gathered again when backward comes.
         ctx.save_for_backward(z, mean, rstd, weight, seed)
         # A sink knows parameters by identity, and under checkpointing saved tensors come back as other objects.
@@ -122,10 +122,10 @@ class _AddLayerNorm(torch.autograd.Function):
         z, mean, rstd, weight, seed = ctx.saved_tensors
         call, (x_dtype, ts_dtype) = ctx.call, ctx.dtypes
         wants = _Wants(*ctx.needs_input_grad[:6])
-        dz, dx, sums = call.backend.backward(
+        dz, dx, sums = call.kernels.backward(
             dy, z, mean, rstd, weight, seed, call,
             dx_dtype=x_dtype if wants.x or wants.x_bias else None,
-            sums=wants.weight or wants.bias or wants.x_bias,
+            num_sums=3 if wants.x_bias else 2 if wants.weight or wants.bias else 0,
         )  # fmt: skip
         wanted = wants.weight, wants.bias, wants.x_bias
         gradients = [
@@ -146,20 +146,6 @@ class _Wants(NamedTuple):
     bias: bool
     ts: bool
     x_bias: bool
-
-
-def backend_of(impl: str) -> ModuleType | None:
-    """The module of an implementation, None for the reference."""
-    match impl:
-        case "cpp":
-            from fastmtl_kernels import add_layer_norm_cpp
-
-            return add_layer_norm_cpp
-        case "triton":
-            from fastmtl_kernels import add_layer_norm_triton
-
-            return add_layer_norm_triton
-    return None
 
 
 def _check_rows(residual: Tensor, others: dict[str, Tensor | None]) -> None:

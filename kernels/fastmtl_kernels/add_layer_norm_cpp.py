@@ -1,4 +1,4 @@
-"""Residual LayerNorm, embeddings and row-wise dropout by the C++ kernels of csrc/add_layer_norm_cpu.cpp.
+"""Residual LayerNorm by the C++ kernels of csrc/add_layer_norm_cpu.cpp.
 
 float32, bfloat16 and float16 rows; float32 inside. Rows of another dtype than the residual's are converted first.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastmtl_kernels.philox import keep_threshold
@@ -61,11 +60,11 @@ def backward(
     call: RowNorm,
     *,
     dx_dtype: torch.dtype | None,
-    sums: bool,
+    num_sums: int,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """dz and dx [N, d], sums [3, T, d] float32: the tasks' gradients of weight, bias and x_bias.
 
-    dx_dtype: None where dx is not wanted. sums: unused, they cost next to nothing here.
+    dx_dtype: None where dx is not wanted. num_sums: how many of the three are wanted; all are made.
     """
     dz = torch.empty_like(z)
     dx = torch.empty_like(z) if seed is not None and dx_dtype is not None else None
@@ -87,40 +86,3 @@ def backward(
     if dx_dtype is not None:
         dx = (dz if dx is None else dx).to(dx_dtype)
     return dz, dx, totals
-
-
-def embed_forward(
-    ids: tuple[Tensor, Tensor, Tensor],
-    tables: tuple[Tensor, Tensor, Tensor],
-    weight: Tensor,
-    bias: Tensor,
-    seed: Tensor | None,
-    call: RowNorm,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As forward, of the sum of three tables' rows, with dropout last."""
-    words, positions, types = (F.embedding(index, table) for index, table in zip(ids, tables, strict=True))
-    y, z, mean, rstd = forward(words, positions, types, None, weight, bias, None, call._replace(dropout_p=0.0))
-    if seed is not None:
-        _drop(y, call.dropout_p, seed, y)
-    return y, z, mean, rstd
-
-
-def embed_backward(
-    dy: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, seed: Tensor | None, call: RowNorm
-) -> tuple[Tensor, Tensor]:
-    """dz [N, d] and sums [2, T, d] float32: the tasks' gradients of weight and bias."""
-    dh = dy if seed is None else dropout(dy, call.dropout_p, seed)
-    plain = call._replace(dropout_p=0.0)
-    dz, _, sums = backward(dh, z, mean, rstd, weight, None, plain, dx_dtype=None, sums=True)
-    return dz, sums[:2]
-
-
-def dropout(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
-    """x [N, d] dropped out; also its own backward."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _drop(x.contiguous(), dropout_p, seed, out)
-    return out
-
-
-def _drop(x: Tensor, dropout_p: float, seed: Tensor, out: Tensor) -> None:
-    torch.ops.fastmtl.row_dropout_out(x, seed, keep_threshold(dropout_p), 1 / (1 - dropout_p), out)

@@ -6,6 +6,7 @@ import importlib
 import os
 import shutil
 from functools import cache
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -35,6 +36,11 @@ def select(impl: str, rows: Tensor, *others: Tensor | None) -> str:
     if reason:
         raise RuntimeError(f"impl={impl!r} cannot be used here: {reason}")
     return impl
+
+
+def backend(operation: str, impl: str) -> ModuleType | None:
+    """The module of an implementation, None for the reference, which needs no functions of its own for backward."""
+    return None if impl == "reference" else importlib.import_module(f"fastmtl_kernels.{operation}_{impl}")
 
 
 def why_not(impl: str, device: torch.device, dtypes: set[torch.dtype] | frozenset[torch.dtype] = frozenset()) -> str:

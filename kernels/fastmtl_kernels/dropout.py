@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastmtl_kernels import add_layer_norm_reference as reference
-from fastmtl_kernels.add_layer_norm import backend_of
-from fastmtl_kernels.dispatch import RowImpl, select
+from fastmtl_kernels.dispatch import RowImpl, backend, select
 from fastmtl_kernels.philox import check_dropout, describe
 
 
@@ -40,24 +39,24 @@ def dropout(x: Tensor, dropout_p: float, seed: Tensor | None, *, impl: RowImpl =
     if not isinstance(x, Tensor) or x.dim() == 0 or not x.is_floating_point():
         raise ValueError(f"x must be floating point of shape [..., d], got {describe(x)}")
     check_dropout(dropout_p, seed, x.device)
-    backend = backend_of(select(impl, x))
+    kernels = backend("dropout", select(impl, x))
     if dropout_p == 0 or x.numel() == 0:
         return x
     rows = x.reshape(-1, x.shape[-1])
-    if backend is None:
+    if kernels is None:
         return reference.dropout(rows, dropout_p, seed).view(x.shape)
-    return _Dropout.apply(rows, dropout_p, seed, backend).view(x.shape)
+    return _Dropout.apply(rows, dropout_p, seed, kernels).view(x.shape)
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dropout_p: float, seed: Tensor, backend: ModuleType) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dropout_p: float, seed: Tensor, kernels: ModuleType) -> Tensor:
         ctx.save_for_backward(seed)
-        ctx.dropout_p, ctx.backend = dropout_p, backend
-        return backend.dropout(x, dropout_p, seed)
+        ctx.dropout_p, ctx.kernels = dropout_p, kernels
+        return kernels.dropout(x, dropout_p, seed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (seed,) = ctx.saved_tensors
-        return ctx.backend.dropout(dy, ctx.dropout_p, seed), None, None, None
+        return ctx.kernels.dropout(dy, ctx.dropout_p, seed), None, None, None

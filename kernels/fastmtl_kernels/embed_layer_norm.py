@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastmtl_kernels import embed_layer_norm_reference as reference
-from fastmtl_kernels.add_layer_norm import RowNorm, backend_of, check_columns
-from fastmtl_kernels.dispatch import RowImpl, select
+from fastmtl_kernels.add_layer_norm import RowNorm, check_columns
+from fastmtl_kernels.dispatch import RowImpl, backend, select
 from fastmtl_kernels.philox import check_dropout, describe
 from fastmtl_kernels.task_sink import TaskRows, TaskSink, TokenOffsets, check_sink, gradient, table_gradient
 
@@ -76,13 +76,13 @@ def embed_layer_norm(
     check_dropout(dropout_p, seed, words.device)
     check_sink(token_offsets, task_grads)
     tasks = TaskRows.make(token_offsets, input_ids.shape[0], words.device)
-    backend = backend_of(select(impl, words, positions, types, weight, bias))
-    if backend is None:
+    kernels = backend("embed_layer_norm", select(impl, words, positions, types, weight, bias))
+    if kernels is None:
         return reference.embed_layer_norm(
             (input_ids, position_ids, token_type_ids), (words, positions, types), weight, bias, dropout_p=dropout_p,
             eps=eps, seed=seed, tasks=tasks, task_grads=task_grads,
         )  # fmt: skip
-    call = RowNorm(backend, dropout_p, eps, tasks, task_grads)
+    call = RowNorm(kernels, dropout_p, eps, tasks, task_grads)
     anchor = None if task_grads is None else task_grads.anchor
     used = seed if dropout_p > 0 else None
     return _EmbedLayerNorm.apply(
@@ -107,7 +107,7 @@ class _EmbedLayerNorm(torch.autograd.Function):
         call: RowNorm,
     ) -> Tensor:
         ids = input_ids, position_ids, token_type_ids
-        y, z, mean, rstd = call.backend.embed_forward(ids, (words, positions, types), weight, bias, seed, call)
+        y, z, mean, rstd = call.kernels.forward(ids, (words, positions, types), weight, bias, seed, call)
         ctx.save_for_backward(*ids, z, mean, rstd, weight, seed, anchor)
         # A sink knows parameters by identity, and under checkpointing saved tensors come back as other objects.
         ctx.parameters = words, positions, types, weight, bias
@@ -121,7 +121,7 @@ class _EmbedLayerNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         *ids, z, mean, rstd, weight, seed, anchor = ctx.saved_tensors
         call, tables = ctx.call, ctx.parameters[:3]
-        dz, sums = call.backend.embed_backward(dy, z, mean, rstd, weight, seed, call)
+        dz, sums = call.kernels.backward(dy, z, mean, rstd, weight, seed, call)
         d_tables = [
             table_gradient(call.sink, table, index, dz, call.tasks) if wanted else None
             for table, index, wanted in zip(tables, ids, ctx.needs_input_grad[4:7], strict=True)

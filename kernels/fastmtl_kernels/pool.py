@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastmtl_kernels import pool_reference as reference
-from fastmtl_kernels.dispatch import RowImpl, select
+from fastmtl_kernels.dispatch import RowImpl, backend, select
 from fastmtl_kernels.philox import describe
 
 PoolMode = Literal["cls", "mean", "max"]
@@ -30,7 +30,7 @@ def pool(x: Tensor, cu_seqlens: Tensor, *, mode: PoolMode = "cls", impl: RowImpl
     """Pools the rows of every sequence.
 
     Args:
-        x: [N, d], floating point, any strides. Rows past cu_seqlens[-1] belong to no sequence and get gradients of zero.
+        x: [N, d], floating point, any strides. Rows past cu_seqlens[-1] belong to no sequence; their gradient is zero.
         cu_seqlens: [B + 1] int32 on x's device, ascending from 0 to at most N. The values are checked on CPUs only, as
             looking at them would wait for a GPU. An empty sequence gives zeros.
         mode: "cls" (the first row), "mean" or "max".
@@ -60,29 +60,19 @@ def pool(x: Tensor, cu_seqlens: Tensor, *, mode: PoolMode = "cls", impl: RowImpl
             raise ValueError(f"cu_seqlens must ascend from 0 to at most the {x.shape[0]} rows of x, got {offsets}")
         if chosen == "reference":
             return reference.pool(x, offsets, mode)
-    return _Pool.apply(x, cu_seqlens, mode, _backend(chosen))
+    return _Pool.apply(x, cu_seqlens, mode, backend("pool", chosen))
 
 
 class _Pool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cu_seqlens: Tensor, mode: str, backend: ModuleType) -> Tensor:
-        out, winners = backend.forward(x, cu_seqlens, mode)
+    def forward(ctx: Any, x: Tensor, cu_seqlens: Tensor, mode: str, kernels: ModuleType) -> Tensor:
+        out, winners = kernels.forward(x, cu_seqlens, mode)
         ctx.save_for_backward(cu_seqlens, winners)
-        ctx.num_rows, ctx.mode, ctx.backend = x.shape[0], mode, backend
+        ctx.num_rows, ctx.mode, ctx.kernels = x.shape[0], mode, kernels
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         cu_seqlens, winners = ctx.saved_tensors
-        return ctx.backend.backward(dout, cu_seqlens, winners, ctx.mode, ctx.num_rows), None, None, None
-
-
-def _backend(impl: str) -> ModuleType:
-    if impl == "cpp":
-        from fastmtl_kernels import pool_cpp
-
-        return pool_cpp
-    from fastmtl_kernels import pool_triton
-
-    return pool_triton
+        return ctx.kernels.backward(dout, cu_seqlens, winners, ctx.mode, ctx.num_rows), None, None, None

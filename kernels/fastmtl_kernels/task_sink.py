@@ -81,10 +81,11 @@ class TaskRows:
             ValueError: token_offsets is not int32 [T + 1] on `device`, or values known on the host do not ascend from 0
                 to at most num_rows.
         """
-        if token_offsets is None:
-            token_offsets = (0, num_rows)
-        if isinstance(token_offsets, Tensor):
-            offsets, known = token_offsets, None
+        known: tuple[int, ...] | None = None
+        if token_offsets is None:  # made on the device: a copy from the host would wait for it
+            offsets, known = torch.arange(2, dtype=torch.int32, device=device) * num_rows, (0, num_rows)
+        elif isinstance(token_offsets, Tensor):
+            offsets = token_offsets
         elif isinstance(token_offsets, Sequence):
             offsets, known = torch.tensor(token_offsets, dtype=torch.int32, device=device), tuple(token_offsets)
         else:

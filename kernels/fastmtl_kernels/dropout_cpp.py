@@ -1,0 +1,17 @@
+"""Row-wise dropout by the C++ kernel in csrc/add_layer_norm_cpu.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl_kernels.philox import keep_threshold
+
+
+def dropout(x: Tensor, dropout_p: float, seed: Tensor, out: Tensor | None = None) -> Tensor:
+    """x [N, d] dropped out, in `out` [N, d] where given, which may be x; also its own backward."""
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    threshold, scale = keep_threshold(dropout_p), 1 / (1 - dropout_p)
+    torch.ops.fastmtl.row_dropout_out(x.contiguous(), seed, threshold, scale, out)
+    return out
