@@ -1,7 +1,8 @@
-"""Compilation of Triton kernels for GPUs that need not be there."""
+"""Triton kernels without a GPU: in its interpreter, and compiled for GPUs that need not be there."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import inspect
 import json
@@ -31,6 +32,24 @@ class Compiled:
     spilled: int
     shared: int
     instructions: dict[str, int]
+
+
+@pytest.fixture
+def interpret() -> Callable[[str], None]:
+    """interpret(__file__): runs a file's tests, in a process of its own, with TRITON_INTERPRET=1 in the environment."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    triton, numpy = (tuple(map(int, importlib.metadata.version(name).split(".")[:2])) for name in ("triton", "numpy"))
+    if triton < (3, 7) and numpy >= (2, 4):
+        pytest.skip("the interpreter of triton before 3.7 does not run loops with numpy 2.4 or newer")
+
+    def run_file(file: str) -> None:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+        environment = os.environ | {"TRITON_INTERPRET": "1"}
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        assert ran.returncode == 0 and " passed" in ran.stdout, ran.stdout + ran.stderr
+
+    return run_file
 
 
 @pytest.fixture
