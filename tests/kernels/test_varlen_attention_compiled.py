@@ -24,30 +24,26 @@ def launch(dtype: torch.dtype, num_heads: int, head_dim: int) -> None:
     varlen_attention_triton.backward(qkv, out, lse, torch.empty_like(out), plan, 0.125, 0.1, seed)
 
 
-def bert_base() -> None:
+def for_a100() -> None:
     launch(torch.bfloat16, 12, 64)
 
 
-def pal() -> None:
-    """The low-dimensional attention of a projected adapter layer: no vector of 16 bytes begins where a head does."""
+def for_h100() -> None:
+    """BERT-base, and a projected adapter layer: no vector of 16 bytes begins where its heads do."""
+    launch(torch.bfloat16, 12, 64)
     launch(torch.float16, 6, 34)
 
 
-@pytest.mark.parametrize(
-    ("function", "capability", "spilled"),
-    [(bert_base, 90, 0), (pal, 90, 0), (bert_base, 80, 32)],
-    ids=["bert_base-90", "pal-90", "bert_base-80"],
-)
+NAMES = ["tile_fwd_kernel", "long_fwd_kernel", "tile_bwd_kernel", "long_bwd_kernel"]
+
+
+# The registers that long_bwd_kernel is short of on sm_80 are four to six.
+@pytest.mark.parametrize(("function", "capability", "spilled"), [(for_a100, 80, 32), (for_h100, 90, 0)])
 def test_what_the_launchers_choose(
     compile_ahead: Callable[..., Any], function: Callable[[], None], capability: int, spilled: int
 ) -> None:
     kernels = compile_ahead(function, capability)
-    assert [kernel.name for kernel in kernels] == [
-        "tile_fwd_kernel",
-        "long_fwd_kernel",
-        "tile_bwd_kernel",
-        "long_bwd_kernel",
-    ]
+    assert [kernel.name for kernel in kernels] == NAMES * (2 if function is for_h100 else 1)
     tensor_core = "HGMMA" if capability == 90 else "HMMA"
     for kernel in kernels:
         assert kernel.spilled <= spilled, kernel
