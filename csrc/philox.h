@@ -17,7 +17,7 @@ namespace fastmtl {
 
 constexpr uint32_t kPhiloxA = 0xD2511F53, kPhiloxB = 0xCD9E8D57, kWeylA = 0x9E3779B9, kWeylB = 0xBB67AE85;
 // Columns that dropped_row writes at once: rows of `dropped` have space for a multiple of these.
-constexpr int64_t kDroppedBlock = 32;
+constexpr int64_t kDroppedBlock = 64;
 
 inline void dropped_row_portable(uint64_t seed, uint32_t row, int32_t threshold, int64_t num_columns,
                                  uint32_t* dropped) {
@@ -38,14 +38,15 @@ inline void dropped_row_portable(uint64_t seed, uint32_t row, int32_t threshold,
 }
 
 #if defined(__x86_64__)
-// Two vectors at a time, so that one's multiplications fill the other's latency.
+// Four vectors at a time, so that one's multiplications fill the other's latency.
 __attribute__((target("avx2"))) inline void dropped_row_avx2(uint64_t seed, uint32_t row, int32_t threshold,
                                                              int64_t num_columns, uint32_t* dropped) {
   const __m256i mul_a = _mm256_set1_epi64x(kPhiloxA), mul_b = _mm256_set1_epi64x(kPhiloxB);
   const __m256i limit = _mm256_set1_epi32(threshold);
-  for (int64_t group = 0; 4 * group < num_columns; group += 8) {
-    __m256i c0[2], c1[2], c2[2], c3[2];
-    for (int v = 0; v < 2; ++v) {
+  for (int64_t group = 0; 4 * group < num_columns; group += 16) {
+    __m256i c0[4], c1[4], c2[4], c3[4];
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
       const int64_t first = group + 4 * v;
       // In this order two interleavings give the sixteen words in the order of their columns.
       c0[v] = _mm256_set_epi64x(first + 3, first + 1, first + 2, first);
@@ -57,8 +58,8 @@ __attribute__((target("avx2"))) inline void dropped_row_avx2(uint64_t seed, uint
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
       const __m256i keys_a = _mm256_set1_epi64x(key_a), keys_b = _mm256_set1_epi64x(key_b);
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) {
         const __m256i a = _mm256_mul_epu32(c0[v], mul_a), b = _mm256_mul_epu32(c2[v], mul_b);
         c0[v] = _mm256_xor_si256(_mm256_srli_epi64(b, 32), _mm256_xor_si256(c1[v], keys_a));
         c2[v] = _mm256_xor_si256(_mm256_srli_epi64(a, 32), _mm256_xor_si256(c3[v], keys_b));
@@ -68,7 +69,8 @@ __attribute__((target("avx2"))) inline void dropped_row_avx2(uint64_t seed, uint
       key_a += kWeylA;
       key_b += kWeylB;
     }
-    for (int v = 0; v < 2; ++v) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
       const __m256i w01 = _mm256_blend_epi32(c0[v], _mm256_slli_epi64(c1[v], 32), 0xaa);
       const __m256i w23 = _mm256_blend_epi32(c2[v], _mm256_slli_epi64(c3[v], 32), 0xaa);
       __m256i* to = reinterpret_cast<__m256i*>(dropped + 4 * group + 16 * v);

@@ -78,18 +78,19 @@ def add_layer_norm(
             residual, x, weight, bias, ts=ts, x_bias=x_bias, dropout_p=dropout_p, eps=eps, seed=seed, tasks=tasks,
             task_grads=task_grads,
         )  # fmt: skip
-    call = RowNorm(kernels, dropout_p, eps, tasks, task_grads)
+    call = RowNorm(kernels, dropout_p, eps, tasks, task_grads, torch.is_grad_enabled())
     return _AddLayerNorm.apply(residual, x, weight, bias, ts, x_bias, seed if dropout_p > 0 else None, call)
 
 
 class RowNorm(NamedTuple):
-    """What forward and backward share besides tensors."""
+    """What forward and backward share besides tensors. saves: whether a backward may come."""
 
     kernels: ModuleType
     dropout_p: float
     eps: float
     tasks: TaskRows
     sink: TaskSink | None
+    saves: bool
 
 
 class _AddLayerNorm(torch.autograd.Function):

@@ -28,7 +28,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y and z [N, d] of residual's dtype, mean and rstd [N] float32; the last three only as far as rows have tasks."""
     num_rows = residual.shape[0]
-    y, z = (torch.empty_like(residual, memory_format=torch.contiguous_format) for _ in range(2))
+    y = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    # A row of z is read before y's is written: where nobody needs z, it shares y's memory.
+    z = torch.empty_like(y) if call.saves else y
     mean, rstd = residual.new_empty(2, num_rows, dtype=torch.float32)
     torch.ops.fastmtl.add_layer_norm_out(
         residual.contiguous(),

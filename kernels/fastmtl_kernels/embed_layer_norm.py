@@ -82,7 +82,7 @@ def embed_layer_norm(
             (input_ids, position_ids, token_type_ids), (words, positions, types), weight, bias, dropout_p=dropout_p,
             eps=eps, seed=seed, tasks=tasks, task_grads=task_grads,
         )  # fmt: skip
-    call = RowNorm(kernels, dropout_p, eps, tasks, task_grads)
+    call = RowNorm(kernels, dropout_p, eps, tasks, task_grads, torch.is_grad_enabled())
     anchor = None if task_grads is None else task_grads.anchor
     used = seed if dropout_p > 0 else None
     return _EmbedLayerNorm.apply(
@@ -111,6 +111,7 @@ class _EmbedLayerNorm(torch.autograd.Function):
         ctx.save_for_backward(*ids, z, mean, rstd, weight, seed, anchor)
         # A sink knows parameters by identity, and under checkpointing saved tensors come back as other objects.
         ctx.parameters = words, positions, types, weight, bias
+        ctx.table_rows = [len(table) for table in ctx.parameters[:3]]  # ZeRO 3 has taken the tables' shapes in backward
         ctx.call = call
         if call.sink is not None:
             call.sink.expect(*ctx.parameters)
@@ -123,8 +124,8 @@ class _EmbedLayerNorm(torch.autograd.Function):
         call, tables = ctx.call, ctx.parameters[:3]
         dz, sums = call.kernels.backward(dy, z, mean, rstd, weight, seed, call)
         d_tables = [
-            table_gradient(call.sink, table, index, dz, call.tasks) if wanted else None
-            for table, index, wanted in zip(tables, ids, ctx.needs_input_grad[4:7], strict=True)
+            table_gradient(call.sink, table, num, index, dz, call.tasks) if wanted else None
+            for table, num, index, wanted in zip(tables, ctx.table_rows, ids, ctx.needs_input_grad[4:7], strict=True)
         ]
         d_weight, d_bias = (
             gradient(call.sink, parameter, sums[k]) if wanted else None

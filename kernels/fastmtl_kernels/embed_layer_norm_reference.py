@@ -61,7 +61,7 @@ class _TableRows(torch.autograd.Function):
         sink: TaskSink | None,
     ) -> Tensor:
         ctx.save_for_backward(ids, anchor)
-        ctx.table, ctx.tasks, ctx.sink = table, tasks, sink
+        ctx.table, ctx.table_rows, ctx.tasks, ctx.sink = table, len(table), tasks, sink
         if sink is not None:
             sink.expect(table)
         return torch.nn.functional.embedding(ids, table).to(dtype)
@@ -71,5 +71,7 @@ class _TableRows(torch.autograd.Function):
     def backward(ctx: Any, rows: Tensor) -> tuple[Tensor | None, ...]:
         ids, anchor = ctx.saved_tensors
         d_anchor = None if anchor is None else torch.zeros_like(anchor)
-        d_table = table_gradient(ctx.sink, ctx.table, ids, rows, ctx.tasks) if ctx.needs_input_grad[2] else None
+        d_table = None
+        if ctx.needs_input_grad[2]:
+            d_table = table_gradient(ctx.sink, ctx.table, ctx.table_rows, ids, rows, ctx.tasks)
         return d_anchor, None, d_table, None, None, None

@@ -112,8 +112,10 @@ def gradient(sink: TaskSink | None, parameter: Any, gradients: Tensor) -> Tensor
     return None if merged is None else merged.to(parameter.dtype)
 
 
-def table_gradient(sink: TaskSink | None, table: Any, ids: Tensor, rows: Tensor, tasks: TaskRows) -> Tensor | None:
-    """What autograd gets for an embedding table [V, d] whose rows `ids` [N] have the gradients `rows` [N, d].
+def table_gradient(
+    sink: TaskSink | None, table: Any, table_rows: int, ids: Tensor, rows: Tensor, tasks: TaskRows
+) -> Tensor | None:
+    """What autograd gets for an embedding table [table_rows, d] whose rows `ids` [N] have the gradients `rows` [N, d].
 
     Without a sink a dense table of its dtype, added up in float32.
     """
@@ -121,7 +123,7 @@ def table_gradient(sink: TaskSink | None, table: Any, ids: Tensor, rows: Tensor,
     if sink is not None:
         merged = sink.deliver_rows(table, ids, rows, tasks.host)
     else:
-        merged = torch.ops.aten.embedding_dense_backward(rows.float(), ids, table.shape[0], -1, False)
+        merged = torch.ops.aten.embedding_dense_backward(rows.float(), ids, table_rows, -1, False)
     return None if merged is None else merged.to(table.dtype)
 
 

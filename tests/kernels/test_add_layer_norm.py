@@ -134,6 +134,15 @@ def test_offsets_of_any_kind(impl: str) -> None:
     assert results[0][:7].any() and not results[0][7:].any()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_without_gradients_the_result_is_the_same(impl: Any) -> None:
+    tensors, _ = Case(**PLAIN).tensors("cpu")
+    arguments = dict(dropout_p=0.3, seed=torch.tensor([3]), token_offsets=(0, 71), impl=impl)
+    with torch.no_grad():
+        y = add_layer_norm(**tensors, **arguments)
+    assert torch.equal(y, add_layer_norm(**tensors, **arguments))
+
+
 ROWS, COLUMN = torch.randn(6, 4), torch.ones(4)
 WRONG: list[tuple[str, dict[str, Any]]] = [
     ("residual", dict(residual=torch.randn(6))),
