@@ -22,12 +22,14 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kChunk = 64;
-int64_t padded(int64_t num_columns) { return (num_columns + kDroppedBlock - 1) / kDroppedBlock * kDroppedBlock; }
+// The bytes that a row's bits of what is dropped take.
+int64_t mask_bytes(int64_t num_columns) { return (num_columns + kDroppedBlock - 1) / kDroppedBlock * kDroppedBlock / 8; }
 
-FASTMTL_INLINE Lanes drop(Lanes lanes, const uint32_t* dropped) {
-  LaneBits bits;
-  std::memcpy(&bits, dropped, sizeof(bits));
-  return (Lanes)(~bits & (LaneBits)lanes);
+// Zeros the lanes, which begin at column c, that are dropped.
+FASTMTL_INLINE Lanes drop(Lanes lanes, const uint8_t* dropped, int64_t c) {
+  const LaneBits bit = {1, 2, 4, 8, 16, 32, 64, 128};
+  const LaneBits byte = LaneBits{} + dropped[c / kLanes];
+  return (Lanes)((LaneBits)((byte & bit) == 0) & (LaneBits)lanes);
 }
 
 struct Dropout {
@@ -37,7 +39,7 @@ struct Dropout {
   bool active;
 
   // What is dropped of a row; zeros, once and for all, where nothing is.
-  void draw(int64_t row, int64_t num_columns, uint32_t* dropped) const {
+  void draw(int64_t row, int64_t num_columns, uint8_t* dropped) const {
     if (active) dropped_row(seed, static_cast<uint32_t>(row), threshold, num_columns, dropped);
   }
 };
@@ -55,13 +57,14 @@ struct ForwardArgs {
   const float *x_bias, *weight, *bias;
   void *y, *z;
   float *mean, *rstd;
+  uint8_t* mask;  // keeps the bits of what is dropped; null where backward does not need them
   int64_t num_columns;
   float eps;
   Dropout dropout;
 };
 
 template <typename scalar_t>
-FASTMTL_INLINE void forward_part(const ForwardArgs& args, int64_t first, int64_t last, uint32_t* dropped,
+FASTMTL_INLINE void forward_part(const ForwardArgs& args, int64_t first, int64_t last, uint8_t* row_dropped,
                                  scalar_t* no_ts, float* row_z) {
   const int64_t d = args.num_columns;
   for (int64_t row = first; row < last; ++row) {
@@ -70,10 +73,11 @@ FASTMTL_INLINE void forward_part(const ForwardArgs& args, int64_t first, int64_t
     const scalar_t* ts = args.ts ? static_cast<const scalar_t*>(args.ts) + row * d : no_ts;
     scalar_t* z = static_cast<scalar_t*>(args.z) + row * d;
     scalar_t* y = static_cast<scalar_t*>(args.y) + row * d;
+    uint8_t* dropped = args.mask ? args.mask + row * mask_bytes(d) : row_dropped;
     args.dropout.draw(row, d, dropped);
     Lanes sums[kUnroll] = {}, squares[kUnroll] = {};
     for_vectors(d, [&](int64_t c, int64_t count, int k) __attribute__((always_inline)) {
-      const Lanes f = drop((get(x + c, count) + get(args.x_bias + c, count)) * args.dropout.scale, dropped + c);
+      const Lanes f = drop((get(x + c, count) + get(args.x_bias + c, count)) * args.dropout.scale, dropped, c);
       const Lanes sum = get(residual + c, count) + f + get(ts + c, count);
       put(sum, z + c, count);
       put(sum, row_z + c, count);
@@ -100,14 +104,14 @@ struct BackwardArgs {
   const void *dy, *z;
   const float *mean, *rstd, *weight;
   void *dz, *dx;  // dx: null where it is not wanted
+  const uint8_t* mask;
   int64_t num_columns;
-  Dropout dropout;
+  float scale;
 };
 
 // Adds to sums [3, num_columns]: of weight, bias and x_bias.
 template <typename scalar_t>
-FASTMTL_INLINE void backward_part(const BackwardArgs& args, int64_t first, int64_t last, uint32_t* dropped,
-                                  float* sums) {
+FASTMTL_INLINE void backward_part(const BackwardArgs& args, int64_t first, int64_t last, float* sums) {
   const int64_t d = args.num_columns;
   float *dweight = sums, *dbias = sums + d, *dx_bias = sums + 2 * d;
   for (int64_t row = first; row < last; ++row) {
@@ -138,9 +142,9 @@ FASTMTL_INLINE void backward_part(const BackwardArgs& args, int64_t first, int64
       continue;
     }
     scalar_t* dx = static_cast<scalar_t*>(args.dx) + row * d;
-    args.dropout.draw(row, d, dropped);
+    const uint8_t* dropped = args.mask + row * mask_bytes(d);
     for_vectors(d, [&](int64_t c, int64_t count, int) __attribute__((always_inline)) {
-      const Lanes lanes = drop(dz_at(c, count) * args.dropout.scale, dropped + c);
+      const Lanes lanes = drop(dz_at(c, count) * args.scale, dropped, c);
       put(lanes, dx + c, count);
       put(get(dx_bias + c, count) + lanes, dx_bias + c, count);
     });
@@ -149,30 +153,29 @@ FASTMTL_INLINE void backward_part(const BackwardArgs& args, int64_t first, int64
 
 template <typename scalar_t>
 FASTMTL_INLINE void dropout_part(const void* x, void* out, int64_t d, const Dropout& dropout, int64_t first,
-                                 int64_t last, uint32_t* dropped) {
+                                 int64_t last, uint8_t* dropped) {
   for (int64_t row = first; row < last; ++row) {
     dropout.draw(row, d, dropped);
     const scalar_t* from = static_cast<const scalar_t*>(x) + row * d;
     scalar_t* to = static_cast<scalar_t*>(out) + row * d;
     for_vectors(d, [&](int64_t c, int64_t count, int) __attribute__((always_inline)) {
-      put(drop(get(from + c, count) * dropout.scale, dropped + c), to + c, count);
+      put(drop(get(from + c, count) * dropout.scale, dropped, c), to + c, count);
     });
   }
 }
 
 // One function for each dtype, compiled for several instruction sets.
-#define FASTMTL_ROW_KERNELS(scalar_t)                                                                                 \
-  FASTMTL_CLONES void forward_rows(const ForwardArgs& args, int64_t first, int64_t last, uint32_t* dropped,           \
-                                   scalar_t* no_ts, float* row_z) {                                                   \
-    forward_part<scalar_t>(args, first, last, dropped, no_ts, row_z);                                                 \
-  }                                                                                                                   \
-  FASTMTL_CLONES void backward_rows(const BackwardArgs& args, int64_t first, int64_t last, uint32_t* dropped,         \
-                                    float* sums, scalar_t) {                                                          \
-    backward_part<scalar_t>(args, first, last, dropped, sums);                                                        \
-  }                                                                                                                   \
-  FASTMTL_CLONES void dropout_rows(const void* x, void* out, int64_t d, const Dropout& dropout, int64_t first,        \
-                                   int64_t last, uint32_t* dropped, scalar_t) {                                       \
-    dropout_part<scalar_t>(x, out, d, dropout, first, last, dropped);                                                 \
+#define FASTMTL_ROW_KERNELS(scalar_t)                                                                               \
+  FASTMTL_CLONES void forward_rows(const ForwardArgs& args, int64_t first, int64_t last, uint8_t* dropped,          \
+                                   scalar_t* no_ts, float* row_z) {                                                 \
+    forward_part<scalar_t>(args, first, last, dropped, no_ts, row_z);                                               \
+  }                                                                                                                 \
+  FASTMTL_CLONES void backward_rows(const BackwardArgs& args, int64_t first, int64_t last, float* sums, scalar_t) { \
+    backward_part<scalar_t>(args, first, last, sums);                                                               \
+  }                                                                                                                 \
+  FASTMTL_CLONES void dropout_rows(const void* x, void* out, int64_t d, const Dropout& dropout, int64_t first,      \
+                                   int64_t last, uint8_t* dropped, scalar_t) {                                      \
+    dropout_part<scalar_t>(x, out, d, dropout, first, last, dropped);                                               \
   }
 FASTMTL_ROW_KERNELS(float)
 FASTMTL_ROW_KERNELS(BFloat16)
@@ -181,7 +184,8 @@ FASTMTL_ROW_KERNELS(Half)
 
 void add_layer_norm_out(Tensor residual, Tensor x, std::optional<Tensor> ts, std::optional<Tensor> x_bias,
                         Tensor weight, Tensor bias, std::optional<Tensor> seed, int64_t threshold, double scale,
-                        double eps, int64_t num_rows, Tensor y, Tensor z, Tensor mean, Tensor rstd) {
+                        double eps, int64_t num_rows, Tensor y, Tensor z, Tensor mean, Tensor rstd,
+                        std::optional<Tensor> mask) {
   const char* op = "add_layer_norm_out";
   const int64_t n = residual.size(0), d = residual.size(1);
   const ScalarType dtype = residual.scalar_type();
@@ -196,17 +200,19 @@ void add_layer_norm_out(Tensor residual, Tensor x, std::optional<Tensor> ts, std
   check(op, "z", z, dtype, n * d);
   check(op, "mean", mean, ScalarType::Float, n);
   check(op, "rstd", rstd, ScalarType::Float, n);
+  if (mask) check(op, "mask", *mask, ScalarType::Byte, n * mask_bytes(d));
   const std::vector<float> no_bias(x_bias ? 0 : d);
   const auto floats = [](const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); };
   const ForwardArgs args{residual.const_data_ptr(), x.const_data_ptr(), ts ? ts->const_data_ptr() : nullptr,
                          x_bias ? floats(*x_bias) : no_bias.data(), floats(weight), floats(bias),
                          y.mutable_data_ptr(), z.mutable_data_ptr(), static_cast<float*>(mean.mutable_data_ptr()),
-                         static_cast<float*>(rstd.mutable_data_ptr()), d, static_cast<float>(eps),
+                         static_cast<float*>(rstd.mutable_data_ptr()),
+                         mask ? static_cast<uint8_t*>(mask->mutable_data_ptr()) : nullptr, d, static_cast<float>(eps),
                          dropout_of(seed, threshold, scale)};
   for_dtype(op, dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     torch::stable::parallel_for(0, num_rows, kChunk, [&](int64_t first, int64_t last) {
-      std::vector<uint32_t> dropped(padded(d), 0);
+      std::vector<uint8_t> dropped(mask_bytes(d), 0);
       std::vector<scalar_t> no_ts(d, zero);
       std::vector<float> row_z(d);
       forward_rows(args, first, last, dropped.data(), no_ts.data(), row_z.data());
@@ -215,10 +221,10 @@ void add_layer_norm_out(Tensor residual, Tensor x, std::optional<Tensor> ts, std
   std::memset(static_cast<char*>(args.y) + num_rows * d * y.element_size(), 0, (n - num_rows) * d * y.element_size());
 }
 
-// sums [3, T, d]: of weight, bias and x_bias over the rows of each task.
+// sums [3, T, d]: of weight, bias and x_bias over the rows of each task. mask: forward's, where dx is given.
 void add_layer_norm_backward_out(Tensor dy, Tensor z, Tensor mean, Tensor rstd, Tensor weight,
-                                 std::optional<Tensor> seed, int64_t threshold, double scale, Tensor token_offsets,
-                                 Tensor dz, std::optional<Tensor> dx, Tensor sums) {
+                                 std::optional<Tensor> mask, double scale, Tensor token_offsets, Tensor dz,
+                                 std::optional<Tensor> dx, Tensor sums) {
   const char* op = "add_layer_norm_backward_out";
   const int64_t n = dy.size(0), d = dy.size(1), num_tasks = token_offsets.numel() - 1;
   const ScalarType dtype = dy.scalar_type();
@@ -229,27 +235,29 @@ void add_layer_norm_backward_out(Tensor dy, Tensor z, Tensor mean, Tensor rstd, 
   check(op, "weight", weight, ScalarType::Float, d);
   check(op, "token_offsets", token_offsets, ScalarType::Int, num_tasks + 1);
   check(op, "dz", dz, dtype, n * d);
+  STD_TORCH_CHECK(dx.has_value() == mask.has_value(), op, ": dx must be given with mask, and is dz without it");
   if (dx) check(op, "dx", *dx, dtype, n * d);
+  if (mask) check(op, "mask", *mask, ScalarType::Byte, n * mask_bytes(d));
   check(op, "sums", sums, ScalarType::Float, 3 * num_tasks * d);
   const int32_t* offsets = static_cast<const int32_t*>(token_offsets.const_data_ptr());
   STD_TORCH_CHECK(num_tasks >= 1 && offsets[0] == 0 && std::is_sorted(offsets, offsets + num_tasks + 1) &&
                       offsets[num_tasks] <= n, op, ": token_offsets must ascend from 0 to at most the rows there are");
   const auto floats = [](const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); };
   const BackwardArgs args{dy.const_data_ptr(), z.const_data_ptr(), floats(mean), floats(rstd), floats(weight),
-                          dz.mutable_data_ptr(), dx ? dx->mutable_data_ptr() : nullptr, d,
-                          dropout_of(seed, threshold, scale)};
+                          dz.mutable_data_ptr(), dx ? dx->mutable_data_ptr() : nullptr,
+                          mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr, d,
+                          static_cast<float>(scale)};
   const int64_t num_rows = offsets[num_tasks], num_chunks = (num_rows + kChunk - 1) / kChunk;
   // Chunk p's part of task t is slot p + t: along the rows one of the two grows with every part.
   std::vector<float> partials((num_chunks + num_tasks) * 3 * d, 0.0f);
   for_dtype(op, dtype, [&](auto zero) {
     torch::stable::parallel_for(0, num_chunks, 1, [&](int64_t first, int64_t last) {
-      std::vector<uint32_t> dropped(padded(d), 0);
       for (int64_t chunk = first; chunk < last; ++chunk) {
         for (int64_t t = 0; t < num_tasks; ++t) {
           const int64_t begin = std::max<int64_t>(chunk * kChunk, offsets[t]);
           const int64_t end = std::min<int64_t>((chunk + 1) * kChunk, offsets[t + 1]);
           if (begin < end)
-            backward_rows(args, begin, end, dropped.data(), partials.data() + (chunk + t) * 3 * d, zero);
+            backward_rows(args, begin, end, partials.data() + (chunk + t) * 3 * d, zero);
         }
       }
     });
@@ -276,7 +284,7 @@ void row_dropout_out(Tensor x, Tensor seed, int64_t threshold, double scale, Ten
   void* to = out.mutable_data_ptr();
   for_dtype("row_dropout_out", x.scalar_type(), [&](auto zero) {
     torch::stable::parallel_for(0, n, kChunk, [&](int64_t first, int64_t last) {
-      std::vector<uint32_t> dropped(padded(d), 0);
+      std::vector<uint8_t> dropped(mask_bytes(d), 0);
       dropout_rows(from, to, d, dropout, first, last, dropped.data(), zero);
     });
   });

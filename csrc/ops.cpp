@@ -24,10 +24,11 @@ Tensor gramian_meta(std::vector<Tensor> grads, int64_t num_tasks) {
 void combine_out_meta(std::vector<Tensor>, Tensor, std::vector<Tensor>) {}
 
 void add_layer_norm_out_meta(Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>, Tensor, Tensor,
-                             std::optional<Tensor>, int64_t, double, double, int64_t, Tensor, Tensor, Tensor, Tensor) {}
+                             std::optional<Tensor>, int64_t, double, double, int64_t, Tensor, Tensor, Tensor, Tensor,
+                             std::optional<Tensor>) {}
 
-void add_layer_norm_backward_out_meta(Tensor, Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>, int64_t, double,
-                                      Tensor, Tensor, std::optional<Tensor>, Tensor) {}
+void add_layer_norm_backward_out_meta(Tensor, Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>, double, Tensor,
+                                      Tensor, std::optional<Tensor>, Tensor) {}
 
 void row_dropout_out_meta(Tensor, Tensor, int64_t, double, Tensor) {}
 
@@ -49,10 +50,10 @@ STABLE_TORCH_LIBRARY(fastmtl, m) {
   m.def(
       "add_layer_norm_out(Tensor residual, Tensor x, Tensor? ts, Tensor? x_bias, Tensor weight, Tensor bias, "
       "Tensor? seed, int threshold, float scale, float eps, int num_rows, "
-      "Tensor(a!) y, Tensor(b!) z, Tensor(c!) mean, Tensor(d!) rstd) -> ()");
+      "Tensor(a!) y, Tensor(b!) z, Tensor(c!) mean, Tensor(d!) rstd, Tensor(e!)? mask) -> ()");
   m.def(
-      "add_layer_norm_backward_out(Tensor dy, Tensor z, Tensor mean, Tensor rstd, Tensor weight, Tensor? seed, "
-      "int threshold, float scale, Tensor token_offsets, Tensor(a!) dz, Tensor(b!)? dx, Tensor(c!) sums) -> ()");
+      "add_layer_norm_backward_out(Tensor dy, Tensor z, Tensor mean, Tensor rstd, Tensor weight, Tensor? mask, "
+      "float scale, Tensor token_offsets, Tensor(a!) dz, Tensor(b!)? dx, Tensor(c!) sums) -> ()");
   m.def("row_dropout_out(Tensor x, Tensor seed, int threshold, float scale, Tensor(a!) out) -> ()");
   m.def("pool_out(Tensor x, Tensor cu_seqlens, int mode, Tensor(a!) out, Tensor(b!)? winners) -> ()");
   m.def("pool_backward_out(Tensor dout, Tensor cu_seqlens, int mode, Tensor? winners, Tensor(a!) dx) -> ()");

@@ -5,9 +5,9 @@
     y = h weight + bias                                  dweight = sum dy h, dbias = sum dy, dx_bias = sum dx
 
 residual, x, ts, y [N, d]; weight, bias, x_bias [d]; the sums are over the rows of one task. Statistics and sums are
-float32, z is kept for backward in residual's dtype, dropout is drawn again. An implementation is a module with
-`forward` and `backward`: add_layer_norm_cpp, add_layer_norm_triton. Equal inputs give equal bits. Not differentiable
-twice.
+float32, z is kept for backward in residual's dtype. An implementation is a module with `forward` and `backward`:
+add_layer_norm_cpp, add_layer_norm_triton; what the first gives the second to know what was dropped is its own choice.
+Equal inputs give equal bits. Not differentiable twice.
 
 Source: as fastmtl_kernels.add_layer_norm_reference.
 """
@@ -106,9 +106,9 @@ class _AddLayerNorm(torch.autograd.Function):
         seed: Tensor | None,
         call: RowNorm,
     ) -> Tensor:
-        y, z, mean, rstd = call.kernels.forward(residual, x, ts, x_bias, weight, bias, seed, call)
+        y, z, mean, rstd, dropped = call.kernels.forward(residual, x, ts, x_bias, weight, bias, seed, call)
         # The parameters themselves are saved: under ZeRO 3 their storage is gathered again when backward comes.
-        ctx.save_for_backward(z, mean, rstd, weight, seed)
+        ctx.save_for_backward(z, mean, rstd, weight, dropped)
         # A sink knows parameters by identity, and under checkpointing saved tensors come back as other objects.
         ctx.parameters = weight, bias, x_bias
         ctx.call = call
@@ -120,11 +120,11 @@ class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        z, mean, rstd, weight, seed = ctx.saved_tensors
+        z, mean, rstd, weight, dropped = ctx.saved_tensors
         call, (x_dtype, ts_dtype) = ctx.call, ctx.dtypes
         wants = _Wants(*ctx.needs_input_grad[:6])
         dz, dx, sums = call.kernels.backward(
-            dy, z, mean, rstd, weight, seed, call,
+            dy, z, mean, rstd, weight, dropped, call,
             dx_dtype=x_dtype if wants.x or wants.x_bias else None,
             num_sums=3 if wants.x_bias else 2 if wants.weight or wants.bias else 0,
         )  # fmt: skip

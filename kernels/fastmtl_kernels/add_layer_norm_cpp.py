@@ -1,6 +1,7 @@
 """Residual LayerNorm by the C++ kernels of csrc/add_layer_norm_cpu.cpp.
 
 float32, bfloat16 and float16 rows; float32 inside. Rows of another dtype than the residual's are converted first.
+What dropout drops is kept for backward, a bit for an element: on CPUs drawing it again takes as long as all the rest.
 """
 
 from __future__ import annotations
@@ -25,13 +26,18 @@ def forward(
     bias: Tensor,
     seed: Tensor | None,
     call: RowNorm,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y and z [N, d] of residual's dtype, mean and rstd [N] float32; the last three only as far as rows have tasks."""
-    num_rows = residual.shape[0]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """y and z [N, d] of residual's dtype, mean and rstd [N] float32, and what dropout drops for backward; all but y only
+    as far as rows have tasks.
+    """
+    num_rows, num_columns = residual.shape
     y = torch.empty_like(residual, memory_format=torch.contiguous_format)
     # A row of z is read before y's is written: where nobody needs z, it shares y's memory.
     z = torch.empty_like(y) if call.saves else y
     mean, rstd = residual.new_empty(2, num_rows, dtype=torch.float32)
+    mask = None
+    if call.saves and seed is not None:
+        mask = residual.new_empty(num_rows, -(-num_columns // 64) * 8, dtype=torch.uint8)
     torch.ops.fastmtl.add_layer_norm_out(
         residual.contiguous(),
         x.to(residual.dtype).contiguous(),
@@ -48,8 +54,9 @@ def forward(
         z,
         mean,
         rstd,
+        mask,
     )
-    return y, z, mean, rstd
+    return y, z, mean, rstd, mask
 
 
 def backward(
@@ -58,7 +65,7 @@ def backward(
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor,
-    seed: Tensor | None,
+    mask: Tensor | None,
     call: RowNorm,
     *,
     dx_dtype: torch.dtype | None,
@@ -69,7 +76,7 @@ def backward(
     dx_dtype: None where dx is not wanted. num_sums: how many of the three are wanted; all are made.
     """
     dz = torch.empty_like(z)
-    dx = torch.empty_like(z) if seed is not None and dx_dtype is not None else None
+    dx = None if mask is None else torch.empty_like(z)
     totals = z.new_empty(3, call.tasks.num_tasks, z.shape[1], dtype=torch.float32)
     torch.ops.fastmtl.add_layer_norm_backward_out(
         dy.to(z.dtype).contiguous(),
@@ -77,8 +84,7 @@ def backward(
         mean,
         rstd,
         weight.float().contiguous(),
-        seed,
-        keep_threshold(call.dropout_p),
+        mask,
         1 / (1 - call.dropout_p),
         call.tasks.offsets,
         dz,

@@ -220,8 +220,10 @@ def forward(
     bias: Tensor,
     seed: Tensor | None,
     call: RowNorm,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y and z [N, d] of residual's dtype, mean and rstd [N] float32; the last three only as far as rows have tasks."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """y and z [N, d] of residual's dtype, mean and rstd [N] float32, and the seed, from which backward draws again; z,
+    mean and rstd only as far as rows have tasks.
+    """
     num_rows, num_columns = residual.shape
     y, z = (torch.empty(num_rows, num_columns, dtype=residual.dtype, device=residual.device) for _ in range(2))
     mean, rstd = torch.empty(2, num_rows, dtype=torch.float32, device=residual.device)
@@ -252,7 +254,7 @@ def forward(
                 DROPOUT=seed is not None,
                 **shape,
             )
-    return y, z, mean, rstd
+    return y, z, mean, rstd, seed
 
 
 def backward(

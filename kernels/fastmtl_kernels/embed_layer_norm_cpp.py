@@ -28,7 +28,7 @@ def forward(
     """y and z [N, d] of words' dtype, mean and rstd [N] float32; ids and tables in the order word, position, type."""
     words, positions, types = (F.embedding(index, table) for index, table in zip(ids, tables, strict=True))
     plain = call._replace(dropout_p=0.0)
-    y, z, mean, rstd = add_layer_norm_cpp.forward(words, positions, types, None, weight, bias, None, plain)
+    y, z, mean, rstd, _ = add_layer_norm_cpp.forward(words, positions, types, None, weight, bias, None, plain)
     return y if seed is None else dropout(y, call.dropout_p, seed, out=y), z, mean, rstd
 
 

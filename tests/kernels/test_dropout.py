@@ -104,14 +104,15 @@ def test_vectors_and_words_draw_the_same(tmp_path: Path) -> None:
 #include <vector>
 int main() {
   if (!__builtin_cpu_supports("avx2")) return 77;
-  std::vector<uint32_t> a(800), b(800);
+  std::vector<uint8_t> a(96), b(96);
   for (uint32_t row = 0; row < 40; ++row)
     for (int64_t d = 1; d <= 768; d += 37) {
       const uint64_t seed = 0x123456789abcdef0ull * (row + 1);
       const int32_t threshold = static_cast<int32_t>(row * 107374182u);
       fastmtl::dropped_row_avx2(seed, row * 107374183u, threshold, d, a.data());
       fastmtl::dropped_row_portable(seed, row * 107374183u, threshold, d, b.data());
-      for (int64_t c = 0; c < d; ++c) if (a[c] != b[c]) return 1;
+      for (int64_t c = 0; c < d; ++c)
+        if ((a[c / 8] ^ b[c / 8]) >> c % 8 & 1) return 1;
     }
   return 0;
 }
