@@ -27,7 +27,7 @@ def forward(
     seed: Tensor | None,
     call: RowNorm,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """y and z [N, d] of residual's dtype, mean and rstd [N] float32, and what dropout drops for backward; all but y only
+    """y and z [N, d] of residual's dtype, mean and rstd [N] float32, and the bits of what dropout drops; all but y only
     as far as rows have tasks.
     """
     num_rows, num_columns = residual.shape

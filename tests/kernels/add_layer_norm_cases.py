@@ -142,7 +142,7 @@ def check(case: Case, impl: str, device: str = "cpu") -> None:
     for name, value in found.items():
         assert torch.equal(value, again[name]), f"{name} differs between two runs"
         dtype = case.dtype if case.dtype != torch.float32 else value.dtype
-        assert_close(value, exact[name].double(), oracle[name], scales[name], dtype)
+        assert_close(value, exact[name].double(), oracle[name], scales[name], dtype, on_average=case.columns >= 32)
         if name not in SHARED:
             assert not value[stop:].any(), f"{name} is not zero in the tail"
 

@@ -133,4 +133,5 @@ def check(case: Case, impl: str, device: str = "cpu") -> None:
     y_scale = (moved * parameters["weight"].double().abs()).max() + parameters["bias"].double().abs().max()
     scales = {"y": y_scale / (1 - case.dropout_p), "weight": (h * moved).sum(0).max(), "bias": h.sum(0).max()}
     for name, value in found.items():
-        assert_close(value.double(), exact[name], oracle[name].double(), scales.get(name, dz * stop), case.dtype)
+        scale = scales.get(name, dz * stop)
+        assert_close(value, exact[name].double(), oracle[name], scale, case.dtype, on_average=case.columns >= 32)

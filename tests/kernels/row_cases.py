@@ -68,13 +68,24 @@ def nan_filled(run: Callable[[], Any]) -> Any:
         torch.use_deterministic_algorithms(False)
 
 
-def assert_close(found: Tensor, exact: Tensor, oracle: Tensor, scale: Tensor | float, dtype: torch.dtype) -> None:
-    """Within twice the oracle's own largest error plus roundings to dtype at the magnitude `scale`."""
+def assert_close(
+    found: Tensor, exact: Tensor, oracle: Tensor, scale: Tensor | float, dtype: torch.dtype, on_average: bool = False
+) -> None:
+    """Within twice the oracle's own largest error plus roundings to dtype at the magnitude `scale`.
+
+    on_average: also, by root mean squares, within twice the oracle's error plus two roundings of the result: where
+    nothing is badly conditioned, roundings do not add up.
+    """
     assert found.shape == exact.shape
     if exact.numel() == 0:
         return
     rounding = torch.finfo(dtype).eps * torch.as_tensor(scale).abs().max()
     budget = 2 * ((oracle.double() - exact).abs().max() + 4 * rounding)
+    if on_average:
+        error, allowed, size = (
+            t.square().mean().sqrt() for t in (found.double() - exact, oracle.double() - exact, exact)
+        )
+        assert error <= 2 * (allowed + torch.finfo(dtype).eps * size), f"{error:.3g} of {size:.3g} off on average"
     error = (found.double() - exact).abs().max()
     assert error <= budget, f"error {error:.3g}, budget {budget:.3g}"
 

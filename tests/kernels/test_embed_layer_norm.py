@@ -66,7 +66,7 @@ def test_as_transformers(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS[1:])
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(case=cases())
 def test_any_case(impl: str, case: Case) -> None:
     check(case, impl)
