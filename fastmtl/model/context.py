@@ -6,26 +6,70 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from fastmtl.data.packed_batch import PackedBatch
-from fastmtl.model.attention import AttentionPlan
 from fastmtl.surgery.segments import Segments
+from fastmtl_kernels import varlen_attention
+from fastmtl_kernels.varlen_attention_plan import AttentionPlan
 
 if TYPE_CHECKING:
     from fastmtl.surgery.task_gradients import TaskGradients
 
+# Where masks are drawn, each by a seed of its own: place 0 is the embeddings, then these in each layer.
+EMBEDDINGS = 0
+ATTENTION, ATTENTION_OUTPUT, OUTPUT, ADAPTER = range(4)
+_IN_LAYER = 4
+
+
+def place(layer: int, which: int) -> int:
+    """The place `which` (ATTENTION, ...) of a layer."""
+    return 1 + _IN_LAYER * layer + which
+
 
 @dataclass(frozen=True, eq=False)
 class ForwardContext:
-    """plan: the attention groups, made once per batch; segments: the tasks' token rows; task_grads: see layers.py."""
+    """segments: the tasks' token rows; task_grads: see layers.py. seeds: int64, one for each place, None outside
+    training. plan: made once per batch for the attention kernels, None where they need none.
+    """
 
     batch: PackedBatch
-    plan: AttentionPlan
     segments: Segments
-    task_grads: TaskGradients | None = None
+    task_grads: TaskGradients | None
+    seeds: Tensor | None
+    plan: AttentionPlan | None
 
     @classmethod
-    def build(cls, batch: PackedBatch, dtype: torch.dtype, task_grads: TaskGradients | None = None) -> ForwardContext:
-        """dtype: that of the hidden states."""
-        plan = AttentionPlan.build(batch.host.cu_seqlens, batch.input_ids.device, dtype)
-        return cls(batch, plan, Segments(batch.token_offsets, batch.host.token_offsets), task_grads)
+    def build(
+        cls, batch: PackedBatch, num_layers: int, *, training: bool, task_grads: TaskGradients | None = None
+    ) -> ForwardContext:
+        """The seeds are drawn here, from torch's generator of the device: masks follow from its state before the
+        forward, whatever is checkpointed.
+        """
+        device = batch.input_ids.device
+        seeds = torch.randint(1 << 62, (place(num_layers, 0),), device=device) if training else None
+        plan = None
+        if device.type == "cuda":
+            plan = AttentionPlan.make(batch.host.cu_seqlens, batch.num_tokens, device)
+        return cls(batch, Segments(batch.token_offsets, batch.host.token_offsets), task_grads, seeds, plan)
+
+    def seed(self, at: int) -> Tensor | None:
+        return None if self.seeds is None else self.seeds[at : at + 1]
+
+    @property
+    def armed(self) -> TaskGradients | None:
+        """The sink, where it takes writes."""
+        return None if self.task_grads is None or self.task_grads.mode is None else self.task_grads
+
+    def attend(self, qkv: Tensor, num_heads: int, dropout: float, at: int) -> Tensor:
+        """qkv [N, 3, num_heads * head size] -> [N, num_heads * head size], with dropout of the probabilities.
+
+        at: the place of their seed.
+        """
+        return varlen_attention(
+            qkv.unflatten(2, (num_heads, -1)),
+            self.batch.cu_seqlens,
+            dropout_p=dropout,
+            seed=self.seed(at),
+            plan=self.plan,
+        ).flatten(1)

@@ -11,9 +11,9 @@ from transformers import BertConfig
 from transformers.activations import ACT2FN
 
 from fastmtl.data.packed_batch import PackedBatch
-from fastmtl.model.attention import packed_attention
-from fastmtl.model.context import ForwardContext
-from fastmtl.model.layers import TaskEmbedding, TaskLayerNorm, TaskLinear
+from fastmtl.model.context import ATTENTION, ATTENTION_OUTPUT, EMBEDDINGS, OUTPUT, ForwardContext, place
+from fastmtl.model.layers import AddLayerNorm, TaskEmbedding, TaskLayerNorm, TaskLinear
+from fastmtl_kernels import dropout
 
 if TYPE_CHECKING:
     from fastmtl.surgery.task_gradients import TaskGradients
@@ -42,9 +42,10 @@ class PackedBert(nn.Module):
 
         adapter(layer, hidden, context) gives what is added to that layer's feed-forward output, or None.
         """
-        context = ForwardContext.build(batch, self.embeddings.word_embeddings.weight.dtype, task_grads)
+        layers = self.encoder.layer
+        context = ForwardContext.build(batch, len(layers), training=self.training, task_grads=task_grads)
         hidden = self.embeddings(batch.input_ids, batch.token_type_ids, batch.position_ids, context)
-        for index, layer in enumerate(self.encoder.layer):
+        for index, layer in enumerate(layers):
             if self.checkpointing and torch.is_grad_enabled():
                 hidden = checkpoint(_run, layer, adapter, index, hidden, context, use_reentrant=False)
             else:
@@ -64,12 +65,13 @@ class Embeddings(nn.Module):
         self.position_embeddings = TaskEmbedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = TaskEmbedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = TaskLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = config.hidden_dropout_prob
 
     def forward(self, ids: Tensor, token_types: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
         hidden = self.word_embeddings(ids, context) + self.token_type_embeddings(token_types, context)
         hidden = hidden + self.position_embeddings(positions, context)
-        return self.dropout(self.LayerNorm(hidden, context))
+        hidden = self.LayerNorm(hidden, context)
+        return dropout(hidden, self.dropout, context.seed(EMBEDDINGS)) if self.training else hidden
 
 
 class Layers(nn.Module):
@@ -77,47 +79,49 @@ class Layers(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layer = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
 
 
 class Layer(nn.Module):
-    """h' = LN(h + MHA(h)); LN(h' + FFN(h') + TS(h)), the task-specific TS(h) where there is an adapter."""
+    """h' = LN(h + MHA(h)); LN(h' + FFN(h') + TS(h)), the task-specific TS(h) where there is an adapter.
 
-    def __init__(self, config: BertConfig) -> None:
+    index: from 0.
+    """
+
+    def __init__(self, config: BertConfig, index: int) -> None:
         super().__init__()
-        self.attention = Attention(config)
+        self.attention = Attention(config, index)
         self.intermediate = Intermediate(config)
-        self.output = Output(config.intermediate_size, config)
+        self.output = Output(config.intermediate_size, config, place(index, OUTPUT))
 
     def forward(self, hidden: Tensor, task_specific: Tensor | None, context: ForwardContext) -> Tensor:
         attended = self.attention(hidden, context)
-        residual = attended if task_specific is None else attended + task_specific
-        return self.output(self.intermediate(attended, context), residual, context)
+        return self.output(self.intermediate(attended, context), attended, task_specific, context)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig, index: int) -> None:
         super().__init__()
-        self.self = SelfAttention(config)
-        self.output = Output(config.hidden_size, config)
+        self.self = SelfAttention(config, place(index, ATTENTION))
+        self.output = Output(config.hidden_size, config, place(index, ATTENTION_OUTPUT))
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
-        return self.output(self.self(hidden, context), hidden, context)
+        return self.output(self.self(hidden, context), hidden, None, context)
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig, at: int) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
+        self.at = at
         self.dropout = config.attention_probs_dropout_prob
         self.query = TaskLinear(config.hidden_size, config.hidden_size)
         self.key = TaskLinear(config.hidden_size, config.hidden_size)
         self.value = TaskLinear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
-        query, key, value = (linear(hidden, context) for linear in (self.query, self.key, self.value))
-        dropout = self.dropout if self.training else 0.0
-        return packed_attention(query, key, value, context.plan, self.num_heads, dropout)
+        qkv = torch.stack([linear(hidden, context) for linear in (self.query, self.key, self.value)], dim=1)
+        return context.attend(qkv, self.num_heads, self.dropout if self.training else 0.0, self.at)
 
 
 class Intermediate(nn.Module):
@@ -131,16 +135,16 @@ class Intermediate(nn.Module):
 
 
 class Output(nn.Module):
-    """LN(residual + dropout(W x + b))."""
+    """LN(residual + dropout(W x + b) + ts)."""
 
-    def __init__(self, in_features: int, config: BertConfig) -> None:
+    def __init__(self, in_features: int, config: BertConfig, at: int) -> None:
         super().__init__()
         self.dense = TaskLinear(in_features, config.hidden_size)
-        self.LayerNorm = TaskLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        p, eps = config.hidden_dropout_prob, config.layer_norm_eps
+        self.LayerNorm = AddLayerNorm(config.hidden_size, eps=eps, p=p, at=at)
 
-    def forward(self, x: Tensor, residual: Tensor, context: ForwardContext) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(x, context)) + residual, context)
+    def forward(self, x: Tensor, residual: Tensor, ts: Tensor | None, context: ForwardContext) -> Tensor:
+        return self.LayerNorm(residual, self.dense(x, context), ts, context)
 
 
 class Pooler(nn.Module):

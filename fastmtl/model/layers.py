@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastmtl.model.context import ForwardContext
 from fastmtl.surgery import functional
+from fastmtl_kernels import add_layer_norm
 
 
 class TaskLinear(nn.Linear):
@@ -24,6 +25,31 @@ class TaskLayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:  # type: ignore[override]
         """[N, d] -> [N, d]."""
         return functional.layer_norm(x, self.weight, self.bias, self.eps, context.segments, context.task_grads)
+
+
+class AddLayerNorm(nn.LayerNorm):
+    """LayerNorm(residual + dropout(x) + ts). at: the place of its seed in the context; p: of dropout, in training."""
+
+    def __init__(self, size: int, *, eps: float, p: float, at: int) -> None:
+        super().__init__(size, eps=eps)
+        self.p, self.at = p, at
+
+    def forward(  # type: ignore[override]
+        self, residual: Tensor, x: Tensor, ts: Tensor | None, context: ForwardContext
+    ) -> Tensor:
+        """[N, d] each -> [N, d] of the residual's dtype."""
+        return add_layer_norm(
+            residual,
+            x,
+            self.weight,
+            self.bias,
+            ts=ts,
+            dropout_p=self.p if self.training else 0.0,
+            eps=self.eps,
+            seed=context.seed(self.at),
+            token_offsets=context.segments,
+            task_grads=context.armed,
+        )
 
 
 class TaskEmbedding(nn.Embedding):

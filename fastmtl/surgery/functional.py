@@ -195,28 +195,7 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
-        weight, task_grads, segments = ctx.parameter, ctx.task_grads, ctx.segments
-        anchor = torch.zeros_like(task_grads.anchor)
-        if not ctx.needs_input_grad[2]:
-            return anchor, None, None, None, None
-        if not task_grads.wants(weight) or _mode(task_grads) == "weighted":
-            scaled = _weighted(dy, task_grads, segments) if task_grads.wants(weight) else dy
-            dense = torch.ops.aten.embedding_dense_backward(scaled, ids, ctx.shape[0], -1, False)
-            return anchor, None, dense, None, None
-        segment_rows = _segment_rows(segments)
-        if task_grads.is_sparse(weight):
-            if task_grads.mode == "tensor":
-                by_task = [ids[rows] for rows in segment_rows], [dy[rows] for rows in segment_rows]
-                return anchor, None, task_grads.merge_rows(weight, *by_task), None, None
-            for t, rows in enumerate(segment_rows):
-                task_grads.add_rows(weight, t, ids[rows], dy[rows])
-            return anchor, None, None, None, None
-
-        def table(rows: slice) -> Tensor:  # float32: a table of two rows (token types) adds up thousands of tokens
-            return dy.new_zeros(ctx.shape, dtype=torch.float32).index_add_(0, ids[rows], dy[rows].float())
-
-        if task_grads.mode == "tensor":
-            merged = task_grads.merge(weight, torch.stack([table(rows) for rows in segment_rows]))
-            return anchor, None, None if merged is None else merged.to(dy.dtype), None, None
-        _write(task_grads, weight, segments, table)
-        return anchor, None, None, None, None
+        sink = ctx.task_grads
+        anchor = torch.zeros_like(sink.anchor)
+        table = sink.deliver_rows(ctx.parameter, ids, dy, ctx.segments.host) if ctx.needs_input_grad[2] else None
+        return anchor, None, None if table is None else table.to(dy.dtype), None, None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -165,6 +166,64 @@ class TaskGradients:
             complete = self._complete(key, gradients)
             if complete is not None:
                 self._dropped[key] = gramian(self._ranks.scatter(complete).to(torch.float32))
+
+    def deliver(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
+        """[T, *shape] float32 task gradients of a dense parameter -> its gradient for autograd, None where the sink
+        keeps them. For the operations of fastmtl_kernels.
+        """
+        if not self.wants(parameter):
+            return gradients.sum(0)
+        match self._armed_mode():
+            case "stack":
+                for view, gradient in zip(self.views(parameter), gradients, strict=True):
+                    view += gradient
+            case "gramian":
+                self.add(parameter, gradients)
+            case "weighted":
+                assert self.weights is not None
+                return torch.einsum("t,t...->...", self.weights.float(), gradients)
+            case "tensor":
+                return self.merge(parameter, gradients)
+        return None
+
+    def deliver_rows(
+        self, table: nn.Parameter, ids: Tensor, rows: Tensor, token_offsets: tuple[int, ...]
+    ) -> Tensor | None:
+        """As `deliver`, of an embedding table that gave its rows `ids` [N], which have the gradients `rows` [N, d];
+        token_offsets: host, those of the tasks among the N.
+        """
+        shape, mode = whole_shape(table), self._armed_mode()
+        pieces = [slice(start, stop) for start, stop in pairwise(token_offsets)]
+        if not self.wants(table) or mode == "weighted":
+            if self.wants(table):
+                assert self.weights is not None
+                counts = torch.tensor([piece.stop - piece.start for piece in pieces], device=rows.device)
+                per_row = self.weights.float().repeat_interleave(counts, output_size=token_offsets[-1])
+                rows = (rows[: token_offsets[-1]] * per_row[:, None]).to(rows.dtype)
+                ids = ids[: token_offsets[-1]]
+            return torch.ops.aten.embedding_dense_backward(rows, ids, shape[0], -1, False)
+        if not self.is_sparse(table):
+
+            def dense(piece: slice) -> Tensor:  # float32: a table of two rows (token types) adds up thousands of tokens
+                zeros = rows.new_zeros(shape, dtype=torch.float32)
+                return zeros.index_add_(0, ids[piece], rows[piece].float())
+
+            if mode != "stack":
+                return self.deliver(table, torch.stack([dense(piece) for piece in pieces]))
+            for view, piece in zip(self.views(table), pieces, strict=True):
+                if piece.stop > piece.start:
+                    view += dense(piece)
+            return None
+        if mode == "tensor":
+            return self.merge_rows(table, [ids[piece] for piece in pieces], [rows[piece] for piece in pieces])
+        for task, piece in enumerate(pieces):
+            self.add_rows(table, task, ids[piece], rows[piece])
+        return None
+
+    def _armed_mode(self) -> Mode:
+        if self.mode is None:
+            raise RuntimeError("the sink was armed in forward but not in backward: keep both inside one `armed` block")
+        return self.mode
 
     def merge(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
         """[T, *shape] task gradients of a dense parameter -> the merged one for autograd, with the last use of it

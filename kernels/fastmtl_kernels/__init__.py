@@ -6,7 +6,24 @@ gets another. `implementations()` lists what there is, what is missing and why.
 
 from __future__ import annotations
 
+from fastmtl_kernels.add_layer_norm import add_layer_norm
 from fastmtl_kernels.api import Implementation, combine, gramian, implementations
+from fastmtl_kernels.dropout import dropout
+from fastmtl_kernels.embed_layer_norm import embed_layer_norm
+from fastmtl_kernels.pool import pool
+from fastmtl_kernels.varlen_attention import varlen_attention
 from fastmtl_kernels.weights import gradvac_weights, pcgrad_weights
 
-__all__ = ["Implementation", "combine", "gradvac_weights", "gramian", "implementations", "pcgrad_weights"]
+__all__ = [
+    "Implementation",
+    "add_layer_norm",
+    "combine",
+    "dropout",
+    "embed_layer_norm",
+    "gradvac_weights",
+    "gramian",
+    "implementations",
+    "pcgrad_weights",
+    "pool",
+    "varlen_attention",
+]

@@ -26,6 +26,13 @@ _FASTEST_FIRST = {
     "triton": "Triton, one tensor for each task",
     "reference": "plain torch",
 }
+# The same of the operations on packed rows.
+_ROWS = {
+    "cpp": "C++, vectorised and threaded, masks drawn again in backward",
+    "triton": "Triton",
+    "reference": "plain torch",
+}
+_ROW_OPERATIONS = ("varlen_attention", "add_layer_norm", "embed_layer_norm", "dropout", "pool")
 
 
 class Implementation(NamedTuple):
@@ -50,12 +57,18 @@ def implementations(device: str | torch.device = "cpu") -> dict[str, list[Implem
         Implementation(impl, not reason, reason or _FASTEST_FIRST[impl], impl == auto)
         for impl, reason in reasons.items()
     ]
+    row_reasons = {impl: dispatch.why_not(impl, torch.device(device)) for impl in dispatch.IMPLS}
+    auto = next(impl for impl, reason in row_reasons.items() if not reason)
+    row_impls = [
+        Implementation(impl, not reason, reason or _ROWS[impl], impl == auto) for impl, reason in row_reasons.items()
+    ]
     on_device = [Implementation("reference", True, "plain torch, stays on the device", True)]
     return {
         "gramian": gradient_impls,
         "combine": gradient_impls,
         "pcgrad_weights": on_device,
         "gradvac_weights": on_device,
+        **{operation: row_impls for operation in _ROW_OPERATIONS},
     }
 
 

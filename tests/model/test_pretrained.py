@@ -135,7 +135,7 @@ def test_a_configuration_that_does_not_fit_is_refused(changes: dict, message: st
 
 def test_dropout_and_length_of_the_recipe_go_before_those_of_the_directory(bert: Path) -> None:
     encoder = load_encoder(EncoderConfig(path=str(bert), hidden_dropout=0.3, attention_dropout=0.2, max_length=16))
-    assert encoder.embeddings.dropout.p == 0.3
+    assert encoder.embeddings.dropout == 0.3
     assert encoder.encoder.layer[0].attention.self.dropout == 0.2
     assert encoder.max_length == 16
     assert load_encoder(EncoderConfig(path=str(bert))).max_length == 64

@@ -15,8 +15,7 @@ from fastmtl.config import AdapterConfig
 from fastmtl.errors import UserError
 from fastmtl.model.adapters.adapter import ACTIVATIONS, Adapter
 from fastmtl.model.adapters.per_task import PerTaskLinear, per_task_linear
-from fastmtl.model.attention import packed_attention
-from fastmtl.model.context import ForwardContext
+from fastmtl.model.context import ADAPTER, ForwardContext, place
 
 
 class Pal(Adapter):
@@ -27,7 +26,10 @@ class Pal(Adapter):
         num_tasks, dropout = len(task_names), bert.attention_probs_dropout_prob
         self.encode = PerTaskLinear(num_tasks, bert.hidden_size, config.size)
         self.attention = nn.ModuleDict(
-            {str(layer): PalAttention(num_tasks, config.size, config.heads, dropout) for layer in self.layers}
+            {
+                str(layer): PalAttention(num_tasks, config.size, config.heads, dropout, place(layer, ADAPTER))
+                for layer in self.layers
+            }
         )
         self.decode = PerTaskLinear(num_tasks, config.size, bert.hidden_size)
         self.activation = ACTIVATIONS[config.activation]()
@@ -45,15 +47,15 @@ class Pal(Adapter):
 class PalAttention(nn.Module):
     """weight [T, 3, d_s, d_s]: queries, keys, values. Dropout on the probabilities as in the encoder."""
 
-    def __init__(self, num_tasks: int, size: int, num_heads: int, dropout: float) -> None:
+    def __init__(self, num_tasks: int, size: int, num_heads: int, dropout: float, at: int) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.at = at
         self.dropout = dropout
         self.weight = nn.Parameter(torch.zeros(num_tasks, 3, size, size))
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         """[N, d_s] -> [N, d_s]."""
         projected = per_task_linear(x, self.weight.flatten(1, 2), None, context.segments)
-        query, key, value = projected.chunk(3, dim=1)
         dropout = self.dropout if self.training else 0.0
-        return packed_attention(query, key, value, context.plan, self.num_heads, dropout)
+        return context.attend(projected.unflatten(1, (3, -1)), self.num_heads, dropout, self.at)
