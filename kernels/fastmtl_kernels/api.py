@@ -28,7 +28,7 @@ _FASTEST_FIRST = {
 }
 # The same of the operations on packed rows.
 _ROWS = {
-    "cpp": "C++, vectorised and threaded, masks drawn again in backward",
+    "cpp": "C++, vectorised and threaded",
     "triton": "Triton",
     "reference": "plain torch",
 }
