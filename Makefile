@@ -36,8 +36,10 @@ train: install
 	else launch="env DS_ACCELERATOR=cpu OMP_NUM_THREADS=$$(( ($$(nproc) + 1) / 2 )) deepspeed --num_accelerators 2"; fi; \
 	$$launch --no_python fastmtl train demo $(ARGS)
 
+# Two processes, a file each at a time; the longest file, the demo's training, comes first.
 test: install
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q --durations=10 $(ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 \
+		-n 2 --dist loadfile --no-loadscope-reorder $(ARGS) tests/test_demo_recipe.py tests
 
 lint: install
 	$(BIN)/ruff check .
