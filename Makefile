@@ -50,7 +50,7 @@ lint: install
 bench: bench-gradients bench-surgery
 
 bench-gradients: install
-	$(BIN)/python -m pytest -q -o python_functions="bench_*" --benchmark-group-by=group,param:grads benchmarks/bench_gradients.py $(ARGS)
+	$(BIN)/python benchmarks/bench_gradients.py $(ARGS)
 
 bench-surgery: install
 	$(BIN)/python benchmarks/bench_surgery.py $(ARGS)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastmtl.cli import app
 
-RUNS = {"minilm": ["--shape", "minilm"], "bert-base": ["--shape", "bert-base"], "tasks": ["--tasks"]}
+RUNS = {"minilm": ["--shape", "minilm"], "bert-base": ["--shape", "bert-base"], "tasks": ["--sweep"]}
 RESULTS = Path(".benchmarks")
 
 if __name__ == "__main__":

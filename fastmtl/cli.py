@@ -264,30 +264,49 @@ def bench_help() -> None:
     [bold]Examples[/bold]
 
       [cyan]fastmtl bench surgery[/cyan]
+      [cyan]fastmtl bench gradients[/cyan]
       [cyan]fastmtl bench surgery --help[/cyan]
     """
+
+
+Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to measure; cuda is the first GPU.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Threads of torch. Default: as torch chooses.", show_default=False),
+]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Keep the result, all samples included.", show_default=False),
+]
 
 
 @bench.command("surgery")
 def bench_surgery(
     shape: Annotated[Literal["minilm", "bert-base"], typer.Option(help="The encoder's size.")] = "minilm",
-    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Steps of each variant that are timed.")] = 7,
-    tasks: Annotated[bool, typer.Option("--tasks", help="Instead: 2 to 32 tasks in equally many tokens.")] = False,
+    tasks: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Tasks of a step. Default: 3.", show_default=False)
+    ] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=1024, metavar="N", help="With --tasks: tokens of a step. Default: 8192.")
+        int | None,
+        typer.Option(
+            min=1024,
+            metavar="N",
+            help="Tokens of a step, the same number for each task. Default: the shape's texts; with --sweep 8192.",
+            show_default=False,
+        ),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Threads of torch. Default: as torch chooses.")
-    ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Keep the result, all samples included.")
-    ] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Instead: 2 to 32 tasks in equally many tokens.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Times that each variant takes its turn.")] = 7,
+    device: Device = "cpu",
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of weights and activations.")] = "fp32",
+    threads: Threads = None,
+    json_file: JsonFile = None,
     debug: Debug = False,
 ) -> None:
     """What gradient surgery costs over plain joint training: time and memory of a step without the optimiser's update.
 
     Beside fastmtl's variants run the textbook PCGrad loop on a padded BertModel, and TorchJD where it is installed.
-    Random weights, on the CPU. Every variant's gradient is compared with the textbook's first; a wrong one is an error.
+    Random weights. Every variant's gradient is compared with the textbook's first; a wrong one is an error.
     docs/benchmarks.md says how to read the table.
 
     [bold]Examples[/bold]
@@ -298,29 +317,73 @@ def bench_surgery(
     A larger encoder, and a file for a program to read:
       [cyan]fastmtl bench surgery --shape bert-base --threads 2 --json bert-base.json[/cyan]
 
+    On a GPU:
+      [cyan]fastmtl bench surgery --device cuda --precision bf16 --shape bert-base --tasks 8 --tokens 8192[/cyan]
+
     The cost of more tasks, quickly:
-      [cyan]fastmtl bench surgery --tasks --tokens 2048 --rounds 3[/cyan]
+      [cyan]fastmtl bench surgery --sweep --tokens 2048 --rounds 3[/cyan]
     """
     _set_debug(debug)
-    if tokens is not None and not tasks:
-        raise UserError("--tokens needs --tasks: without it every task has a fixed number of sequences")
-    from rich.console import Console
-
-    from fastmtl.bench.report import check_file, save, show
+    if sweep and tasks is not None:
+        raise UserError("--sweep and --tasks exclude each other: 2 to 32 tasks, or one number of them")
+    from fastmtl.bench.report import check_file, progress
 
     check_file(json_file)
+    _prepare_device(device, threads)
+    from fastmtl.bench.surgery import bench_tasks, bench_variants
+    from fastmtl.bench.workload import SHAPES, Size
+
+    size = Size(SHAPES[shape], tasks or 3, tokens, device, precision)
+    with progress() as say:
+        result = bench_tasks(size, rounds, say) if sweep else bench_variants(size, rounds, say)
+    _tell_result(result, json_file)
+
+
+@bench.command("gradients")
+def bench_gradients(
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Times that each takes its turn.")] = 7,
+    tasks: Annotated[int, typer.Option(min=1, metavar="N", help="Task gradients.")] = 3,
+    columns: Annotated[int, typer.Option(min=1, metavar="N", help="Numbers of each; BERT-base's.")] = 110_000_000,
+    device: Device = "cpu",
+    threads: Threads = None,
+    json_file: JsonFile = None,
+    debug: Debug = False,
+) -> None:
+    """The speed of gramian and combine, as a share of that of a memory copy of as many bytes.
+
+    [bold]Examples[/bold]
+
+      [cyan]fastmtl bench gradients[/cyan]
+      [cyan]fastmtl bench gradients --device cuda --tasks 8 --json gradients.json[/cyan]
+    """
+    _set_debug(debug)
+    from fastmtl.bench.report import check_file, progress
+
+    check_file(json_file)
+    _prepare_device(device, threads)
     import torch
 
-    from fastmtl.bench.surgery import bench_tasks, bench_variants
-    from fastmtl.bench.workload import SHAPES
+    from fastmtl.bench import gradients
 
+    with progress() as say:
+        result = gradients.bench_gradients(torch.device(device), rounds, say, tasks, columns)
+    _tell_result(result, json_file)
+
+
+def _prepare_device(device: str, threads: int | None) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU here; `fastmtl doctor` says why")
     if threads is not None:
         torch.set_num_threads(threads)
-    with Console(stderr=True).status("", refresh_per_second=1) as status:
-        if tasks:
-            result = bench_tasks(SHAPES[shape], rounds, status.update, tokens or 8192)
-        else:
-            result = bench_variants(SHAPES[shape], rounds, status.update)
+
+
+def _tell_result(result: dict[str, Any], json_file: Path | None) -> None:
+    from rich.console import Console
+
+    from fastmtl.bench.report import save, show
+
     show(result, Console())
     if json_file is not None:
         save(result, json_file)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl import cli
-from fastmtl.bench import surgery, textbook, variants, workload
+from fastmtl.bench import gradients, surgery, textbook, variants, workload
 from fastmtl.bench.harness import MIB, in_own_process, interleave, summary
 from fastmtl.bench.oracle import GradientMismatch, Oracle
 from fastmtl.bench.variants import BUILDERS, Skipped, Variant
-from fastmtl.bench.workload import Shape, Workload
+from fastmtl.bench.workload import Shape, Size, Workload
 from fastmtl.errors import UserError
 from fastmtl.surgery.methods import draw_order
 
@@ -31,12 +31,22 @@ def quiet(_: str) -> None:
 
 @pytest.fixture(scope="module")
 def tiny() -> Workload:
-    return Workload(TINY)
+    return Workload(Size(TINY))
 
 
 @pytest.fixture(scope="module")
 def oracle(tiny: Workload) -> Oracle:
     return Oracle(tiny)
+
+
+@pytest.fixture(scope="module")
+def tiny_bf16() -> Workload:
+    return Workload(Size(TINY, tokens=256, precision="bf16"))
+
+
+@pytest.fixture(scope="module")
+def oracle_bf16(tiny_bf16: Workload) -> Oracle:
+    return Oracle(tiny_bf16)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +126,31 @@ def test_every_variant_passes_the_check(name: str, tiny: Workload, oracle: Oracl
     assert oracle.check(variant) <= variant.tolerance
 
 
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_variant_passes_the_check_in_bf16(name: str, tiny_bf16: Workload, oracle_bf16: Oracle) -> None:
+    variant = variants.build(name, tiny_bf16)
+    assert {parameter.dtype for parameter in variant.model.parameters()} == {torch.bfloat16}
+    assert 1e-3 < oracle_bf16.check(variant) < 0.1  # rounded, and no more than that
+
+
+def test_bf16_may_be_twice_as_far_off_as_torch_itself(tiny_bf16: Workload, oracle_bf16: Oracle) -> None:
+    model, rounded = copy.deepcopy(tiny_bf16.padded).float(), tiny_bf16.padded
+    name = "encoder.encoder.layer.0.intermediate.dense.weight"
+    found = []
+    for candidate in (model, rounded):
+        rows = textbook.task_gradients(candidate, tiny_bf16.padded_batches)
+        sizes = [parameter.numel() for parameter in candidate.encoder.parameters()]
+        index = [f"encoder.{key}" for key, _ in candidate.encoder.named_parameters()].index(name)
+        found.append(sum(row.float().split(sizes)[index] for row in rows))
+    wanted = oracle_bf16.expected(None)
+    assert (wanted[name].flatten() - found[0]).norm() < 1e-6 * found[0].norm()
+    joint = dataclasses.replace(variants.build("autograd", tiny_bf16), tolerance=0.0)
+    own = oracle_bf16._error(name, found[1].view_as(wanted[name]), wanted[name])
+    allowed = oracle_bf16.allowed(joint)
+    assert allowed[name] == pytest.approx(max(2 * own, min(allowed.values())), rel=1e-3)
+    assert oracle_bf16.allowed(variants.build("textbook", tiny_bf16))[name] > 1e-2  # peers merge in bf16 as well
+
+
 def scale_a_bias(model: nn.Module) -> None:
     model.encoder.encoder.layer[0].output.LayerNorm.bias.grad.mul_(1.01)
 
@@ -126,6 +161,30 @@ def lose_one(model: nn.Module) -> None:
 
 def break_a_head(model: nn.Module) -> None:
     model.heads[1].dense.weight.grad.fill_(float("nan"))
+
+
+def forget_a_task(model: nn.Module) -> None:
+    model.encoder.encoder.layer[1].intermediate.dense.weight.grad.mul_(2 / 3)
+
+
+@pytest.mark.parametrize("harm", [lose_one, break_a_head, forget_a_task])
+def test_a_wrong_gradient_is_refused_in_bf16(
+    harm: Callable[[nn.Module], None], tiny_bf16: Workload, oracle_bf16: Oracle
+) -> None:
+    right = variants.build("pcgrad stacked", tiny_bf16)
+
+    def step() -> None:
+        right.step()
+        harm(right.model)
+
+    with pytest.raises(GradientMismatch, match=r"^broken: the gradient of \S+ is not the textbook loop's"):
+        oracle_bf16.check(dataclasses.replace(right, name="broken", step=step))
+
+
+def test_a_sum_is_not_pcgrad_in_bf16(tiny_bf16: Workload, oracle_bf16: Oracle) -> None:
+    order = variants.build("pcgrad stacked", tiny_bf16).order
+    with pytest.raises(GradientMismatch, match="^sum: "):
+        oracle_bf16.check(dataclasses.replace(variants.build("sum", tiny_bf16), order=order))
 
 
 @pytest.mark.parametrize("harm", [scale_a_bias, lose_one, break_a_head])
@@ -167,12 +226,12 @@ def test_nothing_is_timed_after_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(BUILDERS, "autograd", wrong)
     monkeypatch.setattr(surgery, "interleave", lambda *_: timed.append(_))
     with pytest.raises(GradientMismatch, match="^autograd: "):
-        surgery.bench_variants(TINY, 1, quiet)
+        surgery.bench_variants(Size(TINY), 1, quiet)
     assert not timed
 
 
 def test_without_a_conflict_the_check_would_see_nothing() -> None:
-    alone = Workload(TINY, tasks=1)
+    alone = Workload(Size(TINY, tasks=1))
     with pytest.raises(GradientMismatch, match="^textbook: the tasks do not conflict"):
         Oracle(alone).check(variants.build("textbook", alone))
 
@@ -198,6 +257,10 @@ def test_variants_take_turns() -> None:
     samples = interleave({name: lambda name=name: order.append(name) for name in "ABC"}, 2, quiet)
     assert order == list("ABCABC")
     assert [len(seconds) for seconds in samples.values()] == [2, 2, 2]
+    order.clear()
+    samples = interleave({name: lambda name=name: order.append(name) for name in "ABC"}, 3, quiet, seldom="B")
+    assert order == list("ABCACABC")
+    assert [len(seconds) for seconds in samples.values()] == [3, 2, 3]
 
 
 def test_summary_holds_median_quantiles_and_samples() -> None:
@@ -208,17 +271,17 @@ def test_summary_holds_median_quantiles_and_samples() -> None:
 def test_peak_memory_is_that_of_one_variant() -> None:
     wide = dataclasses.replace(TINY, hidden=256, intermediate=1024, layers=4)
     held = torch.ones(200 * MIB // 4)  # of this process, not of the ones that are measured
-    joint, stacked = (in_own_process(surgery._peak, name, wide, 1) for name in ("autograd", "pcgrad stacked"))
+    joint, stacked = (in_own_process(surgery._peak, name, Size(wide), 1) for name in ("autograd", "pcgrad stacked"))
     assert joint is not None and stacked is not None
-    model = Workload(wide).packed
+    model = Workload(Size(wide)).packed
     dense = sum(p.numel() for p in model.shared_parameters()) - sum(p.numel() for p in model.sparse_parameters())
     assert 0.8 * 12 * dense <= stacked - joint <= 2.5 * 12 * dense
     del held
 
 
 def test_more_tasks_in_the_same_number_of_tokens() -> None:
-    result = surgery.bench_tasks(TINY, 2, quiet, tokens=1024, numbers=(2, 8))
-    assert [(point["tasks"], point["tokens"]) for point in result["points"]] == [(2, 1024), (8, 1024)]
+    result = surgery.bench_tasks(Size(TINY, tokens=1025), 2, quiet, numbers=(2, 8))
+    assert [(point["tasks"], point["tokens"]) for point in result["points"]] == [(2, 1025), (8, 1025)]
     few, many = (point["pcgrad stacked"] for point in result["points"])
     assert few["relative"] == 1.0
     assert many["relative"] == many["median_s"] / few["median_s"]
@@ -244,14 +307,15 @@ def test_the_command_prints_and_saves_ratios(
     monkeypatch.setitem(workload.SHAPES, "minilm", TINY)
     file = tmp_path / "surgery.json"
     run(monkeypatch, "bench", "surgery", "--rounds", "2", "--json", str(file))
-    printed = capsys.readouterr().out
+    printed, progress = capsys.readouterr()
+    assert "0 s  building models\n" in progress and "s  round 2 of 2\n" in progress  # no terminal
     result = json.loads(file.read_text())
     assert set(result["variants"]) | set(result["skipped"]) == set(BUILDERS)
     assert set(result["skipped"]) <= {"torchjd"}
     joint = min(result["variants"][name]["median_s"] for name in ("autograd", "sum"))
     loop = result["variants"]["textbook"]["median_s"]
     for name, entry in result["variants"].items():
-        assert len(entry["samples_s"]) == 2
+        assert len(entry["samples_s"]) == (1 if name in ("textbook", "torchjd") else 2)  # peers: every other round
         assert entry["ratio_to_joint"] == entry["median_s"] / joint
         assert entry["ratio_to_textbook"] == entry["median_s"] / loop
         assert entry["peak_mib"] > 0
@@ -259,6 +323,7 @@ def test_the_command_prints_and_saves_ratios(
     assert result["variants"]["autograd"]["peak_above_joint_mib"] == 0
     assert {"device", "threads", "torch", "transformers", "fastmtl", "commit"} <= set(result["environment"])
     assert result["environment"]["torch"] == torch.__version__
+    assert result["environment"]["kernels"]["gramian"] in ("cpp", "reference")
 
 
 def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,7 +332,50 @@ def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 
 def test_what_cannot_be_done_is_said_before_measuring(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--tokens needs --tasks"):
-        run(monkeypatch, "bench", "surgery", "--tokens", "4096")
+    with pytest.raises(UserError, match="--sweep and --tasks exclude each other"):
+        run(monkeypatch, "bench", "surgery", "--sweep", "--tasks", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda: torch finds no GPU"):
+        run(monkeypatch, "bench", "surgery", "--device", "cuda")
     with pytest.raises(UserError, match="--json: cannot write"):
         run(monkeypatch, "bench", "surgery", "--json", str(tmp_path / "no" / "file.json"))
+
+
+def test_gradients_are_told_as_a_share_of_a_copy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "gradients.json"
+    run(monkeypatch, "bench", "gradients", "--columns", "10001", "--rounds", "3", "--json", str(file))
+    printed = capsys.readouterr().out
+    result = json.loads(file.read_text())
+    assert set(result["unavailable"]) >= {"cuda", "triton"}
+    impls = {"cpp", "cuda", "triton", "reference", "copy"} - set(result["unavailable"])
+    for dtype, size in (("fp32", 4), ("bf16", 2)):
+        for operation, numbers in (("gramian", 3), ("combine", 4), ("both", 7)):
+            entries = result["dtypes"][dtype][operation]
+            assert set(entries) == impls
+            for impl, entry in entries.items():
+                assert entry["gb_per_s"] == pytest.approx(numbers * 10001 * size / entry["median_s"] / 1e9)
+                assert entry["share_of_copy"] == entries["copy"]["median_s"] / entry["median_s"]
+                assert f"{dtype}   {operation}" in printed and f"{entry['gb_per_s']:.1f}  " in printed
+                assert len(entry["samples_s"]) == 3 and impl in printed
+
+
+@pytest.mark.parametrize("operation", ["gramian", "combine"])
+def test_a_wrong_kernel_is_not_timed(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(gradients, operation)
+    monkeypatch.setattr(gradients, operation, lambda *arguments: right(*arguments).mul_(1.001))
+    monkeypatch.setattr(gradients, "interleave", lambda *_: pytest.fail("timed"))
+    with pytest.raises(gradients.WrongResult, match=f"^{operation}, impl='cpp', torch.float32: off by "):
+        gradients.bench_gradients(torch.device("cpu"), 1, quiet, columns=1000)
+
+
+def test_a_copy_moves_as_many_bytes() -> None:
+    grads = torch.randn(3, 1000)
+    moved = {name: step() for name, step in gradients._copies(grads).items()}
+    assert moved["gramian copy"].nbytes * 2 == grads.nbytes  # what it reads and what it writes
+    assert moved["combine copy"].nbytes * 2 == grads.nbytes + grads[0].nbytes
+    assert [part.nbytes for part in moved["both copy"]] == [moved[f"{name} copy"].nbytes for name in COPIED]
+
+
+COPIED = ("gramian", "combine")

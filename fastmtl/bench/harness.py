@@ -1,41 +1,65 @@
-"""Times of several variants taken in turns, the peak memory of one in a process of its own, and where it was measured.
+"""Times of several variants taken in turns, and the peak memory of one alone.
 
 A machine that slows down for a minute slows down all variants that take turns: their ratios hold, their times do not.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
+import gc
 import multiprocessing
-import platform
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from fastmtl import __version__
-
 MIB = 2**20
+# Steps that a time on a GPU is the mean of. They are queued one after another, so a step's launches overlap the one
+# before, as in a training loop.
+GPU_STEPS = 10
+CPU = torch.device("cpu")
 Result = TypeVar("Result")
 # Tells what is going on: a line that the next one replaces.
 Say = Callable[[str], None]
 
 
-def interleave(steps: Mapping[str, Callable[[], object]], rounds: int, say: Say) -> dict[str, list[float]]:
-    """Seconds of each step in every round: A B C, A B C, ... Every step has run before, to be checked."""
+def interleave(
+    steps: Mapping[str, Callable[[], object]],
+    rounds: int,
+    say: Say,
+    device: torch.device = CPU,
+    seldom: Collection[str] = (),
+) -> dict[str, list[float]]:
+    """Seconds of each step in every round: A B C, A B C, ... Every step has run before, to be checked.
+
+    seldom: steps that take their turn in every other round.
+    """
     samples: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(rounds):
+        say(f"round {index + 1} of {rounds}")
         for name, step in steps.items():
-            say(f"round {index + 1} of {rounds}: {name}")
-            begin = time.perf_counter()
-            step()
-            samples[name].append(time.perf_counter() - begin)
+            if name not in seldom or index % 2 == 0:
+                samples[name].append(seconds(step, device))
     return samples
+
+
+def seconds(step: Callable[[], object], device: torch.device) -> float:
+    """Of one step. On a GPU by its own clock, the mean of GPU_STEPS after one that finds it idle and is not counted."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        step()
+        begin.record()
+        for _ in range(GPU_STEPS):
+            step()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / GPU_STEPS
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:
@@ -64,41 +88,11 @@ def peak_bytes() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
-def environment() -> dict[str, Any]:
-    """What a result depends on beside the code: processor, threads, versions, and the commit where there is one."""
-    return {
-        "device": _processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": importlib.metadata.version("transformers"),
-        "torchjd": _version("torchjd"),
-        "fastmtl": __version__,
-        "commit": _commit(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """The checkout's commit, with `-dirty` where tracked files differ; None for an installed package."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def gpu_peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """The most that torch's allocator held on the GPU during a step, with all that was there before."""
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)

@@ -1,16 +1,40 @@
-"""Results as tables and as a file."""
+"""Results as tables and as a file, and what is said while one is measured."""
 
 from __future__ import annotations
 
 import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from fastmtl.bench.surgery import TASK_VARIANTS
+from fastmtl.bench.gradients import COPY
+from fastmtl.bench.harness import Say
 from fastmtl.errors import UserError
+
+# Columns of text; the others are numbers.
+TEXTS = ("variant", "operation", "impl", "dtype")
+
+
+@contextmanager
+def progress() -> Iterator[Say]:
+    """On a terminal one line of it that changes; elsewhere (a log, a pipe) a line for each step with its time."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status("", refresh_per_second=1) as status:
+            yield status.update
+        return
+    begun = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - begun:5.0f} s  {text}", file=sys.stderr, flush=True)
+
+    yield say
 
 
 def check_file(path: Path | None) -> None:
@@ -24,27 +48,31 @@ def save(result: dict[str, Any], path: Path) -> None:
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """The table of a result of bench_variants or bench_tasks."""
-    table = _tasks(result) if "points" in result else _variants(result)
-    console.print(table)
-    for name, reason in result.get("skipped", {}).items():
-        console.print(f"{name}: skipped, {reason}", highlight=False, markup=False)
+    """The table of a result of bench_variants, bench_tasks or bench_gradients."""
+    if "dtypes" in result:
+        console.print(_gradients(result))
+    else:
+        console.print(_tasks(result) if "points" in result else _variants(result))
+    left_out = {**result.get("skipped", {}), **result.get("unavailable", {})}
+    for name, reason in left_out.items():
+        console.print(f"{name}: left out, {reason}", highlight=False, markup=False)
     about = result["environment"]
-    line = f"{about['device']}, {about['threads']} threads, torch {about['torch']}, {result['rounds']} rounds"
+    where = f"{about['threads']} threads" if about["driver"] is None else f"driver {about['driver']}"
+    line = f"{about['device']}, {where}, torch {about['torch']}, {result['rounds']} rounds"
     console.print(line, highlight=False, markup=False)
 
 
 def _variants(result: dict[str, Any]) -> Table:
     title = (
-        f"{result['shape']['name']}, {result['tasks']} tasks x {result['shape']['rows']} sequences, "
-        f"{result['tokens']} tokens ({result['padded_tokens']} padded)"
+        f"{result['shape']['name']} in {result['precision']}, {result['tasks']} tasks, {result['tokens']} tokens "
+        f"({result['padded_tokens']} padded)"
     )
-    headers = ("variant", "median s", "20 %", "80 %", "to joint", "to textbook", "MiB above joint", "J MiB")
+    headers = ("variant", "median ms", "20 %", "80 %", "to joint", "to textbook", "MiB above joint", "J MiB")
     table = _table(title, *headers)
     for name, entry in result["variants"].items():
         table.add_row(
             name,
-            *_seconds(entry),
+            *_milliseconds(entry),
             f"{entry['ratio_to_joint']:.2f}x",
             f"{entry['ratio_to_textbook']:.2f}x",
             _mib(entry["peak_above_joint_mib"]),
@@ -54,28 +82,41 @@ def _variants(result: dict[str, Any]) -> Table:
 
 
 def _tasks(result: dict[str, Any]) -> Table:
+    first, *_ = points = result["points"]
     table = _table(
-        f"{result['shape']['name']}, more tasks in the same number of tokens",
-        *("tasks", "tokens", "variant", "median s", "20 %", "80 %", f"to {result['points'][0]['tasks']} tasks"),
+        f"{result['shape']['name']} in {result['precision']}, more tasks in the same number of tokens",
+        *("tasks", "tokens", "variant", "median ms", "20 %", "80 %", f"to {first['tasks']} tasks"),
     )
-    for point in result["points"]:
-        for name in TASK_VARIANTS:
+    for name in [name for name in first if name not in ("tasks", "tokens")]:
+        for point in points:
             entry = point[name]
-            table.add_row(
-                str(point["tasks"]), str(point["tokens"]), name, *_seconds(entry), f"{entry['relative']:.2f}x"
-            )
+            row = (str(point["tasks"]), str(point["tokens"]), name)
+            table.add_row(*row, *_milliseconds(entry), f"{entry['relative']:.2f}x")
+    return table
+
+
+def _gradients(result: dict[str, Any]) -> Table:
+    table = _table(
+        f"{result['tasks']} tasks x {result['columns']:,} numbers; both: gramian and combine",
+        *("dtype", "operation", "impl", "median ms", "20 %", "80 %", "GB/s", f"of the {COPY}"),
+    )
+    for dtype, operations in result["dtypes"].items():
+        for operation, impls in operations.items():
+            for impl, entry in impls.items():
+                row = (dtype, operation, impl, *_milliseconds(entry))
+                table.add_row(*row, f"{entry['gb_per_s']:.1f}", f"{entry['share_of_copy']:.0%}")
     return table
 
 
 def _table(title: str, *headers: str) -> Table:
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for header in headers:
-        table.add_column(header, justify="left" if header == "variant" else "right", no_wrap=True)
+        table.add_column(header, justify="left" if header in TEXTS else "right", no_wrap=True)
     return table
 
 
-def _seconds(entry: dict[str, Any]) -> list[str]:
-    return [f"{entry[key]:.3f}" for key in ("median_s", "p20_s", "p80_s")]
+def _milliseconds(entry: dict[str, Any]) -> list[str]:
+    return [f"{1e3 * entry[key]:.2f}" for key in ("median_s", "p20_s", "p80_s")]
 
 
 def _mib(value: float | None) -> str:

@@ -8,29 +8,41 @@ from typing import Any
 
 import torch
 
-from fastmtl.bench.harness import MIB, Say, environment, in_own_process, interleave, peak_bytes, summary
+from fastmtl.bench.environment import environment
+from fastmtl.bench.harness import MIB, Say, gpu_peak_bytes, in_own_process, interleave, peak_bytes, summary
 from fastmtl.bench.oracle import Oracle
 from fastmtl.bench.variants import BUILDERS, JOINT, STACKED, Skipped, Variant, build
-from fastmtl.bench.workload import Shape, Workload
+from fastmtl.bench.workload import Size, Workload
 
 TASKS = (2, 4, 8, 16, 32)
+TASK_TOKENS = 8192
 TASK_VARIANTS = ("sum", "pcgrad stacked")
 
 
-def bench_variants(shape: Shape, rounds: int, say: Say, variants: Sequence[str] = tuple(BUILDERS)) -> dict[str, Any]:
-    """All variants on one shape, JSON-ready: times by turns in this process, peak memory each in its own.
+def bench_variants(
+    size: Size, rounds: int, say: Say, variants: Sequence[str] = tuple(BUILDERS), commit: str | None = None
+) -> dict[str, Any]:
+    """All variants on one workload, JSON-ready: times by turns in this process, peak memory of each alone.
 
-    variants: with both of JOINT and the textbook, which the ratios are of.
+    variants: with both of JOINT and the textbook, which the ratios are of. Peers, which take several times longer, take
+    their turn in every other round. commit: see environment().
     Raises GradientMismatch where a variant's gradient is not the textbook's, before anything is timed.
     """
     say("building models")
-    workload = Workload(shape)
+    workload = Workload(size)
     checked, errors, skipped = _checked(workload, variants, say)
-    samples = interleave({variant.name: variant.step for variant in checked}, rounds, say)
-    peaks = {}
-    for variant in checked:
-        say(f"peak memory: {variant.name}")
-        peaks[variant.name] = in_own_process(_peak, variant.name, shape, torch.get_num_threads())
+    steps = {variant.name: variant.step for variant in checked}
+    peers = [variant.name for variant in checked if variant.peer]
+    samples = interleave(steps, rounds, say, workload.device, seldom=peers)
+    checked.clear()
+    steps.clear()
+    peaks: dict[str, int | None] = {}
+    for name in samples:
+        say(f"peak memory: {name}")
+        if workload.device.type == "cuda":
+            peaks[name] = _gpu_peak(name, workload)
+        else:
+            peaks[name] = in_own_process(_peak, name, size, torch.get_num_threads())
     found: dict[str, dict[str, Any]] = {name: summary(seconds) for name, seconds in samples.items()}
     joint = min(found[name]["median_s"] for name in JOINT)
     dense = sum(p.numel() for p in workload.packed.shared_parameters())
@@ -43,36 +55,37 @@ def bench_variants(shape: Shape, rounds: int, say: Say, variants: Sequence[str] 
         entry["peak_mib"] = None if peak is None else peak / MIB
         entry["peak_above_joint_mib"] = None if peak is None or joint_peak is None else (peak - joint_peak) / MIB
         entry["j_mib"] = workload.tasks * dense * STACKED[name] / MIB if name in STACKED else None
+    row_bytes = size.shape.hidden * workload.dtype.itemsize + 8
     return {
         "benchmark": "surgery",
-        "environment": environment(),
-        "shape": dataclasses.asdict(shape),
+        "environment": environment(workload.device, commit),
+        "shape": dataclasses.asdict(size.shape),
+        "precision": size.precision,
         "tasks": workload.tasks,
         "rounds": rounds,
         "tokens": workload.packed_batch.num_tokens,
         "padded_tokens": workload.num_padded,
-        "compact_rows_mib": workload.packed_batch.num_tokens * (shape.hidden * 4 + 8) / MIB,
+        "compact_rows_mib": workload.packed_batch.num_tokens * row_bytes / MIB,
         "variants": found,
         "skipped": skipped,
     }
 
 
-def bench_tasks(
-    shape: Shape, rounds: int, say: Say, tokens: int = 8192, numbers: Sequence[int] = TASKS
-) -> dict[str, Any]:
+def bench_tasks(size: Size, rounds: int, say: Say, numbers: Sequence[int] = TASKS) -> dict[str, Any]:
     """`sum` and PCGrad with more and more tasks in equally many tokens, JSON-ready; `relative`: to the fewest tasks.
 
-    Raises GradientMismatch as bench_variants.
+    size: its tasks are not heeded; without tokens they are TASK_TOKENS. Raises GradientMismatch as bench_variants.
     """
     steps, sizes = {}, {}
+    device = torch.device(size.device)
     for number in numbers:
         say(f"building models: {number} tasks")
-        workload = Workload(shape, number, tokens)
+        workload = Workload(dataclasses.replace(size, tasks=number, tokens=size.tokens or TASK_TOKENS))
         sizes[number] = workload.packed_batch.num_tokens
         checked, _, _ = _checked(workload, TASK_VARIANTS, say)
         steps.update({(number, variant.name): variant.step for variant in checked})
     names = {f"{name}, {number} tasks": step for (number, name), step in steps.items()}
-    samples = dict(zip(steps, interleave(names, rounds, say).values(), strict=True))
+    samples = dict(zip(steps, interleave(names, rounds, say, device).values(), strict=True))
     points = []
     for number in numbers:
         entry: dict[str, Any] = {"tasks": number, "tokens": sizes[number]}
@@ -83,9 +96,10 @@ def bench_tasks(
         for name in TASK_VARIANTS:
             entry[name]["relative"] = entry[name]["median_s"] / points[0][name]["median_s"]
     return {
-        "benchmark": "surgery --tasks",
-        "environment": environment(),
-        "shape": dataclasses.asdict(shape),
+        "benchmark": "surgery --sweep",
+        "environment": environment(device),
+        "shape": dataclasses.asdict(size.shape),
+        "precision": size.precision,
         "rounds": rounds,
         "points": points,
     }
@@ -110,10 +124,21 @@ def _checked(
     return checked, errors, skipped
 
 
-def _peak(name: str, shape: Shape, threads: int) -> int | None:
-    """Peak bytes of a process that has made two steps: the second finds J, and buffers of the allocator, in place."""
+def _peak(name: str, size: Size, threads: int) -> int | None:
+    """Peak bytes of a process that has made two steps: the second finds J, and buffers of the allocator, in place. A
+    peer keeps nothing from one step to the next.
+    """
     torch.set_num_threads(threads)
-    variant = build(name, Workload(shape))
-    for _ in range(2):
+    variant = build(name, Workload(size))
+    for _ in range(1 if variant.peer else 2):
         variant.step()
     return peak_bytes()
+
+
+def _gpu_peak(name: str, workload: Workload) -> int:
+    """Peak bytes on the GPU of a second step, which finds J in place, with no other variant's tensors there."""
+    workload.packed.zero_grad()
+    workload.padded.zero_grad()
+    variant = build(name, workload)
+    variant.step()
+    return gpu_peak_bytes(variant.step, workload.device)

@@ -8,7 +8,7 @@ does not ask for. T tasks, P shared parameters.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ class PaddedBatch:
     attention_mask: Tensor
     token_type_ids: Tensor
     labels: Tensor
+
+    def to(self, device: torch.device) -> PaddedBatch:
+        return PaddedBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 class PaddedModel(nn.Module):
@@ -47,8 +50,9 @@ class PaddedModel(nn.Module):
         return encoded.last_hidden_state[:, 0]
 
     def loss(self, task: int, features: Tensor, batch: PaddedBatch) -> Tensor:
-        """The task's mean loss."""
+        """The task's mean loss, in float32 or better."""
         outputs = self.heads[task](features)
+        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         if self.kinds[task] == "classification":
             return functional.cross_entropy(outputs, batch.labels)
         if self.kinds[task] == "binary":

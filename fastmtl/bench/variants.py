@@ -14,9 +14,9 @@ from fastmtl.surgery import GradientSurgery
 from fastmtl.surgery.methods import draw_order
 from fastmtl.surgery.options import Storage
 
-# Largest error relative to the task gradients' norms. float32: other orders of addition. bfloat16: 8 bits of every
-# number of J. Peers: PCGrad's coefficients are made of inner products, and torch's of 10^8 float32 numbers may be off
-# by a percent on CPUs.
+# Largest error relative to the task gradients' norms, beside what a model in lower precision is off itself. float32:
+# other orders of addition. bfloat16: 8 bits of every number of J. Peers: PCGrad's coefficients are made of inner
+# products, and torch's of 10^8 float32 numbers may be off by a percent on CPUs.
 FLOAT32, BFLOAT16, PEER = 1e-5, 2.0**-8, 1e-2
 
 
@@ -29,7 +29,7 @@ class Variant:
     """step: forward, backward and surgery, from no gradients to merged ones in `.grad` of `model`.
 
     order: int64 [T, T], how the tasks meet in the first step after torch.manual_seed(SEED); None: gradients are summed.
-    optional: it may fail in ways that are not ours, and is left out then.
+    peer: no step of fastmtl's. optional: it may fail in ways that are not ours, and is left out then.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Variant:
     step: Callable[[], object]
     order: Tensor | None
     tolerance: float = FLOAT32
+    peer: bool = False
     optional: bool = False
 
 
@@ -52,7 +53,7 @@ def _autograd(name: str, workload: Workload) -> Variant:
         model.zero_grad()
         torch.stack([loss_sum / count for loss_sum, count in model(batch).values()]).sum().backward()
 
-    return Variant(name, model, step, order=None)
+    return Variant(name, model, step, None, _summed(workload))
 
 
 def _surgery(method: str, storage: Storage = "stacked", dtype: torch.dtype = torch.float32) -> Callable[..., Variant]:
@@ -73,15 +74,18 @@ def _surgery(method: str, storage: Storage = "stacked", dtype: torch.dtype = tor
             model.zero_grad()
             surgery.run([batch], lambda batch, task_grads: model(batch, task_grads))
 
-        order = None if method == "sum" else draw_order(workload.tasks, SEED, 1)
-        return Variant(name, model, step, order, BFLOAT16 if dtype == torch.bfloat16 else FLOAT32)
+        if method == "sum":
+            return Variant(name, model, step, None, _summed(workload))
+        order = draw_order(workload.tasks, SEED, 1)
+        rounds = dtype == torch.bfloat16 and workload.dtype != dtype  # J more than the model does
+        return Variant(name, model, step, order, BFLOAT16 if rounds else FLOAT32)
 
     return build
 
 
 def _textbook(name: str, workload: Workload) -> Variant:
     model, batches = workload.padded, workload.padded_batches
-    return Variant(name, model, lambda: textbook.step(model, batches), _global_order(workload.tasks), PEER)
+    return Variant(name, model, lambda: textbook.step(model, batches), _global_order(workload.tasks), PEER, peer=True)
 
 
 def _torchjd(name: str, workload: Workload) -> Variant:
@@ -103,7 +107,7 @@ def _torchjd(name: str, workload: Workload) -> Variant:
         mtl_backward(losses, features=features, tasks_params=own, shared_params=shared, parallel_chunk_size=1)
         jac_to_grad(shared, PCGrad())
 
-    return Variant(name, model, step, _global_order(workload.tasks), PEER, optional=True)
+    return Variant(name, model, step, _global_order(workload.tasks), PEER, peer=True, optional=True)
 
 
 JOINT = ("autograd", "sum")
@@ -117,6 +121,13 @@ BUILDERS: dict[str, Callable[[str, Workload], Variant]] = {
     "textbook": _textbook,
     "torchjd": _torchjd,
 }
+
+
+def _summed(workload: Workload) -> float:
+    """The tolerance of a joint backward. In bfloat16 it adds all tasks' rows of a table to one rounded sum on CPUs, the
+    loop only one task's.
+    """
+    return FLOAT32 if workload.dtype == torch.float32 else PEER
 
 
 def _global_order(tasks: int) -> Tensor:

@@ -54,24 +54,46 @@ SHAPES = {
 }
 
 
-class Workload:
-    """A step's rows and the models that run on them, on the CPU in float32.
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-    tokens: of the whole step, an equal part for each task; by default each task has the shape's rows. The models are
-    made when they are asked for and share their weights' memory; no gradient is shared.
+
+@dataclass(frozen=True)
+class Size:
+    """What a workload is made from.
+
+    tokens: of the whole step, an equal part for each task; None: each task has the shape's rows. device: "cpu" or
+    "cuda". precision: of weights and activations, a key of PRECISIONS.
     """
 
-    def __init__(self, shape: Shape, tasks: int = 3, tokens: int | None = None) -> None:
+    shape: Shape
+    tasks: int = 3
+    tokens: int | None = None
+    device: str = "cpu"
+    precision: str = "fp32"
+
+
+class Workload:
+    """A step's rows and the models that run on them.
+
+    The models are made when they are asked for and share their weights' memory; no gradient is shared.
+    """
+
+    def __init__(self, size: Size) -> None:
+        shape, tasks, tokens = size.shape, size.tasks, size.tokens
         self.shape, self.tasks = shape, tasks
+        self.device, self.dtype = torch.device(size.device), PRECISIONS[size.precision]
         self._kinds = [KINDS[task % len(KINDS)] for task in range(tasks)]
         random = np.random.default_rng(SEED)
         lengths = [
-            _lengths(task, shape.rows) if tokens is None else _lengths_of_tokens(task, tokens // tasks)
+            _lengths(task, shape.rows)
+            if tokens is None
+            else _lengths_of_tokens(task, tokens // tasks + (task < tokens % tasks))
             for task in range(tasks)
         ]
         rows = [self._rows(task, random.permutation(lengths[task]), random) for task in range(tasks)]
         self.packed_batch: PackedBatch = pack([(dataset, np.arange(len(dataset))) for dataset in rows])
-        self.padded_batches = [_pad(dataset) for dataset in rows]
+        self.packed_batch = self.packed_batch.to(self.device)
+        self.padded_batches = [_pad(dataset).to(self.device) for dataset in rows]
 
     @cached_property
     def padded(self) -> PaddedModel:
@@ -90,7 +112,7 @@ class Workload:
         for head, (kind, _) in zip(model.heads, self._kinds, strict=True):
             if kind == "regression":  # equal heads and opposite labels: some of the tasks conflict
                 head.load_state_dict(model.heads[0].state_dict())
-        return model
+        return model.to(self.device, self.dtype)
 
     @cached_property
     def packed(self) -> MultiTaskModel:
