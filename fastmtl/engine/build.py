@@ -40,8 +40,8 @@ def build_optimizer(recipe: Recipe, model: MultiTaskModel) -> torch.optim.Optimi
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    fused = torch.cuda.is_available() and not recipe.engine.offload
-    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+    # One pass over the weights and moments, on CPUs too; offload makes DeepSpeed move them between devices.
+    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=not recipe.engine.offload)
 
 
 def lr_factor(recipe: Recipe, total_steps: int) -> Callable[[int], float]:
