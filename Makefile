@@ -36,10 +36,10 @@ train: install
 	else launch="env DS_ACCELERATOR=cpu OMP_NUM_THREADS=$$(( ($$(nproc) + 1) / 2 )) deepspeed --num_accelerators 2"; fi; \
 	$$launch --no_python fastmtl train demo $(ARGS)
 
-# Two processes, a file each at a time; the longest file, the demo's training, comes first.
+# Two processes, a file each at a time, in the order of collection: the demo's training comes first.
 test: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 \
-		-n 2 --dist loadfile --no-loadscope-reorder $(ARGS) tests/test_demo_recipe.py tests
+		-n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
@@ -55,11 +55,16 @@ bench-gradients: install
 bench-surgery: install
 	$(BIN)/python benchmarks/bench_surgery.py $(ARGS)
 
-# Only the files with GPU tests are read: they need pytest and torch alone.
+# Nothing is installed: PYTHON needs torch with CUDA and the packages named here, and for the surgery benchmark pydantic,
+# transformers and what else the encoder imports. Only the files with GPU tests are read. COMMIT="..." tells the commit in a copy without .git.
 gpu-check:
-	@$(PYTHON) -c 'import importlib.util as u, sys; u.find_spec("torch") or sys.exit("gpu-check: $(PYTHON) has no torch; make gpu-check PYTHON=... takes another")'
-	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: torch finds no CUDA device here")'
-	PYTHONPATH=.:kernels $(PYTHON) -m pytest -q -m gpu $(ARGS) $$(grep -rl --include="test_*.py" "pytest\.mark\.gpu" tests)
+	@$(PYTHON) -c 'import importlib.util as u, sys; missing = [n for n in ("torch", "pytest", "hypothesis", "rich") if not u.find_spec(n)]; \
+		missing and sys.exit("gpu-check: $(PYTHON) has no " + ", ".join(missing) + "; make gpu-check PYTHON=... takes another")'
+	@$(PYTHON) -c 'import torch, sys; torch.cuda.is_available() or sys.exit("gpu-check: torch finds no CUDA device here")'
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest -q -m gpu \
+		$$($(PYTHON) -c 'import importlib.util as u; print("-n 4 --dist loadfile" if u.find_spec("xdist") else "")') \
+		$(ARGS) $$(grep -rl --include="test_*.py" "pytest\.mark\.gpu" tests)
+	PYTHONPATH=.:kernels $(PYTHON) benchmarks/bench_gpu.py $(if $(COMMIT),--commit $(COMMIT))
 
 clean:
 	rm -rf .venv .cache build dist fastmtl.egg-info kernels/fastmtl_kernels/_C*.so
