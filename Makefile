@@ -55,8 +55,9 @@ bench-gradients: install
 bench-surgery: install
 	$(BIN)/python benchmarks/bench_surgery.py $(ARGS)
 
-# Nothing is installed: PYTHON needs torch with CUDA and the packages named here, and for the surgery benchmark pydantic,
-# transformers and what else the encoder imports. Only the files with GPU tests are read. COMMIT="..." tells the commit in a copy without .git.
+# Tests, benchmarks and compute-sanitizer on a GPU. Nothing is installed: PYTHON needs torch with CUDA and the packages
+# named here, for the surgery benchmark also what the encoder imports (pydantic, transformers, ...). Only the files with
+# GPU tests are read. COMMIT, as `git describe --always --dirty` gives it, is for a copy without .git.
 gpu-check:
 	@$(PYTHON) -c 'import importlib.util as u, sys; missing = [n for n in ("torch", "pytest", "hypothesis", "rich") if not u.find_spec(n)]; \
 		missing and sys.exit("gpu-check: $(PYTHON) has no " + ", ".join(missing) + "; make gpu-check PYTHON=... takes another")'
