@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastmtl import cli
 from fastmtl.bench import gradients, surgery, textbook, variants, workload
-from fastmtl.bench.harness import MIB, in_own_process, interleave, summary
+from fastmtl.bench.harness import GPU_STEPS, MIB, gpu_peak_bytes, in_own_process, interleave, summary
 from fastmtl.bench.oracle import GradientMismatch, Oracle
 from fastmtl.bench.variants import BUILDERS, Skipped, Variant
 from fastmtl.bench.workload import Shape, Size, Workload
@@ -379,3 +379,42 @@ def test_a_copy_moves_as_many_bytes() -> None:
 
 
 COPIED = ("gramian", "combine")
+
+
+class FakeEvent:
+    """A clock of the GPU that has advanced 5 ms with each step."""
+
+    steps = 0
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = FakeEvent.steps
+
+    def synchronize(self) -> None:
+        assert self.at == FakeEvent.steps  # the last word, or the time would be that of launching
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return 5.0 * (end.at - self.at)
+
+
+def test_a_time_on_a_gpu_is_the_mean_of_steps_after_one_uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(FakeEvent, "steps", 0)
+
+    def step() -> None:
+        FakeEvent.steps += 1
+
+    samples = interleave({"A": step}, 2, quiet, torch.device("cuda"))
+    assert samples == {"A": [0.005, 0.005]}
+    assert FakeEvent.steps == 2 * (GPU_STEPS + 1)
+
+
+def test_peak_memory_of_a_gpu_is_that_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda _, name=name: calls.append(name))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: calls.append("max") or 7)
+    assert gpu_peak_bytes(lambda: calls.append("step"), torch.device("cuda")) == 7
+    assert calls == ["synchronize", "reset_peak_memory_stats", "step", "synchronize", "max"]
