@@ -9,7 +9,16 @@ from typing import Any
 import torch
 
 from fastmtl.bench.environment import environment
-from fastmtl.bench.harness import MIB, Say, gpu_peak_bytes, in_own_process, interleave, peak_bytes, summary
+from fastmtl.bench.harness import (
+    MIB,
+    Say,
+    free_at_once,
+    gpu_peak_bytes,
+    in_own_process,
+    interleave,
+    peak_bytes,
+    summary,
+)
 from fastmtl.bench.oracle import Oracle
 from fastmtl.bench.variants import BUILDERS, JOINT, STACKED, Skipped, Variant, build
 from fastmtl.bench.workload import Size, Workload
@@ -129,6 +138,7 @@ def _peak(name: str, size: Size, threads: int) -> int | None:
     peer keeps nothing from one step to the next.
     """
     torch.set_num_threads(threads)
+    free_at_once()
     variant = build(name, Workload(size))
     for _ in range(1 if variant.peer else 2):
         variant.step()
