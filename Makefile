@@ -11,7 +11,7 @@ export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 
-.PHONY: install train test lint bench bench-gradients bench-surgery gpu-check clean
+.PHONY: install train test lint bench bench-gradients bench-step bench-surgery gpu-check clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -47,10 +47,13 @@ lint: install
 	$(BIN)/mypy
 
 # Each takes ARGS of its own: make bench-surgery ARGS="--rounds 3".
-bench: bench-gradients bench-surgery
+bench: bench-gradients bench-step bench-surgery
 
 bench-gradients: install
 	$(BIN)/python benchmarks/bench_gradients.py $(ARGS)
+
+bench-step: install
+	$(BIN)/python benchmarks/bench_step.py $(ARGS)
 
 bench-surgery: install
 	$(BIN)/python benchmarks/bench_surgery.py $(ARGS)

@@ -264,6 +264,7 @@ def bench_help() -> None:
     [bold]Examples[/bold]
 
       [cyan]fastmtl bench surgery[/cyan]
+      [cyan]fastmtl bench step[/cyan]
       [cyan]fastmtl bench gradients[/cyan]
       [cyan]fastmtl bench surgery --help[/cyan]
     """
@@ -336,6 +337,41 @@ def bench_surgery(
     size = Size(SHAPES[shape], tasks or 3, tokens, device, precision)
     with progress() as say:
         result = bench_tasks(size, rounds, say) if sweep else bench_variants(size, rounds, say)
+    _tell_result(result, json_file)
+
+
+@bench.command("step")
+def bench_step(
+    shape: Annotated[Literal["minilm", "bert-base"], typer.Option(help="The encoder's size.")] = "minilm",
+    tasks: Annotated[int, typer.Option(min=1, metavar="N", help="Tasks of a step.")] = 3,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1024, metavar="N", help="Tokens of a step. Default: the shape's texts.", show_default=False),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Times that each takes its turn.")] = 7,
+    device: Device = "cpu",
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of weights and activations.")] = "fp32",
+    threads: Threads = None,
+    json_file: JsonFile = None,
+    debug: Debug = False,
+) -> None:
+    """A whole training step, dropout and AdamW included, beside transformers' and the matrix products alone.
+
+    [bold]Examples[/bold]
+
+      [cyan]fastmtl bench step[/cyan]
+      [cyan]fastmtl bench step --shape bert-base --threads 2[/cyan]
+    """
+    _set_debug(debug)
+    from fastmtl.bench.report import check_file, progress
+
+    check_file(json_file)
+    _prepare_device(device, threads)
+    from fastmtl.bench import step
+    from fastmtl.bench.workload import SHAPES, Size
+
+    with progress() as say:
+        result = step.bench_step(Size(SHAPES[shape], tasks, tokens, device, precision), rounds, say)
     _tell_result(result, json_file)
 
 

@@ -18,7 +18,7 @@ from fastmtl.bench.harness import Say
 from fastmtl.errors import UserError
 
 # Columns of text; the others are numbers.
-TEXTS = ("variant", "operation", "impl", "dtype")
+TEXTS = ("step", "variant", "operation", "impl", "dtype")
 
 
 @contextmanager
@@ -48,11 +48,9 @@ def save(result: dict[str, Any], path: Path) -> None:
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """The table of a result of bench_variants, bench_tasks or bench_gradients."""
-    if "dtypes" in result:
-        console.print(_gradients(result))
-    else:
-        console.print(_tasks(result) if "points" in result else _variants(result))
+    """The table of a result of bench_variants, bench_tasks, bench_step or bench_gradients."""
+    kinds = {"dtypes": _gradients, "points": _tasks, "steps": _steps, "variants": _variants}
+    console.print(next(table(result) for key, table in kinds.items() if key in result))
     left_out = {**result.get("skipped", {}), **result.get("unavailable", {})}
     for name, reason in left_out.items():
         console.print(f"{name}: left out, {reason}", highlight=False, markup=False)
@@ -77,6 +75,23 @@ def _variants(result: dict[str, Any]) -> Table:
             f"{entry['ratio_to_textbook']:.2f}x",
             _mib(entry["peak_above_joint_mib"]),
             _mib(entry["j_mib"]),
+        )
+    return table
+
+
+def _steps(result: dict[str, Any]) -> Table:
+    table = _table(
+        f"{result['shape']['name']} in {result['precision']}, {result['tasks']} tasks, {result['tokens']} tokens "
+        f"({result['padded_tokens']} padded), dropout {result['dropout']}",
+        *("step", "median ms", "20 %", "80 %", "real tokens/s", "to transformers", "to the products"),
+    )
+    for name, entry in result["steps"].items():
+        table.add_row(
+            name,
+            *_milliseconds(entry),
+            f"{result['tokens'] / entry['median_s']:,.0f}",
+            f"{entry['ratio_to_transformers']:.2f}x",
+            f"{entry['ratio_to_products']:.2f}x",
         )
     return table
 

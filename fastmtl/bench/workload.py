@@ -1,7 +1,7 @@
 """What is measured on: sizes of encoders, lengths of texts, and the same rows packed and padded.
 
-Weights and tokens are random: neither changes the time of a step. Dropout is off, so that all variants compute the same
-numbers.
+Weights and tokens are random: neither changes the time of a step. Without dropout, the default, packed and padded
+models compute the same numbers.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Size:
     """What a workload is made from.
 
     tokens: of the whole step, an equal part for each task; None: each task has the shape's rows. device: "cpu" or
-    "cuda". precision: of weights and activations, a key of PRECISIONS.
+    "cuda". precision: of weights and activations, a key of PRECISIONS. dropout: of hidden states and of attention's
+    probabilities.
     """
 
     shape: Shape
@@ -70,6 +71,7 @@ class Size:
     tokens: int | None = None
     device: str = "cpu"
     precision: str = "fp32"
+    dropout: float = 0.0
 
 
 class Workload:
@@ -80,7 +82,7 @@ class Workload:
 
     def __init__(self, size: Size) -> None:
         shape, tasks, tokens = size.shape, size.tasks, size.tokens
-        self.shape, self.tasks = shape, tasks
+        self.shape, self.tasks, self._dropout = shape, tasks, size.dropout
         self.device, self.dtype = torch.device(size.device), PRECISIONS[size.precision]
         self._kinds = [KINDS[task % len(KINDS)] for task in range(tasks)]
         random = np.random.default_rng(SEED)
@@ -104,8 +106,8 @@ class Workload:
             num_attention_heads=self.shape.heads,
             intermediate_size=self.shape.intermediate,
             max_position_embeddings=self.shape.positions,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
+            hidden_dropout_prob=self._dropout,
+            attention_probs_dropout_prob=self._dropout,
         )
         torch.manual_seed(SEED)
         model = PaddedModel(config, self._kinds)
