@@ -1,0 +1,63 @@
+"""The Triton kernels of low_rank in Triton's interpreter, against the oracle: outputs and gradients.
+
+TRITON_INTERPRET is read when triton is imported, so the tests run in a process of their own: pytest on this file again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from low_rank_cases import Case, cases, check  # noqa: E402
+
+from fastmtl_kernels import dispatch  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_a_process_of_its_own")
+# No shrinking: it would take minutes in the interpreter.
+few = settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs the others")
+def test_in_a_process_of_its_own(interpret: Callable[[str], None]) -> None:
+    interpret(__file__)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_cpu_tensors() -> Iterator[None]:
+    """The interpreter takes what the operation would refuse."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "why_not", lambda *_: "")
+        yield
+
+
+@interpreted
+@few
+@given(case=cases(max_rows=30, max_columns=70, max_rank=40))
+def test_any_case(case: Case) -> None:
+    # The interpreter cuts bfloat16 off where GPUs round.
+    check(replace(case, dtype=torch.float16) if case.dtype == torch.bfloat16 else case, "triton")
+
+
+@interpreted
+@pytest.mark.parametrize(("rank", "dtype"), [(204, torch.float16), (256, torch.float32)])
+def test_the_widest_ranks_over_several_chunks_of_rows(
+    rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastmtl_kernels import low_rank_weights_triton
+
+    monkeypatch.setattr(low_rank_weights_triton, "MIN_CHUNK", 50)
+    case = Case(
+        sizes=(70, 0, 1, 60), tail=7, columns=40, rank=rank, dtype=dtype, layout="dense", transposed=True,
+        down_bias=True, up_bias=True, activation="gelu", rates=(0.1, 0.0, 0.3, 0.2), seed=3,
+    )  # fmt: skip
+    check(case, "triton")
