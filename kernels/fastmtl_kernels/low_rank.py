@@ -3,8 +3,8 @@
     y = dropout(activation(x down_t + down_bias_t) up_t + up_bias_t)      for the rows of task t
 
 x, y [N, d]; down [T, d, r], up [T, r, d], down_bias [T, r], up_bias [T, d]. Dropout has a probability for each task and
-keeps by fastmtl_kernels.philox. Implementations: low_rank_triton, two launches forward and backward but for the sums of
-partial weight gradients; low_rank_torch; the oracle low_rank_reference.
+keeps by fastmtl_kernels.philox. Implementations: low_rank_triton, one launch forward and three backward (the rows, the
+weights' partial gradients, their sums); low_rank_torch; the oracle low_rank_reference, which defines every value.
 
 Source: Stickland & Murray, BERT and PALs, 2019, section 3.1; Hu et al., LoRA, 2021.
 """

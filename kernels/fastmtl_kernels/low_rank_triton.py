@@ -63,7 +63,7 @@ def _block_of_task(
     begins = tl.load(token_offsets_ptr + offs_t, mask=offs_t <= num_tasks, other=num_rows)
     ends = tl.load(token_offsets_ptr + offs_t + 1, mask=offs_t < num_tasks, other=num_rows)
     blocks = (ends - begins + BLOCK_M - 1) // BLOCK_M
-    past = tl.cumsum(blocks, 0)
+    past = tl.sum(tl.where(offs_t[None, :] <= offs_t[:, None], blocks[None, :], 0), 1)
     program = tl.program_id(0)
     task = tl.sum((past <= program).to(tl.int32), 0)
     mine = offs_t == task
@@ -293,14 +293,19 @@ def dropout_pointers(seed: Tensor | None, call: Maps, device: torch.device) -> d
     return {"seed_ptr": seed, "thresholds_ptr": thresholds, "scales_ptr": scales}
 
 
-def _blocks(x: Tensor, rank: int, num_tasks: int) -> dict[str, Any]:
-    """Shapes of the blocks that keep the kernels within registers and shared memory of sm_80."""
+def _blocks(x: Tensor, rank: int, call: Maps, derives_last: bool = False) -> dict[str, Any]:
+    """Shapes of the blocks that keep the kernels within registers and shared memory.
+
+    derives_last: for backward, which then holds z and dh at once.
+    """
     shape: dict[str, Any] = {"num_warps": 4 if rank <= 64 else 8}
     if x.dtype == torch.float32:
         shape |= {"BLOCK_M": 32, "BLOCK_D": 32, "num_stages": 2}
+    elif derives_last and rank > 128:
+        shape |= {"BLOCK_M": 64, "BLOCK_D": 32, "num_stages": 3}
     else:
         shape |= {"BLOCK_M": 64, "BLOCK_D": 64, "num_stages": 3 if rank <= 128 else 2}
-    return shape | {"BLOCK_T": triton.next_power_of_2(num_tasks + 1)}
+    return shape | {"BLOCK_T": triton.next_power_of_2(call.tasks.num_tasks + 1)}
 
 
 def _grid(num_rows: int, num_tasks: int, block_m: int) -> tuple[int]:
@@ -324,7 +329,7 @@ def forward(
     store_h = first is not None and call.saves
     h = torch.empty(num_rows, rank, dtype=x.dtype, device=x.device) if store_h else None
     first, second = None if first is None else dense(first), dense(second)
-    shape = _blocks(x, rank, num_tasks)
+    shape = _blocks(x, rank, call)
     if num_rows:
         with torch.cuda.device_of(x):
             _maps_fwd_kernel[_grid(num_rows, num_tasks, shape["BLOCK_M"])](
@@ -373,7 +378,7 @@ def backward(
     z = None if h is None or call.middle == "identity" else torch.empty_like(h)
     dlast = None if call.last == "identity" else torch.empty_like(dy)
     dense_first, dense_second = None if first is None else dense(first), dense(second)
-    shape = _blocks(x, second.shape[1], num_tasks)
+    shape = _blocks(x, second.shape[1], call, derives_last=call.last != "identity")
     if num_rows:
         with torch.cuda.device_of(x):
             _maps_bwd_kernel[_grid(num_rows, num_tasks, shape["BLOCK_M"])](

@@ -257,6 +257,7 @@ def weight_gradients(
             BLOCK_SLOTS=BLOCK_SLOTS,
             BLOCK_COLUMNS=BLOCK_COLUMNS,
             num_warps=4,
+            enable_fp_fusion=True,
             **slot,
         )
     return dfirst if wants.first else None, dfirst_bias, dsecond if wants.second else None, dsecond_bias

@@ -5,9 +5,9 @@
     z = softmax(Q K^T / sqrt(s / heads)) V           within each sequence; dropout of the probabilities
     y = dropout(activation(z up_t + up_bias_t))
 
-x, y [N, d]; down [T, d, s], qkv [T, s, 3 s], up [T, s, d]. Three operations, of which each keeps only its inputs and e
-for backward: the two maps down and to Q, K and V by one launch (fastmtl_kernels.low_rank_maps), attention by
-fastmtl_kernels.varlen_attention, the map up with what follows it by one launch. pal_reference defines every value.
+x, y [N, d]; down [T, d, s], qkv [T, s, 3 s], up [T, s, d]. Three operations: the two maps down and to Q, K and V, of
+which e is kept for backward (fastmtl_kernels.low_rank_maps), attention (fastmtl_kernels.varlen_attention), and the map
+up with what follows it (low_rank_maps). By Triton each is one launch forward. pal_reference defines every value.
 
 Source: Stickland & Murray, BERT and PALs, 2019, equations 2 and 3.
 """
