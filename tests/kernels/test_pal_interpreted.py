@@ -24,7 +24,7 @@ from fastmtl_kernels import dispatch  # noqa: E402
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_a_process_of_its_own")
 # No shrinking: it would take minutes in the interpreter.
-few = settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+few = settings(max_examples=6, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 
 
 @pytest.mark.skipif(INTERPRETED, reason="runs the others")
