@@ -19,7 +19,7 @@ from fastmtl.config import Recipe
 from fastmtl.data.corpus import Corpus
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.stream import BatchStream
-from fastmtl.engine.build import build_engine
+from fastmtl.engine.build import build_engine, build_surgery
 from fastmtl.engine.checkpoint import Checkpoints
 from fastmtl.engine.distributed import Ranks, StopFlag, start
 from fastmtl.engine.gather import gathered_state_dict
@@ -27,10 +27,9 @@ from fastmtl.evaluation import Scores, score
 from fastmtl.metrics import check_metrics, evaluate_predictions, mean_score, selected_score
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.model.pretrained import load_encoder, load_tokenizer
+from fastmtl.ranges import each, named
 from fastmtl.run_files import RunFiles
-from fastmtl.surgery.gradient_surgery import GradientSurgery
 from fastmtl.surgery.methods import find_method
-from fastmtl.surgery.options import DTYPES
 from fastmtl.surgery.task_gradients import TaskGradients
 from fastmtl.tracking import Tracker
 
@@ -70,22 +69,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int
     checkpoints = Checkpoints(output / "checkpoints", recipe, ranks)
     found = checkpoints.find() if resume else None
     engine = build_engine(recipe, model, ranks.world, total_steps, universal=found is not None and found.universal)
-    surgery = GradientSurgery(
-        engine,
-        recipe.gradient.method,
-        tasks=recipe.task_names,
-        shared=model.shared_parameters(),
-        sparse=model.sparse_parameters(),
-        storage=recipe.gradient.storage,
-        scope=recipe.gradient.scope,
-        reduce=recipe.gradient.reduce,
-        dtype=DTYPES[recipe.gradient.dtype],
-        sketch_size=recipe.gradient.sketch_size,
-        task_weights=model.task_weights,
-        reduction=recipe.gradient.reduction,
-        options=recipe.gradient.options,
-        seed=recipe.seed,
-    )
+    surgery = build_surgery(recipe, engine, model)
     torch.manual_seed(recipe.seed + 1 + ranks.rank)  # other dropout masks on every rank
     at = Progress(**checkpoints.restore(engine, found)) if found else Progress()
     if at.surgery:
@@ -112,12 +96,14 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int
     begun = time.monotonic() - at.seconds
     while at.epoch < epochs and at.step < total_steps:
         engine.train()
-        for micro_batches in stream.epoch(at.epoch, at.step_in_epoch):
-            micro_batches = [batch.to(ranks.device) for batch in micro_batches]
+        for micro_batches in each("data", stream.epoch(at.epoch, at.step_in_epoch)):
+            with named("data"):
+                micro_batches = [batch.to(ranks.device) for batch in micro_batches]
             counts = dict(zip(recipe.task_names, micro_batches[0].group_counts or (), strict=True))
             info = surgery.run(micro_batches, loss_fn, counts)
             if info.skipped is None:
-                engine.step()
+                with named("optimiser"):
+                    engine.step()
             else:
                 tracker.message(f"step {at.step + 1} skipped: the gradient of {info.skipped} is not finite")
             at.step += 1

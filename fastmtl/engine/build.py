@@ -1,4 +1,4 @@
-"""Model -> DeepSpeed engine: optimiser, schedule, ZeRO."""
+"""Model -> DeepSpeed engine: optimiser, schedule, ZeRO; and gradient surgery on it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ import torch
 from fastmtl.config import Recipe
 from fastmtl.engine.settings import deepspeed_config
 from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.surgery.gradient_surgery import GradientSurgery
+from fastmtl.surgery.options import DTYPES
+
+# DeepSpeed's default, in numbers.
+REDUCE_BUCKET_SIZE = 500_000_000
 
 
 def build_engine(
@@ -29,8 +34,33 @@ def build_engine(
     config = deepspeed_config(recipe, world, cpu=cpu)
     if universal:
         config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
+    if recipe.engine.zero:
+        # DeepSpeed makes its buckets of the size it is told, by default 2 GB in float32, whatever there is to reduce.
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        config["zero_optimization"].setdefault("reduce_bucket_size", min(REDUCE_BUCKET_SIZE, trainable))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
     return engine
+
+
+def build_surgery(recipe: Recipe, engine: Any, model: MultiTaskModel) -> GradientSurgery:
+    """The recipe's gradient method on the engine of this model."""
+    gradient = recipe.gradient
+    return GradientSurgery(
+        engine,
+        gradient.method,
+        tasks=recipe.task_names,
+        shared=model.shared_parameters(),
+        sparse=model.sparse_parameters(),
+        storage=gradient.storage,
+        scope=gradient.scope,
+        reduce=gradient.reduce,
+        dtype=DTYPES[gradient.dtype],
+        sketch_size=gradient.sketch_size,
+        task_weights=model.task_weights,
+        reduction=gradient.reduction,
+        options=gradient.options,
+        seed=recipe.seed,
+    )
 
 
 def build_optimizer(recipe: Recipe, model: MultiTaskModel) -> torch.optim.Optimizer:

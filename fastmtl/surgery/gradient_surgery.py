@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fastmtl.errors import UserError
+from fastmtl.ranges import named
 from fastmtl.surgery.inputs import check_sketch, check_task_weights, check_tasks, find_shared
 from fastmtl.surgery.joint import JointStep
 from fastmtl.surgery.methods import Reduction, find_method
@@ -134,7 +135,8 @@ class GradientSurgery:
         way = self._start(step)
         for number, micro_batch in enumerate(micro_batches, start=1):
             with self._sink.armed("stack", self._target.device) if not self._joint else nullcontext():
-                losses = losses_of(micro_batch, training_pass=self._joint)
+                with named("forward"):
+                    losses = losses_of(micro_batch, training_pass=self._joint)
                 self._tell(losses_of.takes_sink)
                 way.take(losses, takes_sink=losses_of.takes_sink, last=number == len(micro_batches))
         return way.finish()

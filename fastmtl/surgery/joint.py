@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from fastmtl.ranges import named
 from fastmtl.surgery.parts import Parts
 from fastmtl.surgery.reduce import sum_over_ranks
 from fastmtl.surgery.step import Losses, Step, SurgeryInfo
@@ -15,7 +16,8 @@ class JointStep:
 
     def take(self, losses: Losses, *, takes_sink: bool, last: bool) -> None:
         self._step.take(losses)
-        self._parts.target.backward(self._step.total(losses), last=last)
+        with named("backward"):
+            self._parts.target.backward(self._step.total(losses), last=last)
 
     def finish(self) -> SurgeryInfo:
         losses = self._step.mean_losses(sum_over_ranks(self._step.sums).tolist())

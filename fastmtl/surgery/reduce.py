@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastmtl.ranges import named
+
 _BUCKET = 1 << 23  # numbers per collective: bounds the copy that a collective needs
 
 
@@ -49,9 +51,9 @@ class Together:
         if world == 1:
             return piece
         columns = max(1, _BUCKET // (world * piece.shape[0])) * world
-        return torch.cat(
-            [_scatter(piece[:, start : start + columns]) for start in range(0, piece.shape[1], columns)], dim=1
-        )
+        with named("communication"):
+            shares = [_scatter(piece[:, start : start + columns]) for start in range(0, piece.shape[1], columns)]
+            return torch.cat(shares, dim=1)
 
     def gather_rows(self, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """All ranks' rows one after another, [sum k] and [sum k, d]."""
@@ -69,7 +71,8 @@ class Together:
             dist.all_gather(parts, padded)
             return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
-        return gathered(ids), gathered(rows)
+        with named("communication"):
+            return gathered(ids), gathered(rows)
 
     def total(self, value: Tensor) -> Tensor:
         return sum_over_ranks(value)
@@ -83,7 +86,8 @@ def world_size() -> int:
 def sum_over_ranks(value: Tensor) -> Tensor:
     """Adds up a small tensor in place and returns it."""
     if world_size() > 1:
-        dist.all_reduce(value)
+        with named("communication"):
+            dist.all_reduce(value)
     return value
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastmtl.errors import UserError
+from fastmtl.ranges import named
 from fastmtl.surgery.parts import Parts
 from fastmtl.surgery.random_state import RandomState
 from fastmtl.surgery.step import LossFunction, Step, SurgeryInfo
@@ -28,12 +29,15 @@ def replay(parts: Parts, step: Step, micro_batches: Sequence[Any], losses_of: Lo
     for micro_batch in micro_batches:
         states.append(RandomState.capture(target.device))
         with sink.armed("gramian", target.device, keep=len(micro_batches) > 1):
-            losses = losses_of(micro_batch, training_pass=False)
+            with named("forward"):
+                losses = losses_of(micro_batch, training_pass=False)
             step.take(losses)
             sink.forward_done()
-            parts.one_pass(step.total(losses) * scale, own=())
+            with named("backward"):
+                parts.one_pass(step.total(losses) * scale, own=())
     after = RandomState.capture(target.device)
-    info, weights = parts.solver.solve(sink.gramian() / scale**2, step, target)
+    with named("surgery"):
+        info, weights = parts.solver.solve(sink.gramian() / scale**2, step, target)
     info = dataclasses.replace(info, nbytes=sink.nbytes(), stopwatch=watch.stop())
     sink.clear()
     if info.skipped is not None:
@@ -42,8 +46,10 @@ def replay(parts: Parts, step: Step, micro_batches: Sequence[Any], losses_of: Lo
         for number, (micro_batch, state) in enumerate(zip(micro_batches, states, strict=True), start=1):
             state.restore()  # the same dropout masks as in the first pass
             with sink.armed("weighted", target.device, weights=weights):
-                losses = losses_of(micro_batch, training_pass=True)
-                target.backward(step.total(losses), last=number == len(micro_batches))
+                with named("forward"):
+                    losses = losses_of(micro_batch, training_pass=True)
+                with named("backward"):
+                    target.backward(step.total(losses), last=number == len(micro_batches))
     after.restore()
     parts.check_own(bad_own)
     return info

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmtl.ranges import named
 from fastmtl.surgery.parts import Parts
 from fastmtl.surgery.step import Losses, Step, SurgeryInfo
 from fastmtl.surgery.stopwatch import Stopwatch
@@ -29,10 +30,11 @@ class StackedStep:
     def take(self, losses: Losses, *, takes_sink: bool, last: bool) -> None:
         self._parts.target.check_forward()
         self._step.take(losses)
-        if takes_sink:
-            self._add_own(self._parts.one_pass(self._step.total(losses) * self._scale, self._parts.own))
-        else:
-            self._one_by_one(losses)
+        with named("backward"):
+            if takes_sink:
+                self._add_own(self._parts.one_pass(self._step.total(losses) * self._scale, self._parts.own))
+            else:
+                self._one_by_one(losses)
 
     def _one_by_one(self, losses: Losses) -> None:
         """The textbook way, for a model that is not made of fastmtl's layers: one backward per task."""
@@ -60,14 +62,17 @@ class StackedStep:
     def finish(self) -> SurgeryInfo:
         parts = self._parts
         watch = Stopwatch(parts.target.device)
-        gram = parts.sink.gramian() / self._scale**2
-        names = [parts.target.names[id(p)] for p in parts.own]
-        info, weights = parts.solver.solve(gram, self._step, parts.target, self._own, names)
-        nbytes = parts.sink.nbytes()
+        with named("surgery"):
+            gram = parts.sink.gramian() / self._scale**2
+            names = [parts.target.names[id(p)] for p in parts.own]
+            info, weights = parts.solver.solve(gram, self._step, parts.target, self._own, names)
+            nbytes = parts.sink.nbytes()
         if info.skipped is None:
             factor = parts.target.factor / self._scale
-            merged = parts.sink.combine(weights * factor)
-            merged.update({id(p): gradient.mul_(factor) for p, gradient in zip(parts.own, self._own, strict=True)})
+            with named("surgery"):
+                merged = parts.sink.combine(weights * factor)
+                merged.update({id(p): gradient.mul_(factor) for p, gradient in zip(parts.own, self._own, strict=True)})
             watch.stop()
-            parts.target.hand_over(merged)
+            with named("communication"):
+                parts.target.hand_over(merged)
         return dataclasses.replace(info, nbytes=nbytes, stopwatch=watch)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import UserError
+from fastmtl.ranges import named
 from fastmtl.surgery.parts import Parts
 from fastmtl.surgery.reduce import sum_over_ranks, world_size
 from fastmtl.surgery.step import LossFunction, Step, SurgeryInfo
@@ -39,10 +40,12 @@ def tensor_scope(
     with parts.own_watched() as bad_own:
         for number, micro_batch in enumerate(micro_batches, start=1):
             with sink.armed("tensor", target.device, solve=solve):
-                losses = losses_of(micro_batch, training_pass=True)
+                with named("forward"):
+                    losses = losses_of(micro_batch, training_pass=True)
                 step.take(losses)
                 sink.forward_done()
-                target.backward(step.total(losses), last=number == len(micro_batches))
+                with named("backward"):
+                    target.backward(step.total(losses), last=number == len(micro_batches))
                 sink.check_merged(target.names)
     shown = sum_over_ranks(total) / world_size() if by_rank else total
     host = torch.cat([shown.flatten().double(), merged_square[None].double(), sum_over_ranks(step.sums)]).cpu()
