@@ -114,6 +114,7 @@ class DataConfig(Section):
         None, description="relative files of the tasks are looked up here; default: the bundled demo corpus"
     )
     on_bad_row: Literal["error", "skip"] = "error"
+    drop_longest: float = Field(0.0, ge=0, lt=1, description="share of a task's training rows: those of most words")
     cache_dir: str = Field("~/.cache/fastmtl", description="tokenised texts, keyed by content and tokenizer")
 
 
@@ -129,6 +130,20 @@ class SamplerConfig(Section):
     batch_tokens: int | None = Field(None, ge=16, description="tokens per micro-batch and rank instead of batch_size")
     steps_per_epoch: int | None = Field(
         None, ge=1, description="optimiser steps per epoch; default: as many rows as the training files hold"
+    )
+    subsample: dict[str, int] = Field(
+        default_factory=dict, description="rows of a task in an epoch at most; the next epoch takes others"
+    )
+    oversample: float = Field(
+        1.0, ge=1, description="a small set counts as up to this many times its rows, at most as the largest set"
+    )
+    curriculum: float | None = Field(
+        None,
+        gt=0,
+        description="epochs in which the smaller sets come in, one after the other; the largest is there first",
+    )
+    batches_per_step: int | None = Field(
+        None, ge=1, description="compromise: batches of batch_size rows in a step, each of one task"
     )
 
 

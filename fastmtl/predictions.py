@@ -38,9 +38,9 @@ def write_table(path: Path, task: TaskConfig, ids: Sequence[str], scores: np.nda
 
 
 def write_cs224n(path: Path, task: TaskConfig, ids: Sequence[str], scores: np.ndarray) -> None:
-    """The hand-in format of CS224N's default project: a header `id \\t Predicted_...`, then lines `id, value`."""
+    """The hand-in format of CS224N's default project (minBERT): a header `id \\t Predicted_...`, lines `id , value`."""
     lines = [f"id \t {CS224N_COLUMN[task.type]} \n"]
-    lines.extend(f"{row_id}, {value} \n" for row_id, value in zip(ids, _texts(task, scores), strict=True))
+    lines.extend(f"{row_id} , {value} \n" for row_id, value in zip(ids, _texts(task, scores), strict=True))
     _write(path, "".join(lines))
 
 

@@ -45,8 +45,9 @@ class RunFiles:
 
     def notes(self) -> list[str]:
         """What the user should know of the files before the run starts."""
-        notes = []
+        notes: list[str] = []
         for name, split, dataset in self._datasets():
+            notes.extend(f"{name} {split}: {note}" for note in dataset.notes)
             if dataset.skipped:
                 notes.append(f"{name} {split}: {len(dataset.skipped)} bad rows skipped, first {dataset.skipped[0]}")
             if dataset.truncated:

@@ -100,7 +100,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int
             with named("data"):
                 micro_batches = [batch.to(ranks.device) for batch in micro_batches]
             counts = dict(zip(recipe.task_names, micro_batches[0].group_counts or (), strict=True))
-            info = surgery.run(micro_batches, loss_fn, counts)
+            weights = stream.loss_weights(at.epoch, at.step_in_epoch)
+            info = surgery.run(micro_batches, loss_fn, counts, weights)
             if info.skipped is None:
                 with named("optimiser"):
                     engine.step()

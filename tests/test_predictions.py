@@ -46,11 +46,11 @@ def test_table_survives_names_and_ids_with_commas_and_quotes(tmp_path: Path) -> 
 def test_cs224n_lines(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     write_cs224n(path, CLASSES, ["a1", "a2"], np.array([[0.1, 0.7, 0.2], [0.5, 0.25, 0.25]]))
-    assert path.read_text() == "id \t Predicted_Sentiment \na1, 1 \na2, 0 \n"
+    assert path.read_text() == "id \t Predicted_Sentiment \na1 , 1 \na2 , 0 \n"
     write_cs224n(path, BINARY, ["a1"], np.array([0.2]))
-    assert path.read_text() == "id \t Predicted_Is_Paraphrase \na1, 0 \n"
+    assert path.read_text() == "id \t Predicted_Is_Paraphrase \na1 , 0 \n"
     write_cs224n(path, REGRESSION, ["a1"], np.array([2.5]))
-    assert path.read_text() == "id \t Predicted_Similiary \na1, 2.500000 \n"
+    assert path.read_text() == "id \t Predicted_Similiary \na1 , 2.500000 \n"
 
 
 def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:

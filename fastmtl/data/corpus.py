@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fastmtl.config import Recipe, TaskConfig
+from fastmtl.data.filters import drop_longest
 from fastmtl.data.readers import read_rows
 from fastmtl.data.tokenized import TokenizedDataset, tokenize
 
@@ -33,7 +34,10 @@ class Corpus:
         data = recipe.data.model_copy(update={"dir": recipe.data.dir or str(demo_directory())})
 
         def read(task: TaskConfig, split: Literal["train", "dev"]) -> TokenizedDataset:
-            return tokenize(read_rows(task, data, split), tokenizer, task, max_length, data.cache_dir)
+            rows = read_rows(task, data, split)
+            if split == "train":
+                rows = drop_longest(rows, data.drop_longest)
+            return tokenize(rows, tokenizer, task, max_length, data.cache_dir)
 
         tasks = recipe.tasks.values()
         return cls(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,7 +22,7 @@ class Rows:
     """n rows of a task.
 
     labels: int64 [n] (classification), float32 [n] (binary 0 or 1, regression), None for files without labels.
-    skipped: bad rows that were left out (`on_bad_row: skip`).
+    skipped: bad rows that were left out (`on_bad_row: skip`). notes: what else was done to the file's rows.
     """
 
     path: Path
@@ -29,9 +31,21 @@ class Rows:
     pair_texts: list[str] | None
     labels: np.ndarray | None
     skipped: list[BadRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def take(self, chosen: Sequence[int], note: str | None = None) -> Rows:
+        """The rows at these positions, in their order."""
+        return dataclasses.replace(
+            self,
+            ids=[self.ids[row] for row in chosen],
+            texts=[self.texts[row] for row in chosen],
+            pair_texts=None if self.pair_texts is None else [self.pair_texts[row] for row in chosen],
+            labels=None if self.labels is None else self.labels[np.asarray(chosen, dtype=np.int64)],
+            notes=self.notes if note is None else [*self.notes, note],
+        )
 
 
 def read_rows(
@@ -46,14 +60,7 @@ def read_rows(
     limit = task.data.limit
     if split != "train" or limit is None or limit >= len(rows):
         return rows
-    return Rows(
-        path=rows.path,
-        ids=rows.ids[:limit],
-        texts=rows.texts[:limit],
-        pair_texts=None if rows.pair_texts is None else rows.pair_texts[:limit],
-        labels=None if rows.labels is None else rows.labels[:limit],
-        skipped=rows.skipped,
-    )
+    return rows.take(range(limit))
 
 
 def read_file(

@@ -1,7 +1,6 @@
 """Samplers: which share of an epoch's rows each task gets.
 
-A new sampler is one function here and its name in SAMPLERS. The stream turns shares into batches, the same for all
-samplers.
+A new sampler is one function here and its name in SAMPLERS. `Schedule` turns shares into batches.
 """
 
 from __future__ import annotations
@@ -22,20 +21,54 @@ def round_robin(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs: 
     return batch_sizes
 
 
+def joint(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs: int) -> np.ndarray:
+    """As round_robin, but an epoch is once through the largest file: the others are cycled along it."""
+    return batch_sizes
+
+
 def proportional(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs: int) -> np.ndarray:
     """p_t = N_t / sum N: every row once per epoch."""
     return sizes
+
+
+def sequential(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs: int) -> np.ndarray:
+    """Every row once per epoch, one data set after the other in the recipe's order; a step has rows of one task."""
+    return sizes
+
+
+def uniform(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs: int) -> np.ndarray:
+    """p_t = 1 / T."""
+    return np.ones(len(sizes))
+
+
+def sqrt(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs: int) -> np.ndarray:
+    """p_t ~ N_t^(1/2) (Stickland & Murray 2019, section 4.1)."""
+    return np.sqrt(sizes)
 
 
 def annealed(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs: int) -> np.ndarray:
     """p_t ~ N_t^a with a = 1 - 0.8 (e - 1) / (E - 1) in epoch e = 1..E, a = 1 when E = 1 (Stickland & Murray 2019,
     section 4.1).
     """
-    exponent = 1.0 - 0.8 * epoch / (epochs - 1) if epochs > 1 else 1.0
-    return sizes.astype(np.float64) ** exponent
+    return sizes.astype(np.float64) ** (1.0 - 0.8 * progress(epoch, epochs))
 
 
-SAMPLERS: dict[str, Sampler] = {"round_robin": round_robin, "proportional": proportional, "annealed": annealed}
+def progress(epoch: int, epochs: int) -> float:
+    """(e - 1) / (E - 1), 0 when E = 1."""
+    return epoch / (epochs - 1) if epochs > 1 else 0.0
+
+
+# compromise: the shares of the batches beyond one of each task; the batches themselves are drawn (compromise.py).
+SAMPLERS: dict[str, Sampler] = {
+    "round_robin": round_robin,
+    "joint": joint,
+    "proportional": proportional,
+    "sequential": sequential,
+    "uniform": uniform,
+    "sqrt": sqrt,
+    "annealed": annealed,
+    "compromise": annealed,
+}
 
 
 def find_sampler(name: str) -> Sampler:

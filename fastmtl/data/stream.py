@@ -18,9 +18,9 @@ import numpy as np
 from fastmtl.config import Recipe
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.packing import pack
-from fastmtl.data.samplers import find_sampler
+from fastmtl.data.schedule import Schedule
 from fastmtl.data.tokenized import TokenizedDataset
-from fastmtl.errors import UserError, unknown_name
+from fastmtl.errors import UserError
 
 # Rows of one micro-batch: (task [n], row [n]).
 Draw = tuple[np.ndarray, np.ndarray]
@@ -37,28 +37,11 @@ class BatchStream:
         self._datasets = datasets
         self._recipe = recipe
         self._rank, self._world = rank, world
-        self._sampler = find_sampler(recipe.sampler.name)
-        self._sizes = np.array([len(dataset) for dataset in datasets])
         self._lengths = [dataset.lengths for dataset in datasets]
-        self._batch_sizes = self._sizes_per_task()
         self._accumulation = recipe.engine.accumulation
-        rows_per_step = int(self._batch_sizes.sum()) * world * self._accumulation
-        fixed = recipe.sampler.steps_per_epoch
         if recipe.sampler.batch_tokens is not None:
-            if fixed is not None:
-                raise UserError("sampler.steps_per_epoch goes with sampler.batch_size, not with sampler.batch_tokens")
             self._check_budget(recipe.sampler.batch_tokens)
-            self._rows_per_epoch = int(self._sizes.sum())
-        else:
-            steps = fixed or -(-int(self._sizes.sum()) // rows_per_step)
-            exact = fixed is not None or recipe.sampler.name == "round_robin"
-            self._rows_per_epoch = steps * rows_per_step if exact else int(self._sizes.sum())
-            if self._rows_per_epoch < steps * self._accumulation * world:
-                raise UserError(
-                    f"the training files hold {self._rows_per_epoch} rows, fewer than the {self._accumulation * world} "
-                    "micro-batches of one step: lower engine.accumulation or the number of processes"
-                )
-            self._steps = steps
+        self._schedule = Schedule([len(dataset) for dataset in datasets], recipe, world)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -68,8 +51,12 @@ class BatchStream:
     def steps(self, epoch: int) -> int:
         """Optimiser steps of an epoch (from 0)."""
         if self._recipe.sampler.batch_tokens is None:
-            return self._steps
+            return self._schedule.steps(epoch)
         return len(self._token_plan(epoch)) // self._accumulation
+
+    def loss_weights(self, epoch: int, step: int) -> dict[str, float] | None:
+        """Of a step of an epoch (both from 0); see `Schedule.loss_weights`."""
+        return self._schedule.loss_weights(epoch, step)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[PackedBatch]]:
         """For every optimiser step from `start_step` on, this rank's `engine.accumulation` micro-batches."""
@@ -77,7 +64,7 @@ class BatchStream:
         for step in range(start_step, self.steps(epoch)):
             group = micro_batches[step * self._accumulation : (step + 1) * self._accumulation]
             all_tasks = np.concatenate([tasks for shares in group for tasks, _ in shares])
-            counts = np.bincount(all_tasks, minlength=len(self._sizes)).tolist()
+            counts = np.bincount(all_tasks, minlength=len(self._datasets)).tolist()
             yield [self._pack(shares[self._rank], counts) for shares in group]
 
     def _pack(self, draw: Draw, group_counts: list[int]) -> PackedBatch:
@@ -90,8 +77,10 @@ class BatchStream:
         lengths = self._row_lengths(tasks, rows)
         if self._recipe.sampler.batch_tokens is not None:
             return [[(tasks[part], rows[part]) for part in parts] for parts in self._token_plan(epoch)]
-        number = self._steps * self._accumulation
-        cuts = [len(tasks) * m // number for m in range(number + 1)]
+        cuts = [0]
+        for stretch in self._schedule.stretches(epoch):
+            rows_here, number, begin = int(stretch.counts.sum()), stretch.micro_batches, cuts[-1]
+            cuts += [begin + rows_here * (m + 1) // number for m in range(number)]
         result = []
         for start, stop in zip(cuts, cuts[1:], strict=False):
             order = start + np.argsort(-lengths[start:stop], kind="stable")  # the longest first: ranks get equal work
@@ -124,27 +113,25 @@ class BatchStream:
         return [[np.array(part) for part in parts] for parts in plan]
 
     def _sequence(self, epoch: int) -> Draw:
-        """The epoch's rows in order: task t's j-th row stands at (j + 1/2) / Q_t of the way."""
-        quotas = self._quotas(epoch)
-        tasks = np.repeat(np.arange(len(quotas)), quotas)
-        place = np.concatenate([(np.arange(quota) + 0.5) / max(quota, 1) for quota in quotas])
-        rows = np.concatenate([self._rows(t, epoch, int(quota)) for t, quota in enumerate(quotas)])
-        order = np.argsort(place, kind="stable")
-        return tasks[order], rows[order]
-
-    def _quotas(self, epoch: int) -> np.ndarray:
-        """Rows of each task in an epoch: the sampler's shares, rounded so that they add up."""
-        weights = self._sampler(self._sizes, self._batch_sizes, epoch, self._recipe.train.epochs).astype(np.float64)
-        exact = weights / weights.sum() * self._rows_per_epoch
-        quotas = np.floor(exact + 1e-9).astype(np.int64)
-        missing = self._rows_per_epoch - int(quotas.sum())
-        quotas[np.argsort(quotas - exact, kind="stable")[:missing]] += 1
-        return quotas
+        """The epoch's rows in order: in each stretch, task t's j-th row of Q_t stands at (j + 1/2) / Q_t of the way."""
+        stretches = self._schedule.stretches(epoch)
+        totals = self._schedule.quotas(epoch)
+        source = [self._rows(t, epoch, int(quota)) for t, quota in enumerate(totals)]
+        taken = np.zeros_like(totals)
+        tasks, rows = [], []
+        for stretch in stretches:
+            place = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in stretch.counts])
+            order = np.argsort(place, kind="stable")
+            tasks.append(np.repeat(np.arange(len(totals)), stretch.counts)[order])
+            upcoming = [source[t][taken[t] : taken[t] + count] for t, count in enumerate(stretch.counts)]
+            rows.append(np.concatenate(upcoming)[order])
+            taken += stretch.counts
+        return np.concatenate(tasks), np.concatenate(rows)
 
     def _rows(self, task: int, epoch: int, quota: int) -> np.ndarray:
         """The next `quota` rows of a task, from permutations that follow each other over all epochs."""
-        size = int(self._sizes[task])
-        start = sum(int(self._quotas(earlier)[task]) for earlier in range(epoch))
+        size = len(self._datasets[task])
+        start = sum(int(self._schedule.quotas(earlier)[task]) for earlier in range(epoch))
         first, last = start // size, (start + max(quota, 1) - 1) // size
         permutations = [
             np.random.default_rng([self._recipe.seed, task, wrap]).permutation(size) for wrap in range(first, last + 1)
@@ -156,22 +143,6 @@ class BatchStream:
         for t, of_task in enumerate(self._lengths):
             lengths[tasks == t] = of_task[rows[tasks == t]]
         return lengths
-
-    def _sizes_per_task(self) -> np.ndarray:
-        size = self._recipe.sampler.batch_size
-        names = self._recipe.task_names
-        if isinstance(size, int):
-            size = dict.fromkeys(names, size)
-        for name in size:
-            if name not in names:
-                raise unknown_name("task in sampler.batch_size", name, names)
-        missing = [name for name in names if name not in size]
-        if missing:
-            raise UserError(f"sampler.batch_size has no number for {', '.join(missing)}")
-        for name, number in size.items():
-            if number < 1:
-                raise UserError(f"sampler.batch_size of {name} is {number}: at least 1")
-        return np.array([size[name] for name in names])
 
     def _check_budget(self, budget: int) -> None:
         for name, dataset, lengths in zip(self._recipe.task_names, self._datasets, self._lengths, strict=True):

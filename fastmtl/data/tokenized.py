@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,7 @@ class TokenizedDataset:
     1]].
     second_text: int32 [S n], where in the sequence token type 1 begins (its length if nowhere).
     labels: int64 or float32 [n], or None. ids: the rows' own ids. truncated: examples cut to the encoder's positions.
+    skipped, notes: as of Rows.
     """
 
     tokens: np.ndarray
@@ -47,6 +48,7 @@ class TokenizedDataset:
     truncated: int
     skipped: list[BadRow]
     path: Path
+    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -96,6 +98,7 @@ def tokenize(
         truncated=truncated,
         skipped=rows.skipped,
         path=rows.path,
+        notes=rows.notes,
     )
 
 

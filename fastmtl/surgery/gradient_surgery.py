@@ -108,7 +108,11 @@ class GradientSurgery:
         self._told = False
 
     def run(
-        self, micro_batches: Sequence[Any], loss_fn: Callable[..., Losses], counts: Mapping[str, int] | None = None
+        self,
+        micro_batches: Sequence[Any],
+        loss_fn: Callable[..., Losses],
+        counts: Mapping[str, int] | None = None,
+        weights: Mapping[str, float] | None = None,
     ) -> SurgeryInfo:
         """Forward and backward of one optimiser step; then call `engine.step()` (or `optimizer.step()`) unless
         `skipped`.
@@ -118,6 +122,7 @@ class GradientSurgery:
         `task_grads`, the sink, for a model whose layers write into it. Without `task_grads` there is one backward per
         task.
         counts: rows of each task in the whole step over all ranks; needed with several micro-batches, else counted.
+        weights: of the tasks' losses in this step, times the fixed ones; the same on every rank.
         Raises UserError where the losses do not fit `tasks` or `counts`, or a shared parameter's gradient goes past
         the sink; TrainingError after five skipped steps in a row, and for a loss (`sum`) or gradient
         (`scope="tensor"`) that is not finite where the step cannot be skipped any more.
@@ -127,7 +132,7 @@ class GradientSurgery:
         if counts is None and len(micro_batches) > 1:
             raise UserError(_COUNTS)
         losses_of = LossFunction(loss_fn, self._target, self._sink)
-        step = self._new_step(counts)
+        step = self._new_step(counts, weights)
         if not self._joint and self._scope == "tensor":
             return tensor_scope(self._parts, step, micro_batches, losses_of, by_rank=self._by_rank)
         if self.storage == "replay":
@@ -152,20 +157,25 @@ class GradientSurgery:
         return self._sink
 
     def backward(
-        self, losses: Losses, counts: Mapping[str, int] | None = None, *, last: bool = True
+        self,
+        losses: Losses,
+        counts: Mapping[str, int] | None = None,
+        weights: Mapping[str, float] | None = None,
+        *,
+        last: bool = True,
     ) -> SurgeryInfo | None:
         """In place of `engine.backward(loss)`, where the losses are at hand: {task: (sum of the rows' losses, rows)}.
 
         counts: rows of each task in the whole step over all ranks; needed with several micro-batches a step, else
-        counted. last: whether this is the step's last micro-batch; the merged gradient and the SurgeryInfo come with
-        it, None before.
+        counted. weights: as of `run`, taken from the step's first call. last: whether this is the step's last
+        micro-batch; the merged gradient and the SurgeryInfo come with it, None before.
         Raises UserError where a step cannot be done without running forward again: use `run` there.
         """
         self._check_backward()
         if self._open is None:
             if counts is None and not last:
                 raise UserError(_COUNTS)
-            self._open = self._start(self._new_step(counts))
+            self._open = self._start(self._new_step(counts, weights))
         way, takes_sink = self._open, self._sink.mode is not None
         if last:
             self._open = None
@@ -188,9 +198,11 @@ class GradientSurgery:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._solver.load_state_dict(state)
 
-    def _new_step(self, counts: Mapping[str, int] | None) -> Step:
+    def _new_step(self, counts: Mapping[str, int] | None, weights: Mapping[str, float] | None) -> Step:
+        of_step = check_task_weights(weights or {}, self.tasks, "weights")
         self._solver.next_step()
-        return Step(counts, tasks=self.tasks, task_weights=self._weights, device=self._target.device)
+        both = [fixed * now for fixed, now in zip(self._weights, of_step, strict=True)]
+        return Step(counts, tasks=self.tasks, task_weights=both, device=self._target.device)
 
     def _start(self, step: Step) -> JointStep | StackedStep:
         return JointStep(self._parts, step) if self._joint else StackedStep(self._parts, step)

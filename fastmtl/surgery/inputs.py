@@ -22,13 +22,15 @@ def check_tasks(tasks: Sequence[str]) -> list[str]:
     return list(tasks)
 
 
-def check_task_weights(given: Mapping[str, float], tasks: list[str]) -> list[float]:
-    """Every task's weight in their order, 1 by default. Raises UserError for an unknown task and a bad number."""
+def check_task_weights(given: Mapping[str, float], tasks: list[str], argument: str = "task_weights") -> list[float]:
+    """Every task's weight in their order, 1 by default. Raises UserError, naming `argument`, for an unknown task and a
+    bad number.
+    """
     for name, weight in given.items():
         if name not in tasks:
-            raise unknown_name("task in task_weights", name, tasks)
+            raise unknown_name(f"task in {argument}", name, tasks)
         if not (math.isfinite(weight) and weight >= 0):
-            raise UserError(f"task_weights: {name}: {weight} must be a number that is not negative")
+            raise UserError(f"{argument}: {name}: {weight} must be a number that is not negative")
     return [float(given.get(name, 1.0)) for name in tasks]
 
 

@@ -74,7 +74,7 @@ class Step:
     """Sums the losses of a step's micro-batches and scales them to means.
 
     counts: rows of each task in the whole step over all ranks; None: those of the one micro-batch, summed over ranks.
-    task_weights: fixed weight of each task's loss. sums: this rank's losses of each task so far, float64 [T].
+    task_weights: weight of each task's loss. sums: this rank's losses of each task so far, float64 [T].
     """
 
     def __init__(

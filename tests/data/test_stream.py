@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from fastmtl.config import Recipe, parse_recipe
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.packing import pack
-from fastmtl.data.samplers import annealed
+from fastmtl.data.samplers import SAMPLERS, annealed
+from fastmtl.data.schedule import BY_BATCH_SIZE
 from fastmtl.data.stream import BatchStream, evaluation_batches
 from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.errors import UserError
@@ -113,6 +114,43 @@ def test_round_robin_takes_the_batch_sizes_and_cycles_small_files() -> None:
     assert counts.max() - counts.min() <= 1
 
 
+def test_sequential_takes_every_row_once_in_the_order_of_tasks() -> None:
+    data = [dataset(50, 1), dataset(23, 2)]
+    config = recipe(2, sampler={"name": "sequential", "batch_size": {"t0": 4, "t1": 3}}, engine={"accumulation": 2})
+    streams = [BatchStream(data, config, rank, 2) for rank in range(2)]
+    steps = [
+        [batch for groups in each for batch in groups] for each in zip(*(s.epoch(0) for s in streams), strict=True)
+    ]
+    present = [tuple(sum(batch.counts[t] for batch in step) for t in range(2)) for step in steps]
+    assert [t for t in range(2) for counts in present if counts[t]] == [0] * 4 + [1] * 2
+    assert all(min(counts) == 0 for counts in present)
+    assert all(batch.group_counts == counts for step, counts in zip(steps, present, strict=True) for batch in step)
+    for t, one in enumerate(data):
+        assert sorted(row for step in steps for row in rows_of(step, t)) == list(range(len(one)))
+
+
+def test_a_subsample_is_another_one_each_epoch() -> None:
+    data = [dataset(60, 1), dataset(11, 2)]
+    stream = BatchStream(data, recipe(2, sampler={"batch_size": 4, "subsample": {"t0": 20}}, train={"epochs": 3}))
+    drawn = [[row for group in stream.epoch(epoch) for row in rows_of(group, 0)] for epoch in range(3)]
+    assert [len(rows) for rows in drawn] == [20] * 3
+    assert sorted(sum(drawn, [])) == list(range(60))  # no row again before all were there
+
+
+def test_compromise_draws_whole_batches_on_every_rank() -> None:
+    data = [dataset(200, 1), dataset(40, 2)]
+    sampler = {"name": "compromise", "batch_size": {"t0": 2, "t1": 3}, "batches_per_step": 5}
+    config = recipe(2, sampler=sampler, engine={"accumulation": 2})
+    streams = [BatchStream(data, config, rank, 2) for rank in range(2)]
+    for step, groups in enumerate(zip(*(stream.epoch(0) for stream in streams), strict=True)):
+        counts = np.array([batch.counts for group in groups for batch in group]).sum(0)
+        batches = counts / [4, 6]
+        assert batches.sum() == 5 and (batches >= 1).all()
+        weights = streams[1].loss_weights(0, step)
+        assert weights == streams[0].loss_weights(0, step)
+        np.testing.assert_allclose(list(weights.values()), batches / np.array([200, 40]) ** 0.2)
+
+
 def test_annealed_shares() -> None:
     sizes = np.array([1000, 10])
     for epoch, exponent in ((0, 1.0), (1, 0.6), (2, 0.2)):
@@ -120,11 +158,15 @@ def test_annealed_shares() -> None:
     np.testing.assert_allclose(annealed(sizes, sizes, 0, 1), sizes)
 
 
-@pytest.mark.parametrize("name", ["round_robin", "proportional", "annealed"])
+@pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("tokens", [None, 64])
 def test_resuming_in_mid_epoch_repeats_the_draw(name: str, tokens: int | None) -> None:
+    if tokens and name in BY_BATCH_SIZE:
+        pytest.skip("refused, see test_schedule.py")
     data = [dataset(90, 1), dataset(40, 2)]
-    sampler = {"name": name, "batch_size": 4, "batch_tokens": tokens}
+    sampler: dict[str, Any] = {"name": name, "batch_size": 4, "batch_tokens": tokens}
+    if name == "compromise":
+        sampler["batches_per_step"] = 5
     config = recipe(2, sampler=sampler, train={"epochs": 3}, engine={"accumulation": 2})
     whole = list(BatchStream(data, config, 1, 2).epoch(1))
     rest = list(BatchStream(data, config, 1, 2).epoch(1, start_step=2))

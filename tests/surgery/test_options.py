@@ -300,3 +300,24 @@ def test_fixed_weights_scale_task_gradients_before_the_gramian() -> None:
     rows[0] *= 3
     assert info.weights is not None
     torch.testing.assert_close(info.weights, pcgrad_weights(rows @ rows.T, draw_order(3, 3, 1)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "storage"), [("sum", "auto"), ("pcgrad", "stacked"), ("gradvac", "replay")])
+def test_weights_of_a_step_multiply_the_fixed_ones_for_that_step_alone(method: str, storage: str) -> None:
+    def fresh(**fixed: float) -> tuple[GradientSurgery, MultiTaskModel]:
+        model = make()
+        return surgery_on(model, method, storage=storage, task_weights=fixed), model
+
+    def step(surgery: GradientSurgery, model: MultiTaskModel, weights: dict[str, float] | None) -> list[torch.Tensor]:
+        model.zero_grad()
+        surgery.run([batch()], lambda b, task_grads: model(b, task_grads), None, weights)
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    both, expected = fresh(kind=0.5), fresh(kind=1.5, same=2.0)
+    torch.testing.assert_close(step(*both, {"kind": 3.0, "same": 2.0}), step(*expected, None))
+    if method != "gradvac":  # its averages have moved
+        again = fresh(kind=0.5)
+        step(*again, None)
+        torch.testing.assert_close(step(*both, None), step(*again, None))
+    with pytest.raises(UserError, match="weights: kind: nan"):
+        step(*both, {"kind": float("nan")})
