@@ -199,7 +199,7 @@ def test_predict_command_for_cs224n_and_an_output_that_cannot_be_written(
     assert run(monkeypatch, *common, target) == 0
     lines = target.read_text().splitlines()
     assert lines[0] == "id \t Predicted_Is_Paraphrase "
-    assert [line.split(", ")[0] for line in lines[1:]] == ["p0", "p1", "p2"]
+    assert [line.split(" , ")[0] for line in lines[1:]] == ["p0", "p1", "p2"]
     capsys.readouterr()
     assert run(monkeypatch, *common, tmp_path / "absent" / "para.csv") == 2
     assert "there is no directory" in capsys.readouterr().err
