@@ -75,18 +75,6 @@ def _segment_rows(segments: Segments) -> list[slice]:
     return [slice(a, b) for a, b in zip(segments.host, segments.host[1:], strict=False)]
 
 
-def _write(
-    task_grads: TaskGradients, parameter: nn.Parameter, segments: Segments, product: Callable[[slice], Tensor]
-) -> None:
-    """Sends product(rows) of every task's segment to the sink (modes `stack` and `gramian`)."""
-    if task_grads.mode == "stack":
-        for view, rows in zip(task_grads.views(parameter), _segment_rows(segments), strict=True):
-            if rows.stop > rows.start:
-                view += product(rows)
-    else:
-        task_grads.add(parameter, torch.stack([product(rows) for rows in _segment_rows(segments)]))
-
-
 def _gradient(
     ctx: Any, index: int, parameter: nn.Parameter | None, dy: Tensor, product: Callable[[Tensor, slice], Tensor]
 ) -> Tensor | None:
@@ -103,10 +91,13 @@ def _gradient(
     match _mode(task_grads):
         case "weighted":
             return product(_weighted(dy, task_grads, segments), every_row)
-        case "tensor":
-            return task_grads.merge(parameter, torch.stack([product(dy, rows) for rows in _segment_rows(segments)]))
-    _write(task_grads, parameter, segments, lambda rows: product(dy, rows))
-    return None
+        case "stack":  # one at a time, as T of them at once are a temporary as large as the parameter's part of J
+            stack = task_grads.stack_of(parameter)
+            for task, rows in enumerate(_segment_rows(segments)):
+                if rows.stop > rows.start:
+                    stack.add_task(parameter, task, product(dy, rows))
+            return None
+    return task_grads.deliver(parameter, torch.stack([product(dy, rows) for rows in _segment_rows(segments)]))
 
 
 class _Linear(torch.autograd.Function):
@@ -133,12 +124,12 @@ class _Linear(torch.autograd.Function):
         weight, bias = ctx.parameters
         task_grads, segments = ctx.task_grads, ctx.segments
         dx = dy @ gathered.to(dy.dtype) if ctx.needs_input_grad[0] else None
-        if _mode(task_grads) == "stack" and task_grads.wants(weight) and task_grads.views(weight)[0].dtype == dy.dtype:
-            for t, view in enumerate(task_grads.views(weight)):  # the product adds into J: no T x out x in temporary
-                rows = slice(segments.host[t], segments.host[t + 1])
+        dw = None
+        if _mode(task_grads) == "stack" and task_grads.wants(weight) and task_grads.dtype == dy.dtype:
+            stack, left = task_grads.stack_of(weight), dy.t()
+            for task, rows in enumerate(_segment_rows(segments)):  # made inside J: no T x out x in temporary
                 if rows.stop > rows.start:
-                    view.addmm_(dy[rows].t(), x[rows])
-            dw = None
+                    stack.add_product(weight, task, left[:, rows], x[rows])
         else:
             dw = _gradient(ctx, 1, weight, dy, lambda dy, rows: dy[rows].t() @ x[rows])
         db = _gradient(ctx, 2, bias, dy, lambda dy, rows: dy[rows].sum(0))

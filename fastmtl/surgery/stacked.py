@@ -51,7 +51,7 @@ class StackedStep:
                     ids = gradient.abs().sum(1).nonzero().squeeze(1)
                     sink.add_rows(parameter, t, ids, gradient[ids])
                 else:
-                    sink.views(parameter)[t].add_(gradient)
+                    sink.stack_of(parameter).add_task(parameter, t, gradient)
             self._add_own(gradients[len(shared) :])
 
     def _add_own(self, gradients: Sequence[Tensor | None]) -> None:

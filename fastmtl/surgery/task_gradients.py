@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastmtl.errors import UserError
 from fastmtl.surgery.compact_rows import coalesce, rows_gramian, weighted_table
+from fastmtl.surgery.jacobian import Jacobian
 from fastmtl.surgery.reduce import Alone, Ranks
 from fastmtl.surgery.sketch import CountSketch
 from fastmtl_kernels import combine, gramian
@@ -30,7 +31,7 @@ class TaskGradients:
     Handed to the layers in forward; nothing is written unless it is armed, and every write adds (a weight used twice,
     accumulation).
 
-    - `stack`: keeps J, dense parameters in one [T, P] buffer, embedding rows as (ids, rows) per task.
+    - `stack`: keeps J, dense parameters in a `Jacobian`, embedding rows as (ids, rows) per task.
       Autograd gets no gradient.
     - `gramian`: adds a layer's share to G as soon as the layer's backward is done, and drops it.
       Autograd gets no gradient.
@@ -62,13 +63,11 @@ class TaskGradients:
         self._parameters = list(parameters)
         self._sparse = {id(parameter) for parameter in sparse}
         self._dense = [parameter for parameter in self._parameters if id(parameter) not in self._sparse]
-        self._dtype = dtype
+        self.dtype = dtype
         self._ranks = Alone() if ranks is None else ranks
         self._sketch_size = sketch_size
         self._index = {id(parameter): k for k, parameter in enumerate(self._parameters)}
-        self._stack: Tensor | None = None
-        self._views: dict[int, list[Tensor]] = {}
-        self._starts: dict[int, int] = {}
+        self._stack: Jacobian | None = None
         self._rows: dict[int, list[list[tuple[Tensor, Tensor]]]] = {}
         self._shards: dict[int, Tensor] = {}
         self._keep = True
@@ -112,7 +111,7 @@ class TaskGradients:
             self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.mode = mode
         if mode == "stack" and self._stack is None:
-            self._allocate(device)
+            self._stack = Jacobian(self._dense, self.num_tasks, self.dtype, device)
 
     def disarm(self) -> None:
         self.mode = self.weights = self._solve = None
@@ -137,14 +136,15 @@ class TaskGradients:
         """Whether a layer should write this parameter's gradient here."""
         return parameter is not None and parameter.requires_grad and id(parameter) in self._index
 
-    def views(self, parameter: nn.Parameter) -> list[Tensor]:
-        """T tensors of the parameter's shape inside J, to be added to (mode `stack`)."""
+    def stack_of(self, parameter: nn.Parameter) -> Jacobian:
+        """What takes a dense parameter's gradients in mode `stack`."""
+        assert self._stack is not None, "stack_of needs mode stack"
         if id(parameter) in self._sparse:
             raise UserError(
                 f"sparse: the parameter of shape {tuple(whole_shape(parameter))} is used by an op with a dense "
                 "gradient: leave it out of `sparse`, which is for embedding tables alone"
             )
-        return self._views[id(parameter)]
+        return self._stack
 
     def is_sparse(self, parameter: nn.Parameter) -> bool:
         return id(parameter) in self._sparse
@@ -175,8 +175,7 @@ class TaskGradients:
             return gradients.sum(0)
         match self._armed_mode():
             case "stack":
-                for view, gradient in zip(self.views(parameter), gradients, strict=True):
-                    view += gradient
+                self.stack_of(parameter).add(parameter, gradients)
             case "gramian":
                 self.add(parameter, gradients)
             case "weighted":
@@ -210,9 +209,9 @@ class TaskGradients:
 
             if mode != "stack":
                 return self.deliver(table, torch.stack([dense(piece) for piece in pieces]))
-            for view, piece in zip(self.views(table), pieces, strict=True):
+            for task, piece in enumerate(pieces):
                 if piece.stop > piece.start:
-                    view += dense(piece)
+                    self.stack_of(table).add_task(table, task, dense(piece))
             return None
         if mode == "tensor":
             return self.merge_rows(table, [ids[piece] for piece in pieces], [rows[piece] for piece in pieces])
@@ -279,12 +278,12 @@ class TaskGradients:
         if self._sketch is not None:
             if self._stack is not None:
                 for parameter in self._dense:
-                    self._sketch.add(self._index[id(parameter)], self._columns(parameter))
+                    self._sketch.add(self._index[id(parameter)], self._stack.of(parameter).flatten(1))
             self._ranks.total(self._sketch.values)
             return self._sketch.gramian()
         total = torch.zeros(self.num_tasks, self.num_tasks, device=self.anchor.device)
         if self._stack is not None:
-            total += gramian(self._ranks.scatter(self._stack))
+            total += gramian(self._ranks.scatter(self._stack.complete()))
         for shard in self._shards.values():
             total += gramian(shard)
         for part in self._dropped.values():
@@ -307,12 +306,10 @@ class TaskGradients:
     def combine(self, weights: Tensor) -> dict[int, Tensor]:
         """sum_t weights[t] g_t for every shared parameter by id(parameter), float32 (mode `stack`)."""
         assert self._stack is not None, "combine needs mode stack"
-        merged = torch.empty(self._stack.shape[1], dtype=torch.float32, device=self._stack.device)
-        combine(self._stack, weights, out=merged)
-        result, start = {}, 0
-        for parameter in self._dense:
-            result[id(parameter)] = merged[start : start + parameter.numel()].view(parameter.shape)
-            start += parameter.numel()
+        stack = self._stack.complete()
+        merged = torch.empty(stack.shape[1], dtype=torch.float32, device=stack.device)
+        combine(stack, weights, out=merged)
+        result = self._stack.split(merged)
         for parameter in self._parameters:
             if id(parameter) in self._sparse:
                 parts = self._rows.get(id(parameter), [[] for _ in range(self.num_tasks)])
@@ -322,7 +319,7 @@ class TaskGradients:
     def clear(self) -> None:
         """Forgets what was written; the buffers stay."""
         if self._stack is not None:
-            self._stack.zero_()
+            self._stack.clear()
         self._rows.clear()
         self._shards.clear()
         self._dropped.clear()
@@ -334,26 +331,10 @@ class TaskGradients:
     def nbytes(self) -> int:
         """Bytes of J, its shards, sketch and compact rows as they are now, and of the largest piece in passing."""
         tensors = [*self._shards.values(), *self._held.values()]
-        tensors += [] if self._stack is None else [self._stack]
+        tensors += [] if self._stack is None else [self._stack.buffer]
         tensors += [] if self._sketch is None else [self._sketch.values]
         tensors += [part for rows in self._rows.values() for parts in rows for pair in parts for part in pair]
         return self._largest + sum(tensor.nbytes for tensor in tensors)
-
-    def _columns(self, parameter: nn.Parameter) -> Tensor:
-        """J's columns [T, n] of a dense parameter."""
-        assert self._stack is not None
-        start = self._starts[id(parameter)]
-        return self._stack[:, start : start + parameter.numel()]
-
-    def _allocate(self, device: torch.device) -> None:
-        total = sum(parameter.numel() for parameter in self._dense)
-        self._stack = torch.zeros(self.num_tasks, total, dtype=self._dtype, device=device)
-        start = 0
-        for parameter in self._dense:
-            stop = start + parameter.numel()
-            self._starts[id(parameter)] = start
-            self._views[id(parameter)] = [row[start:stop].view(parameter.shape) for row in self._stack]
-            start = stop
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
