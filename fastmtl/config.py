@@ -49,12 +49,20 @@ class AdapterConfig(Section):
 class HeadConfig(Section):
     name: str = "linear"
     hidden: list[int] = Field(
-        default_factory=list, description="mlp: sizes of the hidden layers; empty: one of the encoder's size"
+        default_factory=list, description="mlp, rnn, lstm: sizes of the hidden layers; empty: one of u's size"
     )
     dropout: float = Field(0.1, ge=0, lt=1)
     features: list[Literal["u", "v", "abs_diff", "product"]] = Field(
         ["u", "v", "abs_diff"], description="bi-encoded pairs: what the head sees"
     )
+    projection: int | None = Field(None, ge=1, description="a linear map of u and v to this size comes first")
+    projection_dropout: float = Field(0.0, ge=0, lt=1, description="of what the projection sees")
+    squash: Literal["relu", "sigmoid"] | None = Field(
+        None, description="regression: the score is low + (high - low) squash(x), x the cosine or the last map's output"
+    )
+    size: int = Field(128, ge=1, description="rnn, lstm: size of the state")
+    cls: bool = Field(False, description="rnn, lstm: [CLS] goes beside the last state, not through the network")
+    adjustment: bool = Field(False, description="classification: a learned matrix maps the classes' probabilities")
 
 
 class FileConfig(Section):
@@ -83,7 +91,10 @@ class TaskConfig(Section):
     )
     pooling: str = "cls"
     head: HeadConfig = Field(default_factory=HeadConfig)
-    loss: str | None = Field(None, description="default: cross_entropy, bce or mse by type")
+    loss: str | list[str] | dict[str, float] | None = Field(
+        None, description="one, several (their sum), or {loss: weight}; default: cross_entropy, bce or mse by type"
+    )
+    bins: int = Field(6, ge=2, description="regression by cross_entropy: scores, evenly spread over the range")
     weight: float = Field(1.0, gt=0, description="fixed weight of the task's loss, applied before gradient surgery")
     metric: str | None = Field(None, description="default: accuracy, accuracy or pearson by type")
 
@@ -98,11 +109,23 @@ class TaskConfig(Section):
                 raise ValueError(f"label_names has {len(self.label_names)} names, num_labels says {self.num_labels}")
         elif self.type == "regression" and self.range is None:
             raise ValueError("a regression task needs range: [smallest, largest] (labels outside it are bad rows)")
+        if not self.losses or any(weight <= 0 for weight in self.losses.values()):
+            raise ValueError("loss: name at least one, each with a weight above 0")
+        if isinstance(self.loss, list) and len(self.losses) < len(self.loss):
+            raise ValueError(f"loss: {self.loss}: name each once; {{{self.loss[0]}: 2.0}} gives it a weight")
         return self
 
     @property
+    def losses(self) -> dict[str, float]:
+        """Weight of each loss in the task's sum."""
+        if isinstance(self.loss, dict):
+            return self.loss
+        default = {"classification": "cross_entropy", "binary": "bce", "regression": "mse"}[self.type]
+        return dict.fromkeys([self.loss or default] if isinstance(self.loss, str | None) else self.loss, 1.0)
+
+    @property
     def loss_name(self) -> str:
-        return self.loss or {"classification": "cross_entropy", "binary": "bce", "regression": "mse"}[self.type]
+        return " + ".join(self.losses)
 
     @property
     def metric_name(self) -> str:

@@ -28,14 +28,20 @@ def place(layer: int, which: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class ForwardContext:
-    """segments: the tasks' token rows; task_grads: see layers.py. seeds: int64, one for each place, None outside
-    training. plan: made once per batch for the attention kernels, None where they need none.
+class SegmentContext:
+    """What a linear layer needs. segments: the tasks' rows; task_grads: see layers.py."""
+
+    segments: Segments
+    task_grads: TaskGradients | None
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardContext(SegmentContext):
+    """segments: the tasks' token rows. seeds: int64, one for each place, None outside training. plan: made once per
+    batch for the attention kernels, None where they need none.
     """
 
     batch: PackedBatch
-    segments: Segments
-    task_grads: TaskGradients | None
     seeds: Tensor | None
     plan: AttentionPlan | None
 
@@ -51,7 +57,7 @@ class ForwardContext:
         plan = None
         if device.type == "cuda":
             plan = AttentionPlan.make(batch.host.cu_seqlens, batch.num_tokens, device)
-        return cls(batch, Segments(batch.token_offsets, batch.host.token_offsets), task_grads, seeds, plan)
+        return cls(Segments(batch.token_offsets, batch.host.token_offsets), task_grads, batch, seeds, plan)
 
     def seed(self, at: int) -> Tensor | None:
         return None if self.seeds is None else self.seeds[at : at + 1]

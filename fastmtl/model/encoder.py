@@ -11,8 +11,18 @@ from transformers import BertConfig
 from transformers.activations import ACT2FN
 
 from fastmtl.data.packed_batch import PackedBatch
-from fastmtl.model.context import ATTENTION, ATTENTION_OUTPUT, EMBEDDINGS, OUTPUT, ForwardContext, place
+from fastmtl.errors import UserError
+from fastmtl.model.context import (
+    ATTENTION,
+    ATTENTION_OUTPUT,
+    EMBEDDINGS,
+    OUTPUT,
+    ForwardContext,
+    SegmentContext,
+    place,
+)
 from fastmtl.model.layers import AddLayerNorm, TaskEmbedding, TaskLayerNorm, TaskLinear
+from fastmtl.surgery.segments import Segments
 from fastmtl_kernels import dropout
 
 if TYPE_CHECKING:
@@ -33,7 +43,22 @@ class PackedBert(nn.Module):
         self.max_length = max_length or config.max_position_embeddings
         self.embeddings = Embeddings(config)
         self.encoder = Layers(config)
-        self.pooler: Pooler | None = None
+        self.pooler: Pooler | UnusedPooler | None = None
+
+    def use_pooler(self) -> None:
+        """Makes the weights that came with the encoder a layer that is used and trained.
+
+        Raises UserError where there are none.
+        """
+        if self.pooler is None:
+            raise UserError(
+                "pooling: pooler needs the encoder's pooler.dense, and its directory has none: use cls, mean or max"
+            )
+        if isinstance(self.pooler, UnusedPooler):
+            weights = self.pooler.state_dict()
+            with torch.device("meta"):
+                self.pooler = Pooler(self.config.hidden_size)
+            self.pooler.load_state_dict(weights, assign=True)
 
     def forward(
         self, batch: PackedBatch, adapter: nn.Module | None = None, task_grads: TaskGradients | None = None
@@ -148,7 +173,20 @@ class Output(nn.Module):
 
 
 class Pooler(nn.Module):
-    """The pooler's weights, kept for saving. Buffers, since nothing here uses or trains them."""
+    """tanh(W x + b) of each sequence's first hidden state."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.dense = TaskLinear(hidden_size, hidden_size)
+
+    def forward(self, first: Tensor, batch: PackedBatch, task_grads: TaskGradients | None) -> Tensor:
+        """[B, d] -> [B, d]: its rows are sequences, so a task's are those of `seq_offsets`."""
+        sequences = Segments(batch.seq_offsets, batch.host.seq_offsets)
+        return self.dense(first, SegmentContext(sequences, task_grads)).tanh()
+
+
+class UnusedPooler(nn.Module):
+    """A pooler's weights, kept for saving. Buffers, since nothing uses or trains them."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()

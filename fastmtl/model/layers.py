@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastmtl.model.context import ForwardContext
+from fastmtl.model.context import ForwardContext, SegmentContext
 from fastmtl.surgery import functional
 from fastmtl_kernels import add_layer_norm
 
@@ -16,7 +16,7 @@ from fastmtl_kernels import add_layer_norm
 class TaskLinear(nn.Linear):
     weight: nn.Parameter
 
-    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, context: SegmentContext) -> Tensor:  # type: ignore[override]
         """[N, in_features] -> [N, out_features]."""
         return functional.linear(x, self.weight, self.bias, context.segments, context.task_grads)
 

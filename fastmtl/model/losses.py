@@ -1,10 +1,11 @@
-"""Losses by name, one value per example."""
+"""Losses of a head's outputs by name, one value per example, and a task's weighted sum of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -14,7 +15,10 @@ from fastmtl.errors import UserError, unknown_name
 
 @dataclass(frozen=True)
 class Loss:
-    """function: outputs float32 [E, num_outputs], targets [E] -> losses [E]; types: task types that it fits."""
+    """function: outputs float32 [E, num_outputs], targets [E] -> losses [E]; types: task types that it fits.
+
+    What outputs and targets mean for a type and loss stands in outputs.py.
+    """
 
     function: Callable[[Tensor, Tensor], Tensor]
     types: tuple[str, ...]
@@ -36,18 +40,28 @@ def mse(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 LOSSES = {
-    "cross_entropy": Loss(cross_entropy, ("classification",)),
+    "cross_entropy": Loss(cross_entropy, ("classification", "regression")),
     "bce": Loss(bce, ("binary",)),
-    "mse": Loss(mse, ("regression",)),
+    "mse": Loss(mse, ("regression", "classification")),
 }
 
 
 def build_loss(task: TaskConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """The task's loss. Raises UserError for an unknown name or one that does not fit the task's type."""
-    if task.loss_name not in LOSSES:
-        raise unknown_name("loss", task.loss_name, LOSSES)
-    loss = LOSSES[task.loss_name]
-    if task.type not in loss.types:
-        fitting = ", ".join(name for name, other in LOSSES.items() if task.type in other.types)
-        raise UserError(f"loss: {task.loss_name} does not fit a {task.type} task; use {fitting}")
-    return loss.function
+    """The weighted sum of the task's losses, as a `Loss.function`.
+
+    Raises UserError for an unknown name, one that does not fit the task's type, and two that read outputs differently.
+    """
+    for name in task.losses:
+        if name not in LOSSES:
+            raise unknown_name("loss", name, LOSSES)
+        if task.type not in LOSSES[name].types:
+            fitting = " or ".join(other for other, loss in LOSSES.items() if task.type in loss.types)
+            raise UserError(f"loss: {name} does not fit a {task.type} task; use {fitting}")
+    if {"cross_entropy", "mse"} <= task.losses.keys():
+        raise UserError("loss: cross_entropy reads the outputs as logits and mse as a score: take one of the two")
+    terms = [(LOSSES[name].function, weight) for name, weight in task.losses.items()]
+
+    def total(outputs: Tensor, targets: Tensor) -> Tensor:
+        return torch.stack([weight * function(outputs, targets) for function, weight in terms]).sum(0)
+
+    return total

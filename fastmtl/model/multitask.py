@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from fastmtl.errors import UserError
 from fastmtl.model.adapters import build_adapter
 from fastmtl.model.encoder import PackedBert
 from fastmtl.model.heads import build_head
+from fastmtl.model.heads.embed import Recurrent
 from fastmtl.model.losses import build_loss
 from fastmtl.model.outputs import predictions, targets
 from fastmtl.model.pooling import pooling
@@ -32,17 +34,20 @@ class MultiTaskModel(nn.Module):
     def __init__(self, recipe: Recipe, encoder: PackedBert) -> None:
         super().__init__()
         self.recipe = recipe
-        self.encoder = encoder.requires_grad_(not recipe.encoder.freeze)
+        self.encoder = encoder
         self.adapter = build_adapter(recipe.adapter, encoder.config, recipe.task_names)
-        heads, self.losses, self.poolings = [], [], []
+        heads, self.losses = [], []
         for name, task in recipe.tasks.items():
             try:
                 heads.append(build_head(task, encoder.config.hidden_size, encoder.config.initializer_range))
                 self.losses.append(build_loss(task))
-                self.poolings.append(pooling(task.pooling))
+                pooling(task.pooling)
+                if task.pooling == "pooler":
+                    encoder.use_pooler()
             except UserError as error:
                 raise UserError(f"tasks.{name}: {error}") from None
         self.heads = nn.ModuleList(heads)
+        encoder.requires_grad_(not recipe.encoder.freeze)
 
     @property
     def task_weights(self) -> dict[str, float]:
@@ -125,17 +130,34 @@ class MultiTaskModel(nn.Module):
     def _outputs(self, batch: PackedBatch, task_grads: TaskGradients | None) -> dict[str, Tensor]:
         """Every head's outputs, float32 [E_t, num_outputs], E_t = 0 included."""
         hidden = self.encoder(batch, self.adapter, task_grads)
-        pooled = {pool: pool(hidden, batch) for pool in self.poolings}
+        pooled = {name: pooling(name)(hidden, batch) for name in self._poolings()}
+        if "pooler" in pooled:
+            pooled["pooler"] = self.encoder.pooler(pooled["pooler"], batch, task_grads)
         outputs = {}
         for index, (name, head) in enumerate(zip(self.recipe.task_names, self.heads, strict=True)):
-            vectors = pooled[self.poolings[index]]
+            vectors = self._vectors(index, hidden, pooled, batch)
             pairs = batch.pairs[index]
-            start, stop = batch.host.seq_offsets[index : index + 2]
             if self.recipe.tasks[name].pairs == "cross":
-                outputs[name] = head(vectors[start:stop], None).float()
+                outputs[name] = head(vectors, None).float()
                 continue
-            if pairs is None and stop > start:
+            if pairs is None and len(vectors):
                 raise UserError(f"tasks.{name}.pairs: bi, but its examples are single texts")
-            u, v = (vectors[:0], vectors[:0]) if pairs is None else (vectors[pairs[:, 0]], vectors[pairs[:, 1]])
+            first = batch.host.seq_offsets[index]
+            u, v = (vectors, vectors) if pairs is None else (vectors[pairs[:, k] - first] for k in range(2))
             outputs[name] = head(u, v).float()
         return outputs
+
+    def _poolings(self) -> list[str]:
+        """Those that some task's head looks at."""
+        tasks = zip(self.recipe.tasks.values(), self.heads, strict=True)
+        return list(dict.fromkeys(task.pooling for task, head in tasks if not isinstance(head.embed, Recurrent)))
+
+    def _vectors(self, index: int, hidden: Tensor, pooled: dict[str, Tensor], batch: PackedBatch) -> Tensor:
+        """What u and v of a task are taken from, one row for each of its sequences."""
+        start, stop = batch.host.seq_offsets[index : index + 2]
+        head, name = self.heads[index], self.recipe.task_names[index]
+        if isinstance(head.embed, Recurrent):
+            lengths = np.diff(batch.host.cu_seqlens[start : stop + 1]).tolist()
+            tokens = slice(*batch.host.token_offsets[index : index + 2])
+            return head.embed(hidden[tokens], lengths)
+        return head.embed(pooled[self.recipe.tasks[name].pooling][start:stop])

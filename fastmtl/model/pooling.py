@@ -24,7 +24,13 @@ def mean(hidden: Tensor, batch: PackedBatch) -> Tensor:
     return pool(hidden, batch.cu_seqlens, mode="mean")
 
 
-POOLINGS: dict[str, Pooling] = {"cls": cls, "mean": mean}
+def maximum(hidden: Tensor, batch: PackedBatch) -> Tensor:
+    """The largest value of each column over all tokens, special ones included."""
+    return pool(hidden, batch.cu_seqlens, mode="max")
+
+
+# What `pooler` gives is then mapped by the encoder's pooler, tanh(W x + b).
+POOLINGS: dict[str, Pooling] = {"cls": cls, "mean": mean, "max": maximum, "pooler": cls}
 
 
 def pooling(name: str) -> Pooling:

@@ -22,7 +22,7 @@ from transformers.activations import ACT2FN
 import fastmtl
 from fastmtl.config import EncoderConfig, Recipe, parse_recipe
 from fastmtl.errors import UserError, unknown_name
-from fastmtl.model.encoder import PackedBert, Pooler
+from fastmtl.model.encoder import PackedBert, UnusedPooler
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.model.weights import load_exactly, read_encoder_weights, read_json, read_tensors
 
@@ -71,7 +71,7 @@ def load_encoder(config: EncoderConfig) -> PackedBert:
     with torch.device("meta"):  # no random numbers are drawn for weights that are replaced at once
         encoder = PackedBert(bert, checkpointing=config.checkpointing, max_length=config.max_length)
         if any(name.startswith("pooler.") for name in weights):
-            encoder.pooler = Pooler(bert.hidden_size)
+            encoder.pooler = UnusedPooler(bert.hidden_size)
     load_exactly(encoder, weights, str(directory))
     return encoder
 

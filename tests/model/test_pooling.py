@@ -12,7 +12,7 @@ from fastmtl.model.pooling import pooling
 MakeBatch = Callable[..., PackedBatch]
 
 
-@pytest.mark.parametrize("name", ["cls", "mean"])
+@pytest.mark.parametrize("name", ["cls", "mean", "max"])
 @pytest.mark.parametrize("lengths", [[[1, 9, 4], [], [17]], [[], []]])
 def test_equals_the_loop_over_sequences(name: str, lengths: list[list[int]], make_batch: MakeBatch) -> None:
     batch = make_batch(lengths)
@@ -23,8 +23,8 @@ def test_equals_the_loop_over_sequences(name: str, lengths: list[list[int]], mak
     if not flat:
         return
     reference = hidden.detach().double().requires_grad_()
-    rows = [part[0] if name == "cls" else part.mean(0) for part in reference.split(flat)]
-    expected = torch.stack(rows)
+    row = {"cls": lambda part: part[0], "mean": lambda part: part.mean(0), "max": lambda part: part.amax(0)}[name]
+    expected = torch.stack([row(part) for part in reference.split(flat)])
     torch.testing.assert_close(pooled.double(), expected, rtol=1e-6, atol=1e-6)
     upstream = torch.randn(pooled.shape)
     pooled.backward(upstream)

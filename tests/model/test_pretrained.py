@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM
 
-from fastmtl.config import EncoderConfig
+from fastmtl.config import EncoderConfig, OptimizerConfig
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
 from fastmtl.model.multitask import MultiTaskModel
@@ -259,6 +259,38 @@ def test_the_pooler_of_the_source_is_kept(bert: Path, make_model: MakeModel, tmp
     assert not any("pooler" in name for name, _ in model.named_parameters())
     loaded = AutoModel.from_pretrained(str(saved(model, tmp_path)))
     assert torch.equal(loaded.pooler.dense.weight, original.pooler.dense.weight)
+
+
+def test_the_pooler_of_the_source_is_used_trained_and_saved(
+    bert: Path, make_model: MakeModel, make_batch: MakeBatch, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    AutoModel.from_pretrained(str(bert)).save_pretrained(bert)
+    tasks = {"a": {"type": "binary", "pooling": "pooler", "data": {}, "head": {"dropout": 0.0}}}
+    model = make_model(encoder={"path": str(bert)}, tasks=tasks).eval()
+    theirs = AutoModel.from_pretrained(str(bert)).eval()
+    dense = model.heads[0].dense
+    batch = make_batch([[7, 3]])
+    expected = [
+        dense(theirs(ids[None], token_type_ids=types[None]).pooler_output).sigmoid()[0, 0]
+        for ids, types in zip(batch.input_ids.split([7, 3]), batch.token_type_ids.split([7, 3]), strict=True)
+    ]
+    torch.testing.assert_close(model.predict(batch)["a"], torch.stack(expected), rtol=1e-5, atol=1e-6)
+    weight = model.encoder.pooler.dense.weight
+    assert any(parameter is weight for parameter in model.shared_parameters())
+    assert [g["name"] for g in model.parameter_groups(OptimizerConfig()) if any(p is weight for p in g["params"])] == [
+        "encoder"
+    ]
+    with torch.no_grad():
+        weight += 1
+    directory = saved(model, tmp_path)
+    assert torch.equal(AutoModel.from_pretrained(str(directory)).pooler.dense.weight, weight)
+    assert torch.equal(load_model(directory)[0].predict(batch)["a"], model.predict(batch)["a"])
+
+
+def test_an_encoder_without_a_pooler_cannot_be_pooled_by_it(make_model: MakeModel) -> None:
+    with pytest.raises(UserError, match="tasks.a: pooling: pooler needs the encoder's pooler.dense"):
+        make_model(tasks={"a": {"type": "binary", "pooling": "pooler", "data": {}}})
 
 
 def test_given_tensors_are_saved_instead_of_the_models_own(make_model: MakeModel, tmp_path: Path) -> None:

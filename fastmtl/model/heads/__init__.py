@@ -6,26 +6,73 @@ from collections.abc import Callable
 
 from torch import nn
 
-from fastmtl.config import TaskConfig
+from fastmtl.config import HeadConfig, TaskConfig
 from fastmtl.errors import UserError, unknown_name
+from fastmtl.model.heads.adjustment import Adjusted
 from fastmtl.model.heads.cosine import CosineHead
+from fastmtl.model.heads.embed import Projection, Recurrent
 from fastmtl.model.heads.linear import LinearHead
+from fastmtl.model.heads.linear_cosine import LinearCosineHead
 from fastmtl.model.heads.mlp import MlpHead
+from fastmtl.model.heads.squash import Squashed
+from fastmtl.model.outputs import kind, num_outputs
 
-# A head is made from (task, hidden size, standard deviation of its last weights) and maps u, v [E, d] (v: None for
-# one sequence) to outputs [E, num_outputs], whose meaning by task type stands in outputs.py.
+# A head is made from (task, size of u and v, standard deviation of its last weights) and maps u, v [E, d] (v: None for
+# one sequence) to outputs [E, num_outputs], whose meaning stands in outputs.py.
 HEADS: dict[str, Callable[[TaskConfig, int, float], nn.Module]] = {
     "linear": LinearHead,
     "mlp": MlpHead,
     "cosine": CosineHead,
+    "linear_cosine": LinearCosineHead,
+    "rnn": MlpHead,
+    "lstm": MlpHead,
 }
+RECURRENT = ("rnn", "lstm")
 
 
 def build_head(task: TaskConfig, hidden_size: int, std: float) -> nn.Module:
-    """The task's head. Raises UserError for an unknown name or a setting that does not fit."""
-    if task.head.name not in HEADS:
-        raise unknown_name("head", task.head.name, HEADS)
-    features = task.head.features
-    if task.pairs == "bi" and (not features or len(set(features)) < len(features)):
-        raise UserError(f"head.features: {features}: name at least one feature of the pair, and each once")
-    return HEADS[task.head.name](task, hidden_size, std)
+    """The task's head; its submodule `embed` makes u and v: of the pooled sequences [B, d], or, where it is
+    `Recurrent`, of the tokens and lengths of the task's sequences.
+
+    Raises UserError for an unknown name or a setting that does not fit.
+    """
+    config = task.head
+    if config.name not in HEADS:
+        raise unknown_name("head", config.name, HEADS)
+    _check(task)
+    embed, size = _embed(config, hidden_size)
+    head = HEADS[config.name](task, size, std)
+    if config.squash and config.name != "cosine":
+        head = Squashed(head, config.squash)
+    if config.adjustment:
+        head = Adjusted(head, num_outputs(task))
+    head.embed = embed
+    return head
+
+
+def _embed(config: HeadConfig, hidden_size: int) -> tuple[nn.Module, int]:
+    """And the size of what it makes."""
+    if config.name in RECURRENT:
+        return Recurrent(config, hidden_size), config.size + (hidden_size if config.cls else 0)
+    if config.projection:
+        return Projection(config, hidden_size), config.projection
+    return nn.Identity(), hidden_size
+
+
+def _check(task: TaskConfig) -> None:
+    config = task.head
+    if task.pairs == "bi" and (not config.features or len(set(config.features)) < len(config.features)):
+        raise UserError(f"head.features: {config.features}: name at least one feature of the pair, and each once")
+    if config.name in RECURRENT:
+        if config.projection:
+            raise UserError(f"head.projection: u and v are the states of the {config.name}: set their size by head.size")
+        if task.pooling != "cls":
+            raise UserError(f"pooling: {task.pooling}: the {config.name} head reads the tokens itself; leave it out")
+    else:
+        for key in ("size", "cls"):
+            if getattr(config, key) != HeadConfig.model_fields[key].default:
+                raise UserError(f"head.{key} is for the heads rnn and lstm, this one is {config.name}")
+    if config.squash and (task.type != "regression" or kind(task) != "score"):
+        raise UserError("head.squash: it keeps a score within the label range: for regression tasks, not in bins")
+    if config.adjustment and kind(task) != "classes":
+        raise UserError("head.adjustment: it maps the probabilities of classes: for classification by cross_entropy")

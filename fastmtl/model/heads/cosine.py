@@ -1,4 +1,8 @@
-"""A pair's score is its cosine: 0 is the smallest label, 1 the largest (Reimers & Gurevych 2019). No parameters."""
+"""A pair's score is its cosine: 0 is the smallest label, 1 the largest (Reimers & Gurevych 2019). No parameters.
+
+`squash: relu` makes the smallest label the floor, `sigmoid` a smooth one of both ends. For a binary task the same
+number is the logit of class 1: pairs with a cosine of 0.5 or more are of class 1.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,27 @@ from torch.nn import functional
 
 from fastmtl.config import TaskConfig
 from fastmtl.errors import UserError
-from fastmtl.model.outputs import RANGE_WIDTH
+from fastmtl.model.heads.features import precise
+from fastmtl.model.heads.squash import SQUASHES, from_unit_range
+from fastmtl.model.outputs import kind
 
 
 class CosineHead(nn.Module):
     def __init__(self, task: TaskConfig, hidden_size: int, std: float) -> None:
         super().__init__()
-        if task.type != "regression":
-            raise UserError(f"head.name: cosine gives a score, for a regression task; this one's type is {task.type}")
+        if task.type == "classification" or kind(task) == "bins":
+            what = "by cross_entropy" if task.type == "regression" else "task"
+            raise UserError(f"head.name: cosine gives one number, which does not fit a {task.type} {what}")
         if task.pairs != "bi":
             raise UserError("head.name: cosine compares two sequences: it needs pairs: bi, not pairs: cross")
         self.dropout = nn.Dropout(task.head.dropout)
+        self.squash = task.head.squash
 
     def forward(self, u: Tensor, v: Tensor) -> Tensor:
-        # fp32: the rounding of a bf16 cosine near 1 is larger than most differences between pairs
-        cosine = functional.cosine_similarity(self.dropout(u).float(), self.dropout(v).float(), dim=1)
-        return (RANGE_WIDTH * (cosine - 0.5))[:, None]
+        cosine = cosine_of(self.dropout(u), self.dropout(v))
+        return from_unit_range(SQUASHES[self.squash](cosine) if self.squash else cosine)[:, None]
+
+
+def cosine_of(u: Tensor, v: Tensor) -> Tensor:
+    """[E, d] each -> [E], float32 at least."""
+    return functional.cosine_similarity(precise(u), precise(v), dim=1)

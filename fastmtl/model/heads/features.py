@@ -23,3 +23,8 @@ def num_features(task: TaskConfig, hidden_size: int) -> int:
 def features(task: TaskConfig, u: Tensor, v: Tensor | None) -> Tensor:
     """u, v: [E, d], v None for examples of one sequence. Returns [E, num_features]."""
     return u if v is None else torch.cat([PAIR_FEATURES[name](u, v) for name in task.head.features], dim=1)
+
+
+def precise(x: Tensor) -> Tensor:
+    """In float32 at least: the rounding of a bf16 cosine near 1 is larger than most differences between pairs."""
+    return x if x.dtype.itemsize >= 4 else x.float()

@@ -95,7 +95,18 @@ def test_regression_losses_do_not_depend_on_the_unit_of_the_labels(limits: tuple
     [
         ({"head": {"name": "liner"}}, "unknown head 'liner'. Did you mean 'linear'"),
         ({"type": "regression", "head": {"name": "cosine"}}, "needs pairs: bi"),
-        ({"type": "binary", "pairs": "bi", "head": {"name": "cosine"}}, "for a regression task"),
+        ({"pairs": "bi", "head": {"name": "cosine"}}, "does not fit a classification task"),
+        ({"type": "regression", "loss": "cross_entropy", "pairs": "bi", "head": {"name": "cosine"}}, "by cross_entropy"),
+        ({"type": "binary", "head": {"name": "linear_cosine"}}, "needs pairs: bi"),
+        ({"pairs": "bi", "head": {"name": "linear_cosine"}}, "fits binary tasks"),
+        ({"head": {"name": "lstm", "projection": 4}}, "head.projection: u and v are the states of the lstm"),
+        ({"head": {"name": "rnn"}, "pooling": "mean"}, "pooling: mean: the rnn head reads the tokens itself"),
+        ({"head": {"size": 64}}, "head.size is for the heads rnn and lstm, this one is linear"),
+        ({"head": {"cls": True}}, "head.cls is for the heads rnn and lstm"),
+        ({"head": {"squash": "relu"}}, "head.squash"),
+        ({"type": "regression", "loss": "cross_entropy", "head": {"squash": "sigmoid"}}, "not in bins"),
+        ({"type": "binary", "head": {"adjustment": True}}, "head.adjustment"),
+        ({"loss": "mse", "head": {"adjustment": True}}, "head.adjustment"),
         ({"head": {"name": "mlp", "hidden": [0]}}, "head.hidden"),
         ({"pairs": "bi", "head": {"features": []}}, "head.features"),
         ({"pairs": "bi", "head": {"features": ["u", "u"]}}, "head.features"),
@@ -110,8 +121,9 @@ def test_heads_that_do_not_fit_are_refused(settings: dict, message: str) -> None
     ("settings", "message"),
     [
         ({"loss": "crossentropy"}, "unknown loss 'crossentropy'. Did you mean 'cross_entropy'"),
-        ({"type": "regression", "loss": "cross_entropy"}, "cross_entropy does not fit a regression task; use mse"),
+        ({"loss": "bce"}, "bce does not fit a classification task; use cross_entropy or mse"),
         ({"type": "binary", "loss": "mse"}, "mse does not fit a binary task; use bce"),
+        ({"loss": ["mse", "cross_entropy"]}, "take one of the two"),
     ],
 )
 def test_losses_that_do_not_fit_are_refused(settings: dict, message: str) -> None:

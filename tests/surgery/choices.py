@@ -1,0 +1,132 @@
+"""Tasks of every pooling, head and loss in one small model, and batches for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import BertConfig
+
+from fastmtl.config import Recipe, parse_recipe
+from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.data.packing import pack
+from fastmtl.data.tokenized import TokenizedDataset
+from fastmtl.model.encoder import PackedBert, UnusedPooler
+from fastmtl.model.multitask import MultiTaskModel
+
+_CLASSES = {"type": "classification", "num_labels": 3}
+_SCORE = {"type": "regression", "range": [0, 5]}
+_PAIRS = {"pairs": "bi", "pooling": "mean"}
+TASKS: dict[str, dict[str, Any]] = {
+    "max": {**_CLASSES, "pooling": "max"},
+    "pooler": {"type": "binary", "pooling": "pooler", "head": {"name": "mlp"}},
+    "adjusted": {**_CLASSES, "pooling": "pooler", "head": {"adjustment": True}},
+    "ordinal": {**_CLASSES, "loss": "mse", "head": {"name": "rnn", "size": 4}},
+    "bins": {**_SCORE, "pairs": "bi", "loss": "cross_entropy", "head": {"name": "lstm", "size": 4, "cls": True}},
+    "relu": {**_SCORE, **_PAIRS, "head": {"name": "cosine", "squash": "relu", "projection": 4}},
+    "sigmoid": {**_SCORE, **_PAIRS, "head": {"name": "cosine", "squash": "sigmoid"}},
+    "squashed": {**_SCORE, "head": {"squash": "sigmoid"}},
+    "plus_cosine": {
+        "type": "binary",
+        **_PAIRS,
+        "head": {"name": "linear_cosine", "features": ["u", "v", "product"], "projection": 5},
+    },
+}
+ROWS = 4  # of each task in a step
+STEPS = 2
+
+
+def make_recipe(method: str = "pcgrad", zero: int = 1, accumulation: int = 1, **sections: Any) -> Recipe:
+    tasks = {}
+    for name, task in TASKS.items():
+        tasks[name] = {**task, "data": {"train": "none"}, "head": {"dropout": 0.0, **task.get("head", {})}}
+    values = {
+        "adapter": {"name": "low_rank", "size": 3},
+        "tasks": tasks,
+        "gradient": {"method": method},
+        "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.0, "weight_decay": 0.0},
+        "schedule": {"name": "constant", "warmup": 0.0},
+        "engine": {"zero": zero, "accumulation": accumulation, "clip": 0.0},
+        **sections,
+    }
+    return parse_recipe(values, "test")
+
+
+def make_model(recipe: Recipe) -> MultiTaskModel:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=30,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.3,
+    )
+    encoder = PackedBert(config)
+    encoder.pooler = UnusedPooler(config.hidden_size)
+    for weight in encoder.pooler.buffers():
+        torch.nn.init.normal_(weight, std=0.3)
+    return MultiTaskModel(recipe, encoder).train()
+
+
+def make_data(recipe: Recipe, seed: int = 0) -> list[TokenizedDataset]:
+    random = np.random.default_rng(seed)
+    datasets = []
+    for task in recipe.tasks.values():
+        rows, per_example = STEPS * ROWS, 2 if task.pairs == "bi" else 1
+        lengths = random.choice([1, 2, 3, 7], rows * per_example)
+        labels = {
+            "classification": random.integers(0, 3, rows),
+            "binary": (np.arange(rows) % 4 != 1).astype(np.float32),
+            "regression": random.uniform(0, 5, rows).astype(np.float32),
+        }
+        datasets.append(
+            TokenizedDataset(
+                tokens=random.integers(0, 30, lengths.sum()).astype(np.int32),
+                offsets=np.concatenate([[0], np.cumsum(lengths)]),
+                second_text=(lengths // 2).astype(np.int32),
+                sequences_per_example=per_example,
+                labels=labels[task.type],
+                ids=[str(row) for row in range(rows)],
+                truncated=0,
+                skipped=[],
+                path=Path("none"),
+            )
+        )
+    return datasets
+
+
+def make_batches(recipe: Recipe, step: int, parts: int) -> list[PackedBatch]:
+    """A step's rows in some pieces. Every second task has rows in the first piece alone."""
+    rows = np.arange(step * ROWS, (step + 1) * ROWS)
+    data = make_data(recipe)
+    pieces = []
+    for part in range(parts):
+        own = [rows[part::parts] if t % 2 == 0 else rows[: 3 if part == 0 else 0] for t in range(len(data))]
+        pieces.append(pack(list(zip(data, own, strict=True)), [ROWS if t % 2 == 0 else 3 for t in range(len(data))]))
+    return pieces
+
+
+def counts(recipe: Recipe) -> dict[str, int]:
+    return {name: ROWS if t % 2 == 0 else 3 for t, name in enumerate(recipe.task_names)}
+
+
+def jacobian(model: MultiTaskModel, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """[T, P] of the shared parameters by one backward per task, and the sum of the other parameters' gradients."""
+    shared_ids = {id(p) for p in model.shared_parameters()}
+    rows, own = [], {}
+    for name, count in counts(model.recipe).items():
+        loss = model(batch)[name][0] / count
+        found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+        pairs = list(zip(model.named_parameters(), found, strict=True))
+        rows.append(torch.cat([grad.flatten().double() for (_, p), grad in pairs if id(p) in shared_ids]))
+        for (key, p), grad in pairs:
+            if id(p) not in shared_ids:
+                own[key] = own.get(key, 0) + grad.double()
+    return torch.stack(rows), own
