@@ -12,7 +12,7 @@ from fastmtl.config import OptimizerConfig, Recipe
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
 from fastmtl.model.adapters import build_adapter
-from fastmtl.model.encoder import PackedBert
+from fastmtl.model.encoder import PackedBert, Pooler
 from fastmtl.model.heads import build_head
 from fastmtl.model.heads.embed import Recurrent
 from fastmtl.model.losses import build_loss
@@ -132,6 +132,7 @@ class MultiTaskModel(nn.Module):
         hidden = self.encoder(batch, self.adapter, task_grads)
         pooled = {name: pooling(name)(hidden, batch) for name in self._poolings()}
         if "pooler" in pooled:
+            assert isinstance(self.encoder.pooler, Pooler)
             pooled["pooler"] = self.encoder.pooler(pooled["pooler"], batch, task_grads)
         outputs = {}
         for index, (name, head) in enumerate(zip(self.recipe.task_names, self.heads, strict=True)):
@@ -155,9 +156,8 @@ class MultiTaskModel(nn.Module):
     def _vectors(self, index: int, hidden: Tensor, pooled: dict[str, Tensor], batch: PackedBatch) -> Tensor:
         """What u and v of a task are taken from, one row for each of its sequences."""
         start, stop = batch.host.seq_offsets[index : index + 2]
-        head, name = self.heads[index], self.recipe.task_names[index]
-        if isinstance(head.embed, Recurrent):
+        embed, name = self.heads[index].get_submodule("embed"), self.recipe.task_names[index]
+        if isinstance(embed, Recurrent):
             lengths = np.diff(batch.host.cu_seqlens[start : stop + 1]).tolist()
-            tokens = slice(*batch.host.token_offsets[index : index + 2])
-            return head.embed(hidden[tokens], lengths)
-        return head.embed(pooled[self.recipe.tasks[name].pooling][start:stop])
+            return embed(hidden[slice(*batch.host.token_offsets[index : index + 2])], lengths)
+        return embed(pooled[self.recipe.tasks[name].pooling][start:stop])

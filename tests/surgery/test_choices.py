@@ -1,4 +1,4 @@
-"""Every pooling, head and loss in one packed batch: one-pass task gradients against one backward per task in float64."""
+"""Every pooling, head and loss in one packed batch: one-pass task gradients against separate backwards in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from loads import merge  # noqa: E402
 
 @pytest.mark.parametrize(
     ("method", "storage", "parts"),
-    [("pcgrad", "stacked", 1), ("pcgrad", "stacked", 2), ("pcgrad", "replay", 1), ("gradvac", "stacked", 2), ("sum", "auto", 2)],
+    [
+        ("pcgrad", "stacked", 1),
+        ("pcgrad", "stacked", 2),
+        ("pcgrad", "replay", 1),
+        ("gradvac", "stacked", 2),
+        ("sum", "auto", 2),
+    ],
 )
 def test_one_pass_equals_one_backward_per_task(method: str, storage: str, parts: int) -> None:
     recipe = choices.make_recipe(method)

@@ -65,7 +65,9 @@ def _check(task: TaskConfig) -> None:
         raise UserError(f"head.features: {config.features}: name at least one feature of the pair, and each once")
     if config.name in RECURRENT:
         if config.projection:
-            raise UserError(f"head.projection: u and v are the states of the {config.name}: set their size by head.size")
+            raise UserError(
+                f"head.projection: u and v are the states of the {config.name}: set their size by head.size"
+            )
         if task.pooling != "cls":
             raise UserError(f"pooling: {task.pooling}: the {config.name} head reads the tokens itself; leave it out")
     else:

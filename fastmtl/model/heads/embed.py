@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
@@ -31,17 +33,52 @@ class Recurrent(nn.Module):
 
     def __init__(self, config: HeadConfig, hidden_size: int) -> None:
         super().__init__()
-        kind = {"rnn": nn.RNN, "lstm": nn.LSTM}[config.name]
+        kind = {"rnn": _Rnn, "lstm": _Lstm}[config.name]
         self.cls = config.cls
         self.network = kind(hidden_size, config.size)
 
     def forward(self, tokens: Tensor, lengths: list[int]) -> Tensor:
         """tokens [n, d], lengths of the B sequences that they are of -> [B, size] or, with `cls`, [B, size + d]."""
-        # A network has no meaning without rows, but under ZeRO 3 every rank has to run it.
-        sequences = tokens.split(lengths) if lengths else [tokens.new_zeros(1, tokens.shape[1])]
+        # A network has no meaning without rows, but under ZeRO 3 every rank has to run it, forward and backward.
+        sequences = tokens.split(lengths) if lengths else [tokens.sum(0, keepdim=True)]
         read = [sequence[1:] if self.cls and len(sequence) > 1 else sequence for sequence in sequences]
         _, state = self.network(pack_sequence(read, enforce_sorted=False))
         last = (state[0] if isinstance(state, tuple) else state)[0]
         if self.cls:
             last = torch.cat([last, torch.stack([sequence[0] for sequence in sequences])], dim=1)
         return last[: len(lengths)]
+
+
+class _Together(torch.autograd.Function):
+    """Hands weights on as they are, and their gradients back all at once."""
+
+    @staticmethod
+    def forward(ctx: Any, *weights: Tensor) -> tuple[Tensor, ...]:
+        return tuple(weight.view_as(weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
+
+
+class _InOrder(nn.RNNBase):
+    """Gradients of the weights arrive in the same order whatever the lengths of the sequences.
+
+    torch's loop over time steps gives no such order on CPUs, and ZeRO 2 adds up over ranks what arrived as the n-th.
+    """
+
+    def forward(self, *inputs: Any) -> Any:
+        weights = self._flat_weights
+        self._flat_weights = list(_Together.apply(*weights))
+        try:
+            return super().forward(*inputs)
+        finally:
+            self._flat_weights = weights
+
+
+class _Rnn(_InOrder, nn.RNN):
+    pass
+
+
+class _Lstm(_InOrder, nn.LSTM):
+    pass

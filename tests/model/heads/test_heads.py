@@ -96,7 +96,10 @@ def test_regression_losses_do_not_depend_on_the_unit_of_the_labels(limits: tuple
         ({"head": {"name": "liner"}}, "unknown head 'liner'. Did you mean 'linear'"),
         ({"type": "regression", "head": {"name": "cosine"}}, "needs pairs: bi"),
         ({"pairs": "bi", "head": {"name": "cosine"}}, "does not fit a classification task"),
-        ({"type": "regression", "loss": "cross_entropy", "pairs": "bi", "head": {"name": "cosine"}}, "by cross_entropy"),
+        (
+            {"type": "regression", "loss": "cross_entropy", "pairs": "bi", "head": {"name": "cosine"}},
+            "by cross_entropy",
+        ),
         ({"type": "binary", "head": {"name": "linear_cosine"}}, "needs pairs: bi"),
         ({"pairs": "bi", "head": {"name": "linear_cosine"}}, "fits binary tasks"),
         ({"head": {"name": "lstm", "projection": 4}}, "head.projection: u and v are the states of the lstm"),

@@ -24,7 +24,9 @@ def test_classes_as_a_score() -> None:
     torch.testing.assert_close(shares.sum(1), torch.ones(6))
     torch.testing.assert_close(shares @ torch.arange(5.0), score.clamp(0, 4))
     assert shares.argmax(1).tolist() == [0, 0, 2, 3, 4, 0]
-    torch.testing.assert_close(build_loss(task)(score[:5, None] - 2, targets(task, classes)), (score[:5] - classes) ** 2)
+    torch.testing.assert_close(
+        build_loss(task)(score[:5, None] - 2, targets(task, classes)), (score[:5] - classes) ** 2
+    )
 
 
 def test_scores_in_bins() -> None:

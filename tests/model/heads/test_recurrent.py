@@ -60,3 +60,18 @@ def test_no_rows_give_no_vectors_and_zero_gradients(name: str) -> None:
     assert vectors.shape == (0, 9)
     head(vectors, None).sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in head.parameters())
+
+
+@pytest.mark.parametrize("name", ["rnn", "lstm"])
+def test_gradients_arrive_in_one_order_whatever_the_lengths(name: str) -> None:
+    """ZeRO 2 adds up over ranks what arrived as the n-th."""
+    orders = []
+    for lengths in ([1], [4, 1, 7], [2, 2], []):
+        head = build_head(make_task(name, cls=False), 6, 0.3)
+        order: list[str] = []
+        for key, parameter in head.named_parameters():
+            parameter.register_post_accumulate_grad_hook(lambda _, key=key, order=order: order.append(key))
+        tokens = torch.randn(sum(lengths), 6, requires_grad=True)
+        head(head.embed(tokens, lengths), None).sum().backward()
+        orders.append(order)
+    assert len(orders[0]) == 8 and orders == [orders[0]] * 4
