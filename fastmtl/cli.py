@@ -14,6 +14,8 @@ import typer
 from typer.core import TyperGroup
 
 from fastmtl import __version__
+from fastmtl.commands import models
+from fastmtl.commands.options import Debug, ModelDir
 from fastmtl.errors import UserError
 
 EXIT_FAILURE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
@@ -39,8 +41,6 @@ app = typer.Typer(
     epilog="Start with [bold]fastmtl train demo[/bold]. Help for one command: [bold]fastmtl train --help[/bold].",
 )
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-ModelDir = Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A run's model directory, or the run's directory.")]
 _debug = False
 
 
@@ -103,6 +103,9 @@ def train(
 
     Go on after a stop:
       [cyan]fastmtl train demo --resume[/cyan]
+
+    New tasks for a trained model, whose own tasks stay as they are:
+      [cyan]fastmtl train new-task.yaml add_to=runs/demo/model[/cyan]
 
     DIR gets config.yaml, metrics.jsonl, tensorboard/, checkpoints/, model/, predictions/ and report.html.
     """
@@ -204,6 +207,9 @@ def predict(
     for note in notes:
         print(note)
     print(f"{rows} predictions in {output_file}")
+
+
+models.register(app, _set_debug)
 
 
 @app.command()

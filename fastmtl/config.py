@@ -236,6 +236,10 @@ class Recipe(Section):
 
     description: str = ""
     seed: int = Field(1, ge=0)
+    add_to: str | None = Field(
+        None,
+        description="a trained model directory: train these tasks on its encoder, frozen, and put them beside its own",
+    )
     encoder: EncoderConfig = Field(default_factory=EncoderConfig)
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
     tasks: dict[str, TaskConfig] = Field(min_length=1)

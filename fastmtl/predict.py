@@ -20,7 +20,7 @@ from fastmtl.data.tokenized import tokenize
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.evaluation import score
 from fastmtl.metrics import evaluate_predictions, mean_score, predicted_labels
-from fastmtl.model.pretrained import load_model
+from fastmtl.model.pretrained import load_model, model_directory
 from fastmtl.predictions import write_cs224n, write_table
 
 Text = str | tuple[str, str]
@@ -98,11 +98,7 @@ def load(model_dir: str | Path, device: str | None = None) -> Predictor:
 
     device: as in torch, default the first GPU where there is one. Raises UserError for a directory without a model.
     """
-    path = Path(model_dir).expanduser()
-    if not path.is_dir():
-        raise UserError(f"there is no model directory {path}")
-    inner = path / "model"
-    model, recipe, tokenizer = load_model(inner if inner.is_dir() else path)
+    model, recipe, tokenizer = load_model(model_directory(model_dir))
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Predictor(model, recipe, tokenizer, torch.device(chosen))
 

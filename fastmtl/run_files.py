@@ -15,6 +15,7 @@ from fastmtl.data.corpus import Corpus
 from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.engine.distributed import Ranks
 from fastmtl.evaluation import Scores
+from fastmtl.model.add_task import Addition
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.model.pretrained import save_model
 from fastmtl.predictions import write_cs224n
@@ -39,13 +40,14 @@ class RunFiles:
     ) -> None:
         self._output, self._recipe, self._tokenizer, self._corpus = output, recipe, tokenizer, corpus
         self._ranks = ranks
+        self._addition = Addition(recipe) if ranks.is_main and recipe.add_to is not None else None
         if ranks.is_main:
             output.mkdir(parents=True, exist_ok=True)
             _write(output / "config.yaml", recipe.dump())
 
     def notes(self) -> list[str]:
         """What the user should know of the files before the run starts."""
-        notes: list[str] = []
+        notes = [] if self._addition is None else [self._addition.note]
         for name, split, dataset in self._datasets():
             notes.extend(f"{name} {split}: {note}" for note in dataset.notes)
             if dataset.skipped:
@@ -61,7 +63,8 @@ class RunFiles:
         if not self._ranks.is_main:
             return
         assert state_dict is not None
-        save_model(self._output / "model", model, self._recipe, self._tokenizer, state_dict)
+        save = save_model if self._addition is None else self._addition.save
+        save(self._output / "model", model, self._recipe, self._tokenizer, state_dict)
         folder = self._output / "predictions"
         folder.mkdir(exist_ok=True)
         for name, task in scored.items():

@@ -25,6 +25,7 @@ from fastmtl.engine.distributed import Ranks, StopFlag, start
 from fastmtl.engine.gather import gathered_state_dict
 from fastmtl.evaluation import Scores, score
 from fastmtl.metrics import check_metrics, evaluate_predictions, mean_score, selected_score
+from fastmtl.model.add_task import complete
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.model.pretrained import load_encoder, load_tokenizer
 from fastmtl.ranges import each, named
@@ -54,6 +55,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int
     report.html in `output`.
     Raises UserError for what the user can mend. SIGTERM ends the current step, saves, and returns.
     """
+    recipe = complete(recipe)
     check_metrics(recipe)
     find_method(recipe.gradient.method, options=recipe.gradient.options)  # a wrong name costs no waiting for data
     ranks = start(local_rank)

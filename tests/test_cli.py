@@ -73,12 +73,12 @@ def test_help_is_instant_and_teaches() -> None:
     elapsed = time.perf_counter() - begin
     assert result.stdout.splitlines()[-1] == "[]"  # what makes it slow is not imported
     assert elapsed < 5  # on a busy machine; 0.3 s on an idle one
-    for name in ("train", "evaluate", "predict", "recipes", "doctor"):
+    for name in ("train", "evaluate", "predict", "export", "merge", "recipes", "doctor"):
         assert f" {name} " in result.stdout
     assert "local_rank" not in result.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "export", "merge"])
 def test_help_of_a_command_has_examples(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

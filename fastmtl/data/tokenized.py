@@ -11,7 +11,7 @@ import tempfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -102,12 +102,17 @@ def tokenize(
     )
 
 
-def _digest(rows: Rows, tokenizer: PreTrainedTokenizerBase, bi: bool, max_length: int) -> str:
-    digest = hashlib.sha256()
+def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """All that decides how a tokenizer splits texts, as JSON."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())
     for state in ("truncation", "padding"):  # of the last call, not of the tokenizer
         model.pop(state, None)
-    settings = [CACHE_VERSION, bi, max_length, model, rows.texts, rows.pair_texts]
+    return model
+
+
+def _digest(rows: Rows, tokenizer: PreTrainedTokenizerBase, bi: bool, max_length: int) -> str:
+    digest = hashlib.sha256()
+    settings = [CACHE_VERSION, bi, max_length, tokenizer_state(tokenizer), rows.texts, rows.pair_texts]
     digest.update(json.dumps(settings).encode("utf-8"))
     return digest.hexdigest()[:32]
 

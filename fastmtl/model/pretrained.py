@@ -2,7 +2,7 @@
 
 `model/` holds config.json, model.safetensors and the tokenizer (transformers.AutoModel loads them),
 adapters.safetensors, heads.safetensors (`<task>.<parameter>`) and fastmtl.json (the recipe). Safetensors and JSON
-only: reading it runs no code.
+only: reading it runs no code. docs/models.md is the page on it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -101,11 +102,12 @@ def save_model(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     state_dict: Mapping[str, Tensor] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the `model/` directory beside its place and renames it there; what was there before is replaced.
 
-    state_dict: the model's tensors where the model does not hold them itself (gathered from ZeRO 3, or float32
-    masters).
+    state_dict: the model's tensors where the model does not hold them itself (gathered from ZeRO 3, or put together
+    from several models). about: further entries of fastmtl.json.
     """
     tensors = model.state_dict() if state_dict is None else state_dict
     parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "adapter": {}, "heads": {}}
@@ -117,20 +119,17 @@ def save_model(
     written = directory.with_name(f".{directory.name}.new")
     shutil.rmtree(written, ignore_errors=True)
     written.mkdir(parents=True)
-    config = model.encoder.config
-    config.architectures = ["BertModel"]
-    config.save_pretrained(written)
-    tokenizer.save_pretrained(written)
-    save_file(parts["encoder"], written / "model.safetensors", metadata={"format": "pt"})
+    save_encoder(written, model.encoder.config, parts["encoder"], tokenizer)
     save_file(parts["adapter"], written / "adapters.safetensors", metadata={"format": "pt"})
     save_file(heads, written / "heads.safetensors", metadata={"format": "pt"})
-    about = {
+    entries = {
         "format": FORMAT,
         "fastmtl": fastmtl.__version__,
         "tasks": recipe.task_names,
         "recipe": recipe.model_dump(mode="json"),
+        **(about or {}),
     }
-    (written / "fastmtl.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (written / "fastmtl.json").write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     previous = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(previous, ignore_errors=True)
     if directory.exists():
@@ -139,11 +138,30 @@ def save_model(
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def load_model(directory: Path) -> tuple[MultiTaskModel, Recipe, PreTrainedTokenizerBase]:
-    """What `save_model` wrote: the model (evaluation mode, float32, CPU), its recipe and its tokenizer.
+def save_encoder(
+    directory: Path, config: BertConfig, tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """What transformers.AutoModel and AutoTokenizer load: config.json, model.safetensors and the tokenizer's files."""
+    config.architectures = ["BertModel"]
+    config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
-    Raises UserError naming the file for a directory that is damaged or was not written by fastmtl.
+
+def model_directory(path: str | Path) -> Path:
+    """The `model/` directory that a user means by it or by the run's directory around it.
+
+    Raises UserError where there is no such directory.
     """
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        raise UserError(f"there is no model directory {directory}")
+    inner = directory / "model"
+    return inner if inner.is_dir() else directory
+
+
+def read_about(directory: Path) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe of a `model/` directory, and all of its fastmtl.json. Raises UserError naming the file."""
     path = directory / "fastmtl.json"
     if not path.is_file():
         raise UserError(f"{directory}: not a model directory of fastmtl: it has no fastmtl.json")
@@ -152,7 +170,15 @@ def load_model(directory: Path) -> tuple[MultiTaskModel, Recipe, PreTrainedToken
         raise UserError(f"{path}: format {about.get('format')!r}, this version of fastmtl reads format {FORMAT}")
     if not isinstance(about.get("recipe"), dict):
         raise UserError(f"{path}: recipe is missing")
-    recipe = parse_recipe(about["recipe"], str(path))
+    return parse_recipe(about["recipe"], str(path)), about
+
+
+def load_model(directory: Path) -> tuple[MultiTaskModel, Recipe, PreTrainedTokenizerBase]:
+    """What `save_model` wrote: the model (evaluation mode, float32, CPU), its recipe and its tokenizer.
+
+    Raises UserError naming the file for a directory that is damaged or was not written by fastmtl.
+    """
+    recipe, _ = read_about(directory)
     here = recipe.encoder.model_copy(update={"path": str(directory)})
     model = MultiTaskModel(recipe, load_encoder(here))
     if model.adapter is not None:

@@ -1,0 +1,134 @@
+"""Commands on trained models as a whole: export and merge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from fastmtl.commands.options import Debug, ModelDir
+from fastmtl.errors import UserError
+
+OutDir = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write: a new one, or an empty one.")]
+
+
+def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
+    """Adds the commands to the app."""
+
+    @app.command(no_args_is_help=True)
+    def export(
+        model_dir: ModelDir,
+        out: OutDir,
+        layout: Annotated[
+            Literal["sentence-transformers", "transformers"], typer.Option("--format", help="The library to load it.")
+        ] = "sentence-transformers",
+        pooling: Annotated[
+            Literal["mean", "cls", "max"] | None,
+            typer.Option(
+                help="How tokens become one vector. Default: as the tasks do, where all do the same.",
+                show_default=False,
+            ),
+        ] = None,
+        task: Annotated[
+            str | None,
+            typer.Option(
+                metavar="T", help="The vectors that this task sees. Not for models with adapters.", show_default=False
+            ),
+        ] = None,
+        debug: Debug = False,
+    ) -> None:
+        """Write a model's encoder for another library.
+
+        [bold]Examples[/bold]
+
+        For sentence_transformers.SentenceTransformer("embeddings"):
+          [cyan]fastmtl export runs/demo/model embeddings --pooling mean[/cyan]
+
+        For transformers.AutoModel.from_pretrained("encoder"):
+          [cyan]fastmtl export runs/demo/model encoder --format transformers[/cyan]
+
+        Adapters stand beside the encoder and are not in it; neither are heads.
+        """
+        set_debug(debug)
+        if layout == "transformers" and (pooling is not None or task is not None):
+            raise UserError("--format transformers has no pooling: leave --pooling and --task out")
+        _check_new(out)
+        from fastmtl.export import export as write
+        from fastmtl.model.pretrained import model_directory
+
+        for note in write(model_directory(model_dir), out, layout, pooling, task):
+            print(note)
+        print(f"{layout}: {out}")
+
+    @app.command(no_args_is_help=True)
+    def merge(
+        out: OutDir,
+        model_dirs: Annotated[
+            list[Path], typer.Argument(metavar="MODEL_DIR...", help="Two or more models of one encoder.")
+        ],
+        rename: Annotated[
+            list[str] | None,
+            typer.Option(metavar="MODEL_DIR:old=new", help="Give a task another name.", show_default=False),
+        ] = None,
+        debug: Debug = False,
+    ) -> None:
+        """Put several models' tasks into one model.
+
+        Their encoders have to be equal bit for bit, as frozen ones are, and their adapters of one kind and size. Every
+        task then predicts what it did.
+
+        [bold]Examples[/bold]
+
+          [cyan]fastmtl merge both/model runs/reviews/model runs/questions/model[/cyan]
+
+        Where both have a task of that name:
+          [cyan]fastmtl merge both/model runs/a/model runs/b/model --rename runs/b/model:sentiment=tone[/cyan]
+        """
+        set_debug(debug)
+        if len(model_dirs) < 2:
+            raise UserError("merge needs OUT and at least two models: fastmtl merge OUT MODEL_DIR MODEL_DIR")
+        names = _renamed(rename or [], model_dirs)
+        _check_new(out)
+        from fastmtl.model.merge import TrainedModel, join, rename_tasks
+        from fastmtl.model.pretrained import model_directory
+
+        joined, tokens = None, {}
+        for path in model_dirs:
+            source = rename_tasks(TrainedModel.read(model_directory(path)), names.get(path, {}))
+            tokens[path] = source.recipe.train.eval_tokens
+            joined = source if joined is None else join(joined, source)
+        assert joined is not None
+        joined.save(out)
+        if len(set(tokens.values())) > 1:
+            print(
+                f"train.eval_tokens is that of {model_dirs[0]}, {tokens[model_dirs[0]]}: batches of another size may "
+                "round the others' predictions differently"
+            )
+        print(f"{out}: {', '.join(joined.recipe.task_names)}")
+
+
+def _renamed(given: list[str], model_dirs: list[Path]) -> dict[Path, dict[str, str]]:
+    """--rename's values as {model: {old: new}}."""
+    result: dict[Path, dict[str, str]] = {}
+    for item in given:
+        model, colon, names = item.rpartition(":")
+        old, equals, new = names.partition("=")
+        if not colon or not equals:
+            raise UserError(f"--rename {item}: write MODEL_DIR:old=new")
+        if Path(model) not in model_dirs:
+            raise UserError(f"--rename {item}: {model} is none of the models {', '.join(map(str, model_dirs))}")
+        result.setdefault(Path(model), {})[old] = new
+    return result
+
+
+def _check_new(directory: Path) -> None:
+    """Refuses a place that holds something or cannot hold anything, before a model is loaded for it."""
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        used = directory.exists() and any(directory.iterdir())
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror}") from None
+    if used:
+        raise UserError(f"{directory} is not empty: choose another place")

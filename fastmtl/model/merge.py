@@ -1,0 +1,233 @@
+"""Trained models of one encoder, put together task by task: every task keeps its own weights, bit for bit.
+
+Tasks share nothing but the encoder: heads are their own, adapters are stacked [T, ...]. So the joined model has the
+first one's encoder, all heads, and the adapters' slices one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor
+
+from fastmtl.config import AdapterConfig, Recipe, parse_recipe
+from fastmtl.data.corpus import demo_directory
+from fastmtl.data.tokenized import tokenizer_state
+from fastmtl.errors import UserError, unknown_name
+from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.model.pretrained import load_model, read_about, save_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# How a model was trained. A joined model has no such settings: those of each run stand in its origins.
+TRAINING_SECTIONS = {
+    "seed",
+    "sampler",
+    "gradient",
+    "optimizer",
+    "schedule",
+    "train",
+    "early_stopping",
+    "engine",
+    "deepspeed",
+}
+# Joined below; any other section has to be the same in all models.
+JOINED_SECTIONS = {"description", "add_to", "encoder", "adapter", "tasks", "data"}
+
+
+class Origin(BaseModel):
+    """One training run behind a joined model. tasks: {name here: name there}. recipe: the run's, complete."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    tasks: dict[str, str]
+    recipe: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """name: where it is, for messages. tensors: all of the model, under the names of MultiTaskModel."""
+
+    name: str
+    model: MultiTaskModel
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase
+    tensors: Mapping[str, Tensor]
+    origins: list[Origin]
+
+    @classmethod
+    def read(cls, directory: Path) -> TrainedModel:
+        """A `model/` directory, float32 on the CPU. Draws no random numbers that others would miss.
+
+        Raises UserError as `load_model` does.
+        """
+        with torch.random.fork_rng(devices=[]):
+            model, recipe, tokenizer = load_model(directory)
+        found = read_about(directory)[1].get("merged_from")
+        if found is None:
+            origins = [origin(str(directory), recipe)]
+        else:
+            try:
+                origins = TypeAdapter(list[Origin]).validate_python(found)
+            except ValidationError as error:
+                raise UserError(f"{directory / 'fastmtl.json'}: merged_from: {error.errors()[0]['msg']}") from None
+        return cls(str(directory), model, recipe, tokenizer, model.state_dict(), origins)
+
+    def save(self, directory: Path) -> None:
+        """Writes a `model/` directory, whole or not at all."""
+        about = {"merged_from": [origin.model_dump() for origin in self.origins]}
+        save_model(directory, self.model, self.recipe, self.tokenizer, self.tensors, about)
+
+
+def origin(name: str, recipe: Recipe) -> Origin:
+    """Of a model that one run trained."""
+    return Origin(model=name, tasks={task: task for task in recipe.task_names}, recipe=recipe.model_dump(mode="json"))
+
+
+def rename_tasks(source: TrainedModel, names: Mapping[str, str]) -> TrainedModel:
+    """names: {old: new}. Raises UserError for an unknown old name and for a new one that is taken."""
+    recipe = source.recipe
+    for old in names:
+        if old not in recipe.tasks:
+            raise unknown_name(f"task of {source.name}", old, recipe.task_names)
+    tasks = {names.get(name, name): task for name, task in recipe.tasks.items()}
+    if "" in tasks or len(tasks) < len(recipe.tasks):
+        would_be = ", ".join(f"'{names.get(name, name)}'" for name in recipe.tasks)
+        raise UserError(f"{source.name}: its tasks would be {would_be}: names are unique and not empty")
+    dropout = recipe.adapter.dropout
+    if isinstance(dropout, dict):
+        dropout = {names.get(name, name): rate for name, rate in dropout.items()}
+    adapter = recipe.adapter.model_copy(update={"dropout": dropout})
+    origins = [
+        item.model_copy(update={"tasks": {names.get(here, here): there for here, there in item.tasks.items()}})
+        for item in source.origins
+    ]
+    return replace(source, recipe=recipe.model_copy(update={"tasks": tasks, "adapter": adapter}), origins=origins)
+
+
+def join(first: TrainedModel, second: TrainedModel, *, rounded: torch.dtype = torch.float32) -> TrainedModel:
+    """Both models' tasks, the first's in front, on the first's encoder.
+
+    rounded: the second's encoder is the first's in this dtype, which is what training in bf16 or fp16 makes of it.
+    Raises UserError, naming the models, where their encoders, tokenizers or adapters differ or a task's name is in
+    both.
+    """
+    common = [name for name in first.recipe.tasks if name in second.recipe.tasks]
+    if common:
+        raise UserError(
+            f"{first.name} and {second.name} both have a task '{common[0]}': rename one, "
+            f"as in --rename {second.name}:{common[0]}={common[0]}-2"
+        )
+    _check_encoders(first, second, rounded)
+    _check_adapters(first, second)
+    tensors = {name: tensor for name, tensor in first.tensors.items() if not name.startswith("adapter.")}
+    counts = len(first.recipe.tasks), len(second.recipe.tasks)
+    for name, tensor in first.tensors.items():
+        if name.startswith("adapter."):
+            other = second.tensors[name]
+            if (len(tensor), len(other)) != counts:
+                raise UserError(f"{first.name}: {name} is not stacked over the tasks: [{counts[0]}, ...]")
+            tensors[name] = torch.cat([tensor.float(), other.float()])
+    for name, tensor in second.tensors.items():
+        if name.startswith("heads."):
+            _, index, rest = name.split(".", 2)
+            tensors[f"heads.{int(index) + counts[0]}.{rest}"] = tensor
+    recipe = _joined_recipe(first, second)
+    return replace(first, recipe=recipe, tensors=tensors, origins=first.origins + second.origins)
+
+
+def _check_encoders(first: TrainedModel, second: TrainedModel, rounded: torch.dtype) -> None:
+    between = f"{first.name} and {second.name}"
+    for key in ("num_attention_heads", "hidden_act", "layer_norm_eps"):  # what the weights do not show
+        ours, theirs = getattr(first.model.encoder.config, key), getattr(second.model.encoder.config, key)
+        if ours != theirs:
+            raise UserError(f"{between} have different encoders: {key} is {ours} and {theirs}")
+    ours, theirs = (_encoder(source.tensors) for source in (first, second))
+    wrong = sorted(ours.keys() ^ theirs.keys())
+    wrong += [name for name in ours if name in theirs and not _same_bits(ours[name].to(rounded).float(), theirs[name])]
+    if wrong:
+        raise UserError(
+            f"{between} have different encoders: {len(wrong)} of {len(ours.keys() | theirs.keys())} tensors differ, as "
+            f"{wrong[0]}. Their tasks fit together where both were trained on the same encoder with encoder.freeze: "
+            "true and the same engine.precision."
+        )
+    ours, theirs = first.model.encoder.max_length, second.model.encoder.max_length
+    if ours != theirs:
+        raise UserError(f"{between} cut texts at different lengths: encoder.max_length is {ours} and {theirs}")
+    if tokenizer_state(first.tokenizer) != tokenizer_state(second.tokenizer):
+        raise UserError(f"{between} have different tokenizers")
+
+
+def _check_adapters(first: TrainedModel, second: TrainedModel) -> None:
+    between = f"{first.name} and {second.name}"
+    wrong = adapter_differences(first.recipe.adapter, second.recipe.adapter, first.model)
+    if wrong:
+        raise UserError(f"{between} have different adapters: {wrong}")
+    ours, theirs = (
+        {name: tuple(tensor.shape[1:]) for name, tensor in source.tensors.items() if name.startswith("adapter.")}
+        for source in (first, second)
+    )
+    assert ours == theirs, "adapters of the same settings and encoder"
+
+
+def adapter_differences(ours: AdapterConfig, theirs: AdapterConfig, model: MultiTaskModel) -> str:
+    """Which settings make them functions of another shape or meaning; empty where they agree.
+
+    dropout and init are for training only and may differ.
+    """
+    if ours.name == theirs.name == "none":
+        return ""
+
+    def settings(config: AdapterConfig) -> dict[str, Any]:
+        values = config.model_dump(exclude={"dropout", "init"})
+        everywhere = range(model.encoder.config.num_hidden_layers)
+        values["layers"] = sorted(everywhere if config.layers is None else config.layers)
+        return values
+
+    one, other = settings(ours), settings(theirs)
+    return ", ".join(f"adapter.{key} is {one[key]} and {other[key]}" for key in one if one[key] != other[key])
+
+
+def _joined_recipe(first: TrainedModel, second: TrainedModel) -> Recipe:
+    for section in Recipe.model_fields.keys() - TRAINING_SECTIONS - JOINED_SECTIONS:
+        if getattr(first.recipe, section) != getattr(second.recipe, section):
+            raise UserError(f"{first.name} and {second.name} differ in the section {section}")
+    values = first.recipe.model_dump(mode="json", exclude=TRAINING_SECTIONS | {"description", "add_to"})
+    values["data"] = first.recipe.data.model_dump(mode="json", include={"dir", "on_bad_row", "cache_dir"})
+    values["train"] = {"eval_tokens": first.recipe.train.eval_tokens}
+    values["tasks"] |= {name: _task_values(name, first.recipe, second.recipe) for name in second.recipe.tasks}
+    rates = {**_dropout_rates(first.recipe), **_dropout_rates(second.recipe)}
+    values["adapter"]["dropout"] = rates if len(set(rates.values())) > 1 else next(iter(rates.values()))
+    return parse_recipe(values, f"{first.name} and {second.name}")
+
+
+def _task_values(name: str, first: Recipe, second: Recipe) -> dict[str, Any]:
+    """A task of the second recipe, for the first's data.dir: its files stay where they are."""
+    values = second.tasks[name].model_dump(mode="json")
+    if first.data.dir != second.data.dir:
+        folder = Path(second.data.dir or demo_directory()).expanduser().absolute()
+        for split in ("train", "dev", "test"):
+            if values["data"][split] is not None:
+                values["data"][split] = str(folder / values["data"][split])
+    return values
+
+
+def _dropout_rates(recipe: Recipe) -> dict[str, float]:
+    rates = recipe.adapter.dropout
+    return {name: rates.get(name, 0.0) if isinstance(rates, dict) else rates for name in recipe.task_names}
+
+
+def _encoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith("encoder.")}
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """float32 tensors; 0 and -0 differ, a NaN equals itself."""
+    return one.shape == other.shape and torch.equal(one.view(torch.int32), other.view(torch.int32))

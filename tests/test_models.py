@@ -1,0 +1,391 @@
+"""Trained models as a whole: merged, added to, exported."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoTokenizer
+
+import fastmtl
+from fastmtl import cli
+from fastmtl.config import Recipe
+from fastmtl.data.readers import Rows, read_file
+from fastmtl.data.stream import evaluation_batches
+from fastmtl.data.tokenized import tokenize
+from fastmtl.errors import UserError
+from fastmtl.model import add_task
+from fastmtl.model.merge import TrainedModel, join
+from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.model.pretrained import load_encoder, load_model, load_tokenizer, save_model
+from fastmtl_kernels import pool
+
+SENTENCES = ["the film was good", "a dull and boring story , not good at all", "he ran", "she reads a lovely book"]
+PAIRS = [("a dog ran", "the dog runs"), ("she eats soup", "a car drove to the city"), ("he sat", "he sat on the cat")]
+SINGLE = {"id": "id", "text": "a", "label": "y"}
+TASKS: dict[str, dict[str, Any]] = {
+    "tone": {
+        "type": "classification",
+        "num_labels": 3,
+        "pooling": "mean",
+        "data": {"dev": "tone.csv", "columns": SINGLE},
+    },
+    "same": {
+        "type": "binary",
+        "head": {"name": "mlp", "hidden": [8]},
+        "data": {"columns": {**SINGLE, "text_pair": "b"}},
+    },
+    "near": {"type": "regression", "range": [0, 5], "pairs": "bi", "data": {"columns": {**SINGLE, "text_pair": "b"}}},
+}
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tiny_bert: Path, tmp_path: Path) -> Make:
+    """make(name, tasks, seed=0, section={...}, ...) -> a model directory with random adapters and heads."""
+
+    def make(name: str, tasks: list[str] | dict[str, dict], *, seed: int = 0, **sections: dict) -> Path:
+        values = {
+            "tasks": tasks if isinstance(tasks, dict) else {task: TASKS[task] for task in tasks},
+            "adapter": {"name": "low_rank", "size": 4},
+            "data": {"dir": str(tmp_path / name)},
+            **sections,
+            "encoder": {"path": str(tiny_bert), "freeze": True, **sections.get("encoder", {})},
+        }
+        recipe = Recipe.model_validate(values)
+        torch.manual_seed(seed)
+        model = MultiTaskModel(recipe, load_encoder(recipe.encoder))
+        for parameter in (p for part in model.task_parameters().values() for p in part):
+            torch.nn.init.normal_(parameter, std=0.3)
+        directory = tmp_path / name
+        save_model(directory, model, recipe, load_tokenizer(recipe.encoder))
+        return directory
+
+    return make
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["fastmtl", *map(str, arguments)])
+    monkeypatch.setattr(cli, "_debug", False)
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def scores(directory: Path, task: str) -> np.ndarray:
+    predictor = fastmtl.load(directory, device="cpu")
+    answers = predictor.predict(task, PAIRS if "text_pair" in predictor.task(task).data.columns else SENTENCES)
+    return np.array([a.label if a.probabilities is None else a.probabilities for a in answers])
+
+
+def assert_same_predictions(joined: Path, source: Path, task: str, name: str | None = None) -> None:
+    ours, theirs = scores(joined, name or task), scores(source, task)
+    assert ours.tobytes() == theirs.tobytes()
+    assert np.ptp(ours, axis=0).max() > 1e-5  # they are about the texts
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"name": "none"},
+        {"name": "low_rank", "size": 3, "activation": "gelu"},
+        {"name": "pal", "size": 8, "heads": 2},
+        {"name": "lora", "size": 2, "layers": [1]},
+    ],
+    ids=lambda adapter: adapter["name"],
+)
+def test_merged_tasks_predict_what_they_did(
+    adapter: dict, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = make("one", ["same", "tone"], adapter=adapter)
+    two = make("two", ["near"], seed=1, adapter={**adapter, "init": "xavier", "dropout": 0.5})
+    three = make("three", ["tone"], seed=2, adapter={**adapter, "dropout": {"tone": 0.25}})
+    out = tmp_path / "deep" / "joined"
+    assert run(monkeypatch, "merge", out, one, two, three, "--rename", f"{three}:tone=mood") == 0
+    assert capsys.readouterr().out == f"{out}: same, tone, near, mood\n"
+    for task, source in (("same", one), ("tone", one), ("near", two)):
+        assert_same_predictions(out, source, task)
+    assert_same_predictions(out, three, "tone", "mood")
+    assert (scores(out, "tone") != scores(out, "mood")).any()
+    assert (out / "model.safetensors").read_bytes() == (one / "model.safetensors").read_bytes()
+    assert {path.suffix for path in out.iterdir()} <= {".safetensors", ".json", ".txt"}
+
+
+def test_a_merged_model_says_where_its_tasks_come_from(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = make("one", ["tone"], seed=0, adapter={"name": "lora", "size": 2, "dropout": 0.1}, optimizer={"lr": 3e-4})
+    two = make("two", ["tone"], seed=1, adapter={"name": "lora", "size": 2}, gradient={"method": "pcgrad"})
+    three = make("three", ["near"], seed=1, adapter={"name": "lora", "size": 2})
+    assert run(monkeypatch, "merge", tmp_path / "pair", one, two, "--rename", f"{two}:tone=mood") == 0
+    out = tmp_path / "all"
+    assert (
+        run(monkeypatch, "merge", out, tmp_path / "pair", three, "--rename", f"{tmp_path / 'pair'}:mood=feeling") == 0
+    )
+    origins = json.loads((out / "fastmtl.json").read_text())["merged_from"]
+    assert [item["model"] for item in origins] == [str(one), str(two), str(three)]
+    assert [item["tasks"] for item in origins] == [{"tone": "tone"}, {"feeling": "tone"}, {"near": "near"}]
+    for item, source in zip(origins, (one, two, three), strict=True):
+        assert item["recipe"] == json.loads((source / "fastmtl.json").read_text())["recipe"]
+    recipe = fastmtl.load(out, device="cpu").recipe
+    assert recipe.adapter.dropout == {"tone": 0.1, "feeling": 0.0, "near": 0.0}
+    assert recipe.gradient.method == Recipe.model_fields["gradient"].default_factory().method  # type: ignore[misc,union-attr]
+
+
+def test_files_of_the_other_models_are_still_found(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    one = make("one", ["near"])
+    two = make("two", ["tone"], seed=1)
+    write_rows(two / "tone.csv", 6)
+    out = tmp_path / "joined"
+    assert run(monkeypatch, "merge", out, one, two) == 0
+    predictor = fastmtl.load(out, device="cpu")
+    file = predictor.recipe.tasks["tone"].data.dev
+    assert Path(str(file)) == two / "tone.csv"
+    assert run(monkeypatch, "evaluate", out, "--task", "tone", "--json") == 0
+    rows = read_file(two / "tone.csv", predictor.task("tone"), require_labels=True)
+    ours, theirs = predictor.evaluate("tone", rows), fastmtl.load(two, device="cpu").evaluate("tone", rows)
+    assert ours == theirs
+
+
+def test_models_that_do_not_fit_are_refused_by_name(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, out = make("one", ["tone"]), tmp_path / "out"
+    other_encoder = make("other_encoder", ["near"])
+    weights = load_file(other_encoder / "model.safetensors")
+    weights["encoder.layer.1.output.dense.bias"] = -weights["encoder.layer.1.output.dense.bias"]  # 0 becomes -0
+    save_file(weights, other_encoder / "model.safetensors")
+    activation = make("activation", ["near"])
+    config = json.loads((activation / "config.json").read_text())
+    (activation / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+    cased = make("cased", ["near"])
+    tokenizer = json.loads((cased / "tokenizer_config.json").read_text())
+    (cased / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "do_lower_case": False}))
+    damaged = make("damaged", ["near"])
+    about = json.loads((damaged / "fastmtl.json").read_text())
+    (damaged / "fastmtl.json").write_text(json.dumps({**about, "merged_from": [{"model": "x"}]}))
+    cases: list[tuple[list[object], str]] = [
+        ([one, make("two", ["tone"], seed=1)], f"--rename {tmp_path / 'two'}:tone=tone-2"),
+        ([one, other_encoder], "1 of 37 tensors differ, as encoder.encoder.layer.1.output.dense.bias"),
+        ([one, activation], f"{one} and {activation} have different encoders: hidden_act is gelu and relu"),
+        ([one, cased], "different tokenizers"),
+        ([one, make("short", ["near"], encoder={"max_length": 32})], "encoder.max_length is 64 and 32"),
+        ([one, make("large", ["near"], adapter={"name": "low_rank", "size": 5})], "adapter.size is 4 and 5"),
+        ([one, make("lora", ["near"], adapter={"name": "lora", "size": 4})], "adapter.name is low_rank and lora"),
+        ([one, make("none", ["near"], adapter={"name": "none"})], "adapter.name is low_rank and none"),
+        ([one, damaged], f"{damaged / 'fastmtl.json'}: merged_from: Field required"),
+        ([one], "at least two models"),
+        ([one, tmp_path / "absent"], "no model directory"),
+        ([one, make("near", ["near"]), "--rename", "tone=x"], "write MODEL_DIR:old=new"),
+        ([one, tmp_path / "near", "--rename", f"{out}:tone=x"], "is none of the models"),
+        ([one, tmp_path / "near", "--rename", f"{one}:tome=x"], "Did you mean 'tone'?"),
+        ([one, tmp_path / "near", "--rename", f"{one}:tone="], "names are unique and not empty"),
+    ]
+    for arguments, message in cases:
+        assert run(monkeypatch, "merge", out, *arguments) == 2, message
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
+        assert not out.exists()
+    (tmp_path / "file").write_text("")
+    for place in (one, tmp_path / "file", tmp_path / "file" / "x"):
+        assert run(monkeypatch, "merge", place, one, tmp_path / "near") == 2
+        assert str(place) in capsys.readouterr().err
+
+
+def test_all_layers_by_name_are_all_layers(make: Make) -> None:
+    one = TrainedModel.read(make("one", ["tone"]))
+    two = TrainedModel.read(make("two", ["near"], adapter={"name": "low_rank", "size": 4, "layers": [1, 0]}))
+    assert join(one, two).recipe.task_names == ["tone", "near"]
+
+
+def write_rows(path: Path, count: int) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "a", "y"])
+        writer.writerows([str(row), SENTENCES[row % len(SENTENCES)], row % 3] for row in range(count))
+
+
+@pytest.mark.slow
+def test_a_task_is_added_without_touching_the_others(make: Make, tmp_path: Path) -> None:
+    """Trains for real, in bf16, so that the run's own encoder is not the trained model's to the last bit."""
+    base = make("base", ["same", "tone"])
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    for split, count in (("train", 24), ("dev", 6)):
+        write_rows(tmp_path / f"{split}.csv", count)
+    task = {**TASKS["tone"], "data": {"train": "train.csv", "dev": "dev.csv", "columns": SINGLE}}
+    recipe = {
+        "add_to": str(base),
+        "tasks": {"mood": task},
+        "data": {"dir": str(tmp_path), "cache_dir": str(tmp_path / "cache")},
+        "adapter": {"dropout": 0.1},
+        "optimizer": {"lr": 0.01, "weight_decay": 0.1},
+        "engine": {"precision": "bf16"},
+        "sampler": {"batch_size": 4},
+    }
+    (tmp_path / "mood.yaml").write_text(yaml.safe_dump(recipe))
+    command = ["fastmtl", "train", str(tmp_path / "mood.yaml"), "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    model = tmp_path / "run" / "model"
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+    assert (model / "model.safetensors").read_bytes() == before["model.safetensors"]
+    for name in ("same", "tone"):
+        assert_same_predictions(model, base, name)
+    old, new = load_file(base / "adapters.safetensors"), load_file(model / "adapters.safetensors")
+    for name, tensor in old.items():
+        assert torch.equal(new[name][:2], tensor)
+        assert len(new[name]) == 3
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"]["mood"] for line in lines if "loss" in line]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    predictor = fastmtl.load(tmp_path / "run", device="cpu")
+    assert predictor.recipe.task_names == ["same", "tone", "mood"]
+    assert {answer.label for answer in predictor.predict("mood", SENTENCES)} <= {0, 1, 2}
+    resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert add_task.complete(Recipe.model_validate(resolved)).model_dump(mode="json") == resolved
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"tasks": {"tone": TASKS["tone"]}}, "tasks.tone: add_to: "),
+        ({"encoder": {"freeze": False}}, "encoder.freeze: False, but add_to: "),
+        ({"encoder": {"path": "minilm"}}, "encoder.path: minilm, but add_to: "),
+        ({"encoder": {"max_length": 16}}, "encoder.max_length: 16, but add_to: "),
+        ({"adapter": {"name": "pal"}}, "adapter.name: pal, but add_to: "),
+        ({"adapter": {"size": 8}}, "leave adapter.size out"),
+    ],
+)
+def test_what_a_trained_model_has_already_decided(sections: dict, message: str, make: Make) -> None:
+    recipe = {"add_to": str(make("base", ["tone"])), "tasks": {"near": TASKS["near"]}, **sections}
+    with pytest.raises(UserError) as caught:
+        add_task.complete(Recipe.model_validate(recipe))
+    assert message in str(caught.value)
+
+
+def test_settings_for_training_are_the_new_recipes(make: Make) -> None:
+    base = make("base", ["tone"], adapter={"name": "low_rank", "size": 4, "dropout": {"tone": 0.5}})
+    own = {"encoder": {"path": str(base), "hidden_dropout": 0.3}, "adapter": {"size": 4, "dropout": 0.2}}
+    recipe = add_task.complete(Recipe.model_validate({"add_to": str(base), "tasks": {"near": TASKS["near"]}, **own}))
+    assert (recipe.encoder.freeze, recipe.encoder.hidden_dropout) == (True, 0.3)
+    assert (recipe.adapter.name, recipe.adapter.size, recipe.adapter.dropout) == ("low_rank", 4, 0.2)
+
+
+def test_a_model_that_changed_during_the_run_is_not_added_to(make: Make, tmp_path: Path) -> None:
+    base = make("base", ["tone"])
+    added = add_task.Addition(Recipe.model_validate({"add_to": str(base), "tasks": {"near": TASKS["near"]}}))
+    new = TrainedModel.read(make("new", ["near"], seed=1))
+    tensors = dict(new.tensors)
+    added.save(tmp_path / "out", new.model, new.recipe, new.tokenizer, tensors)
+    assert fastmtl.load(tmp_path / "out", device="cpu").recipe.task_names == ["tone", "near"]
+    name = "encoder.embeddings.LayerNorm.weight"
+    tensors[name] = tensors[name] + 1e-6
+    with pytest.raises(UserError, match="different encoders"):
+        added.save(tmp_path / "out", new.model, new.recipe, new.tokenizer, tensors)
+
+
+def pooled(directory: Path, texts: list[str], mode: str, cache: Path) -> torch.Tensor:
+    """The vectors that fastmtl's own encoder gives, without adapters."""
+    model, recipe, tokenizer = load_model(directory)
+    rows = Rows(path=Path("texts"), ids=texts, texts=texts, pair_texts=None, labels=None)
+    data = tokenize(rows, tokenizer, recipe.tasks["tone"], model.encoder.max_length, cache)
+    (batch,) = evaluation_batches(data, 0, 1, 8192)
+    with torch.no_grad():
+        vectors = pool(model.encoder(batch), batch.cu_seqlens, mode=mode)
+    return vectors[batch.example_ids[0].argsort()]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max"])
+def test_sentence_transformers_layout(
+    pooling: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The files, and what sentence-transformers' documentation says that they mean, against transformers alone."""
+    model = make("model", ["tone"], encoder={"max_length": 12})
+    out = tmp_path / "embeddings"
+    assert run(monkeypatch, "export", model, out, "--format", "sentence-transformers", "--pooling", pooling) == 0
+    said = capsys.readouterr().out
+    assert "low_rank" in said and "tone" in said and "12 tokens" in said  # the adapters stay behind
+    modules = json.loads((out / "modules.json").read_text())
+    assert [(module["path"], module["type"].split(".")[-1]) for module in modules] == [
+        ("", "Transformer"),
+        ("1_Pooling", "Pooling"),
+    ]
+    assert json.loads((out / "sentence_bert_config.json").read_text())["max_seq_length"] == 12
+    found = json.loads((out / "1_Pooling" / "config.json").read_text())
+    keys = {"mean": "mean_tokens", "cls": "cls_token", "max": "max_tokens"}
+    assert found == {"word_embedding_dimension": 32} | {f"pooling_mode_{k}": m == pooling for m, k in keys.items()}
+    assert not list(out.glob("*head*")) and not list(out.glob("*adapter*")) and not (out / "fastmtl.json").exists()
+
+    texts = [*SENTENCES, " ".join(SENTENCES)]
+    tokens = AutoTokenizer.from_pretrained(str(out))(
+        texts, padding=True, truncation=True, max_length=12, return_tensors="pt"
+    )
+    encoder = AutoModel.from_pretrained(str(out), add_pooling_layer=False).eval()
+    with torch.no_grad():
+        hidden = encoder(**tokens).last_hidden_state
+    mask = tokens["attention_mask"][..., None].bool()
+    expected = {
+        "mean": (hidden * mask).sum(1) / mask.sum(1),
+        "cls": hidden[:, 0],
+        "max": hidden.masked_fill(~mask, -torch.inf).amax(1),
+    }[pooling]
+    torch.testing.assert_close(pooled(model, texts, pooling, tmp_path), expected, atol=2e-6, rtol=0)
+    library = pytest.importorskip("sentence_transformers")
+    theirs = library.SentenceTransformer(str(out), device="cpu").encode(texts, convert_to_tensor=True)
+    torch.testing.assert_close(theirs, expected, atol=2e-6, rtol=0)
+
+
+def test_transformers_layout_is_the_encoder_alone(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, out = make("model", ["tone"]), tmp_path / "encoder"
+    out.mkdir()  # an empty directory is as good as none
+    assert run(monkeypatch, "export", model, out, "--format", "transformers") == 0
+    assert (out / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    assert {path.name for path in out.iterdir()} <= {path.name for path in model.iterdir()} - {"fastmtl.json"}
+    loaded = AutoModel.from_pretrained(str(out), add_pooling_layer=False).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in load_file(model / "model.safetensors").items())
+
+
+def test_the_pooling_is_the_tasks_own(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = make("model", ["same", "tone"], adapter={"name": "none"}), tmp_path / "out"
+    assert run(monkeypatch, "export", model, out) == 2
+    assert "the tasks pool differently (same: cls, tone: mean)" in capsys.readouterr().err
+    assert run(monkeypatch, "export", model, out, "--task", "tune") == 2
+    assert "Did you mean 'tone'?" in capsys.readouterr().err
+    assert run(monkeypatch, "export", model, out, "--format", "transformers", "--task", "tone") == 2
+    assert "has no pooling" in capsys.readouterr().err
+    assert not out.exists()
+    assert run(monkeypatch, "export", model, out, "--task", "tone") == 0
+    assert "pooling: mean" in capsys.readouterr().out
+    assert run(monkeypatch, "export", model, out, "--task", "tone") == 2
+    assert "not empty" in capsys.readouterr().err
+    single = make("single", ["near"], adapter={"name": "none"})
+    assert run(monkeypatch, "export", single, tmp_path / "own") == 0
+    assert json.loads((tmp_path / "own" / "1_Pooling" / "config.json").read_text())["pooling_mode_cls_token"] is True
+
+
+@pytest.mark.parametrize("name", ["lora", "low_rank", "pal"])
+def test_adapters_are_no_weights_of_bert(
+    name: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = make("model", ["tone"], adapter={"name": name, "size": 12}), tmp_path / "out"
+    assert run(monkeypatch, "export", model, out, "--task", "tone") == 2
+    error = capsys.readouterr().err
+    assert f"--task tone: its vectors need its adapter ({name})" in error
+    assert "Leave --task out" in error
+    assert not out.exists()
