@@ -222,7 +222,8 @@ def recipes(debug: Debug = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fastmtl.config import bundled_recipes, load_recipe
+    from fastmtl.config import load_recipe
+    from fastmtl.recipe_files import bundled_recipes
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("recipe", "tasks", "description"):
@@ -235,6 +236,64 @@ def recipes(debug: Debug = False) -> None:
     console.print(table)
     folder = os.path.commonpath([str(path.parent) for path in found.values()])
     console.print(f"\nTheir files are in {folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command(no_args_is_help=True)
+def reproduce(
+    report: Annotated[str, typer.Argument(metavar="REPORT", help="A folder of the bundled recipes papers/.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="section.key=value", help="Settings for every run.", show_default=False),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The CS224N files. Default: the demo corpus.", show_default=False),
+    ] = None,
+    fraction: Annotated[float, typer.Option(metavar="F", help="Share of each training set.")] = 1.0,
+    encoder: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A model directory. Default: the recipes' MiniLM.", show_default=False),
+    ] = None,
+    rows: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Recipes of the report. Default: all.", show_default=False)
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="No phase of a run is longer.", show_default=False)
+    ] = None,
+    seeds: Annotated[str, typer.Option(metavar="1,2,3", help="A run for each.")] = "1",
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the runs are kept. Default: runs/papers/REPORT.", show_default=False),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Run the experiments of a report and show its tables beside ours.
+
+    docs/papers.md lists the reports and their rows. A finished run is not made again: the same command goes on after a
+    stop. DIR gets results.md, results.json and a folder for each run.
+
+    [bold]Examples[/bold]
+
+    Two rows with three seeds, three epochs:
+      [cyan]fastmtl reproduce pal-lora --data data --rows sts_full,sts_pal_lora --seeds 1,2,3 --epochs 3[/cyan]
+
+    A whole report as it was done, for a GPU:
+      [cyan]fastmtl reproduce pals-and-mnrl --data data/cs224n --encoder models/bert-base-uncased[/cyan]
+
+    Whether everything runs, on the demo corpus:
+      [cyan]fastmtl reproduce master-of-all-trades train.max_steps=5[/cyan]
+    """
+    _set_debug(debug)
+    from fastmtl.reproduce.command import run_report
+    from fastmtl.reproduce.plan import Options
+
+    try:
+        numbers = tuple(int(seed) for seed in seeds.split(","))
+    except ValueError:
+        raise UserError(f"--seeds {seeds}: write whole numbers with commas between them, as 1,2,3") from None
+    options = Options(data, fraction, str(encoder) if encoder else None, epochs, numbers, tuple(overrides or ()))
+    names = [name.strip() for name in rows.split(",")] if rows else []
+    raise typer.Exit(run_report(report, names, options, output or Path("runs") / "papers" / report))
 
 
 @app.command()

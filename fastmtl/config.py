@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fastmtl.errors import UserError, unknown_name
+from fastmtl.recipe_files import find_recipe, read_recipe
 
 
 class Section(BaseModel):
@@ -137,6 +136,9 @@ class DataConfig(Section):
         None, description="relative files of the tasks are looked up here; default: the bundled demo corpus"
     )
     on_bad_row: Literal["error", "skip"] = "error"
+    fraction: float = Field(
+        1.0, gt=0, le=1, description="share of each training file, the same rows for every seed and model"
+    )
     drop_longest: float = Field(0.0, ge=0, lt=1, description="share of a task's training rows: those of most words")
     cache_dir: str = Field("~/.cache/fastmtl", description="tokenised texts, keyed by content and tokenizer")
 
@@ -263,29 +265,13 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def bundled_recipes() -> dict[str, Path]:
-    """Name -> file of the recipes inside the package (`papers/a/low_rank` for recipes in sub-folders)."""
-    root = Path(str(resources.files("fastmtl"))) / "recipes"
-    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
-
-
 def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Recipe:
     """Reads a bundled recipe or a YAML file and applies `section.key=value` overrides (values are YAML).
 
     Raises UserError naming the file and key for anything that is not a valid recipe.
     """
-    bundled = bundled_recipes()
-    path = bundled.get(recipe, Path(recipe))
-    if not path.is_file():
-        if recipe.endswith((".yaml", ".yml")) or "/" in recipe:
-            raise UserError(f"no recipe file {recipe}")
-        raise unknown_name("recipe", recipe, bundled)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a YAML file: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: a recipe is a mapping of sections, got {type(values).__name__}")
+    path = find_recipe(recipe)
+    values = read_recipe(path)
     for override in overrides:
         _apply_override(values, override)
     return parse_recipe(values, str(path))

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastmtl.config import Recipe, bundled_recipes, load_recipe, parse_recipe
+from fastmtl.config import Recipe, load_recipe, parse_recipe
 from fastmtl.errors import UserError, unknown_name
+from fastmtl.recipe_files import bundled_recipes
 
 TASKS = {"sst": {"type": "classification", "num_labels": 5, "data": {"train": "a.csv"}}}
 

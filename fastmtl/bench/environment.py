@@ -5,16 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastmtl import __version__
+from fastmtl.checkout import checkout, output_of
 from fastmtl_kernels import implementations
 
-_ROOT = Path(__file__).parents[2]
 _PACKAGES = ("transformers", "triton", "torchjd")
 
 
@@ -38,7 +37,7 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
             for operation, entries in implementations(device).items()
         },
     }
-    return {**found, **_checkout(commit)}
+    return {**found, **checkout(commit)}
 
 
 def slug(name: str) -> str:
@@ -56,7 +55,7 @@ def _device(device: torch.device) -> str:
 
 
 def _driver() -> str | None:
-    found = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    found = output_of(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
     return found.splitlines()[0] if found else None
 
 
@@ -64,23 +63,4 @@ def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _checkout(commit: str | None) -> dict[str, Any]:
-    """The commit, and whether nothing but results differs from it."""
-    if (_ROOT / ".git").exists():
-        git = ["git", "-C", str(_ROOT)]
-        head = _output([*git, "rev-parse", "HEAD"])
-        changes = _output([*git, "status", "--porcelain", "--", ".", ":!benchmarks/results"])
-        return {"commit": head, "clean": None if changes is None else not changes}
-    if commit is None:
-        return {"commit": None, "clean": None}
-    return {"commit": commit.removesuffix("-dirty"), "clean": not commit.endswith("-dirty")}
-
-
-def _output(command: list[str]) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
         return None

@@ -51,16 +51,18 @@ class Rows:
 def read_rows(
     task: TaskConfig, data: DataConfig, split: Literal["train", "dev", "test"], *, require_labels: bool = True
 ) -> Rows:
-    """The rows of a split; relative file names are looked up in `data.dir`. Errors as for `read_file`."""
+    """The rows of a split; relative file names are looked up in `data.dir`. Errors as for `read_file`.
+
+    Of training rows only the share `data.fraction`, drawn once and for all, and of these at most `limit`.
+    """
     name = getattr(task.data, split)
     if name is None:
         raise UserError(f"the task has no {split} file: set tasks.<name>.data.{split}")
     path = Path(data.dir or ".").expanduser() / name
     rows = read_file(path, task, on_bad_row=data.on_bad_row, require_labels=require_labels)
-    limit = task.data.limit
-    if split != "train" or limit is None or limit >= len(rows):
+    if split != "train":
         return rows
-    return rows.take(range(limit))
+    return rows.take(_share(len(rows), data.fraction)[: task.data.limit].tolist())
 
 
 def read_file(
@@ -116,6 +118,12 @@ def read_file(
         labels=np.array(labels, dtype=dtype) if has_labels else None,
         skipped=skipped,
     )
+
+
+def _share(rows: int, fraction: float) -> np.ndarray:
+    """int64, ascending: the row numbers of a share of the rows, at least one; a smaller share is a part of a larger."""
+    drawn = np.random.default_rng(0).permutation(rows)[: max(1, round(fraction * rows))]
+    return np.sort(drawn)
 
 
 class _Bad(Exception):

@@ -1,0 +1,1 @@
+"""`fastmtl reproduce`: the runs of a report, and its tables beside ours."""

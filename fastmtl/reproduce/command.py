@@ -1,0 +1,58 @@
+"""What `fastmtl reproduce` does, from the report's name to the written tables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from fastmtl.errors import UserError
+from fastmtl.reproduce import report as pages
+from fastmtl.reproduce.plan import Options, describe, plan
+from fastmtl.reproduce.runs import Interrupted, check_directory, read_outcomes, run_all
+from fastmtl.reproduce.tables import load_results
+
+OK, FAILED, INTERRUPTED = 0, 1, 130
+
+
+def run_report(report: str, rows: Sequence[str], options: Options, output: Path) -> int:
+    """The exit status: 1 where a run failed, 130 after a stop.
+
+    Raises UserError for unknown names, options that do not fit, and an output directory of other runs.
+    """
+    if not 0 < options.fraction <= 1:
+        raise UserError(f"--fraction {options.fraction:g}: a share of the training rows, above 0 and at most 1")
+    if "RANK" in os.environ:
+        raise UserError("reproduce starts processes of its own: run it without a launcher")
+    paper = load_results(report)
+    runs = plan(report, paper, rows, options)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to the output directory {output}: {error.strerror}") from None
+    check_directory(output, runs)
+    console = Console()
+    notes = describe(options, paper, runs)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    for note in notes:
+        say(note)
+    status = OK
+    failures: dict[Path, str] = {}
+    try:
+        outcomes, failures = run_all(output, runs, train_scores=paper.needs_train_scores, say=say)
+        status = FAILED if failures else OK
+    except Interrupted:
+        outcomes, status = read_outcomes(output, runs), INTERRUPTED
+    tables = [(table, list(pages.lines_of(table, runs, outcomes, failures))) for table in paper.tables]
+    asked = [(table, lines) for table, lines in tables if any(line.outcomes or not rows for line in lines)]
+    pages.show(paper.title, notes, asked, console)
+    pages.write(output, report, paper, notes, asked)
+    say(f"{output / 'results.md'}\n{output / 'results.json'}")
+    if status == INTERRUPTED:
+        say("stopped; the same command goes on")
+    return status

@@ -1,0 +1,167 @@
+"""A report's tables beside ours: for the terminal, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import rich.table
+from rich.console import Console
+
+from fastmtl.reproduce.plan import PlannedRun
+from fastmtl.reproduce.runs import Outcome
+from fastmtl.reproduce.tables import PaperResults, Table, value_of
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A column of a row: the report's number; ours, one for each finished seed."""
+
+    paper: float | None
+    ours: tuple[float, ...]
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.mean(self.ours) if self.ours else None
+
+    @property
+    def deviation(self) -> float | None:
+        """The sample standard deviation over seeds, None for fewer than two."""
+        return statistics.stdev(self.ours) if len(self.ours) > 1 else None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of a table. note: why there are no numbers of ours, empty where there are."""
+
+    name: str
+    run: str | None
+    cells: tuple[Cell, ...]
+    outcomes: tuple[Outcome, ...]
+    note: str
+
+
+def lines_of(
+    table: Table, runs: Sequence[PlannedRun], outcomes: Mapping[Path, Outcome], failures: Mapping[Path, str]
+) -> Iterator[Line]:
+    """Every row of a table of the report, those that were not run as well."""
+    for row in table.rows:
+        paper = row.values or (None,) * len(table.columns)
+        if row.reason is not None:
+            yield Line(row.name, None, tuple(Cell(value, ()) for value in paper), (), f"not run: {row.reason}")
+        for name, variant in row.variants():
+            own = [run for run in runs if run.variant.name == variant.name]
+            done = tuple(outcomes[run.folder] for run in own if run.folder in outcomes)
+            cells = []
+            for value, column in zip(paper, table.columns.values(), strict=True):
+                ours = (value_of(column, outcome.dev, outcome.train) for outcome in done)
+                cells.append(Cell(value, tuple(number for number in ours if number is not None)))
+            yield Line(name, variant.name, tuple(cells), done, "" if done else _why_none(own, failures))
+
+
+def show(title: str, notes: Sequence[str], tables: Sequence[tuple[Table, list[Line]]], console: Console) -> None:
+    """Prints the tables; two numbers in each column, the report's and ours."""
+    console.print(title, style="bold", highlight=False, markup=False)
+    for note in notes:
+        console.print(note, highlight=False, markup=False)
+    for table, lines in tables:
+        shown = rich.table.Table(title=f"{table.name}: {table.title}", title_justify="left")
+        for header in _headers(table):
+            shown.add_column(header, justify="left" if header == "row" else "right", overflow="fold")
+        for line in lines:
+            shown.add_row(*_texts(line))
+        console.print(shown)
+        for line in lines:
+            if line.note:
+                console.print(f"{line.name}: {line.note}", highlight=False, markup=False)
+
+
+def markdown(title: str, notes: Sequence[str], tables: Sequence[tuple[Table, list[Line]]]) -> str:
+    """The same as a page."""
+    parts = [f"# {title}", *notes]
+    for table, lines in tables:
+        headers = _headers(table)
+        rows = [headers, ["---", *["---:"] * (len(headers) - 1)], *(_texts(line) for line in lines)]
+        parts += [f"## {table.name}: {table.title}", "\n".join("| " + " | ".join(row) + " |" for row in rows)]
+        parts += [f"{line.name}: {line.note}" for line in lines if line.note]
+    runs = {(line.run, outcome.seed): outcome for _, lines in tables for line in lines for outcome in line.outcomes}
+    if runs:
+        about = [["run", "seed", "steps", "seconds", "commit"], ["---", "---:", "---:", "---:", "---"]]
+        about += [
+            [str(run), str(seed), str(outcome.steps), f"{outcome.seconds:.0f}", _commit(outcome)]
+            for (run, seed), outcome in sorted(runs.items())
+        ]
+        parts += ["## Runs", "\n".join("| " + " | ".join(row) + " |" for row in about)]
+    return "\n\n".join(parts) + "\n"
+
+
+def as_json(
+    report: str, paper: PaperResults, notes: Sequence[str], tables: Sequence[tuple[Table, list[Line]]]
+) -> dict[str, Any]:
+    """The same for a program: every run's numbers, seeds, seconds and commit."""
+
+    def value(line: Line, columns: Mapping[str, str]) -> dict[str, Any]:
+        cells = dict(zip(columns, line.cells, strict=True))
+        return {
+            "row": line.name,
+            "run": line.run,
+            "paper": {name: cell.paper for name, cell in cells.items()},
+            "mean": {name: cell.mean for name, cell in cells.items()},
+            "deviation": {name: cell.deviation for name, cell in cells.items()},
+            "runs": [asdict(outcome) for outcome in line.outcomes],
+            "note": line.note,
+        }
+
+    return {
+        "report": report,
+        "title": paper.title,
+        "notes": list(notes),
+        "tables": [
+            {"name": table.name, "title": table.title, "rows": [value(line, table.columns) for line in lines]}
+            for table, lines in tables
+        ],
+    }
+
+
+def write(
+    output: Path, report: str, paper: PaperResults, notes: Sequence[str], tables: Sequence[tuple[Table, list[Line]]]
+) -> None:
+    """results.md and results.json."""
+    output.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(as_json(report, paper, notes, tables), indent=2)
+    (output / "results.json").write_text(text + "\n", encoding="utf-8")
+    (output / "results.md").write_text(markdown(paper.title, notes, tables), encoding="utf-8")
+
+
+def _headers(table: Table) -> list[str]:
+    return ["row", *(header for column in table.columns for header in (column, "ours")), "seconds"]
+
+
+def _texts(line: Line) -> list[str]:
+    texts = [line.name]
+    for cell in line.cells:
+        texts.append("" if cell.paper is None else f"{cell.paper:.3f}")
+        spread = "" if cell.deviation is None else f" ± {cell.deviation:.3f}"
+        texts.append("" if cell.mean is None else f"{cell.mean:.3f}{spread}")
+    seconds = [outcome.seconds for outcome in line.outcomes]
+    return [*texts, f"{statistics.mean(seconds):.0f}" if seconds else ""]
+
+
+def _why_none(runs: Sequence[PlannedRun], failures: Mapping[Path, str]) -> str:
+    if not runs:
+        return "not asked for"
+    missing = dict.fromkeys(file for run in runs for file in run.missing)
+    if missing:
+        return f"not run: there is no {', '.join(missing)} in {runs[0].recipe.data.dir}"
+    failed = [failures[run.folder] for run in runs if run.folder in failures]
+    return failed[0] if failed else "not finished"
+
+
+def _commit(outcome: Outcome) -> str:
+    if outcome.commit is None:
+        return ""
+    return outcome.commit[:10] + ("" if outcome.clean else ", with changes")
