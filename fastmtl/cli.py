@@ -213,29 +213,48 @@ models.register(app, _set_debug)
 
 
 @app.command()
-def recipes(debug: Debug = False) -> None:
+def recipes(
+    folder: Annotated[
+        str | None, typer.Argument(metavar="FOLDER", help="Default: those outside of folders.", show_default=False)
+    ] = None,
+    debug: Debug = False,
+) -> None:
     """List the bundled recipes.
 
     Copy one to begin your own: [cyan]fastmtl train my.yaml[/cyan].
+
+    [bold]Examples[/bold]
+
+      [cyan]fastmtl recipes[/cyan]
+      [cyan]fastmtl recipes papers/pal-lora[/cyan]
     """
     _set_debug(debug)
     from rich.console import Console
     from rich.table import Table
 
     from fastmtl.config import load_recipe
+    from fastmtl.errors import unknown_name
     from fastmtl.recipe_files import bundled_recipes
 
+    found = bundled_recipes()
+    folders: dict[str, list[str]] = {}
+    for name in found:
+        folders.setdefault(name.rpartition("/")[0], []).append(name)
+    chosen = (folder or "").strip("/")
+    if chosen not in folders:
+        raise unknown_name("folder of recipes", chosen, [name for name in folders if name])
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("recipe", "tasks", "description"):
         table.add_column(column, overflow="fold")
-    found = bundled_recipes()
-    for name in found:
+    for name in folders[chosen]:
         recipe = load_recipe(name)
         table.add_row(name, ", ".join(recipe.task_names), recipe.description)
     console = Console()
     console.print(table)
-    folder = os.path.commonpath([str(path.parent) for path in found.values()])
-    console.print(f"\nTheir files are in {folder}", highlight=False, markup=False, soft_wrap=True)
+    if not chosen:
+        lines = [f"fastmtl recipes {name}  ({len(names)})" for name, names in folders.items() if name]
+        console.print("\nMore are in folders:\n" + "\n".join(lines), highlight=False, markup=False)
+    console.print(f"\nTheir files are in {found[folders[chosen][0]].parent}", highlight=False, soft_wrap=True)
 
 
 @app.command(no_args_is_help=True)

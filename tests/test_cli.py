@@ -257,6 +257,15 @@ def test_recipes_lists_names_and_tasks(monkeypatch: pytest.MonkeyPatch, capsys: 
     text = capsys.readouterr().out
     assert "demo" in text
     assert "sentiment, paraphrase, similarity" in text
+    assert "fastmtl recipes papers/pal-lora" in text and "sst_pal_lora" not in text
+
+
+def test_recipes_of_a_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "recipes", "papers/pal-lora/") == 0
+    text = capsys.readouterr().out
+    assert "papers/pal-lora/sst_pal_lora" in text and "demo" not in text
+    assert run(monkeypatch, "recipes", "papers/pal-lore") == 2
+    assert "Did you mean 'papers/pal-lora'?" in capsys.readouterr().err
 
 
 def test_doctor_json_and_exit_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,8 +49,8 @@ def run_report(report: str, rows: Sequence[str], options: Options, output: Path)
     except Interrupted:
         outcomes, status = read_outcomes(output, runs), INTERRUPTED
     tables = [(table, list(pages.lines_of(table, runs, outcomes, failures))) for table in paper.tables]
-    asked = [(table, lines) for table, lines in tables if any(line.outcomes or not rows for line in lines)]
-    pages.show(paper.title, notes, asked, console)
+    asked = [(table, lines) for table, lines in tables if any(line.run is not None for line in lines) or not rows]
+    pages.show(paper.title, asked, console)
     pages.write(output, report, paper, notes, asked)
     say(f"{output / 'results.md'}\n{output / 'results.json'}")
     if status == INTERRUPTED:

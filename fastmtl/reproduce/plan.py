@@ -115,7 +115,7 @@ def describe(options: Options, paper: PaperResults, runs: Sequence[PlannedRun]) 
     if options.fraction < 1:
         notes.append(f"Of each training set {options.fraction:.3g} of the rows, the same ones in every run.")
     if options.epochs is not None:
-        notes.append(f"At most {options.epochs} epochs in each phase of a run.")
+        notes.append(f"No phase of a run is longer than {options.epochs} epoch{'s' if options.epochs > 1 else ''}.")
     if options.overrides:
         notes.append(f"In every run: {' '.join(options.overrides)}.")
     if encoders:

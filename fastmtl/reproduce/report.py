@@ -11,6 +11,7 @@ from typing import Any
 
 import rich.table
 from rich.console import Console
+from rich.text import Text
 
 from fastmtl.reproduce.plan import PlannedRun
 from fastmtl.reproduce.runs import Outcome
@@ -48,13 +49,15 @@ class Line:
 def lines_of(
     table: Table, runs: Sequence[PlannedRun], outcomes: Mapping[Path, Outcome], failures: Mapping[Path, str]
 ) -> Iterator[Line]:
-    """Every row of a table of the report, those that were not run as well."""
+    """The rows of a table of the report that `runs` asks for, and those without a recipe."""
     for row in table.rows:
         paper = row.values or (None,) * len(table.columns)
         if row.reason is not None:
             yield Line(row.name, None, tuple(Cell(value, ()) for value in paper), (), f"not run: {row.reason}")
         for name, variant in row.variants():
             own = [run for run in runs if run.variant.name == variant.name]
+            if not own:
+                continue
             done = tuple(outcomes[run.folder] for run in own if run.folder in outcomes)
             cells = []
             for value, column in zip(paper, table.columns.values(), strict=True):
@@ -63,17 +66,18 @@ def lines_of(
             yield Line(name, variant.name, tuple(cells), done, "" if done else _why_none(own, failures))
 
 
-def show(title: str, notes: Sequence[str], tables: Sequence[tuple[Table, list[Line]]], console: Console) -> None:
-    """Prints the tables; two numbers in each column, the report's and ours."""
+def show(title: str, tables: Sequence[tuple[Table, list[Line]]], console: Console) -> None:
+    """Prints the tables; in each row the report's numbers and below them ours."""
     console.print(title, style="bold", highlight=False, markup=False)
-    for note in notes:
-        console.print(note, highlight=False, markup=False)
     for table, lines in tables:
-        shown = rich.table.Table(title=f"{table.name}: {table.title}", title_justify="left")
-        for header in _headers(table):
-            shown.add_column(header, justify="left" if header == "row" else "right", overflow="fold")
+        shown = rich.table.Table(title=f"{table.name}: {table.title}", title_justify="left", show_lines=True)
+        shown.add_column("row", overflow="fold")
+        shown.add_column("")
+        for header in (*table.columns, "seconds"):
+            shown.add_column(header, justify="right")
         for line in lines:
-            shown.add_row(*_texts(line))
+            cells = (f"{report}\n{ours}" for report, ours in map(_pair, line.cells))
+            shown.add_row(Text(line.name), "report\nours", *cells, f"\n{_seconds(line)}")
         console.print(shown)
         for line in lines:
             if line.note:
@@ -142,18 +146,23 @@ def _headers(table: Table) -> list[str]:
 
 
 def _texts(line: Line) -> list[str]:
-    texts = [line.name]
-    for cell in line.cells:
-        texts.append("" if cell.paper is None else f"{cell.paper:.3f}")
-        spread = "" if cell.deviation is None else f" ± {cell.deviation:.3f}"
-        texts.append("" if cell.mean is None else f"{cell.mean:.3f}{spread}")
-    seconds = [outcome.seconds for outcome in line.outcomes]
-    return [*texts, f"{statistics.mean(seconds):.0f}" if seconds else ""]
+    return [line.name, *(text for cell in line.cells for text in _pair(cell)), _seconds(line)]
+
+
+def _pair(cell: Cell) -> tuple[str, str]:
+    """The report's number and ours."""
+    spread = "" if cell.deviation is None else f" ± {cell.deviation:.3f}"
+    return (
+        "" if cell.paper is None else f"{cell.paper:.3f}",
+        "" if cell.mean is None else f"{cell.mean:.3f}{spread}",
+    )
+
+
+def _seconds(line: Line) -> str:
+    return f"{statistics.mean(outcome.seconds for outcome in line.outcomes):.0f}" if line.outcomes else ""
 
 
 def _why_none(runs: Sequence[PlannedRun], failures: Mapping[Path, str]) -> str:
-    if not runs:
-        return "not asked for"
     missing = dict.fromkeys(file for run in runs for file in run.missing)
     if missing:
         return f"not run: there is no {', '.join(missing)} in {runs[0].recipe.data.dir}"

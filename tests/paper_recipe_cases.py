@@ -1,0 +1,70 @@
+"""Worker of test_paper_recipes.py: trains every recipe of the reports for two steps, all in one process, since starting
+one costs more than they do.
+
+Arguments: a directory for everything, the encoder's directory. Writes DIR/outcomes.json: {recipe: {"error": text or
+None, "steps": [{task: loss}], "dev": {task: {metric: value}}}}.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import fastmtl.run_files
+from fastmtl.config import load_recipe
+from fastmtl.data.corpus import demo_directory
+from fastmtl.recipe_files import bundled_recipes
+from fastmtl.train import train
+
+FILES = {"ids-sst": "sentiment", "ids-cfimdb": "sentiment", "quora": "paraphrase", "sts": "similarity"}
+ROWS = {"train": 48, "dev": 12}
+
+
+def write_data(directory: Path) -> None:
+    """The first rows of the demo corpus under the names of the reports' files; CFIMDB: is the sentiment good."""
+    directory.mkdir()
+    for name, demo in FILES.items():
+        for split, rows in ROWS.items():
+            with (demo_directory() / f"{demo}-{split}.csv").open(encoding="utf-8", newline="") as file:
+                lines = list(csv.reader(file, delimiter="\t"))[: rows + 1]
+            if name == "ids-cfimdb":
+                lines[1:] = [[*line[:-1], str(int(int(line[-1]) > 2))] for line in lines[1:]]
+            with (directory / f"{name}-{split}.csv").open("w", encoding="utf-8", newline="") as file:
+                csv.writer(file, delimiter="\t").writerows(lines)
+
+
+def two_steps(name: str, output: Path, settings: list[str]) -> dict[str, Any]:
+    recipe = load_recipe(name, settings)
+    train(recipe, output)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    return {"error": None, "steps": [line["loss"] for line in lines if "loss" in line], "dev": results["dev"]}
+
+
+def main(directory: Path, encoder: Path) -> None:
+    # The report's plots take longer than the steps, and have tests of their own.
+    fastmtl.run_files.write_report = write_results
+    write_data(directory / "data")
+    settings = [f"encoder.path={encoder}", f"data.dir={directory / 'data'}", f"data.cache_dir={directory / 'cache'}"]
+    settings += ["train.max_steps=2", "sampler.batch_size=2"]
+    outcomes: dict[str, Any] = {}
+    for name in bundled_recipes():
+        if not name.startswith("papers/"):
+            continue
+        try:
+            outcomes[name] = two_steps(name, directory / "runs" / name, settings)
+        except Exception:  # noqa: BLE001 - told by the test of this recipe, the others go on
+            outcomes[name] = {"error": traceback.format_exc(), "steps": [], "dev": {}}
+    (directory / "outcomes.json").write_text(json.dumps(outcomes), encoding="utf-8")
+
+
+def write_results(output: Path, results: dict[str, Any]) -> None:
+    (output / "results.json").write_text(json.dumps(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

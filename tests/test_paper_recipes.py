@@ -1,0 +1,55 @@
+"""Every recipe of the reports builds its model and takes two steps of the real loop, on rows of the demo corpus."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastmtl.config import load_recipe
+from fastmtl.recipe_files import bundled_recipes
+from fastmtl.reproduce.tables import load_results, reports
+
+WORKER = Path(__file__).with_name("paper_recipe_cases.py")
+PAPERS = [name for name in bundled_recipes() if name.startswith("papers/")]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp("papers")
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(WORKER), str(directory), str(tiny_bert)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return json.loads((directory / "outcomes.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAPERS)
+def test_two_steps(outcomes: dict[str, Any], name: str) -> None:
+    outcome = outcomes[name]
+    assert outcome["error"] is None, outcome["error"]
+    assert len(outcome["steps"]) == 2
+    losses = [loss for step in outcome["steps"] for loss in step.values()]
+    assert losses and all(math.isfinite(loss) for loss in losses)
+    recipe = load_recipe(name)
+    assert set(outcome["dev"]) == set(recipe.tasks)
+    assert all(math.isfinite(value) for metrics in outcome["dev"].values() for value in metrics.values())
+
+
+@pytest.mark.parametrize("report", reports())
+def test_every_row_has_a_recipe_or_a_reason(report: str) -> None:
+    paper = load_results(report)
+    wanted = {f"papers/{report}/{variant.recipe}" for variant in paper.variants().values()}
+    assert wanted <= set(PAPERS)
+    there = {name for name in PAPERS if name.startswith(f"papers/{report}/")}
+    assert there == wanted
+    for variant in paper.variants().values():
+        settings = [f"{key}={json.dumps(value)}" for key, value in variant.settings.items()]
+        load_recipe(f"papers/{report}/{variant.recipe}", settings)
