@@ -25,7 +25,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
             Literal["sentence-transformers", "transformers"], typer.Option("--format", help="The library to load it.")
         ] = "sentence-transformers",
         pooling: Annotated[
-            Literal["mean", "cls", "max"] | None,
+            Literal["mean", "cls", "max", "pooler"] | None,
             typer.Option(
                 help="How tokens become one vector. Default: as the tasks do, where all do the same.",
                 show_default=False,

@@ -1,11 +1,13 @@
 """Trained models of one encoder, put together task by task: every task keeps its own weights, bit for bit.
 
-Tasks share nothing but the encoder: heads are their own, adapters are stacked [T, ...]. So the joined model has the
-first one's encoder, all heads, and the adapters' slices one after the other.
+Tasks share nothing but the encoder. Heads are their own; an adapter's parameters are stacked, [T, ...], or those of a
+module list `tasks` with a module for each task. So the joined model has the first one's encoder, all heads, and the
+adapters' slices and modules one after the other.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
-from fastmtl.config import AdapterConfig, Recipe, parse_recipe
+from fastmtl.config import Recipe, parse_recipe
 from fastmtl.data.corpus import demo_directory
 from fastmtl.data.tokenized import tokenizer_state
 from fastmtl.errors import UserError, unknown_name
@@ -39,6 +41,7 @@ TRAINING_SECTIONS = {
 }
 # Joined below; any other section has to be the same in all models.
 JOINED_SECTIONS = {"description", "add_to", "encoder", "adapter", "tasks", "data"}
+_ONE_TASKS = re.compile(r"(heads\.|adapter\.(?:.+\.)?tasks\.)(\d+)(\..+)")  # before, index of the task, after
 
 
 class Origin(BaseModel):
@@ -127,18 +130,16 @@ def join(first: TrainedModel, second: TrainedModel, *, rounded: torch.dtype = to
         )
     _check_encoders(first, second, rounded)
     _check_adapters(first, second)
-    tensors = {name: tensor for name, tensor in first.tensors.items() if not name.startswith("adapter.")}
+    tensors = dict(first.tensors)
     counts = len(first.recipe.tasks), len(second.recipe.tasks)
-    for name, tensor in first.tensors.items():
-        if name.startswith("adapter."):
-            other = second.tensors[name]
-            if (len(tensor), len(other)) != counts:
-                raise UserError(f"{first.name}: {name} is not stacked over the tasks: [{counts[0]}, ...]")
-            tensors[name] = torch.cat([tensor.float(), other.float()])
     for name, tensor in second.tensors.items():
-        if name.startswith("heads."):
-            _, index, rest = name.split(".", 2)
-            tensors[f"heads.{int(index) + counts[0]}.{rest}"] = tensor
+        if found := _ONE_TASKS.match(name):
+            tensors[f"{found[1]}{int(found[2]) + counts[0]}{found[3]}"] = tensor
+        elif name.startswith("adapter."):
+            ours = first.tensors[name]
+            if (*ours.shape[:1], *tensor.shape[:1]) != counts or ours.shape[1:] != tensor.shape[1:]:
+                raise UserError(f"{first.name}: {name} is not stacked over its tasks, so that no task can be added")
+            tensors[name] = torch.cat([ours, tensor])
     recipe = _joined_recipe(first, second)
     return replace(first, recipe=recipe, tensors=tensors, origins=first.origins + second.origins)
 
@@ -166,33 +167,20 @@ def _check_encoders(first: TrainedModel, second: TrainedModel, rounded: torch.dt
 
 
 def _check_adapters(first: TrainedModel, second: TrainedModel) -> None:
-    between = f"{first.name} and {second.name}"
-    wrong = adapter_differences(first.recipe.adapter, second.recipe.adapter, first.model)
+    if first.model.adapter is None and second.model.adapter is None:
+        return
+    ours, theirs = (_adapter_settings(source) for source in (first, second))
+    wrong = ", ".join(f"adapter.{key} is {ours[key]} and {theirs[key]}" for key in ours if ours[key] != theirs[key])
     if wrong:
-        raise UserError(f"{between} have different adapters: {wrong}")
-    ours, theirs = (
-        {name: tuple(tensor.shape[1:]) for name, tensor in source.tensors.items() if name.startswith("adapter.")}
-        for source in (first, second)
-    )
-    assert ours == theirs, "adapters of the same settings and encoder"
+        raise UserError(f"{first.name} and {second.name} have different adapters: {wrong}")
 
 
-def adapter_differences(ours: AdapterConfig, theirs: AdapterConfig, model: MultiTaskModel) -> str:
-    """Which settings make them functions of another shape or meaning; empty where they agree.
-
-    dropout and init are for training only and may differ.
-    """
-    if ours.name == theirs.name == "none":
-        return ""
-
-    def settings(config: AdapterConfig) -> dict[str, Any]:
-        values = config.model_dump(exclude={"dropout", "init"})
-        everywhere = range(model.encoder.config.num_hidden_layers)
-        values["layers"] = sorted(everywhere if config.layers is None else config.layers)
-        return values
-
-    one, other = settings(ours), settings(theirs)
-    return ", ".join(f"adapter.{key} is {one[key]} and {other[key]}" for key in one if one[key] != other[key])
+def _adapter_settings(source: TrainedModel) -> dict[str, Any]:
+    """All but those that are for training only."""
+    config = source.recipe.adapter
+    everywhere = range(source.model.encoder.config.num_hidden_layers)
+    layers = sorted(everywhere if config.layers is None else config.layers)
+    return {**config.model_dump(exclude={"dropout", "init"}), "layers": layers}
 
 
 def _joined_recipe(first: TrainedModel, second: TrainedModel) -> Recipe:
