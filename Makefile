@@ -39,7 +39,7 @@ train: install
 # Two processes, a file each at a time, in the order of collection: the demo's training comes first.
 test: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 \
-		-n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+		-n 2 --dist loadfile --no-loadscope-reorder --benchmark-disable $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

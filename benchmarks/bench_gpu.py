@@ -96,8 +96,8 @@ def _missing() -> str:
 
 
 def _surgery(tasks: int, chosen: argparse.Namespace, say: Say, console: Console) -> dict[str, Any]:
+    from fastmtl.bench.sizes import SHAPES, Size
     from fastmtl.bench.surgery import bench_variants
-    from fastmtl.bench.workload import SHAPES, Size
 
     size = Size(SHAPES[chosen.shape], tasks, chosen.tokens, chosen.device, "bf16")
     return _part(bench_variants(size, chosen.rounds, say, commit=chosen.commit), console)

@@ -6,6 +6,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from fastmtl import __version__
+
 _ROOT = Path(__file__).parents[1]
 
 
@@ -20,6 +22,8 @@ def checkout(commit: str | None = None) -> dict[str, Any]:
         head = output_of([*git, "rev-parse", "HEAD"])
         changes = output_of([*git, "status", "--porcelain", "--", ".", ":!benchmarks/results"])
         return {"commit": head, "clean": None if changes is None else not changes}
+    if commit is None and not (_ROOT / "pyproject.toml").exists():  # installed, of a release
+        return {"commit": f"release {__version__}", "clean": True}
     if commit is None:
         return {"commit": None, "clean": None}
     return {"commit": commit.removesuffix("-dirty"), "clean": not commit.endswith("-dirty")}

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl import cli
-from fastmtl.bench import gradients, surgery, textbook, variants, workload
+from fastmtl.bench import gradients, sizes, surgery, textbook, variants
 from fastmtl.bench.harness import GPU_STEPS, MIB, gpu_peak_bytes, in_own_process, interleave, summary
 from fastmtl.bench.oracle import GradientMismatch, Oracle
+from fastmtl.bench.sizes import Shape, Size
 from fastmtl.bench.variants import BUILDERS, Skipped, Variant
-from fastmtl.bench.workload import Shape, Size, Workload
+from fastmtl.bench.workload import Workload
 from fastmtl.errors import UserError
 from fastmtl.surgery.methods import draw_order
 
@@ -289,10 +290,10 @@ def test_more_tasks_in_the_same_number_of_tokens() -> None:
 
 @pytest.mark.parametrize("task", range(3))
 def test_lengths_are_those_of_short_texts(task: int) -> None:
-    lengths = workload._lengths(task, 32)
+    lengths = sizes.lengths_of_rows(task, 32)
     assert lengths.mean() == pytest.approx((30, 28, 25)[task], abs=0.6)
     assert lengths.max() >= 2 * lengths.mean()  # a padded batch is less than half real tokens
-    assert workload._lengths_of_tokens(task, 256).sum() == 256
+    assert sizes.lengths_of_tokens(task, 256).sum() == 256
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -304,7 +305,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 def test_the_command_prints_and_saves_ratios(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(workload.SHAPES, "minilm", TINY)
+    monkeypatch.setitem(sizes.SHAPES, "minilm", TINY)
     file = tmp_path / "surgery.json"
     run(monkeypatch, "bench", "surgery", "--rounds", "2", "--json", str(file))
     printed, progress = capsys.readouterr()

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from fastmtl.bench import surgery, workload
+from fastmtl.bench import sizes, surgery
 from fastmtl.bench.environment import slug
 from fastmtl.bench.oracle import GradientMismatch
-from fastmtl.bench.workload import Shape
+from fastmtl.bench.sizes import Shape, Size
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "bench_gpu.py"
 TINY = Shape("tiny", hidden=32, layers=2, heads=2, intermediate=64, rows=4, vocabulary=100, positions=128)
@@ -27,7 +27,7 @@ def bench_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setitem(workload.SHAPES, "minilm", TINY)
+    monkeypatch.setitem(sizes.SHAPES, "minilm", TINY)
     monkeypatch.setattr(surgery, "in_own_process", lambda *_: 1)
     program = tmp_path / "bin" / "compute-sanitizer"
     monkeypatch.setattr(module.shutil, "which", lambda _: str(program) if program.exists() else None)
@@ -96,7 +96,7 @@ def test_a_missing_package_is_named_and_the_rest_is_measured(
 def test_a_wrong_gradient_fails_and_the_rest_is_measured(
     bench_gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def wrong(size: workload.Size, *_: object, **__: object) -> dict[str, Any]:
+    def wrong(size: Size, *_: object, **__: object) -> dict[str, Any]:
         raise GradientMismatch(f"sum: {size.tasks}")
 
     monkeypatch.setattr(surgery, "bench_variants", wrong)

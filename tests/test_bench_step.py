@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fastmtl import cli
-from fastmtl.bench import step, workload
-from fastmtl.bench.workload import Shape, Size, Workload
+from fastmtl.bench import sizes, step
+from fastmtl.bench.sizes import Shape, Size
+from fastmtl.bench.workload import Workload
 
 TINY = Shape("tiny", hidden=32, layers=2, heads=2, intermediate=64, rows=4, vocabulary=100, positions=128)
 
@@ -20,7 +21,7 @@ def quiet(_: str) -> None:
 
 
 def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(workload.SHAPES, "minilm", TINY)
+    monkeypatch.setitem(sizes.SHAPES, "minilm", TINY)
     file = tmp_path / "step.json"
     cli.app(["bench", "step", "--rounds", "2", "--json", str(file)], standalone_mode=False)
     result = json.loads(file.read_text())

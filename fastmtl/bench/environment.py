@@ -14,7 +14,9 @@ from fastmtl import __version__
 from fastmtl.checkout import checkout, output_of
 from fastmtl_kernels import implementations
 
-_PACKAGES = ("transformers", "triton", "torchjd")
+_PACKAGES = ("transformers", "triton", "torchjd", "peft", "liger-kernel")
+# What a result must name before anything is drawn of it; beside the driver, which a CPU has none of.
+ORIGIN = ("device", "torch", "fastmtl", "commit", "clean")
 
 
 def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:

@@ -29,24 +29,12 @@ Result = TypeVar("Result")
 Say = Callable[[str], None]
 
 
-def interleave(
-    steps: Mapping[str, Callable[[], object]],
-    rounds: int,
-    say: Say,
-    device: torch.device = CPU,
-    seldom: Collection[str] = (),
-) -> dict[str, list[float]]:
-    """Seconds of each step in every round: A B C, A B C, ... Every step has run before, to be checked.
+class Skipped(Exception):
+    """What cannot run here; the message is the reason."""
 
-    seldom: steps that take their turn in every other round.
-    """
-    samples: dict[str, list[float]] = {name: [] for name in steps}
-    for index in range(rounds):
-        say(f"round {index + 1} of {rounds}")
-        for name, step in steps.items():
-            if name not in seldom or index % 2 == 0:
-                samples[name].append(seconds(step, device))
-    return samples
+
+class WrongResult(RuntimeError):
+    """Something does not compute what it should: its time would mean nothing."""
 
 
 def seconds(step: Callable[[], object], device: torch.device) -> float:
@@ -65,6 +53,27 @@ def seconds(step: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
+def interleave(
+    steps: Mapping[str, Any],
+    rounds: int,
+    say: Say,
+    device: torch.device = CPU,
+    seldom: Collection[str] = (),
+    measure: Callable[[Any, torch.device], Any] = seconds,
+) -> dict[str, list[Any]]:
+    """What `measure` finds of each step in every round: A B C, A B C, ... Every step has run before, to be checked.
+
+    seldom: steps that take their turn in every other round.
+    """
+    samples: dict[str, list[Any]] = {name: [] for name in steps}
+    for index in range(rounds):
+        say(f"round {index + 1} of {rounds}")
+        for name, step in steps.items():
+            if name not in seldom or index % 2 == 0:
+                samples[name].append(measure(step, device))
+    return samples
+
+
 def summary(samples: Sequence[float]) -> dict[str, Any]:
     """Median, 20 % and 80 % quantiles (the nearest samples), and the samples themselves; seconds."""
     ordered = sorted(samples)
@@ -72,12 +81,15 @@ def summary(samples: Sequence[float]) -> dict[str, Any]:
     return {"median_s": statistics.median(ordered), "p20_s": low, "p80_s": high, "samples_s": list(samples)}
 
 
-def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """function(*arguments) in a process that has run nothing else; what it raises is raised here."""
+def in_own_process(function: Callable[..., Result], *arguments: Any, preload: str = "fastmtl.bench.surgery") -> Result:
+    """function(*arguments) in a process that has run nothing else; what it raises is raised here.
+
+    preload: the module that the server imports, of the first call in this process.
+    """
     # Forked from a server that has only imported: it saves seconds, and a process begins with the server's small
     # resident set, not with what this one has used so far.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastmtl.bench.surgery"])
+    context.set_forkserver_preload([preload])
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -94,11 +106,29 @@ def free_at_once() -> None:
 
 def peak_bytes() -> int | None:
     """The largest resident set of this process so far; None where the system does not tell (it is Linux's VmHWM)."""
+    return _status("VmHWM:")
+
+
+def resident_bytes() -> int | None:
+    """The resident set of this process now; None where the system does not tell."""
+    return _status("VmRSS:")
+
+
+def _status(key: str) -> int | None:
     status = Path("/proc/self/status")
     if not status.exists():
         return None
     lines = status.read_text().splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), None)
+
+
+def forget_peak() -> bool:
+    """Peak memory of this process counts from here on; False where the system cannot (it is Linux's clear_refs)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def gpu_peak_bytes(step: Callable[[], object], device: torch.device) -> int:

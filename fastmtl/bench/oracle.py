@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fastmtl.bench import textbook
+from fastmtl.bench.sizes import SEED
 from fastmtl.bench.textbook import PaddedBatch, PaddedModel
 from fastmtl.bench.variants import Skipped, Variant
-from fastmtl.bench.workload import SEED, Workload, plain_name
+from fastmtl.bench.workload import Workload, plain_name
 
 # A tensor whose gradient is nothing but cancellation (the bias of keys) is measured against this share of the whole.
 FLOOR = 1e-2

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fastmtl.bench.compare import Change
 from fastmtl.bench.gradients import COPY
 from fastmtl.bench.harness import Say
 from fastmtl.errors import UserError
 
 # Columns of text; the others are numbers.
-TEXTS = ("step", "variant", "operation", "impl", "dtype")
+TEXTS = ("step", "variant", "operation", "impl", "dtype", "what", "verdict")
 
 
 @contextmanager
@@ -48,16 +50,83 @@ def save(result: dict[str, Any], path: Path) -> None:
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """The table of a result of bench_variants, bench_tasks, bench_step or bench_gradients."""
+    """The tables of a result of bench_kernels, bench_variants, bench_tasks, bench_step or bench_gradients."""
+    for name, operation in result.get("operations", {}).items():
+        console.print(_operation(name, operation))
+        _left_out(operation["skipped"], console)
+        console.print()
     kinds = {"dtypes": _gradients, "points": _tasks, "steps": _steps, "variants": _variants}
-    console.print(next(table(result) for key, table in kinds.items() if key in result))
-    left_out = {**result.get("skipped", {}), **result.get("unavailable", {})}
-    for name, reason in left_out.items():
-        console.print(f"{name}: left out, {reason}", highlight=False, markup=False)
+    for key, table in kinds.items():
+        if key in result:
+            console.print(table(result))
+    _left_out({**result.get("skipped", {}), **result.get("unavailable", {})}, console)
+    if "gemm" in result:
+        gemm = result["gemm"]
+        line = f"{1e3 * gemm['tflop_per_s']:,.0f} GFLOP/s, a product of {gemm['width']:,} x {gemm['width']:,} matrices"
+        console.print(f"of GEMM: of {line} in {result['precision']}", highlight=False)
     about = result["environment"]
     where = f"{about['threads']} threads" if about["driver"] is None else f"driver {about['driver']}"
     line = f"{about['device']}, {where}, torch {about['torch']}, {result['rounds']} rounds"
     console.print(line, highlight=False, markup=False)
+
+
+def show_changes(changes: Sequence[Change], old: dict[str, Any], new: dict[str, Any], console: Console) -> None:
+    """The table of compare.changes, and what else differs between the two results."""
+    table = _table("", *("what", "old ms", "new ms", "ratio", "noise", "verdict"))
+    for change in changes:
+        noise = f"±{change.noise:.0%}"
+        row = (change.name, f"{1e3 * change.old_s:.3f}", f"{1e3 * change.new_s:.3f}", f"{change.ratio:.2f}x", noise)
+        table.add_row(*row, change.verdict)
+    console.print(table)
+    for key in sorted(old["environment"].keys() & new["environment"].keys()):
+        before, now = old["environment"][key], new["environment"][key]
+        if before != now:
+            console.print(f"{key}: {before} before, {now} now", highlight=False, markup=False)
+
+
+def wide() -> Console:
+    """For tables: as wide as the terminal, and as wide as they are in a file or a pipe."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=160)
+
+
+def _left_out(reasons: dict[str, str], console: Console) -> None:
+    for name, reason in reasons.items():
+        console.print(f"{name}: left out, {reason}", highlight=False, markup=False)
+
+
+def _operation(name: str, operation: dict[str, Any]) -> Table:
+    """Times of forward and backward, the rest of both together."""
+    passes = operation["passes"]
+    dropout = f", dropout {operation['dropout']}" if operation["dropout"] else ""
+    whole = "both" if "both" in passes else "forward"
+    table = _table(
+        f"{name}: {operation['about']}{dropout}",
+        *("impl", *(f"{key} ms" for key in passes), "20 %", "80 %", "to eager", "tokens/s"),
+        *("GB/s", "of copy", "GFLOP/s", "of GEMM", "MiB"),
+    )
+    for impl, entry in passes[whole].items():
+        table.add_row(
+            impl,
+            *(f"{1e3 * passes[key][impl]['median_s']:.3f}" for key in passes),
+            *(f"{1e3 * entry[key]:.3f}" for key in ("p20_s", "p80_s")),
+            _number(entry["ratio_to_eager"], "{:.2f}x"),
+            _number(entry["tokens_per_s"], "{:,.0f}"),
+            _number(entry.get("gb_per_s"), "{:.1f}"),
+            _number(entry.get("share_of_copy"), "{:.0%}"),
+            _number(_giga(entry.get("tflop_per_s")), "{:,.1f}"),
+            _number(entry.get("share_of_gemm"), "{:.0%}"),
+            _number(operation["peak_mib"].get(impl), "{:.0f}"),
+        )
+    return table
+
+
+def _giga(tera: float | None) -> float | None:
+    return None if tera is None else 1e3 * tera
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
 
 
 def _variants(result: dict[str, Any]) -> Table:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fastmtl.bench.environment import environment
 from fastmtl.bench.harness import Say, interleave, summary
-from fastmtl.bench.workload import SEED, Size, Workload
+from fastmtl.bench.sizes import SEED, Size
+from fastmtl.bench.workload import Workload
 from fastmtl.surgery import GradientSurgery
 
 # float32: other orders of addition. bfloat16: 8 bits in every activation of a few layers.
@@ -25,8 +26,9 @@ class LossMismatch(RuntimeError):
     """Two models that should compute the same do not: their times would mean nothing."""
 
 
-def bench_step(size: Size, rounds: int, say: Say) -> dict[str, Any]:
-    """Times by turns in this process, JSON-ready. size: its dropout is not heeded.
+def bench_step(size: Size, rounds: int, say: Say, commit: str | None = None) -> dict[str, Any]:
+    """Times by turns in this process, JSON-ready. size: its dropout is not heeded. commit: see
+    environment().
 
     Raises LossMismatch where the packed model's losses, without dropout, are not the padded one's.
     """
@@ -54,7 +56,7 @@ def bench_step(size: Size, rounds: int, say: Say) -> dict[str, Any]:
         entry["ratio_to_products"] = entry["median_s"] / found["matrix products"]["median_s"]
     return {
         "benchmark": "step",
-        "environment": environment(workload.device),
+        "environment": environment(workload.device, commit),
         "shape": dataclasses.asdict(size.shape),
         "precision": size.precision,
         "tasks": workload.tasks,

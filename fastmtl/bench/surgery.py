@@ -20,8 +20,9 @@ from fastmtl.bench.harness import (
     summary,
 )
 from fastmtl.bench.oracle import Oracle
+from fastmtl.bench.sizes import Size
 from fastmtl.bench.variants import BUILDERS, JOINT, STACKED, Skipped, Variant, build
-from fastmtl.bench.workload import Size, Workload
+from fastmtl.bench.workload import Workload
 
 TASKS = (2, 4, 8, 16, 32)
 TASK_TOKENS = 8192
@@ -80,7 +81,9 @@ def bench_variants(
     }
 
 
-def bench_tasks(size: Size, rounds: int, say: Say, numbers: Sequence[int] = TASKS) -> dict[str, Any]:
+def bench_tasks(
+    size: Size, rounds: int, say: Say, numbers: Sequence[int] = TASKS, commit: str | None = None
+) -> dict[str, Any]:
     """`sum` and PCGrad with more and more tasks in equally many tokens, JSON-ready; `relative`: to the fewest tasks.
 
     size: its tasks are not heeded; without tokens they are TASK_TOKENS. Raises GradientMismatch as bench_variants.
@@ -106,7 +109,7 @@ def bench_tasks(size: Size, rounds: int, say: Say, numbers: Sequence[int] = TASK
             entry[name]["relative"] = entry[name]["median_s"] / points[0][name]["median_s"]
     return {
         "benchmark": "surgery --sweep",
-        "environment": environment(device),
+        "environment": environment(device, commit),
         "shape": dataclasses.asdict(size.shape),
         "precision": size.precision,
         "rounds": rounds,

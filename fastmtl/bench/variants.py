@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.bench import textbook
-from fastmtl.bench.workload import SEED, Workload
+from fastmtl.bench.harness import Skipped
+from fastmtl.bench.sizes import SEED
+from fastmtl.bench.workload import Workload
 from fastmtl.surgery import GradientSurgery
 from fastmtl.surgery.methods import draw_order
 from fastmtl.surgery.options import Storage
@@ -18,10 +20,6 @@ from fastmtl.surgery.options import Storage
 # other orders of addition. bfloat16: 8 bits of every number of J. Peers: PCGrad's coefficients are made of inner
 # products, and torch's of 10^8 float32 numbers may be off by a percent on CPUs.
 FLOAT32, BFLOAT16, PEER = 1e-5, 2.0**-8, 1e-2
-
-
-class Skipped(Exception):
-    """A variant that cannot run here; the message is the reason."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is measured on: sizes of encoders, lengths of texts, and the same rows packed and padded.
+"""What is measured on: models of one size, and the same rows packed and padded.
 
 Weights and tokens are random: neither changes the time of a step. Without dropout, the default, packed and padded
 models compute the same numbers.
@@ -6,7 +6,6 @@ models compute the same numbers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig
 
+from fastmtl.bench.sizes import PRECISIONS, SEED, Size, lengths_of
 from fastmtl.bench.textbook import PaddedBatch, PaddedModel
 from fastmtl.config import parse_recipe
 from fastmtl.data.packed_batch import PackedBatch
@@ -24,54 +24,8 @@ from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.model.encoder import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
 
-SEED = 1
-
 # Type and number of outputs of tasks 0, 1, 2, 3 = 0, ...
 KINDS = (("binary", 1), ("regression", 1), ("classification", 5))
-# Tokens of their texts with [CLS] and [SEP], at these quantiles: pairs of questions, pairs of sentences, sentences of
-# reviews. Means 30, 28 and 25, the longest of 32 texts two to three times as long.
-QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.9, 0.97, 1.0)
-LENGTHS = ((10, 16, 21, 27, 35, 46, 60, 96), (9, 14, 18, 24, 33, 46, 62, 100), (4, 9, 16, 23, 33, 40, 48, 64))
-
-
-@dataclass(frozen=True)
-class Shape:
-    """An encoder's size, and the sequences of each task in a step."""
-
-    name: str
-    hidden: int
-    layers: int
-    heads: int
-    intermediate: int
-    rows: int
-    vocabulary: int = 30522
-    positions: int = 512
-
-
-SHAPES = {
-    "minilm": Shape("minilm", hidden=384, layers=6, heads=12, intermediate=1536, rows=32),
-    "bert-base": Shape("bert-base", hidden=768, layers=12, heads=12, intermediate=3072, rows=8),
-}
-
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Size:
-    """What a workload is made from.
-
-    tokens: of the whole step, an equal part for each task; None: each task has the shape's rows. device: "cpu" or
-    "cuda". precision: of weights and activations, a key of PRECISIONS. dropout: of hidden states and of attention's
-    probabilities.
-    """
-
-    shape: Shape
-    tasks: int = 3
-    tokens: int | None = None
-    device: str = "cpu"
-    precision: str = "fp32"
-    dropout: float = 0.0
 
 
 class Workload:
@@ -86,12 +40,7 @@ class Workload:
         self.device, self.dtype = torch.device(size.device), PRECISIONS[size.precision]
         self._kinds = [KINDS[task % len(KINDS)] for task in range(tasks)]
         random = np.random.default_rng(SEED)
-        lengths = [
-            _lengths(task, shape.rows)
-            if tokens is None
-            else _lengths_of_tokens(task, tokens // tasks + (task < tokens % tasks))
-            for task in range(tasks)
-        ]
+        lengths = lengths_of(shape, tasks, tokens)
         rows = [self._rows(task, random.permutation(lengths[task]), random) for task in range(tasks)]
         self.packed_batch: PackedBatch = pack([(dataset, np.arange(len(dataset))) for dataset in rows])
         self.packed_batch = self.packed_batch.to(self.device)
@@ -159,22 +108,6 @@ class Workload:
 def plain_name(name: str) -> str:
     """A parameter's name in PaddedModel, from that in either model: `heads.<task>.dense` is a MultiTaskModel's."""
     return name.replace(".dense.", ".") if name.startswith("heads.") else name
-
-
-def _lengths(task: int, rows: int) -> np.ndarray:
-    """int64 [rows], evenly over the quantiles: a few texts have the mean and the tail of many."""
-    found = np.interp((np.arange(rows) + 0.5) / rows, QUANTILES, LENGTHS[task % len(LENGTHS)])
-    return np.rint(found).astype(np.int64)
-
-
-def _lengths_of_tokens(task: int, tokens: int) -> np.ndarray:
-    """As many texts as fit, each a little longer or shorter, so that they have `tokens` tokens in all."""
-    mean = _lengths(task, 1000).mean()
-    lengths = _lengths(task, max(round(tokens / mean), 1))
-    missing = tokens - int(lengths.sum())
-    lengths += missing // len(lengths)
-    lengths[: missing % len(lengths)] += 1
-    return lengths
 
 
 def _pad(rows: TokenizedDataset) -> PaddedBatch:

@@ -1,0 +1,11 @@
+"""combine and what it replaces, through pytest-benchmark: fastmtl/bench/ops/combine.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+OP = "combine"
+
+
+def test_combine(measured: Callable[[], None]) -> None:
+    measured()

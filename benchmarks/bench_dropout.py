@@ -1,0 +1,11 @@
+"""dropout and what it replaces, through pytest-benchmark: fastmtl/bench/ops/dropout.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+OP = "dropout"
+
+
+def test_dropout(measured: Callable[[], None]) -> None:
+    measured()

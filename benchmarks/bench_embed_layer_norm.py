@@ -1,0 +1,11 @@
+"""embed_layer_norm and what it replaces, through pytest-benchmark: fastmtl/bench/ops/embed_layer_norm.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+OP = "embed_layer_norm"
+
+
+def test_embed_layer_norm(measured: Callable[[], None]) -> None:
+    measured()

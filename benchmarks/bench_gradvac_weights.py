@@ -1,0 +1,11 @@
+"""gradvac_weights and what it replaces, through pytest-benchmark: fastmtl/bench/ops/gradvac_weights.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+OP = "gradvac_weights"
+
+
+def test_gradvac_weights(measured: Callable[[], None]) -> None:
+    measured()

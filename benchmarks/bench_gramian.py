@@ -1,0 +1,11 @@
+"""gramian and what it replaces, through pytest-benchmark: fastmtl/bench/ops/gramian.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+OP = "gramian"
+
+
+def test_gramian(measured: Callable[[], None]) -> None:
+    measured()

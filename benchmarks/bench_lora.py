@@ -1,0 +1,11 @@
+"""lora and what it replaces, through pytest-benchmark: fastmtl/bench/ops/lora.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+OP = "lora"
+
+
+def test_lora(measured: Callable[[], None]) -> None:
+    measured()

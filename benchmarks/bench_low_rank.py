@@ -1,0 +1,11 @@
+"""low_rank and what it replaces, through pytest-benchmark: fastmtl/bench/ops/low_rank.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+OP = "low_rank"
+
+
+def test_low_rank(measured: Callable[[], None]) -> None:
+    measured()

@@ -1,0 +1,11 @@
+"""pal and what it replaces, through pytest-benchmark: fastmtl/bench/ops/pal.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+OP = "pal"
+
+
+def test_pal(measured: Callable[[], None]) -> None:
+    measured()

@@ -1,0 +1,11 @@
+"""pcgrad_weights and what it replaces, through pytest-benchmark: fastmtl/bench/ops/pcgrad_weights.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+OP = "pcgrad_weights"
+
+
+def test_pcgrad_weights(measured: Callable[[], None]) -> None:
+    measured()

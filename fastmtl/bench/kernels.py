@@ -1,0 +1,225 @@
+"""Every operation of fastmtl_kernels beside what it replaces: times, and what share of the machine's speed they reach.
+
+The machine's speed is measured in the same run: memory by a copy of as many bytes as the operation has to read and
+write, half of them each, by turns with the implementations; arithmetic by one large matrix product.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from fastmtl.bench import ops
+from fastmtl.bench.environment import environment
+from fastmtl.bench.harness import (
+    MIB,
+    Say,
+    Skipped,
+    WrongResult,
+    forget_peak,
+    free_at_once,
+    gpu_peak_bytes,
+    in_own_process,
+    interleave,
+    peak_bytes,
+    resident_bytes,
+    summary,
+)
+from fastmtl.bench.laps import Chain, clock
+from fastmtl.bench.ops.case import EAGER, Case
+from fastmtl.bench.sizes import PRECISIONS, SEED, Size
+from fastmtl.errors import unknown_name
+
+COPY = "copy"
+BOTH = "both"
+GPU_GEMM = 8192
+
+
+def bench_kernels(
+    size: Size,
+    rounds: int,
+    say: Say,
+    operations: Sequence[str] = ops.OPERATIONS,
+    impls: Sequence[str] = (),
+    commit: str | None = None,
+) -> dict[str, Any]:
+    """Times and peak memory of operations, JSON-ready.
+
+    impls: words of the names of what is measured, "cpp" or "eager" or "fastmtl"; all where there are none. commit: see
+    environment(). Raises WrongResult where an implementation of fastmtl does not agree with the oracle, before it is
+    timed, and UserError for a name that is none. Other people's implementations are left out, with the reason, where
+    they do not agree or cannot run.
+    """
+    device = torch.device(size.device)
+    found: dict[str, Any] = {}
+    laps = clock(device)
+    say("matrix product")
+    gemm = _gemm(size, rounds, laps.laps)
+    for operation in operations:
+        for case in ops.cases(operation, size):
+            found[case.name] = _case(case, impls, rounds, say, laps.laps, gemm["tflop_per_s"])
+    say("peak memory")
+    names = {name: [way for way in entry["passes"]["forward"] if way != COPY] for name, entry in found.items()}
+    if device.type == "cuda":
+        peaks = _peaks(size, operations, names)
+    else:
+        threads = torch.get_num_threads()
+        peaks = in_own_process(_peaks, size, operations, names, threads, preload="fastmtl.bench.kernels")
+    for name, entry in found.items():
+        entry["peak_mib"] = {way: None if peak is None else peak / MIB for way, peak in peaks[name].items()}
+    return {
+        "benchmark": "kernels",
+        "environment": environment(device, commit),
+        "shape": dataclasses.asdict(size.shape),
+        "precision": size.precision,
+        "tasks": size.tasks,
+        "dropout": size.dropout,
+        "rounds": rounds,
+        "gemm": gemm,
+        "operations": found,
+    }
+
+
+def runnable(case: Case, impls: Sequence[str] = ()) -> tuple[dict[str, Chain], dict[str, float], dict[str, str]]:
+    """What may be timed of a case: forward and backward of each way that agrees with the oracle, its error as a share
+    of what is allowed, and the reasons of those that are left out. Raises as bench_kernels.
+    """
+    chains: dict[str, Chain] = {}
+    errors: dict[str, float] = {}
+    skipped: dict[str, str] = {}
+    for way in case.ways:
+        if impls and not any(impl in (way.name, *way.name.split()) for impl in impls):
+            continue
+        try:
+            run = way.build()
+            errors[way.name] = case.check(way, run)
+            chain, _ = case.chain(way, run)
+            forward_and_backward(chain)  # with dropout, what the check may have done without
+        except Skipped as reason:
+            skipped[way.name] = str(reason)
+        except Exception as error:
+            if way.ours:
+                raise
+            first = next(iter(str(error).strip().splitlines()), "")
+            skipped[way.name] = first if isinstance(error, WrongResult) else f"{type(error).__name__}: {first}"
+        else:
+            chains[way.name] = chain
+    return chains, errors, skipped
+
+
+def forward_and_backward(chain: Chain) -> None:
+    value = None
+    for link in chain:
+        value = link(value)
+
+
+def check_impls(impls: Sequence[str], size: Size, operations: Sequence[str]) -> None:
+    """Raises UserError for a name that no operation has."""
+    tiny = dataclasses.replace(size, shape=ops.TINY, tokens=None, device="cpu")
+    names = {way.name for operation in operations for case in ops.cases(operation, tiny) for way in case.ways}
+    valid = names | {word for name in names if name.startswith("fastmtl ") for word in name.split()}
+    for impl in impls:
+        if impl not in valid:
+            raise unknown_name("implementation", impl, valid)
+
+
+def _case(
+    case: Case, impls: Sequence[str], rounds: int, say: Say, laps: Callable[[Chain], list[float]], gemm: float
+) -> dict[str, Any]:
+    say(f"checking results: {case.name}")
+    chains, errors, skipped = runnable(case, impls)
+    if case.work:
+        chains[COPY] = _copies(case)
+    samples = interleave(chains, rounds, say, measure=lambda chain, _: laps(chain))
+    passes: dict[str, dict[str, Any]] = {}
+    for index, name in enumerate(case.passes):
+        passes[name] = {way: summary([lap[index] for lap in found]) for way, found in samples.items()}
+    if len(case.passes) > 1:
+        passes[BOTH] = {way: summary([sum(lap) for lap in found]) for way, found in samples.items()}
+    work = {name: (entry.bytes, entry.flops) for name, entry in case.work.items()}
+    work[BOTH] = tuple(map(sum, zip(*work.values(), strict=True))) if work else (0, 0)  # type: ignore[assignment]
+    for name, ways in passes.items():
+        for entry in ways.values():
+            _rates(entry, ways, work.get(name), gemm)
+            entry["tokens_per_s"] = None if case.tokens is None else case.tokens / entry["median_s"]
+    return {
+        "about": case.about,
+        "tokens": case.tokens,
+        "dropout": case.dropout,
+        "work": {name: {"bytes": moved, "flops": flops} for name, (moved, flops) in work.items() if name in passes},
+        "passes": passes,
+        "errors": errors,
+        "skipped": skipped,
+    }
+
+
+def _rates(entry: dict[str, Any], ways: dict[str, Any], work: tuple[float, float] | None, gemm: float) -> None:
+    median = entry["median_s"]
+    entry["ratio_to_eager"] = median / ways[EAGER]["median_s"] if EAGER in ways else None
+    if work is None or COPY not in ways:
+        return
+    moved, flops = work
+    copy = entry is ways[COPY]
+    entry["gb_per_s"] = moved / median / 1e9
+    entry["share_of_copy"] = ways[COPY]["median_s"] / median
+    entry["tflop_per_s"] = None if copy else flops / median / 1e12
+    entry["share_of_gemm"] = None if copy else flops / median / 1e12 / gemm
+
+
+def _copies(case: Case) -> Chain:
+    """Copies of as many bytes, half of them read and half written, as each pass has to read and write."""
+    sizes = [int(case.work[name].bytes) // 2 for name in case.passes]
+    device = next(iter(case.tensors.values())).device
+    source, target = (torch.zeros(max(sizes), dtype=torch.uint8, device=device) for _ in range(2))
+    pairs = [(target[:size], source[:size]) for size in sizes]
+    return [partial(lambda to, of, _: to.copy_(of), to, of) for to, of in pairs]
+
+
+def _gemm(size: Size, rounds: int, laps: Callable[[Chain], list[float]]) -> dict[str, Any]:
+    width = GPU_GEMM if size.device == "cuda" else 4 * size.shape.hidden
+    generator = torch.Generator(size.device).manual_seed(SEED)
+    dtype = PRECISIONS[size.precision]
+    left, right = (torch.randn(width, width, generator=generator, device=size.device).to(dtype) for _ in range(2))
+    chain: Chain = [lambda _: left @ right]
+    forward_and_backward(chain)
+    entry = summary([laps(chain)[0] for _ in range(rounds)])
+    return {"width": width, "tflop_per_s": 2 * width**3 / entry["median_s"] / 1e12, **entry}
+
+
+def _peaks(
+    size: Size, operations: Sequence[str], names: Mapping[str, Sequence[str]], threads: int | None = None
+) -> dict[str, dict[str, int | None]]:
+    """Bytes that forward and backward need at most beside their inputs, of the ways of each case that are named.
+
+    threads: of a process of its own, on a CPU.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+        free_at_once()
+    device = torch.device(size.device)
+    found: dict[str, dict[str, int | None]] = {}
+    for operation in operations:
+        for case in ops.cases(operation, size):
+            found[case.name] = {}
+            for name in names[case.name]:
+                way = case.way(name)
+                chain, _ = case.chain(way, way.build())
+                forward_and_backward(chain)
+                found[case.name][name] = _peak(chain, device)
+    return found
+
+
+def _peak(chain: Chain, device: torch.device) -> int | None:
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        return gpu_peak_bytes(lambda: forward_and_backward(chain), device) - before
+    resident = resident_bytes()
+    if resident is None or not forget_peak():
+        return None
+    forward_and_backward(chain)
+    peak = peak_bytes()
+    return None if peak is None else max(peak - resident, 0)

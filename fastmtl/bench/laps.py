@@ -1,0 +1,80 @@
+"""Times of one operation's forward and backward, taken in the same run, one after the other.
+
+On CPUs short ones are repeated until a sample is long enough to trust. On GPUs a time is that of the GPU's own clock
+between two events, with the caches emptied before it: in a training step the layers between two calls of an operation
+do so. Emptying also keeps the GPU busy while the host launches what is timed, so that no launch is waited for.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from fastmtl.bench.harness import GPU_STEPS
+
+# Functions of which each is called with what the one before returned, the first with None.
+Chain = Sequence[Callable[[Any], Any]]
+ENOUGH_S = 0.01
+_LEAD = 1.5  # the GPU is kept busy so many times as long as the host needs
+
+
+class Clock(Protocol):
+    def laps(self, chain: Chain) -> list[float]:
+        """Seconds of each link of the chain, the mean of several runs. The chain has run before."""
+        ...
+
+
+def clock(device: torch.device) -> Clock:
+    return GpuClock(device) if device.type == "cuda" else CpuClock()
+
+
+class CpuClock:
+    def laps(self, chain: Chain) -> list[float]:
+        totals, runs = [0.0] * len(chain), 0
+        while sum(totals) < ENOUGH_S:
+            value = None
+            for index, link in enumerate(chain):
+                begun = time.perf_counter()
+                value = link(value)
+                totals[index] += time.perf_counter() - begun
+            runs += 1
+        return [total / runs for total in totals]
+
+
+class GpuClock:
+    """Holds a buffer of twice the size of the GPU's cache."""
+
+    def __init__(self, device: torch.device) -> None:
+        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+        self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        self._sweep_s = self._events([lambda _: self._buffer.zero_()], [0])[0]
+
+    def laps(self, chain: Chain) -> list[float]:
+        sweeps, value = [], None
+        for link in chain:
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            value = link(value)
+            host = time.perf_counter() - begun
+            sweeps.append(max(1, math.ceil(_LEAD * host / self._sweep_s)))
+        return self._events(chain, sweeps)
+
+    def _events(self, chain: Chain, sweeps: Sequence[int]) -> list[float]:
+        found: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in chain]
+        for _ in range(GPU_STEPS):
+            value = None
+            for index, link in enumerate(chain):
+                for _ in range(sweeps[index]):
+                    self._buffer.zero_()
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin.record()
+                value = link(value)
+                end.record()
+                found[index].append((begin, end))
+        torch.cuda.synchronize()
+        return [statistics.mean(begin.elapsed_time(end) for begin, end in pairs) / 1e3 for pairs in found]

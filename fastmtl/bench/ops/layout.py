@@ -1,0 +1,51 @@
+"""Rows packed one after another, [N, ...], and each sequence padded to the longest, [B, L, ...]."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+
+class Layout:
+    """Packed: tensors as the oracle takes them."""
+
+    def to(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def back(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+PACKED = Layout()
+
+
+class Padded(Layout):
+    """names: the tensors that have rows of tokens; "output" is the output. mask: bool [B, L], the real tokens."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device, names: Collection[str]) -> None:
+        sizes = torch.tensor(lengths, device=device)
+        self.mask = torch.arange(int(sizes.max()), device=device) < sizes[:, None]
+        self._names = names
+
+    def to(self, name: str, tensor: Tensor) -> Tensor:
+        """Zeros in the padding."""
+        if name not in self._names:
+            return tensor
+        padded = tensor.new_zeros(*self.mask.shape, *tensor.shape[1:])
+        padded[self.mask] = tensor
+        return padded
+
+    def back(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor[self.mask] if name in self._names else tensor
+
+
+class Apart(Layout):
+    """Queries, keys and values one after the other: qkv as [3, N, heads, head_dim]."""
+
+    def to(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.movedim(1, 0).contiguous() if name == "qkv" else tensor
+
+    def back(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.movedim(0, 1) if name == "qkv" else tensor

@@ -1,0 +1,144 @@
+"""Pictures of results: a roofline for the kernels, bars for steps and variants, lines for sweeps. SVG files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastmtl.bench.environment import ORIGIN
+from fastmtl.errors import UserError
+
+
+def plot(result: dict[str, Any], directory: Path) -> list[Path]:
+    """Draws a result into `directory`, which is made, and returns the files.
+
+    Raises UserError where the result does not say where it was measured, or the directory cannot be written.
+    """
+    about = result.get("environment", {})
+    missing = [key for key in ORIGIN if about.get(key) is None]
+    if "driver" not in about:
+        missing.append("driver")
+    if missing:
+        raise UserError(
+            f"no figure of a result that does not name its {', '.join(missing)}: "
+            "measure it again with `fastmtl bench`, in a git checkout or with --commit"
+        )
+    import matplotlib
+
+    matplotlib.use("Agg")
+    # Text stays text: small files that can be searched. Equal results give equal files.
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "fastmtl", "font.size": 9})
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        return [_draw(result, kind, directory) for kind in _kinds(result)]
+    except OSError as error:
+        raise UserError(f"--plot: cannot write to {directory}: {error.strerror}") from None
+
+
+def _kinds(result: dict[str, Any]) -> list[Callable[[Any, dict[str, Any]], str]]:
+    """What draws a result on axes and returns the file's name."""
+    if "operations" in result:
+        return [_roofline, _to_eager]
+    return [_points] if "points" in result else [_bars]
+
+
+def _draw(result: dict[str, Any], kind: Callable[[Any, dict[str, Any]], str], directory: Path) -> Path:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    name = kind(axes, result)
+    about = result["environment"]
+    dirty = "" if about["clean"] else ", with changes"
+    threads = f"{about['threads']} threads" if about["driver"] is None else f"driver {about['driver']}"
+    figure.supxlabel(
+        f"{about['device']}, {threads}, torch {about['torch']}, fastmtl {about['commit'][:12]}{dirty}", fontsize=7
+    )
+    path = directory / f"{name}.svg"
+    figure.savefig(path, metadata={"Date": None})
+    return path
+
+
+def _roofline(axes: Any, result: dict[str, Any]) -> str:
+    """Forward and backward together: operations per byte that has to be moved against operations per second."""
+    from matplotlib import colormaps
+
+    palette = colormaps["tab20"]
+    peak = 1e3 * result["gemm"]["tflop_per_s"]
+    found = {}
+    for name, operation in result["operations"].items():
+        whole = "both" if "both" in operation["passes"] else "forward"
+        if whole not in operation["work"]:
+            continue
+        work = operation["work"][whole]
+        found[name] = (work["flops"] / work["bytes"], operation["passes"][whole])
+    memory = max(ways["copy"]["gb_per_s"] for _, ways in found.values())
+    intensities = [intensity for intensity, _ in found.values()]
+    left, right = min(intensities) / 2, max(*intensities, 2 * peak / memory)
+    axes.plot([left, peak / memory, right], [left * memory, peak, peak], color="black", linewidth=1)
+    for index, (name, (intensity, ways)) in enumerate(found.items()):
+        colour = palette(index % 20)
+        own = {entry["median_s"]: way for way, entry in ways.items() if way.startswith("fastmtl ")}
+        best = own[min(own)] if own else None
+        for way, marker in ((best, "o"), ("eager", "x")):
+            if way in ways:
+                label = f"{name}, {way}" if marker == "o" else None
+                axes.plot(intensity, 1e3 * ways[way]["tflop_per_s"], marker, color=colour, label=label)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="operations per byte",
+        ylabel="GFLOP/s",
+        title=f"Kernels under the roof of the best copy and a matrix product, {_size(result)}; x: eager torch",
+    )
+    axes.legend(fontsize=7, loc="lower right")
+    return "roofline"
+
+
+def _to_eager(axes: Any, result: dict[str, Any]) -> str:
+    """Times over eager torch's."""
+    labels, values, colours = [], [], []
+    for name, operation in result["operations"].items():
+        ways = operation["passes"]["both" if "both" in operation["passes"] else "forward"]
+        for way, entry in ways.items():
+            if entry["ratio_to_eager"] is not None and way not in ("copy", "eager", "fastmtl reference"):
+                labels.append(f"{name}: {way}")
+                values.append(entry["ratio_to_eager"])
+                colours.append("C0" if way.startswith("fastmtl") else "C7")
+    axes.barh(labels, values, color=colours)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set(xscale="log", xlabel="time over eager torch's, forward and backward", title=f"Kernels, {_size(result)}")
+    return "kernels"
+
+
+def _bars(axes: Any, result: dict[str, Any]) -> str:
+    entries = result["steps"] if "steps" in result else result["variants"]
+    medians = [1e3 * entry["median_s"] for entry in entries.values()]
+    spread = [
+        [1e3 * (entry["median_s"] - entry["p20_s"]) for entry in entries.values()],
+        [1e3 * (entry["p80_s"] - entry["median_s"]) for entry in entries.values()],
+    ]
+    axes.barh(list(entries), medians, xerr=spread, color=["C0" if _own(name) else "C7" for name in entries])
+    axes.invert_yaxis()
+    axes.set(xlabel="ms, median with 20 and 80 % quantiles", title=f"{result['benchmark']}, {_size(result)}")
+    return f"{result['benchmark']}-{result['shape']['name']}"
+
+
+def _points(axes: Any, result: dict[str, Any]) -> str:
+    points = result["points"]
+    for name in (key for key, value in points[0].items() if isinstance(value, dict)):
+        axes.plot([point["tasks"] for point in points], [1e3 * p[name]["median_s"] for p in points], "o-", label=name)
+    axes.set(xlabel="tasks", ylabel="ms", ylim=(0, None), title=f"{result['benchmark']}, {_size(result)}")
+    axes.legend()
+    return "surgery-tasks"
+
+
+def _own(name: str) -> bool:
+    return name not in ("transformers", "transformers compiled", "textbook", "torchjd", "matrix products")
+
+
+def _size(result: dict[str, Any]) -> str:
+    return f"{result['shape']['name']} in {result['precision']}"

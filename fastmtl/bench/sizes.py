@@ -1,0 +1,89 @@
+"""Sizes of encoders and lengths of texts: what all benchmarks measure on. Needs torch and numpy only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+SEED = 1
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# Tokens of three tasks' texts with [CLS] and [SEP], at these quantiles: pairs of questions, pairs of sentences,
+# sentences of reviews. Means 30, 28 and 25, the longest of 32 texts two to three times as long.
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.9, 0.97, 1.0)
+LENGTHS = ((10, 16, 21, 27, 35, 46, 60, 96), (9, 14, 18, 24, 33, 46, 62, 100), (4, 9, 16, 23, 33, 40, 48, 64))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An encoder's size, and the sequences of each task in a step."""
+
+    name: str
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    rows: int
+    vocabulary: int = 30522
+    positions: int = 512
+
+    @property
+    def parameters(self) -> int:
+        """Of the encoder: three tables, their LayerNorm, and in each layer four and two linear maps and two norms."""
+        d, wide = self.hidden, self.intermediate
+        layer = 4 * (d * d + d) + (d * wide + wide) + (wide * d + d) + 4 * d
+        return (self.vocabulary + self.positions + 2) * d + 2 * d + self.layers * layer
+
+
+SHAPES = {
+    "minilm": Shape("minilm", hidden=384, layers=6, heads=12, intermediate=1536, rows=32),
+    "bert-base": Shape("bert-base", hidden=768, layers=12, heads=12, intermediate=3072, rows=8),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a workload is made from.
+
+    tokens: of the whole step, an equal part for each task; None: each task has the shape's rows. device: "cpu" or
+    "cuda". precision: of weights and activations, a key of PRECISIONS. dropout: of hidden states and of attention's
+    probabilities.
+    """
+
+    shape: Shape
+    tasks: int = 3
+    tokens: int | None = None
+    device: str = "cpu"
+    precision: str = "fp32"
+    dropout: float = 0.0
+
+
+def lengths_of(shape: Shape, tasks: int, tokens: int | None = None) -> list[np.ndarray]:
+    """Tokens of each task's texts, ascending: int64 [texts] for each task.
+
+    tokens: of all tasks together, an equal part for each; None: each task has the shape's rows.
+    """
+    return [
+        lengths_of_rows(task, shape.rows)
+        if tokens is None
+        else lengths_of_tokens(task, tokens // tasks + (task < tokens % tasks))
+        for task in range(tasks)
+    ]
+
+
+def lengths_of_rows(task: int, rows: int) -> np.ndarray:
+    """int64 [rows], evenly over the quantiles: a few texts have the mean and the tail of many."""
+    found = np.interp((np.arange(rows) + 0.5) / rows, QUANTILES, LENGTHS[task % len(LENGTHS)])
+    return np.rint(found).astype(np.int64)
+
+
+def lengths_of_tokens(task: int, tokens: int) -> np.ndarray:
+    """As many texts as fit, each a little longer or shorter, so that they have `tokens` tokens in all."""
+    mean = lengths_of_rows(task, 1000).mean()
+    lengths = lengths_of_rows(task, max(round(tokens / mean), 1))
+    missing = tokens - int(lengths.sum())
+    lengths += missing // len(lengths)
+    lengths[: missing % len(lengths)] += 1
+    return lengths

@@ -1,0 +1,305 @@
+"""`fastmtl bench ...`. What the commands need is imported inside them: help must not wait for torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from fastmtl.commands.options import Debug
+from fastmtl.errors import UserError
+
+EXIT_SLOWER = 1
+
+ShapeName = Annotated[Literal["minilm", "bert-base"], typer.Option("--shape", help="The encoder's size.")]
+Tokens = Annotated[
+    int | None,
+    typer.Option(min=1024, metavar="N", help="Tokens of a step. Default: the shape's texts.", show_default=False),
+]
+Rounds = Annotated[int, typer.Option(min=1, metavar="N", help="Times that each takes its turn.")]
+Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to measure; cuda is the first GPU.")]
+Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="Of weights and activations.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Threads of torch. Default: as torch chooses.", show_default=False),
+]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Keep the result, all samples included.", show_default=False),
+]
+PlotDir = Annotated[
+    Path | None, typer.Option("--plot", metavar="DIR", help="Draw the result there, as SVG.", show_default=False)
+]
+Compare = Annotated[
+    Path | None,
+    typer.Option(
+        "--compare", metavar="OLD.json", help="Say what is slower or faster than in a kept result.", show_default=False
+    ),
+]
+FailSlower = Annotated[
+    bool, typer.Option("--fail-slower", help="With --compare: exit status 1 where something is slower than noise.")
+]
+Commit = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="git describe --always --dirty of a copy that has no .git.", show_default=False),
+]
+
+
+def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
+    """Adds the commands to the app."""
+    bench = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+    app.add_typer(bench, name="bench")
+
+    @bench.callback()
+    def about() -> None:
+        """Measure fastmtl on this machine against what it replaces.
+
+        Nothing is timed before its results have been compared with the oracle's.
+
+        [bold]Examples[/bold]
+
+          [cyan]fastmtl bench kernels --op varlen_attention[/cyan]
+          [cyan]fastmtl bench step[/cyan]
+          [cyan]fastmtl bench surgery --json new.json --plot plots --compare old.json[/cyan]
+          [cyan]fastmtl bench kernels --help[/cyan]
+        """
+
+    @bench.command("kernels")
+    def kernels(
+        op: Annotated[
+            list[str] | None, typer.Option(metavar="NAME", help="An operation; may be repeated.", show_default=False)
+        ] = None,
+        impl: Annotated[
+            list[str] | None,
+            typer.Option(
+                metavar="NAME",
+                help="fastmtl, cpp, triton, eager, compiled, peft, ...; may be repeated.",
+                show_default=False,
+            ),
+        ] = None,
+        shape: ShapeName = "minilm",
+        tasks: Annotated[int, typer.Option(min=1, metavar="N", help="Tasks of a step.")] = 3,
+        tokens: Tokens = None,
+        dropout: Annotated[float, typer.Option(min=0, max=0.9, help="Where the operation has one.")] = 0.1,
+        rounds: Rounds = 7,
+        device: Device = "cpu",
+        precision: Precision = "fp32",
+        threads: Threads = None,
+        json_file: JsonFile = None,
+        plot_dir: PlotDir = None,
+        compare: Compare = None,
+        fail_slower: FailSlower = False,
+        commit: Commit = None,
+        debug: Debug = False,
+    ) -> None:
+        """Every operation of fastmtl_kernels, forward and backward, beside eager torch, torch.compile and libraries.
+
+        Bytes and operations per second, as shares of a copy and of a matrix product measured in the same run. An
+        implementation whose output or gradients are not the oracle's is not timed. docs/benchmarks.md says how to read
+        it.
+
+        [bold]Examples[/bold]
+
+          [cyan]fastmtl bench kernels[/cyan]
+          [cyan]fastmtl bench kernels --op varlen_attention --op pool --impl fastmtl --impl eager[/cyan]
+          [cyan]fastmtl bench kernels --device cuda --precision bf16 --shape bert-base --tokens 8192[/cyan]
+          [cyan]fastmtl bench kernels --json new.json --plot plots --compare old.json[/cyan]
+        """
+        set_debug(debug)
+        old = _prepare(device, threads, json_file, compare)
+        from fastmtl.bench import ops
+        from fastmtl.bench.kernels import bench_kernels, check_impls
+        from fastmtl.bench.report import progress
+        from fastmtl.bench.sizes import SHAPES, Size
+
+        size = Size(SHAPES[shape], tasks, tokens, device, precision, dropout)
+        operations = op or list(ops.OPERATIONS)
+        check_impls(impl or [], size, operations)
+        with progress() as say:
+            result = bench_kernels(size, rounds, say, operations, impl or [], commit)
+        _tell(result, json_file, plot_dir, old, fail_slower)
+
+    @bench.command("surgery")
+    def surgery(
+        shape: ShapeName = "minilm",
+        tasks: Annotated[
+            int | None, typer.Option(min=2, metavar="N", help="Tasks of a step. Default: 3.", show_default=False)
+        ] = None,
+        tokens: Annotated[
+            int | None,
+            typer.Option(
+                min=1024,
+                metavar="N",
+                help="Tokens of a step, the same number for each task. Default: the shape's texts; with --sweep 8192.",
+                show_default=False,
+            ),
+        ] = None,
+        sweep: Annotated[bool, typer.Option("--sweep", help="Instead: 2 to 32 tasks in equally many tokens.")] = False,
+        rounds: Rounds = 7,
+        device: Device = "cpu",
+        precision: Precision = "fp32",
+        threads: Threads = None,
+        json_file: JsonFile = None,
+        plot_dir: PlotDir = None,
+        compare: Compare = None,
+        fail_slower: FailSlower = False,
+        commit: Commit = None,
+        debug: Debug = False,
+    ) -> None:
+        """What gradient surgery costs over joint training: time and memory of a step without the optimiser's update.
+
+        Beside fastmtl's variants run the textbook PCGrad loop on a padded BertModel, and TorchJD where it is installed.
+        Random weights. Every variant's gradient is compared with the textbook's first; a wrong one is an error.
+        docs/benchmarks.md says how to read the table.
+
+        [bold]Examples[/bold]
+
+        A few minutes on two cores:
+          [cyan]fastmtl bench surgery[/cyan]
+
+        A larger encoder, and a file for a program to read:
+          [cyan]fastmtl bench surgery --shape bert-base --threads 2 --json bert-base.json[/cyan]
+
+        On a GPU:
+          [cyan]fastmtl bench surgery --device cuda --precision bf16 --shape bert-base --tasks 8 --tokens 8192[/cyan]
+
+        The cost of more tasks, quickly:
+          [cyan]fastmtl bench surgery --sweep --tokens 2048 --rounds 3[/cyan]
+        """
+        set_debug(debug)
+        if sweep and tasks is not None:
+            raise UserError("--sweep and --tasks exclude each other: 2 to 32 tasks, or one number of them")
+        old = _prepare(device, threads, json_file, compare)
+        from fastmtl.bench.report import progress
+        from fastmtl.bench.sizes import SHAPES, Size
+        from fastmtl.bench.surgery import bench_tasks, bench_variants
+
+        size = Size(SHAPES[shape], tasks or 3, tokens, device, precision)
+        with progress() as say:
+            if sweep:
+                result = bench_tasks(size, rounds, say, commit=commit)
+            else:
+                result = bench_variants(size, rounds, say, commit=commit)
+        _tell(result, json_file, plot_dir, old, fail_slower)
+
+    @bench.command("step")
+    def step(
+        shape: ShapeName = "minilm",
+        tasks: Annotated[int, typer.Option(min=1, metavar="N", help="Tasks of a step.")] = 3,
+        tokens: Tokens = None,
+        rounds: Rounds = 7,
+        device: Device = "cpu",
+        precision: Precision = "fp32",
+        threads: Threads = None,
+        json_file: JsonFile = None,
+        plot_dir: PlotDir = None,
+        compare: Compare = None,
+        fail_slower: FailSlower = False,
+        commit: Commit = None,
+        debug: Debug = False,
+    ) -> None:
+        """A whole training step, dropout and AdamW included, beside transformers' and the matrix products alone.
+
+        [bold]Examples[/bold]
+
+          [cyan]fastmtl bench step[/cyan]
+          [cyan]fastmtl bench step --shape bert-base --threads 2[/cyan]
+        """
+        set_debug(debug)
+        old = _prepare(device, threads, json_file, compare)
+        from fastmtl.bench.report import progress
+        from fastmtl.bench.sizes import SHAPES, Size
+        from fastmtl.bench.step import bench_step
+
+        with progress() as say:
+            result = bench_step(Size(SHAPES[shape], tasks, tokens, device, precision), rounds, say, commit)
+        _tell(result, json_file, plot_dir, old, fail_slower)
+
+    @bench.command("gradients")
+    def gradients(
+        rounds: Rounds = 7,
+        tasks: Annotated[int, typer.Option(min=1, metavar="N", help="Task gradients.")] = 3,
+        columns: Annotated[int, typer.Option(min=1, metavar="N", help="Numbers of each; BERT-base's.")] = 110_000_000,
+        device: Device = "cpu",
+        threads: Threads = None,
+        json_file: JsonFile = None,
+        debug: Debug = False,
+    ) -> None:
+        """The speed of gramian and combine, as a share of that of a memory copy of as many bytes.
+
+        [bold]Examples[/bold]
+
+          [cyan]fastmtl bench gradients[/cyan]
+          [cyan]fastmtl bench gradients --device cuda --tasks 8 --json gradients.json[/cyan]
+        """
+        set_debug(debug)
+        _prepare(device, threads, json_file, None)
+        import torch
+
+        from fastmtl.bench.gradients import bench_gradients
+        from fastmtl.bench.report import progress
+
+        with progress() as say:
+            result = bench_gradients(torch.device(device), rounds, say, tasks, columns)
+        _tell(result, json_file, None, None, False)
+
+    @bench.command("plot", no_args_is_help=True)
+    def plot(
+        file: Annotated[Path, typer.Argument(metavar="RESULT.json", help="What --json kept.")],
+        directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the pictures go.")],
+        debug: Debug = False,
+    ) -> None:
+        """Draw a kept result: a roofline for kernels, bars for a step and surgery.
+
+        A result that does not name its device, driver, versions and commit is refused.
+
+        [bold]Example[/bold]
+
+          [cyan]fastmtl bench plot kernels.json plots[/cyan]
+        """
+        set_debug(debug)
+        from fastmtl.bench import compare
+        from fastmtl.bench.plot import plot as draw
+
+        for path in draw(compare.read(file), directory):
+            print(f"drawn in {path}")
+
+
+def _prepare(device: str, threads: int | None, json_file: Path | None, old: Path | None) -> dict[str, Any] | None:
+    """Says before minutes of measuring what cannot be done after them. Returns the result to compare with."""
+    import torch
+
+    from fastmtl.bench import compare
+    from fastmtl.bench.report import check_file
+
+    check_file(json_file)
+    found = None if old is None else compare.read(old)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU here; `fastmtl doctor` says why")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return found
+
+
+def _tell(
+    result: dict[str, Any], json_file: Path | None, plot_dir: Path | None, old: dict[str, Any] | None, fail: bool
+) -> None:
+    from fastmtl.bench import compare
+    from fastmtl.bench.plot import plot
+    from fastmtl.bench.report import save, show, show_changes, wide
+
+    console = wide()
+    show(result, console)
+    if json_file is not None:
+        save(result, json_file)
+        print(f"saved in {json_file}")
+    if plot_dir is not None:
+        for path in plot(result, plot_dir):
+            print(f"drawn in {path}")
+    if old is not None:
+        changes = compare.changes(old, result)
+        show_changes(changes, old, result, console)
+        if fail and any(change.verdict == "slower" for change in changes):
+            raise typer.Exit(EXIT_SLOWER)
