@@ -64,6 +64,16 @@ class HeadConfig(Section):
     adjustment: bool = Field(False, description="classification: a learned matrix maps the classes' probabilities")
 
 
+class MnrConfig(Section):
+    """The loss `mnr`: each similar pair against the other similar pairs of the batch, on all ranks."""
+
+    scale: float = Field(20.0, gt=0, description="of the cosines")
+    similar: float = Field(0.8, gt=0, le=1, description="regression: share of the range from which a pair is similar")
+    cached: bool = Field(
+        False, description="the batch is the whole optimiser step; costs a forward pass more and no memory"
+    )
+
+
 class FileConfig(Section):
     """Where a task's rows are. `format` names a known layout; `columns` maps id, text, text_pair, label to columns of
     any CSV, TSV, JSONL, Parquet.
@@ -94,6 +104,8 @@ class TaskConfig(Section):
         None, description="one, several (their sum), or {loss: weight}; default: cross_entropy, bce or mse by type"
     )
     bins: int = Field(6, ge=2, description="regression by cross_entropy: scores, evenly spread over the range")
+    mnr: MnrConfig = Field(default_factory=MnrConfig)
+    margin: float = Field(0.0, ge=-1, lt=1, description="cosine_embedding: cosine that pairs of class 0 may have")
     weight: float = Field(1.0, gt=0, description="fixed weight of the task's loss, applied before gradient surgery")
     metric: str | None = Field(None, description="default: accuracy, accuracy or pearson by type")
 

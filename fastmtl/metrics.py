@@ -81,6 +81,16 @@ def confusion(task: TaskConfig, scores: np.ndarray, labels: Any) -> np.ndarray:
     return confusion_matrix(np.asarray(labels).astype(np.int64), predicted_labels(task, scores), labels=classes)
 
 
+def label_statistics(task: TaskConfig, labels: Any) -> dict[str, float]:
+    """Rows of each class under its id, or mean, deviation, smallest and largest label of a regression task."""
+    labels = np.asarray(labels)
+    if task.type != "regression":
+        num_classes = 2 if task.type == "binary" else task.num_labels or 0
+        return {str(k): int(n) for k, n in enumerate(np.bincount(labels.astype(np.int64), minlength=num_classes))}
+    values = {"mean": labels.mean(), "deviation": labels.std(), "smallest": labels.min(), "largest": labels.max()}
+    return {name: round(float(value), 4) for name, value in values.items()}
+
+
 def mean_score(metrics: dict[str, dict[str, float]], recipe: Recipe) -> float:
     """The mean of every task's own metric (`tasks.<task>.metric`) over the tasks that were evaluated."""
     values = [metrics[name][task.metric_name] for name, task in recipe.tasks.items() if name in metrics]

@@ -15,6 +15,7 @@ from fastmtl.data.corpus import Corpus
 from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.engine.distributed import Ranks
 from fastmtl.evaluation import Scores
+from fastmtl.metrics import label_statistics
 from fastmtl.model.add_task import Addition
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.model.pretrained import save_model
@@ -81,9 +82,15 @@ class RunFiles:
             if split == "dev" and file.is_file():
                 assert dataset.labels is not None
                 kept[name] = (np.load(file), dataset.labels)
-        counts: dict[str, dict[str, dict[str, int]]] = {}
+        counts: dict[str, dict[str, dict[str, Any]]] = {}
         for name, split, dataset in self._datasets():
-            numbers = {"rows": len(dataset), "skipped": len(dataset.skipped), "truncated": dataset.truncated}
+            numbers: dict[str, Any] = {
+                "rows": len(dataset),
+                "skipped": len(dataset.skipped),
+                "truncated": dataset.truncated,
+            }
+            if dataset.labels is not None and len(dataset):
+                numbers["labels"] = label_statistics(self._recipe.tasks[name], dataset.labels)
             counts.setdefault(name, {})[split] = numbers
         results = collect_results(
             self._recipe, kept, counts, steps=steps, seconds=seconds, world_size=self._ranks.world

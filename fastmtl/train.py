@@ -26,6 +26,7 @@ from fastmtl.engine.gather import gathered_state_dict
 from fastmtl.evaluation import Scores, score
 from fastmtl.metrics import check_metrics, evaluate_predictions, mean_score, selected_score
 from fastmtl.model.add_task import complete
+from fastmtl.model.cached_pairs import cache_pairs
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.model.pretrained import load_encoder, load_tokenizer
 from fastmtl.ranges import each, named
@@ -101,6 +102,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int
         for micro_batches in each("data", stream.epoch(at.epoch, at.step_in_epoch)):
             with named("data"):
                 micro_batches = [batch.to(ranks.device) for batch in micro_batches]
+            micro_batches = cache_pairs(engine.module, micro_batches)
             counts = dict(zip(recipe.task_names, micro_batches[0].group_counts or (), strict=True))
             weights = stream.loss_weights(at.epoch, at.step_in_epoch)
             info = surgery.run(micro_batches, loss_fn, counts, weights)

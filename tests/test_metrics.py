@@ -14,6 +14,7 @@ from fastmtl.metrics import (
     check_metrics,
     confusion,
     evaluate_predictions,
+    label_statistics,
     mean_score,
     predicted_labels,
     selected_score,
@@ -62,6 +63,13 @@ def test_binary_threshold_and_float_labels() -> None:
     labels = np.array([0.0, 1.0, 0.0, 0.0], dtype=np.float32)
     assert evaluate_predictions(BINARY, scores, labels)["accuracy"] == pytest.approx(0.75)
     assert confusion(BINARY, scores, labels).tolist() == [[2, 1], [0, 1]]
+
+
+def test_label_statistics() -> None:
+    assert label_statistics(CLASSES, [0, 2, 2]) == {"0": 1, "1": 0, "2": 2}
+    assert label_statistics(BINARY, np.array([0.0, 1.0, 1.0])) == {"0": 1, "1": 2}
+    found = label_statistics(REGRESSION, [1.0, 2.0, 6.0])
+    assert found == {"mean": 3.0, "deviation": 2.1602, "smallest": 1.0, "largest": 6.0}
 
 
 def test_confusion_keeps_classes_that_do_not_occur() -> None:

@@ -32,7 +32,8 @@ SCORED = {
     "para": (np.array([0.9, 0.2, 0.7]), np.array([1.0, 0.0, 0.0])),
     "sts": (np.array([0.5, 2.0, 4.5, 3.0]), np.array([0.0, 2.5, 5.0, 2.0])),
 }
-DATA = {"sst": {"train": {"rows": 8544, "skipped": 2, "truncated": 7}}}
+LABELS = {"0": 1092, "1": 2218, "2": 5234}
+DATA = {"sst": {"train": {"rows": 8544, "skipped": 2, "truncated": 7, "labels": LABELS}}}
 
 
 def step_line(step: int, **changes: object) -> dict:
@@ -149,6 +150,10 @@ def test_confusion_matrix_holds_the_counts(built: Path) -> None:
     assert table is not None
     assert re.findall(r">(\d+)<small>", table[0]) == ["1", "0", "0", "0", "1", "0", "0", "1", "1"]
     assert re.findall(r'scope="row">(\w+)<', table[0]) == ["bad", "fair", "good"]
+
+
+def test_shares_of_the_labels_are_told(built: Path) -> None:
+    assert "12.8%" in (built / "report.html").read_text()  # 1092 of 8544
 
 
 def test_no_placeholder_colour_is_left(built: Path) -> None:

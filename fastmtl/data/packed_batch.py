@@ -31,6 +31,7 @@ class PackedBatch:
     group_counts: rows of each task over all ranks and micro-batches of this optimiser step (T host integers), None
     outside training.
     host: the same offsets as Python integers, so that no op waits for the device.
+    cached: what fastmtl.model.cached_pairs knows of the whole step, where a task's loss asks for it.
     """
 
     input_ids: Tensor
@@ -44,6 +45,7 @@ class PackedBatch:
     pairs: tuple[Tensor | None, ...]
     host: HostOffsets
     group_counts: tuple[int, ...] | None = None
+    cached: Any = None
 
     @property
     def num_tasks(self) -> int:

@@ -1,4 +1,4 @@
-"""Losses of a head's outputs by name, one value per example, and a task's weighted sum of them."""
+"""Losses of a head's outputs by name, one value per example, and a task's weighted sum of all its losses."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch.nn import functional
 
 from fastmtl.config import TaskConfig
 from fastmtl.errors import UserError, unknown_name
+from fastmtl.model.pair_losses import PAIR_LOSSES, PairLoss
+
+Function = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Loss:
     What outputs and targets mean for a type and loss stands in outputs.py.
     """
 
-    function: Callable[[Tensor, Tensor], Tensor]
+    function: Function
     types: tuple[str, ...]
 
 
@@ -46,22 +49,45 @@ LOSSES = {
 }
 
 
-def build_loss(task: TaskConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """The weighted sum of the task's losses, as a `Loss.function`.
+class TaskLoss:
+    """pairs: (weight, loss) of the pair's vectors; see pair_losses.py. The others are of the outputs."""
 
-    Raises UserError for an unknown name, one that does not fit the task's type, and two that read outputs differently.
-    """
+    def __init__(self, outputs: list[tuple[float, Function]], pairs: list[tuple[float, PairLoss]]) -> None:
+        self._outputs, self.pairs = outputs, pairs
+
+    @property
+    def reads_outputs(self) -> bool:
+        return bool(self._outputs)
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The weighted sum [E] of the losses of the outputs; without one zeros that depend on them."""
+        terms = [weight * function(outputs, targets) for weight, function in self._outputs]
+        return torch.stack(terms or [0.0 * outputs.sum(1)]).sum(0)
+
+    def of_pairs(self, u: Tensor, v: Tensor, labels: Tensor) -> Tensor:
+        """The weighted sum [E] of the losses of u, v [E, d]."""
+        return torch.stack([weight * loss(u, v, labels) for weight, loss in self.pairs]).sum(0)
+
+
+def build_loss(task: TaskConfig) -> TaskLoss:
+    """Raises UserError for an unknown name, one that does not fit the task, and two that read outputs differently."""
+    types = {name: loss.types for name, loss in LOSSES.items()}
+    types.update({name: loss.types for name, loss in PAIR_LOSSES.items()})
     for name in task.losses:
-        if name not in LOSSES:
-            raise unknown_name("loss", name, LOSSES)
-        if task.type not in LOSSES[name].types:
-            fitting = " or ".join(other for other, loss in LOSSES.items() if task.type in loss.types)
+        if name not in types:
+            raise unknown_name("loss", name, types)
+        if task.type not in types[name]:
+            fitting = " or ".join(other for other, fits in types.items() if task.type in fits)
             raise UserError(f"loss: {name} does not fit a {task.type} task; use {fitting}")
+        if name in PAIR_LOSSES and task.pairs != "bi":
+            raise UserError(f"loss: {name} compares the vectors of two texts: it needs pairs: bi, not pairs: cross")
     if {"cross_entropy", "mse"} <= task.losses.keys():
         raise UserError("loss: cross_entropy reads the outputs as logits and mse as a score: take one of the two")
-    terms = [(LOSSES[name].function, weight) for name, weight in task.losses.items()]
-
-    def total(outputs: Tensor, targets: Tensor) -> Tensor:
-        return torch.stack([weight * function(outputs, targets) for function, weight in terms]).sum(0)
-
-    return total
+    for key, name in (("mnr", "mnr"), ("margin", "cosine_embedding")):
+        default = TaskConfig.model_fields[key].get_default(call_default_factory=True)
+        if name not in task.losses and getattr(task, key) != default:
+            raise UserError(f"{key}: a setting of the loss {name}, which is not among this task's: {task.loss_name}")
+    return TaskLoss(
+        [(weight, LOSSES[name].function) for name, weight in task.losses.items() if name in LOSSES],
+        [(weight, PAIR_LOSSES[name](task)) for name, weight in task.losses.items() if name in PAIR_LOSSES],
+    )

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastmtl.config import OptimizerConfig, Recipe
+from fastmtl.config import OptimizerConfig, Recipe, TaskConfig
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
 from fastmtl.model.adapters import build_adapter
 from fastmtl.model.encoder import PackedBert, Pooler
 from fastmtl.model.heads import build_head
 from fastmtl.model.heads.embed import Recurrent
-from fastmtl.model.losses import build_loss
+from fastmtl.model.losses import TaskLoss, build_loss
 from fastmtl.model.outputs import predictions, targets
 from fastmtl.model.pooling import pooling
 
 if TYPE_CHECKING:
     from fastmtl.surgery.task_gradients import TaskGradients
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Of a task in a batch: outputs float32 [E, num_outputs]; u, v [E, d] that they were made of, v None where an
+    example is one sequence.
+    """
+
+    outputs: Tensor
+    u: Tensor
+    v: Tensor | None
 
 
 class MultiTaskModel(nn.Module):
@@ -37,10 +49,16 @@ class MultiTaskModel(nn.Module):
         self.encoder = encoder
         self.adapter = build_adapter(recipe.adapter, encoder.config, recipe.task_names)
         heads, self.losses = [], []
+        autocast = recipe.deepspeed.get("torch_autocast", {}).get("enabled")
         for name, task in recipe.tasks.items():
             try:
                 heads.append(build_head(task, encoder.config.hidden_size, encoder.config.initializer_range))
                 self.losses.append(build_loss(task))
+                if task.mnr.cached and autocast:
+                    raise UserError(
+                        "mnr.cached: its first pass is not under deepspeed.torch_autocast; use precision: bf16"
+                    )
+                _check_trained(task, heads[-1], self.losses[-1])
                 pooling(task.pooling)
                 if task.pooling == "pooler":
                     encoder.use_pooler()
@@ -68,19 +86,16 @@ class MultiTaskModel(nn.Module):
         task_grads: where the encoder's layers write task gradients while it is armed.
         Raises ValueError where losses are asked for and a task's examples have no labels.
         """
-        results: dict[str, Any] = {}
-        for index, (name, outputs) in enumerate(self._outputs(batch, task_grads).items()):
-            task, labels, count = self.recipe.tasks[name], batch.labels[index], batch.counts[index]
-            if returns == "predictions":
-                if count:
-                    results[name] = predictions(task, outputs)
-            elif count == 0:
-                results[name] = (outputs.sum(), 0)
-            elif labels is None:
-                raise ValueError(f"task '{name}': the batch has no labels for its examples")
-            else:
-                results[name] = (self.losses[index](outputs, targets(task, labels)).sum(), count)
-        return results
+        if batch.cached is not None:
+            batch.cached.random.restore()
+        examples = self.examples(batch, task_grads)
+        if returns == "predictions":
+            tasks = zip(self.recipe.tasks.items(), examples, batch.counts, strict=True)
+            return {name: predictions(task, found.outputs) for (name, task), found, count in tasks if count}
+        return {
+            name: (self._loss(index, found, batch), batch.counts[index])
+            for index, (name, found) in enumerate(zip(self.recipe.task_names, examples, strict=True))
+        }
 
     def predict(self, batch: PackedBatch) -> dict[str, Tensor]:
         """Per task that has examples, in the order of its example_ids, fp32.
@@ -127,26 +142,41 @@ class MultiTaskModel(nn.Module):
                     groups.append({"params": parameters, "lr": lr, "weight_decay": decay, "name": name})
         return groups
 
-    def _outputs(self, batch: PackedBatch, task_grads: TaskGradients | None) -> dict[str, Tensor]:
-        """Every head's outputs, float32 [E_t, num_outputs], E_t = 0 included."""
+    def examples(self, batch: PackedBatch, task_grads: TaskGradients | None = None) -> list[Examples]:
+        """What every task's head makes of its examples, of none too."""
         hidden = self.encoder(batch, self.adapter, task_grads)
         pooled = {name: pooling(name)(hidden, batch) for name in self._poolings()}
         if "pooler" in pooled:
             assert isinstance(self.encoder.pooler, Pooler)
             pooled["pooler"] = self.encoder.pooler(pooled["pooler"], batch, task_grads)
-        outputs = {}
+        found = []
         for index, (name, head) in enumerate(zip(self.recipe.task_names, self.heads, strict=True)):
-            vectors = self._vectors(index, hidden, pooled, batch)
-            pairs = batch.pairs[index]
-            if self.recipe.tasks[name].pairs == "cross":
-                outputs[name] = head(vectors, None).float()
-                continue
-            if pairs is None and len(vectors):
-                raise UserError(f"tasks.{name}.pairs: bi, but its examples are single texts")
-            first = batch.host.seq_offsets[index]
-            u, v = (vectors, vectors) if pairs is None else (vectors[pairs[:, k] - first] for k in range(2))
-            outputs[name] = head(u, v).float()
-        return outputs
+            u, v = self._vectors(index, hidden, pooled, batch), None
+            if self.recipe.tasks[name].pairs == "bi":
+                pairs, first = batch.pairs[index], batch.host.seq_offsets[index]
+                if pairs is None and len(u):
+                    raise UserError(f"tasks.{name}.pairs: bi, but its examples are single texts")
+                u, v = (u, u) if pairs is None else (u[pairs[:, 0] - first], u[pairs[:, 1] - first])
+            found.append(Examples(head(u, v).float(), u, v))
+        return found
+
+    def _loss(self, index: int, found: Examples, batch: PackedBatch) -> Tensor:
+        """The sum over a task's examples."""
+        name, task = list(self.recipe.tasks.items())[index]
+        loss, labels, count = self.losses[index], batch.labels[index], batch.counts[index]
+        if labels is None:
+            if count:
+                raise ValueError(f"task '{name}': the batch has no labels for its examples")
+            labels = found.outputs.new_zeros(0)
+        total = loss(found.outputs, targets(task, labels)).sum() if count else found.outputs.sum()
+        if loss.pairs:
+            assert found.v is not None
+            if task.mnr.cached and batch.cached is None:
+                raise ValueError(f"task '{name}': mnr.cached: give the step's micro-batches to cache_pairs first")
+            cached = None if batch.cached is None else batch.cached.tasks.get(index)
+            terms = loss.of_pairs(found.u, found.v, labels) if cached is None else cached.of_pairs(found.u, found.v)
+            total = total + terms.sum()
+        return total
 
     def _poolings(self) -> list[str]:
         """Those that some task's head looks at."""
@@ -161,3 +191,14 @@ class MultiTaskModel(nn.Module):
             lengths = np.diff(batch.host.cu_seqlens[start : stop + 1]).tolist()
             return embed(hidden[slice(*batch.host.token_offsets[index : index + 2])], lengths)
         return embed(pooled[self.recipe.tasks[name].pooling][start:stop])
+
+
+def _check_trained(task: TaskConfig, head: nn.Module, loss: TaskLoss) -> None:
+    """Refuses a head whose weights no loss would train."""
+    own = [name for name, _ in head.named_parameters() if not name.startswith("embed.")]
+    if own and not loss.reads_outputs:
+        default = {"binary": "bce", "regression": "mse"}[task.type]
+        raise UserError(
+            f"loss: {task.loss_name} is of u and v, so the weights of the {task.head.name} head would stay random: use "
+            f"head.name: cosine, or add a loss of the outputs, as in [{default}, {next(iter(task.losses))}]"
+        )

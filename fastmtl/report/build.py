@@ -9,7 +9,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from fastmtl.config import Recipe, load_recipe
+from fastmtl.config import Recipe, TaskConfig, load_recipe
 from fastmtl.errors import UserError
 from fastmtl.metrics import metric_names
 from fastmtl.report import page, plots
@@ -65,7 +65,7 @@ def write_report(output: Path, results: dict[str, Any] | None = None) -> Path:
             _gradients(recipe, steps),
         ),
         page.section("Speed and schedule", "", _speed(steps)),
-        page.section("Data", "", [_data(results)] if results["data"] else []),
+        page.section("Data", "", [_data(recipe, results)] if results["data"] else []),
         page.section("Versions and settings", "", [_versions(results)]),
         page.details("config.yaml: the complete recipe of this run", config.read_text(encoding="utf-8")),
     ]
@@ -226,14 +226,28 @@ def _speed(steps: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _data(results: dict[str, Any]) -> str:
+def _data(recipe: Recipe, results: dict[str, Any]) -> str:
     rows = [
-        [f"{task}, {split}", *(f"{counts[key]:,}" for key in ("rows", "skipped", "truncated"))]
+        [
+            f"{task}, {split}",
+            *(f"{counts[key]:,}" for key in ("rows", "skipped", "truncated")),
+            _labels(recipe.tasks[task], counts.get("labels", {})),
+        ]
         for task, splits in results["data"].items()
         for split, counts in splits.items()
     ]
-    head = ["file", "rows", "bad rows skipped", "texts truncated"]
+    head = ["file", "rows", "bad rows skipped", "texts truncated", "labels"]
     return page.table("Rows read", head, rows, frozenset())
+
+
+def _labels(task: TaskConfig, labels: dict[str, float]) -> str:
+    if not labels:
+        return ""
+    if task.type == "regression":
+        return ", ".join(f"{name} {value:.3g}" for name, value in labels.items())
+    names = task.label_names or list(labels)
+    total = sum(labels.values())
+    return ", ".join(f"{name}: {n / total:.1%}" for name, n in zip(names, labels.values(), strict=True))
 
 
 def _versions(results: dict[str, Any]) -> str:

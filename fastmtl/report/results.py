@@ -20,7 +20,7 @@ SCATTER_POINTS = 800  # more would only make the file larger: the points overlap
 def collect_results(
     recipe: Recipe,
     scored: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    data: Mapping[str, Mapping[str, Mapping[str, int]]],
+    data: Mapping[str, Mapping[str, Mapping[str, Any]]],
     *,
     steps: int,
     seconds: float,
@@ -29,7 +29,8 @@ def collect_results(
     """The results of a run as JSON values.
 
     scored: {task: (scores, labels)} of the dev rows, as `MultiTaskModel.predict` and the data set give them.
-    data: {task: {"train" | "dev": {"rows": n, "skipped": n, "truncated": n}}}.
+    data: {task: {"train" | "dev": {"rows": n, "skipped": n, "truncated": n, "labels": of
+    `label_statistics`}}}.
     steps, seconds: optimiser steps of the whole run, and the time that they took.
     """
     dev = {name: evaluate_predictions(recipe.tasks[name], *pair) for name, pair in scored.items()}

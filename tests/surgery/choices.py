@@ -34,15 +34,29 @@ TASKS: dict[str, dict[str, Any]] = {
         **_PAIRS,
         "head": {"name": "linear_cosine", "features": ["u", "v", "product"], "projection": 5},
     },
+    "ranked": {
+        "type": "binary",
+        **_PAIRS,
+        "loss": "mnr",
+        "mnr": {"scale": 5.0},
+        "head": {"name": "cosine", "projection": 4},
+    },
+    "embedded": {"type": "binary", **_PAIRS, "loss": {"cosine_embedding": 1.0, "bce": 0.5}, "margin": -0.5},
+    "both": {**_SCORE, **_PAIRS, "loss": {"mse": 1.0, "mnr": 0.5}, "mnr": {"scale": 3.0, "similar": 0.4}},
 }
 ROWS = 4  # of each task in a step
 STEPS = 2
 
 
-def make_recipe(method: str = "pcgrad", zero: int = 1, accumulation: int = 1, **sections: Any) -> Recipe:
+def make_recipe(
+    method: str = "pcgrad", zero: int = 1, accumulation: int = 1, *, cached: bool = False, **sections: Any
+) -> Recipe:
+    """cached: negatives of the whole step, as of the joined batch, not of the micro-batch."""
     tasks = {}
     for name, task in TASKS.items():
         tasks[name] = {**task, "data": {"train": "none"}, "head": {"dropout": 0.0, **task.get("head", {})}}
+        if "mnr" in task.get("loss", ""):
+            tasks[name]["mnr"] = {**task.get("mnr", {}), "cached": cached}
     values = {
         "adapter": {"name": "low_rank", "size": 3},
         "tasks": tasks,

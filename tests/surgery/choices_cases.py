@@ -10,6 +10,7 @@ from typing import Any
 import choices
 from safetensors.torch import save_file
 
+from fastmtl.model.cached_pairs import cache_pairs
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery.gradient_surgery import GradientSurgery
 
@@ -55,7 +56,7 @@ def run_steps(target: Any, model: MultiTaskModel, method: str, parts: list[int],
         return model(batch, task_grads)
 
     for step in range(choices.STEPS):
-        batches = [choices.make_batches(recipe, step, of)[part] for part in parts]
+        batches = cache_pairs(model, [choices.make_batches(recipe, step, of)[part] for part in parts])
         info = surgery.run(batches, loss_fn if hasattr(target, "module") else plain, choices.counts(recipe))
         assert info.skipped is None
         step_fn()
@@ -68,7 +69,7 @@ def main(directory: Path) -> None:
 
     ranks = start()
     for case in CASES:
-        recipe = choices.make_recipe(case.method, case.zero, case.accumulation)
+        recipe = choices.make_recipe(case.method, case.zero, case.accumulation, cached=case.accumulation > 1)
         model = choices.make_model(recipe)
         engine = build_engine(recipe, model, ranks.world, choices.STEPS)
         acc = case.accumulation

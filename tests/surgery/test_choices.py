@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastmtl.model.cached_pairs import cache_pairs
 from fastmtl.surgery import GradientSurgery
 from fastmtl.surgery.methods import draw_order
 
@@ -28,9 +29,9 @@ from loads import merge  # noqa: E402
     ],
 )
 def test_one_pass_equals_one_backward_per_task(method: str, storage: str, parts: int) -> None:
-    recipe = choices.make_recipe(method)
-    exact = choices.make_model(recipe).double()
-    rows, own = choices.jacobian(exact, choices.make_batches(recipe, 0, 1)[0])
+    exact = choices.make_model(choices.make_recipe(method)).double()
+    rows, own = choices.jacobian(exact, choices.make_batches(exact.recipe, 0, 1)[0])
+    recipe = choices.make_recipe(method, cached=parts > 1)
     model = choices.make_model(recipe)
     surgery = GradientSurgery(
         torch.optim.SGD(model.parameters(), lr=0.1),
@@ -41,7 +42,7 @@ def test_one_pass_equals_one_backward_per_task(method: str, storage: str, parts:
         storage=storage,  # type: ignore[arg-type]
         seed=3,
     )
-    batches = choices.make_batches(recipe, 0, parts)
+    batches = cache_pairs(model, choices.make_batches(recipe, 0, parts))
     info = surgery.run(batches, lambda b, task_grads: model(b, task_grads), choices.counts(recipe))
     weights = torch.ones(len(rows), dtype=torch.float64)
     if method == "sum":

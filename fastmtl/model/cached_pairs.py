@@ -1,0 +1,69 @@
+"""Losses of pairs over a whole optimiser step, at the memory of one micro-batch.
+
+A first pass without a graph makes u and v of every micro-batch. The loss of them all gives their gradients, du and dv,
+and in the step itself the loss of a micro-batch is u . du + v . dv, whose gradient is the same.
+Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (GradCache).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.model.heads.features import precise
+from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.surgery.random_state import RandomState
+
+
+@dataclass(frozen=True)
+class CachedTask:
+    """Of a task's examples in one micro-batch: du, dv [E, d] and the losses [E] that they are gradients of."""
+
+    du: Tensor
+    dv: Tensor
+    losses: Tensor
+
+    def of_pairs(self, u: Tensor, v: Tensor) -> Tensor:
+        """The losses [E], with the gradients of the whole step's."""
+        linear = (precise(u) * self.du).sum(1) + (precise(v) * self.dv).sum(1)
+        return linear + (self.losses - linear).detach()
+
+
+@dataclass(frozen=True)
+class CachedPairs:
+    """random: the state that the micro-batch's forward began with: its dropout masks have to be the same again."""
+
+    random: RandomState
+    tasks: dict[int, CachedTask]
+
+
+def cache_pairs(model: MultiTaskModel, micro_batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+    """The same micro-batches, with `cached` where some task's loss has `mnr.cached`. Every rank calls it."""
+    indices = [
+        index for index, task in enumerate(model.recipe.tasks.values()) if task.mnr.cached and "mnr" in task.losses
+    ]
+    if not indices:
+        return list(micro_batches)
+    states, vectors = [], []
+    for batch in micro_batches:
+        states.append(RandomState.capture(batch.input_ids.device))
+        with torch.no_grad():
+            vectors.append(model.examples(batch))
+    tasks: list[dict[int, CachedTask]] = [{} for _ in micro_batches]
+    for index in indices:
+        counts = [batch.counts[index] for batch in micro_batches]
+        u, v = (precise(torch.cat([getattr(found[index], name) for found in vectors])) for name in ("u", "v"))
+        labels = [batch.labels[index] for batch in micro_batches]
+        known_labels = torch.cat([u.new_zeros(0), *(x for x in labels if x is not None)])
+        losses = model.losses[index].of_pairs(u.requires_grad_(), v.requires_grad_(), known_labels)
+        gradients = torch.autograd.grad(losses.sum(), (u, v))
+        pieces = zip(*(x.split(counts) for x in (*gradients, losses.detach())), strict=True)
+        for known, piece in zip(tasks, pieces, strict=True):
+            known[index] = CachedTask(*piece)
+    cached = [CachedPairs(state, known) for state, known in zip(states, tasks, strict=True)]
+    return [dataclasses.replace(batch, cached=known) for batch, known in zip(micro_batches, cached, strict=True)]
