@@ -40,7 +40,8 @@ class AdapterConfig(Section):
     size: int = Field(204, ge=1, description="pal, low_rank: hidden size d_s; lora: rank")
     heads: int = Field(12, ge=1, description="pal: attention heads")
     activation: Literal["identity", "gelu"] = "identity"
-    dropout: float | dict[str, float] = Field(0.0, description="lora: on TS(h), one number or one per task")
+    projections: int = Field(1, ge=1, le=3, description="pal: linear maps in V_E and in V_D")
+    dropout: float | dict[str, float] = Field(0.0, description="on TS(h), one number or one per task")
     init: Literal["default", "xavier", "no_influence"] = "default"
     layers: list[int] | None = Field(None, description="layers that carry the adapter; default all")
 

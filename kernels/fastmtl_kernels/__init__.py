@@ -10,6 +10,8 @@ from fastmtl_kernels.add_layer_norm import add_layer_norm
 from fastmtl_kernels.api import Implementation, combine, gramian, implementations
 from fastmtl_kernels.dropout import dropout
 from fastmtl_kernels.embed_layer_norm import embed_layer_norm
+from fastmtl_kernels.low_rank import lora, low_rank
+from fastmtl_kernels.pal import pal
 from fastmtl_kernels.pool import pool
 from fastmtl_kernels.varlen_attention import varlen_attention
 from fastmtl_kernels.weights import gradvac_weights, pcgrad_weights
@@ -23,6 +25,9 @@ __all__ = [
     "gradvac_weights",
     "gramian",
     "implementations",
+    "lora",
+    "low_rank",
+    "pal",
     "pcgrad_weights",
     "pool",
     "varlen_attention",

@@ -7,13 +7,13 @@ tests) by the reference only. No operation is differentiable.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmtl_kernels import dispatch, gradients, reference
+from fastmtl_kernels import dispatch, gradients, low_rank_maps, reference
 
 Impl = Literal["auto", "reference", "cpp", "cuda", "triton"]
 Grads = Tensor | Sequence[Sequence[Tensor]]
@@ -33,6 +33,13 @@ _ROWS = {
     "reference": "plain torch",
 }
 _ROW_OPERATIONS = ("varlen_attention", "add_layer_norm", "embed_layer_norm", "dropout", "pool")
+# The same of the operations with parameters of each task.
+_ADAPTERS = {
+    "triton": f"Triton, ranks up to {low_rank_maps.MAX_RANK}",
+    "torch": "matrix products by torch",
+    "reference": "plain torch",
+}
+_ADAPTER_OPERATIONS = ("low_rank", "lora", "pal")
 
 
 class Implementation(NamedTuple):
@@ -51,17 +58,10 @@ def implementations(device: str | torch.device = "cpu") -> dict[str, list[Implem
         For each operation its implementations, fastest first: the name for `impl=`, whether it can be used, the reason
         if not or what it is, and whether `impl="auto"` picks it.
     """
-    reasons = {impl: _why_not(impl, torch.device(device)) for impl in _FASTEST_FIRST}
-    auto = next(impl for impl, reason in reasons.items() if not reason)
-    gradient_impls = [
-        Implementation(impl, not reason, reason or _FASTEST_FIRST[impl], impl == auto)
-        for impl, reason in reasons.items()
-    ]
-    row_reasons = {impl: dispatch.why_not(impl, torch.device(device)) for impl in dispatch.IMPLS}
-    auto = next(impl for impl, reason in row_reasons.items() if not reason)
-    row_impls = [
-        Implementation(impl, not reason, reason or _ROWS[impl], impl == auto) for impl, reason in row_reasons.items()
-    ]
+    on = torch.device(device)
+    gradient_impls = _listed(_FASTEST_FIRST, lambda impl: _why_not(impl, on))
+    row_impls = _listed(_ROWS, lambda impl: dispatch.why_not(impl, on))
+    adapter_impls = _listed(_ADAPTERS, lambda impl: low_rank_maps.why_not(impl, on))
     on_device = [Implementation("reference", True, "plain torch, stays on the device", True)]
     return {
         "gramian": gradient_impls,
@@ -69,7 +69,17 @@ def implementations(device: str | torch.device = "cpu") -> dict[str, list[Implem
         "pcgrad_weights": on_device,
         "gradvac_weights": on_device,
         **{operation: row_impls for operation in _ROW_OPERATIONS},
+        **{operation: adapter_impls for operation in _ADAPTER_OPERATIONS},
     }
+
+
+def _listed(described: dict[str, str], why_not: Callable[[str], str]) -> list[Implementation]:
+    """described: what is said of each implementation, fastest first; why_not: the reason against one, "" for none."""
+    reasons = {impl: why_not(impl) for impl in described}
+    auto = next(impl for impl, reason in reasons.items() if not reason)
+    return [
+        Implementation(impl, not reason, reason or described[impl], impl == auto) for impl, reason in reasons.items()
+    ]
 
 
 @torch.no_grad()

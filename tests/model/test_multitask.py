@@ -20,12 +20,13 @@ MakeModel = Callable[..., MultiTaskModel]
 ADAPTERS = [
     {"name": "none"},
     {"name": "pal", "size": 12, "heads": 4},
+    {"name": "pal", "size": 12, "heads": 4, "projections": 3},
     {"name": "low_rank", "size": 5},
     {"name": "lora", "size": 3},
 ]
 LENGTHS = [[5, 1, 9], [7, 12], [6, 3, 8, 8]]
 PAIRS = [False, False, True]
-every_adapter = pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter["name"])
+every_adapter = pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: "-".join(map(str, adapter.values())))
 
 
 def gradients(model: MultiTaskModel, loss: Tensor) -> dict[str, Tensor]:

@@ -71,7 +71,7 @@ RANDOM = [
 def make_recipe(case: Case) -> Recipe:
     task = {"data": {"train": "none"}}
     values = {
-        "adapter": {"name": "pal", "size": 8, "heads": 2},
+        "adapter": {"name": "pal", "size": 8, "heads": 2, "projections": 2},
         "tasks": {
             "kind": {**task, "type": "classification", "num_labels": 3},
             "same": {**task, "type": "binary", "weight": 0.5},

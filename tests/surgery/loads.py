@@ -47,7 +47,8 @@ def make_recipe(load: Load, zero: int = 1) -> Recipe:
         name: {**kinds[(t + load.seed) % 3], "data": {"train": "none"}, "head": {"dropout": 0.0}, "weight": 0.5 + t}
         for t, name in enumerate(load.tasks)
     }
-    adapter = {"name": load.adapter, "size": 4, "heads": 2}
+    projections = 1 + load.seed % 3 if load.adapter == "pal" else 1
+    adapter = {"name": load.adapter, "size": 4, "heads": 2, "projections": projections}
     values = {
         "adapter": adapter,
         "tasks": tasks,

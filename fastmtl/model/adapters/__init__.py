@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import BertConfig
 
 from fastmtl.config import AdapterConfig
-from fastmtl.errors import unknown_name
+from fastmtl.errors import UserError, unknown_name
 from fastmtl.model.adapters.adapter import Adapter
 from fastmtl.model.adapters.lora import Lora
 from fastmtl.model.adapters.low_rank import LowRank
@@ -20,4 +20,6 @@ def build_adapter(config: AdapterConfig, bert: BertConfig, task_names: list[str]
         return None
     if config.name not in ADAPTERS:
         raise unknown_name("adapter", config.name, ["none", *ADAPTERS])
+    if config.projections > 1 and config.name != "pal":
+        raise UserError(f"adapter.projections: {config.projections}: {config.name} has no projections, pal has")
     return ADAPTERS[config.name](config, bert, task_names)

@@ -1,10 +1,9 @@
-"""What all adapters share: the layers they stand in, dropout on TS(h), initialisation."""
+"""What all adapters share: the layers they stand in, rates of dropout, initialisation."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import BertConfig
 
 from fastmtl.config import AdapterConfig
@@ -25,21 +24,17 @@ class Adapter(nn.Module):
         self.dropout = _dropout(config, task_names)
 
     def task_specific(self, layer: int, hidden: Tensor, context: ForwardContext) -> Tensor:
-        """TS(h) of one layer: [N, d_m] -> [N, d_m]."""
+        """TS(h) of one layer, after dropout with `rates`: [N, d_m] -> [N, d_m]."""
         raise NotImplementedError
+
+    @property
+    def rates(self) -> list[float]:
+        """Each task's rate of dropout on TS(h), 0 outside training."""
+        return self.dropout if self.training else [0.0] * len(self.dropout)
 
     def forward(self, layer: int, hidden: Tensor, context: ForwardContext) -> Tensor | None:
         """What is added to layer `layer`, whose input is `hidden` [N, d_m]; None where it carries no adapter."""
-        if layer not in self.layers:
-            return None
-        added = self.task_specific(layer, hidden, context)
-        if not self.training or not any(self.dropout):
-            return added
-        if len(set(self.dropout)) == 1:
-            return functional.dropout(added, self.dropout[0])
-        offsets = context.segments.host
-        parts = added.split([stop - start for start, stop in zip(offsets, offsets[1:], strict=False)])
-        return torch.cat([functional.dropout(part, p) for part, p in zip(parts, self.dropout, strict=True)])
+        return self.task_specific(layer, hidden, context) if layer in self.layers else None
 
     def initialise(self, scheme: str, std: float, last: list[nn.Parameter]) -> None:
         """Weights [T, ..., out, in]; biases stay zero.
@@ -58,9 +53,6 @@ class Adapter(nn.Module):
             if scheme == "no_influence":
                 for parameter in last:
                     parameter.zero_()
-
-
-ACTIVATIONS = {"identity": nn.Identity, "gelu": nn.GELU}
 
 
 def _layers(config: AdapterConfig, num_layers: int) -> list[int]:

@@ -4,14 +4,15 @@ d_m).
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BertConfig
 
 from fastmtl.config import AdapterConfig
 from fastmtl.errors import UserError
 from fastmtl.model.adapters.adapter import Adapter
-from fastmtl.model.adapters.per_task import PerTaskLinear
-from fastmtl.model.context import ForwardContext
+from fastmtl.model.adapters.per_task import PerLayer, within
+from fastmtl.model.context import ADAPTER, ForwardContext, place
+from fastmtl_kernels import lora
 
 
 class Lora(Adapter):
@@ -20,13 +21,24 @@ class Lora(Adapter):
         if config.activation != "identity":
             raise UserError(f"adapter.activation: {config.activation}: lora has no activation, low_rank has")
         num_tasks, outer, rank = len(task_names), bert.hidden_size, config.size
-        self.encode = nn.ModuleDict(
-            {str(layer): PerTaskLinear(num_tasks, outer, rank, bias=True) for layer in self.layers}
-        )
-        self.decode = nn.ModuleDict(
-            {str(layer): PerTaskLinear(num_tasks, rank, outer, bias=True) for layer in self.layers}
-        )
+        self.encode = PerLayer(self.layers, num_tasks, outer, rank, bias=True)
+        self.decode = PerLayer(self.layers, num_tasks, rank, outer, bias=True)
         self.initialise(config.init, bert.initializer_range, last=list(self.decode.parameters()))
 
     def task_specific(self, layer: int, hidden: Tensor, context: ForwardContext) -> Tensor:
-        return self.decode[str(layer)](self.encode[str(layer)](hidden, context), context)
+        encode, decode = self.encode.at(layer), self.decode.at(layer)
+
+        def call(x: Tensor) -> Tensor:
+            assert encode.bias is not None and decode.bias is not None
+            return lora(
+                x,
+                encode.weight.mT,
+                decode.weight.mT,
+                context.segments,
+                encode.bias,
+                decode.bias,
+                dropout_p=self.rates,
+                seed=context.seed(place(layer, ADAPTER)),
+            )
+
+        return within((encode, decode), hidden, call)

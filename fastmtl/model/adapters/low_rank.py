@@ -5,24 +5,37 @@ V_E [d_s, d_m] and V_D [d_m, d_s] are each layer's own; there is no bias. g is `
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BertConfig
 
 from fastmtl.config import AdapterConfig
-from fastmtl.model.adapters.adapter import ACTIVATIONS, Adapter
-from fastmtl.model.adapters.per_task import PerTaskLinear
-from fastmtl.model.context import ForwardContext
+from fastmtl.model.adapters.adapter import Adapter
+from fastmtl.model.adapters.per_task import PerLayer, within
+from fastmtl.model.context import ADAPTER, ForwardContext, place
+from fastmtl_kernels import low_rank
 
 
 class LowRank(Adapter):
     def __init__(self, config: AdapterConfig, bert: BertConfig, task_names: list[str]) -> None:
         super().__init__(config, bert, task_names)
         num_tasks, outer, inner = len(task_names), bert.hidden_size, config.size
-        self.encode = nn.ModuleDict({str(layer): PerTaskLinear(num_tasks, outer, inner) for layer in self.layers})
-        self.decode = nn.ModuleDict({str(layer): PerTaskLinear(num_tasks, inner, outer) for layer in self.layers})
-        self.activation = ACTIVATIONS[config.activation]()
+        self.encode = PerLayer(self.layers, num_tasks, outer, inner)
+        self.decode = PerLayer(self.layers, num_tasks, inner, outer)
+        self.activation = config.activation
         self.initialise(config.init, bert.initializer_range, last=list(self.decode.parameters()))
 
     def task_specific(self, layer: int, hidden: Tensor, context: ForwardContext) -> Tensor:
-        encoded = self.activation(self.encode[str(layer)](hidden, context))
-        return self.decode[str(layer)](encoded, context)
+        encode, decode = self.encode.at(layer), self.decode.at(layer)
+
+        def call(x: Tensor) -> Tensor:
+            return low_rank(
+                x,
+                encode.weight.mT,
+                decode.weight.mT,
+                context.segments,
+                activation=self.activation,
+                dropout_p=self.rates,
+                seed=context.seed(place(layer, ADAPTER)),
+            )
+
+        return within((encode, decode), hidden, call)

@@ -1,11 +1,16 @@
 """Projected attention layers (Stickland & Murray 2019): TS(h) = V_D MHA(V_E h).
 
 V_E [d_s, d_m] and V_D [d_m, d_s] are shared by all layers of a task; queries, keys and values [d_s, d_s] are each
-layer's own; there is no output projection and no bias. Weights: T (2 d_m d_s + L 3 d_s^2). `activation` comes after
-V_D, as in the authors' code.
+layer's own; there is no output projection and no bias. `activation` comes after V_D, as in the authors' code.
+
+With `projections` p > 1, V_E and V_D are stacks of p linear maps without anything between, as tried by pals-and-mnrl.
+It leaves the sizes between open; here they are d_s, so that V_E is d_m -> d_s -> ... -> d_s and V_D the reverse.
+Weights: T (2 d_m d_s + 2 (p - 1) d_s^2 + L 3 d_s^2).
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +18,10 @@ from transformers import BertConfig
 
 from fastmtl.config import AdapterConfig
 from fastmtl.errors import UserError
-from fastmtl.model.adapters.adapter import ACTIVATIONS, Adapter
-from fastmtl.model.adapters.per_task import PerTaskLinear, per_task_linear
+from fastmtl.model.adapters.adapter import Adapter
+from fastmtl.model.adapters.per_task import Owner, PerLayer, PerTaskLinear, within
 from fastmtl.model.context import ADAPTER, ForwardContext, place
+from fastmtl_kernels import pal
 
 
 class Pal(Adapter):
@@ -23,39 +29,52 @@ class Pal(Adapter):
         super().__init__(config, bert, task_names)
         if config.size % config.heads:
             raise UserError(f"adapter.size: {config.size} is not a multiple of adapter.heads: {config.heads}")
-        num_tasks, dropout = len(task_names), bert.attention_probs_dropout_prob
-        self.encode = PerTaskLinear(num_tasks, bert.hidden_size, config.size)
-        self.attention = nn.ModuleDict(
-            {
-                str(layer): PalAttention(num_tasks, config.size, config.heads, dropout, place(layer, ADAPTER))
-                for layer in self.layers
-            }
-        )
-        self.decode = PerTaskLinear(num_tasks, config.size, bert.hidden_size)
-        self.activation = ACTIVATIONS[config.activation]()
+        num_tasks, outer, size = len(task_names), bert.hidden_size, config.size
+        self.num_heads, self.activation = config.heads, config.activation
+        self.attention_dropout = bert.attention_probs_dropout_prob
+        self.encode = PerTaskLinear(num_tasks, outer, size)
+        self.encode_inner = PerLayer(range(config.projections - 1), num_tasks, size, size)
+        self.attention = nn.ModuleDict({str(layer): PalAttention(num_tasks, size) for layer in self.layers})
+        self.decode_inner = PerLayer(range(config.projections - 1), num_tasks, size, size)
+        self.decode = PerTaskLinear(num_tasks, size, outer)
         self.initialise(config.init, bert.initializer_range, last=[self.decode.weight])
-        if config.init == "no_influence":  # V_D then begins with averages of V_E h
-            identity = torch.eye(config.size).expand(num_tasks, 3, -1, -1)
-            for parameter in self.attention.parameters():
-                parameter.data.copy_(identity)
+        if config.init == "no_influence":  # V_D's last map then begins with averages of V_E h
+            for module in (self.attention, self.encode_inner, self.decode_inner):
+                for parameter in module.parameters():
+                    parameter.data.copy_(torch.eye(size))
 
     def task_specific(self, layer: int, hidden: Tensor, context: ForwardContext) -> Tensor:
-        attended = self.attention[str(layer)](self.encode(hidden, context), context)
-        return self.activation(self.decode(attended, context))
+        attention = cast(PalAttention, self.attention[str(layer)])
+
+        def call(x: Tensor) -> Tensor:
+            # Without anything between, a stack is one map: their product is as much work as some T d_m rows.
+            down, up = self.encode.weight.mT, self.decode.weight.mT
+            for inner in self.encode_inner.all():
+                down = down @ inner.weight.mT
+            for inner in reversed(self.decode_inner.all()):
+                up = inner.weight.mT @ up
+            return pal(
+                x,
+                down,
+                attention.weight.flatten(1, 2).mT,
+                up,
+                context.batch.cu_seqlens,
+                context.segments,
+                num_heads=self.num_heads,
+                activation=self.activation,
+                dropout_p=self.attention_dropout if self.training else 0.0,
+                out_dropout_p=self.rates,
+                seed=context.seed(place(layer, ADAPTER)),
+                plan=context.plan,
+            )
+
+        owners = (self.encode, *self.encode_inner.all(), attention, *self.decode_inner.all(), self.decode)
+        return within(owners, hidden, call)
 
 
-class PalAttention(nn.Module):
-    """weight [T, 3, d_s, d_s]: queries, keys, values. Dropout on the probabilities as in the encoder."""
+class PalAttention(Owner):
+    """weight [T, 3, d_s, d_s]: queries, keys, values."""
 
-    def __init__(self, num_tasks: int, size: int, num_heads: int, dropout: float, at: int) -> None:
+    def __init__(self, num_tasks: int, size: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.at = at
-        self.dropout = dropout
         self.weight = nn.Parameter(torch.zeros(num_tasks, 3, size, size))
-
-    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
-        """[N, d_s] -> [N, d_s]."""
-        projected = per_task_linear(x, self.weight.flatten(1, 2), None, context.segments)
-        dropout = self.dropout if self.training else 0.0
-        return context.attend(projected.unflatten(1, (3, -1)), self.num_heads, dropout, self.at)

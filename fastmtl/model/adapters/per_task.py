@@ -1,38 +1,54 @@
-"""Linear maps with one weight per task, for tokens sorted by task."""
+"""Linear maps of which every task has its own."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import cast
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-
-from fastmtl.model.context import ForwardContext
-from fastmtl.surgery.segments import Segments
 
 
-def per_task_linear(x: Tensor, weight: Tensor, bias: Tensor | None, segments: Segments) -> Tensor:
-    """y = x W_t^T + b_t for the rows of task t.
+class Owner(nn.Module):
+    """A module whose parameters `within` makes readable."""
 
-    x: [N, in], weight: [T, out, in], bias: [T, out] or None. Returns [N, out]. An absent task's weight is not
-    touched.
-    """
-    # unbind: its backward stacks the gradients once, where weight[t] would make T tensors of the whole weight's size
-    weights = weight.unbind(0)
-    biases = [None] * len(weights) if bias is None else bias.unbind(0)
-    rows = x.split([stop - start for start, stop in zip(segments.host, segments.host[1:], strict=False)])
-    present = [task for task, part in enumerate(rows) if part.shape[0]] or [0]
-    parts = [functional.linear(rows[task], weights[task], biases[task]) for task in present]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def forward(self, x: Tensor, *, call: Callable[[Tensor], Tensor]) -> Tensor:
+        return call(x)
 
 
-class PerTaskLinear(nn.Module):
-    """weight [T, out, in], bias [T, out]; both are zero until their owner initialises them."""
+class PerTaskLinear(Owner):
+    """y = x W_t^T + b_t. weight [T, out, in], bias [T, out]; both are zero until their owner initialises them."""
 
     def __init__(self, num_tasks: int, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(num_tasks, out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(num_tasks, out_features)) if bias else None
 
-    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
-        """[N, in] -> [N, out]."""
-        return per_task_linear(x, self.weight, self.bias, context.segments)
+
+class PerLayer(nn.ModuleDict):
+    """A PerTaskLinear for each of `layers`."""
+
+    def __init__(
+        self, layers: Iterable[int], num_tasks: int, in_features: int, out_features: int, *, bias: bool = False
+    ) -> None:
+        super().__init__(
+            {str(layer): PerTaskLinear(num_tasks, in_features, out_features, bias=bias) for layer in layers}
+        )
+
+    def at(self, layer: int) -> PerTaskLinear:
+        return cast(PerTaskLinear, self[str(layer)])
+
+    def all(self) -> list[PerTaskLinear]:
+        return cast(list[PerTaskLinear], list(self.values()))
+
+
+def within(owners: Iterable[Owner], x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+    """call(x), an operation on the parameters of several modules at once.
+
+    Under ZeRO 3 a parameter has storage only while its own module runs. So each owner runs around the next, the rows
+    going in and out, and the last around `call`, which may then read the parameters of all.
+    """
+    for owner in owners:
+        call = partial(owner, call=call)
+    return call(x)

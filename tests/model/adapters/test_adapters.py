@@ -20,7 +20,23 @@ from fastmtl.model.context import ForwardContext
 MakeBatch = Callable[..., PackedBatch]
 TASKS = ["a", "b", "c"]
 LENGTHS = [[5, 1, 9], [], [3, 7]]
-FORMULAS = [("pal", False), ("pal", True), ("low_rank", False), ("low_rank", True), ("lora", False)]
+# adapter, settings
+FORMULAS: list[tuple[str, dict]] = [
+    ("pal", {}),
+    ("pal", {"activation": "gelu", "size": 12}),
+    ("pal", {"projections": 2}),
+    ("pal", {"projections": 3, "activation": "gelu"}),
+    ("pal", {"size": 204, "heads": 12}),
+    ("pal", {"size": 204, "heads": 6}),
+    ("pal", {"size": 132, "heads": 12}),
+    ("pal", {"size": 256, "heads": 4}),
+    ("low_rank", {}),
+    ("low_rank", {"activation": "gelu", "size": 12}),
+    ("low_rank", {"size": 256}),
+    ("lora", {}),
+    ("lora", {"size": 1}),
+]
+every_formula = pytest.mark.parametrize(("name", "settings"), FORMULAS, ids=lambda value: str(value).replace(" ", ""))
 BERT = BertConfig(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, attention_probs_dropout_prob=0.0)
 
 
@@ -36,6 +52,7 @@ def randomise(adapter: Adapter) -> Adapter:
     generator = torch.Generator().manual_seed(1)
     for parameter in adapter.parameters():
         parameter.data = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+        parameter.data /= parameter.shape[-1] ** 0.5  # or products of many maps leave one key in each softmax
     return adapter
 
 
@@ -55,12 +72,18 @@ def attention(x: Tensor, weight: Tensor, heads: int) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def naive(name: str, p: dict[str, Tensor], layer: int, task: int, x: Tensor, gelu: bool) -> Tensor:
+def naive(name: str, p: dict[str, Tensor], layer: int, task: int, x: Tensor, settings: dict) -> Tensor:
     """TS_t(h) of one sequence, as the papers write it."""
-    activation = functional.gelu if gelu else (lambda y: y)
+    activation = functional.gelu if settings.get("activation") == "gelu" else (lambda y: y)
     if name == "pal":
-        attended = attention(x @ p["encode.weight"][task].T, p[f"attention.{layer}.weight"][task], 4)
-        return activation(attended @ p["decode.weight"][task].T)
+        between = range(settings.get("projections", 1) - 1)
+        x = x @ p["encode.weight"][task].T
+        for number in between:
+            x = x @ p[f"encode_inner.{number}.weight"][task].T
+        x = attention(x, p[f"attention.{layer}.weight"][task], settings.get("heads", 4))
+        for number in between:
+            x = x @ p[f"decode_inner.{number}.weight"][task].T
+        return activation(x @ p["decode.weight"][task].T)
     encode, decode = p[f"encode.{layer}.weight"][task], p[f"decode.{layer}.weight"][task]
     if name == "low_rank":
         return activation(x @ encode.T) @ decode.T
@@ -68,9 +91,9 @@ def naive(name: str, p: dict[str, Tensor], layer: int, task: int, x: Tensor, gel
     return inner @ decode.T + p[f"decode.{layer}.bias"][task]
 
 
-@pytest.mark.parametrize(("name", "gelu"), FORMULAS)
-def test_outputs_and_gradients_follow_the_formula(name: str, gelu: bool, make_batch: MakeBatch) -> None:
-    adapter = randomise(build(name, activation="gelu" if gelu else "identity"))
+@every_formula
+def test_outputs_and_gradients_follow_the_formula(name: str, settings: dict, make_batch: MakeBatch) -> None:
+    adapter = randomise(build(name, **settings))
     batch = make_batch(LENGTHS)
     context = context_of(batch)
     generator = torch.Generator().manual_seed(2)
@@ -87,7 +110,7 @@ def test_outputs_and_gradients_follow_the_formula(name: str, gelu: bool, make_ba
     lengths = [length for own in LENGTHS for length in own]
     for layer in range(3):
         for task, x, u in zip(tasks, reference.split(lengths), upstream.split(lengths), strict=True):
-            expected = expected + (naive(name, copies, layer, task, x, gelu) * u).sum()
+            expected = expected + (naive(name, copies, layer, task, x, settings) * u).sum()
     wanted = torch.autograd.grad(expected, [reference, *copies.values()])
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
     for key, ours, theirs in zip(["hidden", *names], gradients, wanted, strict=True):
@@ -108,6 +131,10 @@ def test_weight_counts_are_those_of_table_1() -> None:
     pal = build("pal", bert, size=d_s, heads=12)
     assert count(pal, weights=True) == tasks * (2 * d_m * d_s + 12 * 3 * d_s**2)
     assert count(pal, weights=False) == 0
+    for projections in (2, 3):
+        stacked = build("pal", bert, size=d_s, heads=12, projections=projections)
+        inner = 2 * (projections - 1) * d_s**2
+        assert count(stacked, weights=True) == tasks * (2 * d_m * d_s + inner + 12 * 3 * d_s**2)
     low_rank = build("low_rank", bert, size=100)
     assert count(low_rank, weights=True) == tasks * (12 * 2 * d_m * 100)
     assert count(low_rank, weights=False) == 0
@@ -116,9 +143,9 @@ def test_weight_counts_are_those_of_table_1() -> None:
     assert count(lora, weights=False) == tasks * 12 * (2 + d_m)
 
 
-@pytest.mark.parametrize(("name", "gelu"), FORMULAS)
-def test_no_influence_is_exactly_zero_and_can_learn(name: str, gelu: bool, make_batch: MakeBatch) -> None:
-    adapter = build(name, init="no_influence", activation="gelu" if gelu else "identity").double()
+@every_formula
+def test_no_influence_is_exactly_zero_and_can_learn(name: str, settings: dict, make_batch: MakeBatch) -> None:
+    adapter = build(name, init="no_influence", **settings).double()
     batch = make_batch(LENGTHS)
     hidden = torch.randn(batch.num_tokens, 24, dtype=torch.float64)
     total = sum(adapter(layer, hidden, context_of(batch)) for layer in range(3))
@@ -151,20 +178,24 @@ def test_only_the_listed_layers_carry_the_adapter(make_batch: MakeBatch) -> None
         assert not any(".1." in key for key, _ in adapter.named_parameters())
 
 
-def test_dropout_is_each_tasks_own_and_for_training_only(make_batch: MakeBatch) -> None:
-    adapter = build("lora", dropout={"a": 0.5}).double()
+@pytest.mark.parametrize("name", ["pal", "low_rank", "lora"])
+def test_dropout_is_each_tasks_own_and_for_training_only(name: str, make_batch: MakeBatch) -> None:
+    adapter = build(name, dropout={"a": 0.5}).double()
     batch = make_batch([[40], [40], [40]])
     hidden = torch.randn(120, 24, dtype=torch.float64)
     adapter.eval()
     exact = adapter(0, hidden, context_of(batch))
     adapter.train()
-    torch.manual_seed(0)
-    dropped = adapter(0, hidden, context_of(batch))
+    context = context_of(batch, training=True)
+    dropped = adapter(0, hidden, context)
     zeros = dropped[:40] == 0
     assert 0.4 < zeros.double().mean() < 0.6
     torch.testing.assert_close(dropped[:40][~zeros], 2 * exact[:40][~zeros])
     assert torch.equal(dropped[40:], exact[40:])
-    uniform = build("lora", dropout=0.5)(0, hidden.float(), context_of(batch))
+    assert torch.equal(dropped, adapter(0, hidden, context))  # a pass that is computed again
+    others = [adapter(1, hidden, context), adapter(0, hidden, context_of(batch, training=True))]
+    assert all(((other[:40] == 0) != zeros).any() for other in others)
+    uniform = build(name, dropout=0.5)(0, hidden.float(), context)
     assert 0.45 < (uniform == 0).double().mean() < 0.55
 
 
@@ -189,6 +220,7 @@ def test_dropout_on_attention_is_the_encoders(make_batch: MakeBatch) -> None:
         ({"name": "lora", "layers": [1, 1]}, "each once"),
         ({"name": "lora", "dropout": {"d": 0.1}}, "adapter.dropout: no task 'd'; the tasks are a, b, c"),
         ({"name": "lora", "dropout": 1.0}, "adapter.dropout: 1.0 is not a rate"),
+        ({"name": "low_rank", "projections": 2}, "adapter.projections: 2: low_rank has no projections"),
         ({"name": "lora", "activation": "gelu"}, "adapter.activation: gelu: lora has no activation"),
     ],
 )
