@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
+from fastmtl.config import AdapterConfig
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import TrainingError, UserError
 from fastmtl.model.multitask import MultiTaskModel
@@ -28,7 +29,7 @@ TASKS = ["kind", "same", "degree"]
 
 def make(adapter: str = "pal", dropout: float = 0.0, checkpointing: bool = False) -> MultiTaskModel:
     recipe = cases.make_recipe(cases.Case(1, 1, "pcgrad"))
-    recipe.adapter.name = adapter
+    recipe.adapter = AdapterConfig(name=adapter, size=8, heads=2)
     model = cases.make_model(recipe)
     model.encoder.checkpointing = checkpointing
     if dropout:
