@@ -34,16 +34,27 @@ class EncoderConfig(Section):
 
 
 class AdapterConfig(Section):
-    """Task-specific function TS_t(h) added in parallel to each BERT layer: LN(h' + FFN(h') + TS_t(h))."""
+    """Task-specific function TS_t(h) added in parallel to each BERT layer, LN(h' + FFN(h') + TS_t(h)), and a layer of
+    each task's own on top of the encoder.
+    """
 
     name: str = "none"
     size: int = Field(204, ge=1, description="pal, low_rank: hidden size d_s; lora: rank")
-    heads: int = Field(12, ge=1, description="pal: attention heads")
+    heads: int = Field(12, ge=1, description="pal, also as top: attention heads")
     activation: Literal["identity", "gelu"] = "identity"
     projections: int = Field(1, ge=1, le=3, description="pal: linear maps in V_E and in V_D")
     dropout: float | dict[str, float] = Field(0.0, description="on TS(h), one number or one per task")
     init: Literal["default", "xavier", "no_influence"] = "default"
     layers: list[int] | None = Field(None, description="layers that carry the adapter; default all")
+    top: Literal["none", "layer", "pal"] = Field("none", description="layer: a whole BERT layer per task")
+    top_size: int | None = Field(None, ge=1, description="top: pal: hidden size d_s; default: size")
+
+    @property
+    def summary(self) -> str:
+        """For people: "none", "low_rank", "low_rank with a layer on top"."""
+        if self.top == "none":
+            return self.name
+        return f"{self.top} on top" if self.name == "none" else f"{self.name} with a {self.top} on top"
 
 
 class HeadConfig(Section):

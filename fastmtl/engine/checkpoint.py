@@ -123,7 +123,7 @@ class Checkpoints:
             "precision": engine.precision,
             "offload": engine.offload,
             "tasks": self._recipe.task_names,
-            "adapter": self._recipe.adapter.name,
+            "adapter": self._recipe.adapter.summary,
             "recipe": recipe,
         }
 

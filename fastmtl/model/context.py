@@ -52,12 +52,19 @@ class ForwardContext(SegmentContext):
         """The seeds are drawn here, from torch's generator of the device: masks follow from its state before the
         forward, whatever is checkpointed.
         """
-        device = batch.input_ids.device
-        seeds = torch.randint(1 << 62, (place(num_layers, 0),), device=device) if training else None
-        plan = None
+        seeds = torch.randint(1 << 62, (place(num_layers, 0),), device=batch.input_ids.device) if training else None
+        return cls._of(batch, seeds, task_grads)
+
+    @classmethod
+    def _of(cls, batch: PackedBatch, seeds: Tensor | None, task_grads: TaskGradients | None) -> ForwardContext:
+        device, plan = batch.input_ids.device, None
         if device.type == "cuda":
             plan = AttentionPlan.make(batch.host.cu_seqlens, batch.num_tokens, device)
         return cls(Segments(batch.token_offsets, batch.host.token_offsets), task_grads, batch, seeds, plan)
+
+    def of_task(self, task: int) -> ForwardContext:
+        """For the rows of one task alone, and parameters that are its own: they are none of the sink's."""
+        return ForwardContext._of(self.batch.task(task), self.seeds, None)
 
     def seed(self, at: int) -> Tensor | None:
         return None if self.seeds is None else self.seeds[at : at + 1]

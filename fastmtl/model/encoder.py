@@ -26,6 +26,7 @@ from fastmtl.surgery.segments import Segments
 from fastmtl_kernels import dropout
 
 if TYPE_CHECKING:
+    from fastmtl.model.adapters.adapter import Adapter
     from fastmtl.surgery.task_gradients import TaskGradients
 
 
@@ -61,24 +62,31 @@ class PackedBert(nn.Module):
             self.pooler.load_state_dict(weights, assign=True)
 
     def forward(
-        self, batch: PackedBatch, adapter: nn.Module | None = None, task_grads: TaskGradients | None = None
+        self, batch: PackedBatch, adapter: Adapter | None = None, task_grads: TaskGradients | None = None
     ) -> Tensor:
-        """Hidden states [N, d] of the last layer.
+        """Hidden states [N, d] of the last layer, or of the adapter's top.
 
         adapter(layer, hidden, context) gives what is added to that layer's feed-forward output, or None.
         """
         layers = self.encoder.layer
-        context = ForwardContext.build(batch, len(layers), training=self.training, task_grads=task_grads)
+        top = None if adapter is None else adapter.top
+        num_layers = len(layers) + (0 if top is None else top.num_layers)
+        training = self.training or (adapter is not None and adapter.training)
+        context = ForwardContext.build(batch, num_layers, training=training, task_grads=task_grads)
         hidden = self.embeddings(batch.input_ids, batch.token_type_ids, batch.position_ids, context)
         for index, layer in enumerate(layers):
             if self.checkpointing and torch.is_grad_enabled():
                 hidden = checkpoint(_run, layer, adapter, index, hidden, context, use_reentrant=False)
             else:
                 hidden = _run(layer, adapter, index, hidden, context)
-        return hidden
+        if top is None:
+            return hidden
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(top, hidden, context, use_reentrant=False)
+        return top(hidden, context)
 
 
-def _run(layer: nn.Module, adapter: nn.Module | None, index: int, hidden: Tensor, context: ForwardContext) -> Tensor:
+def _run(layer: nn.Module, adapter: Adapter | None, index: int, hidden: Tensor, context: ForwardContext) -> Tensor:
     task_specific = None if adapter is None else adapter(index, hidden, context)
     return layer(hidden, task_specific, context)
 

@@ -86,7 +86,7 @@ def _head(output: Path, recipe: Recipe, results: dict[str, Any]) -> str:
     values = {
         "mean dev score": "–" if results["mean"] is None else f"{results['mean']:.3f}",
         "gradient method": recipe.gradient.method,
-        "adapter": recipe.adapter.name,
+        "adapter": recipe.adapter.summary,
         "encoder": Path(recipe.encoder.path).name,
         "engine": f"ZeRO {engine.zero}, {engine.precision}",
         "processes": str(world),

@@ -22,6 +22,8 @@ ADAPTERS = [
     {"name": "pal", "size": 12, "heads": 4},
     {"name": "pal", "size": 12, "heads": 4, "projections": 3},
     {"name": "low_rank", "size": 5},
+    {"name": "low_rank", "size": 6, "heads": 2, "top": "layer"},
+    {"name": "none", "size": 6, "heads": 2, "top": "pal"},
     {"name": "lora", "size": 3},
 ]
 LENGTHS = [[5, 1, 9], [7, 12], [6, 3, 8, 8]]

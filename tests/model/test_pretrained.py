@@ -215,7 +215,12 @@ def test_a_missing_minilm_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch
         encoder_directory("minilm")
 
 
-ADAPTERS = [{"name": "none"}, {"name": "pal", "size": 12}, {"name": "lora", "size": 2}]
+ADAPTERS = [
+    {"name": "none"},
+    {"name": "low_rank", "size": 4, "top": "layer"},
+    {"name": "pal", "size": 12},
+    {"name": "lora", "size": 2},
+]
 
 
 def saved(model: MultiTaskModel, directory: Path, state_dict: dict[str, Tensor] | None = None) -> Path:

@@ -17,7 +17,8 @@ from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.model.encoder import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
 
-ADAPTERS = ["none", "pal", "low_rank", "lora"]
+# An adapter, and what is on top of the encoder; tests under ZeRO take the first four, by stage.
+ADAPTERS = ["none", "pal+pal", "low_rank+layer", "lora+layer", "pal", "low_rank", "lora"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +48,9 @@ def make_recipe(load: Load, zero: int = 1) -> Recipe:
         name: {**kinds[(t + load.seed) % 3], "data": {"train": "none"}, "head": {"dropout": 0.0}, "weight": 0.5 + t}
         for t, name in enumerate(load.tasks)
     }
-    projections = 1 + load.seed % 3 if load.adapter == "pal" else 1
-    adapter = {"name": load.adapter, "size": 4, "heads": 2, "projections": projections}
+    name, _, top = load.adapter.partition("+")
+    projections = 1 + load.seed % 3 if name == "pal" else 1
+    adapter = {"name": name, "top": top or "none", "size": 4, "heads": 2, "projections": projections}
     values = {
         "adapter": adapter,
         "tasks": tasks,

@@ -6,20 +6,26 @@ from transformers import BertConfig
 
 from fastmtl.config import AdapterConfig
 from fastmtl.errors import UserError, unknown_name
-from fastmtl.model.adapters.adapter import Adapter
+from fastmtl.model.adapters.adapter import Adapter, NoAdapter
 from fastmtl.model.adapters.lora import Lora
 from fastmtl.model.adapters.low_rank import LowRank
 from fastmtl.model.adapters.pal import Pal
+from fastmtl.model.adapters.top import TOPS
 
 ADAPTERS: dict[str, type[Adapter]] = {"pal": Pal, "low_rank": LowRank, "lora": Lora}
 
 
 def build_adapter(config: AdapterConfig, bert: BertConfig, task_names: list[str]) -> Adapter | None:
-    """The recipe's adapter, None for `none`. Raises UserError for a name or a setting that does not fit."""
-    if config.name == "none":
+    """The recipe's adapter with its top, None without both. Raises UserError for settings that do not fit."""
+    if config.name == "none" and config.top == "none":
         return None
-    if config.name not in ADAPTERS:
+    if config.name != "none" and config.name not in ADAPTERS:
         raise unknown_name("adapter", config.name, ["none", *ADAPTERS])
-    if config.projections > 1 and config.name != "pal":
+    if config.projections > 1 and "pal" not in (config.name, config.top):
         raise UserError(f"adapter.projections: {config.projections}: {config.name} has no projections, pal has")
-    return ADAPTERS[config.name](config, bert, task_names)
+    if config.top_size is not None and config.top != "pal":
+        raise UserError(f"adapter.top_size: {config.top_size}: adapter.top: {config.top} has no size, pal has")
+    adapter = (NoAdapter if config.name == "none" else ADAPTERS[config.name])(config, bert, task_names)
+    if config.top != "none":
+        adapter.top = TOPS[config.top](config, bert, task_names)
+    return adapter

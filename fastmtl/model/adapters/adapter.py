@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig
@@ -10,16 +12,20 @@ from fastmtl.config import AdapterConfig
 from fastmtl.errors import UserError
 from fastmtl.model.context import ForwardContext
 
+if TYPE_CHECKING:
+    from fastmtl.model.adapters.top import Top
+
 
 class Adapter(nn.Module):
     """TS_t(h) of Stickland & Murray (2019), added to a BERT layer: LN(h' + FFN(h') + TS_t(h)).
 
     A subclass makes its parameters, stacked over tasks [T, ...], calls `initialise` and defines `task_specific`. T
-    tasks, d_m the encoder's hidden size, d_s = config.size.
+    tasks, d_m the encoder's hidden size, d_s = config.size. top: what comes after the encoder's last layer.
     """
 
     def __init__(self, config: AdapterConfig, bert: BertConfig, task_names: list[str]) -> None:
         super().__init__()
+        self.top: Top | None = None
         self.layers = _layers(config, bert.num_hidden_layers)
         self.dropout = _dropout(config, task_names)
 
@@ -46,13 +52,26 @@ class Adapter(nn.Module):
         with torch.no_grad():
             for parameter in self.parameters():
                 for matrix in parameter.flatten(0, -3) if parameter.ndim > 2 else ():
-                    if scheme == "xavier":
-                        nn.init.xavier_uniform_(matrix)
-                    else:
-                        nn.init.normal_(matrix, std=std)
+                    fill(matrix, scheme, std)
             if scheme == "no_influence":
                 for parameter in last:
                     parameter.zero_()
+
+
+class NoAdapter(Adapter):
+    """Nothing beside the layers: for a recipe that only has a top."""
+
+    def __init__(self, config: AdapterConfig, bert: BertConfig, task_names: list[str]) -> None:
+        super().__init__(config, bert, task_names)
+        self.layers = []
+
+
+def fill(matrix: Tensor, scheme: str, std: float) -> None:
+    """One weight [out, in] as `Adapter.initialise` says."""
+    if scheme == "xavier":
+        nn.init.xavier_uniform_(matrix)
+    else:
+        nn.init.normal_(matrix, std=std)
 
 
 def _layers(config: AdapterConfig, num_layers: int) -> list[int]:

@@ -1,0 +1,80 @@
+"""A layer of each task's own on top of the shared encoder (pals-and-mnrl; Stickland & Murray 2019, section 3.3).
+
+layer: one BERT layer, LN_t(h' + FFN_t(h')) with h' = LN_t(h + MHA_t(h)), of the encoder's sizes and dropout. Weights:
+    T (4 d_m^2 + 2 d_m d_ff), which is T 12 d_m^2 with d_ff = 4 d_m.
+pal: h + V_D MHA(V_E h), a projected attention layer. Weights: T (2 d_m d_s + 3 d_s^2).
+
+With `init: no_influence` what is added to h, or to h and h', is exactly 0 at first. So `pal` changes nothing then,
+while a `layer` still normalises: LN(LN(h)).
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig
+
+from fastmtl.config import AdapterConfig
+from fastmtl.errors import UserError
+from fastmtl.model.adapters.adapter import fill
+from fastmtl.model.adapters.pal import Pal
+from fastmtl.model.context import ForwardContext
+from fastmtl.model.encoder import Layer
+
+
+class Top(nn.Module):
+    """num_layers: how many layers' places it draws masks at, counted on from the encoder's (see context.py)."""
+
+    num_layers: int
+
+    def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
+        """The encoder's hidden states [N, d_m] -> [N, d_m]."""
+        raise NotImplementedError
+
+
+class LayerOnTop(Top):
+    """tasks: a Layer each, so that parameters have the names of transformers' BertLayer."""
+
+    def __init__(self, config: AdapterConfig, bert: BertConfig, task_names: list[str]) -> None:
+        super().__init__()
+        self.num_layers = len(task_names)
+        self.tasks = nn.ModuleList(Layer(bert, bert.num_hidden_layers + task) for task in range(self.num_layers))
+        for name, module in self.tasks.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+                if config.init == "no_influence" and name.endswith("output.dense"):  # of attention and feed-forward
+                    nn.init.zeros_(module.weight)
+                else:
+                    fill(module.weight, config.init, bert.initializer_range)
+
+    def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
+        offsets = context.segments.host
+        rows = hidden.split([stop - start for start, stop in zip(offsets, offsets[1:], strict=False)])
+        parts = [
+            layer(part, None, context.of_task(task))
+            for task, (layer, part) in enumerate(zip(self.tasks, rows, strict=True))
+        ]
+        return torch.cat(parts)
+
+
+class PalOnTop(Top):
+    num_layers = 1
+
+    def __init__(self, config: AdapterConfig, bert: BertConfig, task_names: list[str]) -> None:
+        super().__init__()
+        size = config.top_size or config.size
+        if size % config.heads:
+            key = "size" if config.top_size is None else "top_size"
+            raise UserError(f"adapter.{key}: {size} is not a multiple of adapter.heads: {config.heads}")
+        self.layer = bert.num_hidden_layers
+        one_more = copy.copy(bert)
+        one_more.num_hidden_layers += 1
+        self.pal = Pal(config.model_copy(update={"size": size, "layers": [self.layer]}), one_more, task_names)
+
+    def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
+        return hidden + self.pal.task_specific(self.layer, hidden, context)
+
+
+TOPS: dict[str, type[Top]] = {"layer": LayerOnTop, "pal": PalOnTop}
