@@ -103,9 +103,10 @@ def assert_same_predictions(joined: Path, source: Path, task: str, name: str | N
         {"name": "none"},
         {"name": "low_rank", "size": 3, "activation": "gelu"},
         {"name": "pal", "size": 8, "heads": 2},
-        {"name": "lora", "size": 2, "layers": [1]},
+        {"name": "lora", "size": 2, "layers": [1], "top": "layer"},
+        {"name": "none", "top": "pal", "top_size": 8, "heads": 2},
     ],
-    ids=lambda adapter: adapter["name"],
+    ids=lambda adapter: adapter["name"] + adapter.get("top", ""),
 )
 def test_merged_tasks_predict_what_they_did(
     adapter: dict, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -275,3 +275,14 @@ def test_the_model_learns(make_model: MakeModel, make_batch: MakeBatch) -> None:
         optimizer.step()
     for name, (loss, _) in model(batch).items():
         assert loss < 0.1 * first[name], name
+
+
+def test_an_adapter_drops_beside_an_encoder_that_does_not(make_model: MakeModel, make_batch: MakeBatch) -> None:
+    model = make_model(adapter={"name": "lora", "size": 2, "dropout": 0.5})
+    model.heads.eval()
+    model.encoder.eval()
+    batch = make_batch(LENGTHS, pairs=PAIRS)
+    first, second = (model(batch)["para"][0] for _ in range(2))
+    assert not torch.equal(first, second)
+    model.eval()
+    assert torch.equal(model(batch)["para"][0], model(batch)["para"][0])
