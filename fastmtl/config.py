@@ -31,6 +31,9 @@ class EncoderConfig(Section):
     attention_dropout: float | None = Field(None, ge=0, lt=1)
     checkpointing: bool = Field(False, description="recompute each layer's activations in backward")
     freeze: bool = Field(False, description="train adapters and heads only")
+    layer_norm: Literal["fastmtl", "apex"] = Field(
+        "fastmtl", description="apex: NVIDIA's where it is installed, without gradient surgery"
+    )
 
 
 class AdapterConfig(Section):
@@ -247,6 +250,9 @@ class EngineConfig(Section):
     )
     accumulation: int = Field(1, ge=1, description="micro-batches per optimiser step")
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
+    fused_optimizer: Literal["torch", "deepspeed", "apex"] = Field(
+        "torch", description="whose Adam; deepspeed builds its own once, apex is NVIDIA's where it is installed"
+    )
 
 
 class TrainConfig(Section):

@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastmtl import __version__
+from fastmtl import __version__, nvidia_apex
+from fastmtl.engine.fused_optimizers import why_no_deepspeed
 
 Status = Literal["ok", "missing", "broken"]
 
@@ -53,6 +54,7 @@ def diagnose() -> list[Finding]:
             *_guard("kernels", "fastmtl_kernels", _kernels),
             *_guard("kernels", "C++ compiler", _compiler),
             *_guard("packages", "apex", _apex),
+            *_guard("packages", "DeepSpeed's Adam", _deepspeed_adam),
             *_guard("packages", "minilm", _minilm),
             *_guard("packages", "torchjd", lambda: _installed("torchjd", "needs pip install 'fastmtl[torchjd]'")),
             *_guard("packages", "launcher", _launcher),
@@ -178,21 +180,19 @@ def _compiler() -> list[tuple[str, Status, str]]:
 
 
 def _apex() -> list[tuple[str, Status, str]]:
-    """Told apart by their files: importing the unrelated package fails in its own ways."""
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
-        return [("apex", "missing", "not installed; it is optional (FusedAdam, FusedLayerNorm)")]
-    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
-    if not any((folder / "optimizers" / "fused_adam.py").is_file() for folder in folders):
-        detail = (
-            f"the package in {folders[0] if folders else spec.origin} is not NVIDIA's Apex but an unrelated one of "
-            "that name (pip install apex gives it): it is not used; pip uninstall apex, then build "
-            "https://github.com/NVIDIA/apex"
-        )
-        return [("apex", "missing", detail)]
-    if importlib.util.find_spec("amp_C") is None:
-        return [("apex", "missing", "NVIDIA's Apex, but built without its CUDA extensions (amp_C): FusedAdam fails")]
-    return [("apex", "ok", "NVIDIA's Apex with its CUDA extensions")]
+    reasons = {"FusedAdam": nvidia_apex.why_no_fused_adam(), "FusedLayerNorm": nvidia_apex.why_no_layer_norm()}
+    if not any(reasons.values()):
+        return [("apex", "ok", "NVIDIA's Apex: engine.fused_optimizer and encoder.layer_norm can be apex on a GPU")]
+    if len(set(reasons.values())) == 1:
+        return [("apex", "missing", f"optional: {reasons['FusedAdam']}")]
+    return [("apex", "missing", "; ".join(f"{name}: {reason or 'usable'}" for name, reason in reasons.items()))]
+
+
+def _deepspeed_adam() -> list[tuple[str, Status, str]]:
+    reason = why_no_deepspeed()
+    if reason:
+        return [("DeepSpeed's Adam", "missing", f"optional, for engine.fused_optimizer: deepspeed: {reason}")]
+    return [("DeepSpeed's Adam", "ok", "engine.fused_optimizer: deepspeed builds it at its first use")]
 
 
 def _minilm() -> list[tuple[str, Status, str]]:

@@ -22,6 +22,7 @@ from fastmtl.data.stream import BatchStream
 from fastmtl.engine.build import build_engine, build_surgery
 from fastmtl.engine.checkpoint import Checkpoints
 from fastmtl.engine.distributed import Ranks, StopFlag, start
+from fastmtl.engine.fused_optimizers import check_fused_optimizer
 from fastmtl.engine.gather import gathered_state_dict
 from fastmtl.evaluation import Scores, score
 from fastmtl.metrics import check_metrics, evaluate_predictions, mean_score, selected_score
@@ -59,6 +60,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int
     recipe = complete(recipe)
     check_metrics(recipe)
     find_method(recipe.gradient.method, options=recipe.gradient.options)  # a wrong name costs no waiting for data
+    check_fused_optimizer(recipe)
     ranks = start(local_rank)
     stop = StopFlag()
     tokenizer = load_tokenizer(recipe.encoder)

@@ -80,13 +80,24 @@ def test_the_unrelated_apex_is_recognised_without_importing_it(site: Path) -> No
 
 
 def test_nvidia_s_apex_with_and_without_its_extensions(site: Path) -> None:
-    package(site, "apex", {"optimizers/__init__.py": "", "optimizers/fused_adam.py": ""})
+    package(site, "apex", {"optimizers/fused_adam.py": "", "normalization/fused_layer_norm.py": ""})
     ((_, status, detail),) = doctor._apex()
     assert status == "missing"
-    assert "amp_C" in detail
+    assert "amp_C" in detail and "fused_layer_norm_cuda" in detail
     (site / "amp_C.py").write_text("")
     ((_, status, detail),) = doctor._apex()
-    assert (status, detail) == ("ok", "NVIDIA's Apex with its CUDA extensions")
+    assert status == "missing"
+    assert "FusedAdam: usable" in detail and "fused_layer_norm_cuda" in detail
+    (site / "fused_layer_norm_cuda.py").write_text("")
+    ((_, status, detail),) = doctor._apex()
+    assert status == "ok" and "engine.fused_optimizer and encoder.layer_norm" in detail
+
+
+def test_deepspeeds_adam_needs_its_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._deepspeed_adam()[0][1] == "ok"
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    ((_, status, detail),) = doctor._deepspeed_adam()
+    assert status == "missing" and "no-such-compiler is not on PATH" in detail
 
 
 def test_minilm_absent_incomplete_and_present(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:

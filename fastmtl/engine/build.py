@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastmtl.config import Recipe
+from fastmtl.engine.fused_optimizers import build_adam
 from fastmtl.engine.settings import deepspeed_config
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery.gradient_surgery import GradientSurgery
@@ -69,9 +70,7 @@ def build_optimizer(recipe: Recipe, model: MultiTaskModel) -> torch.optim.Optimi
     groups = model.parameter_groups(config)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
-    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    # One pass over the weights and moments, on CPUs too; offload makes DeepSpeed move them between devices.
-    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=not recipe.engine.offload)
+    return build_adam(recipe, groups)
 
 
 def lr_factor(recipe: Recipe, total_steps: int) -> Callable[[int], float]:

@@ -84,19 +84,32 @@ class Checkpoints:
             )
             raise UserError(f"{path} cannot be used: {reason}. {advice}") from None
         for key, ours in self._about().items():
-            theirs = manifest.get(key)
+            # Before there was a choice of optimisers, it was torch's.
+            theirs = manifest.get(key, "torch" if key == "fused_optimizer" else None)
             if theirs != ours and key not in ("world", "recipe"):
                 raise UserError(
                     f"{path} was saved with {key}: {theirs}, this run has {key}: {ours}; a resumed run keeps it"
                 )
         universal = manifest["world"] != self._ranks.world
-        if universal and (self._recipe.engine.zero == 0 or self._recipe.engine.offload):
-            kind = "engine.offload" if self._recipe.engine.offload else "engine.zero: 0"
+        kind = self._why_not_universal() if universal else ""
+        if kind:
             raise UserError(
                 f"{path} was saved by {manifest['world']} processes, this run has {self._ranks.world}: with {kind} "
                 "DeepSpeed cannot change their number; run with as many as before"
             )
         return Found(path, manifest, universal)
+
+    def _why_not_universal(self) -> str:
+        """The setting with which DeepSpeed cannot change the number of ranks, "" where it can."""
+        engine = self._recipe.engine
+        if engine.offload:
+            return "engine.offload"
+        if engine.zero == 0:
+            return "engine.zero: 0"
+        # These count their steps on the GPU in the groups, where the universal form does not look for them.
+        if engine.fused_optimizer != "torch" and self._ranks.device.type == "cuda":
+            return f"engine.fused_optimizer: {engine.fused_optimizer}"
+        return ""
 
     def restore(self, engine: Any, found: Found) -> dict[str, Any]:
         """Loads a found checkpoint into the engine and the random state; returns what `save` was given as state."""
@@ -122,6 +135,7 @@ class Checkpoints:
             "zero": engine.zero,
             "precision": engine.precision,
             "offload": engine.offload,
+            "fused_optimizer": engine.fused_optimizer,
             "tasks": self._recipe.task_names,
             "adapter": self._recipe.adapter.summary,
             "recipe": recipe,

@@ -21,7 +21,7 @@ from fastmtl.model.context import (
     SegmentContext,
     place,
 )
-from fastmtl.model.layers import AddLayerNorm, TaskEmbedding, TaskLayerNorm, TaskLinear
+from fastmtl.model.layers import AddLayerNorm, Norm, TaskEmbedding, TaskLayerNorm, TaskLinear
 from fastmtl.surgery.segments import Segments
 from fastmtl_kernels import dropout
 
@@ -45,6 +45,12 @@ class PackedBert(nn.Module):
         self.embeddings = Embeddings(config)
         self.encoder = Layers(config)
         self.pooler: Pooler | UnusedPooler | None = None
+
+    def use_layer_norm(self, norm: Norm) -> None:
+        """Makes every LayerNorm another's, after the sum and the dropout that fastmtl's takes in."""
+        for module in self.modules():
+            if isinstance(module, (AddLayerNorm, TaskLayerNorm)):
+                module.other = norm
 
     def use_pooler(self) -> None:
         """Makes the weights that came with the encoder a layer that is used and trained.

@@ -6,11 +6,13 @@ Names, shapes and initialisation are those of nn.Linear, nn.LayerNorm and nn.Emb
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from fastmtl.model.context import ForwardContext, SegmentContext
 from fastmtl.surgery import functional
-from fastmtl_kernels import add_layer_norm
+from fastmtl_kernels import add_layer_norm, dropout
 
 
 class TaskLinear(nn.Linear):
@@ -21,14 +23,28 @@ class TaskLinear(nn.Linear):
         return functional.linear(x, self.weight, self.bias, context.segments, context.task_grads)
 
 
+# x [N, d], weight [d], bias [d], [d], eps -> [N, d].
+Norm = Callable[[Tensor, Tensor, Tensor, list[int], float], Tensor]
+
+
 class TaskLayerNorm(nn.LayerNorm):
+    """other: another's LayerNorm in place of fastmtl's; it writes no gradient per task."""
+
+    other: Norm | None = None
+
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:  # type: ignore[override]
         """[N, d] -> [N, d]."""
+        if self.other is not None:
+            return self.other(x, self.weight, self.bias, list(self.weight.shape), self.eps)
         return functional.layer_norm(x, self.weight, self.bias, self.eps, context.segments, context.task_grads)
 
 
 class AddLayerNorm(nn.LayerNorm):
-    """LayerNorm(residual + dropout(x) + ts). at: the place of its seed in the context; p: of dropout, in training."""
+    """LayerNorm(residual + dropout(x) + ts). at: the place of its seed in the context; p: of dropout, in training.
+    other: as in TaskLayerNorm.
+    """
+
+    other: Norm | None = None
 
     def __init__(self, size: int, *, eps: float, p: float, at: int) -> None:
         super().__init__(size, eps=eps)
@@ -38,15 +54,20 @@ class AddLayerNorm(nn.LayerNorm):
         self, residual: Tensor, x: Tensor, ts: Tensor | None, context: ForwardContext
     ) -> Tensor:
         """[N, d] each -> [N, d] of the residual's dtype."""
+        p, seed = self.p if self.training else 0.0, context.seed(self.at)
+        if self.other is not None:
+            z = residual + (dropout(x, p, seed) if p else x)
+            z = z if ts is None else z + ts
+            return self.other(z, self.weight, self.bias, list(self.weight.shape), self.eps).to(residual.dtype)
         return add_layer_norm(
             residual,
             x,
             self.weight,
             self.bias,
             ts=ts,
-            dropout_p=self.p if self.training else 0.0,
+            dropout_p=p,
             eps=self.eps,
-            seed=context.seed(self.at),
+            seed=seed,
             token_offsets=context.segments,
             task_grads=context.armed,
         )

@@ -66,6 +66,11 @@ class MultiTaskModel(nn.Module):
                 raise UserError(f"tasks.{name}: {error}") from None
         self.heads = nn.ModuleList(heads)
         encoder.requires_grad_(not recipe.encoder.freeze)
+        if recipe.encoder.layer_norm == "apex" and recipe.gradient.method != "sum" and not recipe.encoder.freeze:
+            raise UserError(
+                "encoder.layer_norm: apex gives no gradient per task, which gradient.method: "
+                f"{recipe.gradient.method} needs: use encoder.layer_norm: fastmtl or gradient.method: sum"
+            )
 
     @property
     def task_weights(self) -> dict[str, float]:

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
 import fastmtl
+from fastmtl import nvidia_apex
 from fastmtl.config import EncoderConfig, Recipe, parse_recipe
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.model.encoder import PackedBert, UnusedPooler
@@ -74,6 +75,8 @@ def load_encoder(config: EncoderConfig) -> PackedBert:
         if any(name.startswith("pooler.") for name in weights):
             encoder.pooler = UnusedPooler(bert.hidden_size)
     load_exactly(encoder, weights, str(directory))
+    if config.layer_norm == "apex":
+        encoder.use_layer_norm(nvidia_apex.layer_norm())
     return encoder
 
 
@@ -179,7 +182,8 @@ def load_model(directory: Path) -> tuple[MultiTaskModel, Recipe, PreTrainedToken
     Raises UserError naming the file for a directory that is damaged or was not written by fastmtl.
     """
     recipe, _ = read_about(directory)
-    here = recipe.encoder.model_copy(update={"path": str(directory)})
+    # Whose LayerNorm trained it matters no more.
+    here = recipe.encoder.model_copy(update={"path": str(directory), "layer_norm": "fastmtl"})
     model = MultiTaskModel(recipe, load_encoder(here))
     if model.adapter is not None:
         adapters = directory / "adapters.safetensors"

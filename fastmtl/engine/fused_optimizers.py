@@ -1,0 +1,92 @@
+"""Adam and AdamW in one pass over weights and moments: torch's own, DeepSpeed's or NVIDIA Apex's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any
+
+import torch
+
+from fastmtl import nvidia_apex
+from fastmtl.config import Recipe
+from fastmtl.errors import UserError
+
+_KEY = "engine.fused_optimizer"
+
+
+def check_fused_optimizer(recipe: Recipe) -> None:
+    """Raises UserError, before anything is read, where the choice does not fit the recipe or this machine."""
+    choice = recipe.engine.fused_optimizer
+    if choice != "torch" and recipe.optimizer.name == "sgd":
+        raise UserError(f"{_KEY}: {choice} is Adam; optimizer.name: sgd needs {_KEY}: torch")
+    if choice == "deepspeed":
+        reason = why_no_deepspeed()
+        if reason:
+            raise UserError(f"{_KEY}: deepspeed cannot be used here: {reason}; or use {_KEY}: torch")
+    if choice == "apex":
+        if recipe.engine.offload:
+            raise UserError(
+                f"{_KEY}: apex updates on the GPU, engine.offload on the host: use {_KEY}: deepspeed or torch"
+            )
+        reason = nvidia_apex.why_no_fused_adam()
+        if not reason and not torch.cuda.is_available():
+            reason = "it needs an NVIDIA GPU"
+        if reason:
+            raise UserError(f"{_KEY}: apex cannot be used here: {reason}; or use {_KEY}: torch")
+
+
+def why_no_deepspeed() -> str:
+    """The reason why DeepSpeed cannot build an extension here, "" where its tools are there."""
+    from torch.utils.cpp_extension import CUDA_HOME, is_ninja_available
+
+    if not is_ninja_available():
+        return "it builds its Adam with ninja, which is not on PATH (pip installs it beside DeepSpeed)"
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler) is None:
+        return f"it builds its Adam with a C++ compiler, and {compiler} is not on PATH"
+    if torch.cuda.is_available() and CUDA_HOME is None:
+        return "it builds its Adam with CUDA's nvcc, which is neither on PATH nor under CUDA_HOME"
+    return ""
+
+
+def build_adam(recipe: Recipe, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW or Adam over these groups.
+
+    Raises UserError where DeepSpeed cannot build its extension, with the reason.
+    """
+    config, choice = recipe.optimizer, recipe.engine.fused_optimizer
+    settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    decoupled = config.name == "adamw"
+    match choice:
+        case "apex":
+            from apex.optimizers import FusedAdam
+
+            return FusedAdam(groups, adam_w_mode=decoupled, **settings)
+        case "deepspeed":
+            from deepspeed.ops import adam
+
+            on_host = recipe.engine.offload or not torch.cuda.is_available()
+            try:
+                if on_host:
+                    return adam.DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **settings)
+                return adam.FusedAdam(groups, adam_w_mode=decoupled, **settings)
+            except Exception as error:  # what a failed build raises is up to torch, ninja and the compiler
+                name = "cpu_adam" if on_host else "fused_adam"
+                raise UserError(
+                    f"{_KEY}: deepspeed cannot build its extension {name}: {_reason(error)}; mend that, or use "
+                    f"{_KEY}: torch"
+                ) from error
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    # Offload makes DeepSpeed move the moments between devices, which torch's fused step does not bear.
+    return kind(groups, fused=not recipe.engine.offload, **settings)
+
+
+def _reason(error: BaseException | None) -> str:
+    """What a compiler said, where one did, else the last line of what was raised first: DeepSpeed and torch wrap it."""
+    lines: list[str] = []
+    while error is not None:
+        lines += str(error).strip().splitlines() or [type(error).__name__]
+        error = error.__cause__ or error.__context__
+    said = [line for line in lines if "error:" in line or "not found" in line]
+    return (said or lines[-1:])[0].strip().rstrip(".")

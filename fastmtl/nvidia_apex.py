@@ -1,0 +1,54 @@
+"""NVIDIA Apex, an option where it is installed. It is known by its files: another package bears its name."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from fastmtl.errors import UserError
+
+HOW = "build https://github.com/NVIDIA/apex with its C++ and CUDA extensions, as its README says"
+
+
+def why_no_fused_adam() -> str:
+    """The reason why apex.optimizers.FusedAdam is not there and what to do, "" where it is."""
+    return _why_not("optimizers/fused_adam.py", "amp_C")
+
+
+def why_no_layer_norm() -> str:
+    """The same of apex.normalization.FusedLayerNorm."""
+    return _why_not("normalization/fused_layer_norm.py", "fused_layer_norm_cuda")
+
+
+def layer_norm() -> Any:
+    """Apex's function of x [N, d], weight [d], bias [d], [d] and eps.
+
+    Raises UserError where it cannot be used here.
+    """
+    import torch
+
+    reason = why_no_layer_norm()
+    if not reason and not torch.cuda.is_available():
+        reason = "it needs an NVIDIA GPU"
+    if reason:
+        raise UserError(f"encoder.layer_norm: apex cannot be used here: {reason}; or use encoder.layer_norm: fastmtl")
+    from apex.normalization.fused_layer_norm import fused_layer_norm_affine
+
+    return fused_layer_norm_affine
+
+
+def _why_not(file: str, extension: str) -> str:
+    """Nothing is imported: importing the unrelated package fails in its own ways."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return f"NVIDIA Apex is not installed: {HOW}"
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
+    if not any((folder / file).is_file() for folder in folders):
+        return (
+            f"the package in {folders[0] if folders else spec.origin} is not NVIDIA's Apex but an unrelated one of "
+            f"that name (pip install apex gives it): pip uninstall apex, then {HOW}"
+        )
+    if importlib.util.find_spec(extension) is None:
+        return f"NVIDIA's Apex in {folders[0]} was built without its CUDA extension {extension}: {HOW}"
+    return ""
