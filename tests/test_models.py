@@ -102,7 +102,7 @@ def assert_same_predictions(joined: Path, source: Path, task: str, name: str | N
     [
         {"name": "none"},
         {"name": "low_rank", "size": 3, "activation": "gelu"},
-        {"name": "pal", "size": 8, "heads": 2},
+        {"name": "pal", "size": 8, "heads": 2, "projections": 2},
         {"name": "lora", "size": 2, "layers": [1], "top": "layer"},
         {"name": "none", "top": "pal", "top_size": 8, "heads": 2},
     ],
@@ -281,9 +281,12 @@ def test_what_a_trained_model_has_already_decided(sections: dict, message: str, 
 
 def test_settings_for_training_are_the_new_recipes(make: Make) -> None:
     base = make("base", ["tone"], adapter={"name": "low_rank", "size": 4, "dropout": {"tone": 0.5}})
-    own = {"encoder": {"path": str(base), "hidden_dropout": 0.3}, "adapter": {"size": 4, "dropout": 0.2}}
+    own = {
+        "encoder": {"path": str(base), "hidden_dropout": 0.3, "layer_norm": "apex"},
+        "adapter": {"size": 4, "dropout": 0.2},
+    }
     recipe = add_task.complete(Recipe.model_validate({"add_to": str(base), "tasks": {"near": TASKS["near"]}, **own}))
-    assert (recipe.encoder.freeze, recipe.encoder.hidden_dropout) == (True, 0.3)
+    assert (recipe.encoder.freeze, recipe.encoder.hidden_dropout, recipe.encoder.layer_norm) == (True, 0.3, "apex")
     assert (recipe.adapter.name, recipe.adapter.size, recipe.adapter.dropout) == ("low_rank", 4, 0.2)
 
 

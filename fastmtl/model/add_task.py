@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_FOR_TRAINING = {"adapter": {"dropout", "init"}, "encoder": {"hidden_dropout", "attention_dropout", "checkpointing"}}
+_FOR_TRAINING = {
+    "adapter": {"dropout", "init"},
+    "encoder": {"hidden_dropout", "attention_dropout", "checkpointing", "layer_norm"},
+}
 
 
 def complete(recipe: Recipe) -> Recipe:
