@@ -12,7 +12,15 @@ from collections.abc import Iterable
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.recipe_files import find_recipe, read_recipe
@@ -263,6 +271,41 @@ class TrainConfig(Section):
     log_every: int = Field(1, ge=1, description="optimiser steps between lines of metrics.jsonl")
 
 
+TRAINS = ("all", "heads", "adapters", "adapters+heads", "encoder", "encoder+heads", "encoder+adapters")
+
+
+class PhaseConfig(Section):
+    """A part of a run. Its sections replace single settings of the recipe's own, and only in this phase."""
+
+    name: str | None = Field(None, description="default: phase-1, phase-2, ...")
+    objective: Literal["tasks", "mlm"] = Field("tasks", description="mlm: masked words of the tasks' training texts")
+    trains: str = Field("all", description=f"the rest is frozen: {', '.join(TRAINS)}")
+    tasks: list[str] | None = Field(None, description="the others are left as they are; default: all")
+    keep: Literal["best", "best_of_each", "last"] = Field(
+        "best", description="which epoch's weights go on; best_of_each: every task's own best, the encoder being frozen"
+    )
+    loss: dict[str, Any] = Field(default_factory=dict, description="of single tasks, as {para: bce}")
+    adapter: AdapterConfig | None = None
+    sampler: SamplerConfig | None = None
+    gradient: GradientConfig | None = None
+    optimizer: OptimizerConfig | None = None
+    schedule: ScheduleConfig | None = None
+    train: TrainConfig | None = None
+    early_stopping: EarlyStoppingConfig | None = None
+    accumulation: int | None = Field(None, ge=1, description="default: engine.accumulation")
+
+    @model_serializer(mode="wrap")
+    def _only_given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = serialize(self)
+        return {key: _given(getattr(self, key), values[key]) for key in values if key in self.model_fields_set}
+
+
+def _given(value: Any, dumped: Any) -> Any:
+    if not isinstance(value, Section):
+        return dumped
+    return {key: dumped[key] for key in dumped if key in value.model_fields_set}
+
+
 class Recipe(Section):
     """One run. Errors name the key, and for a misspelt one the nearest valid key."""
 
@@ -284,6 +327,7 @@ class Recipe(Section):
     early_stopping: EarlyStoppingConfig = Field(default_factory=EarlyStoppingConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="passed through to DeepSpeed")
+    phases: list[PhaseConfig] = Field(default_factory=list, description="parts of the run, one after the other")
 
     @property
     def task_names(self) -> list[str]:
@@ -367,4 +411,6 @@ def _fields_at(location: list[str]) -> list[str]:
                 model = next(arg for arg in get_args(model) if arg is not type(None))
         elif get_origin(model) is dict:  # tasks: any name, one model
             model = get_args(model)[1]
+        elif get_origin(model) is list:  # phases: any number, one model
+            (model,) = get_args(model)
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []

@@ -19,6 +19,8 @@ from fastmtl.metrics import label_statistics
 from fastmtl.model.add_task import Addition
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.model.pretrained import save_model
+from fastmtl.model.task_weights import TaskWeights, read_task_weights
+from fastmtl.phases import Phase
 from fastmtl.predictions import write_cs224n
 from fastmtl.report import collect_results, write_report
 
@@ -59,18 +61,45 @@ class RunFiles:
                 )
         return notes
 
-    def keep(self, scored: Mapping[str, Scores], state_dict: dict[str, Tensor] | None, model: MultiTaskModel) -> None:
-        """Writes model/ and predictions/<task>-dev.csv, and remembers the scores for the report."""
+    def keep(
+        self,
+        phase: Phase,
+        scored: Mapping[str, Scores],
+        state_dict: dict[str, Tensor] | None,
+        model: MultiTaskModel,
+        tasks: list[str],
+    ) -> None:
+        """Writes model/ and predictions/<task>-dev.csv of `tasks`, and remembers their scores for the report.
+
+        In a run of several phases model/ has every task so far: the others keep what they have.
+        """
         if not self._ranks.is_main:
             return
         assert state_dict is not None
+        recipe, directory = phase.recipe, self._output / "model"
+        if phase.name is not None and directory.is_dir():
+            recipe, state_dict = self._with_others(phase, state_dict, tasks)
         save = save_model if self._addition is None else self._addition.save
-        save(self._output / "model", model, self._recipe, self._tokenizer, state_dict)
+        save(directory, model, recipe, self._tokenizer, state_dict)
         folder = self._output / "predictions"
         folder.mkdir(exist_ok=True)
         for name, task in scored.items():
-            write_cs224n(folder / f"{name}-dev.csv", self._recipe.tasks[name], task.dataset.ids, task.scores)
-            np.save(folder / f".{name}-dev.npy", task.scores)  # the report's, after a resume too
+            if name in tasks:
+                write_cs224n(folder / f"{name}-dev.csv", self._recipe.tasks[name], task.dataset.ids, task.scores)
+                np.save(folder / f".{name}-dev.npy", task.scores)  # the report's, after a resume too
+        for name in [] if phase.recipe.encoder.freeze else self._recipe.task_names:
+            if name not in scored:  # of another encoder, if there are any
+                for file in (folder / f"{name}-dev.csv", folder / f".{name}-dev.npy"):
+                    file.unlink(missing_ok=True)
+
+    def _with_others(
+        self, phase: Phase, state_dict: dict[str, Tensor], tasks: list[str]
+    ) -> tuple[Recipe, dict[str, Tensor]]:
+        kept, before = read_task_weights(self._output / "model")
+        kept.replace(TaskWeights.of(state_dict, phase.recipe.task_names), tasks)
+        known = {**before.tasks, **phase.recipe.tasks}
+        ordered = {name: known[name] for name in self._recipe.tasks if name in known}
+        return phase.recipe.model_copy(update={"tasks": ordered}), kept.state_dict(list(ordered))
 
     def finish(self, steps: int, seconds: float) -> dict[str, Any] | None:
         """Writes report.html (and results.json) from the kept scores; returns the results on the main process."""

@@ -1,13 +1,13 @@
 """The training loop: from a recipe to a model directory.
 
-Order of a step: `BatchStream` draws this rank's micro-batches, `GradientSurgery.run` turns them into one merged
-gradient inside the
-DeepSpeed engine, `engine.step` applies it. Evaluation, checkpoints and tracking hang off that loop and change nothing
-in it.
+A run is one phase after the other, most often only one. Order of a step: `BatchStream` draws this rank's micro-batches,
+`GradientSurgery.run` turns them into one merged gradient inside the DeepSpeed engine, `engine.step` applies it.
+Evaluation, checkpoints and tracking hang off that loop and change nothing in it.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,22 +17,26 @@ import torch
 
 from fastmtl.config import Recipe
 from fastmtl.data.corpus import Corpus
+from fastmtl.data.masking import MaskedStream
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.stream import BatchStream
-from fastmtl.engine.build import build_engine, build_surgery
-from fastmtl.engine.checkpoint import Checkpoints
+from fastmtl.engine.build import build_engine, build_surgery, check_engine
+from fastmtl.engine.checkpoint import Checkpoints, Found
 from fastmtl.engine.distributed import Ranks, StopFlag, start
 from fastmtl.engine.fused_optimizers import check_fused_optimizer
 from fastmtl.engine.gather import gathered_state_dict
+from fastmtl.errors import UserError
 from fastmtl.evaluation import Scores, score
-from fastmtl.metrics import check_metrics, evaluate_predictions, mean_score, selected_score
+from fastmtl.metrics import evaluate_predictions, mean_score, selected_score
 from fastmtl.model.add_task import complete
 from fastmtl.model.cached_pairs import cache_pairs
-from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.model.pretrained import load_encoder, load_tokenizer
+from fastmtl.model.masked_lm import MLM
+from fastmtl.model.pretrained import load_tokenizer
+from fastmtl.phase_model import PhaseModel
+from fastmtl.phases import Phase, phases_of
 from fastmtl.ranges import each, named
 from fastmtl.run_files import RunFiles
-from fastmtl.surgery.methods import find_method
+from fastmtl.surgery.gradient_surgery import GradientSurgery
 from fastmtl.surgery.task_gradients import TaskGradients
 from fastmtl.tracking import Tracker
 
@@ -48,6 +52,57 @@ class Progress:
     epochs_without_gain: int = 0
     seconds: float = 0.0
     surgery: dict[str, Any] = field(default_factory=dict)
+    phase: int = 0  # from 0; what stands above, but for step and seconds, is of this phase
+    first_step: int = 0  # optimiser steps before the phase
+    done: bool = False  # the phase has ended
+    bests: dict[str, float] = field(default_factory=dict)  # keep: best_of_each: value of each task's own metric
+
+    def next_phase(self) -> Progress:
+        return Progress(step=self.step, seconds=self.seconds, phase=self.phase + 1, first_step=self.step)
+
+    def gained(self, phase: Phase, dev: dict[str, dict[str, float]], value: float | None) -> list[str]:
+        """Tasks whose weights are better than all before, by `value` all or none; a task without dev rows always is."""
+        tasks = phase.recipe.tasks
+        if phase.keep == "best_of_each":
+            own = {name: dev[name][task.metric_name] for name, task in tasks.items() if name in dev}
+            better = [name for name in tasks if name not in own or own[name] > self.bests.get(name, -math.inf)]
+            self.bests.update({name: own[name] for name in better if name in own})
+            return better
+        if value is not None and self.best is not None and not value > self.best:
+            return []
+        self.best = value
+        return list(tasks)
+
+
+@dataclass
+class Job:
+    """A phase, its data and the number of its optimiser steps."""
+
+    phase: Phase
+    corpus: Corpus
+    stream: BatchStream
+    steps: int
+
+    @classmethod
+    def of(cls, phase: Phase, corpus: Corpus, tokenizer: Any, ranks: Ranks) -> Job:
+        recipe = phase.recipe
+        stream = BatchStream(corpus.train, recipe, ranks.rank, ranks.world)
+        if phase.objective == MLM:
+            stream = MaskedStream(corpus.train, recipe, tokenizer, ranks.rank, ranks.world)
+        steps = sum(stream.steps(epoch) for epoch in range(recipe.train.epochs))
+        return cls(phase, corpus, stream, min(steps, recipe.train.max_steps or steps))
+
+
+@dataclass
+class Run:
+    """What the phases of a run share."""
+
+    ranks: Ranks
+    stop: StopFlag
+    checkpoints: Checkpoints
+    files: RunFiles
+    tracker: Tracker
+    at: Progress
 
 
 def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int | None = None) -> None:
@@ -58,54 +113,85 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int
     Raises UserError for what the user can mend. SIGTERM ends the current step, saves, and returns.
     """
     recipe = complete(recipe)
-    check_metrics(recipe)
-    find_method(recipe.gradient.method, options=recipe.gradient.options)  # a wrong name costs no waiting for data
-    check_fused_optimizer(recipe)
+    phases = phases_of(recipe)  # a wrong name costs no waiting for data
+    for phase in phases:
+        check_fused_optimizer(phase.recipe)
     ranks = start(local_rank)
     stop = StopFlag()
     tokenizer = load_tokenizer(recipe.encoder)
-    torch.manual_seed(recipe.seed)  # the same new heads and adapters on every rank
-    model = MultiTaskModel(recipe, load_encoder(recipe.encoder))
-    corpus = ranks.in_turn(lambda: Corpus.load(recipe, tokenizer, model.encoder.max_length))
-    stream = BatchStream(corpus.train, recipe, ranks.rank, ranks.world)
-    epochs = recipe.train.epochs
-    total_steps = sum(stream.steps(epoch) for epoch in range(epochs))
-    total_steps = min(total_steps, recipe.train.max_steps or total_steps)
+    for phase in phases:
+        check_engine(phase.recipe, ranks.world)
     checkpoints = Checkpoints(output / "checkpoints", recipe, ranks)
     found = checkpoints.find() if resume else None
-    engine = build_engine(recipe, model, ranks.world, total_steps, universal=found is not None and found.universal)
-    surgery = build_surgery(recipe, engine, model)
-    torch.manual_seed(recipe.seed + 1 + ranks.rank)  # other dropout masks on every rank
-    at = Progress(**checkpoints.restore(engine, found)) if found else Progress()
-    if at.surgery:
-        surgery.load_state_dict(at.surgery)
-    files = RunFiles(output, recipe, tokenizer, corpus, ranks, resume=resume)
-    tracker = Tracker(output, recipe, total_steps, at.step, is_main=ranks.is_main)
-    for note in files.notes():
-        tracker.message(note)
+    at = _where(found, phases)
+    if at.first_step == at.step:  # a phase begins
+        found = None
+    model = _checked_models(phases, at.phase)
+    corpus = ranks.in_turn(lambda: Corpus.load(recipe, tokenizer, model.model.encoder.max_length))
+    jobs = [Job.of(phase, corpus.only(recipe, phase.recipe.task_names), tokenizer, ranks) for phase in phases]
+    run: Run | None = None
+    for job in jobs[at.phase :]:
+        phase = job.phase
+        if run is not None:
+            model = PhaseModel(phase)
+        if phase.index:
+            model.take_over(output / "model", ranks)
+        universal = found is not None and found.universal
+        engine = build_engine(phase.recipe, model.trained, ranks.world, job.steps, universal=universal)
+        surgery = build_surgery(phase.recipe, engine, model.trained, phase.loss_names)
+        torch.manual_seed(phase.recipe.seed + 1 + ranks.rank)  # other dropout masks on every rank
+        if found is not None:
+            checkpoints.restore(engine, found)
+            surgery.load_state_dict(at.surgery)
+            found = None
+        if run is None:
+            files = RunFiles(output, recipe, tokenizer, corpus, ranks, resume=resume)
+            tracker = Tracker(output, recipe, sum(job.steps for job in jobs), at.step, is_main=ranks.is_main)
+            for note in files.notes():
+                tracker.message(note)
+            run = Run(ranks, stop, checkpoints, files, tracker, at)
+        if phase.name is not None:
+            run.tracker.begin_phase(phase.name, phase.recipe)
+        for note in model.notes:
+            run.tracker.message(note)
+        if not run_phase(run, job, model, engine, surgery):
+            run.tracker.message(f"stopped at step {run.at.step}; go on with --resume")
+            run.tracker.close()
+            return
+        if job is not jobs[-1]:
+            run.at = run.at.next_phase()
+            engine.destroy()
+    assert run is not None
+    kept = run.files.finish(run.at.step, run.at.seconds)
+    if kept is not None and kept["dev"]:
+        run.tracker.scores(kept["dev"], kept["mean"], "dev scores of the kept model")
+    run.tracker.message(f"model: {output / 'model'}\nreport: {output / 'report.html'}")
+    run.tracker.close()
+    stop.release()
+
+
+def run_phase(run: Run, job: Job, model: PhaseModel, engine: Any, surgery: GradientSurgery) -> bool:
+    """The loop, from where the run is to the end of the phase. False where the run was stopped; it is saved then."""
+    phase, recipe, stream = job.phase, job.phase.recipe, job.stream
+    ranks, tracker, at = run.ranks, run.tracker, run.at
+    epochs, last_step = recipe.train.epochs, at.first_step + job.steps
 
     def loss_fn(batch: PackedBatch, model: Any, task_grads: TaskGradients) -> dict[str, tuple[torch.Tensor, int]]:
         return model(batch, task_grads)
 
     def save(value: float | None = None) -> None:
         at.surgery = surgery.state_dict()
-        checkpoints.save(engine, at.step, asdict(at), value)
-
-    def stopped() -> bool:
-        if not ranks.any(stop.up):
-            return False
-        save()
-        tracker.message(f"stopped at step {at.step}; go on with --resume")
-        return True
+        run.checkpoints.save(engine, at.step, asdict(at), value, phase.name)
 
     begun = time.monotonic() - at.seconds
-    while at.epoch < epochs and at.step < total_steps:
+    while at.epoch < epochs and at.step < last_step:
         engine.train()
         for micro_batches in each("data", stream.epoch(at.epoch, at.step_in_epoch)):
             with named("data"):
                 micro_batches = [batch.to(ranks.device) for batch in micro_batches]
-            micro_batches = cache_pairs(engine.module, micro_batches)
-            counts = dict(zip(recipe.task_names, micro_batches[0].group_counts or (), strict=True))
+            if phase.objective != MLM:
+                micro_batches = cache_pairs(engine.module, micro_batches)
+            counts = dict(zip(phase.loss_names, micro_batches[0].group_counts or (), strict=True))
             weights = stream.loss_weights(at.epoch, at.step_in_epoch)
             info = surgery.run(micro_batches, loss_fn, counts, weights)
             if info.skipped is None:
@@ -118,40 +204,36 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int
             at.seconds = time.monotonic() - begun
             tokens = ranks.world * sum(batch.num_tokens for batch in micro_batches)
             tracker.step(at.step, at.epoch, info, _learning_rates(engine), tokens)
-            if at.step == total_steps:
+            if at.step == last_step:
                 break
-            if stopped():
-                tracker.close()
-                return
+            if ranks.any(run.stop.up):
+                save()
+                return False
             if recipe.train.checkpoint_every and at.step % recipe.train.checkpoint_every == 0:
                 save()
         at.epoch, at.step_in_epoch = at.epoch + 1, 0
-        scored = evaluate(recipe, engine, corpus, ranks)
+        scored = {} if phase.objective == MLM else evaluate(recipe, engine, job.corpus, ranks)
         dev = {name: evaluate_predictions(recipe.tasks[name], s.scores, s.labels) for name, s in scored.items()}
         value = selected_score(dev, recipe) if dev else None
         if dev:
             tracker.evaluation(at.step, at.epoch - 1, dev, mean_score(dev, recipe))
-        if value is None or at.best is None or value > at.best:
-            at.best, at.epochs_without_gain = value, 0
-            files.keep(scored, gathered_state_dict(engine), model)
-        else:
-            at.epochs_without_gain += 1
+        gained = at.gained(phase, dev, value)
+        at.epochs_without_gain = 0 if gained else at.epochs_without_gain + 1
+        to_keep = recipe.task_names if phase.keep == "last" else gained
+        if to_keep:
+            run.files.keep(phase, scored, model.whole(gathered_state_dict(engine)), model.model, to_keep)
+        patience = recipe.early_stopping.patience
+        early = patience is not None and at.epochs_without_gain >= patience
+        at.done = early or at.epoch == epochs or at.step == last_step
         save(value)
-        if recipe.early_stopping.patience and at.epochs_without_gain >= recipe.early_stopping.patience:
+        if early:
             tracker.message(
                 f"{recipe.early_stopping.metric} has not grown for {at.epochs_without_gain} epochs: stopped early"
             )
             break
-        if at.epoch < epochs and ranks.any(stop.up):
-            tracker.message(f"stopped at step {at.step}; go on with --resume")
-            tracker.close()
-            return
-    kept = files.finish(at.step, at.seconds)
-    if kept is not None and kept["dev"]:
-        tracker.scores(kept["dev"], kept["mean"], "dev scores of the kept model")
-    tracker.message(f"model: {output / 'model'}\nreport: {output / 'report.html'}")
-    tracker.close()
-    stop.release()
+        if not at.done and ranks.any(run.stop.up):
+            return False
+    return True
 
 
 def evaluate(recipe: Recipe, engine: Any, corpus: Corpus, ranks: Ranks) -> dict[str, Scores]:
@@ -163,6 +245,25 @@ def evaluate(recipe: Recipe, engine: Any, corpus: Corpus, ranks: Ranks) -> dict[
         return engine.module.predict(batch.to(ranks.device))
 
     return score(predict, recipe, datasets, rank=ranks.rank, world=ranks.world, all_gather=ranks.all_gather)
+
+
+def _where(found: Found | None, phases: list[Phase]) -> Progress:
+    """Where a found checkpoint leaves a run. Raises UserError where the recipe has no such phase."""
+    if found is None:
+        return Progress()
+    at, name = Progress(**found.state), found.manifest.get("phase")
+    if at.phase >= len(phases) or phases[at.phase].name != name:
+        names = [phase.name or "the only one" for phase in phases]
+        raise UserError(
+            f"{found.path} was saved in phase {at.phase} ({name or 'the only one'}), the recipe's phases are "
+            f"{', '.join(names)}; a resumed run keeps them"
+        )
+    return at.next_phase() if at.done and at.phase + 1 < len(phases) else at
+
+
+def _checked_models(phases: list[Phase], first: int) -> PhaseModel:
+    """The model of phase number `first`; the others are built too, for a mistake in them must not wait for its turn."""
+    return [model for model in map(PhaseModel, phases) if model.phase.index == first][0]
 
 
 def _learning_rates(engine: Any) -> dict[str, float]:

@@ -60,14 +60,18 @@ class BatchStream:
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[PackedBatch]]:
         """For every optimiser step from `start_step` on, this rank's `engine.accumulation` micro-batches."""
-        micro_batches = self._micro_batches(epoch)
-        for step in range(start_step, self.steps(epoch)):
-            group = micro_batches[step * self._accumulation : (step + 1) * self._accumulation]
+        for _, group in self._groups(epoch, start_step):
             all_tasks = np.concatenate([tasks for shares in group for tasks, _ in shares])
             counts = np.bincount(all_tasks, minlength=len(self._datasets)).tolist()
             yield [self._pack(shares[self._rank], counts) for shares in group]
 
-    def _pack(self, draw: Draw, group_counts: list[int]) -> PackedBatch:
+    def _groups(self, epoch: int, start_step: int) -> Iterator[tuple[int, list[list[Draw]]]]:
+        """Every step from `start_step` on: its number, and its micro-batches as the ranks' shares."""
+        micro_batches = self._micro_batches(epoch)
+        for step in range(start_step, self.steps(epoch)):
+            yield step, micro_batches[step * self._accumulation : (step + 1) * self._accumulation]
+
+    def _pack(self, draw: Draw, group_counts: Sequence[int]) -> PackedBatch:
         tasks, rows = draw
         return pack([(dataset, rows[tasks == t]) for t, dataset in enumerate(self._datasets)], group_counts)
 

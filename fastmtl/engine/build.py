@@ -11,17 +11,36 @@ import torch
 from fastmtl.config import Recipe
 from fastmtl.engine.fused_optimizers import build_adam
 from fastmtl.engine.settings import deepspeed_config
+from fastmtl.model.masked_lm import MaskedLanguageModel
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery.gradient_surgery import GradientSurgery
-from fastmtl.surgery.options import DTYPES
+from fastmtl.surgery.methods import find_method
+from fastmtl.surgery.options import DTYPES, check_options
+
+Model = MultiTaskModel | MaskedLanguageModel
 
 # DeepSpeed's default, in numbers.
 REDUCE_BUCKET_SIZE = 500_000_000
 
 
-def build_engine(
-    recipe: Recipe, model: MultiTaskModel, world: int, total_steps: int, *, universal: bool = False
-) -> Any:
+def check_engine(recipe: Recipe, world: int) -> None:
+    """Refuses what `build_engine` and `build_surgery` would refuse of the settings alone, with UserError."""
+    deepspeed_config(recipe, world, cpu=not torch.cuda.is_available())
+    gradient = recipe.gradient
+    if recipe.encoder.freeze:  # there is nothing to merge, and no option matters
+        return
+    check_options(
+        recipe.engine.zero < 3 and not recipe.engine.offload,
+        find_method(gradient.method, gradient.reduction, gradient.options),
+        storage=gradient.storage,
+        scope=gradient.scope,
+        reduce=gradient.reduce,
+        dtype=DTYPES[gradient.dtype],
+        sketch_size=gradient.sketch_size,
+    )
+
+
+def build_engine(recipe: Recipe, model: Model, world: int, total_steps: int, *, universal: bool = False) -> Any:
     """The DeepSpeed engine for a model on the CPU; it moves, casts and partitions it.
 
     total_steps: optimiser steps of the whole run, for the schedule. universal: the engine will load a universal
@@ -43,13 +62,15 @@ def build_engine(
     return engine
 
 
-def build_surgery(recipe: Recipe, engine: Any, model: MultiTaskModel) -> GradientSurgery:
-    """The recipe's gradient method on the engine of this model."""
+def build_surgery(recipe: Recipe, engine: Any, model: Model, tasks: list[str] | None = None) -> GradientSurgery:
+    """The recipe's gradient method on the engine of this model. tasks: what its forward gives losses of, by default
+    the recipe's.
+    """
     gradient = recipe.gradient
     return GradientSurgery(
         engine,
         gradient.method,
-        tasks=recipe.task_names,
+        tasks=tasks or recipe.task_names,
         shared=model.shared_parameters(),
         sparse=model.sparse_parameters(),
         storage=gradient.storage,
@@ -64,7 +85,7 @@ def build_surgery(recipe: Recipe, engine: Any, model: MultiTaskModel) -> Gradien
     )
 
 
-def build_optimizer(recipe: Recipe, model: MultiTaskModel) -> torch.optim.Optimizer:
+def build_optimizer(recipe: Recipe, model: Model) -> torch.optim.Optimizer:
     """AdamW, Adam or SGD over the model's groups (each with its own learning rate and weight decay)."""
     config = recipe.optimizer
     groups = model.parameter_groups(config)

@@ -29,11 +29,12 @@ KEEP_LATEST = 2  # the newest, and one to fall back on
 
 @dataclass(frozen=True)
 class Found:
-    """A good checkpoint to go on from. universal: it was saved by another number of ranks."""
+    """A good checkpoint to go on from. universal: it was saved by another number of ranks. state: as `save` got it."""
 
     path: Path
     manifest: dict[str, Any]
     universal: bool
+    state: dict[str, Any]
 
 
 class Checkpoints:
@@ -42,9 +43,11 @@ class Checkpoints:
     def __init__(self, directory: Path, recipe: Recipe, ranks: Ranks) -> None:
         self._directory, self._recipe, self._ranks = directory, recipe, ranks
 
-    def save(self, engine: Any, step: int, state: dict[str, Any], value: float | None = None) -> None:
+    def save(
+        self, engine: Any, step: int, state: dict[str, Any], value: float | None = None, phase: str | None = None
+    ) -> None:
         """Saves everything needed to go on after `step`. value: of the metric that chooses the best, where there is
-        one.
+        one. phase: the name of the run's phase, where it has several.
         """
         incomplete = self._directory / f".incomplete-step-{step}"
         final = self._directory / f"step-{step}"
@@ -57,7 +60,7 @@ class Checkpoints:
         self._ranks.barrier()
         if self._ranks.is_main:
             (incomplete / "state.json").write_text(json.dumps(state), encoding="utf-8")
-            write_manifest(incomplete, {**self._about(), "step": step, "value": value})
+            write_manifest(incomplete, {**self._about(), "step": step, "value": value, "phase": phase})
             _sync(incomplete)
             shutil.rmtree(final, ignore_errors=True)  # the same step, saved again after a resume
             incomplete.rename(final)
@@ -97,7 +100,8 @@ class Checkpoints:
                 f"{path} was saved by {manifest['world']} processes, this run has {self._ranks.world}: with {kind} "
                 "DeepSpeed cannot change their number; run with as many as before"
             )
-        return Found(path, manifest, universal)
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return Found(path, manifest, universal, state)
 
     def _why_not_universal(self) -> str:
         """The setting with which DeepSpeed cannot change the number of ranks, "" where it can."""
@@ -125,7 +129,7 @@ class Checkpoints:
             if "cuda" in state and self._ranks.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda"], self._ranks.device)
         assert loaded is not None, "DeepSpeed found no checkpoint where the manifest says there is one"
-        return json.loads((found.path / "state.json").read_text(encoding="utf-8"))
+        return found.state
 
     def _about(self) -> dict[str, Any]:
         engine = self._recipe.engine
@@ -157,13 +161,15 @@ class Checkpoints:
 
     def _prune(self) -> None:
         steps = self._steps()
-        values = {}
+        values, phases = {}, {}
         for step in steps:
             try:
-                values[step] = json.loads((self._path(step) / "manifest.json").read_text(encoding="utf-8")).get("value")
+                manifest = json.loads((self._path(step) / "manifest.json").read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 continue  # damaged: not ours to delete
-        scored = {step: value for step, value in values.items() if value is not None}
+            values[step], phases[step] = manifest.get("value"), manifest.get("phase")
+        now = phases.get(steps[-1])  # the values of other phases are of other tasks
+        scored = {step: value for step, value in values.items() if value is not None and phases[step] == now}
         best = max(scored, key=lambda step: (scored[step], -step)) if scored else None
         for step in steps[:-KEEP_LATEST]:
             if step != best and step in values:

@@ -43,6 +43,12 @@ class Ranks:
     def barrier(self) -> None:
         dist.all_reduce(torch.zeros(1, device=self.device))
 
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Puts the first rank's values into a tensor of the CPU, in place, on every rank."""
+        shared = tensor.to(self.device)
+        dist.broadcast(shared, 0)
+        tensor.copy_(shared)
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any rank: the same answer on all."""
         value = torch.tensor([int(flag)], device=self.device)

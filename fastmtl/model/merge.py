@@ -41,7 +41,7 @@ TRAINING_SECTIONS = {
 }
 # Joined below; any other section has to be the same in all models.
 JOINED_SECTIONS = {"description", "add_to", "encoder", "adapter", "tasks", "data"}
-_ONE_TASKS = re.compile(r"(heads\.|adapter\.(?:.+\.)?tasks\.)(\d+)(\..+)")  # before, index of the task, after
+ONE_TASKS = re.compile(r"(heads\.|adapter\.(?:.+\.)?tasks\.)(\d+)(\..+)")  # before, index of the task, after
 
 
 class Origin(BaseModel):
@@ -133,7 +133,7 @@ def join(first: TrainedModel, second: TrainedModel, *, rounded: torch.dtype = to
     tensors = dict(first.tensors)
     counts = len(first.recipe.tasks), len(second.recipe.tasks)
     for name, tensor in second.tensors.items():
-        if found := _ONE_TASKS.match(name):
+        if found := ONE_TASKS.match(name):
             tensors[f"{found[1]}{int(found[2]) + counts[0]}{found[3]}"] = tensor
         elif name.startswith("adapter."):
             ours = first.tensors[name]

@@ -14,6 +14,7 @@ from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
 from fastmtl.model.adapters import build_adapter
 from fastmtl.model.encoder import PackedBert, Pooler
+from fastmtl.model.groups import parameter_groups
 from fastmtl.model.heads import build_head
 from fastmtl.model.heads.embed import Recurrent
 from fastmtl.model.losses import TaskLoss, build_loss
@@ -126,26 +127,12 @@ class MultiTaskModel(nn.Module):
         return {"adapters": adapters, "heads": list(self.heads.parameters())}
 
     def parameter_groups(self, config: OptimizerConfig) -> list[dict[str, Any]]:
-        """Trainable parameters for an optimiser: groups `encoder`, `adapters`, `heads`, with and without weight
-        decay.
-
-        Biases and the weights of LayerNorm do not decay. Keys: params, lr, weight_decay, name.
-        """
+        """Trainable parameters for an optimiser: groups `encoder`, `adapters`, `heads` (see groups.py)."""
         parts = [("encoder", self.encoder, config.lr), ("heads", self.heads, config.head_lr)]
         if self.adapter is not None:
             parts.insert(1, ("adapters", self.adapter, config.adapter_lr))
-        groups = []
-        for name, module, lr in parts:
-            split: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-            for key, parameter in module.named_parameters():
-                if parameter.requires_grad:
-                    split[not key.endswith(("bias", "LayerNorm.weight"))].append(parameter)
-            for decays, parameters in split.items():
-                if parameters:
-                    decay = config.weight_decay if decays else 0.0
-                    lr = config.lr if lr is None else lr
-                    groups.append({"params": parameters, "lr": lr, "weight_decay": decay, "name": name})
-        return groups
+        rated = [(name, module, config.lr if lr is None else lr) for name, module, lr in parts]
+        return parameter_groups(rated, config.weight_decay)
 
     def examples(self, batch: PackedBatch, task_grads: TaskGradients | None = None) -> list[Examples]:
         """What every task's head makes of its examples, of none too."""

@@ -27,9 +27,21 @@ WEIGHT_FILES = (
 def read_encoder_weights(directory: Path) -> dict[str, Tensor]:
     """Embeddings, layers and pooler of a directory, in the dtype of its files.
 
-    Other tensors (a masked LM's head) are left out. Names may carry the prefix `bert.` of BertForMaskedLM and its
-    like, and LayerNorm's old `gamma` and `beta`. Raises UserError naming the file that is missing, damaged or no
-    weight file.
+    Other tensors (a masked LM's head) are left out. Raises UserError as `read_weights`.
+    """
+    return {
+        name: tensor
+        for name, tensor in read_weights(directory).items()
+        if name.startswith(("embeddings.", "encoder.", "pooler."))
+        and name != "embeddings.position_ids"  # a buffer of old versions
+    }
+
+
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a directory, in the dtype of its files.
+
+    The prefix `bert.` of BertForMaskedLM and its like is left out, and LayerNorm's old `gamma` and `beta` are renamed.
+    Raises UserError naming the file that is missing, damaged or no weight file.
     """
     path = next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
     if path is None:
@@ -37,12 +49,7 @@ def read_encoder_weights(directory: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for part in _parts(path):
         tensors.update(read_tensors(part))
-    return {
-        renamed: tensor
-        for name, tensor in tensors.items()
-        if (renamed := _bert_name(name)).startswith(("embeddings.", "encoder.", "pooler."))
-        and renamed != "embeddings.position_ids"  # a buffer of old versions
-    }
+    return {_bert_name(name): tensor for name, tensor in tensors.items()}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -88,7 +88,13 @@ class GradientSurgery:
             log.warning("no shared parameter is trained, so there is nothing that tasks could disagree on: sum")
             chosen = None
         self.storage = check_options(
-            self._target, chosen, storage=storage, scope=scope, reduce=reduce, dtype=dtype, sketch_size=sketch_size
+            self._target.stacks,
+            chosen,
+            storage=storage,
+            scope=scope,
+            reduce=reduce,
+            dtype=dtype,
+            sketch_size=sketch_size,
         )
         if reduce == "sketch":
             check_sketch(sketch_size, sparse)

@@ -9,7 +9,6 @@ import torch
 from fastmtl.errors import UserError
 from fastmtl.surgery.methods import Method
 from fastmtl.surgery.reduce import Alone, Ranks, Together, world_size
-from fastmtl.surgery.targets import Target
 
 Storage = Literal["auto", "stacked", "replay"]
 Scope = Literal["global", "tensor"]
@@ -20,7 +19,7 @@ SKETCH_SIZE = 32_768
 
 
 def check_options(
-    target: Target,
+    stacks: bool,
     method: Method | None,
     *,
     storage: str,
@@ -31,6 +30,7 @@ def check_options(
 ) -> str:
     """The storage to use: "stacked", "replay", or "none" for `scope="tensor"`, which keeps nothing.
 
+    stacks: whether the target takes merged gradients.
     Raises UserError for an unknown value, and for a combination with its reason and the nearest one that works.
     """
     _one_of("storage", storage, ("auto", "stacked", "replay"))
@@ -50,11 +50,11 @@ def check_options(
     if scope == "tensor":
         _check_tensor_scope(method, storage, reduce, dtype)
         return "none"
-    if storage == "stacked" and not target.stacks:
+    if storage == "stacked" and not stacks:
         raise UserError(
             "storage='stacked' needs every gradient at hand, which ZeRO 3 and offload do not give: use storage='replay'"
         )
-    chosen = storage if storage != "auto" else ("stacked" if target.stacks else "replay")
+    chosen = storage if storage != "auto" else ("stacked" if stacks else "replay")
     if chosen == "replay" and dtype != torch.float32:
         raise UserError(
             f"dtype={dtype} is that of J, and storage='replay' keeps none: use torch.float32, or storage='stacked' "

@@ -60,11 +60,11 @@ class Tracker:
     Values are taken from the device only in steps that are logged (`train.log_every`). When a run goes on from
     `resume_step`, lines of later steps are dropped, so metrics.jsonl ends up as that of an uninterrupted run.
 
-    metrics.jsonl holds for a step: step, epoch (from 0), loss {task: mean}, lr, cosines {"a/b": cosine}, conflict_rate,
-    task_norms {task: norm}, merged_norm, skipped (what had a gradient that is not finite, or null), surgery_bytes and
-    surgery_seconds (of this step), tokens_per_second (over the steps since the last line, evaluation not counted), time
-    (Unix seconds); and for an evaluation: step, epoch, dev {task: {metric: value}}, mean, time. A number that is not
-    finite is null.
+    metrics.jsonl holds for a step: step, phase (its name, in a run of several), epoch (from 0, in the phase), loss
+    {task: mean}, lr, cosines {"a/b": cosine}, conflict_rate, task_norms {task: norm}, merged_norm, skipped (what had a
+    gradient that is not finite, or null), surgery_bytes and surgery_seconds (of this step), tokens_per_second (over the
+    steps since the last line, evaluation not counted), time (Unix seconds); and for an evaluation: step, phase, epoch,
+    dev {task: {metric: value}}, mean, time. A number that is not finite is null.
     """
 
     def __init__(
@@ -82,7 +82,8 @@ class Tracker:
             return
         from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only this process needs it
 
-        self._recipe = recipe
+        self._recipe = self._part = recipe
+        self._phase: str | None = None
         self._total_steps = total_steps
         output.mkdir(parents=True, exist_ok=True)
         self._file = MetricsFile(output / "metrics.jsonl", resume_step)
@@ -91,13 +92,19 @@ class Tracker:
         self._display = open_display(self._console, total_steps, resume_step)
         self._restart_clock()
 
+    def begin_phase(self, name: str, recipe: Recipe) -> None:
+        """The lines that follow are of a phase of the run, with the tasks of its recipe."""
+        if self._is_main:
+            self._phase, self._part = name, recipe
+            self._display.message(f"phase {name}: {', '.join(recipe.task_names)}")
+
     def step(self, step: int, epoch: int, info: StepInfo, lr: float | Mapping[str, float], tokens: int) -> None:
         """Optimiser step `step` (from 1) of `epoch` (from 0) is done; `tokens`: of this step, over all ranks."""
         if not self._is_main:
             return
         self._tokens += tokens
         summary = None
-        if step % self._recipe.train.log_every == 0 or step == self._total_steps:
+        if step % self._part.train.log_every == 0 or step == self._total_steps:
             summary = self._log(step, epoch, info, lr)
         self._display.update(step, epoch, summary)
 
@@ -107,6 +114,7 @@ class Tracker:
         rate = self._tokens / max(time.monotonic() - self._since, 1e-9)
         line = {
             "step": step,
+            **self._where(),
             "epoch": epoch,
             "loss": losses,
             "lr": dict(lr) if isinstance(lr, Mapping) else lr,
@@ -121,7 +129,7 @@ class Tracker:
             "time": round(time.time(), 3),
         }
         self._file.write(line)
-        self._to_board(step, {key: line[key] for key in line if key not in ("step", "epoch", "time")})
+        self._to_board(step, {key: line[key] for key in line if key not in ("step", "phase", "epoch", "time")})
         self._restart_clock()
         return summarize(losses, conflict_rate, rate)
 
@@ -130,7 +138,14 @@ class Tracker:
         if not self._is_main:
             return
         if step > self._file.last_evaluation:
-            line = {"step": step, "epoch": epoch, "dev": dev, "mean": mean, "time": round(time.time(), 3)}
+            line = {
+                "step": step,
+                **self._where(),
+                "epoch": epoch,
+                "dev": dev,
+                "mean": mean,
+                "time": round(time.time(), 3),
+            }
             self._file.write(line)
             self._file.last_evaluation = step
             self._to_board(step, {"dev": {**dev, "mean": mean}})
@@ -162,17 +177,20 @@ class Tracker:
     def _chosen(self, task: str, dev: dict[str, dict[str, float]]) -> float:
         return dev[task][self._recipe.tasks[task].metric_name]
 
+    def _where(self) -> dict[str, str]:
+        return {} if self._phase is None else {"phase": self._phase}
+
     def _pairwise(self, cosines: Tensor | None) -> dict[str, float]:
         if cosines is None:
             return {}
-        names, values = self._recipe.task_names, cosines.tolist()
+        names, values = self._part.task_names, cosines.tolist()
         pairs = itertools.combinations(range(len(names)), 2)
         return {f"{names[i]}/{names[j]}": values[i][j] for i, j in pairs}
 
     def _by_task(self, values: Mapping[str, Any] | Iterable[Any] | None) -> dict[str, float]:
         if values is None:
             return {}
-        items = values if isinstance(values, Mapping) else dict(zip(self._recipe.task_names, values, strict=True))
+        items = values if isinstance(values, Mapping) else dict(zip(self._part.task_names, values, strict=True))
         return {name: float(value) for name, value in items.items()}
 
     def _to_board(self, step: int, values: Mapping[str, Any], prefix: str = "") -> None:

@@ -1,0 +1,110 @@
+"""Batches for masked language modelling: 15 % of each sequence's tokens are to be told (Devlin et al. 2019, 3.1)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmtl.config import Recipe
+from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.data.stream import BatchStream, Draw
+from fastmtl.data.tokenized import TokenizedDataset
+from fastmtl.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHARE, MASKED, RANDOM = 0.15, 0.8, 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedBatch:
+    """batch: with some tokens replaced. positions int64 [M]: rows of the tokens to tell, targets int64 [M]: what they
+    were. group_counts: (their number in the whole optimiser step, over all ranks and micro-batches,).
+    """
+
+    batch: PackedBatch
+    positions: Tensor
+    targets: Tensor
+    group_counts: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.batch.num_tokens
+
+    def to(self, device: torch.device | str) -> MaskedBatch:
+        moved = {name: getattr(self, name).to(device) for name in ("batch", "positions", "targets")}
+        return dataclasses.replace(self, **moved)
+
+
+class MaskedStream(BatchStream):
+    """The texts of a `BatchStream`, masked: a pure function of (seed, epoch, step, micro-batch, rank).
+
+    Of a sequence of L tokens max(1, round(0.15 L)) are chosen, none of them special; of these 80 % become [MASK], 10 %
+    a random token, and 10 % stay.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[TokenizedDataset],
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerBase,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        super().__init__(datasets, recipe, rank, world)
+        if tokenizer.mask_token_id is None:
+            raise UserError("objective: mlm: the encoder's tokenizer has no [MASK] token")
+        self._mask, self._vocabulary = int(tokenizer.mask_token_id), len(tokenizer)
+        self._special = np.array(tokenizer.all_special_ids)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[MaskedBatch]]:  # type: ignore[override]
+        """For every optimiser step from `start_step` on, this rank's `engine.accumulation` micro-batches."""
+        for step, group in self._groups(epoch, start_step):
+            total = sum(self._number(share) for shares in group for share in shares)
+            yield [
+                self._masked(self._pack(shares[self._rank], ()), total, [epoch, step, part])
+                for part, shares in enumerate(group)
+            ]
+
+    def _number(self, draw: Draw) -> int:
+        """Tokens to tell in a rank's share."""
+        tasks, rows = draw
+        number = 0
+        for t, dataset in enumerate(self._datasets):
+            per_example = dataset.sequences_per_example
+            sequences = (rows[tasks == t, None] * per_example + np.arange(per_example)).reshape(-1)
+            number += int(_chosen(dataset.offsets[sequences + 1] - dataset.offsets[sequences]).sum())
+        return number
+
+    def _masked(self, batch: PackedBatch, total: int, at: list[int]) -> MaskedBatch:
+        random = np.random.default_rng([self._recipe.seed, *at, self._rank])
+        ids = batch.input_ids.numpy().copy()
+        lengths = np.diff(batch.host.cu_seqlens)
+        sequence = np.repeat(np.arange(len(lengths)), lengths)
+        draw = random.random(len(ids))
+        special = np.isin(ids, self._special)
+        order = np.lexsort((draw + special, sequence))  # within each sequence at random, special tokens last
+        place = np.arange(len(ids)) - np.asarray(batch.host.cu_seqlens)[sequence]  # sequences keep their stretches
+        positions = np.sort(order[(place < _chosen(lengths)[sequence]) & ~special[order]])
+        targets = ids[positions]
+        what = random.random(len(positions))
+        ids[positions[what < MASKED]] = self._mask
+        replaced = positions[(what >= MASKED) & (what < MASKED + RANDOM)]
+        ids[replaced] = random.integers(0, self._vocabulary, len(replaced))
+        return MaskedBatch(
+            batch=dataclasses.replace(batch, input_ids=torch.from_numpy(ids)),
+            positions=torch.from_numpy(positions),
+            targets=torch.from_numpy(targets),
+            group_counts=(total,),
+        )
+
+
+def _chosen(lengths: np.ndarray) -> np.ndarray:
+    return np.maximum(1, np.round(SHARE * lengths)).astype(np.int64)

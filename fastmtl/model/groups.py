@@ -1,0 +1,26 @@
+"""Parameters for an optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+
+def parameter_groups(parts: Iterable[tuple[str, nn.Module, float]], weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters of (name, module, learning rate), with and without weight decay.
+
+    Biases and the weights of LayerNorm do not decay. Keys: params, lr, weight_decay, name.
+    """
+    groups = []
+    for name, module, lr in parts:
+        split: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for key, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                split[not key.endswith(("bias", "LayerNorm.weight"))].append(parameter)
+        for decays, parameters in split.items():
+            if parameters:
+                decay = weight_decay if decays else 0.0
+                groups.append({"params": parameters, "lr": lr, "weight_decay": decay, "name": name})
+    return groups
