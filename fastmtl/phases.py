@@ -99,6 +99,8 @@ def _phase(recipe: Recipe, given: PhaseConfig, index: int, name: str) -> Phase:
             "keep: best_of_each needs a frozen encoder: where tasks share what is trained, the best epoch of one "
             "cannot be taken alone; use trains: heads, adapters or adapters+heads"
         )
+    if freeze and given.gradient is None:
+        update["gradient"] = GradientConfig()  # sum: the tasks share nothing that is trained
     return Phase(index, name, recipe.model_copy(update=update), parts, keep=given.keep)
 
 

@@ -13,6 +13,7 @@ from fastmtl.config import Recipe, TaskConfig, load_recipe
 from fastmtl.errors import UserError
 from fastmtl.metrics import metric_names
 from fastmtl.report import page, plots
+from fastmtl.report.phases import phase_table
 from fastmtl.tracking.metrics_file import read_metrics
 
 TITLES = {
@@ -49,6 +50,7 @@ def write_report(output: Path, results: dict[str, Any] | None = None) -> Path:
         page.section(
             "Dev scores", "The metric in bold is the task's own; the mean is over these.", [_scores(recipe, results)]
         ),
+        page.section("Phases", "Steps count through the whole run.", phase_table(recipe, steps, evaluations)),
         page.section(
             "Loss",
             "Mean per row, each on its own scale. Faint: the steps; strong: their moving average.",
@@ -116,6 +118,11 @@ def _losses(recipe: Recipe, steps: list[dict[str, Any]]) -> list[str]:
             curve = ([line["step"] for line in found], [line["loss"][name] for line in found])
             svg = plots.curves({name: curve}, name=f"loss of {name}", ylabel=task.loss_name, first_color=index)
             result.append(page.figure(name, svg))
+    words = [(line["step"], line["loss"]["mlm"]) for line in steps if "mlm" in line["loss"]]
+    if words:
+        curve = ([step for step, _ in words], [loss for _, loss in words])
+        svg = plots.curves({"mlm": curve}, name="loss of masked words", ylabel="cross_entropy")
+        result.append(page.figure("masked words", svg))
     return result
 
 
@@ -168,8 +175,8 @@ def _gradients(recipe: Recipe, steps: list[dict[str, Any]]) -> list[str]:
         return []
     at = [line["step"] for line in with_cosines]
     cosines = {
-        pair.replace("/", " · "): (at, [line["cosines"][pair] for line in with_cosines])
-        for pair in with_cosines[0]["cosines"]
+        pair.replace("/", " · "): (at, [line["cosines"].get(pair) for line in with_cosines])
+        for pair in dict.fromkeys(pair for line in with_cosines for pair in line["cosines"])
     }
     rate = {"conflict rate": (at, [line["conflict_rate"] for line in with_cosines])}
     norms = {
@@ -212,12 +219,9 @@ def _speed(steps: list[dict[str, Any]]) -> list[str]:
         return []
     at = [line["step"] for line in steps]
     speed = {"tokens/s": (at, [line["tokens_per_second"] for line in steps])}
-    groups: dict[str, list[float]] = {}
-    for line in steps:
-        rates = line["lr"] if isinstance(line["lr"], dict) else {"learning rate": line["lr"]}
-        for name, rate in rates.items():
-            groups.setdefault(name, []).append(rate)
-    lr = {name: (at, rates) for name, rates in groups.items() if len(rates) == len(at)}
+    rates = [line["lr"] if isinstance(line["lr"], dict) else {"learning rate": line["lr"]} for line in steps]
+    names = dict.fromkeys(name for of_step in rates for name in of_step)
+    lr = {name: (at, [of_step.get(name) for of_step in rates]) for name in names}
     return [
         page.figure("Throughput, all processes", plots.curves(speed, name="throughput", ylabel="tokens/s")),
         page.figure(

@@ -1,0 +1,213 @@
+"""Phases: what each trains and leaves to the next, stopped and resumed runs, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastmtl.config import Recipe, load_recipe, parse_recipe
+from fastmtl.errors import UserError
+from fastmtl.model.weights import read_encoder_weights
+from fastmtl.phases import phases_of
+
+sys.path.insert(0, str(Path(__file__).parent))
+import phase_cases as cases  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
+    directory = tmp_path_factory.mktemp("phases")
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(Path(cases.__file__)), str(directory), str(tiny_bert)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return directory
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def lasting(run: Path) -> list[dict[str, Any]]:
+    clocks = ("time", "tokens_per_second", "surgery_seconds")
+    return [{key: value for key, value in line.items() if key not in clocks} for line in lines(run)]
+
+
+def weights(run: Path, part: str) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / f"{part}.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    assert one.keys() == two.keys()
+    return all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_heads_alone_leave_the_encoder_and_every_task_keeps_its_own_best(runs: Path, tiny_bert: Path) -> None:
+    assert same(weights(runs / "heads", "model"), read_encoder_weights(tiny_bert))
+    evaluations = [line["dev"] for line in lines(runs / "heads") if "dev" in line]
+    kept = json.loads((runs / "heads" / "results.json").read_text())["dev"]
+    own = {"kind": "accuracy", "same": "accuracy", "degree": "pearson"}
+    best = {task: max(dev[task][metric] for dev in evaluations) for task, metric in own.items()}
+    at = {task: [dev[task][metric] for dev in evaluations].index(best[task]) for task, metric in own.items()}
+    assert len(set(at.values())) > 1, "the case is to have tasks with different best epochs"
+    for task, metric in own.items():
+        assert kept[task][metric] == pytest.approx(best[task], abs=1e-6)
+    from fastmtl.predict import evaluate_split, load
+
+    found = evaluate_split(load(runs / "heads"), "dev", None, None).metrics  # model/ itself, not the files beside it
+    assert {task: found[task][metric] for task, metric in own.items()} == pytest.approx(best, abs=1e-5)
+
+
+def test_adapters_come_after_tuning_with_everything_else_frozen(runs: Path) -> None:
+    assert not (runs / "two" / "model" / "adapters.safetensors").is_file() or not weights(runs / "two", "adapters")
+    for part in ("model", "heads"):
+        assert same(weights(runs / "three", part), weights(runs / "two", part))
+    assert not same(weights(runs / "two", "model"), weights(runs / "heads", "model"))
+    trained = weights(runs / "three", "adapters")
+    assert trained and all(tensor.any() for name, tensor in trained.items())
+
+
+def test_lines_of_metrics_name_the_phase_and_config_repeats_the_run(runs: Path) -> None:
+    steps = [line for line in lines(runs / "three") if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 43))
+    assert [line["phase"] for line in steps] == ["heads"] * 24 + ["tune"] * 12 + ["adapters"] * 6
+    assert [line["epoch"] for line in steps if line["phase"] == "tune"] == [0] * 6 + [1] * 6
+    assert {name for line in steps if line["phase"] == "heads" for name in line["lr"]} == {"heads"}
+    assert {name for line in steps if line["phase"] == "tune" for name in line["lr"]} == {"encoder", "heads"}
+    assert all(line["cosines"] for line in steps if line["phase"] == "tune")
+    tops = [max(line["lr"].values()) for line in steps]
+    assert max(tops[:24]) == 3e-2 and max(tops[24:36]) == 3e-3 and max(tops[36:]) == 1e-2
+    again = load_recipe(str(runs / "three" / "config.yaml"))
+    assert again.dump() == (runs / "three" / "config.yaml").read_text()
+    assert phases_of(again) == phases_of(again.model_copy(deep=True))
+    names = [phase.name for phase in phases_of(again)]
+    assert names == ["heads", "tune", "adapters"]
+    page = (runs / "three" / "report.html").read_text()
+    assert "Phases" in page and "best_of_each" in page
+
+
+def test_stopped_and_resumed_in_any_phase_is_bitwise_the_same(runs: Path) -> None:
+    assert lasting(runs / "stopped") == lasting(runs / "three")
+    for part in ("model", "adapters", "heads"):
+        assert same(weights(runs / "stopped", part), weights(runs / "three", part))
+    newest = max((runs / "stopped" / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
+    assert json.loads((newest / "manifest.json").read_text())["phase"] == "adapters"
+
+
+def test_tasks_that_a_phase_leaves_out_stay_as_they_are(runs: Path) -> None:
+    before, after = weights(runs / "heads", "heads"), weights(runs / "subset", "heads")
+    assert before.keys() == after.keys()
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed <= {"same"}
+    steps = [line for line in lines(runs / "subset") if "loss" in line and line["phase"] == "one"]
+    assert steps and all(line["loss"].keys() == {"same"} for line in steps)
+    kept = json.loads((runs / "subset" / "results.json").read_text())
+    assert kept["dev"].keys() == {"kind", "same", "degree"}  # the encoder is the same, so the scores still hold
+
+
+def test_pretraining_on_one_task_goes_before_all(runs: Path) -> None:
+    phases = [line["phase"] for line in lines(runs / "first") if "loss" in line]
+    assert phases == ["one"] * 6 + ["adapters"] * 6
+    fastmtl = json.loads((runs / "first" / "model" / "fastmtl.json").read_text())
+    assert fastmtl["tasks"] == ["kind", "same", "degree"]
+
+
+def test_masked_words_come_before_the_tasks(runs: Path, tiny_bert: Path) -> None:
+    steps = [line for line in lines(runs / "mlm") if "loss" in line]
+    words = [line["loss"]["mlm"] for line in steps if line["phase"] == "words"]
+    assert len(words) == 3 and all(line["loss"].keys() == {"kind", "same", "degree"} for line in steps[3:])
+    assert words[-1] < words[0] < 6  # log of the vocabulary is 4.8
+
+
+def recipe(*phases: dict[str, Any], **sections: Any) -> Recipe:
+    tasks = {
+        "sst": {"type": "classification", "num_labels": 5, "data": {"train": "x", "dev": "x"}},
+        "para": {"type": "binary", "data": {"train": "x", "dev": "x"}},
+    }
+    return parse_recipe({"tasks": tasks, "phases": list(phases), **sections}, "test")
+
+
+def test_settings_of_a_phase_replace_single_ones_of_the_recipe() -> None:
+    sampler = {"name": "annealed", "batch_size": {"sst": 4, "para": 8}, "subsample": {"para": 100}}
+    given = recipe(
+        {"optimizer": {"lr": 1e-5}, "train": {"epochs": 2}},
+        {"tasks": ["sst"], "sampler": {"name": "sqrt"}, "trains": "encoder+heads", "accumulation": 4},
+        {"loss": {"para": "cosine"}, "trains": "heads"},
+        sampler=sampler,
+        optimizer={"lr": 3e-4, "head_lr": 1e-3},
+        gradient={"method": "pcgrad"},
+        engine={"accumulation": 2},
+        seed=5,
+    )
+    first, second, third = phases_of(given)
+    assert (first.name, first.recipe.optimizer.lr, first.recipe.optimizer.head_lr) == ("phase-1", 1e-5, 1e-3)
+    assert (first.recipe.train.epochs, first.recipe.sampler) == (2, given.sampler)
+    assert second.recipe.task_names == second.loss_names == ["sst"]
+    assert (second.recipe.sampler.name, second.recipe.sampler.batch_size) == ("sqrt", {"sst": 4})
+    assert second.recipe.sampler.subsample == {} and second.recipe.engine.accumulation == 4
+    assert second.parts == ("encoder", "heads") and not second.recipe.encoder.freeze
+    assert third.recipe.encoder.freeze and third.recipe.gradient.method == "sum"
+    assert third.recipe.tasks["para"].loss == "cosine" and given.tasks["para"].loss is None
+    assert len({phase.recipe.seed for phase in (first, second, third)}) == 3 and first.recipe.seed == 5
+    alone = given.model_copy(update={"phases": []})
+    assert phases_of(alone)[0].recipe is alone and phases_of(alone)[0].name is None
+
+
+@pytest.mark.parametrize(
+    ("phases", "sections", "message"),
+    [
+        ([{"trains": "head"}], {}, "phases.0 (phase-1): unknown part to train 'head'. Did you mean 'heads'?"),
+        ([{"tasks": ["sts"]}], {}, "unknown task 'sts'"),
+        ([{"tasks": []}], {}, "name at least one"),
+        ([{"name": "a"}, {"name": "a"}], {}, "two of them are named a"),
+        ([{"trains": "adapters"}], {}, "trains: adapters, but adapter.name is none"),
+        ([{"keep": "best_of_each"}], {}, "keep: best_of_each needs a frozen encoder"),
+        ([{"loss": {"sst": "bce"}, "tasks": ["para"]}], {}, "loss: sst is none of the phase's tasks"),
+        ([{"gradient": {"method": "pcgrd"}}], {}, "Did you mean 'pcgrad'?"),
+        (
+            [{}, {"tasks": ["sst"]}],
+            {"early_stopping": {"metric": "para/accuracy"}},
+            "phases.1 (phase-2): early_stopping",
+        ),
+        ([{"objective": "mlm", "trains": "heads"}], {}, "objective: mlm trains the encoder"),
+        ([{"objective": "mlm", "keep": "best"}], {}, "no dev scores"),
+        ([{"objective": "mlm", "gradient": {"method": "pcgrad"}}], {}, "gradient.method: pcgrad has nothing to merge"),
+        ([{"objective": "mlm"}], {"engine": {"zero": 3}}, "use engine.zero 0, 1 or 2"),
+        (
+            [{"objective": "mlm"}],
+            {"sampler": {"name": "compromise", "batches_per_step": 4}},
+            "sampler.name: compromise weighs those of tasks",
+        ),
+        (
+            [{}, {"tasks": ["sst"], "adapter": {"name": "lora"}}],
+            {},
+            "changes the adapters of all tasks, but leaves out para",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(phases: list[dict], sections: dict, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        phases_of(recipe(*phases, **sections))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("phase", "message"),
+    [
+        ({"trian": {}}, "unknown key 'phases.0.trian'. Did you mean 'phases.0.train"),
+        ({"optimizer": {"rate": 1}}, "unknown key 'phases.0.optimizer.rate'"),
+        ({"optimizer": {"lr": -1}}, "phases.0.optimizer.lr: "),
+    ],
+)
+def test_mistakes_in_a_phase_name_their_key(phase: dict, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        recipe(phase)
+    assert message in str(error.value)
