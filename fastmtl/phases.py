@@ -52,7 +52,7 @@ def phases_of(recipe: Recipe) -> list[Phase]:
         phases = [Phase(0, None, recipe, ("encoder", "adapters", "heads"))]
     else:
         if recipe.add_to is not None:
-            raise UserError("phases do not go with add_to: the trained model's encoder stays as it is; add to what phases made")
+            raise UserError("phases do not go with add_to, which trains new tasks on an encoder that stays as it is")
         names = [given.name or f"phase-{index}" for index, given in enumerate(recipe.phases, start=1)]
         for name in names:
             if names.count(name) > 1:

@@ -172,6 +172,7 @@ def test_settings_of_a_phase_replace_single_ones_of_the_recipe() -> None:
         ([{"keep": "best_of_each"}], {}, "keep: best_of_each needs a frozen encoder"),
         ([{"loss": {"sst": "bce"}, "tasks": ["para"]}], {}, "loss: sst is none of the phase's tasks"),
         ([{"gradient": {"method": "pcgrd"}}], {}, "Did you mean 'pcgrad'?"),
+        ([{}], {"add_to": "runs/x"}, "phases do not go with add_to"),
         (
             [{}, {"tasks": ["sst"]}],
             {"early_stopping": {"metric": "para/accuracy"}},

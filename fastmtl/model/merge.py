@@ -38,6 +38,7 @@ TRAINING_SECTIONS = {
     "early_stopping",
     "engine",
     "deepspeed",
+    "phases",
 }
 # Joined below; any other section has to be the same in all models.
 JOINED_SECTIONS = {"description", "add_to", "encoder", "adapter", "tasks", "data"}
