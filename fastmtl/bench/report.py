@@ -55,8 +55,15 @@ def show(result: dict[str, Any], console: Console) -> None:
         console.print(_operation(name, operation))
         _left_out(operation["skipped"], console)
         console.print()
-    kinds = {"dtypes": _gradients, "points": _tasks, "steps": _steps, "variants": _variants}
-    for key, table in kinds.items():
+    points = result.get("points", [])
+    if points and "steps" not in points[0]:
+        console.print(_tasks(result))
+    for point in points:
+        if "steps" in point:
+            console.print(_steps({**result, **point}))
+            _left_out(point["skipped"], console)
+            console.print()
+    for key, table in {"dtypes": _gradients, "steps": _steps, "variants": _variants, "peers": _peers}.items():
         if key in result:
             console.print(table(result))
     _left_out({**result.get("skipped", {}), **result.get("unavailable", {})}, console)
@@ -144,6 +151,25 @@ def _variants(result: dict[str, Any]) -> Table:
             f"{entry['ratio_to_textbook']:.2f}x",
             _mib(entry["peak_above_joint_mib"]),
             _mib(entry["j_mib"]),
+        )
+    return table
+
+
+def _peers(result: dict[str, Any]) -> Table:
+    shape = result["shape"]
+    table = _table(
+        f"{shape['name']} in {result['precision']}, {result['tasks']} tasks x {shape['rows']} texts",
+        *("step", "median ms", "20 %", "80 %", "time", "MiB with AdamW", "memory"),
+        f"texts in {result['limit_gib']:g} GiB, {result['largest']}",
+    )
+    for name, entry in result["peers"].items():
+        table.add_row(
+            name,
+            *_milliseconds(entry),
+            f"{entry['ratio_to_joint']:.2f}x",
+            f"{entry['memory_mib']:,.0f}",
+            f"{entry['memory_to_joint']:.2f}x",
+            f"{result['tasks']} x {entry['largest_rows']:,}",
         )
     return table
 
