@@ -80,7 +80,7 @@ def test_the_compiled_encoder_is_one_of_a_copy(monkeypatch: pytest.MonkeyPatch) 
     model = WAYS[COMPILED[0]].model(work)
     assert calls == [(model.encoder, {"dynamic": True})]
     assert model.encoder is not work.padded.encoder
-    assert step._padded_losses(work, model) == step._padded_losses(work, work.padded)
+    assert step.padded_losses(work, model) == step.padded_losses(work, work.padded)
 
 
 @pytest.mark.parametrize("sweep", step.SWEEPS)

@@ -19,7 +19,7 @@ from fastmtl.bench.workload import Workload
 from fastmtl.model.multitask import MultiTaskModel
 
 # float32: other orders of addition. bfloat16: 8 bits in every activation of a few layers.
-TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2}
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 DROPOUT = 0.1
 # Of the sweeps over sizes.
 TOKENS = (1024, 2048, 4096, 8192)
@@ -73,14 +73,14 @@ def _about(size: Size, rounds: int, commit: str | None) -> dict[str, Any]:
 def _measured(size: Size, rounds: int, say: Say, ways: Sequence[str]) -> dict[str, Any]:
     say("building models")
     workload = Workload(dataclasses.replace(size, dropout=DROPOUT))
-    losses = _padded_losses(workload, workload.padded)
+    losses = padded_losses(workload, workload.padded)
     steps: dict[str, Step] = {}
     skipped: dict[str, str] = {}
     largest = 0.0
     for name in ways:
         say(f"comparing losses: {name}")
         try:
-            steps[name], error = _checked(name, workload, losses, TOLERANCES[size.precision])
+            steps[name], error = checked(name, workload, losses)
             largest = max(largest, error)
         except Skipped as reason:
             skipped[name] = str(reason)
@@ -104,13 +104,17 @@ def _measured(size: Size, rounds: int, say: Say, ways: Sequence[str]) -> dict[st
     }
 
 
-def _checked(name: str, workload: Workload, losses: Sequence[float], tolerance: float) -> tuple[Step, float]:
-    """The step, and the largest relative error of its model's losses."""
+def checked(name: str, workload: Workload, losses: Sequence[float]) -> tuple[Step, float]:
+    """One of WAYS ready to run, and the largest relative error of its model's losses.
+
+    losses: padded_losses of transformers' model. Raises Skipped with the reason where it cannot run, and LossMismatch.
+    """
+    tolerance = TOLERANCES[workload.dtype]
     way = WAYS[name]
     if way.model is None:
         return way.build(workload, workload.padded), 0.0
     model = way.model(workload)
-    found = _padded_losses(workload, model) if isinstance(model, PaddedModel) else _packed_losses(workload, model)
+    found = padded_losses(workload, model) if isinstance(model, PaddedModel) else _packed_losses(workload, model)
     largest = 0.0
     for task, (loss, expected) in enumerate(zip(found, losses, strict=True)):
         error = abs(loss - expected) / abs(expected)
@@ -121,7 +125,8 @@ def _checked(name: str, workload: Workload, losses: Sequence[float], tolerance: 
 
 
 @torch.no_grad()
-def _padded_losses(workload: Workload, model: PaddedModel) -> list[float]:
+def padded_losses(workload: Workload, model: PaddedModel) -> list[float]:
+    """Of each task, without dropout."""
     model.eval()
     return [float(model.loss(task, model.features(b), b)) for task, b in enumerate(workload.padded_batches)]
 

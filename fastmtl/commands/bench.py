@@ -284,34 +284,6 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
             result = bench_peers(size, rounds, say, memory_limit, commit)
         _tell(result, json_file, plot_dir, old, fail_slower)
 
-    @bench.command("gradients")
-    def gradients(
-        rounds: Rounds = 7,
-        tasks: Annotated[int, typer.Option(min=1, metavar="N", help="Task gradients.")] = 3,
-        columns: Annotated[int, typer.Option(min=1, metavar="N", help="Numbers of each; BERT-base's.")] = 110_000_000,
-        device: Device = "cpu",
-        threads: Threads = None,
-        json_file: JsonFile = None,
-        debug: Debug = False,
-    ) -> None:
-        """The speed of gramian and combine, as a share of that of a memory copy of as many bytes.
-
-        [bold]Examples[/bold]
-
-          [cyan]fastmtl bench gradients[/cyan]
-          [cyan]fastmtl bench gradients --device cuda --tasks 8 --json gradients.json[/cyan]
-        """
-        set_debug(debug)
-        _prepare(device, threads, json_file, None)
-        import torch
-
-        from fastmtl.bench.gradients import bench_gradients
-        from fastmtl.bench.report import progress
-
-        with progress() as say:
-            result = bench_gradients(torch.device(device), rounds, say, tasks, columns)
-        _tell(result, json_file, None, None, False)
-
     @bench.command("plot", no_args_is_help=True)
     def plot(
         file: Annotated[Path, typer.Argument(metavar="RESULT.json", help="What --json kept.")],

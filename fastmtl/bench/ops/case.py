@@ -104,7 +104,7 @@ class Case:
         worst = 0.0
         for name, expected in exact.items():
             dtype = found[name].dtype
-            allowed = 2 * _error(rounded[name], expected) + TOLERANCES[dtype]
+            allowed = 2 * _error(rounded[name], expected) + TOLERANCES.get(dtype, TOLERANCES[torch.float32])
             allowed *= 1 if way.ours else PEER
             error = _error(found[name], expected)
             if not error <= allowed:
