@@ -69,14 +69,15 @@ def bench_peers(size: Size, rounds: int, say: Say, limit_gib: float = 24, commit
         if cuda:
             rows = _measured_largest(peak, points, rows, limit_gib * 1024 * MIB)
         variants[shown] = {
-            **{key: entry[key] for key in ("median_s", "p20_s", "p80_s", "samples_s", "ratio_to_joint", "error")},
+            **{key: entry[key] for key in ("median_s", "p20_s", "p80_s", "samples_s", "error")},
             "memory_mib": first / MIB,
             "fixed_mib": fixed / MIB,
             "mib_per_row": slope / MIB,
             "largest_rows": rows,
         }
     for entry in variants.values():
-        entry["memory_to_joint"] = entry["memory_mib"] / variants[SHOWN["autograd"]]["memory_mib"]
+        for ratio, key in (("ratio_to_joint", "median_s"), ("memory_to_joint", "memory_mib")):
+            entry[ratio] = entry[key] / variants[SHOWN["autograd"]][key]
     kept = ("environment", "shape", "precision", "tasks", "rounds", "tokens", "padded_tokens", "skipped")
     return {
         "benchmark": "peers",
