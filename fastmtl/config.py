@@ -166,6 +166,43 @@ class TaskConfig(Section):
         return self.metric or {"classification": "accuracy", "binary": "accuracy", "regression": "pearson"}[self.type]
 
 
+class WeightingConfig(Section):
+    """Weights of the tasks' losses besides the fixed `tasks.<task>.weight`, which they are multiplied by."""
+
+    name: Literal["fixed", "uncertainty", "dwa"] = Field(
+        "fixed", description="uncertainty: learned, one per task; dwa: by how fast the losses fell in the last epoch"
+    )
+    temperature: float = Field(2.0, gt=0, description="dwa: the higher, the more equal the weights")
+
+
+class SmartConfig(Section):
+    """SMART's terms in the tasks' losses; one strength for all tasks, or one for each that has the term."""
+
+    strength: float | dict[str, float] = Field(0.0, description="of the adversarial term")
+    proximal: float | dict[str, float] = Field(0.0, description="of the distance from the teacher")
+    follows: Literal["fixed", "gap"] = Field(
+        "fixed", description="gap: both times how much better the task's metric is on training rows than on dev rows"
+    )
+    momentum: float = Field(0.99, ge=0, lt=1, description="of the teacher, per optimiser step")
+    steps: int = Field(1, ge=1, description="of gradient ascent for the perturbation")
+    step_size: float = Field(1e-3, gt=0)
+    noise: float = Field(1e-5, gt=0, description="deviation of the random perturbation that the steps start from")
+    epsilon: float = Field(1e-5, gt=0, description="largest number of a perturbation")
+
+    @property
+    def used(self) -> bool:
+        strengths = [s if isinstance(s, dict) else {"": s} for s in (self.strength, self.proximal)]
+        return any(value for strength in strengths for value in strength.values())
+
+    @model_validator(mode="after")
+    def _not_negative(self) -> SmartConfig:
+        for key in ("strength", "proximal"):
+            value = getattr(self, key)
+            if any(number < 0 for number in (value.values() if isinstance(value, dict) else [value])):
+                raise ValueError(f"{key}: {value}: a strength is 0 (none) or more")
+        return self
+
+
 class DataConfig(Section):
     dir: str | None = Field(
         None, description="relative files of the tasks are looked up here; default: the bundled demo corpus"
@@ -320,6 +357,8 @@ class Recipe(Section):
     tasks: dict[str, TaskConfig] = Field(min_length=1)
     data: DataConfig = Field(default_factory=DataConfig)
     sampler: SamplerConfig = Field(default_factory=SamplerConfig)
+    weighting: WeightingConfig = Field(default_factory=WeightingConfig)
+    smart: SmartConfig = Field(default_factory=SmartConfig)
     gradient: GradientConfig = Field(default_factory=GradientConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)

@@ -68,11 +68,16 @@ class PackedBert(nn.Module):
             self.pooler.load_state_dict(weights, assign=True)
 
     def forward(
-        self, batch: PackedBatch, adapter: Adapter | None = None, task_grads: TaskGradients | None = None
+        self,
+        batch: PackedBatch,
+        adapter: Adapter | None = None,
+        task_grads: TaskGradients | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [N, d] of the last layer, or of the adapter's top.
 
         adapter(layer, hidden, context) gives what is added to that layer's feed-forward output, or None.
+        noise [N, d] is added to what the layers get from the embeddings.
         """
         layers = self.encoder.layer
         top = None if adapter is None else adapter.top
@@ -80,6 +85,8 @@ class PackedBert(nn.Module):
         training = self.training or (adapter is not None and adapter.training)
         context = ForwardContext.build(batch, num_layers, training=training, task_grads=task_grads)
         hidden = self.embeddings(batch.input_ids, batch.token_type_ids, batch.position_ids, context)
+        if noise is not None:
+            hidden = hidden + noise.to(hidden.dtype)
         for index, layer in enumerate(layers):
             if self.checkpointing and torch.is_grad_enabled():
                 hidden = checkpoint(_run, layer, adapter, index, hidden, context, use_reentrant=False)
