@@ -46,6 +46,12 @@ class Smart:
         names = recipe.task_names
         self._adversarial = _per_task("smart.strength", recipe.smart.strength, names)
         self._proximal = _per_task("smart.proximal", recipe.smart.proximal, names)
+        if recipe.smart.follows == "gap":
+            for name, task in recipe.tasks.items():
+                if (self._adversarial[name] or self._proximal[name]) and task.data.dev is None:
+                    raise UserError(
+                        f"smart.follows: gap needs dev rows of every task with a term; {name} has no dev file"
+                    )
         self.scale = dict.fromkeys(names, 0.0 if recipe.smart.follows == "gap" else 1.0)
         self.teacher: MultiTaskModel | None = None
         _check(recipe, any(self._adversarial.values()))
@@ -179,7 +185,7 @@ def _check(recipe: Recipe, adversarial: bool) -> None:
     config, precision = recipe.smart, recipe.engine.precision
     if recipe.engine.zero == 3:
         raise UserError(
-            "smart with engine.zero: 3: its inner gradients and its teacher need the weights outside of the forward and "
+            "smart with engine.zero: 3: its inner gradients and its teacher need weights outside of the forward and "
             "backward for which ZeRO 3 gathers them; use engine.zero 0, 1 or 2"
         )
     if recipe.deepspeed.get("torch_autocast", {}).get("enabled"):

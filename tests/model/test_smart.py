@@ -17,6 +17,11 @@ from fastmtl.model.smart import divergence
 MakeBatch = Callable[..., PackedBatch]
 MakeModel = Callable[..., MultiTaskModel]
 
+TASKS = {
+    "sst": {"type": "classification", "num_labels": 5},
+    "para": {"type": "binary", "pooling": "mean"},
+    "sts": {"type": "regression", "range": [0, 5], "pairs": "bi", "pooling": "mean"},
+}
 LENGTHS = [[5, 1, 9], [7, 12], [6, 3, 8, 8]]
 PAIRS = [False, False, True]
 
@@ -165,7 +170,10 @@ def test_proximal_term_and_teacher(make_model: MakeModel, make_batch: MakeBatch)
 
 
 def test_strength_follows_the_gap(make_model: MakeModel, make_batch: MakeBatch) -> None:
-    model = make_model(smart={**SMART, "strength": 1.0, "follows": "gap"}).eval()
+    with pytest.raises(UserError, match="smart.follows: gap needs dev rows of each task with a term; sst has no dev"):
+        make_model(smart={"strength": 1.0, "follows": "gap"})
+    tasks = {name: {**task, "data": {"dev": "dev.tsv"}} for name, task in TASKS.items()}
+    model = make_model(smart={**SMART, "strength": 1.0, "follows": "gap"}, tasks=tasks).eval()
     batch = make_batch(LENGTHS, pairs=PAIRS)
     assert not model.smart.active  # nothing is known of the gap yet
     plain = {name: plain_loss(model, batch, name) for name in model.recipe.task_names}
