@@ -42,6 +42,23 @@ RUNS: dict[str, list[dict[str, Any]]] = {
 }
 
 
+# Not phases, but what else a stopped run has to find again: dynamic weights, SMART's teacher and strengths.
+OBJECTIVES: dict[str, Any] = {
+    "weighting": {"name": "dwa"},
+    "smart": {
+        "strength": {"kind": 1.0, "degree": 1.0},
+        "proximal": 1.0,
+        "momentum": 0.5,
+        "follows": "gap",
+        "noise": 0.01,
+        "epsilon": 0.1,
+        "step_size": 0.1,
+    },
+    "engine": {"zero": 2, "accumulation": 2},
+    "train": {"epochs": 4},
+}
+
+
 def write_data(directory: Path) -> None:
     """Which color, whether places are the same, how many words agree."""
     draw = random.Random(0)
@@ -61,7 +78,7 @@ def write_data(directory: Path) -> None:
             (directory / f"{name}-{split}.tsv").write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
-def make_recipe(directory: Path, bert: Path, phases: list[dict[str, Any]], zero: int = 1) -> Recipe:
+def make_recipe(directory: Path, bert: Path, phases: list[dict[str, Any]], zero: int = 1, **sections: Any) -> Recipe:
     def task(name: str, **more: Any) -> dict[str, Any]:
         columns = (
             {"text": "a", "label": "label"} if name == "kind" else {"text": "a", "text_pair": "b", "label": "label"}
@@ -83,6 +100,7 @@ def make_recipe(directory: Path, bert: Path, phases: list[dict[str, Any]], zero:
             "optimizer": {"lr": 3e-3},
             "engine": {"zero": zero},
             "phases": phases,
+            **sections,
         },
         "test",
     )
@@ -135,6 +153,13 @@ def main(directory: Path, bert: Path) -> None:
     train_until(recipe, directory / "stopped", 28, resume=True)
     train_until(recipe, directory / "stopped", 38, resume=True)
     train(recipe, directory / "stopped", resume=True)
+    recipe = make_recipe(directory, bert, [], **OBJECTIVES)  # 4 x 3 steps
+    recipe.tasks["degree"].loss = ["mse", "mnr"]
+    recipe.tasks["degree"].mnr.cached = True
+    train(recipe, directory / "objectives")
+    train_until(recipe, directory / "objectives-stopped", 8, resume=False)
+    train_until(recipe, directory / "objectives-stopped", 10, resume=True)
+    train(recipe, directory / "objectives-stopped", resume=True)
 
 
 if __name__ == "__main__":

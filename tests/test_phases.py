@@ -102,6 +102,22 @@ def test_stopped_and_resumed_in_any_phase_is_bitwise_the_same(runs: Path) -> Non
     assert json.loads((newest / "manifest.json").read_text())["phase"] == "adapters"
 
 
+def test_teacher_strengths_and_dynamic_weights_go_on_after_a_stop(runs: Path) -> None:
+    assert lasting(runs / "objectives-stopped") == lasting(runs / "objectives")
+    for part in ("model", "adapters", "heads"):
+        assert same(weights(runs / "objectives-stopped", part), weights(runs / "objectives", part))
+    last = runs / "objectives" / "checkpoints" / "step-12"
+    teacher, model = (
+        load_file(last / "tensors.safetensors"),
+        load_file(runs / "objectives" / "model" / "model.safetensors"),
+    )
+    assert {name.removeprefix("encoder.") for name in teacher if name.startswith("encoder.")} >= model.keys()
+    kept = json.loads((last / "state.json").read_text())["objectives"]
+    assert kept["average"]["epochs"][1]["kind"] < kept["average"]["epochs"][0]["kind"]
+    assert kept["scale"].keys() == {"kind", "same", "degree"} and all(value >= 0 for value in kept["scale"].values())
+    assert any(kept["scale"].values())
+
+
 def test_tasks_that_a_phase_leaves_out_stay_as_they_are(runs: Path) -> None:
     before, after = weights(runs / "heads", "heads"), weights(runs / "subset", "heads")
     assert before.keys() == after.keys()
