@@ -170,7 +170,7 @@ def test_proximal_term_and_teacher(make_model: MakeModel, make_batch: MakeBatch)
 
 
 def test_strength_follows_the_gap(make_model: MakeModel, make_batch: MakeBatch) -> None:
-    with pytest.raises(UserError, match="smart.follows: gap needs dev rows of each task with a term; sst has no dev"):
+    with pytest.raises(UserError, match="smart.follows: gap needs dev rows of every task with a term; sst has no dev"):
         make_model(smart={"strength": 1.0, "follows": "gap"})
     tasks = {name: {**task, "data": {"dev": "dev.tsv"}} for name, task in TASKS.items()}
     model = make_model(smart={**SMART, "strength": 1.0, "follows": "gap"}, tasks=tasks).eval()

@@ -159,10 +159,10 @@ def counts(recipe: Recipe) -> dict[str, int]:
 def jacobian(model: MultiTaskModel, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """[T, P] of the shared parameters by one backward per task, and the sum of the other parameters' gradients."""
     shared_ids = {id(p) for p in model.shared_parameters()}
-    rows, own = [], {}
+    rows, own, losses = [], {}, model(batch)
     for name, count in counts(model.recipe).items():
-        loss = model(batch)[name][0] / count
-        found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+        loss, parameters = losses[name][0] / count, list(model.parameters())
+        found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
         pairs = list(zip(model.named_parameters(), found, strict=True))
         rows.append(torch.cat([grad.flatten().double() for (_, p), grad in pairs if id(p) in shared_ids]))
         for (key, p), grad in pairs:
