@@ -97,6 +97,17 @@ class MnrConfig(Section):
     )
 
 
+class AugmentConfig(Section):
+    """Easy data augmentation of the training rows, until all classes have as many. Shares of a text's words."""
+
+    name: Literal["eda"] = "eda"
+    synonyms: float = Field(0.1, ge=0, le=1, description="replaced by a synonym, at least one word; 0: none")
+    insertions: float = Field(0.1, ge=0, le=1, description="synonyms of words put in anywhere; as above")
+    swaps: float = Field(0.1, ge=0, le=1, description="pairs of words that change places; as above")
+    deletions: float = Field(0.1, ge=0, lt=1, description="probability with which a word is left out")
+    wordnet: str | None = Field(None, description="WordNet's folder; default: where Debian or nltk puts it")
+
+
 class FileConfig(Section):
     """Where a task's rows are. `format` names a known layout; `columns` maps id, text, text_pair, label to columns of
     any CSV, TSV, JSONL, Parquet.
@@ -108,6 +119,7 @@ class FileConfig(Section):
     format: str = "table"
     columns: dict[Literal["id", "text", "text_pair", "label"], str | int] = Field(default_factory=dict)
     limit: int | None = Field(None, ge=1, description="read at most this many training rows")
+    augment: AugmentConfig | None = Field(None, description="classification, binary: makes new training rows")
 
 
 class TaskConfig(Section):
@@ -143,6 +155,8 @@ class TaskConfig(Section):
                 raise ValueError(f"label_names has {len(self.label_names)} names, num_labels says {self.num_labels}")
         elif self.type == "regression" and self.range is None:
             raise ValueError("a regression task needs range: [smallest, largest] (labels outside it are bad rows)")
+        if self.data.augment is not None and self.type == "regression":
+            raise ValueError("data.augment makes all classes equally large; a regression task has none")
         if not self.losses or any(weight <= 0 for weight in self.losses.values()):
             raise ValueError("loss: name at least one, each with a weight above 0")
         if isinstance(self.loss, list) and len(self.losses) < len(self.loss):
