@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from fastmtl import __version__
-from fastmtl.commands import bench, models, recipes
+from fastmtl.commands import bench, models, recipes, sweep
 from fastmtl.commands.options import Debug, ModelDir
 from fastmtl.errors import UserError
 
@@ -236,6 +236,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 
 bench.register(app, _set_debug)
+sweep.register(app, _set_debug)
 
 
 def main() -> None:
