@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -143,6 +144,17 @@ class TaskConfig(Section):
     margin: float = Field(0.0, ge=-1, lt=1, description="cosine_embedding: cosine that pairs of class 0 may have")
     weight: float = Field(1.0, gt=0, description="fixed weight of the task's loss, applied before gradient surgery")
     metric: str | None = Field(None, description="default: accuracy, accuracy or pearson by type")
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _one_message(cls, loss: Any) -> Any:
+        names = [loss] if isinstance(loss, str | None) else list(loss) if isinstance(loss, list | dict) else [0]
+        weights = loss.values() if isinstance(loss, dict) else ()
+        if not all(isinstance(name, str | None) for name in names) or not all(
+            isinstance(weight, int | float) for weight in weights
+        ):
+            raise ValueError("give one name, a list of names, or names with weights as {bce: 1.0, mnr: 0.5}")
+        return loss
 
     @model_validator(mode="after")
     def _complete(self) -> TaskConfig:
