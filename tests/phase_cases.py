@@ -1,4 +1,6 @@
-"""The runs that test_phases.py looks at, in one process. Usage: phase_cases.py DIRECTORY TINY_BERT"""
+"""The runs that test_phases.py looks at. Usage: phase_cases.py DIRECTORY TINY_BERT; under the launcher: the one of two
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -140,10 +142,25 @@ def break_off_between_phases(recipe: Recipe, output: Path) -> None:
         train.PhaseModel = whole  # type: ignore[misc]
 
 
+def run_on_ranks(directory: Path, bert: Path, world: int) -> None:
+    """The same steps by any number of ranks: no dropout, and rows shared among them."""
+    from fastmtl.train import train
+
+    group = {"name": "compromise", "batch_size": 8 // world, "batches_per_step": 5}
+    grouped = {"name": "group", "gradient": {"method": "gradvac"}, "sampler": group, "accumulation": 2}
+    words = {**MLM, "sampler": {"batch_size": 8 // world}}
+    recipe = make_recipe(directory, bert, [grouped, words], zero=2)
+    recipe.encoder.hidden_dropout = recipe.encoder.attention_dropout = 0.0
+    for task in recipe.tasks.values():
+        task.head.dropout = 0.0
+    train(recipe, directory / f"ranks-{world}")
+
+
 def main(directory: Path, bert: Path) -> None:
     from fastmtl.train import train
 
     write_data(directory)
+    run_on_ranks(directory, bert, 1)
     for name, phases in RUNS.items():
         zero = 2 if name == "first" else 1
         train(make_recipe(directory, bert, phases, zero), directory / name)
@@ -163,4 +180,8 @@ def main(directory: Path, bert: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    places = [Path(argument) for argument in sys.argv[1:] if not argument.startswith("--")]
+    if "RANK" in os.environ:
+        run_on_ranks(*places, world=int(os.environ["WORLD_SIZE"]))
+    else:
+        main(*places)

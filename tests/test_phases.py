@@ -26,9 +26,11 @@ import phase_cases as cases  # noqa: E402
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
     directory = tmp_path_factory.mktemp("phases")
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(Path(cases.__file__)), str(directory), str(tiny_bert)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29661"]
+    for command in ([sys.executable], launcher):
+        command = [*command, str(Path(cases.__file__)), str(directory), str(tiny_bert)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return directory
 
 
@@ -141,6 +143,16 @@ def test_masked_words_come_before_the_tasks(runs: Path, tiny_bert: Path) -> None
     words = [line["loss"]["mlm"] for line in steps if line["phase"] == "words"]
     assert len(words) == 3 and all(line["loss"].keys() == {"kind", "same", "degree"} for line in steps[3:])
     assert words[-1] < words[0] < 6  # log of the vocabulary is 4.8
+
+
+def test_two_ranks_do_what_one_does(runs: Path) -> None:
+    """ZeRO 2, two micro-batches a step: Gradient Compromise with gradvac, then masked words."""
+    one, two = ([line for line in lines(runs / f"ranks-{world}") if "loss" in line] for world in (1, 2))
+    assert [line["phase"] for line in one] == [line["phase"] for line in two] == ["group"] * 4 + ["words"] * 3
+    for ours, theirs in zip(one[:4], two[:4], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["cosines"] == pytest.approx(theirs["cosines"], abs=1e-3)
+    assert all(line["loss"]["mlm"] < 6 for line in one[4:] + two[4:])  # other masks
 
 
 def recipe(*phases: dict[str, Any], **sections: Any) -> Recipe:
