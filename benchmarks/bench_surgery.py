@@ -1,33 +1,20 @@
-"""A step's gradients by every variant of gradient surgery, through pytest-benchmark: fastmtl/bench/surgery.py."""
+"""What PCGrad costs over a joint step, on two sizes of encoders and over the number of tasks: `make bench`.
+
+Options are those of `fastmtl bench surgery`, which measures. Results are kept in .benchmarks/surgery-*.json.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
+import sys
+from pathlib import Path
 
-import pytest
+from fastmtl.cli import app
 
-from fastmtl.bench.harness import Skipped
-from fastmtl.bench.oracle import Oracle
-from fastmtl.bench.sizes import Size
-from fastmtl.bench.variants import BUILDERS, build
-from fastmtl.bench.workload import Workload
+RUNS = {"minilm": ["--shape", "minilm"], "bert-base": ["--shape", "bert-base"], "tasks": ["--sweep"]}
+RESULTS = Path(".benchmarks")
 
-Timed = Callable[[Callable[[], object]], None]
-
-
-@lru_cache(maxsize=1)
-def _workload(size: Size) -> tuple[Workload, Oracle]:
-    workload = Workload(size)
-    return workload, Oracle(workload)
-
-
-@pytest.mark.parametrize("variant", BUILDERS)
-def test_surgery(variant: str, bench_size: Callable[[float], Size], timed: Timed) -> None:
-    workload, oracle = _workload(bench_size(0.0))
-    try:
-        built = build(variant, workload)
-        oracle.check(built)
-    except Skipped as reason:
-        pytest.skip(str(reason))
-    timed(built.step)
+if __name__ == "__main__":
+    RESULTS.mkdir(exist_ok=True)
+    for name, arguments in RUNS.items():
+        file = RESULTS / f"surgery-{name}.json"
+        app(["bench", "surgery", *arguments, "--json", str(file), *sys.argv[1:]], standalone_mode=False)

@@ -197,6 +197,10 @@ class GradientSurgery:
             self._sink.disarm()
         return way.finish() if last else None
 
+    def kept_tensors(self) -> list[torch.Tensor]:
+        """What is kept of task gradients now: J, its shards, sketch and compact rows."""
+        return self._sink.tensors()
+
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready: what the next step's order, the skipped steps and the method depend on."""
         return self._solver.state_dict()

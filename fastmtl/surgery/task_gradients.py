@@ -330,11 +330,14 @@ class TaskGradients:
 
     def nbytes(self) -> int:
         """Bytes of J, its shards, sketch and compact rows as they are now, and of the largest piece in passing."""
+        return self._largest + sum(tensor.nbytes for tensor in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """J, its shards, sketch and compact rows as they are now."""
         tensors = [*self._shards.values(), *self._held.values()]
         tensors += [] if self._stack is None else [self._stack.buffer]
         tensors += [] if self._sketch is None else [self._sketch.values]
-        tensors += [part for rows in self._rows.values() for parts in rows for pair in parts for part in pair]
-        return self._largest + sum(tensor.nbytes for tensor in tensors)
+        return tensors + [part for rows in self._rows.values() for parts in rows for pair in parts for part in pair]
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:

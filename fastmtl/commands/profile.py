@@ -1,0 +1,149 @@
+"""`fastmtl profile`: memory and speed of a recipe before it is trained."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastmtl.commands.options import Debug
+from fastmtl.errors import UserError
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
+    """Adds the command to the app."""
+
+    @app.command(no_args_is_help=True)
+    def profile(
+        recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A bundled recipe or a YAML file.")],
+        overrides: Annotated[
+            list[str] | None,
+            typer.Argument(metavar="section.key=value", help="Settings that replace the recipe's.", show_default=False),
+        ] = None,
+        batch_sizes: Annotated[
+            str, typer.Option(metavar="N,N,...", help="Rows of each task in a micro-batch.")
+        ] = "8,16,32",
+        methods: Annotated[
+            str | None,
+            typer.Option(metavar="M,M,...", help="Gradient methods. Default: the recipe's.", show_default=False),
+        ] = None,
+        storages: Annotated[
+            str | None,
+            typer.Option(metavar="S,S", help="stacked, replay, or both. Default: the recipe's.", show_default=False),
+        ] = None,
+        phase: Annotated[
+            str | None,
+            typer.Option(
+                metavar="NAME", help="Of a recipe with phases. Default: the first of the encoder.", show_default=False
+            ),
+        ] = None,
+        search: Annotated[bool, typer.Option("--find-max", help="Try how large a batch fits.")] = False,
+        memory_limit: Annotated[
+            str | None,
+            typer.Option(
+                metavar="SIZE", help="As 24GiB: what there is to fit in. Default: this machine's.", show_default=False
+            ),
+        ] = None,
+        trace: Annotated[bool, typer.Option("--trace", help="Also trace a few steps, for Perfetto.")] = False,
+        output: Annotated[
+            Path | None,
+            typer.Option(metavar="DIR", help="Where results go. Default: profiles/RECIPE.", show_default=False),
+        ] = None,
+        commit: Annotated[
+            str | None,
+            typer.Option(
+                metavar="COMMIT",
+                help="As `git describe --always --dirty` gives it, without a .git.",
+                show_default=False,
+            ),
+        ] = None,
+        debug: Debug = False,
+    ) -> None:
+        """Measure a recipe's memory and speed by batch size and gradient method, beside what a model predicts.
+
+        Every point runs real training steps in a process of its own: the first GPU, or the CPU.
+
+        [bold]Examples[/bold]
+
+        Two ways side by side, in three minutes on two cores:
+          [cyan]fastmtl profile demo --batch-sizes 4,8,16 --methods sum,pcgrad[/cyan]
+
+        How large a batch fits a card, by J's storage:
+          [cyan]fastmtl profile demo --methods pcgrad --storages stacked,replay --find-max --memory-limit 24GiB[/cyan]
+
+        Where the time goes, with other settings:
+          [cyan]fastmtl profile demo --batch-sizes 16 --trace engine.zero=2 engine.precision=bf16[/cyan]
+
+        DIR gets profile.json (after every point), plots, and traces. docs/profiling.md says how to read them.
+        """
+        set_debug(debug)
+        sizes = _batch_sizes(batch_sizes)
+        limit = _bytes(memory_limit) if memory_limit is not None else None
+        from fastmtl.config import load_recipe
+
+        settings = load_recipe(recipe, overrides or [])
+        directory = output or Path("profiles") / Path(recipe).stem
+        _writable(directory)
+        from fastmtl.bench.report import progress, wide
+        from fastmtl.profile import plan, plots, run, table
+
+        chosen = plan.choose_phase(settings, phase)
+        points = plan.points(chosen.recipe, sizes, _names(methods), _names(storages))
+        with progress() as say:
+            result = run.profile(
+                settings,
+                chosen,
+                recipe,
+                points,
+                directory,
+                say,
+                memory_limit=limit,
+                search=search,
+                trace=trace,
+                commit=commit,
+            )
+        table.show(result, wide())
+        print(f"results: {directory / 'profile.json'}")
+        try:
+            for file in plots.draw(result, directory):
+                print(f"plot: {file}")
+        except plots.NoOrigin as error:
+            print(error)
+        if all(point["measured"] is None for point in result["points"]):
+            raise UserError("no point could be measured; the reasons stand above")
+
+
+def _batch_sizes(text: str) -> list[int]:
+    sizes = []
+    for part in text.split(","):
+        if not part.strip().isdecimal() or int(part) < 1:
+            raise UserError(f"--batch-sizes: '{part.strip()}' is no number of rows: write them as 8,16,32")
+        sizes.append(int(part))
+    return sizes
+
+
+def _names(text: str | None) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()] if text is not None else []
+
+
+def _bytes(text: str) -> int:
+    """24GiB, 24GB, 24G (as GB), 500MiB, or bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?)?B?\s*", text.upper())
+    if match is None or float(match[1]) == 0:
+        raise UserError(f"--memory-limit: '{text}' is no size: write it as 24GiB or 500MiB")
+    return int(float(match[1]) * UNITS[match[2] or ""])
+
+
+def _writable(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: cannot write to {directory}: {error.strerror}") from None
+    if not directory.is_dir() or not os.access(directory, os.W_OK | os.X_OK):
+        raise UserError(f"--output: cannot write to {directory}: no permission")

@@ -1,0 +1,72 @@
+"""One sentence: how large a batch each way allows, by the model as far as measured points bear it out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastmtl.profile.find_max import LARGEST, largest_predicted
+from fastmtl.profile.plan import Plan, Point
+
+GIB = 2**30
+NAMES = {"sum": "the sum of the losses", "pcgrad": "PCGrad", "gradvac": "GradVac"}
+
+
+def beside(points: Sequence[dict[str, Any]]) -> int:
+    """Bytes that a process holds beside its tensors: libraries, a CUDA context, holes. The most of the measured points;
+    0 where none tells.
+    """
+    measured = [point["measured"] for point in points if point["measured"] is not None]
+    held = [m["process_bytes"] - m["bytes"] for m in measured if m.get("process_bytes") is not None]
+    return max([0, *held])
+
+
+def shortfall(points: Sequence[dict[str, Any]]) -> float:
+    """How much more than predicted a measured point needed at most, as a factor of at least 1."""
+    return max([1.0, *(1 / (1 + point["error"]) for point in points if "error" in point)])
+
+
+def advice(plan: Plan, result: dict[str, Any]) -> dict[str, Any]:
+    """text, and for each series the batch size that fits and whether processes or the model say so."""
+    points, limit = result["points"], result["memory_limit"]
+    around, factor = beside(points), shortfall(points)
+    searched = {entry["series"]: entry["measured"] for entry in result.get("largest", [])}
+    fits: dict[str, dict[str, Any]] = {}
+    for entry in points:
+        if entry["series"] in fits:
+            continue
+        point = Point(entry["batch_size"], entry["method"], entry["storage"])
+        measured = searched.get(point.series)
+        size = largest_predicted(plan, point, (limit - around) / factor) if measured is None else measured
+        fits[point.series] = {"batch_size": size, "measured": measured is not None}
+    checked = sum("error" in point for point in points)
+    text = sentence(fits, limit, checked, max((abs(p["error"]) for p in points if "error" in p), default=None))
+    return {"text": text, "fits": fits, "beside_bytes": around, "factor": factor}
+
+
+def sentence(fits: dict[str, dict[str, Any]], limit: int, checked: int, error: float | None) -> str:
+    ordered = sorted(fits.items(), key=lambda item: -item[1]["batch_size"])
+    (series, first), *others = ordered
+    size = f"{limit / GIB:.3g} GiB"
+    told = f"{_name(series)} fits {_size(first['batch_size'])} in {size}"
+    if others:
+        told += "; " + ", ".join(f"{_name(name)} {_batch(entry['batch_size'])}" for name, entry in others)
+    if all(entry["measured"] for entry in fits.values()):
+        return f"{told} (measured)."
+    if error is None:
+        return f"{told} (predicted; no point was measured)."
+    return f"{told} (predicted; the model was within {100 * error:.1f} % of {checked} measured points)."
+
+
+def _name(series: str) -> str:
+    method, _, storage = series.partition(" ")
+    name = NAMES.get(method, method)
+    return f"{name} with `storage: {storage}`" if storage else name
+
+
+def _size(batch_size: int) -> str:
+    return "no batch" if batch_size == 0 else f"batch size {_batch(batch_size)}"
+
+
+def _batch(batch_size: int) -> str:
+    return {0: "none", LARGEST: f"{LARGEST} and more"}.get(batch_size, f"{batch_size}")

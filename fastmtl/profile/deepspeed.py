@@ -1,0 +1,113 @@
+"""What DeepSpeed 0.19 keeps by ZeRO stage and ranks, and what its optimisers need for a moment; in bytes.
+
+P trained numbers of e bytes, m moments, W ranks. "bucket": what gradients are put into to be reduced, of
+reduce_bucket_size numbers, which fastmtl makes no larger than P.
+
+    stage  weights        optimiser                gradients while backward runs
+    0      P e            m P 4, + P 4 in 16 bits  P e
+    1      P e            (1 + m) P 4 / W          P e and a bucket; with overlap one or two buckets
+    2      P e            (1 + m) P 4 / W          a bucket (two with accumulation), P e / W
+    3      P e / W, and   (1 + m) P 4 / W          P e / W and a bucket, both kept between steps
+           what is whole
+
+Source: deepspeed/runtime/zero/stage_1_and_2.py and stage3.py; Rajbhandari et al., ZeRO, 2020 (the formulas).
+"""
+
+from __future__ import annotations
+
+from fastmtl.engine.build import REDUCE_BUCKET_SIZE
+from fastmtl.profile.ledger import Ledger
+from fastmtl.profile.parts import Bytes, nothing
+from fastmtl.profile.shape import Shape
+
+FLOAT = 4
+
+
+def kept(shape: Shape) -> Bytes:
+    """Between steps, without task gradients. With offload, what is in host memory is left out where the device is
+    another.
+    """
+    trained, number, world = shape.trained, shape.number_bytes, shape.world
+    held = nothing()
+    held["weights"] = shape.frozen * number
+    if shape.zero == 3:
+        held["weights"] += share(trained * number, world) + whole(shape)
+        held["gradients"] = share(trained * number, world) + bucket(shape)
+    else:
+        held["weights"] += trained * number
+    ranks = 1 if shape.zero == 0 else world
+    held["optimiser"] = share((shape.masters + shape.moments) * trained * FLOAT, ranks)
+    if shape.offload and shape.on_gpu:
+        held["optimiser"] = 0
+    return held
+
+
+def whole(shape: Shape) -> int:
+    """Parameters that ZeRO 3 gathers from all ranks: small ones stay, the others do for as long as
+    stage3_max_live_parameters (10^9) allows. A rank that is alone uses its own share.
+    """
+    return 0 if shape.world == 1 else shape.trained * shape.number_bytes
+
+
+def bucket(shape: Shape) -> int:
+    return shape.bucket * shape.number_bytes
+
+
+def share(nbytes: int, world: int) -> int:
+    return -(-nbytes // world)
+
+
+def keeps_gradients(shape: Shape) -> bool:
+    """Whether each parameter keeps its gradient until the end of backward."""
+    return shape.zero == 0 or (shape.zero == 1 and not shape.overlap)
+
+
+def begin_backward(ledger: Ledger, shape: Shape, first: bool) -> None:
+    """Of the engine's own backward of a micro-batch."""
+    if shape.zero in (1, 2) and (first or shape.zero == 2):
+        # In ZeRO 2 what the micro-batches before have left are views of their bucket.
+        ledger.hold("gradients", bucket(shape) * (2 if shape.overlap else 1))
+
+
+def end_backward(ledger: Ledger, shape: Shape, last: bool) -> None:
+    """After the last micro-batch, what the optimiser reads is held as gradients, and nothing else."""
+    number, kept_before = shape.number_bytes, kept(shape)["gradients"]
+    if shape.zero == 0 and last:
+        ledger.touch(min(shape.trained, REDUCE_BUCKET_SIZE) * number, "gradients")
+    if shape.zero == 2:  # the bucket is made anew for what comes next
+        ledger.touch(bucket(shape), "gradients")
+        ledger.drop("gradients", ledger.held["gradients"] - kept_before - bucket(shape))
+    if shape.zero == 3:  # the bucket's gradients one after the other, and again as every rank's share
+        ledger.touch(2 * bucket(shape), "gradients")
+    if shape.zero == 1 and last:
+        ledger.drop("gradients", ledger.held["gradients"] - kept_before - bucket(shape))
+
+
+def hand_over(ledger: Ledger, shape: Shape) -> None:
+    """Merged gradients in float32, which are held, go to the parameters, are reduced and then held as end_backward
+    leaves them.
+    """
+    number = shape.number_bytes
+    copies = shape.trained * number
+    if shape.zero == 2 or shape.overlap:  # copied one by one into the bucket; in 16 bits they are converted all at once
+        ledger.hold("gradients", bucket(shape) * (2 if shape.overlap else 1))
+        ledger.touch(copies if number < FLOAT else shape.largest * number, "gradients")
+        ledger.touch(bucket(shape) if shape.zero == 2 else 0, "gradients")
+    else:
+        ledger.hold("gradients", copies)
+        ledger.touch(bucket(shape) if shape.zero else min(shape.trained, REDUCE_BUCKET_SIZE) * number, "gradients")
+
+
+def optimiser(ledger: Ledger, shape: Shape) -> None:
+    """Clipping and the update of one group after the other."""
+    group = share(shape.group, shape.world if shape.zero else 1)
+    narrow = shape.number_bytes < FLOAT
+    decay = group * FLOAT if shape.copies_to_decay else 0
+    if shape.zero == 0:
+        with ledger.holding(shape.trained * FLOAT if narrow else 0, "gradients"):
+            ledger.touch(decay, "gradients")
+        return
+    with ledger.holding(group * shape.number_bytes, "gradients"):
+        ledger.touch(group * FLOAT if narrow else 0, "gradients")
+    with ledger.holding(group * FLOAT, "gradients"):
+        ledger.touch(decay, "gradients")

@@ -1,0 +1,88 @@
+"""The largest batch that fits, by bisection over processes that may run out of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from fastmtl.bench.harness import Say
+from fastmtl.profile import process
+from fastmtl.profile.measure import Job, measure
+from fastmtl.profile.plan import Plan, Point
+
+# Found to one part in so many.
+PARTS = 16
+GROWTH = 1.25
+LARGEST = 1 << 17
+
+
+def find_max(recipe: dict[str, Any], plan: Plan, point: Point, limit: int, say: Say, beside: int) -> dict[str, Any]:
+    """The largest batch size whose process stays within `limit` bytes, of the point's method and storage.
+
+    beside: bytes that a process holds beside its tensors. The model says where to begin; processes that ran decide.
+    """
+    tried: dict[int, dict[str, Any]] = {}
+
+    def fits(size: int) -> bool:
+        if size not in tried:
+            say(f"does batch size {size} fit? {point.series}")
+            outcome = process.run(
+                measure, Job(recipe, plan.phase.name, replace(point, batch_size=size), limit, timed=0)
+            )
+            if outcome.result is None and not outcome.out_of_memory:
+                raise CannotMeasure(outcome.failed)
+            held = None if outcome.result is None else outcome.result.get("process_bytes") or outcome.result["bytes"]
+            tried[size] = {"fits": held is not None and held <= limit, "process_bytes": held}
+        return bool(tried[size]["fits"])
+
+    predicted = largest_predicted(plan, point, limit - beside)
+    found: dict[str, Any] = {"series": point.series, "limit": limit, "predicted": predicted, "failed": None}
+    try:
+        found["measured"] = bisect(fits, max(predicted, 1))
+    except CannotMeasure as error:
+        found |= {"measured": None, "failed": str(error)}
+    return {**found, "tried": [{"batch_size": size, **entry} for size, entry in tried.items()]}
+
+
+class CannotMeasure(Exception):
+    """A point failed for another reason than memory."""
+
+
+def bisect(fits: Callable[[int], bool], start: int) -> int:
+    """The largest number that fits, to one part in PARTS, beginning at `start`; 0 where not even 1 does."""
+    low, high = 0, None
+    size = start
+    while high is None or low == 0:
+        if fits(size):
+            low = size
+            if high is not None or size >= LARGEST:
+                break
+            size = max(size + 1, int(size * GROWTH))
+        else:
+            high = size
+            if low or size == 1:
+                break
+            size = max(1, int(size / GROWTH) if size > 1 else 1)
+    while high is not None and low and high - low > max(1, low // PARTS):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def largest_predicted(plan: Plan, point: Point, nbytes: float) -> int:
+    """The largest batch size whose predicted peak is at most `nbytes`; 0 where there is none."""
+
+    def fits(size: int) -> bool:
+        return plan.predict(replace(point, batch_size=size)).nbytes <= nbytes
+
+    if not fits(1):
+        return 0
+    low = 1
+    while low < LARGEST and fits(2 * low):
+        low *= 2
+    high = 2 * low
+    while high - low > max(1, low // (2 * PARTS)):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

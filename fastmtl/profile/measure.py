@@ -1,0 +1,145 @@
+"""One point, measured in the process that runs this."""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import threading
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from fastmtl.bench.harness import free_at_once, peak_bytes, summary
+from fastmtl.config import Recipe, parse_recipe
+from fastmtl.data.corpus import Corpus
+from fastmtl.engine.distributed import start
+from fastmtl.errors import UserError
+from fastmtl.model.pretrained import load_tokenizer
+from fastmtl.phase_model import PhaseModel
+from fastmtl.profile.nvml import Nvml
+from fastmtl.profile.plan import TIMED, Draw, Point, choose_phase, draw, settings
+from fastmtl.profile.shape import Load
+from fastmtl.profile.steps import Steps
+
+WATCH_SECONDS = 0.005
+
+
+@dataclass(frozen=True)
+class Job:
+    """recipe: dumped, and the name of its phase. limit: bytes that the process (on a GPU: torch) may hold. timed: so
+    many steps. trace: a file.
+    """
+
+    recipe: dict[str, Any]
+    phase: str | None
+    point: Point
+    limit: int | None = None
+    timed: int = TIMED
+    trace: str | None = None
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """JSON-ready. Raises UserError, and what torch raises where memory runs out; over the limit the process kills
+    itself.
+    """
+    free_at_once()
+    phase = settings(choose_phase(parse_recipe(job.recipe, "recipe"), job.phase), job.point)
+    recipe = phase.recipe
+    ranks = start()
+    _limit(job.limit, ranks.device)
+    tokenizer = load_tokenizer(recipe.encoder)
+    model = PhaseModel(phase).model
+    drawn = draw(recipe, Corpus.load(recipe, tokenizer, model.encoder.max_length))
+    steps = Steps(recipe, model, ranks.world, ranks.device)
+    steps.counted(drawn.largest)  # makes J and the optimiser's state
+    if ranks.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(ranks.device)
+    peak = steps.counted(drawn.largest).peak()
+    loads = list(map(Load.of, drawn.largest))
+    found: dict[str, Any] = {
+        "tokens": sum(load.tokens for load in loads),
+        "sequences": sum(load.sequences for load in loads),
+        "parts": peak.parts,
+        "bytes": peak.nbytes,
+        "phase": peak.range,
+    }
+    on_gpu = ranks.device.type == "cuda"
+    nvml = Nvml(ranks.device) if on_gpu else None
+    if nvml is not None:
+        found |= _gpu_memory(ranks.device, nvml)
+    if job.timed:
+        found |= _times(steps, drawn, job.timed, nvml)
+    if not on_gpu:
+        found["process_bytes"] = peak_bytes()
+    if nvml is not None:
+        found["notes"] = nvml.notes()
+    if job.trace is not None:
+        from fastmtl.profile.trace import trace
+
+        found["trace"] = trace(steps, drawn.stream, Path(job.trace), ranks.device)
+    return found
+
+
+def _times(steps: Steps, drawn: Draw, number: int, nvml: Nvml | None) -> dict[str, Any]:
+    """Seconds and real tokens a second of the epoch's first steps, after the warm-up that counting was."""
+    seconds, rates = [], []
+    used: list[int] = []
+    before = None if nvml is None else nvml.joules()
+    with nullcontext() if nvml is None else nvml.watching(used):
+        for index in range(number):
+            micro_batches = drawn.steps[index % len(drawn.steps)]
+            steps.wait()
+            begun = time.perf_counter()
+            steps.step(micro_batches)
+            steps.wait()
+            seconds.append(time.perf_counter() - begun)
+            rates.append(sum(batch.num_tokens for batch in micro_batches) / seconds[-1])
+    found: dict[str, Any] = {"seconds": summary(seconds), "tokens_per_s": statistics.median(rates)}
+    after = None if nvml is None else nvml.joules()
+    if before is not None and after is not None:
+        found["joules_per_step"] = (after - before) / number
+    if used:
+        found["utilisation"] = statistics.mean(used)
+    return found
+
+
+def _gpu_memory(device: torch.device, nvml: Nvml) -> dict[str, Any]:
+    """allocated: at most, by torch's allocator; reserved: what it has taken from the driver for that."""
+    return {
+        "allocated_bytes": torch.cuda.max_memory_allocated(device),
+        "reserved_bytes": torch.cuda.max_memory_reserved(device),
+        "process_bytes": nvml.process_bytes(),
+        "device_bytes": torch.cuda.get_device_properties(device).total_memory,
+    }
+
+
+def _limit(nbytes: int | None, device: torch.device) -> None:
+    if nbytes is None:
+        return
+    if device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory
+        if nbytes > whole:
+            raise UserError(f"--memory-limit is more than the {whole / 2**30:.1f} GiB of this GPU")
+        torch.cuda.set_per_process_memory_fraction(nbytes / whole, device)
+        return
+    threading.Thread(target=_watch, args=(nbytes,), daemon=True).start()
+
+
+def _watch(limit: int) -> None:
+    """The resident set, not the address space that RLIMIT_AS is about: libraries and DeepSpeed's buckets reserve much
+    more than they touch.
+    """
+    process = psutil.Process()
+    while process.memory_info().rss <= limit:
+        time.sleep(WATCH_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dumped(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json")

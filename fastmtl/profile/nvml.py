@@ -1,0 +1,88 @@
+"""What NVIDIA's driver says of the GPU: what this process really holds, utilisation and energy. Needs nvidia-ml-py."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class Nvml:
+    """reason: why there is nothing to be had, "" where there is; every number is None then.
+
+    A number that the driver or the GPU does not give is None too, with its reason in `denied`.
+    """
+
+    def __init__(self, device: torch.device, library: Any = None) -> None:
+        self.reason = ""
+        self.denied: dict[str, str] = {}
+        self._nvml, self._handle = None, None
+        try:
+            self._nvml = _import() if library is None else library
+            self._nvml.nvmlInit()
+            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            self._handle = self._nvml.nvmlDeviceGetHandleByUUID(uuid)
+        except ImportError:
+            self.reason = "nvidia-ml-py is not installed: pip install 'fastmtl[gpu]'"
+        except Exception as error:  # noqa: BLE001 - NVML's own class, which is not there without it
+            self.reason = f"NVML: {error}"
+
+    def process_bytes(self) -> int | None:
+        """What this process holds on the GPU, the CUDA context included."""
+
+        def read(nvml: Any, handle: Any) -> int | None:
+            used = [p.usedGpuMemory for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
+            return used[0] if used else None  # a container may hide who is who
+
+        return self._ask("memory of the process", read)
+
+    def utilisation(self) -> int | None:
+        """Per cent of the last moments in which a kernel ran."""
+        return self._ask("utilisation", lambda nvml, handle: nvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+
+    def joules(self) -> float | None:
+        """Since the driver was loaded."""
+        return self._ask("energy", lambda nvml, handle: nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)
+
+    @contextmanager
+    def watching(self, found: list[int], every: float = 0.05) -> Iterator[None]:
+        """Utilisation while the block runs, read again and again, goes into `found`."""
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(every):
+                value = self.utilisation()
+                if value is None:
+                    return
+                found.append(value)
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _ask(self, what: str, read: Callable[[Any, Any], Any]) -> Any:
+        if self.reason or what in self.denied:
+            return None
+        try:
+            return read(self._nvml, self._handle)
+        except Exception as error:  # noqa: BLE001 - as above
+            self.denied[what] = f"NVML: {what}: {error}"
+            return None
+
+    def notes(self) -> list[str]:
+        """Sentences about what is missing."""
+        return [self.reason] if self.reason else list(self.denied.values())
+
+
+def _import() -> Any:
+    import pynvml
+
+    return pynvml

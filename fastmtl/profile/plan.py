@@ -1,0 +1,161 @@
+"""Which points are measured, on which rows, and what the model says of each before it is."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fastmtl.config import Recipe
+from fastmtl.data.corpus import Corpus
+from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.data.stream import BatchStream
+from fastmtl.errors import UserError, unknown_name
+from fastmtl.model.add_task import complete
+from fastmtl.model.masked_lm import MLM
+from fastmtl.model.pretrained import load_tokenizer
+from fastmtl.phase_model import PhaseModel
+from fastmtl.phases import Phase, phases_of
+from fastmtl.profile.predict import Prediction, predict
+from fastmtl.profile.shape import Load, Shape
+from fastmtl.surgery.methods import find_method
+
+# Steps of the first epoch among which the largest is looked for: as many as these, and as hold so many rows.
+STEPS, ROWS = 50, 20_000
+# Steps that are timed.
+TIMED = 5
+
+
+@dataclass(frozen=True)
+class Point:
+    """batch_size: rows of each task in a micro-batch. storage: as in a recipe; "none" for `sum`."""
+
+    batch_size: int
+    method: str
+    storage: str
+
+    @property
+    def series(self) -> str:
+        """What is compared over batch sizes."""
+        return self.method if self.storage == "none" else f"{self.method} {self.storage}"
+
+    def __str__(self) -> str:
+        return f"{self.series}, batch size {self.batch_size}"
+
+
+@dataclass(frozen=True)
+class Draw:
+    """stream: what an epoch's steps come from. steps: micro-batches of the first. largest: of the one with the most
+    tokens.
+    """
+
+    stream: BatchStream
+    steps: list[list[PackedBatch]]
+    largest: list[PackedBatch]
+
+
+def choose_phase(recipe: Recipe, name: str | None) -> Phase:
+    """The phase that is profiled: that of the name, by default the first one that trains the encoder on tasks.
+
+    Raises UserError for a name that no phase has, and for one that is masked language modelling.
+    """
+    phases = phases_of(complete(recipe))
+    if name is not None:
+        names = {phase.name or "": phase for phase in phases}
+        if name not in names:
+            raise unknown_name("phase", name, names) if any(names) else UserError("--phase: the recipe has no phases")
+        phases = [names[name]]
+    of_tasks = [phase for phase in phases if phase.objective != MLM]
+    if not of_tasks:
+        raise UserError("masked language modelling is not profiled, only phases that train tasks")
+    return next((phase for phase in of_tasks if "encoder" in phase.parts), of_tasks[0])
+
+
+def points(recipe: Recipe, batch_sizes: Sequence[int], methods: Sequence[str], storages: Sequence[str]) -> list[Point]:
+    """By batch size, then method, then storage. Empty methods, storages: the recipe's own.
+
+    Raises UserError for an unknown name.
+    """
+    for storage in storages:
+        if storage not in ("stacked", "replay"):
+            raise UserError(f"--storages: '{storage}': stacked or replay")
+    asked = list(methods) or [recipe.gradient.method]
+    for method in asked:
+        find_method(method, options=_options(recipe, method))
+    own = recipe.gradient.storage if recipe.gradient.scope == "global" else "none"
+    if own == "auto":
+        own = "replay" if recipe.engine.zero == 3 or recipe.engine.offload else "stacked"
+    series = []
+    for method in dict.fromkeys(asked):
+        series += [(method, storage) for storage in (["none"] if method == "sum" else dict.fromkeys(storages or [own]))]
+    return [Point(size, *pair) for size in dict.fromkeys(batch_sizes) for pair in series]
+
+
+def settings(phase: Phase, point: Point) -> Phase:
+    """The phase with the point's batch size, method and storage."""
+    recipe = phase.recipe
+    changed = recipe.model_copy(deep=True)
+    changed.sampler.batch_tokens = None
+    changed.sampler.batch_size = point.batch_size
+    changed.gradient.options = _options(recipe, point.method)
+    changed.gradient.method = point.method
+    if point.storage != "none":
+        changed.gradient.scope = "global"
+        changed.gradient.storage = point.storage  # type: ignore[assignment]
+    return replace(phase, recipe=changed)
+
+
+def draw(recipe: Recipe, corpus: Corpus) -> Draw:
+    """Steps of a first epoch on one rank of one, which is made so long: small files are gone through again, so that
+    every batch is full.
+    """
+    rows = recipe.sampler.batch_size
+    assert isinstance(rows, int)
+    per_step = rows * len(recipe.tasks) * recipe.engine.accumulation
+    number = max(TIMED, min(STEPS, ROWS // per_step))
+    if recipe.sampler.name != "sequential":  # every row once, so its number of steps is its own
+        recipe = recipe.model_copy(deep=True)
+        recipe.sampler.steps_per_epoch = max(number, recipe.sampler.steps_per_epoch or 0)
+    stream = BatchStream(corpus.train, recipe)
+    steps = list(itertools.islice(stream.epoch(0), number))
+    return Draw(stream, steps, max(steps, key=lambda step: max(batch.num_tokens for batch in step)))
+
+
+class Plan:
+    """What can be said of a recipe without training it: loads and predictions by batch size."""
+
+    def __init__(self, phase: Phase, *, on_gpu: bool) -> None:
+        self.phase, self._on_gpu = phase, on_gpu
+        tokenizer = load_tokenizer(phase.recipe.encoder)
+        self.model = PhaseModel(phase).model.to("meta")
+        self.corpus = Corpus.load(phase.recipe, tokenizer, self.model.encoder.max_length)
+        self._loads: dict[int, list[Load]] = {}
+
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def loads(self, batch_size: int) -> list[Load]:
+        """Of the largest step's micro-batches."""
+        if batch_size not in self._loads:
+            recipe = settings(self.phase, Point(batch_size, "sum", "none")).recipe
+            self._loads[batch_size] = list(map(Load.of, draw(recipe, self.corpus).largest))
+        return self._loads[batch_size]
+
+    def shape(self, point: Point, world: int = 1) -> Shape:
+        recipe = settings(self.phase, point).recipe
+        return Shape.of(recipe, self.model, self.loads(point.batch_size), point.storage, world, on_gpu=self._on_gpu)
+
+    def predict(self, point: Point) -> Prediction:
+        return predict(self.shape(point))
+
+
+def _options(recipe: Recipe, method: str) -> dict[str, Any]:
+    """The recipe's options belong to its own method."""
+    return recipe.gradient.options if method == recipe.gradient.method else {}
+
+
+def device_of_this_machine() -> torch.device:
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

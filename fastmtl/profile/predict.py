@@ -1,0 +1,245 @@
+"""The analytic model: peak memory of a training step, without running it.
+
+A step is told to a ledger in the order in which the code allocates: what stays between steps, forward and backward
+layer by layer, what surgery and DeepSpeed hold beside, and the optimiser. The fullest moment is the prediction. Nothing
+is fitted to measurements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fastmtl.profile import deepspeed, layers
+from fastmtl.profile.layers import FLOAT, INT64, Rows, Weight
+from fastmtl.profile.ledger import Ledger
+from fastmtl.profile.parts import Bytes, total
+from fastmtl.profile.shape import Shape
+
+# Of combining: numbers in a collective, fastmtl.surgery.reduce.
+COLLECTIVE = 1 << 23
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """parts: bytes at the fullest moment, which is in `phase`. kept: between steps."""
+
+    parts: Bytes
+    kept: Bytes
+    phase: str
+
+    @property
+    def nbytes(self) -> int:
+        return total(self.parts)
+
+
+def predict(shape: Shape) -> Prediction:
+    kept = deepspeed.kept(shape)
+    if shape.storage == "stacked" and not shape.joint:
+        kept["task gradients"] = shape.tasks * shape.dense * shape.j_bytes
+    ledger = Ledger(kept)
+    if shape.joint or shape.storage == "none":
+        _own_pass(ledger, shape)
+    elif shape.storage == "stacked":
+        _stacked(ledger, shape)
+    else:
+        _first_pass(ledger, shape)
+        _own_pass(ledger, shape)
+    ledger.phase = "optimiser"
+    deepspeed.optimiser(ledger, shape)
+    return Prediction(ledger.peak, kept, ledger.at)
+
+
+def _own_pass(ledger: Ledger, shape: Shape) -> None:
+    """Forward and backward of the engine's own: gradients go to the parameters."""
+    for number in range(shape.accumulation):
+        first, last = number == 0, number == shape.accumulation - 1
+        pass_ = Pass(ledger, shape, number)
+        pass_.forward()
+        deepspeed.begin_backward(ledger, shape, first)
+        pass_.backward(_gradient_of(shape, first))
+        deepspeed.end_backward(ledger, shape, last)
+
+
+def _first_pass(ledger: Ledger, shape: Shape) -> None:
+    """Of `replay`: for the Gramian."""
+    keeps = shape.accumulation > 1 and shape.sketch_size is None
+    ledger.hold("task gradients", _sketch(shape))
+    for number in range(shape.accumulation):
+        pass_ = Pass(ledger, shape, number)
+        pass_.forward()
+        pass_.backward(_task_gradients_of(shape, keeps and number == 0), own=0)
+        _compact_rows(ledger, shape, number)
+    ledger.phase = "surgery"
+    ledger.touch(_gramian_of_rows(shape))
+    ledger.drop("task gradients", ledger.held["task gradients"])
+
+
+def _stacked(ledger: Ledger, shape: Shape) -> None:
+    ledger.hold("task gradients", _sketch(shape))
+    with ledger.holding(shape.own * FLOAT, "gradients"):
+        for number in range(shape.accumulation):
+            pass_ = Pass(ledger, shape, number)
+            pass_.forward()
+            pass_.backward(_stack_of(shape), own=shape.own * shape.number_bytes)
+            ledger.drop("gradients", shape.own * shape.number_bytes)
+            _compact_rows(ledger, shape, number)
+        ledger.phase = "surgery"
+        ledger.touch(_gramian_of_rows(shape))
+        merged = (shape.dense + shape.table) * FLOAT
+        ledger.hold("gradients", merged)
+        ledger.touch(shape.load.largest_task * shape.hidden * FLOAT)
+        ledger.phase = "communication"
+        deepspeed.hand_over(ledger, shape)
+        ledger.drop("gradients", merged)
+
+
+class Pass:
+    """Forward and backward of micro-batch `number`, told to a ledger."""
+
+    def __init__(self, ledger: Ledger, shape: Shape, number: int) -> None:
+        shape = replace(shape, load=shape.loads[number])
+        adapter = shape.adapter
+        self._ledger, self._shape = ledger, shape
+        self._trained = shape.dense > 0
+        # DeepSpeed's linear layer of ZeRO 3 keeps its input whether its weight is trained or not.
+        keeps_inputs = self._trained or shape.zero == 3
+        self._rows = Rows(shape, keeps_inputs=keeps_inputs, adapter_size=0 if adapter is None else adapter.size)
+        self._top = "none" if adapter is None else adapter.top
+        self._on_top = Rows(shape, keeps_inputs=True, adapter_size=0 if adapter is None else adapter.top_size)
+        carrying = 0 if adapter is None else adapter.layers
+        # The first layer that is in the graph: below it nothing is trained.
+        self._first = 0 if self._trained else shape.layers - carrying
+
+    def _joins(self, layer: int) -> bool:
+        """Whether the layer is the first in the graph, and only by its adapter."""
+        return not self._trained and layer == self._first
+
+    def forward(self) -> None:
+        ledger, rows, shape = self._ledger, self._rows, self._shape
+        ledger.phase = "forward"
+        layers.embeddings_forward(ledger, rows, trained=self._trained)
+        for layer in range(shape.layers):
+            if layer < self._first:
+                layers.layer_without_graph(ledger, rows)
+                continue
+            adapts, before = layers.carries(shape, layer), ledger.held["activations"]
+            if self._joins(layer):
+                layers.first_adapter_forward(ledger, rows)
+            else:
+                layers.layer_forward(ledger, rows, adapts=adapts)
+            if shape.checkpointing:
+                ledger.drop("activations", ledger.held["activations"] - before - rows.d)
+        if self._top == "layer":
+            layers.layer_forward(ledger, self._on_top, adapts=False)
+            ledger.touch(rows.d)  # the tasks' rows are put side by side
+            if shape.checkpointing:
+                ledger.drop("activations", self._on_top.layer)
+        if self._top == "pal":
+            layers.pal_on_top_forward(ledger, self._on_top)
+        layers.heads_forward(ledger, rows)
+
+    def backward(self, weight: Weight, own: int | None = None) -> None:
+        """own: bytes of the tasks' own gradients that it leaves; None where DeepSpeed takes them like others."""
+        ledger, rows, shape = self._ledger, self._rows, self._shape
+        ledger.phase = "backward"
+        below = self._trained or self._first < shape.layers or self._top != "none"
+        layers.heads_backward(ledger, rows, below=below)
+        ledger.hold("gradients", own or 0)
+        if self._top == "layer":
+            if shape.checkpointing:
+                layers.layer_again(ledger, self._on_top, adapts=False)
+            layers.layer_backward(ledger, self._on_top, _nothing, adapts=False)
+        if self._top == "pal":
+            layers.pal_on_top_backward(ledger, self._on_top)
+        for layer in reversed(range(self._first, shape.layers)):
+            adapts = layers.carries(shape, layer)
+            if self._joins(layer):
+                if shape.checkpointing:
+                    layers.first_adapter_forward(ledger, rows)
+                    ledger.drop("activations", rows.d)
+                layers.first_adapter_backward(ledger, rows)
+                continue
+            if shape.checkpointing:
+                layers.layer_again(ledger, rows, adapts=adapts)
+            layers.layer_backward(ledger, rows, weight if self._trained else _nothing, adapts=adapts)
+        if own is None:
+            weight(ledger, shape.own, 0)
+        if self._trained:
+            layers.embeddings_backward(ledger, rows, weight, shape.table if own is None else 0)
+        elif below:
+            ledger.drop("workspace", rows.d)
+
+
+def _nothing(ledger: Ledger, numbers: int, rows: int) -> None:
+    """Of weights that are frozen, or the tasks' own, which are told of at once."""
+
+
+def _gradient_of(shape: Shape, first: bool) -> Weight:
+    """Autograd's gradient of a parameter. In replay's second pass its rows are weighted before; with `scope: tensor`
+    its T task gradients meet.
+    """
+    keeps = deepspeed.keeps_gradients(shape) and first
+
+    def weight(ledger: Ledger, numbers: int, rows: int) -> None:
+        nbytes = numbers * shape.number_bytes
+        if not shape.joint and shape.storage == "replay":
+            ledger.touch(rows + (rows // shape.number_bytes * FLOAT if shape.number_bytes < FLOAT else 0) + nbytes)
+        if not shape.joint and shape.scope == "tensor":
+            ledger.touch(2 * shape.tasks * nbytes)
+        if keeps:
+            ledger.hold("gradients", nbytes)
+        else:
+            ledger.touch(nbytes, "gradients")
+
+    return weight
+
+
+def _task_gradients_of(shape: Shape, stay: bool) -> Weight:
+    """T products, put side by side. stay: whether this rank keeps its share of them, for micro-batches to add up."""
+    tasks, number = shape.tasks, shape.number_bytes
+
+    def weight(ledger: Ledger, numbers: int, rows: int) -> None:
+        nbytes = tasks * numbers * number
+        with ledger.holding(nbytes):
+            ledger.touch(nbytes)
+            ledger.touch(tasks * numbers * FLOAT if number < FLOAT else 0)
+            if shape.world > 1:
+                ledger.touch(2 * min(tasks * numbers, COLLECTIVE) * number + nbytes // shape.world)
+        if stay:
+            ledger.hold("task gradients", deepspeed.share(tasks * numbers * FLOAT, shape.world))
+
+    return weight
+
+
+def _stack_of(shape: Shape) -> Weight:
+    """Products add into J themselves where it has their dtype."""
+    same = shape.j_bytes == shape.number_bytes
+
+    def weight(ledger: Ledger, numbers: int, rows: int) -> None:
+        ledger.touch(0 if same else numbers * shape.number_bytes)
+
+    return weight
+
+
+def _compact_rows(ledger: Ledger, shape: Shape, number: int) -> None:
+    """The word embeddings' gradient: rows and their ids stay."""
+    if shape.table and not (shape.sketch_size is not None and shape.storage == "replay"):
+        row = shape.hidden * shape.number_bytes + INT64
+        ledger.hold("task gradients", shape.loads[number].tokens * row)
+
+
+def _sketch(shape: Shape) -> int:
+    return 0 if shape.sketch_size is None else shape.tasks * shape.sketch_size * FLOAT
+
+
+def _gramian_of_rows(shape: Shape) -> int:
+    """Rows of equal ids are added up twice over, once before and once after they are gathered from all ranks; two more
+    copies of the largest task's are made to multiply them.
+    """
+    if not shape.table or shape.sketch_size is not None:
+        return 0
+    row = shape.hidden * FLOAT
+    return (2 * shape.load.unique * shape.world + 2 * shape.load.largest_task) * row
+
+
+__all__ = ["Prediction", "predict"]

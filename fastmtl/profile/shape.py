@@ -1,0 +1,196 @@
+"""Everything that the memory of a training step depends on, as numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastmtl.config import Recipe
+from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.engine.build import REDUCE_BUCKET_SIZE
+from fastmtl.model.multitask import MultiTaskModel
+
+
+@dataclass(frozen=True)
+class Load:
+    """A micro-batch on one rank.
+
+    unique: different tokens of each task, added up. largest_task: tokens of the task with the most.
+    """
+
+    tokens: int
+    sequences: int
+    unique: int
+    largest_task: int
+
+    @classmethod
+    def of(cls, batch: PackedBatch) -> Load:
+        offsets = batch.host.token_offsets
+        pieces = [batch.input_ids[start:stop] for start, stop in zip(offsets, offsets[1:], strict=False)]
+        return cls(
+            tokens=batch.num_tokens,
+            sequences=len(batch.host.cu_seqlens) - 1,
+            unique=sum(len(piece.unique()) for piece in pieces),
+            largest_task=max(len(piece) for piece in pieces),
+        )
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """name: "none" for a top alone. layers: how many carry it. gelu: whether it has an activation. shared: numbers of
+    maps that all layers use. top: "none", "layer" or "pal", and its size.
+    """
+
+    name: str
+    size: int
+    heads: int
+    layers: int
+    gelu: bool
+    dropout: bool
+    shared: int
+    top: str
+    top_size: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A step of one rank. Numbers of parameters, not bytes, unless the name says so.
+
+    loads: of the step's micro-batches; load: the largest of them. number_bytes: of a weight, an activation and a
+    gradient. dense, table: trained shared parameters, without and of the
+    word embeddings; own: those of tasks; frozen: the rest. largest: of the dense tensors. group: of the optimiser's
+    largest group. moments: numbers that the optimiser keeps for each weight. copies_to_decay: whether weight decay is
+    added to a copy of the gradient. joint: gradients are summed. storage: "stacked", "replay", or "none" with scope
+    "tensor". overlap: whether DeepSpeed reduces during backward, as on GPUs.
+    """
+
+    load: Load
+    loads: tuple[Load, ...]
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    positions: int
+    types: int
+    dropout: bool
+    tasks: int
+    adapter: AdapterShape | None
+    dense: int
+    table: int
+    own: int
+    frozen: int
+    largest: int
+    group: int
+    joint: bool
+    storage: str
+    scope: str
+    sketch_size: int | None
+    j_bytes: int
+    number_bytes: int
+    moments: int
+    copies_to_decay: bool
+    accumulation: int
+    checkpointing: bool
+    zero: int
+    world: int
+    offload: bool
+    on_gpu: bool
+    overlap: bool
+    bucket: int
+
+    @property
+    def trained(self) -> int:
+        return self.dense + self.table + self.own
+
+    @property
+    def masters(self) -> bool:
+        """Whether DeepSpeed keeps float32 weights beside the model's: in ZeRO 1 to 3 always."""
+        return self.zero > 0 or self.number_bytes < 4
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, model: MultiTaskModel, loads: Sequence[Load], storage: str, world: int, *, on_gpu: bool
+    ) -> Shape:
+        """model: on any device, meta too. storage: as GradientSurgery.storage tells it."""
+        config, engine, gradient = model.encoder.config, recipe.engine, recipe.gradient
+        table = model.encoder.embeddings.word_embeddings.weight
+        shared = model.shared_parameters()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        everything = sum(p.numel() for p in model.parameters()) + sum(b.numel() for b in model.buffers())
+        sparse = table.numel() if table.requires_grad else 0
+        groups = model.parameter_groups(recipe.optimizer)
+        total = sum(p.numel() for p in trained)
+        zero = recipe.deepspeed.get("zero_optimization", {})
+        return cls(
+            load=max(loads, key=lambda load: load.tokens),
+            loads=tuple(loads),
+            hidden=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            intermediate=config.intermediate_size,
+            positions=config.max_position_embeddings,
+            types=config.type_vocab_size,
+            dropout=config.hidden_dropout_prob > 0,
+            tasks=len(recipe.tasks),
+            adapter=_adapter(recipe, model),
+            dense=sum(p.numel() for p in shared) - sparse,
+            table=sparse,
+            own=total - sum(p.numel() for p in shared),
+            frozen=everything - total,
+            largest=max((p.numel() for p in shared if p is not table), default=0),
+            group=max(sum(p.numel() for p in group["params"]) for group in groups),
+            joint=gradient.method == "sum" or not shared,
+            storage=storage,
+            scope=gradient.scope,
+            sketch_size=gradient.sketch_size if gradient.reduce == "sketch" else None,
+            j_bytes=2 if gradient.dtype == "bfloat16" else 4,
+            number_bytes=4 if engine.precision == "fp32" else 2,
+            moments=_moments(recipe),
+            copies_to_decay=recipe.optimizer.name == "sgd" and recipe.optimizer.weight_decay > 0,
+            accumulation=engine.accumulation,
+            checkpointing=recipe.encoder.checkpointing,
+            zero=engine.zero,
+            world=world,
+            offload=engine.offload,
+            on_gpu=on_gpu,
+            overlap=bool(zero.get("overlap_comm", on_gpu)) and engine.zero > 0,
+            bucket=int(zero.get("reduce_bucket_size", min(REDUCE_BUCKET_SIZE, total))),
+        )
+
+    def spread(self, zero: int, world: int) -> Shape:
+        """The same step in another ZeRO stage and number of ranks, each with as many rows as before."""
+        stacks = zero < 3 and not self.offload
+        storage = "replay" if self.storage == "stacked" and not stacks else self.storage
+        return dataclasses.replace(
+            self,
+            zero=zero,
+            world=world,
+            storage=storage,
+            offload=self.offload and zero > 0,
+            overlap=self.on_gpu and zero > 0,
+        )
+
+
+def _adapter(recipe: Recipe, model: MultiTaskModel) -> AdapterShape | None:
+    adapter, config = model.adapter, recipe.adapter
+    if adapter is None:
+        return None
+    per_layer = ("attention", "top") if config.name == "pal" else ("encode", "decode", "top")
+    return AdapterShape(
+        name=config.name,
+        size=config.size,
+        heads=config.heads,
+        layers=len(adapter.layers),
+        gelu=config.activation != "identity",
+        dropout=any(adapter.dropout),
+        shared=sum(p.numel() for name, p in adapter.named_parameters() if not name.startswith(per_layer)),
+        top=config.top,
+        top_size=config.top_size or config.size,
+    )
+
+
+def _moments(recipe: Recipe) -> int:
+    if recipe.optimizer.name == "sgd":
+        return 1 if recipe.optimizer.momentum else 0
+    return 2

@@ -1,0 +1,99 @@
+"""Training steps of a recipe, as fastmtl.train makes them, with or without tensor accounting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl import ranges
+from fastmtl.config import Recipe
+from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.engine.build import build_engine, build_surgery
+from fastmtl.model.cached_pairs import cache_pairs
+from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.profile.accounting import Accounting
+from fastmtl.profile.engine_tensors import gradient_buffers, optimiser_tensors, partitioned_weights
+from fastmtl.surgery import SurgeryInfo
+from fastmtl.surgery.task_gradients import TaskGradients
+
+# For the schedule of learning rates only.
+TOTAL_STEPS = 1000
+
+
+class Steps:
+    """A DeepSpeed engine and gradient surgery for a model on the CPU."""
+
+    def __init__(self, recipe: Recipe, model: MultiTaskModel, world: int, device: torch.device) -> None:
+        self._recipe, self._model, self._device = recipe, model, device
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # before the engine puts hooks of its own there
+                parameter.register_hook(self._gradient)
+        self._engine = build_engine(recipe, model, world, TOTAL_STEPS)
+        self._surgery = build_surgery(recipe, self._engine, model)
+        self._accounting = Accounting(device)
+        layers = model.encoder.encoder.layer
+        self._accounting.watch_recomputation([*layers, *([] if model.adapter is None else [model.adapter])])
+        self._engine.train()
+        self._counting = False
+
+    @property
+    def storage(self) -> str:
+        """What `auto` has become."""
+        return self._surgery.storage
+
+    def wait(self) -> None:
+        """Until the device has done all that it was given."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def step(self, micro_batches: Sequence[PackedBatch]) -> SurgeryInfo:
+        with ranges.named("data"):
+            micro_batches = [batch.to(self._device) for batch in micro_batches]
+        micro_batches = cache_pairs(self._engine.module, micro_batches)
+        counts = dict(zip(self._recipe.task_names, micro_batches[0].group_counts or (), strict=True))
+        info = self._surgery.run(micro_batches, _losses, counts)
+        if info.skipped is None:
+            with ranges.named("optimiser"):
+                self._engine.step()
+        return info
+
+    def counted(self, micro_batches: Sequence[PackedBatch]) -> Accounting:
+        """A step whose tensors are followed. In the first one J and the optimiser's state are made."""
+        accounting = self._accounting
+        self._name_what_stays()
+        accounting.forget_the_past()
+        self._counting = True
+        try:
+            with accounting, ranges.listening(accounting.heed), ranges.listening(self._see_task_gradients):
+                self.step(micro_batches)
+        finally:
+            self._counting = False
+        self._name_what_stays()
+        return accounting
+
+    def _name_what_stays(self) -> None:
+        name, optimizer = self._accounting.name, self._engine.optimizer
+        name(optimiser_tensors(optimizer), "optimiser")
+        # Second, as an optimiser without masters holds the weights themselves.
+        name([*self._model.parameters(), *self._model.buffers()], "weights")
+        name(partitioned_weights(self._model, optimizer), "weights")
+        name(gradient_buffers(optimizer), "gradients")
+        name(self._surgery.kept_tensors(), "task gradients")
+        bucket = getattr(optimizer, "reduce_bucket_size", None)
+        if bucket is not None:  # ZeRO 1 and 2 drop their buckets before anyone can ask for them
+            self._accounting.name_shape((bucket,), "gradients")
+
+    def _see_task_gradients(self, name: ranges.Name, begins: bool) -> None:
+        if name == "surgery" and begins:  # replay drops them at its end
+            self._accounting.name(self._surgery.kept_tensors(), "task gradients")
+
+    def _gradient(self, gradient: Tensor | None) -> None:
+        if self._counting and gradient is not None:
+            self._accounting.name([gradient], "gradients")
+
+
+def _losses(batch: PackedBatch, model: Any, task_grads: TaskGradients) -> dict[str, tuple[Tensor, int]]:
+    return model(batch, task_grads)

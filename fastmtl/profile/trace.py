@@ -1,0 +1,77 @@
+"""A torch.profiler trace of a few steps, and where their time went."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fastmtl import ranges
+from fastmtl.data.stream import BatchStream
+from fastmtl.profile.steps import Steps
+
+STEPS = 3
+REST = "the rest"
+
+
+class Clock:
+    """A listener of ranges: seconds of each, without those inside it."""
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+        self._open: list[ranges.Name] = []
+        self._last: float | None = None
+        self.seconds: dict[str, float] = dict.fromkeys([*ranges.NAMES, REST], 0.0)
+
+    def tell(self, name: ranges.Name, begins: bool) -> None:
+        self.lap()
+        if begins:
+            self._open.append(name)
+        else:
+            self._open.pop()
+
+    def lap(self) -> None:
+        """What has passed belongs to the innermost range. A GPU is waited for: its work counts where it was begun."""
+        self._steps.wait()
+        now = time.perf_counter()
+        if self._last is not None:
+            self.seconds[self._open[-1] if self._open else REST] += now - self._last
+        self._last = now
+
+
+def trace(steps: Steps, stream: BatchStream, file: Path, device: torch.device) -> dict[str, Any]:
+    """Writes a Chrome trace (.json.gz) of STEPS steps, and on a GPU a snapshot of the allocator's history beside it.
+
+    seconds: of each part of a step, of as many steps without the profiler; on a GPU one part waits for the one before
+    there, which costs what they would overlap.
+    """
+    clock = Clock(steps)
+    batches = stream.epoch(0)
+    next(batches)  # the epoch is shuffled for it
+    with ranges.listening(clock.tell):
+        clock.lap()
+        for micro_batches in ranges.each("data", itertools.islice(batches, STEPS)):
+            steps.step(micro_batches)
+        clock.lap()
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    batches = stream.epoch(0)
+    first = next(batches)
+    with profile(activities=activities) as profiler:
+        for micro_batches in ranges.each("data", itertools.islice(batches, STEPS)):
+            steps.step(micro_batches)
+        steps.wait()
+    profiler.export_chrome_trace(str(file))
+    found = {"file": str(file), "seconds": {name: value / STEPS for name, value in clock.seconds.items()}}
+    if on_gpu:
+        snapshot = file.with_name(file.name.replace(".json.gz", "-memory.pickle"))
+        torch.cuda.memory._record_memory_history()
+        steps.step(first)
+        torch.cuda.memory._dump_snapshot(str(snapshot))
+        torch.cuda.memory._record_memory_history(enabled=None)
+        found["memory_snapshot"] = str(snapshot)
+    return found

@@ -1,1 +1,0 @@
-"""`fastmtl sweep`: one recipe with many settings."""

@@ -1,0 +1,129 @@
+"""Measures random small recipes next to the model's prediction: JSON for the tests. In a process of its own, since
+DeepSpeed's engine wants a process group.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BertConfig
+
+from fastmtl.config import Recipe, parse_recipe
+from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.data.packing import pack
+from fastmtl.data.tokenized import TokenizedDataset
+from fastmtl.engine.distributed import start
+from fastmtl.model.encoder import PackedBert
+from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.profile.predict import predict
+from fastmtl.profile.shape import Load, Shape
+from fastmtl.profile.steps import Steps
+
+ADAPTERS: tuple[dict[str, Any] | None, ...] = (
+    None,
+    {"name": "pal", "size": 24, "heads": 4},
+    {"name": "low_rank", "size": 32, "activation": "gelu"},
+    {"name": "lora", "size": 4, "dropout": 0.1},
+    {"name": "low_rank", "size": 8, "top": "layer"},
+    {"name": "none", "top": "pal", "size": 24, "heads": 4},
+)
+
+
+def draw(random: np.random.Generator) -> tuple[Recipe, BertConfig, list[PackedBatch]]:
+    """A recipe, an encoder's configuration and the micro-batches of a step."""
+
+    def one(*choices: Any) -> Any:
+        return choices[random.integers(len(choices))]
+
+    heads = one(2, 4)
+    hidden = heads * one(8, 16, 24, 32)
+    dropout = one(0.0, 0.1)
+    config = BertConfig(
+        vocab_size=int(random.integers(40, 4000)),
+        hidden_size=hidden,
+        num_hidden_layers=int(random.integers(1, 6)),
+        num_attention_heads=heads,
+        intermediate_size=hidden * one(2, 3, 4),
+        max_position_embeddings=one(64, 512),
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    tasks = int(random.integers(1, 6))
+    method, precision, zero = one("sum", "pcgrad", "pcgrad", "gradvac"), one("fp32", "fp32", "bf16"), one(0, 1, 1, 2, 3)
+    storage = "replay" if zero == 3 else one("stacked", "replay")
+    adapter = ADAPTERS[random.integers(len(ADAPTERS))]
+    values = {
+        "tasks": {f"task{k}": {"type": "binary", "data": {}, "pooling": one("cls", "mean")} for k in range(tasks)},
+        **({"adapter": adapter} if adapter else {}),
+        "encoder": {"checkpointing": one(False, False, True), "freeze": one(False, False, False, False, True)},
+        "gradient": {"method": method, "storage": storage},
+        "engine": {"zero": zero, "precision": precision, "accumulation": one(1, 1, 2)},
+        "optimizer": {"name": one("adamw", "adamw", "sgd")},
+    }
+    recipe = parse_recipe(values, "drawn")
+    rows, longest = int(random.integers(1, 24)), one(12, 24, 48)
+    batches = [_batch(random, config, tasks, rows, longest, recipe) for _ in range(recipe.engine.accumulation)]
+    return recipe, config, batches
+
+
+def _batch(
+    random: np.random.Generator, config: BertConfig, tasks: int, rows: int, longest: int, recipe: Recipe
+) -> PackedBatch:
+    parts = []
+    for _ in range(tasks):
+        lengths = random.integers(3, longest, rows)
+        dataset = TokenizedDataset(
+            tokens=random.integers(0, config.vocab_size, lengths.sum()).astype(np.int32),
+            offsets=np.concatenate([[0], np.cumsum(lengths)]),
+            second_text=lengths.astype(np.int32),
+            sequences_per_example=1,
+            labels=(random.random(rows) < 0.5).astype(np.float32),
+            ids=[str(row) for row in range(rows)],
+            truncated=0,
+            skipped=[],
+            path=Path("random"),
+        )
+        parts.append((dataset, np.arange(rows)))
+    return pack(parts, [rows * recipe.engine.accumulation] * tasks)
+
+
+def compare(recipe: Recipe, config: BertConfig, batches: list[PackedBatch], device: torch.device) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = MultiTaskModel(recipe, PackedBert(config, checkpointing=recipe.encoder.checkpointing))
+    on_meta = copy.deepcopy(model).to("meta")
+    steps = Steps(recipe, model, 1, device)
+    steps.counted(batches)
+    peak = steps.counted(batches).peak()
+    shape = Shape.of(recipe, on_meta, list(map(Load.of, batches)), steps.storage, 1, on_gpu=False)
+    predicted = predict(shape)
+    return {
+        "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
+        "encoder": f"{config.num_hidden_layers} x {config.hidden_size}, vocabulary {config.vocab_size}",
+        "tokens": shape.load.tokens,
+        "storage": steps.storage,
+        "measured": peak.parts,
+        "phase": peak.range,
+        "predicted": predicted.parts,
+        "predicted_phase": predicted.phase,
+    }
+
+
+def main() -> None:
+    number, seed = int(sys.argv[1]), int(sys.argv[2])
+    ranks = start()
+    torch.set_num_threads(1)
+    random = np.random.default_rng(seed)
+    drawn = [draw(random) for _ in range(number)]
+    # ZeRO 3 last: DeepSpeed puts a linear layer of its own in place of torch's, for the rest of the process.
+    for recipe, config, batches in sorted(drawn, key=lambda one: one[0].engine.zero == 3):
+        print(json.dumps(compare(recipe, config, batches, ranks.device)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
