@@ -11,7 +11,7 @@ export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 
-.PHONY: install train test lint bench bench-gradients bench-step bench-surgery gpu-check clean
+.PHONY: install train test lint bench bench-kernels bench-step bench-surgery bench-peers gpu-check clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -46,17 +46,12 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Each takes ARGS of its own: make bench-surgery ARGS="--rounds 3".
-bench: bench-gradients bench-step bench-surgery
+# Each keeps its result and pictures in .benchmarks and takes ARGS of its own: make bench-surgery ARGS="--rounds 3".
+bench: bench-kernels bench-step bench-surgery bench-peers
 
-bench-gradients: install
-	$(BIN)/python benchmarks/bench_gradients.py $(ARGS)
-
-bench-step: install
-	$(BIN)/python benchmarks/bench_step.py $(ARGS)
-
-bench-surgery: install
-	$(BIN)/python benchmarks/bench_surgery.py $(ARGS)
+bench-kernels bench-step bench-surgery bench-peers: bench-%: install
+	@mkdir -p .benchmarks
+	PATH="$(CURDIR)/$(BIN):$$PATH" fastmtl bench $* --json .benchmarks/$*.json --plot .benchmarks/plots $(ARGS)
 
 # Tests, benchmarks and compute-sanitizer on a GPU. Nothing is installed: PYTHON needs torch with CUDA and the packages
 # named here, for the surgery benchmark also what the encoder imports (pydantic, transformers, ...). Only the files with

@@ -1,8 +1,8 @@
 """The benchmarks of a GPU, and compute-sanitizer over a small run: the second half of `make gpu-check`.
 
-The result goes to benchmarks/results/<the GPU's name>.json, part by part as each is measured. What cannot run here is
-left out of it with the reason; nothing in it is estimated. Exit status 1 with `failures`: something wrong or left out.
-A bound that does not hold is told, and is none.
+The result goes to benchmarks/results/<the GPU's name>.json, part by part as each is measured, its pictures to a folder
+of that name. What cannot run here is left out of it with the reason; nothing in it is estimated. Exit status 1 with
+`failures`: something wrong or left out. A bound that does not hold is told, and is none.
 """
 
 from __future__ import annotations
@@ -13,66 +13,69 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from fastmtl.bench import ops
+from fastmtl.bench.bounds import OVERHEAD, bounds
 from fastmtl.bench.environment import environment, slug
-from fastmtl.bench.gradients import NUM_COLUMNS, bench_gradients
 from fastmtl.bench.harness import Say
+from fastmtl.bench.kernels import bench_kernels, way_names
+from fastmtl.bench.ops.case import COMPILED
 from fastmtl.bench.report import progress, save, show
+from fastmtl.bench.sizes import SHAPES, Size
+from fastmtl.errors import UserError
 
 HERE = Path(__file__).parent
 SMALL_RUN = HERE / "small_gradients.py"
-VARIANT = "pcgrad stacked bf16"
-OVERHEAD = {3: 0.08, 8: 0.15}  # of VARIANT over the joint step, by the number of tasks
-SHARE = 0.85  # of a copy's speed, gramian and combine together
 # torch and Triton ask the driver for things that may not be there: errors of such calls are none of the kernels'.
 TOOLS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
 TOOL_SECONDS = 120
 CLEAN = "clean"
+PEER_ROWS = 32
+Part = Callable[[Say], dict[str, Any]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--commit", help="git describe --always --dirty of this copy, where it has no .git")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to try this script")
-    parser.add_argument("--shape", default="bert-base", choices=("bert-base", "minilm"))
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--columns", type=int, default=NUM_COLUMNS)
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="the directory of the result")
-    chosen = parser.parse_args()
-    device = torch.device(chosen.device)
-    result: dict[str, Any] = {"benchmark": "gpu-check", "environment": environment(device, chosen.commit)}
-    path = chosen.results / f"{slug(result['environment']['device'])}.json"
+    chosen = _options()
+    result: dict[str, Any] = {"benchmark": "gpu-check"}
+    result["environment"] = environment(torch.device(chosen.device), chosen.commit)
+    name = slug(result["environment"]["device"])
+    path = chosen.results / f"{name}.json"
     chosen.results.mkdir(parents=True, exist_ok=True)
-    console = Console(width=120)
+    console = Console(width=160)
     failures = []
     missing = _missing()
     if missing:
-        failures.append(f"the surgery benchmark is left out: {missing}")
+        failures.append(f"all but the kernels is left out: {missing}")
         print(f"gpu-check: {failures[0]}", file=sys.stderr)
     with progress() as say:
-        result["gradients"] = _part(bench_gradients(device, chosen.rounds, say, columns=chosen.columns), console)
-        save(result, path)
-        result["surgery"] = []
-        for tasks in () if missing else OVERHEAD:
+        for key, part in {**_kernels(chosen), **({} if missing else _steps(chosen))}.items():
             try:
-                result["surgery"].append(_surgery(tasks, chosen, say, console))
-            except RuntimeError as error:  # a wrong gradient, or no memory; what comes next may be right
-                failures.append(f"surgery with {tasks} tasks: {error}")
+                measured = part(say)
+            except (RuntimeError, UserError) as error:  # a wrong result, or no memory; what comes next may be right
+                failures.append(f"{key}: {error}")
+                continue
+            show(measured, console)
+            failures += _drawn(measured, chosen.results / name)
+            measured = {entry: value for entry, value in measured.items() if entry != "environment"}
+            if key.startswith("surgery"):
+                result.setdefault("surgery", []).append(measured)
+            else:
+                result[key] = measured
             save(result, path)
         say("compute-sanitizer")
         result["compute-sanitizer"] = sanitized(chosen.device)
     failures += [f"{tool} {found}" for tool, found in result["compute-sanitizer"].items() if found.startswith("found")]
-    result.update(bounds=_bounds(result), failures=failures)
+    result.update(bounds=bounds(result), failures=failures)
     save(result, path)
     for bound in result["bounds"]:
         verdict = "holds" if bound["holds"] else "DOES NOT HOLD"
-        print(f"{bound['what']}: {bound['measured']:.1%}, bound {bound['bound']:.0%}: {verdict}")
+        print(f"{bound['what']}: {bound['measured']:.3g}, bound {bound['bound']:.3g}: {verdict}")
     for tool, found in result["compute-sanitizer"].items():
         print(f"compute-sanitizer, {tool}: {found}")
     print(f"saved in {path}")
@@ -80,42 +83,68 @@ def main() -> None:
         sys.exit("\n".join(f"gpu-check failed: {failure}" for failure in failures))
 
 
-def _part(measured: dict[str, Any], console: Console) -> dict[str, Any]:
-    """Shows a benchmark's result; without what all of them have in common."""
-    show(measured, console)
-    return {key: value for key, value in measured.items() if key != "environment"}
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--commit", help="git describe --always --dirty of this copy, where it has no .git")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to try this script")
+    parser.add_argument("--shape", default="bert-base", choices=("bert-base", "minilm"))
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="the directory of the result")
+    return parser.parse_args()
+
+
+def _size(chosen: argparse.Namespace, tasks: int = 3) -> Size:
+    return Size(SHAPES[chosen.shape], tasks, chosen.tokens, chosen.device, "bf16", 0.1)
+
+
+def _kernels(chosen: argparse.Namespace) -> dict[str, Part]:
+    """Without torch.compile, which takes minutes: `fastmtl bench kernels` has it."""
+    size = _size(chosen)
+    impls = sorted(way_names(ops.OPERATIONS, size) - {COMPILED})
+    return {
+        "kernels": lambda say: bench_kernels(size, chosen.rounds, say, ops.OPERATIONS, impls, chosen.commit),
+    }
+
+
+def _steps(chosen: argparse.Namespace) -> dict[str, Part]:
+    """What needs the packages of the encoder."""
+    from dataclasses import replace
+
+    from fastmtl.bench import peers, step, surgery
+
+    def overhead(tasks: int) -> Part:
+        size = replace(_size(chosen, tasks), dropout=0.0)
+        return lambda say: surgery.bench_variants(size, chosen.rounds, say, commit=chosen.commit)
+
+    size, shape = _size(chosen), SHAPES[chosen.shape]
+    few = replace(size, shape=replace(shape, rows=min(PEER_ROWS, 4 * shape.rows)), dropout=0.0)
+    return {
+        "step": lambda say: step.bench_step(size, chosen.rounds, say, chosen.commit),
+        "adapters": lambda say: step.bench_sweep("adapters", size, chosen.rounds, say, chosen.commit),
+        **{f"surgery, {tasks} tasks": overhead(tasks) for tasks in OVERHEAD},
+        "peers": lambda say: peers.bench_peers(few, chosen.rounds, say, commit=chosen.commit),
+    }
+
+
+def _drawn(measured: dict[str, Any], directory: Path) -> list[str]:
+    """Draws a part; the reason why it cannot, which spoils no measurement."""
+    try:
+        from fastmtl.bench.plot import plot
+
+        plot(measured, directory)
+    except (ModuleNotFoundError, UserError) as error:
+        return [f"no picture of {measured['benchmark']}: {error}"]
+    return []
 
 
 def _missing() -> str:
-    """The reason why there is no surgery benchmark here, "" where there is none: it needs packages of the encoder."""
+    """Why only kernels can be measured here, "" where all can: the rest needs the encoder's packages."""
     try:
         import fastmtl.bench.surgery  # noqa: F401
     except ModuleNotFoundError as error:
         return f"{sys.executable} has no {error.name}"
     return ""
-
-
-def _surgery(tasks: int, chosen: argparse.Namespace, say: Say, console: Console) -> dict[str, Any]:
-    from fastmtl.bench.sizes import SHAPES, Size
-    from fastmtl.bench.surgery import bench_variants
-
-    size = Size(SHAPES[chosen.shape], tasks, chosen.tokens, chosen.device, "bf16")
-    return _part(bench_variants(size, chosen.rounds, say, commit=chosen.commit), console)
-
-
-def _bounds(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the design promises of a GPU beside what was measured, as shares."""
-    bounds = []
-    for part in result["surgery"]:
-        measured, bound = part["variants"][VARIANT]["ratio_to_joint"] - 1, OVERHEAD[part["tasks"]]
-        what = f"PCGrad over the joint step, {part['shape']['name']}, {part['tasks']} tasks, {part['tokens']} tokens"
-        bounds.append({"what": what, "measured": measured, "bound": bound, "holds": measured <= bound})
-    impl = result["environment"]["kernels"]["gramian"]
-    for dtype, operations in result["gradients"]["dtypes"].items():
-        measured = operations["both"][impl]["share_of_copy"]
-        what = f"gramian and combine ({impl}, {dtype}) of the copy's speed"
-        bounds.append({"what": what, "measured": measured, "bound": SHARE, "holds": measured >= SHARE})
-    return bounds
 
 
 def sanitized(device: str) -> dict[str, str]:

@@ -1,19 +1,30 @@
-"""A whole training step beside transformers' and its matrix products, on two sizes of encoders: `make bench`.
-
-Options are those of `fastmtl bench step`, which measures. Results are kept in .benchmarks/step-*.json.
-"""
+"""A whole training step beside transformers' and its products, through pytest-benchmark: fastmtl/bench/step.py."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from functools import lru_cache
 
-from fastmtl.cli import app
+import pytest
 
-RESULTS = Path(".benchmarks")
+from fastmtl.bench.harness import Skipped
+from fastmtl.bench.sizes import Size
+from fastmtl.bench.step import DROPOUT, checked, padded_losses
+from fastmtl.bench.step_ways import DEFAULT
+from fastmtl.bench.workload import Workload
 
-if __name__ == "__main__":
-    RESULTS.mkdir(exist_ok=True)
-    for shape in ("minilm", "bert-base"):
-        file = RESULTS / f"step-{shape}.json"
-        app(["bench", "step", "--shape", shape, "--json", str(file), *sys.argv[1:]], standalone_mode=False)
+Timed = Callable[[Callable[[], object]], None]
+
+
+_workload = lru_cache(maxsize=1)(Workload)
+
+
+@pytest.mark.parametrize("way", DEFAULT)
+def test_step(way: str, bench_size: Callable[[float], Size], timed: Timed) -> None:
+    workload = _workload(bench_size(DROPOUT))
+    try:
+        # Anew for each way: the one before has trained the weights, which both models share.
+        step, _ = checked(way, workload, padded_losses(workload, workload.padded))
+    except Skipped as reason:
+        pytest.skip(str(reason))
+    timed(step)

@@ -1,20 +1,33 @@
-"""What PCGrad costs over a joint step, on two sizes of encoders and over the number of tasks: `make bench`.
-
-Options are those of `fastmtl bench surgery`, which measures. Results are kept in .benchmarks/surgery-*.json.
-"""
+"""A step's gradients by every variant of gradient surgery, through pytest-benchmark: fastmtl/bench/surgery.py."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from functools import lru_cache
 
-from fastmtl.cli import app
+import pytest
 
-RUNS = {"minilm": ["--shape", "minilm"], "bert-base": ["--shape", "bert-base"], "tasks": ["--sweep"]}
-RESULTS = Path(".benchmarks")
+from fastmtl.bench.harness import Skipped
+from fastmtl.bench.oracle import Oracle
+from fastmtl.bench.sizes import Size
+from fastmtl.bench.variants import BUILDERS, build
+from fastmtl.bench.workload import Workload
 
-if __name__ == "__main__":
-    RESULTS.mkdir(exist_ok=True)
-    for name, arguments in RUNS.items():
-        file = RESULTS / f"surgery-{name}.json"
-        app(["bench", "surgery", *arguments, "--json", str(file), *sys.argv[1:]], standalone_mode=False)
+Timed = Callable[[Callable[[], object]], None]
+
+
+@lru_cache(maxsize=1)
+def _workload(size: Size) -> tuple[Workload, Oracle]:
+    workload = Workload(size)
+    return workload, Oracle(workload)
+
+
+@pytest.mark.parametrize("variant", BUILDERS)
+def test_surgery(variant: str, bench_size: Callable[[float], Size], timed: Timed) -> None:
+    workload, oracle = _workload(bench_size(0.0))
+    try:
+        built = build(variant, workload)
+        oracle.check(built)
+    except Skipped as reason:
+        pytest.skip(str(reason))
+    timed(built.step)

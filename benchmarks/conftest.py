@@ -17,7 +17,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from fastmtl.bench import ops
-from fastmtl.bench.harness import Skipped
+from fastmtl.bench.harness import Skipped, seconds
 from fastmtl.bench.kernels import BOTH, forward_and_backward
 from fastmtl.bench.laps import Chain, Clock, clock
 from fastmtl.bench.ops.case import COMPILED, Case
@@ -51,6 +51,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "measured" in getattr(item, "fixturenames", ()):
             case, _, link = item.callspec.params["measured"]  # type: ignore[attr-defined]
             item.add_marker(pytest.mark.benchmark(group=f"{case}, {link}", timer=Watch.read))
+        elif "timed" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=Watch.read))
 
 
 class Watch:
@@ -71,9 +73,7 @@ def measured(request: pytest.FixtureRequest) -> Callable[[], None]:
     tiny = _tiny(request.config)
     if tiny and way == COMPILED:
         pytest.skip("torch.compile takes many seconds: only where something is measured")
-    shape = ops.TINY if tiny else SHAPES[option("--bench-shape")]
-    tokens = None if tiny else option("--bench-tokens")
-    size = Size(shape, 3, tokens, option("--bench-device"), option("--bench-precision"), DROPOUT)
+    size = _size(request.config, DROPOUT)
     case = _cases(operation, size)[case_name]
     try:
         chain = _checked(operation, size, case_name, way)
@@ -95,6 +95,34 @@ def measured(request: pytest.FixtureRequest) -> Callable[[], None]:
         benchmark.pedantic(run, rounds=option("--bench-rounds"), warmup_rounds=1)
 
     return measure
+
+
+@pytest.fixture
+def bench_size(request: pytest.FixtureRequest) -> Callable[[float], Size]:
+    """From a probability of dropout to the size of a step."""
+    return lambda dropout: _size(request.config, dropout)
+
+
+@pytest.fixture
+def timed(request: pytest.FixtureRequest) -> Callable[[Callable[[], object]], None]:
+    """Measures a step that needs no other clock than a plain one."""
+
+    def measure(step: Callable[[], object]) -> None:
+        device, rounds = (request.config.getoption(f"--bench-{name}") for name in ("device", "rounds"))
+
+        def run() -> None:
+            Watch.total += seconds(step, torch.device(device))
+
+        request.getfixturevalue("benchmark").pedantic(run, rounds=rounds, warmup_rounds=1)
+
+    return measure
+
+
+def _size(config: pytest.Config, dropout: float) -> Size:
+    option, tiny = config.getoption, _tiny(config)
+    shape = ops.TINY if tiny else SHAPES[option("--bench-shape")]
+    tokens = None if tiny else option("--bench-tokens")
+    return Size(shape, 3, tokens, option("--bench-device"), option("--bench-precision"), dropout)
 
 
 def _tiny(config: pytest.Config) -> bool:

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from fastmtl import __version__
-from fastmtl.commands import bench, models, profile
+from fastmtl.commands import bench, models, profile, recipes, sweep
 from fastmtl.commands.options import Debug, ModelDir
 from fastmtl.errors import UserError
 
@@ -211,109 +211,7 @@ def predict(
 
 models.register(app, _set_debug)
 profile.register(app, _set_debug)
-
-
-@app.command()
-def recipes(
-    folder: Annotated[
-        str | None, typer.Argument(metavar="FOLDER", help="Default: those outside of folders.", show_default=False)
-    ] = None,
-    debug: Debug = False,
-) -> None:
-    """List the bundled recipes.
-
-    Copy one to begin your own: [cyan]fastmtl train my.yaml[/cyan].
-
-    [bold]Examples[/bold]
-
-      [cyan]fastmtl recipes[/cyan]
-      [cyan]fastmtl recipes papers/pal-lora[/cyan]
-    """
-    _set_debug(debug)
-    from rich.console import Console
-    from rich.table import Table
-
-    from fastmtl.config import load_recipe
-    from fastmtl.errors import unknown_name
-    from fastmtl.recipe_files import bundled_recipes
-
-    found = bundled_recipes()
-    folders: dict[str, list[str]] = {}
-    for name in found:
-        folders.setdefault(name.rpartition("/")[0], []).append(name)
-    chosen = (folder or "").strip("/")
-    if chosen not in folders:
-        raise unknown_name("folder of recipes", chosen, [name for name in folders if name])
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("recipe", "tasks", "description"):
-        table.add_column(column, overflow="fold")
-    for name in folders[chosen]:
-        recipe = load_recipe(name)
-        table.add_row(name, ", ".join(recipe.task_names), recipe.description)
-    console = Console()
-    console.print(table)
-    if not chosen:
-        lines = [f"fastmtl recipes {name}  ({len(names)})" for name, names in folders.items() if name]
-        console.print("\nMore are in folders:\n" + "\n".join(lines), highlight=False, markup=False)
-    console.print(f"\nTheir files are in {found[folders[chosen][0]].parent}", highlight=False, soft_wrap=True)
-
-
-@app.command(no_args_is_help=True)
-def reproduce(
-    report: Annotated[str, typer.Argument(metavar="REPORT", help="A folder of the bundled recipes papers/.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="section.key=value", help="Settings for every run.", show_default=False),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="The CS224N files. Default: the demo corpus.", show_default=False),
-    ] = None,
-    fraction: Annotated[float, typer.Option(metavar="F", help="Share of each training set.")] = 1.0,
-    encoder: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="A model directory. Default: the recipes' MiniLM.", show_default=False),
-    ] = None,
-    rows: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Recipes of the report. Default: all.", show_default=False)
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="No phase of a run is longer.", show_default=False)
-    ] = None,
-    seeds: Annotated[str, typer.Option(metavar="1,2,3", help="A run for each.")] = "1",
-    output: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Where the runs are kept. Default: runs/papers/REPORT.", show_default=False),
-    ] = None,
-    debug: Debug = False,
-) -> None:
-    """Run the experiments of a report and show its tables beside ours.
-
-    docs/papers.md lists the reports and their rows. A finished run is not made again: the same command goes on after a
-    stop. DIR gets results.md, results.json and a folder for each run.
-
-    [bold]Examples[/bold]
-
-    Two rows with three seeds, three epochs:
-      [cyan]fastmtl reproduce pal-lora --data data --rows sts_full,sts_pal_lora --seeds 1,2,3 --epochs 3[/cyan]
-
-    A whole report as it was done, for a GPU:
-      [cyan]fastmtl reproduce pals-and-mnrl --data data/cs224n --encoder models/bert-base-uncased[/cyan]
-
-    Whether everything runs, on the demo corpus:
-      [cyan]fastmtl reproduce master-of-all-trades train.max_steps=5[/cyan]
-    """
-    _set_debug(debug)
-    from fastmtl.reproduce.command import run_report
-    from fastmtl.reproduce.plan import Options
-
-    try:
-        numbers = tuple(int(seed) for seed in seeds.split(","))
-    except ValueError:
-        raise UserError(f"--seeds {seeds}: write whole numbers with commas between them, as 1,2,3") from None
-    options = Options(data, fraction, str(encoder) if encoder else None, epochs, numbers, tuple(overrides or ()))
-    names = [name.strip() for name in rows.split(",")] if rows else []
-    raise typer.Exit(run_report(report, names, options, output or Path("runs") / "papers" / report))
+recipes.register(app, _set_debug)
 
 
 @app.command()
@@ -339,6 +237,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 
 bench.register(app, _set_debug)
+sweep.register(app, _set_debug)
 
 
 def main() -> None:

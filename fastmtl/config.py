@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -97,6 +98,17 @@ class MnrConfig(Section):
     )
 
 
+class AugmentConfig(Section):
+    """Easy data augmentation of the training rows, until all classes have as many. Shares of a text's words."""
+
+    name: Literal["eda"] = "eda"
+    synonyms: float = Field(0.1, ge=0, le=1, description="replaced by a synonym, at least one word; 0: none")
+    insertions: float = Field(0.1, ge=0, le=1, description="synonyms of words put in anywhere; as above")
+    swaps: float = Field(0.1, ge=0, le=1, description="pairs of words that change places; as above")
+    deletions: float = Field(0.1, ge=0, lt=1, description="probability with which a word is left out")
+    wordnet: str | None = Field(None, description="WordNet's folder; default: where Debian or nltk puts it")
+
+
 class FileConfig(Section):
     """Where a task's rows are. `format` names a known layout; `columns` maps id, text, text_pair, label to columns of
     any CSV, TSV, JSONL, Parquet.
@@ -108,6 +120,7 @@ class FileConfig(Section):
     format: str = "table"
     columns: dict[Literal["id", "text", "text_pair", "label"], str | int] = Field(default_factory=dict)
     limit: int | None = Field(None, ge=1, description="read at most this many training rows")
+    augment: AugmentConfig | None = Field(None, description="classification, binary: makes new training rows")
 
 
 class TaskConfig(Section):
@@ -132,6 +145,17 @@ class TaskConfig(Section):
     weight: float = Field(1.0, gt=0, description="fixed weight of the task's loss, applied before gradient surgery")
     metric: str | None = Field(None, description="default: accuracy, accuracy or pearson by type")
 
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _one_message(cls, loss: Any) -> Any:
+        names = [loss] if isinstance(loss, str | None) else list(loss) if isinstance(loss, list | dict) else [0]
+        weights = loss.values() if isinstance(loss, dict) else ()
+        if not all(isinstance(name, str | None) for name in names) or not all(
+            isinstance(weight, int | float) for weight in weights
+        ):
+            raise ValueError("give one name, a list of names, or names with weights as {bce: 1.0, mnr: 0.5}")
+        return loss
+
     @model_validator(mode="after")
     def _complete(self) -> TaskConfig:
         if self.type == "classification":
@@ -143,6 +167,8 @@ class TaskConfig(Section):
                 raise ValueError(f"label_names has {len(self.label_names)} names, num_labels says {self.num_labels}")
         elif self.type == "regression" and self.range is None:
             raise ValueError("a regression task needs range: [smallest, largest] (labels outside it are bad rows)")
+        if self.data.augment is not None and self.type == "regression":
+            raise ValueError("data.augment makes all classes equally large; a regression task has none")
         if not self.losses or any(weight <= 0 for weight in self.losses.values()):
             raise ValueError("loss: name at least one, each with a weight above 0")
         if isinstance(self.loss, list) and len(self.losses) < len(self.loss):
@@ -164,6 +190,43 @@ class TaskConfig(Section):
     @property
     def metric_name(self) -> str:
         return self.metric or {"classification": "accuracy", "binary": "accuracy", "regression": "pearson"}[self.type]
+
+
+class WeightingConfig(Section):
+    """Weights of the tasks' losses besides the fixed `tasks.<task>.weight`, which they are multiplied by."""
+
+    name: Literal["fixed", "uncertainty", "dwa"] = Field(
+        "fixed", description="uncertainty: learned, one per task; dwa: by how fast the losses fell in the last epoch"
+    )
+    temperature: float = Field(2.0, gt=0, description="dwa: the higher, the more equal the weights")
+
+
+class SmartConfig(Section):
+    """SMART's terms in the tasks' losses; one strength for all tasks, or one for each that has the term."""
+
+    strength: float | dict[str, float] = Field(0.0, description="of the adversarial term")
+    proximal: float | dict[str, float] = Field(0.0, description="of the distance from the teacher")
+    follows: Literal["fixed", "gap"] = Field(
+        "fixed", description="gap: both times how much better the task's metric is on training rows than on dev rows"
+    )
+    momentum: float = Field(0.99, ge=0, lt=1, description="of the teacher, per optimiser step")
+    steps: int = Field(1, ge=1, description="of gradient ascent for the perturbation")
+    step_size: float = Field(1e-3, gt=0)
+    noise: float = Field(1e-5, gt=0, description="deviation of the random perturbation that the steps start from")
+    epsilon: float = Field(1e-5, gt=0, description="largest number of a perturbation")
+
+    @property
+    def used(self) -> bool:
+        strengths = [s if isinstance(s, dict) else {"": s} for s in (self.strength, self.proximal)]
+        return any(value for strength in strengths for value in strength.values())
+
+    @model_validator(mode="after")
+    def _not_negative(self) -> SmartConfig:
+        for key in ("strength", "proximal"):
+            value = getattr(self, key)
+            if any(number < 0 for number in (value.values() if isinstance(value, dict) else [value])):
+                raise ValueError(f"{key}: {value}: a strength is 0 (none) or more")
+        return self
 
 
 class DataConfig(Section):
@@ -320,6 +383,8 @@ class Recipe(Section):
     tasks: dict[str, TaskConfig] = Field(min_length=1)
     data: DataConfig = Field(default_factory=DataConfig)
     sampler: SamplerConfig = Field(default_factory=SamplerConfig)
+    weighting: WeightingConfig = Field(default_factory=WeightingConfig)
+    smart: SmartConfig = Field(default_factory=SmartConfig)
     gradient: GradientConfig = Field(default_factory=GradientConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)

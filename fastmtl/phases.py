@@ -81,6 +81,7 @@ def _phase(recipe: Recipe, given: PhaseConfig, index: int, name: str) -> Phase:
         "phases": [],
         "tasks": tasks,
         "seed": recipe.seed + SEED_STEP * index,
+        "smart": _merged("smart", recipe.smart, None, list(tasks)),
         **{key: _merged(key, getattr(recipe, key), getattr(given, key), list(tasks)) for key in _SECTIONS},
     }
     if given.accumulation is not None:
@@ -127,7 +128,7 @@ def _mlm_phase(recipe: Recipe, given: PhaseConfig, update: dict[str, Any], index
 
 
 _SECTIONS = ("adapter", "sampler", "gradient", "optimizer", "schedule", "train", "early_stopping")
-_BY_TASK = {"sampler": ("batch_size", "subsample"), "adapter": ("dropout",)}
+_BY_TASK = {"sampler": ("batch_size", "subsample"), "adapter": ("dropout",), "smart": ("strength", "proximal")}
 
 
 def _merged(key: str, ours: S, given: S | None, tasks: Iterable[str]) -> S:

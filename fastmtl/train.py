@@ -29,9 +29,9 @@ from fastmtl.errors import UserError
 from fastmtl.evaluation import Scores, score
 from fastmtl.metrics import evaluate_predictions, mean_score, selected_score
 from fastmtl.model.add_task import complete
-from fastmtl.model.cached_pairs import cache_pairs
 from fastmtl.model.masked_lm import MLM
 from fastmtl.model.pretrained import load_tokenizer
+from fastmtl.objectives import Objectives
 from fastmtl.phase_model import PhaseModel
 from fastmtl.phases import Phase, phases_of
 from fastmtl.ranges import each, named
@@ -52,6 +52,7 @@ class Progress:
     epochs_without_gain: int = 0
     seconds: float = 0.0
     surgery: dict[str, Any] = field(default_factory=dict)
+    objectives: dict[str, Any] = field(default_factory=dict)
     phase: int = 0  # from 0; what stands above, but for step and seconds, is of this phase
     first_step: int = 0  # optimiser steps before the phase
     done: bool = False  # the phase has ended
@@ -136,6 +137,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int
             model = PhaseModel(phase)
         if phase.index:
             model.take_over(output / "model", ranks)
+        objectives = Objectives(phase.recipe, model.trained, job.corpus)
         universal = found is not None and found.universal
         engine = build_engine(phase.recipe, model.trained, ranks.world, job.steps, universal=universal)
         surgery = build_surgery(phase.recipe, engine, model.trained, phase.loss_names)
@@ -143,6 +145,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int
         if found is not None:
             checkpoints.restore(engine, found)
             surgery.load_state_dict(at.surgery)
+            objectives.load(at.objectives, found.tensors())
             found = None
         if run is None:
             files = RunFiles(output, recipe, tokenizer, corpus, ranks, resume=resume)
@@ -154,7 +157,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int
             run.tracker.begin_phase(phase.name, phase.recipe)
         for note in model.notes:
             run.tracker.message(note)
-        if not run_phase(run, job, model, engine, surgery):
+        if not run_phase(run, job, model, engine, surgery, objectives):
             run.tracker.message(f"stopped at step {run.at.step}; go on with --resume")
             run.tracker.close()
             return
@@ -170,7 +173,9 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int
     stop.release()
 
 
-def run_phase(run: Run, job: Job, model: PhaseModel, engine: Any, surgery: GradientSurgery) -> bool:
+def run_phase(
+    run: Run, job: Job, model: PhaseModel, engine: Any, surgery: GradientSurgery, objectives: Objectives
+) -> bool:
     """The loop, from where the run is to the end of the phase. False where the run was stopped; it is saved then."""
     phase, recipe, stream = job.phase, job.phase.recipe, job.stream
     ranks, tracker, at = run.ranks, run.tracker, run.at
@@ -180,8 +185,8 @@ def run_phase(run: Run, job: Job, model: PhaseModel, engine: Any, surgery: Gradi
         return model(batch, task_grads)
 
     def save(value: float | None = None) -> None:
-        at.surgery = surgery.state_dict()
-        run.checkpoints.save(engine, at.step, asdict(at), value, phase.name)
+        at.surgery, at.objectives = surgery.state_dict(), objectives.state_dict()
+        run.checkpoints.save(engine, at.step, asdict(at), value, phase.name, objectives.tensors())
 
     begun = time.monotonic() - at.seconds
     while at.epoch < epochs and at.step < last_step:
@@ -189,16 +194,16 @@ def run_phase(run: Run, job: Job, model: PhaseModel, engine: Any, surgery: Gradi
         for micro_batches in each("data", stream.epoch(at.epoch, at.step_in_epoch)):
             with named("data"):
                 micro_batches = [batch.to(ranks.device) for batch in micro_batches]
-            if phase.objective != MLM:
-                micro_batches = cache_pairs(engine.module, micro_batches)
+            micro_batches = objectives.prepare(micro_batches)
             counts = dict(zip(phase.loss_names, micro_batches[0].group_counts or (), strict=True))
-            weights = stream.loss_weights(at.epoch, at.step_in_epoch)
+            weights = objectives.weights(stream.loss_weights(at.epoch, at.step_in_epoch))
             info = surgery.run(micro_batches, loss_fn, counts, weights)
             if info.skipped is None:
                 with named("optimiser"):
                     engine.step()
             else:
                 tracker.message(f"step {at.step + 1} skipped: the gradient of {info.skipped} is not finite")
+            objectives.after_step(info)
             at.step += 1
             at.step_in_epoch += 1
             at.seconds = time.monotonic() - begun
@@ -217,6 +222,8 @@ def run_phase(run: Run, job: Job, model: PhaseModel, engine: Any, surgery: Gradi
         value = selected_score(dev, recipe) if dev else None
         if dev:
             tracker.evaluation(at.step, at.epoch - 1, dev, mean_score(dev, recipe))
+        for note in objectives.after_epoch(dev, lambda corpus: evaluate(recipe, engine, corpus, ranks)):
+            tracker.message(note)
         gained = at.gained(phase, dev, value)
         at.epochs_without_gain = 0 if gained else at.epochs_without_gain + 1
         to_keep = recipe.task_names if phase.keep == "last" else gained

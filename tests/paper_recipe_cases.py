@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -37,6 +38,16 @@ def write_data(directory: Path) -> None:
                 csv.writer(file, delimiter="\t").writerows(lines)
 
 
+def write_wordnet(directory: Path) -> None:
+    """A WordNet of one synset, which augmentation asks for."""
+    directory.mkdir()
+    for part in ("noun", "verb", "adj", "adv"):
+        noun = part == "noun"
+        (directory / f"data.{part}").write_text("00000000 10 n 02 film 0 movie 0 000 | a gloss\n" if noun else "")
+        index = "film n 1 0 1 1 00000000  \nmovie n 1 0 1 1 00000000  \n"
+        (directory / f"index.{part}").write_text(index if noun else "")
+
+
 def two_steps(name: str, output: Path, settings: list[str]) -> dict[str, Any]:
     recipe = load_recipe(name, settings)
     train(recipe, output)
@@ -49,6 +60,8 @@ def main(directory: Path, encoder: Path) -> None:
     # The report's plots take longer than the steps, and have tests of their own.
     fastmtl.run_files.write_report = write_results
     write_data(directory / "data")
+    write_wordnet(directory / "wordnet")
+    os.environ["WNSEARCHDIR"] = str(directory / "wordnet")
     settings = [f"encoder.path={encoder}", f"data.dir={directory / 'data'}", f"data.cache_dir={directory / 'cache'}"]
     settings += ["train.max_steps=2", "sampler.batch_size=2"]
     outcomes: dict[str, Any] = {}

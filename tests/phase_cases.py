@@ -1,4 +1,6 @@
-"""The runs that test_phases.py looks at, in one process. Usage: phase_cases.py DIRECTORY TINY_BERT"""
+"""The runs that test_phases.py looks at. Usage: phase_cases.py DIRECTORY TINY_BERT; under the launcher: the one of two
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +44,23 @@ RUNS: dict[str, list[dict[str, Any]]] = {
 }
 
 
+# Not phases, but what else a stopped run has to find again: dynamic weights, SMART's teacher and strengths.
+OBJECTIVES: dict[str, Any] = {
+    "weighting": {"name": "dwa"},
+    "smart": {
+        "strength": {"kind": 1.0, "degree": 1.0},
+        "proximal": 1.0,
+        "momentum": 0.5,
+        "follows": "gap",
+        "noise": 0.01,
+        "epsilon": 0.1,
+        "step_size": 0.1,
+    },
+    "engine": {"zero": 2, "accumulation": 2},
+    "train": {"epochs": 4},
+}
+
+
 def write_data(directory: Path) -> None:
     """Which color, whether places are the same, how many words agree."""
     draw = random.Random(0)
@@ -61,7 +80,7 @@ def write_data(directory: Path) -> None:
             (directory / f"{name}-{split}.tsv").write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
-def make_recipe(directory: Path, bert: Path, phases: list[dict[str, Any]], zero: int = 1) -> Recipe:
+def make_recipe(directory: Path, bert: Path, phases: list[dict[str, Any]], zero: int = 1, **sections: Any) -> Recipe:
     def task(name: str, **more: Any) -> dict[str, Any]:
         columns = (
             {"text": "a", "label": "label"} if name == "kind" else {"text": "a", "text_pair": "b", "label": "label"}
@@ -83,6 +102,7 @@ def make_recipe(directory: Path, bert: Path, phases: list[dict[str, Any]], zero:
             "optimizer": {"lr": 3e-3},
             "engine": {"zero": zero},
             "phases": phases,
+            **sections,
         },
         "test",
     )
@@ -122,10 +142,25 @@ def break_off_between_phases(recipe: Recipe, output: Path) -> None:
         train.PhaseModel = whole  # type: ignore[misc]
 
 
+def run_on_ranks(directory: Path, bert: Path, world: int) -> None:
+    """The same steps by any number of ranks: no dropout, and rows shared among them."""
+    from fastmtl.train import train
+
+    group = {"name": "compromise", "batch_size": 8 // world, "batches_per_step": 5}
+    grouped = {"name": "group", "gradient": {"method": "gradvac"}, "sampler": group, "accumulation": 2}
+    words = {**MLM, "sampler": {"batch_size": 8 // world}}
+    recipe = make_recipe(directory, bert, [grouped, words], zero=2)
+    recipe.encoder.hidden_dropout = recipe.encoder.attention_dropout = 0.0
+    for task in recipe.tasks.values():
+        task.head.dropout = 0.0
+    train(recipe, directory / f"ranks-{world}")
+
+
 def main(directory: Path, bert: Path) -> None:
     from fastmtl.train import train
 
     write_data(directory)
+    run_on_ranks(directory, bert, 1)
     for name, phases in RUNS.items():
         zero = 2 if name == "first" else 1
         train(make_recipe(directory, bert, phases, zero), directory / name)
@@ -135,7 +170,18 @@ def main(directory: Path, bert: Path) -> None:
     train_until(recipe, directory / "stopped", 28, resume=True)
     train_until(recipe, directory / "stopped", 38, resume=True)
     train(recipe, directory / "stopped", resume=True)
+    recipe = make_recipe(directory, bert, [], **OBJECTIVES)  # 4 x 3 steps
+    recipe.tasks["degree"].loss = ["mse", "mnr"]
+    recipe.tasks["degree"].mnr.cached = True
+    train(recipe, directory / "objectives")
+    train_until(recipe, directory / "objectives-stopped", 8, resume=False)
+    train_until(recipe, directory / "objectives-stopped", 10, resume=True)
+    train(recipe, directory / "objectives-stopped", resume=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    places = [Path(argument) for argument in sys.argv[1:] if not argument.startswith("--")]
+    if "RANK" in os.environ:
+        run_on_ranks(*places, world=int(os.environ["WORLD_SIZE"]))
+    else:
+        main(*places)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl import cli
-from fastmtl.bench import gradients, sizes, surgery, textbook, variants
+from fastmtl.bench import sizes, surgery, textbook, variants
 from fastmtl.bench.harness import GPU_STEPS, MIB, gpu_peak_bytes, in_own_process, interleave, summary
 from fastmtl.bench.oracle import GradientMismatch, Oracle
 from fastmtl.bench.sizes import Shape, Size
@@ -272,7 +272,7 @@ def test_summary_holds_median_quantiles_and_samples() -> None:
 def test_peak_memory_is_that_of_one_variant() -> None:
     wide = dataclasses.replace(TINY, hidden=256, intermediate=1024, layers=4)
     held = torch.ones(200 * MIB // 4)  # of this process, not of the ones that are measured
-    joint, stacked = (in_own_process(surgery._peak, name, Size(wide), 1) for name in ("autograd", "pcgrad stacked"))
+    joint, stacked = (in_own_process(surgery.peak_of, name, Size(wide), 1) for name in ("autograd", "pcgrad stacked"))
     assert joint is not None and stacked is not None
     model = Workload(Size(wide)).packed
     dense = sum(p.numel() for p in model.shared_parameters()) - sum(p.numel() for p in model.sparse_parameters())
@@ -340,46 +340,6 @@ def test_what_cannot_be_done_is_said_before_measuring(monkeypatch: pytest.Monkey
         run(monkeypatch, "bench", "surgery", "--device", "cuda")
     with pytest.raises(UserError, match="--json: cannot write"):
         run(monkeypatch, "bench", "surgery", "--json", str(tmp_path / "no" / "file.json"))
-
-
-def test_gradients_are_told_as_a_share_of_a_copy(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "gradients.json"
-    run(monkeypatch, "bench", "gradients", "--columns", "10001", "--rounds", "3", "--json", str(file))
-    printed = capsys.readouterr().out
-    result = json.loads(file.read_text())
-    assert set(result["unavailable"]) >= {"cuda", "triton"}
-    impls = {"cpp", "cuda", "triton", "reference", "copy"} - set(result["unavailable"])
-    for dtype, size in (("fp32", 4), ("bf16", 2)):
-        for operation, numbers in (("gramian", 3), ("combine", 4), ("both", 7)):
-            entries = result["dtypes"][dtype][operation]
-            assert set(entries) == impls
-            for impl, entry in entries.items():
-                assert entry["gb_per_s"] == pytest.approx(numbers * 10001 * size / entry["median_s"] / 1e9)
-                assert entry["share_of_copy"] == entries["copy"]["median_s"] / entry["median_s"]
-                assert f"{dtype}   {operation}" in printed and f"{entry['gb_per_s']:.1f}  " in printed
-                assert len(entry["samples_s"]) == 3 and impl in printed
-
-
-@pytest.mark.parametrize("operation", ["gramian", "combine"])
-def test_a_wrong_kernel_is_not_timed(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = getattr(gradients, operation)
-    monkeypatch.setattr(gradients, operation, lambda *arguments: right(*arguments).mul_(1.001))
-    monkeypatch.setattr(gradients, "interleave", lambda *_: pytest.fail("timed"))
-    with pytest.raises(gradients.WrongResult, match=f"^{operation}, impl='cpp', torch.float32: off by "):
-        gradients.bench_gradients(torch.device("cpu"), 1, quiet, columns=1000)
-
-
-def test_a_copy_moves_as_many_bytes() -> None:
-    grads = torch.randn(3, 1000)
-    moved = {name: step() for name, step in gradients._copies(grads).items()}
-    assert moved["gramian copy"].nbytes * 2 == grads.nbytes  # what it reads and what it writes
-    assert moved["combine copy"].nbytes * 2 == grads.nbytes + grads[0].nbytes
-    assert [part.nbytes for part in moved["both copy"]] == [moved[f"{name} copy"].nbytes for name in COPIED]
-
-
-COPIED = ("gramian", "combine")
 
 
 class FakeEvent:

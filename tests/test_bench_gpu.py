@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from fastmtl.bench import sizes, surgery
+from fastmtl.bench import kernels, peers, sizes, surgery
+from fastmtl.bench.bounds import SURGERY, bounds
 from fastmtl.bench.environment import slug
-from fastmtl.bench.oracle import GradientMismatch
-from fastmtl.bench.sizes import Shape, Size
+from fastmtl.bench.harness import MIB, WrongResult
+from fastmtl.bench.sizes import Shape
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "bench_gpu.py"
 TINY = Shape("tiny", hidden=32, layers=2, heads=2, intermediate=64, rows=4, vocabulary=100, positions=128)
@@ -28,14 +29,18 @@ def bench_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setitem(sizes.SHAPES, "minilm", TINY)
-    monkeypatch.setattr(surgery, "in_own_process", lambda *_: 1)
+    monkeypatch.setattr(module, "PEER_ROWS", 4)
+    monkeypatch.setattr(surgery, "in_own_process", lambda _, name, size, __: (2 + size.shape.rows) * MIB)
+    monkeypatch.setattr(peers, "in_own_process", lambda _, *more: (2 + more[1].shape.rows if more[1:] else 1) * MIB)
+    monkeypatch.setattr(kernels, "in_own_process", lambda function, *arguments, preload: function(*arguments))
+    monkeypatch.setattr(kernels, "free_at_once", lambda: None)
     program = tmp_path / "bin" / "compute-sanitizer"
     monkeypatch.setattr(module.shutil, "which", lambda _: str(program) if program.exists() else None)
     return module
 
 
 def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    options = "--device cpu --shape minilm --tokens 1024 --columns 3001 --rounds 2".split()
+    options = "--device cpu --shape minilm --tokens 256 --rounds 1 --commit abc".split()
     monkeypatch.setattr(sys, "argv", ["bench_gpu.py", *options, "--results", str(tmp_path / "results")])
     try:
         module.main()
@@ -57,26 +62,26 @@ def sanitizer(tmp_path: Path, script: str) -> None:
 def test_the_whole_run(
     bench_gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    few = ("varlen_attention", "pool", "gramian", "combine")
+    monkeypatch.setattr(bench_gpu.ops, "OPERATIONS", few)
     result = run(bench_gpu, monkeypatch, tmp_path)
     printed = capsys.readouterr().out
     assert {"device", "driver", "cuda", "torch", "triton", "kernels", "commit", "clean"} <= set(result["environment"])
-    assert result["gradients"]["columns"] == 3001 and set(result["gradients"]["dtypes"]) == {"fp32", "bf16"}
+    assert {"kernels", "step", "adapters", "surgery", "peers", "bounds"} <= set(result)
+    assert {name.split()[0] for name in result["kernels"]["operations"]} == set(few)
+    measured = {way for case in result["kernels"]["operations"].values() for way in (*case["errors"], *case["skipped"])}
+    assert "eager" in measured and "compiled" not in measured
     assert [(part["tasks"], part["tokens"], part["precision"]) for part in result["surgery"]] == [
-        (3, 1024, "bf16"),
-        (8, 1024, "bf16"),
+        (3, 256, "bf16"),
+        (8, 256, "bf16"),
     ]
-    overheads = [part["variants"]["pcgrad stacked bf16"]["ratio_to_joint"] - 1 for part in result["surgery"]]
-    impl = result["environment"]["kernels"]["gramian"]
-    shares = [part["both"][impl]["share_of_copy"] for part in result["gradients"]["dtypes"].values()]
-    assert [bound["measured"] for bound in result["bounds"]] == [*overheads, *shares]
-    assert [bound["bound"] for bound in result["bounds"]] == [0.08, 0.15, 0.85, 0.85]
-    holding = [overheads[0] <= 0.08, overheads[1] <= 0.15, *(share >= 0.85 for share in shares)]
-    for bound, holds in zip(result["bounds"], holding, strict=True):
-        assert bound["holds"] is holds
-        assert f"{bound['what']}: {bound['measured']:.1%}" in printed
+    for bound in result["bounds"]:
+        assert f"{bound['what']}: {bound['measured']:.3g}, bound" in printed
     why = "not run: compute-sanitizer is not on PATH"
     assert result["compute-sanitizer"] == {"memcheck": why, "racecheck": why}
     assert result["failures"] == []
+    drawn = {path.name for path in (tmp_path / "results").glob("*/*.svg")}
+    assert {"roofline.svg", "kernels.svg", "step-tiny.svg", "step-adapters-tiny.svg", "peers-tiny.svg"} <= drawn
 
 
 def test_a_missing_package_is_named_and_the_rest_is_measured(
@@ -85,24 +90,61 @@ def test_a_missing_package_is_named_and_the_rest_is_measured(
     for module in ("config", "bench.surgery", "bench.oracle", "bench.variants", "bench.workload"):
         monkeypatch.delitem(sys.modules, f"fastmtl.{module}")
     monkeypatch.setitem(sys.modules, "pydantic", None)
-    with pytest.raises(SystemExit, match="the surgery benchmark is left out: .* has no pydantic$"):
+    monkeypatch.setattr(bench_gpu.ops, "OPERATIONS", ("pool",))
+    with pytest.raises(SystemExit, match="all but the kernels is left out: .* has no pydantic$"):
         run(bench_gpu, monkeypatch, tmp_path)
     (file,) = (tmp_path / "results").glob("*.json")
     result = json.loads(file.read_text())
-    assert result["surgery"] == [] and len(result["failures"]) == 1
-    assert [bound["bound"] for bound in result["bounds"]] == [0.85, 0.85]
+    assert "step" not in result and len(result["failures"]) == 1
+    assert [bound["what"] for bound in result["bounds"]] == [
+        "pool mean of the copy's speed",
+        "pool max of the copy's speed",
+    ]
 
 
-def test_a_wrong_gradient_fails_and_the_rest_is_measured(
+def test_a_wrong_result_fails_and_the_rest_is_measured(
     bench_gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def wrong(size: Size, *_: object, **__: object) -> dict[str, Any]:
-        raise GradientMismatch(f"sum: {size.tasks}")
+    def wrong(*_: object, **__: object) -> dict[str, Any]:
+        raise WrongResult("off")
 
-    monkeypatch.setattr(surgery, "bench_variants", wrong)
-    expected = "^gpu-check failed: surgery with 3 tasks: sum: 3\ngpu-check failed: surgery with 8 tasks: sum: 8$"
-    with pytest.raises(SystemExit, match=expected):
+    for module, name in ((surgery, "bench_variants"), (peers, "bench_peers"), (bench_gpu, "bench_kernels")):
+        monkeypatch.setattr(module, name, wrong)
+    names = ("kernels", "surgery, 3 tasks", "surgery, 8 tasks", "peers")
+    with pytest.raises(SystemExit, match="^" + "\n".join(f"gpu-check failed: {name}: off" for name in names) + "$"):
         run(bench_gpu, monkeypatch, tmp_path)
+    (file,) = (tmp_path / "results").glob("*.json")
+    assert {"step", "adapters"} <= set(json.loads(file.read_text()))
+
+
+def test_bounds_are_what_the_design_promises() -> None:
+    def passes(**medians: float) -> dict[str, Any]:
+        return {"passes": {"both": {name: {"median_s": value} for name, value in medians.items()}}, "about": "rows"}
+
+    slow = passes(**{"fastmtl triton": 5e-5, "fastmtl reference": 9.0, "copy": 4e-5, "sdpa padded": 4e-5})
+    operations = {"varlen_attention": slow, "add_layer_norm": slow, "gramian": slow, "combine": slow}
+    steps = {"fastmtl sum": 1.0, "fastmtl sum, pal 204": 1.09, "fastmtl sum, low_rank 8": 1.05, "transformers": 3.0}
+    found = bounds(
+        {
+            "kernels": {"operations": operations, "shape": {"layers": 12}},
+            "adapters": {"steps": {name: {"median_s": value} for name, value in steps.items()}},
+            "surgery": [
+                {"shape": {"name": "x"}, "tasks": n, "tokens": 9, "variants": {SURGERY: {"ratio_to_joint": 1.1}}}
+                for n in (3, 8)
+            ],
+        }
+    )
+    values = [(round(bound["measured"], 6), bound["bound"], bound["holds"]) for bound in found]
+    assert values == [
+        (0.1, 0.08, False),
+        (0.1, 0.15, True),
+        (0.8, 0.85, False),  # gramian and combine
+        (0.8, 0.85, False),  # add_layer_norm
+        (0.6, 0.6, True),  # ms of 12 layers
+        (1.25, 1.0, False),
+        (0.09, 0.10, True),
+        (0.05, 0.04, False),
+    ]
 
 
 def test_the_small_run_under_a_clean_sanitizer(bench_gpu: ModuleType, tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import torch
 from fastmtl import cli
 from fastmtl.bench import sizes, step
 from fastmtl.bench.sizes import Shape, Size
+from fastmtl.bench.step_ways import COMPILED, DEFAULT, SWEPT_ADAPTERS, SWEPT_METHODS, WAYS, products
 from fastmtl.bench.workload import Workload
+from fastmtl.errors import UserError
 
 TINY = Shape("tiny", hidden=32, layers=2, heads=2, intermediate=64, rows=4, vocabulary=100, positions=128)
 
@@ -46,13 +48,15 @@ def test_other_losses_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
         step.bench_step(Size(TINY), 1, quiet)
 
 
-@pytest.mark.parametrize("way", [step._transformers, step._joint, step._pcgrad])
-def test_each_way_trains_with_dropout(way) -> None:  # noqa: ANN001
+@pytest.mark.parametrize("name", ["transformers", "fastmtl sum", "fastmtl pcgrad", "fastmtl sum, lora 8"])
+def test_each_way_trains_with_dropout(name: str) -> None:
     work = Workload(Size(TINY, dropout=step.DROPOUT))
-    model = (work.padded if way is step._transformers else work.packed).train()
+    way = WAYS[name]
+    assert way.model is not None
+    model = way.model(work).train()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     drawn = torch.get_rng_state()
-    way(work)()
+    way.build(work, model)()
     assert not torch.equal(drawn, torch.get_rng_state())
     same = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
     # What no token of these rows looks up, and the keys' bias, which softmax does not see, move by decay alone.
@@ -61,9 +65,52 @@ def test_each_way_trains_with_dropout(way) -> None:  # noqa: ANN001
 
 def test_the_products_are_those_of_every_linear_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     work = Workload(Size(TINY))
-    products = step._products(work)
+    run = products(work)
     done = []
     monkeypatch.setattr(torch, "mm", lambda a, b, out: done.append(a.shape[0] * a.shape[1] * b.shape[1]))
-    products()
+    run()
     in_layers = sum(m.weight.numel() for m in work.packed.encoder.modules() if isinstance(m, torch.nn.Linear))
     assert sum(done) == 3 * work.packed_batch.num_tokens * in_layers
+
+
+def test_the_compiled_encoder_is_one_of_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: calls.append((module, options)))
+    work = Workload(Size(TINY))
+    model = WAYS[COMPILED[0]].model(work)
+    assert calls == [(model.encoder, {"dynamic": True})]
+    assert model.encoder is not work.padded.encoder
+    assert step.padded_losses(work, model) == step.padded_losses(work, work.padded)
+
+
+@pytest.mark.parametrize("sweep", step.SWEEPS)
+def test_sweeps(
+    sweep: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sizes.SHAPES, "minilm", TINY)
+    monkeypatch.setattr(step, "TOKENS", (128, 256))
+    monkeypatch.setattr(step, "TASKS", (2, 4))
+    monkeypatch.setenv("COLUMNS", "160")
+    file = tmp_path / "sweep.json"
+    options = ["--rounds", "1", "--json", str(file), "--plot", str(tmp_path), "--commit", "abc"]
+    cli.app(["bench", "step", "--sweep", sweep, *options], standalone_mode=False)
+    result = json.loads(file.read_text())
+    printed = capsys.readouterr().out
+    assert (tmp_path / f"step-{sweep}-tiny.svg").exists()
+    if sweep in ("adapters", "methods"):
+        wanted = SWEPT_ADAPTERS if sweep == "adapters" else SWEPT_METHODS
+        assert set(result["steps"]) | set(result["skipped"]) == set(wanted)
+        assert all(name in printed for name in wanted)
+        return
+    names = {"tokens": ["128 tokens", "256 tokens"], "tasks": ["2 tasks", "4 tasks"], "precisions": ["fp32", "bf16"]}
+    assert [point["name"] for point in result["points"]] == names[sweep]
+    assert all(set(point["steps"]) == set(DEFAULT) for point in result["points"])
+    key = {"tokens": "tokens", "tasks": "tasks", "precisions": "precision"}[sweep]
+    assert result["points"][0][key] != result["points"][1][key]
+
+
+def test_options_that_exclude_each_other() -> None:
+    with pytest.raises(UserError, match="--rows and --tokens exclude each other"):
+        cli.app(["bench", "step", "--rows", "3", "--tokens", "2000"], standalone_mode=False)
+    with pytest.raises(UserError, match="--sweep and --compiled exclude each other"):
+        cli.app(["bench", "step", "--sweep", "tasks", "--compiled"], standalone_mode=False)

@@ -82,6 +82,8 @@ def test_overrides_are_yaml_and_reach_nested_and_absent_sections(tmp_path: Path)
             {"tasks": {"a": {"type": "classification", "num_labels": 3, "label_names": ["x", "y"], "data": {}}}},
             "label_names has 2 names, num_labels says 3",
         ),
+        ({"tasks": {"sst": {**TASKS["sst"], "loss": 5}}}, "tasks.sst.loss: give one name, a list of names, or names"),
+        ({"tasks": {"sst": {**TASKS["sst"], "loss": {"mse": "x"}}}}, "names with weights as {bce: 1.0, mnr: 0.5}"),
         ({"tasks": {"sst": {**TASKS["sst"], "loss": {}}}}, "loss: name at least one, each with a weight above 0"),
         ({"tasks": {"sst": {**TASKS["sst"], "loss": {"mse": 0}}}}, "each with a weight above 0"),
         ({"tasks": {"sst": {**TASKS["sst"], "loss": ["mse", "mse"]}}}, "name each once; {mse: 2.0} gives it a weight"),

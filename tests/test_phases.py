@@ -26,9 +26,11 @@ import phase_cases as cases  # noqa: E402
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
     directory = tmp_path_factory.mktemp("phases")
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(Path(cases.__file__)), str(directory), str(tiny_bert)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29661"]
+    for command in ([sys.executable], launcher):
+        command = [*command, str(Path(cases.__file__)), str(directory), str(tiny_bert)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return directory
 
 
@@ -102,6 +104,22 @@ def test_stopped_and_resumed_in_any_phase_is_bitwise_the_same(runs: Path) -> Non
     assert json.loads((newest / "manifest.json").read_text())["phase"] == "adapters"
 
 
+def test_teacher_strengths_and_dynamic_weights_go_on_after_a_stop(runs: Path) -> None:
+    assert lasting(runs / "objectives-stopped") == lasting(runs / "objectives")
+    for part in ("model", "adapters", "heads"):
+        assert same(weights(runs / "objectives-stopped", part), weights(runs / "objectives", part))
+    last = runs / "objectives" / "checkpoints" / "step-12"
+    teacher, model = (
+        load_file(last / "tensors.safetensors"),
+        load_file(runs / "objectives" / "model" / "model.safetensors"),
+    )
+    assert {name.removeprefix("encoder.") for name in teacher if name.startswith("encoder.")} >= model.keys()
+    kept = json.loads((last / "state.json").read_text())["objectives"]
+    assert kept["average"]["epochs"][1]["kind"] < kept["average"]["epochs"][0]["kind"]
+    assert kept["scale"].keys() == {"kind", "same", "degree"} and all(value >= 0 for value in kept["scale"].values())
+    assert any(kept["scale"].values())
+
+
 def test_tasks_that_a_phase_leaves_out_stay_as_they_are(runs: Path) -> None:
     before, after = weights(runs / "heads", "heads"), weights(runs / "subset", "heads")
     assert before.keys() == after.keys()
@@ -125,6 +143,16 @@ def test_masked_words_come_before_the_tasks(runs: Path, tiny_bert: Path) -> None
     words = [line["loss"]["mlm"] for line in steps if line["phase"] == "words"]
     assert len(words) == 3 and all(line["loss"].keys() == {"kind", "same", "degree"} for line in steps[3:])
     assert words[-1] < words[0] < 6  # log of the vocabulary is 4.8
+
+
+def test_two_ranks_do_what_one_does(runs: Path) -> None:
+    """ZeRO 2, two micro-batches a step: Gradient Compromise with gradvac, then masked words."""
+    one, two = ([line for line in lines(runs / f"ranks-{world}") if "loss" in line] for world in (1, 2))
+    assert [line["phase"] for line in one] == [line["phase"] for line in two] == ["group"] * 4 + ["words"] * 3
+    for ours, theirs in zip(one[:4], two[:4], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["cosines"] == pytest.approx(theirs["cosines"], abs=1e-3)
+    assert all(line["loss"]["mlm"] < 6 for line in one[4:] + two[4:])  # other masks
 
 
 def recipe(*phases: dict[str, Any], **sections: Any) -> Recipe:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from fastmtl.errors import UserError
+from fastmtl.phases import phases_of
 from fastmtl.reproduce.command import run_report
 from fastmtl.reproduce.plan import Options, describe, plan
 from fastmtl.reproduce.report import as_json, lines_of, markdown
@@ -116,6 +117,16 @@ def test_epochs_are_a_limit() -> None:
     paper = load_results("pals-and-mnrl")
     epochs = {limit: plan("pals-and-mnrl", paper, ["baseline"], Options(epochs=limit))[0] for limit in (3, 30)}
     assert {limit: run.recipe.train.epochs for limit, run in epochs.items()} == {3: 3, 30: 10}
+
+
+def test_phases_and_curricula_are_shortened() -> None:
+    (run,) = plan("master-of-all-trades", load_results("master-of-all-trades"), ["base"], Options(epochs=4))
+    assert [phase.recipe.train.epochs for phase in phases_of(run.recipe)] == [4, 4]
+    (run,) = plan("pal-lora", load_results("pal-lora"), ["pal_lora"], Options(epochs=15))
+    assert [phase.recipe.train.epochs for phase in phases_of(run.recipe)] == [10, 1, 15]
+    name = "oversampling_curriculum"
+    (run,) = plan("pals-and-mnrl", load_results("pals-and-mnrl"), [name], Options(epochs=2))
+    assert (run.recipe.train.epochs, run.recipe.sampler.curriculum) == (2, 1.0)
 
 
 @pytest.fixture

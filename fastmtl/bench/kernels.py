@@ -119,12 +119,17 @@ def forward_and_backward(chain: Chain) -> None:
 
 def check_impls(impls: Sequence[str], size: Size, operations: Sequence[str]) -> None:
     """Raises UserError for a name that no operation has."""
-    tiny = dataclasses.replace(size, shape=ops.TINY, tokens=None, device="cpu")
-    names = {way.name for operation in operations for case in ops.cases(operation, tiny) for way in case.ways}
+    names = way_names(operations, size)
     valid = names | {word for name in names if name.startswith("fastmtl ") for word in name.split()}
     for impl in impls:
         if impl not in valid:
             raise unknown_name("implementation", impl, valid)
+
+
+def way_names(operations: Sequence[str], size: Size) -> set[str]:
+    """Of everything that these operations can be measured with on the device."""
+    tiny = dataclasses.replace(size, shape=ops.TINY, tokens=None)
+    return {way.name for operation in operations for case in ops.cases(operation, tiny) for way in case.ways}
 
 
 def _case(

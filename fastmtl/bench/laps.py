@@ -21,6 +21,8 @@ from fastmtl.bench.harness import GPU_STEPS
 Chain = Sequence[Callable[[Any], Any]]
 ENOUGH_S = 0.01
 _LEAD = 1.5  # the GPU is kept busy so many times as long as the host needs
+_SWEEPS = 32  # at most: what launches hundreds of kernels, or waits for the GPU, is not worth it
+_LONGEST_S = 0.1  # of a sample, on the host
 
 
 class Clock(Protocol):
@@ -52,21 +54,22 @@ class GpuClock:
     def __init__(self, device: torch.device) -> None:
         size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
         self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
-        self._sweep_s = self._events([lambda _: self._buffer.zero_()], [0])[0]
+        self._sweep_s = self._events([lambda _: self._buffer.zero_()], [0], GPU_STEPS)[0]
 
     def laps(self, chain: Chain) -> list[float]:
-        sweeps, value = [], None
+        sweeps, total, value = [], 0.0, None
         for link in chain:
             torch.cuda.synchronize()
             begun = time.perf_counter()
             value = link(value)
             host = time.perf_counter() - begun
-            sweeps.append(max(1, math.ceil(_LEAD * host / self._sweep_s)))
-        return self._events(chain, sweeps)
+            sweeps.append(min(max(1, math.ceil(_LEAD * host / self._sweep_s)), _SWEEPS))
+            total += host
+        return self._events(chain, sweeps, max(1, min(GPU_STEPS, int(_LONGEST_S / total))))
 
-    def _events(self, chain: Chain, sweeps: Sequence[int]) -> list[float]:
+    def _events(self, chain: Chain, sweeps: Sequence[int], steps: int) -> list[float]:
         found: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in chain]
-        for _ in range(GPU_STEPS):
+        for _ in range(steps):
             value = None
             for index, link in enumerate(chain):
                 for _ in range(sweeps[index]):

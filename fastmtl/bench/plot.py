@@ -9,6 +9,9 @@ from typing import Any
 from fastmtl.bench.environment import ORIGIN
 from fastmtl.errors import UserError
 
+# Names that stand for none of fastmtl's steps.
+OTHERS = ("transformers", "textbook", "torchjd", "TorchJD", "matrix products")
+
 
 def plot(result: dict[str, Any], directory: Path) -> list[Path]:
     """Draws a result into `directory`, which is made, and returns the files.
@@ -40,7 +43,9 @@ def _kinds(result: dict[str, Any]) -> list[Callable[[Any, dict[str, Any]], str]]
     """What draws a result on axes and returns the file's name."""
     if "operations" in result:
         return [_roofline, _to_eager]
-    return [_points] if "points" in result else [_bars]
+    if "points" in result:
+        return [_sweep] if "steps" in result["points"][0] else [_points]
+    return [_bars]
 
 
 def _draw(result: dict[str, Any], kind: Callable[[Any, dict[str, Any]], str], directory: Path) -> Path:
@@ -115,7 +120,7 @@ def _to_eager(axes: Any, result: dict[str, Any]) -> str:
 
 
 def _bars(axes: Any, result: dict[str, Any]) -> str:
-    entries = result["steps"] if "steps" in result else result["variants"]
+    entries = next(result[key] for key in ("steps", "variants", "peers") if key in result)
     medians = [1e3 * entry["median_s"] for entry in entries.values()]
     spread = [
         [1e3 * (entry["median_s"] - entry["p20_s"]) for entry in entries.values()],
@@ -124,7 +129,7 @@ def _bars(axes: Any, result: dict[str, Any]) -> str:
     axes.barh(list(entries), medians, xerr=spread, color=["C0" if _own(name) else "C7" for name in entries])
     axes.invert_yaxis()
     axes.set(xlabel="ms, median with 20 and 80 % quantiles", title=f"{result['benchmark']}, {_size(result)}")
-    return f"{result['benchmark']}-{result['shape']['name']}"
+    return _file(result)
 
 
 def _points(axes: Any, result: dict[str, Any]) -> str:
@@ -136,8 +141,22 @@ def _points(axes: Any, result: dict[str, Any]) -> str:
     return "surgery-tasks"
 
 
+def _sweep(axes: Any, result: dict[str, Any]) -> str:
+    points = result["points"]
+    for name in points[0]["steps"]:
+        speeds = [point["tokens"] / point["steps"][name]["median_s"] for point in points]
+        axes.plot([point["name"] for point in points], speeds, "o-", label=name)
+    axes.set(ylabel="real tokens/s", ylim=(0, None), title=f"{result['benchmark']}, {result['shape']['name']}")
+    axes.legend()
+    return _file(result)
+
+
+def _file(result: dict[str, Any]) -> str:
+    return result["benchmark"].replace(" --sweep", "").replace(" ", "-") + f"-{result['shape']['name']}"
+
+
 def _own(name: str) -> bool:
-    return name not in ("transformers", "transformers compiled", "textbook", "torchjd", "matrix products")
+    return not name.startswith(OTHERS)
 
 
 def _size(result: dict[str, Any]) -> str:

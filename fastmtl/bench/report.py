@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from fastmtl.bench.compare import Change
-from fastmtl.bench.gradients import COPY
 from fastmtl.bench.harness import Say
 from fastmtl.errors import UserError
 
@@ -50,16 +49,23 @@ def save(result: dict[str, Any], path: Path) -> None:
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """The tables of a result of bench_kernels, bench_variants, bench_tasks, bench_step or bench_gradients."""
+    """The tables of a result of bench_kernels, bench_variants, bench_tasks, bench_step or bench_peers."""
     for name, operation in result.get("operations", {}).items():
         console.print(_operation(name, operation))
         _left_out(operation["skipped"], console)
         console.print()
-    kinds = {"dtypes": _gradients, "points": _tasks, "steps": _steps, "variants": _variants}
-    for key, table in kinds.items():
+    points = result.get("points", [])
+    if points and "steps" not in points[0]:
+        console.print(_tasks(result))
+    for point in points:
+        if "steps" in point:
+            console.print(_steps({**result, **point}))
+            _left_out(point["skipped"], console)
+            console.print()
+    for key, table in {"steps": _steps, "variants": _variants, "peers": _peers}.items():
         if key in result:
             console.print(table(result))
-    _left_out({**result.get("skipped", {}), **result.get("unavailable", {})}, console)
+    _left_out(result.get("skipped", {}), console)
     if "gemm" in result:
         gemm = result["gemm"]
         line = f"{1e3 * gemm['tflop_per_s']:,.0f} GFLOP/s, a product of {gemm['width']:,} x {gemm['width']:,} matrices"
@@ -148,6 +154,25 @@ def _variants(result: dict[str, Any]) -> Table:
     return table
 
 
+def _peers(result: dict[str, Any]) -> Table:
+    shape = result["shape"]
+    table = _table(
+        f"{shape['name']} in {result['precision']}, {result['tasks']} tasks x {shape['rows']} texts",
+        *("step", "median ms", "20 %", "80 %", "time", "MiB with AdamW", "memory"),
+        f"texts in {result['limit_gib']:g} GiB, {result['largest']}",
+    )
+    for name, entry in result["peers"].items():
+        table.add_row(
+            name,
+            *_milliseconds(entry),
+            f"{entry['ratio_to_joint']:.2f}x",
+            f"{entry['memory_mib']:,.0f}",
+            f"{entry['memory_to_joint']:.2f}x",
+            f"{result['tasks']} x {entry['largest_rows']:,}",
+        )
+    return table
+
+
 def _steps(result: dict[str, Any]) -> Table:
     table = _table(
         f"{result['shape']['name']} in {result['precision']}, {result['tasks']} tasks, {result['tokens']} tokens "
@@ -176,19 +201,6 @@ def _tasks(result: dict[str, Any]) -> Table:
             entry = point[name]
             row = (str(point["tasks"]), str(point["tokens"]), name)
             table.add_row(*row, *_milliseconds(entry), f"{entry['relative']:.2f}x")
-    return table
-
-
-def _gradients(result: dict[str, Any]) -> Table:
-    table = _table(
-        f"{result['tasks']} tasks x {result['columns']:,} numbers; both: gramian and combine",
-        *("dtype", "operation", "impl", "median ms", "20 %", "80 %", "GB/s", f"of the {COPY}"),
-    )
-    for dtype, operations in result["dtypes"].items():
-        for operation, impls in operations.items():
-            for impl, entry in impls.items():
-                row = (dtype, operation, impl, *_milliseconds(entry))
-                table.add_row(*row, f"{entry['gb_per_s']:.1f}", f"{entry['share_of_copy']:.0%}")
     return table
 
 

@@ -1,153 +1,137 @@
-"""A whole training step with dropout: forward, backward and AdamW. Against transformers' eager model on padded batches,
-and against the step's matrix products alone.
+"""A whole training step with dropout: forward, backward and AdamW. Against transformers' model on padded batches, and
+against the step's matrix products alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from fastmtl.bench.environment import environment
-from fastmtl.bench.harness import Say, interleave, summary
+from fastmtl.bench.harness import Say, Skipped, WrongResult, interleave, summary
 from fastmtl.bench.sizes import SEED, Size
+from fastmtl.bench.step_ways import DEFAULT, PRODUCTS, SWEPT_ADAPTERS, SWEPT_METHODS, TRANSFORMERS, WAYS, Step
+from fastmtl.bench.textbook import PaddedModel
 from fastmtl.bench.workload import Workload
-from fastmtl.surgery import GradientSurgery
+from fastmtl.model.multitask import MultiTaskModel
 
 # float32: other orders of addition. bfloat16: 8 bits in every activation of a few layers.
-TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2}
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 DROPOUT = 0.1
+# Of the sweeps over sizes.
+TOKENS = (1024, 2048, 4096, 8192)
+TASKS = (2, 4, 8)
+PRECISIONS = ("fp32", "bf16")
+SWEEPS = ("tokens", "tasks", "adapters", "methods", "precisions")
 
 
-class LossMismatch(RuntimeError):
-    """Two models that should compute the same do not: their times would mean nothing."""
+class LossMismatch(WrongResult):
+    """Two models that should compute the same do not."""
 
 
-def bench_step(size: Size, rounds: int, say: Say, commit: str | None = None) -> dict[str, Any]:
-    """Times by turns in this process, JSON-ready. size: its dropout is not heeded. commit: see
-    environment().
+def bench_step(
+    size: Size, rounds: int, say: Say, commit: str | None = None, ways: Sequence[str] = DEFAULT
+) -> dict[str, Any]:
+    """Times by turns in this process, JSON-ready. size: its dropout is not heeded. ways: of WAYS, with transformers'.
+    commit: see environment().
 
-    Raises LossMismatch where the packed model's losses, without dropout, are not the padded one's.
+    Raises LossMismatch where a model's losses, without dropout, are not those of transformers'.
     """
-    say("building models")
-    workload = Workload(dataclasses.replace(size, dropout=DROPOUT))
-    padded, packed = workload.padded, workload.packed
-    say("comparing losses")
-    error = _check_losses(workload, TOLERANCES[size.precision])
-    padded.train()
-    packed.train()
-    steps = {
-        "transformers": _transformers(workload),
-        "fastmtl sum": _joint(workload),
-        "fastmtl pcgrad": _pcgrad(workload),
-        "matrix products": _products(workload),
-    }
-    torch.manual_seed(SEED)
-    say("warm-up")
-    for step in steps.values():
-        step()
-    samples = interleave(steps, rounds, say, workload.device)
-    found = {name: summary(seconds) for name, seconds in samples.items()}
-    for entry in found.values():
-        entry["ratio_to_transformers"] = entry["median_s"] / found["transformers"]["median_s"]
-        entry["ratio_to_products"] = entry["median_s"] / found["matrix products"]["median_s"]
+    return {"benchmark": "step", **_about(size, rounds, commit), **_measured(size, rounds, say, ways)}
+
+
+def bench_sweep(sweep: str, size: Size, rounds: int, say: Say, commit: str | None = None) -> dict[str, Any]:
+    """Over one of SWEEPS, JSON-ready: adapters and methods by turns in one run; tokens, tasks and precisions one after
+    the other, as `points` with a name each. Raises as bench_step.
+    """
+    about = {"benchmark": f"step --sweep {sweep}", **_about(size, rounds, commit)}
+    if sweep in ("adapters", "methods"):
+        return {**about, **_measured(size, rounds, say, SWEPT_ADAPTERS if sweep == "adapters" else SWEPT_METHODS)}
+    sizes = {
+        "tokens": {f"{n:,} tokens": dataclasses.replace(size, tokens=n) for n in TOKENS},
+        "tasks": {f"{n} tasks": dataclasses.replace(size, tasks=n, tokens=size.tokens or TOKENS[1]) for n in TASKS},
+        "precisions": {name: dataclasses.replace(size, precision=name) for name in PRECISIONS},
+    }[sweep]
+    points = [{"name": name, **_measured(point, rounds, say, DEFAULT)} for name, point in sizes.items()]
+    return {**about, "points": points}
+
+
+def _about(size: Size, rounds: int, commit: str | None) -> dict[str, Any]:
     return {
-        "benchmark": "step",
-        "environment": environment(workload.device, commit),
+        "environment": environment(torch.device(size.device), commit),
         "shape": dataclasses.asdict(size.shape),
-        "precision": size.precision,
-        "tasks": workload.tasks,
         "rounds": rounds,
         "dropout": DROPOUT,
+        "precision": size.precision,
+        "tasks": size.tasks,
+    }
+
+
+def _measured(size: Size, rounds: int, say: Say, ways: Sequence[str]) -> dict[str, Any]:
+    say("building models")
+    workload = Workload(dataclasses.replace(size, dropout=DROPOUT))
+    losses = padded_losses(workload, workload.padded)
+    steps: dict[str, Step] = {}
+    skipped: dict[str, str] = {}
+    largest = 0.0
+    for name in ways:
+        say(f"comparing losses: {name}")
+        try:
+            steps[name], error = checked(name, workload, losses)
+            largest = max(largest, error)
+        except Skipped as reason:
+            skipped[name] = str(reason)
+    torch.manual_seed(SEED)
+    for name, step in steps.items():
+        say(f"warm-up: {name}")
+        step()
+    samples: dict[str, list[float]] = interleave(steps, rounds, say, workload.device)
+    found = {name: summary(seconds) for name, seconds in samples.items()}
+    for entry in found.values():
+        entry["ratio_to_transformers"] = entry["median_s"] / found[TRANSFORMERS]["median_s"]
+        entry["ratio_to_products"] = entry["median_s"] / found[PRODUCTS]["median_s"]
+    return {
+        "precision": size.precision,
+        "tasks": workload.tasks,
         "tokens": workload.packed_batch.num_tokens,
         "padded_tokens": workload.num_padded,
-        "loss_error": error,
+        "loss_error": largest,
         "steps": found,
+        "skipped": skipped,
     }
+
+
+def checked(name: str, workload: Workload, losses: Sequence[float]) -> tuple[Step, float]:
+    """One of WAYS ready to run, and the largest relative error of its model's losses.
+
+    losses: padded_losses of transformers' model. Raises Skipped with the reason where it cannot run, and LossMismatch.
+    """
+    tolerance = TOLERANCES[workload.dtype]
+    way = WAYS[name]
+    if way.model is None:
+        return way.build(workload, workload.padded), 0.0
+    model = way.model(workload)
+    found = padded_losses(workload, model) if isinstance(model, PaddedModel) else _packed_losses(workload, model)
+    largest = 0.0
+    for task, (loss, expected) in enumerate(zip(found, losses, strict=True)):
+        error = abs(loss - expected) / abs(expected)
+        if not error <= tolerance:
+            raise LossMismatch(f"{name}: the loss of task {task} is off by {error:.1e}, allowed {tolerance:.1e}")
+        largest = max(largest, error)
+    return way.build(workload, model.train()), largest
 
 
 @torch.no_grad()
-def _check_losses(workload: Workload, tolerance: float) -> float:
-    padded, packed = workload.padded.eval(), workload.packed.eval()
-    largest = 0.0
-    for task, (loss_sum, count) in enumerate(packed(workload.packed_batch).values()):
-        batch = workload.padded_batches[task]
-        expected = padded.loss(task, padded.features(batch), batch)
-        error = float((loss_sum / count - expected).abs() / expected.abs())
-        if not error <= tolerance:
-            raise LossMismatch(f"the loss of task {task} is off by {error:.1e}, allowed {tolerance:.1e}")
-        largest = max(largest, error)
-    return largest
+def padded_losses(workload: Workload, model: PaddedModel) -> list[float]:
+    """Of each task, without dropout."""
+    model.eval()
+    return [float(model.loss(task, model.features(b), b)) for task, b in enumerate(workload.padded_batches)]
 
 
-def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-
-
-def _transformers(workload: Workload) -> Callable[[], None]:
-    """One padded batch of each task, the sum of their losses, as a plain loop has it."""
-    model, batches = workload.padded, workload.padded_batches
-    optimizer = _optimizer(model)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        for task, batch in enumerate(batches):
-            model.loss(task, model.features(batch), batch).backward()
-        optimizer.step()
-
-    return step
-
-
-def _joint(workload: Workload) -> Callable[[], None]:
-    model, batch = workload.packed, workload.packed_batch
-    optimizer = _optimizer(model)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        torch.stack([loss_sum / count for loss_sum, count in model(batch).values()]).sum().backward()
-        optimizer.step()
-
-    return step
-
-
-def _pcgrad(workload: Workload) -> Callable[[], None]:
-    model, batch = workload.packed, workload.packed_batch
-    optimizer = _optimizer(model)
-    surgery = GradientSurgery(
-        optimizer,
-        tasks=model.recipe.task_names,
-        shared=model.shared_parameters(),
-        sparse=model.sparse_parameters(),
-        seed=SEED,
-    )
-
-    def step() -> None:
-        optimizer.zero_grad()
-        surgery.run([batch], lambda batch, task_grads: model(batch, task_grads))
-        optimizer.step()
-
-    return step
-
-
-def _products(workload: Workload) -> Callable[[], None]:
-    """Forward and both backward products of every linear layer of the encoder on the real tokens, into buffers that are
-    there. Attention's own are left out: 1 to 2 % at these lengths.
-    """
-    rows, like = workload.packed_batch.num_tokens, {"device": workload.device, "dtype": workload.dtype}
-    weights = [module.weight.detach() for module in workload.packed.encoder.modules() if isinstance(module, nn.Linear)]
-    widths = {size for weight in weights for size in weight.shape}
-    inputs = {width: torch.randn(rows, width, **like) for width in widths}  # type: ignore[call-overload]
-    outputs = {width: torch.empty(rows, width, **like) for width in widths}  # type: ignore[call-overload]
-    gradients: dict[torch.Size, Tensor] = {weight.shape: torch.empty_like(weight) for weight in weights}
-
-    def step() -> None:
-        for weight in weights:
-            wide, narrow = weight.shape
-            torch.mm(inputs[narrow], weight.t(), out=outputs[wide])
-            torch.mm(inputs[wide], weight, out=outputs[narrow])
-            torch.mm(inputs[wide].t(), inputs[narrow], out=gradients[weight.shape])
-
-    return step
+@torch.no_grad()
+def _packed_losses(workload: Workload, model: MultiTaskModel) -> list[float]:
+    model.eval()
+    return [float(loss_sum / count) for loss_sum, count in model(workload.packed_batch).values()]

@@ -50,9 +50,9 @@ def bench_variants(
     for name in samples:
         say(f"peak memory: {name}")
         if workload.device.type == "cuda":
-            peaks[name] = _gpu_peak(name, workload)
+            peaks[name] = gpu_peak_of(name, workload)
         else:
-            peaks[name] = in_own_process(_peak, name, size, torch.get_num_threads())
+            peaks[name] = in_own_process(peak_of, name, size, torch.get_num_threads())
     found: dict[str, dict[str, Any]] = {name: summary(seconds) for name, seconds in samples.items()}
     joint = min(found[name]["median_s"] for name in JOINT)
     dense = sum(p.numel() for p in workload.packed.shared_parameters())
@@ -136,7 +136,7 @@ def _checked(
     return checked, errors, skipped
 
 
-def _peak(name: str, size: Size, threads: int) -> int | None:
+def peak_of(name: str, size: Size, threads: int) -> int | None:
     """Peak bytes of a process that has made two steps: the second finds J, and buffers of the allocator, in place. A
     peer keeps nothing from one step to the next.
     """
@@ -148,7 +148,7 @@ def _peak(name: str, size: Size, threads: int) -> int | None:
     return peak_bytes()
 
 
-def _gpu_peak(name: str, workload: Workload) -> int:
+def gpu_peak_of(name: str, workload: Workload) -> int:
     """Peak bytes on the GPU of a second step, which finds J in place, with no other variant's tensors there."""
     workload.packed.zero_grad()
     workload.padded.zero_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -188,7 +189,18 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
     def step(
         shape: ShapeName = "minilm",
         tasks: Annotated[int, typer.Option(min=1, metavar="N", help="Tasks of a step.")] = 3,
+        rows: Annotated[
+            int | None,
+            typer.Option(min=1, metavar="N", help="Texts of each task. Default: the shape's.", show_default=False),
+        ] = None,
         tokens: Tokens = None,
+        sweep: Annotated[
+            Literal["tokens", "tasks", "adapters", "methods", "precisions"] | None,
+            typer.Option(help="Instead of one step: several that differ in this.", show_default=False),
+        ] = None,
+        compiled: Annotated[
+            bool, typer.Option("--compiled", help="transformers through torch.compile too: minutes of compiling.")
+        ] = False,
         rounds: Rounds = 7,
         device: Device = "cpu",
         precision: Precision = "fp32",
@@ -205,45 +217,72 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         [bold]Examples[/bold]
 
           [cyan]fastmtl bench step[/cyan]
-          [cyan]fastmtl bench step --shape bert-base --threads 2[/cyan]
+          [cyan]fastmtl bench step --shape bert-base --rows 32 --rounds 3[/cyan]
+          [cyan]fastmtl bench step --sweep adapters --plot plots[/cyan]
         """
         set_debug(debug)
+        if rows is not None and tokens is not None:
+            raise UserError("--rows and --tokens exclude each other: so many texts, or as many as have so many tokens")
+        if sweep is not None and compiled:
+            raise UserError("--sweep and --compiled exclude each other: compiling takes minutes at each point")
         old = _prepare(device, threads, json_file, compare)
         from fastmtl.bench.report import progress
         from fastmtl.bench.sizes import SHAPES, Size
-        from fastmtl.bench.step import bench_step
+        from fastmtl.bench.step import bench_step, bench_sweep
+        from fastmtl.bench.step_ways import COMPILED, DEFAULT
 
+        chosen = SHAPES[shape] if rows is None else dataclasses.replace(SHAPES[shape], rows=rows)
+        size = Size(chosen, tasks, tokens, device, precision)
         with progress() as say:
-            result = bench_step(Size(SHAPES[shape], tasks, tokens, device, precision), rounds, say, commit)
+            if sweep is not None:
+                result = bench_sweep(sweep, size, rounds, say, commit)
+            else:
+                result = bench_step(size, rounds, say, commit, (*DEFAULT, *COMPILED) if compiled else DEFAULT)
         _tell(result, json_file, plot_dir, old, fail_slower)
 
-    @bench.command("gradients")
-    def gradients(
-        rounds: Rounds = 7,
-        tasks: Annotated[int, typer.Option(min=1, metavar="N", help="Task gradients.")] = 3,
-        columns: Annotated[int, typer.Option(min=1, metavar="N", help="Numbers of each; BERT-base's.")] = 110_000_000,
+    @bench.command("peers")
+    def peers(
+        shape: ShapeName = "minilm",
+        tasks: Annotated[int, typer.Option(min=2, metavar="N", help="Tasks of a step.")] = 3,
+        rows: Annotated[
+            int | None,
+            typer.Option(min=1, metavar="N", help="Texts of each task. Default: the shape's.", show_default=False),
+        ] = None,
+        memory_limit: Annotated[
+            float, typer.Option(min=0.1, metavar="GIB", help="Of the GPU that the largest batch is to fit.")
+        ] = 24,
+        rounds: Rounds = 5,
         device: Device = "cpu",
+        precision: Precision = "fp32",
         threads: Threads = None,
         json_file: JsonFile = None,
+        plot_dir: PlotDir = None,
+        compare: Compare = None,
+        fail_slower: FailSlower = False,
+        commit: Commit = None,
         debug: Debug = False,
     ) -> None:
-        """The speed of gramian and combine, as a share of that of a memory copy of as many bytes.
+        """PCGrad by fastmtl, the textbook loop and TorchJD: time, memory and the largest batch, over a joint step.
+
+        All make the same gradients, which is checked first. Without a GPU the largest batch is predicted from peaks at
+        two batch sizes.
 
         [bold]Examples[/bold]
 
-          [cyan]fastmtl bench gradients[/cyan]
-          [cyan]fastmtl bench gradients --device cuda --tasks 8 --json gradients.json[/cyan]
+          [cyan]fastmtl bench peers[/cyan]
+          [cyan]fastmtl bench peers --shape bert-base --device cuda --precision bf16 --rows 32[/cyan]
         """
         set_debug(debug)
-        _prepare(device, threads, json_file, None)
-        import torch
-
-        from fastmtl.bench.gradients import bench_gradients
+        old = _prepare(device, threads, json_file, compare)
+        from fastmtl.bench.peers import bench_peers
         from fastmtl.bench.report import progress
+        from fastmtl.bench.sizes import SHAPES, Size
 
+        chosen = SHAPES[shape] if rows is None else dataclasses.replace(SHAPES[shape], rows=rows)
+        size = Size(chosen, tasks, None, device, precision)
         with progress() as say:
-            result = bench_gradients(torch.device(device), rounds, say, tasks, columns)
-        _tell(result, json_file, None, None, False)
+            result = bench_peers(size, rounds, say, memory_limit, commit)
+        _tell(result, json_file, plot_dir, old, fail_slower)
 
     @bench.command("plot", no_args_is_help=True)
     def plot(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fastmtl.config import Recipe, TaskConfig
+from fastmtl.data.augment import augment
 from fastmtl.data.filters import drop_longest
 from fastmtl.data.readers import read_rows
 from fastmtl.data.tokenized import TokenizedDataset, tokenize
@@ -37,6 +38,8 @@ class Corpus:
             rows = read_rows(task, data, split)
             if split == "train":
                 rows = drop_longest(rows, data.drop_longest)
+                if task.data.augment is not None:
+                    rows = augment(rows, task.data.augment, recipe.seed, data.cache_dir)
             return tokenize(rows, tokenizer, task, max_length, data.cache_dir)
 
         tasks = recipe.tasks.values()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -57,6 +58,20 @@ class TokenizedDataset:
     def lengths(self) -> np.ndarray:
         """int64 [n]: tokens of each example, both sequences of a bi-encoded pair."""
         return np.diff(self.offsets[:: self.sequences_per_example])
+
+    def take(self, rows: np.ndarray) -> TokenizedDataset:
+        """The examples `rows`, int [k], in memory."""
+        per_example = self.sequences_per_example
+        sequences = (np.asarray(rows)[:, None] * per_example + np.arange(per_example)).reshape(-1)
+        pieces = [self.tokens[self.offsets[s] : self.offsets[s + 1]] for s in sequences]
+        return dataclasses.replace(
+            self,
+            tokens=np.concatenate([np.zeros(0, np.int32), *pieces]),
+            offsets=np.concatenate([[0], np.cumsum([len(piece) for piece in pieces], dtype=np.int64)]),
+            second_text=self.second_text[sequences],
+            labels=None if self.labels is None else self.labels[rows],
+            ids=[self.ids[row] for row in rows],
+        )
 
 
 def tokenize(

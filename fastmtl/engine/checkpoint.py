@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from fastmtl.engine.manifest import Refused, read_manifest, write_manifest
 from fastmtl.engine.universal import keeps_groups, universal_copy
 from fastmtl.errors import UserError
 
+TENSORS = "tensors.safetensors"
 KEEP_LATEST = 2  # the newest, and one to fall back on
 
 
@@ -36,6 +38,11 @@ class Found:
     universal: bool
     state: dict[str, Any]
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What `save` got as tensors, on the CPU."""
+        file = self.path / TENSORS
+        return load_file(file) if file.is_file() else {}
+
 
 class Checkpoints:
     """The checkpoints of one run directory. Every rank makes one and calls its methods together."""
@@ -44,10 +51,16 @@ class Checkpoints:
         self._directory, self._recipe, self._ranks = directory, recipe, ranks
 
     def save(
-        self, engine: Any, step: int, state: dict[str, Any], value: float | None = None, phase: str | None = None
+        self,
+        engine: Any,
+        step: int,
+        state: dict[str, Any],
+        value: float | None = None,
+        phase: str | None = None,
+        tensors: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Saves everything needed to go on after `step`. value: of the metric that chooses the best, where there is
-        one. phase: the name of the run's phase, where it has several.
+        one. phase: the name of the run's phase, where it has several. tensors: more of them, the same on every rank.
         """
         incomplete = self._directory / f".incomplete-step-{step}"
         final = self._directory / f"step-{step}"
@@ -59,6 +72,8 @@ class Checkpoints:
         save_file(_random_state(self._ranks.device), incomplete / f"random-{self._ranks.rank}.safetensors")
         self._ranks.barrier()
         if self._ranks.is_main:
+            if tensors:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, incomplete / TENSORS)
             (incomplete / "state.json").write_text(json.dumps(state), encoding="utf-8")
             write_manifest(incomplete, {**self._about(), "step": step, "value": value, "phase": phase})
             _sync(incomplete)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig
 from transformers.activations import ACT2FN
@@ -22,8 +23,9 @@ from fastmtl.model.context import (
     place,
 )
 from fastmtl.model.layers import AddLayerNorm, Norm, TaskEmbedding, TaskLayerNorm, TaskLinear
+from fastmtl.model.owners import within
 from fastmtl.surgery.segments import Segments
-from fastmtl_kernels import dropout
+from fastmtl_kernels import dropout, embed_layer_norm
 
 if TYPE_CHECKING:
     from fastmtl.model.adapters.adapter import Adapter
@@ -68,11 +70,16 @@ class PackedBert(nn.Module):
             self.pooler.load_state_dict(weights, assign=True)
 
     def forward(
-        self, batch: PackedBatch, adapter: Adapter | None = None, task_grads: TaskGradients | None = None
+        self,
+        batch: PackedBatch,
+        adapter: Adapter | None = None,
+        task_grads: TaskGradients | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [N, d] of the last layer, or of the adapter's top.
 
         adapter(layer, hidden, context) gives what is added to that layer's feed-forward output, or None.
+        noise [N, d] is added to what the layers get from the embeddings.
         """
         layers = self.encoder.layer
         top = None if adapter is None else adapter.top
@@ -80,6 +87,8 @@ class PackedBert(nn.Module):
         training = self.training or (adapter is not None and adapter.training)
         context = ForwardContext.build(batch, num_layers, training=training, task_grads=task_grads)
         hidden = self.embeddings(batch.input_ids, batch.token_type_ids, batch.position_ids, context)
+        if noise is not None:
+            hidden = hidden + noise.to(hidden.dtype)
         for index, layer in enumerate(layers):
             if self.checkpointing and torch.is_grad_enabled():
                 hidden = checkpoint(_run, layer, adapter, index, hidden, context, use_reentrant=False)
@@ -107,10 +116,33 @@ class Embeddings(nn.Module):
         self.dropout = config.hidden_dropout_prob
 
     def forward(self, ids: Tensor, token_types: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
-        hidden = self.word_embeddings(ids, context) + self.token_type_embeddings(token_types, context)
-        hidden = hidden + self.position_embeddings(positions, context)
-        hidden = self.LayerNorm(hidden, context)
-        return dropout(hidden, self.dropout, context.seed(EMBEDDINGS)) if self.training else hidden
+        """dropout(LN(words + positions + types)): int64 [N] each -> [N, d]."""
+        words, places, types = self.word_embeddings, self.position_embeddings, self.token_type_embeddings
+        p, seed, norm = self.dropout if self.training else 0.0, context.seed(EMBEDDINGS), self.LayerNorm
+
+        def embed(ids: Tensor) -> Tensor:
+            if norm.other is not None:
+                summed = embedding(ids, words.weight) + embedding(positions, places.weight)
+                summed = summed + embedding(token_types, types.weight)
+                hidden = norm.other(summed, norm.weight, norm.bias, list(norm.weight.shape), norm.eps)
+                return dropout(hidden, p, seed) if p else hidden
+            return embed_layer_norm(
+                ids,
+                positions,
+                token_types,
+                words.weight,
+                places.weight,
+                types.weight,
+                norm.weight,
+                norm.bias,
+                dropout_p=p,
+                eps=norm.eps,
+                seed=seed,
+                token_offsets=context.segments,
+                task_grads=context.armed,
+            )
+
+        return within((norm, types, places, words), ids, embed)
 
 
 class Layers(nn.Module):

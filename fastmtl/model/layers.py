@@ -11,6 +11,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from fastmtl.model.context import ForwardContext, SegmentContext
+from fastmtl.model.owners import Owner
 from fastmtl.surgery import functional
 from fastmtl_kernels import add_layer_norm, dropout
 
@@ -27,16 +28,12 @@ class TaskLinear(nn.Linear):
 Norm = Callable[[Tensor, Tensor, Tensor, list[int], float], Tensor]
 
 
-class TaskLayerNorm(nn.LayerNorm):
-    """other: another's LayerNorm in place of fastmtl's; it writes no gradient per task."""
+class TaskLayerNorm(Owner, nn.LayerNorm):  # type: ignore[misc]
+    """The embeddings' (see encoder.py). other: another's LayerNorm in place of fastmtl's; it writes no gradient per
+    task.
+    """
 
     other: Norm | None = None
-
-    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:  # type: ignore[override]
-        """[N, d] -> [N, d]."""
-        if self.other is not None:
-            return self.other(x, self.weight, self.bias, list(self.weight.shape), self.eps)
-        return functional.layer_norm(x, self.weight, self.bias, self.eps, context.segments, context.task_grads)
 
 
 class AddLayerNorm(nn.LayerNorm):
@@ -73,9 +70,7 @@ class AddLayerNorm(nn.LayerNorm):
         )
 
 
-class TaskEmbedding(nn.Embedding):
-    weight: nn.Parameter
+class TaskEmbedding(Owner, nn.Embedding):  # type: ignore[misc]
+    """A padding index has no meaning here: a packed batch holds no padding."""
 
-    def forward(self, ids: Tensor, context: ForwardContext) -> Tensor:  # type: ignore[override]
-        """int64 [N] -> [N, embedding_dim]. A padding index has no meaning here: a packed batch holds no padding."""
-        return functional.embedding(ids, self.weight, context.segments, context.task_grads)
+    weight: nn.Parameter

@@ -18,8 +18,11 @@ from fastmtl.model.groups import parameter_groups
 from fastmtl.model.heads import build_head
 from fastmtl.model.heads.embed import Recurrent
 from fastmtl.model.losses import TaskLoss, build_loss
-from fastmtl.model.outputs import predictions, targets
+from fastmtl.model.outputs import kind, predictions, targets
 from fastmtl.model.pooling import pooling
+from fastmtl.model.smart import Smart
+from fastmtl.model.weighting import Uncertainty
+from fastmtl.surgery.random_state import RandomState
 
 if TYPE_CHECKING:
     from fastmtl.surgery.task_gradients import TaskGradients
@@ -65,7 +68,10 @@ class MultiTaskModel(nn.Module):
                     encoder.use_pooler()
             except UserError as error:
                 raise UserError(f"tasks.{name}: {error}") from None
+            if recipe.weighting.name == "uncertainty":
+                heads[-1].uncertainty = Uncertainty(squared_error=kind(task) == "score")
         self.heads = nn.ModuleList(heads)
+        self.smart = Smart(recipe) if recipe.smart.used else None
         encoder.requires_grad_(not recipe.encoder.freeze)
         if recipe.encoder.layer_norm == "apex" and recipe.gradient.method != "sum" and not recipe.encoder.freeze:
             raise UserError(
@@ -94,14 +100,20 @@ class MultiTaskModel(nn.Module):
         """
         if batch.cached is not None:
             batch.cached.random.restore()
+        smart = self.smart if self.smart is not None and self.smart.active and returns == "losses" else None
+        begun = RandomState.capture(batch.input_ids.device) if smart else None
         examples = self.examples(batch, task_grads)
         if returns == "predictions":
             tasks = zip(self.recipe.tasks.items(), examples, batch.counts, strict=True)
             return {name: predictions(task, found.outputs) for (name, task), found, count in tasks if count}
-        return {
-            name: (self._loss(index, found, batch), batch.counts[index])
-            for index, (name, found) in enumerate(zip(self.recipe.task_names, examples, strict=True))
-        }
+        losses = [self._loss(index, found, batch) for index, found in enumerate(examples)]
+        if smart is not None and begun is not None:
+            terms = smart.terms(self, batch, task_grads, examples, begun)
+            losses = [loss + term for loss, term in zip(losses, terms, strict=True)]
+        if self.recipe.weighting.name == "uncertainty":
+            weighted = zip(self.heads, losses, batch.counts, strict=True)
+            losses = [head.get_submodule("uncertainty")(loss, count) for head, loss, count in weighted]
+        return dict(zip(self.recipe.task_names, zip(losses, batch.counts, strict=True), strict=True))
 
     def predict(self, batch: PackedBatch) -> dict[str, Tensor]:
         """Per task that has examples, in the order of its example_ids, fp32.
@@ -134,9 +146,11 @@ class MultiTaskModel(nn.Module):
         rated = [(name, module, config.lr if lr is None else lr) for name, module, lr in parts]
         return parameter_groups(rated, config.weight_decay)
 
-    def examples(self, batch: PackedBatch, task_grads: TaskGradients | None = None) -> list[Examples]:
-        """What every task's head makes of its examples, of none too."""
-        hidden = self.encoder(batch, self.adapter, task_grads)
+    def examples(
+        self, batch: PackedBatch, task_grads: TaskGradients | None = None, noise: Tensor | None = None
+    ) -> list[Examples]:
+        """What every task's head makes of its examples, of none too. noise [N, d] is added to the embedded tokens."""
+        hidden = self.encoder(batch, self.adapter, task_grads, noise)
         pooled = {name: pooling(name)(hidden, batch) for name in self._poolings()}
         if "pooler" in pooled:
             assert isinstance(self.encoder.pooler, Pooler)

@@ -87,9 +87,15 @@ def demo_overrides(task: str) -> list[str]:
 
 
 def shorten(recipe: Recipe, epochs: int) -> None:
-    """No more than `epochs` epochs; a curriculum keeps its share of them."""
-    if recipe.train.epochs > epochs:
-        recipe.train.epochs = epochs
+    """No phase has more than `epochs` epochs; a curriculum keeps its share of them."""
+    whole = recipe.train.epochs
+    parts = [(recipe.train, recipe.sampler), *((phase.train, phase.sampler) for phase in recipe.phases)]
+    for train, sampler in parts:
+        own = train.epochs if train is not None and "epochs" in train.model_fields_set else whole
+        if own > epochs and sampler is not None and sampler.curriculum is not None:
+            sampler.curriculum *= epochs / own
+        if own > epochs and train is not None:
+            train.epochs = epochs
 
 
 def _override(key: str, value: object) -> str:

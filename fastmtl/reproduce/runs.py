@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from fastmtl.checkout import checkout
+from fastmtl.child_process import FASTMTL, difference, run_fastmtl
 from fastmtl.config import Recipe, load_recipe
 from fastmtl.errors import UserError
 from fastmtl.reproduce.plan import PlannedRun
 
 OUTCOME = "outcome.json"
-_FASTMTL = (sys.executable, "-c", "from fastmtl.cli import main; main()")
 
 
 @dataclass(frozen=True)
@@ -42,20 +38,16 @@ class Outcome:
     finished: str
 
 
-class Interrupted(Exception):
-    """A run was stopped; those before it are finished."""
-
-
 def check_directory(output: Path, runs: list[PlannedRun]) -> None:
     """Raises UserError where the directory holds a run of other settings, and names the first key that differs."""
     for run in runs:
         file = output / run.folder / "recipe.yaml"
         if not file.is_file():
             continue
-        difference = _difference(load_recipe(str(file)), run.recipe)
-        if difference is not None:
+        changed = difference(load_recipe(str(file)), run.recipe)
+        if changed is not None:
             raise UserError(
-                f"{file.parent} is a run with {difference}: choose another place by --output, or the settings of before"
+                f"{file.parent} is a run with {changed}: choose another place by --output, or the settings of before"
             )
 
 
@@ -95,7 +87,7 @@ def _train(directory: Path, recipe: Recipe) -> int:
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / "recipe.yaml"
     file.write_text(recipe.dump(), encoding="utf-8")
-    return _fastmtl("train", str(file), "--output", str(directory), "--resume")
+    return run_fastmtl("train", str(file), "--output", str(directory), "--resume")
 
 
 def _finish(directory: Path, run: PlannedRun, train_scores: bool) -> Outcome:
@@ -119,50 +111,8 @@ def _read_outcome(directory: Path) -> Outcome:
 
 
 def _train_scores(directory: Path) -> dict[str, dict[str, float]]:
-    command = [*_FASTMTL, "evaluate", str(directory), "--split", "train", "--json"]
+    command = [*FASTMTL, "evaluate", str(directory), "--split", "train", "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         raise UserError(f"{directory}: the training rows could not be scored, see above")
     return json.loads(done.stdout)["tasks"]
-
-
-def _fastmtl(*arguments: str) -> int:
-    """The exit status of a command in a process of its own. A stop is passed on and waited for."""
-    stopped: list[int] = []
-    process: subprocess.Popen[bytes] | None = None
-
-    def stop(number: int, _: FrameType | None) -> None:
-        stopped.append(number)
-        if process is not None:
-            process.terminate()
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        process = subprocess.Popen([*_FASTMTL, *arguments])
-        while True:
-            try:
-                status = process.wait()
-                break
-            except KeyboardInterrupt:  # the terminal has sent it to the process, too
-                stopped.append(signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if stopped:
-        raise Interrupted
-    return status
-
-
-def _difference(before: Recipe, now: Recipe) -> str | None:
-    """`data.fraction: 0.5, now 1.0` of the first key that differs."""
-    old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
-    for key in dict.fromkeys([*old, *new]):
-        if old.get(key) != new.get(key) and key != "description":
-            return f"{key}: {old.get(key)}, now {new.get(key)}"
-    return None
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {prefix: values}
-    parts = (_flat(value, f"{prefix}.{key}" if prefix else key) for key, value in values.items())
-    return {key: value for part in parts for key, value in part.items()}

@@ -117,13 +117,14 @@ def table_gradient(
 ) -> Tensor | None:
     """What autograd gets for an embedding table [table_rows, d] whose rows `ids` [N] have the gradients `rows` [N, d].
 
-    Without a sink a dense table of its dtype, added up in float32.
+    Without a sink a dense table of its dtype, added up in float32 at least.
     """
     ids = ids.long()
     if sink is not None:
         merged = sink.deliver_rows(table, ids, rows, tasks.host)
     else:
-        merged = torch.ops.aten.embedding_dense_backward(rows.float(), ids, table_rows, -1, False)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        merged = torch.ops.aten.embedding_dense_backward(rows, ids, table_rows, -1, False)
     return None if merged is None else merged.to(table.dtype)
 
 

@@ -52,6 +52,20 @@ def test_bi_encoded_pairs(tokenizer: Any, tmp_path: Path) -> None:
     assert (data.second_text == np.diff(data.offsets)).all()
 
 
+@pytest.mark.parametrize("pairs", ["cross", "bi"])
+def test_take(pairs: str, tokenizer: Any, tmp_path: Path) -> None:
+    data = tokenize(rows(), tokenizer, config(pairs), 64, tmp_path)
+    taken = data.take(np.array([1, 0, 1]))
+    per_example = data.sequences_per_example
+    for index, row in enumerate((1, 0, 1)):
+        for k in range(per_example):
+            assert sequence(taken, index * per_example + k) == sequence(data, row * per_example + k)
+            assert taken.second_text[index * per_example + k] == data.second_text[row * per_example + k]
+    assert taken.ids == ["y", "x", "y"] and taken.labels.tolist() == [1.0, 0.0, 1.0]
+    assert taken.lengths.tolist() == data.lengths[[1, 0, 1]].tolist()
+    assert len(data.take(np.zeros(0, np.int64))) == 0
+
+
 def test_long_pairs_are_cut_and_counted(tokenizer: Any, tmp_path: Path) -> None:
     data = tokenize(rows(), tokenizer, config(), 14, tmp_path)
     assert data.truncated == 1 and data.lengths.max() == 14

@@ -1,14 +1,12 @@
-"""What the ranks of test_choices_deepspeed.py run: every case in one launch. Usage: choices_cases.py DIRECTORY"""
+"""Steps with every pooling, head and loss, for the launch of test_deepspeed.py and for what it is compared with."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import choices
-from safetensors.torch import save_file
 
 from fastmtl.model.cached_pairs import cache_pairs
 from fastmtl.model.multitask import MultiTaskModel
@@ -23,7 +21,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"zero{self.zero}-{self.method}-acc{self.accumulation}"
+        return f"choices-zero{self.zero}-{self.method}-acc{self.accumulation}"
 
 
 CASES = [
@@ -60,14 +58,14 @@ def run_steps(target: Any, model: MultiTaskModel, method: str, parts: list[int],
         info = surgery.run(batches, loss_fn if hasattr(target, "module") else plain, choices.counts(recipe))
         assert info.skipped is None
         step_fn()
+        if model.smart is not None:
+            model.smart.follow_model(model)
 
 
-def main(directory: Path) -> None:
+def run_all(ranks: Any, keep: Callable[[Any, str], None]) -> None:
+    """Every case on this rank; keep(engine, name) takes the weights and ends the engine."""
     from fastmtl.engine.build import build_engine
-    from fastmtl.engine.distributed import start
-    from fastmtl.engine.gather import gathered_state_dict
 
-    ranks = start()
     for case in CASES:
         recipe = choices.make_recipe(case.method, case.zero, case.accumulation, cached=case.accumulation > 1)
         model = choices.make_model(recipe)
@@ -75,12 +73,4 @@ def main(directory: Path) -> None:
         acc = case.accumulation
         parts = [ranks.rank * acc + a for a in range(acc)]
         run_steps(engine, model, case.method, parts, ranks.world * acc, engine.step)
-        state = gathered_state_dict(engine)
-        if ranks.is_main:
-            assert state is not None
-            save_file({name: tensor.clone() for name, tensor in state.items()}, directory / f"{case.name}.safetensors")
-        engine.destroy()
-
-
-if __name__ == "__main__":
-    main(Path([argument for argument in sys.argv[1:] if not argument.startswith("--")][0]))
+        keep(engine, case.name)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import choices_cases
 import loads
 import numpy as np
 import torch
@@ -234,6 +235,7 @@ def main(directory: Path) -> None:
         backward_on = model if case.variant == "backward" else None
         run_steps(surgery, recipe, parts, ranks.world * acc, engine.step, backward_on)
         keep(engine, directory / f"{case.name}.safetensors")
+    choices_cases.run_all(ranks, lambda engine, name: keep(engine, directory / f"{name}.safetensors"))
     for zero in (0, 2):
         (directory / f"engine-forward-zero{zero}-{ranks.rank}.txt").write_text(engine_forward(zero, ranks.world))
     for number, (zero, load) in enumerate(RANDOM):

@@ -98,7 +98,7 @@ def test_half_precision_parameters(dtype: torch.dtype) -> None:
 
 def test_every_module_touches_only_its_own_parameters() -> None:
     """What ZeRO 3 relies on: a parameter has storage only while its own module runs."""
-    recipe = choices.make_recipe()
+    recipe = choices.make_recipe(zero=3)
     model = choices.make_model(recipe)
     (batch,) = choices.make_batches(recipe, 0, 1)
     expected = {name: loss.detach() for name, (loss, _) in model(batch).items()}

@@ -31,6 +31,8 @@ def _load_worker() -> ModuleType:
 
 sys.path.insert(0, str(WORKER.parent))
 cases = _load_worker()
+import choices  # noqa: E402
+import choices_cases  # noqa: E402
 import loads  # noqa: E402
 
 
@@ -41,7 +43,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29611"]
     run = subprocess.run(
-        [*launcher, str(WORKER), str(directory)], env=environment, capture_output=True, text=True, timeout=300
+        [*launcher, str(WORKER), str(directory)], env=environment, capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     return directory
@@ -88,6 +90,31 @@ def test_two_ranks_equal_one_process(results: Path, case: cases.Case) -> None:
     else:  # bf16 weights: each is rounded to 8 bits, and so are its gradients
         magnitude = torch.cat([expected[name].flatten() for name in expected]).norm()
         assert error.norm() <= 2**-8 * magnitude + 0.05 * moved.norm()
+
+
+@pytest.mark.parametrize("case", choices_cases.CASES, ids=lambda case: case.name)
+def test_every_pooling_head_and_loss(results: Path, case: choices_cases.Case) -> None:
+    """Two ranks equal one process with the joined batch; negatives come from the other rank, and from other
+    micro-batches.
+    """
+    found = load_file(results / f"{case.name}.safetensors")
+    recipe = choices.make_recipe(case.method, case.zero)
+    model = choices.make_model(recipe)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=recipe.optimizer.lr)
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    choices_cases.run_steps(optimizer, model, case.method, [0], 1, step)
+    expected = model.state_dict()
+    assert found.keys() == expected.keys()
+    for part in ("encoder.", "adapter.", "heads."):
+        names = [name for name in expected if name.startswith(part)]
+        moved = max((expected[name] - before[name]).abs().max() for name in names)
+        error = max((found[name] - expected[name]).abs().max() for name in names)
+        assert moved > 1e-3 and error <= 2e-5 * moved, part
 
 
 @pytest.mark.parametrize("number", range(len(cases.RANDOM)))

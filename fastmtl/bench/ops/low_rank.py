@@ -14,7 +14,7 @@ from fastmtl.bench.harness import Skipped
 from fastmtl.bench.ops.case import Case, Run, Tensors, Way, Work, ours, plain
 from fastmtl.bench.ops.rows import Rows
 from fastmtl.bench.sizes import Size
-from fastmtl_kernels.low_rank import low_rank
+from fastmtl_kernels import low_rank
 
 RANK = 8
 

@@ -12,7 +12,7 @@ from fastmtl.bench.ops.case import Case, Run, Tensors, Work, ours, plain
 from fastmtl.bench.ops.layout import Padded
 from fastmtl.bench.ops.rows import Rows
 from fastmtl.bench.sizes import Size
-from fastmtl_kernels.pal import pal
+from fastmtl_kernels import pal
 from fastmtl_kernels.varlen_attention_plan import AttentionPlan
 
 # Of the paper, for BERT-base.

@@ -1,0 +1,126 @@
+"""PCGrad four ways at equal work: time, memory, and the largest batch that fits a GPU.
+
+A step's memory is a part that the model needs and a part that grows with the rows: peak(rows) = fixed + slope rows, by
+peaks measured at two numbers of rows. Without a GPU the largest batch is where that line meets the limit; on one it is
+measured there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastmtl.bench.harness import MIB, Say, in_own_process, resident_bytes
+from fastmtl.bench.sizes import PRECISIONS, Size
+from fastmtl.bench.surgery import bench_variants, gpu_peak_of, peak_of
+from fastmtl.bench.variants import JOINT
+from fastmtl.bench.workload import Workload
+from fastmtl.errors import UserError
+
+# What the table shows of the variants, by their names there.
+SHOWN = {
+    "autograd": "joint step",
+    "pcgrad stacked": "fastmtl PCGrad",
+    "pcgrad replay": "fastmtl PCGrad, replay",
+    "textbook": "textbook PCGrad",
+    "torchjd": "TorchJD PCGrad",
+}
+GROWTH = 2  # the second number of rows over the first
+CLOSE = 0.97  # of the limit, where a measured batch is called the largest
+LESS = 0.9  # as many rows after running out of memory
+TRIES = 6
+
+
+def bench_peers(size: Size, rounds: int, say: Say, limit_gib: float = 24, commit: str | None = None) -> dict[str, Any]:
+    """JSON-ready. size: its tokens are not heeded; rows are the shape's. limit_gib: of the GPU the batch is to fit.
+
+    memory_mib is that of a step with AdamW: the measured peak and its two moments. largest_rows: of each task.
+    Raises GradientMismatch as bench_variants, and UserError where peaks cannot be measured.
+    """
+    size = dataclasses.replace(size, tokens=None)
+    result = bench_variants(size, rounds, say, tuple({**dict.fromkeys(JOINT), **dict.fromkeys(SHOWN)}), commit)
+    cuda = size.device == "cuda"
+    say("peak memory of an idle process")
+    idle = 0 if cuda else in_own_process(_idle, torch.get_num_threads())
+    if idle is None:
+        raise UserError("peak memory cannot be measured here: it needs Linux, or --device cuda")
+    moments = 2 * size.shape.parameters * PRECISIONS[size.precision].itemsize
+    variants: dict[str, Any] = {}
+    for name, shown in SHOWN.items():
+        if name not in result["variants"]:
+            continue
+
+        def peak(rows: int, name: str = name) -> int:
+            say(f"peak memory: {SHOWN[name]}, {rows} rows")
+            return (
+                _peak(name, dataclasses.replace(size, shape=dataclasses.replace(size.shape, rows=rows)))
+                - idle
+                + moments
+            )
+
+        entry = result["variants"][name]
+        first = int(entry["peak_mib"] * MIB) - idle + moments
+        points = {size.shape.rows: first, GROWTH * size.shape.rows: peak(GROWTH * size.shape.rows)}
+        fixed, slope = line(points)
+        rows = max(int((limit_gib * 1024 * MIB - fixed) // slope), 0)
+        if cuda:
+            rows = _measured_largest(peak, points, rows, limit_gib * 1024 * MIB)
+        variants[shown] = {
+            **{key: entry[key] for key in ("median_s", "p20_s", "p80_s", "samples_s", "error")},
+            "memory_mib": first / MIB,
+            "fixed_mib": fixed / MIB,
+            "mib_per_row": slope / MIB,
+            "largest_rows": rows,
+        }
+    for entry in variants.values():
+        for ratio, key in (("ratio_to_joint", "median_s"), ("memory_to_joint", "memory_mib")):
+            entry[ratio] = entry[key] / variants[SHOWN["autograd"]][key]
+    kept = ("environment", "shape", "precision", "tasks", "rounds", "tokens", "padded_tokens", "skipped")
+    return {
+        "benchmark": "peers",
+        **{key: result[key] for key in kept},
+        "limit_gib": limit_gib,
+        "largest": "measured" if cuda else "predicted",
+        "peers": variants,
+    }
+
+
+def line(points: dict[int, int]) -> tuple[float, float]:
+    """Value at 0 and slope of the line through the two largest."""
+    (x0, y0), (x1, y1) = sorted(points.items())[-2:]
+    slope = (y1 - y0) / (x1 - x0)
+    if slope <= 0:
+        raise UserError("memory did not grow with the batch: measure with more --rows, or on a machine with less to do")
+    return y0 - slope * x0, slope
+
+
+def _measured_largest(peak: Callable[[int], int], points: dict[int, int], rows: int, limit: float) -> int:
+    """The most rows that were seen to fit, near the limit or after TRIES."""
+    for _ in range(TRIES):
+        try:
+            points[rows] = peak(rows)
+        except torch.cuda.OutOfMemoryError:
+            rows = int(rows * LESS)
+            continue
+        if CLOSE * limit <= points[rows] <= limit:
+            break
+        fixed, slope = line(points)
+        rows = max(int((limit - fixed) // slope), 1)
+    return max((found for found, value in points.items() if value <= limit), default=0)
+
+
+def _peak(name: str, size: Size) -> int:
+    if size.device == "cuda":
+        return gpu_peak_of(name, Workload(size))
+    found = in_own_process(peak_of, name, size, torch.get_num_threads())
+    assert found is not None  # an idle process had one
+    return found
+
+
+def _idle(threads: int) -> int | None:
+    """Bytes of a process that has imported and not begun."""
+    torch.set_num_threads(threads)
+    return resident_bytes()

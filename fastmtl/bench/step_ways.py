@@ -1,0 +1,141 @@
+"""The ways to make one training step, with dropout and AdamW."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.bench.harness import Skipped
+from fastmtl.bench.sizes import SEED
+from fastmtl.bench.textbook import PaddedModel
+from fastmtl.bench.workload import Workload
+from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.surgery import GradientSurgery
+from fastmtl.surgery.methods import method_names
+from fastmtl.surgery.options import Storage
+
+TRANSFORMERS, PRODUCTS = "transformers", "matrix products"
+COMPILED = ("transformers compiled",)
+# Sizes of the papers; of low-rank layers and LoRA a rank that is usual.
+ADAPTERS = {"pal": 204, "low_rank": 8, "lora": 8}
+METHODS = ("gradvac", "upgrad", "mgda", "imtlg")
+Step = Callable[[], None]
+
+
+class Way:
+    """build: makes the step; raises Skipped where it cannot. model: of the workload, whose losses are compared; None
+    for what computes no loss.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[Workload, nn.Module], Step],
+        model: Callable[[Workload], PaddedModel | MultiTaskModel] | None,
+    ) -> None:
+        self.build, self.model = build, model
+
+
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+
+def transformers(workload: Workload, model: nn.Module) -> Step:
+    """One padded batch of each task, the sum of their losses, as a plain loop has it."""
+    assert isinstance(model, PaddedModel)
+    batches, optimizer = workload.padded_batches, _optimizer(model)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        for task, batch in enumerate(batches):
+            model.loss(task, model.features(batch), batch).backward()
+        optimizer.step()
+
+    return step
+
+
+def _compiled(workload: Workload) -> PaddedModel:
+    """A copy whose encoder is compiled for any number and length of texts."""
+    model = copy.deepcopy(workload.padded)
+    model.encoder.compile(dynamic=True)
+    return model
+
+
+def joint(workload: Workload, model: nn.Module) -> Step:
+    batch, optimizer = workload.packed_batch, _optimizer(model)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.stack([loss_sum / count for loss_sum, count in model(batch).values()]).sum().backward()
+        optimizer.step()
+
+    return step
+
+
+def merged(workload: Workload, model: nn.Module, method: str = "pcgrad", storage: Storage = "stacked") -> Step:
+    assert isinstance(model, MultiTaskModel)
+    if method not in method_names():
+        raise Skipped("TorchJD is not here: pip install 'fastmtl[torchjd]'")
+    batch, optimizer = workload.packed_batch, _optimizer(model)
+    surgery = GradientSurgery(
+        optimizer,
+        method,
+        tasks=model.recipe.task_names,
+        shared=model.shared_parameters(),
+        sparse=model.sparse_parameters(),
+        storage=storage,
+        seed=SEED,
+    )
+
+    def step() -> None:
+        optimizer.zero_grad()
+        surgery.run([batch], lambda batch, task_grads: model(batch, task_grads))
+        optimizer.step()
+
+    return step
+
+
+def products(workload: Workload, _: nn.Module | None = None) -> Step:
+    """Forward and both backward products of every linear layer of the encoder on the real tokens, into buffers that are
+    there. Attention's own are left out: 1 to 2 % at these lengths.
+    """
+    rows, like = workload.packed_batch.num_tokens, {"device": workload.device, "dtype": workload.dtype}
+    weights = [module.weight.detach() for module in workload.packed.encoder.modules() if isinstance(module, nn.Linear)]
+    widths = {size for weight in weights for size in weight.shape}
+    inputs = {width: torch.randn(rows, width, **like) for width in widths}  # type: ignore[call-overload]
+    outputs = {width: torch.empty(rows, width, **like) for width in widths}  # type: ignore[call-overload]
+    gradients: dict[torch.Size, Tensor] = {weight.shape: torch.empty_like(weight) for weight in weights}
+
+    def step() -> None:
+        for weight in weights:
+            wide, narrow = weight.shape
+            torch.mm(inputs[narrow], weight.t(), out=outputs[wide])
+            torch.mm(inputs[wide], weight, out=outputs[narrow])
+            torch.mm(inputs[wide].t(), inputs[narrow], out=gradients[weight.shape])
+
+    return step
+
+
+def _packed(workload: Workload) -> MultiTaskModel:
+    return workload.packed
+
+
+WAYS = {
+    TRANSFORMERS: Way(transformers, lambda workload: workload.padded),
+    COMPILED[0]: Way(transformers, _compiled),
+    "fastmtl sum": Way(joint, _packed),
+    "fastmtl pcgrad": Way(merged, _packed),
+    PRODUCTS: Way(products, None),
+    "fastmtl pcgrad replay": Way(partial(merged, storage="replay"), _packed),
+    **{f"fastmtl {method}": Way(partial(merged, method=method), _packed) for method in METHODS},
+    **{
+        f"fastmtl sum, {adapter} {size}": Way(joint, partial(Workload.with_adapter, adapter=adapter, size=size))
+        for adapter, size in ADAPTERS.items()
+    },
+}
+DEFAULT = (TRANSFORMERS, "fastmtl sum", "fastmtl pcgrad", PRODUCTS)
+SWEPT_METHODS = (*DEFAULT[:3], "fastmtl pcgrad replay", *(f"fastmtl {method}" for method in METHODS), PRODUCTS)
+SWEPT_ADAPTERS = (*DEFAULT[:2], *(f"fastmtl sum, {name} {size}" for name, size in ADAPTERS.items()), PRODUCTS)

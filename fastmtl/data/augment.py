@@ -1,0 +1,145 @@
+"""Easy data augmentation (Wei & Zou 2019), balanced by class as in "BERT: A Master of All Trades or Jack of None?".
+
+Every class gets new rows until it has as many as the largest. A new row is made of one of the class's own, of each in
+turn: synonyms replace words, synonyms are inserted, words are swapped, words are deleted. n = max(1, share * words) of
+the first three, where the share is not 0; a word is deleted with the share as its probability. Of a pair both texts are
+changed. Words that scikit-learn calls stop words have no synonyms here, nor have words that WordNet does not list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from fastmtl.config import AugmentConfig
+from fastmtl.data.readers import Rows
+from fastmtl.data.wordnet import WordNet, find_wordnet
+
+CACHE_VERSION = 1
+_CORE = re.compile(r"^(\W*)([\w'-]*\w)(\W*)$")
+Made = list[tuple[int, str, str | None]]  # the row that it was made of, text, second text
+
+
+def augment(rows: Rows, config: AugmentConfig, seed: int, cache_dir: str | Path) -> Rows:
+    """The rows, and the new ones behind them; their ids are those of their rows with `+1`, `+2`, ... behind.
+
+    A pure function of the rows, the settings, WordNet and the seed; what it gives is kept in `cache_dir`, where that
+    can be written. Raises UserError where WordNet is needed and not installed.
+    """
+    assert rows.labels is not None  # training rows have them
+    wordnet = find_wordnet(config.wordnet) if config.synonyms or config.insertions else None
+    settings = [CACHE_VERSION, config.model_dump(exclude={"wordnet"}), seed, wordnet and wordnet.version]
+    key = hashlib.sha256(json.dumps([settings, rows.texts, rows.pair_texts, rows.labels.tolist()]).encode()).hexdigest()
+    entry = Path(cache_dir).expanduser() / f"augmented-{key[:32]}.json"
+    made = _load(entry)
+    if made is None:
+        made = _make(rows, config, seed, wordnet)
+        _store(entry, made)
+    return _with(rows, made)
+
+
+def missing_rows(labels: np.ndarray, seed: int) -> list[int]:
+    """The rows to make new ones of, so that all classes have as many as the largest: each class's in turn, shuffled."""
+    classes, counts = np.unique(labels, return_counts=True)
+    chosen: list[int] = []
+    for number, (label, count) in enumerate(zip(classes, counts, strict=True)):
+        order = np.random.default_rng([seed, number]).permutation(np.flatnonzero(labels == label))
+        chosen += np.resize(order, counts.max() - count).tolist()
+    return chosen
+
+
+def change(text: str, config: AugmentConfig, wordnet: WordNet | None, random: np.random.Generator) -> str:
+    """One new text."""
+    words = text.split()
+    for _ in range(_number(config.synonyms, words)):
+        _replace(words, wordnet, random)
+    for _ in range(_number(config.insertions, words)):
+        _insert(words, wordnet, random)
+    for _ in range(_number(config.swaps, words)):
+        one, other = random.integers(0, len(words), 2)
+        words[one], words[other] = words[other], words[one]
+    kept = [word for word, draw in zip(words, random.random(len(words)), strict=True) if draw >= config.deletions]
+    return " ".join(kept or [words[random.integers(0, len(words))]])
+
+
+def _number(share: float, words: list[str]) -> int:
+    return max(1, int(share * len(words))) if share else 0
+
+
+def _replace(words: list[str], wordnet: WordNet | None, random: np.random.Generator) -> None:
+    for at in random.permutation(len(words)):
+        before, found, after = _synonyms(words[at], wordnet)
+        if found:
+            words[at] = f"{before}{found[random.integers(0, len(found))]}{after}"
+            return
+
+
+def _insert(words: list[str], wordnet: WordNet | None, random: np.random.Generator) -> None:
+    for at in random.permutation(len(words)):
+        _, found, _ = _synonyms(words[at], wordnet)
+        if found:
+            words.insert(int(random.integers(0, len(words) + 1)), found[random.integers(0, len(found))])
+            return
+
+
+def _synonyms(word: str, wordnet: WordNet | None) -> tuple[str, tuple[str, ...], str]:
+    """Signs before the word, synonyms of it, signs after it."""
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+    assert wordnet is not None
+    found = _CORE.match(word)
+    if found is None or found[2].lower() in ENGLISH_STOP_WORDS:
+        return "", (), ""
+    return found[1], wordnet.synonyms(found[2].lower()), found[3]
+
+
+def _make(rows: Rows, config: AugmentConfig, seed: int, wordnet: WordNet | None) -> Made:
+    assert rows.labels is not None
+    made: Made = []
+    for number, row in enumerate(missing_rows(rows.labels, seed)):
+        random = np.random.default_rng([seed, row, number])
+        text = change(rows.texts[row], config, wordnet, random)
+        pair = None if rows.pair_texts is None else change(rows.pair_texts[row], config, wordnet, random)
+        made.append((row, text, pair))
+    return made
+
+
+def _with(rows: Rows, made: Made) -> Rows:
+    assert rows.labels is not None
+    copies: dict[int, int] = {}
+    ids = []
+    for row, _, _ in made:
+        copies[row] = copies.get(row, 0) + 1
+        ids.append(f"{rows.ids[row]}+{copies[row]}")
+    pairs = None if rows.pair_texts is None else [*rows.pair_texts, *(str(pair) for _, _, pair in made)]
+    return dataclasses.replace(
+        rows,
+        ids=[*rows.ids, *ids],
+        texts=[*rows.texts, *(text for _, text, _ in made)],
+        pair_texts=pairs,
+        labels=np.concatenate([rows.labels, rows.labels[[row for row, _, _ in made]]]),
+        notes=[*rows.notes, f"{len(made)} rows made by augmentation"],
+    )
+
+
+def _load(entry: Path) -> Made | None:
+    try:
+        return [(row, text, pair) for row, text, pair in json.loads(entry.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _store(entry: Path, made: Made) -> None:
+    temporary = entry.with_name(f".{entry.name}.{os.getpid()}")
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(made), encoding="utf-8")
+        os.replace(temporary, entry)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a cache only: it is made again next time

@@ -1,0 +1,101 @@
+"""Synonyms from WordNet's own files (Princeton; format: wndb(5WN)).
+
+index.<part of speech>: `lemma pos synset_cnt p_cnt [ptr_symbol...] sense_cnt tagsense_cnt offset...`;
+data.<part of speech>, at an offset: `offset lex_filenum ss_type w_cnt word lex_id [word lex_id...] ...`, w_cnt in hex.
+These two kinds of files are in every distribution; nltk's reader wants others too, which Debian leaves out.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from fastmtl.errors import UserError
+
+PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
+
+
+class WordNet:
+    """directory: with index.noun, data.noun and so on, or nltk's wordnet.zip. Raises UserError where they are not."""
+
+    def __init__(self, directory: Path) -> None:
+        read = _reader(directory)
+        self._offsets: dict[str, list[tuple[str, int]]] = {}
+        self._data = {part: read(f"data.{part}") for part in PARTS_OF_SPEECH}
+        digest = hashlib.sha256()
+        for part in PARTS_OF_SPEECH:
+            digest.update(self._data[part])
+            for line in read(f"index.{part}").decode("ascii").splitlines():
+                if line.startswith(" "):  # the licence
+                    continue
+                lemma, _, synsets, pointers, *rest = line.split()
+                for offset in rest[int(pointers) + 2 :][: int(synsets)]:
+                    self._offsets.setdefault(lemma, []).append((part, int(offset)))
+        self.version = digest.hexdigest()[:16]
+
+    @functools.cache  # noqa: B019 - one object per run
+    def synonyms(self, word: str) -> tuple[str, ...]:
+        """The other words of the synsets that have this lemma, in alphabetical order; () for an unknown word.
+
+        word: lower case, a base form ("car", not "cars").
+        """
+        found: set[str] = set()
+        for part, offset in self._offsets.get(word.replace(" ", "_"), ()):
+            data = self._data[part]
+            fields = data[offset : data.index(b"\n", offset)].decode("ascii").split(" ")
+            words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+            # An adjective may end in "(p)" or the like, which says where it may stand.
+            found.update(name.partition("(")[0].replace("_", " ").lower() for name in words)
+        return tuple(sorted(found - {word}))
+
+
+def find_wordnet(given: str | None) -> WordNet:
+    """That of `given`, or of the places where Debian, WordNet itself and nltk put it.
+
+    Raises UserError that says how to install it.
+    """
+    if given is not None:
+        return WordNet(Path(given).expanduser())
+    for place in _places():
+        if _has_files(place):
+            return WordNet(place)
+    raise UserError(
+        "augment: eda takes synonyms from WordNet, which is not installed. Install Debian's wordnet-base "
+        "(apt install wordnet-base) or nltk's data (pip install nltk; python -m nltk.downloader wordnet), or set "
+        "data.augment.wordnet of the task to a folder with index.noun, data.noun, ..."
+    )
+
+
+def _places() -> list[Path]:
+    places = [Path(os.environ[name]) for name in ("WNSEARCHDIR",) if os.environ.get(name)]
+    if os.environ.get("WNHOME"):
+        places.append(Path(os.environ["WNHOME"]) / "dict")
+    places.append(Path("/usr/share/wordnet"))
+    nltk = [Path(path) for path in os.environ.get("NLTK_DATA", "").split(os.pathsep) if path]
+    nltk += [Path.home() / "nltk_data", Path(sys.prefix) / "nltk_data", Path(sys.prefix) / "share" / "nltk_data"]
+    nltk += [Path(path) / "nltk_data" for path in ("/usr/share", "/usr/local/share", "/usr/lib", "/usr/local/lib")]
+    for path in nltk:
+        places += [path / "corpora" / "wordnet", path / "corpora" / "wordnet.zip"]
+    return places
+
+
+def _has_files(place: Path) -> bool:
+    return place.is_file() if place.suffix == ".zip" else (place / "index.noun").is_file()
+
+
+def _reader(place: Path) -> Callable[[str], bytes]:
+    def read(name: str) -> bytes:
+        try:
+            if place.suffix != ".zip":
+                return (place / name).read_bytes()
+            with zipfile.ZipFile(place) as archive:
+                return archive.read(f"wordnet/{name}")
+        except (OSError, KeyError, zipfile.BadZipFile) as error:
+            raise UserError(f"{place}: not WordNet's files: {name} cannot be read ({error})") from None
+
+    return read

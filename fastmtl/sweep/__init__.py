@@ -1,0 +1,1 @@
+"""`fastmtl sweep`: one recipe with many settings."""

@@ -1,0 +1,95 @@
+"""A grid file: which settings a sweep goes through.
+
+A mapping of settings to lists of values is every combination of them; a list of mappings is these points alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastmtl.config import Recipe, load_recipe
+from fastmtl.errors import UserError
+
+
+@dataclass(frozen=True)
+class Point:
+    """settings: {section.key: value}. folder: its name below the sweep's directory."""
+
+    settings: dict[str, Any]
+    recipe: Recipe
+
+    @property
+    def folder(self) -> str:
+        """Readable as far as it goes, and unique."""
+        text = "_".join(f"{key.rpartition('.')[2]}={_short(value)}" for key, value in self.settings.items())
+        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode("utf-8")).hexdigest()
+        return f"{text[:60]}-{digest[:8]}"
+
+    @property
+    def name(self) -> str:
+        return ", ".join(f"{key}={_short(value)}" for key, value in self.settings.items())
+
+
+def read_grid(file: Path, recipe: str, overrides: Sequence[str] = ()) -> list[Point]:
+    """The points of a sweep, every one checked.
+
+    recipe, overrides: as of `fastmtl train`; the grid's settings come after the overrides. Raises UserError naming the
+    file for what is no grid, and the point for settings that are no recipe.
+    """
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the grid {file}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not a YAML file: {error}") from None
+    points = []
+    for settings in _settings(file, values):
+        lines = [f"{key}={json.dumps(value)}" for key, value in settings.items()]  # JSON is YAML
+        try:
+            points.append(Point(settings, load_recipe(recipe, [*overrides, *lines])))
+        except UserError as error:
+            raise UserError(f"{file}, point {', '.join(lines)}: {error}") from None
+    folders = [point.folder for point in points]
+    for point in points:
+        if folders.count(point.folder) > 1:
+            raise UserError(f"{file}: the point {point.name} is there twice")
+    return points
+
+
+def _settings(file: Path, values: Any) -> list[dict[str, Any]]:
+    if isinstance(values, list) and values and all(isinstance(item, dict) and item for item in values):
+        found = [{str(key): _number(value) for key, value in item.items()} for item in values]
+        if any(item.keys() != found[0].keys() for item in found):
+            raise UserError(f"{file}: every point has to give the same settings, as the first: {', '.join(found[0])}")
+        return found
+    if not isinstance(values, dict) or not values:
+        raise UserError(f"{file}: a grid is a mapping like `optimizer.lr: [1e-5, 3e-5]`, or a list of such points")
+    for key, choices in values.items():
+        if not isinstance(choices, list) or not choices:
+            raise UserError(f"{file}: {key}: a list of values is needed, got {choices!r}")
+    choices = [[_number(value) for value in values[key]] for key in values]
+    return [dict(zip(map(str, values), chosen, strict=True)) for chosen in itertools.product(*choices)]
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4, without a dot, as text."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _short(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value) if isinstance(value, str) else json.dumps(value)
+    return re.sub(r"[^\w.+=-]+", "-", text).strip("-")
