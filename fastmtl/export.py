@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 import fastmtl
 from fastmtl.config import Recipe
 from fastmtl.errors import UserError, unknown_name
-from fastmtl.model.encoder import PackedBert
+from fastmtl.model.encoder import PackedBert, Pooler
+from fastmtl.model.heads.embed import Projection, Recurrent
 from fastmtl.model.pretrained import load_model, save_encoder
 
 Layout = Literal["sentence-transformers", "transformers"]
@@ -43,6 +44,13 @@ def export(
                 "That is no change of BERT's weights, so the layout has no place for it. Leave --task out to export "
                 "the encoder alone."
             )
+    embed = None if task is None else model.heads[recipe.task_names.index(task)].get_submodule("embed")
+    if isinstance(embed, Recurrent):
+        kind = recipe.tasks[str(task)].head.name
+        raise UserError(
+            f"--task {task}: its vectors are states of its {kind} head, for which the layout has no place. Leave "
+            "--task out, with --pooling, to export the encoder alone."
+        )
     chosen = None
     if layout == "sentence-transformers":
         chosen = pooling or _own_pooling(recipe, task, adapters=model.adapter is not None)
@@ -54,7 +62,8 @@ def export(
     config = model.encoder.config
     save_encoder(written, config, model.encoder.state_dict(), tokenizer)
     if chosen is not None:
-        _write_sentence_transformers(written, model.encoder, chosen)
+        projection = embed.dense if isinstance(embed, Projection) else None
+        _write_sentence_transformers(written, model.encoder, chosen, projection)
     if target.exists():
         target.rmdir()
     written.rename(target)
@@ -77,7 +86,9 @@ def _own_pooling(recipe: Recipe, task: str | None, *, adapters: bool) -> str:
     return name
 
 
-def _write_sentence_transformers(directory: Path, encoder: PackedBert, pooling: str) -> None:
+def _write_sentence_transformers(
+    directory: Path, encoder: PackedBert, pooling: str, projection: torch.nn.Linear | None
+) -> None:
     # The keys and module names of sentence-transformers 2 to 5, which 6 reads as well.
     size = encoder.config.hidden_size
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
@@ -88,21 +99,30 @@ def _write_sentence_transformers(directory: Path, encoder: PackedBert, pooling: 
     (directory / "1_Pooling").mkdir()
     modes = {f"pooling_mode_{key}": key == _POOLINGS[pooling] for key in dict.fromkeys(_POOLINGS.values())}
     _write(directory / "1_Pooling" / "config.json", {"word_embedding_dimension": size, **modes})
+    dense: list[tuple[torch.nn.Linear, type[torch.nn.Module]]] = []
     if pooling == "pooler":
-        modules.append(("2_Dense", "Dense"))
-        (directory / "2_Dense").mkdir()
-        tanh = f"{torch.nn.Tanh.__module__}.{torch.nn.Tanh.__qualname__}"
-        dense = {"in_features": size, "out_features": size, "bias": True, "activation_function": tanh}
-        _write(directory / "2_Dense" / "config.json", dense)
-        assert encoder.pooler is not None
-        tensors = {f"linear.{name}": tensor for name, tensor in encoder.pooler.dense.state_dict().items()}
-        save_file(tensors, directory / "2_Dense" / "model.safetensors", metadata={"format": "pt"})
+        assert isinstance(encoder.pooler, Pooler)
+        dense.append((encoder.pooler.dense, torch.nn.Tanh))
+    if projection is not None:
+        dense.append((projection, torch.nn.Identity))
+    for number, (linear, activation) in enumerate(dense, start=2):
+        modules.append((f"{number}_Dense", "Dense"))
+        _write_dense(directory / f"{number}_Dense", linear, activation)
     names = [f"sentence_transformers.models.{kind}" for _, kind in modules]
     listed = [
         {"idx": index, "name": str(index), "path": path, "type": name}
         for index, ((path, _), name) in enumerate(zip(modules, names, strict=True))
     ]
     _write(directory / "modules.json", listed)
+
+
+def _write_dense(directory: Path, linear: torch.nn.Linear, activation: type[torch.nn.Module]) -> None:
+    directory.mkdir()
+    sizes = {"in_features": linear.in_features, "out_features": linear.out_features, "bias": True}
+    function = f"{activation.__module__}.{activation.__qualname__}"
+    _write(directory / "config.json", {**sizes, "activation_function": function})
+    tensors = {f"linear.{name}": tensor for name, tensor in linear.state_dict().items()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def _write(path: Path, values: Any) -> None:

@@ -125,6 +125,21 @@ def test_merged_tasks_predict_what_they_did(
     assert {path.suffix for path in out.iterdir()} <= {".safetensors", ".json", ".txt"}
 
 
+def test_what_weighed_the_losses_in_training_is_left_behind(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads = {"tone": {**TASKS["tone"], "pooling": "cls", "head": {"name": "lstm", "size": 4, "adjustment": True}}}
+    smart = {"strength": {"tone": 1.0}, "proximal": 0.5}
+    first = make("first", heads, weighting={"name": "uncertainty"}, smart=smart)
+    second = make("second", ["same", "near"], seed=1, weighting={"name": "dwa"})
+    joined = tmp_path / "joined"
+    assert run(monkeypatch, "merge", joined, first, second) == 0
+    assert_same_predictions(joined, first, "tone")
+    assert_same_predictions(joined, second, "same")
+    recipe = load_model(joined)[1]
+    assert recipe.weighting.name == "fixed" and not recipe.smart.used
+
+
 def test_a_merged_model_says_where_its_tasks_come_from(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -382,6 +397,25 @@ def test_berts_pooler_is_a_dense_layer_on_cls(
         expected = AutoModel.from_pretrained(str(out)).eval()(**tokens).pooler_output
     theirs = library.SentenceTransformer(str(out), device="cpu").encode(SENTENCES, convert_to_tensor=True)
     torch.testing.assert_close(theirs, expected, atol=2e-6, rtol=0)
+
+
+def test_a_tasks_projection_is_exported_with_its_pooling(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = {
+        "near": {**TASKS["near"], "pooling": "mean", "head": {"name": "cosine", "projection": 5}},
+        "tone": {**TASKS["tone"], "pooling": "cls", "head": {"name": "rnn"}},
+    }
+    model, out = make("model", tasks, adapter={"name": "none"}), tmp_path / "st"
+    assert run(monkeypatch, "export", model, out, "--task", "near") == 0
+    assert [module["path"] for module in json.loads((out / "modules.json").read_text())] == ["", "1_Pooling", "2_Dense"]
+    settings = json.loads((out / "2_Dense" / "config.json").read_text())
+    assert settings["out_features"] == 5 and settings["activation_function"].endswith("Identity")
+    dense, heads = load_file(out / "2_Dense" / "model.safetensors"), load_file(model / "heads.safetensors")
+    for name in ("weight", "bias"):
+        assert torch.equal(dense[f"linear.{name}"], heads[f"near.embed.dense.{name}"])
+    assert run(monkeypatch, "export", model, tmp_path / "none", "--task", "tone") == 2
+    assert "its vectors are states of its rnn head" in capsys.readouterr().err
 
 
 def test_transformers_layout_is_the_encoder_alone(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 TRAINING_SECTIONS = {
     "seed",
     "sampler",
+    "weighting",
+    "smart",
     "gradient",
     "optimizer",
     "schedule",
@@ -42,6 +44,7 @@ TRAINING_SECTIONS = {
 }
 # Joined below; any other section has to be the same in all models.
 JOINED_SECTIONS = {"description", "add_to", "encoder", "adapter", "tasks", "data"}
+LEARNED_WEIGHT = ".uncertainty."  # of a task's loss: of the training, too
 ONE_TASKS = re.compile(r"(heads\.|adapter\.(?:.+\.)?tasks\.)(\d+)(\..+)")  # before, index of the task, after
 
 
@@ -131,9 +134,11 @@ def join(first: TrainedModel, second: TrainedModel, *, rounded: torch.dtype = to
         )
     _check_encoders(first, second, rounded)
     _check_adapters(first, second)
-    tensors = dict(first.tensors)
+    tensors = {name: tensor for name, tensor in first.tensors.items() if LEARNED_WEIGHT not in name}
     counts = len(first.recipe.tasks), len(second.recipe.tasks)
     for name, tensor in second.tensors.items():
+        if LEARNED_WEIGHT in name:
+            continue
         if found := ONE_TASKS.match(name):
             tensors[f"{found[1]}{int(found[2]) + counts[0]}{found[3]}"] = tensor
         elif name.startswith("adapter."):

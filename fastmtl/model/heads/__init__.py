@@ -69,7 +69,7 @@ def _check(task: TaskConfig) -> None:
                 f"head.projection: u and v are the states of the {config.name}: set their size by head.size"
             )
         if task.pooling != "cls":
-            raise UserError(f"pooling: {task.pooling}: the {config.name} head reads the tokens itself; leave it out")
+            raise UserError(f"pooling: {task.pooling}: the {config.name} head reads the tokens itself; leave it at cls")
     else:
         for key in ("size", "cls"):
             if getattr(config, key) != HeadConfig.model_fields[key].default:
