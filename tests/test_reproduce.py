@@ -78,6 +78,12 @@ def test_a_plan_is_seed_by_seed_and_complete() -> None:
     assert not runs[0].missing
 
 
+def test_members_of_a_family_that_are_the_recipe_itself_run_once() -> None:
+    names = list(load_results("pal-lora").variants())
+    assert {"sts_full", "sts_full@lr-1e-3", "pal_lora@rank-100"} <= set(names) and len(names) == len(set(names))
+    assert not [name for name in names if name in ("sts_full@lr-1e-5", "pal_lora@rank-2")]
+
+
 def test_files_that_are_not_there_are_told(tmp_path: Path) -> None:
     for name in ("ids-sst-train.csv", "ids-sst-dev.csv"):
         (tmp_path / name).write_text("")
@@ -215,6 +221,8 @@ def test_stopped_runs_go_on_and_finished_ones_stay(
     assert run_report("minbert-extensions", ["ce_bce_cos"], options, output) == 0
     assert (output / "results.json").read_text() == first
     assert (directory / "outcome.json").stat().st_mtime_ns == finished
+    with pytest.raises(UserError, match="there is no command no-such-launcher"):
+        run_report("minbert-extensions", ["ce_bce_cos"], options, output, ["no-such-launcher"])
     other = dataclasses.replace(options, fraction=0.1)
     with pytest.raises(UserError, match=r"is a run with data\.fraction: 0\.05, now 0\.1"):
         run_report("minbert-extensions", ["ce_bce_cos"], other, output)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fastmtl.commands.options import Debug
+from fastmtl.commands.options import Debug, Launcher, launcher_words
 from fastmtl.errors import UserError, unknown_name
 
 
@@ -81,6 +81,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
             int | None, typer.Option(min=1, metavar="N", help="No phase of a run is longer.", show_default=False)
         ] = None,
         seeds: Annotated[str, typer.Option(metavar="1,2,3", help="A run for each.")] = "1",
+        launcher: Launcher = "",
         output: Annotated[
             Path | None,
             typer.Option(
@@ -99,8 +100,8 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         Two rows with three seeds, three epochs:
           [cyan]fastmtl reproduce pal-lora --data data --rows sts_full,sts_pal_lora --seeds 1,2,3 --epochs 3[/cyan]
 
-        A whole report as it was done, for a GPU:
-          [cyan]fastmtl reproduce pals-and-mnrl --data data/cs224n --encoder models/bert-base-uncased[/cyan]
+        A whole report with its own encoder, on all GPUs of the machine:
+          [cyan]fastmtl reproduce pals-and-mnrl --data data --encoder bert --launcher "deepspeed --no_python"[/cyan]
 
         Whether everything runs, on the demo corpus:
           [cyan]fastmtl reproduce master-of-all-trades train.max_steps=5[/cyan]
@@ -115,4 +116,5 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
             raise UserError(f"--seeds {seeds}: write whole numbers with commas between them, as 1,2,3") from None
         options = Options(data, fraction, str(encoder) if encoder else None, epochs, numbers, tuple(overrides or ()))
         names = [name.strip() for name in rows.split(",")] if rows else []
-        raise typer.Exit(run_report(report, names, options, output or Path("runs") / "papers" / report))
+        place = output or Path("runs") / "papers" / report
+        raise typer.Exit(run_report(report, names, options, place, launcher_words(launcher)))

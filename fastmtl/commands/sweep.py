@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fastmtl.commands.options import Debug
-from fastmtl.errors import UserError
+from fastmtl.commands.options import Debug, Launcher, launcher_words
 
 
 def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
@@ -27,9 +26,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
             Path | None,
             typer.Option(metavar="DIR", help="Where it is kept. Default: runs/sweeps/RECIPE-GRID.", show_default=False),
         ] = None,
-        launcher: Annotated[
-            str, typer.Option(metavar="COMMAND", help="Put in front of fastmtl train.", show_default=False)
-        ] = "",
+        launcher: Launcher = "",
         debug: Debug = False,
     ) -> None:
         """Train a recipe with many settings, one after the other, and show what they reach in one table.
@@ -46,14 +43,8 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         On all GPUs of the machine:
           [cyan]fastmtl sweep demo grid.yaml --launcher "deepspeed --no_python"[/cyan]
         """
-        import shlex
-
         set_debug(debug)
         from fastmtl.sweep.command import run_sweep
 
         place = output or Path("runs") / "sweeps" / f"{Path(recipe).stem}-{grid.stem}"
-        try:
-            words = shlex.split(launcher)
-        except ValueError as error:
-            raise UserError(f"--launcher {launcher}: {error}") from None
-        raise typer.Exit(run_sweep(recipe, grid, overrides or [], place, words))
+        raise typer.Exit(run_sweep(recipe, grid, overrides or [], place, launcher_words(launcher)))

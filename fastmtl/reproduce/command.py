@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from fastmtl.reproduce.tables import load_results
 OK, FAILED, INTERRUPTED = 0, 1, 130
 
 
-def run_report(report: str, rows: Sequence[str], options: Options, output: Path) -> int:
+def run_report(report: str, rows: Sequence[str], options: Options, output: Path, launcher: Sequence[str] = ()) -> int:
     """The exit status: 1 where a run failed, 130 after a stop.
 
     Raises UserError for unknown names, options that do not fit, and an output directory of other runs.
@@ -26,7 +27,9 @@ def run_report(report: str, rows: Sequence[str], options: Options, output: Path)
     if not 0 < options.fraction <= 1:
         raise UserError(f"--fraction {options.fraction:g}: a share of the training rows, above 0 and at most 1")
     if "RANK" in os.environ:
-        raise UserError("reproduce starts processes of its own: run it without a launcher")
+        raise UserError("reproduce starts processes of its own: run it without a launcher, and name that by --launcher")
+    if launcher and shutil.which(launcher[0]) is None:
+        raise UserError(f"--launcher: there is no command {launcher[0]}")
     paper = load_results(report)
     runs = plan(report, paper, rows, options)
     try:
@@ -45,7 +48,7 @@ def run_report(report: str, rows: Sequence[str], options: Options, output: Path)
     status = OK
     failures: dict[Path, str] = {}
     try:
-        outcomes, failures = run_all(output, runs, train_scores=paper.needs_train_scores, say=say)
+        outcomes, failures = run_all(output, runs, train_scores=paper.needs_train_scores, say=say, launcher=launcher)
         status = FAILED if failures else OK
     except Interrupted:
         outcomes, status = read_outcomes(output, runs), INTERRUPTED

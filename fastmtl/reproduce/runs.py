@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -52,10 +52,16 @@ def check_directory(output: Path, runs: list[PlannedRun]) -> None:
 
 
 def run_all(
-    output: Path, runs: list[PlannedRun], *, train_scores: bool, say: Callable[[str], None]
+    output: Path,
+    runs: list[PlannedRun],
+    *,
+    train_scores: bool,
+    say: Callable[[str], None],
+    launcher: Sequence[str] = (),
 ) -> tuple[dict[Path, Outcome], dict[Path, str]]:
     """Makes the runs that are not finished. Returns outcomes, and reasons of those that failed, by `PlannedRun.folder`.
 
+    launcher: a command that is put in front of `fastmtl train` (deepspeed --no_python); default: one process.
     Raises Interrupted after SIGINT or SIGTERM; the run at hand has then saved where it is.
     """
     outcomes: dict[Path, Outcome] = {}
@@ -68,7 +74,7 @@ def run_all(
             outcomes[run.folder] = _read_outcome(directory)
             continue
         say(f"run {number} of {len(runs)}: {run.variant.name}, seed {run.seed}")
-        status = _train(directory, run.recipe)
+        status = _train(directory, run.recipe, launcher)
         if status == 0 and (directory / "results.json").is_file():
             outcomes[run.folder] = _finish(directory, run, train_scores)
         else:
@@ -83,11 +89,12 @@ def read_outcomes(output: Path, runs: list[PlannedRun]) -> dict[Path, Outcome]:
     return {folder: _read_outcome(output / folder) for folder in finished}
 
 
-def _train(directory: Path, recipe: Recipe) -> int:
+def _train(directory: Path, recipe: Recipe, launcher: Sequence[str]) -> int:
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / "recipe.yaml"
     file.write_text(recipe.dump(), encoding="utf-8")
-    return run_fastmtl("train", str(file), "--output", str(directory), "--resume")
+    command = [*launcher, "fastmtl"] if launcher else FASTMTL
+    return run_fastmtl("train", str(file), "--output", str(directory), "--resume", command=command)
 
 
 def _finish(directory: Path, run: PlannedRun, train_scores: bool) -> Outcome:

@@ -44,7 +44,8 @@ class Row(_Part):
             yield self.name, Variant(self.recipe, self.recipe, {})
         for label, settings in self.sweep.items():
             slug = re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-")
-            yield f"{self.name}: {label}", Variant(f"{self.recipe}@{slug}", self.recipe, settings)
+            name = f"{self.recipe}@{slug}" if settings else self.recipe  # no settings: the member is the recipe itself
+            yield f"{self.name}: {label}", Variant(name, self.recipe, settings)
 
 
 class Table(_Part):
