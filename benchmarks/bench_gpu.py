@@ -37,6 +37,9 @@ TOOLS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
 TOOL_SECONDS = 120
 CLEAN = "clean"
 PEER_ROWS = 32
+PROFILER = [sys.executable, "-c", "from fastmtl.cli import main; main()", "profile", "demo"]
+PROFILER += ["--batch-sizes", "16,64", "--methods", "sum,pcgrad"]
+PROFILER_SECONDS = 150
 Part = Callable[[Say], dict[str, Any]]
 
 
@@ -68,6 +71,9 @@ def main() -> None:
             else:
                 result[key] = measured
             save(result, path)
+        if not missing:
+            say("fastmtl profile")
+            failures += _profiled(chosen, chosen.results / name / "profile")
         say("compute-sanitizer")
         result["compute-sanitizer"] = sanitized(chosen.device)
     failures += [f"{tool} {found}" for tool, found in result["compute-sanitizer"].items() if found.startswith("found")]
@@ -136,6 +142,17 @@ def _drawn(measured: dict[str, Any], directory: Path) -> list[str]:
     except (ModuleNotFoundError, UserError) as error:
         return [f"no picture of {measured['benchmark']}: {error}"]
     return []
+
+
+def _profiled(chosen: argparse.Namespace, directory: Path) -> list[str]:
+    """Profiles the demo into a directory, profile.json and pictures; what went wrong."""
+    command = [*PROFILER, "--output", str(directory), *(["--commit", chosen.commit] if chosen.commit else [])]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=PROFILER_SECONDS)
+    except subprocess.TimeoutExpired:
+        return [f"fastmtl profile did not end in {PROFILER_SECONDS} s; {directory} has the points until then"]
+    print(run.stdout)
+    return [f"fastmtl profile: {run.stderr.strip()[-500:]}"] if run.returncode else []
 
 
 def _missing() -> str:

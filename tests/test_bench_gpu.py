@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -30,6 +31,7 @@ def bench_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     spec.loader.exec_module(module)
     monkeypatch.setitem(sizes.SHAPES, "minilm", TINY)
     monkeypatch.setattr(module, "PEER_ROWS", 4)
+    monkeypatch.setattr(module, "PROFILER", [sys.executable, "-c", "import sys; print('profiled', *sys.argv[1:])"])
     monkeypatch.setattr(surgery, "in_own_process", lambda _, name, size, __: (2 + size.shape.rows) * MIB)
     monkeypatch.setattr(peers, "in_own_process", lambda _, *more: (2 + more[1].shape.rows if more[1:] else 1) * MIB)
     monkeypatch.setattr(kernels, "in_own_process", lambda function, *arguments, preload: function(*arguments))
@@ -77,6 +79,7 @@ def test_the_whole_run(
     ]
     for bound in result["bounds"]:
         assert f"{bound['what']}: {bound['measured']:.3g}, bound" in printed
+    assert f"profiled --output {tmp_path / 'results'}" in printed
     why = "not run: compute-sanitizer is not on PATH"
     assert result["compute-sanitizer"] == {"memcheck": why, "racecheck": why}
     assert result["failures"] == []
@@ -100,6 +103,16 @@ def test_a_missing_package_is_named_and_the_rest_is_measured(
         "pool mean of the copy's speed",
         "pool max of the copy's speed",
     ]
+
+
+def test_a_profiler_that_fails_says_why(bench_gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert bench_gpu.PROFILER_SECONDS < 540
+    chosen = argparse.Namespace(commit=None)
+    monkeypatch.setattr(bench_gpu, "PROFILER", [sys.executable, "-c", "import sys; sys.exit('no encoder here')"])
+    assert bench_gpu._profiled(chosen, tmp_path) == ["fastmtl profile: no encoder here"]
+    monkeypatch.setattr(bench_gpu, "PROFILER", [sys.executable, "-c", "import time; time.sleep(9)"])
+    monkeypatch.setattr(bench_gpu, "PROFILER_SECONDS", 0.1)
+    assert bench_gpu._profiled(chosen, tmp_path)[0].startswith("fastmtl profile did not end in 0.1 s")
 
 
 def test_a_wrong_result_fails_and_the_rest_is_measured(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -78,6 +80,7 @@ def _sdpa(layout: Padded) -> Run:
 
 def _nested(rows: Rows) -> Run:
     offsets, longest = rows.cu_seqlens.long(), max(rows.lengths)
+    warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors is in prototype stage")
 
     def run(t: Tensors, dropout: float) -> Tensor:
         q, k, v = (
