@@ -405,7 +405,8 @@ class Recipe(Section):
 
 
 def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Recipe:
-    """Reads a bundled recipe or a YAML file and applies `section.key=value` overrides (values are YAML).
+    """Reads a bundled recipe or a YAML file and applies `section.key=value` overrides (values are YAML, null takes
+    away what the recipe has there).
 
     Raises UserError naming the file and key for anything that is not a valid recipe.
     """
@@ -436,9 +437,13 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             raise UserError(f"'{override}': {'.'.join(parents[: depth + 1])} is a value, not a section")
         node = child
     try:
-        node[last] = _scalar(text)
+        value = _scalar(text)
     except yaml.YAMLError as error:
         raise UserError(f"'{override}': the value is not YAML: {error}") from None
+    if value is None and last in node:  # as in `extends`: null takes a key away
+        del node[last]
+    else:
+        node[last] = value
 
 
 def _scalar(text: str) -> Any:

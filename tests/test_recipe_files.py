@@ -43,6 +43,15 @@ def test_null_takes_away_and_new_tasks_come_last(tmp_path: Path) -> None:
     assert recipe.optimizer.lr == 1e-4  # the default
 
 
+def test_null_in_an_override_takes_away_too(tmp_path: Path) -> None:
+    path = write(tmp_path, base=BASE)
+    recipe = load_recipe(path, ["tasks.a=null", "optimizer.lr=null", "encoder.max_length=null"])
+    assert recipe.task_names == ["b"]
+    assert recipe.optimizer.lr == 1e-4 and recipe.encoder.max_length is None
+    with pytest.raises(UserError, match=r"tasks\.aa: "):
+        load_recipe(path, ["tasks.aa=null"])
+
+
 def test_chains_and_folders(tmp_path: Path) -> None:
     (tmp_path / "inner").mkdir()
     write(tmp_path, base=BASE)
