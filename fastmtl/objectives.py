@@ -31,10 +31,10 @@ class Objectives:
     for none of these, or the model has other losses than its tasks'.
 
     Made before an engine takes the model: the teacher starts with its weights. Every rank makes one and calls it, and
-    all of them stay equal.
+    all of them stay equal. corpus: for `after_epoch`.
     """
 
-    def __init__(self, recipe: Recipe, model: nn.Module, corpus: Corpus) -> None:
+    def __init__(self, recipe: Recipe, model: nn.Module, corpus: Corpus | None = None) -> None:
         self._recipe, self._corpus = recipe, corpus
         self._model = model if isinstance(model, MultiTaskModel) else None
         self._average: DynamicWeightAverage | None = None
@@ -101,6 +101,7 @@ class Objectives:
 
     def _sample(self, dev: Metrics) -> Corpus:
         """Training rows in the place of dev rows, as many, evenly taken; of the tasks that have dev rows."""
+        assert self._corpus is not None
         samples: list[TokenizedDataset | None] = []
         for name, train, rows in zip(self._recipe.task_names, self._corpus.train, self._corpus.dev, strict=True):
             if name not in dev or rows is None or train is None:

@@ -12,8 +12,8 @@ from fastmtl import ranges
 from fastmtl.config import Recipe
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.engine.build import build_engine, build_surgery
-from fastmtl.model.cached_pairs import cache_pairs
 from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.objectives import Objectives
 from fastmtl.profile.accounting import Accounting
 from fastmtl.profile.engine_tensors import gradient_buffers, optimiser_tensors, partitioned_weights
 from fastmtl.surgery import SurgeryInfo
@@ -31,6 +31,7 @@ class Steps:
         for parameter in model.parameters():
             if parameter.requires_grad:  # before the engine puts hooks of its own there
                 parameter.register_hook(self._gradient)
+        self._objectives = Objectives(recipe, model)
         self._engine = build_engine(recipe, model, world, TOTAL_STEPS)
         self._surgery = build_surgery(recipe, self._engine, model)
         self._accounting = Accounting(device)
@@ -52,12 +53,13 @@ class Steps:
     def step(self, micro_batches: Sequence[PackedBatch]) -> SurgeryInfo:
         with ranges.named("data"):
             micro_batches = [batch.to(self._device) for batch in micro_batches]
-        micro_batches = cache_pairs(self._engine.module, micro_batches)
+        micro_batches = self._objectives.prepare(micro_batches)
         counts = dict(zip(self._recipe.task_names, micro_batches[0].group_counts or (), strict=True))
-        info = self._surgery.run(micro_batches, _losses, counts)
+        info = self._surgery.run(micro_batches, _losses, counts, self._objectives.weights(None))
         if info.skipped is None:
             with ranges.named("optimiser"):
                 self._engine.step()
+        self._objectives.after_step(info)
         return info
 
     def counted(self, micro_batches: Sequence[PackedBatch]) -> Accounting:
