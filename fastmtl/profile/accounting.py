@@ -37,7 +37,7 @@ class Storage:
     made: int
     range: Name | None
     section: int | None
-    operation: str
+    operation: Any
     shape: tuple[int, ...]
     freed: int | None = None
     part: Part | None = None
@@ -76,7 +76,7 @@ class Accounting(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for value in tree_iter(result):
             if isinstance(value, Tensor):
-                self._see(value, str(function))
+                self._see(value, function)
         return result
 
     def heed(self, name: Name, begins: bool) -> None:
@@ -97,7 +97,7 @@ class Accounting(TorchDispatchMode):
     def name(self, tensors: Iterable[Tensor], part: Part) -> None:
         """These storages are of that part, whatever made them."""
         for tensor in tensors:
-            storage = self._see(tensor, "")
+            storage = self._see(tensor, None)
             if storage is not None:
                 storage.part = part
 
@@ -135,7 +135,7 @@ class Accounting(TorchDispatchMode):
     def live_bytes(self) -> int:
         return sum(storage.nbytes for _, storage in self._alive.values())
 
-    def _see(self, tensor: Tensor, operation: str) -> Storage | None:
+    def _see(self, tensor: Tensor, operation: Any) -> Storage | None:
         if tensor.device.type != self._device or tensor.layout != torch.strided:
             return None
         held = tensor.untyped_storage()

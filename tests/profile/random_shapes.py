@@ -47,14 +47,14 @@ def draw(random: np.random.Generator) -> tuple[Recipe, BertConfig, list[PackedBa
     config = BertConfig(
         vocab_size=int(random.integers(40, 4000)),
         hidden_size=hidden,
-        num_hidden_layers=int(random.integers(1, 6)),
+        num_hidden_layers=int(random.integers(1, 5)),
         num_attention_heads=heads,
         intermediate_size=hidden * one(2, 3, 4),
         max_position_embeddings=one(64, 512),
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
     )
-    tasks = int(random.integers(1, 6))
+    tasks = int(random.integers(1, 5))
     method, precision, zero = one("sum", "pcgrad", "pcgrad", "gradvac"), one("fp32", "fp32", "bf16"), one(0, 1, 1, 2, 3)
     storage = "replay" if zero == 3 else one("stacked", "replay")
     adapter = ADAPTERS[random.integers(len(ADAPTERS))]
