@@ -28,7 +28,8 @@ from fastmtl.ranges import Name
 
 @dataclass
 class Storage:
-    """One storage's life: the ticks at which it was made and freed (None: alive), in which range, by which operation.
+    """One storage's life: the ticks at which it was made and freed (None: alive), in which outermost range, by which
+    operation.
 
     section: number of the forward it was made in.
     """
@@ -112,7 +113,7 @@ class Accounting(TorchDispatchMode):
         self._storages = [storage for storage in self._storages if storage.freed is None]
 
     def peak(self, within: Name | None = None) -> Peak:
-        """Of the whole time, or of what was innermost in ranges of this name."""
+        """Of the whole time, or of what was in ranges of this name that were in no other."""
         changes: list[tuple[int, int]] = []
         for storage in self._storages:
             changes.append((storage.made, storage.nbytes))
@@ -151,7 +152,7 @@ class Accounting(TorchDispatchMode):
         storage = Storage(
             held.nbytes(),
             self._next_tick(),
-            self._ranges[-1] if self._ranges else None,
+            self._ranges[0] if self._ranges else None,
             self._sections[-1] if self._sections else None,
             operation,
             tuple(tensor.shape),
@@ -167,7 +168,7 @@ class Accounting(TorchDispatchMode):
 
     def _next_tick(self) -> int:
         self._tick += 1
-        self._range_at[self._tick] = self._ranges[-1] if self._ranges else None
+        self._range_at[self._tick] = self._ranges[0] if self._ranges else None
         return self._tick
 
     def _forward(self, begins: bool) -> None:

@@ -82,7 +82,7 @@ def largest_predicted(plan: Plan, point: Point, nbytes: float) -> int:
     while low < LARGEST and fits(2 * low):
         low *= 2
     high = 2 * low
-    while high - low > max(1, low // (2 * PARTS)):
+    while high - low > max(1, low // (8 * PARTS)):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low

@@ -84,6 +84,7 @@ def _stacked(ledger: Ledger, shape: Shape) -> None:
             ledger.drop("gradients", shape.own * shape.number_bytes)
             _compact_rows(ledger, shape, number)
         ledger.phase = "surgery"
+        ledger.touch(_scattered(shape))
         ledger.touch(_gramian_of_rows(shape))
         merged = (shape.dense + shape.table) * FLOAT
         ledger.hold("gradients", merged)
@@ -226,6 +227,18 @@ def _compact_rows(ledger: Ledger, shape: Shape, number: int) -> None:
     if shape.table and not (shape.sketch_size is not None and shape.storage == "replay"):
         row = shape.hidden * shape.number_bytes + INT64
         ledger.hold("task gradients", shape.loads[number].tokens * row)
+
+
+def _scattered(shape: Shape) -> int:
+    """Each rank's share of the columns of the sum of all ranks' J, made piece by piece, with two copies of a piece;
+    gloo's shares are views of whole pieces.
+    """
+    if shape.world == 1 or shape.reduce != "exact":
+        return 0
+    numbers = shape.tasks * shape.dense
+    piece, share = min(numbers, COLLECTIVE), deepspeed.share(numbers, shape.world)
+    held = max(2 * piece + share, 2 * share) if shape.on_gpu else numbers + max(piece, share)
+    return held * shape.j_bytes
 
 
 def _sketch(shape: Shape) -> int:

@@ -85,6 +85,7 @@ class Shape:
     joint: bool
     storage: str
     scope: str
+    reduce: str
     sketch_size: int | None
     j_bytes: int
     number_bytes: int
@@ -143,6 +144,7 @@ class Shape:
             joint=gradient.method == "sum" or not shared,
             storage=storage,
             scope=gradient.scope,
+            reduce=gradient.reduce,
             sketch_size=gradient.sketch_size if gradient.reduce == "sketch" else None,
             j_bytes=2 if gradient.dtype == "bfloat16" else 4,
             number_bytes=4 if engine.precision == "fp32" else 2,

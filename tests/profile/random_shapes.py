@@ -1,5 +1,5 @@
-"""Measures random small recipes next to the model's prediction: JSON for the tests. In a process of its own, since
-DeepSpeed's engine wants a process group.
+"""Measures random small recipes next to the model's prediction: JSON for the tests. In processes of its own, one or
+two of them, since DeepSpeed's engine wants a process group. Every rank has the same rows.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fastmtl.config import Recipe, parse_recipe
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.packing import pack
 from fastmtl.data.tokenized import TokenizedDataset
-from fastmtl.engine.distributed import start
+from fastmtl.engine.distributed import Ranks, start
 from fastmtl.model.encoder import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.profile.predict import predict
@@ -93,14 +94,15 @@ def _batch(
     return pack(parts, [rows * recipe.engine.accumulation] * tasks)
 
 
-def compare(recipe: Recipe, config: BertConfig, batches: list[PackedBatch], device: torch.device) -> dict[str, Any]:
+def compare(recipe: Recipe, config: BertConfig, batches: list[PackedBatch], ranks: Ranks) -> dict[str, Any]:
+    batches = [replace(b, group_counts=tuple(n * ranks.world for n in b.group_counts or ())) for b in batches]
     torch.manual_seed(0)
     model = MultiTaskModel(recipe, PackedBert(config, checkpointing=recipe.encoder.checkpointing))
     on_meta = copy.deepcopy(model).to("meta")
-    steps = Steps(recipe, model, 1, device)
+    steps = Steps(recipe, model, ranks.world, ranks.device)
     steps.counted(batches)
     peak = steps.counted(batches).peak()
-    shape = Shape.of(recipe, on_meta, list(map(Load.of, batches)), steps.storage, 1, on_gpu=False)
+    shape = Shape.of(recipe, on_meta, list(map(Load.of, batches)), steps.storage, ranks.world, on_gpu=False)
     predicted = predict(shape)
     return {
         "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
@@ -122,7 +124,9 @@ def main() -> None:
     drawn = [draw(random) for _ in range(number)]
     # ZeRO 3 last: DeepSpeed puts a linear layer of its own in place of torch's, for the rest of the process.
     for recipe, config, batches in sorted(drawn, key=lambda one: one[0].engine.zero == 3):
-        print(json.dumps(compare(recipe, config, batches, ranks.device)), flush=True)
+        found = compare(recipe, config, batches, ranks)
+        if ranks.is_main:
+            print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
