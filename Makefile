@@ -11,7 +11,7 @@ export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 
-.PHONY: install train test lint bench bench-kernels bench-step bench-surgery bench-peers gpu-check clean
+.PHONY: install train test lint bench bench-kernels bench-step bench-surgery bench-peers gpu-check compile-table clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -52,6 +52,11 @@ bench: bench-kernels bench-step bench-surgery bench-peers
 bench-kernels bench-step bench-surgery bench-peers: bench-%: install
 	@mkdir -p .benchmarks
 	PATH="$(CURDIR)/$(BIN):$$PATH" fastmtl bench $* --json .benchmarks/$*.json --plot .benchmarks/plots $(ARGS)
+
+# Every configuration of the GPU kernels, compiled without a GPU, into docs/compile-table.md. What did not change comes
+# from .cache/compile-table; csrc/*.cu need nvcc.
+compile-table: install
+	PYTHONPATH=.:kernels $(BIN)/python tools/compile_table.py $(ARGS)
 
 # Tests, benchmarks and compute-sanitizer on a GPU. Nothing is installed: PYTHON needs torch with CUDA and the packages
 # named here, for the surgery benchmark also what the encoder imports (pydantic, transformers, ...). Only the files with

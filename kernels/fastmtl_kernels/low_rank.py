@@ -57,7 +57,7 @@ def low_rank(
         activation: "identity", "gelu" (by erf) or "relu".
         dropout_p: the probability of dropping an element of y, in [0, 1): one number, or one for each task.
         seed: int64 of one element on x's device, one for each call in a step; needed where a dropout_p > 0.
-        impl: "auto", "reference", "torch" or "triton" (CUDA tensors, r <= 256).
+        impl: "auto", "reference", "torch" or "triton" (CUDA tensors, r <= 256, of float32 64).
 
     Returns:
         y [N, d] of x's dtype.

@@ -29,8 +29,8 @@ Activation = Literal["identity", "gelu", "relu"]
 # Fastest first: "auto" takes the first that can be used.
 IMPLS = ("triton", "torch", "reference")
 ACTIVATIONS = ("identity", "gelu", "relu")
-# A program of the Triton kernels holds whole rows of this width.
-MAX_RANK = 256
+# A program of the Triton kernels holds whole rows of this width; what makes float32 exact takes two registers a number.
+MAX_RANK = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 64}
 
 
 class Maps(NamedTuple):
@@ -126,15 +126,17 @@ def select(impl: str, x: Tensor, rank: int, name: str) -> str:
         RuntimeError: the implementation asked for cannot be used here; the message says why.
     """
     if impl == "auto":
-        usable = not why_not("triton", x.device, {x.dtype}) and rank <= MAX_RANK
+        usable = not why_not("triton", x.device, {x.dtype}) and rank <= MAX_RANK[x.dtype]
         return "triton" if usable else "torch"
     if impl not in IMPLS:
         raise ValueError(f"impl must be 'auto', {', '.join(map(repr, IMPLS))}, got {impl!r}")
     reason = why_not(impl, x.device, {x.dtype})
     if reason:
         raise RuntimeError(f"impl={impl!r} cannot be used here: {reason}")
-    if impl == "triton" and rank > MAX_RANK:
-        raise ValueError(f"{name} must have a rank of at most {MAX_RANK} for impl='triton', got {rank}")
+    if impl == "triton" and rank > MAX_RANK[x.dtype]:
+        raise ValueError(
+            f"{name} must have a rank of at most {MAX_RANK[x.dtype]} in {x.dtype} for impl='triton', got {rank}"
+        )
     return impl
 
 

@@ -9,7 +9,8 @@ host, nothing waits. It keeps its z [BLOCK_M, RANK] in registers between the two
 What is kept for backward is h, in the rows' dtype; y before `last` is computed again. Rows of no task are one more
 segment, whose y and dx are zeros. Weight gradients: low_rank_weights_triton.
 
-Limits: RANK up to 256. Equal inputs give equal bits. Source: as fastmtl_kernels.low_rank_reference.
+Limits: RANK up to 256, of float32 up to 64. Equal inputs give equal bits. Source: as
+fastmtl_kernels.low_rank_reference.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def _block_of_task(
     begins = tl.load(token_offsets_ptr + offs_t, mask=offs_t <= num_tasks, other=num_rows)
     ends = tl.load(token_offsets_ptr + offs_t + 1, mask=offs_t < num_tasks, other=num_rows)
     blocks = (ends - begins + BLOCK_M - 1) // BLOCK_M
-    past = tl.sum(tl.where(offs_t[None, :] <= offs_t[:, None], blocks[None, :], 0), 1)
+    past = tl.cumsum(blocks, 0)
     program = tl.program_id(0)
     task = tl.sum((past <= program).to(tl.int32), 0)
     mine = offs_t == task

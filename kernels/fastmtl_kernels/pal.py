@@ -75,7 +75,7 @@ def pal(
         out_dropout_p: the probability of dropping an element of y, in [0, 1): one number, or one for each task.
         seed: int64 of one element on x's device, one for each call in a step; needed where anything is dropped.
         impl: "auto", "reference", "torch" (matrix products by torch, attention by what varlen_attention's "auto" takes)
-            or "triton" (CUDA tensors, s <= 256, head sizes as in varlen_attention).
+            or "triton" (CUDA tensors, s <= 256, of float32 64; head sizes as in varlen_attention).
         plan: for the Triton kernels of attention, as in varlen_attention.
 
     Returns:

@@ -141,6 +141,67 @@ def tile_fwd_kernel(
 
 
 @triton.jit
+def _tile_grads(
+    q_ptr: tl.tensor,
+    k_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    dout_ptr: tl.tensor,
+    dq_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    starts_ptr: tl.tensor,
+    seed_ptr: tl.tensor,
+    first_slot: tl.tensor,
+    head: tl.tensor,
+    stride_qkv_row: tl.tensor,
+    stride_dout_row: tl.tensor,
+    num_heads: tl.tensor,
+    scale: tl.tensor,
+    scale_log2: tl.tensor,
+    threshold: tl.tensor,
+    keep_scale: tl.tensor,
+    WANT_DQ: tl.constexpr,
+    WANT_DK: tl.constexpr,
+    WANT_DV: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """What is wanted of dQ, dK and dV of the tile whose slots begin with first_slot."""
+    slots_m = first_slot + tl.arange(0, _TILE)
+    slots_n = first_slot + key_slots()
+    rows_m = tl.load(rows_ptr + slots_m)
+    rows_n = tl.load(rows_ptr + slots_n)
+    starts_m = tl.load(starts_ptr + slots_m)
+    starts_n = tl.load(starts_ptr + slots_n)
+    q = load_rows(q_ptr, rows_m, stride_qkv_row, starts_m >= 0, HEAD_DIM, BLOCK_D)
+    k = load_rows(k_ptr, rows_n, stride_qkv_row, starts_n >= 0, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_ptr, rows_n, stride_qkv_row, starts_n >= 0, HEAD_DIM, BLOCK_D)
+    dout = load_rows(dout_ptr, rows_m, stride_dout_row, starts_m >= 0, HEAD_DIM, BLOCK_D)
+
+    p, norm = _probabilities(q, k, starts_m, starts_n, scale_log2, PRECISION)
+    p *= norm[:, None]
+    dp = tl.dot(dout, v.T, input_precision=PRECISION)
+    dropped = p
+    if DROPOUT:
+        groups = _key_groups(rows_ptr, starts_ptr, first_slot)
+        kept = keep(tl.load(seed_ptr), groups, rows_m, head, threshold)
+        dropped = tl.where(kept, p * keep_scale, 0.0)
+        dp = tl.where(kept, dp * keep_scale, 0.0)
+    part = num_heads * HEAD_DIM
+    if WANT_DV:
+        dv = tl.dot(dropped.to(dout.dtype).T, dout, input_precision=PRECISION)
+        store_rows(dq_ptr + 2 * part, dv, rows_n, 3 * part, rows_n >= 0, HEAD_DIM, BLOCK_D)
+    ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q.dtype)
+    if WANT_DQ:
+        dq = tl.dot(ds, k, input_precision=PRECISION) * scale
+        store_rows(dq_ptr, dq, rows_m, 3 * part, rows_m >= 0, HEAD_DIM, BLOCK_D)
+    if WANT_DK:
+        dk = tl.dot(ds.T, q, input_precision=PRECISION) * scale
+        store_rows(dq_ptr + part, dk, rows_n, 3 * part, rows_n >= 0, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
 def tile_bwd_kernel(
     qkv_ptr: tl.tensor,
     dout_ptr: tl.tensor,
@@ -160,43 +221,40 @@ def tile_bwd_kernel(
     keep_scale: tl.tensor,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """dQ, dK and dV of the tile tl.program_id(0) // num_heads."""
+    """dQ, dK and dV of the tile tl.program_id(0) // num_heads, by a program each where they are SPLIT."""
     head = tl.program_id(0) % num_heads
     first_slot = tl.program_id(0) // num_heads * _TILE
-    slots_m = first_slot + tl.arange(0, _TILE)
-    slots_n = first_slot + key_slots()
-    rows_m = tl.load(rows_ptr + slots_m)
-    rows_n = tl.load(rows_ptr + slots_n)
-    starts_m = tl.load(starts_ptr + slots_m)
-    starts_n = tl.load(starts_ptr + slots_n)
     q_ptr = qkv_ptr + head.to(tl.int64) * stride_qkv_head
     k_ptr = q_ptr + stride_qkv_part
     v_ptr = k_ptr + stride_qkv_part
     dout_ptr += head.to(tl.int64) * stride_dout_head
-    q = load_rows(q_ptr, rows_m, stride_qkv_row, starts_m >= 0, HEAD_DIM, BLOCK_D)
-    k = load_rows(k_ptr, rows_n, stride_qkv_row, starts_n >= 0, HEAD_DIM, BLOCK_D)
-    v = load_rows(v_ptr, rows_n, stride_qkv_row, starts_n >= 0, HEAD_DIM, BLOCK_D)
-    dout = load_rows(dout_ptr, rows_m, stride_dout_row, starts_m >= 0, HEAD_DIM, BLOCK_D)
-
-    p, norm = _probabilities(q, k, starts_m, starts_n, scale_log2, PRECISION)
-    p *= norm[:, None]
-    dp = tl.dot(dout, v.T, input_precision=PRECISION)
-    dropped = p
-    if DROPOUT:
-        groups = _key_groups(rows_ptr, starts_ptr, first_slot)
-        kept = keep(tl.load(seed_ptr), groups, rows_m, head, threshold)
-        dropped = tl.where(kept, p * keep_scale, 0.0)
-        dp = tl.where(kept, dp * keep_scale, 0.0)
-    dv = tl.dot(dropped.to(dout.dtype).T, dout, input_precision=PRECISION)
-    ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q.dtype)
-    dq = tl.dot(ds, k, input_precision=PRECISION) * scale
-    dk = tl.dot(ds.T, q, input_precision=PRECISION) * scale
-
-    part = num_heads * HEAD_DIM
     dq_ptr = dqkv_ptr + head * HEAD_DIM
-    store_rows(dq_ptr, dq, rows_m, 3 * part, rows_m >= 0, HEAD_DIM, BLOCK_D)
-    store_rows(dq_ptr + part, dk, rows_n, 3 * part, rows_n >= 0, HEAD_DIM, BLOCK_D)
-    store_rows(dq_ptr + 2 * part, dv, rows_n, 3 * part, rows_n >= 0, HEAD_DIM, BLOCK_D)
+    if SPLIT:
+        if tl.program_id(1) == 0:
+            _tile_grads(
+                q_ptr, k_ptr, v_ptr, dout_ptr, dq_ptr, rows_ptr, starts_ptr, seed_ptr, first_slot, head,
+                stride_qkv_row, stride_dout_row, num_heads, scale, scale_log2, threshold, keep_scale,
+                True, False, False, HEAD_DIM, BLOCK_D, DROPOUT, PRECISION,
+            )  # fmt: skip
+        elif tl.program_id(1) == 1:
+            _tile_grads(
+                q_ptr, k_ptr, v_ptr, dout_ptr, dq_ptr, rows_ptr, starts_ptr, seed_ptr, first_slot, head,
+                stride_qkv_row, stride_dout_row, num_heads, scale, scale_log2, threshold, keep_scale,
+                False, True, False, HEAD_DIM, BLOCK_D, DROPOUT, PRECISION,
+            )  # fmt: skip
+        else:
+            _tile_grads(
+                q_ptr, k_ptr, v_ptr, dout_ptr, dq_ptr, rows_ptr, starts_ptr, seed_ptr, first_slot, head,
+                stride_qkv_row, stride_dout_row, num_heads, scale, scale_log2, threshold, keep_scale,
+                False, False, True, HEAD_DIM, BLOCK_D, DROPOUT, PRECISION,
+            )  # fmt: skip
+    else:
+        _tile_grads(
+            q_ptr, k_ptr, v_ptr, dout_ptr, dq_ptr, rows_ptr, starts_ptr, seed_ptr, first_slot, head,
+            stride_qkv_row, stride_dout_row, num_heads, scale, scale_log2, threshold, keep_scale,
+            True, True, True, HEAD_DIM, BLOCK_D, DROPOUT, PRECISION,
+        )  # fmt: skip

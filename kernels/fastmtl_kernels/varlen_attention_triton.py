@@ -53,23 +53,30 @@ def _constants(qkv: Tensor, dropout_p: float) -> dict[str, Any]:
     }
 
 
-def _tile_bwd_options(head_dim: int) -> dict[str, Any]:
-    """What keeps tile_bwd_kernel within the registers of sm_90."""
-    return {"num_warps": 8 if head_dim > 64 else 4}
+def _tile_bwd_options(qkv: Tensor) -> dict[str, Any]:
+    """What keeps tile_bwd_kernel within the registers of sm_90: dQ, dK and dV by a program each if one has no room."""
+    head_dim = qkv.shape[3]
+    split = qkv.dtype == torch.float32 and head_dim > 16 and head_dim != 32
+    return {"SPLIT": split, "num_warps": 8 if split or head_dim > 64 else 4}
 
 
-def _long_bwd_options(qkv: Tensor) -> dict[str, Any]:
+def _long_fwd_options(qkv: Tensor) -> dict[str, Any]:
+    """What keeps long_fwd_kernel within the registers of sm_90: heads that no vector loads want more warps."""
+    wide = qkv.dtype == torch.float32 and 16 < qkv.shape[3] < 32
+    return {"num_warps": 8, "num_stages": 1} if wide else {}
+
+
+def _long_bwd_options(qkv: Tensor, dropout_p: float) -> dict[str, Any]:
     """What keeps long_bwd_kernel within the registers of sm_90.
 
     Heads that are not loaded by vectors need a register for every address: more warps, and no loads ahead. dK and dV
-    are left to two programs where one would not hold both.
+    are left to two programs where one would not hold both. Without dropout the compiler keeps more of the next block.
     """
     head_dim, is_float = qkv.shape[3], qkv.dtype == torch.float32
     vectors = head_dim in (16, 32, 64) and not is_float
-    options = {"num_warps": 4, "num_stages": 2} if vectors else {"num_warps": 8, "num_stages": 1}
-    if is_float:
-        options["num_warps"] = 4
-    return {"SPLIT": head_dim > 64 or is_float, **options}
+    ahead = vectors and (dropout_p > 0 or head_dim < 64)
+    num_warps = 4 if vectors or is_float else 8
+    return {"SPLIT": head_dim > 64 or is_float, "num_warps": num_warps, "num_stages": 2 if ahead else 1}
 
 
 def _common(qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None) -> dict[str, Any]:
@@ -101,7 +108,9 @@ def forward(
             out_ptr=out, rows_ptr=plan.tile_rows, starts_ptr=plan.tile_starts, **common
         )
     if len(plan.blocks):
-        long_fwd_kernel[(len(plan.blocks) * num_heads,)](out_ptr=out, lse_ptr=lse, blocks_ptr=plan.blocks, **common)
+        long_fwd_kernel[(len(plan.blocks) * num_heads,)](
+            out_ptr=out, lse_ptr=lse, blocks_ptr=plan.blocks, **common | _long_fwd_options(qkv)
+        )
     return out, lse
 
 
@@ -116,7 +125,7 @@ def backward(
     seed: Tensor | None,
 ) -> Tensor:
     """dqkv [N, 3, heads, head_dim]."""
-    num_heads, head_dim = qkv.shape[2:]
+    num_heads = qkv.shape[2]
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     common = _common(qkv, scale, dropout_p, seed) | {
         "dout_ptr": dout,
@@ -126,11 +135,12 @@ def backward(
         "scale": scale,
     }
     if len(plan.tile_rows):
-        tile_bwd_kernel[(len(plan.tile_rows) * num_heads,)](
-            rows_ptr=plan.tile_rows, starts_ptr=plan.tile_starts, **common | _tile_bwd_options(head_dim)
+        options = _tile_bwd_options(qkv)
+        tile_bwd_kernel[(len(plan.tile_rows) * num_heads, 3 if options["SPLIT"] else 1)](
+            rows_ptr=plan.tile_rows, starts_ptr=plan.tile_starts, **common | options
         )
     if len(plan.blocks):
-        options = _long_bwd_options(qkv)
+        options = _long_bwd_options(qkv, dropout_p)
         long_bwd_kernel[(len(plan.blocks) * num_heads, 3 if options["SPLIT"] else 2)](
             out_ptr=out, lse_ptr=lse, blocks_ptr=plan.blocks, **common | options
         )

@@ -19,15 +19,19 @@ import pytest
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """A kernel as it would run: per thread registers and bytes spilled, per block bytes of shared memory.
+    """A kernel as it would run: per thread registers and bytes spilled, per block bytes of shared memory and warps.
 
-    `signature` has the types of its arguments, "*bf16:16" for a pointer to bf16 that is aligned to 16 bytes;
-    `instructions` counts those of the machine code, {"LDG.E.128": 6, ...}; tensor cores are HMMA and HGMMA.
+    `signature` has the types of its arguments, "*bf16:16" for a pointer to bf16 that is aligned to 16 bytes; `dots` are
+    those of its source; `instructions` counts those of the machine code, {"LDG.E.128": 6, ...}; tensor cores are HMMA
+    and HGMMA.
     """
 
     name: str
     signature: dict[str, Any]
     constants: dict[str, Any]
+    warps: int
+    stages: int
+    dots: int
     registers: int
     spilled: int
     shared: int
@@ -62,7 +66,7 @@ def compile_ahead(tmp_path: Path) -> Callable[[Callable[[], None], int], list[Co
         pytest.skip("triton is not installed")
 
     def compile_for(function: Callable[[], None], capability: int) -> list[Compiled]:
-        script = Path(__file__).with_name("triton_aot.py")
+        script = Path(__file__).parents[2] / "tools" / "triton_aot.py"
         command = [sys.executable, str(script), inspect.getfile(function), function.__name__, str(capability)]
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment["TRITON_CACHE_DIR"] = str(tmp_path)

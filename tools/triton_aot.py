@@ -2,27 +2,30 @@
 
 Usage: triton_aot.py FILE FUNCTION CAPABILITY, the capability as 80 or 90. Calls the function of a Python file with
 Triton's launches replaced by compilation, so that types, alignment and constants are what the launchers choose.
-Tensors may be on the CPU or meta; nothing is computed. Prints one JSON object per kernel; the fixture in conftest.py
-reads them.
+Tensors may be on the CPU or meta; nothing is computed. Prints one JSON object per kernel. The fixture in
+tests/kernels/conftest.py reads them; compile_table.py imports this file.
 """
 
 from __future__ import annotations
 
 import collections
+import hashlib
 import importlib.util
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+_run = JITFunction.run
 
 
 class AbsentGpu:
@@ -35,26 +38,50 @@ class AbsentGpu:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        """One for each capability, since Triton keeps the target of a device that it has seen."""
+        return self.target.arch
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
-def compiled_by(function: Any, capability: int) -> list[Any]:
-    """Triton's kernels of the launches in a call, each once."""
-    kernels: dict[int, Any] = {}
-    run = JITFunction.run
+class Launch(NamedTuple):
+    """A kernel's call. digest: of all that its machine code is made from but Triton's version and the target."""
 
-    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        kernels[id(kernel)] = kernel
-        return kernel
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    digest: str
 
-    triton.runtime.driver.set_active(AbsentGpu(capability))
-    JITFunction.run = compile_only
-    function()
-    return list(kernels.values())
+    def compile(self, capability: int) -> Any:
+        """Triton's kernel for this target."""
+        triton.runtime.driver.set_active(AbsentGpu(capability))
+        return _run(self.kernel, grid=None, warmup=True, **self.arguments)
+
+
+def launches(function: Callable[[], None]) -> list[Launch]:
+    """The launches in a call that need kernels of their own, each once, without compiling any.
+
+    The launchers under test know no target, so any will do.
+    """
+    found: dict[str, Launch] = {}
+
+    def note(self: JITFunction, *, grid: Any, warmup: bool, **arguments: Any) -> None:
+        def skip_compilation(*, key: str, **_: Any) -> bool:
+            digest = hashlib.sha256(f"{self.cache_key} {key}".encode()).hexdigest()
+            found.setdefault(digest, Launch(self, arguments, digest))
+            return True
+
+        triton.knobs.runtime.jit_cache_hook = skip_compilation
+        _run(self, grid=grid, warmup=True, **arguments)
+
+    triton.runtime.driver.set_active(AbsentGpu(90))
+    JITFunction.run = note
+    try:
+        function()
+    finally:
+        JITFunction.run = _run
+        triton.knobs.runtime.jit_cache_hook = None
+    return list(found.values())
 
 
 def notation(kind: Any, path: tuple[int, ...], attrs: dict[tuple[int, ...], Any]) -> Any:
@@ -65,7 +92,7 @@ def notation(kind: Any, path: tuple[int, ...], attrs: dict[tuple[int, ...], Any]
 
 
 def describe(kernel: Any) -> dict[str, Any]:
-    """The fields of conftest.Compiled."""
+    """The fields of Compiled in tests/kernels/conftest.py."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -82,6 +109,9 @@ def describe(kernel: Any) -> dict[str, Any]:
             if kind != "constexpr"
         },
         "constants": {source.fn.arg_names[path[0]]: value for path, value in source.constants.items()},
+        "warps": kernel.metadata.num_warps,
+        "stages": kernel.metadata.num_stages,
+        "dots": len(re.findall(r"\btt\.dot\b", kernel.asm["ttir"])),
         "registers": used["REG"],
         "spilled": used["STACK"] + used["LOCAL"],
         "shared": kernel.metadata.shared,
@@ -95,5 +125,5 @@ if __name__ == "__main__":
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for kernel in compiled_by(getattr(module, name), int(capability)):
-        print(json.dumps(describe(kernel), default=str))
+    for launch in launches(getattr(module, name)):
+        print(json.dumps(describe(launch.compile(int(capability))), default=str))

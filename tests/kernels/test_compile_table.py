@@ -1,0 +1,80 @@
+"""docs/compile-table.md is that of the kernels as they are, and what is in it is good."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+import compile_table
+
+# Bytes that a thread of the largest kernels may be short of. float32 is made exact by three products of operands that
+# take two registers a number, and is for checks rather than speed.
+SPILLED = {80: 160, 90: 0}
+SPILLED_OF_FLOAT32 = {80: 16 << 10, 90: 0}
+# Of a sequence of more than 64 tokens, in float32, with heads of these columns: neither more or fewer warps, nor loads
+# that do not run ahead, nor products without tensor cores make room for all operands.
+SPILLED_OF_LONG_FLOAT32 = {17: 16, 34: 512, 64: 240}
+
+
+@pytest.fixture(scope="module")
+def table() -> tuple[dict[str, str], dict[str, list[compile_table.Line]]]:
+    return compile_table.read(compile_table.TABLE.read_text())
+
+
+@pytest.fixture(scope="module")
+def lines(table: tuple[dict[str, str], dict[str, list[compile_table.Line]]]) -> list[compile_table.Line]:
+    return [line for section in table[1].values() for line in section]
+
+
+def test_no_source_changed_after_it(table: tuple[dict[str, str], dict[str, list[compile_table.Line]]]) -> None:
+    changed = compile_table.stale(table[0])
+    assert not changed, f"{', '.join(changed)} changed after docs/compile-table.md: run `make compile-table`"
+
+
+def test_every_file_with_kernels_is_in_it(table: tuple[dict[str, str], dict[str, list[compile_table.Line]]]) -> None:
+    digests, sections = table
+    with_kernels = {
+        name
+        for name in digests
+        if "__global__ void" in (text := (compile_table.ROOT / name).read_text()) or "_kernel(\n    " in text
+    }
+    assert with_kernels - {"csrc/gradients_kernels.cuh"} <= sections.keys() and "csrc/gradients.cu" in sections
+    assert all(len(lines) >= 4 for lines in sections.values())
+
+
+def test_a_change_is_seen(tmp_path: Path) -> None:
+    digests, _ = compile_table.read(compile_table.TABLE.read_text())
+    for name in digests:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(compile_table.ROOT / name, tmp_path / name)
+    was = compile_table.stale(digests, tmp_path)
+    assert was == compile_table.stale(digests)
+    changed = "kernels/fastmtl_kernels/pool_triton.py"
+    (tmp_path / changed).write_text((tmp_path / changed).read_text().replace("BLOCK_M = 16", "BLOCK_M = 32"))
+    (tmp_path / "kernels/fastmtl_kernels/new_triton.py").write_text("import triton\n")
+    assert set(compile_table.stale(digests, tmp_path)) == {*was, changed, "kernels/fastmtl_kernels/new_triton.py"}
+
+
+@pytest.mark.parametrize("capability", compile_table.CAPABILITIES)
+def test_spills_and_shared_memory(lines: list[compile_table.Line], capability: int) -> None:
+    for line in lines:
+        _, spilled, shared, _ = line.numbers[capability]
+        allowed = (SPILLED_OF_FLOAT32 if "PRECISION=tf32x3" in line.configuration else SPILLED)[capability]
+        if line.kernel.startswith("long_") and line.types == "fp32":
+            (head_dim,) = map(int, re.findall(r"HEAD_DIM=(\d+)", line.configuration))
+            allowed = max(allowed, SPILLED_OF_LONG_FLOAT32.get(head_dim, 0))
+        assert spilled <= allowed, line
+        assert shared <= compile_table.SHARED[capability], line
+
+
+def test_dots_are_done_by_tensor_cores(lines: list[compile_table.Line]) -> None:
+    with_dots = [line for line in lines if line.dots]
+    assert {"tile_fwd_kernel", "long_bwd_kernel", "_maps_fwd_kernel", "_weights_kernel"} <= {
+        line.kernel for line in with_dots
+    }
+    for line in with_dots:
+        for numbers in line.numbers.values():
+            assert numbers[3] >= line.dots, line

@@ -1,0 +1,242 @@
+"""The calls whose Triton kernels are in docs/compile-table.md: what the launchers can see, on meta tensors.
+
+Blocks, warps and stages are the launchers' own choices, and every one that they have is here. Of the sizes that a
+kernel is compiled for there is one for each block shape, or more where the models in use have more: widths of BERTs
+from tiny to large, head sizes of these and of projected attention layers, ranks up to the largest. Of a kernel's
+optional parts there are none and all at once, and for one model each. float16 gets bfloat16's choices, so it has fewer
+sizes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastmtl_kernels import (
+    add_layer_norm_triton,
+    dropout_triton,
+    embed_layer_norm_triton,
+    gradients_triton,
+    low_rank_triton,
+    pool_triton,
+    varlen_attention_triton,
+)
+from fastmtl_kernels.add_layer_norm import RowNorm
+from fastmtl_kernels.low_rank_maps import MAX_RANK, Maps, Wants
+from fastmtl_kernels.task_sink import TaskRows
+from fastmtl_kernels.varlen_attention_plan import AttentionPlan
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDTHS = {torch.bfloat16: (128, 256, 384, 512, 768, 1024), torch.float32: (384, 768, 1024), torch.float16: (384, 768)}
+HEAD_DIMS = {
+    torch.bfloat16: (11, 16, 17, 32, 34, 64, 128),
+    torch.float32: (11, 16, 17, 32, 34, 64),
+    torch.float16: (34, 64, 128),
+}
+# One for each padded size.
+RANKS = {dtype: [2**n for n in range(4, 20) if 2**n <= widest] for dtype, widest in MAX_RANK.items()}
+ROWS = 8192
+SEQUENCES = 96
+
+
+def with_widths() -> Iterator[tuple[torch.dtype, int]]:
+    return ((dtype, width) for dtype, widths in WIDTHS.items() for width in widths)
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def seed() -> Tensor:
+    return meta(1, dtype=torch.int64)
+
+
+def tasks(count: int = 3) -> TaskRows:
+    return TaskRows(meta(count + 1, dtype=torch.int32), ROWS, None)
+
+
+def add_layer_norm() -> None:
+    parts = (), ("ts", "x_bias", "dropout")
+    cases = [(dtype, width, on) for dtype, width in with_widths() for on in parts]
+    cases += [(torch.bfloat16, 768, on) for on in (("ts",), ("x_bias",), ("dropout",), ("ts", "dropout"))]
+    for dtype, width, on in cases:
+        rows, column = meta(ROWS, width, dtype=dtype), meta(width, dtype=dtype)
+        ts, x_bias = rows if "ts" in on else None, column if "x_bias" in on else None
+        rate = 0.1 if "dropout" in on else 0.0
+        call = RowNorm(add_layer_norm_triton, rate, 1e-12, tasks(), None, True)
+        drawn = seed() if rate else None
+        _, z, mean, rstd, _ = add_layer_norm_triton.forward(rows, rows, ts, x_bias, column, column, drawn, call)
+        sums = 3 if x_bias is not None else 2
+        add_layer_norm_triton.backward(rows, z, mean, rstd, column, drawn, call, dx_dtype=dtype, num_sums=sums)
+
+
+def add_layer_norm_in_part() -> None:
+    """Backward where parameters or x want no gradient, or x has another dtype than the residual."""
+    for dtype, width in ((torch.bfloat16, 384), (torch.bfloat16, 1024), (torch.float32, 1024)):
+        rows, column, numbers = (
+            meta(ROWS, width, dtype=dtype),
+            meta(width, dtype=dtype),
+            meta(ROWS, dtype=torch.float32),
+        )
+        call = RowNorm(add_layer_norm_triton, 0.1, 1e-12, tasks(), None, True)
+        for drawn, x_dtype, sums in (
+            (seed(), dtype, 0),
+            (seed(), None, 2),
+            (None, None, 0),
+            (None, torch.bfloat16 if dtype == torch.float32 else torch.float32, 2),
+        ):
+            add_layer_norm_triton.backward(
+                rows, rows, numbers, numbers, column, drawn, call, dx_dtype=x_dtype, num_sums=sums
+            )
+
+
+def embed_layer_norm() -> None:
+    cases = [(dtype, width, 0.1) for dtype, width in with_widths()] + [(torch.bfloat16, 768, 0.0)]
+    for dtype, width, rate in cases:
+        ids, column = meta(ROWS, dtype=torch.int64), meta(width, dtype=dtype)
+        tables = meta(30522, width, dtype=dtype), meta(512, width, dtype=dtype), meta(2, width, dtype=dtype)
+        call = RowNorm(embed_layer_norm_triton, rate, 1e-12, tasks(), None, True)
+        drawn = seed() if rate else None
+        y, z, mean, rstd = embed_layer_norm_triton.forward((ids, ids, ids), tables, column, column, drawn, call)
+        embed_layer_norm_triton.backward(y, z, mean, rstd, column, drawn, call)
+
+
+def dropout() -> None:
+    for dtype, width in (*with_widths(), (torch.bfloat16, 4096)):
+        dropout_triton.dropout(meta(ROWS, width, dtype=dtype), 0.1, seed())
+
+
+def pool() -> None:
+    cu_seqlens = meta(SEQUENCES + 1, dtype=torch.int32)
+    sizes = [(dtype, 768) for dtype in DTYPES] + [(torch.bfloat16, width) for width in (16, 32, 64)]
+    for (dtype, width), mode in itertools.product(sizes, ("cls", "mean", "max")):
+        out, winners = pool_triton.forward(meta(ROWS, width, dtype=dtype), cu_seqlens, mode)
+        pool_triton.backward(out, cu_seqlens, winners, mode, ROWS)
+
+
+def gradients() -> None:
+    """1 to 8 tasks and some more, rows of all alignments, results of J's dtype and of float32, sizes of int64."""
+    cases = list(itertools.product((*range(1, 9), 16, 64), (1 << 20,), (torch.float32, torch.bfloat16)))
+    cases += [(3, 999_999, dtype) for dtype in DTYPES] + [(3, 2**31 + 8, torch.bfloat16), (8, 1 << 20, torch.float16)]
+    for num_tasks, size, dtype in cases:
+        rows = [[row] for row in meta(num_tasks, size, dtype=dtype)]
+        for out_dtype in {dtype, torch.float32}:
+            gradients_triton.combine(rows, meta(num_tasks, dtype=torch.float32), [meta(size, dtype=out_dtype)])
+        if num_tasks <= gradients_triton.MAX_ROWS:
+            gradients_triton.gramian(rows)
+
+
+def attention() -> None:
+    for dtype, sizes in HEAD_DIMS.items():
+        for head_dim in sizes:
+            _attention(dtype, 12, head_dim, 0.1)
+    for dtype, head_dim in ((torch.float32, 32), (torch.float32, 64), (torch.bfloat16, 32), (torch.bfloat16, 64)):
+        _attention(dtype, 12, head_dim, 0.0)
+    # A number of heads of which Triton makes a constant or that it knows to be a multiple of 16.
+    for num_heads in (1, 16):
+        _attention(torch.bfloat16, num_heads, 64, 0.1)
+
+
+def _attention(dtype: torch.dtype, num_heads: int, head_dim: int, rate: float) -> None:
+    """Of a batch with short and long sequences."""
+    plan = AttentionPlan.make([0, 20, 200], 208, "meta")
+    qkv = meta(208, 3, num_heads, head_dim, dtype=dtype)
+    drawn = seed() if rate else None
+    out, lse = varlen_attention_triton.forward(qkv, plan, 0.125, rate, drawn)
+    varlen_attention_triton.backward(qkv, out, lse, torch.empty_like(out), plan, 0.125, rate, drawn)
+
+
+def low_rank() -> None:
+    """Of low_rank and lora: both maps, with and without biases, activation and dropout; ranks that fill their padded
+    size and that do not.
+    """
+    for dtype in (torch.float32, torch.bfloat16):
+        for rank in RANKS[dtype]:
+            _maps(dtype, 768, rank, 768, biases=False)
+            _maps(dtype, 768, rank, 768, middle="gelu", rate=0.1)
+    for rank in (1, 8, 31, 100, 204):
+        _maps(torch.bfloat16, 768, rank, 768, rate=0.1)
+    _maps(torch.float32, 768, 33, 768, rate=0.1)
+    for rank in (16, MAX_RANK[torch.float16]):
+        _maps(torch.float16, 768, rank, 768, middle="gelu", rate=0.1)
+    _maps(torch.bfloat16, 768, 64, 768, middle="relu", rate=0.1)
+    for width in (128, 384, 1024):
+        _maps(torch.bfloat16, width, 8, width, rate=0.1)
+
+
+def low_rank_of_many_tasks() -> None:
+    """The tasks' offsets are looked at all at once."""
+    for count, rank in ((1, 16), (40, 16), (200, 16), (200, MAX_RANK[torch.bfloat16])):
+        _maps(torch.bfloat16, 768, rank, 768, middle="gelu", rate=0.1, num_tasks=count)
+
+
+def low_rank_in_part() -> None:
+    """Without a backward, with frozen parameters, with weights that lie in memory as they are multiplied."""
+    for rank in (16, MAX_RANK[torch.bfloat16]):
+        _maps(torch.bfloat16, 768, rank, 768, saves=False)
+        _maps(torch.bfloat16, 768, rank, 768, wants=Wants(False, True, True, True, True))
+        _maps(torch.bfloat16, 768, rank, 768, transposed=False, rate=0.1)
+
+
+def pal() -> None:
+    """Of pal: the map down and to queries, keys and values, and the map up. Attention's kernels are above."""
+    sizes = [(torch.bfloat16, size) for size in (12, 24, 48, 96, 204)]
+    sizes += [(torch.float32, size) for size in (12, 24, 48)]
+    for dtype, size in (*sizes, (torch.float16, 204)):
+        _maps(dtype, None, size, 768, last="gelu", rate=0.1)
+    for dtype, size in ((torch.float32, 48), (torch.bfloat16, 12), (torch.bfloat16, 204)):
+        _maps(dtype, 768, size, 3 * size)
+        _maps(dtype, None, size, 768, biases=False)
+    _maps(torch.bfloat16, None, 204, 768, last="relu", rate=0.1)
+
+
+def _maps(
+    dtype: torch.dtype,
+    d_in: int | None,
+    rank: int,
+    d_out: int,
+    *,
+    biases: bool = True,
+    middle: str = "identity",
+    last: str = "identity",
+    rate: float = 0.0,
+    num_tasks: int = 3,
+    saves: bool = True,
+    wants: Wants | None = None,
+    transposed: bool = True,
+) -> None:
+    """Forward and backward; d_in None: without a first map. transposed: as torch's linear layers keep weights."""
+
+    def weight(rows: int, columns: int) -> Tensor:
+        shape = (num_tasks, columns, rows) if transposed else (num_tasks, rows, columns)
+        return meta(*shape, dtype=dtype).mT if transposed else meta(*shape, dtype=dtype)
+
+    call = Maps(low_rank_triton, tasks(num_tasks), middle, last, (rate,) * num_tasks, saves)
+    x = meta(ROWS, d_in or rank, dtype=dtype)
+    first, second = weight(d_in, rank) if d_in else None, weight(rank, d_out)
+    first_bias = meta(num_tasks, rank, dtype=dtype) if d_in and biases else None
+    second_bias = meta(num_tasks, d_out, dtype=dtype) if biases else None
+    drawn = seed() if rate else None
+    y, h = low_rank_triton.forward(x, first, first_bias, second, second_bias, drawn, call)
+    if not saves:
+        return
+    asked = wants or Wants(True, first is not None, first_bias is not None, True, biases)
+    low_rank_triton.backward(y, x, first, second, second_bias, drawn, h, call=call, wants=asked)
+
+
+CASES = (
+    add_layer_norm,
+    add_layer_norm_in_part,
+    embed_layer_norm,
+    dropout,
+    pool,
+    gradients,
+    attention,
+    low_rank,
+    low_rank_of_many_tasks,
+    low_rank_in_part,
+    pal,
+)

@@ -1,0 +1,280 @@
+"""Writes docs/compile-table.md: what the kernels become on A100 and H100, compiled here, without a GPU.
+
+`make compile-table` runs it. Of Triton every configuration that the calls of compile_cases.py bring the launchers to
+choose, of CUDA every kernel of csrc/*.cu. What Triton compiled is kept in .cache/compile-table, by the digest of all
+that it is made from, so that only changed kernels are compiled again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+TABLE = ROOT / "docs" / "compile-table.md"
+CAPABILITIES = (80, 90)
+# Bytes of shared memory that a block may have on A100 and H100.
+SHARED = {80: 163 << 10, 90: 227 << 10}
+COLUMNS = ("registers", "spilled", "shared", "tensor-core instructions")
+HEADER = """# What the kernels become
+
+Every kernel, compiled ahead of time for A100 (sm_80) and H100 (sm_90) by `make compile-table`. Triton's are those that
+the launchers choose for the calls in [tools/compile_cases.py](../tools/compile_cases.py); CUDA's are all of `csrc/`.
+Registers are those of a thread; spilled is what did not fit them, in bytes of a thread; shared memory is that of a
+block, in bytes, at most {a100:,} on A100 and {h100:,} on H100. Tensor-core instructions are those of the machine code,
+after a stroke the dots of the source. A change of a file below, or of the calls, makes the tests fail until the table
+is made again.
+
+Compiled by {compilers}.
+"""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A configuration of a kernel: of each capability the registers, bytes spilled, bytes of shared memory, tensor-core
+    instructions; dots: of its source.
+    """
+
+    kernel: str
+    configuration: str
+    types: str
+    threads: int
+    dots: int
+    numbers: dict[int, tuple[int, int, int, int]]
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def source_files(root: Path = ROOT) -> list[Path]:
+    """What the table is made from: the files with Triton kernels, those whose constants they take, CUDA, the calls."""
+    kernels = root / "kernels" / "fastmtl_kernels"
+    triton = [path for path in kernels.glob("*.py") if re.search(r"^import triton$", path.read_text(), re.MULTILINE)]
+    cuda = [path for kind in ("*.cu", "*.cuh") for path in (root / "csrc").glob(kind)]
+    also = [kernels / "varlen_attention_plan.py", root / "csrc" / "tensor_table.h", root / "tools" / "compile_cases.py"]
+    return sorted([*triton, *cuda, *also])
+
+
+def read(text: str) -> tuple[dict[str, str], dict[str, list[Line]]]:
+    """The digest of each source file, and the lines of each that has kernels."""
+    digests = dict(re.findall(r"^\| `([^`]+)` \| `([0-9a-f]{16})` \|$", text, re.MULTILINE))
+    sections = {}
+    for section in text.split("\n## `")[1:]:
+        lines = [_read_line(row) for row in re.findall(r"^\| `\w+` \|.*\d \|$", section, re.MULTILINE)]
+        sections[section.partition("`")[0]] = lines
+    return digests, sections
+
+
+def _read_line(row: str) -> Line:
+    kernel, configuration, types, threads, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+    numbers, dots = {}, 0
+    for n, capability in enumerate(CAPABILITIES):
+        registers, spilled, shared, tensor_core = cells[4 * n : 4 * n + 4]
+        used, _, dots_of_source = tensor_core.partition(" / ")
+        dots = int(dots_of_source or 0)
+        numbers[capability] = int(registers), int(spilled), int(shared), int(used)
+    return Line(kernel.strip("`"), configuration, types, int(threads), dots, numbers)
+
+
+def stale(digests: dict[str, str], root: Path = ROOT) -> list[str]:
+    """The source files that changed, came or went after the table was made."""
+    now = {path.relative_to(root).as_posix(): digest(path) for path in source_files(root)}
+    return sorted(name for name in now.keys() | digests.keys() if now.get(name) != digests.get(name))
+
+
+def page(digests: dict[str, str], sections: dict[str, list[Line]], compilers: str) -> str:
+    """The text of the table."""
+    text = [HEADER.format(a100=SHARED[80], h100=SHARED[90], compilers=compilers)]
+    for capability in CAPABILITIES:
+        spilling = [
+            f"- `{line.kernel}` {line.configuration}, {line.types}: {line.numbers[capability][1]} bytes\n"
+            for lines in sections.values()
+            for line in lines
+            if line.numbers[capability][1]
+        ]
+        text.append(f"On sm_{capability} {len(spilling) or 'no'} configurations spill.\n")
+        if spilling:
+            text.append("".join(spilling))
+    cells = ["kernel", "configuration", "types", "threads"]
+    cells += [f"sm_{capability}: {name}" for capability in CAPABILITIES for name in COLUMNS]
+    for section, lines in sections.items():
+        rows = [_row(cells), _row(["---"] * 3 + ["---:"] * (len(cells) - 3)), *map(_row_of, lines)]
+        text.append(f"## `{section}`\n\n" + "".join(rows))
+    rows = [_row(["file", "digest"]), _row(["---"] * 2)]
+    rows += [_row([f"`{name}`", f"`{value}`"]) for name, value in digests.items()]
+    text.append("## What it was made from\n\n" + "".join(rows))
+    return "\n".join(text)
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _row_of(line: Line) -> str:
+    cells = [f"`{line.kernel}`", line.configuration, line.types, str(line.threads)]
+    for registers, spilled, shared, tensor_core in line.numbers.values():
+        cells += [str(registers), str(spilled), str(shared)]
+        cells.append(f"{tensor_core} / {line.dots}" if line.dots else str(tensor_core))
+    return _row(cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile (2)")
+    parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "compile-table")
+    arguments = parser.parse_args()
+    begun = time.monotonic()
+    digests = {path.relative_to(ROOT).as_posix(): digest(path) for path in source_files()}
+    old = read(TABLE.read_text()) if TABLE.exists() else ({}, {})
+    of_triton = triton_sections(arguments.cache, arguments.jobs)
+    sections = cuda_sections(digests, *old) | of_triton
+    compilers = f"Triton {importlib.metadata.version('triton')} and nvcc"
+    TABLE.write_text(page(digests, sections, compilers))
+    count = sum(map(len, sections.values()))
+    print(f"{count} configurations in {TABLE.relative_to(ROOT)}, {time.monotonic() - begun:.0f} s")
+
+
+def triton_sections(cache: Path, jobs: int) -> dict[str, list[Line]]:
+    """The lines of each file with kernels."""
+    import compile_cases
+    import triton_aot
+
+    launches = triton_aot.launches(lambda: [case() for case in compile_cases.CASES])
+    cache.mkdir(parents=True, exist_ok=True)
+    reports = {capability: list(_reports(launches, capability, cache, jobs)) for capability in CAPABILITIES}
+    files = [f"{launch.kernel.__module__.replace('.', '/')}.py" for launch in launches]
+    sections: dict[str, list[Line]] = {}
+    for file, *of_capabilities in zip(files, *reports.values(), strict=True):
+        lines = sections.setdefault(f"kernels/{file}", [])
+        lines.append(_line(dict(zip(CAPABILITIES, of_capabilities, strict=True))))
+    return {file: _told_apart(lines) for file, lines in sorted(sections.items())}
+
+
+def _reports(launches: list[Any], capability: int, cache: Path, jobs: int) -> Iterator[dict[str, Any]]:
+    """What triton_aot.describe says of each launch's kernel, in their order."""
+    import triton
+
+    paths = [
+        cache / (hashlib.sha256(f"{triton.__version__} {capability} {launch.digest}".encode()).hexdigest() + ".json")
+        for launch in launches
+    ]
+    missing = [n for n, path in enumerate(paths) if not path.exists()]
+    # The children are forked, so that they have the launches with their tensors.
+    context = multiprocessing.get_context("fork")
+    global _work
+    _work = launches, paths, capability
+    with tempfile.TemporaryDirectory() as folder, context.Pool(jobs, _begin, (folder,)) as pool:
+        for n, _ in enumerate(pool.imap_unordered(_compile, missing), 1):
+            if n % 50 == 0 or n == len(missing):
+                print(f"sm_{capability}: {n} of {len(missing)} compiled", flush=True)
+    for path in paths:
+        yield json.loads(path.read_text())
+
+
+def _begin(folder: str) -> None:
+    import triton
+
+    triton.knobs.cache.dir = folder
+
+
+def _compile(n: int) -> None:
+    import triton_aot
+
+    launches, paths, capability = _work
+    report = triton_aot.describe(launches[n].compile(capability))
+    report["instructions"] = {
+        name: count for name, count in report["instructions"].items() if name.startswith(("HMMA", "HGMMA"))
+    }
+    partial = paths[n].with_suffix(".partial")
+    partial.write_text(json.dumps(report, default=str))
+    partial.replace(paths[n])
+
+
+def _line(reports: dict[int, dict[str, Any]]) -> Line:
+    report = reports[CAPABILITIES[0]]
+    parts = []
+    for name, value in report["constants"].items():
+        if value is True:
+            parts.append(name)
+        elif value not in (None, False):
+            parts.append(f"{name}={value}")
+    if report["dots"]:
+        parts.append(f"stages={report['stages']}")
+    pointers = json.dumps(list(report["signature"].values()))
+    types = dict.fromkeys(re.findall(r"\*(fp32|bf16|fp16)\b", pointers))
+    numbers = {
+        capability: (of["registers"], of["spilled"], of["shared"], sum(of["instructions"].values()))
+        for capability, of in reports.items()
+    }
+    signature = " ".join(f"{name}:{kind}" for name, kind in report["signature"].items())
+    configuration = f"{' '.join(parts)} [{signature}]"
+    return Line(report["name"], configuration, " ".join(types), 32 * report["warps"], report["dots"], numbers)
+
+
+def _told_apart(lines: list[Line]) -> list[Line]:
+    """Without the arguments' types in brackets, but for those that alone tell two lines apart."""
+    split = [re.fullmatch(r"(.*) \[(.*)\]", line.configuration) for line in lines]
+    short = [(line.kernel, line.types, match[1]) for line, match in zip(lines, split, strict=True) if match]
+    kinds = [set(match[2].split()) for match in split if match]
+    told = []
+    for n, line in enumerate(lines):
+        others = [kinds[m] for m, name in enumerate(short) if name == short[n] and m != n]
+        differing = sorted(kind for kind in kinds[n] if any(kind not in other for other in others))
+        configuration = " ".join([short[n][2], *differing])
+        told.append(Line(line.kernel, configuration, line.types, line.threads, line.dots, line.numbers))
+    return sorted(told, key=lambda line: (line.kernel, line.types, _natural(line.configuration)))
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", text)]
+
+
+def cuda_sections(
+    digests: dict[str, str], old_digests: dict[str, str], old_sections: dict[str, list[Line]]
+) -> dict[str, list[Line]]:
+    """By nvcc; where there is none, what the old table says, if csrc is what it was then."""
+    import nvcc_aot
+
+    reason = nvcc_aot.why_no_nvcc()
+    if reason:
+        if any(value != old_digests.get(name) for name, value in digests.items() if name.startswith("csrc/")):
+            raise SystemExit(f"compile-table: the CUDA files of csrc changed, and here is {reason} to compile them")
+        return {name: lines for name, lines in old_sections.items() if name.startswith("csrc/")}
+    sections = {}
+    for source in nvcc_aot.sources():
+        of = {capability: nvcc_aot.compile_source(source, capability) for capability in CAPABILITIES}
+        lines = [
+            _cuda_line(name, {capability: found[name] for capability, found in of.items()})
+            for name in of[CAPABILITIES[0]]
+        ]
+        sections[source.relative_to(ROOT).as_posix()] = sorted(
+            lines, key=lambda line: (line.kernel, line.configuration)
+        )
+    return sections
+
+
+def _cuda_line(mangled: str, of_capabilities: dict[int, dict[str, int]]) -> Line:
+    """Of a kernel in an unnamed namespace, whose only template arguments may be numbers."""
+    (kernel, arguments) = re.findall(r"\d([a-z_]+_kernel)((?:I(?:Li\d+E)+)?)", mangled)[0]
+    configuration = " ".join(re.findall(r"Li(\d+)E", arguments))
+    (threads,) = re.findall(r"kThreads = (\d+);", (ROOT / "csrc" / "gradients_kernels.cuh").read_text())
+    numbers = {
+        capability: (used["registers"], used["spilled"], used["shared"], 0)
+        for capability, used in of_capabilities.items()
+    }
+    return Line(kernel, configuration, "all", int(threads), 0, numbers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Compiles csrc/*.cu to device code with nvcc and reads what the assembler says of each kernel; needs no GPU."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# The target and the options of setup.py and of torch's build of extensions.
+FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-DTORCH_TARGET_VERSION=" + re.findall(r'TORCH_TARGET_VERSION = "(\w+)"', (ROOT / "setup.py").read_text())[0],
+    "-D__CUDA_NO_HALF_OPERATORS__",
+    "-D__CUDA_NO_HALF_CONVERSIONS__",
+    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
+    "-D__CUDA_NO_HALF2_OPERATORS__",
+    "--expt-relaxed-constexpr",
+]
+
+
+def sources() -> list[Path]:
+    return sorted((ROOT / "csrc").glob("*.cu"))
+
+
+def why_no_nvcc() -> str:
+    """The reason why nothing can be compiled here, "" where it can."""
+    if shutil.which("nvcc") is None:
+        return "no nvcc"
+    release = re.search(
+        r"release (\d+)\.(\d+)", subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    )
+    return "" if release and (int(release[1]), int(release[2])) >= (12, 1) else "nvcc is older than CUDA 12.1"
+
+
+def compile_source(source: Path, capability: int) -> dict[str, dict[str, int]]:
+    """For each kernel, by its mangled name without the unnamed namespace, bytes spilled, registers and bytes of static shared memory.
+
+    Device code alone is made, which checks the host's part too but saves half of the time.
+    Raises RuntimeError with nvcc's output where the file does not compile.
+    """
+    import torch
+
+    include = Path(torch.__file__).parent / "include"
+    command = ["nvcc", "-cubin", f"-arch=sm_{capability}", *FLAGS, "-Xptxas=-v", "-isystem", str(include), str(source)]
+    with tempfile.TemporaryDirectory() as folder:
+        command += ["-o", str(Path(folder) / "kernels.cubin")]
+        compiled = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if compiled.returncode:
+        raise RuntimeError(compiled.stderr)
+    return _resources(compiled.stderr + compiled.stdout)
+
+
+def _resources(report: str) -> dict[str, dict[str, int]]:
+    """Of what ptxas -v prints."""
+    found = {}
+    for part in report.split("Compiling entry function ")[1:]:
+        shared = re.search(r"(\d+) bytes smem", part)
+        found[_without_namespace(part.split("'")[1])] = {
+            "spilled": sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", part))),
+            "registers": int(re.findall(r"Used (\d+) registers", part)[0]),
+            "shared": int(shared[1]) if shared else 0,
+        }
+    return found
+
+
+def _without_namespace(mangled: str) -> str:
+    """Without the unnamed namespace, whose name is another in every compilation."""
+    found = re.search(r"(\d+)(?=_GLOBAL__N_)", mangled)
+    return mangled if found is None else mangled[: found.start()] + mangled[found.end() + int(found[1]) :]
