@@ -239,6 +239,7 @@ class DataConfig(Section):
     )
     drop_longest: float = Field(0.0, ge=0, lt=1, description="share of a task's training rows: those of most words")
     cache_dir: str = Field("~/.cache/fastmtl", description="tokenised texts, keyed by content and tokenizer")
+    prefetch: int = Field(2, ge=0, description="steps whose batches are made and copied ahead; 0: none")
 
 
 class SamplerConfig(Section):

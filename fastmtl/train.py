@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from fastmtl.config import Recipe
 from fastmtl.data.corpus import Corpus
 from fastmtl.data.masking import MaskedStream
 from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.data.prefetch import ahead
 from fastmtl.data.stream import BatchStream
 from fastmtl.engine.build import build_engine, build_surgery, check_engine
 from fastmtl.engine.checkpoint import Checkpoints, Found
@@ -157,7 +160,10 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int
             run.tracker.begin_phase(phase.name, phase.recipe)
         for note in model.notes:
             run.tracker.message(note)
-        if not run_phase(run, job, model, engine, surgery, objectives):
+        rest = job.stream.rest(phase.recipe.train.epochs, run.at.epoch, run.at.step_in_epoch)
+        with ahead(rest, phase.recipe.data.prefetch, ranks.device) as steps:
+            ended = run_phase(run, job, steps, model, engine, surgery, objectives)
+        if not ended:
             run.tracker.message(f"stopped at step {run.at.step}; go on with --resume")
             run.tracker.close()
             return
@@ -174,9 +180,18 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int
 
 
 def run_phase(
-    run: Run, job: Job, model: PhaseModel, engine: Any, surgery: GradientSurgery, objectives: Objectives
+    run: Run,
+    job: Job,
+    steps: Iterator[list[PackedBatch]],
+    model: PhaseModel,
+    engine: Any,
+    surgery: GradientSurgery,
+    objectives: Objectives,
 ) -> bool:
-    """The loop, from where the run is to the end of the phase. False where the run was stopped; it is saved then."""
+    """The loop, from where the run is to the end of the phase. False where the run was stopped; it is saved then.
+
+    steps: their micro-batches on the device, from there on.
+    """
     phase, recipe, stream = job.phase, job.phase.recipe, job.stream
     ranks, tracker, at = run.ranks, run.tracker, run.at
     epochs, last_step = recipe.train.epochs, at.first_step + job.steps
@@ -191,9 +206,7 @@ def run_phase(
     begun = time.monotonic() - at.seconds
     while at.epoch < epochs and at.step < last_step:
         engine.train()
-        for micro_batches in each("data", stream.epoch(at.epoch, at.step_in_epoch)):
-            with named("data"):
-                micro_batches = [batch.to(ranks.device) for batch in micro_batches]
+        for micro_batches in each("data", islice(steps, stream.steps(at.epoch) - at.step_in_epoch)):
             micro_batches = objectives.prepare(micro_batches)
             counts = dict(zip(phase.loss_names, micro_batches[0].group_counts or (), strict=True))
             weights = objectives.weights(stream.loss_weights(at.epoch, at.step_in_epoch))

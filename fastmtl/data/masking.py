@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,8 +39,12 @@ class MaskedBatch:
         return self.batch.num_tokens
 
     def to(self, device: torch.device | str) -> MaskedBatch:
-        moved = {name: getattr(self, name).to(device) for name in ("batch", "positions", "targets")}
-        return dataclasses.replace(self, **moved)
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> MaskedBatch:
+        """The batch with function(tensor) in the place of each tensor."""
+        positions, targets = function(self.positions), function(self.targets)
+        return MaskedBatch(self.batch.map(function), positions, targets, self.group_counts)
 
 
 class MaskedStream(BatchStream):

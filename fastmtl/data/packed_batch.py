@@ -9,6 +9,7 @@ A bi-encoded pair is two sequences of its task; `pairs` says which.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,15 +63,19 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
         """The same batch on `device`; the host offsets stay where they are."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-        def move(value: Any) -> Any:
+    def map(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
+        """The batch with function(tensor) in the place of each tensor."""
+
+        def mapped(value: Any) -> Any:
             if isinstance(value, Tensor):
-                return value.to(device, non_blocking=non_blocking)
+                return function(value)
             if isinstance(value, tuple):
-                return tuple(move(item) for item in value)
+                return tuple(mapped(item) for item in value)
             return value
 
-        return dataclasses.replace(self, **{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)})
+        return dataclasses.replace(self, **{f.name: mapped(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
     def task(self, index: int) -> PackedBatch:
         """The batch with the sequences of one task only; the others become empty segments."""

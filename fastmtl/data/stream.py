@@ -65,6 +65,11 @@ class BatchStream:
             counts = np.bincount(all_tasks, minlength=len(self._datasets)).tolist()
             yield [self._pack(shares[self._rank], counts) for shares in group]
 
+    def rest(self, epochs: int, epoch: int, start_step: int) -> Iterator[list[PackedBatch]]:
+        """What `epoch` gives, from a step of an epoch on to the end of the last of `epochs`."""
+        for number in range(epoch, epochs):
+            yield from self.epoch(number, start_step if number == epoch else 0)
+
     def _groups(self, epoch: int, start_step: int) -> Iterator[tuple[int, list[list[Draw]]]]:
         """Every step from `start_step` on: its number, and its micro-batches as the ranks' shares."""
         micro_batches = self._micro_batches(epoch)

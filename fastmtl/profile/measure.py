@@ -82,7 +82,7 @@ def measure(job: Job) -> dict[str, Any]:
     if job.trace is not None:
         from fastmtl.profile.trace import trace
 
-        found["trace"] = trace(steps, drawn.stream, Path(job.trace), ranks.device)
+        found["trace"] = trace(steps, drawn.stream, Path(job.trace), ranks.device, recipe.data.prefetch)
     return found
 
 

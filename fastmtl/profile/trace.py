@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fastmtl import ranges
+from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.data.prefetch import ahead
 from fastmtl.data.stream import BatchStream
 from fastmtl.profile.steps import Steps
 
@@ -43,28 +46,31 @@ class Clock:
         self._last = now
 
 
-def trace(steps: Steps, stream: BatchStream, file: Path, device: torch.device) -> dict[str, Any]:
+def trace(steps: Steps, stream: BatchStream, file: Path, device: torch.device, prefetch: int) -> dict[str, Any]:
     """Writes a Chrome trace (.json.gz) of STEPS steps, and on a GPU a snapshot of the allocator's history beside it.
 
+    prefetch: as in a recipe; as many steps go by before the clock begins, for their batches were made without hurry.
     seconds: of each part of a step, of as many steps without the profiler; on a GPU one part waits for the one before
     there, which costs what they would overlap.
     """
     clock = Clock(steps)
-    batches = stream.epoch(0)
-    next(batches)  # the epoch is shuffled for it
-    with ranges.listening(clock.tell):
-        clock.lap()
-        for micro_batches in ranges.each("data", itertools.islice(batches, STEPS)):
+    with ahead(_endless(stream), prefetch, device) as batches:
+        next(batches)  # the epoch is shuffled for it
+        for micro_batches in itertools.islice(batches, prefetch):
             steps.step(micro_batches)
-        clock.lap()
+        with ranges.listening(clock.tell):
+            clock.lap()
+            for micro_batches in ranges.each("data", itertools.islice(batches, STEPS)):
+                steps.step(micro_batches)
+            clock.lap()
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    batches = stream.epoch(0)
-    first = next(batches)
-    with profile(activities=activities) as profiler:
-        for micro_batches in ranges.each("data", itertools.islice(batches, STEPS)):
-            steps.step(micro_batches)
-        steps.wait()
+    with ahead(_endless(stream), prefetch, device) as batches:
+        first = next(batches)
+        with profile(activities=activities) as profiler:
+            for micro_batches in ranges.each("data", itertools.islice(batches, STEPS)):
+                steps.step(micro_batches)
+            steps.wait()
     profiler.export_chrome_trace(str(file))
     found = {"file": str(file), "seconds": {name: value / STEPS for name, value in clock.seconds.items()}}
     if on_gpu:
@@ -75,3 +81,8 @@ def trace(steps: Steps, stream: BatchStream, file: Path, device: torch.device) -
         torch.cuda.memory._record_memory_history(enabled=None)
         found["memory_snapshot"] = str(snapshot)
     return found
+
+
+def _endless(stream: BatchStream) -> Iterator[list[PackedBatch]]:
+    """The first epoch over and over."""
+    return itertools.chain.from_iterable(stream.epoch(0) for _ in itertools.count())

@@ -1,0 +1,112 @@
+"""A run's batches, made ahead of the steps that take them: drawn, packed, pinned and copied in a thread.
+
+A thread and not processes: packing 8,192 tokens is half a millisecond of numpy, and batches need no way back.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+
+class Batch(Protocol):
+    """What holds tensors that go to a device together."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Any: ...
+
+
+Kind = TypeVar("Kind", bound=Batch)
+
+
+@contextmanager
+def ahead(steps: Iterable[Sequence[Kind]], depth: int, device: torch.device) -> Iterator[Iterator[list[Kind]]]:
+    """Each step's micro-batches on `device`, in their order; at most `depth` steps are made before they are asked for.
+
+    With depth 0 each is made when it is asked for. An error in making one is raised in its place, after those before
+    it. The end of the block ends the thread, however it is left; the caller must not read from `steps` besides.
+    """
+    if depth == 0:
+        yield ([batch.map(lambda tensor: tensor.to(device)) for batch in step] for step in steps)
+        return
+    worker = _Worker(iter(steps), depth, device)
+    try:
+        yield worker.taken()
+    finally:
+        worker.close()
+
+
+@dataclass(frozen=True)
+class _Made(Generic[Kind]):
+    """copied: when the device has it; None where nothing is copied."""
+
+    batches: list[Kind]
+    copied: torch.cuda.Event | None
+
+
+class _Worker(Generic[Kind]):
+    def __init__(self, steps: Iterator[Sequence[Kind]], depth: int, device: torch.device) -> None:
+        self._steps, self._device = steps, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # None: there are no more.
+        self._made: queue.SimpleQueue[_Made[Kind] | BaseException | None] = queue.SimpleQueue()
+        self._room = threading.Semaphore(depth)
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="fastmtl-data", daemon=True)
+        self._thread.start()
+
+    def taken(self) -> Iterator[list[Kind]]:
+        while True:
+            made = self._made.get()
+            if made is None:
+                return
+            if isinstance(made, BaseException):
+                raise made
+            self._room.release()
+            if made.copied is not None:
+                torch.cuda.current_stream(self._device).wait_event(made.copied)
+                for batch in made.batches:
+                    batch.map(_used_here)
+            yield made.batches
+
+    def close(self) -> None:
+        self._closed = True
+        self._room.release()
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # a thread has one of its own
+            while True:
+                self._room.acquire()
+                if self._closed:
+                    return
+                step = next(self._steps, None)
+                if step is None:
+                    break
+                self._made.put(self._copy(step))
+        except BaseException as error:  # noqa: BLE001 - it is the taker's
+            self._made.put(error)
+        else:
+            self._made.put(None)
+
+    def _copy(self, step: Sequence[Kind]) -> _Made[Kind]:
+        if self._stream is None:
+            return _Made([batch.map(lambda tensor: tensor.to(self._device)) for batch in step], None)
+        pinned = [batch.map(Tensor.pin_memory) for batch in step]
+        with torch.cuda.stream(self._stream):
+            moved = [batch.map(lambda tensor: tensor.to(self._device, non_blocking=True)) for batch in pinned]
+            return _Made(moved, self._stream.record_event())
+
+
+def _used_here(tensor: Tensor) -> Tensor:
+    """Its memory, which is the copying stream's, is not given away before this stream has done with it."""
+    tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    return tensor
