@@ -178,6 +178,7 @@ def _steps(result: dict[str, Any]) -> Table:
         f"{result['shape']['name']} in {result['precision']}, {result['tasks']} tasks, {result['tokens']} tokens "
         f"({result['padded_tokens']} padded), dropout {result['dropout']}",
         *("step", "median ms", "20 %", "80 %", "real tokens/s", "to transformers", "to the products"),
+        *("operator calls", "without AdamW", "to transformers"),
     )
     for name, entry in result["steps"].items():
         table.add_row(
@@ -186,6 +187,8 @@ def _steps(result: dict[str, Any]) -> Table:
             f"{result['tokens'] / entry['median_s']:,.0f}",
             f"{entry['ratio_to_transformers']:.2f}x",
             f"{entry['ratio_to_products']:.2f}x",
+            *(f"{entry['operator_calls'][key]:,}" for key in ("operators", "without_optimizer")),
+            f"{entry['calls_to_transformers']['operators']:.2f}x",
         )
     return table
 

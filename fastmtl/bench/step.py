@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastmtl.bench.calls import operator_calls
 from fastmtl.bench.environment import environment
 from fastmtl.bench.harness import Say, Skipped, WrongResult, interleave, summary
 from fastmtl.bench.sizes import SEED, Size
@@ -90,9 +91,16 @@ def _measured(size: Size, rounds: int, say: Say, ways: Sequence[str]) -> dict[st
         step()
     samples: dict[str, list[float]] = interleave(steps, rounds, say, workload.device)
     found = {name: summary(seconds) for name, seconds in samples.items()}
+    for name, entry in found.items():
+        say(f"counting operators: {name}")
+        entry["operator_calls"] = operator_calls(steps[name])._asdict()
+    peer = found[TRANSFORMERS]
     for entry in found.values():
-        entry["ratio_to_transformers"] = entry["median_s"] / found[TRANSFORMERS]["median_s"]
+        entry["ratio_to_transformers"] = entry["median_s"] / peer["median_s"]
         entry["ratio_to_products"] = entry["median_s"] / found[PRODUCTS]["median_s"]
+        entry["calls_to_transformers"] = {
+            key: calls / peer["operator_calls"][key] for key, calls in entry["operator_calls"].items()
+        }
     return {
         "precision": size.precision,
         "tasks": workload.tasks,
