@@ -37,12 +37,12 @@ class SegmentContext:
 
 @dataclass(frozen=True, eq=False)
 class ForwardContext(SegmentContext):
-    """segments: the tasks' token rows. seeds: int64, one for each place, None outside training. plan: made once per
+    """segments: the tasks' token rows. seeds: int64 [1], one for each place, None outside training. plan: made once per
     batch for the attention kernels, None where they need none.
     """
 
     batch: PackedBatch
-    seeds: Tensor | None
+    seeds: tuple[Tensor, ...] | None
     plan: AttentionPlan | None
 
     @classmethod
@@ -52,11 +52,13 @@ class ForwardContext(SegmentContext):
         """The seeds are drawn here, from torch's generator of the device: masks follow from its state before the
         forward, whatever is checkpointed.
         """
-        seeds = torch.randint(1 << 62, (place(num_layers, 0),), device=batch.input_ids.device) if training else None
+        seeds = None
+        if training:
+            seeds = torch.randint(1 << 62, (place(num_layers, 0),), device=batch.input_ids.device).split(1)
         return cls._of(batch, seeds, task_grads)
 
     @classmethod
-    def _of(cls, batch: PackedBatch, seeds: Tensor | None, task_grads: TaskGradients | None) -> ForwardContext:
+    def _of(cls, batch: PackedBatch, seeds: tuple[Tensor, ...] | None, task_grads: TaskGradients | None) -> ForwardContext:
         device, plan = batch.input_ids.device, None
         if device.type == "cuda":
             plan = AttentionPlan.make(batch.host.cu_seqlens, batch.num_tokens, device)
@@ -67,7 +69,7 @@ class ForwardContext(SegmentContext):
         return ForwardContext._of(self.batch.task(task), self.seeds, None)
 
     def seed(self, at: int) -> Tensor | None:
-        return None if self.seeds is None else self.seeds[at : at + 1]
+        return None if self.seeds is None else self.seeds[at]
 
     @property
     def armed(self) -> TaskGradients | None:

@@ -8,7 +8,7 @@ dW_t = dY[segment t]^T X[segment t], and the T gradients cost what one costs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastmtl.surgery.segments import Segments
 from fastmtl.surgery.task_gradients import Mode, TaskGradients
+from fastmtl_kernels.cast import cast
 
 
 def linear(
@@ -123,17 +124,30 @@ class _Linear(torch.autograd.Function):
         x, gathered, _ = ctx.saved_tensors
         weight, bias = ctx.parameters
         task_grads, segments = ctx.task_grads, ctx.segments
-        dx = dy @ gathered.to(dy.dtype) if ctx.needs_input_grad[0] else None
-        dw = None
-        if _mode(task_grads) == "stack" and task_grads.wants(weight) and task_grads.dtype == dy.dtype:
-            stack, left = task_grads.stack_of(weight), dy.t()
-            for task, rows in enumerate(_segment_rows(segments)):  # made inside J: no T x out x in temporary
-                if rows.stop > rows.start:
-                    stack.add_product(weight, task, left[:, rows], x[rows])
-        else:
-            dw = _gradient(ctx, 1, weight, dy, lambda dy, rows: dy[rows].t() @ x[rows])
+        dx = dy.mm(cast(gathered, dy.dtype)) if ctx.needs_input_grad[0] else None
+        if _mode(task_grads) == "stack" and task_grads.dtype == dy.dtype and task_grads.wants(weight):
+            if bias is None or task_grads.wants(bias):
+                _stack_linear(task_grads, weight, bias, segments.split(dy.t(), dim=1), segments.split(x))
+                return dx, None, None, None, None
+        dw = _gradient(ctx, 1, weight, dy, lambda dy, rows: dy[rows].t() @ x[rows])
         db = _gradient(ctx, 2, bias, dy, lambda dy, rows: dy[rows].sum(0))
         return dx, dw, db, None, None
+
+
+def _stack_linear(
+    task_grads: TaskGradients,
+    weight: nn.Parameter,
+    bias: nn.Parameter | None,
+    dy: Sequence[Tensor],
+    x: Sequence[Tensor],
+) -> None:
+    """dy [out, n] and x [n, in] of each task. Made inside J: no T x out x in temporary, and three calls a task."""
+    stack = task_grads.stack_of(weight)
+    for task, (left, right) in enumerate(zip(dy, x, strict=True)):
+        if len(right):
+            stack.add_product(weight, task, left, right)
+            if bias is not None:
+                stack.add_sum(bias, task, left)
 
 
 class _LayerNorm(torch.autograd.Function):

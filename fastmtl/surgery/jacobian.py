@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastmtl_kernels.cast import cast
+
 
 class Jacobian:
     """T task gradients of `parameters`, P numbers together, as `buffer` [T, P] of `dtype`.
@@ -58,6 +60,24 @@ class Jacobian:
         else:
             row.addmm_(left, right)
 
+    def add_sum(self, parameter: nn.Parameter, task: int, columns: Tensor) -> None:
+        """One task's gradient as the sum of columns [d, n] of J's dtype; made where it belongs."""
+        row = self._rows[id(parameter)][task]
+        if self._is_first(parameter, task):
+            torch.sum(columns, 1, out=row)
+        else:
+            row += columns.sum(1)
+
+    def add_rows(self, parameter: nn.Parameter, task: int, ids: Tensor, rows: Tensor) -> None:
+        """One task's gradient of a table [V, d] as the sums of rows [n, d] over equal ids [n], in float32."""
+        row = self._rows[id(parameter)][task]
+        if self.buffer.dtype == torch.float32 and task not in self._written[id(parameter)]:
+            self._is_first(parameter, task)
+            row.zero_().index_add_(0, ids, cast(rows, torch.float32))
+        else:
+            zeros = torch.zeros(row.shape, device=row.device)
+            self.add_task(parameter, task, zeros.index_add_(0, ids, cast(rows, torch.float32)))
+
     def complete(self) -> Tensor:
         """J [T, P]."""
         tasks = range(len(self.buffer))
@@ -76,9 +96,9 @@ class Jacobian:
         return self._columns[id(parameter)]
 
     def split(self, merged: Tensor) -> dict[int, Tensor]:
-        """[P] -> a tensor of its shape for each parameter, by id."""
-        parts = merged.split([parameter.numel() for parameter in self._parameters])
-        return {id(p): part.view(p.shape) for p, part in zip(self._parameters, parts, strict=True)}
+        """[P], contiguous and the first of its storage -> a view of its shape for each parameter, by id."""
+        like = {key: rows[0] for key, rows in self._rows.items()}  # of one call each, where split and view are three
+        return {key: merged.as_strided(row.shape, row.stride(), row.storage_offset()) for key, row in like.items()}
 
     def _is_first(self, parameter: nn.Parameter, task: int) -> bool:
         written = self._written[id(parameter)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -21,3 +22,9 @@ class Segments:
     @property
     def num_tasks(self) -> int:
         return len(self.host) - 1
+
+    def split(self, rows: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+        """A view of each task's part of a dimension, by one call; what is past the last task belongs to none."""
+        sizes = [stop - start for start, stop in pairwise(self.host)]
+        rest = rows.shape[dim] - self.host[-1]
+        return rows.split([*sizes, rest] if rest else sizes, dim)[: len(sizes)]

@@ -19,6 +19,7 @@ from fastmtl.surgery.jacobian import Jacobian
 from fastmtl.surgery.reduce import Alone, Ranks
 from fastmtl.surgery.sketch import CountSketch
 from fastmtl_kernels import combine, gramian
+from fastmtl_kernels.cast import cast
 
 Mode = Literal["stack", "gramian", "weighted", "tensor"]
 # (index of the parameter, its Gramian [T, T]) -> weights [T]
@@ -201,22 +202,23 @@ class TaskGradients:
                 rows = (rows[: token_offsets[-1]] * per_row[:, None]).to(rows.dtype)
                 ids = ids[: token_offsets[-1]]
             return torch.ops.aten.embedding_dense_backward(rows, ids, shape[0], -1, False)
-        if not self.is_sparse(table):
+        sizes = [piece.stop - piece.start for piece in pieces]
+        sizes.append(len(ids) - token_offsets[-1])  # a masked tail
+        task_ids, task_rows = ids.split(sizes)[:-1], rows.split(sizes)[:-1]
+        if self.is_sparse(table) and mode == "tensor":
+            return self.merge_rows(table, list(task_ids), list(task_rows))
+        if not self.is_sparse(table) and mode != "stack":
 
-            def dense(piece: slice) -> Tensor:  # float32: a table of two rows (token types) adds up thousands of tokens
+            def dense(ids: Tensor, rows: Tensor) -> Tensor:  # float32: two rows (token types) add up thousands
                 zeros = rows.new_zeros(shape, dtype=torch.float32)
-                return zeros.index_add_(0, ids[piece], rows[piece].float())
+                return zeros.index_add_(0, ids, cast(rows, torch.float32))
 
-            if mode != "stack":
-                return self.deliver(table, torch.stack([dense(piece) for piece in pieces]))
-            for task, piece in enumerate(pieces):
-                if piece.stop > piece.start:
-                    self.stack_of(table).add_task(table, task, dense(piece))
-            return None
-        if mode == "tensor":
-            return self.merge_rows(table, [ids[piece] for piece in pieces], [rows[piece] for piece in pieces])
-        for task, piece in enumerate(pieces):
-            self.add_rows(table, task, ids[piece], rows[piece])
+            return self.deliver(table, torch.stack([dense(*pair) for pair in zip(task_ids, task_rows, strict=True)]))
+        for task, pair in enumerate(zip(task_ids, task_rows, strict=True)):
+            if self.is_sparse(table):
+                self.add_rows(table, task, *pair)
+            elif len(pair[0]):
+                self.stack_of(table).add_rows(table, task, *pair)
         return None
 
     def _armed_mode(self) -> Mode:

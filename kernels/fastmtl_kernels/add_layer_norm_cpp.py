@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastmtl_kernels.cast import cast
 from fastmtl_kernels.philox import keep_threshold
 
 if TYPE_CHECKING:
@@ -31,20 +32,20 @@ def forward(
     as far as rows have tasks.
     """
     num_rows, num_columns = residual.shape
-    y = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    y = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     # A row of z is read before y's is written: where nobody needs z, it shares y's memory.
-    z = torch.empty_like(y) if call.saves else y
-    mean, rstd = residual.new_empty(2, num_rows, dtype=torch.float32)
+    z = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device) if call.saves else y
+    mean, rstd = (torch.empty(num_rows, dtype=torch.float32, device=residual.device) for _ in range(2))
     mask = None
     if call.saves and seed is not None:
-        mask = residual.new_empty(num_rows, -(-num_columns // 64) * 8, dtype=torch.uint8)
+        mask = torch.empty(num_rows, -(-num_columns // 64) * 8, dtype=torch.uint8, device=residual.device)
     torch.ops.fastmtl.add_layer_norm_out(
         residual.contiguous(),
-        x.to(residual.dtype).contiguous(),
-        None if ts is None else ts.to(residual.dtype).contiguous(),
-        None if x_bias is None else x_bias.float().contiguous(),
-        weight.float().contiguous(),
-        bias.float().contiguous(),
+        cast(x, residual.dtype).contiguous(),
+        None if ts is None else cast(ts, residual.dtype).contiguous(),
+        None if x_bias is None else cast(x_bias, torch.float32).contiguous(),
+        cast(weight, torch.float32).contiguous(),
+        cast(bias, torch.float32).contiguous(),
         seed,
         keep_threshold(call.dropout_p),
         1 / (1 - call.dropout_p),
@@ -75,15 +76,15 @@ def backward(
 
     dx_dtype: None where dx is not wanted. num_sums: how many of the three are wanted; all are made.
     """
-    dz = torch.empty_like(z)
-    dx = None if mask is None else torch.empty_like(z)
-    totals = z.new_empty(3, call.tasks.num_tasks, z.shape[1], dtype=torch.float32)
+    dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    dx = None if mask is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    totals = torch.empty(3, call.tasks.num_tasks, z.shape[1], dtype=torch.float32, device=z.device)
     torch.ops.fastmtl.add_layer_norm_backward_out(
-        dy.to(z.dtype).contiguous(),
+        cast(dy, z.dtype).contiguous(),
         z,
         mean,
         rstd,
-        weight.float().contiguous(),
+        cast(weight, torch.float32).contiguous(),
         mask,
         1 / (1 - call.dropout_p),
         call.tasks.offsets,
@@ -92,5 +93,5 @@ def backward(
         totals,
     )
     if dx_dtype is not None:
-        dx = (dz if dx is None else dx).to(dx_dtype)
+        dx = cast(dz if dx is None else dx, dx_dtype)
     return dz, dx, totals

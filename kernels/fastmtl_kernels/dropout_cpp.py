@@ -11,7 +11,7 @@ from fastmtl_kernels.philox import keep_threshold
 def dropout(x: Tensor, dropout_p: float, seed: Tensor, out: Tensor | None = None) -> Tensor:
     """x [N, d] dropped out, in `out` [N, d] where given, which may be x; also its own backward."""
     if out is None:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     threshold, scale = keep_threshold(dropout_p), 1 / (1 - dropout_p)
     torch.ops.fastmtl.row_dropout_out(x.contiguous(), seed, threshold, scale, out)
     return out

@@ -11,14 +11,14 @@ _MODES = ("cls", "mean", "max")
 def forward(x: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Tensor | None]:
     """out [B, d] of x's dtype and, for max, the row int32 [B, d] that each of its elements comes from."""
     shape = len(cu_seqlens) - 1, x.shape[1]
-    out = x.new_empty(shape)
-    winners = x.new_empty(shape, dtype=torch.int32) if mode == "max" else None
+    out = torch.empty(shape, dtype=x.dtype, device=x.device)
+    winners = torch.empty(shape, dtype=torch.int32, device=x.device) if mode == "max" else None
     torch.ops.fastmtl.pool_out(x.contiguous(), cu_seqlens.contiguous(), _MODES.index(mode), out, winners)
     return out, winners
 
 
 def backward(dout: Tensor, cu_seqlens: Tensor, winners: Tensor | None, mode: str, num_rows: int) -> Tensor:
     """dx [num_rows, d] of dout's dtype."""
-    dx = dout.new_empty(num_rows, dout.shape[1])
+    dx = torch.empty(num_rows, dout.shape[1], dtype=dout.dtype, device=dout.device)
     torch.ops.fastmtl.pool_backward_out(dout.contiguous(), cu_seqlens.contiguous(), _MODES.index(mode), winners, dx)
     return dx

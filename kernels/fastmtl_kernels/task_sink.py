@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastmtl_kernels.cast import cast
 from fastmtl_kernels.philox import describe
 
 
@@ -109,7 +110,7 @@ def check_sink(token_offsets: TokenOffsets | None, task_grads: TaskSink | None) 
 def gradient(sink: TaskSink | None, parameter: Any, gradients: Tensor) -> Tensor | None:
     """What autograd gets for a parameter, of its dtype, from `gradients` [T, *shape]."""
     merged = gradients.sum(0) if sink is None else sink.deliver(parameter, gradients)
-    return None if merged is None else merged.to(parameter.dtype)
+    return None if merged is None else cast(merged, parameter.dtype)
 
 
 def table_gradient(
@@ -119,13 +120,13 @@ def table_gradient(
 
     Without a sink a dense table of its dtype, added up in float32 at least.
     """
-    ids = ids.long()
+    ids = cast(ids, torch.int64)
     if sink is not None:
         merged = sink.deliver_rows(table, ids, rows, tasks.host)
     else:
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        rows = cast(rows, torch.promote_types(rows.dtype, torch.float32))
         merged = torch.ops.aten.embedding_dense_backward(rows, ids, table_rows, -1, False)
-    return None if merged is None else merged.to(table.dtype)
+    return None if merged is None else cast(merged, table.dtype)
 
 
 def per_task(parameter: Tensor, num_tasks: int, dtype: torch.dtype, sink: TaskSink | None) -> Tensor:

@@ -28,8 +28,8 @@ class _VarlenAttention(torch.autograd.Function):
         ctx: Any, qkv: Tensor, cu_seqlens: Tensor, scale: float, dropout_p: float, seed: Tensor | None
     ) -> Tensor:
         num_rows, _, num_heads, head_dim = qkv.shape
-        out = qkv.new_empty(num_rows, num_heads, head_dim)
-        stats = qkv.new_empty(num_rows, num_heads, 2, dtype=torch.float32)
+        out = torch.empty(num_rows, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+        stats = torch.empty(num_rows, num_heads, 2, dtype=torch.float32, device=qkv.device)
         ctx.numbers = keep_threshold(dropout_p), 1 / (1 - dropout_p), scale
         torch.ops.fastmtl.varlen_attention_out(qkv, cu_seqlens, seed, *ctx.numbers, out, stats)
         ctx.save_for_backward(qkv, stats, cu_seqlens, seed)
@@ -39,7 +39,7 @@ class _VarlenAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, None, None]:
         qkv, stats, cu_seqlens, seed = ctx.saved_tensors
-        dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+        dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
         torch.ops.fastmtl.varlen_attention_backward_out(
             _with_unit_stride(dout), qkv, stats, cu_seqlens, seed, *ctx.numbers, dqkv
         )
