@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastmtl.ranges import named
+from fastmtl.surgery.compact_rows import coalesce
 
 _BUCKET = 1 << 23  # numbers per collective: bounds the copy that a collective needs
 
@@ -21,7 +22,7 @@ class Ranks(Protocol):
         ...
 
     def gather_rows(self, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Compact rows (ids [k], rows [k, d]) -> those that belong to the same J."""
+        """Compact rows (ids [k], rows [k, d]), one of each id -> the sums of those that belong to the same J."""
         ...
 
     def total(self, value: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ class Together:
             return torch.cat(shares, dim=1)
 
     def gather_rows(self, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """All ranks' rows one after another, [sum k] and [sum k, d]."""
+        """The sums of all ranks' rows over equal ids."""
         world = world_size()
         if world == 1:
             return ids, rows
@@ -72,7 +73,7 @@ class Together:
             return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
         with named("communication"):
-            return gathered(ids), gathered(rows)
+            return coalesce([(gathered(ids), gathered(rows))], rows.shape[1], rows)
 
     def total(self, value: Tensor) -> Tensor:
         return sum_over_ranks(value)

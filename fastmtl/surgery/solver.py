@@ -56,14 +56,18 @@ class Solver:
         """
         num_tasks = len(self.tasks)
         weights = self.weights(gram)
-        bad_own = [(~torch.isfinite(norm)).double() for norm in torch._foreach_norm(list(own))] if own else []
-        extra = sum_over_ranks(torch.cat([step.sums, torch.stack(bad_own) if bad_own else step.sums[:0]]))
+        extra = step.sums
+        if own:
+            bad_own = ~torch.stack(torch._foreach_norm(list(own))).isfinite()
+            extra = torch.cat([extra, bad_own.double()])
+        extra = sum_over_ranks(extra)
         shown = sum_over_ranks(gram.clone()) / world_size() if self._by_rank else gram
         host = torch.cat([shown.flatten().double(), weights.double(), extra]).cpu()
         host_gram, host_weights, sums, flags = host.split([num_tasks**2, num_tasks, num_tasks, len(own)])
         host_gram = host_gram.view(num_tasks, num_tasks)
         losses = step.mean_losses(sums.tolist())
-        bad = [name for t, name in enumerate(self.tasks) if not torch.isfinite(host_gram[t, t])]
+        finite = host_gram.diagonal().isfinite().tolist()
+        bad = [name for name, good in zip(self.tasks, finite, strict=True) if not good]
         bad += [name for name, flag in zip(own_names, flags.tolist(), strict=True) if flag]
         if not bad:
             self._skipped_in_a_row = 0

@@ -13,6 +13,7 @@ from fastmtl.ranges import named
 from fastmtl.surgery.parts import Parts
 from fastmtl.surgery.step import Losses, Step, SurgeryInfo
 from fastmtl.surgery.stopwatch import Stopwatch
+from fastmtl_kernels.cast import cast
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ class StackedStep:
         self._scale = parts.target.loss_scale()
         parts.sink.clear()
         parts.sink.start_sketch(parts.solver.step_seed, parts.target.device)
-        self._own = [torch.zeros_like(p, dtype=torch.float32) for p in parts.own]
+        self._own: list[Tensor | None] = [None] * len(parts.own)
 
     def take(self, losses: Losses, *, takes_sink: bool, last: bool) -> None:
         self._parts.target.check_forward()
@@ -55,9 +56,9 @@ class StackedStep:
             self._add_own(gradients[len(shared) :])
 
     def _add_own(self, gradients: Sequence[Tensor | None]) -> None:
-        for total, gradient in zip(self._own, gradients, strict=True):
-            if gradient is not None:
-                total += gradient
+        for k, (total, gradient) in enumerate(zip(self._own, gradients, strict=True)):
+            if gradient is not None:  # not in place: autograd may have given one tensor for two parameters
+                self._own[k] = cast(gradient, torch.float32) if total is None else total + gradient
 
     def finish(self) -> SurgeryInfo:
         parts = self._parts
@@ -65,13 +66,19 @@ class StackedStep:
         with named("surgery"):
             gram = parts.sink.gramian() / self._scale**2
             names = [parts.target.names[id(p)] for p in parts.own]
-            info, weights = parts.solver.solve(gram, self._step, parts.target, self._own, names)
+            own = [
+                torch.zeros_like(p, dtype=torch.float32) if gradient is None else gradient
+                for p, gradient in zip(parts.own, self._own, strict=True)
+            ]
+            info, weights = parts.solver.solve(gram, self._step, parts.target, own, names)
             nbytes = parts.sink.nbytes()
         if info.skipped is None:
             factor = parts.target.factor / self._scale
             with named("surgery"):
                 merged = parts.sink.combine(weights * factor)
-                merged.update({id(p): gradient.mul_(factor) for p, gradient in zip(parts.own, self._own, strict=True)})
+                if own:
+                    scaled = torch._foreach_mul(own, factor)
+                    merged.update({id(p): gradient for p, gradient in zip(parts.own, scaled, strict=True)})
             watch.stop()
             with named("communication"):
                 parts.target.hand_over(merged)

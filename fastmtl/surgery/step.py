@@ -98,16 +98,15 @@ class Step:
             local = [losses[name][1] if name in losses else 0 for name in self._tasks]
             total = sum_over_ranks(torch.tensor(local, device=self.sums.device))
             self._counts = dict(zip(self._tasks, total.tolist(), strict=True))
-        for t, name in enumerate(self._tasks):
-            if name not in losses:
-                continue
-            loss, rows = losses[name]
+        for name, (_, rows) in losses.items():
             if rows > self._counts.get(name, 0):
                 raise UserError(
                     f"counts: task {name} has {rows} rows in one micro-batch, counts gives it "
                     f"{self._counts.get(name, 0)} in the whole step over all ranks"
                 )
-            self.sums[t] += loss.detach()
+        with torch.no_grad():
+            none = self.sums.new_zeros(()) if len(losses) < len(self._tasks) else None
+            self.sums += torch.stack([losses[name][0] if name in losses else none for name in self._tasks])
 
     def scaled(self, name: str, losses: Losses) -> Tensor:
         """This micro-batch's part of the task's weighted mean loss."""

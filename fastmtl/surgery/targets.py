@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastmtl.errors import UserError
 from fastmtl.surgery.reduce import world_size
+from fastmtl_kernels.cast import cast
 
 
 class Target(Protocol):
@@ -64,7 +65,7 @@ class OptimizerTarget:
 
     def hand_over(self, gradients: Mapping[int, Tensor]) -> None:
         for parameter in self.parameters:
-            gradient = gradients[id(parameter)].to(parameter.dtype)
+            gradient = cast(gradients[id(parameter)], parameter.dtype)
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     def check_forward(self) -> None:
@@ -157,7 +158,8 @@ class _Surrogate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         merged, ctx.merged = ctx.merged, None
-        return None, *(g.mul_(scale).to(dtype) for g, dtype in zip(merged, ctx.dtypes, strict=True))
+        torch._foreach_mul_(merged, scale)
+        return None, *(cast(gradient, dtype) for gradient, dtype in zip(merged, ctx.dtypes, strict=True))
 
 
 def find_target(target: Any) -> Target:
