@@ -54,7 +54,8 @@ class ForwardContext(SegmentContext):
         """
         seeds = None
         if training:
-            seeds = torch.randint(1 << 62, (place(num_layers, 0),), device=batch.input_ids.device).split(1)
+            places = place(num_layers, 0)
+            seeds = torch.randint(1 << 62, (places,), device=batch.input_ids.device).split([1] * places)
         return cls._of(batch, seeds, task_grads)
 
     @classmethod
