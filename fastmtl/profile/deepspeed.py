@@ -84,17 +84,20 @@ def end_backward(ledger: Ledger, shape: Shape, last: bool) -> None:
 
 
 def hand_over(ledger: Ledger, shape: Shape) -> None:
-    """Merged gradients in float32, which are held, go to the parameters, are reduced and then held as end_backward
-    leaves them.
+    """Merged gradients of all parameters, held in float32, become the parameters' own, in 16 bits as copies; they are
+    reduced and then held as end_backward leaves them.
     """
     number = shape.number_bytes
-    copies = shape.trained * number
-    if shape.zero == 2 or shape.overlap:  # copied one by one into the bucket; in 16 bits they are converted all at once
+    in_buckets = shape.zero == 2 or shape.overlap
+    if in_buckets:
         ledger.hold("gradients", bucket(shape) * (2 if shape.overlap else 1))
-        ledger.touch(copies if number < FLOAT else shape.largest * number, "gradients")
+    if number < FLOAT:
+        ledger.hold("gradients", shape.trained * number)
+        ledger.drop("gradients", shape.trained * FLOAT)
+    if in_buckets:  # one after the other they are copied there and dropped
+        ledger.drop("gradients", shape.trained * number)
         ledger.touch(bucket(shape) if shape.zero == 2 else 0, "gradients")
     else:
-        ledger.hold("gradients", copies)
         ledger.touch(bucket(shape) if shape.zero else min(shape.trained, REDUCE_BUCKET_SIZE) * number, "gradients")
 
 

@@ -86,12 +86,11 @@ def _stacked(ledger: Ledger, shape: Shape) -> None:
         ledger.phase = "surgery"
         ledger.touch(_scattered(shape))
         ledger.touch(_gramian_of_rows(shape))
-        merged = (shape.dense + shape.table) * FLOAT
-        ledger.hold("gradients", merged)
+        ledger.hold("gradients", (shape.dense + shape.table) * FLOAT)
         ledger.touch(shape.load.largest_task * shape.hidden * FLOAT)
+        ledger.hold("gradients", shape.own * FLOAT)  # scaled
         ledger.phase = "communication"
         deepspeed.hand_over(ledger, shape)
-        ledger.drop("gradients", merged)
 
 
 class Pass:

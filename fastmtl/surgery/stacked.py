@@ -77,8 +77,7 @@ class StackedStep:
             with named("surgery"):
                 merged = parts.sink.combine(weights * factor)
                 if own:
-                    scaled = torch._foreach_mul(own, factor)
-                    merged.update({id(p): gradient for p, gradient in zip(parts.own, scaled, strict=True)})
+                    merged.update(zip(map(id, parts.own), torch._foreach_mul(own, factor), strict=True))
             watch.stop()
             with named("communication"):
                 parts.target.hand_over(merged)

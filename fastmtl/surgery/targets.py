@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -18,8 +17,9 @@ class Target(Protocol):
     """Takes a step's gradients, from losses or merged already.
 
     names: of the trainable parameters by id, for messages. stacks: whether merged gradients can be handed over;
-    otherwise replay. factor: what merged gradients are to be multiplied by before they are. check_forward: raises
-    UserError where losses whose gradients will be handed over come from the target's own forward.
+    otherwise replay. factor: what merged gradients are to be multiplied by before they are. hand_over: takes every
+    gradient out of the mapping, for a tensor that nobody else holds becomes `.grad` as it is, any other is copied by
+    autograd. check_forward: raises UserError where losses whose gradients will be handed over come from the target's own forward.
     """
 
     parameters: list[nn.Parameter]
@@ -31,7 +31,7 @@ class Target(Protocol):
     def model(self, training_pass: bool) -> Any: ...
     def autocast(self) -> AbstractContextManager[Any]: ...
     def backward(self, loss: Tensor, last: bool) -> None: ...
-    def hand_over(self, gradients: Mapping[int, Tensor]) -> None: ...
+    def hand_over(self, gradients: dict[int, Tensor]) -> None: ...
     def check_forward(self) -> None: ...
     def loss_scale(self) -> float: ...
     def backs_off(self) -> bool: ...
@@ -63,9 +63,9 @@ class OptimizerTarget:
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
 
-    def hand_over(self, gradients: Mapping[int, Tensor]) -> None:
+    def hand_over(self, gradients: dict[int, Tensor]) -> None:
         for parameter in self.parameters:
-            gradient = cast(gradients[id(parameter)], parameter.dtype)
+            gradient = cast(gradients.pop(id(parameter)), parameter.dtype)
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     def check_forward(self) -> None:
@@ -122,9 +122,9 @@ class EngineTarget:
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.factor, scale_wrt_gas=False)
 
-    def hand_over(self, gradients: Mapping[int, Tensor]) -> None:
+    def hand_over(self, gradients: dict[int, Tensor]) -> None:
         self.engine.set_gradient_accumulation_boundary(True)
-        merged = [gradients[id(parameter)] for parameter in self.parameters]
+        merged = [gradients.pop(id(parameter)) for parameter in self.parameters]
         self.engine.backward(_Surrogate.apply(merged, *self.parameters), scale_wrt_gas=False)
 
     def check_forward(self) -> None:
@@ -159,7 +159,9 @@ class _Surrogate(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         merged, ctx.merged = ctx.merged, None
         torch._foreach_mul_(merged, scale)
-        return None, *(cast(gradient, dtype) for gradient, dtype in zip(merged, ctx.dtypes, strict=True))
+        gradients = [cast(gradient, dtype) for gradient, dtype in zip(merged, ctx.dtypes, strict=True)]
+        merged.clear()  # the caller's list
+        return None, *gradients
 
 
 def find_target(target: Any) -> Target:
