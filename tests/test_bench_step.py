@@ -30,6 +30,10 @@ def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert set(result["steps"]) == {"transformers", "fastmtl sum", "fastmtl pcgrad", "matrix products"}
     assert all(len(entry["samples_s"]) == 2 for entry in result["steps"].values())
     assert result["steps"]["transformers"]["ratio_to_transformers"] == 1
+    calls = {name: entry["operator_calls"] for name, entry in result["steps"].items()}
+    assert all(0 < found["without_optimizer"] <= found["operators"] for found in calls.values())
+    pcgrad = result["steps"]["fastmtl pcgrad"]["calls_to_transformers"]["operators"]
+    assert pcgrad == calls["fastmtl pcgrad"]["operators"] / calls["transformers"]["operators"]
     assert result["loss_error"] <= 1e-5
     assert result["padded_tokens"] > result["tokens"]
     assert "dropout 0.1" in capsys.readouterr().out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from fastmtl.errors import TrainingError, UserError
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery, SurgeryInfo, gradient_surgery
 from fastmtl.surgery.methods import draw_order
-from fastmtl.surgery.targets import OptimizerTarget
+from fastmtl.surgery.targets import OptimizerTarget, _Surrogate
 from fastmtl_kernels import gradvac_weights
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -249,9 +248,20 @@ class Scaled(OptimizerTarget):
             if parameter.grad is not None:
                 parameter.grad /= self.loss_scale()
 
-    def hand_over(self, gradients: Mapping[int, Tensor]) -> None:
+    def hand_over(self, gradients: dict[int, Tensor]) -> None:
         self.merged = dict(gradients)
         super().hand_over(gradients)
+
+
+def test_merged_gradients_become_grad_without_a_copy() -> None:
+    parameters = [nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))]
+    flat = torch.arange(10.0)
+    merged = [flat[:6].view(2, 3), flat[6:]]
+    _Surrogate.apply(merged, *parameters).backward(torch.tensor(2.0))
+    assert parameters[0].grad is not None and parameters[0].grad.data_ptr() == flat.data_ptr()
+    for parameter, expected in zip(parameters, (torch.arange(6.0).view(2, 3), torch.arange(6.0, 10.0)), strict=True):
+        assert parameter.grad is not None and parameter.grad.dtype == parameter.dtype
+        assert torch.equal(parameter.grad.float(), 2 * expected)
 
 
 @pytest.mark.parametrize("storage", ["stacked", "replay"])
