@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from torch.autograd.profiler_util import FunctionEvent
@@ -25,25 +25,28 @@ def operator_calls(step: Callable[[], object]) -> OperatorCalls:
     """Of one step, by torch.profiler: torch's operators and fastmtl's own, on whichever thread. What a compiled graph
     does without the dispatcher is not seen.
     """
+    found = operators(step)
+    outside = [event for event in found if not any(name.startswith(_OPTIMIZER) for name in around(event))]
+    outermost = [event for event in outside if not any(_is_operator(name) for name in around(event))]
+    return OperatorCalls(len(found), len(outside), len(outermost))
+
+
+def operators(step: Callable[[], object]) -> list[FunctionEvent]:
+    """Every call of an operator in one step."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
     events = profiler.events()
     assert events is not None
-    operators = [event for event in events if _is_operator(event.name)]
-    outside = [event for event in operators if not _inside(event, lambda name: name.startswith(_OPTIMIZER))]
-    outermost = [event for event in outside if not _inside(event, _is_operator)]
-    return OperatorCalls(len(operators), len(outside), len(outermost))
+    return [event for event in events if _is_operator(event.name)]
+
+
+def around(event: FunctionEvent) -> Iterator[str]:
+    """Names of the operators and ranges that an event is in, from the innermost."""
+    while event.cpu_parent is not None:
+        event = event.cpu_parent
+        yield event.name
 
 
 def _is_operator(name: str) -> bool:
     # The nodes of a backward graph are recorded, too.
     return "::" in name and "autograd::" not in name
-
-
-def _inside(event: FunctionEvent, of: Callable[[str], bool]) -> bool:
-    parent = event.cpu_parent
-    while parent is not None:
-        if of(parent.name):
-            return True
-        parent = parent.cpu_parent
-    return False

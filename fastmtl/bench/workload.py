@@ -69,13 +69,13 @@ class Workload:
     def packed(self) -> MultiTaskModel:
         config, weights = self.padded.encoder.config, self.padded.state_dict()
         with torch.device("meta"):
-            model = MultiTaskModel(parse_recipe(self._recipe, "benchmark"), PackedBert(config))
+            model = MultiTaskModel(parse_recipe(self.recipe, "benchmark"), PackedBert(config))
         model.load_state_dict({name: weights[plain_name(name)] for name in model.state_dict()}, assign=True)
         return model
 
     def with_adapter(self, adapter: str, size: int) -> MultiTaskModel:
         """A packed model with weights of its own and an adapter that gives zeros, which costs as much as any other."""
-        recipe = {**self._recipe, "adapter": {"name": adapter, "size": size, "init": "no_influence"}}
+        recipe = {**self.recipe, "adapter": {"name": adapter, "size": size, "init": "no_influence"}}
         model = MultiTaskModel(parse_recipe(recipe, "benchmark"), PackedBert(self.padded.encoder.config))
         weights = self.packed.state_dict()
         missing = model.load_state_dict(weights, strict=False).missing_keys
@@ -83,7 +83,8 @@ class Workload:
         return model.to(self.device, self.dtype)
 
     @property
-    def _recipe(self) -> dict[str, Any]:
+    def recipe(self) -> dict[str, Any]:
+        """Of the packed model, as a recipe file has it."""
         sizes: dict[str, dict[str, Any]] = {"regression": {"range": [-2, 2]}, "binary": {}}
         tasks = {}
         for task, (kind, outputs) in enumerate(self._kinds):

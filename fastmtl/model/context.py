@@ -59,7 +59,9 @@ class ForwardContext(SegmentContext):
         return cls._of(batch, seeds, task_grads)
 
     @classmethod
-    def _of(cls, batch: PackedBatch, seeds: tuple[Tensor, ...] | None, task_grads: TaskGradients | None) -> ForwardContext:
+    def _of(
+        cls, batch: PackedBatch, seeds: tuple[Tensor, ...] | None, task_grads: TaskGradients | None
+    ) -> ForwardContext:
         device, plan = batch.input_ids.device, None
         if device.type == "cuda":
             plan = AttentionPlan.make(batch.host.cu_seqlens, batch.num_tokens, device)

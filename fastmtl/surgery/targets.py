@@ -18,8 +18,8 @@ class Target(Protocol):
 
     names: of the trainable parameters by id, for messages. stacks: whether merged gradients can be handed over;
     otherwise replay. factor: what merged gradients are to be multiplied by before they are. hand_over: takes every
-    gradient out of the mapping, for a tensor that nobody else holds becomes `.grad` as it is, any other is copied by
-    autograd. check_forward: raises UserError where losses whose gradients will be handed over come from the target's own forward.
+    gradient out of the mapping, for one that nobody else holds becomes `.grad` as it is, any other is copied.
+    check_forward: raises UserError where losses whose gradients will be handed over come from the target's own forward.
     """
 
     parameters: list[nn.Parameter]
