@@ -105,8 +105,8 @@ class Step:
                     f"{self._counts.get(name, 0)} in the whole step over all ranks"
                 )
         with torch.no_grad():
-            none = self.sums.new_zeros(()) if len(losses) < len(self._tasks) else None
-            self.sums += torch.stack([losses[name][0] if name in losses else none for name in self._tasks])
+            absent = [self.sums.new_zeros(())] if len(losses) < len(self._tasks) else []
+            self.sums += torch.stack([losses[name][0] if name in losses else absent[0] for name in self._tasks])
 
     def scaled(self, name: str, losses: Losses) -> Tensor:
         """This micro-batch's part of the task's weighted mean loss."""
