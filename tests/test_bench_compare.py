@@ -126,6 +126,8 @@ def test_the_command_compares(
     old.update(tasks=3, tokens=1, dropout=0.1)
     for entry in new["steps"].values():
         entry.update(ratio_to_transformers=1.0, ratio_to_products=1.0)
+        calls = {"operators": 3, "without_optimizer": 2, "outermost": 1}
+        entry.update(operator_calls=calls, calls_to_transformers=dict.fromkeys(calls, 1.0))
     monkeypatch.setattr(step, "bench_step", lambda *_, **__: new)
     file = tmp_path / "old.json"
     file.write_text(json.dumps(old))
