@@ -23,6 +23,12 @@ Tensor gramian_meta(std::vector<Tensor> grads, int64_t num_tasks) {
 
 void combine_out_meta(std::vector<Tensor>, Tensor, std::vector<Tensor>) {}
 
+void combined_adamw_meta(std::vector<Tensor>, Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
+                         std::vector<Tensor>, double, double, double, double, double, double, double) {}
+
+void combined_adamw_rows_meta(std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>,
+                              double, double, double, double, double, double, double) {}
+
 void add_layer_norm_out_meta(Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>, Tensor, Tensor,
                              std::optional<Tensor>, int64_t, double, double, int64_t, Tensor, Tensor, Tensor, Tensor,
                              std::optional<Tensor>) {}
@@ -48,6 +54,14 @@ STABLE_TORCH_LIBRARY(fastmtl, m) {
   m.def("gramian(Tensor[] grads, int num_tasks) -> Tensor");
   m.def("combine_out(Tensor[] grads, Tensor weights, Tensor(a!)[] out) -> ()");
   m.def(
+      "combined_adamw_(Tensor[] grads, Tensor weights, Tensor(a!)[] params, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] copies, float decay, float beta1_left, float beta2, float beta2_left, "
+      "float step_size, float root, float eps) -> ()");
+  m.def(
+      "combined_adamw_rows_(Tensor[] grads, Tensor weights, Tensor slots, Tensor(a!) param, Tensor(b!) exp_avg, "
+      "Tensor(c!) exp_avg_sq, Tensor(d!)? copy, float decay, float beta1_left, float beta2, float beta2_left, "
+      "float step_size, float root, float eps) -> ()");
+  m.def(
       "add_layer_norm_out(Tensor residual, Tensor x, Tensor? ts, Tensor? x_bias, Tensor weight, Tensor bias, "
       "Tensor? seed, int threshold, float scale, float eps, int num_rows, "
       "Tensor(a!) y, Tensor(b!) z, Tensor(c!) mean, Tensor(d!) rstd, Tensor(e!)? mask) -> ()");
@@ -68,6 +82,8 @@ STABLE_TORCH_LIBRARY(fastmtl, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, Meta, m) {
   m.impl("gramian", TORCH_BOX(&gramian_meta));
   m.impl("combine_out", TORCH_BOX(&combine_out_meta));
+  m.impl("combined_adamw_", TORCH_BOX(&combined_adamw_meta));
+  m.impl("combined_adamw_rows_", TORCH_BOX(&combined_adamw_rows_meta));
   m.impl("add_layer_norm_out", TORCH_BOX(&add_layer_norm_out_meta));
   m.impl("add_layer_norm_backward_out", TORCH_BOX(&add_layer_norm_backward_out_meta));
   m.impl("row_dropout_out", TORCH_BOX(&row_dropout_out_meta));

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from fastmtl_kernels.add_layer_norm import add_layer_norm
 from fastmtl_kernels.api import Implementation, combine, gramian, implementations
+from fastmtl_kernels.combined_adamw import combined_adamw
 from fastmtl_kernels.dropout import dropout
 from fastmtl_kernels.embed_layer_norm import embed_layer_norm
 from fastmtl_kernels.low_rank import lora, low_rank
@@ -20,6 +21,7 @@ __all__ = [
     "Implementation",
     "add_layer_norm",
     "combine",
+    "combined_adamw",
     "dropout",
     "embed_layer_norm",
     "gradvac_weights",

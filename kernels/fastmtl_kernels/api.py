@@ -26,7 +26,7 @@ _FASTEST_FIRST = {
     "triton": "Triton, one tensor for each task",
     "reference": "plain torch",
 }
-# The same of the operations on packed rows.
+# The same of the operations on packed rows, and of combined_adamw.
 _ROWS = {
     "cpp": "C++, vectorised and threaded",
     "triton": "Triton",
@@ -66,6 +66,7 @@ def implementations(device: str | torch.device = "cpu") -> dict[str, list[Implem
     return {
         "gramian": gradient_impls,
         "combine": gradient_impls,
+        "combined_adamw": row_impls,
         "pcgrad_weights": on_device,
         "gradvac_weights": on_device,
         **{operation: row_impls for operation in _ROW_OPERATIONS},
@@ -99,7 +100,7 @@ def gramian(grads: Grads, impl: Impl = "auto") -> Tensor:
         ValueError: an argument has the wrong shape, dtype or device; the message names it.
         RuntimeError: the implementation asked for is not available here; the message says why.
     """
-    lists = _task_lists(grads)
+    lists = task_lists(grads)
     match _select(impl, lists):
         case "cpp" | "cuda":
             return gradients.gramian(lists)
@@ -132,7 +133,7 @@ def combine(
         ValueError: an argument has the wrong shape, dtype or device; the message names it.
         RuntimeError: the implementation asked for is not available here; the message says why.
     """
-    lists = _task_lists(grads)
+    lists = task_lists(grads)
     if not isinstance(weights, Tensor) or weights.shape != (len(lists),) or not weights.is_floating_point():
         raise ValueError(f"weights must be a floating point tensor of shape [{len(lists)}], got {_describe(weights)}")
     if lists[0] and weights.device != lists[0][0].device:
@@ -150,8 +151,8 @@ def combine(
     return targets[0] if isinstance(grads, Tensor) else targets
 
 
-def _task_lists(grads: Grads) -> list[list[Tensor]]:
-    """J as T lists of K contiguous tensors."""
+def task_lists(grads: Grads) -> list[list[Tensor]]:
+    """J as T lists of K contiguous tensors. Raises ValueError naming what is wrong with `grads`."""
     if isinstance(grads, Tensor):
         if grads.dim() != 2 or grads.shape[0] == 0:
             raise ValueError(f"grads must have the shape [T, P] with T >= 1, got {list(grads.shape)}")
