@@ -208,7 +208,7 @@ def _combined_adamw_rows_kernel(
     slot = tl.load(slots_ptr + row).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < width
-    present = mask & (slot >= 0)
+    present = offs < tl.where(slot >= 0, width, 0)
     merged = tl.zeros([BLOCK], tl.float32)
     for t in tl.static_range(NUM_ROWS):
         gradient = tl.load(row_ptrs[t] + slot * width + offs, mask=present, other=0.0)
