@@ -41,6 +41,7 @@ def test_everything_is_diagnosed_on_this_machine() -> None:
         "bf16",
         "gramian",
         "combine",
+        "combined_adamw",
         "apex",
     ]
     assert set(wanted) <= set(names)

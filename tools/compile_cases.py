@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastmtl_kernels import (
     add_layer_norm_triton,
+    combined_adamw_triton,
     dropout_triton,
     embed_layer_norm_triton,
     gradients_triton,
@@ -25,6 +26,7 @@ from fastmtl_kernels import (
     varlen_attention_triton,
 )
 from fastmtl_kernels.add_layer_norm import RowNorm
+from fastmtl_kernels.combined_adamw_reference import Update, Written
 from fastmtl_kernels.low_rank_maps import MAX_RANK, Maps, Wants
 from fastmtl_kernels.task_sink import TaskRows
 from fastmtl_kernels.varlen_attention_plan import AttentionPlan
@@ -127,6 +129,27 @@ def gradients() -> None:
             gradients_triton.combine(rows, meta(num_tasks, dtype=torch.float32), [meta(size, dtype=out_dtype)])
         if num_tasks <= gradients_triton.MAX_ROWS:
             gradients_triton.gramian(rows)
+
+
+def combined_adamw() -> None:
+    """1 task, as the tasks' own gradients are, 3 and more; with a 16-bit copy and without; a table."""
+    cases = [(count, torch.float32, None) for count in (1, 3, 16)]
+    cases += [(3, torch.bfloat16, None), (3, torch.float16, torch.float16), (3, torch.bfloat16, torch.bfloat16)]
+    for num_tasks, dtype, copied in cases:
+        _update(num_tasks, (1 << 20,), (1 << 20,), dtype, copied)
+    for copied in (None, torch.bfloat16):
+        _update(1, (30522, 384), (ROWS, 384), torch.float32, copied)
+
+
+def _update(
+    num_tasks: int, shape: tuple[int, ...], of_rows: tuple[int, ...], dtype: torch.dtype, copied: torch.dtype | None
+) -> None:
+    copy = None if copied is None else meta(*shape, dtype=copied)
+    target = Written(*(meta(*shape, dtype=torch.float32) for _ in range(3)), copy)
+    slots = None if len(shape) == 1 else meta(shape[0], dtype=torch.int32)
+    rows, weights = [[meta(*of_rows, dtype=dtype)] for _ in range(num_tasks)], meta(num_tasks, dtype=torch.float32)
+    update = Update.at(1, 1e-3, (0.9, 0.999), 1e-8, 0.01)
+    combined_adamw_triton.combined_adamw(rows, weights, [target], update, slots)
 
 
 def attention() -> None:
@@ -234,6 +257,7 @@ CASES = (
     dropout,
     pool,
     gradients,
+    combined_adamw,
     attention,
     low_rank,
     low_rank_of_many_tasks,

@@ -38,6 +38,13 @@ def _inner(a: Rows, b: Rows) -> Tensor:
     return (rows_a * rows_b[place]).mul_(same.unsqueeze(1)).sum()
 
 
+def weighted_rows(tasks: Sequence[Sequence[Rows]], weights: Tensor, width: int) -> Rows:
+    """sum_t weights[t] times the rows of T lists of them, one row per id."""
+    pairs = zip(weights.unbind(), tasks, strict=True)
+    parts = [(ids, cast(rows, torch.float32) * weight) for weight, task in pairs for ids, rows in task]
+    return coalesce(parts, width, weights)
+
+
 def weighted_table(shape: torch.Size, tasks: Sequence[Sequence[Rows]], weights: Tensor) -> Tensor:
     """sum_t weights[t] times the tables that T lists of rows stand for, float32 of `shape`."""
     table = torch.zeros(shape, dtype=torch.float32, device=weights.device)

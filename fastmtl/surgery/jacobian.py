@@ -90,6 +90,11 @@ class Jacobian:
             self._fill(key)
         return self.buffer
 
+    def rows(self) -> dict[int, list[Tensor]]:
+        """The T gradients of every parameter, views of J, by its id."""
+        self.complete()
+        return dict(self._rows)
+
     def of(self, parameter: nn.Parameter) -> Tensor:
         """The parameter's columns of J, [T, *shape]."""
         self._fill(id(parameter))

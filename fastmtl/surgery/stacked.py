@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.ranges import named
+from fastmtl.surgery.adamw import TaskUpdate
 from fastmtl.surgery.parts import Parts
 from fastmtl.surgery.step import Losses, Step, SurgeryInfo
 from fastmtl.surgery.stopwatch import Stopwatch
@@ -17,12 +18,17 @@ from fastmtl_kernels.cast import cast
 
 log = logging.getLogger(__name__)
 
+# A norm below this share of the sum of its parts' is not taken from float32 inner products, whose rounding, some 1e-7
+# of the parts' squares, would show in it.
+_CANCELLED = 1e-2
+
 
 class StackedStep:
     """One step: `take` each micro-batch's losses, made while the sink was armed, then `finish`."""
 
     def __init__(self, parts: Parts, step: Step) -> None:
         self._parts, self._step = parts, step
+        parts.target.begin()
         self._scale = parts.target.loss_scale()
         parts.sink.clear()
         parts.sink.start_sketch(parts.solver.step_seed, parts.target.device)
@@ -74,11 +80,25 @@ class StackedStep:
             nbytes = parts.sink.nbytes()
         if info.skipped is None:
             factor = parts.target.factor / self._scale
+            norm = self._known_norm(info)
+            optimizer = parts.target.merging_optimizer(norm)
             with named("surgery"):
-                merged = parts.sink.combine(weights * factor)
-                if own:
-                    merged.update(zip(map(id, parts.own), torch._foreach_mul(own, factor), strict=True))
+                if optimizer is not None:  # one without a scale or a number of ranks
+                    found = dict(zip(map(id, parts.own), own, strict=True))
+                    optimizer.take(TaskUpdate(weights, *parts.sink.unmerged(weights), found, norm or 0.0))
+                else:
+                    merged = parts.sink.combine(weights * factor)
+                    if own:
+                        merged.update(zip(map(id, parts.own), torch._foreach_mul(own, factor), strict=True))
             watch.stop()
-            with named("communication"):
-                parts.target.hand_over(merged)
+            if optimizer is None:
+                with named("communication"):
+                    parts.target.hand_over(merged)
         return dataclasses.replace(info, nbytes=nbytes, stopwatch=watch)
+
+    def _known_norm(self, info: SurgeryInfo) -> float | None:
+        """Of the merged gradient of the shared parameters, by the Gramian; None where that does not give it."""
+        if self._parts.sink.sketches or info.merged_norm is None or info.weights is None or info.task_norms is None:
+            return None
+        parts = float(info.weights.abs() @ info.task_norms)
+        return info.merged_norm if info.merged_norm >= _CANCELLED * parts else None

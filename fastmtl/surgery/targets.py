@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UserError
+from fastmtl.surgery.adamw import SurgeryAdamW
 from fastmtl.surgery.reduce import world_size
 from fastmtl_kernels.cast import cast
 
@@ -19,7 +20,10 @@ class Target(Protocol):
     names: of the trainable parameters by id, for messages. stacks: whether merged gradients can be handed over;
     otherwise replay. factor: what merged gradients are to be multiplied by before they are. hand_over: takes every
     gradient out of the mapping, for one that nobody else holds becomes `.grad` as it is, any other is copied.
-    check_forward: raises UserError where losses whose gradients will be handed over come from the target's own forward.
+    merging_optimizer: the one that is to be given task gradients in place of that, None where there is none; norm: of
+    the merged gradient, None where it is not known. begin: raises UserError where a step's first gradient comes too
+    early. check_forward: raises UserError where losses whose gradients will be handed over come from the target's own
+    forward.
     """
 
     parameters: list[nn.Parameter]
@@ -32,13 +36,15 @@ class Target(Protocol):
     def autocast(self) -> AbstractContextManager[Any]: ...
     def backward(self, loss: Tensor, last: bool) -> None: ...
     def hand_over(self, gradients: dict[int, Tensor]) -> None: ...
+    def merging_optimizer(self, norm: float | None) -> SurgeryAdamW | None: ...
+    def begin(self) -> None: ...
     def check_forward(self) -> None: ...
     def loss_scale(self) -> float: ...
     def backs_off(self) -> bool: ...
 
 
 class OptimizerTarget:
-    """A torch optimiser in one process: merged gradients go into `.grad`."""
+    """A torch optimiser in one process: merged gradients go into `.grad`, or SurgeryAdamW merges them itself."""
 
     stacks = True
     factor = 1.0
@@ -48,6 +54,7 @@ class OptimizerTarget:
             raise UserError(
                 "target: with several processes use a DeepSpeed engine, a torch optimiser does not reduce gradients"
             )
+        self._merging = optimizer if isinstance(optimizer, SurgeryAdamW) else None
         self.parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         if not self.parameters:
             raise UserError("target: no parameter of the optimiser requires a gradient")
@@ -67,6 +74,16 @@ class OptimizerTarget:
         for parameter in self.parameters:
             gradient = cast(gradients.pop(id(parameter)), parameter.dtype)
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+    def merging_optimizer(self, norm: float | None) -> SurgeryAdamW | None:
+        if self._merging is None or (self._merging.max_norm is not None and norm is None):
+            return None
+        # What is in `.grad` already is to be added to, as every torch optimiser's user expects.
+        return self._merging if all(parameter.grad is None for parameter in self.parameters) else None
+
+    def begin(self) -> None:
+        if self._merging is not None:
+            self._merging.check_taken()
 
     def check_forward(self) -> None:
         pass
@@ -90,6 +107,11 @@ class EngineTarget:
         self.names = {id(p): name for name, p in named}
         self.parameters = [p for _, p in named]
         self.factor = float(world_size())
+        if isinstance(getattr(engine, "basic_optimizer", None), SurgeryAdamW):
+            raise UserError(
+                "SurgeryAdamW is for a plain torch loop, under DeepSpeed the master weights are DeepSpeed's: give the "
+                "engine torch.optim.AdamW or its own AdamW, and gradient_clipping in its config for max_norm"
+            )
         stage = engine.zero_optimization_stage()
         if engine.fp16_enabled() and stage == 0:
             raise UserError(
@@ -126,6 +148,12 @@ class EngineTarget:
         self.engine.set_gradient_accumulation_boundary(True)
         merged = [gradients.pop(id(parameter)) for parameter in self.parameters]
         self.engine.backward(_Surrogate.apply(merged, *self.parameters), scale_wrt_gas=False)
+
+    def merging_optimizer(self, norm: float | None) -> SurgeryAdamW | None:
+        return None
+
+    def begin(self) -> None:
+        pass
 
     def check_forward(self) -> None:
         if self._own_forward:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UserError
-from fastmtl.surgery.compact_rows import coalesce, rows_gramian, weighted_table
+from fastmtl.surgery.compact_rows import Rows, coalesce, rows_gramian, weighted_rows, weighted_table
 from fastmtl.surgery.jacobian import Jacobian
 from fastmtl.surgery.reduce import Alone, Ranks
 from fastmtl.surgery.sketch import CountSketch
@@ -65,6 +65,7 @@ class TaskGradients:
         self._sparse = {id(parameter) for parameter in sparse}
         self._dense = [parameter for parameter in self._parameters if id(parameter) not in self._sparse]
         self.dtype = dtype
+        self.sketches = sketch_size is not None
         self._ranks = Alone() if ranks is None else ranks
         self._sketch_size = sketch_size
         self._index = {id(parameter): k for k, parameter in enumerate(self._parameters)}
@@ -317,6 +318,18 @@ class TaskGradients:
                 parts = self._rows.get(id(parameter), [[] for _ in range(self.num_tasks)])
                 result[id(parameter)] = weighted_table(parameter.shape, parts, weights)
         return result
+
+    def unmerged(self, weights: Tensor) -> tuple[dict[int, list[Tensor]], dict[int, Rows]]:
+        """For whoever merges on the way, by id: the T gradients of dense parameters, views of J that the next write
+        overwrites, and of tables the rows that occur, already merged with `weights` (mode `stack`).
+        """
+        assert self._stack is not None, "unmerged needs mode stack"
+        tables = {}
+        for parameter in self._parameters:
+            if id(parameter) in self._sparse:
+                parts = self._rows.get(id(parameter), [[] for _ in range(self.num_tasks)])
+                tables[id(parameter)] = weighted_rows(parts, weights, parameter.shape[1])
+        return self._stack.rows(), tables
 
     def clear(self) -> None:
         """Forgets what was written; the buffers stay."""

@@ -2,10 +2,10 @@
 
     g = sum_t weights[t] J[t], then AdamW's step with the gradient g (see combined_adamw_reference).
 
-J [T, P] is read once, weights and moments are read and written once, and g never exists in memory: (4 T + 24) P bytes in
-float32, where combine and an optimiser after it move (4 T + 32) P, and clipping in between 12 P more. A factor that clips
-goes into `weights`. float32 arithmetic; J float32, bfloat16 or float16. Every element by itself: equal inputs give equal
-bits.
+J [T, P] is read once, weights and moments are read and written once, and g never exists in memory: (4 T + 24) P bytes
+in float32, where combine and an optimiser after it move (4 T + 32) P, and clipping in between 12 P more. A factor that
+clips goes into `weights`. float32 arithmetic; J float32, bfloat16 or float16. Every element by itself: equal inputs
+give equal bits.
 
 Source: as fastmtl_kernels.combined_adamw_reference.
 """
@@ -87,11 +87,10 @@ def combined_adamw(
         _check(k, target, lists[0][k], slots)
     if slots is not None and device.type == "cpu" and len(slots) and int(slots.max()) >= len(lists[0][0]):
         raise ValueError(f"slots must be below the {len(lists[0][0])} rows of grads, got {int(slots.max())}")
-    kernels: ModuleType | None = None
     if targets:
-        tensors = [tensor for target in targets for tensor in target] + [tensor for tensor in lists[0]]
-        kernels = backend("combined_adamw", select(impl, *tensors))
-        (kernels or reference).combined_adamw(lists, weights, targets, update, slots)
+        chosen = select(impl, *lists[0], *(tensor for target in targets for tensor in target))
+        kernels: ModuleType = backend("combined_adamw", chosen) or reference
+        kernels.combined_adamw(lists, weights, targets, update, slots)
 
 
 def _listed(name: str, value: Tensors, like: list[Tensor], flat: bool) -> list[Tensor]:
@@ -110,12 +109,16 @@ def _check(k: int, target: Written, gradient: Tensor, slots: Tensor | None) -> N
         if name == "copies" and tensor is None:
             continue
         if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.device != gradient.device:
-            raise ValueError(f"{name}[{k}] must have the shape {list(shape)} on {gradient.device}, got {describe(tensor)}")
+            raise ValueError(
+                f"{name}[{k}] must have the shape {list(shape)} on {gradient.device}, got {describe(tensor)}"
+            )
         if not tensor.is_contiguous():
             raise ValueError(f"{name}[{k}] must be contiguous, as it is written in place")
         allowed = (torch.bfloat16, torch.float16) if name == "copies" else (torch.float32, torch.float64)
         if tensor.dtype not in allowed or (name.startswith("exp") and tensor.dtype != target.param.dtype):
-            wanted = " or ".join(map(str, allowed)) if not name.startswith("exp") else f"{target.param.dtype} like params"
+            wanted = (
+                " or ".join(map(str, allowed)) if not name.startswith("exp") else f"{target.param.dtype} like params"
+            )
             raise ValueError(f"{name}[{k}] must be {wanted}, got {tensor.dtype}")
 
 

@@ -133,8 +133,8 @@ def _combined_adamw_kernel(
     MAX_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """BLOCK columns of one tensor. table int64 [K, NUM_ROWS + 5]: addresses of the gradients, weights, moments and copy,
-    then the number of elements. pieces int64 [programs, 2]: the tensor and its first column.
+    """BLOCK columns of one tensor. table int64 [K, NUM_ROWS + 5]: addresses of the gradients, weights, moments and
+    copy, then the number of elements. pieces int64 [programs, 2]: the tensor and its first column.
     """
     piece = tl.program_id(0)
     begin = tl.load(pieces_ptr + 2 * piece + 1)

@@ -81,7 +81,9 @@ def test_flat(impl: str, dtype: torch.dtype, size: int) -> None:
     copy=st.sampled_from(COPIES),
     seed=st.integers(0, 1000),
 )
-def test_tables(impl: str, tasks: int, size: tuple[int, int], rows: int, dtype: torch.dtype, copy: Any, seed: int) -> None:
+def test_tables(
+    impl: str, tasks: int, size: tuple[int, int], rows: int, dtype: torch.dtype, copy: Any, seed: int
+) -> None:
     """Rows that occur get their gradients; the others decay, and so do their moments."""
     generator, device = torch.Generator().manual_seed(seed), DEVICES[impl]
     grads, weights = lists_of([(rows, size[1])], [dtype], tasks, generator)
@@ -89,9 +91,7 @@ def test_tables(impl: str, tasks: int, size: tuple[int, int], rows: int, dtype: 
     before = Written.random([size], generator, copy)
     found = before.on(device)
     moved = [[gradient.to(device) for gradient in task] for task in grads]
-    combined_adamw(
-        moved, weights.to(device), **found.arguments(), step=2, **OPTIONS, slots=slots.to(device), impl=impl
-    )
+    combined_adamw(moved, weights.to(device), **found.arguments(), step=2, **OPTIONS, slots=slots.to(device), impl=impl)
     sums = [spread(values, slots) for values in exact_sums(grads, weights)]
     check(found, before, *sums, tasks, 2)
 
@@ -225,6 +225,4 @@ def test_the_operator_itself_never_writes_out_of_bounds(changed: dict[str, Any],
         else:
             three = (torch.zeros(2, 2) for _ in range(3))
             slots = torch.full((2,), slot, dtype=torch.int32)
-            torch.ops.fastmtl.combined_adamw_rows_(
-                [torch.zeros(3, 2)], torch.ones(1), slots, *three, None, *numbers
-            )
+            torch.ops.fastmtl.combined_adamw_rows_([torch.zeros(3, 2)], torch.ones(1), slots, *three, None, *numbers)

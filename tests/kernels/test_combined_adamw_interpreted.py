@@ -42,9 +42,7 @@ def run(grads: list[list[Tensor]], weights: Tensor, found: Written, step: int, s
     lists = zip(found.params, found.exp_avgs, found.exp_avg_sqs, copies, strict=True)
     targets = [reference.Written(*tensors) for tensors in lists]
     with mock.patch.object(combined_adamw_triton, "BLOCK", BLOCK):
-        combined_adamw_triton.combined_adamw(
-            grads, weights, targets, reference.Update.at(step, **OPTIONS), slots
-        )
+        combined_adamw_triton.combined_adamw(grads, weights, targets, reference.Update.at(step, **OPTIONS), slots)
 
 
 @interpreted
@@ -57,7 +55,9 @@ def run(grads: list[list[Tensor]], weights: Tensor, found: Written, step: int, s
     seed=st.integers(0, 100),
     data=st.data(),
 )
-def test_lists(tasks: int, sizes: list[int], copy: torch.dtype | None, shift: int, seed: int, data: st.DataObject) -> None:
+def test_lists(
+    tasks: int, sizes: list[int], copy: torch.dtype | None, shift: int, seed: int, data: st.DataObject
+) -> None:
     """Of several dtypes, begun at any address. What lies before and after is left alone."""
     dtypes = data.draw(st.lists(st.sampled_from(DTYPES), min_size=len(sizes), max_size=len(sizes)))
     generator = torch.Generator().manual_seed(seed)

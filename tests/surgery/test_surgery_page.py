@@ -12,11 +12,12 @@ import pytest
 
 PAGE = Path(__file__).parents[2] / "docs" / "surgery.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
-EXAMPLES = [block for block in BLOCKS if "import deepspeed" in block]
+EXAMPLES = [block for block in BLOCKS if "from fastmtl.surgery import" in block]
 
 
-def test_both_ways_are_shown() -> None:
-    hugging_face, own_layers = EXAMPLES
+def test_every_way_is_shown() -> None:
+    hugging_face, plain_loop, own_layers = EXAMPLES
+    assert "deepspeed" not in plain_loop and "SurgeryAdamW(" in plain_loop
     assert "from transformers import" in hugging_face and "surgery.backward(" in hugging_face
     assert "from fastmtl.surgery.functional import" in own_layers and "surgery.run(" in own_layers
 

@@ -22,6 +22,7 @@ OPERATIONS = (
     "pal",
     "gramian",
     "combine",
+    "combined_adamw",
     "pcgrad_weights",
     "gradvac_weights",
 )
