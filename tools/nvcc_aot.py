@@ -37,7 +37,8 @@ def why_no_nvcc() -> str:
 
 
 def compile_source(source: Path, capability: int) -> dict[str, dict[str, int]]:
-    """For each kernel, by its mangled name without the unnamed namespace, bytes spilled, registers and bytes of static shared memory.
+    """For each kernel, by its mangled name without the unnamed namespace, bytes spilled, registers and bytes of static
+    shared memory.
 
     Device code alone is made, which checks the host's part too but saves half of the time.
     Raises RuntimeError with nvcc's output where the file does not compile.
