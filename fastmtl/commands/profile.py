@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fastmtl.commands.options import Debug
 from fastmtl.errors import UserError
+
+if TYPE_CHECKING:
+    from fastmtl.config import Recipe
+    from fastmtl.phases import Phase
+    from fastmtl.profile.plan import Point
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -51,6 +56,25 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
             ),
         ] = None,
         trace: Annotated[bool, typer.Option("--trace", help="Also trace a few steps, for Perfetto.")] = False,
+        scale_out: Annotated[
+            bool, typer.Option("--scale-out", help="Predict steps of up to 1,024 ranks instead.")
+        ] = False,
+        link: Annotated[
+            str | None,
+            typer.Option(
+                metavar="NAME",
+                help="--scale-out: ethernet, slow, or RANKS:GB/s:us:GB/s:us in and between nodes. Default: nvlink.",
+                show_default=False,
+            ),
+        ] = None,
+        floors: Annotated[
+            str | None,
+            typer.Option(
+                metavar="DEVICE",
+                help="--scale-out: h200 or a100, by its data sheet instead of measuring.",
+                show_default=False,
+            ),
+        ] = None,
         output: Annotated[
             Path | None,
             typer.Option(metavar="DIR", help="Where results go. Default: profiles/RECIPE.", show_default=False),
@@ -80,10 +104,17 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         Where the time goes, with other settings:
           [cyan]fastmtl profile demo --batch-sizes 16 --trace engine.zero=2 engine.precision=bf16[/cyan]
 
+        What more ranks bring, over 100 Gbit/s between machines:
+          [cyan]fastmtl profile demo --batch-sizes 16 --methods sum,pcgrad --scale-out --link ethernet[/cyan]
+
         DIR gets profile.json (after every point), plots, and traces. docs/profiling.md says how to read them.
         """
         set_debug(debug)
         sizes = _batch_sizes(batch_sizes)
+        if not scale_out and (floors is not None or link is not None):
+            raise UserError("--link and --floors go with --scale-out")
+        if scale_out and (search or trace or memory_limit is not None):
+            raise UserError("--scale-out is a run of its own: leave out --find-max, --memory-limit and --trace")
         limit = _bytes(memory_limit) if memory_limit is not None else None
         from fastmtl.config import load_recipe
 
@@ -95,6 +126,9 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
 
         chosen = plan.choose_phase(settings, phase)
         points = plan.points(chosen.recipe, sizes, _names(methods), _names(storages))
+        if scale_out:
+            _scale_out(settings, chosen, recipe, points, directory, link or "nvlink", floors, commit)
+            return
         with progress() as say:
             result = run.profile(
                 settings,
@@ -117,6 +151,33 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
             print(error)
         if all(point["measured"] is None for point in result["points"]):
             raise UserError("no point could be measured; the reasons stand above")
+
+
+def _scale_out(
+    settings: Recipe,
+    phase: Phase,
+    name: str,
+    points: Sequence[Point],
+    directory: Path,
+    link: str,
+    floors: str | None,
+    commit: str | None,
+) -> None:
+    from fastmtl.bench.report import progress, wide
+    from fastmtl.profile import plots, scale_out_run
+    from fastmtl.profile.links import find_cluster
+
+    cluster = find_cluster(link)
+    with progress() as say:
+        result = scale_out_run.predict_scale(
+            settings, phase, name, points, directory, say, cluster, device_of_floors=floors, commit=commit
+        )
+    scale_out_run.show(result, wide())
+    print(f"results: {directory / 'scale-out.json'}")
+    try:
+        print(f"plot: {plots.draw_scale_out(result, directory)}")
+    except plots.NoOrigin as error:
+        print(error)
 
 
 def _batch_sizes(text: str) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from fastmtl.errors import UserError
 from fastmtl.profile.parts import PARTS
 
 MIB = 2**20
+SCALE_TASKS = (2, 8, 32)
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b8b8b8")
 
 
@@ -27,20 +29,24 @@ def draw(result: dict[str, Any], directory: Path) -> list[Path]:
     points = [point for point in result["points"] if point["measured"] is not None]
     if not points:
         return []
-    import matplotlib
-
     pictures: dict[str, tuple[float, float, Callable[[Any, Sequence[dict[str, Any]]], None]]] = {
         "memory": (1.6 + 2.6 * len(_series(points)), 3.6, _memory),
         "throughput": (5.0, 3.4, _throughput),
         "methods": (5.0, 3.4, _methods),
     }
-    # Equal results give equal files.
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "fastmtl", "font.size": 9, "axes.spines.top": False}
     files = []
-    with matplotlib.rc_context({**style, "axes.spines.right": False}):
+    with _style():
         for name, (width, height, picture) in pictures.items():
             files.append(_save(directory / f"{name}.svg", result, points, (width, height), picture))
     return files
+
+
+def draw_scale_out(result: dict[str, Any], directory: Path) -> Path:
+    """scale-out.svg: a step's time over ranks, a pane for each of some numbers of tasks. Raises NoOrigin as `draw`."""
+    check_origin(result)
+    with _style():
+        size = (2.2 + 2.4 * len(SCALE_TASKS), 3.4)
+        return _save(directory / "scale-out.svg", result, result["series"], size, _scale_out)
 
 
 def check_origin(result: dict[str, Any]) -> None:
@@ -52,6 +58,14 @@ def check_origin(result: dict[str, Any]) -> None:
             f"no figure of a result that does not name its {', '.join(missing)}: profile again in a git checkout, or "
             "with --commit"
         )
+
+
+def _style() -> AbstractContextManager[None]:
+    import matplotlib
+
+    # Equal results give equal files.
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "fastmtl", "font.size": 9, "axes.spines.top": False}
+    return matplotlib.rc_context({**style, "axes.spines.right": False})
 
 
 def _save(
@@ -124,6 +138,24 @@ def _methods(figure: Any, points: Sequence[dict[str, Any]]) -> None:
     axes.set_title("each point: a batch size", fontsize=8)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+
+
+def _scale_out(figure: Any, series: Sequence[dict[str, Any]]) -> None:
+    panes = figure.subplots(1, len(SCALE_TASKS), sharey=True)
+    for axes, tasks in zip(panes, SCALE_TASKS, strict=True):
+        for entry in series:
+            for way in dict.fromkeys(point["reduce"] for point in entry["points"]):
+                points = [p for p in entry["points"] if (p["reduce"], p["tasks"]) == (way, tasks)]
+                name = way if way == "sum" else f"{entry['series']} {way}"
+                axes.plot([p["ranks"] for p in points], [1e3 * p["seconds"] for p in points], ".-", label=name)
+        axes.set(title=f"{tasks} tasks", xlabel="ranks", yscale="log")
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+    panes[0].set_ylabel("ms per step, predicted")
+    handles, labels = panes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    link = series[0]["link"]["name"]
+    figure.suptitle(f"link {link}; parts of a step: {series[0]['source']}", fontsize=7)
 
 
 def _series(points: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

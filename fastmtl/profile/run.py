@@ -21,6 +21,7 @@ from fastmtl.profile.measure import Job, dumped, measure
 from fastmtl.profile.plan import Plan, Point, device_of_this_machine
 from fastmtl.profile.predict import Prediction, predict
 
+FILE = "profile.json"
 STAGES, WORLDS = (0, 1, 2, 3), (1, 2, 4, 8, 16)
 
 
@@ -65,16 +66,16 @@ def profile(
         wants_trace = trace and last[point.series] == point
         job = Job(dumped(recipe), phase.name, point, memory_limit, trace=str(file) if wants_trace else None)
         result["points"].append(_entry(plan, point, process.run(measure, job)))
-        save(result, output)
+        save(result, output / FILE)
     result["spread"] = [_spread(plan, point) for point in last.values()]
     if search:
         result["largest"] = []
         for point in last.values():
             result["largest"].append(find_max(dumped(recipe), plan, point, limit, say, advice.beside(result["points"])))
-            save(result, output)
+            save(result, output / FILE)
     say("advice")
     result["advice"] = advice.advice(plan, result)
-    save(result, output)
+    save(result, output / FILE)
     return result
 
 
@@ -85,10 +86,9 @@ def memory_of(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def save(result: dict[str, Any], output: Path) -> None:
-    """Replaces output/profile.json as a whole."""
-    file = output / "profile.json"
-    written = file.with_name(".profile.json.new")
+def save(result: dict[str, Any], file: Path) -> None:
+    """Replaces the file as a whole."""
+    written = file.with_name(f".{file.name}.new")
     try:
         written.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         written.replace(file)

@@ -59,8 +59,8 @@ class Shape:
 
     loads: of the step's micro-batches; load: the largest of them. number_bytes: of a weight, an activation and a
     gradient. dense, table: trained shared parameters, without and of the
-    word embeddings; own: those of tasks; frozen: the rest. largest: of the dense tensors. group: of the optimiser's
-    largest group. moments: numbers that the optimiser keeps for each weight. copies_to_decay: whether weight decay is
+    word embeddings; own: those of tasks; frozen: the rest. sizes: of the dense tensors. groups: of the optimiser's
+    groups. moments: numbers that the optimiser keeps for each weight. copies_to_decay: whether weight decay is
     added to a copy of the gradient. joint: gradients are summed. storage: "stacked", "replay", or "none" with scope
     "tensor". overlap: whether DeepSpeed reduces during backward, as on GPUs.
     """
@@ -80,8 +80,8 @@ class Shape:
     table: int
     own: int
     frozen: int
-    largest: int
-    group: int
+    sizes: tuple[int, ...]
+    groups: tuple[int, ...]
     joint: bool
     storage: str
     scope: str
@@ -103,6 +103,14 @@ class Shape:
     @property
     def trained(self) -> int:
         return self.dense + self.table + self.own
+
+    @property
+    def largest(self) -> int:
+        return max(self.sizes, default=0)
+
+    @property
+    def group(self) -> int:
+        return max(self.groups)
 
     @property
     def masters(self) -> bool:
@@ -139,8 +147,8 @@ class Shape:
             table=sparse,
             own=total - sum(p.numel() for p in shared),
             frozen=everything - total,
-            largest=max((p.numel() for p in shared if p is not table), default=0),
-            group=max(sum(p.numel() for p in group["params"]) for group in groups),
+            sizes=tuple(p.numel() for p in shared if p is not table),
+            groups=tuple(sum(p.numel() for p in group["params"]) for group in groups),
             joint=gradient.method == "sum" or not shared,
             storage=storage,
             scope=gradient.scope,

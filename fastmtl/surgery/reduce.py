@@ -11,7 +11,7 @@ from torch import Tensor
 from fastmtl.ranges import named
 from fastmtl.surgery.compact_rows import coalesce
 
-_BUCKET = 1 << 23  # numbers per collective: bounds the copy that a collective needs
+BUCKET = 1 << 23  # numbers per collective: bounds the copy that a collective needs
 
 
 class Ranks(Protocol):
@@ -51,7 +51,7 @@ class Together:
         world = world_size()
         if world == 1:
             return piece
-        columns = max(1, _BUCKET // (world * piece.shape[0])) * world
+        columns = max(1, BUCKET // (world * piece.shape[0])) * world
         with named("communication"):
             shares = [_scatter(piece[:, start : start + columns]) for start in range(0, piece.shape[1], columns)]
             return torch.cat(shares, dim=1)

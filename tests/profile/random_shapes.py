@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sent import Sent
 from transformers import BertConfig
 
 from fastmtl.config import Recipe, parse_recipe
@@ -25,6 +26,7 @@ from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.profile.predict import predict
 from fastmtl.profile.shape import Load, Shape
 from fastmtl.profile.steps import Steps
+from fastmtl.profile.traffic import Collective, traffic
 
 ADAPTERS: tuple[dict[str, Any] | None, ...] = (
     None,
@@ -102,6 +104,8 @@ def compare(recipe: Recipe, config: BertConfig, batches: list[PackedBatch], rank
     steps = Steps(recipe, model, ranks.world, ranks.device)
     steps.counted(batches)
     peak = steps.counted(batches).peak()
+    with Sent() as sent:
+        steps.step(batches)
     shape = Shape.of(recipe, on_meta, list(map(Load.of, batches)), steps.storage, ranks.world, on_gpu=False)
     predicted = predict(shape)
     return {
@@ -113,7 +117,16 @@ def compare(recipe: Recipe, config: BertConfig, batches: list[PackedBatch], rank
         "phase": peak.range,
         "predicted": predicted.parts,
         "predicted_phase": predicted.phase,
+        "sent": sent.total(),
+        "predicted_sent": _by_kind(traffic(shape)),
     }
+
+
+def _by_kind(collectives: list[Collective]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for one in collectives:
+        found[one.kind] = found.get(one.kind, 0) + one.times * one.nbytes
+    return found
 
 
 def main() -> None:

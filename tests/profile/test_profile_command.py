@@ -99,6 +99,31 @@ def check_trace(file: Path, *, joint: bool) -> None:
     assert found == set(NAMES) - missing
 
 
+@pytest.mark.parametrize("floors", [[], ["--floors", "h200"]])
+def test_more_ranks(
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    floors: list[str],
+) -> None:
+    arguments = "--batch-sizes 4 --methods sum,pcgrad --scale-out --link slow --commit 1234567"
+    assert run(monkeypatch, str(recipe), *arguments.split(), *floors) == 0
+    out = capsys.readouterr().out
+    directory = tmp_path / "profiles" / "small"
+    result = json.loads((directory / "scale-out.json").read_text())
+    assert [entry["series"] for entry in result["series"]] == ["sum", "pcgrad stacked"]
+    for entry in result["series"]:
+        assert set(entry["parts"]) == {*NAMES, "the rest"} and entry["parts"]["backward"] > 0
+        assert entry["source"].startswith("floors, not measured" if floors else "measured, one rank on")
+        assert entry["source"] in out
+        ways = ["sum"] if entry["series"] == "sum" else ["exact", "local", "sketch"]
+        assert list(dict.fromkeys(point["reduce"] for point in entry["points"])) == ways
+        seconds = {(p["reduce"], p["tasks"], p["ranks"]): p["seconds"] for p in entry["points"]}
+        assert all(seconds[way, 2, 1024] > seconds[way, 2, 2] for way in ways)
+    assert (directory / "scale-out.svg").stat().st_size < 100_000 and "scale-out.svg" in out
+
+
 def test_the_largest_batch_survives_running_out_of_memory(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,6 +148,11 @@ def test_the_largest_batch_survives_running_out_of_memory(
         (["--memory-limit", "much"], "--memory-limit: 'much' is no size: write it as 24GiB"),
         (["--methods", "pcgard"], "Did you mean 'pcgrad'?"),
         (["--storages", "kept"], "--storages: 'kept': stacked or replay"),
+        (["--scale-out", "--link", "nvlnk"], "Did you mean 'nvlink'?"),
+        (["--scale-out", "--floors", "h20"], "Did you mean 'h200'?"),
+        (["--floors", "h200"], "--link and --floors go with --scale-out"),
+        (["--link", "slow"], "--link and --floors go with --scale-out"),
+        (["--scale-out", "--trace"], "--scale-out is a run of its own"),
         (["--output", "/proc/nowhere"], "--output: cannot write to /proc/nowhere"),
         (["train.epoch=1"], "Did you mean 'train.epochs'?"),
     ],

@@ -1,0 +1,57 @@
+"""The least that a step's parts take on a device that is not at hand, by its data sheet.
+
+    forward    2 F n / peak, F the numbers of the layers' matrices, n tokens; backward twice that
+    surgery    2 passes over J / bandwidth
+    optimiser  7 V 4 / bandwidth, V trained numbers: gradient, weight, two moments are read, all but the first written;
+               handing over 3 V 4 / bandwidth
+
+No step is faster, real ones are slower: what is left of a step beside communication is at least this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastmtl.errors import unknown_name
+from fastmtl.profile.deepspeed import FLOAT
+from fastmtl.profile.scale_out import ALONE, Parts
+from fastmtl.profile.shape import Shape
+
+
+@dataclass(frozen=True)
+class Device:
+    """half, single: operations per second in 16 and 32 bits, without sparsity. bandwidth: bytes per second."""
+
+    half: float
+    single: float
+    bandwidth: float
+    source: str
+
+
+DEVICES = {
+    "h200": Device(989e12, 67e12, 4.8e12, "NVIDIA's H200 data sheet: 989 and 67 TFLOP/s, 4.8 TB/s"),
+    "a100": Device(312e12, 19.5e12, 2.0e12, "NVIDIA's A100 80GB data sheet: 312 and 19.5 TFLOP/s, 2.0 TB/s"),
+}
+
+
+def floors(shape: Shape, name: str) -> Parts:
+    """Raises UserError for a device that is not known."""
+    if name not in DEVICES:
+        raise unknown_name("device", name, DEVICES)
+    device = DEVICES[name]
+    tokens = sum(load.tokens for load in shape.loads)
+    matrices = shape.layers * shape.hidden * (4 * shape.hidden + 2 * shape.intermediate)
+    forward = 2 * matrices * tokens / (device.half if shape.number_bytes < FLOAT else device.single)
+    twice = 2 if shape.storage == "replay" else 1
+    surgery = 0.0 if shape.joint else ALONE * shape.tasks * shape.dense * shape.j_bytes / device.bandwidth
+    number = shape.trained * FLOAT / device.bandwidth
+    seconds = {
+        "data": 0.0,
+        "forward": twice * forward,
+        "backward": twice * 2 * forward,
+        "surgery": surgery,
+        "communication": 0.0 if shape.joint else 3 * number,
+        "optimiser": 7 * number,
+        "the rest": 0.0,
+    }
+    return Parts(seconds, shape.tasks, f"floors, not measured: {device.source}")

@@ -1,0 +1,114 @@
+"""The time of a step on many ranks, from the parts of one on a single rank and the cost of links.
+
+Every rank has as many rows as the one whose parts are known. With T tasks instead of T0, and W ranks:
+
+    forward, data, the rest   as they are
+    backward                  and a pass over J for each further T0 tasks, which it writes
+    surgery                   passes over J, each half of what it takes for T0 tasks, for the Gramian reads J and the
+                              merge reads it again. `exact`: 1 / W for the Gramian of a rank's columns, 1 for the merge,
+                              4 for two copies that go into collectives. `local`: 2. `sketch`: 3 for signs and sums, 1
+    optimiser                 1 / W from ZeRO 1 on
+    communication             handing over as it is; collectives by `traffic` and `links`, hidden ones as far as
+                              backward lasts
+
+Passes are for `storage: stacked`; with others all parts stay as they are. Rows of the embeddings are left out of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastmtl.profile.links import Cluster
+from fastmtl.profile.shape import Shape
+from fastmtl.profile.traffic import traffic
+from fastmtl.surgery.options import SKETCH_SIZE
+
+WORLDS = tuple(2**k for k in range(11))
+TASKS = (2, 4, 8, 16, 32)
+ALONE, COPIES, SKETCHING = 2, 4, 3
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds of the parts of a step of one rank with `tasks` tasks, as `fastmtl.profile.trace` names them. source:
+    where they are from.
+    """
+
+    seconds: Mapping[str, float]
+    tasks: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Seconds of a step; of those, how many it waits for collectives. sent: bytes that a rank sends."""
+
+    seconds: float
+    waiting: float
+    sent: float
+
+
+def step(shape: Shape, parts: Parts, cluster: Cluster) -> Predicted:
+    known = parts.seconds
+    compute = sum(known.values())
+    if shape.storage == "stacked" and not shape.joint:
+        one_pass, more = known["surgery"] / ALONE, shape.tasks / parts.tasks
+        compute += one_pass * (more - 1) + one_pass * more * passes(shape) - known["surgery"]
+    if shape.zero:
+        compute -= known["optimiser"] * (1 - 1 / shape.world)
+    collectives = traffic(shape)
+    seconds = [one.seconds(cluster, shape.world) for one in collectives]
+    hidden = sum(one.hidden * each for one, each in zip(collectives, seconds, strict=True))
+    waiting = sum(seconds) - min(hidden, known["backward"])
+    return Predicted(compute + waiting, waiting, sum(one.sent(shape.world) for one in collectives))
+
+
+def passes(shape: Shape) -> float:
+    """Over J in surgery."""
+    if shape.world == 1 or shape.reduce == "local":
+        return ALONE
+    return 1 + (SKETCHING if shape.sketch_size is not None else COPIES + 1 / shape.world)
+
+
+def ways(shape: Shape, method: str) -> dict[str, Shape]:
+    """The shape with each `reduce` that its method allows; only itself, as "sum", where gradients are summed."""
+    if shape.joint:
+        return {"sum": shape}
+    found = {"exact": dataclasses.replace(shape, reduce="exact", sketch_size=None)}
+    if method == "pcgrad":
+        found["local"] = dataclasses.replace(shape, reduce="local", sketch_size=None)
+    if shape.scope == "global":
+        size = shape.sketch_size or SKETCH_SIZE
+        found["sketch"] = dataclasses.replace(shape, reduce="sketch", sketch_size=size)
+    return found
+
+
+def scale_out(shape: Shape, method: str, parts: Parts, cluster: Cluster) -> dict[str, Any]:
+    """JSON-ready: for every way, number of tasks (the recipe's among them) and of ranks what `step` predicts."""
+    points = []
+    for name, way in ways(shape, method).items():
+        for tasks, world in itertools.product(sorted({*TASKS, shape.tasks}), WORLDS):
+            predicted = step(_at(way, tasks, world), parts, cluster)
+            points.append({"reduce": name, "tasks": tasks, "ranks": world, **dataclasses.asdict(predicted)})
+    return {
+        "tasks": shape.tasks,
+        "parts": dict(parts.seconds),
+        "source": parts.source,
+        "link": dataclasses.asdict(cluster),
+        "points": points,
+    }
+
+
+def _at(shape: Shape, tasks: int, world: int) -> Shape:
+    """With tasks more or fewer, each with as many parameters of its own. Where DeepSpeed's bucket holds all gradients
+    it still does.
+    """
+    more = shape.own * tasks // shape.tasks - shape.own
+    groups = (*shape.groups[:-1], shape.groups[-1] + more)
+    bucket = shape.bucket if shape.bucket < shape.trained else shape.bucket + max(0, more)
+    spread = shape.spread(shape.zero, world)
+    return dataclasses.replace(spread, tasks=tasks, own=shape.own + more, groups=groups, bucket=bucket)

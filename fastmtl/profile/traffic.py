@@ -1,0 +1,136 @@
+"""What the ranks of a training step send each other, collective by collective.
+
+T tasks, P numbers in the dense shared parameters, V trained numbers altogether of e bytes, W ranks; u rows of the word
+embeddings, d wide, occur for a task.
+
+    J, reduce: exact     reduce-scatter of T P numbers, at most 2^23 of them in a collective; all-gathers of u rows
+    J, reduce: sketch    all-reduce of T m numbers, m buckets
+    J, reduce: local     nothing
+    ZeRO 0               all-reduce of V e bytes of gradients
+    ZeRO 1, 2            the same, and all-gathers of V e bytes of weights; gradients once in ZeRO 1, in ZeRO 2 with
+                         every backward of DeepSpeed's
+    ZeRO 3               reduce-scatter of V e bytes with every backward; all-gathers of tensors of over 100,000 numbers
+                         with every forward (at most: some are still there), of smaller ones once
+    small ones           the Gramian, losses, norms, flags
+
+Where it is hidden: nowhere, but for DeepSpeed's reduction of gradients that its own backward makes, on GPUs, where they
+fill more than one bucket. fastmtl's bucket holds all of them unless the recipe says otherwise. J's columns go after
+backward (`stacked`), or while it waits (`replay`, `scope: tensor`); merged gradients come all at once.
+Sources: fastmtl/surgery/reduce.py; deepspeed/runtime/zero/stage_1_and_2.py (`average_tensor` reduces to all ranks),
+stage3.py, engine.py of DeepSpeed 0.19.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fastmtl.profile.deepspeed import FLOAT
+from fastmtl.profile.links import Cluster, Kind, sent
+from fastmtl.profile.shape import Shape
+from fastmtl.surgery.reduce import BUCKET
+
+INT64, DOUBLE = 8, 8
+# DeepSpeed's: a group's part is a multiple of so many numbers for each rank; ZeRO 3 keeps smaller tensors whole.
+ALIGNMENT, PERSISTENT = 2, 100_000
+
+
+@dataclass(frozen=True)
+class Collective:
+    """`times` equal ones of a buffer of `nbytes` (all ranks' parts together). hidden: the share of them that runs while
+    backward computes.
+    """
+
+    what: str
+    kind: Kind
+    nbytes: int
+    times: int = 1
+    hidden: float = 0.0
+
+    def sent(self, world: int) -> float:
+        """Bytes that each rank sends."""
+        return self.times * sent(self.kind, self.nbytes, world)
+
+    def seconds(self, cluster: Cluster, world: int) -> float:
+        return self.times * cluster.seconds(self.kind, self.nbytes, world)
+
+
+def traffic(shape: Shape) -> list[Collective]:
+    """Of one optimiser step; nothing for one rank."""
+    if shape.world == 1:
+        return []
+    return [*_surgery(shape), *_gradients(shape), *_weights(shape), *_small(shape)]
+
+
+def _surgery(shape: Shape) -> Iterator[Collective]:
+    if shape.joint or shape.reduce == "local":
+        return
+    if shape.sketch_size is not None:
+        yield Collective("sketches", "all_reduce", shape.tasks * shape.sketch_size * FLOAT)
+        return
+    scatter: Kind = "reduce_scatter" if shape.on_gpu else "all_reduce"  # gloo's reduce-scatter is one inside
+    if shape.storage == "stacked":
+        pieces, passes = [(shape.dense, shape.j_bytes)], 1
+    else:
+        # The sums of rows of small tables are float32, products have the weights' type.
+        tables = {shape.positions * shape.hidden, shape.types * shape.hidden}
+        pieces = [(size, FLOAT if size in tables else shape.number_bytes) for size in shape.sizes]
+        passes = shape.accumulation
+    for nbytes, times in _pieces(shape, pieces).items():
+        yield Collective("columns of J", scatter, nbytes, times * passes)
+    if shape.table and shape.storage != "none":
+        rows = sum(load.unique for load in shape.loads) * shape.world
+        yield Collective("rows' ids", "all_gather", rows // shape.tasks * INT64, shape.tasks)
+        yield Collective("rows of J", "all_gather", rows // shape.tasks * shape.hidden * FLOAT, shape.tasks)
+
+
+def _pieces(shape: Shape, pieces: list[tuple[int, int]]) -> dict[int, int]:
+    """Of (columns, bytes of a number): {bytes of a collective, of all tasks and padded: how many of them}."""
+    world, tasks = shape.world, shape.tasks
+    most = max(1, BUCKET // (world * tasks)) * world
+    found: dict[int, int] = {}
+    for columns, number_bytes in pieces:
+        whole, rest = divmod(columns, most)
+        for size, times in ((most, whole), (rest, int(rest > 0))):
+            if times:
+                nbytes = -(-size // world) * world * tasks * number_bytes
+                found[nbytes] = found.get(nbytes, 0) + times
+    return found
+
+
+def _gradients(shape: Shape) -> Iterator[Collective]:
+    joined = shape.joint or shape.storage != "stacked"  # DeepSpeed's own backwards make them
+    backwards = shape.accumulation if joined and shape.zero >= 2 else 1
+    nbytes = shape.trained * shape.number_bytes
+    kind: Kind = "reduce_scatter" if shape.zero == 3 else "all_reduce"
+    buckets = -(-shape.trained // shape.bucket)
+    hidden = 1 - 1 / buckets if shape.overlap and joined else 0.0
+    yield Collective("gradients", kind, nbytes // buckets, backwards * buckets, hidden)
+
+
+def _weights(shape: Shape) -> Iterator[Collective]:
+    if shape.zero in (1, 2):
+        step = ALIGNMENT * shape.world
+        for group in shape.groups:
+            yield Collective("weights", "all_gather", -(-group // step) * step * shape.number_bytes)
+    if shape.zero == 3:
+        passes = shape.accumulation * (2 if not shape.joint and shape.storage == "replay" else 1)
+        large = [size for size in (*shape.sizes, shape.table) if size > PERSISTENT]
+        for size in large:
+            yield Collective("weights", "all_gather", size * shape.number_bytes, passes)
+        calls = max(1, len(shape.sizes) - len(large))
+        rest = (shape.trained - sum(large)) * shape.number_bytes
+        yield Collective("small weights", "all_gather", rest // calls, calls)
+
+
+def _small(shape: Shape) -> Iterator[Collective]:
+    """Those whose latency is all that they cost."""
+    numbers = [shape.tasks]  # losses
+    if not shape.joint:
+        numbers += [shape.tasks**2] * (len(shape.sizes) if shape.storage == "none" else 1)
+    if not shape.joint and shape.table and shape.sketch_size is None and shape.reduce != "local":
+        yield Collective("numbers of rows", "all_gather", shape.world * INT64, shape.tasks)
+    if shape.zero:
+        numbers += [1] * len(shape.groups)  # norms
+    numbers += [1]  # whether to stop
+    yield Collective("small ones", "all_reduce", sum(numbers) // len(numbers) * DOUBLE, len(numbers))
