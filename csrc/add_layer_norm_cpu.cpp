@@ -63,9 +63,19 @@ struct ForwardArgs {
   Dropout dropout;
 };
 
+// One row of y from z: a row that is made again has the bits that it had.
+template <typename scalar_t>
+FASTMTL_INLINE void normalise(const scalar_t* z, float mean, float rstd, const float* weight, const float* bias,
+                              int64_t num_columns, scalar_t* y) {
+  for_vectors(num_columns, [&](int64_t c, int64_t count, int) __attribute__((always_inline)) {
+    const Lanes h = (get(z + c, count) - mean) * rstd;
+    put(h * get(weight + c, count) + get(bias + c, count), y + c, count);
+  });
+}
+
 template <typename scalar_t>
 FASTMTL_INLINE void forward_part(const ForwardArgs& args, int64_t first, int64_t last, uint8_t* row_dropped,
-                                 scalar_t* no_ts, float* row_z) {
+                                 scalar_t* no_ts) {
   const int64_t d = args.num_columns;
   for (int64_t row = first; row < last; ++row) {
     const scalar_t* residual = static_cast<const scalar_t*>(args.residual) + row * d;
@@ -78,23 +88,18 @@ FASTMTL_INLINE void forward_part(const ForwardArgs& args, int64_t first, int64_t
     Lanes sums[kUnroll] = {}, squares[kUnroll] = {};
     for_vectors(d, [&](int64_t c, int64_t count, int k) __attribute__((always_inline)) {
       const Lanes f = drop((get(x + c, count) + get(args.x_bias + c, count)) * args.dropout.scale, dropped, c);
-      const Lanes sum = get(residual + c, count) + f + get(ts + c, count);
-      put(sum, z + c, count);
-      put(sum, row_z + c, count);
-      sums[k] += sum;
+      put(get(residual + c, count) + f + get(ts + c, count), z + c, count);
+      sums[k] += get(z + c, count);
     });
     const float mean = total(sums) / d;
     for_vectors(d, [&](int64_t c, int64_t count, int k) __attribute__((always_inline)) {
       // Filled up with the mean, so that what is past the last column adds nothing.
-      Lanes lanes = get(row_z + c, count);
+      Lanes lanes = get(z + c, count);
       for (int64_t lane = count; lane < kLanes; ++lane) lanes[lane] = mean;
       squares[k] += (lanes - mean) * (lanes - mean);
     });
     const float rstd = 1.0f / std::sqrt(total(squares) / d + args.eps);
-    for_vectors(d, [&](int64_t c, int64_t count, int) __attribute__((always_inline)) {
-      const Lanes h = (get(row_z + c, count) - mean) * rstd;
-      put(h * get(args.weight + c, count) + get(args.bias + c, count), y + c, count);
-    });
+    normalise(z, mean, rstd, args.weight, args.bias, d, y);
     args.mean[row] = mean;
     args.rstd[row] = rstd;
   }
@@ -164,11 +169,30 @@ FASTMTL_INLINE void dropout_part(const void* x, void* out, int64_t d, const Drop
   }
 }
 
+struct NormaliseArgs {
+  const void* z;
+  const float *mean, *rstd, *weight, *bias;
+  void* y;
+  int64_t num_columns;
+};
+
+template <typename scalar_t>
+FASTMTL_INLINE void normalise_part(const NormaliseArgs& args, int64_t first, int64_t last) {
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t at = row * args.num_columns;
+    normalise(static_cast<const scalar_t*>(args.z) + at, args.mean[row], args.rstd[row], args.weight, args.bias,
+              args.num_columns, static_cast<scalar_t*>(args.y) + at);
+  }
+}
+
 // One function for each dtype, compiled for several instruction sets.
 #define FASTMTL_ROW_KERNELS(scalar_t)                                                                               \
   FASTMTL_CLONES void forward_rows(const ForwardArgs& args, int64_t first, int64_t last, uint8_t* dropped,          \
-                                   scalar_t* no_ts, float* row_z) {                                                 \
-    forward_part<scalar_t>(args, first, last, dropped, no_ts, row_z);                                               \
+                                   scalar_t* no_ts) {                                                               \
+    forward_part<scalar_t>(args, first, last, dropped, no_ts);                                                      \
+  }                                                                                                                 \
+  FASTMTL_CLONES void normalise_rows(const NormaliseArgs& args, int64_t first, int64_t last, scalar_t) {            \
+    normalise_part<scalar_t>(args, first, last);                                                                    \
   }                                                                                                                 \
   FASTMTL_CLONES void backward_rows(const BackwardArgs& args, int64_t first, int64_t last, float* sums, scalar_t) { \
     backward_part<scalar_t>(args, first, last, sums);                                                               \
@@ -214,8 +238,29 @@ void add_layer_norm_out(Tensor residual, Tensor x, std::optional<Tensor> ts, std
     torch::stable::parallel_for(0, num_rows, kChunk, [&](int64_t first, int64_t last) {
       std::vector<uint8_t> dropped(mask_bytes(d), 0);
       std::vector<scalar_t> no_ts(d, zero);
-      std::vector<float> row_z(d);
-      forward_rows(args, first, last, dropped.data(), no_ts.data(), row_z.data());
+      forward_rows(args, first, last, dropped.data(), no_ts.data());
+    });
+  });
+  std::memset(static_cast<char*>(args.y) + num_rows * d * y.element_size(), 0, (n - num_rows) * d * y.element_size());
+}
+
+void layer_norm_again_out(Tensor z, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, int64_t num_rows, Tensor y) {
+  const char* op = "layer_norm_again_out";
+  const int64_t n = z.size(0), d = z.size(1);
+  const ScalarType dtype = z.scalar_type();
+  STD_TORCH_CHECK(num_rows >= 0 && num_rows <= n, op, ": num_rows must be at most the rows there are");
+  check(op, "z", z, dtype, n * d);
+  check(op, "mean", mean, ScalarType::Float, n);
+  check(op, "rstd", rstd, ScalarType::Float, n);
+  check(op, "weight", weight, ScalarType::Float, d);
+  check(op, "bias", bias, ScalarType::Float, d);
+  check(op, "y", y, dtype, n * d);
+  const auto floats = [](const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); };
+  const NormaliseArgs args{z.const_data_ptr(), floats(mean), floats(rstd), floats(weight), floats(bias),
+                           y.mutable_data_ptr(), d};
+  for_dtype(op, dtype, [&](auto zero) {
+    torch::stable::parallel_for(0, num_rows, kChunk, [&](int64_t first, int64_t last) {
+      normalise_rows(args, first, last, zero);
     });
   });
   std::memset(static_cast<char*>(args.y) + num_rows * d * y.element_size(), 0, (n - num_rows) * d * y.element_size());
@@ -296,5 +341,6 @@ void row_dropout_out(Tensor x, Tensor seed, int64_t threshold, double scale, Ten
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
   m.impl("add_layer_norm_out", TORCH_BOX(&fastmtl::add_layer_norm_out));
   m.impl("add_layer_norm_backward_out", TORCH_BOX(&fastmtl::add_layer_norm_backward_out));
+  m.impl("layer_norm_again_out", TORCH_BOX(&fastmtl::layer_norm_again_out));
   m.impl("row_dropout_out", TORCH_BOX(&fastmtl::row_dropout_out));
 }

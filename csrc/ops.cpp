@@ -36,6 +36,8 @@ void add_layer_norm_out_meta(Tensor, Tensor, std::optional<Tensor>, std::optiona
 void add_layer_norm_backward_out_meta(Tensor, Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>, double, Tensor,
                                       Tensor, std::optional<Tensor>, Tensor) {}
 
+void layer_norm_again_out_meta(Tensor, Tensor, Tensor, Tensor, Tensor, int64_t, Tensor) {}
+
 void row_dropout_out_meta(Tensor, Tensor, int64_t, double, Tensor) {}
 
 void pool_out_meta(Tensor, Tensor, int64_t, Tensor, std::optional<Tensor>) {}
@@ -68,6 +70,9 @@ STABLE_TORCH_LIBRARY(fastmtl, m) {
   m.def(
       "add_layer_norm_backward_out(Tensor dy, Tensor z, Tensor mean, Tensor rstd, Tensor weight, Tensor? mask, "
       "float scale, Tensor token_offsets, Tensor(a!) dz, Tensor(b!)? dx, Tensor(c!) sums) -> ()");
+  m.def(
+      "layer_norm_again_out(Tensor z, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, int num_rows, "
+      "Tensor(a!) y) -> ()");
   m.def("row_dropout_out(Tensor x, Tensor seed, int threshold, float scale, Tensor(a!) out) -> ()");
   m.def("pool_out(Tensor x, Tensor cu_seqlens, int mode, Tensor(a!) out, Tensor(b!)? winners) -> ()");
   m.def("pool_backward_out(Tensor dout, Tensor cu_seqlens, int mode, Tensor? winners, Tensor(a!) dx) -> ()");
@@ -86,6 +91,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastmtl, Meta, m) {
   m.impl("combined_adamw_rows_", TORCH_BOX(&combined_adamw_rows_meta));
   m.impl("add_layer_norm_out", TORCH_BOX(&add_layer_norm_out_meta));
   m.impl("add_layer_norm_backward_out", TORCH_BOX(&add_layer_norm_backward_out_meta));
+  m.impl("layer_norm_again_out", TORCH_BOX(&layer_norm_again_out_meta));
   m.impl("row_dropout_out", TORCH_BOX(&row_dropout_out_meta));
   m.impl("pool_out", TORCH_BOX(&pool_out_meta));
   m.impl("pool_backward_out", TORCH_BOX(&pool_backward_out_meta));

@@ -5,15 +5,17 @@
     y = h weight + bias                                  dweight = sum dy h, dbias = sum dy, dx_bias = sum dx
 
 residual, x, ts, y [N, d]; weight, bias, x_bias [d]; the sums are over the rows of one task. Statistics and sums are
-float32, z is kept for backward in residual's dtype. An implementation is a module with `forward` and `backward`:
-add_layer_norm_cpp, add_layer_norm_triton; what the first gives the second to know what was dropped is its own choice.
-Equal inputs give equal bits. Not differentiable twice.
+float32, z has residual's dtype, in which it is kept for backward. An implementation is a module with `forward`,
+`backward` and `again`: add_layer_norm_cpp, add_layer_norm_triton; what the first gives the second to know what was
+dropped is its own choice. Equal inputs give equal bits. Not differentiable twice.
 
 Source: as fastmtl_kernels.add_layer_norm_reference.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -25,6 +27,9 @@ from fastmtl_kernels import add_layer_norm_reference as reference
 from fastmtl_kernels.dispatch import RowImpl, backend, select
 from fastmtl_kernels.philox import check_dropout, describe
 from fastmtl_kernels.task_sink import TaskRows, TaskSink, TokenOffsets, check_sink, gradient
+
+# Told of a result, and of what makes it again, bit for bit, from what is kept for backward anyway.
+Offer = Callable[[Tensor, Callable[[], Tensor]], None]
 
 
 def add_layer_norm(
@@ -40,6 +45,7 @@ def add_layer_norm(
     seed: Tensor | None = None,
     token_offsets: TokenOffsets | None = None,
     task_grads: TaskSink | None = None,
+    offer: Offer | None = None,
     impl: RowImpl = "auto",
 ) -> Tensor:
     """LayerNorm(residual + dropout(x + x_bias) + ts).
@@ -58,6 +64,8 @@ def add_layer_norm(
             or an object with both as `offsets` and `host`. Rows past the last are a masked tail: zeros in y and in all
             gradients.
         task_grads: the sink that weight's, bias's and x_bias's gradients go to, one per task; None for one sum each.
+        offer: called with y, where a backward may come, and what makes y again. It reads weight and bias as they are in
+            forward. Not called by "reference".
         impl: "auto", "reference", "triton" (CUDA tensors) or "cpp" (CPU tensors).
 
     Returns:
@@ -78,12 +86,12 @@ def add_layer_norm(
             residual, x, weight, bias, ts=ts, x_bias=x_bias, dropout_p=dropout_p, eps=eps, seed=seed, tasks=tasks,
             task_grads=task_grads,
         )  # fmt: skip
-    call = RowNorm(kernels, dropout_p, eps, tasks, task_grads, torch.is_grad_enabled())
+    call = RowNorm(kernels, dropout_p, eps, tasks, task_grads, torch.is_grad_enabled(), offer)
     return _AddLayerNorm.apply(residual, x, weight, bias, ts, x_bias, seed if dropout_p > 0 else None, call)
 
 
 class RowNorm(NamedTuple):
-    """What forward and backward share besides tensors. saves: whether a backward may come."""
+    """What forward and backward share besides tensors. saves: whether a backward may come. offer: see above."""
 
     kernels: ModuleType
     dropout_p: float
@@ -91,6 +99,7 @@ class RowNorm(NamedTuple):
     tasks: TaskRows
     sink: TaskSink | None
     saves: bool
+    offer: Offer | None = None
 
 
 class _AddLayerNorm(torch.autograd.Function):
@@ -113,6 +122,9 @@ class _AddLayerNorm(torch.autograd.Function):
         ctx.parameters = weight, bias, x_bias
         ctx.call = call
         ctx.dtypes = x.dtype, None if ts is None else ts.dtype
+        if call.offer is not None and any(ctx.needs_input_grad):
+            # Detached, as ZeRO 3 gives a parameter other memory when its module is done.
+            call.offer(y, partial(call.kernels.again, z, mean, rstd, weight.detach(), bias.detach(), call.tasks))
         if call.sink is not None:
             call.sink.expect(*[parameter for parameter in ctx.parameters if parameter is not None])
         return y

@@ -4,7 +4,7 @@
     y = (z - mean(z)) / sqrt(var(z) + eps) * weight + bias        mean and biased variance over the columns
 
 residual, x, ts [N, d]; weight, bias, x_bias [d]. Any floating dtypes; float32 inside, float64 where residual is
-float64; y has residual's dtype. Dropout keeps what fastmtl_kernels.philox.keep_mask says and multiplies it with
+float64; z and y have residual's dtype. Dropout keeps what fastmtl_kernels.philox.keep_mask says and multiplies it with
 1 / (1 - dropout_p). Rows past the last token offset belong to no task: y and the gradients are zero there, whatever
 they hold. Gradients by autograd; those of a task's rows go to the sink by giving every task a copy of the parameters.
 
@@ -44,7 +44,7 @@ def add_layer_norm(
     z = residual[:stop].to(dtype) + dropout(f, dropout_p, seed)
     if ts is not None:
         z = z + ts[:stop].to(dtype)
-    y = layer_norm(z, weight, bias, eps, tasks, task_grads)
+    y = layer_norm(z.to(residual.dtype).to(dtype), weight, bias, eps, tasks, task_grads)
     return torch.cat([y.to(residual.dtype), zeros_like_tail(residual, stop)])
 
 

@@ -4,7 +4,7 @@
     y = dropout(LayerNorm(z) * weight + bias)
 
 ids int64 or int32 [N]; words [V, d], positions [M, d], types [K, d], weight and bias [d], any floating dtypes; float32
-inside, float64 where words are float64; y [N, d] has words' dtype. LayerNorm, dropout and the masked tail as
+inside, float64 where words are float64; z and y [N, d] have words' dtype. LayerNorm, dropout and the masked tail as
 fastmtl_kernels.add_layer_norm_reference defines them. Gradients by autograd; a table's go to the sink as its rows.
 
 Source: Devlin et al., BERT, 2019.
@@ -42,6 +42,7 @@ def embed_layer_norm(
         _TableRows.apply(anchor, index[:stop], table, dtype, tasks, task_grads)
         for index, table in zip(ids, tables, strict=True)
     )
+    z = z.to(tables[0].dtype).to(dtype)
     y = dropout(layer_norm(z, weight, bias, eps, tasks, task_grads), dropout_p, seed)
     tail = y.new_empty(tasks.num_rows - stop, y.shape[1])
     return torch.cat([y, zeros_like_tail(tail, 0)]).to(tables[0].dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -81,7 +82,9 @@ EPS = 1e-5
 
 
 def run(case: Case, impl: str, device: str, wide: torch.dtype | None = None) -> Results:
-    """y and the gradients by name. A sink's are [T, d] where it is used, for the rest they are autograd's."""
+    """y, y made again and the gradients by name. A sink's are [T, d] where it is used, for the rest they are
+    autograd's.
+    """
     tensors, dy = case.tensors(device)
     if wide is not None:
         tensors, dy = {name: tensor.to(wide) for name, tensor in tensors.items()}, dy.to(wide)
@@ -90,6 +93,7 @@ def run(case: Case, impl: str, device: str, wide: torch.dtype | None = None) -> 
     sink = RecordingSink()
     offsets = None if case.offsets is None else torch.tensor(case.offsets, dtype=torch.int32, device=device)
     use_sink = case.sink and offsets is not None
+    makers: list[Callable[[], Tensor]] = []
     y = add_layer_norm(
         **tensors,  # type: ignore[arg-type]
         dropout_p=case.dropout_p,
@@ -97,10 +101,11 @@ def run(case: Case, impl: str, device: str, wide: torch.dtype | None = None) -> 
         seed=torch.tensor([case.seed * 2**20 + 1], device=device),
         token_offsets=offsets,
         task_grads=sink if use_sink else None,
+        offer=lambda _, make: makers.append(make),
         impl=impl,  # type: ignore[arg-type]
     )
     y.backward(dy)
-    results = {"y": y.detach()}
+    results = {"y": y.detach(), **{"y again": make() for make in makers}}
     for name, tensor in tensors.items():
         if use_sink and name in SHARED:
             assert tensor.grad is None and id(tensor) in sink.expected
@@ -114,6 +119,7 @@ def run(case: Case, impl: str, device: str, wide: torch.dtype | None = None) -> 
 def check(case: Case, impl: str, device: str = "cpu") -> None:
     """y and every gradient against the oracle in float64, twice with equal bits, nothing left unwritten."""
     found, _ = nan_filled(lambda: run(case, impl, device))
+    assert torch.equal(found["y"], found.pop("y again"))
     again, _ = run(case, impl, device)
     exact, _ = run(case, "reference", device, torch.float64)
     oracle, _ = run(case, "reference", device)
