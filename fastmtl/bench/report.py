@@ -18,6 +18,7 @@ from fastmtl.bench.compare import Change
 from fastmtl.bench.harness import Say
 from fastmtl.errors import UserError
 
+KEPT = ("kept_bytes_per_token", "kept_bytes_per_token_and_layer")
 # Columns of text; the others are numbers.
 TEXTS = ("step", "variant", "operation", "impl", "dtype", "what", "verdict")
 
@@ -174,11 +175,14 @@ def _peers(result: dict[str, Any]) -> Table:
 
 
 def _steps(result: dict[str, Any]) -> Table:
+    """Bytes that forward keeps only where they were counted."""
+    counted = any("kept_bytes_per_token" in entry for entry in result["steps"].values())
     table = _table(
         f"{result['shape']['name']} in {result['precision']}, {result['tasks']} tasks, {result['tokens']} tokens "
         f"({result['padded_tokens']} padded), dropout {result['dropout']}",
         *("step", "median ms", "20 %", "80 %", "real tokens/s", "to transformers", "to the products"),
         *("operator calls", "without AdamW", "to transformers"),
+        *(("kept bytes/token", "of a layer") if counted else ()),
     )
     for name, entry in result["steps"].items():
         table.add_row(
@@ -189,6 +193,7 @@ def _steps(result: dict[str, Any]) -> Table:
             f"{entry['ratio_to_products']:.2f}x",
             *(f"{entry['operator_calls'][key]:,}" for key in ("operators", "without_optimizer")),
             f"{entry['calls_to_transformers']['operators']:.2f}x",
+            *(_number(entry.get(key), "{:,.0f}") for key in KEPT if counted),
         )
     return table
 

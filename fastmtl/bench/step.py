@@ -10,11 +10,21 @@ from typing import Any
 
 import torch
 
+from fastmtl.bench.activations import kept_bytes
 from fastmtl.bench.calls import operator_calls
 from fastmtl.bench.environment import environment
 from fastmtl.bench.harness import Say, Skipped, WrongResult, interleave, summary
 from fastmtl.bench.sizes import SEED, Size
-from fastmtl.bench.step_ways import DEFAULT, PRODUCTS, SWEPT_ADAPTERS, SWEPT_METHODS, TRANSFORMERS, WAYS, Step
+from fastmtl.bench.step_ways import (
+    DEFAULT,
+    PRODUCTS,
+    SWEPT_ADAPTERS,
+    SWEPT_METHODS,
+    SWEPT_RECOMPUTE,
+    TRANSFORMERS,
+    WAYS,
+    Step,
+)
 from fastmtl.bench.textbook import PaddedModel
 from fastmtl.bench.workload import Workload
 from fastmtl.model.multitask import MultiTaskModel
@@ -26,7 +36,9 @@ DROPOUT = 0.1
 TOKENS = (1024, 2048, 4096, 8192)
 TASKS = (2, 4, 8)
 PRECISIONS = ("fp32", "bf16")
-SWEEPS = ("tokens", "tasks", "adapters", "methods", "precisions")
+SWEEPS = ("tokens", "tasks", "adapters", "methods", "precisions", "recompute")
+# Those of one run.
+BY_TURNS = {"adapters": SWEPT_ADAPTERS, "methods": SWEPT_METHODS, "recompute": SWEPT_RECOMPUTE}
 
 
 class LossMismatch(WrongResult):
@@ -45,12 +57,13 @@ def bench_step(
 
 
 def bench_sweep(sweep: str, size: Size, rounds: int, say: Say, commit: str | None = None) -> dict[str, Any]:
-    """Over one of SWEEPS, JSON-ready: adapters and methods by turns in one run; tokens, tasks and precisions one after
-    the other, as `points` with a name each. Raises as bench_step.
+    """Over one of SWEEPS, JSON-ready: adapters, methods and recompute by turns in one run, the last with the bytes that
+    forward keeps for backward; tokens, tasks and precisions one after the other, as `points` with a name each. Raises
+    as bench_step.
     """
     about = {"benchmark": f"step --sweep {sweep}", **_about(size, rounds, commit)}
-    if sweep in ("adapters", "methods"):
-        return {**about, **_measured(size, rounds, say, SWEPT_ADAPTERS if sweep == "adapters" else SWEPT_METHODS)}
+    if sweep in BY_TURNS:
+        return {**about, **_measured(size, rounds, say, BY_TURNS[sweep], count_bytes=sweep == "recompute")}
     sizes = {
         "tokens": {f"{n:,} tokens": dataclasses.replace(size, tokens=n) for n in TOKENS},
         "tasks": {f"{n} tasks": dataclasses.replace(size, tasks=n, tokens=size.tokens or TOKENS[1]) for n in TASKS},
@@ -71,7 +84,7 @@ def _about(size: Size, rounds: int, commit: str | None) -> dict[str, Any]:
     }
 
 
-def _measured(size: Size, rounds: int, say: Say, ways: Sequence[str]) -> dict[str, Any]:
+def _measured(size: Size, rounds: int, say: Say, ways: Sequence[str], *, count_bytes: bool = False) -> dict[str, Any]:
     say("building models")
     workload = Workload(dataclasses.replace(size, dropout=DROPOUT))
     losses = padded_losses(workload, workload.padded)
@@ -101,6 +114,11 @@ def _measured(size: Size, rounds: int, say: Say, ways: Sequence[str]) -> dict[st
         entry["calls_to_transformers"] = {
             key: calls / peer["operator_calls"][key] for key, calls in entry["operator_calls"].items()
         }
+    if count_bytes:
+        for name, entry in found.items():
+            say(f"counting bytes: {name}")
+            model = WAYS[name].model
+            entry |= {} if model is None else kept_bytes(workload, model(workload))
     return {
         "precision": size.precision,
         "tasks": workload.tasks,

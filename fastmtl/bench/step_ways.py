@@ -13,6 +13,7 @@ from fastmtl.bench.harness import Skipped
 from fastmtl.bench.sizes import SEED
 from fastmtl.bench.textbook import PaddedModel
 from fastmtl.bench.workload import Workload
+from fastmtl.config import Recompute
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery
 from fastmtl.surgery.methods import method_names
@@ -22,6 +23,7 @@ TRANSFORMERS, PRODUCTS = "transformers", "matrix products"
 COMPILED = ("transformers compiled",)
 # Sizes of the papers; of low-rank layers and LoRA a rank that is usual.
 ADAPTERS = {"pal": 204, "low_rank": 8, "lora": 8}
+RECOMPUTE: tuple[Recompute, ...] = ("cheap", "full")
 METHODS = ("gradvac", "upgrad", "mgda", "imtlg")
 Step = Callable[[], None]
 
@@ -132,10 +134,20 @@ WAYS = {
     "fastmtl pcgrad replay": Way(partial(merged, storage="replay"), _packed),
     **{f"fastmtl {method}": Way(partial(merged, method=method), _packed) for method in METHODS},
     **{
+        f"fastmtl {method}, recompute {recompute}": Way(build, partial(Workload.recomputing, recompute=recompute))
+        for method, build in (("sum", joint), ("pcgrad", merged))
+        for recompute in RECOMPUTE
+    },
+    **{
         f"fastmtl sum, {adapter} {size}": Way(joint, partial(Workload.with_adapter, adapter=adapter, size=size))
         for adapter, size in ADAPTERS.items()
     },
 }
 DEFAULT = (TRANSFORMERS, "fastmtl sum", "fastmtl pcgrad", PRODUCTS)
+SWEPT_RECOMPUTE = (
+    *DEFAULT[:3],
+    *(f"fastmtl {method}, recompute {recompute}" for method in ("sum", "pcgrad") for recompute in RECOMPUTE),
+    PRODUCTS,
+)
 SWEPT_METHODS = (*DEFAULT[:3], "fastmtl pcgrad replay", *(f"fastmtl {method}" for method in METHODS), PRODUCTS)
 SWEPT_ADAPTERS = (*DEFAULT[:2], *(f"fastmtl sum, {name} {size}" for name, size in ADAPTERS.items()), PRODUCTS)

@@ -17,7 +17,7 @@ from transformers import BertConfig
 
 from fastmtl.bench.sizes import PRECISIONS, SEED, Size, lengths_of
 from fastmtl.bench.textbook import PaddedBatch, PaddedModel
-from fastmtl.config import parse_recipe
+from fastmtl.config import Recompute, parse_recipe
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.packing import pack
 from fastmtl.data.tokenized import TokenizedDataset
@@ -67,9 +67,13 @@ class Workload:
 
     @cached_property
     def packed(self) -> MultiTaskModel:
+        return self.recomputing("none")
+
+    def recomputing(self, recompute: Recompute) -> MultiTaskModel:
         config, weights = self.padded.encoder.config, self.padded.state_dict()
+        recipe = {**self.recipe, "encoder": {"recompute": recompute}}
         with torch.device("meta"):
-            model = MultiTaskModel(parse_recipe(self.recipe, "benchmark"), PackedBert(config))
+            model = MultiTaskModel(parse_recipe(recipe, "benchmark"), PackedBert(config, recompute=recompute))
         model.load_state_dict({name: weights[plain_name(name)] for name in model.state_dict()}, assign=True)
         return model
 

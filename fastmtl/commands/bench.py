@@ -195,7 +195,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         ] = None,
         tokens: Tokens = None,
         sweep: Annotated[
-            Literal["tokens", "tasks", "adapters", "methods", "precisions"] | None,
+            Literal["tokens", "tasks", "adapters", "methods", "precisions", "recompute"] | None,
             typer.Option(help="Instead of one step: several that differ in this.", show_default=False),
         ] = None,
         compiled: Annotated[
@@ -219,6 +219,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
           [cyan]fastmtl bench step[/cyan]
           [cyan]fastmtl bench step --shape bert-base --rows 32 --rounds 3[/cyan]
           [cyan]fastmtl bench step --sweep adapters --plot plots[/cyan]
+          [cyan]fastmtl bench step --sweep recompute --rows 8 --threads 1[/cyan]
         """
         set_debug(debug)
         if rows is not None and tokens is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.model.remade import Remade
 from fastmtl.surgery.segments import Segments
 from fastmtl_kernels import varlen_attention
 from fastmtl_kernels.varlen_attention_plan import AttentionPlan
@@ -38,38 +39,49 @@ class SegmentContext:
 @dataclass(frozen=True, eq=False)
 class ForwardContext(SegmentContext):
     """segments: the tasks' token rows. seeds: int64 [1], one for each place, None outside training. plan: made once per
-    batch for the attention kernels, None where they need none.
+    batch for the attention kernels, None where they need none. remade: takes what backward can make again cheaply.
     """
 
     batch: PackedBatch
     seeds: tuple[Tensor, ...] | None
     plan: AttentionPlan | None
+    remade: Remade | None
 
     @classmethod
     def build(
-        cls, batch: PackedBatch, num_layers: int, *, training: bool, task_grads: TaskGradients | None = None
+        cls,
+        batch: PackedBatch,
+        num_layers: int,
+        *,
+        training: bool,
+        task_grads: TaskGradients | None = None,
+        remade: Remade | None = None,
     ) -> ForwardContext:
         """The seeds are drawn here, from torch's generator of the device: masks follow from its state before the
-        forward, whatever is checkpointed.
+        forward, whatever backward computes again.
         """
         seeds = None
         if training:
             places = place(num_layers, 0)
             seeds = torch.randint(1 << 62, (places,), device=batch.input_ids.device).split([1] * places)
-        return cls._of(batch, seeds, task_grads)
+        return cls._of(batch, seeds, task_grads, remade)
 
     @classmethod
     def _of(
-        cls, batch: PackedBatch, seeds: tuple[Tensor, ...] | None, task_grads: TaskGradients | None
+        cls,
+        batch: PackedBatch,
+        seeds: tuple[Tensor, ...] | None,
+        task_grads: TaskGradients | None,
+        remade: Remade | None,
     ) -> ForwardContext:
         device, plan = batch.input_ids.device, None
         if device.type == "cuda":
             plan = AttentionPlan.make(batch.host.cu_seqlens, batch.num_tokens, device)
-        return cls(Segments(batch.token_offsets, batch.host.token_offsets), task_grads, batch, seeds, plan)
+        return cls(Segments(batch.token_offsets, batch.host.token_offsets), task_grads, batch, seeds, plan, remade)
 
     def of_task(self, task: int) -> ForwardContext:
         """For the rows of one task alone, and parameters that are its own: they are none of the sink's."""
-        return ForwardContext._of(self.batch.task(task), self.seeds, None)
+        return ForwardContext._of(self.batch.task(task), self.seeds, None, self.remade)
 
     def seed(self, at: int) -> Tensor | None:
         return None if self.seeds is None else self.seeds[at]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig
 from transformers.activations import ACT2FN
 
+from fastmtl.config import Recompute
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
 from fastmtl.model.context import (
@@ -24,6 +28,7 @@ from fastmtl.model.context import (
 )
 from fastmtl.model.layers import AddLayerNorm, Norm, TaskEmbedding, TaskLayerNorm, TaskLinear
 from fastmtl.model.owners import within
+from fastmtl.model.remade import Remade
 from fastmtl.surgery.segments import Segments
 from fastmtl_kernels import dropout, embed_layer_norm
 
@@ -32,17 +37,22 @@ if TYPE_CHECKING:
     from fastmtl.surgery.task_gradients import TaskGradients
 
 
+# Activations whose derivative is one of their result, which they keep for it.
+_KEEP_THEIR_RESULT = ("relu", "sigmoid", "tanh")
+
+
 class PackedBert(nn.Module):
     """Embeddings and layers of a BERT; N tokens, hidden size d.
 
-    checkpointing: backward computes each layer's activations again instead of keeping them.
+    recompute: what backward computes again instead of keeping it. "cheap": what LayerNorm and the activation return;
+    "full": each layer. Gradients have the same bits.
     max_length: tokens per sequence, at most the encoder's positions.
     """
 
-    def __init__(self, config: BertConfig, *, checkpointing: bool = False, max_length: int | None = None) -> None:
+    def __init__(self, config: BertConfig, *, recompute: Recompute = "none", max_length: int | None = None) -> None:
         super().__init__()
         self.config = config
-        self.checkpointing = checkpointing
+        self.recompute = recompute
         self.max_length = max_length or config.max_position_embeddings
         self.embeddings = Embeddings(config)
         self.encoder = Layers(config)
@@ -85,20 +95,21 @@ class PackedBert(nn.Module):
         top = None if adapter is None else adapter.top
         num_layers = len(layers) + (0 if top is None else top.num_layers)
         training = self.training or (adapter is not None and adapter.training)
-        context = ForwardContext.build(batch, num_layers, training=training, task_grads=task_grads)
+        again = self.recompute if torch.is_grad_enabled() else "none"
+        remade = Remade() if again == "cheap" else None
+        context = ForwardContext.build(batch, num_layers, training=training, task_grads=task_grads, remade=remade)
         hidden = self.embeddings(batch.input_ids, batch.token_type_ids, batch.position_ids, context)
         if noise is not None:
             hidden = hidden + noise.to(hidden.dtype)
-        for index, layer in enumerate(layers):
-            if self.checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(_run, layer, adapter, index, hidden, context, use_reentrant=False)
-            else:
-                hidden = _run(layer, adapter, index, hidden, context)
-        if top is None:
-            return hidden
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(top, hidden, context, use_reentrant=False)
-        return top(hidden, context)
+        run = partial(checkpoint, use_reentrant=False) if again == "full" else _call
+        with nullcontext() if remade is None else remade.saving():
+            for index, layer in enumerate(layers):
+                hidden = run(_run, layer, adapter, index, hidden, context)
+            return hidden if top is None else run(top, hidden, context)
+
+
+def _call(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    return function(*arguments)
 
 
 def _run(layer: nn.Module, adapter: Adapter | None, index: int, hidden: Tensor, context: ForwardContext) -> Tensor:
@@ -200,9 +211,14 @@ class Intermediate(nn.Module):
         super().__init__()
         self.dense = TaskLinear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
+        self.keeps_result = config.hidden_act in _KEEP_THEIR_RESULT
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
-        return self.activation(self.dense(hidden, context))
+        before = self.dense(hidden, context)
+        result = self.activation(before)
+        if context.remade is not None and result.requires_grad and not self.keeps_result:
+            context.remade.offer(result, partial(self.activation, before.detach()))
+        return result
 
 
 class Output(nn.Module):

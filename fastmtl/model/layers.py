@@ -67,6 +67,7 @@ class AddLayerNorm(nn.LayerNorm):
             seed=seed,
             token_offsets=context.segments,
             task_grads=context.armed,
+            offer=None if context.remade is None else context.remade.offer,
         )
 
 

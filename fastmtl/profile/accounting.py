@@ -90,7 +90,7 @@ class Accounting(TorchDispatchMode):
             self._forward(begins)
 
     def watch_recomputation(self, modules: Iterable[nn.Module]) -> None:
-        """With checkpointing, backward runs these modules forward again: what that makes are activations too."""
+        """With `recompute: full` backward runs these modules forward again: what that makes are activations too."""
         for module in modules:
             module.register_forward_pre_hook(lambda *_: self._forward(True))
             module.register_forward_hook(lambda *_: self._forward(False), always_call=True)
@@ -135,6 +135,11 @@ class Accounting(TorchDispatchMode):
 
     def live_bytes(self) -> int:
         return sum(storage.nbytes for _, storage in self._alive.values())
+
+    def alive(self, part: Part) -> int:
+        """Bytes of a part that are alive now."""
+        storages = (storage for storage in self._storages if storage.freed is None)
+        return sum(storage.nbytes for storage in storages if self._part(storage) == part)
 
     def _see(self, tensor: Tensor, operation: Any) -> Storage | None:
         if tensor.device.type != self._device or tensor.layout != torch.strided:

@@ -28,6 +28,7 @@ class Rows:
         tokens, number = shape.load.tokens, shape.number_bytes
         self.shape = shape
         self.keeps_inputs = keeps_inputs
+        self.remakes = shape.recompute == "cheap"
         self.d = tokens * shape.hidden * number
         self.f = tokens * shape.intermediate * number
         self.s = tokens * adapter_size * number
@@ -42,6 +43,14 @@ class Rows:
         """Of what a linear layer reads, the bytes that it keeps: a frozen one needs none."""
         return nbytes if self.keeps_inputs else 0
 
+    def result(self, nbytes: int) -> int:
+        """The same of what LayerNorm or the activation returned."""
+        return 0 if self.remakes else self.input(nbytes)
+
+    def again(self, nbytes: int) -> int:
+        """Of such a result, the bytes that backward makes again."""
+        return self.input(nbytes) - self.result(nbytes)
+
     @property
     def norm(self) -> int:
         """add_layer_norm keeps z, its statistics and mask; what it returns is kept by what reads it."""
@@ -53,7 +62,12 @@ class Rows:
         activation. Without the layer's input and output.
         """
         attention = 3 * self.d + self.attention_stats + self.input(self.d)
-        return attention + 2 * self.norm + self.input(self.d) + self.f + self.input(self.f)
+        return attention + 2 * self.norm + self.result(self.d) + self.f + self.result(self.f)
+
+    @property
+    def kept(self) -> int:
+        """Of each layer between forward and backward, with its input, which is another's output."""
+        return self.d if self.shape.recompute == "full" else self.layer + self.result(self.d)
 
     @property
     def pal(self) -> int:
@@ -126,20 +140,20 @@ def layer_forward(ledger: Ledger, rows: Rows, *, adapts: bool) -> None:
             ledger.hold("activations", rows.input(rows.d) + rows.attention_stats)
             ledger.touch(rows.d)
         with ledger.holding(rows.d):
-            ledger.hold("activations", rows.norm + rows.input(rows.d))
-        with ledger.holding(rows.d - rows.input(rows.d)):
+            ledger.hold("activations", rows.norm + rows.result(rows.d))
+        with ledger.holding(rows.d - rows.result(rows.d)):
             ledger.hold("activations", rows.f)
-            with ledger.holding(rows.f - rows.input(rows.f)):
-                ledger.hold("activations", rows.input(rows.f))
-                ledger.touch(rows.d)
-            with ledger.holding(rows.d):
-                ledger.hold("activations", rows.norm + rows.d)
+            with ledger.holding(rows.f - rows.result(rows.f)):
+                ledger.hold("activations", rows.result(rows.f))
+                with ledger.holding(rows.d):
+                    ledger.hold("activations", rows.norm + rows.d)
 
 
-def layer_backward(ledger: Ledger, rows: Rows, weight: Weight, *, adapts: bool) -> None:
+def layer_backward(ledger: Ledger, rows: Rows, weight: Weight, *, adapts: bool, again: bool) -> None:
     """From dy, which is held as workspace; the gradient of the layer's input is held in its place afterwards.
 
     What the layer and its adapter hold as activations is dropped, with the layer's input and without its output.
+    again: whether the input is not held, but made again.
     """
     hidden, intermediate = rows.shape.hidden, rows.shape.intermediate
     d, f = rows.d, rows.f
@@ -147,19 +161,21 @@ def layer_backward(ledger: Ledger, rows: Rows, weight: Weight, *, adapts: bool) 
     # The second norm: dz goes to the residual and the adapter, dx to the dense layer.
     _norm_backward(ledger, rows, split)
     # output.dense
-    ledger.hold("workspace", f)
-    weight(ledger, hidden * intermediate, d)
-    ledger.drop("workspace", split * d)
-    ledger.drop("activations", rows.input(f))
+    with ledger.holding(rows.again(f)):
+        ledger.hold("workspace", f)
+        weight(ledger, hidden * intermediate, d)
+        ledger.drop("workspace", split * d)
+    ledger.drop("activations", rows.result(f))
     # The activation.
     ledger.hold("workspace", f)
     ledger.drop("workspace", f)
     ledger.drop("activations", f)
     # intermediate.dense, whose input meets the residual.
-    ledger.hold("workspace", d)
-    weight(ledger, hidden * intermediate, f)
-    ledger.drop("workspace", f)
-    ledger.drop("activations", rows.input(d))
+    with ledger.holding(rows.again(d)):
+        ledger.hold("workspace", d)
+        weight(ledger, hidden * intermediate, f)
+        ledger.drop("workspace", f)
+    ledger.drop("activations", rows.result(d))
     if adapts:
         ledger.touch(d)  # dz is still to be read, so it is not added to in place
     else:
@@ -175,6 +191,7 @@ def layer_backward(ledger: Ledger, rows: Rows, weight: Weight, *, adapts: bool) 
     ledger.hold("workspace", 3 * d)
     ledger.drop("workspace", d)
     ledger.drop("activations", 3 * d + rows.attention_stats)
+    ledger.hold("workspace", d if again else 0)
     for _ in range(3):
         ledger.hold("workspace", d)
         weight(ledger, hidden * hidden, d)
@@ -184,11 +201,11 @@ def layer_backward(ledger: Ledger, rows: Rows, weight: Weight, *, adapts: bool) 
         _adapter_backward(ledger, rows)
         ledger.drop("activations", rows.adapter)
         ledger.drop("workspace", d)
-    ledger.drop("activations", d)
+    ledger.drop("workspace" if again else "activations", d)
 
 
 def layer_again(ledger: Ledger, rows: Rows, *, adapts: bool) -> None:
-    """With checkpointing: a layer's forward once more, up to the last thing that its backward needs."""
+    """With `recompute: full`: a layer's forward once more, up to the last thing that its backward needs."""
     layer_forward(ledger, rows, adapts=adapts)
     ledger.drop("activations", rows.d)
 
@@ -217,11 +234,11 @@ def pal_on_top_forward(ledger: Ledger, rows: Rows) -> None:
         ledger.hold("activations", rows.d)
 
 
-def pal_on_top_backward(ledger: Ledger, rows: Rows) -> None:
-    """dy, held as workspace, goes on with what the projections add to it."""
+def pal_on_top_backward(ledger: Ledger, rows: Rows, *, again: bool) -> None:
+    """dy, held as workspace, goes on with what the projections add to it. again: as in layer_backward."""
     ledger.touch(5 * rows.s)
-    ledger.touch(rows.s + 2 * rows.d)
-    ledger.drop("activations", rows.pal + rows.d)
+    ledger.touch(rows.s + (3 if again else 2) * rows.d)
+    ledger.drop("activations", rows.pal + (0 if again else rows.d))
 
 
 def heads_forward(ledger: Ledger, rows: Rows) -> None:

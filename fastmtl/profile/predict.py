@@ -114,6 +114,10 @@ class Pass:
         """Whether the layer is the first in the graph, and only by its adapter."""
         return not self._trained and layer == self._first
 
+    def _again(self, layer: int) -> bool:
+        """Whether a layer's input is the result of a LayerNorm that backward makes again. Above the last: of the top."""
+        return self._rows.remakes and layer > self._first
+
     def forward(self) -> None:
         ledger, rows, shape = self._ledger, self._rows, self._shape
         ledger.phase = "forward"
@@ -127,15 +131,18 @@ class Pass:
                 layers.first_adapter_forward(ledger, rows)
             else:
                 layers.layer_forward(ledger, rows, adapts=adapts)
-            if shape.checkpointing:
+            if shape.recompute == "full":
                 ledger.drop("activations", ledger.held["activations"] - before - rows.d)
+            ledger.drop("activations", rows.d if self._again(layer) else 0)
         if self._top == "layer":
             layers.layer_forward(ledger, self._on_top, adapts=False)
             ledger.touch(rows.d)  # the tasks' rows are put side by side
-            if shape.checkpointing:
+            if shape.recompute == "full":
                 ledger.drop("activations", self._on_top.layer)
         if self._top == "pal":
             layers.pal_on_top_forward(ledger, self._on_top)
+        if self._top != "none" and self._again(shape.layers):
+            ledger.drop("activations", rows.d)
         layers.heads_forward(ledger, rows)
 
     def backward(self, weight: Weight, own: int | None = None) -> None:
@@ -146,22 +153,23 @@ class Pass:
         layers.heads_backward(ledger, rows, below=below)
         ledger.hold("gradients", own or 0)
         if self._top == "layer":
-            if shape.checkpointing:
+            if shape.recompute == "full":
                 layers.layer_again(ledger, self._on_top, adapts=False)
-            layers.layer_backward(ledger, self._on_top, _nothing, adapts=False)
+            layers.layer_backward(ledger, self._on_top, _nothing, adapts=False, again=self._again(shape.layers))
         if self._top == "pal":
-            layers.pal_on_top_backward(ledger, self._on_top)
+            layers.pal_on_top_backward(ledger, self._on_top, again=self._again(shape.layers))
         for layer in reversed(range(self._first, shape.layers)):
             adapts = layers.carries(shape, layer)
             if self._joins(layer):
-                if shape.checkpointing:
+                if shape.recompute == "full":
                     layers.first_adapter_forward(ledger, rows)
                     ledger.drop("activations", rows.d)
                 layers.first_adapter_backward(ledger, rows)
                 continue
-            if shape.checkpointing:
+            if shape.recompute == "full":
                 layers.layer_again(ledger, rows, adapts=adapts)
-            layers.layer_backward(ledger, rows, weight if self._trained else _nothing, adapts=adapts)
+            weigh, again = weight if self._trained else _nothing, self._again(layer)
+            layers.layer_backward(ledger, rows, weigh, adapts=adapts, again=again)
         if own is None:
             weight(ledger, shape.own, 0)
         if self._trained:

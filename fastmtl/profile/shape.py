@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastmtl.config import Recipe
+from fastmtl.config import Recipe, Recompute
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.engine.build import REDUCE_BUCKET_SIZE
 from fastmtl.model.multitask import MultiTaskModel
@@ -92,7 +92,7 @@ class Shape:
     moments: int
     copies_to_decay: bool
     accumulation: int
-    checkpointing: bool
+    recompute: Recompute
     zero: int
     world: int
     offload: bool
@@ -159,7 +159,7 @@ class Shape:
             moments=_moments(recipe),
             copies_to_decay=recipe.optimizer.name == "sgd" and recipe.optimizer.weight_decay > 0,
             accumulation=engine.accumulation,
-            checkpointing=recipe.encoder.checkpointing,
+            recompute=recipe.encoder.recompute,
             zero=engine.zero,
             world=world,
             offload=engine.offload,

@@ -120,8 +120,9 @@ def _settings(result: dict[str, Any]) -> str:
     told = [f"{result['parameters'] / 1e6:.1f} M parameters", f"ZeRO {engine['zero']}", engine["precision"]]
     if engine["accumulation"] > 1:
         told.append(f"{engine['accumulation']} micro-batches")
-    if result["settings"]["encoder"]["checkpointing"]:
-        told.append("checkpointing")
+    recompute = result["settings"]["encoder"]["recompute"]
+    if recompute != "none":
+        told.append(f"recompute {recompute}")
     return ", ".join(told)
 
 

@@ -23,6 +23,7 @@ def launches() -> None:
     call = RowNorm(add_layer_norm_triton, 0.1, 1e-12, TaskRows(meta(4, dtype=torch.int32), 8192, None), None, True)
     _, z, mean, rstd, _ = add_layer_norm_triton.forward(rows, rows, rows, column, column, column, seed, call)
     add_layer_norm_triton.backward(rows, z, mean, rstd, column, seed, call, dx_dtype=torch.bfloat16, num_sums=3)
+    add_layer_norm_triton.again(z, mean, rstd, column, column, call.tasks)
     ids, tables = meta(8192, dtype=torch.int64), (meta(30522, 768), meta(512, 768), meta(2, 768))
     embed_layer_norm_triton.forward((ids, ids, ids), tables, column, column, seed, call)
     dropout_triton.dropout(rows, 0.1, seed)
@@ -36,6 +37,7 @@ EXPECTED = {
     "_add_layer_norm_fwd_kernel": (3, 2, 64),
     "_add_layer_norm_bwd_kernel": (2, 2, 128),
     "_sum_slots_kernel": (1, 0, 64),
+    "_layer_norm_again_kernel": (2, 2, 64),
     "_embed_layer_norm_fwd_kernel": (3, 2, 64),
     "_dropout_kernel": (1, 1, 64),
     "_pool_fwd_kernel": (1, 0, 85),

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
+from transformers.activations import ACT2FN
 
-from fastmtl.config import EncoderConfig
+from fastmtl.config import EncoderConfig, Recompute
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.model.encoder import PackedBert
 from fastmtl.model.pretrained import encoder_directory, load_encoder
@@ -68,36 +69,39 @@ def test_parameters_are_named_as_in_transformers(tiny_bert: Path) -> None:
     assert ours == {name: tensor.shape for name, tensor in theirs.named_parameters()}
 
 
-def test_checkpointing_changes_nothing(tiny_bert: Path, make_batch: MakeBatch) -> None:
-    """Dropout included: recomputation draws the same masks."""
+@pytest.mark.parametrize("recompute", ["cheap", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputation_changes_no_bit(
+    dtype: torch.dtype, recompute: Recompute, tiny_bert: Path, make_batch: MakeBatch
+) -> None:
+    """Dropout included: what is computed again drops the same."""
     batch = make_batch(LENGTHS)
     gradients = []
-    for checkpointing in (False, True):
-        encoder = load_encoder(EncoderConfig(path=str(tiny_bert), checkpointing=checkpointing))
+    for setting in ("none", recompute):
+        encoder = load_encoder(EncoderConfig(path=str(tiny_bert), recompute=setting)).to(dtype)
         torch.manual_seed(5)
         hidden = encoder(batch)
+        hidden.square().sum().backward(retain_graph=True)  # and what was made once is made a second time
         hidden.square().sum().backward()
         gradients.append([hidden.detach(), *(parameter.grad for parameter in encoder.parameters())])
     for plain, recomputed in zip(*gradients, strict=True):
         assert torch.equal(plain, recomputed)
 
 
-def test_checkpointing_keeps_fewer_activations(tiny_bert: Path, make_batch: MakeBatch) -> None:
-    batch = make_batch([[40] * 20])
-
-    def saved_bytes(checkpointing: bool) -> int:
-        encoder = load_encoder(EncoderConfig(path=str(tiny_bert), checkpointing=checkpointing))
-        sizes = []
-
-        def note(tensor: Tensor) -> Tensor:
-            sizes.append(tensor.numel() * tensor.element_size())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            encoder(batch)
-        return sum(sizes)
-
-    assert saved_bytes(True) < 0.25 * saved_bytes(False)
+def test_other_activations_are_made_again(tiny_bert: Path, make_batch: MakeBatch) -> None:
+    """Of one whose derivative reads its result nothing is gained, and nothing is lost."""
+    batch = make_batch(LENGTHS)
+    for name in ("gelu_new", "relu"):
+        gradients = []
+        for setting in ("none", "cheap"):
+            encoder = load_encoder(no_dropout(tiny_bert))
+            encoder.recompute = setting
+            for layer in encoder.encoder.layer:
+                layer.intermediate.activation, layer.intermediate.keeps_result = ACT2FN[name], name == "relu"
+            encoder(batch).square().sum().backward()
+            gradients.append([parameter.grad for parameter in encoder.parameters()])
+        for plain, recomputed in zip(*gradients, strict=True):
+            assert torch.equal(plain, recomputed)
 
 
 def test_dropout_is_for_training_only(tiny_bert: Path, make_batch: MakeBatch) -> None:

@@ -169,11 +169,9 @@ def test_every_module_touches_only_its_own_parameters(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_one_backward_gives_every_tasks_gradient(
-    checkpointing: bool, make_model: MakeModel, make_batch: MakeBatch
-) -> None:
-    encoder = {"checkpointing": checkpointing, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+@pytest.mark.parametrize("recompute", ["none", "cheap", "full"])
+def test_one_backward_gives_every_tasks_gradient(recompute: str, make_model: MakeModel, make_batch: MakeBatch) -> None:
+    encoder = {"recompute": recompute, "hidden_dropout": 0.0, "attention_dropout": 0.0}
     model = make_model(encoder=encoder, adapter={"name": "pal", "size": 12, "heads": 4}).eval().double()
     batch = make_batch(LENGTHS, pairs=PAIRS)
     shared = model.shared_parameters()

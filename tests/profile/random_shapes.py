@@ -64,7 +64,7 @@ def draw(random: np.random.Generator) -> tuple[Recipe, BertConfig, list[PackedBa
     values = {
         "tasks": {f"task{k}": {"type": "binary", "data": {}, "pooling": one("cls", "mean")} for k in range(tasks)},
         **({"adapter": adapter} if adapter else {}),
-        "encoder": {"checkpointing": one(False, False, True), "freeze": one(False, False, False, False, True)},
+        "encoder": {"recompute": one("none", "cheap", "full"), "freeze": one(False, False, False, False, True)},
         "gradient": {"method": method, "storage": storage},
         "engine": {"zero": zero, "precision": precision, "accumulation": one(1, 1, 2)},
         "optimizer": {"name": one("adamw", "adamw", "sgd")},
@@ -99,7 +99,7 @@ def _batch(
 def compare(recipe: Recipe, config: BertConfig, batches: list[PackedBatch], ranks: Ranks) -> dict[str, Any]:
     batches = [replace(b, group_counts=tuple(n * ranks.world for n in b.group_counts or ())) for b in batches]
     torch.manual_seed(0)
-    model = MultiTaskModel(recipe, PackedBert(config, checkpointing=recipe.encoder.checkpointing))
+    model = MultiTaskModel(recipe, PackedBert(config, recompute=recipe.encoder.recompute))
     on_meta = copy.deepcopy(model).to("meta")
     steps = Steps(recipe, model, ranks.world, ranks.device)
     steps.counted(batches)

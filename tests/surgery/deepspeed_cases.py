@@ -24,6 +24,7 @@ from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery.gradient_surgery import GradientSurgery
 
 STEPS, ROWS = 3, 8
+RECOMPUTE = ("cheap", "full")
 ONE_STEP = [("sum", "auto"), ("pcgrad", "stacked"), ("pcgrad", "replay")]
 
 
@@ -35,7 +36,7 @@ class Case:
     precision: str = "fp32"
     storage: str = "auto"
     # "offload", "autocast", "one-step" (the engine is told of one micro-batch a step), "backward" (in place of run), or
-    # an option's value: "tensor" (scope), "local", "sketch" (reduce)
+    # an option's value: "tensor" (scope), "local", "sketch" (reduce), "cheap", "full" (encoder.recompute)
     variant: str = ""
 
     @property
@@ -58,6 +59,7 @@ CASES = [
     *(Case(zero, acc, "pcgrad", variant="sketch") for zero, acc in ((1, 4), (3, 1), (3, 4))),
     *(Case(zero, 1, "upgrad") for zero in (1, 3)),
     *(Case(1, 4, method, variant="backward") for method in ("sum", "pcgrad")),
+    *(Case(3, 1, "pcgrad", variant=recompute) for recompute in RECOMPUTE),
 ]
 
 
@@ -78,6 +80,7 @@ def make_recipe(case: Case) -> Recipe:
             "same": {**task, "type": "binary", "weight": 0.5},
             "degree": {**task, "type": "regression", "range": [0, 5], "pairs": "bi", "pooling": "mean"},
         },
+        "encoder": {"recompute": case.variant if case.variant in RECOMPUTE else "none"},
         "gradient": {
             "method": case.method,
             "storage": case.storage,
@@ -112,7 +115,7 @@ def make_model(recipe: Recipe) -> MultiTaskModel:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    model = MultiTaskModel(recipe, PackedBert(config))
+    model = MultiTaskModel(recipe, PackedBert(config, recompute=recipe.encoder.recompute))
     for head in recipe.tasks.values():
         head.head.dropout = 0.0
     return model.eval()  # no dropout: the reference draws its masks in another order

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from fastmtl.config import AdapterConfig
+from fastmtl.config import AdapterConfig, Recompute
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import TrainingError, UserError
 from fastmtl.model.multitask import MultiTaskModel
@@ -26,11 +26,11 @@ import deepspeed_cases as cases  # noqa: E402
 TASKS = ["kind", "same", "degree"]
 
 
-def make(adapter: str = "pal", dropout: float = 0.0, checkpointing: bool = False) -> MultiTaskModel:
+def make(adapter: str = "pal", dropout: float = 0.0, recompute: Recompute = "none") -> MultiTaskModel:
     recipe = cases.make_recipe(cases.Case(1, 1, "pcgrad"))
     recipe.adapter = AdapterConfig(name=adapter, size=8, heads=2)
     model = cases.make_model(recipe)
-    model.encoder.checkpointing = checkpointing
+    model.encoder.recompute = recompute
     if dropout:
         model.train()
         for module in model.modules():
@@ -128,9 +128,21 @@ def test_accumulation_equals_the_joined_batch(storage: str, method: str) -> None
     assert_same(parts, {name: value.double() for name, value in joined.items()})
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_replay_repeats_the_dropout_masks(checkpointing: bool) -> None:
-    model = make(dropout=0.1, checkpointing=checkpointing)
+@pytest.mark.parametrize("storage", ["none", "stacked", "replay"])
+def test_recomputation_changes_no_bit(storage: str) -> None:
+    """Of joint training, and of PCGrad with either storage, where a weight's uses are counted in forward."""
+    options = {"method": "sum"} if storage == "none" else {"storage": storage}
+    found = []
+    for recompute in ("none", "cheap", "full"):
+        torch.manual_seed(5)
+        found.append(gradients(make(dropout=0.1, recompute=recompute), [batch(), batch()], **options))
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]) and torch.equal(gradient, found[2][name]), name
+
+
+@pytest.mark.parametrize("recompute", ["none", "cheap", "full"])
+def test_replay_repeats_the_dropout_masks(recompute: Recompute) -> None:
+    model = make(dropout=0.1, recompute=recompute)
     torch.manual_seed(5)
     stacked = gradients(model, [batch(part, 2) for part in range(2)], storage="stacked")
     torch.manual_seed(5)

@@ -179,15 +179,15 @@ def test_dropout_is_each_tasks_own_and_for_training_only(top: str, make_batch: M
     assert torch.equal(exact[:20], exact[20:]) and torch.equal(exact, module(hidden, other))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "cheap", "full"])
 @pytest.mark.parametrize("top", TOPS)
 def test_a_top_stands_after_the_last_layer(
-    top: str, checkpointing: bool, make_model: MakeModel, make_batch: MakeBatch
+    top: str, recompute: str, make_model: MakeModel, make_batch: MakeBatch
 ) -> None:
     """In training, with the same masks: what the model gives is what the top makes of the hidden states below it."""
     batch = make_batch([[5, 1, 9], [7, 12], [6, 3, 8, 8]], pairs=[False, False, True])
     settings = {"name": "low_rank", "size": 6, "heads": 2, "top": top}
-    model = make_model(adapter=settings, encoder={"checkpointing": checkpointing}).train()
+    model = make_model(adapter=settings, encoder={"recompute": recompute}).train()
     assert model.adapter is not None and model.adapter.top is not None
     seen: list[tuple] = []
     model.adapter.top.register_forward_hook(lambda _, given, made: seen.append((*given, made)))

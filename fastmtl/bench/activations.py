@@ -1,0 +1,51 @@
+"""Bytes of tensors that a forward keeps for backward, by tensor accounting: exact, and the same on every machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from fastmtl import ranges
+from fastmtl.bench.textbook import PaddedModel
+from fastmtl.bench.workload import Workload
+from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.profile.accounting import Accounting
+
+
+def kept_bytes(workload: Workload, model: PaddedModel | MultiTaskModel) -> dict[str, float]:
+    """Of all tasks' rows in training, for each real token: of the whole model, and of one layer, which is what a
+    second layer adds to a model of one.
+    """
+    layers = model.encoder.encoder.layer
+    counts = {}
+    try:
+        for number in (1, 2, len(layers)):
+            model.encoder.encoder.layer = layers[:number]
+            counts[number] = _kept(model.train(), _forward(workload, model), workload.device)
+    finally:
+        model.encoder.encoder.layer = layers
+    tokens = workload.packed_batch.num_tokens
+    return {
+        "kept_bytes_per_token": counts[len(layers)] / tokens,
+        "kept_bytes_per_token_and_layer": (counts[2] - counts[1]) / tokens,
+    }
+
+
+def _forward(workload: Workload, model: PaddedModel | MultiTaskModel) -> Callable[[], object]:
+    if isinstance(model, PaddedModel):
+        batches = workload.padded_batches
+        return lambda: [model.loss(task, model.features(batch), batch) for task, batch in enumerate(batches)]
+    return lambda: model(workload.packed_batch)
+
+
+def _kept(model: nn.Module, forward: Callable[[], object], device: torch.device) -> int:
+    accounting = Accounting(device)
+    accounting.name([*model.parameters(), *model.buffers()], "weights")
+    with accounting, ranges.listening(accounting.heed):
+        with ranges.named("forward"):
+            losses = forward()
+        found = accounting.alive("activations")
+        del losses
+    return found
