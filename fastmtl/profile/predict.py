@@ -115,7 +115,7 @@ class Pass:
         return not self._trained and layer == self._first
 
     def _again(self, layer: int) -> bool:
-        """Whether a layer's input is the result of a LayerNorm that backward makes again. Above the last: of the top."""
+        """Whether a layer's input is a LayerNorm's result, which backward makes again. Above the last: of the top."""
         return self._rows.remakes and layer > self._first
 
     def forward(self) -> None:

@@ -18,7 +18,7 @@ ODD = sizes.Shape("odd", hidden=72, layers=3, heads=3, intermediate=200, rows=5,
 
 
 def by_hand(shape: sizes.Shape, size: Size, recompute: Recompute) -> int:
-    """Bytes for each token, as docs/profiling.md has it."""
+    """Bytes of a token, as docs/profiling.md has them."""
     d, f, number = shape.hidden, shape.intermediate, 4 if size.precision == "fp32" else 2
     bits = 2 * 8 * -(-d // 64) if size.dropout else 0
     statistics = 8 * shape.heads + 2 * 8
@@ -38,7 +38,10 @@ def test_a_layer_keeps_what_was_derived(precision: str, dropout: float, recomput
     shape = Shape.of(model.recipe, model, [Load.of(work.packed_batch)], "none", 1, on_gpu=False)
     derived = Rows(dataclasses.replace(shape, number_bytes=work.dtype.itemsize), keeps_inputs=True).kept
     measured = kept_bytes(work, model)["kept_bytes_per_token_and_layer"]
-    assert measured * tokens == derived == by_hand(ODD, size, recompute) * tokens
+    # Beside what grows with the tokens: four seeds, where something draws again.
+    seeds = 4 * 8 if dropout or recompute == "full" else 0
+    assert derived == by_hand(ODD, size, recompute) * tokens
+    assert round(measured * tokens) == derived + seeds
     assert len(model.encoder.encoder.layer) == ODD.layers
 
 
