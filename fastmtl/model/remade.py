@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 
 class Remade:
@@ -22,7 +21,7 @@ class Remade:
 
     def __init__(self) -> None:
         # By storage, as autograd hands over other tensors of the same memory.
-        self._results: Any = WeakIdKeyDictionary(ref_type=weakref.ref)
+        self._results: WeakKeyDictionary[torch.UntypedStorage, _Result] = WeakKeyDictionary()
 
     def offer(self, result: Tensor, make: Callable[[], Tensor]) -> None:
         """make() gives the result, which is contiguous and a storage of its own, once more with the same bits."""
@@ -38,7 +37,7 @@ class Remade:
             # backward reads would keep itself alive.
             return tensor if tensor.is_leaf else tensor.detach()
         result.readers += 1
-        return _View(result, tensor.shape, tensor.stride(), tensor.storage_offset())
+        return _View(result, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
 
 class _Result:
