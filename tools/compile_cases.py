@@ -73,6 +73,7 @@ def add_layer_norm() -> None:
         _, z, mean, rstd, _ = add_layer_norm_triton.forward(rows, rows, ts, x_bias, column, column, drawn, call)
         sums = 3 if x_bias is not None else 2
         add_layer_norm_triton.backward(rows, z, mean, rstd, column, drawn, call, dx_dtype=dtype, num_sums=sums)
+        add_layer_norm_triton.again(z, mean, rstd, column, column, call)
 
 
 def add_layer_norm_in_part() -> None:

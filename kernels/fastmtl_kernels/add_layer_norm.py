@@ -124,7 +124,8 @@ class _AddLayerNorm(torch.autograd.Function):
         ctx.dtypes = x.dtype, None if ts is None else ts.dtype
         if call.offer is not None and any(ctx.needs_input_grad):
             # Detached, as ZeRO 3 gives a parameter other memory when its module is done.
-            call.offer(y, partial(call.kernels.again, z, mean, rstd, weight.detach(), bias.detach(), call.tasks))
+            kept = z, mean, rstd, weight.detach(), bias.detach()
+            call.offer(y, partial(call.kernels.again, *kept, call._replace(offer=None)))
         if call.sink is not None:
             call.sink.expect(*[parameter for parameter in ctx.parameters if parameter is not None])
         return y

@@ -16,7 +16,6 @@ from fastmtl_kernels.philox import keep_threshold
 
 if TYPE_CHECKING:
     from fastmtl_kernels.add_layer_norm import RowNorm
-    from fastmtl_kernels.task_sink import TaskRows
 
 
 def forward(
@@ -61,11 +60,11 @@ def forward(
     return y, z, mean, rstd, mask
 
 
-def again(z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, tasks: TaskRows) -> Tensor:
+def again(z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, call: RowNorm) -> Tensor:
     """y [N, d] of forward, bit for bit, from what it kept."""
     y = torch.empty_like(z)
     torch.ops.fastmtl.layer_norm_again_out(
-        z, mean, rstd, weight.float().contiguous(), bias.float().contiguous(), tasks.host[-1], y
+        z, mean, rstd, weight.float().contiguous(), bias.float().contiguous(), call.tasks.host[-1], y
     )
     return y
 

@@ -26,7 +26,6 @@ from fastmtl_kernels.philox import keep_threshold
 
 if TYPE_CHECKING:
     from fastmtl_kernels.add_layer_norm import RowNorm
-    from fastmtl_kernels.task_sink import TaskRows
 
 # Of backward: as many as have room with their registers; more would write more partial sums.
 PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -41,32 +40,18 @@ def load_rows(ptr: tl.tensor, offs: tl.tensor, mask: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def scale_and_shift(
-    centred: tl.tensor,
-    rstd: tl.tensor,
-    weight_ptr: tl.tensor,
-    bias_ptr: tl.tensor,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-) -> tl.tensor:
-    """y of LayerNorm. In one place, so that rows that are made again have the bits that they had."""
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
-    weight = load_rows(weight_ptr, offs_d, mask_d)
-    bias = load_rows(bias_ptr, offs_d, mask_d)
-    return centred * rstd[:, None] * weight[None, :] + bias[None, :]
-
-
-@triton.jit
 def normalise(
     z: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor, eps: tl.tensor, D: tl.constexpr, BLOCK_D: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """LayerNorm of z [BLOCK_M, BLOCK_D], zeros past its D columns; the rows' mean and 1 / sqrt(variance + eps)."""
-    mask_d = tl.arange(0, BLOCK_D) < D
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
     mean = tl.sum(z, 1) / D
     centred = tl.where(mask_d[None, :], z - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
-    return scale_and_shift(centred, rstd, weight_ptr, bias_ptr, D, BLOCK_D), mean, rstd
+    weight = load_rows(weight_ptr, offs_d, mask_d)
+    bias = load_rows(bias_ptr, offs_d, mask_d)
+    return centred * rstd[:, None] * weight[None, :] + bias[None, :], mean, rstd
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tasks", "threshold"])
@@ -109,39 +94,10 @@ def _add_layer_norm_fwd_kernel(
     z = load_rows(residual_ptr, offs, mask) + x
     if HAS_TS:
         z += load_rows(ts_ptr, offs, mask)
-    kept = z.to(z_ptr.dtype.element_ty)
-    tl.store(z_ptr + offs, kept, mask=mask)
-    y, mean, rstd = normalise(kept.to(tl.float32), weight_ptr, bias_ptr, eps, D, BLOCK_D)
+    tl.store(z_ptr + offs, z.to(z_ptr.dtype.element_ty), mask=mask)
+    y, mean, rstd = normalise(z.to(z_ptr.dtype.element_ty).to(tl.float32), weight_ptr, bias_ptr, eps, D, BLOCK_D)
     tl.store(mean_ptr + rows, mean, mask=mask_m)
     tl.store(rstd_ptr + rows, rstd, mask=mask_m)
-    y = tl.where(mask_m[:, None], y, 0.0).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + offs, y, mask=(rows < num_rows)[:, None] & mask_d[None, :])
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_tasks"])
-def _layer_norm_again_kernel(
-    z_ptr: tl.tensor,
-    mean_ptr: tl.tensor,
-    rstd_ptr: tl.tensor,
-    weight_ptr: tl.tensor,
-    bias_ptr: tl.tensor,
-    token_offsets_ptr: tl.tensor,
-    y_ptr: tl.tensor,
-    num_rows: tl.tensor,
-    num_tasks: tl.tensor,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-) -> None:
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = rows < tl.load(token_offsets_ptr + num_tasks)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
-    offs = rows.to(tl.int64)[:, None] * D + offs_d[None, :]
-    z = load_rows(z_ptr, offs, mask_m[:, None] & mask_d[None, :])
-    mean = tl.load(mean_ptr + rows, mask=mask_m, other=0.0)
-    rstd = tl.load(rstd_ptr + rows, mask=mask_m, other=0.0)
-    y = scale_and_shift(z - mean[:, None], rstd, weight_ptr, bias_ptr, D, BLOCK_D)
     y = tl.where(mask_m[:, None], y, 0.0).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + offs, y, mask=(rows < num_rows)[:, None] & mask_d[None, :])
 
@@ -255,6 +211,37 @@ def _sum_slots_kernel(
     tl.store(sums_ptr + out, tl.sum(total, 0), mask=mask)
 
 
+@triton.jit(do_not_specialize=["num_rows", "num_tasks"])
+def _layer_norm_again_kernel(
+    z_ptr: tl.tensor,
+    mean_ptr: tl.tensor,
+    rstd_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    token_offsets_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    num_tasks: tl.tensor,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = rows < tl.load(token_offsets_ptr + num_tasks)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    offs = rows.to(tl.int64)[:, None] * D + offs_d[None, :]
+    z = load_rows(z_ptr, offs, mask_m[:, None] & mask_d[None, :])
+    mean = tl.load(mean_ptr + rows, mask=mask_m, other=0.0)
+    rstd = tl.load(rstd_ptr + rows, mask=mask_m, other=0.0)
+    weight = load_rows(weight_ptr, offs_d, mask_d)
+    bias = load_rows(bias_ptr, offs_d, mask_d)
+    # The same expression as in `normalise`: what is made again has the bits that it had.
+    y = (z - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
+    y = tl.where(mask_m[:, None], y, 0.0).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offs, y, mask=(rows < num_rows)[:, None] & mask_d[None, :])
+
+
 def forward(
     residual: Tensor,
     x: Tensor,
@@ -301,7 +288,7 @@ def forward(
     return y, z, mean, rstd, seed
 
 
-def again(z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, tasks: TaskRows) -> Tensor:
+def again(z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, call: RowNorm) -> Tensor:
     """y [N, d] of forward, bit for bit, from what it kept."""
     num_rows, num_columns = z.shape
     y = torch.empty_like(z)
@@ -314,10 +301,10 @@ def again(z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, t
                 rstd_ptr=rstd,
                 weight_ptr=weight.contiguous(),
                 bias_ptr=bias.contiguous(),
-                token_offsets_ptr=tasks.offsets,
+                token_offsets_ptr=call.tasks.offsets,
                 y_ptr=y,
                 num_rows=num_rows,
-                num_tasks=tasks.num_tasks,
+                num_tasks=call.tasks.num_tasks,
                 D=num_columns,
                 **shape,
             )

@@ -62,9 +62,8 @@ def _embed_layer_norm_fwd_kernel(
     z = load_rows(words_ptr, word[:, None] * D + offs_d[None, :], mask)
     z += load_rows(positions_ptr, position[:, None] * D + offs_d[None, :], mask)
     z += load_rows(types_ptr, kind[:, None] * D + offs_d[None, :], mask)
-    kept = z.to(z_ptr.dtype.element_ty)
-    tl.store(z_ptr + offs, kept, mask=mask)
-    y, mean, rstd = normalise(kept.to(tl.float32), weight_ptr, bias_ptr, eps, D, BLOCK_D)
+    tl.store(z_ptr + offs, z.to(z_ptr.dtype.element_ty), mask=mask)
+    y, mean, rstd = normalise(z.to(z_ptr.dtype.element_ty).to(tl.float32), weight_ptr, bias_ptr, eps, D, BLOCK_D)
     tl.store(mean_ptr + rows, mean, mask=mask_m)
     tl.store(rstd_ptr + rows, rstd, mask=mask_m)
     if DROPOUT:
