@@ -105,7 +105,7 @@ def test_sweeps(
         wanted = step.BY_TURNS[sweep]
         assert set(result["steps"]) | set(result["skipped"]) == set(wanted)
         assert all(name in printed for name in wanted)
-        kept = {name: entry["kept_bytes_per_token"] for name, entry in result["steps"].items() if len(entry) > 6}
+        kept = {name: entry.get("kept_bytes_per_token", 0) for name, entry in result["steps"].items()}
         for method in ("sum", "pcgrad") if sweep == "recompute" else ():
             cheap, full = kept[f"fastmtl {method}, recompute cheap"], kept[f"fastmtl {method}, recompute full"]
             assert kept["transformers"] > kept[f"fastmtl {method}"] > cheap > full > 0

@@ -175,14 +175,13 @@ def _peers(result: dict[str, Any]) -> Table:
 
 
 def _steps(result: dict[str, Any]) -> Table:
-    """Bytes that forward keeps only where they were counted."""
+    """Bytes that forward keeps in place of operator calls, where they were counted."""
     counted = any("kept_bytes_per_token" in entry for entry in result["steps"].values())
     table = _table(
         f"{result['shape']['name']} in {result['precision']}, {result['tasks']} tasks, {result['tokens']} tokens "
         f"({result['padded_tokens']} padded), dropout {result['dropout']}",
         *("step", "median ms", "20 %", "80 %", "real tokens/s", "to transformers", "to the products"),
-        *("operator calls", "without AdamW", "to transformers"),
-        *(("kept bytes/token", "of a layer") if counted else ()),
+        *(("kept bytes/token", "of a layer") if counted else ("operator calls", "without AdamW", "to transformers")),
     )
     for name, entry in result["steps"].items():
         table.add_row(
@@ -191,11 +190,14 @@ def _steps(result: dict[str, Any]) -> Table:
             f"{result['tokens'] / entry['median_s']:,.0f}",
             f"{entry['ratio_to_transformers']:.2f}x",
             f"{entry['ratio_to_products']:.2f}x",
-            *(f"{entry['operator_calls'][key]:,}" for key in ("operators", "without_optimizer")),
-            f"{entry['calls_to_transformers']['operators']:.2f}x",
-            *(_number(entry.get(key), "{:,.0f}") for key in KEPT if counted),
+            *([_number(entry.get(key), "{:,.0f}") for key in KEPT] if counted else _calls(entry)),
         )
     return table
+
+
+def _calls(entry: dict[str, Any]) -> list[str]:
+    counts = [f"{entry['operator_calls'][key]:,}" for key in ("operators", "without_optimizer")]
+    return [*counts, f"{entry['calls_to_transformers']['operators']:.2f}x"]
 
 
 def _tasks(result: dict[str, Any]) -> Table:

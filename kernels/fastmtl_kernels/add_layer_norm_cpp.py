@@ -62,10 +62,9 @@ def forward(
 
 def again(z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, call: RowNorm) -> Tensor:
     """y [N, d] of forward, bit for bit, from what it kept."""
-    y = torch.empty_like(z)
-    torch.ops.fastmtl.layer_norm_again_out(
-        z, mean, rstd, weight.float().contiguous(), bias.float().contiguous(), call.tasks.host[-1], y
-    )
+    y = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    weight, bias = (cast(parameter, torch.float32).contiguous() for parameter in (weight, bias))
+    torch.ops.fastmtl.layer_norm_again_out(z, mean, rstd, weight, bias, call.tasks.host[-1], y)
     return y
 
 
