@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 
 # Tasks, dtypes of J and of the copy.
-CASES = [(3, torch.float32, None), (9, torch.bfloat16, torch.bfloat16)]
+CASES = [(9, torch.bfloat16, torch.bfloat16)]
 
 
 def launches() -> None:
@@ -26,10 +25,9 @@ def launches() -> None:
             combined_adamw_triton.combined_adamw(grads, torch.empty(tasks, device="meta"), [target], update, slots)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_no_spills_and_16_bytes_at_a_time(compile_ahead: Callable[..., Any], capability: int) -> None:
-    kernels = compile_ahead(launches, capability)
-    assert [kernel.name for kernel in kernels] == 2 * ["_combined_adamw_kernel", "_combined_adamw_rows_kernel"]
+def test_no_spills_and_16_bytes_at_a_time(compile_ahead: Callable[..., Any]) -> None:
+    kernels = compile_ahead(launches, 90)
+    assert [kernel.name for kernel in kernels] == ["_combined_adamw_kernel", "_combined_adamw_rows_kernel"]
     for kernel, (tasks, _, copy) in zip(kernels, [case for case in CASES for _ in range(2)], strict=True):
         # At least three blocks of 128 threads on a multiprocessor, to hide the latency of the loads.
         assert kernel.spilled == 0 and kernel.registers <= 168 and kernel.shared <= 4 << 10, kernel

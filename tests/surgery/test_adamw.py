@@ -257,7 +257,7 @@ def test_a_parameter_without_a_gradient_is_left_alone_and_a_closure_is_called() 
         loss.backward()
         return loss
 
-    assert float(optimizer.step(closure)) == 3.0
+    assert optimizer.step(closure).item() == 3.0
     assert not torch.equal(used, torch.ones(3)) and torch.equal(unused, torch.ones(3))
     assert unused not in optimizer.state and float(optimizer.grad_norm) == pytest.approx(12**0.5)
     assert copy.deepcopy(optimizer).max_norm == 1.0
