@@ -97,14 +97,23 @@ def embeddings_forward(ledger: Ledger, rows: Rows, *, trained: bool) -> None:
         ledger.hold("activations", rows.d)
 
 
-def embeddings_backward(ledger: Ledger, rows: Rows, weight: Weight, table: int) -> None:
-    """From dy, which is held as workspace, and drops it. table: numbers of the word embeddings' dense gradient."""
+def embeddings_backward(ledger: Ledger, rows: Rows, weight: Weight, table: int, *, summed: bool) -> None:
+    """From dy, which is held as workspace, and drops it. table: numbers of the word embeddings' dense gradient. summed:
+    whether the tables' gradients go to the parameters: then rows, weighted or in 16 bits, are added up in float32.
+    """
     shape = rows.shape
     ledger.touch(2 * rows.d)
     ledger.drop("activations", rows.d)
+    narrow = shape.number_bytes < FLOAT
+    weighted = not shape.joint and shape.storage == "replay"
     with ledger.holding(rows.d):
         for numbers in (table, shape.positions * shape.hidden, shape.types * shape.hidden):
-            weight(ledger, numbers, rows.d)
+            if not summed:
+                weight(ledger, numbers, rows.d)
+                continue
+            wide = shape.load.tokens * shape.hidden * FLOAT * (narrow + weighted)
+            with ledger.holding(wide + (numbers * FLOAT if narrow else 0)):
+                weight(ledger, numbers, 0)
     ledger.drop("workspace", rows.d)
 
 

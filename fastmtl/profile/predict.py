@@ -173,7 +173,7 @@ class Pass:
         if own is None:
             weight(ledger, shape.own, 0)
         if self._trained:
-            layers.embeddings_backward(ledger, rows, weight, shape.table if own is None else 0)
+            layers.embeddings_backward(ledger, rows, weight, shape.table if own is None else 0, summed=own is None)
         elif below:
             ledger.drop("workspace", rows.d)
 

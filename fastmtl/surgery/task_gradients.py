@@ -191,16 +191,18 @@ class TaskGradients:
         self, table: nn.Parameter, ids: Tensor, rows: Tensor, token_offsets: tuple[int, ...]
     ) -> Tensor | None:
         """As `deliver`, of an embedding table that gave its rows `ids` [N], which have the gradients `rows` [N, d];
-        token_offsets: host, those of the tasks among the N.
+        token_offsets: host, those of the tasks among the N. For autograd in float32 at least.
         """
         shape, mode = whole_shape(table), self._armed_mode()
         pieces = [slice(start, stop) for start, stop in pairwise(token_offsets)]
         if not self.wants(table) or mode == "weighted":
+            # One of two token types' rows adds up thousands: in bfloat16 all after the first 256 could be lost.
+            rows = cast(rows, torch.promote_types(rows.dtype, torch.float32))
             if self.wants(table):
                 assert self.weights is not None
                 counts = torch.tensor([piece.stop - piece.start for piece in pieces], device=rows.device)
                 per_row = self.weights.float().repeat_interleave(counts, output_size=token_offsets[-1])
-                rows = (rows[: token_offsets[-1]] * per_row[:, None]).to(rows.dtype)
+                rows = rows[: token_offsets[-1]] * per_row[:, None]
                 ids = ids[: token_offsets[-1]]
             return torch.ops.aten.embedding_dense_backward(rows, ids, shape[0], -1, False)
         sizes = [piece.stop - piece.start for piece in pieces]

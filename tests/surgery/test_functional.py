@@ -110,6 +110,16 @@ def test_weighted_gradients(sizes: list[int]) -> None:
     torch.testing.assert_close(found.double(), weights.double() @ expected, atol=bound, rtol=0)
 
 
+def test_thousands_of_rows_add_up_in_sixteen_bits() -> None:
+    """One of two token types has them; a bfloat16 sum of ones would stop at 256."""
+    table, ids = nn.Parameter(torch.zeros(2, 4, dtype=torch.bfloat16)), torch.tensor([0] * 3000 + [1] * 1096)
+    sink = TaskGradients([table], 2)
+    with sink.armed("weighted", ids.device, weights=torch.tensor([1.0, 0.5])):
+        functional.embedding(ids, table, segments([2000, 2096]), sink).sum().backward()
+    assert table.grad is not None and table.grad.dtype == torch.bfloat16
+    assert table.grad[:, 0].tolist() == torch.tensor([2500, 548]).bfloat16().tolist()
+
+
 def test_inputs_gradient_is_never_weighted() -> None:
     x = torch.randn(6, 4, requires_grad=True)
     weight, bias = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3))
