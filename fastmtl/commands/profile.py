@@ -144,11 +144,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
             )
         table.show(result, wide())
         print(f"results: {directory / 'profile.json'}")
-        try:
-            for file in plots.draw(result, directory):
-                print(f"plot: {file}")
-        except plots.NoOrigin as error:
-            print(error)
+        _show_plots(lambda: plots.draw(result, directory))
         if all(point["measured"] is None for point in result["points"]):
             raise UserError("no point could be measured; the reasons stand above")
 
@@ -174,9 +170,17 @@ def _scale_out(
         )
     scale_out_run.show(result, wide())
     print(f"results: {directory / 'scale-out.json'}")
+    _show_plots(lambda: [plots.draw_scale_out(result, directory)])
+
+
+def _show_plots(draw: Callable[[], list[Path]]) -> None:
+    """Names the files. A result without an origin gets none, and the reason is told."""
+    from fastmtl.profile.plots import NoOrigin
+
     try:
-        print(f"plot: {plots.draw_scale_out(result, directory)}")
-    except plots.NoOrigin as error:
+        for file in draw():
+            print(f"plot: {file}")
+    except NoOrigin as error:
         print(error)
 
 

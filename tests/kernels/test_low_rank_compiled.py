@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-# Bytes of shared memory that a block may have on A100 and H100.
-SHARED = {80: 163 << 10, 90: 227 << 10}
+from compile_table import SHARED
+
 KERNELS = ["_maps_fwd_kernel", "_maps_bwd_kernel", "_weights_kernel", "_sum_slots_kernel"]
 
 
