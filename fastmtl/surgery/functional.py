@@ -97,6 +97,7 @@ def _gradient(
             for task, rows in enumerate(_segment_rows(segments)):
                 if rows.stop > rows.start:
                     stack.add_task(parameter, task, product(dy, rows))
+            task_grads.written(parameter)
             return None
     return task_grads.deliver(parameter, torch.stack([product(dy, rows) for rows in _segment_rows(segments)]))
 
@@ -148,6 +149,9 @@ def _stack_linear(
             stack.add_product(weight, task, left, right)
             if bias is not None:
                 stack.add_sum(bias, task, left)
+    task_grads.written(weight)
+    if bias is not None:
+        task_grads.written(bias)
 
 
 class _LayerNorm(torch.autograd.Function):

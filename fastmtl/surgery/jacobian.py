@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ class Jacobian:
             for parameter, columns in zip(self._parameters, self.buffer.split(sizes, dim=1), strict=True)
         }
         self._rows = {key: list(columns.unbind()) for key, columns in self._columns.items()}
+        ends = list(accumulate(sizes, initial=0))
+        self._spans = {key: slice(*span) for key, span in zip(self._columns, pairwise(ends), strict=True)}
         self._written: dict[int, set[int]] = {}
         self.clear()
 
@@ -89,6 +92,17 @@ class Jacobian:
         for key in self._rows:
             self._fill(key)
         return self.buffer
+
+    def spans(self) -> Mapping[int, slice]:
+        """The columns of every parameter, by its id."""
+        return self._spans
+
+    def columns(self, piece: slice) -> Tensor:
+        """[T, columns of the piece] of J, where nothing else will be written in it."""
+        for key, span in self._spans.items():
+            if span.start < piece.stop and span.stop > piece.start:
+                self._fill(key)
+        return self.buffer[:, piece]
 
     def rows(self) -> dict[int, list[Tensor]]:
         """The T gradients of every parameter, views of J, by its id."""

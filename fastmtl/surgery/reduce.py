@@ -17,6 +17,11 @@ BUCKET = 1 << 23  # numbers per collective: bounds the copy that a collective ne
 class Ranks(Protocol):
     """What surgery asks of the other ranks for its Gramian."""
 
+    @property
+    def many(self) -> bool:
+        """Whether J is a sum over more than one."""
+        ...
+
     def scatter(self, piece: Tensor) -> Tensor:
         """[T, n] of this rank -> this rank's share of the columns of what it stands for."""
         ...
@@ -33,6 +38,8 @@ class Ranks(Protocol):
 class Alone:
     """J is this rank's own: one process, or `reduce: local`, where each rank projects before DeepSpeed averages."""
 
+    many = False
+
     def scatter(self, piece: Tensor) -> Tensor:
         return piece
 
@@ -46,15 +53,16 @@ class Alone:
 class Together:
     """J is the sum over ranks, each of which keeps some of its columns (`reduce: exact`)."""
 
+    @property
+    def many(self) -> bool:
+        return world_size() > 1
+
     def scatter(self, piece: Tensor) -> Tensor:
         """[T, ceil(n / world)], zeros at the end."""
-        world = world_size()
-        if world == 1:
+        if not self.many:
             return piece
-        columns = max(1, BUCKET // (world * piece.shape[0])) * world
         with named("communication"):
-            shares = [_scatter(piece[:, start : start + columns]) for start in range(0, piece.shape[1], columns)]
-            return torch.cat(shares, dim=1)
+            return torch.cat([start_scatter(piece[:, columns]).share() for columns in column_pieces(*piece.shape)], 1)
 
     def gather_rows(self, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The sums of all ranks' rows over equal ids."""
@@ -92,14 +100,45 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
-def _scatter(piece: Tensor) -> Tensor:
+def column_pieces(num_tasks: int, columns: int) -> list[slice]:
+    """Of [T, columns]: what goes in one collective each."""
+    world = world_size()
+    size = max(1, BUCKET // (world * num_tasks)) * world
+    return [slice(start, min(start + size, columns)) for start in range(0, columns, size)]
+
+
+class Scattering:
+    """A collective under way. sends: what it sends; result: what it fills, None where that is `sends` itself."""
+
+    def __init__(self, work: dist.Work | None, sends: Tensor, result: Tensor | None) -> None:
+        self._work, self._sends, self._result = work, sends, result
+        self._share: Tensor | None = None
+
+    def arrived(self) -> bool:
+        """Whether this rank's share is there; then nothing else is kept."""
+        if self._work is not None and self._work.is_completed():
+            self.share()
+        return self._work is None
+
+    def share(self) -> Tensor:
+        """[T, ceil(n / world)]; waits for it (on a GPU what is computed next does)."""
+        if self._share is None:
+            assert self._work is not None, "this process is in the group"
+            self._work.wait()
+            self._share = self._sends[dist.get_rank()].clone() if self._result is None else self._result
+            self._work = self._result = None
+            del self._sends
+        return self._share
+
+
+def start_scatter(piece: Tensor) -> Scattering:
+    """Sends a copy of [T, n] of this rank; zeros are added at its end."""
     world, (num_tasks, columns) = world_size(), piece.shape
     share = -(-columns // world)
-    padded = torch.nn.functional.pad(piece, (0, share * world - columns))
-    by_rank = padded.view(num_tasks, world, share).transpose(0, 1).contiguous()
+    if columns < share * world:
+        piece = torch.nn.functional.pad(piece, (0, share * world - columns))
+    by_rank = piece.unflatten(1, (world, share)).transpose(0, 1).contiguous()
     if dist.get_backend() == "gloo":  # its reduce_scatter is an all_reduce inside; this one serves every version
-        dist.all_reduce(by_rank)
-        return by_rank[dist.get_rank()]
+        return Scattering(dist.all_reduce(by_rank, async_op=True), by_rank, None)
     result = torch.empty(num_tasks, share, dtype=piece.dtype, device=piece.device)
-    dist.reduce_scatter_tensor(result, by_rank)
-    return result
+    return Scattering(dist.reduce_scatter_tensor(result, by_rank, async_op=True), by_rank, result)

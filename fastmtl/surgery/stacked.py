@@ -39,6 +39,7 @@ class StackedStep:
         self._step.take(losses)
         with named("backward"):
             if takes_sink:
+                self._parts.sink.forward_done(last=last)
                 self._add_own(self._parts.one_pass(self._step.total(losses) * self._scale, self._parts.own))
             else:
                 self._one_by_one(losses)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastmtl.errors import UserError
 from fastmtl.surgery.compact_rows import Rows, coalesce, rows_gramian, weighted_rows, weighted_table
+from fastmtl.surgery.early_scatter import EarlyScatter
 from fastmtl.surgery.jacobian import Jacobian
 from fastmtl.surgery.reduce import Alone, Ranks
 from fastmtl.surgery.sketch import CountSketch
@@ -70,6 +71,7 @@ class TaskGradients:
         self._sketch_size = sketch_size
         self._index = {id(parameter): k for k, parameter in enumerate(self._parameters)}
         self._stack: Jacobian | None = None
+        self.early: EarlyScatter | None = None
         self._rows: dict[int, list[list[tuple[Tensor, Tensor]]]] = {}
         self._shards: dict[int, Tensor] = {}
         self._keep = True
@@ -101,7 +103,8 @@ class TaskGradients:
         """
         self.arm(mode, device)
         self.weights, self._keep, self._solve = weights, keep, solve
-        self._counting = mode == "tensor" or (mode == "gramian" and not keep and self._sketch is None)
+        if mode != "stack":
+            self._counting = mode == "tensor" or (mode == "gramian" and not keep and self._sketch is None)
         try:
             yield
         finally:
@@ -114,10 +117,14 @@ class TaskGradients:
         self.mode = mode
         if mode == "stack" and self._stack is None:
             self._stack = Jacobian(self._dense, self.num_tasks, self.dtype, device)
+            if self._dense and self._ranks.many and not self.sketches:
+                self.early = EarlyScatter(self._stack)
+        self._counting = mode == "stack" and self.early is not None
 
     def disarm(self) -> None:
         self.mode = self.weights = self._solve = None
         self._counting = False
+        self._uses.clear()
 
     def start_sketch(self, seed: int, device: torch.device) -> None:
         """For a step, with hashes of its own; nothing where G is exact."""
@@ -130,9 +137,25 @@ class TaskGradients:
             for parameter in parameters:
                 self._uses[id(parameter)] = self._uses.get(id(parameter), 0) + 1
 
-    def forward_done(self) -> None:
-        """What checkpointing runs again in backward is no use of its own."""
+    def forward_done(self, *, last: bool = False) -> None:
+        """What checkpointing runs again in backward is no use of its own. last: the backward to come is the step's
+        last: what it completes of J may go to the other ranks (mode `stack`).
+        """
         self._counting = False
+        if last and self.early is not None:
+            self.early.begin(self._uses)
+
+    def written(self, parameter: nn.Parameter) -> None:
+        """A use of a dense parameter has written into `stack_of` it."""
+        if self.early is None:
+            return
+        key = id(parameter)
+        if self.early.is_sent(key):
+            raise RuntimeError("a weight's task gradients went to the other ranks before its last use had written")
+        left = self._uses.get(key, 0) - 1
+        self._uses[key] = left
+        if left == 0:
+            self.early.complete(key)
 
     def wants(self, parameter: nn.Parameter | None) -> bool:
         """Whether a layer should write this parameter's gradient here."""
@@ -178,6 +201,7 @@ class TaskGradients:
         match self._armed_mode():
             case "stack":
                 self.stack_of(parameter).add(parameter, gradients)
+                self.written(parameter)
             case "gramian":
                 self.add(parameter, gradients)
             case "weighted":
@@ -222,6 +246,8 @@ class TaskGradients:
                 self.add_rows(table, task, *pair)
             elif len(pair[0]):
                 self.stack_of(table).add_rows(table, task, *pair)
+        if not self.is_sparse(table):
+            self.written(table)
         return None
 
     def _armed_mode(self) -> Mode:
@@ -288,7 +314,7 @@ class TaskGradients:
             return self._sketch.gramian()
         total = torch.zeros(self.num_tasks, self.num_tasks, device=self.anchor.device)
         if self._stack is not None:
-            total += gramian(self._ranks.scatter(self._stack.complete()))
+            total += gramian(self._stack.complete() if self.early is None else self.early.shares())
         for shard in self._shards.values():
             total += gramian(shard)
         for part in self._dropped.values():
@@ -337,11 +363,12 @@ class TaskGradients:
         """Forgets what was written; the buffers stay."""
         if self._stack is not None:
             self._stack.clear()
+        if self.early is not None:
+            self.early.reset()
         self._rows.clear()
         self._shards.clear()
         self._dropped.clear()
         self._held.clear()
-        self._uses.clear()
         self._sketch = None
         self._largest = 0
 

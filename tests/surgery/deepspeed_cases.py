@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import choices_cases
 import loads
@@ -21,10 +23,12 @@ from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.errors import UserError
 from fastmtl.model.encoder import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.surgery import reduce
+from fastmtl.surgery.early_scatter import EarlyScatter
 from fastmtl.surgery.gradient_surgery import GradientSurgery
 
 STEPS, ROWS = 3, 8
-RECOMPUTE = ("cheap", "full")
+RECOMPUTES = {"cheap": "cheap", "full": "full", "pieces": "full"}  # by variant
 ONE_STEP = [("sum", "auto"), ("pcgrad", "stacked"), ("pcgrad", "replay")]
 
 
@@ -35,8 +39,9 @@ class Case:
     method: str
     precision: str = "fp32"
     storage: str = "auto"
-    # "offload", "autocast", "one-step" (the engine is told of one micro-batch a step), "backward" (in place of run), or
-    # an option's value: "tensor" (scope), "local", "sketch" (reduce), "cheap", "full" (encoder.recompute)
+    # "offload", "autocast", "one-step" (the engine is told of one micro-batch a step), "backward" (in place of run),
+    # "pieces" (J goes to the ranks in many, during backward, with recompute full), "backward-pieces", "late" (in as
+    # many, after it), or an option's value: "tensor" (scope), "local", "sketch" (reduce), "cheap", "full" (recompute)
     variant: str = ""
 
     @property
@@ -59,8 +64,10 @@ CASES = [
     *(Case(zero, acc, "pcgrad", variant="sketch") for zero, acc in ((1, 4), (3, 1), (3, 4))),
     *(Case(zero, 1, "upgrad") for zero in (1, 3)),
     *(Case(1, 4, method, variant="backward") for method in ("sum", "pcgrad")),
-    *(Case(3, 1, "pcgrad", variant=recompute) for recompute in RECOMPUTE),
+    *(Case(3, 1, "pcgrad", variant=recompute) for recompute in ("cheap", "full")),
+    *(Case(2, 4, "pcgrad", variant=variant) for variant in ("pieces", "backward-pieces", "late")),
 ]
+PIECE = 1000  # numbers in a collective, where there are to be many
 
 
 # Random batches (loads.py): ZeRO stage and load.
@@ -80,7 +87,7 @@ def make_recipe(case: Case) -> Recipe:
             "same": {**task, "type": "binary", "weight": 0.5},
             "degree": {**task, "type": "regression", "range": [0, 5], "pairs": "bi", "pooling": "mean"},
         },
-        "encoder": {"recompute": case.variant if case.variant in RECOMPUTE else "none"},
+        "encoder": {"recompute": RECOMPUTES.get(case.variant, "none")},
         "gradient": {
             "method": case.method,
             "storage": case.storage,
@@ -214,6 +221,25 @@ def engine_forward(zero: int, world: int) -> str:
     return ""
 
 
+def pieces(case: Case, directory: Path, rank: int) -> contextlib.ExitStack:
+    """A step's columns of J in many pieces; how many of them were sent early is kept, a line for each step."""
+    stack = contextlib.ExitStack()
+    if case.variant.endswith(("pieces", "late")):
+        stack.enter_context(mock.patch.object(reduce, "BUCKET", PIECE))
+        file = stack.enter_context((directory / f"{case.name}-{rank}.txt").open("w"))
+        shares = EarlyScatter.shares
+
+        def counted(self: EarlyScatter) -> torch.Tensor:
+            found = shares(self)
+            print(self.sent_early, len(self._pieces), file=file)
+            return found
+
+        stack.enter_context(mock.patch.object(EarlyScatter, "shares", counted))
+    if case.variant == "late":
+        stack.enter_context(mock.patch.object(EarlyScatter, "begin", lambda *_: None))
+    return stack
+
+
 def main(directory: Path) -> None:
     from fastmtl.engine.build import build_engine
     from fastmtl.engine.distributed import start
@@ -235,8 +261,9 @@ def main(directory: Path) -> None:
         surgery = make_surgery(engine, model, recipe)
         acc = case.accumulation
         parts = [ranks.rank * acc + a for a in range(acc)]
-        backward_on = model if case.variant == "backward" else None
-        run_steps(surgery, recipe, parts, ranks.world * acc, engine.step, backward_on)
+        backward_on = model if case.variant.startswith("backward") else None
+        with pieces(case, directory, ranks.rank):
+            run_steps(surgery, recipe, parts, ranks.world * acc, engine.step, backward_on)
         keep(engine, directory / f"{case.name}.safetensors")
     choices_cases.run_all(ranks, lambda engine, name: keep(engine, directory / f"{name}.safetensors"))
     for zero in (0, 2):

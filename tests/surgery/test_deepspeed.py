@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastmtl.surgery.early_scatter import IN_FLIGHT
 from fastmtl.surgery.methods import draw_order
 
 WORKER = Path(__file__).with_name("deepspeed_cases.py")
@@ -90,6 +91,20 @@ def test_two_ranks_equal_one_process(results: Path, case: cases.Case) -> None:
     else:  # bf16 weights: each is rounded to 8 bits, and so are its gradients
         magnitude = torch.cat([expected[name].flatten() for name in expected]).norm()
         assert error.norm() <= 2**-8 * magnitude + 0.05 * moved.norm()
+
+
+@pytest.mark.parametrize("variant", ["pieces", "backward-pieces"])
+def test_columns_go_to_the_ranks_during_backward(results: Path, variant: str) -> None:
+    """From the second step on, which knows the order; with the bits of those that wait for its end."""
+    name, late = (cases.Case(2, 4, "pcgrad", variant=each).name for each in (variant, "late"))
+    for rank in (0, 1):
+        lines = (results / f"{name}-{rank}.txt").read_text().splitlines()
+        first, *others = [tuple(map(int, line.split())) for line in lines]
+        assert first[0] == 0 and first[1] > 10 and len(others) == cases.STEPS - 1
+        # As many as may be on their way at a time; more where a collective is over before backward.
+        assert all(early >= IN_FLIGHT for early, _ in others), others
+    found, expected = (load_file(results / f"{each}.safetensors") for each in (name, late))
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("case", choices_cases.CASES, ids=lambda case: case.name)
