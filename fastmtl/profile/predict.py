@@ -14,9 +14,8 @@ from fastmtl.profile.layers import FLOAT, INT64, Rows, Weight
 from fastmtl.profile.ledger import Ledger
 from fastmtl.profile.parts import Bytes, total
 from fastmtl.profile.shape import Shape
-
-# Of combining: numbers in a collective, fastmtl.surgery.reduce.
-COLLECTIVE = 1 << 23
+from fastmtl.surgery.early_scatter import IN_FLIGHT
+from fastmtl.surgery.reduce import BUCKET
 
 
 @dataclass(frozen=True)
@@ -80,11 +79,12 @@ def _stacked(ledger: Ledger, shape: Shape) -> None:
         for number in range(shape.accumulation):
             pass_ = Pass(ledger, shape, number)
             pass_.forward()
-            pass_.backward(_stack_of(shape), own=shape.own * shape.number_bytes)
+            pass_.backward(_stack_of(shape, sends=number == shape.accumulation - 1), own=shape.own * shape.number_bytes)
             ledger.drop("gradients", shape.own * shape.number_bytes)
             _compact_rows(ledger, shape, number)
+        if _scatters(shape):
+            _last_pieces(ledger, shape)
         ledger.phase = "surgery"
-        ledger.touch(_scattered(shape))
         ledger.touch(_gramian_of_rows(shape))
         ledger.hold("gradients", (shape.dense + shape.table) * FLOAT)
         ledger.touch(shape.load.largest_task * shape.hidden * FLOAT)
@@ -212,19 +212,30 @@ def _task_gradients_of(shape: Shape, stay: bool) -> Weight:
             ledger.touch(nbytes)
             ledger.touch(tasks * numbers * FLOAT if number < FLOAT else 0)
             if shape.world > 1:
-                ledger.touch(2 * min(tasks * numbers, COLLECTIVE) * number + nbytes // shape.world)
+                copies = 2 if numbers % shape.world else 1  # one is padded
+                piece, share = min(tasks * numbers, BUCKET) * number, nbytes // shape.world
+                ledger.touch(share + max(copies * piece, share))
         if stay:
             ledger.hold("task gradients", deepspeed.share(tasks * numbers * FLOAT, shape.world))
 
     return weight
 
 
-def _stack_of(shape: Shape) -> Weight:
-    """Products add into J themselves where it has their dtype."""
-    same = shape.j_bytes == shape.number_bytes
+def _stack_of(shape: Shape, sends: bool) -> Weight:
+    """Products add into J themselves where it has their dtype. sends: whether what is complete goes to the ranks, of
+    which this one keeps its share.
+    """
+    same, sends = shape.j_bytes == shape.number_bytes, sends and _scatters(shape)
+    written = 0
 
     def weight(ledger: Ledger, numbers: int, rows: int) -> None:
+        nonlocal written
         ledger.touch(0 if same else numbers * shape.number_bytes)
+        if sends:
+            before, written = written // BUCKET, written + shape.tasks * numbers
+            whole = written // BUCKET
+            ledger.hold("workspace", deepspeed.share((whole - before) * BUCKET * shape.j_bytes, shape.world))
+            ledger.touch(min(whole, IN_FLIGHT) * BUCKET * shape.j_bytes)
 
     return weight
 
@@ -236,16 +247,23 @@ def _compact_rows(ledger: Ledger, shape: Shape, number: int) -> None:
         ledger.hold("task gradients", shape.loads[number].tokens * row)
 
 
-def _scattered(shape: Shape) -> int:
-    """Each rank's share of the columns of the sum of all ranks' J, made piece by piece, with two copies of a piece;
-    gloo's shares are views of whole pieces.
+def _scatters(shape: Shape) -> bool:
+    """Whether each rank gets its share of the columns of the sum of all ranks' J."""
+    return shape.world > 1 and shape.reduce == "exact" and shape.dense > 0
+
+
+def _last_pieces(ledger: Ledger, shape: Shape) -> None:
+    """Of J, on their way when backward ends: the last is complete with it, and may be padded. All shares are put side
+    by side.
     """
-    if shape.world == 1 or shape.reduce != "exact":
-        return 0
-    numbers = shape.tasks * shape.dense
-    piece, share = min(numbers, COLLECTIVE), deepspeed.share(numbers, shape.world)
-    held = max(2 * piece + share, 2 * share) if shape.on_gpu else numbers + max(piece, share)
-    return held * shape.j_bytes
+    numbers, shares = shape.tasks * shape.dense, deepspeed.share(shape.tasks * shape.dense * shape.j_bytes, shape.world)
+    padded = ((numbers - 1) % BUCKET + 1) * shape.j_bytes if shape.dense % shape.world else 0
+    copies = min(numbers, IN_FLIGHT * BUCKET) * shape.j_bytes
+    ledger.touch(copies + padded)
+    ledger.hold("workspace", shares - ledger.held["workspace"])
+    ledger.phase = "surgery"
+    ledger.touch(max(copies, shares))
+    ledger.drop("workspace", shares)
 
 
 def _sketch(shape: Shape) -> int:

@@ -6,10 +6,10 @@ Every rank has as many rows as the one whose parts are known. With T tasks inste
     backward                  and a pass over J for each further T0 tasks, which it writes
     surgery                   passes over J, each half of what it takes for T0 tasks, for the Gramian reads J and the
                               merge reads it again. `exact`: 1 / W for the Gramian of a rank's columns, 1 for the merge,
-                              4 for two copies that go into collectives. `local`: 2. `sketch`: 3 for signs and sums, 1
+                              2 for the copy that goes into collectives. `local`: 2. `sketch`: 3 for signs and sums, 1
     optimiser                 1 / W from ZeRO 1 on
     communication             handing over as it is; collectives by `traffic` and `links`, hidden ones as far as
-                              backward lasts
+                              backward lasts when the first piece is complete
 
 Passes are for `storage: stacked`; with others all parts stay as they are. Rows of the embeddings are left out of them.
 """
@@ -29,7 +29,7 @@ from fastmtl.surgery.options import SKETCH_SIZE
 
 WORLDS = tuple(2**k for k in range(11))
 TASKS = (2, 4, 8, 16, 32)
-ALONE, COPIES, SKETCHING = 2, 4, 3
+ALONE, COPIES, SKETCHING = 2, 2, 3
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def step(shape: Shape, parts: Parts, cluster: Cluster) -> Predicted:
     collectives = traffic(shape)
     seconds = [one.seconds(cluster, shape.world) for one in collectives]
     hidden = sum(one.hidden * each for one, each in zip(collectives, seconds, strict=True))
-    waiting = sum(seconds) - min(hidden, known["backward"])
+    waiting = sum(seconds) - min(hidden, known["backward"] * max((one.hidden for one in collectives), default=0.0))
     return Predicted(compute + waiting, waiting, sum(one.sent(shape.world) for one in collectives))
 
 

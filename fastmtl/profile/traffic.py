@@ -13,11 +13,12 @@ embeddings, d wide, occur for a task.
                          with every forward (at most: some are still there), of smaller ones once
     small ones           the Gramian, losses, norms, flags
 
-Where it is hidden: nowhere, but for DeepSpeed's reduction of gradients that its own backward makes, on GPUs, where they
-fill more than one bucket. fastmtl's bucket holds all of them unless the recipe says otherwise. J's columns go after
-backward (`stacked`), or while it waits (`replay`, `scope: tensor`); merged gradients come all at once.
-Sources: fastmtl/surgery/reduce.py; deepspeed/runtime/zero/stage_1_and_2.py (`average_tensor` reduces to all ranks),
-stage3.py, engine.py of DeepSpeed 0.19.
+Where it is hidden: J's columns go while backward computes what is below them (`stacked`), or while it waits (`replay`,
+`scope: tensor`); so do gradients that DeepSpeed's own backward makes, on GPUs, where they fill more than one bucket,
+but fastmtl's bucket holds all of them unless the recipe says otherwise. The last piece or bucket is complete when
+backward is over. Merged gradients come all at once.
+Sources: fastmtl/surgery/reduce.py, early_scatter.py; deepspeed/runtime/zero/stage_1_and_2.py (`average_tensor` reduces
+to all ranks), stage3.py, engine.py of DeepSpeed 0.19.
 """
 
 from __future__ import annotations
@@ -76,8 +77,10 @@ def _surgery(shape: Shape) -> Iterator[Collective]:
         tables = {shape.positions * shape.hidden, shape.types * shape.hidden}
         pieces = [(size, FLOAT if size in tables else shape.number_bytes) for size in shape.sizes]
         passes = shape.accumulation
-    for nbytes, times in _pieces(shape, pieces).items():
-        yield Collective("columns of J", scatter, nbytes, times * passes)
+    found = _pieces(shape, pieces)
+    hidden = 1 - 1 / sum(found.values()) if shape.storage == "stacked" else 0.0
+    for nbytes, times in found.items():
+        yield Collective("columns of J", scatter, nbytes, times * passes, hidden)
     if shape.table and shape.storage != "none":
         rows = sum(load.unique for load in shape.loads) * shape.world
         yield Collective("rows' ids", "all_gather", rows // shape.tasks * INT64, shape.tasks)

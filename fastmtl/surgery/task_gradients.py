@@ -47,6 +47,9 @@ class TaskGradients:
     parameters: the trainable shared ones. sparse: those among them whose gradient is compact rows (the word
     embeddings). dtype: of J. ranks: which ranks' gradients make up J. sketch_size: buckets of a count-sketch that
     takes the place of J in G, None for the exact one.
+
+    dense: the parameters that are not in `sparse`. early: sends J's columns to other ranks during backward, where there
+    are any that want them.
     """
 
     def __init__(
@@ -64,7 +67,7 @@ class TaskGradients:
         self.weights: Tensor | None = None
         self._parameters = list(parameters)
         self._sparse = {id(parameter) for parameter in sparse}
-        self._dense = [parameter for parameter in self._parameters if id(parameter) not in self._sparse]
+        self.dense = [parameter for parameter in self._parameters if id(parameter) not in self._sparse]
         self.dtype = dtype
         self.sketches = sketch_size is not None
         self._ranks = Alone() if ranks is None else ranks
@@ -116,8 +119,8 @@ class TaskGradients:
             self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.mode = mode
         if mode == "stack" and self._stack is None:
-            self._stack = Jacobian(self._dense, self.num_tasks, self.dtype, device)
-            if self._dense and self._ranks.many and not self.sketches:
+            self._stack = Jacobian(self.dense, self.num_tasks, self.dtype, device)
+            if self.dense and self._ranks.many and not self.sketches:
                 self.early = EarlyScatter(self._stack)
         self._counting = mode == "stack" and self.early is not None
 
@@ -308,7 +311,7 @@ class TaskGradients:
         """G = J J^T of what was written since `clear`, float32 [T, T], over the ranks that make up J."""
         if self._sketch is not None:
             if self._stack is not None:
-                for parameter in self._dense:
+                for parameter in self.dense:
                     self._sketch.add(self._index[id(parameter)], self._stack.of(parameter).flatten(1))
             self._ranks.total(self._sketch.values)
             return self._sketch.gramian()

@@ -129,10 +129,24 @@ def test_one_rank_is_what_was_measured() -> None:
         assert found.seconds == pytest.approx(sum(SECONDS.values())) and found.waiting == found.sent == 0
 
 
+def test_pieces_of_j_go_during_backward() -> None:
+    """All but the last, and no longer than backward lasts from the first one on."""
+    found = {}
+    for dense in (BUCKET // 4, 4 * (BUCKET // 3)):  # one piece, and five with what is left over
+        wanted = shape(dense=dense, table=0)
+        columns, *others = [one for one in traffic(wanted) if one.what == "columns of J"]
+        pieces = columns.times + sum(one.times for one in others)
+        waits = sum(one.seconds(FLAT, 4) for one in traffic(wanted)) - step(wanted, PARTS, FLAT).waiting
+        sending = sum(one.seconds(FLAT, 4) for one in (columns, *others))
+        assert waits == pytest.approx(min(sending, SECONDS["backward"]) * (1 - 1 / pieces), abs=1e-12)
+        found[pieces] = waits
+    assert found.pop(1) == 0 and list(found) == [5] and found[5] > 0
+
+
 def test_parts_of_a_step_on_four_ranks() -> None:
     wanted = shape()
     found = step(wanted, PARTS, FLAT)
-    surgery = SECONDS["surgery"] / 2 * (4 + 1 / 4 + 1)
+    surgery = SECONDS["surgery"] / 2 * (2 + 1 / 4 + 1)
     kept = sum(SECONDS.values()) - SECONDS["surgery"] - SECONDS["optimiser"]
     assert found.seconds == pytest.approx(kept + surgery + SECONDS["optimiser"] / 4 + found.waiting)
     assert found.waiting == pytest.approx(sum(one.seconds(FLAT, 4) for one in traffic(wanted)))
@@ -166,7 +180,7 @@ def test_what_backward_hides_is_no_longer_than_backward() -> None:
     assert whole - open_ == pytest.approx(0.75 * gradients.seconds(FLAT, 4))
     slow = dataclasses.replace(FLAT, between=Link(0.0, 1e5))
     open_, whole = (step(s, PARTS, slow).waiting for s in (joint, dataclasses.replace(joint, overlap=False)))
-    assert whole - open_ == pytest.approx(SECONDS["backward"])
+    assert whole - open_ == pytest.approx(0.75 * SECONDS["backward"])  # from the first of four buckets on
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])

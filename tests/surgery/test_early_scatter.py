@@ -1,0 +1,102 @@
+"""When J's columns may go to the ranks, with ranks that are not there; test_deepspeed.py has real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from fastmtl.surgery import reduce
+from fastmtl.surgery.early_scatter import IN_FLIGHT
+from fastmtl.surgery.task_gradients import TaskGradients
+
+TASKS, SIZE, NUMBER = 2, 6, 5
+
+
+@pytest.fixture
+def sink(monkeypatch: pytest.MonkeyPatch) -> Iterator[TaskGradients]:
+    """Five parameters, a piece of J for each, and a first step that was complete from the last to the first."""
+    monkeypatch.setattr(reduce, "BUCKET", TASKS * SIZE)
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(reduce.Scattering, "arrived", lambda _: True)  # ranks that are not there are ready at once
+    parameters = [nn.Parameter(torch.zeros(SIZE)) for _ in range(NUMBER)]
+    sink = TaskGradients(parameters, TASKS, ranks=reduce.Together())
+    step(sink, parameters, parameters[::-1])
+    yield sink
+    dist.destroy_process_group()
+
+
+def step(sink: TaskGradients, used: list[nn.Parameter], written: list[nn.Parameter], *, last: bool = True) -> None:
+    sink.clear()
+    with sink.armed("stack", torch.device("cpu")):
+        sink.expect(*used)
+        sink.forward_done(last=last)
+        for parameter in written:
+            sink.deliver(parameter, torch.ones(TASKS, SIZE))
+    sink.gramian()
+
+
+def sent_early(sink: TaskGradients) -> int:
+    assert sink.early is not None
+    return sink.early.sent_early
+
+
+def test_nothing_goes_before_the_order_is_known(sink: TaskGradients) -> None:
+    assert sent_early(sink) == 0
+
+
+@pytest.mark.parametrize(
+    ("used", "written", "sent"),
+    [
+        ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], 5),
+        ([0, 1, 2, 3, 4], [4, 3], 2),  # the loss does not depend on the others
+        ([0, 1, 2, 3, 4], [4, 3, 1, 0], 2),  # those after one that is not complete wait for their turn
+        ([0, 1, 2, 4], [4, 2, 1, 0], 1),  # one that no forward has used may be written by something unknown
+        ([0, 1, 2, 3, 4, 4], [4, 3, 2, 1, 0], 0),  # used twice, written once
+        ([0, 1, 2, 3, 4, 4], [4, 3, 4, 2, 1, 0], 5),
+    ],
+)
+def test_a_piece_goes_when_it_is_complete_and_its_turn(
+    sink: TaskGradients, used: list[int], written: list[int], sent: int
+) -> None:
+    parameters = sink.dense
+    step(sink, [parameters[k] for k in used], [parameters[k] for k in written])
+    assert sent_early(sink) == sent
+
+
+def test_micro_batches_before_the_last_send_nothing(sink: TaskGradients) -> None:
+    step(sink, sink.dense, sink.dense[::-1], last=False)
+    assert sent_early(sink) == 0
+
+
+def test_no_more_than_two_are_on_their_way(sink: TaskGradients, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reduce.Scattering, "arrived", lambda self: self._work is None)
+    step(sink, sink.dense, sink.dense[::-1])
+    assert sent_early(sink) == IN_FLIGHT
+
+
+def test_a_write_that_comes_too_late_is_an_error(sink: TaskGradients) -> None:
+    *others, last = sink.dense
+    with pytest.raises(RuntimeError, match="before its last use had written"):
+        step(sink, [*others, last], [last, last])
+    step(sink, sink.dense, sink.dense[::-1])  # and what it left under way is forgotten
+    assert sent_early(sink) == NUMBER
+
+
+def test_what_goes_is_the_sum_over_uses(sink: TaskGradients) -> None:
+    """With ranks that send nothing back a share is this rank's own half of the columns."""
+    *others, last = sink.dense
+    step(sink, [*others, last, last], [last, last, *others[::-1]])
+    sink.clear()
+    with sink.armed("stack", torch.device("cpu")):
+        sink.expect(*others, last, last)
+        sink.forward_done(last=True)
+        for parameter in (last, last, *others[::-1]):
+            sink.deliver(parameter, torch.ones(TASKS, SIZE))
+    half = SIZE // 2
+    torch.testing.assert_close(sink.gramian(), torch.full((TASKS, TASKS), float(half * (NUMBER - 1) + half * 4)))
