@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def bytes_so_far() -> int:
     return int(counters[8])
 
 
-def rows(world: int) -> Any:
+def rows(world: int, number: int = ROWS, tokens: int = TOKENS) -> Any:
     from fastmtl.data.packing import pack
     from fastmtl.data.tokenized import TokenizedDataset
 
@@ -105,18 +106,18 @@ def rows(world: int) -> Any:
     parts = []
     for _ in range(TASKS):
         dataset = TokenizedDataset(
-            tokens=random.integers(0, 1000, ROWS * TOKENS).astype(np.int32),
-            offsets=np.arange(ROWS + 1) * TOKENS,
-            second_text=np.full(ROWS, TOKENS, np.int32),
+            tokens=random.integers(0, 1000, number * tokens).astype(np.int32),
+            offsets=np.arange(number + 1) * tokens,
+            second_text=np.full(number, tokens, np.int32),
             sequences_per_example=1,
-            labels=np.arange(ROWS, dtype=np.float32) % 2,
-            ids=[str(row) for row in range(ROWS)],
+            labels=np.arange(number, dtype=np.float32) % 2,
+            ids=[str(row) for row in range(number)],
             truncated=0,
             skipped=[],
             path=Path("random"),
         )
-        parts.append((dataset, np.arange(ROWS)))
-    return pack(parts, [ROWS * world] * TASKS)
+        parts.append((dataset, np.arange(number)))
+    return pack(parts, [number * world] * TASKS)
 
 
 def throttle(megabits: float | None) -> None:
@@ -137,19 +138,24 @@ def main() -> None:
     parser.add_argument("--zero", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5)
     arguments = parser.parse_args()
+    sys.exit(in_namespace(parser, arguments.ranks, lambda: run_rank(arguments)))
+
+
+def in_namespace(parser: argparse.ArgumentParser, ranks: int, run: Callable[[], None]) -> int:
+    """Runs this script once for each rank, in which `run` is called; the largest exit code of them."""
     if "RANK" in os.environ:
-        run_rank(arguments)
-        return
+        run()
+        return 0
     if [name for _, name in socket.if_nameindex()] != ["lo"]:
         parser.error("there are other interfaces than a loopback here: run it under `unshare -n`")
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-    common = {"WORLD_SIZE": str(arguments.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     common |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
         subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank})
-        for rank in map(str, range(arguments.ranks))
+        for rank in map(str, range(ranks))
     ]
-    sys.exit(max(process.wait() for process in processes))
+    return max(process.wait() for process in processes)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ J goes in pieces, each in a collective of its own, as it would after backward: t
 may go when every parameter in it has been written for the last time in the step. All ranks have to send in one order,
 whatever their backwards did first; it is the one in which the pieces were complete on rank 0 in the first step, as
 torch's DistributedDataParallel orders its buckets (Li et al., PyTorch Distributed, 2020, section 4.2.3). At most two
-are on their way at a time, which bounds the copies that they need; what could not go in backward goes at its end.
+are on their way at a time, which bounds the copies that they need: the next one waits for the first of them, and
+backward with it, so that what is sent when depends on no clock. What was not complete in backward goes at its end.
 """
 
 from __future__ import annotations
@@ -32,22 +33,21 @@ class EarlyScatter:
         self._jacobian = jacobian
         num_tasks, columns = jacobian.buffer.shape
         self._pieces = column_pieces(num_tasks, columns)
-        self._order: list[int] | None = None
+        self._order: list[int] = []  # of the pieces' numbers; none in the first step
         self._seen: list[int] = []  # pieces in the order in which they were complete, in the first step
         self._waits_for: list[set[int]] = []  # of each piece, parameters that will still be written; only after `begin`
         self._sent: dict[int, Scattering] = {}
-        self._next = 0
         self.sent_early = 0
 
     def begin(self, expected: Collection[int]) -> None:
         """expected: ids of the parameters of which `complete` will tell. A piece with any other waits for `shares`."""
-        spans = self._jacobian.spans()
+        spans, known = self._jacobian.spans(), set(expected)
         self._waits_for = [
             {key for key, span in spans.items() if span.start < piece.stop and span.stop > piece.start}
             for piece in self._pieces
         ]
         for waits in self._waits_for:
-            if not waits <= set(expected):
+            if not waits <= known:
                 waits.add(0)  # no parameter's id: it never comes
 
     def complete(self, key: int) -> None:
@@ -57,18 +57,20 @@ class EarlyScatter:
                 waits.remove(key)
                 if not waits:
                     self._seen.append(number)
-        if self._waits_for and self._order is not None:
-            self._send(self._order)
+        while self._waits_for and len(self._sent) < len(self._order):
+            number = self._order[len(self._sent)]
+            if self._waits_for[number]:
+                break
+            self._send(number)
 
     def shares(self) -> Tensor:
         """[T, columns]: this rank's share of every piece of the sum of all ranks' J, zeros at the ends of pieces."""
         self.sent_early = len(self._sent)
         with named("communication"):
-            if self._order is None:
+            if not self._order:
                 self._order = self._order_of_rank_0()
-            for number in self._order[self._next :]:
-                self._make_room(waiting=True)
-                self._start(number)
+            for number in self._order[len(self._sent) :]:
+                self._send(number)
             found = torch.cat([self._sent[number].share() for number in range(len(self._pieces))], dim=1)
         self.reset()
         return found
@@ -77,29 +79,17 @@ class EarlyScatter:
         """Forgets what is under way: of a step that has failed."""
         for one in self._sent.values():
             one.share()
-        self._sent, self._waits_for, self._seen, self._next = {}, [], [], 0
+        self._sent, self._waits_for, self._seen = {}, [], []
 
     def is_sent(self, key: int) -> bool:
         """Whether a part of the parameter's columns has gone."""
         span = self._jacobian.spans()[key]
         return any(span.start < self._pieces[n].stop and span.stop > self._pieces[n].start for n in self._sent)
 
-    def _send(self, order: list[int]) -> None:
-        """Those whose turn it is."""
-        while self._next < len(order) and not self._waits_for[order[self._next]] and self._make_room(waiting=False):
-            self._start(order[self._next])
-
-    def _start(self, number: int) -> None:
+    def _send(self, number: int) -> None:
+        if len(self._sent) >= IN_FLIGHT:
+            self._sent[self._order[len(self._sent) - IN_FLIGHT]].share()
         self._sent[number] = start_scatter(self._jacobian.columns(self._pieces[number]))
-        self._next += 1
-
-    def _make_room(self, *, waiting: bool) -> bool:
-        under_way = [one for one in self._sent.values() if not one.arrived()]
-        if len(under_way) < IN_FLIGHT:
-            return True
-        if waiting:
-            under_way[0].share()
-        return waiting
 
     def _order_of_rank_0(self) -> list[int]:
         rest = [number for number in reversed(range(len(self._pieces))) if number not in self._seen]

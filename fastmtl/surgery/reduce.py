@@ -114,14 +114,8 @@ class Scattering:
         self._work, self._sends, self._result = work, sends, result
         self._share: Tensor | None = None
 
-    def arrived(self) -> bool:
-        """Whether this rank's share is there; then nothing else is kept."""
-        if self._work is not None and self._work.is_completed():
-            self.share()
-        return self._work is None
-
     def share(self) -> Tensor:
-        """[T, ceil(n / world)]; waits for it (on a GPU what is computed next does)."""
+        """[T, ceil(n / world)]; waits for it (on a GPU what is computed next does). Nothing else is kept then."""
         if self._share is None:
             assert self._work is not None, "this process is in the group"
             self._work.wait()

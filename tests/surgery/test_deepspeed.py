@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastmtl.surgery.early_scatter import IN_FLIGHT
 from fastmtl.surgery.methods import draw_order
 
 WORKER = Path(__file__).with_name("deepspeed_cases.py")
@@ -101,8 +100,7 @@ def test_columns_go_to_the_ranks_during_backward(results: Path, variant: str) ->
         lines = (results / f"{name}-{rank}.txt").read_text().splitlines()
         first, *others = [tuple(map(int, line.split())) for line in lines]
         assert first[0] == 0 and first[1] > 10 and len(others) == cases.STEPS - 1
-        # As many as may be on their way at a time; more where a collective is over before backward.
-        assert all(early >= IN_FLIGHT for early, _ in others), others
+        assert all(early == pieces for early, pieces in others), others
     found, expected = (load_file(results / f"{each}.safetensors") for each in (name, late))
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 

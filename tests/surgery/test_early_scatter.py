@@ -7,11 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fastmtl.surgery import reduce
-from fastmtl.surgery.early_scatter import IN_FLIGHT
+from fastmtl.surgery import early_scatter, reduce
 from fastmtl.surgery.task_gradients import TaskGradients
 
 TASKS, SIZE, NUMBER = 2, 6, 5
@@ -23,7 +22,6 @@ def sink(monkeypatch: pytest.MonkeyPatch) -> Iterator[TaskGradients]:
     monkeypatch.setattr(reduce, "BUCKET", TASKS * SIZE)
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
-    monkeypatch.setattr(reduce.Scattering, "arrived", lambda _: True)  # ranks that are not there are ready at once
     parameters = [nn.Parameter(torch.zeros(SIZE)) for _ in range(NUMBER)]
     sink = TaskGradients(parameters, TASKS, ranks=reduce.Together())
     step(sink, parameters, parameters[::-1])
@@ -75,9 +73,24 @@ def test_micro_batches_before_the_last_send_nothing(sink: TaskGradients) -> None
 
 
 def test_no_more_than_two_are_on_their_way(sink: TaskGradients, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reduce.Scattering, "arrived", lambda self: self._work is None)
+    under_way, most = 0, 0
+    start, share = early_scatter.start_scatter, reduce.Scattering.share
+
+    def started(piece: Tensor) -> reduce.Scattering:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        return start(piece)
+
+    def shared(self: reduce.Scattering) -> Tensor:
+        nonlocal under_way
+        under_way -= self._work is not None
+        return share(self)
+
+    monkeypatch.setattr(early_scatter, "start_scatter", started)
+    monkeypatch.setattr(reduce.Scattering, "share", shared)
     step(sink, sink.dense, sink.dense[::-1])
-    assert sent_early(sink) == IN_FLIGHT
+    assert (sent_early(sink), most, under_way) == (NUMBER, early_scatter.IN_FLIGHT, 0)
 
 
 def test_a_write_that_comes_too_late_is_an_error(sink: TaskGradients) -> None:
