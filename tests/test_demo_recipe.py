@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launch import two_processes
 
 from fastmtl.data.baseline import bag_of_words_score
 from fastmtl.data.corpus import demo_directory
@@ -25,7 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29641"]
+    launcher = two_processes()
     command = [*launcher, "--no_python", "fastmtl", "train", "demo", "--output", str(output)]
     command.append(f"data.cache_dir={output.parent / 'cache'}")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)

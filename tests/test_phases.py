@@ -20,13 +20,14 @@ from fastmtl.phases import phases_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 import phase_cases as cases  # noqa: E402
+from launch import two_processes
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
     directory = tmp_path_factory.mktemp("phases")
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29661"]
+    launcher = two_processes()
     for command in ([sys.executable], launcher):
         command = [*command, str(Path(cases.__file__)), str(directory), str(tiny_bert)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)

@@ -15,6 +15,9 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from launch import two_processes
+
+from fastmtl.engine.distributed import free_port
 
 COLORS, PLACES = ["red", "blue", "green"], ["road", "house", "river", "city"]
 
@@ -85,7 +88,7 @@ def _environment() -> dict[str, str]:
 
 
 def _launch(recipe: Path, output: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29623"]
+    command = two_processes()
     command += ["--no_python", "fastmtl", "train", str(recipe), "--output", str(output), *more]
     return subprocess.Popen(command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -196,7 +199,7 @@ def test_one_process_trains_without_a_launcher(recipe: Path, tmp_path: Path) -> 
 
 
 def test_torchrun(whole: Path, recipe: Path, tmp_path: Path) -> None:
-    command = ["torchrun", "--nproc-per-node", "2", "--master-port", "29625", "--no-python", "fastmtl", "train"]
+    command = ["torchrun", "--nproc-per-node", "2", "--master-port", free_port(), "--no-python", "fastmtl", "train"]
     command += [str(recipe), "train.max_steps=2", "--output", str(tmp_path / "run")]
     done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -84,7 +84,7 @@ def start(local_rank: int | None = None, *, debug: bool = False) -> Ranks:
     if not debug:
         _quiet()
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local = int(os.environ.get("LOCAL_RANK", local_rank or 0))
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
@@ -109,7 +109,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", module=r"(torch|deepspeed|transformers)\b")
 
 
-def _free_port() -> str:
+def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])

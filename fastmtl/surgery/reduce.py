@@ -131,7 +131,8 @@ def start_scatter(piece: Tensor) -> Scattering:
     share = -(-columns // world)
     if columns < share * world:
         piece = torch.nn.functional.pad(piece, (0, share * world - columns))
-    by_rank = piece.unflatten(1, (world, share)).transpose(0, 1).contiguous()
+    by_rank = piece.new_empty(world, num_tasks, share)  # not by `contiguous`, which is J itself where there is one task
+    by_rank.copy_(piece.unflatten(1, (world, share)).transpose(0, 1))
     if dist.get_backend() == "gloo":  # its reduce_scatter is an all_reduce inside; this one serves every version
         return Scattering(dist.all_reduce(by_rank, async_op=True), by_rank, None)
     result = torch.empty(num_tasks, share, dtype=piece.dtype, device=piece.device)

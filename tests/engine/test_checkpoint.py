@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launch import two_processes
 from safetensors.torch import load_file
 
 from fastmtl.config import Recipe, parse_recipe
@@ -35,7 +36,7 @@ def _run(command: list[str]) -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One rank saves, two ranks save and load what one saved, one rank loads what two saved, in every ZeRO stage."""
     directory = tmp_path_factory.mktemp("checkpoints")
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29617"]
+    launcher = two_processes()
     _run([sys.executable, str(WORKER), str(directory), "save"])
     _run([*launcher, str(WORKER), str(directory), "both"])
     _run([sys.executable, str(WORKER), str(directory), "load"])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from fastmtl.engine.distributed import free_port
 
 NUMBER, SEED = 14, 5
 NUMBER_ON_TWO_RANKS, SEED_ON_TWO_RANKS = 4, 5
@@ -70,9 +71,7 @@ def test_what_stays_between_steps_is_predicted_part_by_part(compared: list[dict[
 
 @pytest.fixture(scope="module")
 def compared_on_two_ranks() -> list[dict[str, Any]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = free_port()
     ranks = [
         start(
             NUMBER_ON_TWO_RANKS,

@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from launch import two_processes
 from safetensors.torch import load_file
 
 from fastmtl.surgery.methods import draw_order
@@ -41,7 +42,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("cases")
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29611"]
+    launcher = two_processes()
     run = subprocess.run(
         [*launcher, str(WORKER), str(directory)], env=environment, capture_output=True, text=True, timeout=600
     )

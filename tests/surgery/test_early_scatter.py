@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -113,3 +114,17 @@ def test_what_goes_is_the_sum_over_uses(sink: TaskGradients) -> None:
             sink.deliver(parameter, torch.ones(TASKS, SIZE))
     half = SIZE // 2
     torch.testing.assert_close(sink.gramian(), torch.full((TASKS, TASKS), float(half * (NUMBER - 1) + half * 4)))
+
+
+@pytest.mark.usefixtures("sink")
+@pytest.mark.parametrize("tasks", [1, 2])
+@pytest.mark.parametrize("columns", [6, 7])
+def test_what_is_sent_is_a_copy(tasks: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_reduce(buffer: Tensor, **_: bool) -> mock.Mock:
+        buffer += 1  # what the other rank has
+        return mock.Mock()
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    piece = torch.zeros(tasks, columns)
+    assert reduce.start_scatter(piece).share().tolist() == [[1.0] * -(-columns // 2)] * tasks
+    assert not piece.any()
