@@ -1,0 +1,100 @@
+"""Options that make a step cheaper change no result: losses over 200 steps against the plain path's.
+
+The plain path is the textbook's: one backward per task, PCGrad pair by pair on flat gradients, the kernels' oracles,
+clip_grad_norm_, torch.optim.AdamW. Dropout is on everywhere, as all implementations draw the same masks.
+
+Where only the order of float32 sums differs, losses part slowly. How far they may is measured on the plain path itself,
+which is run in float64 too: its own rounding, as training carries it on, is the yardstick. An option rounds as much in
+another way, so the two part by up to twice that; the bound is twice this again, as a run is one draw of such noise.
+PCGrad adds nothing to it: where the sign of an inner product is in doubt, what is subtracted is nearly 0.
+
+`pytest tests/test_200_steps.py -s` prints the differences.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastmtl_kernels.gradients import why_unavailable
+
+sys.path.insert(0, str(Path(__file__).parent))
+import training_ways as ways  # noqa: E402
+
+MARGIN = 4
+# Whose losses these have to the last bit.
+SAME_BITS = {
+    "recompute: cheap": ways.KERNELS,
+    "recompute: full": ways.KERNELS,
+    "prefetch": ways.KERNELS,
+}
+UNDER_DEEPSPEED = [name for name, way in ways.WAYS.items() if way.zero is not None]
+
+pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable() or "built")
+
+
+@pytest.fixture(scope="module")
+def plain() -> ways.Run:
+    return ways.train(ways.PLAIN)
+
+
+@pytest.fixture(scope="module")
+def rounding(plain: ways.Run) -> float:
+    """The plain path's largest difference from itself in float64."""
+    found = difference(ways.train(replace(ways.PLAIN, dtype=torch.float64)).losses, plain)
+    print(f"\nthe plain path in float64 {found:.1e}, so the bound is {MARGIN * found:.1e}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    """Of every way. DeepSpeed's have a process of their own."""
+    file, script = tmp_path_factory.mktemp("ways") / "losses.npz", Path(__file__).with_name("training_ways.py")
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(script), str(file), *UNDER_DEEPSPEED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    here = {name: ways.train(way).losses for name, way in ways.WAYS.items() if name not in UNDER_DEEPSPEED}
+    return {**here, **np.load(file)}
+
+
+def difference(losses: np.ndarray, plain: ways.Run) -> float:
+    """The largest of a step and task, as a share of the loss; of the task's mean loss where a step's is smaller."""
+    return float((np.abs(losses - plain.losses) / np.maximum(plain.losses, plain.losses.mean(0))).max())
+
+
+def test_it_is_training(plain: ways.Run) -> None:
+    """With losses that fall, and conflicts to resolve: else the tests below would compare noise, or plain sums."""
+    assert plain.losses.shape == (ways.STEPS, len(ways.TASKS))
+    first, last = plain.losses[:40].mean(0), plain.losses[-40:].mean(0)
+    print(f"\nmean losses of the first and the last 40 steps {first.round(2)} {last.round(2)}")
+    print(f"pairs of tasks in conflict {plain.conflicts.mean():.0%}")
+    assert (last < 0.5 * first).all()
+    assert 0.1 < plain.conflicts.mean() < 0.9
+
+
+@pytest.mark.parametrize("name", ways.WAYS)
+def test_losses_are_those_of_the_plain_path(
+    name: str, losses: dict[str, np.ndarray], plain: ways.Run, rounding: float
+) -> None:
+    found, bits = difference(losses[name], plain), SAME_BITS.get(name)
+    print(f"\n{name:20} {found:.1e}" + (f", the bits of: {bits}" if bits else ""))
+    assert losses[name].shape == plain.losses.shape
+    assert found <= MARGIN * rounding
+    if bits:
+        assert np.array_equal(losses[name], losses[bits])
+    assert not np.array_equal(losses[name], plain.losses)  # else the oracles have not run
+
+
+def test_a_task_weight_off_by_a_thousandth_is_seen(plain: ways.Run, rounding: float) -> None:
+    """The bound is not so wide that it would take another meaning for rounding."""
+    found = difference(ways.train(replace(ways.ONE_PASS, weight=1.001 * ways.ONE_PASS.weight)).losses, plain)
+    print(f"\na task's weight times 1.001 {found:.1e}")
+    assert found > 2 * MARGIN * rounding
