@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fastmtl import heap
 from fastmtl.config import Recipe
 from fastmtl.data.corpus import Corpus
 from fastmtl.data.masking import MaskedStream
@@ -202,6 +203,7 @@ def run_phase(
     def save(value: float | None = None) -> None:
         at.surgery, at.objectives = surgery.state_dict(), objectives.state_dict()
         run.checkpoints.save(engine, at.step, asdict(at), value, phase.name, objectives.tensors())
+        heap.trim()  # evaluating and saving leave holes in it
 
     begun = time.monotonic() - at.seconds
     while at.epoch < epochs and at.step < last_step:

@@ -5,10 +5,8 @@ A machine that slows down for a minute slows down all variants that take turns: 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import multiprocessing
-import platform
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,7 +17,6 @@ from typing import Any, TypeVar
 import torch
 
 MIB = 2**20
-_M_MMAP_THRESHOLD = -3  # of <malloc.h>
 # Steps that a time on a GPU is the mean of. They are queued one after another, so a step's launches overlap the one
 # before, as in a training loop.
 GPU_STEPS = 10
@@ -92,16 +89,6 @@ def in_own_process(function: Callable[..., Result], *arguments: Any, preload: st
     context.set_forkserver_preload([preload])
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
-
-
-def free_at_once() -> None:
-    """Large blocks of this process go back to the system when they are freed, where its malloc is glibc's.
-
-    By default glibc keeps them, in a heap whose holes add up to 10 to 25 % of a step's peak, more or less by chance.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, MIB)
 
 
 def peak_bytes() -> int | None:

@@ -21,7 +21,6 @@ from fastmtl.bench.harness import (
     Skipped,
     WrongResult,
     forget_peak,
-    free_at_once,
     gpu_peak_bytes,
     in_own_process,
     interleave,
@@ -33,6 +32,7 @@ from fastmtl.bench.laps import Chain, clock
 from fastmtl.bench.ops.case import EAGER, Case
 from fastmtl.bench.sizes import PRECISIONS, SEED, Size
 from fastmtl.errors import unknown_name
+from fastmtl.heap import free_at_once
 
 COPY = "copy"
 BOTH = "both"

@@ -12,7 +12,6 @@ from fastmtl.bench.environment import environment
 from fastmtl.bench.harness import (
     MIB,
     Say,
-    free_at_once,
     gpu_peak_bytes,
     in_own_process,
     interleave,
@@ -23,6 +22,7 @@ from fastmtl.bench.oracle import Oracle
 from fastmtl.bench.sizes import Size
 from fastmtl.bench.variants import BUILDERS, JOINT, STACKED, Skipped, Variant, build
 from fastmtl.bench.workload import Workload
+from fastmtl.heap import free_at_once
 
 TASKS = (2, 4, 8, 16, 32)
 TASK_TOKENS = 8192

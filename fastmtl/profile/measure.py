@@ -15,11 +15,12 @@ from typing import Any
 import psutil
 import torch
 
-from fastmtl.bench.harness import free_at_once, peak_bytes, summary
+from fastmtl.bench.harness import peak_bytes, summary
 from fastmtl.config import Recipe, parse_recipe
 from fastmtl.data.corpus import Corpus
 from fastmtl.engine.distributed import start
 from fastmtl.errors import UserError
+from fastmtl.heap import free_at_once
 from fastmtl.model.pretrained import load_tokenizer
 from fastmtl.phase_model import PhaseModel
 from fastmtl.profile.nvml import Nvml
