@@ -1,0 +1,261 @@
+"""A long run on real data through DeepSpeed's launcher: do loss, memory and speed hold, and does a stopped run go on?
+
+    python benchmarks/long_run.py --data DIR --output DIR [--precision bf16] [--stop-at 1000] [--json FILE]
+
+Recipe cs224n (its files are in --data) with PCGrad, stacked task gradients and ZeRO-1 on processes of the CPU.
+`straight` is a run of --steps optimiser steps. `stopped` is the same, but its processes get SIGTERM at --stop-at, go on
+by --resume and are stopped at twice that step, if there is one: what both have logged must be equal bit for bit. A part
+that is finished is not made again.
+
+Processes are watched from outside, ten times a second. A step's resident memory (VmRSS) is the highest seen while it
+was the newest in metrics.jsonl; medians of 50 steps are compared. CPU seconds stand beside tokens/s, as on a machine
+that others share only they tell what a step costs: where tokens/s have fallen, they decide.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from fastmtl.tracking.metrics_file import read_metrics
+
+WINDOW = 50  # steps; memory is compared with the window after the first one
+MEMORY = 1.02  # of any later window, as a share of that one
+SPEED = 0.85  # tokens/s of the last quarter as a share of the first's; CPU seconds the other way round
+CLOCKS = ("time", "tokens_per_second", "surgery_seconds")
+
+
+def step_lines(run: Path) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
+
+
+def losses(lines: list[dict[str, Any]], steps: int) -> tuple[dict[str, Any], list[str]]:
+    """metrics.jsonl has null for a number that is not finite."""
+    found = [line["step"] for line in lines]
+    bad = [n["step"] for n in lines if n["skipped"] or None in (*n["loss"].values(), n["merged_norm"])]
+    complaints = [] if found == list(range(1, steps + 1)) else [f"{len(found)} steps were logged, not 1 to {steps}"]
+    complaints += [f"a loss or gradient is not finite at step {bad[0]}, {len(bad)} steps in all"] if bad else []
+    sums = [sum(filter(None, line["loss"].values())) for line in lines]
+    return {"steps": len(found), "first": _median(sums[:WINDOW]), "last": _median(sums[-WINDOW:])}, complaints
+
+
+def memory(samples: list[dict[str, Any]], steps: int) -> tuple[dict[str, Any], list[str]]:
+    """MiB of each rank. What follows the last step (evaluation, saving) is left out, what lies between steps is not."""
+    highest: dict[int, list[float]] = {}
+    for sample in samples:
+        if WINDOW <= sample["step"] < steps:
+            before = highest.get(sample["step"], sample["rss"])
+            highest[sample["step"]] = [max(pair) for pair in zip(before, sample["rss"], strict=True)]
+    number, ranks = np.array(list(highest)), np.array(list(highest.values()))
+    parts = [ranks[(number >= at) & (number < at + WINDOW)] for at in range(WINDOW, steps, WINDOW)]
+    windows = np.array([np.median(part, axis=0) for part in parts if len(part)])
+    first, most = windows[0], windows.max(axis=0)
+    found = {
+        "at_50": first.round(1).tolist(),
+        "most": most.round(1).tolist(),
+        "peak": ranks.max(axis=0).round(1).tolist(),
+        "per_1000_steps": (1000 * np.polyfit(number, ranks, 1)[0]).round(2).tolist(),
+        "windows": windows.round(1).tolist(),
+    }
+    grown = most > MEMORY * first
+    return found, [
+        f"rank {r}'s memory has grown from {first[r]:.0f} to {most[r]:.0f} MiB" for r in np.flatnonzero(grown)
+    ]
+
+
+def speed(lines: list[dict[str, Any]], samples: list[dict[str, Any]], steps: int) -> tuple[dict[str, Any], list[str]]:
+    """Medians of the quarters: tokens/s of all ranks, and CPU seconds of a step of the mean rank."""
+    at = {sample["step"]: statistics.mean(sample["cpu"]) for sample in reversed(samples)}  # the first of each step
+    spent = {step: at[step] - at[step - 1] for step in at if step - 1 in at and step > 1}
+    quarters = [(round(steps * q / 4), round(steps * (q + 1) / 4)) for q in range(4)]
+    tokens = [_median([n["tokens_per_second"] for n in lines if a < n["step"] <= b]) for a, b in quarters]
+    cpu = [_median([s for step, s in spent.items() if a < step <= b]) for a, b in quarters]
+    spread = np.quantile([line["tokens_per_second"] for line in lines], [0.1, 0.9]).round(1).tolist()
+    slower, dearer = tokens[3] < SPEED * tokens[0], cpu[3] * SPEED > cpu[0]
+    found = {"tokens_per_second": tokens, "from_10_to_90_percent": spread, "cpu_seconds": cpu}
+    found["judged_by"] = "cpu_seconds" if slower else "tokens_per_second"
+    fell = f"tokens/s fell from {tokens[0]:.0f} to {tokens[3]:.0f} and a step's CPU seconds rose"
+    return found, [f"{fell} from {cpu[0]:.2f} to {cpu[3]:.2f}"] if slower and dearer else []
+
+
+def resumed(
+    straight: list[dict[str, Any]], stopped: list[dict[str, Any]], stops: list[int], end: int
+) -> tuple[dict[str, Any], list[str]]:
+    """Equal lines are equal losses, cosines, norms and learning rates: so weights, data, dropout and the schedule."""
+    both = [[{k: v for k, v in line.items() if k not in CLOCKS} for line in run] for run in (straight, stopped)]
+    pairs = list(zip(*both, strict=False))
+    differs = [a["step"] for a, b in pairs if a != b]
+    complaints = [f"the resumed run differs from step {differs[0]} on"] if differs else []
+    complaints += [] if len(stopped) >= end else [f"the resumed run ended at step {len(stopped)}, before {end}"]
+    return {"stopped_at": stops, "equal_steps": len(pairs) - len(differs), "steps": len(stopped)}, complaints
+
+
+def _median(values: list[float]) -> float:
+    return round(statistics.median(values), 3) if values else float("nan")
+
+
+class Watched:
+    """One `fastmtl train` under the launcher, its output beside it, and what was seen of its processes."""
+
+    def __init__(self, command: list[str], run: Path) -> None:
+        self.command, self.run, self.samples, self.stops = command, run, [], []
+
+    def go(self, stop_at: int | None = None) -> None:
+        """To its end, or until it has stopped after a SIGTERM at step `stop_at`. Ends the script where it fails."""
+        more = ["--resume"] if self.run.exists() else []
+        path = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PATH": path, "DS_ACCELERATOR": "cpu"}
+        with self.run.with_suffix(".log").open("a") as log:
+            process = subprocess.Popen([*self.command, *more], stdout=log, stderr=log, env=environment)
+        ranks: list[psutil.Process] = []
+        steps, told = self.steps(), False
+        while process.poll() is None:
+            time.sleep(0.1)
+            try:
+                if self.steps() > steps and not ranks:
+                    everything = psutil.Process(process.pid).children(recursive=True)
+                    ranks = [one for one in everything if "train" in one.cmdline() and "RANK" in one.environ()]
+                    ranks.sort(key=lambda one: one.environ()["RANK"])
+                if ranks and not told:
+                    self.samples.append(self._sample(ranks))
+            except psutil.NoSuchProcess:
+                continue
+            if ranks and stop_at is not None and not told and self.steps() >= stop_at:
+                told = True
+                for rank in ranks:
+                    rank.send_signal(signal.SIGTERM)
+        if process.returncode:
+            sys.exit(f"exit status {process.returncode}: see {self.run.with_suffix('.log')}")
+        if told:
+            self.stops.append(self.steps())
+
+    def steps(self) -> int:
+        """Optimiser steps in metrics.jsonl."""
+        file = self.run / "metrics.jsonl"
+        return file.read_bytes().count(b'"loss":') if file.exists() else 0
+
+    def _sample(self, ranks: list[psutil.Process]) -> dict[str, Any]:
+        rss = [rank.memory_info().rss / 2**20 for rank in ranks]
+        return {"step": self.steps(), "rss": rss, "cpu": [sum(rank.cpu_times()[:2]) for rank in ranks]}
+
+
+def small_encoder(layers: int, hidden: int, folder: Path) -> Path:
+    """A random BERT with MiniLM's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    from fastmtl.model.pretrained import encoder_directory
+
+    sizes = {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": 2,
+        "intermediate_size": 4 * hidden,
+    }
+    torch.manual_seed(0)
+    BertModel(BertConfig.from_pretrained(encoder_directory("minilm"), **sizes), False).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(encoder_directory("minilm")).save_pretrained(folder)
+    return folder
+
+
+def make(part: Path, command: list[str], stops: list[int | None]) -> dict[str, Any]:
+    """Runs a part from stop to stop (None: its end), or reads what is known of it."""
+    import torch
+
+    from fastmtl.bench.environment import environment
+
+    kept = part.with_suffix(".json")
+    if not kept.exists():
+        origin, begun = environment(torch.device("cpu")), time.time()
+        watched = Watched([*command, "--output", str(part)], part)
+        for stop in stops:
+            watched.go(stop)
+        known = {"environment": origin, "seconds": round(time.time() - begun), "stops": watched.stops}
+        kept.write_text(json.dumps({**known, "samples": watched.samples}))
+    return json.loads(kept.read_text())
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """Rows of a Markdown table."""
+    loss, mem, fast, again = found["losses"], found["memory"], found["speed"], found["resumed"]
+
+    def row(values: list[float], digits: int) -> str:
+        return ", ".join(f"{value:.{digits}f}" for value in values)
+
+    rows = {
+        "steps, all losses finite": f"{loss['steps']:,}",
+        "sum of losses, first and last 50 steps": f"{loss['first']:.3f}, {loss['last']:.3f}",
+        "MiB of each rank after step 50": row(mem["at_50"], 0),
+        "highest 50 steps later": row(mem["most"], 0),
+        "highest of one step": row(mem["peak"], 0),
+        "MiB per 1,000 steps": row(mem["per_1000_steps"], 1),
+        "tokens/s by quarter": row(fast["tokens_per_second"], 0),
+        "tokens/s, 10 % and 90 % of the steps": row(fast["from_10_to_90_percent"], 0),
+        "CPU seconds of a step and rank by quarter": row(fast["cpu_seconds"], 2),
+        "stopped at": row(again["stopped_at"], 0),
+        "steps equal to the bit, of": f"{again['equal_steps']:,} of {again['steps']:,}",
+    }
+    return "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the files of recipe cs224n")
+    parser.add_argument("--output", type=Path, required=True, help="where both runs go")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--rows", type=int, default=4, help="of a task, process and step, on the mean")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--small", type=int, nargs=2, metavar=("LAYERS", "HIDDEN"), help="a random BERT, not MiniLM")
+    parser.add_argument("--stop-at", type=int, default=60, help="step of the SIGTERM")
+    parser.add_argument("--json", type=Path, help="keep the result in this file")
+    options = parser.parse_args()
+    if options.steps < 4 * WINDOW or not 0 < options.stop_at < options.steps:
+        parser.error(f"--steps must be {4 * WINDOW} or more, and --stop-at less than --steps")
+    options.output.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(options.processes)]
+    command += ["--master_port", port, "--no_python", "fastmtl", "train", "cs224n", f"data.dir={options.data}"]
+    settings = ["gradient.storage=stacked", f"engine.precision={options.precision}", "encoder.max_length=64"]
+    settings += [f"sampler.batch_size={options.rows}", f"train.max_steps={options.steps}", "train.epochs=100"]
+    if options.small:
+        settings.append(f"encoder.path={small_encoder(*options.small, options.output / 'encoder')}")
+    straight, stopped = options.output / "straight", options.output / "stopped"
+    end = min(2 * options.stop_at, options.steps)
+    whole = make(straight, [*command, *settings], [None])
+    again = make(stopped, [*command, *settings], [options.stop_at, end if end < options.steps else None])
+
+    lines, samples = step_lines(straight), whole.pop("samples")
+    again.pop("samples")
+    judged = {
+        "losses": losses(lines, options.steps),
+        "memory": memory(samples, options.steps),
+        "speed": speed(lines, samples, options.steps),
+        "resumed": resumed(lines, step_lines(stopped), again["stops"], end),
+    }
+    found = {name: numbers for name, (numbers, _) in judged.items()}
+    complaints = [text for _, more in judged.values() for text in more]
+    print(table(found))
+    if options.json is not None:
+        result = {"settings": settings, "straight": whole, "stopped": again, **found, "complaints": complaints}
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if complaints:
+        sys.exit("\n".join(complaints))
+
+
+if __name__ == "__main__":
+    main()
