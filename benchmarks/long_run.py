@@ -182,7 +182,8 @@ def make(part: Path, command: list[str], stops: list[int | None]) -> dict[str, A
         watched = Watched([*command, "--output", str(part)], part)
         for stop in stops:
             watched.go(stop)
-        known = {"environment": origin, "seconds": round(time.time() - begun), "stops": watched.stops}
+        malloc = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
+        known = {"environment": origin, "malloc": malloc, "seconds": round(time.time() - begun), "stops": watched.stops}
         kept.write_text(json.dumps({**known, "samples": watched.samples}))
     return json.loads(kept.read_text())
 
