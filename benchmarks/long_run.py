@@ -12,8 +12,8 @@ was the newest in metrics.jsonl; medians of 50 steps are compared. CPU seconds s
 that others share only they tell what a step costs: where tokens/s have fallen, they decide.
 
 By default glibc's malloc keeps freed blocks in a heap, whose holes grow as blocks of other sizes come. With
-MALLOC_MMAP_THRESHOLD_=4194304 before the command larger blocks go back to the system when they are freed: memory that
-still grows then is in use. The first evaluation loads SciPy and scikit-learn, about 70 MiB.
+MALLOC_MMAP_THRESHOLD_=4194304 before the command larger blocks go back to the system when they are freed. The first
+evaluation loads SciPy and scikit-learn, about 70 MiB.
 """
 
 from __future__ import annotations
@@ -255,15 +255,8 @@ def main() -> None:
     complaints = [text for _, more in judged.values() for text in more]
     print(table(found))
     if options.json is not None:
-        origin = {"settings": settings, "small": options.small, "processes": options.processes}
-        result = {
-            "benchmark": "long_run",
-            **origin,
-            "straight": whole,
-            "stopped": again,
-            **found,
-            "complaints": complaints,
-        }
+        result = {"benchmark": "long_run", "settings": settings, "small": options.small, "straight": whole}
+        result |= {"stopped": again, **found, "complaints": complaints}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     if complaints:
         sys.exit("\n".join(complaints))
