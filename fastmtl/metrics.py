@@ -6,6 +6,7 @@ class 1 float [E] (binary), the score itself float [E] (regression).
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from typing import Any
 
@@ -13,6 +14,13 @@ import numpy as np
 
 from fastmtl.config import Recipe, TaskConfig
 from fastmtl.errors import UserError, unknown_name
+
+
+def load_libraries() -> None:
+    """What metrics are computed with. Some 70 MiB, which a process of training has best before its first step."""
+    for name in ("scipy.stats", "sklearn.metrics"):
+        importlib.import_module(name)
+
 
 CLASS_METRICS = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
 REGRESSION_METRICS = ("pearson", "spearman", "mse")

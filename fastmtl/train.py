@@ -31,7 +31,7 @@ from fastmtl.engine.fused_optimizers import check_fused_optimizer
 from fastmtl.engine.gather import gathered_state_dict
 from fastmtl.errors import UserError
 from fastmtl.evaluation import Scores, score
-from fastmtl.metrics import evaluate_predictions, mean_score, selected_score
+from fastmtl.metrics import evaluate_predictions, load_libraries, mean_score, selected_score
 from fastmtl.model.add_task import complete
 from fastmtl.model.masked_lm import MLM
 from fastmtl.model.pretrained import load_tokenizer
@@ -134,6 +134,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int
     model = _checked_models(phases, at.phase)
     corpus = ranks.in_turn(lambda: Corpus.load(recipe, tokenizer, model.model.encoder.max_length))
     jobs = [Job.of(phase, corpus.only(recipe, phase.recipe.task_names), tokenizer, ranks) for phase in phases]
+    load_libraries()
     run: Run | None = None
     for job in jobs[at.phase :]:
         phase = job.phase
