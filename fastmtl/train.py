@@ -44,6 +44,9 @@ from fastmtl.surgery.gradient_surgery import GradientSurgery
 from fastmtl.surgery.task_gradients import TaskGradients
 from fastmtl.tracking import Tracker
 
+# Steps after which a CPU's heap is trimmed: its holes grow, as batches differ in size, and evaluations leave large ones.
+TRIM_EVERY = 50
+
 
 @dataclass
 class Progress:
@@ -204,7 +207,6 @@ def run_phase(
     def save(value: float | None = None) -> None:
         at.surgery, at.objectives = surgery.state_dict(), objectives.state_dict()
         run.checkpoints.save(engine, at.step, asdict(at), value, phase.name, objectives.tensors())
-        heap.trim()  # evaluating and saving leave holes in it
 
     begun = time.monotonic() - at.seconds
     while at.epoch < epochs and at.step < last_step:
@@ -225,6 +227,8 @@ def run_phase(
             at.seconds = time.monotonic() - begun
             tokens = ranks.world * sum(batch.num_tokens for batch in micro_batches)
             tracker.step(at.step, at.epoch, info, _learning_rates(engine), tokens)
+            if at.step % TRIM_EVERY == 0 and ranks.device.type == "cpu":
+                heap.trim()
             if at.step == last_step:
                 break
             if ranks.any(run.stop.up):
