@@ -44,7 +44,7 @@ from fastmtl.surgery.gradient_surgery import GradientSurgery
 from fastmtl.surgery.task_gradients import TaskGradients
 from fastmtl.tracking import Tracker
 
-# Steps after which a CPU's heap is trimmed: its holes grow, as batches differ in size, and evaluations leave large ones.
+# Steps after which a CPU's heap is trimmed: holes grow in it, as batches differ in size and evaluations are larger.
 TRIM_EVERY = 50
 
 
