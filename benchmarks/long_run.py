@@ -133,7 +133,9 @@ class Watched:
                     ranks = [one for one in everything if "train" in one.cmdline() and "RANK" in one.environ()]
                     ranks.sort(key=lambda one: one.environ()["RANK"])
                 if ranks and not told:
-                    self.samples.append(self._sample(ranks))
+                    sample = self._sample(ranks)
+                    if all(sample["rss"]):  # one that has ended has none until it is waited for
+                        self.samples.append(sample)
             except psutil.NoSuchProcess:
                 continue
             if ranks and stop_at is not None and not told and self.steps() >= stop_at:
