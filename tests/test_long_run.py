@@ -13,7 +13,7 @@ import pytest
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "long_run.py"
 STEPS = 400
-# In place of the launcher: two ranks that write metrics, until there are 25 lines or a SIGTERM comes.
+# In place of the launcher: two ranks that write metrics, until there are 60 lines or a SIGTERM comes.
 LAUNCHER = """
 import os, signal, subprocess, sys, time
 if "RANK" not in os.environ:
