@@ -5,6 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run: a commit passes or not. --hypothesis-profile=default draws new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 WORDS = """the a an this that is was are were it he she they we i you and or but not no never very really quite too so
 film movie story actor song book cat dog bird man woman child boy girl city road house river car train food soup cake

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -48,26 +48,35 @@ def surgery_gradients(model: MultiTaskModel, load: Load, storage: str) -> tuple[
     return grads, info.cosines, info.task_norms
 
 
+# Random weights can make a gradient ill-conditioned. What torch's own float32 backward passes are then off by is one
+# draw of such an error: four times as much is granted, and 1e-5 of the gradient always.
+MARGIN = 4
+
+
 @settings(max_examples=60, deadline=None)
+@example(load=Load((0, 2, 1, 0, 0, 0, 0, 0), "low_rank+layer", 1, 678), storage="stacked")
 @given(load=LOADS, storage=st.sampled_from(["stacked", "replay"]))
 def test_equals_separate_backward_passes_in_float64(load: Load, storage: str) -> None:
     model = make_model(load)
     rows, own = jacobian(make_model(load).double(), load)
+    plain_rows, plain_own = jacobian(make_model(load), load)
     grads, cosines, norms = surgery_gradients(model, load, storage)
     expected_norms = rows.norm(dim=1)
+    allowed = torch.maximum(1e-5 * expected_norms, MARGIN * (plain_rows - rows).norm(dim=1))
     there = torch.tensor([count > 0 for count in load.rows])
     assert (norms[~there] == 0).all() and cosines[~there].isnan().all()
-    torch.testing.assert_close(norms.double(), expected_norms, rtol=1e-5, atol=0)
+    assert ((norms.double() - expected_norms).abs() <= allowed).all()
     expected_cosines = (rows @ rows.T / expected_norms[:, None] / expected_norms[None, :])[there][:, there]
-    assert (cosines[there][:, there].double() - expected_cosines).abs().max() <= 1e-5
+    shares = (allowed / expected_norms)[there]
+    assert ((cosines[there][:, there].double() - expected_cosines).abs() <= shares[:, None] + shares[None, :]).all()
     update, weights = merge(rows, draw_order(len(load.rows), 3, 1))
-    bound = 1e-5 * float((weights.abs() * expected_norms).sum())
     shared = [n for n, p in model.named_parameters() if any(p is s for s in model.shared_parameters())]
     found = torch.cat([grads[name].flatten().double() for name in shared])
-    assert (found - update).norm() <= bound
+    assert (found - update).norm() <= float((weights.abs() * allowed).sum())
     for name, value in own.items():
         difference = grads[name].double() - value if name in grads else value
-        assert difference.norm() <= 1e-5 * max(1.0, float(value.norm()))
+        plain = float((plain_own[name] - value).norm())
+        assert difference.norm() <= max(1e-5 * max(1.0, float(value.norm())), MARGIN * plain)
 
 
 @settings(max_examples=20, deadline=None)
