@@ -1,6 +1,6 @@
 """Operators and host time of each part of a PCGrad step under DeepSpeed, one process, on the CPU.
 
-    python benchmarks/engine_calls.py [ZERO [LAYERS]]
+    python benchmarks/engine_calls.py [--zero 1] [--layers 6] [--flat]
 
 The model is so narrow that a step is all launching, which does not depend on widths: what is counted here holds for any
 width, and the milliseconds (of the processor, on one thread) are about what a host needs to launch the part.
@@ -8,8 +8,8 @@ width, and the milliseconds (of the processor, on one thread) are about what a h
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -28,12 +28,13 @@ from fastmtl.model.multitask import MultiTaskModel
 STEPS = 10
 
 
-def main(zero: int = 1, layers: int = 6) -> None:
+def main(zero: int, layers: int, flat: bool) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
     shape = Shape("narrow", 32, layers, heads=2, intermediate=64, rows=4, vocabulary=100, positions=128)
     work = Workload(Size(shape, dropout=0.1))
-    recipe = parse_recipe({**work.recipe, "gradient": {"method": "pcgrad"}, "engine": {"zero": zero}}, "benchmark")
+    engine_settings = {"zero": zero, "flat_parameters": flat}
+    recipe = parse_recipe({**work.recipe, "gradient": {"method": "pcgrad"}, "engine": engine_settings}, "benchmark")
     model = MultiTaskModel(recipe, PackedBert(work.padded.encoder.config))
     engine = build_engine(recipe, model, 1, 1000)
     surgery = build_surgery(recipe, engine, model)
@@ -51,7 +52,7 @@ def main(zero: int = 1, layers: int = 6) -> None:
         inside = (name.removeprefix(ranges.PREFIX) for name in around(event) if name.startswith(ranges.PREFIX))
         calls[next(inside, "the rest")] += 1
     spent = _seconds(step)
-    print(f"ZeRO {zero}, {layers} layers, {len(list(model.parameters()))} parameters: {calls.total():,} calls")
+    print(f"ZeRO {zero}, {layers} layers, {len(list(engine.module.parameters()))} parameters: {calls.total():,} calls")
     for part, number in calls.items():
         print(f"{part:15} {number:6,} calls {1e3 * spent[part] / STEPS:8.2f} ms")
 
@@ -78,4 +79,9 @@ def _seconds(step: Callable[[], None]) -> Counter[str]:
 
 
 if __name__ == "__main__":
-    main(*[int(argument) for argument in sys.argv[1:]])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--zero", type=int, choices=(0, 1, 2), default=1)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--flat", action="store_true", help="engine.flat_parameters")
+    chosen = parser.parse_args()
+    main(chosen.zero, chosen.layers, chosen.flat)

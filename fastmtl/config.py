@@ -338,6 +338,9 @@ class EngineConfig(Section):
     fused_optimizer: Literal["torch", "deepspeed", "apex"] = Field(
         "torch", description="whose Adam; deepspeed builds its own once, apex is NVIDIA's where it is installed"
     )
+    flat_parameters: bool = Field(
+        False, description="ZeRO 0, 1, 2: DeepSpeed gets one parameter per group, of which the model's are views"
+    )
 
 
 class TrainConfig(Section):

@@ -40,6 +40,7 @@ from fastmtl.phase_model import PhaseModel
 from fastmtl.phases import Phase, phases_of
 from fastmtl.ranges import each, named
 from fastmtl.run_files import RunFiles
+from fastmtl.surgery.flat import whole_model
 from fastmtl.surgery.gradient_surgery import GradientSurgery
 from fastmtl.surgery.task_gradients import TaskGradients
 from fastmtl.tracking import Tracker
@@ -269,7 +270,7 @@ def evaluate(recipe: Recipe, engine: Any, corpus: Corpus, ranks: Ranks) -> dict[
     datasets = {name: data for name, data in zip(recipe.task_names, corpus.dev, strict=True) if data is not None}
 
     def predict(batch: PackedBatch) -> dict[str, torch.Tensor]:
-        return engine.module.predict(batch.to(ranks.device))
+        return whole_model(engine).predict(batch.to(ranks.device))
 
     return score(predict, recipe, datasets, rank=ranks.rank, world=ranks.world, all_gather=ranks.all_gather)
 

@@ -46,7 +46,8 @@ class Way:
 
     kernels: "fast" is what impl="auto" takes here. gradients: "separate", one backward per task and PCGrad pair by
     pair; "separate into J", the same backwards and PCGrad by their Gramian; "one pass", where the layers write J.
-    zero: DeepSpeed's stage in place of the torch loop. weight: of the task `same`. dtype: of all that is computed.
+    zero: DeepSpeed's stage in place of the torch loop; flat: its parameters. weight: of the task `same`. dtype: of all
+    that is computed.
     """
 
     kernels: Literal["reference", "fast"] = "reference"
@@ -56,6 +57,7 @@ class Way:
     storage: Literal["stacked", "replay"] = "stacked"
     optimizer: Literal["plain", "fused", "SurgeryAdamW"] = "plain"
     zero: int | None = None
+    flat: bool = False
     weight: float = 2.0
     dtype: torch.dtype = torch.float32
 
@@ -74,10 +76,11 @@ ALONE = {
     "fused AdamW": replace(FAST, optimizer="fused"),
     "SurgeryAdamW": replace(FAST, gradients="separate into J", optimizer="SurgeryAdamW"),
     "ZeRO 1": replace(FAST, gradients="separate into J", zero=1),
+    "flat parameters": replace(FAST, gradients="separate into J", zero=1, flat=True),
 }
 TOGETHER = {
     "all in a torch loop": replace(ONE_PASS, recompute="cheap", prefetch=2, optimizer="SurgeryAdamW"),
-    "all under ZeRO 1": replace(ONE_PASS, recompute="cheap", prefetch=2, zero=1),
+    "all under ZeRO 1": replace(ONE_PASS, recompute="cheap", prefetch=2, zero=1, flat=True),
 }
 WAYS = {**ALONE, **TOGETHER}
 
@@ -182,7 +185,7 @@ def surgery_step(
 
 def make_optimizer(way: Way, recipe: Recipe, model: MultiTaskModel) -> torch.optim.Optimizer:
     if way.optimizer == "fused":
-        return build_optimizer(recipe, model)
+        return build_optimizer(recipe, model.parameter_groups(recipe.optimizer))
     groups = model.parameter_groups(recipe.optimizer)
     if way.optimizer == "SurgeryAdamW":
         return SurgeryAdamW(groups, max_norm=CLIP)
@@ -227,7 +230,7 @@ def make_recipe(way: Way) -> Recipe:
         "sampler": {"batch_size": {"kind": 2, "same": 2, "degree": 1}, "steps_per_epoch": STEPS},
         "gradient": {"method": "pcgrad", "storage": way.storage},
         "optimizer": {"lr": 2e-3},
-        "engine": {"zero": way.zero or 0, "clip": CLIP},
+        "engine": {"zero": way.zero or 0, "clip": CLIP, "flat_parameters": way.flat},
     }
     return parse_recipe(values, "test")
 

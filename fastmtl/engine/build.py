@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastmtl.config import Recipe
 from fastmtl.engine.fused_optimizers import build_adam
 from fastmtl.engine.settings import deepspeed_config
 from fastmtl.model.masked_lm import MaskedLanguageModel
 from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.surgery.flat import FlatParameters
 from fastmtl.surgery.gradient_surgery import GradientSurgery
 from fastmtl.surgery.methods import find_method
 from fastmtl.surgery.options import DTYPES, check_options
@@ -48,7 +50,12 @@ def build_engine(recipe: Recipe, model: Model, world: int, total_steps: int, *, 
     """
     import deepspeed
 
-    optimizer = build_optimizer(recipe, model)
+    groups = model.parameter_groups(recipe.optimizer)
+    module: nn.Module = model
+    if recipe.engine.flat_parameters:
+        module = flat = FlatParameters(model, groups, alone=model.sparse_parameters())
+        groups = flat.groups
+    optimizer = build_optimizer(recipe, groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(recipe, total_steps))
     cpu = not torch.cuda.is_available()
     config = deepspeed_config(recipe, world, cpu=cpu)
@@ -58,7 +65,7 @@ def build_engine(recipe: Recipe, model: Model, world: int, total_steps: int, *, 
         # DeepSpeed makes its buckets of the size it is told, by default 2 GB in float32, whatever there is to reduce.
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         config["zero_optimization"].setdefault("reduce_bucket_size", min(REDUCE_BUCKET_SIZE, trainable))
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=schedule, config=config)
     return engine
 
 
@@ -85,10 +92,9 @@ def build_surgery(recipe: Recipe, engine: Any, model: Model, tasks: list[str] | 
     )
 
 
-def build_optimizer(recipe: Recipe, model: Model) -> torch.optim.Optimizer:
-    """AdamW, Adam or SGD over the model's groups (each with its own learning rate and weight decay)."""
+def build_optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW, Adam or SGD over a model's groups (each with its own learning rate and weight decay)."""
     config = recipe.optimizer
-    groups = model.parameter_groups(config)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     return build_adam(recipe, groups)

@@ -27,6 +27,8 @@ from fastmtl.errors import UserError
 
 TENSORS = "tensors.safetensors"
 KEEP_LATEST = 2  # the newest, and one to fall back on
+# What a checkpoint is that was saved before there was a choice.
+_BEFORE = {"fused_optimizer": "torch", "flat_parameters": False}
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,7 @@ class Checkpoints:
             )
             raise UserError(f"{path} cannot be used: {reason}. {advice}") from None
         for key, ours in self._about().items():
-            # Before there was a choice of optimisers, it was torch's.
-            theirs = manifest.get(key, "torch" if key == "fused_optimizer" else None)
+            theirs = manifest.get(key, _BEFORE.get(key))
             if theirs != ours and key not in ("world", "recipe"):
                 raise UserError(
                     f"{path} was saved with {key}: {theirs}, this run has {key}: {ours}; a resumed run keeps it"
@@ -155,6 +156,7 @@ class Checkpoints:
             "precision": engine.precision,
             "offload": engine.offload,
             "fused_optimizer": engine.fused_optimizer,
+            "flat_parameters": engine.flat_parameters,
             "tasks": self._recipe.task_names,
             "adapter": self._recipe.adapter.summary,
             "recipe": recipe,

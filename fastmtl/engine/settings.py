@@ -40,6 +40,9 @@ def deepspeed_config(recipe: Recipe, world: int, *, cpu: bool) -> dict[str, Any]
         raise UserError("engine.precision: fp16 with engine.zero: 0 is not scaled by DeepSpeed; use engine.zero: 1")
     if engine.offload and engine.zero == 0:
         raise UserError("engine.offload needs engine.zero 1, 2 or 3")
+    if engine.flat_parameters and (engine.zero == 3 or engine.offload):
+        other = "engine.zero: 3" if engine.zero == 3 else "engine.offload"
+        raise UserError(f"engine.flat_parameters is for ZeRO 0, 1 and 2 without offload, not for {other}: leave it out")
     zero: dict[str, Any] = {"stage": engine.zero}
     if engine.zero:
         zero |= {"overlap_comm": not cpu, "contiguous_gradients": True}

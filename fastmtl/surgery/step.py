@@ -138,7 +138,5 @@ class LossFunction:
         keywords: dict[str, Any] = {"task_grads": self._sink} if self.takes_sink else {}
         if self._takes_model:
             keywords["model"] = self._target.model(training_pass)
-            if training_pass:
-                return self._loss_fn(micro_batch, **keywords)
-        with self._target.autocast():
+        with self._target.autocast(training_pass and self._takes_model):
             return self._loss_fn(micro_batch, **keywords)

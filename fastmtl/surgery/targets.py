@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastmtl.errors import UserError
 from fastmtl.surgery.adamw import SurgeryAdamW
+from fastmtl.surgery.flat import FlatParameters
 from fastmtl.surgery.reduce import world_size
 from fastmtl_kernels.cast import cast
 
@@ -33,7 +34,7 @@ class Target(Protocol):
     factor: float
 
     def model(self, training_pass: bool) -> Any: ...
-    def autocast(self) -> AbstractContextManager[Any]: ...
+    def autocast(self, training_pass: bool) -> AbstractContextManager[Any]: ...
     def backward(self, loss: Tensor, last: bool) -> None: ...
     def hand_over(self, gradients: dict[int, Tensor]) -> None: ...
     def merging_optimizer(self, norm: float | None) -> SurgeryAdamW | None: ...
@@ -64,7 +65,7 @@ class OptimizerTarget:
     def model(self, training_pass: bool) -> None:
         """The user's loss function knows its model."""
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self, training_pass: bool) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -103,9 +104,11 @@ class EngineTarget:
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         self.device = torch.device(engine.device)
-        named = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+        self._flat = engine.module if isinstance(engine.module, FlatParameters) else None
+        model = engine.module if self._flat is None else self._flat.model
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = {id(p): name for name, p in named}
-        self.parameters = [p for _, p in named]
+        self.parameters = [p for _, p in named] if self._flat is None else self._flat.leaves()
         self.factor = float(world_size())
         if isinstance(getattr(engine, "basic_optimizer", None), SurgeryAdamW):
             raise UserError(
@@ -123,6 +126,9 @@ class EngineTarget:
                 "with ZeRO 1"
             )
         self.stacks = stage < 3 and not engine.zero_use_cpu_optimizer()
+        if self._flat is not None and not self.stacks:
+            raise UserError("FlatParameters: ZeRO 3 and offload take the model as it is; use ZeRO 0, 1 or 2 without")
+        self._held: list[Tensor] = []
         self._own_forward = False
         engine.register_forward_pre_hook(self._saw_forward)
 
@@ -130,24 +136,57 @@ class EngineTarget:
         self._own_forward = torch.is_grad_enabled()
 
     def model(self, training_pass: bool) -> Any:
-        # engine(...) prepares DeepSpeed for a backward of its own: only for a forward that engine.backward follows.
-        return self.engine if training_pass else self.engine.module
+        return self.engine if self._is_followed(training_pass) else self.engine.module
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self, training_pass: bool) -> AbstractContextManager[Any]:
         """What engine(...) runs its forward in, and engine.module(...) does not."""
-        if not self.engine.torch_autocast_enabled():
+        if self._is_followed(training_pass) or not self.engine.torch_autocast_enabled():
             return nullcontext()
         return torch.autocast(self.device.type, self.engine.torch_autocast_dtype())
 
+    def _is_followed(self, training_pass: bool) -> bool:
+        """Whether `engine.backward` of these losses comes: engine(...) prepares DeepSpeed for one, and is for no other
+        forward.
+        """
+        return training_pass and self._flat is None
+
     def backward(self, loss: Tensor, last: bool) -> None:
         self._own_forward = False
+        if self._flat is not None:
+            self._backward_flat(self._flat, loss, last)
+            return
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.factor, scale_wrt_gas=False)
 
+    def _backward_flat(self, flat: FlatParameters, loss: Tensor, last: bool) -> None:
+        """Autograd's gradients of the model's parameters, added up here and handed over with the last ones."""
+        scale = self.loss_scale()
+        found = torch.autograd.grad(loss * (self.factor * scale), self.parameters, allow_unused=True)
+        gradients = {
+            id(parameter): torch.zeros_like(parameter) if gradient is None else gradient
+            for parameter, gradient in zip(self.parameters, found, strict=True)
+        }
+        del found
+        gathered = _unshared(flat.gather(gradients))
+        if self._held or not last:  # in float32, for 16 bits would round every sum
+            gathered = [cast(gradient, torch.float32) for gradient in gathered]
+        if self._held:
+            torch._foreach_add_(gathered, self._held)
+        self._held = [] if last else gathered
+        if last:
+            self._carry(gathered, scale)
+
     def hand_over(self, gradients: dict[int, Tensor]) -> None:
+        if self._flat is not None:
+            self._carry(self._flat.gather(gradients))
+        else:
+            self._carry([gradients.pop(id(parameter)) for parameter in self.parameters])
+
+    def _carry(self, merged: list[Tensor], scaled_by: float = 1.0) -> None:
+        """Takes gradients of DeepSpeed's parameters through its backward. Takes them out of the list."""
+        parameters = self.parameters if self._flat is None else self._flat.trained()
         self.engine.set_gradient_accumulation_boundary(True)
-        merged = [gradients.pop(id(parameter)) for parameter in self.parameters]
-        self.engine.backward(_Surrogate.apply(merged, *self.parameters), scale_wrt_gas=False)
+        self.engine.backward(_Surrogate.apply(merged, scaled_by, *parameters), scale_wrt_gas=False)
 
     def merging_optimizer(self, norm: float | None) -> SurgeryAdamW | None:
         return None
@@ -172,24 +211,35 @@ class EngineTarget:
         return self.loss_scale() > self.engine.optimizer.loss_scaler.min_scale
 
 
+def _unshared(gradients: list[Tensor]) -> list[Tensor]:
+    """To be changed in place: autograd gives one tensor for two parameters, or one number for all of a tensor's."""
+    places = [gradient.data_ptr() for gradient in gradients]
+    return [
+        gradient.clone(memory_format=torch.contiguous_format)
+        if places.index(place) < k or not gradient.is_contiguous()
+        else gradient
+        for k, (gradient, place) in enumerate(zip(gradients, places, strict=True))
+    ]
+
+
 class _Surrogate(torch.autograd.Function):
     """A scalar whose gradient for parameter k is `merged[k]`: it carries gradients made elsewhere through every hook of
-    DeepSpeed.
+    DeepSpeed. scaled_by: the part of DeepSpeed's loss scale that is in them.
     """
 
     @staticmethod
-    def forward(ctx: Any, merged: list[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.merged = merged
+    def forward(ctx: Any, merged: list[Tensor], scaled_by: float, *parameters: Tensor) -> Tensor:
+        ctx.merged, ctx.scaled_by = merged, scaled_by
         ctx.dtypes = [parameter.dtype for parameter in parameters]
         return merged[0].new_zeros((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         merged, ctx.merged = ctx.merged, None
-        torch._foreach_mul_(merged, scale)
+        torch._foreach_mul_(merged, scale / ctx.scaled_by)
         gradients = [cast(gradient, dtype) for gradient, dtype in zip(merged, ctx.dtypes, strict=True)]
         merged.clear()  # the caller's list
-        return None, *gradients
+        return None, None, *gradients
 
 
 def find_target(target: Any) -> Target:

@@ -20,11 +20,12 @@ from fastmtl.engine.checkpoint import Checkpoints  # noqa: E402
 from fastmtl.engine.distributed import Ranks, start  # noqa: E402
 from fastmtl.engine.gather import gathered_state_dict  # noqa: E402
 
-STAGES = (0, 1, 2, 3)
+STAGES = ("zero0", "zero1", "zero2", "zero3", "zero1-flat")
 
 
-def make_recipe(zero: int) -> Recipe:
-    recipe = steps.make_recipe(steps.Case(zero, 1, "pcgrad"))
+def make_recipe(stage: str) -> Recipe:
+    zero, _, variant = stage.removeprefix("zero").partition("-")
+    recipe = steps.make_recipe(steps.Case(int(zero), 1, "pcgrad", variant=variant))
     recipe.optimizer.name = "adamw"
     recipe.optimizer.lr = 1e-3
     recipe.schedule.name = "linear"
@@ -55,47 +56,47 @@ class Run:
 
 
 def save_and_go_on(directory: Path, ranks: Ranks) -> None:
-    for zero in STAGES:
-        recipe = make_recipe(zero)
-        run = save(directory, ranks, zero)
+    for stage in STAGES:
+        recipe = make_recipe(stage)
+        run = save(directory, ranks, stage)
         run.go_on(3, 4)
-        run.write(directory / f"zero{zero}-{ranks.world}-straight.safetensors")
+        run.write(directory / f"{stage}-{ranks.world}-straight.safetensors")
         run.engine.destroy()
 
-        checkpoints = Checkpoints(directory / f"zero{zero}-{ranks.world}", recipe, ranks)
+        checkpoints = Checkpoints(directory / f"{stage}-{ranks.world}", recipe, ranks)
         found = checkpoints.find()
         assert found is not None and not found.universal
         run = Run(recipe, ranks)
         state = checkpoints.restore(run.engine, found)
         run.surgery.load_state_dict(state["surgery"])
         run.go_on(3, 4)
-        run.write(directory / f"zero{zero}-{ranks.world}-resumed.safetensors")
+        run.write(directory / f"{stage}-{ranks.world}-resumed.safetensors")
         run.engine.destroy()
 
 
-def save(directory: Path, ranks: Ranks, zero: int) -> Run:
-    recipe = make_recipe(zero)
+def save(directory: Path, ranks: Ranks, stage: str) -> Run:
+    recipe = make_recipe(stage)
     run = Run(recipe, ranks)
     run.go_on(1, 2)
-    run.write(directory / f"zero{zero}-{ranks.world}-saved.safetensors")
-    checkpoints = Checkpoints(directory / f"zero{zero}-{ranks.world}", recipe, ranks)
+    run.write(directory / f"{stage}-{ranks.world}-saved.safetensors")
+    checkpoints = Checkpoints(directory / f"{stage}-{ranks.world}", recipe, ranks)
     checkpoints.save(run.engine, 2, {"surgery": run.surgery.state_dict()})
     return run
 
 
 def load_of_others(directory: Path, ranks: Ranks) -> None:
     others = 3 - ranks.world
-    for zero in STAGES[1:]:
-        recipe = make_recipe(zero)
-        checkpoints = Checkpoints(directory / f"zero{zero}-{others}", recipe, ranks)
+    for stage in STAGES[1:]:
+        recipe = make_recipe(stage)
+        checkpoints = Checkpoints(directory / f"{stage}-{others}", recipe, ranks)
         found = checkpoints.find()
         assert found is not None and found.universal
         run = Run(recipe, ranks, universal=True)
         state = checkpoints.restore(run.engine, found)
         run.surgery.load_state_dict(state["surgery"])
-        run.write(directory / f"zero{zero}-{others}-universal-saved.safetensors")
+        run.write(directory / f"{stage}-{others}-universal-saved.safetensors")
         run.go_on(3, 4)
-        run.write(directory / f"zero{zero}-{others}-universal.safetensors")
+        run.write(directory / f"{stage}-{others}-universal.safetensors")
         run.engine.destroy()
 
 

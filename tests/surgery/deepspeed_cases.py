@@ -29,6 +29,7 @@ from fastmtl.surgery.gradient_surgery import GradientSurgery
 
 STEPS, ROWS = 3, 8
 RECOMPUTES = {"cheap": "cheap", "full": "full", "pieces": "full"}  # by variant
+FLAT = [(0, 4, "sum"), (1, 4, "pcgrad"), (2, 1, "pcgrad")]
 ONE_STEP = [("sum", "auto"), ("pcgrad", "stacked"), ("pcgrad", "replay")]
 
 
@@ -41,7 +42,8 @@ class Case:
     storage: str = "auto"
     # "offload", "autocast", "one-step" (the engine is told of one micro-batch a step), "backward" (in place of run),
     # "pieces" (J goes to the ranks in many, during backward, with recompute full), "backward-pieces", "late" (in as
-    # many, after it), or an option's value: "tensor" (scope), "local", "sketch" (reduce), "cheap", "full" (recompute)
+    # many, after it), "flat" (parameters), "flat-autocast", or an option's value: "tensor" (scope), "local", "sketch"
+    # (reduce), "cheap", "full" (recompute)
     variant: str = ""
 
     @property
@@ -66,6 +68,10 @@ CASES = [
     *(Case(1, 4, method, variant="backward") for method in ("sum", "pcgrad")),
     *(Case(3, 1, "pcgrad", variant=recompute) for recompute in ("cheap", "full")),
     *(Case(2, 4, "pcgrad", variant=variant) for variant in ("pieces", "backward-pieces", "late")),
+    *(Case(zero, acc, method, variant="flat") for zero, acc, method in FLAT),
+    Case(1, 4, "sum", precision="bf16", variant="flat"),
+    Case(2, 1, "pcgrad", storage="replay", variant="flat"),
+    Case(1, 1, "sum", variant="flat-autocast"),
 ]
 PIECE = 1000  # numbers in a collective, where there are to be many
 
@@ -103,9 +109,10 @@ def make_recipe(case: Case) -> Recipe:
             "precision": case.precision,
             "clip": 1.0,
             "offload": case.variant == "offload",
+            "flat_parameters": case.variant.startswith("flat"),
         },
     }
-    if case.variant == "autocast":
+    if case.variant.endswith("autocast"):
         values["deepspeed"] = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
     return parse_recipe(values, "test")
 

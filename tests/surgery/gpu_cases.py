@@ -54,4 +54,5 @@ if __name__ == "__main__":
             (1, 2, 3), (("sum", "auto"), ("pcgrad", "auto"), ("pcgrad", "replay"))
         )
     ]
+    cases += [Case(1, 1, method, precision="fp16", variant="flat") for method in ("sum", "pcgrad")]
     Path(sys.argv[1]).write_text(json.dumps({case.name: run(case) for case in cases}))

@@ -84,7 +84,7 @@ def test_two_ranks_equal_one_process(results: Path, case: cases.Case) -> None:
     moved = torch.cat([(expected[name] - before[name]).flatten() for name in expected])
     error = torch.cat([(found[name] - expected[name]).flatten() for name in expected])
     assert moved.norm() > 0.01
-    if case.variant == "autocast":  # float32 weights, products of 8 bits: off by some, and not by nothing
+    if case.variant.endswith("autocast"):  # float32 weights, products of 8 bits: off by some, and not by nothing
         assert 1e-6 * moved.norm() < error.norm() <= 0.05 * moved.norm()
     elif case.precision == "fp32":
         assert error.abs().max() <= 1e-5 * moved.abs().max()

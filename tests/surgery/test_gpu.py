@@ -25,10 +25,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
-@pytest.mark.parametrize("method", ["sum-fp16-auto", "pcgrad-fp16-auto", "pcgrad-fp16-replay"])
-def test_fp16_backs_off_and_trains(found: dict[str, Any], zero: int, method: str) -> None:
-    result = found[f"zero{zero}-acc1-{method}"]
+METHODS = ["sum-fp16-auto", "pcgrad-fp16-auto", "pcgrad-fp16-replay"]
+FLAT = ["zero1-acc1-sum-fp16-auto-flat", "zero1-acc1-pcgrad-fp16-auto-flat"]
+
+
+@pytest.mark.parametrize("case", [f"zero{zero}-acc1-{method}" for zero in (1, 2, 3) for method in METHODS] + FLAT)
+def test_fp16_backs_off_and_trains(found: dict[str, Any], case: str) -> None:
+    result = found[case]
     assert result["skipped"] == [None] * len(result["skipped"])  # an overflow is no failure of a task
     assert 0 < result["overflows"] < len(result["losses"]) / 2
     assert result["scale"] == 2.0 ** (32 - result["overflows"])

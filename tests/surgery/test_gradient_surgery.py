@@ -269,7 +269,7 @@ def test_merged_gradients_become_grad_without_a_copy() -> None:
     parameters = [nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))]
     flat = torch.arange(10.0)
     merged = [flat[:6].view(2, 3), flat[6:]]
-    _Surrogate.apply(merged, *parameters).backward(torch.tensor(2.0))
+    _Surrogate.apply(merged, 1.0, *parameters).backward(torch.tensor(2.0))
     assert parameters[0].grad is not None and parameters[0].grad.data_ptr() == flat.data_ptr()
     for parameter, expected in zip(parameters, (torch.arange(6.0).view(2, 3), torch.arange(6.0, 10.0)), strict=True):
         assert parameter.grad is not None and parameter.grad.dtype == parameter.dtype

@@ -1,0 +1,147 @@
+"""Few parameters for DeepSpeed, whatever the model has.
+
+DeepSpeed runs Python hooks and some forty operators for every parameter in every step; `python
+benchmarks/engine_calls.py` counts them. Surgery's gradients reach weights by no hook of their own, so weights can be
+views of a few flat parameters, and only those are DeepSpeed's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.errors import UserError
+
+
+class FlatParameters(nn.Module):
+    """A model for `deepspeed.initialize` whose trained parameters are views of one flat parameter per group.
+
+        flat = FlatParameters(model, groups, alone=[word_embeddings.weight])
+        engine, *_ = deepspeed.initialize(model=flat, optimizer=AdamW(flat.groups, lr=1e-4), config=config)
+        surgery = GradientSurgery(engine, tasks=tasks)
+
+    For ZeRO 0, 1 and 2 without offload, and gradients by GradientSurgery: `engine.backward(loss)` finds none. An
+    optimiser that looks at tensors one by one (LAMB, Adafactor, Muon) would see others than the model's.
+
+    groups: of the optimiser; every parameter is in one of them. alone: parameters that stay their own, for a gradient
+    that comes in one piece needs no copy (embedding tables). The model keeps its parameters: names, shapes, state_dict
+    and load_state_dict are its own. DeepSpeed's checkpoints hold them under the model's names, and its optimiser state
+    under the flat ones.
+
+    flat: the parameters, [sum of the sizes] each. groups: for the optimiser.
+    Raises UserError for a group of several dtypes or devices, and a parameter that is not trained or is there twice.
+    """
+
+    def __init__(
+        self, model: nn.Module, groups: Sequence[Mapping[str, Any]], alone: Sequence[nn.Parameter] = ()
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.flat = nn.ParameterList()
+        self.groups: list[dict[str, Any]] = []
+        self._members: list[list[nn.Parameter]] = []
+        self._alone: list[nn.Parameter] = []
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        apart, seen = {id(parameter) for parameter in alone}, set[int]()
+        for group in groups:
+            members = [parameter for parameter in group["params"] if id(parameter) not in apart]
+            for parameter in group["params"]:
+                if id(parameter) not in names or not parameter.requires_grad or id(parameter) in seen:
+                    name = names.get(id(parameter), f"of shape {tuple(parameter.shape)}")
+                    raise UserError(f"groups: parameter {name} is not the model's, not trained, or there twice")
+                seen.add(id(parameter))
+            self._alone += [parameter for parameter in group["params"] if id(parameter) in apart]
+            given = [parameter for parameter in group["params"] if id(parameter) in apart]
+            if members:
+                given.append(_joined_parameter(members))
+                self.flat.append(given[-1])
+                self._members.append(members)
+            self.groups.append({**group, "params": given})
+        self._places: list[tuple[int, torch.dtype] | None] = [None] * len(self._members)
+        self.take_views()
+
+    def take_views(self) -> None:
+        """Makes the model's parameters views again where DeepSpeed has moved or cast the flat ones."""
+        for k, (flat, members) in enumerate(zip(self.flat, self._members, strict=True)):
+            place = flat.data_ptr(), flat.dtype
+            if place != self._places[k]:
+                pieces = flat.data.split([parameter.numel() for parameter in members])
+                for parameter, piece in zip(members, pieces, strict=True):
+                    parameter.data = piece.view(parameter.shape)
+                self._places[k] = place
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        self.take_views()
+        return self.model(*arguments, **keywords)
+
+    def leaves(self) -> list[nn.Parameter]:
+        """The model's own that are trained, those of one flat parameter side by side."""
+        return [*(parameter for members in self._members for parameter in members), *self._alone]
+
+    def trained(self) -> list[nn.Parameter]:
+        """The flat ones, then those that are alone."""
+        return [*self.flat, *self._alone]
+
+    def gather(self, gradients: dict[int, Tensor]) -> list[Tensor]:
+        """Gradients of `leaves` by id, taken out of the mapping -> those of `trained`. What lies side by side in one
+        storage stays where it is.
+        """
+        flat = [_joined([gradients.pop(id(parameter)) for parameter in members]) for members in self._members]
+        return flat + [gradients.pop(id(parameter)) for parameter in self._alone]
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those that DeepSpeed is to see: flat.0, flat.1, ..., those that are alone, and what is not trained."""
+        yield from self.flat.named_parameters(f"{prefix}.flat" if prefix else "flat")
+        views = {id(parameter) for members in self._members for parameter in members}
+        for name, parameter in self.model.named_parameters(prefix, recurse, remove_duplicate):
+            if id(parameter) not in views:
+                yield name, parameter
+
+    def state_dict(self, *arguments: Any, **keywords: Any) -> Any:
+        """The model's, with its names."""
+        self.take_views()
+        return self.model.state_dict(*arguments, **keywords)
+
+    def load_state_dict(self, *arguments: Any, **keywords: Any) -> Any:
+        self.take_views()
+        return self.model.load_state_dict(*arguments, **keywords)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FlatParameters:
+        self.flat._apply(fn, recurse)
+        self.take_views()  # so that the model's are not copied, too
+        super()._apply(fn, recurse)
+        self.take_views()
+        return self
+
+
+def whole_model(engine: Any) -> Any:
+    """The model in a DeepSpeed engine, to be called."""
+    if isinstance(engine.module, FlatParameters):
+        engine.module.take_views()
+        return engine.module.model
+    return engine.module
+
+
+def _joined_parameter(members: list[nn.Parameter]) -> nn.Parameter:
+    kinds = {(parameter.dtype, parameter.device) for parameter in members}
+    if len(kinds) > 1:
+        raise UserError(f"groups: one has parameters of {' and '.join(sorted(map(str, kinds)))}: make a group of each")
+    return nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in members]))
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    """One after the other, flat: a view where they lie so in one storage, else a copy."""
+    first, last = pieces[0], pieces[-1]
+    at = first.data_ptr()
+    beside = first.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
+    for piece in pieces:
+        beside = beside and piece.data_ptr() == at and piece.is_contiguous() and piece.dtype == first.dtype
+        at += piece.nbytes
+    if beside:
+        return first.as_strided((sum(piece.numel() for piece in pieces),), (1,))
+    return torch.cat([piece.flatten() for piece in pieces])
