@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launch import two_processes
 
 from fastmtl_kernels.gradients import why_unavailable
 
@@ -38,38 +39,44 @@ SAME_BITS = {
     "prefetch": ways.KERNELS,
 }
 UNDER_DEEPSPEED = [name for name, way in ways.WAYS.items() if way.zero is not None]
+Yardstick = Callable[[str], tuple[ways.Run, float]]
 
 pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable() or "built")
 
 
 @pytest.fixture(scope="module")
-def plain() -> ways.Run:
-    return ways.train(ways.PLAIN)
+def yardstick() -> Yardstick:
+    """The plain path with a way's dropout, and its largest difference from itself in float64."""
 
+    @cache
+    def with_dropout(dropout: float) -> tuple[ways.Run, float]:
+        plain = ways.train(replace(ways.PLAIN, dropout=dropout))
+        found = difference(ways.train(replace(ways.PLAIN, dropout=dropout, dtype=torch.float64)).losses, plain)
+        print(f"\nthe plain path, dropout {dropout}, in float64 {found:.1e}, so the bound is {MARGIN * found:.1e}")
+        return plain, found
 
-@pytest.fixture(scope="module")
-def rounding(plain: ways.Run) -> float:
-    """The plain path's largest difference from itself in float64."""
-    found = difference(ways.train(replace(ways.PLAIN, dtype=torch.float64)).losses, plain)
-    print(f"\nthe plain path in float64 {found:.1e}, so the bound is {MARGIN * found:.1e}")
-    return found
+    return lambda name: with_dropout(ways.WAYS[name].dropout)
 
 
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], np.ndarray]:
-    """Of a way by its name. Those under DeepSpeed are made together, in a process of their own."""
-    file, script = tmp_path_factory.mktemp("ways") / "losses.npz", Path(__file__).with_name("training_ways.py")
+    """Of a way by its name. Those under DeepSpeed are made together, in processes of their own."""
+    directory, script = tmp_path_factory.mktemp("ways"), Path(__file__).with_name("training_ways.py")
+
+    @cache
+    def under_deepspeed(ranks: int) -> dict[str, np.ndarray]:
+        file = directory / f"{ranks}.npz"
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        names = [name for name in UNDER_DEEPSPEED if ways.WAYS[name].ranks == ranks]
+        command = [*(two_processes() if ranks == 2 else [sys.executable]), str(script), str(file), *names]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return dict(np.load(file))
 
     @cache
     def losses_of(name: str) -> np.ndarray:
-        if name not in UNDER_DEEPSPEED:
-            return ways.train(ways.WAYS[name]).losses
-        if not file.exists():
-            environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-            command = [sys.executable, str(script), str(file), *UNDER_DEEPSPEED]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-            assert done.returncode == 0, done.stderr[-3000:]
-        return np.load(file)[name]
+        way = ways.WAYS[name]
+        return under_deepspeed(way.ranks)[name] if name in UNDER_DEEPSPEED else ways.train(way).losses
 
     return losses_of
 
@@ -79,8 +86,10 @@ def difference(losses: np.ndarray, plain: ways.Run) -> float:
     return float((np.abs(losses - plain.losses) / np.maximum(plain.losses, plain.losses.mean(0))).max())
 
 
-def test_it_is_training(plain: ways.Run) -> None:
+@pytest.mark.parametrize("name", [ways.KERNELS, "all on two ranks"])
+def test_it_is_training(name: str, yardstick: Yardstick) -> None:
     """With losses that fall, and conflicts to resolve: else the tests below would compare noise, or plain sums."""
+    plain, _ = yardstick(name)
     assert plain.losses.shape == (ways.STEPS, len(ways.TASKS))
     first, last = plain.losses[:40].mean(0), plain.losses[-40:].mean(0)
     print(f"\nmean losses of the first and the last 40 steps {first.round(2)} {last.round(2)}")
@@ -91,9 +100,9 @@ def test_it_is_training(plain: ways.Run) -> None:
 
 @pytest.mark.parametrize("name", ways.WAYS)
 def test_losses_are_those_of_the_plain_path(
-    name: str, losses: Callable[[str], np.ndarray], plain: ways.Run, rounding: float
+    name: str, losses: Callable[[str], np.ndarray], yardstick: Yardstick
 ) -> None:
-    made, bits = losses(name), SAME_BITS.get(name)
+    made, bits, (plain, rounding) = losses(name), SAME_BITS.get(name), yardstick(name)
     found = difference(made, plain)
     print(f"\n{name:20} {found:.1e}" + (f", the bits of: {bits}" if bits else ""))
     assert made.shape == plain.losses.shape
@@ -103,8 +112,9 @@ def test_losses_are_those_of_the_plain_path(
     assert not np.array_equal(made, plain.losses)  # else the oracles have not run
 
 
-def test_a_task_weight_off_by_a_thousandth_is_seen(plain: ways.Run, rounding: float) -> None:
+def test_a_task_weight_off_by_a_thousandth_is_seen(yardstick: Yardstick) -> None:
     """The bound is not so wide that it would take another meaning for rounding."""
+    plain, rounding = yardstick(ways.KERNELS)
     found = difference(ways.train(replace(ways.ONE_PASS, weight=1.001 * ways.ONE_PASS.weight)).losses, plain)
     print(f"\na task's weight times 1.001 {found:.1e}")
     assert found > 2 * MARGIN * rounding

@@ -1,10 +1,12 @@
 """Two hundred seeded steps of a small model, each time made in another way, for test_200_steps.py.
 
-Usage: training_ways.py FILE NAME ... keeps the losses of these ways of WAYS in a numpy file.
+Usage: training_ways.py FILE NAME ... keeps the losses of these ways of WAYS in a numpy file; under the launcher those
+of ways with as many ranks.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +24,7 @@ from transformers import BertConfig
 from fastmtl.bench.textbook import pcgrad
 from fastmtl.config import Recipe, Recompute, parse_recipe
 from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.data.packing import pack
 from fastmtl.data.prefetch import ahead
 from fastmtl.data.stream import BatchStream
 from fastmtl.data.tokenized import TokenizedDataset
@@ -46,8 +49,8 @@ class Way:
 
     kernels: "fast" is what impl="auto" takes here. gradients: "separate", one backward per task and PCGrad pair by
     pair; "separate into J", the same backwards and PCGrad by their Gramian; "one pass", where the layers write J.
-    zero: DeepSpeed's stage in place of the torch loop; flat: its parameters. weight: of the task `same`. dtype: of all
-    that is computed.
+    zero: DeepSpeed's stage in place of the torch loop; flat: its parameters. ranks: that share a step's rows; they draw
+    masks of their own, so such a way is without dropout. weight: of the task `same`. dtype: of all that is computed.
     """
 
     kernels: Literal["reference", "fast"] = "reference"
@@ -58,6 +61,8 @@ class Way:
     optimizer: Literal["plain", "fused", "SurgeryAdamW"] = "plain"
     zero: int | None = None
     flat: bool = False
+    ranks: int = 1
+    dropout: float = DROPOUT
     weight: float = 2.0
     dtype: torch.dtype = torch.float32
 
@@ -81,6 +86,8 @@ ALONE = {
 TOGETHER = {
     "all in a torch loop": replace(ONE_PASS, recompute="cheap", prefetch=2, optimizer="SurgeryAdamW"),
     "all under ZeRO 1": replace(ONE_PASS, recompute="cheap", prefetch=2, zero=1, flat=True),
+    # J's columns go to the other rank while backward runs.
+    "all on two ranks": replace(ONE_PASS, recompute="cheap", prefetch=2, zero=2, flat=True, ranks=2, dropout=0.0),
 }
 WAYS = {**ALONE, **TOGETHER}
 
@@ -100,15 +107,29 @@ def train(way: Way) -> Run:
         model = make_model(way, recipe)
         step = make_step(way, recipe, model)
         torch.manual_seed(5)
-        stream = BatchStream(DATA, recipe).rest(1, 0, 0)
+        stream = (of_rank(batches, way.ranks) for batches in BatchStream(DATA, recipe).rest(1, 0, 0))
         batches = stack.enter_context(ahead(stream, way.prefetch, torch.device("cpu")))
         losses, conflicts = zip(*map(step, batches), strict=True)
     return Run(np.array(losses), np.array(conflicts))
 
 
+def of_rank(micro_batches: list[PackedBatch], ranks: int) -> list[PackedBatch]:
+    """This rank's share of their rows."""
+    if ranks == 1:
+        return micro_batches
+    rank = int(os.environ["RANK"])
+    return [
+        pack(
+            [(data, ids.numpy()[rank::ranks]) for data, ids in zip(DATA, batch.example_ids, strict=True)],
+            batch.group_counts,
+        )
+        for batch in micro_batches
+    ]
+
+
 def make_step(way: Way, recipe: Recipe, model: MultiTaskModel) -> Step:
     if way.zero is not None:
-        engine = build_engine(recipe, model, 1, STEPS)
+        engine = build_engine(recipe, model, way.ranks, STEPS)
         engine.train()
         return surgery_step(build_surgery(recipe, engine, model), engine.step, way)
     optimizer = make_optimizer(way, recipe, model)
@@ -217,11 +238,11 @@ _MASKS: dict[tuple[Any, ...], Tensor] = {}
 
 
 def make_recipe(way: Way) -> Recipe:
-    task = {"data": {"train": "none"}, "head": {"dropout": DROPOUT}}
+    task = {"data": {"train": "none"}, "head": {"dropout": way.dropout}}
     values = {
         "seed": 3,
         "encoder": {"recompute": way.recompute},
-        "adapter": {"name": "low_rank", "size": 4, "dropout": DROPOUT},
+        "adapter": {"name": "low_rank", "size": 4, "dropout": way.dropout},
         "tasks": {
             "kind": {**task, "type": "classification", "num_labels": 3},
             "same": {**task, "type": "binary", "weight": way.weight},
@@ -244,8 +265,8 @@ def make_model(way: Way, recipe: Recipe) -> MultiTaskModel:
         num_attention_heads=4,
         intermediate_size=64,
         max_position_embeddings=POSITIONS,
-        hidden_dropout_prob=DROPOUT,
-        attention_probs_dropout_prob=DROPOUT,
+        hidden_dropout_prob=way.dropout,
+        attention_probs_dropout_prob=way.dropout,
         initializer_range=0.1,
     )
     return MultiTaskModel(recipe, PackedBert(config, recompute=way.recompute)).to(way.dtype).train()
@@ -292,6 +313,8 @@ def make_data() -> list[TokenizedDataset]:
 DATA = make_data()
 
 if __name__ == "__main__":
-    file, *names = sys.argv[1:]
-    start()
-    np.savez(file, **{name: train(WAYS[name]).losses for name in names})
+    file, *names = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
+    ranks = start()
+    losses = {name: train(WAYS[name]).losses for name in names}
+    if ranks.is_main:
+        np.savez(file, **losses)
