@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from fastmtl.errors import UserError, unknown_name
+from fastmtl.surgery.tables import whole_shape
 from fastmtl.surgery.targets import Target
-from fastmtl.surgery.task_gradients import whole_shape
 
 
 def check_tasks(tasks: Sequence[str]) -> list[str]:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UserError
-from fastmtl.surgery.compact_rows import Rows, coalesce, rows_gramian, weighted_rows, weighted_table
+from fastmtl.surgery.compact_rows import Rows, coalesce, rows_gramian, weighted_table
 from fastmtl.surgery.early_scatter import EarlyScatter
 from fastmtl.surgery.jacobian import Jacobian
 from fastmtl.surgery.reduce import Alone, Ranks
 from fastmtl.surgery.sketch import CountSketch
+from fastmtl.surgery.tables import Tables, whole_shape
 from fastmtl_kernels import combine, gramian
 from fastmtl_kernels.cast import cast
 
@@ -75,7 +76,8 @@ class TaskGradients:
         self._index = {id(parameter): k for k, parameter in enumerate(self._parameters)}
         self._stack: Jacobian | None = None
         self.early: EarlyScatter | None = None
-        self._rows: dict[int, list[list[tuple[Tensor, Tensor]]]] = {}
+        tables = [parameter for parameter in self._parameters if id(parameter) in self._sparse]
+        self._tables = Tables(tables, num_tasks, self._ranks)
         self._shards: dict[int, Tensor] = {}
         self._keep = True
         self._counting = False
@@ -304,8 +306,7 @@ class TaskGradients:
             self._sketch.add_rows(self._index[id(parameter)], task, ids, rows)
             if self.mode == "gramian":
                 return
-        per_task = self._rows.setdefault(id(parameter), [[] for _ in range(self.num_tasks)])
-        per_task[task].append((ids, rows))
+        self._tables.add(parameter, task, ids, rows)
 
     def gramian(self) -> Tensor:
         """G = J J^T of what was written since `clear`, float32 [T, T], over the ranks that make up J."""
@@ -324,18 +325,7 @@ class TaskGradients:
             total += part
         for held in self._held.values():  # a use that the loss does not depend on never writes
             total += gramian(self._ranks.scatter(held).to(torch.float32))
-        return self._ranks.total(total) + self._sparse_gramian()
-
-    def _sparse_gramian(self) -> Tensor:
-        """The compact rows' part of G, of the gathered rows: equal on every rank."""
-        total = torch.zeros(self.num_tasks, self.num_tasks, device=self.anchor.device)
-        for parameter in self._parameters:  # every rank in the same order, with or without rows: it is collective
-            if id(parameter) in self._sparse:
-                per_task = self._rows.get(id(parameter), [[] for _ in range(self.num_tasks)])
-                width = whole_shape(parameter)[1]
-                compact = (coalesce(parts, width, total) for parts in per_task)
-                total += rows_gramian([self._ranks.gather_rows(*pair) for pair in compact])
-        return total
+        return self._ranks.total(total) + self._tables.gramian(total.device)
 
     def combine(self, weights: Tensor) -> dict[int, Tensor]:
         """sum_t weights[t] g_t for every shared parameter by id(parameter), float32 (mode `stack`)."""
@@ -343,24 +333,14 @@ class TaskGradients:
         stack = self._stack.complete()
         merged = torch.empty(stack.shape[1], dtype=torch.float32, device=stack.device)
         combine(stack, weights, out=merged)
-        result = self._stack.split(merged)
-        for parameter in self._parameters:
-            if id(parameter) in self._sparse:
-                parts = self._rows.get(id(parameter), [[] for _ in range(self.num_tasks)])
-                result[id(parameter)] = weighted_table(parameter.shape, parts, weights)
-        return result
+        return {**self._stack.split(merged), **self._tables.merged(weights)}
 
     def unmerged(self, weights: Tensor) -> tuple[dict[int, list[Tensor]], dict[int, Rows]]:
         """For whoever merges on the way, by id: the T gradients of dense parameters, views of J that the next write
         overwrites, and of tables the rows that occur, already merged with `weights` (mode `stack`).
         """
         assert self._stack is not None, "unmerged needs mode stack"
-        tables = {}
-        for parameter in self._parameters:
-            if id(parameter) in self._sparse:
-                parts = self._rows.get(id(parameter), [[] for _ in range(self.num_tasks)])
-                tables[id(parameter)] = weighted_rows(parts, weights, parameter.shape[1])
-        return self._stack.rows(), tables
+        return self._stack.rows(), self._tables.merged_rows(weights)
 
     def clear(self) -> None:
         """Forgets what was written; the buffers stay."""
@@ -368,7 +348,7 @@ class TaskGradients:
             self._stack.clear()
         if self.early is not None:
             self.early.reset()
-        self._rows.clear()
+        self._tables.clear()
         self._shards.clear()
         self._dropped.clear()
         self._held.clear()
@@ -384,9 +364,4 @@ class TaskGradients:
         tensors = [*self._shards.values(), *self._held.values()]
         tensors += [] if self._stack is None else [self._stack.buffer]
         tensors += [] if self._sketch is None else [self._sketch.values]
-        return tensors + [part for rows in self._rows.values() for parts in rows for pair in parts for part in pair]
-
-
-def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """Of the whole parameter, also where ZeRO 3 has partitioned it."""
-    return getattr(parameter, "ds_shape", parameter.shape)
+        return tensors + self._tables.tensors()
