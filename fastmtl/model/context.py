@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,12 +40,14 @@ class SegmentContext:
 class ForwardContext(SegmentContext):
     """segments: the tasks' token rows. seeds: int64 [1], one for each place, None outside training. plan: made once per
     batch for the attention kernels, None where they need none. remade: takes what backward can make again cheaply.
+    batch: None where what is run is recorded for all of a size.
     """
 
-    batch: PackedBatch
+    cu_seqlens: Tensor
     seeds: tuple[Tensor, ...] | None
     plan: AttentionPlan | None
-    remade: Remade | None
+    remade: Remade | None = None
+    batch: PackedBatch | None = None
 
     @classmethod
     def build(
@@ -56,32 +58,34 @@ class ForwardContext(SegmentContext):
         training: bool,
         task_grads: TaskGradients | None = None,
         remade: Remade | None = None,
+        plan: bool = True,
     ) -> ForwardContext:
         """The seeds are drawn here, from torch's generator of the device: masks follow from its state before the
-        forward, whatever backward computes again.
+        forward, whatever backward computes again. plan: False leaves it to `planned`.
         """
         seeds = None
         if training:
             places = place(num_layers, 0)
             seeds = torch.randint(1 << 62, (places,), device=batch.input_ids.device).split([1] * places)
-        return cls._of(batch, seeds, task_grads, remade)
+        segments = Segments(batch.token_offsets, batch.host.token_offsets)
+        context = cls(segments, task_grads, batch.cu_seqlens, seeds, None, remade, batch)
+        return context.planned() if plan else context
 
-    @classmethod
-    def _of(
-        cls,
-        batch: PackedBatch,
-        seeds: tuple[Tensor, ...] | None,
-        task_grads: TaskGradients | None,
-        remade: Remade | None,
-    ) -> ForwardContext:
-        device, plan = batch.input_ids.device, None
-        if device.type == "cuda":
-            plan = AttentionPlan.make(batch.host.cu_seqlens, batch.num_tokens, device)
-        return cls(Segments(batch.token_offsets, batch.host.token_offsets), task_grads, batch, seeds, plan, remade)
+    def planned(self) -> ForwardContext:
+        """With the plan that the attention kernels of the batch's device need."""
+        assert self.batch is not None
+        device = self.batch.input_ids.device
+        if device.type != "cuda":
+            return self
+        plan = AttentionPlan.make(self.batch.host.cu_seqlens, self.batch.num_tokens, device)
+        return replace(self, plan=plan)
 
     def of_task(self, task: int) -> ForwardContext:
         """For the rows of one task alone, and parameters that are its own: they are none of the sink's."""
-        return ForwardContext._of(self.batch.task(task), self.seeds, None, self.remade)
+        assert self.batch is not None
+        batch = self.batch.task(task)
+        segments = Segments(batch.token_offsets, batch.host.token_offsets)
+        return ForwardContext(segments, None, batch.cu_seqlens, self.seeds, None, self.remade, batch).planned()
 
     def seed(self, at: int) -> Tensor | None:
         return None if self.seeds is None else self.seeds[at]
@@ -98,7 +102,7 @@ class ForwardContext(SegmentContext):
         """
         return varlen_attention(
             qkv.unflatten(2, (num_heads, -1)),
-            self.batch.cu_seqlens,
+            self.cu_seqlens,
             dropout_p=dropout,
             seed=self.seed(at),
             plan=self.plan,

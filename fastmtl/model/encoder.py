@@ -26,6 +26,7 @@ from fastmtl.model.context import (
     SegmentContext,
     place,
 )
+from fastmtl.model.graphs import LayerGraphs
 from fastmtl.model.layers import AddLayerNorm, Norm, TaskEmbedding, TaskLayerNorm, TaskLinear
 from fastmtl.model.owners import within
 from fastmtl.model.remade import Remade
@@ -46,16 +47,26 @@ class PackedBert(nn.Module):
 
     recompute: what backward computes again instead of keeping it. "cheap": what LayerNorm and the activation return;
     "full": each layer. Gradients have the same bits.
-    max_length: tokens per sequence, at most the encoder's positions.
+    max_length: tokens per sequence, at most the encoder's positions. cuda_graphs: whether training runs the layers as
+    CUDA graphs where it can (see graphs.py).
     """
 
-    def __init__(self, config: BertConfig, *, recompute: Recompute = "none", max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        config: BertConfig,
+        *,
+        recompute: Recompute = "none",
+        max_length: int | None = None,
+        cuda_graphs: bool = False,
+    ) -> None:
         super().__init__()
         self.config = config
         self.recompute = recompute
         self.max_length = max_length or config.max_position_embeddings
         self.embeddings = Embeddings(config)
         self.encoder = Layers(config)
+        head_dim = config.hidden_size // config.num_attention_heads
+        self.graphs = LayerGraphs(self.encoder.layer, head_dim) if cuda_graphs else None
         self.pooler: Pooler | UnusedPooler | None = None
 
     def use_layer_norm(self, norm: Norm) -> None:
@@ -97,10 +108,19 @@ class PackedBert(nn.Module):
         training = self.training or (adapter is not None and adapter.training)
         again = self.recompute if torch.is_grad_enabled() else "none"
         remade = Remade() if again == "cheap" else None
-        context = ForwardContext.build(batch, num_layers, training=training, task_grads=task_grads, remade=remade)
+        graphs = self.graphs if self.training and torch.is_grad_enabled() else None
+        context = ForwardContext.build(
+            batch, num_layers, training=training, task_grads=task_grads, remade=remade, plan=graphs is None
+        )
         hidden = self.embeddings(batch.input_ids, batch.token_type_ids, batch.position_ids, context)
         if noise is not None:
             hidden = hidden + noise.to(hidden.dtype)
+        if graphs is not None:
+            extra = {"an adapter": adapter, "noise": noise, "recompute": again != "none" or None}
+            found = graphs.run(hidden, batch, context, [name for name, value in extra.items() if value is not None])
+            if found is not None:
+                return found
+            context = context.planned()
         run = partial(checkpoint, use_reentrant=False) if again == "full" else _call
         with nullcontext() if remade is None else remade.saving():
             for index, layer in enumerate(layers):

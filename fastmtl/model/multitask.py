@@ -14,6 +14,7 @@ from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
 from fastmtl.model.adapters import build_adapter
 from fastmtl.model.encoder import PackedBert, Pooler
+from fastmtl.model.graph_options import check_cuda_graphs
 from fastmtl.model.groups import parameter_groups
 from fastmtl.model.heads import build_head
 from fastmtl.model.heads.embed import Recurrent
@@ -73,6 +74,7 @@ class MultiTaskModel(nn.Module):
         self.heads = nn.ModuleList(heads)
         self.smart = Smart(recipe) if recipe.smart.used else None
         encoder.requires_grad_(not recipe.encoder.freeze)
+        check_cuda_graphs(recipe)
         if recipe.encoder.layer_norm == "apex" and recipe.gradient.method != "sum" and not recipe.encoder.freeze:
             raise UserError(
                 "encoder.layer_norm: apex gives no gradient per task, which gradient.method: "

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmtl.surgery.recorded_writes import RecordedWrites
 from fastmtl.surgery.segments import Segments
 from fastmtl.surgery.task_gradients import Mode, TaskGradients
 from fastmtl_kernels.cast import cast
@@ -126,6 +127,9 @@ class _Linear(torch.autograd.Function):
         weight, bias = ctx.parameters
         task_grads, segments = ctx.task_grads, ctx.segments
         dx = dy.mm(cast(gathered, dy.dtype)) if ctx.needs_input_grad[0] else None
+        if isinstance(task_grads, RecordedWrites):
+            task_grads.linear(weight, bias, dy, x)
+            return dx, None, None, None, None
         if _mode(task_grads) == "stack" and task_grads.dtype == dy.dtype and task_grads.wants(weight):
             if bias is None or task_grads.wants(bias):
                 _stack_linear(task_grads, weight, bias, segments.split(dy.t(), dim=1), segments.split(x))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 
 import torch
@@ -80,6 +80,27 @@ class Jacobian:
         else:
             zeros = torch.zeros(row.shape, device=row.device)
             self.add_task(parameter, task, zeros.index_add_(0, ids, cast(rows, torch.float32)))
+
+    def columns_of(self, parameter: nn.Parameter) -> Tensor:
+        """[T, *shape], the parameter's part of `buffer`, for whoever writes there by `take`."""
+        return self._columns[id(parameter)]
+
+    def is_new(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Whether nothing has been written of these."""
+        return not any(self._written[id(parameter)] for parameter in parameters)
+
+    def take(self, parameters: Sequence[nn.Parameter], tasks: Sequence[int]) -> bool:
+        """Before a write of all these parameters' gradients into `columns_of`: whether it has to store them, else to
+        add. tasks: those whose gradients it makes; the others' are left undefined by storing, as they are by adding 0.
+        """
+        first = self.is_new(parameters)
+        for key in map(id, parameters):
+            found = self._written[key]
+            for task in tasks:
+                if task not in found and not first:
+                    self._rows[key][task].zero_()
+                found.add(task)
+        return first
 
     def complete(self) -> Tensor:
         """J [T, P]."""

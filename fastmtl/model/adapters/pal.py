@@ -59,7 +59,7 @@ class Pal(Adapter):
                 down,
                 attention.weight.flatten(1, 2).mT,
                 up,
-                context.batch.cu_seqlens,
+                context.cu_seqlens,
                 context.segments,
                 num_heads=self.num_heads,
                 activation=self.activation,

@@ -1,0 +1,228 @@
+"""The encoder's layers, forward and backward, as recordings that the host starts by one call each (CUDA graphs).
+
+A recording serves every batch of its bucket: rows in steps of 256, and the attention plan's sizes. It reads what is
+copied into its buffers before, and writes J at its fixed address. All recordings share their memory: a forward and its
+backward run before the next forward, else that one takes the ordinary path, as everything does that is not recorded;
+the log says so once for each reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.model.context import ForwardContext
+from fastmtl.model.recorders import CudaRecorder, Recorder, Unrecorded, why_not
+from fastmtl.model.static_batch import Bucket, rows_of
+from fastmtl.model.static_layers import StaticLayers
+from fastmtl.surgery.task_gradients import TaskGradients
+from fastmtl_kernels.varlen_attention_plan import AttentionPlan
+
+log = logging.getLogger(__name__)
+
+# Recordings kept; with as many, a batch takes a larger one that holds it before one is dropped for a new one.
+MOST = 16
+_WARM_UPS = 2
+
+
+class Recorded:
+    """The layers of one bucket, and what runs them."""
+
+    def __init__(self, static: StaticLayers, recorder: Recorder) -> None:
+        self.static = static
+        self._ways = {stores: partial(static.backward, stores=stores) for stores in static.ways}
+        harmless = [way for stores, way in self._ways.items() if static.keeps(stores=stores)]
+        static.fill_empty()
+        for _ in range(_WARM_UPS):
+            recorder.warm_up(partial(_run, static.forward, *harmless))
+        static.release()
+
+    def record(self, recorder: Recorder) -> None:
+        self.forward = recorder.record(self.static.forward)
+        self.backward = {stores: recorder.record(way) for stores, way in self._ways.items()}
+        self.static.release()
+
+
+def _run(*functions: Callable[[], None]) -> None:
+    for function in functions:
+        function()
+
+
+class LayerGraphs:
+    """Of an encoder's layers, with heads of head_dim columns. recorder: None for CUDA graphs, where they can be."""
+
+    def __init__(self, layers: nn.ModuleList, head_dim: int, recorder: Recorder | None = None) -> None:
+        self._layers, self._head_dim = layers, head_dim
+        self._recorder = recorder
+        self._checks_device = recorder is None
+        self._kept: OrderedDict[tuple[Bucket, int], Recorded] = OrderedDict()
+        self._of: tuple[Any, ...] = ()
+        self._gradients: Tensor | None = None
+        self._waiting: ref[Pass] | None = None
+        self._told: set[str] = set()
+
+    def run(
+        self, hidden: Tensor, batch: PackedBatch, context: ForwardContext, extra: Sequence[str] = ()
+    ) -> Tensor | None:
+        """The layers' result [n, d] for hidden [n, d], or None: the ordinary path has to be taken.
+
+        context: of the batch, in training. extra: what the forward has besides the layers.
+        """
+        sink = context.armed
+        parameters = [parameter for parameter in self._layers.parameters() if parameter.requires_grad]
+        reason = f"it has {extra[0]}" if extra else self._why_not(hidden, context, parameters, sink)
+        if reason:
+            self._tell(f"this forward takes the ordinary path: {reason}")
+            return None
+        if not len(hidden):
+            return None
+        assert context.seeds is not None
+        recorded, plan = self._find(hidden, batch, parameters, sink)
+        recorded.static.fill(hidden.detach(), batch.host, plan, context.seeds)
+        one = Pass(recorded, batch, parameters, sink)
+        self._waiting = ref(one)
+        return _Replay.apply(hidden, one, *([] if sink is not None else parameters))
+
+    def _why_not(
+        self, hidden: Tensor, context: ForwardContext, parameters: list[nn.Parameter], sink: TaskGradients | None
+    ) -> str:
+        if sink is not None and sink.mode != "stack":
+            return "the task gradients are not kept in J"
+        if sink is not None and not all(sink.wants(p) and not sink.is_sparse(p) for p in parameters):
+            return "not all of the layers' weights are shared ones"
+        if any(hasattr(parameter, "ds_id") for parameter in parameters):
+            return "ZeRO 3 gives weights no fixed address"
+        if torch.is_autocast_enabled(hidden.device.type):
+            return "it is under torch_autocast"
+        if not parameters or not hidden.requires_grad:
+            return "the encoder or its embeddings are frozen"
+        if any(getattr(module, "other", None) is not None for module in self._layers.modules()):
+            return "LayerNorm is not fastmtl's"
+        waiting = None if self._waiting is None else self._waiting()
+        if waiting is not None and not waiting.done:
+            return "the backward of the one before has not been yet"
+        grouped = [] if sink is None else [size for p in parameters if p.dim() == 2 for size in p.shape]
+        if any(size * hidden.element_size() % 16 for size in grouped):
+            return "products over tasks' rows need widths of whole 16 bytes"
+        if sink is None and any(p.dtype != hidden.dtype for p in parameters):
+            return "the weights are not of the hidden states' dtype"
+        return why_not(hidden, self._head_dim, grouped=sink is not None) if self._checks_device else ""
+
+    def _find(
+        self, hidden: Tensor, batch: PackedBatch, parameters: list[nn.Parameter], sink: TaskGradients | None
+    ) -> tuple[Recorded, AttentionPlan]:
+        """What is recorded for a bucket of the batch, and the batch's plan for its rows."""
+        jacobian = None if sink is None else sink.stack_of(parameters[0])
+        addresses = tuple(parameter.data_ptr() for parameter in parameters)
+        of = (jacobian, addresses, hidden.dtype, hidden.device, self._layers.training)
+        if of != self._of:
+            self._kept.clear()
+            self._of = of
+            self._gradients = None
+            if sink is None:
+                numbers = sum(parameter.numel() for parameter in parameters)
+                self._gradients = torch.zeros(numbers, dtype=parameters[0].dtype, device=hidden.device)
+        if self._recorder is None:
+            self._recorder = CudaRecorder(hidden.device)
+        plan = AttentionPlan.make(batch.host.cu_seqlens, rows_of(len(hidden)))
+        bucket = Bucket.of(len(hidden), plan)
+        key = bucket, batch.num_tasks
+        if key not in self._kept and len(self._kept) >= MOST:
+            for other, num_tasks in sorted(self._kept, key=lambda kept: kept[0].rows):
+                if num_tasks == batch.num_tasks and other.holds(bucket):
+                    wider = AttentionPlan.make(batch.host.cu_seqlens, other.rows)
+                    if len(wider.tile_rows) <= other.tiles:
+                        key, plan = (other, num_tasks), wider
+                        break
+            else:
+                self._kept.popitem(last=False)
+        if key not in self._kept:
+            self._kept[key] = self._record(
+                StaticLayers(self._layers, parameters, bucket, batch.num_tasks, hidden, sink, self._gradients)
+            )
+        self._kept.move_to_end(key)
+        return self._kept[key], plan
+
+    def _record(self, static: StaticLayers) -> Recorded:
+        assert self._recorder is not None
+        recorded = Recorded(static, self._recorder)
+        try:
+            recorded.record(self._recorder)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._tell(f"nothing is recorded, the host launches each operation: {str(error).splitlines()[0]}")
+            self._recorder = Unrecorded()
+            recorded.record(self._recorder)
+        return recorded
+
+    def _tell(self, what: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            log.warning("encoder.cuda_graphs: %s", what)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerGraphs:
+        """Of a copied encoder, which records for itself."""
+        return LayerGraphs(copy.deepcopy(self._layers, memo), self._head_dim)
+
+
+class Pass:
+    """One forward and its backward. done: whether the backward has been."""
+
+    def __init__(
+        self, recorded: Recorded, batch: PackedBatch, parameters: list[nn.Parameter], sink: TaskGradients | None
+    ) -> None:
+        self.done = False
+        offsets = batch.host.token_offsets
+        self._tasks = [task for task in range(batch.num_tasks) if offsets[task + 1] > offsets[task]]
+        self._num_rows = offsets[-1]
+        self._recorded, self._parameters, self._sink = recorded, parameters, sink
+
+    def forward(self) -> Tensor:
+        if self._sink is not None:
+            self._sink.expect(*self._parameters)
+        self._recorded.forward()
+        return self._recorded.static.result(self._num_rows)
+
+    def backward(self, dy: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The gradient of the input and, without a sink, those of the parameters."""
+        if self.done:
+            raise RuntimeError("encoder.cuda_graphs: a forward has one backward: what it kept is overwritten after it")
+        self.done = True
+        static, writes, stores = self._recorded.static, self._recorded.static.writes, True
+        static.take(dy)
+        if writes is not None:
+            assert self._sink is not None
+            if self._sink.mode != "stack":
+                raise RuntimeError(
+                    "the sink was armed in forward but not in backward: keep both inside one `armed` block"
+                )
+            stores = writes.jacobian.take(self._parameters, self._tasks)
+        self._recorded.backward[stores]()
+        static.release()
+        if writes is not None and self._sink is not None:
+            writes.tell(self._sink)
+        return static.input_gradient(self._num_rows, stores=stores), static.parameter_gradients()
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, one: Pass, *parameters: nn.Parameter) -> Tensor:
+        ctx.one = one
+        return one.forward()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx, gradients = ctx.one.backward(dy)
+        return dx, None, *gradients

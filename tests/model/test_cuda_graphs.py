@@ -1,0 +1,132 @@
+"""Recorded layers without a GPU: a recorder of operators takes the place of CUDA's graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from op_recorder import HostRead, OpRecorder
+from recorded_encoders import MICRO_BATCHES, assert_close, assert_equal, make_encoder, make_sink, plain_step, step
+from torch import Tensor, nn
+
+from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.model.context import ForwardContext
+from fastmtl.model.recorders import Unrecorded
+from fastmtl.model.static_batch import Bucket, rows_of
+from fastmtl.surgery.recorded_writes import RecordedWrites
+from fastmtl_kernels.gradients import why_unavailable
+from fastmtl_kernels.varlen_attention_plan import AttentionPlan
+
+MakeBatch = Callable[..., PackedBatch]
+
+pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable() or "built")
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2, 3, 4])
+def test_replays_equal_the_eager_layers_bit_for_bit(num_tasks: int, make_batch: MakeBatch) -> None:
+    """And the ordinary path within rounding, over steps of one and two micro-batches, dropout included."""
+    batches = [make_batch(lengths, seed=k) for k, lengths in enumerate(MICRO_BATCHES[num_tasks])]
+    recorder = OpRecorder()
+    ways = [make_encoder(recorder), make_encoder(Unrecorded()), make_encoder()]
+    sinks = [make_sink(encoder, num_tasks) for encoder in ways]
+    for seed, batch in enumerate([*batches, *batches]):
+        recorded, eager, plain = (
+            step(encoder, sink, [batch, batches[0]][: 1 + seed % 2], seed)
+            for encoder, sink in zip(ways, sinks, strict=True)
+        )
+        assert_equal(recorded, eager)
+        assert_close(recorded, plain)
+    buckets = {Bucket.of(b.num_tokens, _plan(b)) for b in batches}
+    assert len(recorder.recordings) == 3 * len(buckets) >= 6
+    assert recorder.replayed > 0
+
+
+def _plan(batch: PackedBatch) -> AttentionPlan:
+    return AttentionPlan.make(batch.host.cu_seqlens, rows_of(batch.num_tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sum_leaves_autograd_the_gradients_of_the_ordinary_path(dtype: torch.dtype, make_batch: MakeBatch) -> None:
+    recorder = OpRecorder()
+    ways = [make_encoder(recorder, dtype=dtype), make_encoder(Unrecorded(), dtype=dtype), make_encoder(dtype=dtype)]
+    for seed, lengths in enumerate(MICRO_BATCHES[3]):
+        batch = make_batch(lengths, seed=seed)
+        recorded, eager, plain = (plain_step(encoder, batch, seed) for encoder in ways)
+        assert_equal(recorded, eager)
+        if dtype == torch.float32:
+            assert_close(recorded, plain)
+    assert recorder.recordings
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+def test_bf16_rows_in_either_kind_of_j(kept: torch.dtype, make_batch: MakeBatch) -> None:
+    """What grouped products take on a GPU. Rounded at other places than in the ordinary path: within its own error."""
+    ways = [make_encoder(recorder, dtype=torch.bfloat16) for recorder in (OpRecorder(), Unrecorded(), None)]
+    sinks = [make_sink(encoder, 3, kept) for encoder in ways]
+    wide = make_encoder()
+    wide.load_state_dict(ways[0].state_dict())
+    wide_sink = make_sink(wide, 3)
+    for seed, lengths in enumerate(MICRO_BATCHES[3]):
+        batches = [make_batch(lengths, seed=seed)] * 2
+        recorded, eager, plain = (step(e, s, batches, seed) for e, s in zip(ways, sinks, strict=True))
+        assert_equal(recorded, eager)
+        exact = step(wide, wide_sink, batches, seed)
+        for one, other, true in zip(recorded, plain, exact, strict=True):
+            if one.numel() and one.is_floating_point():
+                error = (other.float() - true).norm()
+                assert (one.float() - true).norm() <= 1.5 * error
+
+
+def _differs(make_batch: MakeBatch) -> bool:
+    """Whether a replay on another batch gives other bits than the eager layers."""
+    encoders = [make_encoder(OpRecorder()), make_encoder(Unrecorded())]
+    sinks = [make_sink(encoder, 3) for encoder in encoders]
+    found = []
+    for encoder, sink in zip(encoders, sinks, strict=True):
+        steps = [step(encoder, sink, [make_batch(lengths)], 5) for lengths in MICRO_BATCHES[3][:2]]
+        found.append(steps[1])
+        assert encoder.graphs is not None
+        assert type(encoder.graphs._recorder) is (OpRecorder if encoder is encoders[0] else Unrecorded)
+    return any(not torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_a_seed_from_the_host_does_not_go_unnoticed(make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not _differs(make_batch)
+    right = ForwardContext.seed
+
+    def baked(context: ForwardContext, at: int) -> Tensor | None:
+        seed = right(context, at)
+        return None if seed is None else torch.tensor(seed.tolist())
+
+    monkeypatch.setattr(ForwardContext, "seed", baked)
+    assert _differs(make_batch)
+
+
+def test_offsets_from_the_host_do_not_go_unnoticed(make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    def baked(writes: RecordedWrites, weight: nn.Parameter, bias: nn.Parameter | None, dy: Tensor, x: Tensor) -> None:
+        offsets = writes._offsets.tolist()
+        rows = [slice(*pair) for pair in zip(offsets, offsets[1:], strict=False)]
+        writes._write(weight, torch.stack([dy[part].t() @ x[part] for part in rows]))
+        if bias is not None:
+            writes._write(bias, torch.stack([dy[part].sum(0) for part in rows]))
+
+    monkeypatch.setattr(RecordedWrites, "linear", baked)
+    assert _differs(make_batch)
+
+
+def test_waiting_for_the_device_cannot_be_recorded() -> None:
+    number = torch.ones(1)
+    with pytest.raises(HostRead):
+        OpRecorder().record(lambda: torch.full((2,), number.item()).add_(1))  # type: ignore[arg-type, return-value]
+
+
+def test_recording_leaves_no_trace(make_batch: MakeBatch) -> None:
+    """Not in J, where a second micro-batch of another bucket adds, nor in the random state."""
+    batches = [make_batch(lengths) for lengths in MICRO_BATCHES[3]]
+    encoder = make_encoder(OpRecorder())
+    sink = make_sink(encoder, 3)
+    first = step(encoder, sink, batches, 7)
+    state = torch.get_rng_state()
+    assert_equal(step(encoder, sink, batches, 7), first)
+    assert torch.equal(torch.get_rng_state(), state)

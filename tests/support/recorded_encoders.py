@@ -1,0 +1,93 @@
+"""Small encoders whose layers are recorded, and one step of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import BertConfig
+
+from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.model.encoder import PackedBert
+from fastmtl.model.graphs import LayerGraphs
+from fastmtl.model.recorders import Recorder
+from fastmtl.surgery.task_gradients import TaskGradients
+
+# Micro-batches by tokens of each sequence of each task: absent tasks, one token, more than one bucket of rows.
+MICRO_BATCHES = {
+    1: [[[5, 1, 17]], [[30] * 9], [[2]]],
+    2: [[[5, 1], [17, 9]], [[], [30] * 9], [[3], []]],
+    3: [[[5, 1], [17], [9, 9]], [[], [30] * 3, [12]], [[7, 130], [], [8]], [[30] * 8, [1], [40]]],
+    4: [[[5], [1], [17, 2], [9]], [[], [30], [], [12]], [[4] * 9, [3], [8], [150]]],
+}
+
+
+def make_encoder(
+    recorder: Recorder | None = None, *, dropout: float = 0.1, dtype: torch.dtype = torch.float32
+) -> PackedBert:
+    config = BertConfig(
+        vocab_size=100,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=160,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    torch.manual_seed(3)
+    encoder = PackedBert(config).to(dtype)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.1 * torch.randn(parameter.shape)
+    if recorder is not None:
+        encoder.graphs = LayerGraphs(encoder.encoder.layer, 16, recorder)
+    return encoder
+
+
+def make_sink(encoder: PackedBert, num_tasks: int, dtype: torch.dtype = torch.float32) -> TaskGradients:
+    words = encoder.embeddings.word_embeddings.weight
+    return TaskGradients(list(encoder.parameters()), num_tasks, sparse=[words], dtype=dtype)
+
+
+def step(encoder: PackedBert, sink: TaskGradients, batches: Sequence[PackedBatch], seed: int) -> list[Tensor]:
+    """Hidden states of each micro-batch, then J and the words' rows."""
+    sink.clear()
+    torch.manual_seed(seed)
+    found = []
+    for batch in batches:
+        with sink.armed("stack", encoder.embeddings.word_embeddings.weight.device):
+            hidden = encoder(batch, task_grads=sink)
+            dy = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed)).to(hidden.dtype)
+            torch.autograd.grad(hidden, [sink.anchor], dy)
+        found.append(hidden.detach())
+    sink.gramian()
+    return [*found, *(tensor.clone() for tensor in sink.tensors())]
+
+
+def plain_step(encoder: PackedBert, batch: PackedBatch, seed: int, accumulate: int = 2) -> list[Tensor]:
+    """The hidden states, then `.grad` of all parameters."""
+    encoder.zero_grad()
+    torch.manual_seed(seed)
+    found = []
+    for _ in range(accumulate):
+        hidden = encoder(batch)
+        hidden.backward(torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed)).to(hidden.dtype))
+        found.append(hidden.detach())
+    return [*found, *(parameter.grad for parameter in encoder.parameters() if parameter.grad is not None)]
+
+
+def assert_equal(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def assert_close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Within the rounding of sums in another order, float32."""
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        if one.numel():
+            assert (one - other).abs().max() <= 2e-6 * max(1.0, float(other.abs().max()))
