@@ -128,6 +128,7 @@ def _steps(chosen: argparse.Namespace) -> dict[str, Part]:
     return {
         "step": lambda say: step.bench_step(size, chosen.rounds, say, chosen.commit),
         "adapters": lambda say: step.bench_sweep("adapters", size, chosen.rounds, say, chosen.commit),
+        "graphs": lambda say: step.bench_sweep("graphs", size, chosen.rounds, say, chosen.commit),
         **{f"surgery, {tasks} tasks": overhead(tasks) for tasks in OVERHEAD},
         "peers": lambda say: peers.bench_peers(few, chosen.rounds, say, commit=chosen.commit),
     }

@@ -69,7 +69,7 @@ def test_the_whole_run(
     result = run(bench_gpu, monkeypatch, tmp_path)
     printed = capsys.readouterr().out
     assert {"device", "driver", "cuda", "torch", "triton", "kernels", "commit", "clean"} <= set(result["environment"])
-    assert {"kernels", "step", "adapters", "surgery", "peers", "bounds"} <= set(result)
+    assert {"kernels", "step", "adapters", "graphs", "surgery", "peers", "bounds"} <= set(result)
     assert {name.split()[0] for name in result["kernels"]["operations"]} == set(few)
     measured = {way for case in result["kernels"]["operations"].values() for way in (*case["errors"], *case["skipped"])}
     assert "eager" in measured and "compiled" not in measured

@@ -19,6 +19,7 @@ from fastmtl.bench.step_ways import (
     DEFAULT,
     PRODUCTS,
     SWEPT_ADAPTERS,
+    SWEPT_GRAPHS,
     SWEPT_METHODS,
     SWEPT_RECOMPUTE,
     TRANSFORMERS,
@@ -36,9 +37,14 @@ DROPOUT = 0.1
 TOKENS = (1024, 2048, 4096, 8192)
 TASKS = (2, 4, 8)
 PRECISIONS = ("fp32", "bf16")
-SWEEPS = ("tokens", "tasks", "adapters", "methods", "precisions", "recompute")
+SWEEPS = ("tokens", "tasks", "adapters", "methods", "precisions", "recompute", "graphs")
 # Those of one run.
-BY_TURNS = {"adapters": SWEPT_ADAPTERS, "methods": SWEPT_METHODS, "recompute": SWEPT_RECOMPUTE}
+BY_TURNS = {
+    "adapters": SWEPT_ADAPTERS,
+    "methods": SWEPT_METHODS,
+    "recompute": SWEPT_RECOMPUTE,
+    "graphs": SWEPT_GRAPHS,
+}
 
 
 class LossMismatch(WrongResult):
@@ -57,8 +63,8 @@ def bench_step(
 
 
 def bench_sweep(sweep: str, size: Size, rounds: int, say: Say, commit: str | None = None) -> dict[str, Any]:
-    """Over one of SWEEPS, JSON-ready: adapters, methods and recompute by turns in one run, the last with the bytes that
-    forward keeps for backward; tokens, tasks and precisions one after the other, as `points` with a name each. Raises
+    """Over one of SWEEPS, JSON-ready: adapters, methods, recompute (with the bytes that forward keeps for backward) and
+    graphs by turns in one run; tokens, tasks and precisions one after the other, as `points` with a name each. Raises
     as bench_step.
     """
     about = {"benchmark": f"step --sweep {sweep}", **_about(size, rounds, commit)}

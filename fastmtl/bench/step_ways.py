@@ -100,6 +100,18 @@ def merged(workload: Workload, model: nn.Module, method: str = "pcgrad", storage
     return step
 
 
+def recorded(workload: Workload, model: nn.Module, build: Callable[[Workload, nn.Module], Step]) -> Step:
+    """With the encoder's layers as CUDA graphs."""
+    assert isinstance(model, MultiTaskModel) and model.encoder.graphs is not None
+    step = build(workload, model)
+    weights = copy.deepcopy(model.state_dict())  # which all ways share
+    step()
+    model.load_state_dict(weights)
+    if model.encoder.graphs.told:  # what would be measured is something else
+        raise Skipped("; ".join(model.encoder.graphs.told))
+    return step
+
+
 def products(workload: Workload, _: nn.Module | None = None) -> Step:
     """Forward and both backward products of every linear layer of the encoder on the real tokens, into buffers that are
     there. Attention's own are left out: 1 to 2 % at these lengths.
@@ -139,6 +151,12 @@ WAYS = {
         for recompute in RECOMPUTE
     },
     **{
+        f"fastmtl {method}, CUDA graphs": Way(
+            partial(recorded, build=build), partial(Workload.recomputing, recompute="none", cuda_graphs=True)
+        )
+        for method, build in (("sum", joint), ("pcgrad", merged))
+    },
+    **{
         f"fastmtl sum, {adapter} {size}": Way(joint, partial(Workload.with_adapter, adapter=adapter, size=size))
         for adapter, size in ADAPTERS.items()
     },
@@ -149,5 +167,6 @@ SWEPT_RECOMPUTE = (
     *(f"fastmtl {method}, recompute {recompute}" for method in ("sum", "pcgrad") for recompute in RECOMPUTE),
     PRODUCTS,
 )
+SWEPT_GRAPHS = (*DEFAULT[:3], "fastmtl sum, CUDA graphs", "fastmtl pcgrad, CUDA graphs", PRODUCTS)
 SWEPT_METHODS = (*DEFAULT[:3], "fastmtl pcgrad replay", *(f"fastmtl {method}" for method in METHODS), PRODUCTS)
 SWEPT_ADAPTERS = (*DEFAULT[:2], *(f"fastmtl sum, {name} {size}" for name, size in ADAPTERS.items()), PRODUCTS)

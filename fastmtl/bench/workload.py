@@ -69,11 +69,12 @@ class Workload:
     def packed(self) -> MultiTaskModel:
         return self.recomputing("none")
 
-    def recomputing(self, recompute: Recompute) -> MultiTaskModel:
+    def recomputing(self, recompute: Recompute, *, cuda_graphs: bool = False) -> MultiTaskModel:
         config, weights = self.padded.encoder.config, self.padded.state_dict()
-        recipe = {**self.recipe, "encoder": {"recompute": recompute}}
+        recipe = {**self.recipe, "encoder": {"recompute": recompute, "cuda_graphs": cuda_graphs}}
         with torch.device("meta"):
-            model = MultiTaskModel(parse_recipe(recipe, "benchmark"), PackedBert(config, recompute=recompute))
+            encoder = PackedBert(config, recompute=recompute, cuda_graphs=cuda_graphs)
+            model = MultiTaskModel(parse_recipe(recipe, "benchmark"), encoder)
         model.load_state_dict({name: weights[plain_name(name)] for name in model.state_dict()}, assign=True)
         return model
 

@@ -195,7 +195,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         ] = None,
         tokens: Tokens = None,
         sweep: Annotated[
-            Literal["tokens", "tasks", "adapters", "methods", "precisions", "recompute"] | None,
+            Literal["tokens", "tasks", "adapters", "methods", "precisions", "recompute", "graphs"] | None,
             typer.Option(help="Instead of one step: several that differ in this.", show_default=False),
         ] = None,
         compiled: Annotated[

@@ -59,7 +59,10 @@ def _run(*functions: Callable[[], None]) -> None:
 
 
 class LayerGraphs:
-    """Of an encoder's layers, with heads of head_dim columns. recorder: None for CUDA graphs, where they can be."""
+    """Of an encoder's layers, with heads of head_dim columns. recorder: None for CUDA graphs, where they can be.
+
+    told: why something was not recorded.
+    """
 
     def __init__(self, layers: nn.ModuleList, head_dim: int, recorder: Recorder | None = None) -> None:
         self._layers, self._head_dim = layers, head_dim
@@ -69,7 +72,7 @@ class LayerGraphs:
         self._of: tuple[Any, ...] = ()
         self._gradients: Tensor | None = None
         self._waiting: ref[Pass] | None = None
-        self._told: set[str] = set()
+        self.told: list[str] = []
 
     def run(
         self, hidden: Tensor, batch: PackedBatch, context: ForwardContext, extra: Sequence[str] = ()
@@ -167,8 +170,8 @@ class LayerGraphs:
         return recorded
 
     def _tell(self, what: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
+        if what not in self.told:
+            self.told.append(what)
             log.warning("encoder.cuda_graphs: %s", what)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerGraphs:

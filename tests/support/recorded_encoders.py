@@ -60,7 +60,7 @@ def step(encoder: PackedBert, sink: TaskGradients, batches: Sequence[PackedBatch
     for batch in batches:
         with sink.armed("stack", encoder.embeddings.word_embeddings.weight.device):
             hidden = encoder(batch, task_grads=sink)
-            dy = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed)).to(hidden.dtype)
+            dy = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed)).to(hidden)
             torch.autograd.grad(hidden, [sink.anchor], dy)
         found.append(hidden.detach())
     sink.gramian()
@@ -74,7 +74,7 @@ def plain_step(encoder: PackedBert, batch: PackedBatch, seed: int, accumulate: i
     found = []
     for _ in range(accumulate):
         hidden = encoder(batch)
-        hidden.backward(torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed)).to(hidden.dtype))
+        hidden.backward(torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed)).to(hidden))
         found.append(hidden.detach())
     return [*found, *(parameter.grad for parameter in encoder.parameters() if parameter.grad is not None)]
 
