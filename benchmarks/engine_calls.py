@@ -1,9 +1,10 @@
 """Operators and host time of each part of a PCGrad step under DeepSpeed, one process, on the CPU.
 
-    python benchmarks/engine_calls.py [--zero 1] [--layers 6] [--flat]
+    python benchmarks/engine_calls.py [--zero 1] [--layers 6] [--flat] [--graphs]
 
 The model is so narrow that a step is all launching, which does not depend on widths: what is counted here holds for any
-width, and the milliseconds (of the processor, on one thread) are about what a host needs to launch the part.
+width, and the milliseconds (of the processor, on one thread) are about what a host needs to launch the part. With
+`--graphs` the layers run as what `encoder.cuda_graphs` captures, and what would be in a graph is a part of its own.
 """
 
 from __future__ import annotations
@@ -23,12 +24,25 @@ from fastmtl.bench.workload import Workload
 from fastmtl.config import parse_recipe
 from fastmtl.engine.build import build_engine, build_surgery
 from fastmtl.model.encoder import PackedBert
+from fastmtl.model.graphs import LayerGraphs
 from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.model.recorders import Unrecorded
 
 STEPS = 10
 
 
-def main(zero: int, layers: int, flat: bool) -> None:
+class InGraphs(Unrecorded):
+    """Counts what CUDA graphs would hold."""
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            with ranges.named("in graphs"):  # type: ignore[arg-type]
+                function()
+
+        return run
+
+
+def main(zero: int, layers: int, flat: bool, graphs: bool) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
     shape = Shape("narrow", 32, layers, heads=2, intermediate=64, rows=4, vocabulary=100, positions=128)
@@ -36,6 +50,8 @@ def main(zero: int, layers: int, flat: bool) -> None:
     engine_settings = {"zero": zero, "flat_parameters": flat}
     recipe = parse_recipe({**work.recipe, "gradient": {"method": "pcgrad"}, "engine": engine_settings}, "benchmark")
     model = MultiTaskModel(recipe, PackedBert(work.padded.encoder.config))
+    if graphs:
+        model.encoder.graphs = LayerGraphs(model.encoder.encoder.layer, shape.hidden // shape.heads, InGraphs())
     engine = build_engine(recipe, model, 1, 1000)
     surgery = build_surgery(recipe, engine, model)
     engine.train()
@@ -83,5 +99,6 @@ if __name__ == "__main__":
     parser.add_argument("--zero", type=int, choices=(0, 1, 2), default=1)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--flat", action="store_true", help="engine.flat_parameters")
+    parser.add_argument("--graphs", action="store_true", help="encoder.cuda_graphs")
     chosen = parser.parse_args()
-    main(chosen.zero, chosen.layers, chosen.flat)
+    main(chosen.zero, chosen.layers, chosen.flat, chosen.graphs)

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 # Recordings kept; with as many, a batch takes a larger one that holds it before one is dropped for a new one.
 MOST = 16
 _WARM_UPS = 2
+# Of weights' addresses or the sink, after which recording anew would cost more than it saves.
+_CHANGES = 8
 
 
 class Recorded:
@@ -68,8 +70,11 @@ class LayerGraphs:
         self._layers, self._head_dim = layers, head_dim
         self._recorder = recorder
         self._checks_device = recorder is None
+        self._places: list[tuple[dict[str, Any], str]] = []
         self._kept: OrderedDict[tuple[Bucket, int], Recorded] = OrderedDict()
         self._of: tuple[Any, ...] = ()
+        self._against = ""
+        self._changes = 0
         self._gradients: Tensor | None = None
         self._waiting: ref[Pass] | None = None
         self.told: list[str] = []
@@ -81,13 +86,16 @@ class LayerGraphs:
 
         context: of the batch, in training. extra: what the forward has besides the layers.
         """
-        sink = context.armed
-        parameters = [parameter for parameter in self._layers.parameters() if parameter.requires_grad]
-        reason = f"it has {extra[0]}" if extra else self._why_not(hidden, context, parameters, sink)
+        if not len(hidden):
+            return None
+        sink, parameters = context.armed, self._parameters()
+        of = (sink, hidden.dtype, hidden.device, *(parameter.data_ptr() for parameter in parameters))
+        if of != self._of:
+            self._of = of
+            self._against = self._begin(hidden, parameters, sink)
+        reason = f"it has {extra[0]}" if extra else self._against or self._against_this(hidden, sink)
         if reason:
             self._tell(f"this forward takes the ordinary path: {reason}")
-            return None
-        if not len(hidden):
             return None
         assert context.seeds is not None
         recorded, plan = self._find(hidden, batch, parameters, sink)
@@ -96,47 +104,58 @@ class LayerGraphs:
         self._waiting = ref(one)
         return _Replay.apply(hidden, one, *([] if sink is not None else parameters))
 
-    def _why_not(
-        self, hidden: Tensor, context: ForwardContext, parameters: list[nn.Parameter], sink: TaskGradients | None
-    ) -> str:
-        if sink is not None and sink.mode != "stack":
-            return "the task gradients are not kept in J"
-        if sink is not None and not all(sink.wants(p) and not sink.is_sparse(p) for p in parameters):
-            return "not all of the layers' weights are shared ones"
+    def _parameters(self) -> list[nn.Parameter]:
+        """The trained ones. Module.parameters takes a third of a millisecond for 12 layers."""
+        if not self._places:
+            modules = list(self._layers.modules())
+            self._places = [(module._parameters, name) for module in modules for name in module._parameters]
+        found = [parameters[name] for parameters, name in self._places]
+        return [parameter for parameter in found if parameter is not None and parameter.requires_grad]
+
+    def _begin(self, hidden: Tensor, parameters: list[nn.Parameter], sink: TaskGradients | None) -> str:
+        """Drops what was recorded of other weights or for another sink; why nothing can be of these, "" if it can."""
+        self._kept.clear()
+        self._gradients = None
+        self._changes += 1
+        if self._changes > _CHANGES:
+            return "the weights' addresses or the sink change too often"
+        if not parameters:
+            return "the encoder is frozen"
         if any(hasattr(parameter, "ds_id") for parameter in parameters):
             return "ZeRO 3 gives weights no fixed address"
-        if torch.is_autocast_enabled(hidden.device.type):
-            return "it is under torch_autocast"
-        if not parameters or not hidden.requires_grad:
-            return "the encoder or its embeddings are frozen"
         if any(getattr(module, "other", None) is not None for module in self._layers.modules()):
             return "LayerNorm is not fastmtl's"
-        waiting = None if self._waiting is None else self._waiting()
-        if waiting is not None and not waiting.done:
-            return "the backward of the one before has not been yet"
+        if sink is not None and not all(sink.wants(p) and not sink.is_sparse(p) for p in parameters):
+            return "not all of the layers' weights are shared ones"
         grouped = [] if sink is None else [size for p in parameters if p.dim() == 2 for size in p.shape]
         if any(size * hidden.element_size() % 16 for size in grouped):
             return "products over tasks' rows need widths of whole 16 bytes"
-        if sink is None and any(p.dtype != hidden.dtype for p in parameters):
-            return "the weights are not of the hidden states' dtype"
-        return why_not(hidden, self._head_dim, grouped=sink is not None) if self._checks_device else ""
+        against = why_not(hidden, self._head_dim, grouped=sink is not None) if self._checks_device else ""
+        if against:
+            return against
+        if sink is None:
+            if any(parameter.dtype != hidden.dtype for parameter in parameters):
+                return "the weights are not of the hidden states' dtype"
+            numbers = sum(parameter.numel() for parameter in parameters)
+            self._gradients = torch.zeros(numbers, dtype=hidden.dtype, device=hidden.device)
+        if self._recorder is None:
+            self._recorder = CudaRecorder(hidden.device)
+        return ""
+
+    def _against_this(self, hidden: Tensor, sink: TaskGradients | None) -> str:
+        if sink is not None and sink.mode != "stack":
+            return "the task gradients are not kept in J"
+        if torch.is_autocast_enabled(hidden.device.type):
+            return "it is under torch_autocast"
+        if not hidden.requires_grad:
+            return "the embeddings are frozen"
+        waiting = None if self._waiting is None else self._waiting()
+        return "the backward of the one before has not been yet" if waiting is not None and not waiting.done else ""
 
     def _find(
         self, hidden: Tensor, batch: PackedBatch, parameters: list[nn.Parameter], sink: TaskGradients | None
     ) -> tuple[Recorded, AttentionPlan]:
-        """What is recorded for a bucket of the batch, and the batch's plan for its rows."""
-        jacobian = None if sink is None else sink.stack_of(parameters[0])
-        addresses = tuple(parameter.data_ptr() for parameter in parameters)
-        of = (jacobian, addresses, hidden.dtype, hidden.device, self._layers.training)
-        if of != self._of:
-            self._kept.clear()
-            self._of = of
-            self._gradients = None
-            if sink is None:
-                numbers = sum(parameter.numel() for parameter in parameters)
-                self._gradients = torch.zeros(numbers, dtype=parameters[0].dtype, device=hidden.device)
-        if self._recorder is None:
-            self._recorder = CudaRecorder(hidden.device)
+        """What is recorded for a bucket that holds the batch, and the batch's plan for its rows."""
         plan = AttentionPlan.make(batch.host.cu_seqlens, rows_of(len(hidden)))
         bucket = Bucket.of(len(hidden), plan)
         key = bucket, batch.num_tasks

@@ -93,6 +93,11 @@ def test_weights_at_another_address_and_another_sink_are_recorded_anew(make_batc
     other = make_sink(encoder, 3)
     assert_close(step(encoder, other, [batch], 1), step(plain, plain_sink, [batch], 1))
     assert len(recorder.recordings) == 9
+    for _ in range(6):
+        step(encoder, make_sink(encoder, 3), [batch], 1)
+    assert encoder.graphs is not None and encoder.graphs.told == [
+        "this forward takes the ordinary path: the weights' addresses or the sink change too often"
+    ]
     other_encoder = copy.deepcopy(encoder)
     assert other_encoder.graphs is not None
     assert other_encoder.graphs._layers is other_encoder.encoder.layer
@@ -123,16 +128,21 @@ def test_what_cannot_be_recorded_is_told_once(make_batch: MakeBatch, caplog: pyt
     assert told(encoder, noise=torch.zeros(1)) == "it has noise"
     encoder.recompute = "full"
     assert told(encoder) == "it has recompute"
-    encoder = make_encoder(OpRecorder())
-    sink = make_sink(encoder, 3)
+    sink = make_sink(make_encoder(), 3)
+    with sink.armed("stack", torch.device("cpu")):
+        assert told(make_encoder(OpRecorder()), task_grads=sink) == "not all of the layers' weights are shared ones"
     for mode in ("gramian", "tensor"):
         encoder = make_encoder(OpRecorder())
+        sink = make_sink(encoder, 3)
         with sink.armed(mode, torch.device("cpu")):  # type: ignore[arg-type]
             assert told(encoder, task_grads=sink) == "the task gradients are not kept in J"
     with torch.autocast("cpu", torch.bfloat16):
         assert told(make_encoder(OpRecorder())) == "it is under torch_autocast"
     encoder = make_encoder(OpRecorder()).requires_grad_(False)
-    assert told(encoder) == "the encoder or its embeddings are frozen"
+    assert told(encoder) == "the encoder is frozen"
+    encoder = make_encoder(OpRecorder())
+    encoder.embeddings.requires_grad_(False)
+    assert told(encoder) == "the embeddings are frozen"
     encoder = make_encoder(OpRecorder())
     encoder.use_layer_norm(lambda x, weight, bias, shape, eps: layer_norm(x, shape, weight, bias, eps))
     assert told(encoder) == "LayerNorm is not fastmtl's"
