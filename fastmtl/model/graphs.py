@@ -183,7 +183,10 @@ class LayerGraphs:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self._tell(f"nothing is recorded, the host launches each operation: {str(error).splitlines()[0]}")
+            first: BaseException = error  # what ends a capture that has failed raises, too
+            while first.__context__ is not None:
+                first = first.__context__
+            self._tell(f"nothing is recorded, the host launches each operation: {str(first).splitlines()[0]}")
             self._recorder = Unrecorded()
             recorded.record(self._recorder)
         return recorded

@@ -133,6 +133,30 @@ def test_the_widest_head_and_the_longest_sequence() -> None:
 
 
 @interpreted
+def test_empty_tiles_and_blocks_do_nothing() -> None:
+    """Of a plan that is filled up to a fixed size: -1 in every slot of a tile, zeros in a block."""
+    from fastmtl_kernels.varlen_attention_triton import backward, forward
+
+    generator = torch.Generator().manual_seed(0)
+    qkv, grad = torch.randn(120, 3, 2, 16, generator=generator), torch.randn(120, 2, 16, generator=generator)
+    plan = AttentionPlan.make([0, 20, 90, 110], 120)
+    blank = torch.full((3, 64), -1, dtype=torch.int32)
+    filled = AttentionPlan(
+        torch.cat([plan.tile_rows, blank]),
+        torch.cat([plan.tile_starts, blank]),
+        torch.cat([plan.blocks, torch.zeros(2, 3, dtype=torch.int32)]),
+        plan.num_rows,
+    )
+    found = []
+    for one in (plan, filled):
+        with mock.patch.object(torch, "empty", filled_with_nan):
+            out, lse = forward(qkv, one, 0.25, 0.1, SEED)
+            found.append((out, backward(qkv, out, lse, grad, one, 0.25, 0.1, SEED)))
+    for right, result in zip(*found, strict=True):
+        assert right.isfinite().all() and torch.equal(right, result)
+
+
+@interpreted
 def test_large_scores() -> None:
     """exp2 of nothing above 0: no overflow, in neither kind of kernel."""
     generator = torch.Generator().manual_seed(0)

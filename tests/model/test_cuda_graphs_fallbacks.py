@@ -185,7 +185,10 @@ def test_the_option_reaches_the_encoder(make_model: MakeModel) -> None:
 def test_a_failed_recording_leaves_the_same_operations(make_batch: MakeBatch, caplog: pytest.LogCaptureFixture) -> None:
     class Failing(Unrecorded):
         def record(self, function: Callable[[], None]) -> Callable[[], None]:
-            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+            try:
+                raise RuntimeError("operation not permitted when stream is capturing\nand more")
+            finally:
+                raise RuntimeError("the capture has failed before")
 
     batch = make_batch(MICRO_BATCHES[3][0])
     found = []
