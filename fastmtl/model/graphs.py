@@ -237,7 +237,7 @@ class Pass:
         static.release()
         if writes is not None and self._sink is not None:
             writes.tell(self._sink)
-        return static.input_gradient(self._num_rows, stores=stores), static.parameter_gradients()
+        return static.result(self._num_rows), static.parameter_gradients()
 
 
 class _Replay(torch.autograd.Function):

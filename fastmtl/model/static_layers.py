@@ -16,7 +16,10 @@ from fastmtl_kernels.varlen_attention_plan import TILE, AttentionPlan
 
 
 class StaticLayers:
-    """`forward`, then one of `backwards`, on what `fill` put into the buffers; N rows of a bucket, hidden size d.
+    """`forward`, then `backward`, on what `fill` put into the buffers; N rows of a bucket, hidden size d.
+
+    Two buffers [N, d] are kept: what the layers get, and one in which forward leaves its result, and backward finds
+    that one's gradient and leaves the input's.
 
     parameters: the layers' trained ones. sink: what their gradients go to, or None: then backward puts them into
     `gradients` [P], one after the other. hidden: what the layers will get, of any number of rows.
@@ -36,7 +39,7 @@ class StaticLayers:
         self.batch = StaticBatch(bucket, num_tasks, hidden.device)
         self._layers, self._parameters = layers, list(parameters)
         self._hidden = torch.zeros(bucket.rows, hidden.shape[1], **like, requires_grad=True)  # type: ignore[call-overload]
-        self._dy = torch.zeros(bucket.rows, hidden.shape[1], **like)  # type: ignore[call-overload]
+        self._rows = torch.zeros(bucket.rows, hidden.shape[1], **like)  # type: ignore[call-overload]
         self._seeds = torch.zeros(place(len(layers), 0), dtype=torch.int64, device=hidden.device)
         self.writes: RecordedWrites | None = None
         if sink is not None:
@@ -47,8 +50,7 @@ class StaticLayers:
         self._gradients = gradients
         seeds = self._seeds.split(1)
         self._context = ForwardContext(self.batch.segments, self.writes, self.batch.cu_seqlens, seeds, self.batch.plan)
-        self._out = self._hidden.detach()
-        self._dx: dict[bool, Tensor] = {}
+        self._out: Tensor | None = None
 
     def fill(self, hidden: Tensor, host: HostOffsets, plan: AttentionPlan, seeds: Sequence[Tensor]) -> None:
         """hidden [n, d], n <= N: the tail is zeros."""
@@ -77,6 +79,7 @@ class StaticLayers:
             for layer in self._layers:
                 hidden = layer(hidden, None, self._context)
         self._out = hidden
+        self._rows.copy_(hidden.detach())
 
     def backward(self, *, stores: bool) -> None:
         """stores: see RecordedWrites; without a sink it makes no difference."""
@@ -85,32 +88,29 @@ class StaticLayers:
             wanted += self._parameters
         else:
             self.writes.begin(stores=stores)
-        dx, *gradients = torch.autograd.grad(self._out, wanted, self._dy, retain_graph=True)
-        self._dx[stores] = dx
+        assert self._out is not None
+        dx, *gradients = torch.autograd.grad(self._out, wanted, self._rows, retain_graph=True)
+        self._rows.copy_(dx)
         if self._gradients is not None:
             flat = [gradient.reshape(-1) for gradient in gradients]
             parts = self._gradients.split([len(part) for part in flat])
             torch._foreach_copy_(list(parts), flat)
 
     def result(self, num_rows: int) -> Tensor:
-        """A copy of what `forward` made of the first rows: nobody knows for how long it is held."""
-        return self._out.detach()[:num_rows].clone()
+        """A copy of what `forward`, or `backward`, made of the first rows: nobody knows for how long it is held."""
+        return self._rows[:num_rows].clone()
 
     def take(self, dy: Tensor) -> None:
         """For `backward`. The tail is left as it is: the last LayerNorm's backward gives zeros there."""
-        self._dy[: len(dy)] = dy
-
-    def input_gradient(self, num_rows: int, *, stores: bool) -> Tensor:
-        """A copy of what `backward` made."""
-        return self._dx[stores][:num_rows].clone()
+        self._rows[: len(dy)] = dy
 
     def parameter_gradients(self) -> list[Tensor]:
-        """The same of the parameters' without a sink: views of one copy, which may become their `.grad`."""
+        """Of `backward` without a sink: views of one copy, which may become their `.grad`."""
         if self._gradients is None:
             return []
         parts = self._gradients.clone().split([parameter.numel() for parameter in self._parameters])
         return [part.view(parameter.shape) for part, parameter in zip(parts, self._parameters, strict=True)]
 
     def release(self) -> None:
-        """Drops what forward keeps for backward; the results stay."""
-        self._out = self._out.detach()
+        """Drops what forward keeps for backward."""
+        self._out = None
