@@ -40,7 +40,8 @@ class Bucket:
 
 
 def rows_of(num_rows: int) -> int:
-    return _up(num_rows, ROWS)
+    """Of the buffers for so many rows: one more at least, as grouped_mm's documentation has the last offset below N."""
+    return _up(num_rows + 1, ROWS)
 
 
 def _up(number: int, step: int) -> int:

@@ -36,7 +36,7 @@ def test_a_batch_fits_its_bucket_and_leaves_nothing_behind(first: list[list[int]
     addresses = static.segments.offsets.data_ptr(), static.cu_seqlens.data_ptr(), static.plan.blocks.data_ptr()
     for host, own in zip(hosts, buckets, strict=True):
         num_rows = host.token_offsets[-1]
-        assert own.rows % ROWS == 0 and num_rows <= own.rows < num_rows + ROWS
+        assert own.rows % ROWS == 0 and num_rows < own.rows <= num_rows + ROWS
         static.fill(host, AttentionPlan.make(host.cu_seqlens, largest.rows))
         assert tuple(static.segments.offsets.tolist()) == host.token_offsets
         assert static.cu_seqlens[: len(host.cu_seqlens)].tolist() == list(host.cu_seqlens)
