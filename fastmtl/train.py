@@ -45,8 +45,8 @@ from fastmtl.surgery.gradient_surgery import GradientSurgery
 from fastmtl.surgery.task_gradients import TaskGradients
 from fastmtl.tracking import Tracker
 
-# Steps after which a CPU's heap is trimmed: holes grow in it, as batches differ in size and evaluations are larger.
-TRIM_EVERY = 50
+# Steps after which a CPU's heap is trimmed: holes grow in it, as batches differ in size, and are back after some 20.
+TRIM_EVERY = 10
 
 
 @dataclass
@@ -125,6 +125,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int
     phases = phases_of(recipe)  # a wrong name costs no waiting for data
     for phase in phases:
         check_fused_optimizer(phase.recipe)
+    if not torch.cuda.is_available():
+        heap.map_large_blocks()
     ranks = start(local_rank)
     stop = StopFlag()
     tokenizer = load_tokenizer(recipe.encoder)

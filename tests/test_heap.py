@@ -1,15 +1,25 @@
 from __future__ import annotations
 
+import os
 import platform
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastmtl import heap
+from fastmtl import heap, train
 from fastmtl.bench.harness import MIB, in_own_process, resident_bytes
+from fastmtl.config import load_recipe
+
+PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+with_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+with_huge_pages = pytest.mark.skipif(
+    not PAGES.exists() or "[never]" in PAGES.read_text(), reason="Linux gives no huge pages here"
+)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+@with_glibc
 def test_holes_go_back_to_the_system() -> None:
     with_holes, without = in_own_process(around_a_trim, preload="fastmtl.bench.kernels")
     assert with_holes - without > 30 * MIB
@@ -24,3 +34,57 @@ def around_a_trim() -> tuple[int, int]:
     after = resident_bytes()
     assert before is not None and after is not None and len(blocks) == 400
     return before, after
+
+
+@with_glibc
+@with_huge_pages
+def test_large_blocks_leave_no_holes_and_have_huge_pages() -> None:
+    mapped, huge, held, left = in_own_process(around_large_blocks, {}, preload="fastmtl.bench.kernels")
+    assert mapped and held > 190 * MIB and huge > 0.7 * held
+    assert left < held - 90 * MIB
+
+
+@with_glibc
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"MALLOC_TOP_PAD_": "65536"},
+        {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=3"},
+        {"THP_MEM_ALLOC_ENABLE": "0"},
+    ],
+    ids=lambda variables: next(iter(variables)),
+)
+def test_what_a_user_has_chosen_stays(variables: dict[str, str]) -> None:
+    mapped, _, held, left = in_own_process(around_large_blocks, variables, preload="fastmtl.bench.kernels")
+    assert not mapped
+    assert left > held - 20 * MIB
+
+
+def around_large_blocks(variables: dict[str, str]) -> tuple[bool, int, int, int]:
+    """Whether they are mapped, the huge ones of the bytes they hold, and of resident bytes how many more there are with
+    20 blocks of 10 MiB and after every other one was freed.
+    """
+    os.environ.update(variables)
+    mapped = heap.map_large_blocks()
+    torch.ones(6 * MIB)  # glibc keeps in its heap what is not larger than the largest block that was freed
+    before = resident_bytes()
+    blocks = [torch.ones(10 * MIB // 4) for _ in range(20)]
+    huge, held = heap._huge_bytes(), resident_bytes()
+    del blocks[::2]
+    left = resident_bytes()
+    assert before is not None and held is not None and left is not None and len(blocks) == 10
+    return mapped, huge, held - before, left - before
+
+
+def test_a_run_maps_large_blocks_before_it_makes_anything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Called(Exception):
+        pass
+
+    def called() -> None:
+        raise Called
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(heap, "map_large_blocks", called)
+    monkeypatch.setattr(train, "start", lambda _: pytest.fail("other processes were joined before"))
+    with pytest.raises(Called):
+        train.train(load_recipe("demo"), tmp_path)
