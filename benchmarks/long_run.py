@@ -11,8 +11,8 @@ Processes are watched from outside, ten times a second. A step's resident memory
 was the newest in metrics.jsonl; medians of 50 steps are compared. CPU seconds stand beside tokens/s, as on a machine
 that others share only they tell what a step costs: where tokens/s have fallen, they decide.
 
-By default glibc's malloc keeps freed blocks in a heap, whose holes grow as blocks of other sizes come. With
-MALLOC_MMAP_THRESHOLD_=4194304 before the command larger blocks go back to the system when they are freed.
+A run maps large blocks of memory and has huge pages for them where Linux gives any (fastmtl/heap.py). With MALLOC_*
+variables before the command it is malloc as they set it.
 """
 
 from __future__ import annotations
