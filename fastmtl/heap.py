@@ -19,7 +19,7 @@ import torch
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 _LARGE = 1 << 20
 _MAPPED = 4 << 20  # as small as costs no more than it saves
-_TOP = 16 << 20  # what stays free at the heap's end; glibc's 128 KiB would be given back and taken again in each step
+_TOP = 4 << 20  # what may stay free at the heap's end; without it glibc would keep twice the largest block so far
 _HUGE_PAGE = 2 << 20
 
 
