@@ -2,7 +2,7 @@
 
 Left alone, glibc's malloc keeps freed blocks of up to 32 MiB in a heap, to be used again. Holes grow in it as blocks of
 other sizes come: in training, where sizes change from batch to batch, 10 to 25 % of a step's peak. What is larger it
-maps anew each time, in pages of 4 KiB with a page fault each, which was half of the processor time of a MiniLM step.
+maps anew each time, in pages of 4 KiB with a page fault each: half of a MiniLM step's processor time on virtual cores.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import ctypes
 import os
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 _LARGE = 1 << 20
-_MAPPED = 4 << 20  # as small as costs no more than it saves
+_MAPPED = 4 << 20
+_MAPPED_ONCE = 128 << 10
 _TOP = 4 << 20  # what may stay free at the heap's end; without it glibc would keep twice the largest block so far
 _HUGE_PAGE = 2 << 20
+_maps = False  # a setting of the process, as malloc's are
 
 
 def map_large_blocks() -> bool:
@@ -30,6 +34,7 @@ def map_large_blocks() -> bool:
     pages. False where Linux gives none (then nothing is mapped: small pages would cost more than is won), or where the
     user has chosen by MALLOC_* or GLIBC_TUNABLES; who sets torch's THP_MEM_ALLOC_ENABLE=0 gets no huge pages.
     """
+    global _maps
     mallopt = _function("mallopt")
     if mallopt is None:
         return False
@@ -39,7 +44,24 @@ def map_large_blocks() -> bool:
         return False
     mallopt(_M_TRIM_THRESHOLD, _TOP)
     mallopt(_M_MMAP_THRESHOLD, _MAPPED)
+    _maps = True
     return True
+
+
+@contextmanager
+def seldom() -> Iterator[None]:
+    """For what is done now and then, with blocks of other sizes than a step's: where large blocks are mapped, those of
+    128 KiB are too meanwhile, and leave no holes behind.
+    """
+    if not _maps:
+        yield
+        return
+    mallopt = _function("mallopt")
+    mallopt(_M_MMAP_THRESHOLD, _MAPPED_ONCE)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, _MAPPED)
 
 
 def free_at_once() -> None:

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import os
 import platform
+from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from fastmtl import heap, train
 from fastmtl.bench.harness import MIB, in_own_process, resident_bytes
 from fastmtl.config import load_recipe
+from fastmtl.data.corpus import Corpus
 
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -74,6 +77,33 @@ def around_large_blocks(variables: dict[str, str]) -> tuple[bool, int, int, int]
     left = resident_bytes()
     assert before is not None and held is not None and left is not None and len(blocks) == 10
     return mapped, huge, held - before, left - before
+
+
+@with_glibc
+@with_huge_pages
+def test_an_evaluation_leaves_no_holes_of_small_blocks_either() -> None:
+    in_a_step, in_evaluation, after = in_own_process(around_an_evaluation, preload="fastmtl.bench.kernels")
+    assert in_evaluation < 10 * MIB
+    assert min(in_a_step, after) > 20 * MIB
+
+
+def around_an_evaluation() -> tuple[int, int, int]:
+    """Bytes that stay resident where every other one of 60 blocks of 1 MiB is freed."""
+
+    def stays(*_: object, **__: object) -> int:
+        blocks = [torch.ones(MIB // 4) for _ in range(60)]
+        held = resident_bytes()
+        del blocks[::2]
+        left = resident_bytes()
+        assert held is not None and left is not None and len(blocks) == 30
+        return 30 * MIB - (held - left)
+
+    assert heap.map_large_blocks()
+    train.score = stays
+    recipe = load_recipe("demo")
+    corpus = Corpus([], [None] * len(recipe.task_names))
+    evaluate = partial(train.evaluate, recipe, Mock(), corpus, Mock())
+    return stays(), evaluate(), stays()
 
 
 def test_a_run_maps_large_blocks_before_it_makes_anything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
