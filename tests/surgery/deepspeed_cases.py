@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import choices_cases
 import loads
 import numpy as np
 import torch
+from op_recorder import OpRecorder
 from safetensors.torch import save_file
 from transformers import BertConfig
 
@@ -22,6 +24,7 @@ from fastmtl.data.packing import pack
 from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.errors import UserError
 from fastmtl.model.encoder import PackedBert
+from fastmtl.model.graphs import LayerGraphs
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import reduce
 from fastmtl.surgery.early_scatter import EarlyScatter
@@ -42,8 +45,8 @@ class Case:
     storage: str = "auto"
     # "offload", "autocast", "one-step" (the engine is told of one micro-batch a step), "backward" (in place of run),
     # "pieces" (J goes to the ranks in many, during backward, with recompute full), "backward-pieces", "late" (in as
-    # many, after it), "flat" (parameters), "flat-autocast", or an option's value: "tensor" (scope), "local", "sketch"
-    # (reduce), "cheap", "full" (recompute)
+    # many, after it), "flat" (parameters), "flat-autocast", "graphs-pieces", "flat-graphs" (recorded layers, without
+    # an adapter), or an option's value: "tensor" (scope), "local", "sketch" (reduce), "cheap", "full" (recompute)
     variant: str = ""
 
     @property
@@ -72,6 +75,8 @@ CASES = [
     Case(1, 4, "sum", precision="bf16", variant="flat"),
     Case(2, 1, "pcgrad", storage="replay", variant="flat"),
     Case(1, 1, "sum", variant="flat-autocast"),
+    Case(2, 4, "pcgrad", variant="graphs-pieces"),
+    Case(1, 4, "sum", variant="flat-graphs"),
 ]
 PIECE = 1000  # numbers in a collective, where there are to be many
 
@@ -86,8 +91,9 @@ RANDOM = [
 
 def make_recipe(case: Case) -> Recipe:
     task = {"data": {"train": "none"}}
+    adapter = {"name": "pal", "size": 8, "heads": 2, "projections": 2}
     values = {
-        "adapter": {"name": "pal", "size": 8, "heads": 2, "projections": 2},
+        "adapter": {"name": "none"} if "graphs" in case.variant else adapter,
         "tasks": {
             "kind": {**task, "type": "classification", "num_labels": 3},
             "same": {**task, "type": "binary", "weight": 0.5},
@@ -264,6 +270,10 @@ def main(directory: Path) -> None:
     for case in CASES:
         recipe = make_recipe(case)
         model = make_model(recipe)
+        recorder = OpRecorder()
+        if "graphs" in case.variant:
+            encoder = model.encoder.train()
+            encoder.graphs = LayerGraphs(encoder.encoder.layer, 8, recorder)
         engine = build_engine(recipe, model, ranks.world, STEPS)
         surgery = make_surgery(engine, model, recipe)
         acc = case.accumulation
@@ -271,6 +281,7 @@ def main(directory: Path) -> None:
         backward_on = model if case.variant.startswith("backward") else None
         with pieces(case, directory, ranks.rank):
             run_steps(surgery, recipe, parts, ranks.world * acc, engine.step, backward_on)
+        assert bool(recorder.replayed) == ("graphs" in case.variant)
         keep(engine, directory / f"{case.name}.safetensors")
     choices_cases.run_all(ranks, lambda engine, name: keep(engine, directory / f"{name}.safetensors"))
     for zero in (0, 2):

@@ -93,7 +93,7 @@ def test_two_ranks_equal_one_process(results: Path, case: cases.Case) -> None:
         assert error.norm() <= 2**-8 * magnitude + 0.05 * moved.norm()
 
 
-@pytest.mark.parametrize("variant", ["pieces", "backward-pieces"])
+@pytest.mark.parametrize("variant", ["pieces", "backward-pieces", "graphs-pieces"])
 def test_columns_go_to_the_ranks_during_backward(results: Path, variant: str) -> None:
     """From the second step on, which knows the order; with the bits of those that wait for its end."""
     name, late = (cases.Case(2, 4, "pcgrad", variant=each).name for each in (variant, "late"))
@@ -102,6 +102,8 @@ def test_columns_go_to_the_ranks_during_backward(results: Path, variant: str) ->
         first, *others = [tuple(map(int, line.split())) for line in lines]
         assert first[0] == 0 and first[1] > 10 and len(others) == cases.STEPS - 1
         assert all(early == pieces for early, pieces in others), others
+    if variant == "graphs-pieces":  # without an adapter, another model
+        return
     found, expected = (load_file(results / f"{each}.safetensors") for each in (name, late))
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
