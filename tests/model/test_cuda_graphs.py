@@ -121,6 +121,22 @@ def test_waiting_for_the_device_cannot_be_recorded() -> None:
         OpRecorder().record(lambda: torch.full((2,), number.item()).add_(1))  # type: ignore[arg-type, return-value]
 
 
+def test_what_is_not_finite_stays_in_its_task(make_batch: MakeBatch) -> None:
+    batch = make_batch(MICRO_BATCHES[3][0])
+    encoder = make_encoder(OpRecorder())
+    sink = make_sink(encoder, 3)
+    for _ in range(2):  # stored, then added
+        with sink.armed("stack", torch.device("cpu")):
+            hidden = encoder(batch, task_grads=sink)
+            dy = torch.ones_like(hidden)
+            dy[batch.host.token_offsets[1]] = torch.nan
+            torch.autograd.grad(hidden, [sink.anchor], dy)
+        for parameter in encoder.encoder.parameters():
+            gradients = sink.stack_of(parameter).of(parameter)
+            assert gradients[[0, 2]].isfinite().all()
+            assert gradients[1].isnan().any()
+
+
 def test_recording_leaves_no_trace(make_batch: MakeBatch) -> None:
     """Not in J, where a second micro-batch of another bucket adds, nor in the random state."""
     batches = [make_batch(lengths) for lengths in MICRO_BATCHES[3]]
