@@ -46,16 +46,18 @@ pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable(
 
 @pytest.fixture(scope="module")
 def yardstick() -> Yardstick:
-    """The plain path with a way's dropout, and its largest difference from itself in float64."""
+    """The plain path of a way's model, and its largest difference from itself in float64."""
 
     @cache
-    def with_dropout(dropout: float) -> tuple[ways.Run, float]:
-        plain = ways.train(replace(ways.PLAIN, dropout=dropout))
-        found = difference(ways.train(replace(ways.PLAIN, dropout=dropout, dtype=torch.float64)).losses, plain)
-        print(f"\nthe plain path, dropout {dropout}, in float64 {found:.1e}, so the bound is {MARGIN * found:.1e}")
+    def of_model(dropout: float, adapter: bool) -> tuple[ways.Run, float]:
+        way = replace(ways.PLAIN, dropout=dropout, adapter=adapter)
+        plain = ways.train(way)
+        found = difference(ways.train(replace(way, dtype=torch.float64)).losses, plain)
+        model = f"dropout {dropout}, {'with' if adapter else 'without'} adapter"
+        print(f"\nthe plain path, {model}, in float64 {found:.1e}, so the bound is {MARGIN * found:.1e}")
         return plain, found
 
-    return lambda name: with_dropout(ways.WAYS[name].dropout)
+    return lambda name: of_model(ways.WAYS[name].dropout, ways.WAYS[name].adapter)
 
 
 @pytest.fixture(scope="module")

@@ -31,11 +31,15 @@ from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.engine.build import build_engine, build_optimizer, build_surgery, lr_factor
 from fastmtl.engine.distributed import start
 from fastmtl.model.encoder import PackedBert
+from fastmtl.model.graphs import LayerGraphs
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery, SurgeryAdamW
 from fastmtl.surgery.methods import draw_order
 from fastmtl_kernels import api, dispatch, low_rank_maps, varlen_attention_reference
 from fastmtl_kernels.varlen_attention_reference import keep_mask
+
+sys.path.insert(0, str(Path(__file__).parent / "support"))  # where this is a script
+from op_recorder import OpRecorder  # noqa: E402
 
 STEPS, TASKS, CLIP = 200, ("kind", "same", "degree"), 1.0
 ROWS, VOCABULARY, POSITIONS, DROPOUT = 48, 64, 32, 0.1
@@ -50,7 +54,8 @@ class Way:
     kernels: "fast" is what impl="auto" takes here. gradients: "separate", one backward per task and PCGrad pair by
     pair; "separate into J", the same backwards and PCGrad by their Gramian; "one pass", where the layers write J.
     zero: DeepSpeed's stage in place of the torch loop; flat: its parameters. ranks: that share a step's rows; they draw
-    masks of their own, so such a way is without dropout. weight: of the task `same`. dtype: of all that is computed.
+    masks of their own, so such a way is without dropout. recorded: the layers, without an adapter, by a recorder of
+    operators in the place of CUDA graphs. weight: of the task `same`. dtype: of all that is computed.
     """
 
     kernels: Literal["reference", "fast"] = "reference"
@@ -63,12 +68,15 @@ class Way:
     flat: bool = False
     ranks: int = 1
     dropout: float = DROPOUT
+    adapter: bool = True
+    recorded: bool = False
     weight: float = 2.0
     dtype: torch.dtype = torch.float32
 
 
 PLAIN, FAST = Way(), Way(kernels="fast")
 ONE_PASS = replace(FAST, gradients="one pass")
+RECORDED = replace(ONE_PASS, recorded=True, adapter=False, dropout=0.0)
 KERNELS = "kernels"
 # One option each, on the fast kernels: the oracles would take most of the time.
 ALONE = {
@@ -79,6 +87,7 @@ ALONE = {
     "one backward pass": ONE_PASS,
     "replay": replace(ONE_PASS, storage="replay"),
     "fused AdamW": replace(FAST, optimizer="fused"),
+    "recorded layers": RECORDED,
     "SurgeryAdamW": replace(FAST, gradients="separate into J", optimizer="SurgeryAdamW"),
     "ZeRO 1": replace(FAST, gradients="separate into J", zero=1),
     "flat parameters": replace(FAST, gradients="separate into J", zero=1, flat=True),
@@ -87,7 +96,7 @@ TOGETHER = {
     "all in a torch loop": replace(ONE_PASS, recompute="cheap", prefetch=2, optimizer="SurgeryAdamW"),
     "all under ZeRO 1": replace(ONE_PASS, recompute="cheap", prefetch=2, zero=1, flat=True),
     # J's columns go to the other rank while backward runs.
-    "all on two ranks": replace(ONE_PASS, recompute="cheap", prefetch=2, zero=2, flat=True, ranks=2, dropout=0.0),
+    "all on two ranks": replace(RECORDED, prefetch=2, zero=2, flat=True, ranks=2),
 }
 WAYS = {**ALONE, **TOGETHER}
 
@@ -110,6 +119,8 @@ def train(way: Way) -> Run:
         stream = (of_rank(batches, way.ranks) for batches in BatchStream(DATA, recipe).rest(1, 0, 0))
         batches = stack.enter_context(ahead(stream, way.prefetch, torch.device("cpu")))
         losses, conflicts = zip(*map(step, batches), strict=True)
+    if model.encoder.graphs is not None:
+        assert not model.encoder.graphs.told  # else something has not been recorded
     return Run(np.array(losses), np.array(conflicts))
 
 
@@ -242,7 +253,7 @@ def make_recipe(way: Way) -> Recipe:
     values = {
         "seed": 3,
         "encoder": {"recompute": way.recompute},
-        "adapter": {"name": "low_rank", "size": 4, "dropout": way.dropout},
+        "adapter": {"name": "low_rank", "size": 4, "dropout": way.dropout} if way.adapter else {"name": "none"},
         "tasks": {
             "kind": {**task, "type": "classification", "num_labels": 3},
             "same": {**task, "type": "binary", "weight": way.weight},
@@ -269,7 +280,12 @@ def make_model(way: Way, recipe: Recipe) -> MultiTaskModel:
         attention_probs_dropout_prob=way.dropout,
         initializer_range=0.1,
     )
-    return MultiTaskModel(recipe, PackedBert(config, recompute=way.recompute)).to(way.dtype).train()
+    encoder = PackedBert(config, recompute=way.recompute)
+    if way.recorded:
+        encoder.graphs = LayerGraphs(
+            encoder.encoder.layer, config.hidden_size // config.num_attention_heads, OpRecorder()
+        )
+    return MultiTaskModel(recipe, encoder).to(way.dtype).train()
 
 
 def make_data() -> list[TokenizedDataset]:
