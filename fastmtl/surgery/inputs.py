@@ -37,16 +37,15 @@ def check_task_weights(given: Mapping[str, float], tasks: list[str], argument: s
 def find_shared(
     target: Target, shared: Sequence[nn.Parameter] | None, sparse: Sequence[nn.Parameter]
 ) -> list[nn.Parameter]:
-    """The trainable ones in the target's order, by default all of it. Raises UserError for parameters that are none of
-    the target's, and for sparse ones that are no shared tables.
+    """The trainable ones, by default all of the target. Raises UserError for parameters that are none of the target's,
+    and for sparse ones that are no shared tables.
     """
     if shared is None:
         inside = target.parameters
     else:
         shared = list(shared)
         trainable = {id(p) for p in target.parameters}
-        asked = {id(p) for p in shared}
-        inside = [p for p in target.parameters if id(p) in asked]
+        inside = target.arranged([p for p in shared if id(p) in trainable])
         strangers = [whole_shape(p) for p in shared if p.requires_grad and id(p) not in trainable]
         if strangers:
             raise UserError(

@@ -18,7 +18,8 @@ from fastmtl_kernels.cast import cast
 class Target(Protocol):
     """Takes a step's gradients, from losses or merged already.
 
-    names: of the trainable parameters by id, for messages. stacks: whether merged gradients can be handed over;
+    names: of the trainable parameters by id, for messages. arranged: parameters in the order in which J is to have
+    them. stacks: whether merged gradients can be handed over;
     otherwise replay. factor: what merged gradients are to be multiplied by before they are. hand_over: takes every
     gradient out of the mapping, for one that nobody else holds becomes `.grad` as it is, any other is copied.
     merging_optimizer: the one that is to be given task gradients in place of that, None where there is none; norm: of
@@ -33,6 +34,7 @@ class Target(Protocol):
     stacks: bool
     factor: float
 
+    def arranged(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]: ...
     def model(self, training_pass: bool) -> Any: ...
     def autocast(self, training_pass: bool) -> AbstractContextManager[Any]: ...
     def backward(self, loss: Tensor, last: bool) -> None: ...
@@ -61,6 +63,9 @@ class OptimizerTarget:
             raise UserError("target: no parameter of the optimiser requires a gradient")
         self.names = {id(p): f"number {k} of the optimiser" for k, p in enumerate(self.parameters)}
         self.device = self.parameters[0].device
+
+    def arranged(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        return parameters
 
     def model(self, training_pass: bool) -> None:
         """The user's loss function knows its model."""
@@ -134,6 +139,13 @@ class EngineTarget:
 
     def _saw_forward(self, *_: Any) -> None:
         self._own_forward = torch.is_grad_enabled()
+
+    def arranged(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Those of a flat parameter side by side, so that the merged gradient is one already."""
+        if self._flat is None:
+            return parameters
+        wanted = {id(parameter) for parameter in parameters}
+        return [parameter for parameter in self.parameters if id(parameter) in wanted]
 
     def model(self, training_pass: bool) -> Any:
         return self.engine if self._is_followed(training_pass) else self.engine.module
