@@ -25,7 +25,7 @@ from fastmtl.model.context import ForwardContext
 from fastmtl.model.recorders import CudaRecorder, Recorder, Unrecorded, why_not
 from fastmtl.model.static_batch import Bucket, rows_of
 from fastmtl.model.static_layers import StaticLayers
-from fastmtl.surgery.task_gradients import TaskGradients
+from fastmtl.surgery.task_gradients import NOT_ARMED, TaskGradients
 from fastmtl_kernels.varlen_attention_plan import AttentionPlan
 
 log = logging.getLogger(__name__)
@@ -229,9 +229,7 @@ class Pass:
         if writes is not None:
             assert self._sink is not None
             if self._sink.mode != "stack":
-                raise RuntimeError(
-                    "the sink was armed in forward but not in backward: keep both inside one `armed` block"
-                )
+                raise RuntimeError(NOT_ARMED)
             stores = writes.jacobian.take(self._parameters, self._tasks)
         self._recorded.backward[stores]()
         static.release()

@@ -53,8 +53,8 @@ class FlatParameters(nn.Module):
                     name = names.get(id(parameter), f"of shape {tuple(parameter.shape)}")
                     raise UserError(f"groups: parameter {name} is not the model's, not trained, or there twice")
                 seen.add(id(parameter))
-            self._alone += [parameter for parameter in group["params"] if id(parameter) in apart]
             given = [parameter for parameter in group["params"] if id(parameter) in apart]
+            self._alone += given
             if members:
                 given.append(_joined_parameter(members))
                 self.flat.append(given[-1])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastmtl.surgery.recorded_writes import RecordedWrites
 from fastmtl.surgery.segments import Segments
-from fastmtl.surgery.task_gradients import Mode, TaskGradients
+from fastmtl.surgery.task_gradients import TaskGradients
 from fastmtl_kernels.cast import cast
 
 
@@ -59,12 +59,6 @@ def embedding(ids: Tensor, weight: nn.Parameter, segments: Segments, task_grads:
     return _Embedding.apply(task_grads.anchor, ids, weight, segments, task_grads)
 
 
-def _mode(task_grads: TaskGradients) -> Mode:
-    if task_grads.mode is None:
-        raise RuntimeError("the sink was armed in forward but not in backward: keep both inside one `armed` block")
-    return task_grads.mode
-
-
 def _weighted(dy: Tensor, task_grads: TaskGradients, segments: Segments) -> Tensor:
     """Rows times weights[task of row], multiplied in float32: a weight rounded to bf16 would be off in every row."""
     assert task_grads.weights is not None
@@ -90,7 +84,7 @@ def _gradient(
     every_row = slice(0, segments.host[-1])
     if not task_grads.wants(parameter):
         return product(dy, every_row)
-    match _mode(task_grads):
+    match task_grads.armed_mode():
         case "weighted":
             return product(_weighted(dy, task_grads, segments), every_row)
         case "stack":  # one at a time, as T of them at once are a temporary as large as the parameter's part of J
@@ -130,7 +124,7 @@ class _Linear(torch.autograd.Function):
         if isinstance(task_grads, RecordedWrites):
             task_grads.linear(weight, bias, dy, x)
             return dx, None, None, None, None
-        if _mode(task_grads) == "stack" and task_grads.dtype == dy.dtype and task_grads.wants(weight):
+        if task_grads.armed_mode() == "stack" and task_grads.dtype == dy.dtype and task_grads.wants(weight):
             if bias is None or task_grads.wants(bias):
                 _stack_linear(task_grads, weight, bias, segments.split(dy.t(), dim=1), segments.split(x))
                 return dx, None, None, None, None

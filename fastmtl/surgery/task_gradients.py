@@ -24,6 +24,7 @@ from fastmtl_kernels import combine, gramian
 from fastmtl_kernels.cast import cast
 
 Mode = Literal["stack", "gramian", "weighted", "tensor"]
+NOT_ARMED = "the sink was armed in forward but not in backward: keep both inside one `armed` block"
 # (index of the parameter, its Gramian [T, T]) -> weights [T]
 Solve = Callable[[int, Tensor], Tensor]
 
@@ -203,7 +204,7 @@ class TaskGradients:
         """
         if not self.wants(parameter):
             return gradients.sum(0)
-        match self._armed_mode():
+        match self.armed_mode():
             case "stack":
                 self.stack_of(parameter).add(parameter, gradients)
                 self.written(parameter)
@@ -222,7 +223,7 @@ class TaskGradients:
         """As `deliver`, of an embedding table that gave its rows `ids` [N], which have the gradients `rows` [N, d];
         token_offsets: host, those of the tasks among the N. For autograd in float32 at least.
         """
-        shape, mode = whole_shape(table), self._armed_mode()
+        shape, mode = whole_shape(table), self.armed_mode()
         pieces = [slice(start, stop) for start, stop in pairwise(token_offsets)]
         if not self.wants(table) or mode == "weighted":
             # One of two token types' rows adds up thousands: in bfloat16 all after the first 256 could be lost.
@@ -255,9 +256,10 @@ class TaskGradients:
             self.written(table)
         return None
 
-    def _armed_mode(self) -> Mode:
+    def armed_mode(self) -> Mode:
+        """In backward, of a sink that was armed in forward. Raises RuntimeError where it is not armed any more."""
         if self.mode is None:
-            raise RuntimeError("the sink was armed in forward but not in backward: keep both inside one `armed` block")
+            raise RuntimeError(NOT_ARMED)
         return self.mode
 
     def merge(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
