@@ -108,11 +108,9 @@ class EngineTarget:
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         self.device = torch.device(engine.device)
-        self._flat = engine.module if isinstance(engine.module, FlatParameters) else None
-        model = engine.module if self._flat is None else self._flat.model
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        named = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
         self.names = {id(p): name for name, p in named}
-        self.parameters = [p for _, p in named] if self._flat is None else self._flat.leaves()
+        self.parameters = [p for _, p in named]
         self.factor = float(world_size())
         if isinstance(getattr(engine, "basic_optimizer", None), SurgeryAdamW):
             raise UserError(
@@ -130,9 +128,6 @@ class EngineTarget:
                 "with ZeRO 1"
             )
         self.stacks = stage < 3 and not engine.zero_use_cpu_optimizer()
-        if self._flat is not None and not self.stacks:
-            raise UserError("FlatParameters: ZeRO 3 and offload take the model as it is; use ZeRO 0, 1 or 2 without")
-        self._held: list[Tensor] = []
         self._own_forward = False
         engine.register_forward_pre_hook(self._saw_forward)
 
@@ -140,62 +135,28 @@ class EngineTarget:
         self._own_forward = torch.is_grad_enabled()
 
     def arranged(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-        """Those of a flat parameter side by side, so that the merged gradient is one already."""
-        if self._flat is None:
-            return parameters
-        wanted = {id(parameter) for parameter in parameters}
-        return [parameter for parameter in self.parameters if id(parameter) in wanted]
+        return parameters
 
     def model(self, training_pass: bool) -> Any:
-        return self.engine if self._is_followed(training_pass) else self.engine.module
+        # engine(...) prepares DeepSpeed for a backward of its own: only for a forward that engine.backward follows.
+        return self.engine if training_pass else self.engine.module
 
     def autocast(self, training_pass: bool) -> AbstractContextManager[Any]:
         """What engine(...) runs its forward in, and engine.module(...) does not."""
-        if self._is_followed(training_pass) or not self.engine.torch_autocast_enabled():
+        if training_pass or not self.engine.torch_autocast_enabled():
             return nullcontext()
         return torch.autocast(self.device.type, self.engine.torch_autocast_dtype())
 
-    def _is_followed(self, training_pass: bool) -> bool:
-        """Whether `engine.backward` of these losses comes: engine(...) prepares DeepSpeed for one, and is for no other
-        forward.
-        """
-        return training_pass and self._flat is None
-
     def backward(self, loss: Tensor, last: bool) -> None:
         self._own_forward = False
-        if self._flat is not None:
-            self._backward_flat(self._flat, loss, last)
-            return
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.factor, scale_wrt_gas=False)
 
-    def _backward_flat(self, flat: FlatParameters, loss: Tensor, last: bool) -> None:
-        """Autograd's gradients of the model's parameters, added up here and handed over with the last ones."""
-        scale = self.loss_scale()
-        found = torch.autograd.grad(loss * (self.factor * scale), self.parameters, allow_unused=True)
-        gradients = {
-            id(parameter): torch.zeros_like(parameter) if gradient is None else gradient
-            for parameter, gradient in zip(self.parameters, found, strict=True)
-        }
-        del found
-        gathered = _unshared(flat.gather(gradients))
-        if self._held or not last:  # in float32, for 16 bits would round every sum
-            gathered = [cast(gradient, torch.float32) for gradient in gathered]
-        if self._held:
-            torch._foreach_add_(gathered, self._held)
-        self._held = [] if last else gathered
-        if last:
-            self._carry(gathered, scale)
-
     def hand_over(self, gradients: dict[int, Tensor]) -> None:
-        if self._flat is not None:
-            self._carry(self._flat.gather(gradients))
-        else:
-            self._carry([gradients.pop(id(parameter)) for parameter in self.parameters])
+        self._carry([gradients.pop(id(parameter)) for parameter in self.parameters], self.parameters)
 
-    def _carry(self, merged: list[Tensor], scaled_by: float = 1.0) -> None:
+    def _carry(self, merged: list[Tensor], parameters: list[nn.Parameter], scaled_by: float = 1.0) -> None:
         """Takes gradients of DeepSpeed's parameters through its backward. Takes them out of the list."""
-        parameters = self.parameters if self._flat is None else self._flat.trained()
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.backward(_Surrogate.apply(merged, scaled_by, *parameters), scale_wrt_gas=False)
 
@@ -220,6 +181,53 @@ class EngineTarget:
         if not self.engine.fp16_enabled() or not self.engine.optimizer.dynamic_loss_scale:
             return False
         return self.loss_scale() > self.engine.optimizer.loss_scaler.min_scale
+
+
+class FlatTarget(EngineTarget):
+    """An engine that has FlatParameters: autograd's gradients are of the model's own, DeepSpeed's of the flat ones."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self._flat: FlatParameters = engine.module
+        self.names = {id(p): name for name, p in self._flat.model.named_parameters() if p.requires_grad}
+        self.parameters = self._flat.leaves()
+        if not self.stacks:
+            raise UserError("FlatParameters: ZeRO 3 and offload take the model as it is; use ZeRO 0, 1 or 2 without")
+        self._held: list[Tensor] = []
+
+    def arranged(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Those of a flat parameter side by side, so that the merged gradient is one already."""
+        wanted = {id(parameter) for parameter in parameters}
+        return [parameter for parameter in self.parameters if id(parameter) in wanted]
+
+    def model(self, training_pass: bool) -> Any:
+        """Never the engine: no backward of its own follows."""
+        return super().model(training_pass=False)
+
+    def autocast(self, training_pass: bool) -> AbstractContextManager[Any]:
+        return super().autocast(training_pass=False)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Autograd's gradients of the model's parameters, added up here and handed over with the last ones."""
+        self._own_forward = False
+        scale = self.loss_scale()
+        found = torch.autograd.grad(loss * (self.factor * scale), self.parameters, allow_unused=True)
+        gradients = {
+            id(parameter): torch.zeros_like(parameter) if gradient is None else gradient
+            for parameter, gradient in zip(self.parameters, found, strict=True)
+        }
+        del found
+        gathered = _unshared(self._flat.gather(gradients))
+        if self._held or not last:  # in float32, for 16 bits would round every sum
+            gathered = [cast(gradient, torch.float32) for gradient in gathered]
+        if self._held:
+            torch._foreach_add_(gathered, self._held)
+        self._held = [] if last else gathered
+        if last:
+            self._carry(gathered, self._flat.trained(), scale)
+
+    def hand_over(self, gradients: dict[int, Tensor]) -> None:
+        self._carry(self._flat.gather(gradients), self._flat.trained())
 
 
 def _unshared(gradients: list[Tensor]) -> list[Tensor]:
@@ -257,5 +265,5 @@ def find_target(target: Any) -> Target:
     if isinstance(target, torch.optim.Optimizer):
         return OptimizerTarget(target)
     if hasattr(target, "zero_optimization_stage") and hasattr(target, "module"):
-        return EngineTarget(target)
+        return FlatTarget(target) if isinstance(target.module, FlatParameters) else EngineTarget(target)
     raise UserError(f"target: expected a DeepSpeed engine or a torch optimiser, got {type(target).__name__}")
