@@ -112,8 +112,11 @@ def _lasting(output: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("whole") / "run"
-    text = _finish(_launch(recipe, output))
+    run = _launch(recipe, output)
+    text = _finish(run)
     assert "dev scores" in text
+    port = run.args[run.args.index("--master_port") + 1]  # type: ignore[union-attr, index]
+    assert not list(Path("/dev/shm").glob(f"*_{port}_*")), "memory that nobody gives back"
     return output
 
 

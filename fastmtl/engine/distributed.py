@@ -7,7 +7,8 @@ import os
 import signal
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeVar
@@ -97,8 +98,23 @@ def start(local_rank: int | None = None, *, debug: bool = False) -> Ranks:
     import deepspeed
 
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=debug)
+        with _without_shared_buffers():
+            deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=debug)
     return Ranks(rank, world, local, device)
+
+
+@contextmanager
+def _without_shared_buffers() -> Iterator[None]:
+    """Where LOCAL_SIZE, which its launcher sets, is the number of all processes, DeepSpeed on a CPU writes a buffer of
+    66 MiB to /dev/shm for each of them and leaves it there when it ends: memory lost until the next boot, a pair of
+    files for each port, and a container's /dev/shm is 64 MiB. Only its sharded inference would use them.
+    """
+    size = os.environ.pop("LOCAL_SIZE", None)
+    try:
+        yield
+    finally:
+        if size is not None:
+            os.environ["LOCAL_SIZE"] = size
 
 
 def _quiet() -> None:
