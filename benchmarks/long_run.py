@@ -7,8 +7,8 @@ Recipe cs224n (its files are in --data) with PCGrad, stacked task gradients and 
 by --resume and are stopped at twice that step, if there is one: what both have logged must be equal bit for bit. A part
 that is finished is not made again.
 
-Processes are watched from outside, ten times a second. A step's resident memory (VmRSS) is the highest seen while it
-was the newest in metrics.jsonl; medians of 50 steps are compared. CPU seconds stand beside tokens/s, as on a machine
+Processes are watched from outside, ten times a second. A step's resident memory is the highest (VmHWM, which the kernel
+keeps, set back at each look) while it was the newest in metrics.jsonl; medians of 50 steps are compared. CPU seconds stand beside tokens/s, as on a machine
 that others share only they tell what a step costs: where tokens/s have fallen, they decide.
 
 A run maps large blocks of memory and has huge pages for them where Linux gives any (fastmtl/heap.py). With MALLOC_*
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -152,8 +153,20 @@ class Watched:
         return file.read_bytes().count(b'"loss":') if file.exists() else 0
 
     def _sample(self, ranks: list[psutil.Process]) -> dict[str, Any]:
-        rss = [rank.memory_info().rss / 2**20 for rank in ranks]
+        rss = [highest_resident(rank.pid) for rank in ranks]
         return {"step": self.steps(), "rss": rss, "cpu": [sum(rank.cpu_times()[:2]) for rank in ranks]}
+
+
+def highest_resident(pid: int) -> float:
+    """MiB since the last look, 0 of a process that has ended. What is resident now and then would miss the peaks of
+    short steps more often than those of long ones.
+    """
+    try:
+        found = re.search(r"^VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+        Path(f"/proc/{pid}/clear_refs").write_text("5")
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return int(found[1]) / 1024 if found else 0.0
 
 
 def small_encoder(layers: int, hidden: int, folder: Path) -> Path:
