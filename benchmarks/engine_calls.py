@@ -26,7 +26,7 @@ from fastmtl.engine.build import build_engine, build_surgery
 from fastmtl.model.encoder import PackedBert
 from fastmtl.model.graphs import LayerGraphs
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.model.recorders import Unrecorded
+from fastmtl.recorders import Unrecorded
 
 STEPS = 10
 

@@ -8,8 +8,9 @@ by --resume and are stopped at twice that step, if there is one: what both have 
 that is finished is not made again.
 
 Processes are watched from outside, ten times a second. A step's resident memory is the highest (VmHWM, which the kernel
-keeps, set back at each look) while it was the newest in metrics.jsonl; medians of 50 steps are compared. CPU seconds stand beside tokens/s, as on a machine
-that others share only they tell what a step costs: where tokens/s have fallen, they decide.
+keeps, set back at each look) while it was the newest in metrics.jsonl; medians of 50 steps are compared. CPU seconds
+stand beside tokens/s, as on a machine that others share only they tell what a step costs: where tokens/s have fallen,
+they decide.
 
 A run maps large blocks of memory and has huge pages for them where Linux gives any (fastmtl/heap.py). With MALLOC_*
 variables before the command it is malloc as they set it.

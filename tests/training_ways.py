@@ -120,7 +120,7 @@ def train(way: Way) -> Run:
         batches = stack.enter_context(ahead(stream, way.prefetch, torch.device("cpu")))
         losses, conflicts = zip(*map(step, batches), strict=True)
     if model.encoder.graphs is not None:
-        assert not model.encoder.graphs.told  # else something has not been recorded
+        assert not model.encoder.graphs.recordings.told  # else something has not been recorded
     return Run(np.array(losses), np.array(conflicts))
 
 

@@ -1,13 +1,20 @@
-"""What `encoder.cuda_graphs` cannot go with, as far as a recipe tells."""
+"""What `encoder.cuda_graphs` cannot go with."""
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from fastmtl.config import Recipe
 from fastmtl.errors import UserError
+from fastmtl_kernels import dispatch
+
+# Compute capabilities on which grouped_mm, in bf16, does not read the offsets on the host (torch 2.11 and 2.13).
+GROUPED_ON = (9, 10)
 
 
 def check_cuda_graphs(recipe: Recipe) -> None:
-    """Raises UserError, naming the other key. What depends on the machine is told by the run (see graphs.py)."""
+    """Raises UserError, naming the other key. What depends on the machine is told by the run (`why_not`)."""
     if not recipe.encoder.cuda_graphs:
         return
     surgery = recipe.gradient.method != "sum" and not recipe.encoder.freeze
@@ -32,3 +39,26 @@ def check_cuda_graphs(recipe: Recipe) -> None:
             f"encoder.cuda_graphs: with gradient.method: {gradient.method} it needs engine.precision: bf16, not "
             f"{engine.precision}: torch multiplies over tasks' rows without the host in bf16 alone"
         )
+
+
+def why_not(hidden: Tensor, head_dim: int, *, grouped: bool) -> str:
+    """The reason why the layers of these hidden states cannot be recorded there, "" where they can.
+
+    grouped: with products over tasks' rows.
+    """
+    device, dtype = hidden.device, hidden.dtype
+    if device.type != "cuda":
+        return f"CUDA graphs need an NVIDIA GPU, the model is on {device.type}"
+    without = dispatch.why_not("triton", device, {dtype})
+    if without:
+        return without
+    from fastmtl_kernels.varlen_attention_triton import MAX_HEAD_DIM
+
+    if head_dim > MAX_HEAD_DIM[dtype]:
+        return f"attention heads of {head_dim} columns in {dtype} have no kernel of their own"
+    if grouped and dtype != torch.bfloat16:
+        return f"products over tasks' rows need bf16, the model is in {dtype}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if grouped and major not in GROUPED_ON:
+        return f"products over tasks' rows need a GPU of sm_90 or sm_100, this one is sm_{major}{minor}"
+    return ""

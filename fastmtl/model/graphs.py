@@ -9,7 +9,6 @@ the log says so once for each reason.
 from __future__ import annotations
 
 import copy
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,13 +21,12 @@ from torch.autograd.function import once_differentiable
 
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.model.context import ForwardContext
-from fastmtl.model.recorders import CudaRecorder, Recorder, Unrecorded, why_not
+from fastmtl.model.graph_options import why_not
 from fastmtl.model.static_batch import Bucket, rows_of
 from fastmtl.model.static_layers import StaticLayers
+from fastmtl.recorders import Recorder, Recordings
 from fastmtl.surgery.task_gradients import NOT_ARMED, TaskGradients
 from fastmtl_kernels.varlen_attention_plan import AttentionPlan
-
-log = logging.getLogger(__name__)
 
 # Recordings kept; with as many, a batch takes a larger one that holds it before one is dropped for a new one.
 MOST = 16
@@ -38,21 +36,21 @@ _CHANGES = 8
 
 
 class Recorded:
-    """The layers of one bucket, and what runs them."""
+    """The layers of one bucket, and what runs them. backward: by `stores`."""
 
-    def __init__(self, static: StaticLayers, recorder: Recorder) -> None:
+    def __init__(self, static: StaticLayers, recordings: Recordings) -> None:
         self.static = static
-        self._ways = {stores: partial(static.backward, stores=stores) for stores in static.ways}
-        harmless = [way for stores, way in self._ways.items() if static.keeps(stores=stores)]
+        ways = {stores: partial(static.backward, stores=stores) for stores in static.ways}
+        harmless = [way for stores, way in ways.items() if static.keeps(stores=stores)]
         static.fill_empty()
+        assert recordings.recorder is not None
         for _ in range(_WARM_UPS):
-            recorder.warm_up(partial(_run, static.forward, *harmless))
+            recordings.recorder.warm_up(partial(_run, static.forward, *harmless))
         static.release()
-
-    def record(self, recorder: Recorder) -> None:
-        self.forward = recorder.record(self.static.forward)
-        self.backward = {stores: recorder.record(way) for stores, way in self._ways.items()}
-        self.static.release()
+        found = recordings.record({None: static.forward, **ways})
+        self.forward = found.pop(None)
+        self.backward = found
+        static.release()
 
 
 def _run(*functions: Callable[[], None]) -> None:
@@ -68,7 +66,7 @@ class LayerGraphs:
 
     def __init__(self, layers: nn.ModuleList, head_dim: int, recorder: Recorder | None = None) -> None:
         self._layers, self._head_dim = layers, head_dim
-        self._recorder = recorder
+        self.recordings = Recordings(recorder)
         self._checks_device = recorder is None
         self._places: list[tuple[dict[str, Any], str]] = []
         self._kept: OrderedDict[tuple[Bucket, int], Recorded] = OrderedDict()
@@ -77,7 +75,6 @@ class LayerGraphs:
         self._changes = 0
         self._gradients: Tensor | None = None
         self._waiting: ref[Pass] | None = None
-        self.told: list[str] = []
 
     def run(
         self, hidden: Tensor, batch: PackedBatch, context: ForwardContext, extra: Sequence[str] = ()
@@ -95,7 +92,7 @@ class LayerGraphs:
             self._against = self._begin(hidden, parameters, sink)
         reason = f"it has {extra[0]}" if extra else self._against or self._against_this(hidden, sink)
         if reason:
-            self._tell(f"this forward takes the ordinary path: {reason}")
+            self.recordings.tell(f"this forward takes the ordinary path: {reason}")
             return None
         assert context.seeds is not None
         recorded, plan = self._find(hidden, batch, parameters, sink)
@@ -138,8 +135,7 @@ class LayerGraphs:
                 return "the weights are not of the hidden states' dtype"
             numbers = sum(parameter.numel() for parameter in parameters)
             self._gradients = torch.zeros(numbers, dtype=hidden.dtype, device=hidden.device)
-        if self._recorder is None:
-            self._recorder = CudaRecorder(hidden.device)
+        self.recordings.begin(hidden.device)
         return ""
 
     def _against_this(self, hidden: Tensor, sink: TaskGradients | None) -> str:
@@ -169,32 +165,10 @@ class LayerGraphs:
             else:
                 self._kept.popitem(last=False)
         if key not in self._kept:
-            self._kept[key] = self._record(
-                StaticLayers(self._layers, parameters, bucket, batch.num_tasks, hidden, sink, self._gradients)
-            )
+            static = StaticLayers(self._layers, parameters, bucket, batch.num_tasks, hidden, sink, self._gradients)
+            self._kept[key] = Recorded(static, self.recordings)
         self._kept.move_to_end(key)
         return self._kept[key], plan
-
-    def _record(self, static: StaticLayers) -> Recorded:
-        assert self._recorder is not None
-        recorded = Recorded(static, self._recorder)
-        try:
-            recorded.record(self._recorder)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            first: BaseException = error  # what ends a capture that has failed raises, too
-            while first.__context__ is not None:
-                first = first.__context__
-            self._tell(f"nothing is recorded, the host launches each operation: {str(first).splitlines()[0]}")
-            self._recorder = Unrecorded()
-            recorded.record(self._recorder)
-        return recorded
-
-    def _tell(self, what: str) -> None:
-        if what not in self.told:
-            self.told.append(what)
-            log.warning("encoder.cuda_graphs: %s", what)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerGraphs:
         """Of a copied encoder, which records for itself."""

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.model.context import ForwardContext
-from fastmtl.model.recorders import Unrecorded
 from fastmtl.model.static_batch import Bucket, rows_of
+from fastmtl.recorders import Unrecorded
 from fastmtl.surgery.recorded_writes import RecordedWrites
 from fastmtl_kernels.gradients import why_unavailable
 from fastmtl_kernels.varlen_attention_plan import AttentionPlan
@@ -87,7 +87,7 @@ def _differs(make_batch: MakeBatch) -> bool:
         steps = [step(encoder, sink, [make_batch(lengths)], 5) for lengths in MICRO_BATCHES[3][:2]]
         found.append(steps[1])
         assert encoder.graphs is not None
-        assert type(encoder.graphs._recorder) is (OpRecorder if encoder is encoders[0] else Unrecorded)
+        assert type(encoder.graphs.recordings.recorder) is (OpRecorder if encoder is encoders[0] else Unrecorded)
     return any(not torch.equal(*pair) for pair in zip(*found, strict=True))
 
 

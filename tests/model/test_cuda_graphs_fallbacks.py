@@ -20,7 +20,7 @@ from fastmtl.errors import UserError
 from fastmtl.model import graphs
 from fastmtl.model.graphs import LayerGraphs
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.model.recorders import Unrecorded
+from fastmtl.recorders import Unrecorded
 from fastmtl.surgery import GradientSurgery
 from fastmtl.surgery.step import Losses
 from fastmtl.surgery.task_gradients import TaskGradients
@@ -95,7 +95,7 @@ def test_weights_at_another_address_and_another_sink_are_recorded_anew(make_batc
     assert len(recorder.recordings) == 9
     for _ in range(6):
         step(encoder, make_sink(encoder, 3), [batch], 1)
-    assert encoder.graphs is not None and encoder.graphs.told == [
+    assert encoder.graphs is not None and encoder.graphs.recordings.told == [
         "this forward takes the ordinary path: the weights' addresses or the sink change too often"
     ]
     other_encoder = copy.deepcopy(encoder)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.model.encoder import PackedBert
+from fastmtl.model.graph_options import why_not
 from fastmtl.model.graphs import LayerGraphs
-from fastmtl.model.recorders import CudaRecorder, Unrecorded, why_not
+from fastmtl.recorders import CudaRecorder, Unrecorded
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 MakeBatch = Callable[..., PackedBatch]
@@ -27,8 +28,8 @@ def encoders() -> list[PackedBert]:
 
 
 def check_captured(encoder: PackedBert) -> None:
-    assert encoder.graphs is not None and encoder.graphs.told == []
-    assert isinstance(encoder.graphs._recorder, CudaRecorder)
+    assert encoder.graphs is not None and encoder.graphs.recordings.told == []
+    assert isinstance(encoder.graphs.recordings.recorder, CudaRecorder)
 
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])

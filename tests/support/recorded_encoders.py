@@ -11,7 +11,7 @@ from transformers import BertConfig
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.model.encoder import PackedBert
 from fastmtl.model.graphs import LayerGraphs
-from fastmtl.model.recorders import Recorder
+from fastmtl.recorders import Recorder
 from fastmtl.surgery.task_gradients import TaskGradients
 
 # Micro-batches by tokens of each sequence of each task: absent tasks, one token, more than one bucket of rows.

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+import logging
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
-from fastmtl_kernels import dispatch
+log = logging.getLogger(__name__)
 
-# Compute capabilities on which grouped_mm, in bf16, does not read the offsets on the host (torch 2.11 and 2.13).
-GROUPED_ON = (9, 10)
+K = TypeVar("K")
 
 
 class Recorder(Protocol):
@@ -60,24 +59,40 @@ class Unrecorded:
         return function
 
 
-def why_not(hidden: Tensor, head_dim: int, *, grouped: bool) -> str:
-    """The reason why the layers of these hidden states cannot be recorded there, "" where they can.
-
-    grouped: with products over tasks' rows.
+class Recordings:
+    """Records for one user, by a recorder of its own: None for CUDA graphs, from `begin` on. told: why something was
+    not recorded.
     """
-    device, dtype = hidden.device, hidden.dtype
-    if device.type != "cuda":
-        return f"CUDA graphs need an NVIDIA GPU, the model is on {device.type}"
-    without = dispatch.why_not("triton", device, {dtype})
-    if without:
-        return without
-    from fastmtl_kernels.varlen_attention_triton import MAX_HEAD_DIM
 
-    if head_dim > MAX_HEAD_DIM[dtype]:
-        return f"attention heads of {head_dim} columns in {dtype} have no kernel of their own"
-    if grouped and dtype != torch.bfloat16:
-        return f"products over tasks' rows need bf16, the model is in {dtype}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if grouped and major not in GROUPED_ON:
-        return f"products over tasks' rows need a GPU of sm_90 or sm_100, this one is sm_{major}{minor}"
-    return ""
+    def __init__(self, recorder: Recorder | None = None) -> None:
+        self.recorder = recorder
+        self.told: list[str] = []
+
+    def begin(self, device: torch.device) -> Recorder:
+        """The recorder; CUDA graphs on the device where none was given."""
+        if self.recorder is None:
+            self.recorder = CudaRecorder(device)
+        return self.recorder
+
+    def record(self, functions: Mapping[K, Callable[[], None]]) -> dict[K, Callable[[], None]]:
+        """What runs each of them again: the recordings, or, where one cannot be recorded, the functions themselves
+        from then on.
+        """
+        assert self.recorder is not None
+        try:
+            return {key: self.recorder.record(function) for key, function in functions.items()}
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            first: BaseException = error  # what ends a capture that has failed raises, too
+            while first.__context__ is not None:
+                first = first.__context__
+            self.tell(f"nothing is recorded, the host launches each operation: {str(first).splitlines()[0]}")
+            self.recorder = Unrecorded()
+            return dict(functions)
+
+    def tell(self, what: str) -> None:
+        """In the log, once."""
+        if what not in self.told:
+            self.told.append(what)
+            log.warning("encoder.cuda_graphs: %s", what)
