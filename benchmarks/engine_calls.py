@@ -51,7 +51,9 @@ def main(zero: int, layers: int, flat: bool, graphs: bool) -> None:
     recipe = parse_recipe({**work.recipe, "gradient": {"method": "pcgrad"}, "engine": engine_settings}, "benchmark")
     model = MultiTaskModel(recipe, PackedBert(work.padded.encoder.config))
     if graphs:
-        model.encoder.graphs = LayerGraphs(model.encoder.encoder.layer, shape.hidden // shape.heads, InGraphs())
+        model.encoder.graphs = LayerGraphs(
+            model.encoder.embeddings, model.encoder.encoder.layer, shape.hidden // shape.heads, InGraphs()
+        )
     engine = build_engine(recipe, model, 1, 1000)
     surgery = build_surgery(recipe, engine, model)
     engine.train()

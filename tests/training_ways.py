@@ -282,9 +282,8 @@ def make_model(way: Way, recipe: Recipe) -> MultiTaskModel:
     )
     encoder = PackedBert(config, recompute=way.recompute)
     if way.recorded:
-        encoder.graphs = LayerGraphs(
-            encoder.encoder.layer, config.hidden_size // config.num_attention_heads, OpRecorder()
-        )
+        head_dim = config.hidden_size // config.num_attention_heads
+        encoder.graphs = LayerGraphs(encoder.embeddings, encoder.encoder.layer, head_dim, OpRecorder())
     return MultiTaskModel(recipe, encoder).to(way.dtype).train()
 
 

@@ -47,8 +47,8 @@ class PackedBert(nn.Module):
 
     recompute: what backward computes again instead of keeping it. "cheap": what LayerNorm and the activation return;
     "full": each layer. Gradients have the same bits.
-    max_length: tokens per sequence, at most the encoder's positions. cuda_graphs: whether training runs the layers as
-    CUDA graphs where it can (see graphs.py).
+    max_length: tokens per sequence, at most the encoder's positions. cuda_graphs: whether training runs as CUDA
+    graphs where it can (see graphs.py).
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class PackedBert(nn.Module):
         self.embeddings = Embeddings(config)
         self.encoder = Layers(config)
         head_dim = config.hidden_size // config.num_attention_heads
-        self.graphs = LayerGraphs(self.encoder.layer, head_dim) if cuda_graphs else None
+        self.graphs = LayerGraphs(self.embeddings, self.encoder.layer, head_dim) if cuda_graphs else None
         self.pooler: Pooler | UnusedPooler | None = None
 
     def use_layer_norm(self, norm: Norm) -> None:
@@ -112,14 +112,21 @@ class PackedBert(nn.Module):
         context = ForwardContext.build(
             batch, num_layers, training=training, task_grads=task_grads, remade=remade, plan=graphs is None
         )
-        hidden = self.embeddings(batch.input_ids, batch.token_type_ids, batch.position_ids, context)
-        if noise is not None:
-            hidden = hidden + noise.to(hidden.dtype)
-        if graphs is not None:
-            extra = {"an adapter": adapter, "noise": noise, "recompute": again != "none" or None}
-            found = graphs.run(hidden, batch, context, [name for name, value in extra.items() if value is not None])
+
+        def embedded() -> Tensor:
+            hidden = self.embeddings(batch.input_ids, batch.token_type_ids, batch.position_ids, context)
+            return hidden if noise is None else hidden + noise.to(hidden.dtype)
+
+        if graphs is None:
+            hidden = embedded()
+        else:
+            besides = {"an adapter": adapter, "noise": noise, "recompute": again != "none" or None}
+            extra = [name for name, value in besides.items() if value is not None]
+            before = None if graphs.embeds(context.armed) and not extra else embedded()
+            found = graphs.run(before, batch, context, extra)
             if found is not None:
                 return found
+            hidden = embedded() if before is None else before
             context = context.planned()
         run = partial(checkpoint, use_reentrant=False) if again == "full" else _call
         with nullcontext() if remade is None else remade.saving():

@@ -1,5 +1,6 @@
-"""The encoder's layers, forward and backward, as recordings that the host starts by one call each (CUDA graphs).
+"""The encoder, forward and backward, as recordings that the host starts by one call each (CUDA graphs).
 
+With task gradients all of it, else the layers alone: what `sum` wants of the embeddings is a gradient of whole tables.
 A recording serves every batch of its bucket: rows in steps of 256, and the attention plan's sizes. It reads what is
 copied into its buffers before, and writes J at its fixed address. All recordings share their memory: a forward and its
 backward run before the next forward, else that one takes the ordinary path, as everything does that is not recorded;
@@ -12,6 +13,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 from weakref import ref
 
@@ -59,16 +61,17 @@ def _run(*functions: Callable[[], None]) -> None:
 
 
 class LayerGraphs:
-    """Of an encoder's layers, with heads of head_dim columns. recorder: None for CUDA graphs, where they can be.
-
-    told: why something was not recorded.
+    """Of an encoder's layers, with attention heads of head_dim columns, and of its embeddings. recorder: None for CUDA
+    graphs, where they can be.
     """
 
-    def __init__(self, layers: nn.ModuleList, head_dim: int, recorder: Recorder | None = None) -> None:
-        self._layers, self._head_dim = layers, head_dim
+    def __init__(
+        self, embeddings: nn.Module, layers: nn.ModuleList, head_dim: int, recorder: Recorder | None = None
+    ) -> None:
+        self._embeddings, self._layers, self._head_dim = embeddings, layers, head_dim
         self.recordings = Recordings(recorder)
         self._checks_device = recorder is None
-        self._places: list[tuple[dict[str, Any], str]] = []
+        self._places: dict[nn.Module, list[tuple[dict[str, Any], str]]] = {}
         self._kept: OrderedDict[tuple[Bucket, int], Recorded] = OrderedDict()
         self._of: tuple[Any, ...] = ()
         self._against = ""
@@ -76,40 +79,61 @@ class LayerGraphs:
         self._gradients: Tensor | None = None
         self._waiting: ref[Pass] | None = None
 
-    def run(
-        self, hidden: Tensor, batch: PackedBatch, context: ForwardContext, extra: Sequence[str] = ()
-    ) -> Tensor | None:
-        """The layers' result [n, d] for hidden [n, d], or None: the ordinary path has to be taken.
+    def embeds(self, sink: TaskGradients | None) -> bool:
+        """Whether the embeddings are recorded with the layers: where the words' gradient is kept as rows."""
+        if sink is None or any(getattr(module, "other", None) is not None for module in self._embeddings.modules()):
+            return False
+        parameters = self._trained(self._embeddings)
+        return all(map(sink.wants, self._embeddings.parameters())) and [
+            parameter for parameter in parameters if sink.is_sparse(parameter)
+        ] == [self._words()]
 
-        context: of the batch, in training. extra: what the forward has besides the layers.
+    def run(
+        self, hidden: Tensor | None, batch: PackedBatch, context: ForwardContext, extra: Sequence[str] = ()
+    ) -> Tensor | None:
+        """The layers' result [n, d], or None: the ordinary path has to be taken.
+
+        hidden: what the layers get [n, d], None where the embeddings are in. context: of the batch, in training. extra:
+        what the forward has besides.
         """
-        if not len(hidden):
+        if not batch.num_tokens:
             return None
-        sink, parameters = context.armed, self._parameters()
-        of = (sink, hidden.dtype, hidden.device, *(parameter.data_ptr() for parameter in parameters))
+        sink, words, inside = context.armed, self._words(), hidden is None
+        parameters = self._trained(self._layers)
+        if inside:
+            parameters = [*(p for p in self._trained(self._embeddings) if p is not words), *parameters]
+        of = (sink, inside, words.dtype, *(parameter.data_ptr() for parameter in (words, *parameters)))
         if of != self._of:
             self._of = of
-            self._against = self._begin(hidden, parameters, sink)
-        reason = f"it has {extra[0]}" if extra else self._against or self._against_this(hidden, sink)
+            self._against = self._begin(words, parameters, sink)
+        reason = f"it has {extra[0]}" if extra else self._against or self._against_this(hidden, words, sink)
         if reason:
             self.recordings.tell(f"this forward takes the ordinary path: {reason}")
             return None
         assert context.seeds is not None
-        recorded, plan = self._find(hidden, batch, parameters, sink)
-        recorded.static.fill(hidden.detach(), batch.host, plan, context.seeds)
-        one = Pass(recorded, batch, parameters, sink)
+        recorded, plan = self._find(batch, parameters, sink, inside)
+        if hidden is None:
+            inputs = torch.stack([batch.input_ids, batch.token_type_ids, batch.position_ids], dim=1)
+        else:
+            inputs = hidden.detach()
+        recorded.static.fill(inputs, batch.host, plan, context.seeds)
+        one = Pass(recorded, batch, parameters, sink, words if inside else None)
         self._waiting = ref(one)
-        return _Replay.apply(hidden, one, *([] if sink is not None else parameters))
+        begin = sink.anchor if sink is not None and hidden is None else hidden
+        return _Replay.apply(begin, one, *([] if sink is not None else parameters))
 
-    def _parameters(self) -> list[nn.Parameter]:
-        """The trained ones. Module.parameters takes a third of a millisecond for 12 layers."""
-        if not self._places:
-            modules = list(self._layers.modules())
-            self._places = [(module._parameters, name) for module in modules for name in module._parameters]
-        found = [parameters[name] for parameters, name in self._places]
+    def _words(self) -> nn.Parameter:
+        return self._embeddings.get_submodule("word_embeddings").weight  # type: ignore[return-value]
+
+    def _trained(self, module: nn.Module) -> list[nn.Parameter]:
+        """Its trained parameters. Module.parameters takes a third of a millisecond for 12 layers."""
+        if module not in self._places:
+            parts = list(module.modules())
+            self._places[module] = [(part._parameters, name) for part in parts for name in part._parameters]
+        found = [parameters[name] for parameters, name in self._places[module]]
         return [parameter for parameter in found if parameter is not None and parameter.requires_grad]
 
-    def _begin(self, hidden: Tensor, parameters: list[nn.Parameter], sink: TaskGradients | None) -> str:
+    def _begin(self, words: nn.Parameter, parameters: list[nn.Parameter], sink: TaskGradients | None) -> str:
         """Drops what was recorded of other weights or for another sink; why nothing can be of these, "" if it can."""
         self._kept.clear()
         self._gradients = None
@@ -124,36 +148,38 @@ class LayerGraphs:
             return "LayerNorm is not fastmtl's"
         if sink is not None and not all(sink.wants(p) and not sink.is_sparse(p) for p in parameters):
             return "not all of the layers' weights are shared ones"
-        grouped = [] if sink is None else [size for p in parameters if p.dim() == 2 for size in p.shape]
-        if any(size * hidden.element_size() % 16 for size in grouped):
+        shared = [] if sink is None else self._trained(self._layers)
+        if any(size * words.element_size() % 16 for p in shared if p.dim() == 2 for size in p.shape):
             return "products over tasks' rows need widths of whole 16 bytes"
-        against = why_not(hidden, self._head_dim, grouped=sink is not None) if self._checks_device else ""
+        against = why_not(words, self._head_dim, grouped=sink is not None) if self._checks_device else ""
         if against:
             return against
         if sink is None:
-            if any(parameter.dtype != hidden.dtype for parameter in parameters):
+            if any(parameter.dtype != words.dtype for parameter in parameters):
                 return "the weights are not of the hidden states' dtype"
             numbers = sum(parameter.numel() for parameter in parameters)
-            self._gradients = torch.zeros(numbers, dtype=hidden.dtype, device=hidden.device)
-        self.recordings.begin(hidden.device)
+            self._gradients = torch.zeros(numbers, dtype=words.dtype, device=words.device)
+        self.recordings.begin(words.device)
         return ""
 
-    def _against_this(self, hidden: Tensor, sink: TaskGradients | None) -> str:
+    def _against_this(self, hidden: Tensor | None, words: nn.Parameter, sink: TaskGradients | None) -> str:
         if sink is not None and sink.mode != "stack":
             return "the task gradients are not kept in J"
-        if torch.is_autocast_enabled(hidden.device.type):
+        if torch.is_autocast_enabled(words.device.type):
             return "it is under torch_autocast"
-        if not hidden.requires_grad:
+        if hidden is not None and not hidden.requires_grad:
             return "the embeddings are frozen"
         waiting = None if self._waiting is None else self._waiting()
         return "the backward of the one before has not been yet" if waiting is not None and not waiting.done else ""
 
     def _find(
-        self, hidden: Tensor, batch: PackedBatch, parameters: list[nn.Parameter], sink: TaskGradients | None
+        self, batch: PackedBatch, parameters: list[nn.Parameter], sink: TaskGradients | None, inside: bool
     ) -> tuple[Recorded, AttentionPlan]:
-        """What is recorded for a bucket that holds the batch, and the batch's plan for its rows."""
-        plan = AttentionPlan.make(batch.host.cu_seqlens, rows_of(len(hidden)))
-        bucket = Bucket.of(len(hidden), plan)
+        """What is recorded for a bucket that holds the batch, and the batch's plan for its rows. inside: whether the
+        embeddings are.
+        """
+        plan = AttentionPlan.make(batch.host.cu_seqlens, rows_of(batch.num_tokens))
+        bucket = Bucket.of(batch.num_tokens, plan)
         key = bucket, batch.num_tasks
         if key not in self._kept and len(self._kept) >= MOST:
             for other, num_tasks in sorted(self._kept, key=lambda kept: kept[0].rows):
@@ -165,36 +191,46 @@ class LayerGraphs:
             else:
                 self._kept.popitem(last=False)
         if key not in self._kept:
-            static = StaticLayers(self._layers, parameters, bucket, batch.num_tasks, hidden, sink, self._gradients)
+            embeddings = self._embeddings if inside else None
+            words, tasks = self._words(), batch.num_tasks
+            static = StaticLayers(self._layers, embeddings, parameters, bucket, tasks, words, sink, self._gradients)
             self._kept[key] = Recorded(static, self.recordings)
         self._kept.move_to_end(key)
         return self._kept[key], plan
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerGraphs:
         """Of a copied encoder, which records for itself."""
-        return LayerGraphs(copy.deepcopy(self._layers, memo), self._head_dim)
+        return LayerGraphs(copy.deepcopy(self._embeddings, memo), copy.deepcopy(self._layers, memo), self._head_dim)
 
 
 class Pass:
-    """One forward and its backward. done: whether the backward has been."""
+    """One forward and its backward. words: their table where the embeddings are in. done: whether the backward has
+    been.
+    """
 
     def __init__(
-        self, recorded: Recorded, batch: PackedBatch, parameters: list[nn.Parameter], sink: TaskGradients | None
+        self,
+        recorded: Recorded,
+        batch: PackedBatch,
+        parameters: list[nn.Parameter],
+        sink: TaskGradients | None,
+        words: nn.Parameter | None,
     ) -> None:
         self.done = False
-        offsets = batch.host.token_offsets
-        self._tasks = [task for task in range(batch.num_tasks) if offsets[task + 1] > offsets[task]]
-        self._num_rows = offsets[-1]
-        self._recorded, self._parameters, self._sink = recorded, parameters, sink
+        self._offsets, self._ids = batch.host.token_offsets, batch.input_ids
+        self._tasks = [task for task, pair in enumerate(pairwise(self._offsets)) if pair[1] > pair[0]]
+        self._recorded, self._parameters, self._sink, self._words = recorded, parameters, sink, words
 
     def forward(self) -> Tensor:
         if self._sink is not None:
-            self._sink.expect(*self._parameters)
+            self._sink.expect(*self._parameters, self._words)
         self._recorded.forward()
-        return self._recorded.static.result(self._num_rows)
+        return self._recorded.static.result(self._offsets[-1])
 
     def backward(self, dy: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The gradient of the input and, without a sink, those of the parameters."""
+        """The gradient of the input, of the sink's anchor where that is none, and, without a sink, those of the
+        parameters.
+        """
         if self.done:
             raise RuntimeError("encoder.cuda_graphs: a forward has one backward: what it kept is overwritten after it")
         self.done = True
@@ -207,14 +243,19 @@ class Pass:
             stores = writes.jacobian.take(self._parameters, self._tasks)
         self._recorded.backward[stores]()
         static.release()
+        found = static.result(self._offsets[-1])
         if writes is not None and self._sink is not None:
             writes.tell(self._sink)
-        return static.result(self._num_rows), static.parameter_gradients()
+            if self._words is not None:
+                self._sink.deliver_rows(self._words, self._ids, found, self._offsets)
+                found = torch.zeros_like(self._sink.anchor)
+        return found, static.parameter_gradients()
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, one: Pass, *parameters: nn.Parameter) -> Tensor:
+    def forward(ctx: Any, begin: Tensor, one: Pass, *parameters: nn.Parameter) -> Tensor:
+        """begin: what the layers get, or the sink's anchor where the embeddings are in."""
         ctx.one = one
         return one.forward()
 

@@ -1,4 +1,6 @@
-"""The encoder's layers on buffers of fixed addresses: a forward and a backward that can be recorded and run again."""
+"""The encoder's layers, and its embeddings with them or not, on buffers of fixed addresses: a forward and a backward
+that can be recorded and run again.
+"""
 
 from __future__ import annotations
 
@@ -18,33 +20,39 @@ from fastmtl_kernels.varlen_attention_plan import TILE, AttentionPlan
 class StaticLayers:
     """`forward`, then `backward`, on what `fill` put into the buffers; N rows of a bucket, hidden size d.
 
-    Two buffers [N, d] are kept: what the layers get, and one in which forward leaves its result, and backward finds
-    that one's gradient and leaves the input's.
+    Two buffers of N rows are kept: the inputs, and one [N, d] in which forward leaves its result, and backward finds
+    that one's gradient and leaves the inputs'.
 
-    parameters: the layers' trained ones. sink: what their gradients go to, or None: then backward puts them into
-    `gradients` [P], one after the other. hidden: what the layers will get, of any number of rows.
+    embeddings: None where the inputs are hidden states [n, d]; else they are ids [n, 3] (of words, types, positions),
+    and what backward leaves are the gradients of the words' rows. parameters: the trained ones, without the words.
+    sink: what their gradients go to, or None: then backward puts them into `gradients` [P], one after the other.
+    words: their table [V, d], of the hidden states' width, dtype and device.
     """
 
     def __init__(
         self,
         layers: nn.ModuleList,
+        embeddings: nn.Module | None,
         parameters: Sequence[nn.Parameter],
         bucket: Bucket,
         num_tasks: int,
-        hidden: Tensor,
+        words: nn.Parameter,
         sink: TaskGradients | None,
         gradients: Tensor | None,
     ) -> None:
-        like = {"dtype": hidden.dtype, "device": hidden.device}
-        self.batch = StaticBatch(bucket, num_tasks, hidden.device)
-        self._layers, self._parameters = layers, list(parameters)
-        self._hidden = torch.zeros(bucket.rows, hidden.shape[1], **like, requires_grad=True)  # type: ignore[call-overload]
-        self._rows = torch.zeros(bucket.rows, hidden.shape[1], **like)  # type: ignore[call-overload]
-        self._seeds = torch.zeros(place(len(layers), 0), dtype=torch.int64, device=hidden.device)
+        rows, width, dtype, device = bucket.rows, words.shape[1], words.dtype, words.device
+        self.batch = StaticBatch(bucket, num_tasks, device)
+        self._layers, self._embeddings, self._parameters = layers, embeddings, list(parameters)
+        if embeddings is None:
+            self._inputs = torch.zeros(rows, width, dtype=dtype, device=device, requires_grad=True)
+        else:  # each column contiguous
+            self._inputs = torch.zeros(3, rows, dtype=torch.int64, device=device).t()
+        self._rows = torch.zeros(rows, width, dtype=dtype, device=device)
+        self._seeds = torch.zeros(place(len(layers), 0), dtype=torch.int64, device=device)
         self.writes: RecordedWrites | None = None
         if sink is not None:
-            offsets = self.batch.segments.offsets
-            self.writes = RecordedWrites(sink, parameters, offsets, bucket.rows, hidden.dtype)
+            table = None if embeddings is None else words
+            self.writes = RecordedWrites(sink, parameters, table, self.batch.segments.offsets, rows, dtype)
         # Of a backward, by `stores`.
         self.ways = (True,) if sink is None else (True, False)
         self._gradients = gradients
@@ -52,11 +60,11 @@ class StaticLayers:
         self._context = ForwardContext(self.batch.segments, self.writes, self.batch.cu_seqlens, seeds, self.batch.plan)
         self._out: Tensor | None = None
 
-    def fill(self, hidden: Tensor, host: HostOffsets, plan: AttentionPlan, seeds: Sequence[Tensor]) -> None:
-        """hidden [n, d], n <= N: the tail is zeros."""
+    def fill(self, inputs: Tensor, host: HostOffsets, plan: AttentionPlan, seeds: Sequence[Tensor]) -> None:
+        """inputs: of n <= N rows; the tail is zeros."""
         with torch.no_grad():
-            self._hidden[: len(hidden)] = hidden
-            self._hidden[len(hidden) :].zero_()
+            self._inputs[: len(inputs)] = inputs
+            self._inputs[len(inputs) :].zero_()
             torch.cat(list(seeds), out=self._seeds)
         self.batch.fill(host, plan)
 
@@ -67,15 +75,17 @@ class StaticLayers:
         bucket = self.batch.bucket
         # Where there are blocks there may be fewer tiles than it takes to give attention's zeros to every row.
         plan = AttentionPlan.make(host.cu_seqlens, min(bucket.rows, bucket.tiles * TILE))
-        self.fill(self._hidden.detach()[:0], host, plan, [self._seeds.clone()])
+        self.fill(self._inputs.detach()[:0], host, plan, [self._seeds.clone()])
 
     def keeps(self, *, stores: bool) -> bool:
         """Whether `backward` of an empty batch leaves J as it is: adding zeros does."""
         return self.writes is None or not stores or self.writes.jacobian.is_new(self._parameters)
 
     def forward(self) -> None:
-        hidden: Tensor = self._hidden
         with torch.enable_grad():
+            hidden = self._inputs
+            if self._embeddings is not None:
+                hidden = self._embeddings(*self._inputs.unbind(1), self._context)
             for layer in self._layers:
                 hidden = layer(hidden, None, self._context)
         self._out = hidden
@@ -83,13 +93,18 @@ class StaticLayers:
 
     def backward(self, *, stores: bool) -> None:
         """stores: see RecordedWrites; without a sink it makes no difference."""
-        wanted = [self._hidden]
+        wanted = [self._inputs]
         if self.writes is None:
             wanted += self._parameters
         else:
             self.writes.begin(stores=stores)
+            if self._embeddings is not None:
+                wanted = [self.writes.anchor]
         assert self._out is not None
         dx, *gradients = torch.autograd.grad(self._out, wanted, self._rows, retain_graph=True)
+        if self._embeddings is not None:
+            assert self.writes is not None and self.writes.rows is not None
+            dx, self.writes.rows = self.writes.rows, None
         self._rows.copy_(dx)
         if self._gradients is not None:
             flat = [gradient.reshape(-1) for gradient in gradients]

@@ -9,7 +9,6 @@ host of a write is told by `tell`, each time the recording runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +17,13 @@ from torch.nn.functional import grouped_mm
 from fastmtl.surgery.jacobian import Jacobian
 from fastmtl.surgery.task_gradients import TaskGradients
 
-# Of the ones that a bias's sums are a product with: the fewest that grouped_mm takes, 16 bytes in bfloat16.
-_ONES = 8
+# Columns that grouped_mm takes come in this many, 16 bytes in bfloat16.
+_COLUMNS = 8
 
 
 class RecordedWrites(TaskGradients):
-    """Of `parameters`, all of them dense ones of `sink`, in mode `stack`.
+    """Of `parameters`, all of them dense ones of `sink`, in mode `stack`; and of `table`, an embedding table among its
+    sparse ones, whose rows are left in `rows` for `TaskGradients.deliver_rows`.
 
     offsets: int32 [T + 1] on the device, rows of the tasks. num_rows: N >= offsets[T]. dtype: of the rows.
     stores: what `Jacobian.take` says of the recording. The gradients that a task without rows gets are undefined where
@@ -34,17 +34,21 @@ class RecordedWrites(TaskGradients):
         self,
         sink: TaskGradients,
         parameters: Sequence[nn.Parameter],
+        table: nn.Parameter | None,
         offsets: Tensor,
         num_rows: int,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__(parameters, sink.num_tasks, dtype=sink.dtype)
+        sparse = [] if table is None else [table]
+        super().__init__([*parameters, *sparse], sink.num_tasks, sparse=sparse, dtype=sink.dtype)
+        self.anchor = torch.zeros((), device=offsets.device, requires_grad=True)
+        self.rows: Tensor | None = None
         self.mode = "stack"
         self.stores = False
         self.jacobian: Jacobian = sink.stack_of(parameters[0])
         self.order: list[nn.Parameter] = []  # in which backward writes
         self._offsets = offsets
-        self._ones = torch.ones(num_rows, _ONES, dtype=dtype, device=offsets.device)
+        self._ones = torch.ones(num_rows, _COLUMNS, dtype=dtype, device=offsets.device)
         self._absent = torch.empty(0)
 
     def begin(self, *, stores: bool) -> None:
@@ -61,9 +65,7 @@ class RecordedWrites(TaskGradients):
         """
         for parameter, right in ((weight, x), (bias, self._ones)):
             if parameter is not None and self.wants(parameter):
-                found = grouped_mm(dy.t(), right, offs=self._offsets[1:])
-                if not self.stores:  # in a float32 of its own it would be as large as J
-                    found.masked_fill_(self._absent[:, None, None], 0)
+                found = self._product(dy, right)
                 self._write(parameter, found if parameter is weight else found[..., 0])
 
     def deliver(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
@@ -71,13 +73,31 @@ class RecordedWrites(TaskGradients):
         self._write(parameter, gradients)
         return None
 
-    def deliver_rows(self, *_: Any) -> Tensor | None:
-        raise RuntimeError("tables' gradients have as many rows as the batch: they cannot be recorded")
+    def deliver_rows(
+        self, table: nn.Parameter, ids: Tensor, rows: Tensor, token_offsets: tuple[int, ...]
+    ) -> Tensor | None:
+        """A dense table's sums over equal ids are a product with their indicators: of a fixed order, unlike sums by
+        atomics. token_offsets is of the buffers.
+        """
+        if self.is_sparse(table):
+            self.rows = rows
+        elif self.wants(table):
+            columns = -(-len(table) // _COLUMNS) * _COLUMNS
+            indicators = (ids[:, None] == torch.arange(columns, device=ids.device)).to(rows.dtype)
+            self._write(table, self._product(indicators, rows)[:, : len(table)])
+        return None
 
     def tell(self, sink: TaskGradients) -> None:
         """That the recorded backward has written into the sink's J."""
         for parameter in self.order:
             sink.written(parameter)
+
+    def _product(self, left: Tensor, right: Tensor) -> Tensor:
+        """left [N, m], right [N, n] -> their product over each task's rows, [T, m, n]."""
+        found = grouped_mm(left.t(), right, offs=self._offsets[1:])
+        if not self.stores:  # in a float32 of its own it would be as large as J
+            found.masked_fill_(self._absent[:, None, None], 0)
+        return found
 
     def _write(self, parameter: nn.Parameter, gradients: Tensor) -> None:
         columns = self.jacobian.columns_of(parameter)

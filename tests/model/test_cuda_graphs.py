@@ -15,6 +15,7 @@ from fastmtl.model.context import ForwardContext
 from fastmtl.model.static_batch import Bucket, rows_of
 from fastmtl.recorders import Unrecorded
 from fastmtl.surgery.recorded_writes import RecordedWrites
+from fastmtl.surgery.task_gradients import TaskGradients
 from fastmtl_kernels.gradients import why_unavailable
 from fastmtl_kernels.varlen_attention_plan import AttentionPlan
 
@@ -40,6 +41,27 @@ def test_replays_equal_the_eager_layers_bit_for_bit(num_tasks: int, make_batch: 
     buckets = {Bucket.of(b.num_tokens, _plan(b)) for b in batches}
     assert len(recorder.recordings) == 3 * len(buckets) >= 6
     assert recorder.replayed > 0
+
+
+def test_the_embeddings_are_in_unless_one_is_frozen(make_batch: MakeBatch) -> None:
+    batch = make_batch(MICRO_BATCHES[3][0])
+    for frozen in (False, True):
+        encoder, plain = make_encoder(OpRecorder()), make_encoder()
+        for one in (encoder, plain):
+            one.embeddings.token_type_embeddings.weight.requires_grad_(not frozen)
+        ran: list[None] = []
+        encoder.embeddings.register_forward_hook(lambda *_, ran=ran: ran.append(None))
+        sink, plain_sink = (
+            TaskGradients(
+                [p for p in one.parameters() if p.requires_grad], 3, sparse=[one.embeddings.word_embeddings.weight]
+            )
+            for one in (encoder, plain)
+        )
+        for seed in range(2):
+            ran.clear()
+            assert_close(step(encoder, sink, [batch], seed), step(plain, plain_sink, [batch], seed))
+        assert len(ran) == frozen  # a replay runs no Python
+        assert encoder.graphs is not None and not encoder.graphs.recordings.told
 
 
 def _plan(batch: PackedBatch) -> AttentionPlan:

@@ -147,7 +147,7 @@ def test_what_cannot_be_recorded_is_told_once(make_batch: MakeBatch, caplog: pyt
     encoder.use_layer_norm(lambda x, weight, bias, shape, eps: layer_norm(x, shape, weight, bias, eps))
     assert told(encoder) == "LayerNorm is not fastmtl's"
     encoder = make_encoder()
-    encoder.graphs = LayerGraphs(encoder.encoder.layer, 16)
+    encoder.graphs = LayerGraphs(encoder.embeddings, encoder.encoder.layer, 16)
     assert told(encoder) == "CUDA graphs need an NVIDIA GPU, the model is on cpu"
     caplog.clear()
     with torch.no_grad():
@@ -250,7 +250,7 @@ def test_losses_and_merged_gradients_of_a_model(
     for recorder in (OpRecorder(), None):
         model = make_model().train()
         if recorder is not None:
-            model.encoder.graphs = LayerGraphs(model.encoder.encoder.layer, 8, recorder)
+            model.encoder.graphs = LayerGraphs(model.encoder.embeddings, model.encoder.encoder.layer, 8, recorder)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         surgery = GradientSurgery(
             optimizer,

@@ -28,6 +28,7 @@ pytest.importorskip("triton")
 MakeBatch = Callable[..., PackedBatch]
 META = torch.device("meta")
 KERNELS = {
+    "embed_layer_norm": ["_embed_layer_norm_fwd_kernel"],
     "add_layer_norm": ["_add_layer_norm_fwd_kernel", "_add_layer_norm_bwd_kernel", "_sum_slots_kernel"],
     "varlen_attention": ["tile_fwd_kernel", "tile_bwd_kernel", "long_fwd_kernel", "long_bwd_kernel"],
 }
@@ -80,19 +81,21 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Started]]:
 def test_the_host_starts_the_same_for_every_batch(make_batch: MakeBatch, started: list[Started]) -> None:
     encoder = make_encoder(dtype=torch.bfloat16).to(META)
     sink = make_sink(encoder, 3)
-    layers = encoder.encoder.layer
-    hidden = torch.empty(1, 32, dtype=torch.bfloat16, device=META)
+    embeddings, layers = encoder.embeddings, encoder.encoder.layer
+    words = embeddings.word_embeddings.weight
+    parameters = [p for part in (embeddings, layers) for p in part.parameters() if p is not words]
     batches = [make_batch(lengths) for lengths in ([[150, 2], [70], [30]], [[5], [], [140, 7]])]
     plans = [AttentionPlan.make(b.host.cu_seqlens, rows_of(b.num_tokens)) for b in batches]
     bucket = Bucket.of(batches[0].num_tokens, plans[0])
     assert bucket.rows == rows_of(batches[1].num_tokens)
     bucket = dataclasses.replace(bucket, tiles=4, blocks=8)
     with sink.armed("stack", META):
-        static = StaticLayers(layers, list(layers.parameters()), bucket, 3, hidden, sink, None)
+        static = StaticLayers(layers, embeddings, parameters, bucket, 3, words, sink, None)
         found = []
         for batch, plan in zip(batches, plans, strict=True):
             seeds = torch.arange(9).to(META).split(1)
-            static.fill(hidden.expand(batch.num_tokens, -1), batch.host, plan, seeds)
+            ids = torch.zeros(batch.num_tokens, 3, dtype=torch.int64, device=META)
+            static.fill(ids, batch.host, plan, seeds)
             started.append(Started())
             with started[-1]:
                 static.forward()
@@ -103,5 +106,6 @@ def test_the_host_starts_the_same_for_every_batch(make_batch: MakeBatch, started
     assert found[0] == found[1]
     names = [entry[0] for entry in found[0] if isinstance(entry[0], str)]
     assert set(names) == {name for kernels in KERNELS.values() for name in kernels}
-    # A layer: attention of two kinds of sequences, two LayerNorms; backward twice, its LayerNorm two kernels.
-    assert len(names) == 2 * (2 + 2 + 2 * (2 + 4))
+    # A layer: attention of two kinds of sequences, two LayerNorms; backward twice, its LayerNorm two kernels, as those
+    # of the embeddings.
+    assert len(names) == 2 * (2 + 2 + 2 * (2 + 4)) + 1 + 2 * 2

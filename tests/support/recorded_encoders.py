@@ -43,7 +43,7 @@ def make_encoder(
             if parameter.dim() == 1:
                 parameter += 0.1 * torch.randn(parameter.shape)
     if recorder is not None:
-        encoder.graphs = LayerGraphs(encoder.encoder.layer, 16, recorder)
+        encoder.graphs = LayerGraphs(encoder.embeddings, encoder.encoder.layer, 16, recorder)
     return encoder
 
 

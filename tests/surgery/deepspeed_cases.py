@@ -273,7 +273,7 @@ def main(directory: Path) -> None:
         recorder = OpRecorder()
         if "graphs" in case.variant:
             encoder = model.encoder.train()
-            encoder.graphs = LayerGraphs(encoder.encoder.layer, 8, recorder)
+            encoder.graphs = LayerGraphs(encoder.embeddings, encoder.encoder.layer, 8, recorder)
         engine = build_engine(recipe, model, ranks.world, STEPS)
         surgery = make_surgery(engine, model, recipe)
         acc = case.accumulation
