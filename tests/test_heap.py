@@ -82,13 +82,15 @@ def around_large_blocks(variables: dict[str, str]) -> tuple[bool, int, int, int]
 @with_glibc
 @with_huge_pages
 def test_an_evaluation_leaves_no_holes_of_small_blocks_either() -> None:
-    in_a_step, in_evaluation, after = in_own_process(around_an_evaluation, preload="fastmtl.bench.kernels")
+    in_evaluation, in_a_step = in_own_process(around_an_evaluation, preload="fastmtl.bench.kernels")
     assert in_evaluation < 10 * MIB
-    assert min(in_a_step, after) > 20 * MIB
+    assert in_a_step > 20 * MIB
 
 
-def around_an_evaluation() -> tuple[int, int, int]:
-    """Bytes that stay resident where every other one of 60 blocks of 1 MiB is freed."""
+def around_an_evaluation() -> tuple[int, int]:
+    """Bytes that stay resident where every other one of 60 blocks of 1 MiB is freed, in an evaluation and after it (not
+    before it: blocks that fit into holes are never mapped).
+    """
 
     def stays(*_: object, **__: object) -> int:
         blocks = [torch.ones(MIB // 4) for _ in range(60)]
@@ -103,7 +105,7 @@ def around_an_evaluation() -> tuple[int, int, int]:
     recipe = load_recipe("demo")
     corpus = Corpus([], [None] * len(recipe.task_names))
     evaluate = partial(train.evaluate, recipe, Mock(), corpus, Mock())
-    return stays(), evaluate(), stays()
+    return evaluate(), stays()
 
 
 def test_a_run_maps_large_blocks_before_it_makes_anything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
