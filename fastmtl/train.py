@@ -45,9 +45,6 @@ from fastmtl.surgery.gradient_surgery import GradientSurgery
 from fastmtl.surgery.task_gradients import TaskGradients
 from fastmtl.tracking import Tracker
 
-# Steps after which a CPU's heap is trimmed: holes grow in it, as batches differ in size, and are back after some 20.
-TRIM_EVERY = 10
-
 
 @dataclass
 class Progress:
@@ -230,7 +227,7 @@ def run_phase(
             at.seconds = time.monotonic() - begun
             tokens = ranks.world * sum(batch.num_tokens for batch in micro_batches)
             tracker.step(at.step, at.epoch, info, _learning_rates(engine), tokens)
-            if at.step % TRIM_EVERY == 0 and ranks.device.type == "cpu":
+            if ranks.device.type == "cpu":  # batches differ in size, so each leaves other holes in the heap
                 heap.trim()
             if at.step == last_step:
                 break
