@@ -4,7 +4,7 @@
 
 The model is so narrow that a step is all launching, which does not depend on widths: what is counted here holds for any
 width, and the milliseconds (of the processor, on one thread) are about what a host needs to launch the part. With
-`--graphs` the layers run as what `encoder.cuda_graphs` captures, and what would be in a graph is a part of its own.
+`--graphs` everything runs as what `encoder.cuda_graphs` captures, and what would be in a graph is a part of its own.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ def main(zero: int, layers: int, flat: bool, graphs: bool) -> None:
         )
     engine = build_engine(recipe, model, 1, 1000)
     surgery = build_surgery(recipe, engine, model)
+    if graphs:
+        surgery.record_with(InGraphs())
     engine.train()
 
     def step() -> None:

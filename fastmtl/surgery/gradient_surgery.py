@@ -17,11 +17,13 @@ from torch import nn
 
 from fastmtl.errors import UserError
 from fastmtl.ranges import named
+from fastmtl.recorders import Recorder, Recordings
 from fastmtl.surgery.inputs import check_sketch, check_task_weights, check_tasks, find_shared
 from fastmtl.surgery.joint import JointStep
 from fastmtl.surgery.methods import Reduction, find_method
 from fastmtl.surgery.options import SKETCH_SIZE, Reduce, Scope, Storage, check_options, find_ranks
 from fastmtl.surgery.parts import Parts
+from fastmtl.surgery.recorded_step import RecordedStep, why_not
 from fastmtl.surgery.replay import replay
 from fastmtl.surgery.solver import Solver
 from fastmtl.surgery.stacked import StackedStep
@@ -55,6 +57,7 @@ class GradientSurgery:
     task_weights: fixed weight of each task's loss, applied before the Gramian. reduction: of the modified gradients,
     "sum" (the paper) or "mean"; for pcgrad and gradvac.
     seed: of the random order in which tasks meet, with the step's number.
+    cuda_graphs: whether Gramian, weights and merging are one CUDA graph, where they can be; the log says where not.
     Raises UserError for an unknown name, and for a combination that cannot do what it promises. `sum` heeds none of
     storage, scope, reduce and dtype.
     """
@@ -76,6 +79,7 @@ class GradientSurgery:
         reduction: Reduction = "sum",
         options: Mapping[str, Any] | None = None,
         seed: int = 0,
+        cuda_graphs: bool = False,
     ) -> None:
         self._target = find_target(target)
         chosen = find_method(method, reduction, options)
@@ -112,6 +116,23 @@ class GradientSurgery:
         self._parts = Parts(self._target, self._sink, self._solver, self.tasks, inside, own)
         self._open: JointStep | StackedStep | None = None
         self._told = False
+        self._recorded: RecordedStep | None = None
+        if cuda_graphs:
+            self.record_with(None)
+
+    def record_with(self, recorder: Recorder | None) -> None:
+        """What `cuda_graphs` asks for. recorder: in place of CUDA graphs, on any device."""
+        method = self._solver.method
+        if method is None:  # a sum has none of this
+            return
+        recordings = Recordings(recorder)
+        reason = why_not(self._sink, method, self._target, self.storage)
+        if not reason and recorder is None and self._target.device.type != "cuda":
+            reason = f"CUDA graphs need an NVIDIA GPU, the model is on {self._target.device.type}"
+        if reason:
+            recordings.tell(f"gradient surgery launches each operation: {reason}")
+        else:
+            self._recorded = RecordedStep(self._sink, method, len(self.tasks), self._target.device, recordings)
 
     def run(
         self,
@@ -198,8 +219,8 @@ class GradientSurgery:
         return way.finish() if last else None
 
     def kept_tensors(self) -> list[torch.Tensor]:
-        """What is kept of task gradients now: J, its shards, sketch and compact rows."""
-        return self._sink.tensors()
+        """What is kept of task gradients now: J, its shards, sketch and compact rows, and what `cuda_graphs` needs."""
+        return self._sink.tensors() + ([] if self._recorded is None else self._recorded.tensors())
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready: what the next step's order, the skipped steps and the method depend on."""
@@ -215,7 +236,7 @@ class GradientSurgery:
         return Step(counts, tasks=self.tasks, task_weights=both, device=self._target.device)
 
     def _start(self, step: Step) -> JointStep | StackedStep:
-        return JointStep(self._parts, step) if self._joint else StackedStep(self._parts, step)
+        return JointStep(self._parts, step) if self._joint else StackedStep(self._parts, step, self._recorded)
 
     def _check_backward(self) -> None:
         if not self._joint and self.storage != "stacked":

@@ -29,7 +29,8 @@ class Method(Protocol):
 
     def weights(self, gram: Tensor, order: Tensor, index: int | None) -> Tensor:
         """G [T, T] float32, order int64 [T, T] on its device -> weights [T]. index: of the tensor whose Gramian this
-        is, None for the global one. A G that is not finite changes no state: its step is skipped.
+        is, None for the global one. A G that is not finite changes no state: its step is skipped. Where `by_tensor`,
+        it reads no number on the host and keeps its state at fixed addresses, so that it can be recorded.
         """
         ...
 
@@ -49,7 +50,7 @@ class PCGrad:
         self._reduction = reduction
 
     def weights(self, gram: Tensor, order: Tensor, index: int | None) -> Tensor:
-        return pcgrad_weights(gram, order=order, reduction=self._reduction)
+        return pcgrad_weights(gram, order=order, reduction=self._reduction, check_order=False)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -72,16 +73,24 @@ class GradVac:
 
     def weights(self, gram: Tensor, order: Tensor, index: int | None) -> Tensor:
         key = "all" if index is None else str(index)
-        target = self._targets[key].to(gram.device) if key in self._targets else torch.zeros_like(gram)
-        weights, cosines = gradvac_weights(gram, target, order=order, reduction=self._reduction)
-        self._targets[key] = torch.where(gram.isfinite().all(), target.lerp(cosines, self._beta), target)
+        if key not in self._targets:
+            self._targets[key] = torch.zeros_like(gram)
+        elif self._targets[key].device != gram.device:
+            self._targets[key] = self._targets[key].to(gram.device)
+        target = self._targets[key]
+        weights, cosines = gradvac_weights(gram, target, order=order, reduction=self._reduction, check_order=False)
+        # In place, here and in `load_state_dict`: what was recorded has the address.
+        target.copy_(torch.where(gram.isfinite().all(), target.lerp(cosines, self._beta), target))
         return weights
 
     def state_dict(self) -> dict[str, Any]:
         return {"targets": {key: target.tolist() for key, target in self._targets.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._targets = {key: torch.tensor(rows, dtype=torch.float32) for key, rows in state["targets"].items()}
+        given = {key: torch.tensor(rows, dtype=torch.float32) for key, rows in state["targets"].items()}
+        for key, target in self._targets.items():
+            target.copy_(given.pop(key, torch.zeros(())))
+        self._targets.update(given)
 
 
 METHODS: dict[str, type[PCGrad | GradVac]] = {"pcgrad": PCGrad, "gradvac": GradVac}

@@ -39,10 +39,14 @@ class Solver:
     def next_step(self) -> None:
         self._step += 1
 
+    def order(self) -> Tensor:
+        """In which tasks meet in this step, int64 [T, T] on the host."""
+        return draw_order(len(self.tasks), self._seed, self._step)
+
     def weights(self, gram: Tensor, index: int | None = None) -> Tensor:
         """Weights [T] for G [T, T], on its device."""
         assert self.method is not None
-        order = draw_order(len(self.tasks), self._seed, self._step)
+        order = self.order()
         if gram.device.type == "cuda":
             order = order.pin_memory().to(gram.device, non_blocking=True)
         return self.method.weights(gram, order, index)
@@ -50,12 +54,26 @@ class Solver:
     def solve(
         self, gram: Tensor, step: Step, target: Target, own: Sequence[Tensor] = (), own_names: Sequence[str] = ()
     ) -> tuple[SurgeryInfo, Tensor]:
-        """The weights of a step, and what it tells: one small reduction, one wait for the device.
+        """What a step tells, and its weights, NaN where the target has to see that they are not finite: `judge`."""
+        weights = self.weights(gram)
+        info, spoilt = self.judge(gram, weights, step, target, own, own_names)
+        return info, torch.full_like(weights, float("nan")) if spoilt else weights
+
+    def judge(
+        self,
+        gram: Tensor,
+        weights: Tensor,
+        step: Step,
+        target: Target,
+        own: Sequence[Tensor] = (),
+        own_names: Sequence[str] = (),
+    ) -> tuple[SurgeryInfo, bool]:
+        """What a step with G and these weights tells, and whether the target has to see that it is not finite: by one
+        small reduction and one wait for the device.
 
         own: gradients of the tasks' own parameters, looked at for numbers that are not finite.
         """
         num_tasks = len(self.tasks)
-        weights = self.weights(gram)
         extra = step.sums
         if own:
             bad_own = ~torch.stack(torch._foreach_norm(list(own))).isfinite()
@@ -73,11 +91,11 @@ class Solver:
             self._skipped_in_a_row = 0
             merged = None if self._by_rank else float(host_weights @ host_gram @ host_weights)
             shown_weights = None if self._by_rank else host_weights.float()
-            return SurgeryInfo.of_gramian(losses, host_gram.float(), shown_weights, merged), weights
+            return SurgeryInfo.of_gramian(losses, host_gram.float(), shown_weights, merged), False
         if target.backs_off():  # it has to see the overflow in the gradients
-            return SurgeryInfo(losses=losses), torch.full_like(weights, float("nan"))
+            return SurgeryInfo(losses=losses), True
         self._skip(bad[0])
-        return SurgeryInfo(losses=losses, skipped=bad[0]), weights
+        return SurgeryInfo(losses=losses, skipped=bad[0]), False
 
     def _skip(self, name: str) -> None:
         self._skipped += 1

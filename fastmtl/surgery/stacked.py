@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,11 +13,15 @@ from torch import Tensor
 from fastmtl.ranges import named
 from fastmtl.surgery.adamw import TaskUpdate
 from fastmtl.surgery.parts import Parts
+from fastmtl.surgery.recorded_step import RecordedStep
 from fastmtl.surgery.step import Losses, Step, SurgeryInfo
 from fastmtl.surgery.stopwatch import Stopwatch
 from fastmtl_kernels.cast import cast
 
 log = logging.getLogger(__name__)
+
+# What a step tells, and the merged gradients of shared parameters by id, None where there are none to hand over.
+_Merged = tuple[SurgeryInfo, dict[int, Tensor] | None]
 
 # A norm below this share of the sum of its parts' is not taken from float32 inner products, whose rounding, some 1e-7
 # of the parts' squares, would show in it.
@@ -24,10 +29,13 @@ _CANCELLED = 1e-2
 
 
 class StackedStep:
-    """One step: `take` each micro-batch's losses, made while the sink was armed, then `finish`."""
+    """One step: `take` each micro-batch's losses, made while the sink was armed, then `finish`.
 
-    def __init__(self, parts: Parts, step: Step) -> None:
-        self._parts, self._step = parts, step
+    recorded: what merges, None for launching each operation.
+    """
+
+    def __init__(self, parts: Parts, step: Step, recorded: RecordedStep | None = None) -> None:
+        self._parts, self._step, self._recorded = parts, step, recorded
         parts.target.begin()
         self._scale = parts.target.loss_scale()
         parts.sink.clear()
@@ -71,31 +79,46 @@ class StackedStep:
         parts = self._parts
         watch = Stopwatch(parts.target.device)
         with named("surgery"):
-            gram = parts.sink.gramian() / self._scale**2
             names = [parts.target.names[id(p)] for p in parts.own]
             own = [
                 torch.zeros_like(p, dtype=torch.float32) if gradient is None else gradient
                 for p, gradient in zip(parts.own, self._own, strict=True)
             ]
-            info, weights = parts.solver.solve(gram, self._step, parts.target, own, names)
-            nbytes = parts.sink.nbytes()
-        if info.skipped is None:
             factor = parts.target.factor / self._scale
-            norm = self._known_norm(info)
-            optimizer = parts.target.merging_optimizer(norm)
-            with named("surgery"):
-                if optimizer is not None:  # one without a scale or a number of ranks
-                    found = dict(zip(map(id, parts.own), own, strict=True))
-                    optimizer.take(TaskUpdate(weights, *parts.sink.unmerged(weights), found, norm or 0.0))
-                else:
-                    merged = parts.sink.combine(weights * factor)
-                    if own:
-                        merged.update(zip(map(id, parts.own), torch._foreach_mul(own, factor), strict=True))
-            watch.stop()
-            if optimizer is None:
-                with named("communication"):
-                    parts.target.hand_over(merged)
+            merge = self._launch if self._recorded is None else partial(self._replay, self._recorded)
+            info, merged = merge(own, names, factor)
+            nbytes = parts.sink.nbytes()
+            if merged is not None and own:
+                merged.update(zip(map(id, parts.own), torch._foreach_mul(own, factor), strict=True))
+        watch.stop()
+        if merged is not None:
+            with named("communication"):
+                parts.target.hand_over(merged)
         return dataclasses.replace(info, nbytes=nbytes, stopwatch=watch)
+
+    def _launch(self, own: list[Tensor], names: list[str], factor: float) -> _Merged:
+        parts = self._parts
+        gram = parts.sink.gramian() / self._scale**2
+        info, weights = parts.solver.solve(gram, self._step, parts.target, own, names)
+        if info.skipped is not None:
+            return info, None
+        norm = self._known_norm(info)
+        optimizer = parts.target.merging_optimizer(norm)
+        if optimizer is None:
+            return info, parts.sink.combine(weights * factor)
+        found = dict(zip(map(id, parts.own), own, strict=True))  # this one has no scale and no number of ranks
+        optimizer.take(TaskUpdate(weights, *parts.sink.unmerged(weights), found, norm or 0.0))
+        return info, None
+
+    def _replay(self, recorded: RecordedStep, own: list[Tensor], names: list[str], factor: float) -> _Merged:
+        parts = self._parts
+        recorded.run(parts.solver.order(), self._scale, factor)
+        info, spoilt = parts.solver.judge(recorded.gram, recorded.weights, self._step, parts.target, own, names)
+        if info.skipped is not None:
+            return info, None
+        if spoilt:
+            recorded.spoil()
+        return info, recorded.gradients()
 
     def _known_norm(self, info: SurgeryInfo) -> float | None:
         """Of the merged gradient of the shared parameters, by the Gramian; None where that does not give it."""

@@ -28,18 +28,18 @@ class Tables:
     def gramian(self, device: torch.device) -> Tensor:
         """Float32 [T, T] of the gathered rows: equal on every rank."""
         total = torch.zeros(self._num_tasks, self._num_tasks, device=device)
-        for table, per_task in self._each():  # every rank in the same order, with or without rows: it is collective
+        for table, per_task in self.each():  # every rank in the same order, with or without rows: it is collective
             compact = (coalesce(parts, whole_shape(table)[1], total) for parts in per_task)
             total += rows_gramian([self._ranks.gather_rows(*pair) for pair in compact])
         return total
 
     def merged(self, weights: Tensor) -> dict[int, Tensor]:
         """sum_t weights[t] g_t of every table by its id, float32 [V, d]."""
-        return {id(table): weighted_table(table.shape, per_task, weights) for table, per_task in self._each()}
+        return {id(table): weighted_table(table.shape, per_task, weights) for table, per_task in self.each()}
 
     def merged_rows(self, weights: Tensor) -> dict[int, Rows]:
         """The same as the rows that occur."""
-        return {id(table): weighted_rows(per_task, weights, table.shape[1]) for table, per_task in self._each()}
+        return {id(table): weighted_rows(per_task, weights, table.shape[1]) for table, per_task in self.each()}
 
     def clear(self) -> None:
         self._rows.clear()
@@ -47,7 +47,8 @@ class Tables:
     def tensors(self) -> list[Tensor]:
         return [part for rows in self._rows.values() for parts in rows for pair in parts for part in pair]
 
-    def _each(self) -> Iterator[tuple[nn.Parameter, list[list[Rows]]]]:
+    def each(self) -> Iterator[tuple[nn.Parameter, list[list[Rows]]]]:
+        """Every table, with or without rows, and its T lists."""
         for table in self._tables:
             yield table, self._rows.get(id(table), [[] for _ in range(self._num_tasks)])
 

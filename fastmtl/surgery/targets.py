@@ -19,7 +19,8 @@ class Target(Protocol):
     """Takes a step's gradients, from losses or merged already.
 
     names: of the trainable parameters by id, for messages. arranged: parameters in the order in which J is to have
-    them. stacks: whether merged gradients can be handed over; otherwise replay. factor: what merged gradients are to be
+    them. stacks: whether merged gradients can be handed over; otherwise replay. merges: whether there may be a
+    `merging_optimizer`. factor: what merged gradients are to be
     multiplied by before they are. hand_over: takes every gradient out of the mapping, for one that nobody else holds
     becomes `.grad` as it is, any other is copied. merging_optimizer: the one that is to be given task gradients in
     place of that, None where there is none; norm: of the merged gradient, None where it is not known. begin: raises
@@ -31,6 +32,7 @@ class Target(Protocol):
     names: dict[int, str]
     device: torch.device
     stacks: bool
+    merges: bool
     factor: float
 
     def arranged(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]: ...
@@ -57,6 +59,7 @@ class OptimizerTarget:
                 "target: with several processes use a DeepSpeed engine, a torch optimiser does not reduce gradients"
             )
         self._merging = optimizer if isinstance(optimizer, SurgeryAdamW) else None
+        self.merges = self._merging is not None
         self.parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         if not self.parameters:
             raise UserError("target: no parameter of the optimiser requires a gradient")
@@ -104,6 +107,8 @@ class EngineTarget:
     """A DeepSpeed engine, by its public calls. DeepSpeed averages over ranks, so gradients are handed over times their
     number.
     """
+
+    merges = False
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine

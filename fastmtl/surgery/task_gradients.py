@@ -123,7 +123,7 @@ class TaskGradients:
         self.mode = mode
         if mode == "stack" and self._stack is None:
             self._stack = Jacobian(self.dense, self.num_tasks, self.dtype, device)
-            if self.dense and self._ranks.many and not self.sketches:
+            if self.dense and self.scatters and not self.sketches:
                 self.early = EarlyScatter(self._stack)
         self._counting = mode == "stack" and self.early is not None
 
@@ -343,6 +343,16 @@ class TaskGradients:
         """
         assert self._stack is not None, "unmerged needs mode stack"
         return self._stack.rows(), self._tables.merged_rows(weights)
+
+    @property
+    def scatters(self) -> bool:
+        """Whether J is a sum over ranks, so that G is made of collectives."""
+        return self._ranks.many
+
+    def stacked(self) -> tuple[Jacobian, Tables]:
+        """J: of the dense parameters, and rows of the sparse ones (mode `stack`)."""
+        assert self._stack is not None, "stacked needs mode stack"
+        return self._stack, self._tables
 
     def clear(self) -> None:
         """Forgets what was written; the buffers stay."""
