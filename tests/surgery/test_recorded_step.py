@@ -216,7 +216,8 @@ def test_a_loss_scale_that_changes(model: MultiTaskModel, monkeypatch: pytest.Mo
 
 
 def test_a_state_that_is_loaded_is_the_recordings(model: MultiTaskModel) -> None:
-    recorded, plain = (surgery_of(model, each, method="gradvac") for each in (OpRecorder(), None))
+    options = {"method": "gradvac", "options": {"beta": 0.9}}
+    recorded, plain = (surgery_of(model, each, **options) for each in (OpRecorder(), None))
     empty = recorded.state_dict()
     run(recorded, model, STEPS[1])
     early = recorded.state_dict()
@@ -226,6 +227,8 @@ def test_a_state_that_is_loaded_is_the_recordings(model: MultiTaskModel) -> None
         plain.load_state_dict(state)
         (_, again), (_, ordinary) = (run(each, model, STEPS[1]) for each in (recorded, plain))
         assert_close(again, ordinary)
+        one, other = (torch.tensor(each.state_dict()["method_state"]["targets"]["all"]) for each in (recorded, plain))
+        assert (one - other).abs().max() <= 1e-6
         if expected is not None:
             assert_same(again, expected)
 
