@@ -46,7 +46,8 @@ class Case:
     # "offload", "autocast", "one-step" (the engine is told of one micro-batch a step), "backward" (in place of run),
     # "pieces" (J goes to the ranks in many, during backward, with recompute full), "backward-pieces", "late" (in as
     # many, after it), "flat" (parameters), "flat-autocast", "graphs-pieces", "flat-graphs" (recorded layers and
-    # merging, without an adapter), or an option's value: "tensor" (scope), "local", "sketch" (reduce), "cheap", "full" (recompute)
+    # merging, without an adapter), or an option's value: "tensor" (scope), "local", "sketch" (reduce), "cheap", "full"
+    # (recompute)
     variant: str = ""
 
     @property

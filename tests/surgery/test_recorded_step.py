@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from op_recorder import OpRecorder
-from torch import Tensor, nn
+from torch import Tensor
+from written_rows import make_parameters, steps_of
 
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.model.multitask import MultiTaskModel
@@ -235,23 +236,13 @@ def test_a_state_that_is_loaded_is_the_recordings(model: MultiTaskModel) -> None
 
 @pytest.mark.parametrize("num_tasks", [1, 2, 3])
 def test_any_rows_of_any_tables(num_tasks: int) -> None:
-    """Equal ids in several tasks, none at all, more than in any step before; two tables, one of no use."""
-    weight, table, unused = (nn.Parameter(torch.zeros(size)) for size in ((4, 5), (30, 3), (6, 2)))
-    sink = TaskGradients([weight, table, unused], num_tasks, sparse=[table, unused])
+    parameters = make_parameters()
+    sink = TaskGradients(parameters, num_tasks, sparse=parameters[1:])
     method = find_method("pcgrad")
     assert method is not None
     recorder = OpRecorder()
     step = RecordedStep(sink, method, num_tasks, torch.device("cpu"), Recordings(recorder))
-    random = torch.Generator().manual_seed(num_tasks)
-    for number, sizes in enumerate([(3, 4, 2), (0, 0, 0), (40, 1, 30), (0, 9, 0), (2, 8, 5)]):
-        sink.clear()
-        with sink.armed("stack", torch.device("cpu")):
-            for task in range(num_tasks):
-                if number != 3 or task:
-                    sink.stack_of(weight).add_task(weight, task, torch.randn(4, 5, generator=random))
-                for size in (sizes[task], 2 if sizes[task] else 0):
-                    ids = torch.randint(30, (size,), generator=random)
-                    sink.add_rows(table, task, ids, torch.randn(size, 3, generator=random))
+    for number in steps_of([sink], parameters):
         order = draw_order(num_tasks, 0, number)
         step.run(order, 1.0, 2.0)
         expected = sink.gramian()
@@ -259,10 +250,10 @@ def test_any_rows_of_any_tables(num_tasks: int) -> None:
         weights = method.weights(expected, order, None)
         assert (step.weights - weights).abs().max() <= 1e-5
         found, merged = step.gradients(), sink.combine(2 * weights)
-        assert found.keys() == merged.keys() == {id(weight), id(table), id(unused)}
+        assert found.keys() == merged.keys() == {id(parameter) for parameter in parameters}
         for key, value in merged.items():
             assert found[key].shape == value.shape and (found[key] - value).abs().max() <= 1e-4
-    assert recorder.recordings
+    assert recorder.replayed
 
 
 @pytest.mark.parametrize(
