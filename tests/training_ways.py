@@ -54,8 +54,8 @@ class Way:
     kernels: "fast" is what impl="auto" takes here. gradients: "separate", one backward per task and PCGrad pair by
     pair; "separate into J", the same backwards and PCGrad by their Gramian; "one pass", where the layers write J.
     zero: DeepSpeed's stage in place of the torch loop; flat: its parameters. ranks: that share a step's rows; they draw
-    masks of their own, so such a way is without dropout. recorded: the layers, without an adapter, by a recorder of
-    operators in the place of CUDA graphs. weight: of the task `same`. dtype: of all that is computed.
+    masks of their own, so such a way is without dropout. recorded: the layers, without an adapter, and merging, by
+    recorders of operators in the place of CUDA graphs. weight: of the task `same`. dtype: of all that is computed.
     """
 
     kernels: Literal["reference", "fast"] = "reference"
@@ -142,7 +142,7 @@ def make_step(way: Way, recipe: Recipe, model: MultiTaskModel) -> Step:
     if way.zero is not None:
         engine = build_engine(recipe, model, way.ranks, STEPS)
         engine.train()
-        return surgery_step(build_surgery(recipe, engine, model), engine.step, way)
+        return surgery_step(recording(way, build_surgery(recipe, engine, model)), engine.step, way)
     optimizer = make_optimizer(way, recipe, model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(recipe, STEPS))
 
@@ -164,7 +164,13 @@ def make_step(way: Way, recipe: Recipe, model: MultiTaskModel) -> Step:
         task_weights=model.task_weights,
         seed=recipe.seed,
     )
-    return surgery_step(surgery, update, way, model)
+    return surgery_step(recording(way, surgery), update, way, model)
+
+
+def recording(way: Way, surgery: GradientSurgery) -> GradientSurgery:
+    if way.recorded:
+        surgery.record_with(OpRecorder())
+    return surgery
 
 
 def plain_step(model: MultiTaskModel, recipe: Recipe, update: Callable[[], None]) -> Step:

@@ -15,6 +15,7 @@ from torch import Tensor
 from written_rows import make_parameters, steps_of
 
 from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.engine.build import build_surgery
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.recorders import Recorder, Recordings, Unrecorded
 from fastmtl.surgery import GradientSurgery, SurgeryAdamW, SurgeryInfo, gradient_surgery, recorded_step, static_tables
@@ -276,6 +277,15 @@ def test_what_is_not_recorded_is_told(
     assert reason is None or reason in lines[0]
     (_, found), (_, plain) = (run(each, model, STEPS[1]) for each in (surgery, surgery_of(model, **options)))
     assert_same(found, plain)
+
+
+def test_a_recipe_asks_for_it(model: MultiTaskModel, caplog: pytest.LogCaptureFixture) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for asked in (False, True):
+        recipe = model.recipe.model_copy(deep=True)
+        recipe.encoder.cuda_graphs = asked
+        build_surgery(recipe, optimizer, model)
+        assert ("gradient surgery launches each operation: CUDA graphs need" in caplog.text) == asked
 
 
 def test_an_optimizer_that_merges_itself_does_so(model: MultiTaskModel, caplog: pytest.LogCaptureFixture) -> None:
