@@ -27,12 +27,12 @@ from fastmtl_kernels import combine, gramian
 def why_not(sink: TaskGradients, method: Method, target: Target, storage: str) -> str:
     """The reason why the steps of these cannot be recorded on any device, "" where they can."""
     if storage != "stacked":
-        return "they are not kept in J (storage: replay, scope: tensor)"
+        return "storage: replay and scope: tensor keep no J"
     if sink.sketches:
         return "sketches change with every step"
     if not method.by_tensor:
         return "the method solves on the host"
-    return "SurgeryAdamW merges them itself" if target.merges else ""
+    return "SurgeryAdamW merges task gradients itself" if target.merges else ""
 
 
 class RecordedStep:

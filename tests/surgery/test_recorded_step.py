@@ -260,8 +260,8 @@ def test_any_rows_of_any_tables(num_tasks: int) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"storage": "replay"}, "not kept in J"),
-        ({"scope": "tensor"}, "not kept in J"),
+        ({"storage": "replay"}, "keep no J"),
+        ({"scope": "tensor"}, "keep no J"),
         ({"reduce": "sketch"}, "sketches"),
         ({"method": "upgrad"}, "on the host"),
         ({}, "need an NVIDIA GPU, the model is on cpu"),
@@ -292,7 +292,7 @@ def test_an_optimizer_that_merges_itself_does_so(model: MultiTaskModel, caplog: 
     trained = copy.deepcopy(model)
     optimizer = SurgeryAdamW(trained.parameters())
     surgery = GradientSurgery(optimizer, tasks=TASKS, shared=trained.shared_parameters(), cuda_graphs=True)
-    assert "SurgeryAdamW merges them itself" in caplog.text
+    assert "SurgeryAdamW merges task gradients itself" in caplog.text
     _, handed_over = run(surgery, trained, STEPS[1])
     assert not handed_over
     optimizer.step()
