@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastmtl.config import Recipe
 from fastmtl.errors import UserError
+from fastmtl.surgery.reduce import world_size
 from fastmtl_kernels import dispatch
 
 # Compute capabilities on which grouped_mm, in bf16, does not read the offsets on the host (torch 2.11 and 2.13).
@@ -61,4 +62,14 @@ def why_not(hidden: Tensor, head_dim: int, *, grouped: bool) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     if grouped and major not in GROUPED_ON:
         return f"products over tasks' rows need a GPU of sm_90 or sm_100, this one is sm_{major}{minor}"
+    return ""
+
+
+def why_not_heads(recipe: Recipe) -> str:
+    """The reason why heads and losses of these tasks cannot be recorded, "" where they can."""
+    for name, task in recipe.tasks.items():
+        if "mnr" in task.losses and task.mnr.cached:
+            return f"the loss of task '{name}' is of a whole step (mnr.cached)"
+        if "mnr" in task.losses and world_size() > 1:
+            return f"the loss mnr of task '{name}' is of all ranks' pairs"
     return ""

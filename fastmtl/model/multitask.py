@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,12 +18,14 @@ from fastmtl.model.adapters import build_adapter
 from fastmtl.model.encoder import PackedBert, Pooler
 from fastmtl.model.graph_options import check_cuda_graphs
 from fastmtl.model.groups import parameter_groups
+from fastmtl.model.head_graphs import HeadGraphs
 from fastmtl.model.heads import build_head
 from fastmtl.model.heads.embed import Recurrent
 from fastmtl.model.losses import TaskLoss, build_loss
 from fastmtl.model.outputs import kind, predictions, targets
 from fastmtl.model.pooling import pooling
 from fastmtl.model.smart import Smart
+from fastmtl.model.static_heads import HeadBatch, Vectors
 from fastmtl.model.weighting import Uncertainty
 from fastmtl.surgery.random_state import RandomState
 
@@ -75,6 +79,7 @@ class MultiTaskModel(nn.Module):
         self.smart = Smart(recipe) if recipe.smart.used else None
         encoder.requires_grad_(not recipe.encoder.freeze)
         check_cuda_graphs(recipe)
+        self.graphs = HeadGraphs(self) if recipe.encoder.cuda_graphs else None
         if recipe.encoder.layer_norm == "apex" and recipe.gradient.method != "sum" and not recipe.encoder.freeze:
             raise UserError(
                 "encoder.layer_norm: apex gives no gradient per task, which gradient.method: "
@@ -102,19 +107,18 @@ class MultiTaskModel(nn.Module):
         """
         if batch.cached is not None:
             batch.cached.random.restore()
-        smart = self.smart if self.smart is not None and self.smart.active and returns == "losses" else None
-        begun = RandomState.capture(batch.input_ids.device) if smart else None
-        examples = self.examples(batch, task_grads)
+        terms = None
+        if self.smart is not None and self.smart.active and returns == "losses":
+            begun = RandomState.capture(batch.input_ids.device)
+            terms = partial(self.smart.terms, self, batch, task_grads, begun=begun)
+        vectors, rest = self._vectors(batch, task_grads), HeadBatch.of(batch)
         if returns == "predictions":
-            tasks = zip(self.recipe.tasks.items(), examples, batch.counts, strict=True)
+            tasks = zip(self.recipe.tasks.items(), self._examples(vectors, rest), batch.counts, strict=True)
             return {name: predictions(task, found.outputs) for (name, task), found, count in tasks if count}
-        losses = [self._loss(index, found, batch) for index, found in enumerate(examples)]
-        if smart is not None and begun is not None:
-            terms = smart.terms(self, batch, task_grads, examples, begun)
-            losses = [loss + term for loss, term in zip(losses, terms, strict=True)]
-        if self.recipe.weighting.name == "uncertainty":
-            weighted = zip(self.heads, losses, batch.counts, strict=True)
-            losses = [head.get_submodule("uncertainty")(loss, count) for head, loss, count in weighted]
+        graphs = self.graphs if self.training and torch.is_grad_enabled() and terms is None else None
+        losses = None if graphs is None else graphs.run(vectors, rest)
+        if losses is None:
+            losses = self.losses_of(vectors, rest, terms)
         return dict(zip(self.recipe.task_names, zip(losses, batch.counts, strict=True), strict=True))
 
     def predict(self, batch: PackedBatch) -> dict[str, Tensor]:
@@ -152,23 +156,51 @@ class MultiTaskModel(nn.Module):
         self, batch: PackedBatch, task_grads: TaskGradients | None = None, noise: Tensor | None = None
     ) -> list[Examples]:
         """What every task's head makes of its examples, of none too. noise [N, d] is added to the embedded tokens."""
+        return self._examples(self._vectors(batch, task_grads, noise), HeadBatch.of(batch))
+
+    def losses_of(
+        self, vectors: Vectors, batch: HeadBatch, terms: Callable[[list[Examples]], list[Tensor]] | None = None
+    ) -> list[Tensor]:
+        """The T tasks' losses as in `forward`. terms: what is added to them before they are weighted."""
+        examples = self._examples(vectors, batch)
+        losses = [self._loss(index, found, batch) for index, found in enumerate(examples)]
+        if terms is not None:
+            losses = [loss + term for loss, term in zip(losses, terms(examples), strict=True)]
+        if self.recipe.weighting.name == "uncertainty":
+            weighted = zip(self.heads, losses, batch.counts, strict=True)
+            losses = [head.get_submodule("uncertainty")(loss, count) for head, loss, count in weighted]
+        return losses
+
+    def _vectors(self, batch: PackedBatch, task_grads: TaskGradients | None, noise: Tensor | None = None) -> Vectors:
         hidden = self.encoder(batch, self.adapter, task_grads, noise)
-        pooled = {name: pooling(name)(hidden, batch) for name in self._poolings()}
-        if "pooler" in pooled:
+        found: Vectors = {name: pooling(name)(hidden, batch) for name in self._poolings()}
+        if "pooler" in found:
             assert isinstance(self.encoder.pooler, Pooler)
-            pooled["pooler"] = self.encoder.pooler(pooled["pooler"], batch, task_grads)
+            found["pooler"] = self.encoder.pooler(found["pooler"], batch, task_grads)
+        for index, head in enumerate(self.heads):
+            embed = head.get_submodule("embed")
+            if isinstance(embed, Recurrent):
+                start, stop = batch.host.seq_offsets[index : index + 2]
+                lengths = np.diff(batch.host.cu_seqlens[start : stop + 1]).tolist()
+                found[index] = embed(hidden[slice(*batch.host.token_offsets[index : index + 2])], lengths)
+        return found
+
+    def _examples(self, vectors: Vectors, batch: HeadBatch) -> list[Examples]:
         found = []
         for index, (name, head) in enumerate(zip(self.recipe.task_names, self.heads, strict=True)):
-            u, v = self._vectors(index, hidden, pooled, batch), None
-            if self.recipe.tasks[name].pairs == "bi":
-                pairs, first = batch.pairs[index], batch.host.seq_offsets[index]
+            task, first, stop = self.recipe.tasks[name], *batch.seq_offsets[index : index + 2]
+            own = vectors.get(index)
+            u = head.get_submodule("embed")(vectors[task.pooling][first:stop]) if own is None else own
+            v = None
+            if task.pairs == "bi":
+                pairs = batch.pairs[index]
                 if pairs is None and len(u):
                     raise UserError(f"tasks.{name}.pairs: bi, but its examples are single texts")
                 u, v = (u, u) if pairs is None else (u[pairs[:, 0] - first], u[pairs[:, 1] - first])
             found.append(Examples(head(u, v).float(), u, v))
         return found
 
-    def _loss(self, index: int, found: Examples, batch: PackedBatch) -> Tensor:
+    def _loss(self, index: int, found: Examples, batch: HeadBatch) -> Tensor:
         """The sum over a task's examples."""
         name, task = list(self.recipe.tasks.items())[index]
         loss, labels, count = self.losses[index], batch.labels[index], batch.counts[index]
@@ -190,15 +222,6 @@ class MultiTaskModel(nn.Module):
         """Those that some task's head looks at."""
         tasks = zip(self.recipe.tasks.values(), self.heads, strict=True)
         return list(dict.fromkeys(task.pooling for task, head in tasks if not isinstance(head.embed, Recurrent)))
-
-    def _vectors(self, index: int, hidden: Tensor, pooled: dict[str, Tensor], batch: PackedBatch) -> Tensor:
-        """What u and v of a task are taken from, one row for each of its sequences."""
-        start, stop = batch.host.seq_offsets[index : index + 2]
-        embed, name = self.heads[index].get_submodule("embed"), self.recipe.task_names[index]
-        if isinstance(embed, Recurrent):
-            lengths = np.diff(batch.host.cu_seqlens[start : stop + 1]).tolist()
-            return embed(hidden[slice(*batch.host.token_offsets[index : index + 2])], lengths)
-        return embed(pooled[self.recipe.tasks[name].pooling][start:stop])
 
 
 def _check_trained(task: TaskConfig, head: nn.Module, loss: TaskLoss) -> None:

@@ -4,7 +4,7 @@
 there before back as it was: like capturing, it leaves no effect. What it returns calls those operators again, on the
 very tensors of the log, and puts each result where it was: like a replay, it runs no Python of the function, so that a
 number that the function took from the host is the recorded one. Memory that the function allocated is filled with NaN
-in between.
+in between. What draws random numbers draws again at a replay, from torch's generator, which a CUDA graph reads, too.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ class _Log(TorchDispatchMode):
         name = func._schema.name
         if name in _READS:
             raise HostRead(name)
-        assert torch.Tag.nondeterministic_seeded not in func.tags, f"{name} draws random numbers"
         given = tensors_of((args, kwargs))
         if func._schema.is_mutable:
             for tensor in given:
@@ -72,9 +71,10 @@ class OpRecorder:
         function()
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        log = _Log()
+        log, random = _Log(), torch.get_rng_state()
         with log:
             function()
+        torch.set_rng_state(random)
         with torch.no_grad():
             for whole, values in log.before.values():
                 whole.data.copy_(values)

@@ -1,0 +1,128 @@
+"""Heads and losses on buffers of fixed addresses: a forward and a backward that can be recorded and run again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.data.packed_batch import PackedBatch
+
+# What sequences became: by pooling [B, d], a row for each sequence of the batch; by index those of a task that has them
+# from its tokens, [its sequences, size].
+Vectors = dict[str | int, Tensor]
+
+
+@dataclass(frozen=True)
+class HeadBatch:
+    """All that heads and losses read of a batch besides the vectors; the fields are those of PackedBatch."""
+
+    seq_offsets: tuple[int, ...]
+    counts: tuple[int, ...]
+    labels: tuple[Tensor | None, ...]
+    pairs: tuple[Tensor | None, ...]
+    cached: Any = None
+
+    @classmethod
+    def of(cls, batch: PackedBatch) -> HeadBatch:
+        return cls(batch.host.seq_offsets, batch.counts, batch.labels, batch.pairs, batch.cached)
+
+    @property
+    def sizes(self) -> Hashable:
+        """Equal for batches that one recording serves."""
+        labels = tuple(None if one is None else (one.dtype, one.shape) for one in self.labels)
+        return self.seq_offsets, self.counts, labels, tuple(one is not None for one in self.pairs)
+
+
+Losses = Callable[[Vectors, HeadBatch], list[Tensor]]
+
+
+class StaticHeads:
+    """`forward`, then `backward`, on what `fill` put into the buffers, for batches of the same sizes as these.
+
+    losses: the T tasks' sums, 0-dim. parameters: what else gets a gradient, of the vectors' dtype.
+    """
+
+    def __init__(self, losses: Losses, parameters: Sequence[nn.Parameter], vectors: Vectors, batch: HeadBatch) -> None:
+        self._function, self._parameters = losses, list(parameters)
+        self._vectors = {
+            name: torch.empty(x.shape, dtype=x.dtype, device=x.device, requires_grad=x.requires_grad)
+            for name, x in vectors.items()
+        }
+        some = next(iter(vectors.values()))
+        device = some.device
+        # One buffer for each dtype, so that `fill` is one copy of each.
+        self._numbers = {
+            dtype: torch.empty(sum(x.numel() for x in found), dtype=dtype, device=device)
+            for dtype, found in _by_dtype(batch).items()
+        }
+        rest = dict(self._numbers)
+
+        def placed(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            first, rest[tensor.dtype] = rest[tensor.dtype].tensor_split([tensor.numel()])
+            return first.view(tensor.shape)
+
+        labels, pairs = (tuple(placed(x) for x in tensors) for tensors in (batch.labels, batch.pairs))
+        self._batch = HeadBatch(batch.seq_offsets, batch.counts, labels, pairs)
+        # The losses, later their gradients.
+        self._row = torch.empty(len(batch.counts), dtype=torch.promote_types(some.dtype, torch.float32), device=device)
+        self._wanted = [x for x in (*self._vectors.values(), *self._parameters) if x.requires_grad]
+        total = sum(x.numel() for x in self._wanted)
+        self._gradients = torch.empty(total, dtype=some.dtype, device=device)
+        self._reached = [True] * len(self._wanted)
+        self._out: Tensor | None = None
+
+    def fill(self, vectors: Vectors, batch: HeadBatch) -> None:
+        with torch.no_grad():
+            for name, x in vectors.items():
+                self._vectors[name].copy_(x)
+        for dtype, found in _by_dtype(batch).items():
+            torch.cat(found, out=self._numbers[dtype])
+
+    def forward(self) -> None:
+        with torch.enable_grad():
+            self._out = torch.stack(self._function(self._vectors, self._batch))
+        self._row.copy_(self._out.detach())
+
+    def backward(self) -> None:
+        assert self._out is not None
+        found = torch.autograd.grad(self._out, self._wanted, self._row, retain_graph=True, allow_unused=True)
+        self._reached = [gradient is not None for gradient in found]
+        flat = [gradient.reshape(-1) for gradient in found if gradient is not None]
+        torch.cat(flat, out=self._gradients[: sum(len(gradient) for gradient in flat)])
+
+    def losses(self) -> Tensor:
+        """What `forward` left, a copy [T]."""
+        return self._row.clone()
+
+    def take(self, gradients: Tensor) -> None:
+        """Of the losses [T], before `backward`."""
+        self._row.copy_(gradients)
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of the vectors, then of the parameters: views of one copy, which may become their `.grad`. None for what
+        takes none and for what no loss depends on.
+        """
+        sizes = [x.numel() for x, reached in zip(self._wanted, self._reached, strict=True) if reached]
+        parts = iter(self._gradients[: sum(sizes)].clone().split(sizes))
+        given = iter(self._reached)
+        places = [*self._vectors.values(), *self._parameters]
+        return [next(parts).view(x.shape) if x.requires_grad and next(given) else None for x in places]
+
+    def release(self) -> None:
+        """Drops what forward keeps for backward."""
+        self._out = None
+
+
+def _by_dtype(batch: HeadBatch) -> dict[torch.dtype, list[Tensor]]:
+    """The labels of all tasks, then their pairs, as one dimension."""
+    found: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in (*batch.labels, *batch.pairs):
+        if tensor is not None:
+            found.setdefault(tensor.dtype, []).append(tensor.reshape(-1))
+    return found

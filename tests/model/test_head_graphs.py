@@ -1,0 +1,334 @@
+"""Recorded heads and losses without a GPU: a recorder of operators takes the place of CUDA's graphs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from op_recorder import OpRecorder
+from recorded_encoders import assert_equal
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.errors import UserError
+from fastmtl.model import head_graphs
+from fastmtl.model.cached_pairs import cache_pairs
+from fastmtl.model.head_graphs import HeadGraphs
+from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.model.static_heads import HeadBatch, StaticHeads
+from fastmtl.recorders import Recorder, Unrecorded
+
+MakeBatch = Callable[..., PackedBatch]
+MakeModel = Callable[..., MultiTaskModel]
+
+CLASSES = {"type": "classification", "num_labels": 5, "data": {}}
+BINARY = {"type": "binary", "data": {}, "pooling": "mean"}
+SCORE = {"type": "regression", "range": [0, 5], "pairs": "bi", "pooling": "mean", "data": {}}
+# Every head, pooling and loss is in one of these; labels and pairs as make_batch makes them.
+TASKS = {
+    "projected": {
+        "classes": {**CLASSES, "head": {"projection": 8, "projection_dropout": 0.2, "adjustment": True}},
+        "binary": {**BINARY, "head": {"name": "mlp", "hidden": [8]}},
+        "score": SCORE,
+    },
+    "cosines": {
+        "classes": {**CLASSES, "loss": "mse", "pooling": "max"},
+        "binary": {
+            **BINARY,
+            "pairs": "bi",
+            "head": {"name": "linear_cosine"},
+            "loss": {"bce": 1, "cosine_embedding": 2},
+        },
+        "score": {**SCORE, "head": {"name": "cosine", "squash": "relu"}},
+    },
+    "networks": {
+        "classes": {**CLASSES, "head": {"name": "lstm", "size": 6, "cls": True, "hidden": [4]}},
+        "binary": {**BINARY, "pairs": "bi", "head": {"name": "mlp"}, "loss": ["bce", "mnr"]},
+        "score": {**SCORE, "loss": "cross_entropy", "bins": 4, "head": {"name": "mlp", "features": ["v", "product"]}},
+    },
+}
+PAIRS = {"projected": [False, False, True], "cosines": [False, True, True], "networks": [False, True, True]}
+# Other tokens at the same numbers of sequences, then other numbers: a task without examples, one alone.
+LENGTHS = [[[5, 1, 9], [4, 2], [7, 8]], [[2, 30, 3], [9, 1], [12, 3]], [[8], [], [3, 3, 2, 9]], [[], [6, 5], []]]
+
+
+def made(make_model: MakeModel, recorder: Recorder | None, **sections: Any) -> MultiTaskModel:
+    model = make_model(**sections).train()
+    if recorder is not None:
+        model.graphs = HeadGraphs(model, recorder)
+    return model
+
+
+def step(model: MultiTaskModel, batches: Sequence[PackedBatch], seed: int) -> list[Tensor]:
+    """Losses of each micro-batch, all gradients and the random state at the end."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    found = []
+    for batch in batches:
+        losses = [loss for loss, _ in model(batch).values()]
+        torch.stack([loss * (k + 1) for k, loss in enumerate(losses)]).sum().backward()
+        found += [loss.detach() for loss in losses]
+    grads = [parameter.grad for parameter in model.parameters()]
+    assert all(grad is not None for grad in grads)
+    return [*found, *(grad.clone() for grad in grads if grad is not None), torch.get_rng_state()]
+
+
+def told(model: MultiTaskModel) -> list[str]:
+    assert model.graphs is not None
+    return model.graphs.recordings.told
+
+
+@pytest.mark.parametrize(
+    ("tasks", "weighting"), [("projected", "uncertainty"), ("cosines", "fixed"), ("networks", "fixed")]
+)
+def test_replays_have_the_bits_of_the_ordinary_path(
+    tasks: str, weighting: str, make_batch: MakeBatch, make_model: MakeModel
+) -> None:
+    """Dropout included, over batches of the same and of other sizes, one and two in a step."""
+    recorder = OpRecorder()
+    sections = {"tasks": TASKS[tasks], "weighting": {"name": weighting}}
+    ways = [made(make_model, one, **sections) for one in (recorder, Unrecorded(), None)]
+    batches = [make_batch(lengths, pairs=PAIRS[tasks], seed=k) for k, lengths in enumerate(LENGTHS)]
+    for seed, first in enumerate([0, 1, 2, 3, 3, 0]):
+        step_batches = [batches[first], batches[(first + 1) % 4]][: 1 + seed % 2]
+        recorded, eager, plain = (step(model, step_batches, seed) for model in ways)
+        assert_equal(recorded, eager)
+        assert_equal(recorded, plain)
+    assert len(recorder.recordings) == 2 * 3  # those of the three numbers of sequences
+    assert told(ways[0]) == []
+
+
+def test_other_weights_of_the_losses_and_other_labels(make_batch: MakeBatch, make_model: MakeModel) -> None:
+    """What a recording takes of the backward and of the batch is what is in the buffers then."""
+    ways = [made(make_model, one, tasks=TASKS["projected"]) for one in (OpRecorder(), None)]
+    batch = make_batch(LENGTHS[0], pairs=PAIRS["projected"])
+    for seed in range(4):
+        labels = tuple(None if one is None else one.roll(seed) for one in batch.labels)
+        pairs = tuple(None if one is None else one.flip(1) if seed % 2 else one for one in batch.pairs)
+        other = dataclasses.replace(batch, labels=labels, pairs=pairs)
+        found = []
+        for model in ways:
+            model.zero_grad()
+            torch.manual_seed(seed)
+            losses = [loss for loss, _ in model(other).values()]
+            (losses[0] + seed * losses[1] + losses[2] * losses[0].detach()).backward()
+            found.append([*(p.grad for p in model.parameters() if p.grad is not None)])
+        for one, expected in zip(*found, strict=True):
+            torch.testing.assert_close(one, expected)
+
+
+def _differs(make_batch: MakeBatch, make_model: MakeModel) -> bool:
+    """Whether a replay gives other bits than the heads launched by the host."""
+    found = []
+    for recorder in (OpRecorder(), Unrecorded()):
+        model = made(make_model, recorder, tasks=TASKS["projected"])
+        found.append([step(model, [make_batch(LENGTHS[0], pairs=PAIRS["projected"], seed=k)], k) for k in range(3)][2])
+        assert model.graphs is not None and type(model.graphs.recordings.recorder) is type(recorder)
+    return any(not torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_labels_from_the_host_do_not_go_unnoticed(
+    make_batch: MakeBatch, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not _differs(make_batch, make_model)
+    right = MultiTaskModel._loss
+
+    def baked(model: MultiTaskModel, index: int, found: Any, batch: HeadBatch) -> Tensor:
+        labels = tuple(one if one is None else torch.tensor(one.tolist(), dtype=one.dtype) for one in batch.labels)
+        return right(model, index, found, dataclasses.replace(batch, labels=labels))
+
+    monkeypatch.setattr(MultiTaskModel, "_loss", baked)
+    assert _differs(make_batch, make_model)
+
+
+class OnMeta(TorchDispatchMode):
+    """Raises where an operator takes a tensor of the host. Reading one without data raises by itself."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
+        assert all(one.device.type == "meta" for one in given), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tasks", ["projected", "cosines", "networks"])
+def test_the_host_reads_and_copies_nothing(
+    tasks: str, make_batch: MakeBatch, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # knows no such device
+    model = make_model(tasks=TASKS[tasks], weighting={"name": "uncertainty"}).train()
+    batch = make_batch(LENGTHS[2], pairs=PAIRS[tasks])
+    vectors = {name: x.detach().to("meta").requires_grad_() for name, x in model._vectors(batch, None).items()}
+    heads = model.to("meta").heads
+    read = HeadBatch.of(batch.map(lambda x: x.to("meta")))
+    static = StaticHeads(model.losses_of, list(heads.parameters()), vectors, read)
+    static.fill(vectors, read)
+    with OnMeta():
+        static.forward()
+        static.backward()
+
+
+def test_recording_leaves_no_trace_and_what_is_returned_stays(make_batch: MakeBatch, make_model: MakeModel) -> None:
+    model = made(make_model, OpRecorder(), tasks=TASKS["projected"])
+    batches = [make_batch(LENGTHS[k], pairs=PAIRS["projected"], seed=k) for k in range(2)]
+    ordinary, recording, replayed = (step(model, batches[:1], 7) for _ in range(3))
+    assert_equal(ordinary, recording)
+    assert_equal(ordinary, replayed)
+    losses = model(batches[0])
+    before = [loss.detach().clone() for loss, _ in losses.values()]
+    model.zero_grad()
+    torch.stack([loss for loss, _ in losses.values()]).sum().backward()
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    copies = [grad.clone() for grad in grads]
+    step(model, batches[1:], 8)
+    assert_equal([loss.detach() for loss, _ in losses.values()], before)
+    model.zero_grad(set_to_none=True)
+    step(model, batches[1:], 9)
+    assert_equal(grads, copies)
+
+
+def test_one_backward_for_one_forward_and_one_forward_at_a_time(make_batch: MakeBatch, make_model: MakeModel) -> None:
+    recorder = OpRecorder()
+    model, plain = (made(make_model, one, tasks=TASKS["projected"]) for one in (recorder, None))
+    batch = make_batch(LENGTHS[0], pairs=PAIRS["projected"])
+    step(model, [batch], 0)
+    found = []
+    for one in (model, plain):
+        one.zero_grad()
+        torch.manual_seed(1)
+        losses = [loss for _ in range(2) for loss, _ in one(batch).values()]
+        torch.stack(losses).sum().backward()
+        found.append([*losses, *(p.grad for p in one.parameters() if p.grad is not None)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    assert told(model) == ["heads and losses take the ordinary path: the backward of the ones before has not been yet"]
+    replayed = recorder.replayed
+    waiting = model(batch)
+    del waiting
+    gc.collect()
+    losses = model(batch)  # nobody can ask for the backward of what is gone
+    assert recorder.replayed > replayed
+    losses["score"][0].backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a forward has one backward"):
+        losses["score"][0].backward()
+
+
+def test_weights_at_another_address_are_recorded_anew(make_batch: MakeBatch, make_model: MakeModel) -> None:
+    recorder = OpRecorder()
+    ways = [made(make_model, one, tasks=TASKS["projected"]) for one in (recorder, None)]
+    batch = make_batch(LENGTHS[0], pairs=PAIRS["projected"])
+
+    def check(recordings: int) -> None:
+        assert_equal(*(step(model, [batch], 3) for model in ways))
+        assert len(recorder.recordings) == recordings
+
+    for recordings in (0, 2, 2):
+        check(recordings)
+    for model in ways:
+        for parameter in model.heads.parameters():
+            parameter.data = 1.5 * parameter.data
+    check(2)
+    check(4)
+    ways[0].heads[0].requires_grad_(False)
+    for _ in range(2):
+        ways[0](batch)["score"][0].backward()
+    assert len(recorder.recordings) == 6
+    for k in range(6):
+        ways[0].heads[0].requires_grad_(k % 2 == 0)
+        ways[0](batch)
+    assert told(ways[0]) == ["heads and losses take the ordinary path: the weights' addresses change too often"]
+    other = copy.deepcopy(ways[0])
+    assert other.graphs is not None and other.graphs._model is other
+
+
+def test_sizes_that_do_not_come_again_are_not_recorded(
+    make_batch: MakeBatch, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_graphs, "MOST", 1)
+    monkeypatch.setattr(head_graphs, "IDLE", 4)
+    monkeypatch.setattr(head_graphs, "_WINDOW", 8)
+    recorder = OpRecorder()
+    model = made(make_model, recorder)
+    first, second, third = (make_batch([[5] * count, [3], [4, 4]], pairs=[False, False, True]) for count in (1, 2, 3))
+
+    def run(*batches: PackedBatch) -> tuple[int, bool]:
+        replayed = recorder.replayed
+        for batch in batches:
+            torch.stack([loss for loss, _ in model(batch).values()]).sum().backward()
+        return len(recorder.recordings), recorder.replayed > replayed
+
+    assert run(first) == (0, False)
+    assert run(first, first) == (2, True)
+    assert run(second, second, first) == (2, True)  # the one that is kept is in use
+    assert told(model) == []
+    assert run(second, third) == (2, False)
+    assert run(third, second) == (2, False)
+    (message,) = told(model)
+    assert "differ too much" in message
+    assert run(second) == (4, True)  # no longer
+    assert run(first) == (4, False)
+
+
+def test_what_cannot_be_recorded_is_told_once(
+    make_batch: MakeBatch, make_model: MakeModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch = make_batch(LENGTHS[0], pairs=PAIRS["cosines"])
+
+    def reason(model: MultiTaskModel, batch: PackedBatch = batch) -> str:
+        caplog.clear()
+        for _ in range(2):
+            model(batch)
+        (record,) = caplog.records
+        return record.message.removeprefix("encoder.cuda_graphs: heads and losses take the ordinary path: ")
+
+    tasks = TASKS["cosines"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert reason(made(make_model, OpRecorder(), tasks=tasks)) == "they are under torch_autocast"
+    frozen = made(make_model, OpRecorder(), tasks=tasks).requires_grad_(False)
+    assert reason(frozen) == "nothing that they depend on is trained"
+    wide = made(make_model, OpRecorder(), tasks={"score": {**SCORE, "head": {"adjustment": False}}})
+    wide.heads.to(torch.float64)
+    with pytest.raises(RuntimeError):
+        wide(make_batch([[3, 4]], pairs=[True]))
+    assert told(wide)[0].endswith("their weights are not of the hidden states' dtype")
+    model = make_model(tasks=tasks).train()
+    model.graphs = HeadGraphs(model)
+    assert reason(model) == "CUDA graphs need an NVIDIA GPU, the model is on cpu"
+    cached = made(
+        make_model, OpRecorder(), tasks={**tasks, "score": {**SCORE, "loss": ["mse", "mnr"], "mnr": {"cached": True}}}
+    )
+    given = cache_pairs(cached, [batch])[0]
+    assert reason(cached, given) == "the loss of task 'score' is of a whole step (mnr.cached)"
+    caplog.clear()
+    model = made(make_model, OpRecorder(), tasks=tasks)
+    model.predict(batch)
+    with torch.no_grad():
+        model(batch)
+    model.eval()(batch)
+    assert not caplog.records and model.graphs is not None and not model.graphs._of
+
+
+def test_mistakes_are_those_of_the_ordinary_path(make_batch: MakeBatch, make_model: MakeModel) -> None:
+    model = made(make_model, OpRecorder(), tasks=TASKS["projected"])
+    right = make_batch(LENGTHS[0], pairs=PAIRS["projected"])
+    for batch, error in (
+        (dataclasses.replace(right, labels=(None, None, None)), ValueError),
+        (make_batch(LENGTHS[0]), UserError),
+    ):
+        messages = []
+        for _ in range(3):
+            with pytest.raises(error) as caught:
+                model(batch)
+            messages.append(str(caught.value))
+        assert len(set(messages)) == 1
+
+
+def test_the_option_reaches_the_heads(make_model: MakeModel) -> None:
+    assert make_model(encoder={"cuda_graphs": True}).graphs is not None
+    assert make_model().graphs is None
