@@ -25,6 +25,7 @@ from fastmtl.config import parse_recipe
 from fastmtl.engine.build import build_engine, build_surgery
 from fastmtl.model.encoder import PackedBert
 from fastmtl.model.graphs import LayerGraphs
+from fastmtl.model.head_graphs import HeadGraphs
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.recorders import Unrecorded
 
@@ -54,6 +55,7 @@ def main(zero: int, layers: int, flat: bool, graphs: bool) -> None:
         model.encoder.graphs = LayerGraphs(
             model.encoder.embeddings, model.encoder.encoder.layer, shape.hidden // shape.heads, InGraphs()
         )
+        model.graphs = HeadGraphs(model, InGraphs())
     engine = build_engine(recipe, model, 1, 1000)
     surgery = build_surgery(recipe, engine, model)
     if graphs:

@@ -32,6 +32,7 @@ from fastmtl.engine.build import build_engine, build_optimizer, build_surgery, l
 from fastmtl.engine.distributed import start
 from fastmtl.model.encoder import PackedBert
 from fastmtl.model.graphs import LayerGraphs
+from fastmtl.model.head_graphs import HeadGraphs
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery, SurgeryAdamW
 from fastmtl.surgery.methods import draw_order
@@ -290,7 +291,10 @@ def make_model(way: Way, recipe: Recipe) -> MultiTaskModel:
     if way.recorded:
         head_dim = config.hidden_size // config.num_attention_heads
         encoder.graphs = LayerGraphs(encoder.embeddings, encoder.encoder.layer, head_dim, OpRecorder())
-    return MultiTaskModel(recipe, encoder).to(way.dtype).train()
+    model = MultiTaskModel(recipe, encoder).to(way.dtype).train()
+    if way.recorded:
+        model.graphs = HeadGraphs(model, OpRecorder())
+    return model
 
 
 def make_data() -> list[TokenizedDataset]:

@@ -25,6 +25,7 @@ from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.errors import UserError
 from fastmtl.model.encoder import PackedBert
 from fastmtl.model.graphs import LayerGraphs
+from fastmtl.model.head_graphs import HeadGraphs
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import reduce
 from fastmtl.surgery.early_scatter import EarlyScatter
@@ -271,10 +272,11 @@ def main(directory: Path) -> None:
     for case in CASES:
         recipe = make_recipe(case)
         model = make_model(recipe)
-        recorder, merging = OpRecorder(), OpRecorder()
+        recorder, heads, merging = OpRecorder(), OpRecorder(), OpRecorder()
         if "graphs" in case.variant:
             encoder = model.encoder.train()
             encoder.graphs = LayerGraphs(encoder.embeddings, encoder.encoder.layer, 8, recorder)
+            model.graphs = HeadGraphs(model, heads)
         engine = build_engine(recipe, model, ranks.world, STEPS)
         surgery = make_surgery(engine, model, recipe)
         if "graphs" in case.variant:
@@ -284,7 +286,7 @@ def main(directory: Path) -> None:
         backward_on = model if case.variant.startswith("backward") else None
         with pieces(case, directory, ranks.rank):
             run_steps(surgery, recipe, parts, ranks.world * acc, engine.step, backward_on)
-        assert bool(recorder.replayed) == ("graphs" in case.variant)
+        assert bool(recorder.replayed) == bool(heads.replayed) == ("graphs" in case.variant)
         assert bool(merging.replayed) == ("graphs" in case.variant and case.method != "sum")
         keep(engine, directory / f"{case.name}.safetensors")
     choices_cases.run_all(ranks, lambda engine, name: keep(engine, directory / f"{name}.safetensors"))
