@@ -45,7 +45,7 @@ class EncoderConfig(Section):
         "none", description="in backward, to save memory; cheap: LayerNorm's and GELU's output; full: each layer"
     )
     cuda_graphs: bool = Field(
-        False, description="on a GPU, training starts the layers by two calls a batch; without adapters, bf16"
+        False, description="on a GPU, training starts layers and heads by a few calls a batch; without adapters, bf16"
     )
     freeze: bool = Field(False, description="train adapters and heads only")
     layer_norm: Literal["fastmtl", "apex"] = Field(

@@ -23,7 +23,7 @@ from fastmtl.model.cached_pairs import cache_pairs
 from fastmtl.model.head_graphs import HeadGraphs
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.model.static_heads import HeadBatch, StaticHeads
-from fastmtl.recorders import Recorder, Unrecorded
+from fastmtl.recorders import CudaRecorder, Recorder, Unrecorded
 
 MakeBatch = Callable[..., PackedBatch]
 MakeModel = Callable[..., MultiTaskModel]
@@ -332,3 +332,23 @@ def test_mistakes_are_those_of_the_ordinary_path(make_batch: MakeBatch, make_mod
 def test_the_option_reaches_the_heads(make_model: MakeModel) -> None:
     assert make_model(encoder={"cuda_graphs": True}).graphs is not None
     assert make_model().graphs is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("tasks", ["projected", "cosines", "networks"])
+def test_graphs_equal_what_the_host_launches(tasks: str, make_batch: MakeBatch, make_model: MakeModel) -> None:
+    """Losses, heads' gradients and the generator's state, dropout included, in bf16."""
+    ways = [make_model(tasks=TASKS[tasks]).train().to("cuda", torch.bfloat16) for _ in range(2)]
+    for model, recorder in zip(ways, (None, Unrecorded()), strict=True):
+        model.graphs = HeadGraphs(model, recorder)
+    batches = [make_batch(lengths, pairs=PAIRS[tasks], seed=k).to("cuda") for k, lengths in enumerate(LENGTHS)]
+    for seed, index in enumerate([0, 1, 2, 3, 3, 2, 0]):
+        found = []
+        for model in ways:
+            losses = step(model, [batches[index]], seed)[:3]
+            grads = [parameter.grad for parameter in model.heads.parameters() if parameter.grad is not None]
+            found.append([*losses, *grads, torch.cuda.get_rng_state()])
+        assert_equal(*found)
+    assert told(ways[0]) == [] and ways[0].graphs is not None
+    assert isinstance(ways[0].graphs.recordings.recorder, CudaRecorder)
