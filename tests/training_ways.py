@@ -55,8 +55,8 @@ class Way:
     kernels: "fast" is what impl="auto" takes here. gradients: "separate", one backward per task and PCGrad pair by
     pair; "separate into J", the same backwards and PCGrad by their Gramian; "one pass", where the layers write J.
     zero: DeepSpeed's stage in place of the torch loop; flat: its parameters. ranks: that share a step's rows; they draw
-    masks of their own, so such a way is without dropout. recorded: the layers, without an adapter, and merging, by
-    recorders of operators in the place of CUDA graphs. weight: of the task `same`. dtype: of all that is computed.
+    masks of their own, so such a way is without dropout. recorded: layers and heads, without an adapter, and merging,
+    by recorders of operators in the place of CUDA graphs. weight: of the task `same`. dtype: of all that is computed.
     """
 
     kernels: Literal["reference", "fast"] = "reference"
@@ -120,8 +120,8 @@ def train(way: Way) -> Run:
         stream = (of_rank(batches, way.ranks) for batches in BatchStream(DATA, recipe).rest(1, 0, 0))
         batches = stack.enter_context(ahead(stream, way.prefetch, torch.device("cpu")))
         losses, conflicts = zip(*map(step, batches), strict=True)
-    if model.encoder.graphs is not None:
-        assert not model.encoder.graphs.recordings.told  # else something has not been recorded
+    for graphs in (model.encoder.graphs, model.graphs):
+        assert graphs is None or not graphs.recordings.told  # else something has not been recorded
     return Run(np.array(losses), np.array(conflicts))
 
 

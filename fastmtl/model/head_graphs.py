@@ -67,6 +67,7 @@ class HeadGraphs:
         self._model = model
         self.recordings = Recordings(recorder)
         self._checks_device = recorder is None
+        self._modules: list[nn.Module] = []
         self._kept: OrderedDict[Hashable, Recorded] = OrderedDict()
         self._seen: OrderedDict[Hashable, None] = OrderedDict()
         self._of: tuple[Any, ...] = ()
@@ -76,8 +77,11 @@ class HeadGraphs:
         self._waiting: ref[Pass] | None = None
 
     def run(self, vectors: Vectors, batch: HeadBatch) -> list[Tensor] | None:
-        """The tasks' losses, or None: the ordinary path has to be taken. In training."""
-        parameters = list(self._model.heads.parameters())
+        """The tasks' losses, or None: the ordinary path has to be taken. With gradients."""
+        if not self._modules:  # walking through them takes longer than looking at them
+            self._modules = list(self._model.heads.modules())
+        found = [parameter for module in self._modules for parameter in module._parameters.values()]
+        parameters = list(dict.fromkeys(parameter for parameter in found if parameter is not None))
         of = (
             *((x.dtype, x.device, x.requires_grad) for x in vectors.values()),
             *((parameter.data_ptr(), parameter.requires_grad) for parameter in parameters),
@@ -127,7 +131,7 @@ class HeadGraphs:
 
     def _find(self, vectors: Vectors, batch: HeadBatch, parameters: list[nn.Parameter]) -> Recorded | None:
         """What is recorded for batches of these sizes, filled with this one; None where recording would not pay."""
-        key = batch.sizes
+        key = batch.sizes, tuple(module.training for module in self._modules)
         self._number += 1
         if key not in self._kept and not self._pays(key):
             return None

@@ -115,7 +115,7 @@ class MultiTaskModel(nn.Module):
         if returns == "predictions":
             tasks = zip(self.recipe.tasks.items(), self._examples(vectors, rest), batch.counts, strict=True)
             return {name: predictions(task, found.outputs) for (name, task), found, count in tasks if count}
-        graphs = self.graphs if self.training and torch.is_grad_enabled() and terms is None else None
+        graphs = self.graphs if torch.is_grad_enabled() and terms is None else None
         losses = None if graphs is None else graphs.run(vectors, rest)
         if losses is None:
             losses = self.losses_of(vectors, rest, terms)
