@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
-from fastmtl.model import head_graphs
+from fastmtl.model import graph_options, head_graphs
 from fastmtl.model.cached_pairs import cache_pairs
 from fastmtl.model.head_graphs import HeadGraphs
 from fastmtl.model.multitask import MultiTaskModel
@@ -278,7 +278,7 @@ def test_sizes_that_do_not_come_again_are_not_recorded(
 
 
 def test_what_cannot_be_recorded_is_told_once(
-    make_batch: MakeBatch, make_model: MakeModel, caplog: pytest.LogCaptureFixture
+    make_batch: MakeBatch, make_model: MakeModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = make_batch(LENGTHS[0], pairs=PAIRS["cosines"])
 
@@ -307,12 +307,33 @@ def test_what_cannot_be_recorded_is_told_once(
     )
     given = cache_pairs(cached, [batch])[0]
     assert reason(cached, given) == "the loss of task 'score' is of a whole step (mnr.cached)"
+    pairs = make_batch(LENGTHS[0], pairs=PAIRS["networks"])
+    monkeypatch.setattr(graph_options, "world_size", lambda: 2)
+    ranks = made(make_model, OpRecorder(), tasks=TASKS["networks"])
+    assert reason(ranks, pairs) == "the loss mnr of task 'binary' is of all ranks' pairs"
     caplog.clear()
     model = made(make_model, OpRecorder(), tasks=tasks)
     model.predict(batch)
     with torch.no_grad():
         model(batch)
     assert not caplog.records and model.graphs is not None and not model.graphs._of
+
+
+def test_a_head_that_waits_for_the_device_is_launched_by_the_host(
+    make_batch: MakeBatch, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = MultiTaskModel._loss
+
+    def waiting(model: MultiTaskModel, index: int, found: Any, batch: HeadBatch) -> Tensor:
+        loss = right(model, index, found, batch)
+        return loss * (1.0 if loss.isfinite().item() else 0.0)
+
+    monkeypatch.setattr(MultiTaskModel, "_loss", waiting)
+    ways = [made(make_model, one, tasks=TASKS["projected"]) for one in (OpRecorder(), None)]
+    batches = [make_batch(LENGTHS[k], pairs=PAIRS["projected"], seed=k) for k in range(2)]
+    for seed in range(3):
+        assert_equal(*(step(model, batches, seed) for model in ways))
+    assert told(ways[0]) == ["nothing is recorded, the host launches each operation: aten::_local_scalar_dense"]
 
 
 def test_mistakes_are_those_of_the_ordinary_path(make_batch: MakeBatch, make_model: MakeModel) -> None:
