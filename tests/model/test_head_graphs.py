@@ -31,7 +31,7 @@ MakeModel = Callable[..., MultiTaskModel]
 CLASSES = {"type": "classification", "num_labels": 5, "data": {}}
 BINARY = {"type": "binary", "data": {}, "pooling": "mean"}
 SCORE = {"type": "regression", "range": [0, 5], "pairs": "bi", "pooling": "mean", "data": {}}
-# Every head, pooling and loss is in one of these; labels and pairs as make_batch makes them.
+# Heads of every kind and all losses are in one of these; labels and pairs as make_batch makes them.
 TASKS = {
     "projected": {
         "classes": {**CLASSES, "head": {"projection": 8, "projection_dropout": 0.2, "adjustment": True}},
