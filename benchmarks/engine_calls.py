@@ -4,7 +4,7 @@
 
 The model is so narrow that a step is all launching, which does not depend on widths: what is counted here holds for any
 width, and the milliseconds (of the processor, on one thread) are about what a host needs to launch the part. With
-`--graphs` everything runs as what `encoder.cuda_graphs` captures, and what would be in a graph is a part of its own.
+`--graphs` everything runs as what `engine.cuda_graphs` captures, and what would be in a graph is a part of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from fastmtl.bench.workload import Workload
 from fastmtl.config import parse_recipe
 from fastmtl.engine.build import build_engine, build_surgery
 from fastmtl.model.encoder import PackedBert
-from fastmtl.model.graphs import LayerGraphs
 from fastmtl.model.head_graphs import HeadGraphs
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.recorders import Unrecorded
@@ -52,9 +51,7 @@ def main(zero: int, layers: int, flat: bool, graphs: bool) -> None:
     recipe = parse_recipe({**work.recipe, "gradient": {"method": "pcgrad"}, "engine": engine_settings}, "benchmark")
     model = MultiTaskModel(recipe, PackedBert(work.padded.encoder.config))
     if graphs:
-        model.encoder.graphs = LayerGraphs(
-            model.encoder.embeddings, model.encoder.encoder.layer, shape.hidden // shape.heads, InGraphs()
-        )
+        model.encoder.use_cuda_graphs(InGraphs())
         model.graphs = HeadGraphs(model, InGraphs())
     engine = build_engine(recipe, model, 1, 1000)
     surgery = build_surgery(recipe, engine, model)
@@ -105,6 +102,6 @@ if __name__ == "__main__":
     parser.add_argument("--zero", type=int, choices=(0, 1, 2), default=1)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--flat", action="store_true", help="engine.flat_parameters")
-    parser.add_argument("--graphs", action="store_true", help="encoder.cuda_graphs")
+    parser.add_argument("--graphs", action="store_true", help="engine.cuda_graphs")
     chosen = parser.parse_args()
     main(chosen.zero, chosen.layers, chosen.flat, chosen.graphs)

@@ -44,9 +44,6 @@ class EncoderConfig(Section):
     recompute: Recompute = Field(
         "none", description="in backward, to save memory; cheap: LayerNorm's and GELU's output; full: each layer"
     )
-    cuda_graphs: bool = Field(
-        False, description="on a GPU, training starts layers and heads by a few calls a batch; without adapters, bf16"
-    )
     freeze: bool = Field(False, description="train adapters and heads only")
     layer_norm: Literal["fastmtl", "apex"] = Field(
         "fastmtl", description="apex: NVIDIA's where it is installed, without gradient surgery"
@@ -343,6 +340,9 @@ class EngineConfig(Section):
     )
     flat_parameters: bool = Field(
         False, description="ZeRO 0, 1, 2: DeepSpeed gets one parameter per group, of which the model's are views"
+    )
+    cuda_graphs: bool = Field(
+        False, description="on a GPU, a step's forward, backward and surgery are started by a few calls, not thousands"
     )
 
 

@@ -95,4 +95,4 @@ class Recordings:
         """In the log, once."""
         if what not in self.told:
             self.told.append(what)
-            log.warning("encoder.cuda_graphs: %s", what)
+            log.warning("cuda_graphs: %s", what)

@@ -31,7 +31,6 @@ from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.engine.build import build_engine, build_optimizer, build_surgery, lr_factor
 from fastmtl.engine.distributed import start
 from fastmtl.model.encoder import PackedBert
-from fastmtl.model.graphs import LayerGraphs
 from fastmtl.model.head_graphs import HeadGraphs
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery, SurgeryAdamW
@@ -289,8 +288,7 @@ def make_model(way: Way, recipe: Recipe) -> MultiTaskModel:
     )
     encoder = PackedBert(config, recompute=way.recompute)
     if way.recorded:
-        head_dim = config.hidden_size // config.num_attention_heads
-        encoder.graphs = LayerGraphs(encoder.embeddings, encoder.encoder.layer, head_dim, OpRecorder())
+        encoder.use_cuda_graphs(OpRecorder())
     model = MultiTaskModel(recipe, encoder).to(way.dtype).train()
     if way.recorded:
         model.graphs = HeadGraphs(model, OpRecorder())

@@ -102,7 +102,7 @@ def merged(workload: Workload, model: nn.Module, method: str = "pcgrad", storage
 
 
 def recorded(workload: Workload, model: nn.Module, build: Callable[[Workload, nn.Module], Step]) -> Step:
-    """With everything as CUDA graphs that `encoder.cuda_graphs` captures."""
+    """With everything as CUDA graphs that `engine.cuda_graphs` captures."""
     assert isinstance(model, MultiTaskModel) and model.encoder.graphs is not None
     step = build(workload, model)
     weights = copy.deepcopy(model.state_dict())  # which all ways share

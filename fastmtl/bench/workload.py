@@ -71,9 +71,9 @@ class Workload:
 
     def recomputing(self, recompute: Recompute, *, cuda_graphs: bool = False) -> MultiTaskModel:
         config, weights = self.padded.encoder.config, self.padded.state_dict()
-        recipe = {**self.recipe, "encoder": {"recompute": recompute, "cuda_graphs": cuda_graphs}}
+        recipe = {**self.recipe, "encoder": {"recompute": recompute}, "engine": {"cuda_graphs": cuda_graphs}}
         with torch.device("meta"):
-            encoder = PackedBert(config, recompute=recompute, cuda_graphs=cuda_graphs)
+            encoder = PackedBert(config, recompute=recompute)
             model = MultiTaskModel(parse_recipe(recipe, "benchmark"), encoder)
         model.load_state_dict({name: weights[plain_name(name)] for name in model.state_dict()}, assign=True)
         return model

@@ -89,7 +89,7 @@ def build_surgery(recipe: Recipe, engine: Any, model: Model, tasks: list[str] | 
         reduction=gradient.reduction,
         options=gradient.options,
         seed=recipe.seed,
-        cuda_graphs=recipe.encoder.cuda_graphs,
+        cuda_graphs=recipe.engine.cuda_graphs,
     )
 
 

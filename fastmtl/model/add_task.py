@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FOR_TRAINING = {
     "adapter": {"dropout", "init"},
-    "encoder": {"hidden_dropout", "attention_dropout", "recompute", "cuda_graphs", "layer_norm"},
+    "encoder": {"hidden_dropout", "attention_dropout", "recompute", "layer_norm"},
 }
 
 

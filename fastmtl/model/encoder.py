@@ -26,10 +26,11 @@ from fastmtl.model.context import (
     SegmentContext,
     place,
 )
-from fastmtl.model.graphs import LayerGraphs
+from fastmtl.model.graphs import EncoderGraphs
 from fastmtl.model.layers import AddLayerNorm, Norm, TaskEmbedding, TaskLayerNorm, TaskLinear
 from fastmtl.model.owners import within
 from fastmtl.model.remade import Remade
+from fastmtl.recorders import Recorder
 from fastmtl.surgery.segments import Segments
 from fastmtl_kernels import dropout, embed_layer_norm
 
@@ -47,8 +48,7 @@ class PackedBert(nn.Module):
 
     recompute: what backward computes again instead of keeping it. "cheap": what LayerNorm and the activation return;
     "full": each layer. Gradients have the same bits.
-    max_length: tokens per sequence, at most the encoder's positions. cuda_graphs: whether training runs as CUDA
-    graphs where it can (see graphs.py).
+    max_length: tokens per sequence, at most the encoder's positions.
     """
 
     def __init__(
@@ -57,7 +57,6 @@ class PackedBert(nn.Module):
         *,
         recompute: Recompute = "none",
         max_length: int | None = None,
-        cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
@@ -65,8 +64,7 @@ class PackedBert(nn.Module):
         self.max_length = max_length or config.max_position_embeddings
         self.embeddings = Embeddings(config)
         self.encoder = Layers(config)
-        head_dim = config.hidden_size // config.num_attention_heads
-        self.graphs = LayerGraphs(self.embeddings, self.encoder.layer, head_dim) if cuda_graphs else None
+        self.graphs: EncoderGraphs | None = None
         self.pooler: Pooler | UnusedPooler | None = None
 
     def use_layer_norm(self, norm: Norm) -> None:
@@ -74,6 +72,11 @@ class PackedBert(nn.Module):
         for module in self.modules():
             if isinstance(module, (AddLayerNorm, TaskLayerNorm)):
                 module.other = norm
+
+    def use_cuda_graphs(self, recorder: Recorder | None = None) -> None:
+        """Training runs as CUDA graphs where it can (see graphs.py). recorder: in their place, on any device."""
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        self.graphs = EncoderGraphs(self.embeddings, self.encoder.layer, head_dim, recorder)
 
     def use_pooler(self) -> None:
         """Makes the weights that came with the encoder a layer that is used and trained.

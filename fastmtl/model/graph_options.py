@@ -1,4 +1,4 @@
-"""What `encoder.cuda_graphs` cannot go with."""
+"""What `engine.cuda_graphs` cannot go with."""
 
 from __future__ import annotations
 
@@ -16,13 +16,11 @@ GROUPED_ON = (9, 10)
 
 def check_cuda_graphs(recipe: Recipe) -> None:
     """Raises UserError, naming the other key. What depends on the machine is told by the run (`why_not`)."""
-    if not recipe.encoder.cuda_graphs:
+    if not recipe.engine.cuda_graphs:
         return
     surgery = recipe.gradient.method != "sum" and not recipe.encoder.freeze
     gradient, engine = recipe.gradient, recipe.engine
     against = {
-        f"adapter.name: {recipe.adapter.name}": recipe.adapter.name != "none",
-        f"adapter.top: {recipe.adapter.top}": recipe.adapter.top != "none",
         "smart": recipe.smart.used,
         f"encoder.recompute: {recipe.encoder.recompute}": recipe.encoder.recompute != "none",
         "encoder.layer_norm: apex": recipe.encoder.layer_norm == "apex",
@@ -34,10 +32,10 @@ def check_cuda_graphs(recipe: Recipe) -> None:
     }
     for key, given in against.items():
         if given:
-            raise UserError(f"encoder.cuda_graphs: true does not go with {key}: set one of the two otherwise")
+            raise UserError(f"engine.cuda_graphs: true does not go with {key}: set one of the two otherwise")
     if surgery and engine.precision != "bf16":
         raise UserError(
-            f"encoder.cuda_graphs: with gradient.method: {gradient.method} it needs engine.precision: bf16, not "
+            f"engine.cuda_graphs: with gradient.method: {gradient.method} it needs engine.precision: bf16, not "
             f"{engine.precision}: torch multiplies over tasks' rows without the host in bf16 alone"
         )
 

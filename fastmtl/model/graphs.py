@@ -60,7 +60,7 @@ def _run(*functions: Callable[[], None]) -> None:
         function()
 
 
-class LayerGraphs:
+class EncoderGraphs:
     """Of an encoder's layers, with attention heads of head_dim columns, and of its embeddings. recorder: None for CUDA
     graphs, where they can be.
     """
@@ -198,9 +198,9 @@ class LayerGraphs:
         self._kept.move_to_end(key)
         return self._kept[key], plan
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LayerGraphs:
+    def __deepcopy__(self, memo: dict[int, Any]) -> EncoderGraphs:
         """Of a copied encoder, which records for itself."""
-        return LayerGraphs(copy.deepcopy(self._embeddings, memo), copy.deepcopy(self._layers, memo), self._head_dim)
+        return EncoderGraphs(copy.deepcopy(self._embeddings, memo), copy.deepcopy(self._layers, memo), self._head_dim)
 
 
 class Pass:
@@ -232,7 +232,7 @@ class Pass:
         parameters.
         """
         if self.done:
-            raise RuntimeError("encoder.cuda_graphs: a forward has one backward: what it kept is overwritten after it")
+            raise RuntimeError("cuda_graphs: a forward has one backward: what it kept is overwritten after it")
         self.done = True
         static, writes, stores = self._recorded.static, self._recorded.static.writes, True
         static.take(dy)

@@ -184,7 +184,7 @@ class Pass:
     def backward(self, gradients: Tensor) -> list[Tensor | None]:
         """Of the losses [T] -> of the vectors and the parameters."""
         if self.done:
-            raise RuntimeError("encoder.cuda_graphs: a forward has one backward: what it kept is overwritten after it")
+            raise RuntimeError("cuda_graphs: a forward has one backward: what it kept is overwritten after it")
         self.done = True
         static = self._recorded.static
         static.take(gradients)

@@ -79,7 +79,10 @@ class MultiTaskModel(nn.Module):
         self.smart = Smart(recipe) if recipe.smart.used else None
         encoder.requires_grad_(not recipe.encoder.freeze)
         check_cuda_graphs(recipe)
-        self.graphs = HeadGraphs(self) if recipe.encoder.cuda_graphs else None
+        self.graphs: HeadGraphs | None = None
+        if recipe.engine.cuda_graphs:
+            encoder.use_cuda_graphs()
+            self.graphs = HeadGraphs(self)
         if recipe.encoder.layer_norm == "apex" and recipe.gradient.method != "sum" and not recipe.encoder.freeze:
             raise UserError(
                 "encoder.layer_norm: apex gives no gradient per task, which gradient.method: "

@@ -71,9 +71,7 @@ def load_encoder(config: EncoderConfig) -> PackedBert:
         )
     weights = read_encoder_weights(directory)
     with torch.device("meta"):  # no random numbers are drawn for weights that are replaced at once
-        encoder = PackedBert(
-            bert, recompute=config.recompute, max_length=config.max_length, cuda_graphs=config.cuda_graphs
-        )
+        encoder = PackedBert(bert, recompute=config.recompute, max_length=config.max_length)
         if any(name.startswith("pooler.") for name in weights):
             encoder.pooler = UnusedPooler(bert.hidden_size)
     load_exactly(encoder, weights, str(directory))

@@ -18,7 +18,6 @@ from torch.nn.functional import layer_norm
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
 from fastmtl.model import graphs
-from fastmtl.model.graphs import LayerGraphs
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.recorders import Unrecorded
 from fastmtl.surgery import GradientSurgery
@@ -47,7 +46,7 @@ def test_a_second_forward_takes_the_ordinary_path_until_the_first_is_done(
         (first.sum() + second.sum()).backward()
         assert recorder.replayed > replayed
     assert [record.message for record in caplog.records] == [
-        "encoder.cuda_graphs: this forward takes the ordinary path: the backward of the one before has not been yet"
+        "cuda_graphs: this forward takes the ordinary path: the backward of the one before has not been yet"
     ]
     waiting = encoder(batch)
     del waiting
@@ -147,7 +146,7 @@ def test_what_cannot_be_recorded_is_told_once(make_batch: MakeBatch, caplog: pyt
     encoder.use_layer_norm(lambda x, weight, bias, shape, eps: layer_norm(x, shape, weight, bias, eps))
     assert told(encoder) == "LayerNorm is not fastmtl's"
     encoder = make_encoder()
-    encoder.graphs = LayerGraphs(encoder.embeddings, encoder.encoder.layer, 16)
+    encoder.use_cuda_graphs()
     assert told(encoder) == "CUDA graphs need an NVIDIA GPU, the model is on cpu"
     caplog.clear()
     with torch.no_grad():
@@ -160,8 +159,6 @@ def test_what_cannot_be_recorded_is_told_once(make_batch: MakeBatch, caplog: pyt
 @pytest.mark.parametrize(
     ("sections", "named"),
     [
-        ({"adapter": {"name": "lora", "size": 4}}, "adapter.name: lora"),
-        ({"adapter": {"top": "layer"}}, "adapter.top: layer"),
         ({"encoder": {"recompute": "cheap"}}, "encoder.recompute: cheap"),
         ({"engine": {"zero": 3}}, "engine.zero: 3"),
         ({"smart": {"strength": 1.0}}, "smart"),
@@ -171,15 +168,16 @@ def test_what_cannot_be_recorded_is_told_once(make_batch: MakeBatch, caplog: pyt
     ],
 )
 def test_what_contradicts_is_refused(sections: dict[str, Any], named: str, make_model: MakeModel) -> None:
-    sections = {**sections, "encoder": {**sections.get("encoder", {}), "cuda_graphs": True}}
-    with pytest.raises(UserError, match=f"encoder.cuda_graphs: .*{named}"):
+    sections = {**sections, "engine": {**sections.get("engine", {}), "cuda_graphs": True}}
+    with pytest.raises(UserError, match=f"engine.cuda_graphs: .*{named}"):
         make_model(**sections)
 
 
 def test_the_option_reaches_the_encoder(make_model: MakeModel) -> None:
-    options = {"gradient": {"method": "pcgrad"}, "engine": {"precision": "bf16"}}
-    assert make_model(encoder={"cuda_graphs": True}, **options).encoder.graphs is not None
-    assert make_model(**options).encoder.graphs is None
+    for asked in (False, True):
+        engine = {"precision": "bf16", "cuda_graphs": asked}
+        encoder = make_model(gradient={"method": "pcgrad"}, engine=engine).encoder
+        assert (encoder.graphs is not None) == asked
 
 
 def test_a_failed_recording_leaves_the_same_operations(make_batch: MakeBatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -198,7 +196,7 @@ def test_a_failed_recording_leaves_the_same_operations(make_batch: MakeBatch, ca
     for one, other in zip(*found, strict=True):
         assert_equal(one, other)
     assert [record.message for record in caplog.records] == [
-        "encoder.cuda_graphs: nothing is recorded, the host launches each operation: operation not permitted when "
+        "cuda_graphs: nothing is recorded, the host launches each operation: operation not permitted when "
         "stream is capturing"
     ]
 
@@ -250,7 +248,7 @@ def test_losses_and_merged_gradients_of_a_model(
     for recorder in (OpRecorder(), None):
         model = make_model().train()
         if recorder is not None:
-            model.encoder.graphs = LayerGraphs(model.encoder.embeddings, model.encoder.encoder.layer, 8, recorder)
+            model.encoder.use_cuda_graphs(recorder)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         surgery = GradientSurgery(
             optimizer,

@@ -12,7 +12,6 @@ from torch import Tensor
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.model.encoder import PackedBert
 from fastmtl.model.graph_options import why_not
-from fastmtl.model.graphs import LayerGraphs
 from fastmtl.recorders import CudaRecorder, Unrecorded
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -23,7 +22,7 @@ def encoders() -> list[PackedBert]:
     """Captured, eager."""
     found = [make_encoder(dtype=torch.bfloat16).to("cuda") for _ in range(2)]
     for encoder, recorder in zip(found, (None, Unrecorded()), strict=True):
-        encoder.graphs = LayerGraphs(encoder.embeddings, encoder.encoder.layer, 16, recorder)
+        encoder.use_cuda_graphs(recorder)
     return found
 
 

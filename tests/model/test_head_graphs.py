@@ -287,7 +287,7 @@ def test_what_cannot_be_recorded_is_told_once(
         for _ in range(2):
             model(batch)
         (record,) = caplog.records
-        return record.message.removeprefix("encoder.cuda_graphs: heads and losses take the ordinary path: ")
+        return record.message.removeprefix("cuda_graphs: heads and losses take the ordinary path: ")
 
     tasks = TASKS["cosines"]
     with torch.autocast("cpu", torch.bfloat16):
@@ -352,7 +352,7 @@ def test_mistakes_are_those_of_the_ordinary_path(make_batch: MakeBatch, make_mod
 
 
 def test_the_option_reaches_the_heads(make_model: MakeModel) -> None:
-    assert make_model(encoder={"cuda_graphs": True}).graphs is not None
+    assert make_model(engine={"cuda_graphs": True}).graphs is not None
     assert make_model().graphs is None
 
 

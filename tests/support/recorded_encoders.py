@@ -10,7 +10,6 @@ from transformers import BertConfig
 
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.model.encoder import PackedBert
-from fastmtl.model.graphs import LayerGraphs
 from fastmtl.recorders import Recorder
 from fastmtl.surgery.task_gradients import TaskGradients
 
@@ -43,7 +42,7 @@ def make_encoder(
             if parameter.dim() == 1:
                 parameter += 0.1 * torch.randn(parameter.shape)
     if recorder is not None:
-        encoder.graphs = LayerGraphs(encoder.embeddings, encoder.encoder.layer, 16, recorder)
+        encoder.use_cuda_graphs(recorder)
     return encoder
 
 

@@ -24,7 +24,6 @@ from fastmtl.data.packing import pack
 from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.errors import UserError
 from fastmtl.model.encoder import PackedBert
-from fastmtl.model.graphs import LayerGraphs
 from fastmtl.model.head_graphs import HeadGraphs
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import reduce
@@ -275,7 +274,7 @@ def main(directory: Path) -> None:
         recorder, heads, merging = OpRecorder(), OpRecorder(), OpRecorder()
         if "graphs" in case.variant:
             encoder = model.encoder.train()
-            encoder.graphs = LayerGraphs(encoder.embeddings, encoder.encoder.layer, 8, recorder)
+            encoder.use_cuda_graphs(recorder)
             model.graphs = HeadGraphs(model, heads)
         engine = build_engine(recipe, model, ranks.world, STEPS)
         surgery = make_surgery(engine, model, recipe)

@@ -283,7 +283,7 @@ def test_a_recipe_asks_for_it(model: MultiTaskModel, caplog: pytest.LogCaptureFi
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for asked in (False, True):
         recipe = model.recipe.model_copy(deep=True)
-        recipe.encoder.cuda_graphs = asked
+        recipe.engine.cuda_graphs = asked
         build_surgery(recipe, optimizer, model)
         assert ("gradient surgery launches each operation: CUDA graphs need" in caplog.text) == asked
 
