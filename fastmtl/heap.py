@@ -24,21 +24,25 @@ _MAPPED = 4 << 20
 _MAPPED_ONCE = 128 << 10
 _TOP = 4 << 20  # what may stay free at the heap's end; without it glibc would keep twice the largest block so far
 _HUGE_PAGE = 2 << 20
+# oneDNN keeps code for each shape that it has seen, by default of 1,024. GELU alone has two a batch: 6 MiB after 300
+# batches of different lengths, in small blocks all over the heap. These are three steps of its bfloat16.
+_PRIMITIVES = 64
 _maps = False  # a setting of the process, as malloc's are
 
 
 def map_large_blocks() -> bool:
     """Blocks of 4 MiB and more are mapped, tensors in huge pages, and go back to the system when they are freed.
 
-    To be called before the process makes its first tensor, as torch looks only then whether it is to ask for huge
-    pages. False where Linux gives none (then nothing is mapped: small pages would cost more than is won), or where the
-    user has chosen by MALLOC_* or GLIBC_TUNABLES; who sets torch's THP_MEM_ALLOC_ENABLE=0 gets no huge pages.
+    oneDNN keeps fewer of its primitives, too. To be called before the process makes its first tensor: torch and oneDNN
+    look but once. False where Linux gives no huge pages (then nothing is mapped: small pages would cost more than is
+    won), or where the user has chosen by MALLOC_* or GLIBC_TUNABLES; who sets torch's THP_MEM_ALLOC_ENABLE=0 gets none.
     """
     global _maps
     mallopt = _function("mallopt")
     if mallopt is None:
         return False
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_PRIMITIVES))
     chosen = any(name.startswith("MALLOC_") for name in os.environ)
     if chosen or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or not _gets_huge_pages():
         return False

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from functools import partial
@@ -120,3 +121,32 @@ def test_a_run_maps_large_blocks_before_it_makes_anything(monkeypatch: pytest.Mo
     monkeypatch.setattr(train, "start", lambda _: pytest.fail("other processes were joined before"))
     with pytest.raises(Called):
         train.train(load_recipe("demo"), tmp_path)
+
+
+@with_glibc
+def test_onednn_keeps_few_primitives() -> None:
+    kept, all_kept = (
+        in_own_process(kept_of_many_shapes, few, preload="fastmtl.bench.kernels") for few in (True, False)
+    )
+    assert kept < 0.5 * all_kept
+
+
+def kept_of_many_shapes(few: bool) -> int:
+    """Bytes of the heap that are in use after GELU has seen 300 shapes."""
+    if few:
+        heap.map_large_blocks()
+    torch.nn.functional.gelu(torch.ones(1, 8))
+    before = in_use()
+    for rows in range(2, 302):
+        torch.nn.functional.gelu(torch.ones(rows, 8))
+    return in_use() - before
+
+
+class MallInfo(ctypes.Structure):
+    _fields_ = [(f"field_{k}", ctypes.c_size_t) for k in range(10)]
+
+
+def in_use() -> int:
+    function = ctypes.CDLL(None).mallinfo2
+    function.restype = MallInfo
+    return int(function().field_7)
