@@ -1,0 +1,47 @@
+"""What malloc has in use, holds free, and what is resident, as a run on a CPU goes on: does memory in use grow?
+
+    python benchmarks/heap_in_use.py train cs224n data.dir=DIR train.max_steps=700 train.epochs=100 --output runs/heap
+
+A line for every 50 steps of any `fastmtl train`, in one process, right after the heap has been trimmed. With glibc.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+from fastmtl import heap
+from fastmtl.bench.harness import MIB, resident_bytes
+from fastmtl.cli import main
+
+EVERY = 50
+_FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+
+
+class MallInfo(ctypes.Structure):
+    """struct mallinfo2 of <malloc.h>; uordblks: bytes in use in the heap, fordblks: free there, hblkhd: mapped."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in _FIELDS]
+
+
+def telling(trim: Callable[[], None]) -> Callable[[], None]:
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = MallInfo
+    steps = 0
+
+    def trim_and_tell() -> None:
+        nonlocal steps
+        trim()
+        steps += 1
+        if steps % EVERY == 0:
+            found = mallinfo2()
+            sizes = found.uordblks, found.fordblks, found.hblkhd, resident_bytes() or 0
+            used, free, mapped, resident = (f"{size / MIB:.1f}" for size in sizes)
+            print(f"step {steps}: {used} MiB in use, {free} free, {mapped} mapped; {resident} resident", flush=True)
+
+    return trim_and_tell
+
+
+if __name__ == "__main__":
+    heap.trim = telling(heap.trim)
+    main()
