@@ -47,7 +47,7 @@ def test_each_is_only_the_making_of_items() -> None:
     ("method", "storage", "expected"),
     [
         ("sum", "auto", ["forward", "backward"]),
-        ("pcgrad", "stacked", ["forward", "backward", "surgery", "surgery", "communication"]),
+        ("pcgrad", "stacked", ["forward", "backward", "surgery", "communication"]),
     ],
 )
 def test_a_profiler_sees_the_parts_of_a_step(method: str, storage: str, expected: list[str]) -> None:
