@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from typing import Protocol, TypeVar
 
 import torch
@@ -11,6 +13,10 @@ import torch
 log = logging.getLogger(__name__)
 
 K = TypeVar("K")
+A_SECOND_TIME = (
+    "cuda_graphs: a forward has one backward: what it kept is overwritten after it. For one backward per task leave "
+    "cuda_graphs out, or hand task_grads to the model"
+)
 
 
 class Recorder(Protocol):
@@ -27,10 +33,8 @@ class CudaRecorder:
     """CUDA graphs in one memory pool, so at most one recorded forward may wait for its backward."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device, self._stream = device, _stream(device)
         self._pool = torch.cuda.graph_pool_handle()
-        # One stream for all: autograd runs a backward on the stream of its forward.
-        self._stream = torch.cuda.Stream(device)
 
     def warm_up(self, function: Callable[[], None]) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -40,13 +44,30 @@ class CudaRecorder:
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        # Not "global": another thread copies the next batches to the device meanwhile.
-        with (
-            torch.cuda.device(self._device),
-            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
-        ):
-            function()
+        before = torch.cuda.current_stream(self._device)
+        try:
+            # Not "global": another thread copies the next batches to the device meanwhile.
+            with (
+                torch.cuda.device(self._device),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                function()
+        except BaseException:
+            # Where ending a broken capture raises, torch leaves its stream the current one, and its pool open, for
+            # which the allocator would keep every block that another stream has used.
+            torch.cuda.set_stream(before)
+            with suppress(RuntimeError):  # it is closed already
+                torch._C._cuda_endAllocateToPool(before.device_index, self._pool)
+            raise
         return graph.replay
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for everything recorded on a device: autograd runs a backward on the stream of its forward, and torch gives
+    out streams a second time after 32.
+    """
+    return torch.cuda.Stream(device)
 
 
 class Unrecorded:
@@ -69,17 +90,21 @@ class Recordings:
         self.told: list[str] = []
 
     def begin(self, device: torch.device) -> Recorder:
-        """The recorder; CUDA graphs on the device where none was given."""
-        if self.recorder is None:
-            self.recorder = CudaRecorder(device)
+        """The recorder, for recordings in place of all there were; CUDA graphs on the device where none was given."""
+        if self.recorder is None or isinstance(self.recorder, CudaRecorder):
+            self.recorder = CudaRecorder(device)  # a pool whose graphs are gone is not to be used again
         return self.recorder
 
-    def record(self, functions: Mapping[K, Callable[[], None]]) -> dict[K, Callable[[], None]]:
+    def record(
+        self, functions: Mapping[K, Callable[[], None]], warm_ups: Sequence[Callable[[], None]]
+    ) -> dict[K, Callable[[], None]]:
         """What runs each of them again: the recordings, or, where one cannot be recorded, the functions themselves
-        from then on.
+        from then on. warm_ups: run before, so that nothing is recorded the first time it runs.
         """
         assert self.recorder is not None
         try:
+            for warm_up in warm_ups:
+                self.recorder.warm_up(warm_up)
             return {key: self.recorder.record(function) for key, function in functions.items()}
         except torch.OutOfMemoryError:
             raise

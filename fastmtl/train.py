@@ -7,6 +7,7 @@ Evaluation, checkpoints and tracking hang off that loop and change nothing in it
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Iterator
@@ -175,6 +176,9 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int
         if job is not jobs[-1]:
             run.at = run.at.next_phase()
             engine.destroy()
+            # They refer to each other, and hold CUDA graphs with memory of their own.
+            del model, engine, surgery, objectives
+            gc.collect()
     assert run is not None
     kept = run.files.finish(run.at.step, run.at.seconds)
     if kept is not None and kept["dev"]:

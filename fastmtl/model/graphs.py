@@ -26,7 +26,7 @@ from fastmtl.model.context import ForwardContext
 from fastmtl.model.graph_options import why_not
 from fastmtl.model.static_batch import Bucket, rows_of
 from fastmtl.model.static_layers import StaticLayers
-from fastmtl.recorders import Recorder, Recordings
+from fastmtl.recorders import A_SECOND_TIME, Recorder, Recordings
 from fastmtl.surgery.task_gradients import NOT_ARMED, TaskGradients
 from fastmtl_kernels.varlen_attention_plan import AttentionPlan
 
@@ -45,11 +45,8 @@ class Recorded:
         ways = {stores: partial(static.backward, stores=stores) for stores in static.ways}
         harmless = [way for stores, way in ways.items() if static.keeps(stores=stores)]
         static.fill_empty()
-        assert recordings.recorder is not None
-        for _ in range(_WARM_UPS):
-            recordings.recorder.warm_up(partial(_run, static.forward, *harmless))
-        static.release()
-        found = recordings.record({None: static.forward, **ways})
+        warm_up = partial(_run, static.forward, *harmless, static.release)
+        found = recordings.record({None: static.forward, **ways}, [warm_up] * _WARM_UPS)
         self.forward = found.pop(None)
         self.backward = found
         static.release()
@@ -232,7 +229,7 @@ class Pass:
         parameters.
         """
         if self.done:
-            raise RuntimeError("cuda_graphs: a forward has one backward: what it kept is overwritten after it")
+            raise RuntimeError(A_SECOND_TIME)
         self.done = True
         static, writes, stores = self._recorded.static, self._recorded.static.writes, True
         static.take(dy)

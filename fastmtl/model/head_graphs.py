@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from fastmtl.model.graph_options import why_not_heads
 from fastmtl.model.static_heads import HeadBatch, StaticHeads, Vectors
-from fastmtl.recorders import Recorder, Recordings
+from fastmtl.recorders import A_SECOND_TIME, Recorder, Recordings
 from fastmtl.surgery.random_state import RandomState
 
 if TYPE_CHECKING:
@@ -44,20 +44,20 @@ class Recorded:
     def __init__(self, static: StaticHeads, recordings: Recordings, device: torch.device) -> None:
         """static: filled; its batch is what warming up runs."""
         self.static, self.used = static, 0
-        assert recordings.recorder is not None
         random = RandomState.capture(device)
-        for _ in range(_WARM_UPS):
-            recordings.recorder.warm_up(partial(_run, static))
-        static.release()
-        found = recordings.record({"forward": static.forward, "backward": static.backward})
+        functions = {"forward": static.forward, "backward": static.backward}
+        try:
+            found = recordings.record(functions, [partial(_run, static)] * _WARM_UPS)
+        finally:
+            random.restore()
         self.forward, self.backward = found["forward"], found["backward"]
         static.release()
-        random.restore()
 
 
 def _run(static: StaticHeads) -> None:
     static.forward()
     static.backward()
+    static.release()
 
 
 class HeadGraphs:
@@ -184,7 +184,7 @@ class Pass:
     def backward(self, gradients: Tensor) -> list[Tensor | None]:
         """Of the losses [T] -> of the vectors and the parameters."""
         if self.done:
-            raise RuntimeError("cuda_graphs: a forward has one backward: what it kept is overwritten after it")
+            raise RuntimeError(A_SECOND_TIME)
         self.done = True
         static = self._recorded.static
         static.take(gradients)

@@ -76,7 +76,7 @@ class StaticBatch:
             part.fill_(-1)
             part[: found.numel()] = found.view(-1)
         blocks[: plan.blocks.numel()] = plan.blocks.view(-1)
-        self._numbers.copy_(numbers, non_blocking=True)
+        self._numbers.copy_(numbers.pin_memory() if self._numbers.is_cuda else numbers, non_blocking=True)
 
     def _parts(self, numbers: Tensor) -> list[Tensor]:
         return [numbers[start:stop] for start, stop in self._bounds]

@@ -171,6 +171,8 @@ class GradientSurgery:
                     losses = losses_of(micro_batch, training_pass=self._joint)
                 self._tell(losses_of.takes_sink)
                 way.take(losses, takes_sink=losses_of.takes_sink, last=number == len(micro_batches))
+                # The graph that they hold would bring the default stream into the next forward's CUDA graphs.
+                del losses
         return way.finish()
 
     @property
@@ -194,7 +196,8 @@ class GradientSurgery:
         """In place of `engine.backward(loss)`, where the losses are at hand: {task: (sum of the rows' losses, rows)}.
 
         counts: rows of each task in the whole step over all ranks; needed with several micro-batches a step, else
-        counted. weights: as of `run`, taken from the step's first call. last: whether this is the step's last
+        counted. weights: as of `run`, taken from the step's first call. Drop the losses afterwards: with `cuda_graphs`
+        the next forward cannot be captured while they are there. last: whether this is the step's last
         micro-batch; the merged gradient and the SurgeryInfo come with it, None before.
         Raises UserError where a step cannot be done without running forward again: use `run` there.
         """

@@ -69,6 +69,7 @@ class RecordedStep:
         buffers = self._buffers
         if buffers.fill(scale, factor, order):
             self._kept.clear()
+            self._recordings.begin(self._device)
         key = buffers.key
         if key not in self._kept:
             self._kept[key] = self._record(partial(self._merge, buffers, key, alone=alone))
@@ -92,11 +93,15 @@ class RecordedStep:
         return [] if self._buffers is None else self._buffers.tensors()
 
     def _record(self, function: Callable[[], None]) -> Callable[[], None]:
-        state = self._method.state_dict()  # warming up is no step
-        assert self._recordings.recorder is not None
-        self._recordings.recorder.warm_up(function)
-        self._method.load_state_dict(state)
-        return self._recordings.record({None: function})[None]
+        state = self._method.state_dict()
+
+        def warm_up() -> None:
+            try:
+                function()
+            finally:  # it was no step
+                self._method.load_state_dict(state)
+
+        return self._recordings.record({None: function}, [warm_up])[None]
 
     @torch.no_grad()
     def _merge(self, buffers: _Buffers, key: tuple[int, ...], *, alone: bool) -> None:

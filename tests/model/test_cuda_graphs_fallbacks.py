@@ -180,13 +180,20 @@ def test_the_option_reaches_the_encoder(make_model: MakeModel) -> None:
         assert (encoder.graphs is not None) == asked
 
 
-def test_a_failed_recording_leaves_the_same_operations(make_batch: MakeBatch, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("method", ["record", "warm_up"])
+def test_a_failed_recording_leaves_the_same_operations(
+    method: str, make_batch: MakeBatch, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Failing(Unrecorded):
-        def record(self, function: Callable[[], None]) -> Callable[[], None]:
-            try:
-                raise RuntimeError("operation not permitted when stream is capturing\nand more")
-            finally:
-                raise RuntimeError("the capture has failed before")
+        pass
+
+    def fail(*_: object) -> None:
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        finally:
+            raise RuntimeError("the capture has failed before")
+
+    monkeypatch.setattr(Failing, method, fail)
 
     batch = make_batch(MICRO_BATCHES[3][0])
     found = []

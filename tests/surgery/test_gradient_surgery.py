@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from weakref import ref
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from fastmtl.errors import TrainingError, UserError
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery, SurgeryInfo, gradient_surgery
 from fastmtl.surgery.methods import draw_order
+from fastmtl.surgery.step import Losses
 from fastmtl.surgery.targets import OptimizerTarget, _Surrogate
+from fastmtl.surgery.task_gradients import TaskGradients
 from fastmtl_kernels import gradvac_weights
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -152,6 +155,24 @@ def test_replay_repeats_the_dropout_masks(recompute: Recompute) -> None:
     torch.manual_seed(5)
     gradients(model, [batch(part, 2) for part in range(2)], storage="stacked")
     assert torch.equal(after, torch.rand(1))  # and the next step draws the same
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "sum"])
+def test_a_forward_begins_without_the_graph_of_the_one_before(method: str) -> None:
+    """It would bring nodes of the default stream into a capture."""
+    model, seen = make(), []
+
+    def loss_fn(micro_batch: PackedBatch, task_grads: TaskGradients) -> Losses:
+        assert all(loss() is None for loss in seen)
+        losses = model(micro_batch, task_grads)
+        seen.extend(ref(loss) for loss, _ in losses.values())
+        return losses
+
+    options = {"tasks": TASKS, "shared": model.shared_parameters(), "sparse": model.sparse_parameters()}
+    surgery = GradientSurgery(torch.optim.SGD(model.parameters(), lr=0.1), method, **options)  # type: ignore[arg-type]
+    for _ in range(2):
+        surgery.run([batch(0, 2), batch(1, 2)], loss_fn, COUNTS)
+    assert len(seen) == 4 * len(TASKS)
 
 
 def test_one_backward_per_task_equals_one_pass() -> None:
