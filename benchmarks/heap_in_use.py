@@ -7,26 +7,16 @@ A line for every 50 steps of any `fastmtl train`, in one process, right after th
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 
 from fastmtl import heap
-from fastmtl.bench.harness import MIB, resident_bytes
+from fastmtl.bench.harness import MIB, heap_bytes, resident_bytes
 from fastmtl.cli import main
 
 EVERY = 50
-_FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
-
-
-class MallInfo(ctypes.Structure):
-    """struct mallinfo2 of <malloc.h>; uordblks: bytes in use in the heap, fordblks: free there, hblkhd: mapped."""
-
-    _fields_ = [(name, ctypes.c_size_t) for name in _FIELDS]
 
 
 def telling(trim: Callable[[], None]) -> Callable[[], None]:
-    mallinfo2 = ctypes.CDLL(None).mallinfo2
-    mallinfo2.restype = MallInfo
     steps = 0
 
     def trim_and_tell() -> None:
@@ -34,9 +24,7 @@ def telling(trim: Callable[[], None]) -> Callable[[], None]:
         trim()
         steps += 1
         if steps % EVERY == 0:
-            found = mallinfo2()
-            sizes = found.uordblks, found.fordblks, found.hblkhd, resident_bytes() or 0
-            used, free, mapped, resident = (f"{size / MIB:.1f}" for size in sizes)
+            used, free, mapped, resident = (f"{size / MIB:.1f}" for size in (*heap_bytes(), resident_bytes() or 0))
             print(f"step {steps}: {used} MiB in use, {free} free, {mapped} mapped; {resident} resident", flush=True)
 
     return trim_and_tell

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import signal
 import statistics
 import subprocess
@@ -33,6 +32,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from fastmtl.bench.harness import MIB, forget_peak, peak_bytes
 from fastmtl.engine.distributed import free_port
 from fastmtl.tracking.metrics_file import read_metrics
 
@@ -162,12 +162,9 @@ def highest_resident(pid: int) -> float:
     """MiB since the last look, 0 of a process that has ended. What is resident now and then would miss the peaks of
     short steps more often than those of long ones.
     """
-    try:
-        found = re.search(r"^VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-        Path(f"/proc/{pid}/clear_refs").write_text("5")
-    except (FileNotFoundError, ProcessLookupError):
-        return 0.0
-    return int(found[1]) / 1024 if found else 0.0
+    peak = peak_bytes(pid)
+    forget_peak(pid)
+    return (peak or 0) / MIB
 
 
 def small_encoder(layers: int, hidden: int, folder: Path) -> Path:

@@ -89,11 +89,10 @@ class Recordings:
         self.recorder = recorder
         self.told: list[str] = []
 
-    def begin(self, device: torch.device) -> Recorder:
-        """The recorder, for recordings in place of all there were; CUDA graphs on the device where none was given."""
+    def begin(self, device: torch.device) -> None:
+        """Before recordings that take the place of all there were: CUDA graphs on the device if none was given."""
         if self.recorder is None or isinstance(self.recorder, CudaRecorder):
             self.recorder = CudaRecorder(device)  # a pool whose graphs are gone is not to be used again
-        return self.recorder
 
     def record(
         self, functions: Mapping[K, Callable[[], None]], warm_ups: Sequence[Callable[[], None]]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 from functools import partial
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from fastmtl import heap, train
-from fastmtl.bench.harness import MIB, in_own_process, resident_bytes
+from fastmtl.bench.harness import MIB, heap_bytes, in_own_process, resident_bytes
 from fastmtl.config import load_recipe
 from fastmtl.data.corpus import Corpus
 
@@ -136,17 +135,7 @@ def kept_of_many_shapes(few: bool) -> int:
     if few:
         heap.map_large_blocks()
     torch.nn.functional.gelu(torch.ones(1, 8))
-    before = in_use()
+    before = heap_bytes().in_use
     for rows in range(2, 302):
         torch.nn.functional.gelu(torch.ones(rows, 8))
-    return in_use() - before
-
-
-class MallInfo(ctypes.Structure):
-    _fields_ = [(f"field_{k}", ctypes.c_size_t) for k in range(10)]
-
-
-def in_use() -> int:
-    function = ctypes.CDLL(None).mallinfo2
-    function.restype = MallInfo
-    return int(function().field_7)
+    return heap_bytes().in_use - before

@@ -5,6 +5,7 @@ A machine that slows down for a minute slows down all variants that take turns: 
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 import statistics
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -91,9 +92,30 @@ def in_own_process(function: Callable[..., Result], *arguments: Any, preload: st
         return pool.submit(function, *arguments).result()
 
 
-def peak_bytes() -> int | None:
-    """The largest resident set of this process so far; None where the system does not tell (it is Linux's VmHWM)."""
-    return _status("VmHWM:")
+def peak_bytes(process: int | str = "self") -> int | None:
+    """The largest resident set of a process so far; None where the system does not tell (it is Linux's VmHWM)."""
+    return _status("VmHWM:", process)
+
+
+class HeapBytes(NamedTuple):
+    """Of glibc's malloc: in the heap those in use and those free, and those of blocks that are mapped."""
+
+    in_use: int
+    free: int
+    mapped: int
+
+
+def heap_bytes() -> HeapBytes:
+    """By mallinfo2 of <malloc.h>, which glibc has since 2.33."""
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = _MallInfo
+    found = mallinfo2()
+    return HeapBytes(found.uordblks, found.fordblks, found.hblkhd)
+
+
+class _MallInfo(ctypes.Structure):
+    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = [(name, ctypes.c_size_t) for name in _names]
 
 
 def resident_bytes() -> int | None:
@@ -101,18 +123,18 @@ def resident_bytes() -> int | None:
     return _status("VmRSS:")
 
 
-def _status(key: str) -> int | None:
-    status = Path("/proc/self/status")
-    if not status.exists():
+def _status(key: str, process: int | str = "self") -> int | None:
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):  # another may end meanwhile
         return None
-    lines = status.read_text().splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), None)
 
 
-def forget_peak() -> bool:
-    """Peak memory of this process counts from here on; False where the system cannot (it is Linux's clear_refs)."""
+def forget_peak(process: int | str = "self") -> bool:
+    """Peak memory of a process counts from here on; False where the system cannot (it is Linux's clear_refs)."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path(f"/proc/{process}/clear_refs").write_text("5")
     except OSError:
         return False
     return True

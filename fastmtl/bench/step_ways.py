@@ -103,13 +103,14 @@ def merged(workload: Workload, model: nn.Module, method: str = "pcgrad", storage
 
 def recorded(workload: Workload, model: nn.Module, build: Callable[[Workload, nn.Module], Step]) -> Step:
     """With everything as CUDA graphs that `engine.cuda_graphs` captures."""
-    assert isinstance(model, MultiTaskModel) and model.encoder.graphs is not None
+    assert isinstance(model, MultiTaskModel) and model.encoder.graphs is not None and model.graphs is not None
     step = build(workload, model)
     weights = copy.deepcopy(model.state_dict())  # which all ways share
     step()
     model.load_state_dict(weights)
-    if model.encoder.graphs.recordings.told:  # what would be measured is something else
-        raise Skipped("; ".join(model.encoder.graphs.recordings.told))
+    told = [*model.encoder.graphs.recordings.told, *model.graphs.recordings.told]
+    if told:  # what would be measured is something else
+        raise Skipped("; ".join(told))
     return step
 
 

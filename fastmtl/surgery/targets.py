@@ -20,12 +20,12 @@ class Target(Protocol):
 
     names: of the trainable parameters by id, for messages. arranged: parameters in the order in which J is to have
     them. stacks: whether merged gradients can be handed over; otherwise replay. merges: whether there may be a
-    `merging_optimizer`. factor: what merged gradients are to be
-    multiplied by before they are. hand_over: takes every gradient out of the mapping, for one that nobody else holds
-    becomes `.grad` as it is, any other is copied. merging_optimizer: the one that is to be given task gradients in
-    place of that, None where there is none; norm: of the merged gradient, None where it is not known. begin: raises
-    UserError where a step's first gradient comes too early. check_forward: raises UserError where losses whose
-    gradients will be handed over come from the target's own forward.
+    `merging_optimizer`. factor: what merged gradients are to be multiplied by before they are. hand_over: takes every
+    gradient out of the mapping, for one that nobody else holds becomes `.grad` as it is, any other is copied.
+    merging_optimizer: the one that is to be given task gradients in place of that, None where there is none; norm: of
+    the merged gradient, None where it is not known. begin: raises UserError where a step's first gradient comes too
+    early. check_forward: raises UserError where losses whose gradients will be handed over come from the target's own
+    forward.
     """
 
     parameters: list[nn.Parameter]
