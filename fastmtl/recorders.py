@@ -7,16 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from typing import Protocol, TypeVar
+from weakref import ref
 
 import torch
 
 log = logging.getLogger(__name__)
 
 K = TypeVar("K")
-A_SECOND_TIME = (
-    "cuda_graphs: a forward has one backward: what it kept is overwritten after it. For one backward per task leave "
-    "cuda_graphs out, or hand task_grads to the model"
-)
 
 
 class Recorder(Protocol):
@@ -80,6 +77,27 @@ class Unrecorded:
         return function
 
 
+class Turn:
+    """A recorded forward and its backward, which have the recordings' memory to themselves."""
+
+    def __init__(self) -> None:
+        self._done = False
+
+    @property
+    def waits(self) -> bool:
+        """Whether the backward is still to come."""
+        return not self._done
+
+    def end(self) -> None:
+        """At the beginning of the backward. Raises RuntimeError for a second one."""
+        if self._done:
+            raise RuntimeError(
+                "cuda_graphs: a forward has one backward: what it kept is overwritten after it. For one backward per "
+                "task leave cuda_graphs out, or hand task_grads to the model"
+            )
+        self._done = True
+
+
 class Recordings:
     """Records for one user, by a recorder of its own: None for CUDA graphs, from `begin` on. told: why something was
     not recorded.
@@ -88,6 +106,17 @@ class Recordings:
     def __init__(self, recorder: Recorder | None = None) -> None:
         self.recorder = recorder
         self.told: list[str] = []
+        self._turn: ref[Turn] | None = None
+
+    def take(self, turn: Turn) -> None:
+        """From a forward on."""
+        self._turn = ref(turn)
+
+    @property
+    def taken(self) -> bool:
+        """Whether a forward waits for its backward, and somebody can still ask for it."""
+        turn = None if self._turn is None else self._turn()
+        return turn is not None and turn.waits
 
     def begin(self, device: torch.device) -> None:
         """Before recordings that take the place of all there were: CUDA graphs on the device if none was given."""

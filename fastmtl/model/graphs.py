@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from fastmtl.model.context import ForwardContext
 from fastmtl.model.graph_options import why_not
 from fastmtl.model.static_batch import Bucket, rows_of
 from fastmtl.model.static_layers import StaticLayers
-from fastmtl.recorders import A_SECOND_TIME, Recorder, Recordings
+from fastmtl.recorders import Recorder, Recordings, Turn
 from fastmtl.surgery.task_gradients import NOT_ARMED, TaskGradients
 from fastmtl_kernels.varlen_attention_plan import AttentionPlan
 
@@ -74,7 +73,6 @@ class EncoderGraphs:
         self._against = ""
         self._changes = 0
         self._gradients: Tensor | None = None
-        self._waiting: ref[Pass] | None = None
 
     def embeds(self, sink: TaskGradients | None) -> bool:
         """Whether the embeddings are recorded with the layers: where the words' gradient is kept as rows."""
@@ -115,7 +113,7 @@ class EncoderGraphs:
             inputs = hidden.detach()
         recorded.static.fill(inputs, batch.host, plan, context.seeds)
         one = Pass(recorded, batch, parameters, sink, words if inside else None)
-        self._waiting = ref(one)
+        self.recordings.take(one)
         begin = sink.anchor if sink is not None and hidden is None else hidden
         return _Replay.apply(begin, one, *([] if sink is not None else parameters))
 
@@ -166,8 +164,7 @@ class EncoderGraphs:
             return "it is under torch_autocast"
         if hidden is not None and not hidden.requires_grad:
             return "the embeddings are frozen"
-        waiting = None if self._waiting is None else self._waiting()
-        return "the backward of the one before has not been yet" if waiting is not None and not waiting.done else ""
+        return "the backward of the one before has not been yet" if self.recordings.taken else ""
 
     def _find(
         self, batch: PackedBatch, parameters: list[nn.Parameter], sink: TaskGradients | None, inside: bool
@@ -200,10 +197,8 @@ class EncoderGraphs:
         return EncoderGraphs(copy.deepcopy(self._embeddings, memo), copy.deepcopy(self._layers, memo), self._head_dim)
 
 
-class Pass:
-    """One forward and its backward. words: their table where the embeddings are in. done: whether the backward has
-    been.
-    """
+class Pass(Turn):
+    """One forward and its backward. words: their table where the embeddings are in."""
 
     def __init__(
         self,
@@ -213,7 +208,7 @@ class Pass:
         sink: TaskGradients | None,
         words: nn.Parameter | None,
     ) -> None:
-        self.done = False
+        super().__init__()
         self._offsets, self._ids = batch.host.token_offsets, batch.input_ids
         self._tasks = [task for task, pair in enumerate(pairwise(self._offsets)) if pair[1] > pair[0]]
         self._recorded, self._parameters, self._sink, self._words = recorded, parameters, sink, words
@@ -228,9 +223,7 @@ class Pass:
         """The gradient of the input, of the sink's anchor where that is none, and, without a sink, those of the
         parameters.
         """
-        if self.done:
-            raise RuntimeError(A_SECOND_TIME)
-        self.done = True
+        self.end()
         static, writes, stores = self._recorded.static, self._recorded.static.writes, True
         static.take(dy)
         if writes is not None:

@@ -12,7 +12,6 @@ from collections import OrderedDict, deque
 from collections.abc import Hashable
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from fastmtl.model.graph_options import why_not_heads
 from fastmtl.model.static_heads import HeadBatch, StaticHeads, Vectors
-from fastmtl.recorders import A_SECOND_TIME, Recorder, Recordings
+from fastmtl.recorders import Recorder, Recordings, Turn
 from fastmtl.surgery.random_state import RandomState
 
 if TYPE_CHECKING:
@@ -74,7 +73,6 @@ class HeadGraphs:
         self._against = ""
         self._changes = self._number = 0
         self._missed: deque[int] = deque(maxlen=_WINDOW // 2)
-        self._waiting: ref[Pass] | None = None
 
     def run(self, vectors: Vectors, batch: HeadBatch) -> list[Tensor] | None:
         """The tasks' losses, or None: the ordinary path has to be taken. With gradients."""
@@ -97,7 +95,7 @@ class HeadGraphs:
         if recorded is None:
             return None
         one = Pass(recorded)
-        self._waiting = ref(one)
+        self.recordings.take(one)
         return list(_Replay.apply(one, *vectors.values(), *parameters).unbind())
 
     def _begin(self, vectors: Vectors, parameters: list[nn.Parameter]) -> str:
@@ -126,8 +124,7 @@ class HeadGraphs:
             return "the batch's pairs are cached"
         if torch.is_autocast_enabled(next(iter(vectors.values())).device.type):
             return "they are under torch_autocast"
-        waiting = None if self._waiting is None else self._waiting()
-        return "the backward of the ones before has not been yet" if waiting is not None and not waiting.done else ""
+        return "the backward of the ones before has not been yet" if self.recordings.taken else ""
 
     def _find(self, vectors: Vectors, batch: HeadBatch, parameters: list[nn.Parameter]) -> Recorded | None:
         """What is recorded for batches of these sizes, filled with this one; None where recording would not pay."""
@@ -170,11 +167,11 @@ class HeadGraphs:
         return HeadGraphs(copy.deepcopy(self._model, memo))
 
 
-class Pass:
-    """One forward and its backward. done: whether the backward has been."""
+class Pass(Turn):
+    """One forward and its backward."""
 
     def __init__(self, recorded: Recorded) -> None:
-        self.done = False
+        super().__init__()
         self._recorded = recorded
 
     def forward(self) -> Tensor:
@@ -183,9 +180,7 @@ class Pass:
 
     def backward(self, gradients: Tensor) -> list[Tensor | None]:
         """Of the losses [T] -> of the vectors and the parameters."""
-        if self.done:
-            raise RuntimeError(A_SECOND_TIME)
-        self.done = True
+        self.end()
         static = self._recorded.static
         static.take(gradients)
         self._recorded.backward()
