@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from fastmtl.errors import UserError, unknown_name
+from fastmtl.errors import UserError, quoted, shortened, unknown_name
 from fastmtl.recipe_files import find_recipe, read_recipe
 
 
@@ -442,24 +442,24 @@ def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(item, source) for item in error.errors())) from None
+        raise UserError(*(_explain(item, source) for item in error.errors())) from None
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise UserError(f"'{override}' is not an override: write section.key=value, for example train.epochs=3")
+        raise UserError(f"{quoted(override)} is not an override: write section.key=value, for example train.epochs=3")
     *parents, last = key.split(".")
     node = values
     for depth, parent in enumerate(parents):
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise UserError(f"'{override}': {'.'.join(parents[: depth + 1])} is a value, not a section")
+            raise UserError(f"{quoted(override)}: {'.'.join(parents[: depth + 1])} is a value, not a section")
         node = child
     try:
         value = _scalar(text)
     except yaml.YAMLError as error:
-        raise UserError(f"'{override}': the value is not YAML: {error}") from None
+        raise UserError(f"{quoted(override)}: the value is not YAML: {error}") from None
     if value is None and last in node:  # as in `extends`: null takes a key away
         del node[last]
     else:
@@ -477,7 +477,7 @@ def _scalar(text: str) -> Any:
 
 
 def _explain(item: Any, source: str) -> str:
-    location = [str(part) for part in item["loc"]]
+    location = [shortened(str(part)) for part in item["loc"]]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
         fields = _fields_at(location[:-1])
@@ -486,7 +486,7 @@ def _explain(item: Any, source: str) -> str:
         return f"{source}: {key} is missing"
     message = item["msg"].removeprefix("Value error, ")
     return (
-        f"{source}: {key or 'recipe'}: {message} (got {item['input']!r})"
+        f"{source}: {key or 'recipe'}: {message} (got {quoted(item['input'])})"
         if not isinstance(item["input"], dict)
         else f"{source}: {key}: {message}"
     )

@@ -1,24 +1,74 @@
-"""The one exception that means: the input is wrong, not the program."""
+"""The exceptions whose messages are for users, and how input is quoted in them."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+QUOTED_CHARACTERS, LINE_CHARACTERS, LISTED_NAMES = 80, 1500, 40
 
 
 class UserError(ValueError):
     """Something the user can mend. Its message names the file, line, key or argument and what to do; the commands print
     it without a traceback.
+
+    lines: one mistake each, most often one. Each becomes one line of printable characters, whatever input it quotes.
     """
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__(*map(one_line, lines))
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        return self.args
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 class TrainingError(RuntimeError):
     """The run cannot go on, though nothing in its input is malformed. Its message says what to change."""
 
 
+def quoted(value: object, limit: int = QUOTED_CHARACTERS) -> str:
+    """Return a piece of input as it stands in a message: text in single quotes, anything else as Python writes it.
+
+    On one line, with escapes in place of what cannot be printed, and cut after `limit` characters.
+    """
+    if not isinstance(value, str):
+        return shortened(repr(value), limit)
+    return f"'{shortened(value, limit)}'"
+
+
+def shortened(text: str, limit: int = QUOTED_CHARACTERS) -> str:
+    """Return text on one line, with escapes in place of what cannot be printed, and cut after `limit` characters."""
+    escaped = _escaped(text[: limit + 1])
+    return escaped if len(text) <= limit and len(escaped) <= 4 * limit else f"{escaped[:limit]}..."
+
+
+def listed(names: Iterable[object], limit: int = LISTED_NAMES) -> str:
+    """Return names with commas between them, the first `limit` of them."""
+    every = [shortened(str(name)) for name in names]
+    rest = len(every) - limit
+    return ", ".join(every[:limit]) + (f", ... ({rest} more)" if rest > 0 else "")
+
+
+def one_line(text: str) -> str:
+    """Return a whole message on one line of printable characters; of a very long one the middle is left out."""
+    line = _escaped(re.sub(r"\s*[\r\n]\s*", " ", text.strip()))
+    if len(line) <= LINE_CHARACTERS:
+        return line
+    return f"{line[: LINE_CHARACTERS * 2 // 3]} ... {line[-LINE_CHARACTERS // 3 :]}"
+
+
 def unknown_name(what: str, name: str, valid: Iterable[str]) -> UserError:
-    """The error for a misspelt name: it gives the nearest valid one and lists the others."""
+    """Return the error for a misspelt name, with the nearest valid one and a list of the others."""
     choices = sorted(valid)
-    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    return UserError(f"unknown {what} '{name}'.{hint} Valid: {', '.join(choices)}.")
+    near = difflib.get_close_matches(name[:QUOTED_CHARACTERS], choices, n=1, cutoff=0.5)
+    hint = f" Did you mean {quoted(near[0])}?" if near else ""
+    return UserError(f"unknown {what} {quoted(name)}.{hint} Valid: {listed(choices)}.")
+
+
+def _escaped(text: str) -> str:
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)

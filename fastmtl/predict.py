@@ -17,7 +17,7 @@ from fastmtl.data.corpus import demo_directory
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.readers import Rows, read_file, read_rows
 from fastmtl.data.tokenized import tokenize
-from fastmtl.errors import UserError, unknown_name
+from fastmtl.errors import UserError, quoted, unknown_name
 from fastmtl.evaluation import score
 from fastmtl.metrics import evaluate_predictions, mean_score, predicted_labels
 from fastmtl.model.pretrained import load_model, model_directory
@@ -163,7 +163,7 @@ def _rows_of(texts: Sequence[Text]) -> Rows:
         )
         if not good:
             wanted = "a pair of strings (text, other text)" if pairs else "a string"
-            raise UserError(f"texts[{position}] is not {wanted} like the first one: {text!r}")
+            raise UserError(f"texts[{position}] is not {wanted} like the first one: {quoted(text)}")
     return Rows(
         ids=[str(position) for position in range(len(texts))],
         texts=[text[0] if pairs else text for text in texts],  # type: ignore[misc]

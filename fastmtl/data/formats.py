@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from fastmtl.errors import UserError, unknown_name
+from fastmtl.errors import UserError, listed, unknown_name
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def find_layout(name: str, header: list[str], columns: Mapping[str, str | int], 
         return Layout(**{**vars(layout), **columns}) if columns else layout
     known = "; ".join(", ".join(map(str, layout.columns.values())) for layout in FORMATS[name])
     raise UserError(
-        f"{path}, line 1: the header ({', '.join(filter(None, header))}) is no {name} layout. Known: {known}. "
+        f"{path}, line 1: the header ({listed(filter(None, header))}) is no {name} layout. Known: {known}. "
         "For other columns write format: table and a data.columns mapping."
     )
 

@@ -14,7 +14,7 @@ import numpy as np
 from fastmtl.config import DataConfig, TaskConfig
 from fastmtl.data.formats import Layout, find_layout, is_quoted
 from fastmtl.data.records import BadRow, Record, read_records
-from fastmtl.errors import UserError
+from fastmtl.errors import UserError, listed, quoted
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def read_file(
     for role, column in layout.columns.items():
         optional = role == "id" or (role == "label" and not require_labels)
         if str(column) not in _names(header) and not optional:
-            raise UserError(f"{path}: no column '{column}' for {role}; the file has {', '.join(filter(None, header))}")
+            raise UserError(f"{path}: no column '{column}' for {role}; the file has {listed(filter(None, header))}")
     ids, texts, pair_texts, labels = [], [], [], []
     for position, record in enumerate(records):
         try:
@@ -145,7 +145,7 @@ def _text(record: Record, column: str | int) -> str:
 
 def _label(record: Record, layout: Layout, task: TaskConfig) -> float | int:
     value = record.cells.get(str(layout.label))
-    shown = "nothing" if value is None or str(value).strip() == "" else f"'{value}'"
+    shown = "nothing" if value is None or str(value).strip() == "" else quoted(str(value))
     if task.type == "regression":
         assert task.range is not None  # checked by the config
         low, high = task.range
@@ -160,7 +160,7 @@ def _label(record: Record, layout: Layout, task: TaskConfig) -> float | int:
         return names[value.strip()]
     number = _number(value)
     if number is None or number != int(number) or not 0 <= number < classes:
-        expected = f"one of {', '.join(names)}" if names else f"a class from 0 to {classes - 1}"
+        expected = f"one of {listed(names, 12)}" if names else f"a class from 0 to {classes - 1}"
         raise _Bad(layout.label, f"expected {expected}, found {shown}")
     return int(number)
 

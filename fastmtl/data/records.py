@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastmtl.errors import UserError
+from fastmtl.errors import UserError, one_line, shortened
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class BadRow:
     reason: str
 
     def __str__(self) -> str:
-        return f"line {self.line}, column {self.column}: {self.reason}"
+        return one_line(f"line {self.line}, column {shortened(self.column)}: {self.reason}")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from fastmtl.config import Recipe, load_recipe
-from fastmtl.errors import UserError
+from fastmtl.errors import UserError, listed, quoted
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def read_grid(file: Path, recipe: str, overrides: Sequence[str] = ()) -> list[Po
         try:
             points.append(Point(settings, load_recipe(recipe, [*overrides, *lines])))
         except UserError as error:
-            raise UserError(f"{file}, point {', '.join(lines)}: {error}") from None
+            raise UserError(*(f"{file}, point {listed(lines)}: {line}" for line in error.lines)) from None
     folders = [point.folder for point in points]
     for point in points:
         if folders.count(point.folder) > 1:
@@ -75,7 +75,7 @@ def _settings(file: Path, values: Any) -> list[dict[str, Any]]:
         raise UserError(f"{file}: a grid is a mapping like `optimizer.lr: [1e-5, 3e-5]`, or a list of such points")
     for key, choices in values.items():
         if not isinstance(choices, list) or not choices:
-            raise UserError(f"{file}: {key}: a list of values is needed, got {choices!r}")
+            raise UserError(f"{file}: {key}: a list of values is needed, got {quoted(choices)}")
     choices = [[_number(value) for value in values[key]] for key in values]
     return [dict(zip(map(str, values), chosen, strict=True)) for chosen in itertools.product(*choices)]
 
