@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -28,7 +28,7 @@ from fastmtl.recipe_files import find_recipe, read_recipe
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
 
 Recompute = Literal["none", "cheap", "full"]
@@ -306,12 +306,15 @@ class GradientConfig(Section):
     )
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Section):
     name: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: float = Field(1e-4, ge=0, description="encoder")
     adapter_lr: float | None = Field(None, ge=0, description="default: lr")
     head_lr: float | None = Field(None, ge=0, description="default: lr")
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     momentum: float = Field(0.9, ge=0, description="sgd")
     weight_decay: float = Field(0.01, ge=0, description="biases and LayerNorm weights are left out")
@@ -347,7 +350,7 @@ class EngineConfig(Section):
 
 
 class TrainConfig(Section):
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(1, ge=1, le=1_000_000)
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimiser steps")
     eval_tokens: int = Field(8192, ge=16, description="tokens per evaluation batch")
     checkpoint_every: int | None = Field(None, ge=1, description="optimiser steps; besides the end of each epoch")
@@ -393,7 +396,7 @@ class Recipe(Section):
     """One run. Errors name the key, and for a misspelt one the nearest valid key."""
 
     description: str = ""
-    seed: int = Field(1, ge=0)
+    seed: int = Field(1, ge=0, le=2**62)  # what is added to it for phases and ranks still fits torch's 64 bits
     add_to: str | None = Field(
         None,
         description="a trained model directory: train these tasks on its encoder, frozen, and put them beside its own",

@@ -48,6 +48,28 @@ def check_metrics(recipe: Recipe) -> None:
         raise UserError(f"early_stopping.metric: {unknown_name('metric', wanted, choices)}")
 
 
+def check_early_stopping(recipe: Recipe) -> None:
+    """Refuse early stopping by a metric that no dev file gives, before anything is trained for it.
+
+    Raises UserError naming the key.
+    """
+    wanted, patience = recipe.early_stopping.metric, recipe.early_stopping.patience
+    scored = [name for name, task in recipe.tasks.items() if task.data.dev is not None]
+    if wanted == "mean":
+        if patience is not None and not scored:
+            raise UserError(
+                f"early_stopping.patience: {patience}, but no task has a dev file, so there is no metric to stop by: "
+                "name one as tasks.<task>.data.dev, or leave patience out"
+            )
+        return
+    task = wanted.rsplit("/", 1)[0]
+    if task not in scored:
+        raise UserError(
+            f"early_stopping.metric: {wanted}: task {task} has no dev file: name one as tasks.{task}.data.dev, "
+            "or choose another metric"
+        )
+
+
 def predicted_labels(task: TaskConfig, scores: np.ndarray) -> np.ndarray:
     """Class ids int64 [E], or the scores themselves for regression. A binary probability of exactly 0.5 is class 1."""
     if task.type == "classification":

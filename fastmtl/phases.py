@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from fastmtl.config import TRAINS, GradientConfig, PhaseConfig, Recipe, Section
 from fastmtl.errors import UserError, unknown_name
-from fastmtl.metrics import check_metrics
+from fastmtl.metrics import check_early_stopping, check_metrics
 from fastmtl.model.masked_lm import MLM
 from fastmtl.surgery.methods import find_method
 
@@ -67,6 +67,8 @@ def phases_of(recipe: Recipe) -> list[Phase]:
     for phase in phases:
         try:
             check_metrics(phase.recipe)
+            if phase.objective == "tasks":
+                check_early_stopping(phase.recipe)
             find_method(phase.recipe.gradient.method, options=phase.recipe.gradient.options)
         except UserError as error:
             raise UserError(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmtl.config import Recipe, TaskConfig
+from fastmtl.config import DataConfig, Recipe, TaskConfig
 from fastmtl.data.corpus import demo_directory
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.readers import Rows, read_file, read_rows
@@ -121,10 +121,20 @@ def evaluate_split(
         if getattr(config.data, split) is None:
             notes.append(f"{name}: the recipe names no {split} file")
         else:
+            _check_there(data, getattr(config.data, split), given=data_dir is not None)
             rows[name] = read_rows(config, data, split)
     if not rows:
         raise UserError(f"the recipe names no {split} file for {', '.join(tasks or recipe.task_names)}")
     return _evaluate(predictor, rows, notes)
+
+
+def _check_there(data: DataConfig, file: str, *, given: bool) -> None:
+    """Say how to find a file that is not there: a relative `data.dir` counts from the working directory."""
+    path = Path(data.dir or ".").expanduser() / file
+    if path.exists():
+        return
+    why = "" if given or path.is_absolute() else f" below {Path.cwd()}; the recipe's data.dir counts from there"
+    raise UserError(f"{path}: no such file{why}. Say where the recipe's files are by --data DIR.")
 
 
 def predict_file(

@@ -146,3 +146,55 @@ def test_defaults_by_type() -> None:
     assert [task.loss_name for task in recipe.tasks.values()] == ["cross_entropy", "bce", "mse"]
     assert [task.metric_name for task in recipe.tasks.values()] == ["accuracy", "accuracy", "pearson"]
     assert Recipe.model_validate(yaml.safe_load(recipe.dump())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.betas=[1.5, 2]", "optimizer.betas.0: Input should be less than 1 (got 1.5)"),
+        ("optimizer.betas=[-0.1, 0.9]", "optimizer.betas.0: Input should be greater than or equal to 0"),
+        ("seed=100000000000000000000", "seed: Input should be less than"),
+        ("seed=2020-01-01", "seed: Input should be a valid integer (got datetime.date(2020, 1, 1))"),
+        ("train.epochs=1000000000000", "train.epochs: Input should be less than or equal to 1000000"),
+        ("optimizer.lr=.inf", "optimizer.lr: Input should be a finite number"),
+        ("engine.clip=.nan", "engine.clip: Input should be"),
+    ],
+)
+def test_numbers_that_no_run_can_use_are_refused(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(save(tmp_path, {"tasks": TASKS}), [override])
+    assert message in str(caught.value)
+
+
+def test_the_largest_seed_is_one_for_torch_and_the_gradient_methods(tmp_path: Path) -> None:
+    import torch
+
+    from fastmtl.surgery.methods import draw_order
+
+    seed = load_recipe(save(tmp_path, {"tasks": TASKS}), [f"seed={2**62}"]).seed
+    torch.manual_seed(seed + 100 * 10_000 + 1 + 4096)  # phases and ranks
+    assert draw_order(3, seed, 5).shape == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["early_stopping.patience=2"], "early_stopping.patience: 2, but no task has a dev file"),
+        (["early_stopping.metric=sst/accuracy"], "early_stopping.metric: sst/accuracy: task sst has no dev file"),
+        (
+            [
+                "early_stopping.metric=sst/accuracy",
+                "early_stopping.patience=2",
+                "tasks.other={type: binary, data: {dev: b}}",
+            ],
+            "task sst has no dev file",
+        ),
+    ],
+)
+def test_early_stopping_needs_the_dev_file_that_it_stops_by(overrides: list[str], message: str, tmp_path: Path) -> None:
+    from fastmtl.phases import phases_of
+
+    with pytest.raises(UserError) as caught:
+        phases_of(load_recipe(save(tmp_path, {"tasks": TASKS}), overrides))
+    assert message in str(caught.value)
+    phases_of(load_recipe(save(tmp_path, {"tasks": TASKS}), [*overrides, "tasks.sst.data.dev=b.csv"]))

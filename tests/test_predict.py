@@ -152,6 +152,18 @@ def test_evaluation_equals_the_metrics_of_the_predictions(predictor: Predictor, 
     assert evaluate_file(predictor, "sts", data / "sts.csv").metrics["sts"] == result.metrics["sts"]
 
 
+def test_files_that_a_relative_data_dir_does_not_find_are_to_be_named_by_data(
+    predictor: Predictor, data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    section = predictor.recipe.data.model_copy(update={"dir": "some/data"})
+    moved = Predictor(predictor.model, predictor.recipe.model_copy(update={"data": section}), None, predictor.device)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"^some/data/sst.csv: no such file below {tmp_path};.* by --data DIR"):
+        evaluate_split(moved, "dev", None, None)
+    with pytest.raises(UserError, match="^elsewhere/sst.csv: no such file. Say .* by --data DIR"):
+        evaluate_split(moved, "dev", Path("elsewhere"), None)
+
+
 def test_a_split_that_only_some_tasks_have_is_noted(predictor: Predictor) -> None:
     result = evaluate_split(predictor, "test", None, None)
     assert list(result.metrics) == ["sts"]

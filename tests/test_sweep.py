@@ -65,6 +65,11 @@ def test_a_mapping_is_every_combination_and_a_list_is_its_points(tmp_path: Path,
         ([{"seed": 1}, {"train.epochs": 1}], "every point has to give the same settings"),
         ({}, "a grid is a mapping like"),
         ("a: [", "not a YAML file"),
+        ("seed: [2020-01-01]", "seed: datetime.date(2020, 1, 1) is no setting: give numbers, text"),
+        ("- {seed: 1, description: 2020-01-01 10:00:00}", "description: datetime.datetime("),
+        ("optimizer.lr: [.inf]", "optimizer.lr: inf is no setting"),
+        ("data.dir: [!!binary aGk=]", "data.dir: b'hi' is no setting"),
+        ("deepspeed: [&a {b: *a}]", "deepspeed: {'b': {...}} is no setting"),
     ],
 )
 def test_mistakes_in_a_grid_are_told_before_anything_runs(

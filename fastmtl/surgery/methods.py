@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from fastmtl.errors import UserError, unknown_name
+from fastmtl.errors import UserError, quoted, unknown_name
 from fastmtl.surgery import torchjd_methods
 from fastmtl_kernels import gradvac_weights, pcgrad_weights
 
@@ -68,6 +68,8 @@ class GradVac:
     by_rank, by_tensor = False, True
 
     def __init__(self, *, reduction: Reduction = "sum", beta: float = 0.01) -> None:
+        if isinstance(beta, bool) or not isinstance(beta, int | float) or not 0 <= beta <= 1:
+            raise UserError(f"gradient method gradvac: the option beta is {quoted(beta)}: give a number from 0 to 1")
         self._reduction, self._beta = reduction, beta
         self._targets: dict[str, Tensor] = {}
 

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from fastmtl.config import Recipe, load_recipe
-from fastmtl.errors import UserError, listed, quoted
+from fastmtl.errors import UserError, listed, quoted, shortened
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def read_grid(file: Path, recipe: str, overrides: Sequence[str] = ()) -> list[Po
         raise UserError(f"{file}: not a YAML file: {error}") from None
     points = []
     for settings in _settings(file, values):
-        lines = [f"{key}={json.dumps(value)}" for key, value in settings.items()]  # JSON is YAML
+        lines = [f"{key}={_json(file, key, value)}" for key, value in settings.items()]  # JSON is YAML
         try:
             points.append(Point(settings, load_recipe(recipe, [*overrides, *lines])))
         except UserError as error:
@@ -88,6 +88,16 @@ def _number(value: Any) -> Any:
         except ValueError:
             return value
     return value
+
+
+def _json(file: Path, key: str, value: Any) -> str:
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):  # dates, sets, binary data, .inf, anchors within themselves
+        raise UserError(
+            f"{file}: {shortened(key)}: {quoted(value)} is no setting: give numbers, text, true, false, null, or lists "
+            "and mappings of these (a date as text stands in quotes)"
+        ) from None
 
 
 def _short(value: Any) -> str:
