@@ -103,14 +103,15 @@ def forward(
     out = torch.empty(num_rows, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(num_rows if len(plan.blocks) else 0, num_heads, dtype=torch.float32, device=qkv.device)
     common = _common(qkv, scale, dropout_p, seed)
-    if len(plan.tile_rows):
-        tile_fwd_kernel[(len(plan.tile_rows) * num_heads,)](
-            out_ptr=out, rows_ptr=plan.tile_rows, starts_ptr=plan.tile_starts, **common
-        )
-    if len(plan.blocks):
-        long_fwd_kernel[(len(plan.blocks) * num_heads,)](
-            out_ptr=out, lse_ptr=lse, blocks_ptr=plan.blocks, **common | _long_fwd_options(qkv)
-        )
+    with torch.cuda.device_of(qkv):
+        if len(plan.tile_rows):
+            tile_fwd_kernel[(len(plan.tile_rows) * num_heads,)](
+                out_ptr=out, rows_ptr=plan.tile_rows, starts_ptr=plan.tile_starts, **common
+            )
+        if len(plan.blocks):
+            long_fwd_kernel[(len(plan.blocks) * num_heads,)](
+                out_ptr=out, lse_ptr=lse, blocks_ptr=plan.blocks, **common | _long_fwd_options(qkv)
+            )
     return out, lse
 
 
@@ -134,16 +135,17 @@ def backward(
         "stride_dout_head": dout.stride(1),
         "scale": scale,
     }
-    if len(plan.tile_rows):
-        options = _tile_bwd_options(qkv)
-        tile_bwd_kernel[(len(plan.tile_rows) * num_heads, 3 if options["SPLIT"] else 1)](
-            rows_ptr=plan.tile_rows, starts_ptr=plan.tile_starts, **common | options
-        )
-    if len(plan.blocks):
-        options = _long_bwd_options(qkv, dropout_p)
-        long_bwd_kernel[(len(plan.blocks) * num_heads, 3 if options["SPLIT"] else 2)](
-            out_ptr=out, lse_ptr=lse, blocks_ptr=plan.blocks, **common | options
-        )
+    with torch.cuda.device_of(qkv):
+        if len(plan.tile_rows):
+            options = _tile_bwd_options(qkv)
+            tile_bwd_kernel[(len(plan.tile_rows) * num_heads, 3 if options["SPLIT"] else 1)](
+                rows_ptr=plan.tile_rows, starts_ptr=plan.tile_starts, **common | options
+            )
+        if len(plan.blocks):
+            options = _long_bwd_options(qkv, dropout_p)
+            long_bwd_kernel[(len(plan.blocks) * num_heads, 3 if options["SPLIT"] else 2)](
+                out_ptr=out, lse_ptr=lse, blocks_ptr=plan.blocks, **common | options
+            )
     return dqkv
 
 
