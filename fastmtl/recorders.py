@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 from weakref import ref
 
 import torch
@@ -43,20 +43,45 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         before = torch.cuda.current_stream(self._device)
         try:
-            # Not "global": another thread copies the next batches to the device meanwhile.
-            with (
-                torch.cuda.device(self._device),
-                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
-            ):
-                function()
+            self._capture(graph, function, pool=self._pool)
         except BaseException:
             # Where ending a broken capture raises, torch leaves its stream the current one, and its pool open, for
             # which the allocator would keep every block that another stream has used.
             torch.cuda.set_stream(before)
             with suppress(RuntimeError):  # it is closed already
                 torch._C._cuda_endAllocateToPool(before.device_index, self._pool)
+            graph.reset()
+            _failed.append(graph)
+            self._free_generator()
             raise
         return graph.replay
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, function: Callable[[], object], pool: Any = None) -> None:
+        # Not "global": another thread copies the next batches to the device meanwhile.
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
+            function()
+
+    def _free_generator(self) -> None:
+        """Take the device's random generator out of the state in which a failed capture leaves it: capture anew.
+
+        In torch 2.11 CUDAGraph::capture_begin (aten/src/ATen/cuda/CUDAGraph.cpp) calls capture_prologue of the
+        device's default generator (CUDAGeneratorImpl.cpp), which sets CUDAGeneratorState::capturing_. Only
+        capture_epilogue clears this flag. CUDAGraph::capture_end calls it after cudaStreamEndCapture, and the error of
+        a broken capture is raised in between; CUDAGraph::reset leaves the flag. While it is set,
+        CUDAGeneratorState::increase raises for every random number outside of a capture. A capture that succeeds on the
+        device sets and clears the flag and draws no number. Success on the same stream also shows that this stream can
+        be used again. torch 2.13 needs no help: a generator has a state for each capture, which reset removes.
+        """
+        number = torch.zeros(1, device=self._device)  # torch warns of an empty graph
+        self._capture(torch.cuda.CUDAGraph(), number.zero_)
+
+
+# Graphs whose capture failed. The allocator of pinned memory keeps a reference to each and cannot be told to drop it
+# (CUDAGraph::capture_begin, begin_allocate_to_pool), so that a graph that is gone would be asked for its streams.
+_failed: list[torch.cuda.CUDAGraph] = []
 
 
 @cache

@@ -374,3 +374,42 @@ def test_graphs_equal_what_the_host_launches(tasks: str, make_batch: MakeBatch, 
         assert_equal(*found)
     assert told(ways[0]) == [] and ways[0].graphs is not None
     assert isinstance(ways[0].graphs.recordings.recorder, CudaRecorder)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_capture_that_fails_leaves_the_host_launching_the_same(
+    make_batch: MakeBatch, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`.item()` between two heads: dropout draws before and after, and other captures succeed afterwards."""
+    right = MultiTaskModel._loss
+
+    def waiting(model: MultiTaskModel, index: int, found: Any, batch: HeadBatch) -> Tensor:
+        loss = right(model, index, found, batch)
+        return loss * (1.0 if loss.isfinite().item() else 0.0)
+
+    batches = [make_batch(LENGTHS[0], pairs=PAIRS["projected"], seed=k).to("cuda") for k in range(3)]
+
+    def check(*recorders: Recorder | None) -> MultiTaskModel:
+        ways = [make_model(tasks=TASKS["projected"]).train().to("cuda", torch.bfloat16) for _ in recorders]
+        for model, recorder in zip(ways, recorders, strict=True):
+            model.graphs = HeadGraphs(model, recorder)
+        for seed, batch in enumerate(batches):
+            found = []
+            for model in ways:
+                losses = step(model, [batch], seed)[:3]
+                grads = [parameter.grad for parameter in model.heads.parameters() if parameter.grad is not None]
+                found.append([*losses, *grads, torch.cuda.get_rng_state(), torch.rand(8, device="cuda")])
+            assert_equal(*found)
+        return ways[0]
+
+    stream = torch.cuda.current_stream()
+    with monkeypatch.context() as patch:
+        patch.setattr(MultiTaskModel, "_loss", waiting)
+        failed = check(None, Unrecorded())
+    (message,) = told(failed)
+    assert message.startswith("nothing is recorded, the host launches each operation: ") and "captur" in message
+    assert torch.cuda.current_stream() == stream
+    recorded = check(None, Unrecorded())
+    assert told(recorded) == [] and recorded.graphs is not None
+    assert isinstance(recorded.graphs.recordings.recorder, CudaRecorder)
