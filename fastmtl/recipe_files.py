@@ -6,8 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from fastmtl import recipe_yaml
 from fastmtl.errors import UserError, unknown_name
 
 TABLE = "table.yaml"  # beside recipes: the results that a report printed, no recipe
@@ -84,8 +83,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 def read_mapping(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping; raises UserError naming the file for anything else."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = recipe_yaml.load(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8, or not YAML
         raise UserError(f"{path}: not a YAML file: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections, got {type(values).__name__}")

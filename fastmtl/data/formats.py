@@ -3,61 +3,107 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from fastmtl.errors import UserError, listed, unknown_name
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Column names; `labels` maps label texts of the layout to class ids; `quoted`: cells may be in CSV quotes."""
+    """Columns by name, or by number from 0. others: names of further columns that such a file has, which are not read.
+    labels: class ids of label texts. header: whether line 1 names the columns.
+    """
 
     text: str | int
     label: str | int
     text_pair: str | int | None = None
     id: str | int | None = None
-    quoted: bool = True
+    others: frozenset[str] = frozenset()
     labels: Mapping[str, int] = field(default_factory=dict)
+    header: bool = True
 
     @property
     def columns(self) -> dict[str, str | int]:
         named = {"id": self.id, "text": self.text, "text_pair": self.text_pair, "label": self.label}
         return {role: column for role, column in named.items() if column is not None}
 
+    def fits(self, header: list[str]) -> bool:
+        """Return whether a file with this header has the texts of this layout, and no column that it does not know."""
+        texts = {self.text} if self.text_pair is None else {self.text, self.text_pair}
+        return self.header and texts <= set(header) <= {*self.columns.values(), *self.others, *_ROW_NUMBERS}
+
+
+# What pandas calls the column of row numbers that it writes by default.
+_ROW_NUMBERS = ("", "Unnamed: 0")
+
+
+def _others(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
 
 # Stanford CS224N's default project: tab-separated, an unnamed first column with a row number, CSV quotes.
-CS224N = (
-    Layout(id="id", text="sentence", label="sentiment"),
-    Layout(id="id", text="sentence1", text_pair="sentence2", label="is_duplicate"),
-    Layout(id="id", text="sentence1", text_pair="sentence2", label="similarity"),
-)
-# https://gluebenchmark.com: tab-separated, quotes are part of the text.
-GLUE = (
-    Layout(text="sentence", label="label", quoted=False),  # SST-2
-    Layout(id="id", text="question1", text_pair="question2", label="is_duplicate", quoted=False),  # QQP
-    Layout(id="index", text="sentence1", text_pair="sentence2", label="score", quoted=False),  # STS-B
-    Layout(text="#1 String", text_pair="#2 String", label="Quality", quoted=False),  # MRPC
-    Layout(
+CS224N = {
+    "SST, CFIMDB": Layout(id="id", text="sentence", label="sentiment"),
+    "Quora": Layout(id="id", text="sentence1", text_pair="sentence2", label="is_duplicate"),
+    "STS": Layout(id="id", text="sentence1", text_pair="sentence2", label="similarity"),
+}
+# https://gluebenchmark.com: tab-separated, quotes are part of the text. Class ids are those of GLUE's own baselines.
+_ENTAILMENT = {"entailment": 0, "not_entailment": 1}
+_PARSES = _others("sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse")
+GLUE = {
+    "SST-2": Layout(id="index", text="sentence", label="label"),  # and the test file of CoLA
+    "CoLA": Layout(text=3, label=1, header=False),  # source, label, the author's mark, sentence
+    "QQP": Layout(id="id", text="question1", text_pair="question2", label="is_duplicate", others=_others("qid1 qid2")),
+    "STS-B": Layout(
+        id="index",
+        text="sentence1",
+        text_pair="sentence2",
+        label="score",
+        others=_others("genre filename year old_index source1 source2"),
+    ),
+    "MRPC": Layout(
+        id="index", text="#1 String", text_pair="#2 String", label="Quality", others=frozenset({"#1 ID", "#2 ID"})
+    ),
+    "MNLI": Layout(
         id="pairID",
         text="sentence1",
         text_pair="sentence2",
         label="gold_label",
-        quoted=False,
-        labels={"entailment": 0, "neutral": 1, "contradiction": 2},  # the order of GLUE's own baselines
-    ),  # MNLI
-)
-FORMATS = {"cs224n": CS224N, "glue": GLUE, "table": ()}
+        others=_PARSES | _others("index promptID genre label1 label2 label3 label4 label5"),
+        labels={"entailment": 0, "neutral": 1, "contradiction": 2},
+    ),
+    "QNLI": Layout(id="index", text="question", text_pair="sentence", label="label", labels=_ENTAILMENT),
+    "RTE, WNLI": Layout(id="index", text="sentence1", text_pair="sentence2", label="label", labels=_ENTAILMENT),
+}
+FORMATS = {"cs224n": CS224N, "glue": GLUE, "table": {}}
 
 
-def is_quoted(name: str) -> bool:
-    """Whether files of this format use CSV quotes. Raises UserError for a name that is no format."""
+def check_format(name: str) -> None:
+    """Raise UserError for a name that is no format."""
     if name not in FORMATS:
         raise unknown_name("data format", name, FORMATS)
-    return name != "glue"
+
+
+def is_quoted(name: str, delimiter: str) -> bool:
+    """Return whether files of a format have CSV quotes where the recipe does not say it.
+
+    Tables with tabs have none: that is how the registered type text/tab-separated-values is defined.
+    """
+    return name == "cs224n" or (name == "table" and delimiter == ",")
+
+
+def has_header(name: str, first: list[str]) -> bool:
+    """Return whether the first line of a file, of these cells, names its columns: CoLA's does not."""
+    return name != "glue" or any(layout.fits(first) for layout in GLUE.values()) or not _is_cola(first)
+
+
+def _is_cola(cells: list[str]) -> bool:
+    return len(cells) == 4 and cells[1] in ("0", "1") and cells[2] in ("", "*")
 
 
 def find_layout(name: str, header: list[str], columns: Mapping[str, str | int], path: str) -> Layout:
-    """The layout of a file with this header; `columns` overrides or, for `table`, defines it.
+    """Return the layout of a file with this header; `columns` overrides or, for `table`, defines it.
 
     Raises UserError naming the file when no layout of the format fits.
     """
@@ -72,16 +118,15 @@ def find_layout(name: str, header: list[str], columns: Mapping[str, str | int], 
             label=columns.get("label", "label"),
             id=columns.get("id"),
         )
-    texts = [layout for layout in FORMATS[name] if _holds(header, layout.text) and _holds(header, layout.text_pair)]
-    labelled = [layout for layout in texts if _holds(header, layout.label)]
-    for layout in labelled or texts:  # without a label column (test files) the texts decide
-        return Layout(**{**vars(layout), **columns}) if columns else layout
-    known = "; ".join(", ".join(map(str, layout.columns.values())) for layout in FORMATS[name])
+    overrides: dict[str, Any] = dict(columns)
+    if name == "glue" and not any(header):
+        return replace(GLUE["CoLA"], **overrides)
+    fitting = [layout for layout in FORMATS[name].values() if layout.fits(header)]
+    fitting.sort(key=lambda layout: layout.label not in header)  # without a label column (test files) the texts decide
+    if fitting:
+        return replace(fitting[0], **overrides)
+    known = "; ".join(listed(layout.columns.values()) for layout in FORMATS[name].values())
     raise UserError(
         f"{path}, line 1: the header ({listed(filter(None, header))}) is no {name} layout. Known: {known}. "
         "For other columns write format: table and a data.columns mapping."
     )
-
-
-def _holds(header: list[str], column: str | int | None) -> bool:
-    return column is None or column in header

@@ -6,15 +6,18 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from fastmtl.config import DataConfig, TaskConfig
-from fastmtl.data.formats import Layout, find_layout, is_quoted
-from fastmtl.data.records import BadRow, Record, read_records
-from fastmtl.errors import UserError, listed, quoted
+from fastmtl.data.columns import check_columns, check_undecided_quotes, looks_like_row, names_columns, uses_quotes
+from fastmtl.data.formats import check_format, find_layout
+from fastmtl.data.labels import CELLS, BadCell, Labels
+from fastmtl.data.records import BadRow, Record, open_source
+from fastmtl.errors import UserError, quoted
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,13 @@ def read_file(
     on_bad_row: Literal["error", "skip"] = "error",
     require_labels: bool = True,
 ) -> Rows:
-    """Reads one file in the task's format.
+    """Read one file in the task's format.
 
+    require_labels: whether the rows need labels; without them the label column is not read, so it may be missing, empty
+    or hold -1.
     Raises UserError naming file, line and column for a bad row (missing text, label not a number or out of range, wrong
-    number of columns, not UTF-8) unless on_bad_row is "skip", and for a file without rows or without a needed column.
-    require_labels: a file without the label column is an error; otherwise its rows have no labels.
+    number of columns, not UTF-8, wrong quotes) unless on_bad_row is "skip", and for a file without rows or without a
+    needed column.
     """
     skipped: list[BadRow] = []
 
@@ -85,28 +90,31 @@ def read_file(
             raise UserError(f"{path}, {bad}. Mend the row, or set data.on_bad_row=skip to leave such rows out.")
         skipped.append(bad)
 
-    header, records = read_records(path, is_quoted(task.data.format), report)
-    columns = task.data.columns
-    layout = find_layout(task.data.format, header, {str(k): v for k, v in columns.items()}, str(path))
-    has_labels = str(layout.label) in _names(header)
-    for role, column in layout.columns.items():
-        optional = role == "id" or (role == "label" and not require_labels)
-        if str(column) not in _names(header) and not optional:
-            raise UserError(f"{path}: no column '{column}' for {role}; the file has {listed(filter(None, header))}")
-    ids, texts, pair_texts, labels = [], [], [], []
-    for position, record in enumerate(records):
+    files = task.data
+    check_format(files.format)
+    source = open_source(path, partial(uses_quotes, files), partial(names_columns, path, task), report)
+    layout = find_layout(files.format, source.header, {str(k): v for k, v in files.columns.items()}, str(path))
+    check_columns(path, source, layout, files, require_labels=require_labels)
+    labels_of = Labels(task, layout) if require_labels else None
+    undecided = source.delimiter is not None and files.quotes is None and not uses_quotes(files, source.delimiter)
+
+    ids, texts, pair_texts, labels, lines = [], [], [], [], []
+    for position, record in enumerate(source.records(partial(looks_like_row, source, layout, task))):
         try:
             text = _text(record, layout.text)
             pair_text = None if layout.text_pair is None else _text(record, layout.text_pair)
-            label = _label(record, layout, task) if has_labels else None
-        except _Bad as bad:
-            report(BadRow(record.line, bad.column, bad.reason))
+            label = None if labels_of is None else labels_of.read(record)
+            row_id = None if layout.id is None else _cell(record, layout.id)
+        except BadCell as bad:
+            report(BadRow(record.line, str(bad.column), bad.reason))
             continue
-        row_id = record.cells.get(str(layout.id)) if layout.id is not None else None
-        ids.append(str(row_id).strip() if row_id is not None else str(position))
+        if undecided:
+            check_undecided_quotes(path, record, layout)
+        ids.append(row_id or str(position))
         texts.append(text)
         pair_texts.append(pair_text)
         labels.append(label)
+        lines.append(record.line)
     if not ids:
         raise UserError(f"{path}: no rows" + (f" ({len(skipped)} bad ones were skipped)" if skipped else ""))
     dtype = np.int64 if task.type == "classification" else np.float32
@@ -115,9 +123,24 @@ def read_file(
         ids=ids,
         texts=texts,
         pair_texts=None if layout.text_pair is None else [str(text) for text in pair_texts],
-        labels=np.array(labels, dtype=dtype) if has_labels else None,
+        labels=None if labels_of is None else np.array(labels, dtype=dtype),
         skipped=skipped,
+        notes=_repeated_ids(path, ids, lines),
     )
+
+
+def _repeated_ids(path: Path, ids: list[str], lines: list[int]) -> list[str]:
+    first: dict[str, int] = {}
+    repeated = [
+        (row_id, line) for row_id, line in zip(ids, lines, strict=True) if first.setdefault(row_id, line) != line
+    ]
+    if not repeated:
+        return []
+    row_id, line = repeated[0]
+    return [
+        f"{path.name}: {len(repeated)} rows have an id that an earlier row has too, the first is {quoted(row_id)} in "
+        f"line {line} and line {first[row_id]}"
+    ]
 
 
 def _share(rows: int, fraction: float) -> np.ndarray:
@@ -126,48 +149,31 @@ def _share(rows: int, fraction: float) -> np.ndarray:
     return np.sort(drawn)
 
 
-class _Bad(Exception):
-    def __init__(self, column: str | int, reason: str) -> None:
-        self.column = str(column)
-        self.reason = reason
-
-
-def _names(header: list[str]) -> set[str]:
-    return {*header, *map(str, range(len(header)))}
-
-
 def _text(record: Record, column: str | int) -> str:
-    value = record.cells.get(str(column))
-    if value is None or not str(value).strip():
-        raise _Bad(column, "expected a text, found none")
-    return " ".join(str(value).split())  # stray spaces carry no meaning for a BERT tokenizer
+    text = _cell(record, column)
+    if not text:
+        raise BadCell(column, "expected a text, found none")
+    return " ".join(text.split())  # stray spaces carry no meaning for a BERT tokenizer
 
 
-def _label(record: Record, layout: Layout, task: TaskConfig) -> float | int:
-    value = record.cells.get(str(layout.label))
-    shown = "nothing" if value is None or str(value).strip() == "" else quoted(str(value))
-    if task.type == "regression":
-        assert task.range is not None  # checked by the config
-        low, high = task.range
-        number = _number(value)
-        if number is None or not low <= number <= high:
-            raise _Bad(layout.label, f"expected a number from {low:g} to {high:g}, found {shown}")
-        return number
-    classes = task.num_labels if task.type == "classification" else 2
-    assert classes is not None  # checked by the config
-    names = {name: index for index, name in enumerate(task.label_names)} if task.label_names else layout.labels
-    if names and isinstance(value, str) and value.strip() in names:
-        return names[value.strip()]
-    number = _number(value)
-    if number is None or number != int(number) or not 0 <= number < classes:
-        expected = f"one of {listed(names, 12)}" if names else f"a class from 0 to {classes - 1}"
-        raise _Bad(layout.label, f"expected {expected}, found {shown}")
-    return int(number)
+def _cell(record: Record, column: str | int) -> str:
+    """Return a cell as text without the spaces around it, "" for none. Raises BadCell for what is no text."""
+    value = record.cells.get(column)
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return ""
+    if not isinstance(value, CELLS):
+        raise BadCell(column, f"expected a text, found {_kind(value)}")
+    text = str(value)
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BadCell(
+                column, f"expected a text, found half of a surrogate pair (U+{ord(text[error.start]):04X})"
+            ) from None
+    return text.strip()
 
 
-def _number(value: object) -> float | None:
-    try:
-        number = float(str(value).strip())
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
+def _kind(value: object) -> str:
+    names: dict[type, str] = {bytes: "binary data", list: "a list", dict: "an object"}
+    return names.get(type(value), f"{type(value).__name__} {quoted(value)}")

@@ -1,13 +1,16 @@
-"""Files as records: a header and cells with the line they stand on. CSV, TSV, JSONL and Parquet, UTF-8."""
+"""Files as records: a header and cells with the line they stand on. CSV, TSV, JSON lines and Parquet, UTF-8."""
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from fastmtl.data.delimited import Line, LooksLikeRow, OnBadLine, parse_line, parse_rows
+from fastmtl.data.file_bytes import JSON_LINES, PARQUET, decoded_lines, ending, read_bytes
 from fastmtl.errors import UserError, one_line, shortened
 
 
@@ -25,105 +28,139 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Record:
+    """A row. cells: by the column's name and, in CSV and TSV files, by its number from 0 too."""
+
     line: int
-    cells: dict[str, object]
+    cells: Mapping[str | int, object]
 
 
 # Called with every bad row: raises, or counts it and returns.
 OnBadRow = Callable[[BadRow], None]
 
 
-def read_records(path: Path, quoted: bool, on_bad_row: OnBadRow) -> tuple[list[str], list[Record]]:
-    """All records of a file, by its ending: .jsonl, .parquet, .csv, else tab-separated when the header has a tab.
+@dataclass(frozen=True)
+class Source:
+    """An opened file.
 
-    Returns the column names (for a repeated or empty name, its index as text is valid too) and the records.
-    Raises UserError for a missing, unreadable or empty file.
+    header: the column names; of a file without them, as many empty ones. first: the cells of the line that names the
+    columns, or would; None for files whose columns need no line. delimiter: None for files that have none. records: all
+    rows, given what a line that a quoted cell swallowed would have to look like to be one itself.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    if path.suffix == ".parquet":
+
+    header: list[str]
+    records: Callable[[LooksLikeRow], Iterator[Record]]
+    first: list[str] | None = None
+    delimiter: str | None = None
+
+
+def open_source(
+    path: Path, quoted: Callable[[str], bool], header: Callable[[list[str]], bool], bad: OnBadRow
+) -> Source:
+    """Open a file by its ending: JSON lines, Parquet, or else text with tabs or commas, whichever its first line has.
+
+    quoted: whether a file with this delimiter has CSV quotes. header: whether the first line, of these cells, names the
+    columns. A cell can be found by its column's name and by its number.
+    Raises UserError for a missing, unreadable or empty file and for a first line that cannot be read.
+    """
+    if ending(path) in PARQUET:
         return _parquet(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    lines = list(_decoded_lines(content, on_bad_row))
+
+    content = read_bytes(path)
+    is_json = ending(path) in JSON_LINES or (not ending(path) and content.lstrip()[:1] == b"{")
+    lines: list[Line] = []
+
+    def on_bad_bytes(line: int, position: int, byte: int) -> None:
+        reason = f"expected UTF-8, found byte 0x{byte:02x}"
+        if not lines and not is_json:  # the first line may name the columns, so no other can take its place
+            raise UserError(f"{path}, line {line}, byte {position + 1}: {reason}")
+        bad(BadRow(line, f"byte {position + 1}", reason))
+
+    for line in decoded_lines(content, on_bad_bytes):
+        lines.append(line)
     if not lines:
         raise UserError(f"{path}: the file is empty")
-    if path.suffix in (".jsonl", ".ndjson"):
-        return _jsonl(lines, on_bad_row)
-    return _delimited(path, lines, quoted, on_bad_row)
-
-
-def _decoded_lines(content: bytes, on_bad_row: OnBadRow) -> Iterator[tuple[int, str]]:
-    content = content.removeprefix(b"\xef\xbb\xbf")
-    for number, raw in enumerate(content.split(b"\n"), start=1):
-        line = raw.removesuffix(b"\r")
-        if not line.strip():
-            continue
-        try:
-            yield number, line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            on_bad_row(
-                BadRow(number, f"byte {error.start + 1}", f"expected UTF-8, found byte 0x{line[error.start]:02x}")
-            )
+    return _json_lines(lines, bad) if is_json else _delimited(path, lines, quoted, header, bad)
 
 
 def _delimited(
-    path: Path, lines: list[tuple[int, str]], quoted: bool, on_bad_row: OnBadRow
-) -> tuple[list[str], list[Record]]:
-    delimiter = "," if path.suffix == ".csv" and "\t" not in lines[0][1] else "\t"
-    numbers = [number for number, _ in lines]
-    reader = csv.reader(
-        (text + "\n" for _, text in lines),
-        delimiter=delimiter,
-        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
-    )
-    header: list[str] = []
-    records: list[Record] = []
-    while True:
-        first = reader.line_num  # a quoted cell may span lines: a record is named by its first
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return header, records
-        except csv.Error as error:
-            on_bad_row(BadRow(numbers[min(first, len(numbers) - 1)], "1", f"not readable as CSV: {error}"))
+    path: Path,
+    lines: list[Line],
+    quoted: Callable[[str], bool],
+    has_header: Callable[[list[str]], bool],
+    bad: OnBadRow,
+) -> Source:
+    number, text = lines[0]
+    delimiter = "\t" if ending(path) == ".tsv" or "\t" in text else ","
+    try:
+        first = [cell.strip() for cell in parse_line(text, delimiter, quoted=quoted(delimiter))]
+    except ValueError as error:
+        raise UserError(f"{path}, line {number}: {error}") from None
+    header = first if has_header(first) else [""] * len(first)
+    rows = lines[1:] if header is first else lines
+
+    def report(line: int, reason: str) -> None:
+        bad(BadRow(line, "1", reason))
+
+    records = partial(_cells_by_column, rows, header, delimiter, quoted(delimiter), report, bad)
+    return Source(header, records, first, delimiter)
+
+
+def _cells_by_column(
+    lines: list[Line],
+    header: list[str],
+    delimiter: str,
+    quoted: bool,
+    report: OnBadLine,
+    bad: OnBadRow,
+    looks_like_row: LooksLikeRow,
+) -> Iterator[Record]:
+    rows = parse_rows(lines, delimiter, quoted=quoted, looks_like_row=looks_like_row, on_bad_line=report)
+    for line, cells in rows:
+        if len(cells) != len(header):
+            where = (header[len(cells)] or str(len(cells) + 1)) if len(cells) < len(header) else str(len(header) + 1)
+            bad(BadRow(line, where, f"expected {len(header)} columns, found {len(cells)}"))
             continue
-        line = numbers[first]
-        if not header:
-            header = [cell.strip() for cell in cells]
-        elif len(cells) != len(header):
-            where = header[len(cells)] if len(cells) < len(header) else str(len(header) + 1)
-            on_bad_row(BadRow(line, where, f"expected {len(header)} columns, found {len(cells)}"))
-        else:
-            by_index = {str(index): cell for index, cell in enumerate(cells)}
-            records.append(Record(line, {**by_index, **dict(zip(header, cells, strict=True))}))
+        yield Record(line, {**dict(enumerate(cells)), **dict(zip(header, cells, strict=True))})
 
 
-def _jsonl(lines: list[tuple[int, str]], on_bad_row: OnBadRow) -> tuple[list[str], list[Record]]:
+def _json_lines(lines: list[Line], bad: OnBadRow) -> Source:
     records = []
     header: dict[str, None] = {}
     for number, text in lines:
         try:
-            value = json.loads(text)
+            value = json.loads(text, object_pairs_hook=_each_key_once)
         except json.JSONDecodeError as error:
-            on_bad_row(BadRow(number, str(error.colno), f"expected a JSON object: {error.msg}"))
-            continue
-        if not isinstance(value, dict):
-            on_bad_row(BadRow(number, "1", f"expected a JSON object, found {type(value).__name__}"))
-            continue
-        header.update(dict.fromkeys(value))
-        records.append(Record(number, value))
-    return list(header), records
+            bad(BadRow(number, str(error.colno), f"expected a JSON object: {error.msg}"))
+        except (ValueError, RecursionError) as error:  # an equal key, a number of thousands of digits, deep nesting
+            bad(BadRow(number, "1", str(error)))
+        else:
+            if isinstance(value, dict):
+                header.update(dict.fromkeys(value))
+                records.append(Record(number, value))
+            else:
+                bad(BadRow(number, "1", f"expected a JSON object, found {type(value).__name__}"))
+    return Source(list(header), lambda _: iter(records))
 
 
-def _parquet(path: Path) -> tuple[list[str], list[Record]]:
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
+        raise ValueError(f"the key '{shortened(twice)}' stands twice in the JSON object")
+    return found
+
+
+def _parquet(path: Path) -> Source:
     import pyarrow
     import pyarrow.parquet
 
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
     try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(read_bytes(path)))
+        rows = table.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: not a readable Parquet file: {error}") from None
-    return table.column_names, [Record(number, row) for number, row in enumerate(table.to_pylist(), start=1)]
+    if not table.column_names or not rows:
+        raise UserError(f"{path}: no rows")
+    return Source(table.column_names, lambda _: (Record(number, row) for number, row in enumerate(rows, start=1)))

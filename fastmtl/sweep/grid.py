@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from fastmtl import recipe_yaml
 from fastmtl.config import Recipe, load_recipe
 from fastmtl.errors import UserError, listed, quoted, shortened
 
@@ -46,10 +45,10 @@ def read_grid(file: Path, recipe: str, overrides: Sequence[str] = ()) -> list[Po
     file for what is no grid, and the point for settings that are no recipe.
     """
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = recipe_yaml.load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the grid {file}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:  # not UTF-8, or not YAML
         raise UserError(f"{file}: not a YAML file: {error}") from None
     points = []
     for settings in _settings(file, values):
@@ -67,7 +66,7 @@ def read_grid(file: Path, recipe: str, overrides: Sequence[str] = ()) -> list[Po
 
 def _settings(file: Path, values: Any) -> list[dict[str, Any]]:
     if isinstance(values, list) and values and all(isinstance(item, dict) and item for item in values):
-        found = [{str(key): _number(value) for key, value in item.items()} for item in values]
+        found = [{str(key): value for key, value in item.items()} for item in values]
         if any(item.keys() != found[0].keys() for item in found):
             raise UserError(f"{file}: every point has to give the same settings, as the first: {', '.join(found[0])}")
         return found
@@ -76,18 +75,7 @@ def _settings(file: Path, values: Any) -> list[dict[str, Any]]:
     for key, choices in values.items():
         if not isinstance(choices, list) or not choices:
             raise UserError(f"{file}: {key}: a list of values is needed, got {quoted(choices)}")
-    choices = [[_number(value) for value in values[key]] for key in values]
-    return [dict(zip(map(str, values), chosen, strict=True)) for chosen in itertools.product(*choices)]
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4, without a dot, as text."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    return [dict(zip(map(str, values), chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
 
 def _json(file: Path, key: str, value: Any) -> str:

@@ -1,0 +1,95 @@
+"""Checks of a file's header and quotes against the recipe, before and while its rows are read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from fastmtl.config import FileConfig, TaskConfig
+from fastmtl.data.formats import Layout, has_header, is_quoted
+from fastmtl.data.labels import Labels
+from fastmtl.data.records import Record, Source
+from fastmtl.errors import UserError, listed, quoted, shortened
+
+_CSV_QUOTED = re.compile(r'"(?:[^"]|"")*"')
+
+
+def uses_quotes(files: FileConfig, delimiter: str) -> bool:
+    """Return whether cells may be in CSV quotes: what the recipe says, else what the format means."""
+    return is_quoted(files.format, delimiter) if files.quotes is None else files.quotes == "csv"
+
+
+def names_columns(path: Path, task: TaskConfig, first: list[str]) -> bool:
+    """Return whether the first line names the columns; it is never guessed.
+
+    Raises UserError where columns are numbers, the recipe does not say it, and the line could be a row.
+    """
+    files = task.data
+    if files.header is not None:
+        return files.header
+    column = files.columns.get("label")
+    if files.format == "table" and isinstance(column, int) and not _by_name(files) and column < len(first):
+        layout = Layout(text=0, label=column)
+        if Labels(task, layout).can_read(first[column]):
+            raise UserError(
+                f"{path}, line 1: the columns are numbers, and this line could be a row (column {column} holds "
+                f"{quoted(first[column])}). Set header: false in the task's data if it is one, header: true if it "
+                "names the columns."
+            )
+    return has_header(files.format, first)
+
+
+def _by_name(files: FileConfig) -> bool:
+    return any(isinstance(column, str) for column in files.columns.values())
+
+
+def check_columns(path: Path, source: Source, layout: Layout, files: FileConfig, *, require_labels: bool) -> None:
+    """Raise UserError for a column that is missing, or named twice in the header."""
+    for role, column in layout.columns.items():
+        if role == "label" and not require_labels:
+            continue
+        if isinstance(column, int):
+            there = source.first is not None and column < len(source.first)
+        else:
+            there = column in source.header
+        if not there and role == "id" and "id" not in files.columns:
+            continue
+        if not there:
+            names = listed(filter(None, source.header)) or f"{len(source.first or ())} columns without names"
+            raise UserError(f"{path}: no column '{shortened(str(column))}' for {role}; the file has {names}")
+        if source.header.count(column) > 1:  # type: ignore[arg-type]
+            raise UserError(
+                f"{path}, line 1: two columns are named '{shortened(str(column))}': give its number instead"
+            )
+
+
+def looks_like_row(source: Source, layout: Layout, task: TaskConfig, cells: list[str]) -> bool:
+    """Return whether a line that a quoted cell swallowed reads as a row of its own.
+
+    Its cells are as many as the columns, and the one of the label holds a label. Without labels a comma proves nothing,
+    since texts have commas; a tab does.
+    """
+    if len(cells) != len(source.header) or len(cells) < 2:
+        return False
+    label = layout.label if isinstance(layout.label, int) else _index(source.header, layout.label)
+    if label is None or label >= len(cells):
+        return source.delimiter == "\t"
+    return Labels(task, layout).can_read(cells[label])
+
+
+def _index(header: list[str], column: str) -> int | None:
+    return header.index(column) if column in header else None
+
+
+def check_undecided_quotes(path: Path, record: Record, layout: Layout) -> None:
+    """Raise UserError where a cell has quotes as CSV writes them and the recipe does not say what quotes are."""
+    for column in (layout.text, layout.text_pair):
+        cell = None if column is None else record.cells.get(column)
+        if isinstance(cell, str) and '""' in cell[1:-1] and _CSV_QUOTED.fullmatch(cell.strip()):
+            where = f"{path}, line {record.line}, column {shortened(str(column))}"
+            raise UserError(
+                f"{where}: {quoted(cell)} is quoted as CSV does "
+                "it, but files with tabs are read without quotes. Set quotes: csv in the task's data, or quotes: none "
+                "if "
+                "the quotes belong to the text."
+            )

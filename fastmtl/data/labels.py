@@ -1,0 +1,72 @@
+"""Labels of rows: class ids and numbers from cells, by one rule for CSV, JSON and Parquet."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+from fastmtl.config import TaskConfig
+from fastmtl.data.formats import Layout
+from fastmtl.data.records import Record
+from fastmtl.errors import listed, quoted
+from fastmtl.label_text import as_label, as_number
+
+# What may stand in a cell of JSON or Parquet; binary data, lists, objects and dates have no one spelling.
+CELLS = (str, int, float, Decimal)
+
+
+class BadCell(Exception):
+    """A cell that could not be used. reason: what was expected there and what was found."""
+
+    def __init__(self, column: str | int, reason: str) -> None:
+        super().__init__(reason)
+        self.column, self.reason = column, reason
+
+
+class Labels:
+    """The labels of a task's file.
+
+    With names (the task's `label_names`, or those of the file's layout) a label is one of them. Class ids from 0 are
+    labels too, unless a name is itself a number or a boolean. Where there are two classes, true is class 1.
+    """
+
+    def __init__(self, task: TaskConfig, layout: Layout) -> None:
+        self._column = layout.label
+        self._range = task.range if task.type == "regression" else None
+        self._classes = (task.num_labels or 0) if task.type == "classification" else 2
+        names = {name: index for index, name in enumerate(task.label_names)} if task.label_names else layout.labels
+        self._shown = names
+        self._names = {as_label(name): index for name, index in names.items()}
+        by_name_only = any(as_number(name) is not None or name in ("true", "false") for name in self._names)
+        ids = {} if by_name_only else {str(index): index for index in range(self._classes)}
+        if ids and self._classes == 2:
+            ids |= {"false": 0, "true": 1}
+        self._ids = {**ids, **self._names}
+
+    def read(self, record: Record) -> float | int:
+        """Return the class id, or the number of a regression task. Raises BadCell for anything else."""
+        value = record.cells.get(self._column)
+        found = self._find(value)
+        if found is None:
+            shown = quoted(str(value)) if as_label(value) else "nothing"
+            raise BadCell(self._column, f"expected {self._expected()}, found {shown}")
+        return found
+
+    def can_read(self, value: object) -> bool:
+        """Return whether a cell holds a label."""
+        return self._find(value) is not None
+
+    def _find(self, value: object) -> float | int | None:
+        if value is not None and not isinstance(value, CELLS):
+            return None
+        label = as_label(value)
+        if self._range is None:
+            return self._ids.get(label)
+        low, high = self._range
+        number = as_number(label)
+        return number if number is not None and low <= number <= high else None
+
+    def _expected(self) -> str:
+        if self._range is not None:
+            low, high = self._range
+            return f"a number from {low:g} to {high:g}"
+        return f"one of {listed(self._shown, 12)}" if self._shown else f"a class from 0 to {self._classes - 1}"
