@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import inspect
 import json
@@ -15,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from triton_interpreter import repair
+
+if os.environ.get("TRITON_INTERPRET") == "1":  # in the process that `interpret` starts
+    repair()
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +46,6 @@ def interpret() -> Callable[[str], None]:
     """interpret(__file__): runs a file's tests, in a process of its own, with TRITON_INTERPRET=1 in the environment."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    triton, numpy = (tuple(map(int, importlib.metadata.version(name).split(".")[:2])) for name in ("triton", "numpy"))
-    if triton < (3, 7) and numpy >= (2, 4):
-        pytest.skip("the interpreter of triton before 3.7 does not run loops with numpy 2.4 or newer")
 
     def run_file(file: str) -> None:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]

@@ -75,7 +75,7 @@ def check(
 
 
 head_dims = st.sampled_from([1, 11, 16, 17, 32, 34, 64])
-dtypes = st.sampled_from([torch.float32, torch.float16])
+dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 scales = st.sampled_from([0.25, -0.5])
 probabilities = st.sampled_from([0.0, 0.1, 0.75])
 
@@ -129,6 +129,7 @@ def test_long_sequences_among_short_ones(
 @interpreted
 def test_the_widest_head_and_the_longest_sequence() -> None:
     check([300, 3], 0, 1, 128, torch.float16, 128**-0.5, 0.1)
+    check([130, 40], 0, 1, 128, torch.bfloat16, 128**-0.5, 0.1)
     check([512], 0, 1, 16, torch.float32, 0.25, 0.0)
 
 
