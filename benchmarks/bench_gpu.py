@@ -22,11 +22,12 @@ from rich.console import Console
 
 from fastmtl.bench import ops
 from fastmtl.bench.bounds import OVERHEAD, bounds
-from fastmtl.bench.environment import environment, slug
+from fastmtl.bench.environment import environment
 from fastmtl.bench.harness import Say
 from fastmtl.bench.kernels import bench_kernels, way_names
 from fastmtl.bench.ops.case import COMPILED
 from fastmtl.bench.report import progress, save, show
+from fastmtl.bench.result_file import slug
 from fastmtl.bench.sizes import SHAPES, Size
 from fastmtl.errors import UserError
 

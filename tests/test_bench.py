@@ -11,19 +11,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from op_recorder import OpRecorder
 from torch import Tensor, nn
 
 from fastmtl import cli
 from fastmtl.bench import sizes, surgery, textbook, variants
-from fastmtl.bench.harness import GPU_STEPS, MIB, gpu_peak_bytes, in_own_process, interleave, summary
+from fastmtl.bench.harness import GPU_STEPS, MIB, gpu_peak_bytes, graph_pool_bytes, in_own_process, interleave, summary
 from fastmtl.bench.oracle import GradientMismatch, Oracle
-from fastmtl.bench.sizes import Shape, Size
+from fastmtl.bench.sizes import SEED, Shape, Size
 from fastmtl.bench.variants import BUILDERS, Skipped, Variant
 from fastmtl.bench.workload import Workload
 from fastmtl.errors import UserError
+from fastmtl.model import graph_options, head_graphs
+from fastmtl.recorders import Unrecorded
 from fastmtl.surgery.methods import draw_order
 
 TINY = Shape("tiny", hidden=32, layers=2, heads=2, intermediate=64, rows=4, vocabulary=100, positions=128)
+
+
+# Without those that need a GPU: test_recorded_variants_replay_the_textbooks_first_step is for them.
+ANYWHERE = [name for name in BUILDERS if not name.endswith("CUDA graphs")]
 
 
 def quiet(_: str) -> None:
@@ -121,17 +128,62 @@ def test_the_oracle_is_the_textbook_loop_in_float64(tiny: Workload, oracle: Orac
     assert (summed - sum(rows)).norm() < 1e-6 * summed.norm()
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", ANYWHERE)
 def test_every_variant_passes_the_check(name: str, tiny: Workload, oracle: Oracle) -> None:
     variant = variants.build(name, tiny)
     assert oracle.check(variant) <= variant.tolerance
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", ANYWHERE)
 def test_every_variant_passes_the_check_in_bf16(name: str, tiny_bf16: Workload, oracle_bf16: Oracle) -> None:
     variant = variants.build(name, tiny_bf16)
     assert {parameter.dtype for parameter in variant.model.parameters()} == {torch.bfloat16}
     assert 1e-3 < oracle_bf16.check(variant) < 0.1  # rounded, and no more than that
+
+
+@pytest.mark.parametrize("method", ["sum", "pcgrad"])
+def test_recorded_variants_replay_the_textbooks_first_step(method: str, tiny: Workload, oracle: Oracle) -> None:
+    recorder = OpRecorder()
+    variant = variants.recorded("recorded", tiny, method, recorder=recorder)
+    recorded = len(recorder.recordings)
+    assert oracle.check(variant) <= variant.tolerance
+    if method == "pcgrad":  # the steps that recorded do not count
+        second = dataclasses.replace(variant, order=draw_order(3, SEED, 2))
+        assert oracle.check(second) <= variant.tolerance
+    assert len(recorder.recordings) == recorded > 0  # what is checked, and then timed, only replays
+    heads = variant.model.graphs
+    assert heads is not None and heads._kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recorded_variants_pass_the_check_in_bf16(dtype: torch.dtype, tiny_bf16: Workload, oracle_bf16: Oracle) -> None:
+    variant = variants.recorded("recorded", tiny_bf16, "pcgrad", dtype, OpRecorder())
+    assert 1e-3 < oracle_bf16.check(variant) < 0.1
+
+
+def test_a_step_that_falls_back_is_not_measured_as_cuda_graphs(tiny: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Skipped) as found:
+        variants.recorded("recorded", tiny, "pcgrad")
+    reasons = str(found.value).split("; ")
+    beginnings = ("gradient surgery launches each", "this forward takes the ordinary", "heads and losses take the")
+    assert [any(reason.startswith(words) for reason in reasons) for words in beginnings] == [True] * 3
+    with pytest.raises(Skipped, match="need an NVIDIA GPU, the model is on cpu"):
+        variants.build("pcgrad, CUDA graphs", tiny)
+    monkeypatch.setattr(graph_options, "why_not_heads", lambda _: "no heads today")
+    monkeypatch.setattr(head_graphs, "why_not_heads", lambda _: "no heads today")
+    with pytest.raises(Skipped, match="^heads and losses take the ordinary path: no heads today$"):
+        variants.recorded("recorded", tiny, "pcgrad", recorder=Unrecorded())  # heads are recorded in the second step
+
+
+def test_memory_of_graphs_is_that_of_their_private_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = [
+        {"device": 0, "segment_pool_id": (0, 0), "total_size": 100, "allocated_size": 10},
+        {"device": 0, "segment_pool_id": (0, 7), "total_size": 64, "allocated_size": 4},
+        {"device": 1, "segment_pool_id": (0, 8), "total_size": 32, "allocated_size": 0},
+    ]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    assert graph_pool_bytes(torch.device("cuda", 0)) == 60
 
 
 def test_bf16_may_be_twice_as_far_off_as_torch_itself(tiny_bf16: Workload, oracle_bf16: Oracle) -> None:
@@ -312,7 +364,8 @@ def test_the_command_prints_and_saves_ratios(
     assert "0 s  building models\n" in progress and "s  round 2 of 2\n" in progress  # no terminal
     result = json.loads(file.read_text())
     assert set(result["variants"]) | set(result["skipped"]) == set(BUILDERS)
-    assert set(result["skipped"]) <= {"torchjd"}
+    assert set(BUILDERS) - set(ANYWHERE) <= set(result["skipped"]) <= {"torchjd", *BUILDERS} - set(ANYWHERE[:-1])
+    assert set(result["variants"]) >= set(ANYWHERE) - {"torchjd"}
     joint = min(result["variants"][name]["median_s"] for name in ("autograd", "sum"))
     loop = result["variants"]["textbook"]["median_s"]
     for name, entry in result["variants"].items():

@@ -14,8 +14,8 @@ import pytest
 
 from fastmtl.bench import kernels, peers, sizes, surgery
 from fastmtl.bench.bounds import SURGERY, bounds
-from fastmtl.bench.environment import slug
 from fastmtl.bench.harness import MIB, WrongResult
+from fastmtl.bench.result_file import slug
 from fastmtl.bench.sizes import Shape
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "bench_gpu.py"

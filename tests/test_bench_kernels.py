@@ -123,7 +123,7 @@ def test_on_a_cpu_short_steps_are_repeated(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class FakeGpu:
-    """A clock of a GPU on which clearing a buffer takes 2 ms and a link 5 ms."""
+    """A clock of a GPU on which reading a buffer takes 2 ms and a link 5 ms."""
 
     now_ms = 0.0
     swept = 0
@@ -143,14 +143,22 @@ class FakeEvent:
 def test_on_a_gpu_the_cache_is_emptied_and_the_host_is_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     class Buffer:
         def zero_(self) -> None:
-            FakeGpu.now_ms += 2
-            FakeGpu.swept += 1
+            pytest.fail("written lines go to memory while the next link is timed")
+
+    def read(buffer: object, dim: int, *, out: object) -> None:
+        assert isinstance(buffer, Buffer) and dim == 0 and not isinstance(out, Buffer)
+        FakeGpu.now_ms += 2
+        FakeGpu.swept += 1
+
+    def zeros(size: object, **_: object) -> object:
+        return Buffer() if size == 100 * MIB // 4 else object() if size == () else pytest.fail("size")
 
     host = [0.0]
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("P", (), {"L2_cache_size": 50 * MIB}))
-    monkeypatch.setattr(laps.torch, "empty", lambda size, **_: Buffer() if size == 100 * MIB else pytest.fail("size"))
+    monkeypatch.setattr(laps.torch, "zeros", zeros)
+    monkeypatch.setattr(laps.torch, "sum", read)
     monkeypatch.setattr(laps.time, "perf_counter", lambda: host[0])
     clock = GpuClock(torch.device("cuda"))
 

@@ -65,7 +65,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
 
 def times(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every summary of samples in a result, named by the keys that lead to it."""
-    for key in ("operations", "variants", "steps", "points", "peers"):
+    for key in ("operations", "variants", "steps", "points", "peers", "ways"):
         yield from _times("", result.get(key, {}))
 
 

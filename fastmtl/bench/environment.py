@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ from fastmtl.checkout import checkout, output_of
 from fastmtl_kernels import implementations
 
 _PACKAGES = ("transformers", "triton", "torchjd", "peft", "liger-kernel")
-# What a result must name before anything is drawn of it; beside the driver, which a CPU has none of.
-ORIGIN = ("device", "torch", "fastmtl", "commit", "clean")
 
 
 def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
@@ -40,11 +37,6 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
         },
     }
     return {**found, **checkout(commit)}
-
-
-def slug(name: str) -> str:
-    """A device's name as a file's: `NVIDIA H200` gives nvidia-h200."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _device(device: torch.device) -> str:

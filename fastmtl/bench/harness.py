@@ -25,6 +25,8 @@ CPU = torch.device("cpu")
 Result = TypeVar("Result")
 # Tells what is going on: a line that the next one replaces.
 Say = Callable[[str], None]
+# Takes what a benchmark has measured so far, JSON-ready, so that a process that is killed leaves it.
+Keep = Callable[[dict[str, Any]], None]
 
 
 class Skipped(Exception):
@@ -58,10 +60,11 @@ def interleave(
     device: torch.device = CPU,
     seldom: Collection[str] = (),
     measure: Callable[[Any, torch.device], Any] = seconds,
+    after_round: Callable[[dict[str, list[Any]]], None] | None = None,
 ) -> dict[str, list[Any]]:
     """What `measure` finds of each step in every round: A B C, A B C, ... Every step has run before, to be checked.
 
-    seldom: steps that take their turn in every other round.
+    seldom: steps that take their turn in every other round. after_round: takes the samples so far.
     """
     samples: dict[str, list[Any]] = {name: [] for name in steps}
     for index in range(rounds):
@@ -69,6 +72,8 @@ def interleave(
         for name, step in steps.items():
             if name not in seldom or index % 2 == 0:
                 samples[name].append(measure(step, device))
+        if after_round is not None:
+            after_round(samples)
     return samples
 
 
@@ -148,3 +153,15 @@ def gpu_peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     step()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device)
+
+
+def graph_pool_bytes(device: torch.device) -> int:
+    """Return what CUDA graphs keep of the GPU beside the tensors that torch counts as allocated.
+
+    A graph's intermediates are free blocks of its private pool once it is captured: replays write there, and nothing
+    else may.
+    """
+    torch.cuda.synchronize(device)
+    segments = [entry for entry in torch.cuda.memory_snapshot() if tuple(entry["segment_pool_id"]) != (0, 0)]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return sum(entry["total_size"] - entry["allocated_size"] for entry in segments if entry["device"] == index)

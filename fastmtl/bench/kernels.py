@@ -17,6 +17,7 @@ from fastmtl.bench import ops
 from fastmtl.bench.environment import environment
 from fastmtl.bench.harness import (
     MIB,
+    Keep,
     Say,
     Skipped,
     WrongResult,
@@ -46,32 +47,24 @@ def bench_kernels(
     operations: Sequence[str] = ops.OPERATIONS,
     impls: Sequence[str] = (),
     commit: str | None = None,
+    without: Sequence[str] = (),
+    keep: Keep | None = None,
 ) -> dict[str, Any]:
     """Times and peak memory of operations, JSON-ready.
 
-    impls: words of the names of what is measured, "cpp" or "eager" or "fastmtl"; all where there are none. commit: see
-    environment(). Raises WrongResult where an implementation of fastmtl does not agree with the oracle, before it is
-    timed, and UserError for a name that is none. Other people's implementations are left out, with the reason, where
-    they do not agree or cannot run.
+    impls: words of the names of what is measured, "cpp" or "eager" or "fastmtl"; all where there are none. without:
+    words of the names of what is not. commit: see environment(). keep: takes the result after every case.
+
+    Raises WrongResult where an implementation of fastmtl does not agree with the oracle, before it is timed, and
+    UserError for a name that is none. Other people's implementations are left out, with the reason, where they do not
+    agree or cannot run.
     """
     device = torch.device(size.device)
     found: dict[str, Any] = {}
     laps = clock(device)
     say("matrix product")
     gemm = _gemm(size, rounds, laps.laps)
-    for operation in operations:
-        for case in ops.cases(operation, size):
-            found[case.name] = _case(case, impls, rounds, say, laps.laps, gemm["tflop_per_s"])
-    say("peak memory")
-    names = {name: [way for way in entry["passes"]["forward"] if way != COPY] for name, entry in found.items()}
-    if device.type == "cuda":
-        peaks = _peaks(size, operations, names)
-    else:
-        threads = torch.get_num_threads()
-        peaks = in_own_process(_peaks, size, operations, names, threads, preload="fastmtl.bench.kernels")
-    for name, entry in found.items():
-        entry["peak_mib"] = {way: None if peak is None else peak / MIB for way, peak in peaks[name].items()}
-    return {
+    result = {
         "benchmark": "kernels",
         "environment": environment(device, commit),
         "shape": dataclasses.asdict(size.shape),
@@ -82,9 +75,26 @@ def bench_kernels(
         "gemm": gemm,
         "operations": found,
     }
+    for operation in operations:
+        for case in ops.cases(operation, size):
+            found[case.name] = _case(case, impls, without, rounds, say, laps.laps, gemm["tflop_per_s"])
+            if keep is not None:
+                keep(result)
+    say("peak memory")
+    names = {name: [way for way in entry["passes"]["forward"] if way != COPY] for name, entry in found.items()}
+    if device.type == "cuda":
+        peaks = _peaks(size, operations, names)
+    else:
+        threads = torch.get_num_threads()
+        peaks = in_own_process(_peaks, size, operations, names, threads, preload="fastmtl.bench.kernels")
+    for name, entry in found.items():
+        entry["peak_mib"] = {way: None if peak is None else peak / MIB for way, peak in peaks[name].items()}
+    return result
 
 
-def runnable(case: Case, impls: Sequence[str] = ()) -> tuple[dict[str, Chain], dict[str, float], dict[str, str]]:
+def runnable(
+    case: Case, impls: Sequence[str] = (), without: Sequence[str] = ()
+) -> tuple[dict[str, Chain], dict[str, float], dict[str, str]]:
     """What may be timed of a case: forward and backward of each way that agrees with the oracle, its error as a share
     of what is allowed, and the reasons of those that are left out. Raises as bench_kernels.
     """
@@ -92,7 +102,7 @@ def runnable(case: Case, impls: Sequence[str] = ()) -> tuple[dict[str, Chain], d
     errors: dict[str, float] = {}
     skipped: dict[str, str] = {}
     for way in case.ways:
-        if impls and not any(impl in (way.name, *way.name.split()) for impl in impls):
+        if (impls and not _named(way.name, impls)) or _named(way.name, without):
             continue
         try:
             run = way.build()
@@ -109,6 +119,10 @@ def runnable(case: Case, impls: Sequence[str] = ()) -> tuple[dict[str, Chain], d
         else:
             chains[way.name] = chain
     return chains, errors, skipped
+
+
+def _named(way: str, words: Sequence[str]) -> bool:
+    return any(word in (way, *way.split()) for word in words)
 
 
 def forward_and_backward(chain: Chain) -> None:
@@ -133,10 +147,16 @@ def way_names(operations: Sequence[str], size: Size) -> set[str]:
 
 
 def _case(
-    case: Case, impls: Sequence[str], rounds: int, say: Say, laps: Callable[[Chain], list[float]], gemm: float
+    case: Case,
+    impls: Sequence[str],
+    without: Sequence[str],
+    rounds: int,
+    say: Say,
+    laps: Callable[[Chain], list[float]],
+    gemm: float,
 ) -> dict[str, Any]:
     say(f"checking results: {case.name}")
-    chains, errors, skipped = runnable(case, impls)
+    chains, errors, skipped = runnable(case, impls, without)
     if case.work:
         chains[COPY] = _copies(case)
     samples = interleave(chains, rounds, say, measure=lambda chain, _: laps(chain))
@@ -157,6 +177,7 @@ def _case(
         "dropout": case.dropout,
         "work": {name: {"bytes": moved, "flops": flops} for name, (moved, flops) in work.items() if name in passes},
         "passes": passes,
+        "peak_mib": {},
         "errors": errors,
         "skipped": skipped,
     }

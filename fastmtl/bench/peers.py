@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastmtl.bench.harness import MIB, Say, in_own_process, resident_bytes
+from fastmtl.bench.harness import MIB, Keep, Say, in_own_process, resident_bytes
 from fastmtl.bench.sizes import PRECISIONS, Size
 from fastmtl.bench.surgery import bench_variants, gpu_peak_of, peak_of
 from fastmtl.bench.variants import JOINT
@@ -34,8 +34,16 @@ LESS = 0.9  # as many rows after running out of memory
 TRIES = 6
 
 
-def bench_peers(size: Size, rounds: int, say: Say, limit_gib: float = 24, commit: str | None = None) -> dict[str, Any]:
+def bench_peers(
+    size: Size,
+    rounds: int,
+    say: Say,
+    limit_gib: float = 24,
+    commit: str | None = None,
+    keep: Keep | None = None,
+) -> dict[str, Any]:
     """JSON-ready. size: its tokens are not heeded; rows are the shape's. limit_gib: of the GPU the batch is to fit.
+    keep: takes the result after every peer whose memory is known.
 
     memory_mib is that of a step with AdamW: the measured peak and its two moments. largest_rows: of each task.
     Raises GradientMismatch as bench_variants, and UserError where peaks cannot be measured.
@@ -49,6 +57,14 @@ def bench_peers(size: Size, rounds: int, say: Say, limit_gib: float = 24, commit
         raise UserError("peak memory cannot be measured here: it needs Linux, or --device cuda")
     moments = 2 * size.shape.parameters * PRECISIONS[size.precision].itemsize
     variants: dict[str, Any] = {}
+    kept = ("environment", "shape", "precision", "tasks", "rounds", "tokens", "padded_tokens", "skipped")
+    found = {
+        "benchmark": "peers",
+        **{key: result[key] for key in kept},
+        "limit_gib": limit_gib,
+        "largest": "measured" if cuda else "predicted",
+        "peers": variants,
+    }
     for name, shown in SHOWN.items():
         if name not in result["variants"]:
             continue
@@ -75,17 +91,11 @@ def bench_peers(size: Size, rounds: int, say: Say, limit_gib: float = 24, commit
             "mib_per_row": slope / MIB,
             "largest_rows": rows,
         }
-    for entry in variants.values():
         for ratio, key in (("ratio_to_joint", "median_s"), ("memory_to_joint", "memory_mib")):
-            entry[ratio] = entry[key] / variants[SHOWN["autograd"]][key]
-    kept = ("environment", "shape", "precision", "tasks", "rounds", "tokens", "padded_tokens", "skipped")
-    return {
-        "benchmark": "peers",
-        **{key: result[key] for key in kept},
-        "limit_gib": limit_gib,
-        "largest": "measured" if cuda else "predicted",
-        "peers": variants,
-    }
+            variants[shown][ratio] = variants[shown][key] / variants[SHOWN["autograd"]][key]
+        if keep is not None:
+            keep(found)
+    return found
 
 
 def line(points: dict[int, int]) -> tuple[float, float]:

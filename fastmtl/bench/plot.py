@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastmtl.bench.environment import ORIGIN
+from fastmtl.bench.result_file import ORIGIN
 from fastmtl.errors import UserError
 
 # Names that stand for none of fastmtl's steps.
@@ -120,7 +120,7 @@ def _to_eager(axes: Any, result: dict[str, Any]) -> str:
 
 
 def _bars(axes: Any, result: dict[str, Any]) -> str:
-    entries = next(result[key] for key in ("steps", "variants", "peers") if key in result)
+    entries = next(result[key] for key in ("steps", "variants", "peers", "ways") if key in result)
     medians = [1e3 * entry["median_s"] for entry in entries.values()]
     spread = [
         [1e3 * (entry["median_s"] - entry["p20_s"]) for entry in entries.values()],

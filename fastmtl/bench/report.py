@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -15,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastmtl.bench.compare import Change
-from fastmtl.bench.harness import Say
+from fastmtl.bench.harness import Keep, Say
+from fastmtl.bench.result_file import UNFINISHED, save
 from fastmtl.errors import UserError
 
 KEPT = ("kept_bytes_per_token", "kept_bytes_per_token_and_layer")
@@ -45,12 +45,15 @@ def check_file(path: Path | None) -> None:
         raise UserError(f"--json: cannot write {path}: give a file in a directory that exists")
 
 
-def save(result: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+def keeper(path: Path | None) -> Keep | None:
+    """Return what writes a result to a file while it is measured, None without a file."""
+    if path is None:
+        return None
+    return lambda result: save({**result, UNFINISHED: True}, path)
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """The tables of a result of bench_kernels, bench_variants, bench_tasks, bench_step or bench_peers."""
+    """The tables of a result of bench_kernels, bench_variants, bench_tasks, bench_step, bench_peers or bench_engine."""
     for name, operation in result.get("operations", {}).items():
         console.print(_operation(name, operation))
         _left_out(operation["skipped"], console)
@@ -63,7 +66,7 @@ def show(result: dict[str, Any], console: Console) -> None:
             console.print(_steps({**result, **point}))
             _left_out(point["skipped"], console)
             console.print()
-    for key, table in {"steps": _steps, "variants": _variants, "peers": _peers}.items():
+    for key, table in {"steps": _steps, "variants": _variants, "peers": _peers, "ways": _ways}.items():
         if key in result:
             console.print(table(result))
     _left_out(result.get("skipped", {}), console)
@@ -174,6 +177,17 @@ def _peers(result: dict[str, Any]) -> Table:
     return table
 
 
+def _ways(result: dict[str, Any]) -> Table:
+    table = _table(
+        f"{result['shape']['name']} in {result['precision']}, {result['tasks']} tasks, {result['tokens']} tokens, "
+        f"dropout {result['dropout']}, DeepSpeed with ZeRO {result['zero']}",
+        *("step", "median ms", "20 %", "80 %", "real tokens/s", "MiB"),
+    )
+    for name, entry in result["ways"].items():
+        table.add_row(name, *_milliseconds(entry), f"{entry['tokens_per_s']:,.0f}", _mib(entry["peak_mib"]))
+    return table
+
+
 def _steps(result: dict[str, Any]) -> Table:
     """Bytes that forward keeps in place of operator calls, where they were counted."""
     counted = any("kept_bytes_per_token" in entry for entry in result["steps"].values())
@@ -196,6 +210,8 @@ def _steps(result: dict[str, Any]) -> Table:
 
 
 def _calls(entry: dict[str, Any]) -> list[str]:
+    if "operator_calls" not in entry:  # the measurement was cut short before they were counted
+        return ["", "", ""]
     counts = [f"{entry['operator_calls'][key]:,}" for key in ("operators", "without_optimizer")]
     return [*counts, f"{entry['calls_to_transformers']['operators']:.2f}x"]
 

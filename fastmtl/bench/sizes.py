@@ -40,6 +40,8 @@ class Shape:
 SHAPES = {
     "minilm": Shape("minilm", hidden=384, layers=6, heads=12, intermediate=1536, rows=32),
     "bert-base": Shape("bert-base", hidden=768, layers=12, heads=12, intermediate=3072, rows=8),
+    # Measures nothing: it is there to try a command in a moment.
+    "tiny": Shape("tiny", hidden=32, layers=2, heads=2, intermediate=64, rows=4, vocabulary=100, positions=128),
 }
 
 

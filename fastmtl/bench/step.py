@@ -13,7 +13,7 @@ import torch
 from fastmtl.bench.activations import kept_bytes
 from fastmtl.bench.calls import operator_calls
 from fastmtl.bench.environment import environment
-from fastmtl.bench.harness import Say, Skipped, WrongResult, interleave, summary
+from fastmtl.bench.harness import Keep, Say, Skipped, WrongResult, interleave, summary
 from fastmtl.bench.sizes import SEED, Size
 from fastmtl.bench.step_ways import (
     DEFAULT,
@@ -52,31 +52,48 @@ class LossMismatch(WrongResult):
 
 
 def bench_step(
-    size: Size, rounds: int, say: Say, commit: str | None = None, ways: Sequence[str] = DEFAULT
+    size: Size,
+    rounds: int,
+    say: Say,
+    commit: str | None = None,
+    ways: Sequence[str] = DEFAULT,
+    keep: Keep | None = None,
 ) -> dict[str, Any]:
-    """Times by turns in this process, JSON-ready. size: its dropout is not heeded. ways: of WAYS, with transformers'.
-    commit: see environment().
+    """Times by turns in this process, JSON-ready. size: its dropout is not heeded. ways: of WAYS, with transformers'
+    and the matrix products. commit: see environment(). keep: takes the result after every round.
 
     Raises LossMismatch where a model's losses, without dropout, are not those of transformers'.
     """
-    return {"benchmark": "step", **_about(size, rounds, commit), **_measured(size, rounds, say, ways)}
+    about = {"benchmark": "step", **_about(size, rounds, commit)}
+    return {**about, **_measured(size, rounds, say, ways, keep=_beside(about, keep))}
 
 
-def bench_sweep(sweep: str, size: Size, rounds: int, say: Say, commit: str | None = None) -> dict[str, Any]:
+def bench_sweep(
+    sweep: str, size: Size, rounds: int, say: Say, commit: str | None = None, keep: Keep | None = None
+) -> dict[str, Any]:
     """Over one of SWEEPS, JSON-ready: adapters, methods, recompute (with the bytes that forward keeps for backward) and
-    graphs by turns in one run; tokens, tasks and precisions one after the other, as `points` with a name each. Raises
-    as bench_step.
+    graphs by turns in one run; tokens, tasks and precisions one after the other, as `points` with a name each. keep:
+    takes the result after every round, or after every point. Raises as bench_step.
     """
     about = {"benchmark": f"step --sweep {sweep}", **_about(size, rounds, commit)}
     if sweep in BY_TURNS:
-        return {**about, **_measured(size, rounds, say, BY_TURNS[sweep], count_bytes=sweep == "recompute")}
+        count = sweep == "recompute"
+        return {**about, **_measured(size, rounds, say, BY_TURNS[sweep], count_bytes=count, keep=_beside(about, keep))}
     sizes = {
         "tokens": {f"{n:,} tokens": dataclasses.replace(size, tokens=n) for n in TOKENS},
         "tasks": {f"{n} tasks": dataclasses.replace(size, tasks=n, tokens=size.tokens or TOKENS[1]) for n in TASKS},
         "precisions": {name: dataclasses.replace(size, precision=name) for name in PRECISIONS},
     }[sweep]
-    points = [{"name": name, **_measured(point, rounds, say, DEFAULT)} for name, point in sizes.items()]
+    points: list[dict[str, Any]] = []
+    for name, point in sizes.items():
+        points.append({"name": name, **_measured(point, rounds, say, DEFAULT)})
+        if keep is not None:
+            keep({**about, "points": points})
     return {**about, "points": points}
+
+
+def _beside(about: dict[str, Any], keep: Keep | None) -> Keep | None:
+    return None if keep is None else lambda measured: keep({**about, **measured})
 
 
 def _about(size: Size, rounds: int, commit: str | None) -> dict[str, Any]:
@@ -90,7 +107,15 @@ def _about(size: Size, rounds: int, commit: str | None) -> dict[str, Any]:
     }
 
 
-def _measured(size: Size, rounds: int, say: Say, ways: Sequence[str], *, count_bytes: bool = False) -> dict[str, Any]:
+def _measured(
+    size: Size,
+    rounds: int,
+    say: Say,
+    ways: Sequence[str],
+    *,
+    count_bytes: bool = False,
+    keep: Keep | None = None,
+) -> dict[str, Any]:
     say("building models")
     workload = Workload(dataclasses.replace(size, dropout=DROPOUT))
     losses = padded_losses(workload, workload.padded)
@@ -108,15 +133,24 @@ def _measured(size: Size, rounds: int, say: Say, ways: Sequence[str], *, count_b
     for name, step in steps.items():
         say(f"warm-up: {name}")
         step()
-    samples: dict[str, list[float]] = interleave(steps, rounds, say, workload.device)
-    found = {name: summary(seconds) for name, seconds in samples.items()}
+    about = {
+        "precision": size.precision,
+        "tasks": workload.tasks,
+        "tokens": workload.packed_batch.num_tokens,
+        "padded_tokens": workload.num_padded,
+        "loss_error": largest,
+    }
+
+    def after_round(samples: dict[str, list[float]]) -> None:
+        if keep is not None:
+            keep({**about, "steps": _ratios(samples), "skipped": skipped})
+
+    found = _ratios(interleave(steps, rounds, say, workload.device, after_round=after_round))
     for name, entry in found.items():
         say(f"counting operators: {name}")
         entry["operator_calls"] = operator_calls(steps[name])._asdict()
     peer = found[TRANSFORMERS]
     for entry in found.values():
-        entry["ratio_to_transformers"] = entry["median_s"] / peer["median_s"]
-        entry["ratio_to_products"] = entry["median_s"] / found[PRODUCTS]["median_s"]
         entry["calls_to_transformers"] = {
             key: calls / peer["operator_calls"][key] for key, calls in entry["operator_calls"].items()
         }
@@ -125,15 +159,16 @@ def _measured(size: Size, rounds: int, say: Say, ways: Sequence[str], *, count_b
             say(f"counting bytes: {name}")
             model = WAYS[name].model
             entry |= {} if model is None else kept_bytes(workload, model(workload))
-    return {
-        "precision": size.precision,
-        "tasks": workload.tasks,
-        "tokens": workload.packed_batch.num_tokens,
-        "padded_tokens": workload.num_padded,
-        "loss_error": largest,
-        "steps": found,
-        "skipped": skipped,
-    }
+    return {**about, "steps": found, "skipped": skipped}
+
+
+def _ratios(samples: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """Return a summary of every way, with its time over transformers' and over the matrix products'."""
+    found = {name: summary(seconds) for name, seconds in samples.items()}
+    for entry in found.values():
+        entry["ratio_to_transformers"] = entry["median_s"] / found[TRANSFORMERS]["median_s"]
+        entry["ratio_to_products"] = entry["median_s"] / found[PRODUCTS]["median_s"]
+    return found
 
 
 def checked(name: str, workload: Workload, losses: Sequence[float]) -> tuple[Step, float]:

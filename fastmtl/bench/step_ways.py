@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.bench.harness import Skipped
+from fastmtl.bench.recordings import STEPS_TO_RECORD, refuse_unrecorded
 from fastmtl.bench.sizes import SEED
 from fastmtl.bench.textbook import PaddedModel
 from fastmtl.bench.workload import Workload
@@ -78,6 +79,12 @@ def joint(workload: Workload, model: nn.Module) -> Step:
 
 
 def merged(workload: Workload, model: nn.Module, method: str = "pcgrad", storage: Storage = "stacked") -> Step:
+    return _merged(workload, model, method, storage)[0]
+
+
+def _merged(
+    workload: Workload, model: nn.Module, method: str = "pcgrad", storage: Storage = "stacked"
+) -> tuple[Step, GradientSurgery]:
     assert isinstance(model, MultiTaskModel)
     if method not in method_names():
         raise Skipped("TorchJD is not here: pip install 'fastmtl[torchjd]'")
@@ -98,19 +105,18 @@ def merged(workload: Workload, model: nn.Module, method: str = "pcgrad", storage
         surgery.run([batch], lambda batch, task_grads: model(batch, task_grads))
         optimizer.step()
 
-    return step
+    return step, surgery
 
 
-def recorded(workload: Workload, model: nn.Module, build: Callable[[Workload, nn.Module], Step]) -> Step:
-    """With everything as CUDA graphs that `engine.cuda_graphs` captures."""
-    assert isinstance(model, MultiTaskModel) and model.encoder.graphs is not None and model.graphs is not None
-    step = build(workload, model)
+def recorded(workload: Workload, model: nn.Module, method: str) -> Step:
+    """Return a step of `sum` or `pcgrad` with everything as CUDA graphs that `engine.cuda_graphs` captures."""
+    assert isinstance(model, MultiTaskModel)
+    step, surgery = (joint(workload, model), None) if method == "sum" else _merged(workload, model, method)
     weights = copy.deepcopy(model.state_dict())  # which all ways share
-    step()
+    for _ in range(STEPS_TO_RECORD):
+        step()
     model.load_state_dict(weights)
-    told = [*model.encoder.graphs.recordings.told, *model.graphs.recordings.told]
-    if told:  # what would be measured is something else
-        raise Skipped("; ".join(told))
+    refuse_unrecorded(model, surgery)
     return step
 
 
@@ -154,9 +160,9 @@ WAYS = {
     },
     **{
         f"fastmtl {method}, CUDA graphs": Way(
-            partial(recorded, build=build), partial(Workload.recomputing, recompute="none", cuda_graphs=True)
+            partial(recorded, method=method), partial(Workload.recomputing, recompute="none", cuda_graphs=True)
         )
-        for method, build in (("sum", joint), ("pcgrad", merged))
+        for method in ("sum", "pcgrad")
     },
     **{
         f"fastmtl sum, {adapter} {size}": Way(joint, partial(Workload.with_adapter, adapter=adapter, size=size))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from fastmtl.bench.environment import environment
 from fastmtl.bench.harness import (
     MIB,
+    Keep,
     Say,
     gpu_peak_bytes,
+    graph_pool_bytes,
     in_own_process,
     interleave,
     peak_bytes,
@@ -30,12 +33,18 @@ TASK_VARIANTS = ("sum", "pcgrad stacked")
 
 
 def bench_variants(
-    size: Size, rounds: int, say: Say, variants: Sequence[str] = tuple(BUILDERS), commit: str | None = None
+    size: Size,
+    rounds: int,
+    say: Say,
+    variants: Sequence[str] = tuple(BUILDERS),
+    commit: str | None = None,
+    keep: Keep | None = None,
 ) -> dict[str, Any]:
     """All variants on one workload, JSON-ready: times by turns in this process, peak memory of each alone.
 
     variants: with both of JOINT and the textbook, which the ratios are of. Peers, which take several times longer, take
-    their turn in every other round. commit: see environment().
+    their turn in every other round. commit: see environment(). keep: takes the result after every round, and after the
+    peak memory of each variant.
     Raises GradientMismatch where a variant's gradient is not the textbook's, before anything is timed.
     """
     say("building models")
@@ -43,30 +52,9 @@ def bench_variants(
     checked, errors, skipped = _checked(workload, variants, say)
     steps = {variant.name: variant.step for variant in checked}
     peers = [variant.name for variant in checked if variant.peer]
-    samples = interleave(steps, rounds, say, workload.device, seldom=peers)
-    checked.clear()
-    steps.clear()
     peaks: dict[str, int | None] = {}
-    for name in samples:
-        say(f"peak memory: {name}")
-        if workload.device.type == "cuda":
-            peaks[name] = gpu_peak_of(name, workload)
-        else:
-            peaks[name] = in_own_process(peak_of, name, size, torch.get_num_threads())
-    found: dict[str, dict[str, Any]] = {name: summary(seconds) for name, seconds in samples.items()}
-    joint = min(found[name]["median_s"] for name in JOINT)
-    dense = sum(p.numel() for p in workload.packed.shared_parameters())
-    dense -= sum(p.numel() for p in workload.packed.sparse_parameters())
-    for name, entry in found.items():
-        peak, joint_peak = peaks[name], peaks["autograd"]
-        entry["ratio_to_joint"] = entry["median_s"] / joint
-        entry["ratio_to_textbook"] = entry["median_s"] / found["textbook"]["median_s"]
-        entry["error"] = errors[name]
-        entry["peak_mib"] = None if peak is None else peak / MIB
-        entry["peak_above_joint_mib"] = None if peak is None or joint_peak is None else (peak - joint_peak) / MIB
-        entry["j_mib"] = workload.tasks * dense * STACKED[name] / MIB if name in STACKED else None
     row_bytes = size.shape.hidden * workload.dtype.itemsize + 8
-    return {
+    about = {
         "benchmark": "surgery",
         "environment": environment(workload.device, commit),
         "shape": dataclasses.asdict(size.shape),
@@ -76,9 +64,46 @@ def bench_variants(
         "tokens": workload.packed_batch.num_tokens,
         "padded_tokens": workload.num_padded,
         "compact_rows_mib": workload.packed_batch.num_tokens * row_bytes / MIB,
-        "variants": found,
         "skipped": skipped,
     }
+
+    def result(samples: dict[str, list[float]]) -> dict[str, Any]:
+        return {**about, "variants": _entries(samples, workload, errors, peaks)}
+
+    def kept(samples: dict[str, list[float]]) -> None:
+        if keep is not None:
+            keep(result(samples))
+
+    samples = interleave(steps, rounds, say, workload.device, seldom=peers, after_round=kept)
+    checked.clear()
+    steps.clear()
+    for name in samples:
+        say(f"peak memory: {name}")
+        if workload.device.type == "cuda":
+            peaks[name] = gpu_peak_of(name, workload)
+        else:
+            peaks[name] = in_own_process(peak_of, name, size, torch.get_num_threads())
+        kept(samples)
+    return result(samples)
+
+
+def _entries(
+    samples: dict[str, list[float]], workload: Workload, errors: dict[str, float], peaks: dict[str, int | None]
+) -> dict[str, dict[str, Any]]:
+    """Return a summary of every variant with its ratios. peaks: bytes of those that were measured so far."""
+    found: dict[str, dict[str, Any]] = {name: summary(seconds) for name, seconds in samples.items()}
+    joint = min(found[name]["median_s"] for name in JOINT)
+    dense = sum(p.numel() for p in workload.packed.shared_parameters())
+    dense -= sum(p.numel() for p in workload.packed.sparse_parameters())
+    for name, entry in found.items():
+        peak, joint_peak = peaks.get(name), peaks.get("autograd")
+        entry["ratio_to_joint"] = entry["median_s"] / joint
+        entry["ratio_to_textbook"] = entry["median_s"] / found["textbook"]["median_s"]
+        entry["error"] = errors[name]
+        entry["peak_mib"] = None if peak is None else peak / MIB
+        entry["peak_above_joint_mib"] = None if peak is None or joint_peak is None else (peak - joint_peak) / MIB
+        entry["j_mib"] = workload.tasks * dense * STACKED[name] / MIB if name in STACKED else None
+    return found
 
 
 def bench_tasks(
@@ -149,9 +174,13 @@ def peak_of(name: str, size: Size, threads: int) -> int | None:
 
 
 def gpu_peak_of(name: str, workload: Workload) -> int:
-    """Peak bytes on the GPU of a second step, which finds J in place, with no other variant's tensors there."""
+    """Peak bytes on the GPU of a second step, which finds J in place, with no other variant's tensors there. CUDA
+    graphs' memory is in it.
+    """
     workload.packed.zero_grad()
     workload.padded.zero_grad()
+    gc.collect()
+    torch.cuda.empty_cache()  # pools of graphs that are gone
     variant = build(name, workload)
     variant.step()
-    return gpu_peak_bytes(variant.step, workload.device)
+    return gpu_peak_bytes(variant.step, workload.device) + graph_pool_bytes(workload.device)

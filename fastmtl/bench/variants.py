@@ -10,8 +10,12 @@ from torch import Tensor, nn
 
 from fastmtl.bench import textbook
 from fastmtl.bench.harness import Skipped
+from fastmtl.bench.recordings import STEPS_TO_RECORD, refuse_unrecorded
 from fastmtl.bench.sizes import SEED
 from fastmtl.bench.workload import Workload
+from fastmtl.model.head_graphs import HeadGraphs
+from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.recorders import Recorder
 from fastmtl.surgery import GradientSurgery
 from fastmtl.surgery.methods import draw_order
 from fastmtl.surgery.options import Storage
@@ -56,29 +60,86 @@ def _autograd(name: str, workload: Workload) -> Variant:
 
 def _surgery(method: str, storage: Storage = "stacked", dtype: torch.dtype = torch.float32) -> Callable[..., Variant]:
     def build(name: str, workload: Workload) -> Variant:
-        model, batch = workload.packed, workload.packed_batch
-        surgery = GradientSurgery(
-            torch.optim.SGD(model.parameters()),
-            method,
-            tasks=model.recipe.task_names,
-            shared=model.shared_parameters(),
-            sparse=model.sparse_parameters(),
-            storage=storage,
-            dtype=dtype,
-            seed=SEED,
-        )
-
-        def step() -> None:
-            model.zero_grad()
-            surgery.run([batch], lambda batch, task_grads: model(batch, task_grads))
-
-        if method == "sum":
-            return Variant(name, model, step, None, _summed(workload))
-        order = draw_order(workload.tasks, SEED, 1)
-        rounds = dtype == torch.bfloat16 and workload.dtype != dtype  # J more than the model does
-        return Variant(name, model, step, order, BFLOAT16 if rounds else FLOAT32)
+        model = workload.packed
+        step = _step_of(workload, model, _surgery_of(model, method, storage, dtype))
+        return _variant(name, workload, model, step, method, dtype)
 
     return build
+
+
+def _surgery_of(
+    model: MultiTaskModel,
+    method: str,
+    storage: Storage = "stacked",
+    dtype: torch.dtype = torch.float32,
+    *,
+    cuda_graphs: bool = False,
+) -> GradientSurgery:
+    return GradientSurgery(
+        torch.optim.SGD(model.parameters()),
+        method,
+        tasks=model.recipe.task_names,
+        shared=model.shared_parameters(),
+        sparse=model.sparse_parameters(),
+        storage=storage,
+        dtype=dtype,
+        seed=SEED,
+        cuda_graphs=cuda_graphs,
+    )
+
+
+def _step_of(workload: Workload, model: MultiTaskModel, surgery: GradientSurgery) -> Callable[[], object]:
+    def step() -> None:
+        model.zero_grad()
+        surgery.run([workload.packed_batch], lambda batch, task_grads: model(batch, task_grads))
+
+    return step
+
+
+def _variant(
+    name: str,
+    workload: Workload,
+    model: MultiTaskModel,
+    step: Callable[[], object],
+    method: str,
+    dtype: torch.dtype,
+) -> Variant:
+    if method == "sum":
+        return Variant(name, model, step, None, _summed(workload))
+    rounds = dtype == torch.bfloat16 and workload.dtype != dtype  # J more than the model does
+    return Variant(name, model, step, draw_order(workload.tasks, SEED, 1), BFLOAT16 if rounds else FLOAT32)
+
+
+def _recorded(method: str, dtype: torch.dtype = torch.float32) -> Callable[..., Variant]:
+    """Make a variant whose step is the replay of CUDA graphs, on a model of its own that shares the weights."""
+
+    def build(name: str, workload: Workload) -> Variant:
+        if workload.device.type != "cuda":
+            raise Skipped(f"CUDA graphs need an NVIDIA GPU, the model is on {workload.device.type}")
+        return recorded(name, workload, method, dtype)
+
+    return build
+
+
+def recorded(
+    name: str, workload: Workload, method: str, dtype: torch.dtype = torch.float32, recorder: Recorder | None = None
+) -> Variant:
+    """Return the variant after the steps that record. Its next step replays, and is the first for the tasks' order.
+
+    recorder: in place of CUDA graphs, on any device. Raises Skipped with the reasons where something is not recorded.
+    """
+    model = workload.recomputing("none", cuda_graphs=True)
+    surgery = _surgery_of(model, method, dtype=dtype, cuda_graphs=True)
+    if recorder is not None:
+        model.encoder.use_cuda_graphs(recorder)
+        model.graphs = HeadGraphs(model, recorder)
+        surgery.record_with(recorder)
+    step, state = _step_of(workload, model, surgery), surgery.state_dict()
+    for _ in range(STEPS_TO_RECORD):
+        step()
+    refuse_unrecorded(model, surgery)
+    surgery.load_state_dict(state)
+    return _variant(name, workload, model, step, method, dtype)
 
 
 def _textbook(name: str, workload: Workload) -> Variant:
@@ -109,13 +170,22 @@ def _torchjd(name: str, workload: Workload) -> Variant:
 
 
 JOINT = ("autograd", "sum")
-STACKED = {"pcgrad stacked": 4, "pcgrad stacked bf16": 2}  # bytes of a number of J
+# Bytes of a number of J.
+STACKED = {
+    "pcgrad stacked": 4,
+    "pcgrad stacked bf16": 2,
+    "pcgrad, CUDA graphs": 4,
+    "pcgrad bf16, CUDA graphs": 2,
+}
 BUILDERS: dict[str, Callable[[str, Workload], Variant]] = {
     "autograd": _autograd,
     "sum": _surgery("sum"),
     "pcgrad stacked": _surgery("pcgrad"),
     "pcgrad stacked bf16": _surgery("pcgrad", dtype=torch.bfloat16),
     "pcgrad replay": _surgery("pcgrad", storage="replay"),
+    "sum, CUDA graphs": _recorded("sum"),
+    "pcgrad, CUDA graphs": _recorded("pcgrad"),
+    "pcgrad bf16, CUDA graphs": _recorded("pcgrad", dtype=torch.bfloat16),
     "textbook": _textbook,
     "torchjd": _torchjd,
 }

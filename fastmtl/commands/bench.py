@@ -14,7 +14,10 @@ from fastmtl.errors import UserError
 
 EXIT_SLOWER = 1
 
-ShapeName = Annotated[Literal["minilm", "bert-base"], typer.Option("--shape", help="The encoder's size.")]
+ShapeName = Annotated[
+    Literal["minilm", "bert-base", "tiny"],
+    typer.Option("--shape", help="The encoder's size; tiny is to try a command."),
+]
 Tokens = Annotated[
     int | None,
     typer.Option(min=1024, metavar="N", help="Tokens of a step. Default: the shape's texts.", show_default=False),
@@ -28,7 +31,9 @@ Threads = Annotated[
 ]
 JsonFile = Annotated[
     Path | None,
-    typer.Option("--json", metavar="FILE", help="Keep the result, all samples included.", show_default=False),
+    typer.Option(
+        "--json", metavar="FILE", help="Keep the result, all samples included, as it grows.", show_default=False
+    ),
 ]
 PlotDir = Annotated[
     Path | None, typer.Option("--plot", metavar="DIR", help="Draw the result there, as SVG.", show_default=False)
@@ -80,6 +85,10 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
                 show_default=False,
             ),
         ] = None,
+        without: Annotated[
+            list[str] | None,
+            typer.Option(metavar="NAME", help="An implementation to leave out; may be repeated.", show_default=False),
+        ] = None,
         shape: ShapeName = "minilm",
         tasks: Annotated[int, typer.Option(min=1, metavar="N", help="Tasks of a step.")] = 3,
         tokens: Tokens = None,
@@ -112,14 +121,14 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         old = _prepare(device, threads, json_file, compare)
         from fastmtl.bench import ops
         from fastmtl.bench.kernels import bench_kernels, check_impls
-        from fastmtl.bench.report import progress
+        from fastmtl.bench.report import keeper, progress
         from fastmtl.bench.sizes import SHAPES, Size
 
         size = Size(SHAPES[shape], tasks, tokens, device, precision, dropout)
         operations = op or list(ops.OPERATIONS)
-        check_impls(impl or [], size, operations)
+        check_impls([*(impl or []), *(without or [])], size, operations)
         with progress() as say:
-            result = bench_kernels(size, rounds, say, operations, impl or [], commit)
+            result = bench_kernels(size, rounds, say, operations, impl or [], commit, without or [], keeper(json_file))
         _tell(result, json_file, plot_dir, old, fail_slower)
 
     @bench.command("surgery")
@@ -173,7 +182,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         if sweep and tasks is not None:
             raise UserError("--sweep and --tasks exclude each other: 2 to 32 tasks, or one number of them")
         old = _prepare(device, threads, json_file, compare)
-        from fastmtl.bench.report import progress
+        from fastmtl.bench.report import keeper, progress
         from fastmtl.bench.sizes import SHAPES, Size
         from fastmtl.bench.surgery import bench_tasks, bench_variants
 
@@ -182,7 +191,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
             if sweep:
                 result = bench_tasks(size, rounds, say, commit=commit)
             else:
-                result = bench_variants(size, rounds, say, commit=commit)
+                result = bench_variants(size, rounds, say, commit=commit, keep=keeper(json_file))
         _tell(result, json_file, plot_dir, old, fail_slower)
 
     @bench.command("step")
@@ -227,7 +236,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         if sweep is not None and compiled:
             raise UserError("--sweep and --compiled exclude each other: compiling takes minutes at each point")
         old = _prepare(device, threads, json_file, compare)
-        from fastmtl.bench.report import progress
+        from fastmtl.bench.report import keeper, progress
         from fastmtl.bench.sizes import SHAPES, Size
         from fastmtl.bench.step import bench_step, bench_sweep
         from fastmtl.bench.step_ways import COMPILED, DEFAULT
@@ -236,9 +245,10 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         size = Size(chosen, tasks, tokens, device, precision)
         with progress() as say:
             if sweep is not None:
-                result = bench_sweep(sweep, size, rounds, say, commit)
+                result = bench_sweep(sweep, size, rounds, say, commit, keeper(json_file))
             else:
-                result = bench_step(size, rounds, say, commit, (*DEFAULT, *COMPILED) if compiled else DEFAULT)
+                ways = (*DEFAULT, *COMPILED) if compiled else DEFAULT
+                result = bench_step(size, rounds, say, commit, ways, keeper(json_file))
         _tell(result, json_file, plot_dir, old, fail_slower)
 
     @bench.command("peers")
@@ -276,13 +286,60 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         set_debug(debug)
         old = _prepare(device, threads, json_file, compare)
         from fastmtl.bench.peers import bench_peers
-        from fastmtl.bench.report import progress
+        from fastmtl.bench.report import keeper, progress
         from fastmtl.bench.sizes import SHAPES, Size
 
         chosen = SHAPES[shape] if rows is None else dataclasses.replace(SHAPES[shape], rows=rows)
         size = Size(chosen, tasks, None, device, precision)
         with progress() as say:
-            result = bench_peers(size, rounds, say, memory_limit, commit)
+            result = bench_peers(size, rounds, say, memory_limit, commit, keeper(json_file))
+        _tell(result, json_file, plot_dir, old, fail_slower)
+
+    @bench.command("engine")
+    def engine(
+        shape: ShapeName = "minilm",
+        tasks: Annotated[int, typer.Option(min=2, metavar="N", help="Tasks of a step.")] = 3,
+        tokens: Annotated[
+            int | None,
+            typer.Option(min=64, metavar="N", help="Tokens of a step. Default: the shape's texts.", show_default=False),
+        ] = None,
+        way: Annotated[
+            list[str] | None,
+            typer.Option(metavar="NAME", help="One of the ways the table names; may be repeated.", show_default=False),
+        ] = None,
+        steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps of a round.")] = 10,
+        rounds: Rounds = 5,
+        device: Device = "cpu",
+        precision: Precision = "fp32",
+        threads: Threads = None,
+        json_file: JsonFile = None,
+        plot_dir: PlotDir = None,
+        compare: Compare = None,
+        fail_slower: FailSlower = False,
+        commit: Commit = None,
+        debug: Debug = False,
+    ) -> None:
+        """Whole steps of the DeepSpeed engine (ZeRO 1, one process): plain, with flat parameters, as CUDA graphs.
+
+        `sum` and `pcgrad` with each, PCGrad with J in bfloat16, and without DeepSpeed's overflow check and overlap.
+        Each way trains alone, one after the other, because each needs an engine of its own.
+
+        [bold]Examples[/bold]
+
+          [cyan]fastmtl bench engine[/cyan]
+          [cyan]fastmtl bench engine --shape bert-base --device cuda --precision bf16 --tokens 8192[/cyan]
+          [cyan]fastmtl bench engine --way sum --way "sum, flat"[/cyan]
+        """
+        set_debug(debug)
+        old = _prepare(device, threads, json_file, compare)
+        from fastmtl.bench.engine import bench_engine, check_ways
+        from fastmtl.bench.report import keeper, progress
+        from fastmtl.bench.sizes import SHAPES, Size
+
+        ways = check_ways(way or [])
+        size = Size(SHAPES[shape], tasks, tokens, device, precision, 0.1)
+        with progress() as say:
+            result = bench_engine(size, rounds, say, ways, steps, commit, keeper(json_file))
         _tell(result, json_file, plot_dir, old, fail_slower)
 
     @bench.command("plot", no_args_is_help=True)

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from fastmtl.bench.environment import ORIGIN
+from fastmtl.bench.result_file import ORIGIN
 from fastmtl.errors import UserError
 from fastmtl.profile.parts import PARTS
 

@@ -117,6 +117,7 @@ class GradientSurgery:
         self._open: JointStep | StackedStep | None = None
         self._told = False
         self._recorded: RecordedStep | None = None
+        self._recordings: Recordings | None = None
         if cuda_graphs:
             self.record_with(None)
 
@@ -125,7 +126,7 @@ class GradientSurgery:
         method = self._solver.method
         if method is None:  # a sum has none of this
             return
-        recordings = Recordings(recorder)
+        recordings = self._recordings = Recordings(recorder)
         reason = why_not(self._sink, method, self._target, self.storage)
         if not reason and recorder is None and self._target.device.type != "cuda":
             reason = f"CUDA graphs need an NVIDIA GPU, the model is on {self._target.device.type}"
@@ -220,6 +221,11 @@ class GradientSurgery:
         finally:
             self._sink.disarm()
         return way.finish() if last else None
+
+    @property
+    def not_recorded(self) -> list[str]:
+        """Reasons why `cuda_graphs` recorded nothing so far, as the log has them. Empty without `cuda_graphs`."""
+        return [] if self._recordings is None else list(self._recordings.told)
 
     def kept_tensors(self) -> list[torch.Tensor]:
         """What is kept of task gradients now: J, its shards, sketch and compact rows, and what `cuda_graphs` needs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from fastmtl.bench.sizes import Shape, Size
+from fastmtl.bench.sizes import SHAPES, Size
 from fastmtl.errors import unknown_name
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ OPERATIONS = (
 
 
 # To look at what there is, and to try everything in a moment.
-TINY = Shape("tiny", hidden=32, layers=2, heads=2, intermediate=64, rows=4, vocabulary=100, positions=128)
+TINY = SHAPES["tiny"]
 
 
 def cases(operation: str, size: Size) -> list[Case]:

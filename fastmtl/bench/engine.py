@@ -1,0 +1,197 @@
+"""Whole steps of the DeepSpeed engine in one process: what flat parameters and CUDA graphs bring.
+
+A step is what training runs: forward, backward, surgery, and ZeRO 1's step with its reduction, clipping and AdamW. The
+host waits inside, so the clock is the host's, over several steps in a row with one wait at the end.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fastmtl.bench.environment import environment
+from fastmtl.bench.harness import MIB, Keep, Say, Skipped, graph_pool_bytes, summary
+from fastmtl.bench.recordings import STEPS_TO_RECORD, refuse_unrecorded
+from fastmtl.bench.sizes import SEED, Size
+from fastmtl.bench.workload import Workload
+from fastmtl.config import Recipe, parse_recipe
+from fastmtl.engine.build import build_engine, build_surgery
+from fastmtl.engine.distributed import start
+from fastmtl.errors import UserError, unknown_name
+from fastmtl.model.encoder import PackedBert
+from fastmtl.model.multitask import MultiTaskModel
+
+ZERO = 1
+# Settings of DeepSpeed that take time out of a step: a look at every gradient, and a second stream.
+QUIET = {"zero_optimization": {"overlap_comm": False}}
+NO_CHECK = {"bf16": {"check_grad_overflow": False}}
+_TOTAL_STEPS = 1000  # of the schedule, which no step here reaches the end of
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineWay:
+    """flat, graphs: engine.flat_parameters, engine.cuda_graphs. bf16: J's dtype. quiet: without DeepSpeed's overflow
+    check and overlap.
+    """
+
+    method: str
+    flat: bool = False
+    graphs: bool = False
+    bf16: bool = False
+    quiet: bool = False
+
+    @property
+    def name(self) -> str:
+        words = {"flat": self.flat, "graphs": self.graphs, "J in bf16": self.bf16, "no check, no overlap": self.quiet}
+        return ", ".join([self.method, *(word for word, chosen in words.items() if chosen)])
+
+
+WAYS = {
+    way.name: way
+    for way in (
+        EngineWay("sum"),
+        EngineWay("pcgrad"),
+        EngineWay("sum", flat=True),
+        EngineWay("pcgrad", flat=True),
+        EngineWay("sum", flat=True, graphs=True),
+        EngineWay("pcgrad", flat=True, graphs=True),
+        EngineWay("pcgrad", flat=True, graphs=True, bf16=True),
+        EngineWay("pcgrad", quiet=True),
+        EngineWay("pcgrad", flat=True, graphs=True, quiet=True),
+    )
+}
+
+
+def check_ways(names: Sequence[str]) -> list[str]:
+    """Return the names, all of WAYS where there are none. Raises UserError for a name that is none."""
+    for name in names:
+        if name not in WAYS:
+            raise unknown_name("way", name, WAYS)
+    return list(names or WAYS)
+
+
+def bench_engine(
+    size: Size,
+    rounds: int,
+    say: Say,
+    ways: Sequence[str] = tuple(WAYS),
+    steps: int = 10,
+    commit: str | None = None,
+    keep: Keep | None = None,
+) -> dict[str, Any]:
+    """Time each way alone, one after the other; JSON-ready.
+
+    A sample is the mean of `steps` steps. peak_mib: of the GPU's memory with the engine in it, CUDA graphs' included;
+    None on a CPU. keep: takes the result after every way. A way that cannot run is left out with the reason, and so is
+    one that was to be CUDA graphs and is not. Raises UserError where `engine` of a recipe chooses another device.
+    """
+    if (size.device == "cuda") != torch.cuda.is_available():
+        raise UserError(f"--device {size.device}: DeepSpeed takes the GPU where there is one, and no other device")
+    start()
+    workload = Workload(size)
+    device = workload.device
+    found: dict[str, dict[str, Any]] = {}
+    skipped: dict[str, str] = {}
+    result = {
+        "benchmark": "engine",
+        "environment": environment(device, commit),
+        "shape": dataclasses.asdict(size.shape),
+        "precision": size.precision,
+        "tasks": workload.tasks,
+        "dropout": size.dropout,
+        "zero": ZERO,
+        "rounds": rounds,
+        "steps_per_round": steps,
+        "tokens": workload.packed_batch.num_tokens,
+        "padded_tokens": workload.num_padded,
+        "ways": found,
+        "skipped": skipped,
+    }
+    for name in ways:
+        say(name)
+        try:
+            found[name] = _measured(WAYS[name], workload, size.precision, rounds, steps)
+        except (Skipped, UserError) as reason:
+            skipped[name] = str(reason)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        if keep is not None:
+            keep(result)
+    return result
+
+
+def _measured(way: EngineWay, workload: Workload, precision: str, rounds: int, steps: int) -> dict[str, Any]:
+    if way.graphs and workload.device.type != "cuda":
+        raise Skipped(f"CUDA graphs need an NVIDIA GPU, the model is on {workload.device.type}")
+    recipe = recipe_of(way, workload, precision)
+    torch.manual_seed(SEED)
+    model = MultiTaskModel(recipe, PackedBert(workload.padded.encoder.config))
+    engine = build_engine(recipe, model, 1, _TOTAL_STEPS)
+    try:
+        return _timed(way, workload, recipe, model, engine, rounds, steps)
+    finally:
+        engine.destroy()
+
+
+def _timed(
+    way: EngineWay,
+    workload: Workload,
+    recipe: Recipe,
+    model: MultiTaskModel,
+    engine: Any,
+    rounds: int,
+    steps: int,
+) -> dict[str, Any]:
+    batch, cuda = workload.packed_batch, workload.device.type == "cuda"
+    surgery = build_surgery(recipe, engine, model)
+    counts = dict(zip(recipe.task_names, batch.counts, strict=True))
+    wait: Callable[[], None] = torch.cuda.synchronize if cuda else lambda: None
+    engine.train()
+
+    def step() -> None:
+        surgery.run([batch], lambda batch, model, task_grads: model(batch, task_grads), counts)
+        engine.step()
+
+    for _ in range(STEPS_TO_RECORD + 1):  # the last replays what the others recorded
+        step()
+    if way.graphs:
+        refuse_unrecorded(model, surgery)
+    wait()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    samples = []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        for _ in range(steps):
+            step()
+        wait()
+        samples.append((time.perf_counter() - begun) / steps)
+    entry = summary(samples)
+    entry["tokens_per_s"] = batch.num_tokens / entry["median_s"]
+    entry["peak_mib"] = None
+    if cuda:
+        entry["peak_mib"] = (torch.cuda.max_memory_allocated() + graph_pool_bytes(workload.device)) / MIB
+    return entry
+
+
+def recipe_of(way: EngineWay, workload: Workload, precision: str) -> Recipe:
+    """Return the workload's recipe with the way's settings."""
+    quiet = {**QUIET, **(NO_CHECK if precision == "bf16" else {})} if way.quiet else {}
+    sections = {
+        "gradient": {"method": way.method, "dtype": "bfloat16" if way.bf16 else "float32"},
+        "engine": {
+            "zero": ZERO,
+            "precision": precision,
+            "flat_parameters": way.flat,
+            "cuda_graphs": way.graphs,
+        },
+        "deepspeed": copy.deepcopy(quiet),  # DeepSpeed writes into its settings
+    }
+    return parse_recipe({**workload.recipe, **sections}, "benchmark")
