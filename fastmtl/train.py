@@ -164,7 +164,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int
             run = Run(ranks, stop, checkpoints, files, tracker, at)
         if phase.name is not None:
             run.tracker.begin_phase(phase.name, phase.recipe)
-        for note in model.notes:
+        for note in [*model.notes, *job.stream.notes(phase.recipe.train.epochs)]:
             run.tracker.message(note)
         rest = job.stream.rest(phase.recipe.train.epochs, run.at.epoch, run.at.step_in_epoch)
         with ahead(rest, phase.recipe.data.prefetch, ranks.device) as steps:

@@ -167,10 +167,15 @@ class Schedule:
     def _check_filled(self, stretch: Stretch) -> None:
         needed, rows = stretch.micro_batches * self._world, int(stretch.counts.sum())
         if rows < needed:
-            raise UserError(
-                f"the training files hold {rows} rows, fewer than the {self._accumulation * self._world} "
-                "micro-batches of one step: lower engine.accumulation or the number of processes"
-            )
+            raise too_few_rows(rows, self._accumulation * self._world)
+
+
+def too_few_rows(rows: int, micro_batches: int) -> UserError:
+    """Return the error for data that leave some rank's micro-batch of a step without a row."""
+    return UserError(
+        f"the training files hold {rows} rows, fewer than the {micro_batches} micro-batches of one step: lower "
+        "engine.accumulation or the number of processes"
+    )
 
 
 def _rounded(shares: np.ndarray, rows: int) -> np.ndarray:

@@ -10,7 +10,6 @@ micro-batches, and each micro-batch is dealt to the ranks.
 from __future__ import annotations
 
 import functools
-import heapq
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -18,7 +17,8 @@ import numpy as np
 from fastmtl.config import Recipe
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.packing import pack
-from fastmtl.data.schedule import Schedule
+from fastmtl.data.schedule import Schedule, too_few_rows
+from fastmtl.data.token_plan import filled, whole_steps
 from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.errors import UserError
 
@@ -39,6 +39,7 @@ class BatchStream:
         self._rank, self._world = rank, world
         self._lengths = [dataset.lengths for dataset in datasets]
         self._accumulation = recipe.engine.accumulation
+        self._ends = [np.zeros(len(datasets), dtype=np.int64)]  # of _left_out, from epoch -1 on
         if recipe.sampler.batch_tokens is not None:
             self._check_budget(recipe.sampler.batch_tokens)
         self._schedule = Schedule([len(dataset) for dataset in datasets], recipe, world)
@@ -53,6 +54,16 @@ class BatchStream:
         if self._recipe.sampler.batch_tokens is None:
             return self._schedule.steps(epoch)
         return len(self._token_plan(epoch)) // self._accumulation
+
+    def notes(self, epochs: int) -> list[str]:
+        """Return a line about the rows that no step of `epochs` epochs takes, where there are such."""
+        rows = int(self._left_out(epochs - 1).sum())
+        if not rows:
+            return []
+        return [
+            f"the last epoch leaves out {rows} rows: with sampler.batch_tokens={self._recipe.sampler.batch_tokens} they "
+            f"are too few for a step of {self._accumulation * self._world} micro-batches"
+        ]
 
     def loss_weights(self, epoch: int, step: int) -> dict[str, float] | None:
         """Of a step of an epoch (both from 0); see `Schedule.loss_weights`."""
@@ -99,48 +110,51 @@ class BatchStream:
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - one stream per run
     def _token_plan(self, epoch: int) -> list[list[np.ndarray]]:
-        """Micro-batches filled up to `batch_tokens` per rank, each row to the rank with the least so far."""
+        """Micro-batches filled up to `batch_tokens` per rank, each an index array into the epoch's sequence."""
         budget = self._recipe.sampler.batch_tokens
         assert budget is not None
-        lengths = self._row_lengths(*self._sequence(epoch)).tolist()
-        plan: list[list[list[int]]] = []
-        loads: list[tuple[int, int]] = []
-        for index, length in enumerate(lengths):
-            if not loads or loads[0][0] + length > budget:
-                plan.append([[] for _ in range(self._world)])
-                loads = [(0, rank) for rank in range(self._world)]
-            load, rank = heapq.heappop(loads)
-            plan[-1][rank].append(index)
-            heapq.heappush(loads, (load + length, rank))
-        while plan and not all(plan[-1]):  # the end of the epoch may leave a rank without a row
-            plan.pop()
-        if len(plan) < self._accumulation:
-            raise UserError(
-                f"the training files fill {len(plan)} micro-batches of sampler.batch_tokens={budget} on "
-                f"{self._world} ranks, engine.accumulation={self._accumulation} needs more: lower one of them"
-            )
+        tasks, rows = self._sequence(epoch)
+        lengths = self._row_lengths(tasks, rows).tolist()
+        plan = whole_steps(filled(lengths, budget, self._world), lengths, self._accumulation, self._world)
+        if not plan:
+            raise too_few_rows(len(rows), self._accumulation * self._world)
         return [[np.array(part) for part in parts] for parts in plan]
 
+    def _left_out(self, epoch: int) -> np.ndarray:
+        """int64 [T]: rows of each task at the end of an epoch's sequence for which no step by `batch_tokens` is left."""
+        if self._recipe.sampler.batch_tokens is None:
+            return np.zeros(len(self._datasets), dtype=np.int64)
+        while len(self._ends) <= epoch + 1:  # in turn, for an epoch begins with what the one before left out
+            here = len(self._ends) - 1
+            tasks, _ = self._sequence(here)
+            planned = sum(len(part) for parts in self._token_plan(here) for part in parts)
+            self._ends.append(np.bincount(tasks[planned:], minlength=len(self._datasets)))
+        return self._ends[epoch + 1]
+
     def _sequence(self, epoch: int) -> Draw:
-        """The epoch's rows in order: in each stretch, task t's j-th row of Q_t stands at (j + 1/2) / Q_t of the way."""
-        stretches = self._schedule.stretches(epoch)
-        totals = self._schedule.quotas(epoch)
-        source = [self._rows(t, epoch, int(quota)) for t, quota in enumerate(totals)]
+        """The epoch's rows in order, with what the epoch before left out: in each stretch, task t's j-th row of Q_t
+        stands at (j + 1/2) / Q_t of the way.
+        """
+        left_out = self._left_out(epoch - 1)
+        stretches = [stretch.counts for stretch in self._schedule.stretches(epoch)]
+        stretches[0] = stretches[0] + left_out
+        totals = np.sum(stretches, axis=0)
+        begin = sum((self._schedule.quotas(earlier) for earlier in range(epoch)), -left_out)
+        source = [self._rows(t, int(begin[t]), int(quota)) for t, quota in enumerate(totals)]
         taken = np.zeros_like(totals)
         tasks, rows = [], []
-        for stretch in stretches:
-            place = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in stretch.counts])
+        for counts in stretches:
+            place = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts])
             order = np.argsort(place, kind="stable")
-            tasks.append(np.repeat(np.arange(len(totals)), stretch.counts)[order])
-            upcoming = [source[t][taken[t] : taken[t] + count] for t, count in enumerate(stretch.counts)]
+            tasks.append(np.repeat(np.arange(len(totals)), counts)[order])
+            upcoming = [source[t][taken[t] : taken[t] + count] for t, count in enumerate(counts)]
             rows.append(np.concatenate(upcoming)[order])
-            taken += stretch.counts
+            taken += counts
         return np.concatenate(tasks), np.concatenate(rows)
 
-    def _rows(self, task: int, epoch: int, quota: int) -> np.ndarray:
-        """The next `quota` rows of a task, from permutations that follow each other over all epochs."""
+    def _rows(self, task: int, start: int, quota: int) -> np.ndarray:
+        """`quota` rows of a task after the first `start`, from permutations that follow each other over all epochs."""
         size = len(self._datasets[task])
-        start = sum(int(self._schedule.quotas(earlier)[task]) for earlier in range(epoch))
         first, last = start // size, (start + max(quota, 1) - 1) // size
         permutations = [
             np.random.default_rng([self._recipe.seed, task, wrap]).permutation(size) for wrap in range(first, last + 1)
