@@ -60,9 +60,11 @@ class BatchStream:
         rows = int(self._left_out(epochs - 1).sum())
         if not rows:
             return []
+        given = f"sampler.batch_tokens={self._recipe.sampler.batch_tokens}"
+        micro_batches = self._accumulation * self._world
         return [
-            f"the last epoch leaves out {rows} rows: with sampler.batch_tokens={self._recipe.sampler.batch_tokens} they "
-            f"are too few for a step of {self._accumulation * self._world} micro-batches"
+            f"the last epoch leaves out {rows} rows: with {given} they are too few for a step of {micro_batches} "
+            "micro-batches"
         ]
 
     def loss_weights(self, epoch: int, step: int) -> dict[str, float] | None:
@@ -121,7 +123,7 @@ class BatchStream:
         return [[np.array(part) for part in parts] for parts in plan]
 
     def _left_out(self, epoch: int) -> np.ndarray:
-        """int64 [T]: rows of each task at the end of an epoch's sequence for which no step by `batch_tokens` is left."""
+        """int64 [T]: rows of each task at the end of an epoch's sequence that no step by `batch_tokens` takes."""
         if self._recipe.sampler.batch_tokens is None:
             return np.zeros(len(self._datasets), dtype=np.int64)
         while len(self._ends) <= epoch + 1:  # in turn, for an epoch begins with what the one before left out
