@@ -16,7 +16,7 @@ from fastmtl.config import DataConfig, Recipe, TaskConfig
 from fastmtl.data.corpus import demo_directory
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.readers import Rows, read_file, read_rows
-from fastmtl.data.tokenized import tokenize
+from fastmtl.data.tokenized import check_token_types, tokenize
 from fastmtl.errors import UserError, quoted, unknown_name
 from fastmtl.evaluation import score
 from fastmtl.metrics import evaluate_predictions, mean_score, predicted_labels
@@ -82,6 +82,7 @@ class Predictor:
         config = self.task(task)
         with tempfile.TemporaryDirectory(prefix="fastmtl-") as cache:
             dataset = tokenize(rows, self._tokenizer, config, self.model.encoder.max_length, cache)
+            check_token_types([dataset], self.model.encoder.config.type_vocab_size)
             return score(self._forward, self.recipe, {task: dataset})[task].scores
 
     def task(self, name: str) -> TaskConfig:
@@ -174,6 +175,8 @@ def _rows_of(texts: Sequence[Text]) -> Rows:
         if not good:
             wanted = "a pair of strings (text, other text)" if pairs else "a string"
             raise UserError(f"texts[{position}] is not {wanted} like the first one: {quoted(text)}")
+        for part in text if pairs else (text,):
+            _check_unicode(position, str(part))
     return Rows(
         ids=[str(position) for position in range(len(texts))],
         texts=[text[0] if pairs else text for text in texts],  # type: ignore[misc]
@@ -182,6 +185,17 @@ def _rows_of(texts: Sequence[Text]) -> Rows:
         skipped=[],
         path=Path("texts"),
     )
+
+
+def _check_unicode(position: int, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = quoted(text[error.start])
+        raise UserError(
+            f"texts[{position}], character {error.start + 1}: {found} is half of a surrogate pair, no character; mend "
+            "or replace it"
+        ) from None
 
 
 def _prediction(task: TaskConfig, scores: np.ndarray) -> Prediction:

@@ -25,6 +25,7 @@ from fastmtl.data.masking import MaskedStream
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.prefetch import ahead
 from fastmtl.data.stream import BatchStream
+from fastmtl.data.tokenized import check_token_types
 from fastmtl.engine.build import build_engine, build_surgery, check_engine
 from fastmtl.engine.checkpoint import Checkpoints, Found
 from fastmtl.engine.distributed import Ranks, StopFlag, start
@@ -137,6 +138,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int
         found = None
     model = _checked_models(phases, at.phase)
     corpus = ranks.in_turn(lambda: Corpus.load(recipe, tokenizer, model.model.encoder.max_length))
+    check_token_types([*corpus.train, *corpus.dev], model.model.encoder.config.type_vocab_size)
     jobs = [Job.of(phase, corpus.only(recipe, phase.recipe.task_names), tokenizer, ranks) for phase in phases]
     load_libraries()
     run: Run | None = None

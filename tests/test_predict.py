@@ -127,6 +127,8 @@ def test_kinds_of_answers(predictor: Predictor) -> None:
         ("para", [("a", "b"), "x"], "texts[1] is not a pair of strings"),
         ("para", [("a", "b", "c")], "texts[0] is not a pair of strings"),
         ("sst", [None], "texts[0] is not"),
+        ("sst", ["\ud83d"], "texts[0], character 1: '\\ud83d' is half of a surrogate pair"),
+        ("sts", [("a", "b"), ("a", "b\udc80")], "texts[1], character 2: '\\udc80' is half of a surrogate pair"),
     ],
 )
 def test_wrong_texts_are_named(predictor: Predictor, task: str, texts: list, message: str) -> None:

@@ -10,6 +10,8 @@ import shutil
 import sys
 import tempfile
 import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,7 @@ from fastmtl.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 _ARRAYS = ("tokens", "offsets", "second_text")
 
 
@@ -117,17 +119,34 @@ def tokenize(
     )
 
 
+def check_token_types(datasets: Iterable[TokenizedDataset | None], token_types: int) -> None:
+    """Raise UserError for data with second texts where the encoder has one token type (`type_vocab_size`)."""
+    for dataset in datasets:
+        if dataset is not None and token_types < 2 and (dataset.second_text < np.diff(dataset.offsets)).any():
+            raise UserError(
+                f"{dataset.path}: its pairs need two token types, and the encoder has {token_types} (type_vocab_size "
+                "in its config.json): set pairs: bi for this task, or take another encoder"
+            )
+
+
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """All that decides how a tokenizer splits texts, as JSON."""
+    """All that decides how a tokenizer splits texts, as JSON. Every call sets truncation and padding itself."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())
-    for state in ("truncation", "padding"):  # of the last call, not of the tokenizer
+    for state in ("truncation", "padding"):
         model.pop(state, None)
     return model
 
 
 def _digest(rows: Rows, tokenizer: PreTrainedTokenizerBase, bi: bool, max_length: int) -> str:
+    import tokenizers
+    import transformers
+
+    # What else decides about tokens: the code, and the two settings of a call that come from tokenizer_config.json.
+    code = [type(tokenizer).__name__, tokenizers.__version__, transformers.__version__]
+    call = [tokenizer.truncation_side, getattr(tokenizer, "split_special_tokens", False)]
     digest = hashlib.sha256()
-    settings = [CACHE_VERSION, bi, max_length, tokenizer_state(tokenizer), rows.texts, rows.pair_texts]
+    state = tokenizer_state(tokenizer)
+    settings = [CACHE_VERSION, bi, max_length, state, code, call, rows.texts, rows.pair_texts]
     digest.update(json.dumps(settings).encode("utf-8"))
     return digest.hexdigest()[:32]
 
@@ -141,14 +160,22 @@ def _encode(
         pairs = None
     else:
         texts, pairs = rows.texts, rows.pair_texts
-    encoded = tokenizer(texts, pairs, verbose=False)
-    ids, types = encoded["input_ids"], encoded["token_type_ids"]
-    long = [index for index, sequence in enumerate(ids) if len(sequence) > max_length]
-    for index in long:
-        cut = tokenizer(
-            texts[index], None if pairs is None else pairs[index], truncation="longest_first", max_length=max_length
+    with _state_kept(tokenizer):
+        # Token types are asked for: a tokenizer whose model_input_names lack them returns none of itself.
+        encoded = tokenizer(texts, pairs, verbose=False, return_token_type_ids=True)
+        ids, types = encoded["input_ids"], encoded["token_type_ids"]
+        long = [index for index, sequence in enumerate(ids) if len(sequence) > max_length]
+        for index in long:
+            pair = None if pairs is None else pairs[index]
+            cut = tokenizer(
+                texts[index], pair, truncation="longest_first", max_length=max_length, return_token_type_ids=True
+            )
+            ids[index], types[index] = cut["input_ids"], cut["token_type_ids"]
+    if any(kind != sorted(kind) or kind[-1:] > [1] for kind in types):
+        raise UserError(
+            f"{rows.path}: the encoder's tokenizer gives token types other than 0 for a first text and 1 for a second; "
+            "mend the post_processor of its tokenizer.json"
         )
-        ids[index], types[index] = cut["input_ids"], cut["token_type_ids"]
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     arrays = {
         "tokens": np.fromiter((token for sequence in ids for token in sequence), np.int32, int(lengths.sum())),
@@ -156,6 +183,18 @@ def _encode(
         "second_text": (lengths - np.fromiter(map(sum, types), np.int64, len(types))).astype(np.int32),
     }
     return arrays, len({index // (2 if bi else 1) for index in long})
+
+
+@contextmanager
+def _state_kept(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Restore the truncation and padding that calls set on a tokenizer, for they are saved with it."""
+    backend = tokenizer.backend_tokenizer
+    truncation, padding = backend.truncation, backend.padding
+    try:
+        yield
+    finally:
+        backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
+        backend.no_padding() if padding is None else backend.enable_padding(**padding)
 
 
 def _store(entry: Path, arrays: dict[str, np.ndarray], truncated: int) -> None:

@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 import fastmtl
 from fastmtl import nvidia_apex
 from fastmtl.config import EncoderConfig, Recipe, parse_recipe
-from fastmtl.errors import UserError, unknown_name
+from fastmtl.errors import UserError, quoted, unknown_name
 from fastmtl.model.encoder import PackedBert, UnusedPooler
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.model.weights import load_exactly, read_encoder_weights, read_json, read_tensors
@@ -96,6 +96,9 @@ def load_tokenizer(config: EncoderConfig) -> PreTrainedTokenizerBase:
     vocab_size = _bert_config(directory / "config.json").vocab_size
     if len(tokenizer) > vocab_size:
         raise UserError(f"{directory}: the tokenizer has {len(tokenizer)} ids, vocab_size is {vocab_size}")
+    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if highest >= vocab_size:  # ids may have gaps
+        raise UserError(f"{directory}: the tokenizer's token {quoted(token)} is {highest}, vocab_size is {vocab_size}")
     return tokenizer
 
 

@@ -13,6 +13,7 @@ from fastmtl.config import Recipe
 from fastmtl.data.corpus import Corpus
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.stream import BatchStream
+from fastmtl.data.tokenized import check_token_types
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.model.add_task import complete
 from fastmtl.model.masked_lm import MLM
@@ -132,6 +133,7 @@ class Plan:
         tokenizer = load_tokenizer(phase.recipe.encoder)
         self.model = PhaseModel(phase).model.to("meta")
         self.corpus = Corpus.load(phase.recipe, tokenizer, self.model.encoder.max_length)
+        check_token_types([*self.corpus.train, *self.corpus.dev], self.model.encoder.config.type_vocab_size)
         self._loads: dict[int, list[Load]] = {}
 
     def parameters(self) -> int:

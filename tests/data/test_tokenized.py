@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from transformers import AutoTokenizer
 from fastmtl.config import TaskConfig
 from fastmtl.data import tokenized
 from fastmtl.data.readers import Rows
-from fastmtl.data.tokenized import tokenize
+from fastmtl.data.tokenized import check_token_types, tokenize
 from fastmtl.errors import UserError
 
 TEXTS, OTHERS = ["the cat sat", "a very long story about the dog and the house"], ["it ran", "so do we"]
@@ -108,3 +110,77 @@ def test_cache_that_cannot_be_written(tokenizer: Any, tmp_path: Path, capsys: py
     data = tokenize(rows(), tokenizer, config(), 64, tmp_path / "file" / "cache")
     assert sequence(data, 0) == tokenizer(TEXTS[0], OTHERS[0])["input_ids"]
     assert "is not writable" in capsys.readouterr().err
+
+
+def test_the_tokenizer_keeps_its_own_truncation_and_padding(tokenizer: Any, tmp_path: Path) -> None:
+    plain = tokenizer.backend_tokenizer.to_str()
+    tokenize(rows(), tokenizer, config(), 14, tmp_path)
+    assert tokenizer.backend_tokenizer.to_str() == plain  # cold; texts were cut
+    own = copy.deepcopy(tokenizer)
+    own.backend_tokenizer.enable_truncation(9, direction="left")
+    own.backend_tokenizer.enable_padding(length=9)
+    before = own.backend_tokenizer.to_str()
+    for length in (64, 14, 64):  # the last from the cache; that they are set changes no token
+        data = tokenize(rows(), own, config(), length, tmp_path / "own")
+        assert data.tokens.tolist() == tokenize(rows(), tokenizer, config(), length, tmp_path).tokens.tolist()
+    own.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "tokenizer.json").read_text("utf-8")) == json.loads(before)
+
+
+def test_token_types_of_a_tokenizer_that_does_not_name_them(tokenizer: Any, tmp_path: Path) -> None:
+    unnamed = copy.deepcopy(tokenizer)
+    unnamed.model_input_names = ["input_ids", "attention_mask"]
+    for length in (64, 14):
+        data = tokenize(rows(), unnamed, config(), length, tmp_path / "unnamed")
+        same = tokenize(rows(), tokenizer, config(), length, tmp_path)
+        assert data.second_text.tolist() == same.second_text.tolist()
+        assert (data.second_text < np.diff(data.offsets)).all()
+
+
+def test_an_encoder_with_one_token_type(tokenizer: Any, tmp_path: Path) -> None:
+    pairs = tokenize(rows(), tokenizer, config(), 64, tmp_path)
+    check_token_types([pairs, None], 2)
+    check_token_types([tokenize(rows(), tokenizer, config("bi"), 64, tmp_path)], 1)
+    with pytest.raises(UserError, match="f.csv: its pairs need two token types, and the encoder has 1"):
+        check_token_types([None, pairs], 1)
+
+
+@pytest.mark.parametrize("change", ["side", "special", "added", "normalizer", "template", "tokenizers", "transformers"])
+def test_two_tokenizers_that_differ_in_one_thing(
+    change: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenize(rows(), tokenizer, config(), 14, tmp_path)
+    other = copy.deepcopy(tokenizer)
+    match change:
+        case "side":
+            other.truncation_side = "left"
+        case "special":
+            other.split_special_tokens = True
+        case "added":
+            other.add_tokens(["cat sat"])
+        case "normalizer":
+            from tokenizers.normalizers import BertNormalizer
+
+            other.backend_tokenizer.normalizer = BertNormalizer(lowercase=False)
+        case "template":
+            from tokenizers.processors import TemplateProcessing
+
+            marks = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")]
+            other.backend_tokenizer.post_processor = TemplateProcessing("[CLS] $A", "[CLS] $A $B:1", marks)
+        case _:
+            monkeypatch.setattr(f"{change}.__version__", "0.0")
+    data = tokenize(rows(), other, config(), 14, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    if change == "side":
+        cut = other(TEXTS[1], OTHERS[1], truncation="longest_first", max_length=14)
+        assert sequence(data, 1) == cut["input_ids"] != tokenizer(TEXTS[1], OTHERS[1])["input_ids"][:14]
+
+
+def test_token_types_that_no_batch_can_hold(tokenizer: Any, tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    other = copy.deepcopy(tokenizer)
+    other.backend_tokenizer.post_processor = TemplateProcessing("$A:2", "$A:1 $B:0", [])
+    for pairs in (True, False):
+        with pytest.raises(UserError, match="token types other than 0 for a first text"):
+            tokenize(rows(pairs), other, config(), 64, tmp_path)

@@ -195,6 +195,15 @@ def test_an_index_cannot_name_files_elsewhere(bert: Path) -> None:
         load_encoder(EncoderConfig(path=str(bert)))
 
 
+def test_a_token_beyond_a_gap_in_the_ids_is_refused(bert: Path) -> None:
+    values = json.loads((bert / "tokenizer.json").read_text("utf-8"))
+    vocab_size = json.loads((bert / "config.json").read_text())["vocab_size"]
+    values["model"]["vocab"]["cat"] = vocab_size + 3
+    (bert / "tokenizer.json").write_text(json.dumps(values), "utf-8")
+    with pytest.raises(UserError, match=f"token 'cat' is {vocab_size + 3}, vocab_size is {vocab_size}"):
+        load_tokenizer(EncoderConfig(path=str(bert)))
+
+
 def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(bert: Path) -> None:
     edit(bert / "config.json", vocab_size=50)
     with pytest.raises(UserError, match="ids, .*vocab_size is 50"):
