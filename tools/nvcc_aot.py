@@ -8,18 +8,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from build_kernels import NVCC_FLAGS
+
 ROOT = Path(__file__).parents[1]
-# The target and the options of setup.py and of torch's build of extensions.
-FLAGS = [
-    "-O3",
-    "-std=c++20",
-    "-DTORCH_TARGET_VERSION=" + re.findall(r'TORCH_TARGET_VERSION = "(\w+)"', (ROOT / "setup.py").read_text())[0],
-    "-D__CUDA_NO_HALF_OPERATORS__",
-    "-D__CUDA_NO_HALF_CONVERSIONS__",
-    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
-    "-D__CUDA_NO_HALF2_OPERATORS__",
-    "--expt-relaxed-constexpr",
-]
 
 
 def sources() -> list[Path]:
@@ -46,7 +37,16 @@ def compile_source(source: Path, capability: int) -> dict[str, dict[str, int]]:
     import torch
 
     include = Path(torch.__file__).parent / "include"
-    command = ["nvcc", "-cubin", f"-arch=sm_{capability}", *FLAGS, "-Xptxas=-v", "-isystem", str(include), str(source)]
+    command = [
+        "nvcc",
+        "-cubin",
+        f"-arch=sm_{capability}",
+        *NVCC_FLAGS,
+        "-Xptxas=-v",
+        "-isystem",
+        str(include),
+        str(source),
+    ]
     with tempfile.TemporaryDirectory() as folder:
         command += ["-o", str(Path(folder) / "kernels.cubin")]
         compiled = subprocess.run(command, capture_output=True, text=True, timeout=300)

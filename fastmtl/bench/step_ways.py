@@ -87,7 +87,7 @@ def _merged(
 ) -> tuple[Step, GradientSurgery]:
     assert isinstance(model, MultiTaskModel)
     if method not in method_names():
-        raise Skipped("TorchJD is not here: pip install 'fastmtl[torchjd]'")
+        raise Skipped("TorchJD is not here: pip install 'fastmtl-torch[torchjd]'")
     batch, optimizer = workload.packed_batch, _optimizer(model)
     surgery = GradientSurgery(
         optimizer,

@@ -152,7 +152,7 @@ def _torchjd(name: str, workload: Workload) -> Variant:
         from torchjd.aggregation import PCGrad
         from torchjd.autojac import jac_to_grad, mtl_backward
     except ImportError as error:
-        raise Skipped(f"{error}: pip install 'fastmtl[torchjd]'") from None
+        raise Skipped(f"{error}: pip install 'fastmtl-torch[torchjd]'") from None
     model, batches = workload.padded, workload.padded_batches
     shared = list(model.encoder.parameters())
     own = [list(head.parameters()) for head in model.heads]

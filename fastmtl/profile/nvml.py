@@ -27,7 +27,7 @@ class Nvml:
             uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
             self._handle = self._nvml.nvmlDeviceGetHandleByUUID(uuid)
         except ImportError:
-            self.reason = "nvidia-ml-py is not installed: pip install 'fastmtl[gpu]'"
+            self.reason = "nvidia-ml-py is not installed: pip install 'fastmtl-torch[gpu]'"
         except Exception as error:  # noqa: BLE001 - NVML's own class, which is not there without it
             self.reason = f"NVML: {error}"
 

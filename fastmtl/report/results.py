@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from fastmtl import __version__
 from fastmtl.config import Recipe
 from fastmtl.metrics import confusion, evaluate_predictions, mean_score
 
-PACKAGES = ("fastmtl", "torch", "deepspeed", "transformers", "tokenizers", "safetensors", "numpy")
+PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "numpy")
 SCATTER_POINTS = 800  # more would only make the file larger: the points overlap
 
 
@@ -49,7 +50,7 @@ def collect_results(
         },
         "scatter": {name: _sample(*pair) for name, pair in regression.items()},
         "data": {task: {split: dict(counts) for split, counts in splits.items()} for task, splits in data.items()},
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), "fastmtl": __version__, **_versions()},
     }
 
 
@@ -68,5 +69,5 @@ def _versions() -> dict[str, str]:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # fastmtl itself, run from its source tree
+            continue  # run from its source tree
     return found

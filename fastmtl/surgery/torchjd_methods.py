@@ -1,4 +1,4 @@
-"""TorchJD's Gramian weightings as gradient methods, through the extra `fastmtl[torchjd]`.
+"""TorchJD's Gramian weightings as gradient methods, through the extra `fastmtl-torch[torchjd]`.
 
 Each has its class's name in lower case without `Weighting`: upgrad, mgda, cagrad, imtlg, alignedmtl, dualproj, ...
 They work on the host in TorchJD's own precision; rank 0 solves and the others take its weights. A task without a
@@ -26,7 +26,7 @@ _OURS = {"pcgrad", "gradvac"}
 
 def why_unavailable() -> str:
     """The reason why there are none here, "" where there are."""
-    return "" if find_spec("torchjd") else "TorchJD's methods need: pip install 'fastmtl[torchjd]'"
+    return "" if find_spec("torchjd") else "TorchJD's methods need: pip install 'fastmtl-torch[torchjd]'"
 
 
 @cache

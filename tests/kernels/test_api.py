@@ -103,6 +103,33 @@ def test_a_missing_or_broken_library_is_a_reason(monkeypatch: pytest.MonkeyPatch
         gradients.why_unavailable.cache_clear()
 
 
+def test_the_build_s_reason_is_told_in_place_of_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr(gradients, "__file__", str(tmp_path / "gradients.py"))
+    monkeypatch.setattr(gradients, "why_unavailable", lambda: "")
+    gradients.why_no_cuda_library.cache_clear()
+    try:
+        assert "not built; with nvcc and a CUDA build of torch" in gradients.why_no_cuda_library()
+        (tmp_path / "_CUDA.txt").write_text("nvcc fails; install another\n")
+        gradients.why_no_cuda_library.cache_clear()
+        told = "the CUDA kernels are not built: nvcc fails; install another; after that `make -B install` or"
+        assert gradients.why_no_cuda_library().startswith(told)
+        (tmp_path / "_CUDA.abi3.so").write_bytes(b"no library")
+        gradients.why_no_cuda_library.cache_clear()
+        assert "the CUDA kernels do not load" in gradients.why_no_cuda_library()
+    finally:
+        gradients.why_no_cuda_library.cache_clear()
+
+
+def test_the_cuda_library_is_not_taken_for_the_c_plus_plus_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr(gradients, "__file__", str(tmp_path / "gradients.py"))
+    (tmp_path / "_CUDA.abi3.so").touch()
+    gradients.why_unavailable.cache_clear()
+    try:
+        assert "the C++ kernels are not built" in gradients.why_unavailable()
+    finally:
+        gradients.why_unavailable.cache_clear()
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_implementations_agree_with_dispatch(device: str) -> None:
     listed = implementations(device)

@@ -59,7 +59,7 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", missing)
     nvml = Nvml(DEVICE)
     assert (nvml.process_bytes(), nvml.utilisation(), nvml.joules()) == (None, None, None)
-    assert nvml.notes() == ["nvidia-ml-py is not installed: pip install 'fastmtl[gpu]'"]
+    assert nvml.notes() == ["nvidia-ml-py is not installed: pip install 'fastmtl-torch[gpu]'"]
 
 
 def test_denied_from_the_start() -> None:

@@ -242,7 +242,7 @@ def test_state_of_a_torchjd_method_survives_a_checkpoint() -> None:
 def test_without_torchjd_its_names_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchjd_methods, "_classes", dict)
     monkeypatch.setattr(torchjd_methods, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'fastmtl\[torchjd\]'"):
+    with pytest.raises(UserError, match=r"pip install 'fastmtl-torch\[torchjd\]'"):
         surgery_on(make(), "upgrad")
 
 

@@ -59,7 +59,7 @@ def _liger(rows: Rows) -> Run:
     try:
         from liger_kernel.ops.layer_norm import LigerLayerNormFunction
     except ImportError as error:
-        raise Skipped(f"{error}: pip install 'fastmtl[bench]'") from None
+        raise Skipped(f"{error}: pip install 'fastmtl-torch[bench]'") from None
 
     def run(t: Tensors, dropout: float) -> Tensor:
         z = t["residual"] + F.dropout(t["x"] + t["x_bias"], dropout)

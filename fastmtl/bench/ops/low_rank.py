@@ -87,7 +87,7 @@ def _peft(rows: Rows) -> Run:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise Skipped(f"{error}: pip install 'fastmtl[bench]'") from None
+        raise Skipped(f"{error}: pip install 'fastmtl-torch[bench]'") from None
     width, tasks = rows.size.shape.hidden, rows.size.tasks
     base = nn.Sequential(_Nothing(width, width, bias=False)).to(rows.device, rows.dtype)
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"])

@@ -70,7 +70,7 @@ def _torchjd(name: str) -> Run:
     try:
         from torchjd import aggregation
     except ImportError as error:
-        raise Skipped(f"{error}: pip install 'fastmtl[torchjd]'") from None
+        raise Skipped(f"{error}: pip install 'fastmtl-torch[torchjd]'") from None
     found: Any = getattr(aggregation, name, None)
     if found is None:
         raise Skipped(f"this TorchJD has no {name}")

@@ -1,0 +1,97 @@
+"""Compiles csrc/ against the headers of other versions of torch: python tools/check_torch_headers.py 2.11.0 newest
+
+The headers come from the wheel for macOS on arm64, which has every one that csrc/ includes, those for CUDA too, at a
+tenth of the size. pip downloads it once, and the headers stay in .cache/torch-headers. csrc/*.cu need nvcc; without one
+the page says so and the C++ files are compiled alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nvcc_aot
+from build_kernels import CXX_FLAGS, NVCC_FLAGS
+
+ROOT = Path(__file__).parents[1]
+CACHE = ROOT / ".cache" / "torch-headers"
+# All that torch's wheels for macOS were tagged with since 2.11; Python's version makes no difference to the headers.
+PLATFORMS = ("macosx_11_0_arm64", "macosx_12_0_arm64", "macosx_13_0_arm64", "macosx_14_0_arm64")
+WHEEL = ["--no-deps", "--only-binary=:all:", "--python-version=3.12", *(f"--platform={name}" for name in PLATFORMS)]
+
+
+def main(versions: list[str]) -> None:
+    why_no_nvcc = nvcc_aot.why_no_nvcc()
+    failed = False
+    for version in map(exact, versions):
+        commands = {source.name: command(source, headers(version)) for source in sources(not why_no_nvcc)}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for name, problem in zip(commands, pool.map(compile_problem, commands.values()), strict=True):
+                failed = failed or bool(problem)
+                print(f"torch {version}  {name}: {problem or 'compiles'}", flush=True)
+        if why_no_nvcc:
+            print(f"torch {version}  *.cu: not compiled: {why_no_nvcc}")
+    sys.exit(failed)
+
+
+def exact(version: str) -> str:
+    """The version itself, for `newest` the one that pip would install."""
+    if version != "newest":
+        return version
+    found = json.loads(pip("install", "--dry-run", "--quiet", "--report=-", "--target=unused", *WHEEL, "torch"))
+    return found["install"][0]["metadata"]["version"]
+
+
+def headers(version: str) -> Path:
+    """The folder of torch's headers, downloaded and unpacked where they are not yet."""
+    folder = CACHE / version
+    if not folder.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as name:
+            pip("download", "--quiet", "--no-cache-dir", f"--dest={name}", *WHEEL, f"torch=={version}")
+            (wheel,) = Path(name).glob("torch-*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                members = [member for member in archive.namelist() if member.startswith("torch/include/torch/")]
+                archive.extractall(Path(name) / "unpacked", members)
+            # Whole or not at all: an interrupted run leaves no half of the headers.
+            (Path(name) / "unpacked").rename(folder)
+    return folder / "torch" / "include"
+
+
+def pip(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "pip", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"pip {arguments[0]} of torch's wheel failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def sources(with_cuda: bool) -> list[Path]:
+    found = [*(ROOT / "csrc").glob("*.cu")] if with_cuda else []
+    return [*found, *sorted((ROOT / "csrc").glob("*.cpp"))]
+
+
+def command(source: Path, include: Path) -> list[str]:
+    """Compile without a result. The optimiser is left out: what a header lacks is found before it runs."""
+    if source.suffix == ".cu":
+        return ["nvcc", "-c", "-arch=sm_80", *NVCC_FLAGS, "-isystem", str(include), str(source), "-o", os.devnull]
+    compiler = os.environ.get("CXX", "c++").split()
+    return [*compiler, "-c", "-std=c++20", *CXX_FLAGS, "-O0", "-isystem", str(include), str(source), "-o", os.devnull]
+
+
+def compile_problem(command: list[str]) -> str:
+    """What the compiler prints where it fails, "" where it does not."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        return str(error)
+    return done.stderr.strip() or f"exit status {done.returncode}" if done.returncode else ""
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
