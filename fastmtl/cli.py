@@ -109,16 +109,20 @@ def train(
 
     DIR gets config.yaml, metrics.jsonl, tensorboard/, checkpoints/, model/, predictions/ and report.html.
     """
+    from fastmtl.before_meeting import errors_reach_the_first
+    from fastmtl.checks import check_recipe, prepare_output
     from fastmtl.config import load_recipe
 
     _set_debug(debug)
-    settings = load_recipe(recipe, overrides or [])
     directory = output or Path("runs") / Path(recipe).stem
-    if _is_first_process():
-        _prepare_output(directory, resume)
+    with errors_reach_the_first():
+        settings = load_recipe(recipe, overrides or [])
+        if _is_first_process():
+            prepare_output(directory, resume)
+        rows = check_recipe(settings, int(os.environ.get("WORLD_SIZE", "1")))
     from fastmtl.train import train as run
 
-    run(settings, directory, resume=resume, local_rank=context.obj)
+    run(settings, directory, resume=resume, local_rank=context.obj, rows=rows)
 
 
 @app.command(no_args_is_help=True)
@@ -280,18 +284,3 @@ def _advice(error: Exception) -> str | None:
 
 def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-def _prepare_output(directory: Path, resume: bool) -> None:
-    """Refuses a directory that would be overwritten or cannot be written, before the encoder is loaded for it."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        used = any(directory.iterdir())
-    except OSError as error:
-        raise UserError(f"cannot write to the output directory {directory}: {error.strerror}") from None
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to the output directory {directory}: no permission")
-    if used and not resume:
-        raise UserError(
-            f"{directory} already holds a run: go on with it by --resume, or choose another place by --output DIR"
-        )

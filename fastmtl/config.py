@@ -134,6 +134,10 @@ class AugmentConfig(Section):
     deletions: float = Field(0.1, ge=0, lt=1, description="probability with which a word is left out")
     wordnet: str | None = Field(None, description="WordNet's folder; default: where Debian or nltk puts it")
 
+    @property
+    def uses_synonyms(self) -> bool:
+        return bool(self.synonyms or self.insertions)
+
 
 class FileConfig(Section):
     """Where a task's rows are. `format` names a known layout; `columns` maps id, text, text_pair, label to columns of
@@ -425,6 +429,7 @@ class TrainConfig(Section):
     log_every: Int = Field(1, ge=1, description="optimiser steps between lines of metrics.jsonl")
 
 
+MLM = "mlm"  # the objective of masked language modelling, and its loss
 TRAINS = ("all", "heads", "adapters", "adapters+heads", "encoder", "encoder+heads", "encoder+adapters")
 
 

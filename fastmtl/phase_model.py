@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastmtl.config import MLM
 from fastmtl.engine.distributed import Ranks
 from fastmtl.errors import UserError
-from fastmtl.model.masked_lm import MLM, MaskedLanguageModel, load_output_layer
+from fastmtl.model.masked_lm import MaskedLanguageModel, load_output_layer
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.model.pretrained import encoder_directory, load_encoder
 from fastmtl.model.task_weights import read_task_weights, take_over

@@ -6,17 +6,16 @@ without `phases` is one phase of that very recipe.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from fastmtl.config import TRAINS, GradientConfig, PhaseConfig, Recipe, Section
+from fastmtl.config import MLM, TRAINS, GradientConfig, PhaseConfig, Recipe, Section
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.metrics import check_early_stopping, check_metrics
-from fastmtl.model.masked_lm import MLM
-from fastmtl.surgery.methods import find_method
 
 SEED_STEP = 10_000  # between the seeds of phases: rows come in another order, new weights are others
 S = TypeVar("S", bound=Section)
@@ -48,6 +47,17 @@ def phases_of(recipe: Recipe) -> list[Phase]:
     Raises UserError, naming the phase, for unknown names, for what excludes each other, and for a phase that has
     nothing to train.
     """
+    from fastmtl.surgery.methods import find_method  # imports torch, which `split` does without
+
+    phases = split(recipe)
+    for phase in phases:
+        with _named(phase):
+            find_method(phase.recipe.gradient.method, options=phase.recipe.gradient.options)
+    return phases
+
+
+def split(recipe: Recipe) -> list[Phase]:
+    """Return what `phases_of` does, without a look at the gradient methods: torch is not imported for it."""
     if not recipe.phases:
         phases = [Phase(0, None, recipe, ("encoder", "adapters", "heads"))]
     else:
@@ -65,16 +75,21 @@ def phases_of(recipe: Recipe) -> list[Phase]:
                 raise UserError(f"phases.{index} ({name}): {error}") from None
         _check_adapters(phases)
     for phase in phases:
-        try:
+        with _named(phase):
             check_metrics(phase.recipe)
             if phase.objective == "tasks":
                 check_early_stopping(phase.recipe)
-            find_method(phase.recipe.gradient.method, options=phase.recipe.gradient.options)
-        except UserError as error:
-            raise UserError(
-                str(error) if phase.name is None else f"phases.{phase.index} ({phase.name}): {error}"
-            ) from None
     return phases
+
+
+@contextmanager
+def _named(phase: Phase) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        if phase.name is None:
+            raise
+        raise UserError(f"phases.{phase.index} ({phase.name}): {error}") from None
 
 
 def _phase(recipe: Recipe, given: PhaseConfig, index: int, name: str) -> Phase:

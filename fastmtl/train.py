@@ -19,8 +19,10 @@ from typing import Any
 import torch
 
 from fastmtl import heap
-from fastmtl.config import Recipe
-from fastmtl.data.corpus import Corpus
+from fastmtl.before_meeting import errors_reach_the_first
+from fastmtl.checks import check_schedules
+from fastmtl.config import MLM, Recipe
+from fastmtl.data.corpus import Corpus, CorpusRows
 from fastmtl.data.masking import MaskedStream
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.prefetch import ahead
@@ -28,14 +30,13 @@ from fastmtl.data.stream import BatchStream
 from fastmtl.data.tokenized import check_token_types
 from fastmtl.engine.build import build_engine, build_surgery, check_engine
 from fastmtl.engine.checkpoint import Checkpoints, Found
-from fastmtl.engine.distributed import Ranks, StopFlag, start
+from fastmtl.engine.distributed import Ranks, StopFlag, join, this_process
 from fastmtl.engine.fused_optimizers import check_fused_optimizer
 from fastmtl.engine.gather import gathered_state_dict
 from fastmtl.errors import UserError
 from fastmtl.evaluation import Scores, score
 from fastmtl.metrics import evaluate_predictions, load_libraries, mean_score, selected_score
 from fastmtl.model.add_task import complete
-from fastmtl.model.masked_lm import MLM
 from fastmtl.model.pretrained import load_tokenizer
 from fastmtl.objectives import Objectives
 from fastmtl.phase_model import PhaseModel
@@ -113,31 +114,42 @@ class Run:
     at: Progress
 
 
-def train(recipe: Recipe, output: Path, *, resume: bool = False, local_rank: int | None = None) -> None:
-    """Runs a recipe; every rank calls it.
+def train(
+    recipe: Recipe,
+    output: Path,
+    *,
+    resume: bool = False,
+    local_rank: int | None = None,
+    rows: CorpusRows | None = None,
+) -> None:
+    """Runs a recipe; every rank calls it. rows: of its files, where they have been read.
 
     Leaves config.yaml, metrics.jsonl, tensorboard/, checkpoints/, model/ (of the best epoch), predictions/ and
     report.html in `output`.
     Raises UserError for what the user can mend. SIGTERM ends the current step, saves, and returns.
     """
-    recipe = complete(recipe)
-    phases = phases_of(recipe)  # a wrong name costs no waiting for data
-    for phase in phases:
-        check_fused_optimizer(phase.recipe)
     if not torch.cuda.is_available():
         heap.map_large_blocks()
-    ranks = start(local_rank)
+    ranks = this_process(local_rank)
+    with errors_reach_the_first():  # everything that can be refused, before DeepSpeed starts
+        recipe = complete(recipe)
+        phases = phases_of(recipe)  # a wrong name costs no waiting for data
+        for phase in phases:
+            check_fused_optimizer(phase.recipe)
+            check_engine(phase.recipe, ranks.world)
+        rows = rows or CorpusRows.read(recipe)
+        check_schedules(phases, rows, ranks.world)
+        tokenizer = load_tokenizer(recipe.encoder)
+        checkpoints = Checkpoints(output / "checkpoints", recipe, ranks)
+        found = checkpoints.find() if resume else None
+        at = _where(found, phases)
+        if at.first_step == at.step:  # a phase begins
+            found = None
+        model = _checked_models(phases, at.phase)
+    join(ranks)
+    ranks.agree()
     stop = StopFlag()
-    tokenizer = load_tokenizer(recipe.encoder)
-    for phase in phases:
-        check_engine(phase.recipe, ranks.world)
-    checkpoints = Checkpoints(output / "checkpoints", recipe, ranks)
-    found = checkpoints.find() if resume else None
-    at = _where(found, phases)
-    if at.first_step == at.step:  # a phase begins
-        found = None
-    model = _checked_models(phases, at.phase)
-    corpus = ranks.in_turn(lambda: Corpus.load(recipe, tokenizer, model.model.encoder.max_length))
+    corpus = ranks.in_turn(lambda: Corpus.load(recipe, tokenizer, model.model.encoder.max_length, rows))
     check_token_types([*corpus.train, *corpus.dev], model.model.encoder.config.type_vocab_size)
     jobs = [Job.of(phase, corpus.only(recipe, phase.recipe.task_names), tokenizer, ranks) for phase in phases]
     load_libraries()

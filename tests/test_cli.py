@@ -30,8 +30,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Stands in for the training loop, which has tests of its own: records the calls."""
     calls: list[dict[str, Any]] = []
 
-    def train(recipe: Any, output: Path, *, resume: bool, local_rank: int | None) -> None:
-        calls.append({"recipe": recipe, "output": output, "resume": resume, "local_rank": local_rank})
+    def train(recipe: Any, output: Path, *, resume: bool, local_rank: int | None, rows: Any) -> None:
+        calls.append({"recipe": recipe, "output": output, "resume": resume, "local_rank": local_rank, "rows": rows})
 
     module = types.ModuleType("fastmtl.train")
     module.train = train  # type: ignore[attr-defined]
@@ -103,6 +103,7 @@ def test_train_hands_over_recipe_output_and_rank(
     assert call["recipe"].train.epochs == 7
     assert call["recipe"].optimizer.lr == 1e-5
     assert (call["output"], call["resume"], call["local_rank"]) == (output, False, 1)
+    assert call["rows"].sizes["sentiment", "train"] == 2400  # read once, before torch is imported
     assert output.is_dir()
 
 

@@ -33,7 +33,7 @@ def augment(rows: Rows, config: AugmentConfig, seed: int, cache_dir: str | Path)
     can be written. Raises UserError where WordNet is needed and not installed.
     """
     assert rows.labels is not None  # training rows have them
-    wordnet = find_wordnet(config.wordnet) if config.synonyms or config.insertions else None
+    wordnet = find_wordnet(config.wordnet) if config.uses_synonyms else None
     settings = [CACHE_VERSION, config.model_dump(exclude={"wordnet"}), seed, wordnet and wordnet.version]
     key = hashlib.sha256(json.dumps([settings, rows.texts, rows.pair_texts, rows.labels.tolist()]).encode()).hexdigest()
     entry = Path(cache_dir).expanduser() / f"augmented-{key[:32]}.json"

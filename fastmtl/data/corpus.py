@@ -2,19 +2,56 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from fastmtl.config import Recipe, TaskConfig
+from fastmtl.config import DataConfig, Recipe
 from fastmtl.data.augment import augment
 from fastmtl.data.filters import drop_longest
-from fastmtl.data.readers import read_rows
-from fastmtl.data.tokenized import TokenizedDataset, tokenize
+from fastmtl.data.readers import Rows, read_rows
+from fastmtl.data.tokenized import TokenizedDataset, check_pairs, tokenize
+from fastmtl.data.wordnet import wordnet_place
+from fastmtl.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+Split = Literal["train", "dev"]
+
+
+@dataclass(frozen=True)
+class CorpusRows:
+    """The rows of a recipe's train and dev files, checked, before augmentation. Importing and reading need no torch.
+
+    sizes: number of rows by (task, split). Rows are handed out once, so that texts do not outlive their tokens.
+    """
+
+    sizes: dict[tuple[str, Split], int]
+    _rows: dict[tuple[str, Split], Rows] = field(repr=False)
+
+    @classmethod
+    def read(cls, recipe: Recipe) -> CorpusRows:
+        """Read every file. Raises UserError for a task without a train file, for files that are not there, and as
+        `read_rows` does.
+        """
+        data = _found(recipe)
+        rows: dict[tuple[str, Split], Rows] = {}
+        for name, task in recipe.tasks.items():
+            if task.data.augment is not None and task.data.augment.uses_synonyms:
+                wordnet_place(task.data.augment.wordnet)
+            for split in _splits(recipe, name):
+                found = read_rows(task, data, split)
+                check_pairs(found, task)
+                rows[name, split] = drop_longest(found, data.drop_longest) if split == "train" else found
+        return cls({key: len(found) for key, found in rows.items()}, rows)
+
+    def take(self, task: str, split: Split) -> Rows:
+        """Hand out the rows of a file, which are then the caller's alone."""
+        return self._rows.pop((task, split))
 
 
 @dataclass(frozen=True)
@@ -27,31 +64,44 @@ class Corpus:
     dev: list[TokenizedDataset | None]
 
     @classmethod
-    def load(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Corpus:
-        """Reads the train and dev files. max_length: tokens per text, [CLS] and [SEP] included.
+    def load(
+        cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int, rows: CorpusRows | None = None
+    ) -> Corpus:
+        """Make the data sets of the train and dev files.
 
-        Raises UserError for a task without a train file, and as `read_rows` does.
+        max_length: tokens per text, [CLS] and [SEP] included. rows: of the files, where they have been read.
+        Raises UserError as `CorpusRows.read` does.
         """
-        data = recipe.data.model_copy(update={"dir": recipe.data.dir or str(demo_directory())})
-
-        def read(task: TaskConfig, split: Literal["train", "dev"]) -> TokenizedDataset:
-            rows = read_rows(task, data, split)
-            if split == "train":
-                rows = drop_longest(rows, data.drop_longest)
-                if task.data.augment is not None:
-                    rows = augment(rows, task.data.augment, recipe.seed, data.cache_dir)
-            return tokenize(rows, tokenizer, task, max_length, data.cache_dir)
-
-        tasks = recipe.tasks.values()
-        return cls(
-            train=[read(task, "train") for task in tasks],
-            dev=[None if task.data.dev is None else read(task, "dev") for task in tasks],
-        )
+        read = rows or CorpusRows.read(recipe)
+        made = {}
+        for name, task in recipe.tasks.items():
+            for split in _splits(recipe, name):
+                found = read.take(name, split)
+                if split == "train" and task.data.augment is not None:
+                    found = augment(found, task.data.augment, recipe.seed, recipe.data.cache_dir)
+                made[name, split] = tokenize(found, tokenizer, task, max_length, recipe.data.cache_dir)
+        return cls([made[name, "train"] for name in recipe.tasks], [made.get((name, "dev")) for name in recipe.tasks])
 
     def only(self, recipe: Recipe, tasks: list[str]) -> Corpus:
         """The data sets of some of the recipe's tasks, in its order."""
         chosen = [index for index, name in enumerate(recipe.tasks) if name in tasks]
         return Corpus([self.train[index] for index in chosen], [self.dev[index] for index in chosen])
+
+
+def _splits(recipe: Recipe, task: str) -> Iterator[Split]:
+    yield "train"
+    if recipe.tasks[task].data.dev is not None:
+        yield "dev"
+
+
+def _found(recipe: Recipe) -> DataConfig:
+    """The section with the directory to read from. Raises UserError where `data.dir` is no directory."""
+    data = recipe.data
+    files = [file for task in recipe.tasks.values() for file in (task.data.train, task.data.dev) if file is not None]
+    relative = [file for file in files if not Path(file).expanduser().is_absolute()]
+    if relative and data.dir is not None and not Path(data.dir).expanduser().is_dir():
+        raise UserError(f"data.dir: {data.dir}: no such directory (the working directory is {Path.cwd()})")
+    return data.model_copy(update={"dir": data.dir or str(demo_directory())})
 
 
 def demo_directory() -> Path:

@@ -85,9 +85,8 @@ def tokenize(
     A damaged cache entry is made again; where the cache cannot be written, a temporary folder serves and a line says
     so.
     """
+    check_pairs(rows, task)
     bi = task.pairs == "bi"
-    if bi and rows.pair_texts is None:
-        raise UserError(f"{rows.path}: pairs: bi needs two texts per row, the file has one; leave `pairs` out")
     key = _digest(rows, tokenizer, bi, max_length)
     entry = Path(cache_dir).expanduser() / f"tokens-{key}"
     arrays = _load(entry)
@@ -127,6 +126,12 @@ def check_token_types(datasets: Iterable[TokenizedDataset | None], token_types: 
                 f"{dataset.path}: its pairs need two token types, and the encoder has {token_types} (type_vocab_size "
                 "in its config.json): set pairs: bi for this task, or take another encoder"
             )
+
+
+def check_pairs(rows: Rows, task: TaskConfig) -> None:
+    """Raises UserError where a task of bi-encoded pairs has rows of one text."""
+    if task.pairs == "bi" and rows.pair_texts is None:
+        raise UserError(f"{rows.path}: pairs: bi needs two texts per row, the file has one; leave `pairs` out")
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

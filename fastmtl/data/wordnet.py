@@ -59,11 +59,16 @@ def find_wordnet(given: str | None) -> WordNet:
 
     Raises UserError that says how to install it.
     """
+    return WordNet(wordnet_place(given))
+
+
+def wordnet_place(given: str | None) -> Path:
+    """The folder or archive that `find_wordnet` reads. Raises UserError that says how to install WordNet."""
     if given is not None:
-        return WordNet(Path(given).expanduser())
+        return Path(given).expanduser()
     for place in _places():
         if _has_files(place):
-            return WordNet(place)
+            return place
     raise UserError(
         "augment: eda takes synonyms from WordNet, which is not installed. Install Debian's wordnet-base "
         "(apt install wordnet-base) or nltk's data (pip install nltk; python -m nltk.downloader wordnet), or set "

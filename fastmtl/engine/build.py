@@ -39,6 +39,7 @@ def check_engine(recipe: Recipe, world: int) -> None:
         reduce=gradient.reduce,
         dtype=DTYPES[gradient.dtype],
         sketch_size=gradient.sketch_size,
+        world=world,
     )
 
 

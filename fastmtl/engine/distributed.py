@@ -7,9 +7,9 @@ import os
 import signal
 import socket
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from fastmtl.engine import extension_locks
+from fastmtl.errors import UserError
 
 T = TypeVar("T")
 
@@ -59,25 +60,41 @@ class Ranks:
     def in_turn(self, work: Callable[[], T]) -> T:
         """Runs `work` on the first process of each machine, then on the others. An error anywhere ends all."""
         result: list[T] = []
-        error: BaseException | None = None
+        failure: Exception | None = None
         for first in (True, False):
-            if (self.local_rank == 0) == first and error is None:
+            if (self.local_rank == 0) == first and failure is None:
                 try:
                     result.append(work())
-                except Exception as caught:  # noqa: BLE001 - raised again below, after the others know
-                    error = caught
-            errors = self.all_gather(None if error is None else f"{error}")
-            if any(errors):
-                if error is not None:
-                    raise error
-                raise SystemExit(2)  # another process reports it
+                except Exception as error:  # raised again below, after the others know
+                    failure = error
+            self.agree(failure)
         return result[0]
 
+    def agree(self, failure: Exception | None = None) -> None:
+        """Ends all ranks where one has failed; every rank calls this.
 
-def start(local_rank: int | None = None, *, debug: bool = False) -> Ranks:
-    """Joins the other processes and picks the device. local_rank: as the DeepSpeed launcher passes it.
+        Each raises the first rank's UserError, so that the first process can print it. Where no rank has one, a rank
+        raises its own error, and one without an error ends with status 1.
+        """
+        if self.world == 1:
+            failures: list[tuple[bool, tuple[str, ...]] | None] = []
+        else:
+            mine = None if failure is None else (isinstance(failure, UserError), getattr(failure, "lines", ()))
+            failures = [told for told in self.all_gather(mine) if told is not None]
+        for is_user_error, lines in filter(None, failures):
+            if is_user_error:
+                raise UserError(*lines)
+        if failure is not None:
+            raise failure
+        if failures:
+            raise SystemExit(1)
 
-    RANK, WORLD_SIZE and LOCAL_RANK come from the launcher; without them the run has one process.
+
+def this_process(local_rank: int | None = None, *, debug: bool = False) -> Ranks:
+    """Finds this process's place and picks its device, without a word to the others.
+
+    local_rank: as the DeepSpeed launcher passes it. RANK, WORLD_SIZE and LOCAL_RANK come from the launcher; without
+    them the run has one process.
     """
     gpu = torch.cuda.is_available()
     if not gpu:
@@ -94,27 +111,28 @@ def start(local_rank: int | None = None, *, debug: bool = False) -> Ranks:
     elif "OMP_NUM_THREADS" not in os.environ:
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world)))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
-    extension_locks.release()
-    import deepspeed
-
-    if not dist.is_initialized():
-        with _without_shared_buffers():
-            deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=debug)
     return Ranks(rank, world, local, device)
 
 
-@contextmanager
-def _without_shared_buffers() -> Iterator[None]:
-    """Where LOCAL_SIZE, which its launcher sets, is the number of all processes, DeepSpeed on a CPU writes a buffer of
-    66 MiB to /dev/shm for each of them and leaves it there when it ends: memory lost until the next boot, a pair of
-    files for each port, and a container's /dev/shm is 64 MiB. Only its sharded inference would use them.
-    """
-    size = os.environ.pop("LOCAL_SIZE", None)
-    try:
-        yield
-    finally:
-        if size is not None:
-            os.environ["LOCAL_SIZE"] = size
+def join(ranks: Ranks, *, debug: bool = False, patience: timedelta | None = None) -> None:
+    """Starts DeepSpeed and meets the other processes. patience: how long to wait for them, by default DeepSpeed's."""
+    extension_locks.release()
+    import deepspeed
+
+    # DeepSpeed compiles this operator at its first start on a CPU, and with it writes 66 MiB to /dev/shm for each
+    # process, which stay there when it ends. Only its sharded inference uses it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+        waiting = {} if patience is None else {"timeout": patience}
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=debug, **waiting)
+
+
+def start(local_rank: int | None = None, *, debug: bool = False) -> Ranks:
+    """Returns `this_process` after it has joined the others."""
+    ranks = this_process(local_rank, debug=debug)
+    join(ranks, debug=debug)
+    return ranks
 
 
 def _quiet() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 from torch.utils.cpp_extension import get_default_build_root
 
-EXTENSIONS = ("deepspeed_shm_comm", "cpu_adam", "fused_adam")
+EXTENSIONS = ("cpu_adam", "fused_adam")
 # A builder on another host with the same home folder cannot be seen from here: it gets this long.
 PATIENCE_SECONDS = 120.0
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import BertConfig
 from transformers.activations import ACT2FN
 
-from fastmtl.config import OptimizerConfig
+from fastmtl.config import MLM, OptimizerConfig
 from fastmtl.data.masking import MaskedBatch
 from fastmtl.model.encoder import PackedBert
 from fastmtl.model.groups import parameter_groups
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from fastmtl.surgery.task_gradients import TaskGradients
 
 PREFIX = "cls.predictions."
-MLM = "mlm"
 
 
 class MaskedLanguageModel(nn.Module):

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from fastmtl.config import Recipe
+from fastmtl.config import MLM, Recipe
 from fastmtl.data.corpus import Corpus
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.stream import BatchStream
 from fastmtl.data.tokenized import check_token_types
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.model.add_task import complete
-from fastmtl.model.masked_lm import MLM
 from fastmtl.model.pretrained import load_tokenizer
 from fastmtl.phase_model import PhaseModel
 from fastmtl.phases import Phase, phases_of

@@ -27,10 +27,11 @@ def check_options(
     reduce: str,
     dtype: torch.dtype,
     sketch_size: int,
+    world: int | None = None,
 ) -> str:
     """The storage to use: "stacked", "replay", or "none" for `scope="tensor"`, which keeps nothing.
 
-    stacks: whether the target takes merged gradients.
+    stacks: whether the target takes merged gradients. world: number of ranks, where they have not met yet.
     Raises UserError for an unknown value, and for a combination with its reason and the nearest one that works.
     """
     _one_of("storage", storage, ("auto", "stacked", "replay"))
@@ -42,7 +43,7 @@ def check_options(
         raise UserError(f"sketch_size must be at least 16 buckets, got {sketch_size}")
     if method is None:
         return "none"
-    if reduce == "local" and world_size() > 1 and not method.by_rank:
+    if reduce == "local" and (world or world_size()) > 1 and not method.by_rank:
         raise UserError(
             "reduce='local': every rank would solve for itself, which only pcgrad does without state or a solver that "
             "must agree between ranks; use reduce='exact', or method='pcgrad'"

@@ -18,11 +18,11 @@ HOUR = 3600
 def lock(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     if request.param:
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-        folder = tmp_path / "deepspeed_shm_comm"
+        folder = tmp_path / "cpu_adam"
     else:
         monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
         monkeypatch.setattr(extension_locks, "get_default_build_root", lambda: str(tmp_path))
-        folder = tmp_path / "py_cpu" / "deepspeed_shm_comm"
+        folder = tmp_path / "py_cpu" / "cpu_adam"
     folder.mkdir(parents=True)
     path = folder / "lock"
     path.touch()
