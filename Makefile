@@ -56,10 +56,16 @@ bench-kernels bench-step bench-surgery bench-peers: bench-%: install
 	@mkdir -p .benchmarks
 	PATH="$(CURDIR)/$(BIN):$$PATH" fastmtl bench $* --json .benchmarks/$*.json --plot .benchmarks/plots $(ARGS)
 
-# Every configuration of the GPU kernels, compiled without a GPU, into docs/compile-table.md. What did not change comes
-# from .cache/compile-table; csrc/*.cu need nvcc.
-compile-table: install
+# Every configuration of the GPU kernels, compiled without a GPU, into docs/compile-table.md, and those of Triton by the
+# version that torch 2.11 brings, too. What did not change comes from .cache/compile-table; csrc/*.cu need nvcc.
+OLDER_TRITON = .cache/triton-3.6.0
+compile-table: install $(OLDER_TRITON)
 	PYTHONPATH=.:kernels $(BIN)/python tools/compile_table.py $(ARGS)
+	PYTHONPATH=$(OLDER_TRITON):.:kernels $(BIN)/python tools/compile_table.py --older $(ARGS)
+
+$(OLDER_TRITON): | install
+	$(BIN)/pip install -q --no-deps --upgrade --target $@.partial triton==$(@:.cache/triton-%=%)
+	mv $@.partial $@
 
 # csrc/ compiled against the headers of the oldest torch that is supported and of the newest; pip downloads them once.
 check-torch-headers: install

@@ -2,7 +2,8 @@
 
 `make compile-table` runs it. Of Triton every configuration that the calls of compile_cases.py bring the launchers to
 choose, of CUDA every kernel of csrc/*.cu. What Triton compiled is kept in .cache/compile-table, by the digest of all
-that it is made from, so that only changed kernels are compiled again.
+that it is made from and Triton's version, so that only changed kernels are compiled again. With an older Triton first
+on the path and --older, it writes docs/compile-table-triton-3.6.md, which has Triton's kernels alone.
 """
 
 from __future__ import annotations
@@ -22,20 +23,25 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "compile-table.md"
+OLDER = ROOT / "docs" / "compile-table-triton-3.6.md"
+OLDEST = "3.6"
 CAPABILITIES = (80, 90)
 # Bytes of shared memory that a block may have on A100 and H100.
 SHARED = {80: 163 << 10, 90: 227 << 10}
 COLUMNS = ("registers", "spilled", "shared", "tensor-core instructions")
 HEADER = """# What the kernels become
 
-Every kernel, compiled ahead of time for A100 (sm_80) and H100 (sm_90) by `make compile-table`. Triton's are those that
-the launchers choose for the calls in [tools/compile_cases.py](../tools/compile_cases.py); CUDA's are all of `csrc/`.
-Registers are those of a thread; spilled is what did not fit them, in bytes of a thread; shared memory is that of a
-block, in bytes, at most {a100:,} on A100 and {h100:,} on H100. Tensor-core instructions are those of the machine code,
-after a stroke the dots of the source. A change of a file below, or of the calls, makes the tests fail until the table
-is made again.
+{kernels}, compiled ahead of time for A100 (sm_80) and H100 (sm_90) by
+`make compile-table`: those that the launchers choose for the calls in
+[tools/compile_cases.py](../tools/compile_cases.py){and_cuda}.
+Registers are those of a thread; spilled is what did not fit them, in bytes of a thread; shared
+memory is that of a block, in bytes, at most {a100:,} on A100 and {h100:,} on H100. Tensor-core
+instructions are those of the machine code, after a stroke the dots of the source. A change of a
+file below, or of the calls, makes the tests fail until the table is made again.
 
-Compiled by {compilers}.
+Compiled by Triton {version}{and_nvcc}.
+[{other}]({other}) has the kernels of
+Triton {of_other}.
 """
 
 
@@ -57,13 +63,13 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def source_files(root: Path = ROOT) -> list[Path]:
+def source_files(root: Path = ROOT, *, cuda: bool = True) -> list[Path]:
     """What the table is made from: the files with Triton kernels, those whose constants they take, CUDA, the calls."""
     kernels = root / "kernels" / "fastmtl_kernels"
     triton = [path for path in kernels.glob("*.py") if re.search(r"^import triton$", path.read_text(), re.MULTILINE)]
-    cuda = [path for kind in ("*.cu", "*.cuh") for path in (root / "csrc").glob(kind)]
-    also = [kernels / "varlen_attention_plan.py", root / "csrc" / "tensor_table.h", root / "tools" / "compile_cases.py"]
-    return sorted([*triton, *cuda, *also])
+    also = [kernels / "varlen_attention_plan.py", root / "tools" / "compile_cases.py"]
+    of_cuda = [path for kind in ("*.cu", "*.cuh", "tensor_table.h") for path in (root / "csrc").glob(kind)]
+    return sorted([*triton, *also, *(of_cuda if cuda else [])])
 
 
 def read(text: str) -> tuple[dict[str, str], dict[str, list[Line]]]:
@@ -87,15 +93,22 @@ def _read_line(row: str) -> Line:
     return Line(kernel.strip("`"), configuration, types, int(threads), dots, numbers)
 
 
-def stale(digests: dict[str, str], root: Path = ROOT) -> list[str]:
+def stale(digests: dict[str, str], root: Path = ROOT, *, cuda: bool = True) -> list[str]:
     """The source files that changed, came or went after the table was made."""
-    now = {path.relative_to(root).as_posix(): digest(path) for path in source_files(root)}
+    now = {path.relative_to(root).as_posix(): digest(path) for path in source_files(root, cuda=cuda)}
     return sorted(name for name in now.keys() | digests.keys() if now.get(name) != digests.get(name))
 
 
-def page(digests: dict[str, str], sections: dict[str, list[Line]], compilers: str) -> str:
-    """The text of the table."""
-    text = [HEADER.format(a100=SHARED[80], h100=SHARED[90], compilers=compilers)]
+def page(digests: dict[str, str], sections: dict[str, list[Line]], version: str, *, older: bool) -> str:
+    """The text of the table. version: Triton's."""
+    names = {"a100": SHARED[80], "h100": SHARED[90], "version": version}
+    if older:
+        names |= {"kernels": "Triton's kernels", "and_cuda": "", "and_nvcc": ""}
+        names |= {"other": TABLE.name, "of_other": "as pip installs it, and those of CUDA"}
+    else:
+        names |= {"kernels": "Every kernel", "and_cuda": ", and for CUDA all of `csrc/`", "and_nvcc": " and nvcc"}
+        names |= {"other": OLDER.name, "of_other": f"{OLDEST}, which torch 2.11 brings"}
+    text = [HEADER.format(**names)]
     for capability in CAPABILITIES:
         spilling = [
             f"- `{line.kernel}` {line.configuration}, {line.types}: {line.numbers[capability][1]} bytes\n"
@@ -133,16 +146,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile (2)")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "compile-table")
+    parser.add_argument("--older", action="store_true", help=f"write {OLDER.relative_to(ROOT)}, without CUDA's kernels")
     arguments = parser.parse_args()
-    begun = time.monotonic()
-    digests = {path.relative_to(ROOT).as_posix(): digest(path) for path in source_files()}
+    begun, older = time.monotonic(), arguments.older
+    version = importlib.metadata.version("triton")
+    if older != version.startswith(f"{OLDEST}."):
+        raise SystemExit(f"compile-table: Triton {version} is installed; --older is for {OLDEST}, and for it alone")
+    digests = {path.relative_to(ROOT).as_posix(): digest(path) for path in source_files(cuda=not older)}
     old = read(TABLE.read_text()) if TABLE.exists() else ({}, {})
     of_triton = triton_sections(arguments.cache, arguments.jobs)
-    sections = cuda_sections(digests, *old) | of_triton
-    compilers = f"Triton {importlib.metadata.version('triton')} and nvcc"
-    TABLE.write_text(page(digests, sections, compilers))
+    sections = of_triton if older else cuda_sections(digests, *old) | of_triton
+    written = OLDER if older else TABLE
+    written.write_text(page(digests, sections, version, older=older))
     count = sum(map(len, sections.values()))
-    print(f"{count} configurations in {TABLE.relative_to(ROOT)}, {time.monotonic() - begun:.0f} s")
+    print(f"{count} configurations in {written.relative_to(ROOT)}, {time.monotonic() - begun:.0f} s")
 
 
 def triton_sections(cache: Path, jobs: int) -> dict[str, list[Line]]:

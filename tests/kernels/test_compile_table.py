@@ -19,29 +19,52 @@ SPILLED_OF_FLOAT32 = {80: 16 << 10, 90: 0}
 SPILLED_OF_LONG_FLOAT32 = {17: 16, 34: 512, 64: 240}
 
 
-@pytest.fixture(scope="module")
-def table() -> tuple[dict[str, str], dict[str, list[compile_table.Line]]]:
-    return compile_table.read(compile_table.TABLE.read_text())
+# The same under triton 3.6. Neither 2, 8 or 16 warps, nor other numbers of stages make room for more.
+SPILLED_OF_OLDER_LONG_FLOAT32 = {17: 144, 32: 120, 34: 640, 64: 584}
+# Of the LayerNorm's backward with 384 columns, under triton 3.6: other numbers of warps or rows need none, but would
+# change the loads of all rows for these bytes.
+SPILLED_OF_OLDER_LAYER_NORM = 8
+
+Table = tuple[dict[str, str], dict[str, list[compile_table.Line]]]
+PAGES = [compile_table.TABLE, compile_table.OLDER]
+
+
+@pytest.fixture(scope="module", params=PAGES, ids=lambda page: page.stem)
+def page(request: pytest.FixtureRequest) -> Path:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def lines(table: tuple[dict[str, str], dict[str, list[compile_table.Line]]]) -> list[compile_table.Line]:
+def table(page: Path) -> Table:
+    return compile_table.read(page.read_text())
+
+
+@pytest.fixture(scope="module")
+def lines(table: Table) -> list[compile_table.Line]:
     return [line for section in table[1].values() for line in section]
 
 
-def test_no_source_changed_after_it(table: tuple[dict[str, str], dict[str, list[compile_table.Line]]]) -> None:
-    changed = compile_table.stale(table[0])
-    assert not changed, f"{', '.join(changed)} changed after docs/compile-table.md: run `make compile-table`"
+def test_no_source_changed_after_it(table: Table, page: Path) -> None:
+    changed = compile_table.stale(table[0], cuda=page == compile_table.TABLE)
+    assert not changed, f"{', '.join(changed)} changed after {page.name}: run `make compile-table`"
 
 
-def test_every_file_with_kernels_is_in_it(table: tuple[dict[str, str], dict[str, list[compile_table.Line]]]) -> None:
+def test_each_names_its_version_of_triton_and_the_other_page() -> None:
+    newest, older = (page.read_text() for page in PAGES)
+    (version,) = re.findall(r"^Compiled by Triton (\d+\.\d+)\.\d+ and nvcc\.$", newest, re.MULTILINE)
+    assert tuple(map(int, version.split("."))) > (3, 6) and f"({compile_table.OLDER.name})" in newest
+    assert "\nCompiled by Triton 3.6.0.\n" in older and f"({compile_table.TABLE.name})" in older
+
+
+def test_every_file_with_kernels_is_in_it(table: Table, page: Path) -> None:
     digests, sections = table
     with_kernels = {
         name
         for name in digests
         if "__global__ void" in (text := (compile_table.ROOT / name).read_text()) or "_kernel(\n    " in text
     }
-    assert with_kernels - {"csrc/gradients_kernels.cuh"} <= sections.keys() and "csrc/gradients.cu" in sections
+    assert with_kernels - {"csrc/gradients_kernels.cuh"} <= sections.keys()
+    assert ("csrc/gradients.cu" in sections) == (page == compile_table.TABLE)
     assert all(len(lines) >= 4 for lines in sections.values())
 
 
@@ -59,13 +82,17 @@ def test_a_change_is_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("capability", compile_table.CAPABILITIES)
-def test_spills_and_shared_memory(lines: list[compile_table.Line], capability: int) -> None:
+def test_spills_and_shared_memory(lines: list[compile_table.Line], page: Path, capability: int) -> None:
+    older = page == compile_table.OLDER
+    of_long = SPILLED_OF_OLDER_LONG_FLOAT32 if older else SPILLED_OF_LONG_FLOAT32
     for line in lines:
         _, spilled, shared, _ = line.numbers[capability]
         allowed = (SPILLED_OF_FLOAT32 if "PRECISION=tf32x3" in line.configuration else SPILLED)[capability]
         if line.kernel.startswith("long_") and line.types == "fp32":
             (head_dim,) = map(int, re.findall(r"HEAD_DIM=(\d+)", line.configuration))
-            allowed = max(allowed, SPILLED_OF_LONG_FLOAT32.get(head_dim, 0))
+            allowed = max(allowed, of_long.get(head_dim, 0))
+        if older and line.kernel == "_add_layer_norm_bwd_kernel" and line.configuration.startswith("D=384 "):
+            allowed = max(allowed, SPILLED_OF_OLDER_LAYER_NORM)
         assert spilled <= allowed, line
         assert shared <= compile_table.SHARED[capability], line
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from compile_table import SHARED
 
 KERNELS = ["_maps_fwd_kernel", "_maps_bwd_kernel", "_weights_kernel", "_sum_slots_kernel"]
+# Bytes of a thread that triton 3.6 spills, by kernel and capability; docs/compile-table-triton-3.6.md has all.
+OLDER_SPILLED = {("_weights_kernel", 80): 8}
 
 
 def launch(columns: int, rank: int, dtype: torch.dtype, activation: str) -> None:
@@ -44,11 +47,12 @@ def wide() -> None:
 def test_what_the_launchers_choose(
     compile_ahead: Callable[..., Any], function: Callable[[], None], capability: int
 ) -> None:
+    older = importlib.metadata.version("triton").startswith("3.6.")
     kernels = compile_ahead(function, capability)
     assert [kernel.name for kernel in kernels] == KERNELS
     tensor_core = "HGMMA" if capability == 90 else "HMMA"
     for kernel in kernels:
-        assert kernel.spilled == 0, kernel
+        assert kernel.spilled <= (OLDER_SPILLED.get((kernel.name, capability), 0) if older else 0), kernel
         assert kernel.shared <= SHARED[capability], kernel
         if kernel.name == "_sum_slots_kernel":
             continue
