@@ -71,17 +71,13 @@ $(OLDER_TRITON): | install
 check-torch-headers: install
 	$(BIN)/python tools/check_torch_headers.py 2.11.0 newest
 
-# Tests, benchmarks and compute-sanitizer on a GPU. Nothing is installed: PYTHON needs torch with CUDA and the packages
-# named here, for the surgery benchmark also what the encoder imports (pydantic, transformers, ...). Only the files with
-# GPU tests are read. COMMIT, as `git describe --always --dirty` gives it, is for a copy without .git.
+# Benchmarks, tests and compute-sanitizer on a GPU, each part in a process of its own: make gpu-check ARGS="--seconds 400
+# --results out". Nothing is installed: PYTHON needs torch with CUDA; parts whose packages it lacks are left out by name.
+# COMMIT, as `git describe --always --dirty` gives it, is for a copy without .git.
 gpu-check:
-	@$(PYTHON) -c 'import importlib.util as u, sys; missing = [n for n in ("torch", "pytest", "hypothesis", "rich") if not u.find_spec(n)]; \
-		missing and sys.exit("gpu-check: $(PYTHON) has no " + ", ".join(missing) + "; make gpu-check PYTHON=... takes another")'
+	@$(PYTHON) -c 'import importlib.util as u, sys; u.find_spec("torch") or sys.exit("gpu-check: $(PYTHON) has no torch; make gpu-check PYTHON=... takes another")'
 	@$(PYTHON) -c 'import torch, sys; torch.cuda.is_available() or sys.exit("gpu-check: torch finds no CUDA device here")'
-	PYTHONPATH=.:kernels $(PYTHON) -m pytest -q -m gpu \
-		$$($(PYTHON) -c 'import importlib.util as u; print("-n 4 --dist loadfile" if u.find_spec("xdist") else "")') \
-		$(ARGS) $$(grep -rl --include="test_*.py" "pytest\.mark\.gpu" tests)
-	PYTHONPATH=.:kernels $(PYTHON) benchmarks/bench_gpu.py $(if $(COMMIT),--commit $(COMMIT))
+	@PYTHONPATH=.:kernels:$$PYTHONPATH $(PYTHON) -m fastmtl.bench.gpu_check $(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
 
 clean:
 	rm -rf .venv .cache build dist fastmtl.egg-info kernels/fastmtl_kernels/_C*.so \

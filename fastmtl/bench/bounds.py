@@ -6,21 +6,31 @@ from collections.abc import Iterator
 from typing import Any
 
 SURGERY = "pcgrad stacked bf16"
+RECORDED_SURGERY, RECORDED_JOINT = "pcgrad bf16, CUDA graphs", "sum, CUDA graphs"
 OVERHEAD = {3: 0.08, 8: 0.15}  # of SURGERY over the joint step, by the number of tasks
 SHARE = 0.85  # of a copy's speed
 ROW_WISE = ("add_layer_norm", "embed_layer_norm", "pool mean", "pool max")
 TASK_GRADIENTS = ("gramian", "combine")  # together
 ATTENTION_S = 6e-4  # forward and backward of all layers of BERT-base, 8,192 tokens
 ATTENTION_PEERS = ("torch varlen, no dropout", "sdpa padded", "sdpa nested")
+# Real tokens a second of the joint step of BERT-base, by a word of the GPU's name.
+SPEEDS = {"H200": 0.7e6, "H100": 0.55e6}
+TO_TRANSFORMERS = {"transformers": 4.0, "transformers compiled": 2.0}  # times as fast as fastmtl's joint step at least
+SHORT_TOKENS, SHORT_S = 1000, 3e-3  # an engine's step of fewer tokens, with flat parameters and graphs
+PREDICTED = 0.05  # of the measured peak
 ADAPTERS = {"pal": 0.10, "low_rank": 0.04}  # of a step without adapter
 
 
 def bounds(result: dict[str, Any]) -> list[dict[str, Any]]:
     """[{what, measured, bound, holds}]; for parts of the result that are there.
 
-    result: "kernels", "surgery" (a list) and "adapters", as their benchmarks return them.
+    result: "step", "step-compiled", "graphs", "kernels" and "adapters", as their benchmarks return them, also those
+    that were cut short; "surgery", "engine" and "profile", lists of what theirs do; "environment", whose device chooses
+    bounds of speed.
     """
-    found = [*_surgery(result.get("surgery", []))]
+    device = result.get("environment", {}).get("device", "")
+    found = [*_steps(result, device), *_surgery(result.get("surgery", [])), *_engine(result.get("engine", []))]
+    found += _profile(result.get("profile", []))
     if "kernels" in result:
         found += _kernels(result["kernels"]["operations"], result["kernels"]["shape"]["layers"])
     if "adapters" in result:
@@ -40,7 +50,48 @@ def _bound(what: str, measured: float, bound: float, least: bool = False) -> dic
 def _surgery(parts: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for part in parts:
         what = f"PCGrad over the joint step, {part['shape']['name']}, {part['tasks']} tasks, {part['tokens']} tokens"
-        yield _bound(what, part["variants"][SURGERY]["ratio_to_joint"] - 1, OVERHEAD[part["tasks"]])
+        variants = part["variants"]
+        if SURGERY in variants and part["tasks"] in OVERHEAD:
+            yield _bound(what, variants[SURGERY]["ratio_to_joint"] - 1, OVERHEAD[part["tasks"]])
+        if RECORDED_SURGERY in variants and RECORDED_JOINT in variants and part["tasks"] in OVERHEAD:
+            ratio = variants[RECORDED_SURGERY]["median_s"] / variants[RECORDED_JOINT]["median_s"]
+            yield _bound(f"{what}, both as CUDA graphs", ratio - 1, OVERHEAD[part["tasks"]])
+
+
+def _steps(result: dict[str, Any], device: str) -> Iterator[dict[str, Any]]:
+    for key, ours in (
+        ("step", "fastmtl sum"),
+        ("step-compiled", "fastmtl sum"),
+        ("graphs", "fastmtl sum, CUDA graphs"),
+    ):
+        part = result.get(key)
+        if part is None or ours not in part["steps"]:
+            continue
+        seconds = part["steps"][ours]["median_s"]
+        what = f"{part['shape']['name']}, {part['tokens']} tokens"
+        for word, least in SPEEDS.items():
+            if word in device and key != "step-compiled" and part["shape"]["name"] == "bert-base":
+                yield _bound(f"real tokens/s of {ours}, {what}", part["tokens"] / seconds, least, least=True)
+        peer = "transformers compiled" if key == "step-compiled" else "transformers"
+        if key != "graphs" and peer in part["steps"]:
+            ratio = part["steps"][peer]["median_s"] / seconds
+            yield _bound(f"time of {peer} over {ours}, {what}", ratio, TO_TRANSFORMERS[peer], least=True)
+
+
+def _engine(parts: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for part in parts:
+        for name, entry in part["ways"].items():
+            if part["tokens"] <= SHORT_TOKENS and {"flat", "graphs"} <= set(name.split(", ")):
+                what = f"ms of an engine's step, {name}, {part['shape']['name']}, {part['tokens']} tokens"
+                yield _bound(what, 1e3 * entry["median_s"], 1e3 * SHORT_S)
+
+
+def _profile(parts: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for part in parts:
+        for point in part["points"]:
+            if "error" in point:
+                what = f"error of the predicted peak, {point['series']}, batch size {point['batch_size']}"
+                yield _bound(what, abs(point["error"]), PREDICTED)
 
 
 def _kernels(operations: dict[str, Any], layers: int) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,213 @@
+"""Everything that only a GPU can show, the most valuable part first: `make gpu-check`.
+
+Each part is a process of its own with a time limit, so that an error of one costs no other. This process imports no
+torch. After every part it writes RESULTS/<device>.json anew; logs are in RESULTS/run. Exit status 1 where a part
+failed. A bound that does not hold is printed and fails nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from fastmtl.bench.gpu_check import parts, process
+from fastmtl.bench.gpu_check.parts import Part, Settings
+from fastmtl.bench.gpu_check.process import OK, Outcome
+from fastmtl.bench.gpu_check.result import ResultFile
+
+ROOT = Path(__file__).resolve().parents[3]
+RESULTS = ROOT / "benchmarks" / "results"
+DRAW_SECONDS = 30
+# Kept back of --seconds: the last pictures, and the end of this process.
+RESERVE_S = 5
+
+
+class Interrupted(BaseException):
+    """SIGTERM or Ctrl-C: what was measured is kept, and the part that runs is killed."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    begun = time.monotonic()
+    chosen = _options(arguments)
+    run = chosen.results / "run"
+    settings = Settings(ROOT, run, chosen.device, chosen.shape, chosen.tokens, chosen.rounds, chosen.commit)
+    table = parts.table(settings)
+    if chosen.list:
+        for part in table:
+            print(f"{part.name:32} about {part.expected_s:3} s, at most {part.limit_s:3} s{_needs(part)}")
+        return 0
+    run.mkdir(parents=True, exist_ok=True)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
+    wanted = chosen_parts(table, chosen.parts)
+    end = None if chosen.seconds is None else begun + chosen.seconds - RESERVE_S
+    about = parts.environment(settings)
+    try:
+        outcome = _run(about, about.limit_s, settings)
+    except Interrupted:
+        return 1
+    if outcome.state != OK:
+        print(f"gpu-check: {outcome.tail or outcome.why}", file=sys.stderr)
+        if outcome.status == process.NO_DEVICE:
+            return 1
+    result = ResultFile(chosen.results, process.read(about.result) or {}, extend=bool(chosen.parts))
+    if outcome.state != OK:
+        result.add(about, outcome)
+    pictures = Pictures(result)
+    try:
+        for part in wanted:
+            _part(part, settings, result, end)
+            pictures.draw()
+    except Interrupted:
+        result.failures.append("interrupted: the parts after that were not run")
+    result.failures += pictures.finish()
+    result.save()
+    return _tell(result)
+
+
+def chosen_parts(table: list[Part], names: list[str]) -> list[Part]:
+    """Return the parts of these names, or whose names begin with them: `kernels` stands for all operations."""
+    if not names:
+        return table
+    wanted: set[str] = set()
+    for name in names:
+        exact = [part.name for part in table if part.name == name]
+        found = exact or [part.name for part in table if part.name.startswith(f"{name}-")]
+        if not found:
+            sys.exit(f"gpu-check: --parts: there is no part '{name}'; --list shows them")
+        wanted.update(found)
+    return [part for part in table if part.name in wanted]
+
+
+def _part(part: Part, settings: Settings, result: ResultFile, end: float | None) -> None:
+    """Run a part if there is time and everything that it needs, and tell how it ended."""
+    left = float("inf") if end is None else end - time.monotonic()
+    missing = part.missing()
+    if missing:
+        why = f"{sys.executable} has no {', '.join(missing)}"
+    elif left < part.expected_s:
+        why = f"{max(left, 0):.0f} s are left of --seconds, it needs about {part.expected_s} s"
+    else:
+        why = ""
+    if why:
+        print(f"{part.name}: left out: {why}", flush=True)
+        result.leave_out(part, why)
+        return
+    try:
+        outcome = _run(part, min(part.limit_s, left), settings)
+    except Interrupted:
+        result.add(part, Outcome(process.INTERRUPTED, "interrupted", 0.0))
+        raise
+    before = {bound["what"] for bound in result.data.get("bounds", [])}
+    result.add(part, outcome)
+    entry = result.data["parts"][part.name]
+    kept = ", what it had measured is kept" if entry.get("partial") else ""
+    print(f"{part.name}: {' '.join(filter(None, [entry['state'], entry['why']]))}, {outcome.seconds:.0f} s{kept}")
+    if outcome.tail:
+        print(outcome.tail)
+    _show_bounds([bound for bound in result.data["bounds"] if bound["what"] not in before])
+
+
+def _run(part: Part, limit_s: float, settings: Settings) -> Outcome:
+    part.result.unlink(missing_ok=True)
+    return process.run(part.command, limit_s, settings.run / f"{part.name}.log", settings.root)
+
+
+class Pictures:
+    """Drawn by a process beside the next part, at a low priority: they take no time of their own."""
+
+    def __init__(self, result: ResultFile) -> None:
+        self._result = result
+        self._process: subprocess.Popen[str] | None = None
+
+    def draw(self) -> None:
+        """Begin to draw, unless the last pictures are still being drawn."""
+        if self._process is None or self._process.poll() is not None:
+            self._process = self._begin()
+
+    def finish(self) -> list[str]:
+        """Draw once more, and return what could not be drawn."""
+        if self._process is not None:
+            self._wait(self._process)
+        return self._wait(self._begin())
+
+    def _begin(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "fastmtl.bench.gpu_check.draw", str(self._result.path), str(self._result.pictures)],
+            env=process.environment(ROOT),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=lambda: os.nice(10) and None,
+        )
+
+    def _wait(self, drawing: subprocess.Popen[str]) -> list[str]:
+        try:
+            output, _ = drawing.communicate(timeout=DRAW_SECONDS)
+        except subprocess.TimeoutExpired:
+            drawing.kill()
+            drawing.communicate()
+            return [f"no pictures: they were not drawn in {DRAW_SECONDS} s"]
+        lines = output.strip().splitlines()
+        if drawing.returncode:
+            return [f"no pictures: {lines[-1] if lines else drawing.returncode}"]
+        return lines
+
+
+def _tell(result: ResultFile) -> int:
+    """Print bounds, what was left out, and failures."""
+    print()
+    _show_bounds(result.data.get("bounds", []))
+    for tool, found in result.data.get("compute-sanitizer", {}).items():
+        print(f"compute-sanitizer, {tool}: {found}")
+    for name, why in result.left_out().items():
+        print(f"left out: {name}: {why}")
+    print(f"saved in {result.path}", flush=True)
+    for failure in result.failures:
+        print(f"gpu-check failed: {failure}", file=sys.stderr)
+    return 1 if result.failures else 0
+
+
+def _show_bounds(found: list[dict[str, Any]]) -> None:
+    for bound in found:
+        verdict = "holds" if bound["holds"] else "DOES NOT HOLD"
+        print(f"{bound['what']}: {bound['measured']:.3g}, bound {bound['bound']:.3g}: {verdict}", flush=True)
+
+
+def _needs(part: Part) -> str:
+    return f", needs {', '.join(part.needs)}" if part.needs else ""
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # the next one would lose the result
+    raise Interrupted
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="gpu-check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the result")
+    parser.add_argument("--seconds", type=float, help="what does not fit into so many is left out, by name")
+    parser.add_argument("--parts", nargs="+", default=[], metavar="NAME", help="only these; adds to a kept result")
+    parser.add_argument("--list", action="store_true", help="show the parts with their times, and run nothing")
+    parser.add_argument("--commit", help="git describe --always --dirty of this copy, where it has no .git")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to try this command")
+    parser.add_argument("--shape", default="bert-base", choices=("bert-base", "minilm", "tiny"))
+    parser.add_argument("--tokens", type=int, default=parts.TOKENS, help="of a step; 1024 or more")
+    parser.add_argument("--rounds", type=int, default=11)
+    chosen = parser.parse_args(arguments)
+    chosen.results = chosen.results.resolve()
+    return chosen
+
+
+if __name__ == "__main__":
+    sys.exit(main())

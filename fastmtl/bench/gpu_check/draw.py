@@ -1,0 +1,43 @@
+"""Pictures of a whole result file: python -m fastmtl.bench.gpu_check.draw RESULT.json DIR
+
+What cannot be drawn is one line that begins with "no picture of"; it spoils no measurement.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastmtl.bench.plot import plot
+
+
+def drawable(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name and the measurements of what has a picture."""
+    for key in ("step", "step-compiled", "graphs", "adapters", "kernels", "peers"):
+        if key in result:
+            yield key, result[key]
+    for key in ("surgery", "engine"):
+        for entry in result.get(key, []):
+            about = f"{key} {entry['tasks']} tasks {entry['tokens']} tokens"
+            yield about, {**entry, "benchmark": about}
+
+
+def draw(result: dict[str, Any], directory: Path) -> list[str]:
+    """Return a line for each picture that could not be drawn."""
+    failures = []
+    for name, measured in drawable(result):
+        if name == "step-compiled":
+            measured = {**measured, "benchmark": "step compiled"}
+        try:
+            plot({**measured, "environment": result["environment"]}, directory)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other pictures are drawn
+            failures.append(f"no picture of {name}: {type(error).__name__}: {error}")
+    return failures
+
+
+if __name__ == "__main__":
+    found = draw(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
+    print("\n".join(found))

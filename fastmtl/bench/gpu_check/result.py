@@ -1,0 +1,88 @@
+"""The result file: what every part measured, how each ended, and the bounds. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastmtl.bench.bounds import bounds
+from fastmtl.bench.gpu_check.parts import Part
+from fastmtl.bench.gpu_check.process import LEFT_OUT, OK, Outcome, read
+from fastmtl.bench.result_file import UNFINISHED, save, slug
+
+UNKNOWN = "unknown device"
+# Keys that several parts measure in different sizes or ways.
+LISTS = ("surgery", "engine", "profile")
+# What two results must have in common, or one cannot go on with the other.
+SAME = ("device", "driver", "torch", "triton", "commit")
+
+
+class ResultFile:
+    """`<folder>/<device>.json`, written anew after every part.
+
+    extend: go on with the file that is there, if it is of the same device, versions and commit.
+    """
+
+    def __init__(self, folder: Path, environment: dict[str, Any], *, extend: bool = False) -> None:
+        device = environment.get("device", UNKNOWN)
+        self.path = folder / f"{slug(device)}.json"
+        self.pictures = folder / slug(device)
+        self.data: dict[str, Any] = {"benchmark": "gpu-check", "environment": environment, "parts": {}}
+        self.failures: list[str] = []
+        if extend and self.path.exists():
+            old = json.loads(self.path.read_text(encoding="utf-8"))
+            if all(old["environment"].get(key) == environment.get(key) for key in SAME):
+                self.data |= {**old, "environment": environment}
+        self.save()
+
+    def add(self, part: Part, outcome: Outcome) -> None:
+        """Take in how a part ended and what it left, and write the file."""
+        entry: dict[str, Any] = {"state": outcome.state, "why": outcome.why, "seconds": round(outcome.seconds, 1)}
+        if outcome.tail:
+            entry["tail"] = outcome.tail
+        measured = read(part.result)
+        if measured is None and outcome.state == OK:
+            entry |= {"state": "failed", "why": f"it ended without {part.result.name}"}
+        if measured is not None:
+            measured.pop("environment", None)
+            entry["partial"] = bool(measured.pop(UNFINISHED, False)) or outcome.state != OK
+            self._take(part, measured)
+        self.data["parts"][part.name] = entry
+        if entry["state"] not in (OK, LEFT_OUT):
+            self.failures.append(f"{part.name}: {entry['why']}{_which(measured)}")
+        self.data["bounds"] = bounds(self.data)
+        self.save()
+
+    def leave_out(self, part: Part, why: str) -> None:
+        """Name a part that does not run."""
+        self.data["parts"][part.name] = {"state": LEFT_OUT, "why": why, "seconds": 0.0}
+        self.save()
+
+    def left_out(self) -> dict[str, str]:
+        """Return the reasons of the parts that did not run."""
+        return {name: entry["why"] for name, entry in self.data["parts"].items() if entry["state"] == LEFT_OUT}
+
+    def save(self) -> None:
+        self.data["failures"] = self.failures
+        save(self.data, self.path)
+
+    def _take(self, part: Part, measured: dict[str, Any]) -> None:
+        key = part.key
+        if key == "kernels":
+            earlier = self.data.get(key, {}).get("operations", {})
+            self.data[key] = {**measured, "operations": {**earlier, **measured["operations"]}}
+        elif key == "compute-sanitizer":
+            self.data[key] = {**self.data.get(key, {}), **measured}
+        elif key == "tests":
+            self.data.setdefault(key, {})[part.name] = measured
+        elif key in LISTS:
+            others = [entry for entry in self.data.get(key, []) if entry["part"] != part.name]
+            self.data[key] = [*others, {"part": part.name, **measured}]
+        else:
+            self.data[key] = measured
+
+
+def _which(measured: dict[str, Any] | None) -> str:
+    failed = (measured or {}).get("failed")
+    return f"; {', '.join(failed)}" if isinstance(failed, dict) and failed else ""
