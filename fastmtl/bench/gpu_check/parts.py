@@ -71,9 +71,7 @@ def table(settings: Settings) -> list[Part]:
     found = [*_steps(settings)]
     found += [_tests(settings, file, 25, 120, ENCODER) for file in CAPTURES]
     found += [_bench(settings, "adapters", ("step", "--sweep", "adapters"), 45, 150)]
-    for name in OPERATIONS:  # torch.compile takes minutes: `fastmtl bench kernels` has it
-        command = ("kernels", "--op", name, "--without", "compiled")
-        found.append(_bench(settings, f"kernels-{name}", command, 20, 120, key="kernels", needs=COMMANDS))
+    found += [_operation(settings, name) for name in OPERATIONS]
     found += [_peers(settings), *_profiles(settings)]
     rest = [file for file in gpu_tests(settings.root) if file not in CAPTURES]
     for file in sorted(rest, key=lambda file: ("attention" in file, file)):
@@ -114,10 +112,21 @@ def _bench(
     tokens: int = TOKENS,
 ) -> Part:
     result = settings.run / f"{name}.json"
-    size = ("--shape", settings.shape, "--tokens", str(settings.tokens * tokens // TOKENS))
-    run = ("--device", settings.device, "--precision", "bf16", "--rounds", str(settings.rounds), *_commit(settings))
-    whole = (*FASTMTL, "bench", *command, *size, *run, "--json", str(result))
+    whole = (*FASTMTL, "bench", *command, *_size(settings, tokens), "--json", str(result))
     return Part(name, key or name, whole, expected_s, limit_s, result, needs)
+
+
+def _operation(settings: Settings, operation: str) -> Part:
+    name = f"kernels-{operation}"
+    result = settings.run / f"{name}.json"
+    command = ("-m", "fastmtl.bench.gpu_check.kernels", operation, *_size(settings, TOKENS), "--json", str(result))
+    return Part(name, "kernels", command, 20, 120, result, ("rich",))
+
+
+def _size(settings: Settings, tokens: int) -> tuple[str, ...]:
+    size = ("--shape", settings.shape, "--tokens", str(settings.tokens * tokens // TOKENS))
+    run = ("--device", settings.device, "--precision", "bf16", "--rounds", str(settings.rounds))
+    return (*size, *run, *_commit(settings))
 
 
 def _commit(settings: Settings) -> tuple[str, ...]:
