@@ -2,7 +2,8 @@
 
     python benchmarks/long_run.py --data DIR --output DIR [--precision bf16] [--stop-at 1000] [--json FILE]
 
-Recipe cs224n (its files are in --data) with PCGrad, stacked task gradients and ZeRO-1 on processes of the CPU.
+Recipe cs224n (its files are in --data; without it recipe demo on the bundled corpus) with PCGrad, stacked task
+gradients and ZeRO-1 on processes of the CPU.
 `straight` is a run of --steps optimiser steps. `stopped` is the same, but its processes get SIGTERM at --stop-at, go on
 by --resume and are stopped at twice that step, if there is one: what both have logged must be equal bit for bit. A part
 that is finished is not made again.
@@ -229,7 +230,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the files of recipe cs224n")
+    parser.add_argument("--data", type=Path, help="folder with the files of recipe cs224n; default: recipe demo")
     parser.add_argument("--output", type=Path, required=True, help="where both runs go")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--steps", type=int, default=2000)
@@ -243,8 +244,14 @@ def main() -> None:
         parser.error(f"--steps must be {4 * WINDOW} or more, and --stop-at less than --steps")
     options.output.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(options.processes)]
-    command += ["--master_port", free_port(), "--no_python", "fastmtl", "train", "cs224n", f"data.dir={options.data}"]
-    settings = ["gradient.storage=stacked", f"engine.precision={options.precision}", "encoder.max_length=64"]
+    command += ["--master_port", free_port(), "--no_python", "fastmtl", "train"]
+    command += ["demo"] if options.data is None else ["cs224n", f"data.dir={options.data}"]
+    settings = [
+        "gradient.method=pcgrad",
+        "gradient.storage=stacked",
+        f"engine.precision={options.precision}",
+        "encoder.max_length=64",
+    ]
     settings += [f"sampler.batch_size={options.rows}", f"train.max_steps={options.steps}", "train.epochs=100"]
     more = [f"encoder.path={small_encoder(*options.small, options.output / 'encoder')}"] if options.small else []
     straight, stopped = options.output / "straight", options.output / "stopped"

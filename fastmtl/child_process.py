@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 from fastmtl.config import Recipe
+from fastmtl.recipe_changes import differences
 
 FASTMTL = (sys.executable, "-c", "from fastmtl.cli import main; main()")
 
@@ -53,15 +54,7 @@ def run_fastmtl(*arguments: str, command: Sequence[str] = FASTMTL, log: Path | N
 
 def difference(before: Recipe, now: Recipe) -> str | None:
     """`data.fraction: 0.5, now 1.0` of the first key that differs."""
-    old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
-    for key in dict.fromkeys([*old, *new]):
-        if old.get(key) != new.get(key) and key != "description":
-            return f"{key}: {old.get(key)}, now {new.get(key)}"
+    for key, (old, new) in differences(before, now).items():
+        if key != "description":
+            return f"{key}: {old}, now {new}"
     return None
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {prefix: values}
-    parts = (_flat(value, f"{prefix}.{key}" if prefix else key) for key, value in values.items())
-    return {key: value for part in parts for key, value in part.items()}

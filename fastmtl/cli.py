@@ -17,6 +17,8 @@ from fastmtl import __version__
 from fastmtl.commands import bench, models, profile, recipes, sweep
 from fastmtl.commands.options import Debug, ModelDir
 from fastmtl.errors import UserError
+from fastmtl.output_folder import OutputFolder
+from fastmtl.streams import secure
 
 EXIT_FAILURE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -82,6 +84,9 @@ def train(
         typer.Option(metavar="DIR", help="Where the run is kept. Default: runs/RECIPE.", show_default=False),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in DIR.")] = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="With --resume: go on with other settings or other training files.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Train a recipe.
@@ -110,19 +115,24 @@ def train(
     DIR gets config.yaml, metrics.jsonl, tensorboard/, checkpoints/, model/, predictions/ and report.html.
     """
     from fastmtl.before_meeting import errors_reach_the_first
-    from fastmtl.checks import check_recipe, prepare_output
+    from fastmtl.checks import check_recipe
     from fastmtl.config import load_recipe
 
     _set_debug(debug)
     directory = output or Path("runs") / Path(recipe).stem
+    if accept_changes and not resume:
+        raise UserError("--accept-changes goes with --resume: a run that begins has nothing to differ from")
+    folder = None
     with errors_reach_the_first():
         settings = load_recipe(recipe, overrides or [])
         if _is_first_process():
-            prepare_output(directory, resume)
+            folder = OutputFolder(directory, resume=resume)
         rows = check_recipe(settings, int(os.environ.get("WORLD_SIZE", "1")))
     from fastmtl.train import train as run
 
-    run(settings, directory, resume=resume, local_rank=context.obj, rows=rows)
+    run(settings, directory, resume=resume, accept_changes=accept_changes, local_rank=context.obj, rows=rows)
+    if folder is not None:
+        folder.release()
 
 
 @app.command(no_args_is_help=True)
@@ -246,6 +256,7 @@ sweep.register(app, _set_debug)
 
 def main() -> None:
     """The console script. A UserError is one message and status 2, anything unexpected a short one and status 1."""
+    secure()
     try:
         app(prog_name="fastmtl")
     except UserError as error:

@@ -465,6 +465,21 @@ def _given(value: Any, dumped: Any) -> Any:
     return {key: dumped[key] for key in dumped if key in value.model_fields_set}
 
 
+NOT_IN_NAMES = '/\\:*?"<>|'
+NAME_BYTES = 200  # a file system allows 255 for .NAME-dev.npy and its like
+
+
+def check_task_name(name: str) -> None:
+    """Raises ValueError for a task's name that cannot be a part of a file's name, on any usual file system."""
+    bad = next((sign for sign in name if sign in NOT_IN_NAMES or not sign.isprintable()), None)
+    if bad is not None:
+        raise ValueError(f"the name {name[:80]!r} has {bad!r}: a task's name is used in names of files; take another")
+    if not name.strip() or name != name.strip() or name.startswith("."):
+        raise ValueError(f"the name {name[:80]!r} is empty or begins or ends with a space or begins with a dot")
+    if len(name.encode("utf-8")) > NAME_BYTES:
+        raise ValueError(f"the name {name[:80]!r}... is longer than {NAME_BYTES} bytes, too long for a file's name")
+
+
 class Recipe(Section):
     """One run. Errors name the key, and for a misspelt one the nearest valid key."""
 
@@ -489,6 +504,13 @@ class Recipe(Section):
     engine: EngineConfig = Field(default_factory=EngineConfig)
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="passed through to DeepSpeed")
     phases: list[PhaseConfig] = Field(default_factory=list, description="parts of the run, one after the other")
+
+    @field_validator("tasks")
+    @classmethod
+    def _names_of_files(cls, tasks: dict[str, TaskConfig]) -> dict[str, TaskConfig]:
+        for name in tasks:
+            check_task_name(name)
+        return tasks
 
     @property
     def task_names(self) -> list[str]:

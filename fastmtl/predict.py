@@ -22,6 +22,7 @@ from fastmtl.evaluation import score
 from fastmtl.metrics import evaluate_predictions, mean_score, predicted_labels
 from fastmtl.model.pretrained import load_model, model_directory
 from fastmtl.predictions import write_cs224n, write_table
+from fastmtl.user_path import user_path
 
 Text = str | tuple[str, str]
 
@@ -131,7 +132,7 @@ def evaluate_split(
 
 def _check_there(data: DataConfig, file: str, *, given: bool) -> None:
     """Say how to find a file that is not there: a relative `data.dir` counts from the working directory."""
-    path = Path(data.dir or ".").expanduser() / file
+    path = user_path(data.dir or ".") / file
     if path.exists():
         return
     why = "" if given or path.is_absolute() else f" below {Path.cwd()}; the recipe's data.dir counts from there"

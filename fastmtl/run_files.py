@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +25,14 @@ from fastmtl.model.pretrained import save_model
 from fastmtl.model.task_weights import TaskWeights, read_task_weights
 from fastmtl.phases import Phase
 from fastmtl.predictions import write_cs224n
-from fastmtl.report import collect_results, write_report
+from fastmtl.recipe_changes import Changes
+from fastmtl.report import CHANGES, collect_results, write_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+ASIDE = ".set-aside"
+KEPT = ("model", "predictions")
 
 
 class RunFiles:
@@ -38,10 +45,9 @@ class RunFiles:
         tokenizer: PreTrainedTokenizerBase,
         corpus: Corpus,
         ranks: Ranks,
-        *,
-        resume: bool,
     ) -> None:
-        self._output, self._recipe, self._tokenizer, self._corpus = output, recipe, tokenizer, corpus
+        self.output = output
+        self._recipe, self._tokenizer, self._corpus = recipe, tokenizer, corpus
         self._ranks = ranks
         self._addition = Addition(recipe) if ranks.is_main and recipe.add_to is not None else None
         if ranks.is_main:
@@ -76,12 +82,12 @@ class RunFiles:
         if not self._ranks.is_main:
             return
         assert state_dict is not None
-        recipe, directory = phase.recipe, self._output / "model"
+        recipe, directory = phase.recipe, self.output / "model"
         if phase.name is not None and directory.is_dir():
             recipe, state_dict = self._with_others(phase, state_dict, tasks)
         save = save_model if self._addition is None else self._addition.save
         save(directory, model, recipe, self._tokenizer, state_dict)
-        folder = self._output / "predictions"
+        folder = self.output / "predictions"
         folder.mkdir(exist_ok=True)
         for name, task in scored.items():
             if name in tasks:
@@ -92,10 +98,42 @@ class RunFiles:
                 for file in (folder / f"{name}-dev.csv", folder / f".{name}-dev.npy"):
                     file.unlink(missing_ok=True)
 
+    def set_aside(self) -> None:
+        """Copy model/ and predictions/ to where `take_back` finds them: what the end of a run within an epoch keeps is
+        no longer kept when the run goes on from there. A copy that is there already is the right one: this end of the
+        run was broken off before.
+        """
+        aside = self.output / ASIDE
+        if not self._ranks.is_main or aside.exists() or not (self.output / "model").is_dir():
+            return
+        making = aside.with_name(f"{ASIDE}.new")
+        shutil.rmtree(making, ignore_errors=True)
+        for name in KEPT:
+            shutil.copytree(self.output / name, making / name)
+        making.rename(aside)
+
+    def take_back(self) -> None:
+        """Put what was set aside back in its place, where there is any."""
+        aside = self.output / ASIDE
+        if not self._ranks.is_main or not aside.is_dir():
+            return
+        for name in KEPT:
+            if (aside / name).is_dir():  # not those that a process which was killed has put back
+                shutil.rmtree(self.output / name, ignore_errors=True)
+                (aside / name).rename(self.output / name)
+        aside.rmdir()
+
+    def record(self, step: int, changes: Changes) -> None:
+        """Append settings and rows with which the run was resumed, {key: (before, now)}, to changes.jsonl."""
+        if self._ranks.is_main and changes:
+            line = {"step": step, "changes": changes, "time": round(time.time(), 3)}
+            with (self.output / CHANGES).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
     def _with_others(
         self, phase: Phase, state_dict: dict[str, Tensor], tasks: list[str]
     ) -> tuple[Recipe, dict[str, Tensor]]:
-        kept, before = read_task_weights(self._output / "model")
+        kept, before = read_task_weights(self.output / "model")
         kept.replace(TaskWeights.of(state_dict, phase.recipe.task_names), tasks)
         known = {**before.tasks, **phase.recipe.tasks}
         ordered = {name: known[name] for name in self._recipe.tasks if name in known}
@@ -107,7 +145,7 @@ class RunFiles:
             return None
         kept = {}
         for name, split, dataset in self._datasets():
-            file = self._output / "predictions" / f".{name}-dev.npy"
+            file = self.output / "predictions" / f".{name}-dev.npy"
             if split == "dev" and file.is_file():
                 assert dataset.labels is not None
                 kept[name] = (np.load(file), dataset.labels)
@@ -124,7 +162,7 @@ class RunFiles:
         results = collect_results(
             self._recipe, kept, counts, steps=steps, seconds=seconds, world_size=self._ranks.world
         )
-        write_report(self._output, results)
+        write_report(self.output, results)
         return results
 
     def _datasets(self) -> list[tuple[str, str, TokenizedDataset]]:

@@ -8,10 +8,9 @@ Evaluation, checkpoints and tracking hang off that loop and change nothing in it
 from __future__ import annotations
 
 import gc
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,83 +22,30 @@ from fastmtl.before_meeting import errors_reach_the_first
 from fastmtl.checks import check_schedules
 from fastmtl.config import MLM, Recipe
 from fastmtl.data.corpus import Corpus, CorpusRows
-from fastmtl.data.masking import MaskedStream
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.prefetch import ahead
-from fastmtl.data.stream import BatchStream
 from fastmtl.data.tokenized import check_token_types
 from fastmtl.engine.build import build_engine, build_surgery, check_engine
-from fastmtl.engine.checkpoint import Checkpoints, Found
+from fastmtl.engine.checkpoint import Checkpoints
 from fastmtl.engine.distributed import Ranks, StopFlag, join, this_process
 from fastmtl.engine.fused_optimizers import check_fused_optimizer
 from fastmtl.engine.gather import gathered_state_dict
-from fastmtl.errors import UserError
 from fastmtl.evaluation import Scores, score
 from fastmtl.metrics import evaluate_predictions, load_libraries, mean_score, selected_score
 from fastmtl.model.add_task import complete
-from fastmtl.model.pretrained import load_tokenizer
+from fastmtl.model.pretrained import load_tokenizer, restore_previous
 from fastmtl.objectives import Objectives
 from fastmtl.phase_model import PhaseModel
 from fastmtl.phases import Phase, phases_of
+from fastmtl.progress import Job, Progress, resumed
 from fastmtl.ranges import each, named
+from fastmtl.recipe_changes import changed_rows, refuse, resume_notes
 from fastmtl.run_files import RunFiles
 from fastmtl.surgery.flat import whole_model
 from fastmtl.surgery.gradient_surgery import GradientSurgery
 from fastmtl.surgery.task_gradients import TaskGradients
 from fastmtl.tracking import Tracker
-
-
-@dataclass
-class Progress:
-    """Where a run is; kept in every checkpoint."""
-
-    step: int = 0  # optimiser steps done
-    epoch: int = 0  # the epoch that goes on, from 0
-    step_in_epoch: int = 0
-    best: float | None = None  # value of early_stopping.metric
-    epochs_without_gain: int = 0
-    seconds: float = 0.0
-    surgery: dict[str, Any] = field(default_factory=dict)
-    objectives: dict[str, Any] = field(default_factory=dict)
-    phase: int = 0  # from 0; what stands above, but for step and seconds, is of this phase
-    first_step: int = 0  # optimiser steps before the phase
-    done: bool = False  # the phase has ended
-    bests: dict[str, float] = field(default_factory=dict)  # keep: best_of_each: value of each task's own metric
-
-    def next_phase(self) -> Progress:
-        return Progress(step=self.step, seconds=self.seconds, phase=self.phase + 1, first_step=self.step)
-
-    def gained(self, phase: Phase, dev: dict[str, dict[str, float]], value: float | None) -> list[str]:
-        """Tasks whose weights are better than all before, by `value` all or none; a task without dev rows always is."""
-        tasks = phase.recipe.tasks
-        if phase.keep == "best_of_each":
-            own = {name: dev[name][task.metric_name] for name, task in tasks.items() if name in dev}
-            better = [name for name in tasks if name not in own or own[name] > self.bests.get(name, -math.inf)]
-            self.bests.update({name: own[name] for name in better if name in own})
-            return better
-        if value is not None and self.best is not None and not value > self.best:
-            return []
-        self.best = value
-        return list(tasks)
-
-
-@dataclass
-class Job:
-    """A phase, its data and the number of its optimiser steps."""
-
-    phase: Phase
-    corpus: Corpus
-    stream: BatchStream
-    steps: int
-
-    @classmethod
-    def of(cls, phase: Phase, corpus: Corpus, tokenizer: Any, ranks: Ranks) -> Job:
-        recipe = phase.recipe
-        stream = BatchStream(corpus.train, recipe, ranks.rank, ranks.world)
-        if phase.objective == MLM:
-            stream = MaskedStream(corpus.train, recipe, tokenizer, ranks.rank, ranks.world)
-        steps = sum(stream.steps(epoch) for epoch in range(recipe.train.epochs))
-        return cls(phase, corpus, stream, min(steps, recipe.train.max_steps or steps))
+from fastmtl.writing import writing
 
 
 @dataclass
@@ -119,13 +65,16 @@ def train(
     output: Path,
     *,
     resume: bool = False,
+    accept_changes: bool = False,
     local_rank: int | None = None,
     rows: CorpusRows | None = None,
 ) -> None:
-    """Runs a recipe; every rank calls it. rows: of its files, where they have been read.
+    """Run a recipe; every rank calls it.
 
     Leaves config.yaml, metrics.jsonl, tensorboard/, checkpoints/, model/ (of the best epoch), predictions/ and
     report.html in `output`.
+    accept_changes: resume although settings or training rows differ from those that the checkpoint was saved with.
+    rows: those of the recipe's files, where they have been read.
     Raises UserError for what the user can mend. SIGTERM ends the current step, saves, and returns.
     """
     if not torch.cuda.is_available():
@@ -142,27 +91,44 @@ def train(
         tokenizer = load_tokenizer(recipe.encoder)
         checkpoints = Checkpoints(output / "checkpoints", recipe, ranks)
         found = checkpoints.find() if resume else None
-        at = _where(found, phases)
-        if at.first_step == at.step:  # a phase begins
-            found = None
+        changes = {} if found is None else found.changes(recipe)
+        refuse(str(found and found.path), changes, accept_changes)
+        at = resumed(found, phases)
         model = _checked_models(phases, at.phase)
     join(ranks)
     ranks.agree()
     stop = StopFlag()
+    if resume and ranks.is_main:
+        restore_previous(output / "model")
     corpus = ranks.in_turn(lambda: Corpus.load(recipe, tokenizer, model.model.encoder.max_length, rows))
     check_token_types([*corpus.train, *corpus.dev], model.model.encoder.config.type_vocab_size)
+    digests = corpus.digests(recipe)
+    data_changes = {} if found is None else changed_rows(at.data, digests)
+    refuse(str(found and found.path), data_changes, accept_changes)
+    at.data = digests
     jobs = [Job.of(phase, corpus.only(recipe, phase.recipe.task_names), tokenizer, ranks) for phase in phases]
+    notes = resume_notes({**changes, **data_changes}, recipe)
+    moved = jobs[at.phase].fit(at)
+    notes += [] if moved is None else [moved]
+    goes_on = not jobs[at.phase].is_over(at)
+    if not goes_on and jobs[at.phase] is not jobs[-1]:
+        at, found = at.next_phase(), None
+        goes_on = True
+    elif not goes_on:
+        notes.append(f"nothing is left to train after step {at.step}: raise train.epochs or train.max_steps to go on")
     load_libraries()
     run: Run | None = None
     for job in jobs[at.phase :]:
         phase = job.phase
-        if run is not None:
+        if run is not None or model.phase is not phase:
             model = PhaseModel(phase)
         if phase.index:
             model.take_over(output / "model", ranks)
         objectives = Objectives(phase.recipe, model.trained, job.corpus)
         universal = found is not None and found.universal
-        engine = build_engine(phase.recipe, model.trained, ranks.world, job.steps, universal=universal)
+        here = at if run is None else run.at
+        number = job.last_step(here) - here.first_step
+        engine = build_engine(phase.recipe, model.trained, ranks.world, number, universal=universal)
         surgery = build_surgery(phase.recipe, engine, model.trained, phase.loss_names)
         torch.manual_seed(phase.recipe.seed + 1 + ranks.rank)  # other dropout masks on every rank
         if found is not None:
@@ -171,9 +137,13 @@ def train(
             objectives.load(at.objectives, found.tensors())
             found = None
         if run is None:
-            files = RunFiles(output, recipe, tokenizer, corpus, ranks, resume=resume)
-            tracker = Tracker(output, recipe, sum(job.steps for job in jobs), at.step, is_main=ranks.is_main)
-            for note in files.notes():
+            files = RunFiles(output, recipe, tokenizer, corpus, ranks)
+            if at.step < job.last_step(at):
+                files.take_back()
+            files.record(at.step, {**changes, **data_changes})
+            total = job.last_step(at) + sum(later.last_step(Progress()) for later in jobs[phase.index + 1 :])
+            tracker = Tracker(output, recipe, total, at.step, within_epoch=at.step_in_epoch > 0, is_main=ranks.is_main)
+            for note in [*notes, *files.notes()]:
                 tracker.message(note)
             run = Run(ranks, stop, checkpoints, files, tracker, at)
         if phase.name is not None:
@@ -194,7 +164,8 @@ def train(
             del model, engine, surgery, objectives
             gc.collect()
     assert run is not None
-    kept = run.files.finish(run.at.step, run.at.seconds)
+    with writing(output / "report.html", "--resume writes the report again when there is room."):
+        kept = run.files.finish(run.at.step, run.at.seconds)
     if kept is not None and kept["dev"]:
         run.tracker.scores(kept["dev"], kept["mean"], "dev scores of the kept model")
     run.tracker.message(f"model: {output / 'model'}\nreport: {output / 'report.html'}")
@@ -217,19 +188,23 @@ def run_phase(
     """
     phase, recipe, stream = job.phase, job.phase.recipe, job.stream
     ranks, tracker, at = run.ranks, run.tracker, run.at
-    epochs, last_step = recipe.train.epochs, at.first_step + job.steps
+    last_step = job.last_step(at)
 
     def loss_fn(batch: PackedBatch, model: Any, task_grads: TaskGradients) -> dict[str, tuple[torch.Tensor, int]]:
         return model(batch, task_grads)
 
     def save(value: float | None = None) -> None:
         at.surgery, at.objectives = surgery.state_dict(), objectives.state_dict()
-        run.checkpoints.save(engine, at.step, asdict(at), value, phase.name, objectives.tensors())
+        advice = "Make room and go on from the last checkpoint with --resume."
+        with writing(run.checkpoints.path(at.step), advice):
+            run.checkpoints.save(engine, at.step, asdict(at), value, phase.name, objectives.tensors())
 
     begun = time.monotonic() - at.seconds
-    while at.epoch < epochs and at.step < last_step:
+    while not job.is_over(at):
         engine.train()
-        for micro_batches in each("data", islice(steps, stream.steps(at.epoch) - at.step_in_epoch)):
+        at.epoch_steps = stream.steps(at.epoch)
+        left = max(0, min(at.epoch_steps - at.step_in_epoch, last_step - at.step))
+        for micro_batches in each("data", islice(steps, left)):
             micro_batches = objectives.prepare(micro_batches)
             counts = dict(zip(phase.loss_names, micro_batches[0].group_counts or (), strict=True))
             weights = objectives.weights(stream.loss_weights(at.epoch, at.step_in_epoch))
@@ -244,7 +219,8 @@ def run_phase(
             at.step_in_epoch += 1
             at.seconds = time.monotonic() - begun
             tokens = ranks.world * sum(batch.num_tokens for batch in micro_batches)
-            tracker.step(at.step, at.epoch, info, _learning_rates(engine), tokens)
+            with writing(run.files.output / "metrics.jsonl"):
+                tracker.step(at.step, at.epoch, info, _learning_rates(engine), tokens)
             if ranks.device.type == "cpu":  # batches differ in size, so each leaves other holes in the heap
                 heap.trim()
             if at.step == last_step:
@@ -254,6 +230,12 @@ def run_phase(
                 return False
             if recipe.train.checkpoint_every and at.step % recipe.train.checkpoint_every == 0:
                 save()
+        cut = at.step_in_epoch < at.epoch_steps  # train.max_steps ends the phase within an epoch
+        if cut:
+            if left:
+                save()  # before what a run that goes on from here would not do
+            with writing(run.files.output / "model"):
+                run.files.set_aside()
         at.epoch, at.step_in_epoch = at.epoch + 1, 0
         scored = {} if phase.objective == MLM else evaluate(recipe, engine, job.corpus, ranks)
         dev = {name: evaluate_predictions(recipe.tasks[name], s.scores, s.labels) for name, s in scored.items()}
@@ -266,17 +248,19 @@ def run_phase(
         at.epochs_without_gain = 0 if gained else at.epochs_without_gain + 1
         to_keep = recipe.task_names if phase.keep == "last" else gained
         if to_keep:
-            run.files.keep(phase, scored, model.whole(gathered_state_dict(engine)), model.model, to_keep)
+            gathered = model.whole(gathered_state_dict(engine))
+            with writing(run.files.output / "model"):
+                run.files.keep(phase, scored, gathered, model.model, to_keep)
+        if cut:
+            break
         patience = recipe.early_stopping.patience
-        early = patience is not None and at.epochs_without_gain >= patience
-        at.done = early or at.epoch == epochs or at.step == last_step
+        at.early = patience is not None and at.epochs_without_gain >= patience
         save(value)
-        if early:
+        if at.early:
             tracker.message(
                 f"{recipe.early_stopping.metric} has not grown for {at.epochs_without_gain} epochs: stopped early"
             )
-            break
-        if not at.done and ranks.any(run.stop.up):
+        if not job.is_over(at) and ranks.any(run.stop.up):
             return False
     return True
 
@@ -291,20 +275,6 @@ def evaluate(recipe: Recipe, engine: Any, corpus: Corpus, ranks: Ranks) -> dict[
         return whole_model(engine).predict(batch.to(ranks.device))
 
     return score(predict, recipe, datasets, rank=ranks.rank, world=ranks.world, all_gather=ranks.all_gather)
-
-
-def _where(found: Found | None, phases: list[Phase]) -> Progress:
-    """Where a found checkpoint leaves a run. Raises UserError where the recipe has no such phase."""
-    if found is None:
-        return Progress()
-    at, name = Progress(**found.state), found.manifest.get("phase")
-    if at.phase >= len(phases) or phases[at.phase].name != name:
-        names = [phase.name or "the only one" for phase in phases]
-        raise UserError(
-            f"{found.path} was saved in phase {at.phase} ({name or 'the only one'}), the recipe's phases are "
-            f"{', '.join(names)}; a resumed run keeps them"
-        )
-    return at.next_phase() if at.done and at.phase + 1 < len(phases) else at
 
 
 def _checked_models(phases: list[Phase], first: int) -> PhaseModel:

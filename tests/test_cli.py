@@ -30,8 +30,11 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Stands in for the training loop, which has tests of its own: records the calls."""
     calls: list[dict[str, Any]] = []
 
-    def train(recipe: Any, output: Path, *, resume: bool, local_rank: int | None, rows: Any) -> None:
-        calls.append({"recipe": recipe, "output": output, "resume": resume, "local_rank": local_rank, "rows": rows})
+    def train(
+        recipe: Any, output: Path, *, resume: bool, accept_changes: bool, local_rank: int | None, rows: Any
+    ) -> None:
+        given = {"resume": resume, "accept_changes": accept_changes, "local_rank": local_rank, "rows": rows}
+        calls.append({"recipe": recipe, "output": output, **given})
 
     module = types.ModuleType("fastmtl.train")
     module.train = train  # type: ignore[attr-defined]

@@ -198,3 +198,27 @@ def test_early_stopping_needs_the_dev_file_that_it_stops_by(overrides: list[str]
         phases_of(load_recipe(save(tmp_path, {"tasks": TASKS}), overrides))
     assert message in str(caught.value)
     phases_of(load_recipe(save(tmp_path, {"tasks": TASKS}), [*overrides, "tasks.sst.data.dev=b.csv"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("a/b", "has '/'"),
+        ("../up", "has '/'"),
+        ("<b>x</b>", "has '<'"),
+        ("a\\b", "has"),
+        ("a\nb", "has"),
+        ("..", "begins with a dot"),
+        ("", "empty"),
+        (" a", "a space"),
+        ("x" * 300, "longer than 200 bytes"),
+        ("\u2603" * 70, "longer than 200 bytes"),
+    ],
+)
+def test_names_that_cannot_be_files_are_refused(name: str, reason: str) -> None:
+    with pytest.raises(UserError, match=f"tasks: the name .*{reason}"):
+        parse_recipe({"tasks": {name: {"type": "binary", "data": {}}}}, "test")
+
+
+def test_names_of_any_language_are_taken() -> None:
+    parse_recipe({"tasks": {"na\u00efve \u2603": {"type": "binary", "data": {}}}}, "test")

@@ -21,6 +21,7 @@ from fastmtl.phases import phases_of
 sys.path.insert(0, str(Path(__file__).parent))
 import phase_cases as cases  # noqa: E402
 from launch import two_processes
+from left_by_run import lasting, lines, same, weights
 
 
 @pytest.fixture(scope="module")
@@ -33,24 +34,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return directory
-
-
-def lines(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def lasting(run: Path) -> list[dict[str, Any]]:
-    clocks = ("time", "tokens_per_second", "surgery_seconds")
-    return [{key: value for key, value in line.items() if key not in clocks} for line in lines(run)]
-
-
-def weights(run: Path, part: str) -> dict[str, torch.Tensor]:
-    return load_file(run / "model" / f"{part}.safetensors")
-
-
-def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
-    assert one.keys() == two.keys()
-    return all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_heads_alone_leave_the_encoder_and_every_task_keeps_its_own_best(runs: Path, tiny_bert: Path) -> None:

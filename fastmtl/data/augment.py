@@ -20,6 +20,7 @@ import numpy as np
 from fastmtl.config import AugmentConfig
 from fastmtl.data.readers import Rows
 from fastmtl.data.wordnet import WordNet, find_wordnet
+from fastmtl.user_path import cache_path
 
 CACHE_VERSION = 1
 _CORE = re.compile(r"^(\W*)([\w'-]*\w)(\W*)$")
@@ -36,7 +37,7 @@ def augment(rows: Rows, config: AugmentConfig, seed: int, cache_dir: str | Path)
     wordnet = find_wordnet(config.wordnet) if config.uses_synonyms else None
     settings = [CACHE_VERSION, config.model_dump(exclude={"wordnet"}), seed, wordnet and wordnet.version]
     key = hashlib.sha256(json.dumps([settings, rows.texts, rows.pair_texts, rows.labels.tolist()]).encode()).hexdigest()
-    entry = Path(cache_dir).expanduser() / f"augmented-{key[:32]}.json"
+    entry = cache_path(cache_dir) / f"augmented-{key[:32]}.json"
     made = _load(entry)
     if made is None:
         made = _make(rows, config, seed, wordnet)

@@ -15,6 +15,7 @@ from fastmtl.data.readers import Rows, read_rows
 from fastmtl.data.tokenized import TokenizedDataset, check_pairs, tokenize
 from fastmtl.data.wordnet import wordnet_place
 from fastmtl.errors import UserError
+from fastmtl.user_path import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,6 +88,15 @@ class Corpus:
         chosen = [index for index, name in enumerate(recipe.tasks) if name in tasks]
         return Corpus([self.train[index] for index in chosen], [self.dev[index] for index in chosen])
 
+    def digests(self, recipe: Recipe) -> dict[str, str]:
+        """{"TASK train" or "TASK dev": a digest of the rows as they are trained on or scored}."""
+        found = {}
+        for split, datasets in (("train", self.train), ("dev", self.dev)):
+            for name, data in zip(recipe.task_names, datasets, strict=True):
+                if data is not None:
+                    found[f"{name} {split}"] = data.digest()
+        return found
+
 
 def _splits(recipe: Recipe, task: str) -> Iterator[Split]:
     yield "train"
@@ -98,8 +108,8 @@ def _found(recipe: Recipe) -> DataConfig:
     """The section with the directory to read from. Raises UserError where `data.dir` is no directory."""
     data = recipe.data
     files = [file for task in recipe.tasks.values() for file in (task.data.train, task.data.dev) if file is not None]
-    relative = [file for file in files if not Path(file).expanduser().is_absolute()]
-    if relative and data.dir is not None and not Path(data.dir).expanduser().is_dir():
+    relative = [file for file in files if not user_path(file).is_absolute()]
+    if relative and data.dir is not None and not user_path(data.dir).is_dir():
         raise UserError(f"data.dir: {data.dir}: no such directory (the working directory is {Path.cwd()})")
     return data.model_copy(update={"dir": data.dir or str(demo_directory())})
 

@@ -18,6 +18,7 @@ from fastmtl.data.formats import check_format, find_layout
 from fastmtl.data.labels import CELLS, BadCell, Labels
 from fastmtl.data.records import BadRow, Record, open_source
 from fastmtl.errors import UserError, quoted
+from fastmtl.user_path import user_path
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def read_rows(
     name = getattr(task.data, split)
     if name is None:
         raise UserError(f"the task has no {split} file: set tasks.<name>.data.{split}")
-    path = Path(data.dir or ".").expanduser() / name
+    path = user_path(data.dir or ".") / name
     rows = read_file(path, task, on_bad_row=data.on_bad_row, require_labels=require_labels)
     if split != "train":
         return rows

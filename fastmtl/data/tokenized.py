@@ -22,6 +22,7 @@ from fastmtl.config import TaskConfig
 from fastmtl.data.readers import Rows
 from fastmtl.data.records import BadRow
 from fastmtl.errors import UserError
+from fastmtl.user_path import cache_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,6 +62,15 @@ class TokenizedDataset:
         """int64 [n]: tokens of each example, both sequences of a bi-encoded pair."""
         return np.diff(self.offsets[:: self.sequences_per_example])
 
+    def digest(self) -> str:
+        """SHA-256 of all that training and scoring see of the rows: tokens, where texts begin, labels and ids."""
+        digest = hashlib.sha256(json.dumps([self.sequences_per_example, self.ids]).encode("utf-8"))
+        labels = np.zeros(0) if self.labels is None else self.labels
+        for array in (self.tokens, self.offsets, self.second_text, labels):
+            digest.update(f"{array.dtype} {array.shape} ".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
     def take(self, rows: np.ndarray) -> TokenizedDataset:
         """The examples `rows`, int [k], in memory."""
         per_example = self.sequences_per_example
@@ -88,7 +98,7 @@ def tokenize(
     check_pairs(rows, task)
     bi = task.pairs == "bi"
     key = _digest(rows, tokenizer, bi, max_length)
-    entry = Path(cache_dir).expanduser() / f"tokens-{key}"
+    entry = cache_path(cache_dir) / f"tokens-{key}"
     arrays = _load(entry)
     if arrays is None:
         made = _encode(rows, tokenizer, bi, max_length)

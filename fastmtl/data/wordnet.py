@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastmtl.errors import UserError
+from fastmtl.user_path import user_path
 
 PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
 
@@ -65,7 +66,7 @@ def find_wordnet(given: str | None) -> WordNet:
 def wordnet_place(given: str | None) -> Path:
     """The folder or archive that `find_wordnet` reads. Raises UserError that says how to install WordNet."""
     if given is not None:
-        return Path(given).expanduser()
+        return user_path(given)
     for place in _places():
         if _has_files(place):
             return place
@@ -82,7 +83,11 @@ def _places() -> list[Path]:
         places.append(Path(os.environ["WNHOME"]) / "dict")
     places.append(Path("/usr/share/wordnet"))
     nltk = [Path(path) for path in os.environ.get("NLTK_DATA", "").split(os.pathsep) if path]
-    nltk += [Path.home() / "nltk_data", Path(sys.prefix) / "nltk_data", Path(sys.prefix) / "share" / "nltk_data"]
+    nltk += [
+        Path(os.path.expanduser("~/nltk_data")),
+        Path(sys.prefix) / "nltk_data",
+        Path(sys.prefix) / "share" / "nltk_data",
+    ]
     nltk += [Path(path) / "nltk_data" for path in ("/usr/share", "/usr/local/share", "/usr/lib", "/usr/local/lib")]
     for path in nltk:
         places += [path / "corpora" / "wordnet", path / "corpora" / "wordnet.zip"]

@@ -7,7 +7,6 @@ stopping) and manifest.json. A save goes into .incomplete-step-N and is renamed 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,14 +20,16 @@ from safetensors.torch import load_file, save_file
 
 from fastmtl.config import Recipe
 from fastmtl.engine.distributed import Ranks
-from fastmtl.engine.manifest import Refused, read_manifest, write_manifest
+from fastmtl.engine.manifest import NAME, Refused, read_manifest, write_manifest
+from fastmtl.engine.optimizer_settings import optimizer_settings, put_settings
+from fastmtl.engine.plain_path import plain_path
 from fastmtl.engine.universal import keeps_groups, universal_copy
 from fastmtl.errors import UserError
+from fastmtl.recipe_changes import Changes, changes_since
 
 TENSORS = "tensors.safetensors"
+LEFT_OVER = (".incomplete-step-*", ".removed-step-*", ".universal-*")
 KEEP_LATEST = 2  # the newest, and one to fall back on
-# What a checkpoint is that was saved before there was a choice.
-_BEFORE = {"fused_optimizer": "torch", "flat_parameters": False}
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class Found:
         """What `save` got as tensors, on the CPU."""
         file = self.path / TENSORS
         return load_file(file) if file.is_file() else {}
+
+    def changes(self, recipe: Recipe) -> Changes:
+        """What differs in `recipe` from that of the run that saved it."""
+        return changes_since(self.manifest["recipe"], recipe, f"{self.path / NAME}: recipe")
 
 
 class Checkpoints:
@@ -67,7 +72,9 @@ class Checkpoints:
         incomplete = self._directory / f".incomplete-step-{step}"
         final = self._directory / f"step-{step}"
         if self._ranks.is_main:
-            shutil.rmtree(incomplete, ignore_errors=True)
+            for left in LEFT_OVER:  # by a process that was killed
+                for path in self._directory.glob(left):
+                    shutil.rmtree(path, ignore_errors=True)
             incomplete.mkdir(parents=True)
         self._ranks.barrier()
         engine.save_checkpoint(str(incomplete), tag="engine", save_latest=False)
@@ -79,7 +86,7 @@ class Checkpoints:
             (incomplete / "state.json").write_text(json.dumps(state), encoding="utf-8")
             write_manifest(incomplete, {**self._about(), "step": step, "value": value, "phase": phase})
             _sync(incomplete)
-            shutil.rmtree(final, ignore_errors=True)  # the same step, saved again after a resume
+            self._remove(step)  # the same step, saved again after a resume
             incomplete.rename(final)
             self._prune()
         self._ranks.barrier()
@@ -92,23 +99,24 @@ class Checkpoints:
         steps = self._steps()
         if not steps:
             return None
-        path = self._path(steps[-1])
+        path = self.path(steps[-1])
         try:
             manifest = read_manifest(path)
         except Refused as reason:
             others = [step for step in reversed(steps[:-1]) if self._is_good(step)]
             advice = (
-                f"Move it away and run again with --resume: {self._path(others[0])} is good."
+                f"Move it away and run again with --resume: {self.path(others[0])} is good."
                 if others
                 else "There is no other good checkpoint here: start again in another --output."
             )
             raise UserError(f"{path} cannot be used: {reason}. {advice}") from None
-        for key, ours in self._about().items():
-            theirs = manifest.get(key, _BEFORE.get(key))
-            if theirs != ours and key not in ("world", "recipe"):
-                raise UserError(
-                    f"{path} was saved with {key}: {theirs}, this run has {key}: {ours}; a resumed run keeps it"
-                )
+        other = [
+            f"{key}: {manifest.get(key)}, this run has {key}: {ours}"
+            for key, ours in self._about().items()
+            if manifest.get(key) != ours and key not in ("world", "recipe")
+        ]
+        if other:
+            raise UserError(f"{path} was saved with {'; '.join(other)}; a resumed run keeps it")
         universal = manifest["world"] != self._ranks.world
         kind = self._why_not_universal() if universal else ""
         if kind:
@@ -132,24 +140,33 @@ class Checkpoints:
         return ""
 
     def restore(self, engine: Any, found: Found) -> dict[str, Any]:
-        """Loads a found checkpoint into the engine and the random state; returns what `save` was given as state."""
+        """Load a found checkpoint into the engine and the random state; returns what `save` was given as state.
+
+        Learning rates and the optimiser's other settings stay those of the engine, which were made from the recipe and
+        the number of steps of now.
+        """
+        settings = optimizer_settings(engine)
         if found.universal:
-            with universal_copy(found.path, self._ranks) as directory:
-                with keeps_groups(engine):
-                    loaded, _ = engine.load_checkpoint(str(directory), tag="engine")
+            with universal_copy(found.path, self._ranks) as directory, keeps_groups(engine):
+                self._load(engine, directory)
         else:
-            loaded, _ = engine.load_checkpoint(str(found.path), tag="engine")
+            self._load(engine, found.path)
             file = found.path / f"random-{self._ranks.rank}.safetensors"
             state = load_file(file)
             torch.set_rng_state(state["cpu"])
             if "cuda" in state and self._ranks.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda"], self._ranks.device)
-        assert loaded is not None, "DeepSpeed found no checkpoint where the manifest says there is one"
+        put_settings(engine, settings)
         return found.state
+
+    def _load(self, engine: Any, directory: Path) -> None:
+        with plain_path(directory) as path:
+            loaded, _ = engine.load_checkpoint(str(path), tag="engine")
+        if loaded is None:
+            raise RuntimeError(f"DeepSpeed found no checkpoint in {directory}, whose manifest names its files")
 
     def _about(self) -> dict[str, Any]:
         engine = self._recipe.engine
-        recipe = hashlib.sha256(self._recipe.dump().encode("utf-8")).hexdigest()
         return {
             "world": self._ranks.world,
             "zero": engine.zero,
@@ -159,10 +176,11 @@ class Checkpoints:
             "flat_parameters": engine.flat_parameters,
             "tasks": self._recipe.task_names,
             "adapter": self._recipe.adapter.summary,
-            "recipe": recipe,
+            "recipe": self._recipe.model_dump(mode="json"),
         }
 
-    def _path(self, step: int) -> Path:
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is."""
         return self._directory / f"step-{step}"
 
     def _steps(self) -> list[int]:
@@ -171,7 +189,7 @@ class Checkpoints:
 
     def _is_good(self, step: int) -> bool:
         try:
-            read_manifest(self._path(step))
+            read_manifest(self.path(step))
         except Refused:
             return False
         return True
@@ -181,7 +199,7 @@ class Checkpoints:
         values, phases = {}, {}
         for step in steps:
             try:
-                manifest = json.loads((self._path(step) / "manifest.json").read_text(encoding="utf-8"))
+                manifest = json.loads((self.path(step) / "manifest.json").read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 continue  # damaged: not ours to delete
             values[step], phases[step] = manifest.get("value"), manifest.get("phase")
@@ -190,7 +208,14 @@ class Checkpoints:
         best = max(scored, key=lambda step: (scored[step], -step)) if scored else None
         for step in steps[:-KEEP_LATEST]:
             if step != best and step in values:
-                shutil.rmtree(self._path(step))
+                self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        """Takes a checkpoint's name away first: a killed process leaves none behind that is half gone."""
+        removed = self._directory / f".removed-step-{step}"
+        if self.path(step).is_dir():
+            self.path(step).rename(removed)
+            shutil.rmtree(removed)
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 class Refused(Exception):
@@ -38,7 +38,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, OSError):
         raise Refused(f"its {NAME} cannot be read") from None
     if not known:
-        raise Refused(f"its {NAME} has another format than {FORMAT}")
+        raise Refused(f"its {NAME} has another format than {FORMAT}: it was saved by another version of fastmtl")
     there = {str(path.relative_to(directory)) for path in _files(directory)}
     missing, extra = sorted(set(files) - there), sorted(there - set(files))
     if missing:

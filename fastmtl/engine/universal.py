@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from fastmtl.engine.distributed import Ranks
+from fastmtl.engine.plain_path import plain_path
 
 
 @contextmanager
@@ -25,7 +26,8 @@ def universal_copy(checkpoint: Path, ranks: Ranks) -> Iterator[Path]:
     assert shared is not None
     try:
         if ranks.is_main:
-            _convert(checkpoint / "engine", shared / "engine")
+            with plain_path(checkpoint) as source, plain_path(shared) as target:
+                _convert(source / "engine", target / "engine")
         ranks.barrier()
         yield shared
         ranks.barrier()

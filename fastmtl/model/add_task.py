@@ -19,6 +19,7 @@ from fastmtl.errors import UserError
 from fastmtl.model.merge import TrainedModel, join, origin
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.model.pretrained import model_directory, read_about
+from fastmtl.user_path import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +67,7 @@ def _section(recipe: Recipe, name: str, base: Mapping[str, Any], directory: Path
 
 
 def _same_model(path: str, directory: Path) -> bool:
-    given = Path(path).expanduser()
+    given = user_path(path)
     return given.is_dir() and model_directory(given).resolve() == directory.resolve()
 
 

@@ -23,6 +23,7 @@ from fastmtl.data.tokenized import tokenizer_state
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.model.pretrained import load_model, read_about, save_model
+from fastmtl.user_path import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -206,7 +207,7 @@ def _task_values(name: str, first: Recipe, second: Recipe) -> dict[str, Any]:
     """A task of the second recipe, for the first's data.dir: its files stay where they are."""
     values = second.tasks[name].model_dump(mode="json")
     if first.data.dir != second.data.dir:
-        folder = Path(second.data.dir or demo_directory()).expanduser().absolute()
+        folder = user_path(second.data.dir or demo_directory()).absolute()
         for split in ("train", "dev", "test"):
             if values["data"][split] is not None:
                 values["data"][split] = str(folder / values["data"][split])

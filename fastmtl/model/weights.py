@@ -58,11 +58,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises UserError naming the file.
     """
     try:
+        with path.open("rb"):  # safetensors calls a file missing that it has no permission to read
+            pass
         if path.suffix == ".safetensors":
             return load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: the file is missing") from None
+    except PermissionError:
+        raise UserError(f"{path}: no permission to read it") from None
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise UserError(f"{path}: damaged, or no file of weights: {str(error).splitlines()[0]}") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):

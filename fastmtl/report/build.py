@@ -16,6 +16,8 @@ from fastmtl.report import page, plots
 from fastmtl.report.phases import phase_table
 from fastmtl.tracking.metrics_file import read_metrics
 
+CHANGES = "changes.jsonl"  # settings with which the run was resumed, a line each time
+
 TITLES = {
     "accuracy": "accuracy",
     "macro_precision": "macro precision",
@@ -68,6 +70,7 @@ def write_report(output: Path, results: dict[str, Any] | None = None) -> Path:
         ),
         page.section("Speed and schedule", "", _speed(steps)),
         page.section("Data", "", [_data(recipe, results)] if results["data"] else []),
+        page.section("Resumed with other settings", "", _changes(output)),
         page.section("Versions and settings", "", [_versions(results)]),
         page.details("config.yaml: the complete recipe of this run", config.read_text(encoding="utf-8")),
     ]
@@ -242,6 +245,21 @@ def _data(recipe: Recipe, results: dict[str, Any]) -> str:
     ]
     head = ["file", "rows", "bad rows skipped", "texts truncated", "labels"]
     return page.table("Rows read", head, rows, frozenset())
+
+
+def _changes(output: Path) -> list[str]:
+    file = output / CHANGES
+    if not file.is_file():
+        return []
+    lines = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
+    rows = [
+        [f"{key}", str(line["step"]), str(before), str(now)]
+        for line in lines
+        for key, (before, now) in line["changes"].items()
+    ]
+    return [
+        page.table("What changed when the run went on", ["setting", "after step", "before", "now"], rows, frozenset())
+    ]
 
 
 def _labels(task: TaskConfig, labels: dict[str, float]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from typing import Protocol
 
@@ -12,6 +14,16 @@ from rich.table import Table
 from fastmtl.config import Recipe
 
 SECONDS_BETWEEN_LINES = 5.0
+
+
+class LastingConsole(Console):
+    """A console that falls silent when its reader is gone (`fastmtl train ... | head`); rich's own ends the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 class Display(Protocol):

@@ -13,12 +13,15 @@ from fastmtl.errors import UserError
 
 class MetricsFile:
     """Appends lines to `path`. Lines after `resume_step` are cut off first; with resume_step 0 the file starts empty.
+    within_epoch: an evaluation at resume_step is cut off too, for it was made because the run ended there.
 
     A line is handed to the operating system before `write` returns, so a killed run leaves at most one torn line.
     """
 
-    def __init__(self, path: Path, resume_step: int) -> None:
+    def __init__(self, path: Path, resume_step: int, *, within_epoch: bool = False) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
+        if within_epoch:
+            kept = [line for line in kept if line["step"] < resume_step or "dev" not in line]
         self.last_evaluation = max((line["step"] for line in kept if "dev" in line), default=0)
         temporary = path.with_name(f".{path.name}.tmp")
         with temporary.open("w", encoding="utf-8") as file:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rich.console import Console
 
 from fastmtl.config import Recipe
-from fastmtl.tracking.display import open_display, scores_table, summarize
+from fastmtl.tracking.display import LastingConsole, open_display, scores_table, summarize
 from fastmtl.tracking.metrics_file import MetricsFile
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ class Tracker:
     """Progress, metrics.jsonl and TensorBoard of the process with `is_main`; in every other process it does nothing.
 
     Values are taken from the device only in steps that are logged (`train.log_every`). When a run goes on from
-    `resume_step`, lines of later steps are dropped, so metrics.jsonl ends up as that of an uninterrupted run.
+    `resume_step`, lines of later steps are dropped, so metrics.jsonl ends up as that of an uninterrupted run. With
+    within_epoch, so is an evaluation at that step: the run had ended there before the end of the epoch.
 
     metrics.jsonl holds for a step: step, phase (its name, in a run of several), epoch (from 0, in the phase), loss
     {task: mean}, lr, cosines {"a/b": cosine}, conflict_rate, task_norms {task: norm}, merged_norm, skipped (what had a
@@ -74,6 +75,7 @@ class Tracker:
         total_steps: int,
         resume_step: int = 0,
         *,
+        within_epoch: bool = False,
         is_main: bool = True,
         console: Console | None = None,
     ) -> None:
@@ -86,9 +88,9 @@ class Tracker:
         self._phase: str | None = None
         self._total_steps = total_steps
         output.mkdir(parents=True, exist_ok=True)
-        self._file = MetricsFile(output / "metrics.jsonl", resume_step)
+        self._file = MetricsFile(output / "metrics.jsonl", resume_step, within_epoch=within_epoch)
         self._board = SummaryWriter(str(output / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
-        self._console = console or Console()
+        self._console = console or LastingConsole()
         self._display = open_display(self._console, total_steps, resume_step)
         self._restart_clock()
 

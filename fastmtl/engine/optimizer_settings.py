@@ -1,0 +1,27 @@
+"""What an optimiser and its schedule are set to, kept while a checkpoint's state is loaded into them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+NAMES = ("initial_lr", "betas", "eps", "momentum", "weight_decay")
+
+Settings = tuple[list[float], list[dict[str, Any]]]
+
+
+def optimizer_settings(engine: Any) -> Settings:
+    """The schedule's base rates and each group's settings. Groups may hold state besides, as their count of steps."""
+    groups = engine.optimizer.param_groups
+    return list(engine.lr_scheduler.base_lrs), [{n: group[n] for n in NAMES if n in group} for group in groups]
+
+
+def put_settings(engine: Any, settings: Settings) -> None:
+    """Put settings back, with the learning rates that the schedule gives after the steps that were loaded."""
+    schedule = engine.lr_scheduler
+    schedule.base_lrs, groups = list(settings[0]), settings[1]
+    rates = [
+        base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, kept, rate in zip(engine.optimizer.param_groups, groups, rates, strict=True):
+        group.update(kept, lr=rate)
+    schedule._last_lr = rates

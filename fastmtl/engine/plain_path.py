@@ -1,0 +1,21 @@
+"""DeepSpeed looks for its files by `glob`, which reads the brackets of a folder named `run[1]` as a pattern."""
+
+from __future__ import annotations
+
+import glob
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def plain_path(directory: Path) -> Iterator[Path]:
+    """A path of `directory` that is no pattern: its own, or that of a temporary link to it."""
+    if glob.escape(str(directory)) == str(directory):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="fastmtl-") as folder:
+        link = Path(folder) / "directory"
+        link.symlink_to(directory.resolve(), target_is_directory=True)
+        yield link

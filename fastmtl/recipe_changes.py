@@ -1,0 +1,84 @@
+"""Two recipes compared key by key, and which of a run's settings may change when it is resumed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fastmtl.config import Recipe, parse_recipe
+from fastmtl.errors import UserError
+
+# {key: (before, now)}
+Changes = dict[str, tuple[Any, Any]]
+
+# Changes that leave every step the same: how long the run is, what is logged and saved, and where files are (the rows
+# themselves are compared by their digests).
+FREE = re.compile(
+    r"description"
+    r"|(phases\.\d+\.)?train\.(epochs|max_steps|eval_tokens|checkpoint_every|log_every)"
+    r"|data\.(dir|cache_dir|prefetch)"
+    r"|encoder\.path"
+    r"|tasks\..+\.data\.(train|dev|test)"
+)
+LENGTH = re.compile(r"(phases\.\d+\.)?train\.(epochs|max_steps)")
+
+
+def differences(before: Recipe, now: Recipe) -> Changes:
+    """Every key whose value differs, in the recipe's order; a key that one of them lacks counts as None."""
+    old, new = (_flat(recipe.model_dump(mode="json")) for recipe in (before, now))
+    return {key: (old.get(key), new.get(key)) for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)}
+
+
+def changes_since(saved: Mapping[str, Any], now: Recipe, source: str) -> Changes:
+    """What differs from the recipe that a checkpoint holds. Raises UserError where this version cannot read that."""
+    try:
+        return differences(parse_recipe(dict(saved), source), now)
+    except UserError as error:
+        raise UserError(f"{error}. It was saved by another version of fastmtl; go on with that one") from None
+
+
+def refuse(path: str, changes: Changes, accept: bool) -> None:
+    """Raises UserError that names all changes that are not free, unless they are accepted."""
+    refused = {key: values for key, values in changes.items() if not FREE.fullmatch(key)}
+    if refused and not accept:
+        raise UserError(
+            f"{path} was saved by a run with other settings: {listed(refused)}. Resume with the former ones, or add "
+            "--accept-changes to go on with these"
+        )
+
+
+def changed_rows(before: Mapping[str, str], now: Mapping[str, str]) -> Changes:
+    """The files whose rows are not those of before, by the digests of `Corpus.digests`."""
+    old, new = ({name: digest[:12] for name, digest in digests.items()} for digests in (before, now))
+    names = [name for name in new if name in old and old[name] != new[name]]
+    return {f"rows of {name} (digest)": (old[name], new[name]) for name in names}
+
+
+def resume_notes(changes: Changes, recipe: Recipe) -> list[str]:
+    """What to tell of changes that were allowed or accepted."""
+    if not changes:
+        return []
+    notes = [f"resumed with other settings: {listed(changes)}"]
+    if recipe.schedule.name != "constant" and any(LENGTH.fullmatch(key) for key in changes):
+        notes.append(f"schedule.name: {recipe.schedule.name} follows the new number of steps from here on")
+    return notes
+
+
+def listed(changes: Changes) -> str:
+    """`optimizer.lr: 0.1, now 0.5; seed: 1, now 5`"""
+    return "; ".join(f"{key}: {_short(old)}, now {_short(new)}" for key, (old, new) in changes.items())
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(values, list) and values and all(isinstance(value, dict) for value in values):
+        values = {str(index): value for index, value in enumerate(values)}
+    if not isinstance(values, dict):
+        return {prefix: values}
+    parts = (_flat(value, f"{prefix}.{key}" if prefix else key) for key, value in values.items())
+    return {key: value for part in parts for key, value in part.items()}

@@ -1,0 +1,29 @@
+"""Paths that may begin with `~`, on machines where nobody has a home."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import tempfile
+from pathlib import Path
+
+from fastmtl.errors import UserError
+
+
+def user_path(path: str | Path) -> Path:
+    """Return the path with `~` expanded. Raises UserError where the user has no home directory."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: this user has no home directory for ~ to mean; give the whole path") from None
+
+
+@functools.cache
+def cache_path(path: str | Path) -> Path:
+    """Return a cache folder with `~` expanded, or a temporary one, with a line that says so, where there is no home."""
+    try:
+        return user_path(path)
+    except UserError:
+        folder = Path(tempfile.mkdtemp(prefix="fastmtl-"))
+        print(f"fastmtl: data.cache_dir={path}: this user has no home directory; using {folder}", file=sys.stderr)
+        return folder

@@ -1,0 +1,50 @@
+"""Failures to write a file, whichever library met them, as one sentence."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastmtl.errors import TrainingError
+
+# torch.save and safetensors raise errors of their own in place of OSError; torch's does not even give the reason.
+_OF_TORCH = re.compile(r"PytorchStreamWriter|inline_container|file write failed")
+_OF_SAFETENSORS = re.compile(r"\(os error (\d+)\)")
+
+
+@contextmanager
+def writing(path: Path, advice: str = "") -> Iterator[None]:
+    """Raise TrainingError that names `path` and the reason where a file below it cannot be written in the block.
+
+    advice: a sentence for the user that ends the message.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(_message(path, error.strerror or str(error), advice)) from error
+    except Exception as error:
+        number = _OF_SAFETENSORS.search(str(error))
+        if number is None and not _OF_TORCH.search(str(error)):
+            raise
+        reason = os.strerror(int(number[1])) if number is not None else _guess(path)
+        raise TrainingError(_message(path, reason, advice)) from error
+
+
+def _message(path: Path, reason: str, advice: str) -> str:
+    return f"cannot write {path}: {reason}. {advice}".strip()
+
+
+def _guess(path: Path) -> str:
+    """The likely reason, by what is left of the disk."""
+    folder = next(parent for parent in (path, *path.parents) if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < 2**20:
+        return os.strerror(errno.ENOSPC)
+    return (
+        f"the file was cut short, as by a limit on file sizes or a quota ({free / 2**20:,.0f} MiB of the disk are free)"
+    )

@@ -1,0 +1,58 @@
+"""The runs that test_resume.py looks at, one after the other in one process. Usage: resume_cases.py DIRECTORY BERT"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from phase_cases import make_recipe, write_data
+
+from fastmtl.config import Recipe
+from fastmtl.errors import UserError
+from fastmtl.train import train
+
+
+def recipe_of(directory: Path, bert: Path, schedule: str = "constant", **train_section: Any) -> Recipe:
+    more = {"schedule": {"name": schedule, "warmup": 0}, "weighting": {"name": "dwa"}}
+    return make_recipe(directory, bert, [], train={"epochs": 2, **train_section}, **more)
+
+
+def refusal(recipe: Recipe, output: Path) -> str:
+    try:
+        train(recipe, output, resume=True)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def main(directory: Path, bert: Path) -> None:
+    write_data(directory)
+    train(recipe_of(directory, bert), directory / "whole")
+
+    in_parts = directory / "in parts[1]"  # brackets are a pattern to glob
+    train(recipe_of(directory, bert, epochs=1, max_steps=4), in_parts)
+    shutil.copytree(in_parts, directory / "changed")
+    train(recipe_of(directory, bert, max_steps=9, log_every=2), in_parts, resume=True)  # sets epoch 1's model aside
+    moved = directory / "moved"
+    moved.mkdir()
+    for file in directory.glob("*.tsv"):
+        (moved / file.name).write_text(file.read_text().replace("\n", "\r\n"))  # the same rows
+    elsewhere = recipe_of(moved, bert)
+    train(elsewhere, in_parts, resume=True)
+
+    other = recipe_of(directory, bert, "linear")
+    other.optimizer.lr, other.seed, other.sampler.batch_size = 0.5, 5, 4
+    messages = {"settings": refusal(other, directory / "changed")}
+    text = (moved / "kind-train.tsv").read_text()
+    (moved / "kind-train.tsv").write_text(text.replace("red", "blue"))
+    messages["rows"] = refusal(elsewhere, directory / "changed")
+    elsewhere.optimizer.lr, elsewhere.schedule.name = 0.5, "linear"
+    train(elsewhere, directory / "changed", resume=True, accept_changes=True)
+    (directory / "messages.json").write_text(json.dumps(messages))
+
+
+if __name__ == "__main__":
+    main(*(Path(argument) for argument in sys.argv[1:]))

@@ -1,0 +1,89 @@
+"""Random shapes for every kernel that runs on a CPU, each against float64 within the error budget of its own tests.
+
+The strategies and checks are those of tests/kernels: outputs and all gradients, with empty and one-token sequences.
+The shapes are other ones in every run; the seed is among the figures, and `--seed` repeats a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import importlib
+import json
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+
+# Test and what it is called with besides the drawn values; the share of all shapes is equal.
+CHECKS: list[tuple[str, str, dict[str, Any]]] = [
+    ("test_varlen_attention", "test_against_float64", {"impl": "reference"}),
+    ("test_varlen_attention", "test_against_float64", {"impl": "cpp"}),
+    ("test_add_layer_norm", "test_any_case", {"impl": "cpp"}),
+    ("test_embed_layer_norm", "test_any_case", {"impl": "cpp"}),
+    ("test_dropout", "test_any_case", {"impl": "reference"}),
+    ("test_dropout", "test_any_case", {"impl": "cpp"}),
+    ("test_pool", "test_any_case", {"impl": "cpp"}),
+    ("test_low_rank", "test_any_case", {}),
+    ("test_pal", "test_any_case", {}),
+    ("test_gradients", "test_lists", {"impl": "reference"}),
+    ("test_gradients", "test_lists", {"impl": "cpp"}),
+    ("test_combined_adamw", "test_lists", {"impl": "reference"}),
+    ("test_combined_adamw", "test_lists", {"impl": "cpp"}),
+    ("test_combined_adamw", "test_tables", {"impl": "cpp"}),
+]
+
+
+def shapes_of(test: Callable[..., None], given_values: dict[str, Any], count: int, start: int) -> int:
+    """Run a hypothesis test on `count` new examples; returns how many were run."""
+    inner, strategies = test.hypothesis.inner_test, test.hypothesis._given_kwargs  # type: ignore[attr-defined]
+    done = 0
+
+    def run(**values: Any) -> None:
+        nonlocal done
+        inner(**given_values, **values)
+        done += 1
+
+    drawn = given(**strategies)(run)
+    every = settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        derandomize=False,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    seed(start)(every(drawn))()
+    return done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31))
+    options = parser.parse_args()
+    each = -(-options.shapes // len(CHECKS))
+    counts: dict[str, int] = collections.Counter()
+    for file, name, values in CHECKS:
+        begun = time.monotonic()
+        label = " ".join([file.removeprefix("test_"), *values.values()])
+        test = getattr(importlib.import_module(file), name)
+        try:
+            counts[label] += shapes_of(test, values, each, options.seed)
+        except BaseException:
+            print(f"{label}: failed with --seed {options.seed}", file=sys.stderr)
+            raise
+        print(f"{label}: {counts[label]} shapes in {time.monotonic() - begun:.0f} s", flush=True)
+    if min(counts.values()) < 0.9 * each:
+        sys.exit(f"too few different shapes: {dict(counts)}")
+    print(json.dumps({"shapes": sum(counts.values()), "kernels": len(CHECKS), "seed": options.seed}))
+
+
+if __name__ == "__main__":
+    main()

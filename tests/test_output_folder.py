@@ -1,0 +1,68 @@
+"""Who may write to an output folder, and what of it is told before a run starts."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastmtl.errors import UserError
+from fastmtl.output_folder import OutputFolder, check_room
+
+HOLD = (
+    "import sys; from pathlib import Path; from fastmtl.output_folder import OutputFolder\n"
+    "folder = OutputFolder(Path(sys.argv[1]), resume=True); print('held', flush=True); sys.stdin.read()"
+)
+
+
+def test_the_second_run_is_refused_until_the_first_is_gone_even_by_kill_9(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None and first.stdout.readline() == "held\n"
+    try:
+        with pytest.raises(UserError, match=rf"another run \(process {first.pid} on .*\) is writing to .*--output"):
+            OutputFolder(tmp_path, resume=True)
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.communicate()
+    OutputFolder(tmp_path, resume=True).release()
+
+
+@pytest.mark.parametrize("name", ["lost+found", ".lock"])
+def test_what_is_no_run_is_no_obstacle(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir() if name == "lost+found" else (tmp_path / name).touch()
+    OutputFolder(tmp_path, resume=False).release()
+
+
+def test_a_run_is_an_obstacle_and_lets_go_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UserError, match="already holds a run: go on with it by --resume"):
+        OutputFolder(tmp_path, resume=False)
+    OutputFolder(tmp_path, resume=True).release()
+
+
+def test_a_link_to_a_folder_is_that_folder(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    OutputFolder(tmp_path / "link", resume=False).release()
+    (tmp_path / "dead").symlink_to("nowhere/at/all")
+    with pytest.raises(UserError, match="cannot write to the output directory .*dead"):
+        OutputFolder(tmp_path / "dead", resume=False)
+
+
+def test_a_read_only_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("fastmtl.output_folder.tempfile.NamedTemporaryFile", refuse)
+    with pytest.raises(UserError, match="cannot write to .*: Read-only file system"):
+        OutputFolder(tmp_path, resume=False)
+
+
+def test_too_little_room_is_told(tmp_path: Path) -> None:
+    check_room(tmp_path, 1)
+    with pytest.raises(UserError, match="no space: a checkpoint and model/ take about .* MiB"):
+        check_room(tmp_path, 2**80)

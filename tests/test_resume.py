@@ -1,0 +1,74 @@
+"""What a resumed run does with other settings, other rows and another length."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from left_by_run import lasting, lines, same, weights
+from safetensors.torch import load_file
+
+CASES = Path(__file__).with_name("resume_cases.py")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
+    directory = tmp_path_factory.mktemp("resumed")
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(CASES), str(directory), str(tiny_bert)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (directory / "log.txt").write_text(done.stdout)
+    return directory
+
+
+def test_a_longer_run_is_the_uninterrupted_one(runs: Path) -> None:
+    in_parts, whole = runs / "in parts[1]", runs / "whole"
+
+    def lasting_but_rare(run: Path) -> list[dict[str, Any]]:
+        return [line for line in lasting(run) if line["step"] not in (5, 7)]  # a part logged every other step
+
+    found = lasting_but_rare(in_parts)
+    assert found == lasting_but_rare(whole)
+    assert [line["step"] for line in found if "dev" in line] == [6, 12]
+    for part in ("model", "adapters", "heads"):
+        assert same(weights(in_parts, part), weights(whole, part))
+    for task in ("kind", "same", "degree"):
+        one, two = (run / "predictions" / f"{task}-dev.csv" for run in (in_parts, whole))
+        assert one.read_bytes() == two.read_bytes()
+    assert same(*(load_file(run / "checkpoints" / "step-12" / "random-0.safetensors") for run in (in_parts, whole)))
+    assert not (in_parts / ".set-aside").exists()
+
+
+def test_other_settings_are_refused_all_at_once(runs: Path) -> None:
+    message = json.loads((runs / "messages.json").read_text())["settings"]
+    for change in ("optimizer.lr: 0.003, now 0.5", "seed: 1, now 5", "sampler.batch_size: 8, now 4"):
+        assert change in message
+    assert "train.epochs" not in message and "--accept-changes" in message
+
+
+def test_other_rows_are_refused_and_the_same_rows_elsewhere_are_not(runs: Path) -> None:
+    message = json.loads((runs / "messages.json").read_text())["rows"]
+    assert "rows of kind train" in message and "rows of same" not in message and "optimizer" not in message
+    records = [json.loads(text) for text in (runs / "in parts[1]" / "changes.jsonl").read_text().splitlines()]
+    assert [record["changes"].keys() for record in records] == [
+        {"train.epochs", "train.max_steps", "train.log_every"},
+        {"train.max_steps", "train.log_every", "data.dir", "data.cache_dir"},
+    ]
+
+
+def test_accepted_changes_count_and_are_recorded(runs: Path) -> None:
+    rates = [line["lr"]["encoder"] for line in lines(runs / "changed") if "loss" in line]
+    assert rates == [0.003] * 4 + [
+        pytest.approx(0.5 * (1 - step / 12)) for step in range(5, 13)
+    ]  # of the step that follows
+    assert "linear follows the new number of steps" in (runs / "log.txt").read_text()
+    (record,) = [json.loads(text) for text in (runs / "changed" / "changes.jsonl").read_text().splitlines()]
+    assert record["step"] == 4 and record["changes"]["optimizer.lr"] == [0.003, 0.5]
+    page = (runs / "changed" / "report.html").read_text()
+    assert "rows of kind train (digest)" in record["changes"] and "rows of kind train (digest)" in page
