@@ -83,11 +83,8 @@ def _places() -> list[Path]:
         places.append(Path(os.environ["WNHOME"]) / "dict")
     places.append(Path("/usr/share/wordnet"))
     nltk = [Path(path) for path in os.environ.get("NLTK_DATA", "").split(os.pathsep) if path]
-    nltk += [
-        Path(os.path.expanduser("~/nltk_data")),
-        Path(sys.prefix) / "nltk_data",
-        Path(sys.prefix) / "share" / "nltk_data",
-    ]
+    home = os.path.expanduser("~/nltk_data")  # unchanged where nobody has a home
+    nltk += [Path(home), Path(sys.prefix) / "nltk_data", Path(sys.prefix) / "share" / "nltk_data"]
     nltk += [Path(path) / "nltk_data" for path in ("/usr/share", "/usr/local/share", "/usr/lib", "/usr/local/lib")]
     for path in nltk:
         places += [path / "corpora" / "wordnet", path / "corpora" / "wordnet.zip"]
