@@ -117,7 +117,7 @@ def test_a_run_maps_large_blocks_before_it_makes_anything(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(heap, "map_large_blocks", called)
-    monkeypatch.setattr(train, "start", lambda _: pytest.fail("other processes were joined before"))
+    monkeypatch.setattr(train, "this_process", lambda _: pytest.fail("other processes were joined before"))
     with pytest.raises(Called):
         train.train(load_recipe("demo"), tmp_path)
 
