@@ -93,9 +93,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], timeout: float =
         raise LeftOut(str(error)) from None
     if done.returncode:
         lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        telling = [
-            line for line in lines if re.search(r"error|fatal|cannot find|undefined reference|not found", line, re.I)
-        ]
+        telling = [line for line in lines if TELLING.search(line)]
         # What setuptools prints is the build's log; the one line has only the first.
         print("\n".join(lines))
         raise LeftOut([*telling, *lines[-1:], f"exit status {done.returncode}"][0].rstrip("."))
