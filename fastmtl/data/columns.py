@@ -88,8 +88,6 @@ def check_undecided_quotes(path: Path, record: Record, layout: Layout) -> None:
         if isinstance(cell, str) and '""' in cell[1:-1] and _CSV_QUOTED.fullmatch(cell.strip()):
             where = f"{path}, line {record.line}, column {shortened(str(column))}"
             raise UserError(
-                f"{where}: {quoted(cell)} is quoted as CSV does "
-                "it, but files with tabs are read without quotes. Set quotes: csv in the task's data, or quotes: none "
-                "if "
-                "the quotes belong to the text."
+                f"{where}: {quoted(cell)} is quoted as CSV does it, but files with tabs are read without quotes. "
+                "Set quotes: csv in the task's data, or quotes: none if the quotes belong to the text."
             )

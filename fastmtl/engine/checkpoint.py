@@ -1,8 +1,8 @@
 """Checkpoints: whole or absent, checked before they are opened, the latest and the best kept.
 
-checkpoints/step-N/ holds DeepSpeed's files (engine/), one file of random state per rank, state.json (sampler position,
-surgery, early
-stopping) and manifest.json. A save goes into .incomplete-step-N and is renamed when everything is on disk.
+checkpoints/step-N/ holds DeepSpeed's files (engine/), one file of random state per rank, state.json
+(sampler position, surgery, early stopping) and manifest.json. A save goes into .incomplete-step-N and
+is renamed when everything is on disk.
 """
 
 from __future__ import annotations
