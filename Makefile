@@ -1,4 +1,5 @@
-# make train, test, lint and bench install what they need into .venv, once. Nothing is written outside this folder.
+# make train, test, soak, lint and bench install what they need into .venv, once. Nothing is written outside
+# this folder.
 PYTHON ?= python3
 # What pip installs as torch, words as on its command line: another version, `torch` for the newest, a wheel's path, or
 # with options: make train TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu". make clean comes first.
@@ -12,7 +13,7 @@ export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 
-.PHONY: install train test lint bench bench-kernels bench-step bench-surgery bench-peers gpu-check compile-table check-torch-headers clean
+.PHONY: install train test lint bench bench-kernels bench-step bench-surgery bench-peers soak gpu-check compile-table check-torch-headers clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -43,6 +44,12 @@ train: install
 test: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 \
 		-n 2 --dist loadfile --no-loadscope-reorder --benchmark-disable $(ARGS)
+
+# What takes too long for tests, at most an hour on two cores: random files for the readers, cut and killed checkpoints,
+# full disks, random kernel shapes, 2,000 steps. make soak ARGS="--quick" tries a few of each, ARGS="--only kills" one
+# part.
+soak: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/soak/soak.py $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -11,27 +11,28 @@ import csv
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
-from typing import Literal
+from typing import Any
+
+from fastmtl.data.file_bytes import find_bad_byte
 
 # A line of a file: its number from 1 and its text without the end.
 Line = tuple[int, str]
 # Called with the cells of a line read without quotes: whether they could be a row of the file.
 LooksLikeRow = Callable[[list[str]], bool]
-# Called with a line number and what is wrong there.
-OnBadLine = Callable[[int, str], None]
+# Called with the number of a row's first line, the column (or byte) and what is wrong there.
+OnBadLine = Callable[[int, str, str], None]
 
 ADVICE = "write it twice inside a quoted cell, or set quotes: none where quotes are text"
 
 
-def parse_line(line: str, delimiter: str, *, quoted: bool) -> list[str]:
-    """Return the cells of one line. Raises ValueError where its quotes are wrong."""
+def parse_first(lines: Sequence[Line], delimiter: str, *, quoted: bool) -> tuple[list[str], int]:
+    """Return the cells of the first row and the number of its lines. Raises ValueError where its quotes are wrong."""
+    reader = _reader(lines, 0, delimiter, quoted)
     with _long_cells():
         try:
-            (cells,) = csv.reader([line], delimiter=delimiter, quoting=_quoting(quoted), strict=quoted)
+            return next(reader), reader.line_num
         except csv.Error as error:
             raise ValueError(_problem(str(error), delimiter)) from None
-    return cells
 
 
 def parse_rows(
@@ -41,12 +42,7 @@ def parse_rows(
     begin = 0
     while begin < len(lines):
         start = begin  # a reader that found a mistake is left for a new one on the next line
-        reader = csv.reader(
-            (text + "\n" for _, text in islice(lines, start, None)),
-            delimiter=delimiter,
-            quoting=_quoting(quoted),
-            strict=quoted,
-        )
+        reader = _reader(lines, start, delimiter, quoted)
         while begin < len(lines):
             number = lines[begin][0]
             try:
@@ -55,27 +51,63 @@ def parse_rows(
             except csv.Error as error:
                 last = lines[min(start + reader.line_num, len(lines)) - 1][0]
                 spans = f"the quoted cell that begins here reaches line {last}: " if last != number else ""
-                on_bad_line(number, spans + _problem(str(error), delimiter))
+                on_bad_line(number, "1", spans + _problem(str(error), delimiter))
                 begin += 1
                 break
             end = start + reader.line_num
-            swallowed = next(
-                (line for line, text in lines[begin : end - 1] if looks_like_row(text.split(delimiter))), 0
-            )
-            if swallowed:
+            swallowed = _swallowed(lines, begin, cells, delimiter, looks_like_row) if end > begin + 1 else None
+            if swallowed is not None:
                 on_bad_line(
                     number,
+                    "1",
                     f"the quoted cell that begins here ends in line {lines[end - 1][0]}, and line {swallowed} looks "
                     f"like a row of its own. Where the quote belongs to the text, {ADVICE}",
                 )
                 begin += 1
                 break
-            yield number, cells
+            bad_byte = next(((line, *found) for line, text in lines[begin:end] if (found := find_bad_byte(text))), None)
+            if bad_byte is None:
+                yield number, cells
+            else:
+                line, position, reason = bad_byte
+                on_bad_line(number, f"byte {position}", reason if line == number else f"{reason} in line {line}")
             begin = end
 
 
-def _quoting(quoted: bool) -> Literal[0, 3]:
-    return csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+def _swallowed(
+    lines: Sequence[Line], begin: int, cells: list[str], delimiter: str, looks_like_row: LooksLikeRow
+) -> int | None:
+    """Return the number of a line that a quoted cell swallowed: one that reads as a row of its own. None for no line.
+
+    cells: of the row that begins at lines[begin]. A quoted cell's first and last line are read together with the cells
+    beside it; they prove nothing unless one of their delimiters stands inside the quotes.
+    """
+    at = begin
+    for column, cell in enumerate(cells):
+        pieces = cell.split("\n")
+        for index, piece in enumerate(pieces if len(pieces) > 1 else []):
+            inner = piece.split(delimiter)
+            if index == 0:
+                row = cells[:column] + inner if len(inner) > 1 else []
+            elif index == len(pieces) - 1:
+                row = inner + cells[column + 1 :] if len(inner) > 1 else []
+            else:
+                row = inner
+            if looks_like_row(row):
+                return lines[at + index][0]
+        at += len(pieces) - 1
+    return None
+
+
+def _reader(
+    lines: Sequence[Line], start: int, delimiter: str, quoted: bool
+) -> Any:  # csv gives its readers no public type
+    return csv.reader(
+        (lines[index][1] + "\n" for index in range(start, len(lines))),
+        delimiter=delimiter,
+        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
+        strict=quoted,
+    )
 
 
 def _problem(error: str, delimiter: str) -> str:
@@ -84,6 +116,8 @@ def _problem(error: str, delimiter: str) -> str:
         return f"its quote is never closed; {ADVICE}"
     if error.endswith("expected after '\"'"):
         return f"there is text after the quote that closes a cell; {ADVICE}"
+    if error.startswith("new-line character"):
+        return "there is a carriage return inside the line"
     return f"not readable as {'TSV' if delimiter == chr(9) else 'CSV'}: {error}"
 
 

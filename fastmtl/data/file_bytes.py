@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gzip
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastmtl.errors import UserError
 
 JSON_LINES, PARQUET = (".jsonl", ".ndjson", ".json"), (".parquet", ".pq")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BLANK = b" \r\x0b\x0c"  # not tabs: a line of these is a row of empty cells in a TSV file
+_BAD_BYTE = re.compile("[\udc80-\udcff]")
 
 
 def ending(path: Path) -> str:
@@ -37,17 +40,21 @@ def read_bytes(path: Path) -> bytes:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def decoded_lines(content: bytes, on_bad_bytes: Callable[[int, int, int], None]) -> Iterator[tuple[int, str]]:
-    """Yield the lines that hold something: number from 1, and text without its end.
+def decoded_lines(content: bytes) -> Iterator[tuple[int, str]]:
+    """Yield the lines that hold something besides spaces: number from 1, and text without its end.
 
-    on_bad_bytes: called for a line that is not UTF-8 with its number, the position of the first bad byte, from 0, and
-    that byte; the line is left out.
+    Bytes that are not UTF-8 stay in the text as surrogates, where `find_bad_byte` finds them.
     """
     for number, raw in enumerate(content.removeprefix(_BYTE_ORDER_MARK).split(b"\n"), start=1):
         line = raw.removesuffix(b"\r")
-        if not line.strip():
-            continue
-        try:
-            yield number, line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            on_bad_bytes(number, error.start, line[error.start])
+        if line.strip(_BLANK):
+            yield number, line.decode("utf-8", "surrogateescape")
+
+
+def find_bad_byte(text: str) -> tuple[int, str] | None:
+    """Return the position from 1 of the first byte of a line that is not UTF-8, and what to say of it."""
+    found = None if text.isascii() else _BAD_BYTE.search(text)
+    if found is None:
+        return None
+    position = len(text[: found.start()].encode("utf-8")) + 1
+    return position, f"expected UTF-8, found byte 0x{ord(found[0]) - 0xDC00:02x}"

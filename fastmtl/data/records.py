@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastmtl.data.delimited import Line, LooksLikeRow, OnBadLine, parse_line, parse_rows
-from fastmtl.data.file_bytes import JSON_LINES, PARQUET, decoded_lines, ending, read_bytes
+from fastmtl.data.delimited import ADVICE, Line, LooksLikeRow, parse_first, parse_rows
+from fastmtl.data.file_bytes import JSON_LINES, PARQUET, decoded_lines, ending, find_bad_byte, read_bytes
 from fastmtl.errors import UserError, one_line, shortened
 
 
@@ -66,20 +66,20 @@ def open_source(
         return _parquet(path)
 
     content = read_bytes(path)
-    is_json = ending(path) in JSON_LINES or (not ending(path) and content.lstrip()[:1] == b"{")
-    lines: list[Line] = []
+    lines = list(decoded_lines(content))
+    if ending(path) in JSON_LINES or (not ending(path) and content.lstrip()[:1] == b"{"):
+        lines = [line for line in lines if line[1].strip()]
+        _check_any(path, lines)
+        return _json_lines(lines, bad)
+    while lines and not lines[0][1].strip():  # tabs alone name no columns
+        del lines[0]
+    _check_any(path, lines)
+    return _delimited(path, lines, quoted, header, bad)
 
-    def on_bad_bytes(line: int, position: int, byte: int) -> None:
-        reason = f"expected UTF-8, found byte 0x{byte:02x}"
-        if not lines and not is_json:  # the first line may name the columns, so no other can take its place
-            raise UserError(f"{path}, line {line}, byte {position + 1}: {reason}")
-        bad(BadRow(line, f"byte {position + 1}", reason))
 
-    for line in decoded_lines(content, on_bad_bytes):
-        lines.append(line)
+def _check_any(path: Path, lines: list[Line]) -> None:
     if not lines:
         raise UserError(f"{path}: the file is empty")
-    return _json_lines(lines, bad) if is_json else _delimited(path, lines, quoted, header, bad)
 
 
 def _delimited(
@@ -90,30 +90,41 @@ def _delimited(
     bad: OnBadRow,
 ) -> Source:
     number, text = lines[0]
-    delimiter = "\t" if ending(path) == ".tsv" or "\t" in text else ","
+    bad_byte = find_bad_byte(text)
+    if bad_byte is not None:  # the first line may name the columns, so no other can take its place
+        raise UserError(f"{path}, line {number}, byte {bad_byte[0]}: {bad_byte[1]}")
+    delimiter = "\t" if ending(path) == ".tsv" or _has_tabs(lines) else ","
+    if delimiter == ",":
+        lines = [line for line in lines if line[1].strip()]
     try:
-        first = [cell.strip() for cell in parse_line(text, delimiter, quoted=quoted(delimiter))]
+        cells, taken = parse_first(lines, delimiter, quoted=quoted(delimiter))
+        first = [cell.strip() for cell in cells]
+        names_columns = has_header(first)
+        if names_columns and taken > 1:
+            raise ValueError(f"its quote is not closed in this line; {ADVICE}")
     except ValueError as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path}, line {number}: {error}") from None
-    header = first if has_header(first) else [""] * len(first)
-    rows = lines[1:] if header is first else lines
-
-    def report(line: int, reason: str) -> None:
-        bad(BadRow(line, "1", reason))
-
-    records = partial(_cells_by_column, rows, header, delimiter, quoted(delimiter), report, bad)
+    header = first if names_columns else [""] * len(first)
+    records = partial(
+        _cells_by_column, lines[1:] if names_columns else lines, header, delimiter, quoted(delimiter), bad
+    )
     return Source(header, records, first, delimiter)
 
 
+def _has_tabs(lines: list[Line]) -> bool:
+    """Return whether the first line has tabs as delimiters; beside commas they are that where most lines have them."""
+    first, several = lines[0][1], lines[:100]
+    return "\t" in first and ("," not in first or 2 * sum("\t" in text for _, text in several) > len(several))
+
+
 def _cells_by_column(
-    lines: list[Line],
-    header: list[str],
-    delimiter: str,
-    quoted: bool,
-    report: OnBadLine,
-    bad: OnBadRow,
-    looks_like_row: LooksLikeRow,
+    lines: list[Line], header: list[str], delimiter: str, quoted: bool, bad: OnBadRow, looks_like_row: LooksLikeRow
 ) -> Iterator[Record]:
+    def report(line: int, column: str, reason: str) -> None:
+        bad(BadRow(line, column, reason))
+
     rows = parse_rows(lines, delimiter, quoted=quoted, looks_like_row=looks_like_row, on_bad_line=report)
     for line, cells in rows:
         if len(cells) != len(header):
@@ -127,6 +138,10 @@ def _json_lines(lines: list[Line], bad: OnBadRow) -> Source:
     records = []
     header: dict[str, None] = {}
     for number, text in lines:
+        bad_byte = find_bad_byte(text)
+        if bad_byte is not None:
+            bad(BadRow(number, f"byte {bad_byte[0]}", bad_byte[1]))
+            continue
         try:
             value = json.loads(text, object_pairs_hook=_each_key_once)
         except json.JSONDecodeError as error:

@@ -16,6 +16,13 @@ from fastmtl.config import TaskConfig
 from fastmtl.data.readers import Rows, read_file
 from fastmtl.errors import UserError
 
+SPAM = TaskConfig.model_validate(
+    {
+        "type": "classification",
+        "label_names": ["ham", "spam"],
+        "data": {"columns": {"text": "text", "label": "label"}},
+    }
+)
 BY_NAME = {"text": "text", "label": "label"}
 
 
@@ -69,6 +76,37 @@ def test_a_cell_may_have_lines_and_commas(tmp_path: Path) -> None:
         csv.writer(file).writerows([["text", "label"], *([text, 1] for text in texts)])
     rows = read_file(tmp_path / "q.csv", task())
     assert rows.texts == [" ".join(text.split()) for text in texts] and not rows.skipped
+
+
+def test_the_last_cell_and_two_cells_may_have_lines(tmp_path: Path) -> None:
+    rows = read(tmp_path / "q.csv", 'label,text\nham,"Go until\nJurong"\nspam,"Free\n\nentry"\n', SPAM)
+    assert rows.texts == ["Go until Jurong", "Free entry"] and not rows.skipped
+    pairs = SPAM.model_copy(deep=True)
+    pairs.data.columns = {"text": "a", "text_pair": "b", "label": "label"}
+    rows = read(tmp_path / "q.csv", 'a,label,b\n"one\ntwo",ham,"three\nfour"\n', pairs)
+    assert (rows.texts, rows.pair_texts) == (["one two"], ["three four"])
+    line = refused(tmp_path / "q.csv", 'label,text\nham,"oh\nspam,yes"\n', SPAM)
+    assert "line 2" in line and "line 3 looks like a row" in line
+
+
+def test_the_first_row_may_have_lines_and_tabs(tmp_path: Path) -> None:
+    config = task(data={"columns": {"text": 0, "label": 1}, "header": False})
+    assert read(tmp_path / "q.csv", '"a\nb",1\nc,0\n', config).texts == ["a b", "c"]
+    assert read(tmp_path / "q.csv", "a\tb,1\nc,0\n", config).texts == ["a b", "c"]
+    assert read(tmp_path / "q.csv", "a, b\t1\nc, d\t0\n", config).texts == ["a, b", "c, d"]
+
+
+def test_a_bad_byte_in_a_long_cell_costs_the_whole_row(tmp_path: Path) -> None:
+    rows = read(tmp_path / "q.csv", b'text,label\n"one\ntw\xe9o\nthree",1\nlast,0\n', on_bad_row="skip")
+    assert rows.texts == ["last"]
+    assert [str(bad) for bad in rows.skipped] == ["line 2, column byte 3: expected UTF-8, found byte 0xe9 in line 3"]
+
+
+def test_a_row_of_empty_cells_is_reported(tmp_path: Path) -> None:
+    for ending, empty in (("tsv", "\t"), ("csv", ",")):
+        content = f"text{empty}label\nfine{empty}1\n{empty}\n\n  \n"
+        rows = read(tmp_path / f"q.{ending}", content, on_bad_row="skip")
+        assert len(rows) == 1 and [bad.line for bad in rows.skipped] == [3]
 
 
 def test_an_unclosed_quote_costs_one_row(tmp_path: Path) -> None:

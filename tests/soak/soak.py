@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 # The command of each part, and what makes it short for a try.
 PARTS: dict[str, tuple[list[str], list[str]]] = {
-    "readers": (["fuzz_readers.py"], ["--examples", "50"]),
+    "readers": (["fuzz_readers.py"], ["--inputs", "50"]),
     "truncations": (["truncations.py"], ["--offsets", "5"]),
     "full disk": (["full_disk.py"], ["--fillings", "5"]),
     "kernels": (["kernels.py"], ["--shapes", "200"]),
