@@ -67,12 +67,12 @@ class OutputFolder:
 
 
 def check_room(directory: Path, needed: int) -> None:
-    """Raises UserError where the disk of a folder has less than `needed` bytes left, by what the system says."""
-    free = shutil.disk_usage(directory).free
-    if free < needed:
+    """Raise UserError where the disk of a folder, or of where it will be, has less than `needed` bytes left."""
+    disk = shutil.disk_usage(next(path for path in (directory, *directory.absolute().parents) if path.is_dir()))
+    if disk.total and disk.free < needed:  # some network file systems do not tell their size
         raise UserError(
-            f"{directory}: no space: a checkpoint and model/ take about {needed / 2**20:,.0f} MiB, the disk has "
-            f"{free / 2**20:,.0f} MiB left. Make room, or choose another disk by --output DIR"
+            f"{directory}: no space: a checkpoint and model/ take at least {needed / 2**20:,.1f} MiB, the disk has "
+            f"{disk.free / 2**20:,.1f} MiB left. Make room, or choose another disk by --output DIR"
         )
 
 

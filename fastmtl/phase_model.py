@@ -41,6 +41,12 @@ class PhaseModel:
             where = "" if phase.name is None else f"phases.{phase.index} ({phase.name}): "
             raise UserError(f"{where}there is nothing to train: the encoder is frozen, the rest has no parameters")
 
+    @property
+    def least_saved(self) -> int:
+        """Bytes that a checkpoint and model/ take at least: weights of 16 and of 32 bits, and Adam's two moments."""
+        trained = sum(tensor.numel() for tensor in self.trained.parameters() if tensor.requires_grad)
+        return (2 + 4) * sum(tensor.numel() for tensor in self.trained.parameters()) + 8 * trained
+
     def take_over(self, directory: Path, ranks: Ranks) -> None:
         """What the earlier phases left in a `model/` directory; only the first rank reads it."""
         new: list[str] = []

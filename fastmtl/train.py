@@ -35,6 +35,7 @@ from fastmtl.metrics import evaluate_predictions, load_libraries, mean_score, se
 from fastmtl.model.add_task import complete
 from fastmtl.model.pretrained import load_tokenizer, restore_previous
 from fastmtl.objectives import Objectives
+from fastmtl.output_folder import check_room
 from fastmtl.phase_model import PhaseModel
 from fastmtl.phases import Phase, phases_of
 from fastmtl.progress import Job, Progress, resumed
@@ -95,6 +96,8 @@ def train(
         refuse(str(found and found.path), changes, accept_changes)
         at = resumed(found, phases)
         model = _checked_models(phases, at.phase)
+        if ranks.is_main:
+            check_room(output, model.least_saved)
     join(ranks)
     ranks.agree()
     stop = StopFlag()

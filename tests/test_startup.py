@@ -128,6 +128,26 @@ def test_what_a_run_cannot_have_is_refused_before_deepspeed_starts(
     assert message in str(caught.value)
 
 
+def test_a_full_disk_is_told_before_deepspeed_starts(
+    tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastmtl import train
+    from fastmtl.config import load_recipe
+
+    asked: list[tuple[Path, int]] = []
+
+    def full(directory: Path, needed: int) -> None:
+        asked.append((directory, needed))
+        raise UserError("no space")
+
+    monkeypatch.setattr(train, "check_room", full)
+    given = load_recipe(str(recipe(tmp_path / "data", GOOD, encoder={"path": str(tiny_bert)})))
+    with pytest.raises(UserError, match="no space"):
+        train.train(given, tmp_path / "run")
+    weights = sum(tensor.numel() for tensor in train.PhaseModel(train.phases_of(given)[0]).trained.parameters())
+    assert asked == [(tmp_path / "run", 14 * weights)]
+
+
 def test_deepspeeds_shared_memory_operator_is_not_built(tmp_path: Path) -> None:
     code = (
         "from fastmtl.engine.distributed import start; ranks = start()\n"

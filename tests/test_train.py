@@ -156,24 +156,25 @@ def test_evaluate_finds_the_scores_of_the_run(whole: Path) -> None:
             assert tasks[task][name] == pytest.approx(value, abs=1e-5)
 
 
-def test_stopped_and_resumed_run_is_bitwise_the_same(whole: Path, recipe: Path, tmp_path: Path) -> None:
+def test_killed_stopped_and_resumed_run_is_bitwise_the_same(whole: Path, recipe: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    run = _launch(recipe, output)
+    run = _launch(recipe, output, "train.checkpoint_every=2")
     _wait_for_steps(run, output, 5)
     ranks = [p for p in psutil.Process(run.pid).children(recursive=True) if "train" in p.cmdline() and _is_rank(p)]
     assert len(ranks) == 2
     for rank in ranks:
-        rank.send_signal(signal.SIGTERM)
-    assert "go on with --resume" in _finish(run)
-    stopped = _steps(output)
-    assert 4 <= stopped < _steps(whole)
+        rank.kill()
+    run.communicate(timeout=100)
+    assert run.returncode
+    killed = _steps(output)
+    assert 4 <= killed < _steps(whole)
 
     run = _launch(recipe, output, "--resume")
-    _wait_for_steps(run, output, stopped + 3)
+    _wait_for_steps(run, output, killed + 3)
     run.terminate()  # the deepspeed command passes it to nobody
     text, _ = run.communicate(timeout=100)  # ends with the last process that writes there
     assert run.returncode == -signal.SIGTERM and "go on with --resume" in text
-    assert stopped < _steps(output) < _steps(whole)
+    assert killed < _steps(output) < _steps(whole)
 
     _finish(_launch(recipe, output, "--resume", "data.prefetch=0"))  # batches that nobody made ahead are the same
     assert _lasting(output) == _lasting(whole)
