@@ -83,5 +83,8 @@ def _check_writable(directory: Path) -> None:
         with tempfile.NamedTemporaryFile(prefix=".try-", dir=directory) as file:
             file.write(bytes(4096))
             file.flush()
+    except FileExistsError:
+        what = "a link to nothing" if directory.is_symlink() and not directory.exists() else "a file"
+        raise UserError(f"the output directory {directory} is {what}: choose another place by --output DIR") from None
     except OSError as error:
         raise UserError(f"cannot write to the output directory {directory}: {error.strerror}") from None

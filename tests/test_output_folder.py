@@ -49,8 +49,10 @@ def test_a_link_to_a_folder_is_that_folder(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("there")
     OutputFolder(tmp_path / "link", resume=False).release()
     (tmp_path / "dead").symlink_to("nowhere/at/all")
-    with pytest.raises(UserError, match="cannot write to the output directory .*dead"):
-        OutputFolder(tmp_path / "dead", resume=False)
+    (tmp_path / "file").touch()
+    for name, what in (("dead", "a link to nothing"), ("file", "a file")):
+        with pytest.raises(UserError, match=f"the output directory .*{name} is {what}"):
+            OutputFolder(tmp_path / name, resume=False)
 
 
 def test_a_read_only_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

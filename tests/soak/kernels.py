@@ -1,6 +1,6 @@
-"""Random shapes for every kernel that runs on a CPU, each against float64 within the error budget of its own tests.
+"""Random shapes for every operation of fastmtl_kernels that runs on a CPU, each against float64.
 
-The strategies and checks are those of tests/kernels: outputs and all gradients, with empty and one-token sequences.
+The strategies, checks and error budgets are those of tests/kernels: outputs and all gradients, with empty and one-token sequences.
 The shapes are other ones in every run; the seed is among the figures, and `--seed` repeats a run.
 """
 
@@ -37,6 +37,8 @@ CHECKS: list[tuple[str, str, dict[str, Any]]] = [
     ("test_combined_adamw", "test_lists", {"impl": "reference"}),
     ("test_combined_adamw", "test_lists", {"impl": "cpp"}),
     ("test_combined_adamw", "test_tables", {"impl": "cpp"}),
+    ("test_weights", "test_pcgrad_is_the_textbook_loop", {}),
+    ("test_weights", "test_gradvac_is_the_textbook_loop", {}),
 ]
 
 
@@ -82,7 +84,7 @@ def main() -> None:
         print(f"{label}: {counts[label]} shapes in {time.monotonic() - begun:.0f} s", flush=True)
     if min(counts.values()) < 0.9 * each:
         sys.exit(f"too few different shapes: {dict(counts)}")
-    print(json.dumps({"shapes": sum(counts.values()), "kernels": len(CHECKS), "seed": options.seed}))
+    print(json.dumps({"shapes": sum(counts.values()), "checks": len(CHECKS), "seed": options.seed}))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from launch import two_processes
 from left_by_run import lasting
 from phase_cases import make_recipe, write_data
 
-EARLY = 0.15  # share of the kills that come before the first step
+EARLY, SAVING = 0.15, 0.25  # shares of the kills that come before the first step, and at a checkpoint's files
 DEADLINE = 300.0  # seconds for one launch
 
 
@@ -43,6 +43,12 @@ class Launch:
         while self.process.poll() is None and "epoch" not in self.log.read_text(errors="replace"):
             self.check_deadline()
             time.sleep(0.01)
+
+    def wait_for_saving(self) -> None:
+        """Until a checkpoint is being written, or the end."""
+        while self.process.poll() is None and not any((self.run / "checkpoints").glob(".*-step-*")):
+            self.check_deadline()
+            time.sleep(0.001)
 
     def wait(self, seconds: float) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -118,11 +124,15 @@ def main() -> None:
     while True:
         launch = Launch(file, run)
         if kills < options.kills:
-            if random.random() < EARLY:
+            moment = random.random()
+            if moment < EARLY:
                 launch.wait(random.uniform(0, startup))
             else:
                 launch.wait_for_training()
                 launch.wait(random.uniform(0, seconds / 3))
+            if moment > 1 - SAVING:
+                launch.wait_for_saving()
+                launch.wait(random.uniform(0, 0.05))
         if kills < options.kills and launch.process.poll() is None:
             launch.kill()
             kills += 1
