@@ -1,7 +1,7 @@
 """Random shapes for every operation of fastmtl_kernels that runs on a CPU, each against float64.
 
-The strategies, checks and error budgets are those of tests/kernels: outputs and all gradients, with empty and one-token sequences.
-The shapes are other ones in every run; the seed is among the figures, and `--seed` repeats a run.
+The strategies, checks and error budgets are those of tests/kernels: outputs and all gradients, with empty and one-token
+sequences. The shapes are other ones in every run; the seed is among the figures, and `--seed` repeats a run.
 """
 
 from __future__ import annotations
