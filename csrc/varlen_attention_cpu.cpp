@@ -19,7 +19,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr double kLog2E = 1.4426950408889634;
 // Scores of one block of queries: with dP beside them they fit a 256 KB L2 cache for up to a thousand keys.
 constexpr int64_t kBlockScores = 8192;
 // A block is a multiple of 12 queries, since products are made of 4, 6 or 8 rows at a time.

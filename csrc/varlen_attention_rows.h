@@ -96,36 +96,43 @@ FASTMTL_INLINE float add_lanes(Lanes lanes) {
   return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
 }
 
+// 2^(factor * (scores - top)), 0 where the row has no key. top is subtracted before anything is rounded: the row's
+// largest result is exactly 1, and no compiler can fuse the product, so that forward and backward get equal bits.
+FASTMTL_INLINE Lanes exp2_below(Lanes scores, float top, float factor, bool partial, LaneMask is_key) {
+  const Lanes power = exp2_lanes((scores - top) * factor);
+  return partial ? (is_key ? power : Lanes{}) : power;
+}
+
 FASTMTL_INLINE void softmax_inline(float* scores, int64_t rows, int64_t length, float factor, const int8_t* dropped,
                                    float* stats, int64_t stats_stride) {
   const int64_t width = round_up(length, kLanes), last = width - kLanes;
   const LaneMask is_key = first_lanes(length - last);
   const Lanes minus_infinity = Lanes{} - kInfinity;
+  const float sign = factor < 0 ? -1.0f : 1.0f;
   for (int64_t row = 0; row < rows; ++row) {
     float* s = scores + row * width;
     Lanes peaks = minus_infinity, total = {};
     for (int64_t n = 0; n < width; n += kLanes) {
       Lanes x;
       load(s + n, x);
-      x *= factor;
+      x *= sign;
       if (n == last) x = is_key ? x : minus_infinity;
-      store(x, s + n);
       peaks = x > peaks ? x : peaks;
     }
-    const float peak = max_lane(peaks);
+    const float top = sign * max_lane(peaks);
     for (int64_t n = 0; n < width; n += kLanes) {
       Lanes x;
       load(s + n, x);
-      x = exp2_lanes(x - peak);
+      x = exp2_below(x, top, factor, n == last, is_key);
       total += x;
       store(dropped ? unless_dropped(x, dropped + row * width + n) : x, s + n);
     }
-    stats[row * stats_stride] = peak;
+    stats[row * stats_stride] = top;
     stats[row * stats_stride + 1] = 1.0f / add_lanes(total);
   }
 }
-// scores [rows, padded length] to 2^(factor * scores - peak), zeros where dropped. stats of a row: the peak, and one over
-// the sum before anything is dropped. dropped: null where nothing is.
+// scores [rows, padded length] to 2^(factor * (scores - top)), zeros where dropped. stats of a row: top, the score whose
+// share is largest, and one over the sum before anything is dropped. dropped: null where nothing is.
 FASTMTL_FMA_CLONES(softmax,
                    (float* scores, int64_t rows, int64_t length, float factor, const int8_t* dropped, float* stats,
                     int64_t stats_stride),
@@ -138,14 +145,13 @@ FASTMTL_INLINE void softmax_backward_inline(float* scores, float* dp, int64_t ro
   for (int64_t row = 0; row < rows; ++row) {
     float *s = scores + row * width, *g = dp + row * width;
     const int8_t* bytes = dropped ? dropped + row * width : nullptr;
-    const float peak = stats[row * stats_stride], norm = stats[row * stats_stride + 1];
+    const float top = stats[row * stats_stride], norm = stats[row * stats_stride + 1];
     Lanes total = {};
     for (int64_t n = 0; n < width; n += kLanes) {
       Lanes x, gradient;
       load(s + n, x);
       load(g + n, gradient);
-      x = exp2_lanes(x * factor - peak) * norm;
-      if (n == last) x = is_key ? x : Lanes{};
+      x = exp2_below(x, top, factor, n == last, is_key) * norm;
       if (dropped) {
         gradient = unless_dropped(gradient, bytes + n);
         store(gradient, g + n);

@@ -6,9 +6,9 @@
                                                            dQ = softmax_scale * dS K,  dK = softmax_scale * dS^T Q
 
 qkv [N, 3, heads, head_dim], float32, bfloat16 or float16 of any head_dim; float32 inside. No token is padded. Forward
-keeps the maximum of every row and one over its sum, [N, heads, 2]; P and what dropout drops are made again in backward.
-Equal inputs give equal bits for any number of threads. Not differentiable twice. Source: as
-fastmtl_kernels.varlen_attention_reference.
+keeps the score of every row's largest share and one over the row's sum, [N, heads, 2]; P and what dropout drops are
+made again in backward. Equal inputs give equal bits for any number of threads. Not differentiable twice.
+Source: as fastmtl_kernels.varlen_attention_reference.
 """
 
 from __future__ import annotations
