@@ -11,14 +11,17 @@ from torch import nn
 def parameter_groups(parts: Iterable[tuple[str, nn.Module, float]], weight_decay: float) -> list[dict[str, Any]]:
     """The trainable parameters of (name, module, learning rate), with and without weight decay.
 
-    Biases and the weights of LayerNorm do not decay. Keys: params, lr, weight_decay, name.
+    Biases (`bias` of a linear map, `bias_ih_l0` of an RNN) and the weights of LayerNorm do not decay. Keys: params, lr,
+    weight_decay, name.
     """
     groups = []
     for name, module, lr in parts:
         split: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for key, parameter in module.named_parameters():
             if parameter.requires_grad:
-                split[not key.endswith(("bias", "LayerNorm.weight"))].append(parameter)
+                own_name = key.rpartition(".")[2]
+                is_bias = own_name.startswith("bias_") or own_name.endswith("bias")
+                split[not is_bias and not key.endswith("LayerNorm.weight")].append(parameter)
         for decays, parameters in split.items():
             if parameters:
                 decay = weight_decay if decays else 0.0
