@@ -31,6 +31,15 @@ from fastmtl.user_path import user_path
 
 MINILM = "minilm"
 FORMAT = 1
+# The least that a size in config.json can be; that of positions is the least encoder.max_length.
+LEAST_SIZES = {
+    "vocab_size": 1,
+    "hidden_size": 1,
+    "num_attention_heads": 1,
+    "intermediate_size": 1,
+    "type_vocab_size": 1,
+    "max_position_embeddings": 8,
+}
 
 
 def encoder_directory(path: str) -> Path:
@@ -226,6 +235,9 @@ def _bert_config(path: Path) -> BertConfig:
         divisible = config.hidden_size % config.num_attention_heads == 0
     except Exception as error:  # the classes that transformers raises differ from version to version
         raise UserError(f"{path}: not a configuration of BERT: {error}") from error
+    for name, least in LEAST_SIZES.items():
+        if getattr(config, name) < least:
+            raise UserError(f"{path}: {name}: {getattr(config, name)} is less than {least}; take another encoder")
     if not divisible:
         heads = config.num_attention_heads
         raise UserError(f"{path}: hidden_size {config.hidden_size} is not a multiple of {heads} attention heads")

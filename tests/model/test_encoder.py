@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,10 +40,17 @@ def no_dropout(directory: Path) -> EncoderConfig:
     return EncoderConfig(path=str(directory), hidden_dropout=0.0, attention_dropout=0.0)
 
 
-def test_hidden_states_and_gradients_equal_transformers(tiny_bert: Path, make_batch: MakeBatch) -> None:
+@pytest.mark.parametrize("chunk", [0, 5], ids=["whole", "chunked"])
+def test_hidden_states_and_gradients_equal_transformers(
+    chunk: int, tiny_bert: Path, make_batch: MakeBatch, tmp_path: Path
+) -> None:
+    """Also of an encoder whose feed-forward layers transformers runs on 5 of the 30 padded positions at a time."""
+    directory = shutil.copytree(tiny_bert, tmp_path / "bert")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "chunk_size_feed_forward": chunk}))
     batch = make_batch(LENGTHS)
-    ours = load_encoder(no_dropout(tiny_bert))
-    theirs = AutoModel.from_pretrained(str(tiny_bert)).eval()
+    ours = load_encoder(no_dropout(directory))
+    theirs = AutoModel.from_pretrained(str(directory)).eval()
     hidden, expected = ours(batch), padded_hidden(theirs, batch)
     torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-5)
     upstream = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
