@@ -17,7 +17,7 @@ from fastmtl import __version__
 from fastmtl.commands import bench, models, profile, recipes, sweep
 from fastmtl.commands.options import Debug, ModelDir
 from fastmtl.errors import UserError
-from fastmtl.output_folder import OutputFolder
+from fastmtl.output_folder import OutputFolder, check_output
 from fastmtl.streams import secure
 
 EXIT_FAILURE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
@@ -87,6 +87,7 @@ def train(
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="With --resume: go on with other settings or other training files.")
     ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Check all that a run needs, and train nothing.")] = False,
     debug: Debug = False,
 ) -> None:
     """Train a recipe.
@@ -109,6 +110,9 @@ def train(
     Go on after a stop:
       [cyan]fastmtl train demo --resume[/cyan]
 
+    Everything that a start checks, in seconds, before a place in a queue is taken:
+      [cyan]fastmtl train my.yaml --check[/cyan]
+
     New tasks for a trained model, whose own tasks stay as they are:
       [cyan]fastmtl train new-task.yaml add_to=runs/demo/model[/cyan]
 
@@ -126,8 +130,20 @@ def train(
     with errors_reach_the_first():
         settings = load_recipe(recipe, overrides or [])
         if _is_first_process():
-            folder = OutputFolder(directory, resume=resume)
+            if check:
+                check_output(directory, resume=resume)
+            else:
+                folder = OutputFolder(directory, resume=resume)
         rows = check_recipe(settings, int(os.environ.get("WORLD_SIZE", "1")))
+    if check:
+        from fastmtl.start import check_run
+
+        found = check_run(
+            settings, directory, resume=resume, accept_changes=accept_changes, local_rank=context.obj, rows=rows
+        )
+        if found is not None:
+            print(found)
+        return
     from fastmtl.train import train as run
 
     run(settings, directory, resume=resume, accept_changes=accept_changes, local_rank=context.obj, rows=rows)

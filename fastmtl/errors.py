@@ -67,7 +67,8 @@ def unknown_name(what: str, name: str, valid: Iterable[str]) -> UserError:
     choices = sorted(valid)
     near = difflib.get_close_matches(name[:QUOTED_CHARACTERS], choices, n=1, cutoff=0.5)
     hint = f" Did you mean {quoted(near[0])}?" if near else ""
-    return UserError(f"unknown {what} {quoted(name)}.{hint} Valid: {listed(choices)}.")
+    valid_ones = f"Valid: {listed(choices)}." if choices else "There is none."
+    return UserError(f"unknown {what} {quoted(name)}.{hint} {valid_ones}")
 
 
 def _escaped(text: str) -> str:

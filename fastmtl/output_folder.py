@@ -5,6 +5,7 @@ Nothing heavy is imported: these checks come first.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -33,42 +34,43 @@ class OutputFolder:
     def __init__(self, directory: Path, *, resume: bool) -> None:
         self._directory = directory
         _check_writable(directory)
-        self._lock = self._hold()
-        used = sorted(path.name for path in directory.iterdir() if path.name not in NO_RUN)
-        if used and not resume:
+        self._lock = _locked(directory)
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        try:
+            _check_unused(directory, resume)
+        except UserError:
             self.release()
-            raise UserError(
-                f"{directory} already holds a run: go on with it by --resume, or choose another place by --output DIR"
-            )
+            raise
 
     def release(self) -> None:
         """Let other processes have the folder."""
         os.close(self._lock)
 
-    def _hold(self) -> int:
-        lock = os.open(self._directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.pread(lock, 200, 0).decode("utf-8", "replace").strip()
-            os.close(lock)
-            if error.errno in NO_LOCKS:
-                raise UserError(
-                    f"{self._directory} is on a file system without locks ({error.strerror}), where two runs could "
-                    "overwrite each other: choose another place by --output DIR"
-                ) from None
-            raise UserError(
-                f"another run{f' ({holder})' if holder else ''} is writing to {self._directory}: wait for its end, or "
-                "choose another place by --output DIR"
-            ) from None
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        return lock
+
+def check_output(directory: Path, *, resume: bool) -> None:
+    """Raise what `OutputFolder` would raise now, as far as that shows without writing anything."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(directory)
+        place = _existing(directory)
+        if not place.is_dir():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        if os.statvfs(place).f_flag & os.ST_RDONLY:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _unwritable(directory, error) from None
+    if place == directory:
+        if (directory / LOCK).is_file():
+            os.close(_locked(directory))
+        _check_unused(directory, resume)
 
 
 def check_room(directory: Path, needed: int) -> None:
     """Raise UserError where the disk of a folder, or of where it will be, has less than `needed` bytes left."""
-    disk = shutil.disk_usage(next(path for path in (directory, *directory.absolute().parents) if path.is_dir()))
+    disk = shutil.disk_usage(_existing(directory))
     if disk.total and disk.free < needed:  # some network file systems do not tell their size
         raise UserError(
             f"{directory}: no space: a checkpoint and model/ take at least {needed / 2**20:,.1f} MiB, the disk has "
@@ -83,8 +85,47 @@ def _check_writable(directory: Path) -> None:
         with tempfile.NamedTemporaryFile(prefix=".try-", dir=directory) as file:
             file.write(bytes(4096))
             file.flush()
-    except FileExistsError:
-        what = "a link to nothing" if directory.is_symlink() and not directory.exists() else "a file"
-        raise UserError(f"the output directory {directory} is {what}: choose another place by --output DIR") from None
     except OSError as error:
-        raise UserError(f"cannot write to the output directory {directory}: {error.strerror}") from None
+        raise _unwritable(directory, error) from None
+
+
+def _unwritable(directory: Path, error: OSError) -> UserError:
+    if isinstance(error, FileExistsError):
+        what = "a link to nothing" if directory.is_symlink() and not directory.exists() else "a file"
+        return UserError(f"the output directory {directory} is {what}: choose another place by --output DIR")
+    return UserError(f"cannot write to the output directory {directory}: {error.strerror}")
+
+
+def _check_unused(directory: Path, resume: bool) -> None:
+    if not resume and any(path.name not in NO_RUN for path in directory.iterdir()):
+        raise UserError(
+            f"{directory} already holds a run: go on with it by --resume, or choose another place by --output DIR"
+        )
+
+
+def _locked(directory: Path) -> int:
+    """Return the lock's file, which this process holds until it closes it. Raises UserError where another has it."""
+    try:
+        lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise _unwritable(directory / LOCK, error) from None
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.pread(lock, 200, 0).decode("utf-8", "replace").strip()
+        os.close(lock)
+        if error.errno in NO_LOCKS:
+            raise UserError(
+                f"{directory} is on a file system without locks ({error.strerror}), where two runs could "
+                "overwrite each other: choose another place by --output DIR"
+            ) from None
+        raise UserError(
+            f"another run{f' ({holder})' if holder else ''} is writing to {directory}: wait for its end, or "
+            "choose another place by --output DIR"
+        ) from None
+    return lock
+
+
+def _existing(directory: Path) -> Path:
+    """Return the folder, or the nearest one above it that is there. A dead link counts as there."""
+    return next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))

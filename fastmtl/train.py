@@ -18,30 +18,23 @@ from typing import Any
 import torch
 
 from fastmtl import heap
-from fastmtl.before_meeting import errors_reach_the_first
-from fastmtl.checks import check_schedules
 from fastmtl.config import MLM, Recipe
 from fastmtl.data.corpus import Corpus, CorpusRows
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.prefetch import ahead
-from fastmtl.data.tokenized import check_token_types
-from fastmtl.engine.build import build_engine, build_surgery, check_engine
+from fastmtl.engine.build import build_engine, build_surgery
 from fastmtl.engine.checkpoint import Checkpoints
-from fastmtl.engine.distributed import Ranks, StopFlag, join, this_process
-from fastmtl.engine.fused_optimizers import check_fused_optimizer
+from fastmtl.engine.distributed import Ranks, StopFlag, this_process
 from fastmtl.engine.gather import gathered_state_dict
 from fastmtl.evaluation import Scores, score
 from fastmtl.metrics import evaluate_predictions, load_libraries, mean_score, selected_score
-from fastmtl.model.add_task import complete
-from fastmtl.model.pretrained import load_tokenizer, restore_previous
+from fastmtl.model.pretrained import restore_previous
 from fastmtl.objectives import Objectives
-from fastmtl.output_folder import check_room
 from fastmtl.phase_model import PhaseModel
-from fastmtl.phases import Phase, phases_of
-from fastmtl.progress import Job, Progress, resumed
+from fastmtl.progress import Job, Progress
 from fastmtl.ranges import each, named
-from fastmtl.recipe_changes import changed_rows, refuse, resume_notes
 from fastmtl.run_files import RunFiles
+from fastmtl.start import prepare
 from fastmtl.surgery.flat import whole_model
 from fastmtl.surgery.gradient_surgery import GradientSurgery
 from fastmtl.surgery.task_gradients import TaskGradients
@@ -81,44 +74,19 @@ def train(
     if not torch.cuda.is_available():
         heap.map_large_blocks()
     ranks = this_process(local_rank)
-    with errors_reach_the_first():  # everything that can be refused, before DeepSpeed starts
-        recipe = complete(recipe)
-        phases = phases_of(recipe)  # a wrong name costs no waiting for data
-        for phase in phases:
-            check_fused_optimizer(phase.recipe)
-            check_engine(phase.recipe, ranks.world)
-        rows = rows or CorpusRows.read(recipe)
-        check_schedules(phases, rows, ranks.world)
-        tokenizer = load_tokenizer(recipe.encoder)
-        checkpoints = Checkpoints(output / "checkpoints", recipe, ranks)
-        found = checkpoints.find() if resume else None
-        changes = {} if found is None else found.changes(recipe)
-        refuse(str(found and found.path), changes, accept_changes)
-        at = resumed(found, phases)
-        model = _checked_models(phases, at.phase)
-        if ranks.is_main:
-            check_room(output, model.least_saved)
-    join(ranks)
-    ranks.agree()
+    start = prepare(recipe, output, ranks, resume=resume, accept_changes=accept_changes, rows=rows)
     stop = StopFlag()
     if resume and ranks.is_main:
         restore_previous(output / "model")
-    corpus = ranks.in_turn(lambda: Corpus.load(recipe, tokenizer, model.model.encoder.max_length, rows))
-    check_token_types([*corpus.train, *corpus.dev], model.model.encoder.config.type_vocab_size)
-    digests = corpus.digests(recipe)
-    data_changes = {} if found is None else changed_rows(at.data, digests)
-    refuse(str(found and found.path), data_changes, accept_changes)
-    at.data = digests
-    jobs = [Job.of(phase, corpus.only(recipe, phase.recipe.task_names), tokenizer, ranks) for phase in phases]
-    notes = resume_notes({**changes, **data_changes}, recipe)
-    moved = jobs[at.phase].fit(at)
-    notes += [] if moved is None else [moved]
-    goes_on = not jobs[at.phase].is_over(at)
-    if not goes_on and jobs[at.phase] is not jobs[-1]:
-        at, found = at.next_phase(), None
-        goes_on = True
-    elif not goes_on:
-        notes.append(f"nothing is left to train after step {at.step}: raise train.epochs or train.max_steps to go on")
+    recipe, tokenizer, corpus, jobs = start.recipe, start.tokenizer, start.corpus, start.jobs
+    checkpoints, found, at, model, notes = start.checkpoints, start.found, start.at, start.model, list(start.notes)
+    if jobs[at.phase].is_over(at):
+        if jobs[at.phase] is not jobs[-1]:
+            at, found = at.next_phase(), None
+        else:
+            notes.append(
+                f"nothing is left to train after step {at.step}: raise train.epochs or train.max_steps to go on"
+            )
     load_libraries()
     run: Run | None = None
     for job in jobs[at.phase :]:
@@ -143,7 +111,7 @@ def train(
             files = RunFiles(output, recipe, tokenizer, corpus, ranks)
             if at.step < job.last_step(at):
                 files.take_back()
-            files.record(at.step, {**changes, **data_changes})
+            files.record(at.step, start.changes)
             total = job.last_step(at) + sum(later.last_step(Progress()) for later in jobs[phase.index + 1 :])
             tracker = Tracker(output, recipe, total, at.step, within_epoch=at.step_in_epoch > 0, is_main=ranks.is_main)
             for note in [*notes, *files.notes()]:
@@ -278,11 +246,6 @@ def evaluate(recipe: Recipe, engine: Any, corpus: Corpus, ranks: Ranks) -> dict[
         return whole_model(engine).predict(batch.to(ranks.device))
 
     return score(predict, recipe, datasets, rank=ranks.rank, world=ranks.world, all_gather=ranks.all_gather)
-
-
-def _checked_models(phases: list[Phase], first: int) -> PhaseModel:
-    """The model of phase number `first`; the others are built too, for a mistake in them must not wait for its turn."""
-    return [model for model in map(PhaseModel, phases) if model.phase.index == first][0]
 
 
 def _learning_rates(engine: Any) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from phase_cases import make_recipe, write_data
 
 from fastmtl.config import Recipe
 from fastmtl.errors import UserError
+from fastmtl.start import check_run
 from fastmtl.train import train
 
 
@@ -20,12 +22,17 @@ def recipe_of(directory: Path, bert: Path, schedule: str = "constant", **train_s
     return make_recipe(directory, bert, [], train={"epochs": 2, **train_section}, **more)
 
 
-def refusal(recipe: Recipe, output: Path) -> str:
+def refusal(recipe: Recipe, output: Path, begin: Callable[..., object] = train) -> str:
     try:
-        train(recipe, output, resume=True)
+        begin(recipe, output, resume=True)
     except UserError as error:
         return str(error)
     return ""
+
+
+def contents(directory: Path) -> dict[Path, int]:
+    """When each file and folder was changed."""
+    return {path: path.stat().st_mtime_ns for path in (directory, *directory.rglob("*"))}
 
 
 def main(directory: Path, bert: Path) -> None:
@@ -45,7 +52,10 @@ def main(directory: Path, bert: Path) -> None:
 
     other = recipe_of(directory, bert, "linear")
     other.optimizer.lr, other.seed, other.sampler.batch_size = 0.5, 5, 4
-    messages = {"settings": refusal(other, directory / "changed")}
+    before = contents(directory / "changed")
+    line = check_run(recipe_of(directory, bert), directory / "changed", resume=True)
+    messages = {"check": str(line), "settings": refusal(other, directory / "changed", check_run)}
+    assert contents(directory / "changed") == before
     text = (moved / "kind-train.tsv").read_text()
     (moved / "kind-train.tsv").write_text(text.replace("red", "blue"))
     messages["rows"] = refusal(elsewhere, directory / "changed")

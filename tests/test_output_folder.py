@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastmtl.errors import UserError
-from fastmtl.output_folder import OutputFolder, check_room
+from fastmtl.output_folder import OutputFolder, check_output, check_room
 
 HOLD = (
     "import sys; from pathlib import Path; from fastmtl.output_folder import OutputFolder\n"
@@ -23,8 +23,9 @@ def test_the_second_run_is_refused_until_the_first_is_gone_even_by_kill_9(tmp_pa
     first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert first.stdout is not None and first.stdout.readline() == "held\n"
     try:
-        with pytest.raises(UserError, match=rf"another run \(process {first.pid} on .*\) is writing to .*--output"):
-            OutputFolder(tmp_path, resume=True)
+        for ask in (OutputFolder, check_output):
+            with pytest.raises(UserError, match=rf"another run \(process {first.pid} on .*\) is writing to .*--output"):
+                ask(tmp_path, resume=True)
     finally:
         first.send_signal(signal.SIGKILL)
         first.communicate()
@@ -41,6 +42,9 @@ def test_a_run_is_an_obstacle_and_lets_go_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
     with pytest.raises(UserError, match="already holds a run: go on with it by --resume"):
         OutputFolder(tmp_path, resume=False)
+    with pytest.raises(UserError, match="already holds a run"):
+        check_output(tmp_path, resume=False)
+    check_output(tmp_path, resume=True)
     OutputFolder(tmp_path, resume=True).release()
 
 
@@ -49,10 +53,17 @@ def test_a_link_to_a_folder_is_that_folder(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("there")
     OutputFolder(tmp_path / "link", resume=False).release()
     (tmp_path / "dead").symlink_to("nowhere/at/all")
-    (tmp_path / "file").touch()
-    for name, what in (("dead", "a link to nothing"), ("file", "a file")):
-        with pytest.raises(UserError, match=f"the output directory .*{name} is {what}"):
-            OutputFolder(tmp_path / name, resume=False)
+    (tmp_path / "there" / "file").touch()
+    places = {
+        "dead": "the output directory .*dead is a link to nothing",
+        "there/file": "the output directory .*file is a file",
+        "there/file/below": "cannot write to the output directory .*below: Not a directory",
+        "x" * 300: "cannot write to the output directory .*x: File name too long",
+    }
+    for place, message in places.items():
+        for ask in (OutputFolder, check_output):
+            with pytest.raises(UserError, match=message):
+                ask(tmp_path / place, resume=False)
 
 
 def test_a_read_only_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +73,11 @@ def test_a_read_only_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("fastmtl.output_folder.tempfile.NamedTemporaryFile", refuse)
     with pytest.raises(UserError, match="cannot write to .*: Read-only file system"):
         OutputFolder(tmp_path, resume=False)
+
+
+def test_looking_at_a_folder_writes_nothing(tmp_path: Path) -> None:
+    check_output(tmp_path / "a" / "run", resume=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_too_little_room_is_told(tmp_path: Path) -> None:

@@ -45,6 +45,12 @@ def test_a_longer_run_is_the_uninterrupted_one(runs: Path) -> None:
     assert not (in_parts / ".set-aside").exists()
 
 
+def test_a_check_finds_the_checkpoint_and_changes_nothing(runs: Path) -> None:
+    message = json.loads((runs / "messages.json").read_text())["check"]
+    assert message.startswith("checked, nothing was trained: 3 tasks, 6 files, ")
+    assert message.endswith("1 process, resumed after step 4")
+
+
 def test_other_settings_are_refused_all_at_once(runs: Path) -> None:
     message = json.loads((runs / "messages.json").read_text())["settings"]
     for change in ("optimizer.lr: 0.003, now 0.5", "seed: 1, now 5", "sampler.batch_size: 8, now 4"):

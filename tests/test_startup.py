@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from fastmtl.engine.distributed import Ranks, free_port
@@ -30,7 +31,7 @@ def recipe(directory: Path, rows: str, **sections: Any) -> Path:
     return path
 
 
-def start(arguments: list[str], place: Path, **environment: str) -> subprocess.Popen[str]:
+def begin(arguments: list[str], place: Path, **environment: str) -> subprocess.Popen[str]:
     path = os.pathsep.join([environment.pop("first", ""), *filter(None, sys.path)])
     return subprocess.Popen(
         [sys.executable, "-c", "from fastmtl.cli import main; main()", *arguments],
@@ -48,12 +49,12 @@ def test_a_bad_label_is_told_before_torch_is_imported(tmp_path: Path, rank: dict
     for name in ("torch", "transformers", "deepspeed"):
         (poisoned / name).mkdir(parents=True)
         (poisoned / name / "__init__.py").write_text(POISON)
-    begin = time.perf_counter()
-    run = start(["train", str(recipe(tmp_path / "data", BAD))], tmp_path, first=str(poisoned), **rank)
+    began = time.perf_counter()
+    run = begin(["train", str(recipe(tmp_path / "data", BAD))], tmp_path, first=str(poisoned), **rank)
     _, told = run.communicate(timeout=60)
     assert told.startswith(f"fastmtl: {tmp_path}/data/mood.csv, line 3, column label: expected a class from 0 to 1")
     assert (run.returncode, told.count("\n")) == (2, 1)
-    assert time.perf_counter() - begin < 20  # on a busy machine; 1 s on an idle one
+    assert time.perf_counter() - began < 20  # on a busy machine; 1 s on an idle one
 
 
 def test_a_file_that_is_bad_on_one_host_ends_all_processes_with_one_message(tmp_path: Path) -> None:
@@ -62,12 +63,13 @@ def test_a_file_that_is_bad_on_one_host_ends_all_processes_with_one_message(tmp_
     meeting["OMP_NUM_THREADS"] = "1"
     runs = []
     for rank, rows in enumerate([GOOD, BAD]):
-        arguments = ["train", str(recipe(tmp_path / f"host{rank}", rows)), "--output", str(tmp_path / "run")]
-        runs.append(start(arguments, tmp_path, RANK=str(rank), LOCAL_RANK="0", **meeting))
+        arguments = ["train", str(recipe(tmp_path / f"host{rank}", rows)), "--output", str(tmp_path / "run"), "--check"]
+        runs.append(begin(arguments, tmp_path, RANK=str(rank), LOCAL_RANK="0", **meeting))
     told = [run.communicate(timeout=120)[1] for run in runs]
     assert [run.returncode for run in runs] == [2, 2]
     assert f"fastmtl: {tmp_path}/host1/mood.csv, line 3, column label: expected a class" in told[0]
     assert "fastmtl" not in told[1] and "Traceback" not in told[0] + told[1]
+    assert not (tmp_path / "run").exists()
 
 
 class Gathered(Ranks):
@@ -108,18 +110,20 @@ def test_what_ranks_agree_on(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"gradient": {"method": "pcgrd"}}, "Did you mean 'pcgrad'?"),
         ({"gradient": {"method": "gradvac", "reduce": "local"}}, "reduce='local': every rank would solve for itself"),
         ({"early_stopping": {"patience": 1}}, "no task has a dev file"),
+        ({"deepspeed": {"zero_optimization": {"reduce_bucket_size": "x"}}}, "deepspeed.zero_optimization.reduce_buck"),
+        ({"gradient": {"method": "cagrad", "options": {"c": [1]}}}, "gradient.options {'c': [1]} cannot weigh 1 tasks"),
     ],
 )
 def test_what_a_run_cannot_have_is_refused_before_deepspeed_starts(
     sections: dict[str, Any], message: str, tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastmtl import train
+    from fastmtl import start, train
     from fastmtl.config import load_recipe
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("DeepSpeed was started")
 
-    monkeypatch.setattr(train, "join", never)
+    monkeypatch.setattr(start, "join", never)
     world = 2 if "reduce" in sections.get("gradient", ()) else 1
     monkeypatch.setattr(train, "this_process", lambda _: Ranks(0, world, 0, train.torch.device("cpu")))
     given = recipe(tmp_path / "data", GOOD, **{"encoder": {"path": str(tiny_bert)}, **sections})
@@ -131,7 +135,7 @@ def test_what_a_run_cannot_have_is_refused_before_deepspeed_starts(
 def test_a_full_disk_is_told_before_deepspeed_starts(
     tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastmtl import train
+    from fastmtl import start, train
     from fastmtl.config import load_recipe
 
     asked: list[tuple[Path, int]] = []
@@ -140,12 +144,72 @@ def test_a_full_disk_is_told_before_deepspeed_starts(
         asked.append((directory, needed))
         raise UserError("no space")
 
-    monkeypatch.setattr(train, "check_room", full)
+    monkeypatch.setattr(start, "check_room", full)
     given = load_recipe(str(recipe(tmp_path / "data", GOOD, encoder={"path": str(tiny_bert)})))
     with pytest.raises(UserError, match="no space"):
         train.train(given, tmp_path / "run")
-    weights = sum(tensor.numel() for tensor in train.PhaseModel(train.phases_of(given)[0]).trained.parameters())
+    weights = sum(tensor.numel() for tensor in start.PhaseModel(start.phases_of(given)[0]).trained.parameters())
     assert asked == [(tmp_path / "run", 14 * weights)]
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of one process, which has nobody to meet."""
+    from fastmtl import cli, start
+
+    monkeypatch.setattr(cli, "_debug", False)
+    monkeypatch.setattr(start, "this_process", lambda _: Ranks(0, 1, 0, torch.device("cpu")))
+    monkeypatch.setattr(start, "join", lambda _: None)
+    monkeypatch.delenv("RANK", raising=False)
+
+
+def check(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit status of `fastmtl train --check`."""
+    from fastmtl import cli
+
+    monkeypatch.setattr(sys, "argv", ["fastmtl", "train", "--check", *arguments])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_check_says_in_one_line_what_it_checked_and_writes_nothing(
+    tmp_path: Path, tiny_bert: Path, alone: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {"dir": str(tmp_path / "data"), "on_bad_row": "skip", "cache_dir": str(tmp_path / "cache")}
+    given = recipe(tmp_path / "data", GOOD + "odd,7\n", encoder={"path": str(tiny_bert)}, data=data)
+    assert check(monkeypatch, str(given), "--output", str(tmp_path / "run")) == 0
+    told = capsys.readouterr()
+    parts = f"1 task, 1 file, 4 rows (1 bad one skipped), encoder {tiny_bert}, 1 process"
+    assert told.out == f"checked, nothing was trained: {parts}\n" and told.err == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epoch=3", "Did you mean 'train.epochs'?"),
+        ("tasks.mood.data.train=other.csv", "other.csv: no such file"),
+        ("encoder.path=nowhere", "encoder.path: no directory nowhere"),
+        ("tasks.mood.pairs=bi", "pairs: bi needs two texts per row"),
+    ],
+)
+def test_check_tells_what_a_start_would_tell(
+    override: str,
+    message: str,
+    tmp_path: Path,
+    tiny_bert: Path,
+    alone: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = recipe(tmp_path / "data", GOOD, encoder={"path": str(tiny_bert)})
+    assert check(monkeypatch, str(given), override, "--output", str(tmp_path / "run")) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and message in told.err and told.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_deepspeeds_shared_memory_operator_is_not_built(tmp_path: Path) -> None:

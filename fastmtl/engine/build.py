@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 from fastmtl.config import Recipe
+from fastmtl.engine.deepspeed_section import check_section
 from fastmtl.engine.fused_optimizers import build_adam
-from fastmtl.engine.settings import deepspeed_config
+from fastmtl.engine.settings import deepspeed_config, deepspeed_section
+from fastmtl.errors import UserError, listed, quoted
 from fastmtl.model.masked_lm import MaskedLanguageModel
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery.flat import FlatParameters
 from fastmtl.surgery.gradient_surgery import GradientSurgery
-from fastmtl.surgery.methods import find_method
+from fastmtl.surgery.methods import Method, draw_order, find_method
 from fastmtl.surgery.options import DTYPES, check_options
 
 Model = MultiTaskModel | MaskedLanguageModel
@@ -26,14 +28,22 @@ REDUCE_BUCKET_SIZE = 500_000_000
 
 
 def check_engine(recipe: Recipe, world: int) -> None:
-    """Refuses what `build_engine` and `build_surgery` would refuse of the settings alone, with UserError."""
-    deepspeed_config(recipe, world, cpu=not torch.cuda.is_available())
+    """Refuses what `build_engine` and `build_surgery` would refuse of the settings alone, with UserError.
+
+    Imports DeepSpeed where the recipe has settings for it.
+    """
+    config = deepspeed_config(recipe, world, cpu=not torch.cuda.is_available())
+    if recipe.deepspeed:
+        check_section(config, deepspeed_section(recipe))
     gradient = recipe.gradient
     if recipe.encoder.freeze:  # there is nothing to merge, and no option matters
         return
+    method = find_method(gradient.method, gradient.reduction, gradient.options)
+    if method is not None:
+        _check_method(method, recipe)
     check_options(
         recipe.engine.zero < 3 and not recipe.engine.offload,
-        find_method(gradient.method, gradient.reduction, gradient.options),
+        method,
         storage=gradient.storage,
         scope=gradient.scope,
         reduce=gradient.reduce,
@@ -41,6 +51,18 @@ def check_engine(recipe: Recipe, world: int) -> None:
         sketch_size=gradient.sketch_size,
         world=world,
     )
+
+
+def _check_method(method: Method, recipe: Recipe) -> None:
+    """Solve for orthogonal gradients once: libraries look at some options only then."""
+    name, options, count = recipe.gradient.method, recipe.gradient.options, len(recipe.tasks)
+    advice = f"gradient.method: {name} with gradient.options {quoted(options)} cannot weigh {count} tasks"
+    try:
+        weights = method.weights(torch.eye(count), draw_order(count, 0, 0), None)
+    except Exception as error:  # whatever TorchJD and its solvers raise
+        raise UserError(f"{advice}: {error}") from error
+    if weights.shape != (count,) or not bool(weights.isfinite().all()):
+        raise UserError(f"{advice}: the weights of orthogonal gradients are {weights.tolist()}")
 
 
 def build_engine(recipe: Recipe, model: Model, world: int, total_steps: int, *, universal: bool = False) -> Any:
@@ -66,7 +88,15 @@ def build_engine(recipe: Recipe, model: Model, world: int, total_steps: int, *, 
         # DeepSpeed makes its buckets of the size it is told, by default 2 GB in float32, whatever there is to reduce.
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         config["zero_optimization"].setdefault("reduce_bucket_size", min(REDUCE_BUCKET_SIZE, trainable))
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=schedule, config=config)
+    try:
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=schedule, config=config)
+    except Exception as error:
+        if not recipe.deepspeed or isinstance(error, torch.OutOfMemoryError | OSError):
+            raise
+        raise UserError(
+            f"DeepSpeed does not start with the recipe's section deepspeed ({listed(recipe.deepspeed)}): "
+            f"{error or type(error).__name__}. Mend that setting, or leave it out"
+        ) from error
     return engine
 
 

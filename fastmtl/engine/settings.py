@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastmtl.config import Recipe
-from fastmtl.errors import UserError
+from fastmtl.errors import UserError, quoted, shortened
 
 # DeepSpeed's key -> the recipe's key that owns it, where the two are the same setting.
 _OWNED = {
@@ -17,13 +17,18 @@ _OWNED = {
     ("zero_optimization", "offload_optimizer", "device"): "engine.offload",
     ("zero_optimization", "offload_param", "device"): "engine.offload",
 }
-# DeepSpeed's blocks for what a recipe says elsewhere.
+_DERIVED = "use sampler.batch_size or sampler.batch_tokens; DeepSpeed's number is derived"
+# DeepSpeed's keys for what a recipe says elsewhere, or what fastmtl does not do.
 _REFUSED = {
-    "optimizer": "use the section `optimizer`",
-    "scheduler": "use the section `schedule`",
-    "train_batch_size": "use sampler.batch_size or sampler.batch_tokens; DeepSpeed's number is derived",
-    "train_micro_batch_size_per_gpu": "use sampler.batch_size or sampler.batch_tokens; DeepSpeed's number is derived",
-    "amp": "DeepSpeed dropped it with Apex's amp; use engine.precision: bf16 or fp16",
+    ("optimizer",): "use the section `optimizer`",
+    ("scheduler",): "use the section `schedule`",
+    ("train_batch_size",): _DERIVED,
+    ("train_micro_batch_size_per_gpu",): _DERIVED,
+    ("amp",): "DeepSpeed dropped it with Apex's amp; use engine.precision: bf16 or fp16",
+    ("zero_optimization", "cpu_offload"): "use engine.offload",
+    ("zero_optimization", "cpu_offload_param"): "use engine.offload",
+    ("sequence_parallel_size",): "fastmtl does not split sequences over ranks; leave it out",
+    ("data_parallel_size",): "the number of ranks is the launcher's; leave it out",
 }
 
 
@@ -61,25 +66,55 @@ def deepspeed_config(recipe: Recipe, world: int, *, cpu: bool) -> dict[str, Any]
         "bf16": {"enabled": engine.precision == "bf16"},
         "steps_per_print": 1 << 30,
     }
-    for key, advice in _REFUSED.items():
-        if key in recipe.deepspeed:
-            raise UserError(f"deepspeed.{key}: {advice}")
-    _merge(config, recipe.deepspeed, recipe, ())
+    _merge(config, deepspeed_section(recipe), recipe, ())
     return config
+
+
+def deepspeed_section(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe's section `deepspeed` with 5e8 and 16.0 as integers, as DeepSpeed counts by."""
+    whole: dict[str, Any] = _whole(recipe.deepspeed)
+    return whole
+
+
+def wrong_kind(example: Any, value: Any) -> str | None:
+    """Return what a value should be to be of an example's kind. None where it is, or the example tells none."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    match example:
+        case bool():
+            return None if isinstance(value, bool) else "true or false"
+        case int():
+            return None if number and isinstance(value, int) else "a whole number"
+        case float():
+            return None if number else "a number"
+        case str():
+            return None if isinstance(value, str) else "text"
+        case dict():
+            return None if isinstance(value, dict) else "keys with values"
+    return None
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _whole(inner) for key, inner in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _merge(config: dict[str, Any], given: dict[str, Any], recipe: Recipe, path: tuple[str, ...]) -> None:
     for key, value in given.items():
         where = (*path, key)
+        name = f"deepspeed.{'.'.join(where)}"
+        if where in _REFUSED:
+            raise UserError(f"{name}: {_REFUSED[where]}")
         if where in _OWNED:
             owner = _OWNED[where]
             ours = config.get(key, "none")
             if value != ours:
-                section, name = owner.split(".")
-                setting = getattr(getattr(recipe, section), name)
-                raise UserError(
-                    f"deepspeed.{'.'.join(where)}: {value} contradicts {owner}: {setting}; change {owner} only"
-                )
+                section, setting = owner.split(".")
+                its = getattr(getattr(recipe, section), setting)
+                raise UserError(f"{name}: {shortened(str(value))} contradicts {owner}: {its}; change {owner} only")
+        expected = wrong_kind(config.get(key), value)
+        if expected is not None:
+            raise UserError(f"{name}: expected {expected}, found {quoted(value)}")
         if isinstance(value, dict):
             _merge(config.setdefault(key, {}), value, recipe, where)
         else:
