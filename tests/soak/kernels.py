@@ -13,6 +13,7 @@ import json
 import random
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,9 +79,9 @@ def main() -> None:
         test = getattr(importlib.import_module(file), name)
         try:
             counts[label] += shapes_of(test, values, each, options.seed)
-        except BaseException:
-            print(f"{label}: failed with --seed {options.seed}", file=sys.stderr)
-            raise
+        except Exception:
+            traceback.print_exc()
+            sys.exit(f"{label}: failed with --seed {options.seed}")
         print(f"{label}: {counts[label]} shapes in {time.monotonic() - begun:.0f} s", flush=True)
     if min(counts.values()) < 0.9 * each:
         sys.exit(f"too few different shapes: {dict(counts)}")

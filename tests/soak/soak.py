@@ -66,7 +66,8 @@ def table(summary: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     for name, part in summary["parts"].items():
-        told = ", ".join(f"{key} {value}" for key, value in part.get("figures", {"failed": part.get("reason")}).items())
+        figures = part.get("figures", {"failed": part.get("reason")})
+        told = ", ".join(f"{key}: {value}" for key, value in figures.items())
         lines.append(f"| {name} | {'yes' if part['holds'] else '**no**'} | {part['seconds']:,} | {told} |")
     return "\n".join(lines)
 

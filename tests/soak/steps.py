@@ -30,8 +30,9 @@ def main() -> None:
         json.dumps(
             {
                 "steps": found["losses"]["steps"],
-                "MiB of each rank after step 50": memory["at_50"],
-                "largest growth later": f"{most:.1%}".replace("%", " %"),
+                "MiB of each rank, steps 50 to 99": memory["at_50"],
+                "highest 50 steps later": memory["most"],
+                "growth, at most 2 % allowed": f"{most:.1%}".replace("%", " %"),
                 "tokens/s by quarter": found["speed"]["tokens_per_second"],
                 "steps equal to the bit after two stops": found["resumed"]["equal_steps"],
             }
