@@ -108,12 +108,15 @@ def train(
             objectives.load(at.objectives, found.tensors())
             found = None
         if run is None:
-            files = RunFiles(output, recipe, tokenizer, corpus, ranks)
-            if at.step < job.last_step(at):
-                files.take_back()
-            files.record(at.step, start.changes)
-            total = job.last_step(at) + sum(later.last_step(Progress()) for later in jobs[phase.index + 1 :])
-            tracker = Tracker(output, recipe, total, at.step, within_epoch=at.step_in_epoch > 0, is_main=ranks.is_main)
+            with writing(output):
+                files = RunFiles(output, recipe, tokenizer, corpus, ranks)
+                if at.step < job.last_step(at):
+                    files.take_back()
+                files.record(at.step, start.changes)
+                total = job.last_step(at) + sum(later.last_step(Progress()) for later in jobs[phase.index + 1 :])
+                tracker = Tracker(
+                    output, recipe, total, at.step, within_epoch=at.step_in_epoch > 0, is_main=ranks.is_main
+                )
             for note in [*notes, *files.notes()]:
                 tracker.message(note)
             run = Run(ranks, stop, checkpoints, files, tracker, at)
@@ -126,7 +129,8 @@ def train(
             ended = run_phase(run, job, steps, model, engine, surgery, objectives)
         if not ended:
             run.tracker.message(f"stopped at step {run.at.step}; go on with --resume")
-            run.tracker.close()
+            with writing(output):
+                run.tracker.close()
             return
         if job is not jobs[-1]:
             run.at = run.at.next_phase()
@@ -140,7 +144,8 @@ def train(
     if kept is not None and kept["dev"]:
         run.tracker.scores(kept["dev"], kept["mean"], "dev scores of the kept model")
     run.tracker.message(f"model: {output / 'model'}\nreport: {output / 'report.html'}")
-    run.tracker.close()
+    with writing(output):
+        run.tracker.close()
     stop.release()
 
 
@@ -212,7 +217,8 @@ def run_phase(
         dev = {name: evaluate_predictions(recipe.tasks[name], s.scores, s.labels) for name, s in scored.items()}
         value = selected_score(dev, recipe) if dev else None
         if dev:
-            tracker.evaluation(at.step, at.epoch - 1, dev, mean_score(dev, recipe))
+            with writing(run.files.output / "metrics.jsonl"):
+                tracker.evaluation(at.step, at.epoch - 1, dev, mean_score(dev, recipe))
         for note in objectives.after_epoch(dev, lambda corpus: evaluate(recipe, engine, corpus, ranks)):
             tracker.message(note)
         gained = at.gained(phase, dev, value)

@@ -21,7 +21,7 @@ from phase_cases import make_recipe, write_data
 from safetensors.torch import load_file
 
 from fastmtl import train as training
-from fastmtl.errors import TrainingError, UserError
+from fastmtl.errors import TrainingError
 from fastmtl.train import train
 
 SIZE = 24 << 20
@@ -64,12 +64,12 @@ def in_namespace(options: argparse.Namespace) -> None:
         fill(ballast, round(used * (number / options.fillings) ** 2))
         try:
             train(recipe, run)
-        except (UserError, TrainingError, OSError) as error:
-            # The commands print an OSError with its number and file as one line, as they do a TrainingError.
+        except TrainingError as error:
             failed += 1
-            if "No space left on device" not in str(error):
+            path, _, reason = str(error).removeprefix(f"cannot write {run}").partition(": ")
+            if not str(error).startswith(f"cannot write {run}") or "No space left on device" not in reason:
                 sys.exit(f"filling {number}: the message is {error}")
-            files.add(str(error).partition(str(run))[2].partition(":")[0].strip("/' ") or "?")
+            files.add(path.strip("/") or "the folder")
         ballast.unlink()
         train(recipe, run, resume=run.exists())
         if weights_of(run) != expected:
