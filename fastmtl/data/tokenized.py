@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -105,11 +106,7 @@ def tokenize(
         try:
             _store(entry, *made)
         except OSError as error:
-            entry = Path(tempfile.mkdtemp(prefix="fastmtl-")) / entry.name
-            print(
-                f"fastmtl: data.cache_dir={cache_dir} is not writable ({error.strerror}); using {entry}",
-                file=sys.stderr,
-            )
+            entry = _cache_instead(cache_dir, str(error.strerror)) / entry.name
             _store(entry, *made)
         arrays = _load(entry)
         assert arrays is not None
@@ -126,6 +123,14 @@ def tokenize(
         path=rows.path,
         notes=rows.notes,
     )
+
+
+@functools.cache
+def _cache_instead(cache_dir: str | Path, why: str) -> Path:
+    """A temporary folder, the same for all files of the process, with one line that says so."""
+    folder = Path(tempfile.mkdtemp(prefix="fastmtl-"))
+    print(f"fastmtl: data.cache_dir={cache_dir} is not writable ({why}); using {folder}", file=sys.stderr)
+    return folder
 
 
 def check_token_types(datasets: Iterable[TokenizedDataset | None], token_types: int) -> None:
