@@ -20,7 +20,7 @@ from conftest import save_tiny_bert
 from phase_cases import make_recipe, write_data
 from safetensors.torch import load_file
 
-from fastmtl import train as training
+from fastmtl import start
 from fastmtl.errors import TrainingError
 from fastmtl.train import train
 
@@ -55,7 +55,7 @@ def in_namespace(options: argparse.Namespace) -> None:
     )
     write_data(directory)
     train(recipe, directory / "whole")
-    training.check_room = lambda *_: None  # type: ignore[assignment]  # it would refuse most of the runs at once
+    start.check_room = lambda *_: None  # type: ignore[assignment]  # it would refuse most of the runs at once
     used = sum(path.stat().st_size for path in (directory / "whole").rglob("*") if path.is_file())
     expected, files, failed = weights_of(directory / "whole"), set(), 0
     for number in range(options.fillings):
