@@ -18,7 +18,7 @@ from fastmtl.commands import bench, models, profile, recipes, sweep
 from fastmtl.commands.options import Debug, ModelDir
 from fastmtl.errors import UserError
 from fastmtl.output_folder import OutputFolder, check_output
-from fastmtl.streams import secure
+from fastmtl.streams import secure, tell_kept_exceptions_once
 
 EXIT_FAILURE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -273,6 +273,7 @@ sweep.register(app, _set_debug)
 def main() -> None:
     """The console script. A UserError is one message and status 2, anything unexpected a short one and status 1."""
     secure()
+    tell_kept_exceptions_once()
     try:
         app(prog_name="fastmtl")
     except UserError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import threading
 
 
 def secure() -> None:
@@ -23,3 +24,14 @@ def secure() -> None:
             setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+def tell_kept_exceptions_once() -> None:
+    """Print no traceback of a thread that keeps its exception for its caller, as TensorBoard's writer does."""
+    told = threading.excepthook
+
+    def tell(failed: threading.ExceptHookArgs) -> None:
+        if failed.exc_value is None or getattr(failed.thread, "exception", None) is not failed.exc_value:
+            told(failed)
+
+    threading.excepthook = tell

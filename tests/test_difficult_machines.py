@@ -39,6 +39,20 @@ def test_signs_that_the_encoding_lacks_are_replaced() -> None:
     assert (done.returncode, done.stdout) == (0, "na?ve ?\n")
 
 
+def test_a_thread_that_keeps_its_exception_prints_none() -> None:
+    code = (
+        "import threading; from fastmtl.streams import tell_kept_exceptions_once; tell_kept_exceptions_once()\n"
+        "class Writer(threading.Thread):\n"
+        "    def run(self):\n"
+        "        self.exception = OSError('full')\n"
+        "        raise self.exception if self.name == 'keeps' else ValueError('another')\n"
+        "for name in ('keeps', 'other'):\n"
+        "    Writer(name=name).start()\n"
+    )
+    done = run(code, "")
+    assert "full" not in done.stderr and "ValueError: another" in done.stderr
+
+
 def test_a_reader_that_is_gone_silences_the_console_only() -> None:
     code = (
         "import time, sys; from fastmtl.tracking.display import LastingConsole; console = LastingConsole(); "
