@@ -109,6 +109,9 @@ def load_tokenizer(config: EncoderConfig) -> PreTrainedTokenizerBase:
     token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if highest >= vocab_size:  # ids may have gaps
         raise UserError(f"{directory}: the tokenizer's token {quoted(token)} is {highest}, vocab_size is {vocab_size}")
+    added = max(tokenizer("")["input_ids"] + tokenizer("", "")["input_ids"], default=0)
+    if added >= vocab_size:  # the template's ids need not be those of its tokens
+        raise UserError(f"{directory}: tokenizer.json: post_processor: id {added}, but vocab_size is {vocab_size}")
     return tokenizer
 
 

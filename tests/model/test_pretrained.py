@@ -207,6 +207,15 @@ def test_a_token_beyond_a_gap_in_the_ids_is_refused(bert: Path) -> None:
         load_tokenizer(EncoderConfig(path=str(bert)))
 
 
+def test_an_id_of_the_template_beyond_the_embeddings_is_refused(bert: Path) -> None:
+    values = json.loads((bert / "tokenizer.json").read_text("utf-8"))
+    values["post_processor"]["special_tokens"]["[SEP]"]["ids"] = [9999]
+    (bert / "tokenizer.json").write_text(json.dumps(values), "utf-8")
+    edit(bert / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")  # BERT's makes its own template
+    with pytest.raises(UserError, match="tokenizer.json: post_processor: id 9999, but vocab_size is"):
+        load_tokenizer(EncoderConfig(path=str(bert)))
+
+
 def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(bert: Path) -> None:
     edit(bert / "config.json", vocab_size=50)
     with pytest.raises(UserError, match="ids, .*vocab_size is 50"):
