@@ -169,8 +169,8 @@ def _attention(dtype: torch.dtype, num_heads: int, head_dim: int, rate: float) -
     plan = AttentionPlan.make([0, 20, 200], 208, "meta")
     qkv = meta(208, 3, num_heads, head_dim, dtype=dtype)
     drawn = seed() if rate else None
-    out, lse = varlen_attention_triton.forward(qkv, plan, 0.125, rate, drawn)
-    varlen_attention_triton.backward(qkv, out, lse, torch.empty_like(out), plan, 0.125, rate, drawn)
+    out, stats = varlen_attention_triton.forward(qkv, plan, 0.125, rate, drawn)
+    varlen_attention_triton.backward(qkv, out, stats, torch.empty_like(out), plan, 0.125, rate, drawn)
 
 
 def low_rank() -> None:

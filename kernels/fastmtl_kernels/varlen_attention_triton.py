@@ -12,7 +12,7 @@ one kernel for each kind of sequence. A row is written by one program, without a
 - Sequences of at most 64 tokens (varlen_attention_tile): a program holds a tile of 64 rows, which may be several
   sequences, and the whole rows of P; rowsum(P dP) never leaves its registers.
 - Longer ones (varlen_attention_long): a program loops over the 64-row blocks of its sequence. Forward keeps the
-  log2-sum-exp2 of the rows; backward's programs own a block of keys (dK, dV) or a block of queries (dQ) and take
+  maximum and sum of the rows; backward's programs own a block of keys (dK, dV) or a block of queries (dQ) and take
   rowsum(P dP) as rowsum(O dO).
 
 Limits: a value that is not finite makes its whole tile so, also where the tile holds other sequences. float32 spills
@@ -98,10 +98,10 @@ def _common(qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None) ->
 def forward(
     qkv: Tensor, plan: AttentionPlan, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """O [N, heads, head_dim], and the log2-sum-exp2 [N, heads] float32 of the rows of long sequences, if there are."""
+    """O [N, heads, head_dim], and the stats [N, heads, 2] float32 of the rows of long sequences, if there are."""
     num_rows, _, num_heads, head_dim = qkv.shape
     out = torch.empty(num_rows, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty(num_rows if len(plan.blocks) else 0, num_heads, dtype=torch.float32, device=qkv.device)
+    stats = torch.empty(num_rows if len(plan.blocks) else 0, num_heads, 2, dtype=torch.float32, device=qkv.device)
     common = _common(qkv, scale, dropout_p, seed)
     with torch.cuda.device_of(qkv):
         if len(plan.tile_rows):
@@ -110,15 +110,15 @@ def forward(
             )
         if len(plan.blocks):
             long_fwd_kernel[(len(plan.blocks) * num_heads,)](
-                out_ptr=out, lse_ptr=lse, blocks_ptr=plan.blocks, **common | _long_fwd_options(qkv)
+                out_ptr=out, stats_ptr=stats, blocks_ptr=plan.blocks, **common | _long_fwd_options(qkv)
             )
-    return out, lse
+    return out, stats
 
 
 def backward(
     qkv: Tensor,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     dout: Tensor,
     plan: AttentionPlan,
     scale: float,
@@ -144,7 +144,7 @@ def backward(
         if len(plan.blocks):
             options = _long_bwd_options(qkv, dropout_p)
             long_bwd_kernel[(len(plan.blocks) * num_heads, 3 if options["SPLIT"] else 2)](
-                out_ptr=out, lse_ptr=lse, blocks_ptr=plan.blocks, **common | options
+                out_ptr=out, stats_ptr=stats, blocks_ptr=plan.blocks, **common | options
             )
     return dqkv
 
@@ -154,19 +154,19 @@ class _VarlenAttention(torch.autograd.Function):
     def forward(
         ctx: Any, qkv: Tensor, plan: AttentionPlan, scale: float, dropout_p: float, seed: Tensor | None
     ) -> Tensor:
-        out, lse = forward(qkv, plan, scale, dropout_p, seed)
+        out, stats = forward(qkv, plan, scale, dropout_p, seed)
         # The tiles need no output in backward, and what nobody needs is not kept alive.
-        ctx.save_for_backward(qkv, seed, lse, *([out] if len(lse) else []))
+        ctx.save_for_backward(qkv, seed, stats, *([out] if len(stats) else []))
         ctx.plan, ctx.scale, ctx.dropout_p = plan, scale, dropout_p
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, None, None]:
-        qkv, seed, lse, *kept = ctx.saved_tensors
+        qkv, seed, stats, *kept = ctx.saved_tensors
         dout = _with_unit_stride(dout)
         out = kept[0] if kept else dout
-        return backward(qkv, out, lse, dout, ctx.plan, ctx.scale, ctx.dropout_p, seed), None, None, None, None
+        return backward(qkv, out, stats, dout, ctx.plan, ctx.scale, ctx.dropout_p, seed), None, None, None, None
 
 
 def varlen_attention(

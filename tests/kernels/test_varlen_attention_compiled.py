@@ -19,8 +19,8 @@ def launch(dtype: torch.dtype, num_heads: int, head_dim: int) -> None:
     plan = AttentionPlan.make([0, 20, 200], 208, "meta")
     qkv = torch.empty(208, 3, num_heads, head_dim, dtype=dtype, device="meta")
     seed = torch.empty(1, dtype=torch.int64, device="meta")
-    out, lse = varlen_attention_triton.forward(qkv, plan, 0.125, 0.1, seed)
-    varlen_attention_triton.backward(qkv, out, lse, torch.empty_like(out), plan, 0.125, 0.1, seed)
+    out, stats = varlen_attention_triton.forward(qkv, plan, 0.125, 0.1, seed)
+    varlen_attention_triton.backward(qkv, out, stats, torch.empty_like(out), plan, 0.125, 0.1, seed)
 
 
 def for_a100() -> None:
