@@ -169,6 +169,8 @@ def save_encoder(
 ) -> None:
     """What transformers.AutoModel and AutoTokenizer load: config.json, model.safetensors and the tokenizer's files."""
     config.architectures = ["BertModel"]
+    # Chunks change no result, but transformers refuses every text whose length is no multiple of theirs.
+    config.chunk_size_feed_forward = 0
     config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

@@ -270,10 +270,12 @@ def test_a_saved_model_comes_back(adapter: dict, make_model: MakeModel, make_bat
 
 def test_transformers_loads_the_encoder(make_model: MakeModel, tmp_path: Path) -> None:
     model = make_model()
+    model.encoder.config.chunk_size_feed_forward = 3
     directory = saved(model, tmp_path)
     encoder, report = AutoModel.from_pretrained(str(directory), add_pooling_layer=False, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert_same(encoder.state_dict(), model.encoder.state_dict())
+    assert encoder(torch.tensor([[2, 7, 8, 3]])).last_hidden_state.shape == (1, 4, 32)
     assert AutoTokenizer.from_pretrained(str(directory)).is_fast
 
 
