@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from fastmtl import __version__
 from fastmtl.commands import bench, models, profile, recipes, sweep
 from fastmtl.commands.options import Debug, ModelDir
-from fastmtl.errors import UserError
+from fastmtl.errors import TrainingError, UserError
 from fastmtl.output_folder import OutputFolder, check_output
 from fastmtl.streams import secure, tell_kept_exceptions_once
 
@@ -271,13 +271,19 @@ sweep.register(app, _set_debug)
 
 
 def main() -> None:
-    """The console script. A UserError is one message and status 2, anything unexpected a short one and status 1."""
+    """The console script.
+
+    A UserError is one message and status 2, a TrainingError one message and status 1; anything unexpected is a short
+    message and status 1.
+    """
     secure()
     tell_kept_exceptions_once()
     try:
         app(prog_name="fastmtl")
     except UserError as error:
         _fail(str(error), EXIT_USER_ERROR, everywhere=False)
+    except TrainingError as error:
+        _fail(str(error), EXIT_FAILURE, everywhere=True)
     except Exception as error:
         advice = _advice(error)
         if advice is not None:

@@ -65,8 +65,9 @@ def one_line(text: str) -> str:
 def unknown_name(what: str, name: str, valid: Iterable[str]) -> UserError:
     """Return the error for a misspelt name, with the nearest valid one and a list of the others."""
     choices = sorted(valid)
-    near = difflib.get_close_matches(name[:QUOTED_CHARACTERS], choices, n=1, cutoff=0.5)
-    hint = f" Did you mean {quoted(near[0])}?" if near else ""
+    by_small_letters = {choice.casefold(): choice for choice in choices}
+    near = difflib.get_close_matches(name[:QUOTED_CHARACTERS].casefold(), by_small_letters, n=1, cutoff=0.5)
+    hint = f" Did you mean {quoted(by_small_letters[near[0]])}?" if near else ""
     valid_ones = f"Valid: {listed(choices)}." if choices else "There is none."
     return UserError(f"unknown {what} {quoted(name)}.{hint} {valid_ones}")
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from fastmtl import __version__, cli
-from fastmtl.errors import UserError
+from fastmtl.errors import TrainingError, UserError
 
 
 @pytest.fixture(autouse=True)
@@ -246,6 +246,14 @@ def test_failures_of_the_machine_are_not_called_bugs(
     error = capsys.readouterr().err
     assert "sampler.batch_size" in error
     assert "bug" not in error
+
+
+def test_advice_of_a_run_that_cannot_go_on_stands_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing(monkeypatch, TrainingError("the gradient of mood was not finite: lower optimizer.lr"))
+    assert run(monkeypatch, "train", "demo", "--output", str(tmp_path)) == 1
+    assert capsys.readouterr().err == "fastmtl: the gradient of mood was not finite: lower optimizer.lr\n"
 
 
 def test_an_interrupt_ends_with_130(

@@ -47,6 +47,11 @@ def test_ordinary_input_stays_as_it_is() -> None:
     assert quoted("\x1b") == "'\\x1b'"
 
 
+def test_a_name_is_found_whatever_the_case_of_its_letters() -> None:
+    assert "Did you mean 'pcgrad'?" in str(unknown_name("method", "PCGrad", ["pcgrad", "upgrad"]))
+    assert "Did you mean 'SST'?" in str(unknown_name("task", "sst", ["SST", "SQuAD"]))
+
+
 def test_several_mistakes_are_several_lines_also_after_a_trip_to_another_process() -> None:
     error = UserError("one", "two\nlines")
     assert str(error) == "one\ntwo lines"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastmtl.errors import UserError
 from fastmtl.surgery.compact_rows import Rows
+from fastmtl.surgery.norms import total_norm
 from fastmtl_kernels import combined_adamw
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -176,7 +177,7 @@ class SurgeryAdamW(torch.optim.AdamW):
             return None
         own = list(update.own.values())
         if own:
-            norm = torch.nn.utils.get_total_norm(own).float()
+            norm = total_norm(own)
         elif update.dense or update.tables:
             norm = update.weights.new_zeros(())
         else:
@@ -257,6 +258,8 @@ def _why_not(group: Mapping[str, Any]) -> str:
     if isinstance(group["lr"], Tensor):
         return "lr must be a number, a tensor would be waited for at every step"
     for parameter in group["params"]:
+        if sum(parameter is other for other in group["params"]) > 1:
+            return f"a parameter of shape {tuple(parameter.shape)} is twice in one group: leave it out once"
         if not parameter.is_floating_point() or not parameter.is_contiguous():
             return (
                 f"a parameter of shape {tuple(parameter.shape)} and {parameter.dtype} is not real or not contiguous: "

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmtl.errors import UserError
 from fastmtl.surgery.recorded_writes import RecordedWrites
 from fastmtl.surgery.segments import Segments
 from fastmtl.surgery.task_gradients import TaskGradients
@@ -28,9 +29,13 @@ def linear(
     segments: Segments,
     task_grads: TaskGradients | None = None,
 ) -> Tensor:
-    """x [N, in], weight [out, in], bias [out] -> [N, out], as torch.nn.functional.linear."""
+    """x [N, in], weight [out, in], bias [out] -> [N, out], as torch.nn.functional.linear.
+
+    Raises UserError for an x of other dimensions, and for one with fewer rows than the segments have.
+    """
     if task_grads is None or task_grads.mode is None:
         return F.linear(x, weight, bias)
+    _check_rows("linear", x, 2, segments)
     if torch.is_autocast_enabled(x.device.type):  # what backward multiplies has to have the product's dtype
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return _Linear.apply(x, weight, bias, segments, task_grads)
@@ -38,25 +43,48 @@ def linear(
 
 def layer_norm(
     x: Tensor,
-    weight: nn.Parameter,
-    bias: nn.Parameter,
+    weight: nn.Parameter | None,
+    bias: nn.Parameter | None,
     eps: float,
     segments: Segments,
     task_grads: TaskGradients | None = None,
 ) -> Tensor:
-    """x [N, d], weight [d], bias [d] -> [N, d], as torch.nn.functional.layer_norm over the last dimension."""
-    if task_grads is None or task_grads.mode is None:
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    """x [N, d], weight [d], bias [d] -> [N, d], as torch.nn.functional.layer_norm over the last dimension.
+
+    weight, bias: None as in torch.nn.LayerNorm(elementwise_affine=False) and LayerNorm(bias=False).
+    Raises UserError for an x of other dimensions, and for one with fewer rows than the segments have.
+    """
+    if weight is None or task_grads is None or task_grads.mode is None:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    _check_rows("layer_norm", x, 2, segments)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(weight.dtype)
     return _LayerNorm.apply(x, weight, bias, eps, segments, task_grads)
 
 
 def embedding(ids: Tensor, weight: nn.Parameter, segments: Segments, task_grads: TaskGradients | None = None) -> Tensor:
-    """ids int64 [N], weight [V, d] -> [N, d], as F.embedding. Takes the sink's anchor into the graph."""
+    """ids int64 [N], weight [V, d] -> [N, d], as F.embedding. Takes the sink's anchor into the graph.
+
+    Raises UserError for ids of other dimensions, and for fewer ids than the segments have rows.
+    """
     if task_grads is None or task_grads.mode is None:
         return F.embedding(ids, weight)
+    _check_rows("embedding", ids, 1, segments)
     return _Embedding.apply(task_grads.anchor, ids, weight, segments, task_grads)
+
+
+def _check_rows(op: str, x: Tensor, dims: int, segments: Segments) -> None:
+    if x.dim() != dims:
+        wanted, way = ("[N]", "ids.flatten()") if dims == 1 else ("[N, width]", "x.flatten(0, -2)")
+        raise UserError(
+            f"functional.{op}: an input of shape {tuple(x.shape)} where {wanted} is needed, the rows of all tasks in "
+            f"one dimension: give it {way}, and Segments that count these rows"
+        )
+    if segments.host[-1] > len(x):
+        raise UserError(
+            f"functional.{op}: the segments end at row {segments.host[-1]}, but the input has {len(x)} rows: Segments "
+            "count the rows of what the layer is given (tokens, not texts, where a row is a token)"
+        )
 
 
 def _weighted(dy: Tensor, task_grads: TaskGradients, segments: Segments) -> Tensor:
@@ -158,7 +186,7 @@ class _LayerNorm(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: nn.Parameter,
-        bias: nn.Parameter,
+        bias: nn.Parameter | None,
         eps: float,
         segments: Segments,
         task_grads: TaskGradients,

@@ -18,8 +18,9 @@ from torch import nn
 from fastmtl.errors import UserError
 from fastmtl.ranges import named
 from fastmtl.recorders import Recorder, Recordings
-from fastmtl.surgery.inputs import check_sketch, check_task_weights, check_tasks, find_shared
+from fastmtl.surgery.inputs import check_parameters, check_sketch, check_task_weights, check_tasks, find_shared
 from fastmtl.surgery.joint import JointStep
+from fastmtl.surgery.losses import Losses
 from fastmtl.surgery.methods import Reduction, find_method
 from fastmtl.surgery.options import SKETCH_SIZE, Reduce, Scope, Storage, check_options, find_ranks
 from fastmtl.surgery.parts import Parts
@@ -27,7 +28,7 @@ from fastmtl.surgery.recorded_step import RecordedStep, why_not
 from fastmtl.surgery.replay import replay
 from fastmtl.surgery.solver import Solver
 from fastmtl.surgery.stacked import StackedStep
-from fastmtl.surgery.step import Losses, LossFunction, Step, SurgeryInfo
+from fastmtl.surgery.step import LossFunction, Step, SurgeryInfo
 from fastmtl.surgery.targets import find_target
 from fastmtl.surgery.task_gradients import TaskGradients
 from fastmtl.surgery.tensor_scope import tensor_scope
@@ -44,7 +45,8 @@ class GradientSurgery:
     Gramian weighting of TorchJD in lower case ("upgrad", "mgda", ...); options: what it takes ({"c": 0.4} for
     "cagrad").
     tasks: their names, in the order of segments and rows of J.
-    shared: the parameters that surgery is about; the others get their own gradient. Default: all of the target.
+    shared: the parameters that surgery is about, each once; the others get their own gradient. Default: all of the
+    target. Which of them are trained is settled here: after a later change make another object.
     sparse: shared embedding tables whose gradient is kept as compact rows.
     storage: "stacked" keeps J; "replay" keeps only G and runs forward and backward a second time; "auto" takes stacked
     where the target can (ZeRO 0 to 2 without offload).
@@ -85,7 +87,7 @@ class GradientSurgery:
         chosen = find_method(method, reduction, options)
         self.tasks = check_tasks(tasks)
         self._weights = check_task_weights(task_weights or {}, self.tasks)
-        sparse = list(sparse)
+        sparse = check_parameters("sparse", sparse)
         inside = find_shared(self._target, shared, sparse)
         inside_ids = {id(p) for p in inside}
         if not inside and chosen is not None:
@@ -103,6 +105,7 @@ class GradientSurgery:
         if reduce == "sketch":
             check_sketch(sketch_size, sparse)
         self._joint, self._scope, self._by_rank = chosen is None, scope, reduce == "local"
+        self._plain = method == "sum"
         self._solver = Solver(chosen, method, self.tasks, seed, by_rank=self._by_rank)
         self._sink = TaskGradients(
             inside,
@@ -151,8 +154,9 @@ class GradientSurgery:
         task.
         counts: rows of each task in the whole step over all ranks; needed with several micro-batches, else counted.
         weights: of the tasks' losses in this step, times the fixed ones; the same on every rank.
-        Raises UserError where the losses do not fit `tasks` or `counts`, or a shared parameter's gradient goes past
-        the sink; TrainingError after five skipped steps in a row, and for a loss (`sum`) or gradient
+        Raises UserError where the losses are no scalar sums of rows or do not fit `tasks` or `counts`, where a shared
+        parameter's gradient goes past the sink or is sparse, for re-entrant checkpointing, and where a parameter was
+        frozen or unfrozen; TrainingError after five skipped steps in a row, and for a loss (`sum`) or gradient
         (`scope="tensor"`) that is not finite where the step cannot be skipped any more.
         """
         if not micro_batches:
@@ -200,17 +204,18 @@ class GradientSurgery:
         counted. weights: as of `run`, taken from the step's first call. Drop the losses afterwards: with `cuda_graphs`
         the next forward cannot be captured while they are there. last: whether this is the step's last
         micro-batch; the merged gradient and the SurgeryInfo come with it, None before.
-        Raises UserError where a step cannot be done without running forward again: use `run` there.
+        Raises UserError as `run` does, and where a step cannot be done without running forward again: use `run` there.
         """
         self._check_backward()
-        if self._open is None:
-            if counts is None and not last:
-                raise UserError(_COUNTS)
-            self._open = self._start(self._new_step(counts, weights))
-        way, takes_sink = self._open, self._sink.mode is not None
-        if last:
-            self._open = None
+        takes_sink = self._sink.mode is not None
         try:
+            if self._open is None:
+                if counts is None and not last:
+                    raise UserError(_COUNTS)
+                self._open = self._start(self._new_step(counts, weights))
+            way = self._open
+            if last:
+                self._open = None
             if not takes_sink and not self._joint:
                 self._sink.arm("stack", self._target.device)
             self._tell(takes_sink)
@@ -239,6 +244,8 @@ class GradientSurgery:
         self._solver.load_state_dict(state)
 
     def _new_step(self, counts: Mapping[str, int] | None, weights: Mapping[str, float] | None) -> Step:
+        if not self._plain:  # a plain sum leaves it to autograd which parameters get a gradient
+            self._target.check_trained()
         of_step = check_task_weights(weights or {}, self.tasks, "weights")
         self._solver.next_step()
         both = [fixed * now for fixed, now in zip(self._weights, of_step, strict=True)]

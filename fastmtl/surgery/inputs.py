@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
-from fastmtl.errors import UserError, unknown_name
+from fastmtl.errors import UserError, quoted, unknown_name
 from fastmtl.surgery.tables import whole_shape
 from fastmtl.surgery.targets import Target
 
 
 def check_tasks(tasks: Sequence[str]) -> list[str]:
     """Raises UserError for none, and for a name given twice."""
-    if not tasks or isinstance(tasks, str):
+    names = [] if isinstance(tasks, str) else list(tasks)
+    if not names:
         raise UserError(f"tasks: give the list of their names, got {tasks!r}")
-    for name in tasks:
-        if list(tasks).count(name) > 1:
+    for name in names:
+        if names.count(name) > 1:
             raise UserError(f"tasks: {name} is there twice")
-    return list(tasks)
+    return names
+
+
+def check_parameters(argument: str, given: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Each parameter once, in the order given. Raises UserError, naming `argument`, for what is no parameter."""
+    way_out = f"give parameters, for example {argument}=model.encoder.parameters()"
+    if isinstance(given, Tensor | nn.Module | str) or not isinstance(given, Iterable):
+        raise UserError(f"{argument} is of type {type(given).__name__}, not a list: {way_out}")
+    found = {}
+    for one in given:
+        if isinstance(one, tuple):
+            raise UserError(f"{argument} has pairs of names and parameters: use parameters() for named_parameters()")
+        if not isinstance(one, Tensor):
+            raise UserError(f"{argument} has {quoted(one)}, which is no parameter: {way_out}")
+        found[id(one)] = one
+    return list(found.values())
 
 
 def check_task_weights(given: Mapping[str, float], tasks: list[str], argument: str = "task_weights") -> list[float]:
@@ -37,13 +53,13 @@ def check_task_weights(given: Mapping[str, float], tasks: list[str], argument: s
 def find_shared(
     target: Target, shared: Sequence[nn.Parameter] | None, sparse: Sequence[nn.Parameter]
 ) -> list[nn.Parameter]:
-    """The trainable ones, by default all of the target. Raises UserError for parameters that are none of the target's,
-    and for sparse ones that are no shared tables.
+    """The trainable ones, each once, by default all of the target. Raises UserError for parameters that are none of the
+    target's, and for sparse ones that are no shared tables.
     """
     if shared is None:
         inside = target.parameters
     else:
-        shared = list(shared)
+        shared = check_parameters("shared", shared)
         trainable = {id(p) for p in target.parameters}
         inside = target.arranged([p for p in shared if id(p) in trainable])
         strangers = [whole_shape(p) for p in shared if p.requires_grad and id(p) not in trainable]

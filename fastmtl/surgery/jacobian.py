@@ -16,6 +16,8 @@ class Jacobian:
 
     What was never written since `clear` is zero. The first write after it stores instead of adding: clearing touches
     no memory, and the first micro-batch does not read what it replaces.
+
+    reached: ids of the parameters of which something was written since `clear`, be it zeros.
     """
 
     def __init__(
@@ -32,14 +34,17 @@ class Jacobian:
         ends = list(accumulate(sizes, initial=0))
         self._spans = {key: slice(*span) for key, span in zip(self._columns, pairwise(ends), strict=True)}
         self._written: dict[int, set[int]] = {}
+        self.reached: set[int] = set()
         self.clear()
 
     def clear(self) -> None:
+        self.reached.clear()
         self._written = {id(parameter): set() for parameter in self._parameters}
 
     def add(self, parameter: nn.Parameter, gradients: Tensor) -> None:
         """All tasks' gradients [T, *shape]."""
         columns, written = self._columns[id(parameter)], self._written[id(parameter)]
+        self.reached.add(id(parameter))
         if not written:
             columns.copy_(gradients)
         else:
@@ -96,6 +101,7 @@ class Jacobian:
         first = self.is_new(parameters)
         for key in map(id, parameters):
             found = self._written[key]
+            self.reached.add(key)
             for task in tasks:
                 if task not in found and not first:
                     self._rows[key][task].zero_()
@@ -142,6 +148,7 @@ class Jacobian:
 
     def _is_first(self, parameter: nn.Parameter, task: int) -> bool:
         written = self._written[id(parameter)]
+        self.reached.add(id(parameter))
         if task in written:
             return False
         written.add(task)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 from fastmtl.ranges import named
+from fastmtl.surgery.losses import Losses
 from fastmtl.surgery.parts import Parts
 from fastmtl.surgery.reduce import sum_over_ranks
-from fastmtl.surgery.step import Losses, Step, SurgeryInfo
+from fastmtl.surgery.step import Step, SurgeryInfo
 
 
 class JointStep:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from fastmtl.errors import UserError, quoted, unknown_name
+from fastmtl.errors import UserError, listed, quoted, unknown_name
 from fastmtl.surgery import torchjd_methods
 from fastmtl_kernels import gradvac_weights, pcgrad_weights
 
@@ -109,6 +109,8 @@ def find_method(name: str, reduction: Reduction = "sum", options: Mapping[str, A
     Raises UserError for an unknown name or option.
     """
     options = dict(options or {})
+    if not isinstance(name, str):
+        raise UserError(f"gradient method: expected a name, got {quoted(name)}. Valid: {listed(method_names())}.")
     if reduction not in ("sum", "mean"):
         raise UserError(f"reduction must be sum or mean, got {reduction!r}")
     if name == "sum":

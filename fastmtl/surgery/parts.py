@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UserError
+from fastmtl.surgery.differentiate import differentiate
 from fastmtl.surgery.reduce import sum_over_ranks
 from fastmtl.surgery.solver import Solver
 from fastmtl.surgery.targets import Target
@@ -35,7 +36,7 @@ class Parts:
         """
         # Shared parameters are asked for only to see that autograd has nothing for them: layers that write into the
         # sink give None, any other op's gradient would be lost.
-        anchor, *rest = torch.autograd.grad(loss, [self.sink.anchor, *own, *self.shared], allow_unused=True)
+        anchor, *rest = differentiate(loss, [self.sink.anchor, *own, *self.shared], self.target.names)
         if anchor is None:
             raise UserError(
                 "loss_fn takes task_grads but the model does not use it: pass it to the layers, embedding included, or "

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fastmtl.ranges import named
 from fastmtl.surgery.adamw import TaskUpdate
+from fastmtl.surgery.differentiate import differentiate, leaves_of
+from fastmtl.surgery.losses import Losses
 from fastmtl.surgery.parts import Parts
 from fastmtl.surgery.recorded_step import RecordedStep
-from fastmtl.surgery.step import Losses, Step, SurgeryInfo
+from fastmtl.surgery.step import Step, SurgeryInfo
 from fastmtl.surgery.stopwatch import Stopwatch
 from fastmtl_kernels.cast import cast
 
@@ -22,6 +25,8 @@ log = logging.getLogger(__name__)
 
 # What a step tells, and the merged gradients of shared parameters by id, None where there are none to hand over.
 _Merged = tuple[SurgeryInfo, dict[int, Tensor] | None]
+
+_Value = TypeVar("_Value")
 
 # A norm below this share of the sum of its parts' is not taken from float32 inner products, whose rounding, some 1e-7
 # of the parts' squares, would show in it.
@@ -55,11 +60,15 @@ class StackedStep:
     def _one_by_one(self, losses: Losses) -> None:
         """The textbook way, for a model that is not made of fastmtl's layers: one backward per task."""
         sink, shared = self._parts.sink, self._parts.shared
+        names = self._parts.target.names
         for t, name in enumerate(self._parts.tasks):
-            if name not in losses or losses[name][1] == 0:
+            if name not in losses:
+                continue
+            if losses[name][1] == 0:  # its zero reaches what it depends on: joint training gives that a zero, too
+                self._reach(leaves_of(losses[name][0]))
                 continue
             loss = self._step.scaled(name, losses) * self._scale
-            gradients = torch.autograd.grad(loss, [*shared, *self._parts.own], retain_graph=True, allow_unused=True)
+            gradients = differentiate(loss, [*shared, *self._parts.own], names, again=True)
             for parameter, gradient in zip(shared, gradients, strict=False):
                 if gradient is None:
                     continue
@@ -69,6 +78,14 @@ class StackedStep:
                 else:
                     sink.stack_of(parameter).add_task(parameter, t, gradient)
             self._add_own(gradients[len(shared) :])
+
+    def _reach(self, leaves: set[int]) -> None:
+        for parameter in self._parts.shared:
+            if id(parameter) in leaves:
+                self._parts.sink.reach(parameter)
+        for k, parameter in enumerate(self._parts.own):
+            if id(parameter) in leaves and self._own[k] is None:
+                self._own[k] = torch.zeros_like(parameter, dtype=torch.float32)
 
     def _add_own(self, gradients: Sequence[Tensor | None]) -> None:
         for k, (total, gradient) in enumerate(zip(self._own, gradients, strict=True)):
@@ -84,8 +101,11 @@ class StackedStep:
                 torch.zeros_like(p, dtype=torch.float32) if gradient is None else gradient
                 for p, gradient in zip(parts.own, self._own, strict=True)
             ]
+            # Every rank has the same tensors here; what no loss has reached is left out by targets that can.
+            reached = parts.sink.reached()
+            reached |= {id(p) for p, gradient in zip(parts.own, self._own, strict=True) if gradient is not None}
             factor = parts.target.factor / self._scale
-            merge = self._launch if self._recorded is None else partial(self._replay, self._recorded)
+            merge = partial(self._launch, reached) if self._recorded is None else partial(self._replay, self._recorded)
             info, merged = merge(own, names, factor)
             nbytes = parts.sink.nbytes()
             if merged is not None and own:
@@ -93,10 +113,10 @@ class StackedStep:
         watch.stop()
         if merged is not None:
             with named("communication"):
-                parts.target.hand_over(merged)
+                parts.target.hand_over(merged, reached)
         return dataclasses.replace(info, nbytes=nbytes, stopwatch=watch)
 
-    def _launch(self, own: list[Tensor], names: list[str], factor: float) -> _Merged:
+    def _launch(self, reached: set[int], own: list[Tensor], names: list[str], factor: float) -> _Merged:
         parts = self._parts
         gram = parts.sink.gramian() / self._scale**2
         info, weights = parts.solver.solve(gram, self._step, parts.target, own, names)
@@ -107,7 +127,9 @@ class StackedStep:
         if optimizer is None:
             return info, parts.sink.combine(weights * factor)
         found = dict(zip(map(id, parts.own), own, strict=True))  # this one has no scale and no number of ranks
-        optimizer.take(TaskUpdate(weights, *parts.sink.unmerged(weights), found, norm or 0.0))
+        dense, tables = parts.sink.unmerged(weights)
+        parts_of = _only(dense, reached), _only(tables, reached), _only(found, reached)
+        optimizer.take(TaskUpdate(weights, *parts_of, norm or 0.0))
         return info, None
 
     def _replay(self, recorded: RecordedStep, own: list[Tensor], names: list[str], factor: float) -> _Merged:
@@ -126,3 +148,7 @@ class StackedStep:
             return None
         parts = float(info.weights.abs() @ info.task_norms)
         return info.merged_norm if info.merged_norm >= _CANCELLED * parts else None
+
+
+def _only(by_id: Mapping[int, _Value], reached: Collection[int]) -> dict[int, _Value]:
+    return {key: value for key, value in by_id.items() if key in reached}

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import UserError
+from fastmtl.surgery.losses import Losses, check_counts, check_losses
 from fastmtl.surgery.reduce import sum_over_ranks
 from fastmtl.surgery.stopwatch import Stopwatch
 from fastmtl.surgery.targets import Target
 from fastmtl.surgery.task_gradients import TaskGradients
-
-Losses = Mapping[str, tuple[Tensor, int]]
 
 
 @dataclass(frozen=True)
@@ -80,20 +79,14 @@ class Step:
     def __init__(
         self, counts: Mapping[str, int] | None, *, tasks: list[str], task_weights: list[float], device: torch.device
     ) -> None:
-        unknown = sorted(set(counts or ()) - set(tasks))
-        if unknown:
-            raise UserError(f"counts: of {', '.join(unknown)}, tasks are {', '.join(tasks)}")
+        check_counts(counts or {}, tasks)
         self._counts = counts
         self._tasks, self._task_weights = tasks, task_weights
         self.sums = torch.zeros(len(tasks), dtype=torch.float64, device=device)
 
     def take(self, losses: Losses) -> None:
         """Checks a micro-batch's losses and adds them up."""
-        unknown = set(losses) - set(self._tasks)
-        if unknown:
-            raise UserError(f"losses of {', '.join(sorted(unknown))} were given, tasks are {', '.join(self._tasks)}")
-        if not losses:
-            raise UserError("no loss was given: give every task that the model ran, without rows a zero of its head")
+        check_losses(losses, self._tasks)
         if self._counts is None:
             local = [losses[name][1] if name in losses else 0 for name in self._tasks]
             total = sum_over_ranks(torch.tensor(local, device=self.sums.device))
@@ -115,7 +108,14 @@ class Step:
         return losses[name][0] * (weight / max(self._counts.get(name, 0), 1))
 
     def total(self, losses: Losses) -> Tensor:
-        return torch.stack([self.scaled(name, losses) for name in losses]).sum()
+        """This micro-batch's part of the step's loss. Raises UserError where nothing could be differentiated."""
+        total = torch.stack([self.scaled(name, losses) for name in losses]).sum()
+        if not total.requires_grad:
+            raise UserError(
+                "no task has rows, and no loss depends on a parameter that is trained: without rows give the losses "
+                "as zeros of the heads (the sum of a head's outputs times 0)"
+            )
+        return total
 
     def mean_losses(self, sums: Sequence[float]) -> dict[str, float]:
         """Unweighted mean loss of each task, from the sums over all ranks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 
 from fastmtl.errors import UserError
 from fastmtl.surgery.adamw import SurgeryAdamW
+from fastmtl.surgery.differentiate import differentiate
 from fastmtl.surgery.flat import FlatParameters
 from fastmtl.surgery.reduce import world_size
+from fastmtl.surgery.surrogate import Surrogate
 from fastmtl_kernels.cast import cast
 
 
@@ -21,11 +24,12 @@ class Target(Protocol):
     names: of the trainable parameters by id, for messages. arranged: parameters in the order in which J is to have
     them. stacks: whether merged gradients can be handed over; otherwise replay. merges: whether there may be a
     `merging_optimizer`. factor: what merged gradients are to be multiplied by before they are. hand_over: takes every
-    gradient out of the mapping, for one that nobody else holds becomes `.grad` as it is, any other is copied.
+    gradient out of the mapping, for one that nobody else holds becomes `.grad` as it is, any other is copied; reached:
+    ids of the parameters that a loss of the step has reached on this rank, other gradients are zeros.
     merging_optimizer: the one that is to be given task gradients in place of that, None where there is none; norm: of
-    the merged gradient, None where it is not known. begin: raises UserError where a step's first gradient comes too
-    early. check_forward: raises UserError where losses whose gradients will be handed over come from the target's own
-    forward.
+    the merged gradient, None where it is not known. check_trained: raises UserError where other parameters are
+    trainable than when the target was made. begin: raises UserError where a step's first gradient comes too early.
+    check_forward: raises UserError where losses whose gradients will be handed over come from the target's own forward.
     """
 
     parameters: list[nn.Parameter]
@@ -39,7 +43,8 @@ class Target(Protocol):
     def model(self, training_pass: bool) -> Any: ...
     def autocast(self, training_pass: bool) -> AbstractContextManager[Any]: ...
     def backward(self, loss: Tensor, last: bool) -> None: ...
-    def hand_over(self, gradients: dict[int, Tensor]) -> None: ...
+    def hand_over(self, gradients: dict[int, Tensor], reached: Collection[int]) -> None: ...
+    def check_trained(self) -> None: ...
     def merging_optimizer(self, norm: float | None) -> SurgeryAdamW | None: ...
     def begin(self) -> None: ...
     def check_forward(self) -> None: ...
@@ -60,10 +65,14 @@ class OptimizerTarget:
             )
         self._merging = optimizer if isinstance(optimizer, SurgeryAdamW) else None
         self.merges = self._merging is not None
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self._groups = optimizer.param_groups
+        every = {id(p): p for p in self._every()}  # torch lets a parameter be in a group twice
+        self.parameters = [p for p in every.values() if p.requires_grad]
         if not self.parameters:
             raise UserError("target: no parameter of the optimiser requires a gradient")
-        self.names = {id(p): f"number {k} of the optimiser" for k, p in enumerate(self.parameters)}
+        self.names = {
+            key: f"number {k} of the optimiser" for k, (key, p) in enumerate(every.items()) if p.requires_grad
+        }
         self.device = self.parameters[0].device
 
     def arranged(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
@@ -78,10 +87,19 @@ class OptimizerTarget:
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
 
-    def hand_over(self, gradients: dict[int, Tensor]) -> None:
+    def hand_over(self, gradients: dict[int, Tensor], reached: Collection[int]) -> None:
         for parameter in self.parameters:
             gradient = cast(gradients.pop(id(parameter)), parameter.dtype)
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            if id(parameter) in reached:  # else no gradient, so that no weight decay and no momentum move it either
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+    def check_trained(self) -> None:
+        for k, parameter in enumerate(self._every()):
+            if parameter.requires_grad != (id(parameter) in self.names):
+                raise _changed(f"number {k} of the optimiser", parameter, "GradientSurgery")
+
+    def _every(self) -> Iterator[nn.Parameter]:
+        return (p for group in self._groups for p in group["params"])
 
     def merging_optimizer(self, norm: float | None) -> SurgeryAdamW | None:
         if self._merging is None or (self._merging.max_norm is not None and norm is None):
@@ -113,9 +131,9 @@ class EngineTarget:
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         self.device = torch.device(engine.device)
-        named = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
-        self.names = {id(p): name for name, p in named}
-        self.parameters = [p for _, p in named]
+        self._every = list(engine.module.named_parameters())
+        self.names = {id(p): name for name, p in self._every if p.requires_grad}
+        self.parameters = [p for _, p in self._every if p.requires_grad]
         self.factor = float(world_size())
         if isinstance(getattr(engine, "basic_optimizer", None), SurgeryAdamW):
             raise UserError(
@@ -157,13 +175,19 @@ class EngineTarget:
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.factor, scale_wrt_gas=False)
 
-    def hand_over(self, gradients: dict[int, Tensor]) -> None:
+    def hand_over(self, gradients: dict[int, Tensor], reached: Collection[int]) -> None:
+        """All of them: DeepSpeed puts zeros in place of a gradient that is missing, in every stage."""
         self._carry([gradients.pop(id(parameter)) for parameter in self.parameters], self.parameters)
+
+    def check_trained(self) -> None:
+        for name, parameter in self._every:
+            if parameter.requires_grad != (id(parameter) in self.names):
+                raise _changed(name, parameter, "the engine (deepspeed.initialize) and GradientSurgery")
 
     def _carry(self, merged: list[Tensor], parameters: list[nn.Parameter], scaled_by: float = 1.0) -> None:
         """Takes gradients of DeepSpeed's parameters through its backward. Takes them out of the list."""
         self.engine.set_gradient_accumulation_boundary(True)
-        self.engine.backward(_Surrogate.apply(merged, scaled_by, *parameters), scale_wrt_gas=False)
+        self.engine.backward(Surrogate.apply(merged, scaled_by, *parameters), scale_wrt_gas=False)
 
     def merging_optimizer(self, norm: float | None) -> SurgeryAdamW | None:
         return None
@@ -194,7 +218,8 @@ class FlatTarget(EngineTarget):
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
         self._flat: FlatParameters = engine.module
-        self.names = {id(p): name for name, p in self._flat.model.named_parameters() if p.requires_grad}
+        self._every = list(self._flat.model.named_parameters())
+        self.names = {id(p): name for name, p in self._every if p.requires_grad}
         self.parameters = self._flat.leaves()
         if not self.stacks:
             raise UserError("FlatParameters: ZeRO 3 and offload take the model as it is; use ZeRO 0, 1 or 2 without")
@@ -215,8 +240,9 @@ class FlatTarget(EngineTarget):
     def backward(self, loss: Tensor, last: bool) -> None:
         """Autograd's gradients of the model's parameters, added up here and handed over with the last ones."""
         self._own_forward = False
+        self.check_trained()
         scale = self.loss_scale()
-        found = torch.autograd.grad(loss * (self.factor * scale), self.parameters, allow_unused=True)
+        found = differentiate(loss * (self.factor * scale), self.parameters, self.names)
         gradients = {
             id(parameter): torch.zeros_like(parameter) if gradient is None else gradient
             for parameter, gradient in zip(self.parameters, found, strict=True)
@@ -231,7 +257,7 @@ class FlatTarget(EngineTarget):
         if last:
             self._carry(gathered, self._flat.trained(), scale)
 
-    def hand_over(self, gradients: dict[int, Tensor]) -> None:
+    def hand_over(self, gradients: dict[int, Tensor], reached: Collection[int]) -> None:
         self._carry(self._flat.gather(gradients), self._flat.trained())
 
 
@@ -246,24 +272,14 @@ def _unshared(gradients: list[Tensor]) -> list[Tensor]:
     ]
 
 
-class _Surrogate(torch.autograd.Function):
-    """A scalar whose gradient for parameter k is `merged[k]`: it carries gradients made elsewhere through every hook of
-    DeepSpeed. scaled_by: the part of DeepSpeed's loss scale that is in them.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, merged: list[Tensor], scaled_by: float, *parameters: Tensor) -> Tensor:
-        ctx.merged, ctx.scaled_by = merged, scaled_by
-        ctx.dtypes = [parameter.dtype for parameter in parameters]
-        return merged[0].new_zeros((), dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        merged, ctx.merged = ctx.merged, None
-        torch._foreach_mul_(merged, scale / ctx.scaled_by)
-        gradients = [cast(gradient, dtype) for gradient, dtype in zip(merged, ctx.dtypes, strict=True)]
-        merged.clear()  # the caller's list
-        return None, None, *gradients
+def _changed(name: str, parameter: nn.Parameter, what: str) -> UserError:
+    now, then = "frozen", "was trained"
+    if parameter.requires_grad:
+        now, then = "trained", "was frozen, or in no group of the optimiser,"
+    return UserError(
+        f"parameter {name} of shape {tuple(parameter.shape)} is {now}, but {then} when GradientSurgery was made: make "
+        f"{what} anew after a change, and load_state_dict(surgery.state_dict()) into it to go on"
+    )
 
 
 def find_target(target: Any) -> Target:

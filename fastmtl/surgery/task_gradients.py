@@ -85,6 +85,7 @@ class TaskGradients:
         self._uses: dict[int, int] = {}
         self._held: dict[int, Tensor] = {}
         self._dropped: dict[int, Tensor] = {}
+        self._reached: set[int] = set()
         self._sketch: CountSketch | None = None
         self._solve: Solve | None = None
         self._largest = 0
@@ -344,6 +345,15 @@ class TaskGradients:
         assert self._stack is not None, "unmerged needs mode stack"
         return self._stack.rows(), self._tables.merged_rows(weights)
 
+    def reach(self, parameter: nn.Parameter) -> None:
+        """Says that a loss depends on the parameter, with a gradient of zero that need not be written."""
+        self._reached.add(id(parameter))
+
+    def reached(self) -> set[int]:
+        """Ids of the parameters that a loss has reached since `clear`, with a gradient of zero, too (mode `stack`)."""
+        assert self._stack is not None, "reached needs mode stack"
+        return self._reached | self._stack.reached | self._tables.reached()
+
     @property
     def scatters(self) -> bool:
         """Whether J is a sum over ranks, so that G is made of collectives."""
@@ -361,6 +371,7 @@ class TaskGradients:
         if self.early is not None:
             self.early.reset()
         self._tables.clear()
+        self._reached.clear()
         self._shards.clear()
         self._dropped.clear()
         self._held.clear()

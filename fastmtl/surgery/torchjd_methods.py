@@ -3,12 +3,15 @@
 Each has its class's name in lower case without `Weighting`: upgrad, mgda, cagrad, imtlg, alignedmtl, dualproj, ...
 They work on the host in TorchJD's own precision; rank 0 solves and the others take its weights. A task without a
 gradient in a step gets weight 0 and no part in the problem: solvers take a zero gradient for the best compromise there
-is. Left out: weightings that need J itself, and PCGrad and GradVac, which fastmtl computes on the device.
+is. Some solvers take a G whose trace is below an absolute bound for zero, or stop too early on it; they are given a
+small G times a power of two. Left out: weightings that need J itself, and PCGrad and GradVac, which fastmtl computes on
+the device.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
@@ -22,6 +25,10 @@ from fastmtl.errors import UserError, unknown_name
 from fastmtl.surgery.reduce import world_size
 
 _OURS = {"pcgrad", "gradvac"}
+# Those that depend on G's scale by nothing but a bound (TorchJD's `norm_eps` of 1e-4 for the trace).
+_SCALE_FREE = {"cagrad", "dualproj", "upgrad"}
+# A trace from which on G is solved as it is.
+_ORDINARY = 1e-2
 
 
 def why_unavailable() -> str:
@@ -93,13 +100,30 @@ class TorchJDMethod:
         if not bool(gram.isfinite().all()):  # not every solver comes back from that; the step is skipped anyway
             return torch.full((len(gram),), float("nan"))
         present = (gram.diagonal() > 0).nonzero().squeeze(1)
+        gram, factor = self._scaled(gram)
         if len(present) == len(gram) or dict(self._weighting.named_buffers()):  # a state is of all tasks
-            return self._weighting(gram)
+            return self._weighting(gram) * factor
         weights = torch.zeros(len(gram))
         if len(present):
             values = {k: v[present] if isinstance(v, Tensor) else v for k, v in self._values.items()}
-            weights[present] = self._kind(**values)(gram[present][:, present])
+            weights[present] = self._kind(**values)(gram[present][:, present]) * factor
         return weights
+
+    def _scaled(self, gram: Tensor) -> tuple[Tensor, float]:
+        """A small G times a power of two, and what its weights are to be multiplied by to be those of G."""
+        trace = float(gram.diagonal().double().sum())
+        given = self._values.keys() & {"norm_eps", "projector"}  # the user's own bound is for G as it is
+        if not 0 < trace < _ORDINARY or given:
+            return gram, 1.0
+        exponent = 1 - math.frexp(trace)[1]  # to a trace from 1 to 2
+        alpha = float(self._values.get("alpha", 0))
+        if self._name in _SCALE_FREE:
+            factor = 1.0
+        elif self._name == "fairgrad" and alpha > 0:  # w of G w = w ** (-1 / alpha)
+            factor = 2.0 ** (exponent * alpha / (1 + alpha))
+        else:
+            return gram, 1.0
+        return (gram.double() * 2.0**exponent).to(gram.dtype), factor
 
     def state_dict(self) -> dict[str, Any]:
         """Moving averages and counters of a stateful weighting, as numbers and lists."""

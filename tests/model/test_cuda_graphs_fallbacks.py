@@ -21,7 +21,7 @@ from fastmtl.model import graphs
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.recorders import Unrecorded
 from fastmtl.surgery import GradientSurgery
-from fastmtl.surgery.step import Losses
+from fastmtl.surgery.losses import Losses
 from fastmtl.surgery.task_gradients import TaskGradients
 from fastmtl_kernels.gradients import why_unavailable
 

@@ -46,8 +46,9 @@ class Case:
     # "offload", "autocast", "one-step" (the engine is told of one micro-batch a step), "backward" (in place of run),
     # "pieces" (J goes to the ranks in many, during backward, with recompute full), "backward-pieces", "late" (in as
     # many, after it), "flat" (parameters), "flat-autocast", "graphs-pieces", "flat-graphs" (recorded layers and
-    # merging, without an adapter), or an option's value: "tensor" (scope), "local", "sketch" (reduce), "cheap", "full"
-    # (recompute)
+    # merging, without an adapter), "left-out" (a model of other make, whose ranks leave out the tasks without rows, so
+    # that heads are reached on one rank only), or an option's value: "tensor" (scope), "local", "sketch" (reduce),
+    # "cheap", "full" (recompute)
     variant: str = ""
 
     @property
@@ -77,6 +78,7 @@ CASES = [
     Case(2, 1, "pcgrad", storage="replay", variant="flat"),
     Case(1, 1, "sum", variant="flat-autocast"),
     Case(2, 4, "pcgrad", variant="graphs-pieces"),
+    Case(1, 1, "pcgrad", variant="left-out"),
     *(Case(1, 4, method, variant="flat-graphs") for method in ("sum", "pcgrad")),
 ]
 PIECE = 1000  # numbers in a collective, where there are to be many
@@ -181,18 +183,22 @@ def run_steps(
     of: int,
     step_fn: Callable[[], object],
     backward_on: MultiTaskModel | None = None,
+    left_out: bool = False,
 ) -> None:
-    """backward_on: the model to run for `backward` instead of `run`."""
+    """backward_on: the model to run for `backward` instead of `run`. left_out: of the variant."""
     data = make_data()
 
     def loss_fn(batch: PackedBatch, model, task_grads):  # noqa: ANN001, ANN202
         return model(batch, task_grads)
 
+    def with_rows(batch: PackedBatch, model):  # noqa: ANN001, ANN202
+        return {name: entry for name, entry in model(batch).items() if entry[1]}
+
     for step in range(STEPS):
         batches = [step_batches(data, step, part, of) for part in parts]
         counts = dict(zip(recipe.task_names, batches[0].group_counts, strict=True))
         if backward_on is None:
-            info = surgery.run(batches, loss_fn, counts)
+            info = surgery.run(batches, with_rows if left_out else loss_fn, counts)
         else:
             for number, batch in enumerate(batches, start=1):
                 losses = backward_on(batch, surgery.task_grads)
@@ -284,7 +290,7 @@ def main(directory: Path) -> None:
         parts = [ranks.rank * acc + a for a in range(acc)]
         backward_on = model if case.variant.startswith("backward") else None
         with pieces(case, directory, ranks.rank):
-            run_steps(surgery, recipe, parts, ranks.world * acc, engine.step, backward_on)
+            run_steps(surgery, recipe, parts, ranks.world * acc, engine.step, backward_on, case.variant == "left-out")
         assert bool(recorder.replayed) == bool(heads.replayed) == ("graphs" in case.variant)
         assert bool(merging.replayed) == ("graphs" in case.variant and case.method != "sum")
         keep(engine, directory / f"{case.name}.safetensors")

@@ -308,3 +308,18 @@ def test_deepspeed_is_told_of_its_own_optimiser() -> None:
     )
     with pytest.raises(UserError, match="SurgeryAdamW is for a plain torch loop"):
         find_target(engine)
+
+
+def test_the_norm_of_many_numbers() -> None:
+    """Of a part of J, and of a `.grad`: in float32 all squares together would lose some per cent."""
+    big = nn.Parameter(torch.zeros(1 << 24))
+    optimizer = SurgeryAdamW([big, nn.Parameter(torch.zeros(3))], max_norm=1.0)
+    surgery = GradientSurgery(optimizer, tasks=["all"], shared=[big])
+    expected = 1e-3 * 2**12
+    surgery.backward({"all": (big.sum() * 1e-3, 1)})
+    optimizer.step()
+    assert float(optimizer.grad_norm) == pytest.approx(expected, rel=1e-5)
+    optimizer.zero_grad()
+    big.grad = torch.full_like(big, 1e-3)
+    optimizer.step()
+    assert float(optimizer.grad_norm) == pytest.approx(expected, rel=1e-5)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastmtl.errors import UserError
 from fastmtl.surgery import functional
 from fastmtl.surgery.reduce import Alone
 from fastmtl.surgery.segments import Segments
@@ -258,3 +259,48 @@ def test_frozen_parameters_are_left_alone() -> None:
     with sink.armed("stack", ids.device):
         torch.autograd.grad(net(ids, segments([4, 3]), sink).sum(), [sink.anchor])
     assert id(net.weight) not in sink.combine(torch.ones(2))
+
+
+@pytest.mark.parametrize(("affine", "bias"), [(False, False), (True, False)])
+@pytest.mark.parametrize("mode", ["stack", "gramian", "weighted"])
+def test_a_layer_norm_without_weight_or_bias(mode: Mode, affine: bool, bias: bool) -> None:
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(6, elementwise_affine=affine, bias=bias)
+    words, parts, ids = nn.Parameter(torch.randn(11, 6)), segments([2, 3]), rows([2, 3])
+    parameters = [words, *norm.parameters()]
+    sink = TaskGradients(parameters, 2)
+
+    def losses(sink: TaskGradients | None) -> Tensor:
+        x = functional.embedding(ids, words, parts, sink)
+        return functional.layer_norm(x, norm.weight, norm.bias, norm.eps, parts, sink).pow(3).sum(1)
+
+    expected = [torch.autograd.grad(norm(words[ids]).pow(3).split([2, 3])[t].sum(), parameters) for t in range(2)]
+    weights = torch.tensor([2.0, -1.0])
+    with sink.armed(mode, ids.device, weights=weights):
+        loss = losses(sink).sum()
+        sink.forward_done()
+        loss.backward()
+    if mode == "gramian":
+        jacobian = torch.stack([torch.cat([gradient.flatten() for gradient in task]) for task in expected])
+        torch.testing.assert_close(sink.gramian(), jacobian @ jacobian.T)
+        return
+    merged = sink.combine(weights) if mode == "stack" else {id(p): p.grad for p in parameters}
+    for parameter, first, second in zip(parameters, *expected, strict=True):
+        torch.testing.assert_close(merged[id(parameter)], 2 * first - second)
+
+
+def test_rows_of_three_dimensions_are_refused() -> None:
+    """Where the sink is armed, for it could not tell a row's task; else the operations are torch's."""
+    net, sizes = Net(), [2, 3]
+    sink, parts, ids = TaskGradients(list(net.parameters()), 2), segments(sizes), rows(sizes)
+    flat, deep = torch.randn(5, 6), torch.randn(5, 2, 6)
+    torch.testing.assert_close(functional.linear(deep, net.weight, net.bias, parts), deep @ net.weight.T + net.bias)
+    with sink.armed("stack", ids.device):
+        with pytest.raises(UserError, match=r"linear: an input of shape \(5, 2, 6\) .*x.flatten\(0, -2\)"):
+            functional.linear(deep, net.weight, net.bias, parts, sink)
+        with pytest.raises(UserError, match=r"layer_norm: an input of shape \(5, 2, 5\)"):
+            functional.layer_norm(deep[..., :5], net.gain, net.shift, 1e-5, parts, sink)
+        with pytest.raises(UserError, match=r"embedding: an input of shape \(1, 5\) .*ids.flatten\(\)"):
+            functional.embedding(ids[None], net.words, parts, sink)
+        with pytest.raises(UserError, match="the segments end at row 5, but the input has 4 rows"):
+            functional.linear(flat[:4], net.weight, net.bias, parts, sink)

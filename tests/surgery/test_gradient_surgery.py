@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from weakref import ref
 
@@ -17,9 +18,10 @@ from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import TrainingError, UserError
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery, SurgeryInfo, gradient_surgery
+from fastmtl.surgery.losses import Losses
 from fastmtl.surgery.methods import draw_order
-from fastmtl.surgery.step import Losses
-from fastmtl.surgery.targets import OptimizerTarget, _Surrogate
+from fastmtl.surgery.surrogate import Surrogate
+from fastmtl.surgery.targets import OptimizerTarget
 from fastmtl.surgery.task_gradients import TaskGradients
 from fastmtl_kernels import gradvac_weights
 
@@ -281,16 +283,16 @@ class Scaled(OptimizerTarget):
             if parameter.grad is not None:
                 parameter.grad /= self.loss_scale()
 
-    def hand_over(self, gradients: dict[int, Tensor]) -> None:
+    def hand_over(self, gradients: dict[int, Tensor], reached: Collection[int]) -> None:
         self.merged = dict(gradients)
-        super().hand_over(gradients)
+        super().hand_over(gradients, reached)
 
 
 def test_merged_gradients_become_grad_without_a_copy() -> None:
     parameters = [nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))]
     flat = torch.arange(10.0)
     merged = [flat[:6].view(2, 3), flat[6:]]
-    _Surrogate.apply(merged, 1.0, *parameters).backward(torch.tensor(2.0))
+    Surrogate.apply(merged, 1.0, *parameters).backward(torch.tensor(2.0))
     assert parameters[0].grad is not None and parameters[0].grad.data_ptr() == flat.data_ptr()
     for parameter, expected in zip(parameters, (torch.arange(6.0).view(2, 3), torch.arange(6.0, 10.0)), strict=True):
         assert parameter.grad is not None and parameter.grad.dtype == parameter.dtype

@@ -216,6 +216,38 @@ def test_torchjd_by_name(name: str) -> None:
     torch.testing.assert_close(merged, info.weights @ rows, rtol=1e-3, atol=1e-4 * float(merged.norm()))
 
 
+SMALL = [0.25**k for k in (4, 10, 30)]
+
+
+# Not of pcd, whose eps is added to squared norms by its definition.
+@pytest.mark.parametrize("name", [name for name in torchjd_methods.names() if name != "pcd"])
+def test_small_gradients_are_no_zeros(name: str) -> None:
+    """TorchJD takes what is below an absolute bound for zero. The solution does not change with the scale of G, or in
+    fairgrad by a power of it (Ban and Ji, Fair Resource Allocation in Multi-Task Learning, 2024, equation 4).
+    """
+    rows = torch.randn(4, 40, generator=torch.Generator().manual_seed(0)) / 10
+    rows[1] -= 0.5 * rows[0]
+    gram, given = rows @ rows.T, NEEDED.get(name, {})
+    expected = find_method(name, options=given).weights(gram, torch.zeros(0), None)
+    assert expected.abs().sum() > 0.1
+    for scale in SMALL:
+        found = find_method(name, options=given).weights(gram * scale, torch.zeros(0), None)
+        factor = scale**0.5 if name == "fairgrad" else 1.0
+        torch.testing.assert_close(found * factor, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", SMALL)
+def test_small_gradients_beside_a_task_without_one(scale: float) -> None:
+    gram = torch.diag(torch.tensor([1.0, 0.0, 1.0])) * scale
+    found = find_method("cagrad", options={"c": 0.4}).weights(gram, torch.zeros(0), None)
+    torch.testing.assert_close(found, torch.tensor([0.7, 0.0, 0.7]), rtol=1e-3, atol=1e-4)
+
+
+def test_a_bound_that_the_user_gives_is_kept() -> None:
+    method = find_method("cagrad", options={"c": 0.4, "norm_eps": 1e-2})
+    assert method.weights(torch.eye(2) * 1e-3, torch.zeros(0), None).tolist() == [0, 0]
+
+
 def test_torchjd_names_are_the_gramian_ones() -> None:
     names = torchjd_methods.names()
     assert {"upgrad", "mgda", "cagrad", "imtlg", "alignedmtl", "dualproj"} <= set(names)

@@ -1,0 +1,25 @@
+"""The norm of gradients, however large they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Numbers whose squares are added up in float32, which is off by some 1e-6 then.
+_PIECE = 1 << 14
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of all numbers together, a float32 scalar on the device of the first tensor.
+
+    torch's norm on CPUs adds up all squares of a tensor in float32: of 10^8 equal numbers it is 6 % too small. So
+    pieces are added up in float64.
+    """
+    pieces = [
+        piece
+        for gradient in gradients
+        for piece in (gradient.flatten().split(_PIECE) if gradient.device.type == "cpu" else (gradient,))
+    ]
+    return torch.nn.utils.get_total_norm([norm.double() for norm in torch._foreach_norm(pieces)]).float()
