@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 from fastmtl.errors import UserError
+from fastmtl.launcher_variables import is_first
 
 EXIT_USER_ERROR = 2
 PATIENCE = timedelta(seconds=60)
@@ -25,7 +25,7 @@ def errors_reach_the_first() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first():
             raise
         _tell(error)
         raise

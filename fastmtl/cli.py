@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
@@ -16,7 +15,9 @@ from typer.core import TyperGroup
 from fastmtl import __version__
 from fastmtl.commands import bench, models, profile, recipes, sweep
 from fastmtl.commands.options import Debug, ModelDir
-from fastmtl.errors import TrainingError, UserError
+from fastmtl.errors import UserError, one_line
+from fastmtl.failures import explained
+from fastmtl.launcher_variables import is_first, world_size
 from fastmtl.output_folder import OutputFolder, check_output
 from fastmtl.streams import secure, tell_kept_exceptions_once
 
@@ -129,12 +130,12 @@ def train(
     folder = None
     with errors_reach_the_first():
         settings = load_recipe(recipe, overrides or [])
-        if _is_first_process():
+        if is_first():
             if check:
                 check_output(directory, resume=resume)
             else:
                 folder = OutputFolder(directory, resume=resume)
-        rows = check_recipe(settings, int(os.environ.get("WORLD_SIZE", "1")))
+        rows = check_recipe(settings, world_size())
     if check:
         from fastmtl.start import check_run
 
@@ -282,13 +283,13 @@ def main() -> None:
         app(prog_name="fastmtl")
     except UserError as error:
         _fail(str(error), EXIT_USER_ERROR, everywhere=False)
-    except TrainingError as error:
-        _fail(str(error), EXIT_FAILURE, everywhere=True)
+    except KeyboardInterrupt:
+        raise SystemExit(EXIT_INTERRUPTED) from None
     except Exception as error:
-        advice = _advice(error)
+        advice = explained(error)
         if advice is not None:
             _fail(advice, EXIT_FAILURE, everywhere=True)
-        text = f"{type(error).__name__}: {error}"
+        text = one_line(f"{type(error).__name__}: {error}")
         _fail(f"{text}\nrun with --debug for the traceback; this is a bug in fastmtl", EXIT_FAILURE, everywhere=True)
 
 
@@ -296,25 +297,8 @@ def _fail(message: str, status: int, *, everywhere: bool) -> NoReturn:
     """Ends the process inside an `except` block. Under a launcher every process meets a user's error: one tells it."""
     if _debug:
         traceback.print_exc()
-    elif everywhere or _is_first_process():
+    elif everywhere or is_first():
         rank = os.environ.get("RANK")
         where = f" (rank {rank})" if everywhere and rank is not None else ""
         print(f"fastmtl{where}: {message}", file=sys.stderr)
     raise SystemExit(status) from None
-
-
-def _advice(error: Exception) -> str | None:
-    """What to do about failures of the machine, which are no bugs."""
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
-        return (
-            "out of GPU memory: lower sampler.batch_size (or batch_tokens) and raise engine.accumulation, "
-            f"or set encoder.recompute=cheap, or full\n{str(error).splitlines()[0]}"
-        )
-    refused = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-    if isinstance(error, OSError) and error.errno in refused:
-        return str(error)
-    return None
-
-
-def _is_first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"

@@ -62,9 +62,13 @@ def _probabilities(task: TaskConfig, scores: np.ndarray) -> np.ndarray:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
+        if path.exists() and not path.is_file():  # a device or a pipe is written to, not replaced
+            path.write_text(text, encoding="utf-8")
+            return
+        target = Path(os.path.realpath(path))  # a link stays one
+        temporary = target.with_name(f".{target.name}.tmp")
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None

@@ -11,7 +11,9 @@ from fastmtl.errors import UserError
 
 
 def user_path(path: str | Path) -> Path:
-    """Return the path with `~` expanded. Raises UserError where the user has no home directory."""
+    """Return the path with `~` expanded. Raises UserError where the user has no home, and for what is no path."""
+    if "\0" in str(path):
+        raise UserError(f"{path}: a path cannot hold the character 0")
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -21,6 +23,8 @@ def user_path(path: str | Path) -> Path:
 @functools.cache
 def cache_path(path: str | Path) -> Path:
     """Return a cache folder with `~` expanded, or a temporary one, with a line that says so, where there is no home."""
+    if "\0" in str(path):
+        raise UserError(f"data.cache_dir: {path}: a path cannot hold the character 0")
     try:
         return user_path(path)
     except UserError:

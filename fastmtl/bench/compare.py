@@ -33,7 +33,7 @@ def read(path: Path) -> dict[str, Any]:
         result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is no JSON: give a file that `fastmtl bench ... --json` wrote") from None
     if not isinstance(result, dict) or "benchmark" not in result or not isinstance(result.get("environment"), dict):
         raise UserError(f"{path} is no result of a benchmark: give a file that `fastmtl bench ... --json` wrote")

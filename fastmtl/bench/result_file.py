@@ -14,9 +14,13 @@ UNFINISHED = "unfinished"
 
 
 def save(result: dict[str, Any], path: Path) -> None:
-    """Replace the file as a whole, so that a reader never sees half a result."""
+    """Replace the file as a whole, so that a reader never sees half a result. A device or a pipe is written to."""
+    text = json.dumps(result, indent=2) + "\n"
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
     written = path.with_name(f".{path.name}.new")
-    written.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    written.write_text(text, encoding="utf-8")
     written.replace(path)
 
 

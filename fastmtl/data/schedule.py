@@ -110,7 +110,7 @@ class Schedule:
         )
         if self._sampler.oversample == 1:
             return sizes
-        return np.minimum((sizes * self._sampler.oversample).astype(np.int64), sizes.max())
+        return np.minimum(sizes * self._sampler.oversample, sizes.max()).astype(np.int64)
 
     def _phased_in(self, epoch: int) -> np.ndarray:
         """[T]: what the tasks' shares are multiplied by. The largest file has 1; the k-th largest (from 0) of T grows

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fastmtl.engine.distributed import import_deepspeed
 from fastmtl.engine.settings import wrong_kind
 from fastmtl.errors import UserError, quoted, unknown_name
 
@@ -24,6 +25,7 @@ def check_section(config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
 
     config: the whole configuration, of which `given` is the recipe's section. Imports DeepSpeed.
     """
+    import_deepspeed()
     from deepspeed.runtime.config import DeepSpeedConfig
 
     notes = _Notes()

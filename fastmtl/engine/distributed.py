@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from fastmtl.engine import extension_locks
 from fastmtl.errors import UserError
+from fastmtl.launcher_variables import number, world_size
 
 T = TypeVar("T")
 
@@ -94,7 +95,7 @@ def this_process(local_rank: int | None = None, *, debug: bool = False) -> Ranks
     """Finds this process's place and picks its device, without a word to the others.
 
     local_rank: as the DeepSpeed launcher passes it. RANK, WORLD_SIZE and LOCAL_RANK come from the launcher; without
-    them the run has one process.
+    them the run has one process. Raises UserError where they are no numbers or contradict each other.
     """
     gpu = torch.cuda.is_available()
     if not gpu:
@@ -103,13 +104,19 @@ def this_process(local_rank: int | None = None, *, debug: bool = False) -> Ranks
         _quiet()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local = int(os.environ.get("LOCAL_RANK", local_rank or 0))
+    rank, world, local = number("RANK"), world_size(), number("LOCAL_RANK", local_rank or 0)
+    if rank >= world:
+        raise UserError(f"RANK is {rank} and WORLD_SIZE {world}: ranks count from 0 to WORLD_SIZE - 1")
+    if gpu and local >= torch.cuda.device_count():
+        raise UserError(
+            f"LOCAL_RANK is {local}, and this machine shows {torch.cuda.device_count()} GPUs: start fewer processes on "
+            "it, or let CUDA_VISIBLE_DEVICES name more"
+        )
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world)))
+        local_world = max(1, number("LOCAL_WORLD_SIZE", number("LOCAL_SIZE", world)))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     return Ranks(rank, world, local, device)
 
@@ -117,15 +124,31 @@ def this_process(local_rank: int | None = None, *, debug: bool = False) -> Ranks
 def join(ranks: Ranks, *, debug: bool = False, patience: timedelta | None = None) -> None:
     """Starts DeepSpeed and meets the other processes. patience: how long to wait for them, by default DeepSpeed's."""
     extension_locks.release()
-    import deepspeed
-
+    deepspeed = import_deepspeed()
     # DeepSpeed compiles this operator at its first start on a CPU, and with it writes 66 MiB to /dev/shm for each
     # process, which stay there when it ends. Only its sharded inference uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         backend = "nccl" if ranks.device.type == "cuda" else "gloo"
         waiting = {} if patience is None else {"timeout": patience}
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=debug, **waiting)
+        place = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
+        try:
+            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=debug, **waiting)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(
+                f"the processes of the run cannot meet at {place}: {str(error).strip().splitlines()[0].rstrip('.')}. "
+                "Both variables name one host and a free port of it, alike for every process"
+            ) from error
+
+
+def import_deepspeed() -> Any:
+    """Return the module. Raises UserError where it does not take this machine or DS_ACCELERATOR."""
+    try:
+        import deepspeed
+    except (ValueError, AssertionError) as error:
+        chosen = os.environ.get("DS_ACCELERATOR")
+        raise UserError(f"DeepSpeed cannot start here (DS_ACCELERATOR={chosen}): {error}") from error
+    return deepspeed
 
 
 def start(local_rank: int | None = None, *, debug: bool = False) -> Ranks:

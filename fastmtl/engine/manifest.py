@@ -35,7 +35,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         known = manifest["format"] == FORMAT and isinstance(files, dict)
     except FileNotFoundError:
         raise Refused(f"it has no {NAME}: not a checkpoint of fastmtl, or one that was never finished") from None
-    except (ValueError, KeyError, TypeError, OSError):
+    except (ValueError, KeyError, TypeError, RecursionError, OSError):
         raise Refused(f"its {NAME} cannot be read") from None
     if not known:
         raise Refused(f"its {NAME} has another format than {FORMAT}: it was saved by another version of fastmtl")

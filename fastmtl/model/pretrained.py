@@ -24,9 +24,10 @@ import fastmtl
 from fastmtl import nvidia_apex
 from fastmtl.config import EncoderConfig, Recipe, parse_recipe
 from fastmtl.errors import UserError, quoted, unknown_name
+from fastmtl.json_files import read_json
 from fastmtl.model.encoder import PackedBert, UnusedPooler
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.model.weights import load_exactly, read_encoder_weights, read_json, read_tensors
+from fastmtl.model.weights import load_exactly, read_encoder_weights, read_tensors
 from fastmtl.user_path import user_path
 
 MINILM = "minilm"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastmtl.errors import UserError
+from fastmtl.json_files import read_json
 
 # In the order in which transformers looks for them.
 WEIGHT_FILES = (
@@ -72,19 +71,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path}: expected a mapping of names to tensors")
     return tensors
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError naming the file that is missing, damaged or something else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: the file is missing") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not a JSON file: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return values
 
 
 def load_exactly(

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastmtl.config import Recipe, TaskConfig, load_recipe
 from fastmtl.errors import UserError
+from fastmtl.json_files import read_json
 from fastmtl.metrics import metric_names
 from fastmtl.report import page, plots
 from fastmtl.report.phases import phase_table
@@ -41,7 +42,7 @@ def write_report(output: Path, results: dict[str, Any] | None = None) -> Path:
     elif not kept.is_file():
         raise UserError(f"{output} holds no finished run: there is no results.json")
     else:
-        results = json.loads(kept.read_text(encoding="utf-8"))
+        results = read_json(kept)
     config = output / "config.yaml"
     recipe = load_recipe(str(config))
     lines = read_metrics(output / "metrics.jsonl")
@@ -251,7 +252,7 @@ def _changes(output: Path) -> list[str]:
     file = output / CHANGES
     if not file.is_file():
         return []
-    lines = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
+    lines = read_metrics(file)
     rows = [
         [f"{key}", str(line["step"]), str(before), str(now)]
         for line in lines

@@ -17,6 +17,7 @@ from fastmtl.checkout import checkout
 from fastmtl.child_process import FASTMTL, difference, run_fastmtl
 from fastmtl.config import Recipe, load_recipe
 from fastmtl.errors import UserError
+from fastmtl.json_files import read_json
 from fastmtl.reproduce.plan import PlannedRun
 
 OUTCOME = "outcome.json"
@@ -98,7 +99,7 @@ def _train(directory: Path, recipe: Recipe, launcher: Sequence[str]) -> int:
 
 
 def _finish(directory: Path, run: PlannedRun, train_scores: bool) -> Outcome:
-    results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
+    results = read_json(directory / "results.json")
     outcome = Outcome(
         seed=run.seed,
         dev=results["dev"],
@@ -114,7 +115,11 @@ def _finish(directory: Path, run: PlannedRun, train_scores: bool) -> Outcome:
 
 
 def _read_outcome(directory: Path) -> Outcome:
-    return Outcome(**json.loads((directory / OUTCOME).read_text(encoding="utf-8")))
+    file = directory / OUTCOME
+    try:
+        return Outcome(**read_json(file))
+    except TypeError:
+        raise UserError(f"{file}: not what a finished run leaves; remove {directory} to run it again") from None
 
 
 def _train_scores(directory: Path) -> dict[str, dict[str, float]]:

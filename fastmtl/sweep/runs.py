@@ -5,7 +5,6 @@ Directory: `points/POINT/` (the run's own files without checkpoints, recipe.yaml
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 from fastmtl.child_process import FASTMTL, Interrupted, difference, run_fastmtl
 from fastmtl.config import load_recipe
 from fastmtl.errors import UserError
+from fastmtl.json_files import read_json
 from fastmtl.sweep.grid import Point
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
@@ -93,4 +93,4 @@ def _run(place: Path, point: Point, launcher: Sequence[str]) -> str:
 
 def _finished(place: Path) -> dict[str, Any] | None:
     file = place / "results.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_json(file) if file.is_file() else None

@@ -46,14 +46,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     result = []
     for number, text in enumerate(lines, start=1):
         try:
             value = json.loads(text)
             if not isinstance(value["step"], int):
                 raise TypeError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             if number == len(lines):
                 break
             raise UserError(f"{path}, line {number}: not a line of metrics (a JSON object with a step)") from None
