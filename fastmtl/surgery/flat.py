@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UserError
+from fastmtl.surgery.parameters import check_parameters
 
 
 class FlatParameters(nn.Module):
@@ -45,15 +46,18 @@ class FlatParameters(nn.Module):
         self._members: list[list[nn.Parameter]] = []
         self._alone: list[nn.Parameter] = []
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        apart, seen = {id(parameter) for parameter in alone}, set[int]()
+        apart, seen = {id(parameter) for parameter in check_parameters("alone", alone)}, set[int]()
         for group in groups:
-            members = [parameter for parameter in group["params"] if id(parameter) not in apart]
-            for parameter in group["params"]:
+            params = group["params"]
+            params = [params] if isinstance(params, Tensor) else list(params)  # as torch's optimisers take them
+            check_parameters("params", params)
+            members = [parameter for parameter in params if id(parameter) not in apart]
+            for parameter in params:
                 if id(parameter) not in names or not parameter.requires_grad or id(parameter) in seen:
                     name = names.get(id(parameter), f"of shape {tuple(parameter.shape)}")
                     raise UserError(f"groups: parameter {name} is not the model's, not trained, or there twice")
                 seen.add(id(parameter))
-            given = [parameter for parameter in group["params"] if id(parameter) in apart]
+            given = [parameter for parameter in params if id(parameter) in apart]
             self._alone += given
             if members:
                 given.append(_joined_parameter(members))

@@ -18,11 +18,12 @@ from torch import nn
 from fastmtl.errors import UserError
 from fastmtl.ranges import named
 from fastmtl.recorders import Recorder, Recordings
-from fastmtl.surgery.inputs import check_parameters, check_sketch, check_task_weights, check_tasks, find_shared
+from fastmtl.surgery.inputs import check_sketch, check_task_weights, check_tasks, find_shared
 from fastmtl.surgery.joint import JointStep
 from fastmtl.surgery.losses import Losses
 from fastmtl.surgery.methods import Reduction, find_method
 from fastmtl.surgery.options import SKETCH_SIZE, Reduce, Scope, Storage, check_options, find_ranks
+from fastmtl.surgery.parameters import check_parameters
 from fastmtl.surgery.parts import Parts
 from fastmtl.surgery.recorded_step import RecordedStep, why_not
 from fastmtl.surgery.replay import replay

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Real
 
-from torch import Tensor, nn
+from torch import nn
 
 from fastmtl.errors import UserError, quoted, unknown_name
+from fastmtl.surgery.parameters import check_parameters
 from fastmtl.surgery.tables import whole_shape
 from fastmtl.surgery.targets import Target
 
@@ -23,21 +25,6 @@ def check_tasks(tasks: Sequence[str]) -> list[str]:
     return names
 
 
-def check_parameters(argument: str, given: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Each parameter once, in the order given. Raises UserError, naming `argument`, for what is no parameter."""
-    way_out = f"give parameters, for example {argument}=model.encoder.parameters()"
-    if isinstance(given, Tensor | nn.Module | str) or not isinstance(given, Iterable):
-        raise UserError(f"{argument} is of type {type(given).__name__}, not a list: {way_out}")
-    found = {}
-    for one in given:
-        if isinstance(one, tuple):
-            raise UserError(f"{argument} has pairs of names and parameters: use parameters() for named_parameters()")
-        if not isinstance(one, Tensor):
-            raise UserError(f"{argument} has {quoted(one)}, which is no parameter: {way_out}")
-        found[id(one)] = one
-    return list(found.values())
-
-
 def check_task_weights(given: Mapping[str, float], tasks: list[str], argument: str = "task_weights") -> list[float]:
     """Every task's weight in their order, 1 by default. Raises UserError, naming `argument`, for an unknown task and a
     bad number.
@@ -45,8 +32,8 @@ def check_task_weights(given: Mapping[str, float], tasks: list[str], argument: s
     for name, weight in given.items():
         if name not in tasks:
             raise unknown_name(f"task in {argument}", name, tasks)
-        if not (math.isfinite(weight) and weight >= 0):
-            raise UserError(f"{argument}: {name}: {weight} must be a number that is not negative")
+        if not isinstance(weight, Real) or not (math.isfinite(weight) and weight >= 0):
+            raise UserError(f"{argument}: {name}: {quoted(weight)} must be a number that is not negative")
     return [float(given.get(name, 1.0)) for name in tasks]
 
 

@@ -22,4 +22,8 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
         for gradient in gradients
         for piece in (gradient.flatten().split(_PIECE) if gradient.device.type == "cpu" else (gradient,))
     ]
-    return torch.nn.utils.get_total_norm([norm.double() for norm in torch._foreach_norm(pieces)]).float()
+    norms: list[Tensor] = []
+    for dtype in dict.fromkeys(piece.dtype for piece in pieces):  # a norm of 16 bits would be rounded to these
+        alike = [piece for piece in pieces if piece.dtype == dtype]
+        norms += torch._foreach_norm(alike, 2, dtype=torch.promote_types(dtype, torch.float32))
+    return torch.nn.utils.get_total_norm([norm.double() for norm in norms]).float()

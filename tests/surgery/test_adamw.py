@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from fastmtl.errors import UserError
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery, SurgeryAdamW
+from fastmtl.surgery.norms import total_norm
 from fastmtl.surgery.targets import find_target
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -308,6 +309,12 @@ def test_deepspeed_is_told_of_its_own_optimiser() -> None:
     )
     with pytest.raises(UserError, match="SurgeryAdamW is for a plain torch loop"):
         find_target(engine)
+
+
+def test_the_norm_of_numbers_of_16_bits() -> None:
+    """Is not rounded to these: beside those of another dtype, in a shape that is not contiguous."""
+    parts = [torch.full((50, 70), 3.0, dtype=torch.bfloat16).t(), torch.full((41,), 2.0), torch.ones(0)]
+    assert float(total_norm(parts)) == pytest.approx((9 * 3500 + 4 * 41) ** 0.5, rel=1e-6)
 
 
 def test_the_norm_of_many_numbers() -> None:

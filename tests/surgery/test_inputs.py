@@ -36,6 +36,7 @@ def on(model: MultiTaskModel, **options: Any) -> GradientSurgery:
         ({"tasks": "kind"}, "tasks: give the list of their names"),
         ({"task_weights": {"kid": 1.0}}, "kid.*kind"),
         ({"task_weights": {"kind": float("nan")}}, "task_weights: kind: nan"),
+        ({"task_weights": {"kind": "1"}}, "task_weights: kind: '1' must be a number"),
         ({"task_weights": {"kind": -1.0}}, "task_weights: kind: -1.0"),
         ({"shared": [nn.Parameter(torch.zeros(2, 5))]}, r"shared: 1 parameters are not the target's .*\(2, 5\)"),
         ({"sparse": [nn.Parameter(torch.zeros(2, 5))]}, r"sparse: .*\(2, 5\) is not among the shared"),

@@ -214,3 +214,14 @@ def test_a_parameter_twice_in_one_group() -> None:
         SurgeryAdamW([*net.parameters(), net.dense.weight])
     with pytest.raises(UserError, match="there twice"):
         FlatParameters(net, [{"params": [*net.parameters(), net.dense.weight]}])
+
+
+def test_what_flat_parameters_are_made_of() -> None:
+    """Generators, as torch's optimisers take them, and no names in place of parameters."""
+    net = Net()
+    flat = FlatParameters(net, [{"params": net.parameters()}], alone=net.words.parameters())
+    assert [p.numel() for p in flat.trained()] == [sum(p.numel() for p in net.parameters()) - 28, 28]
+    with pytest.raises(UserError, match="alone has 'words.weight', which is no parameter"):
+        FlatParameters(Net(), [{"params": list(net.parameters())}], alone=["words.weight"])
+    with pytest.raises(UserError, match="params has pairs of names and parameters"):
+        FlatParameters(Net(), [{"params": net.named_parameters()}])

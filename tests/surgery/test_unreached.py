@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from fastmtl.errors import UserError
-from fastmtl.surgery import GradientSurgery, SurgeryAdamW
+from fastmtl.surgery import FlatParameters, GradientSurgery, SurgeryAdamW
+from fastmtl.surgery.targets import find_target
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
@@ -144,6 +146,34 @@ def test_freezing_after_surgery_was_made_is_refused(frozen: str, then: bool) -> 
     again.backward(net(ids(0)))
     assert all((p.grad is not None) == then for p in part.parameters())
     assert net.encoder.encoder.layer[0].attention.self.value.weight.grad is not None
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_freezing_under_an_engine_is_refused(flat: bool) -> None:
+    """By the name, which flat parameters leave as it is."""
+    net = Net()
+    net.kind.requires_grad_(False)
+    trained = [{"params": [p for p in net.parameters() if p.requires_grad]}]
+    engine = SimpleNamespace(
+        module=FlatParameters(net, trained) if flat else net,
+        device="cpu",
+        zero_optimization_stage=lambda: 1,
+        fp16_enabled=lambda: False,
+        torch_autocast_enabled=lambda: False,
+        zero_use_cpu_optimizer=lambda: False,
+        register_forward_pre_hook=lambda _: None,
+    )
+    target = find_target(engine)
+    target.check_trained()
+    net.spare.bias.requires_grad_(False)
+    with pytest.raises(
+        UserError, match=r"parameter spare.bias of shape \(1,\) is frozen, .* make the engine \(deepspeed"
+    ):
+        target.check_trained()
+    net.spare.bias.requires_grad_(True)
+    net.kind.bias.requires_grad_(True)
+    with pytest.raises(UserError, match="parameter kind.bias .* is trained, but was frozen"):
+        target.check_trained()
 
 
 def test_freezing_is_plain_torchs_for_a_sum() -> None:
