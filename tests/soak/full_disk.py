@@ -21,7 +21,7 @@ from phase_cases import make_recipe, write_data
 from safetensors.torch import load_file
 
 from fastmtl import start
-from fastmtl.errors import TrainingError
+from fastmtl.errors import TrainingError, UserError
 from fastmtl.train import train
 
 SIZE = 24 << 20
@@ -64,7 +64,7 @@ def in_namespace(options: argparse.Namespace) -> None:
         fill(ballast, round(used * (number / options.fillings) ** 2))
         try:
             train(recipe, run)
-        except TrainingError as error:
+        except (TrainingError, UserError) as error:  # a UserError where `predict` would raise one, too
             failed += 1
             path, _, reason = str(error).removeprefix(f"cannot write {run}").partition(": ")
             if not str(error).startswith(f"cannot write {run}") or "No space left on device" not in reason:
