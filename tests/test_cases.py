@@ -1,0 +1,400 @@
+"""Inputs that once failed, each by the name it has had since: here the right outcome of each is a test.
+
+Cheap ones are run below. The others stand in ELSEWHERE with the tests that hold them.
+"""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+from fastmtl import recipe_yaml
+from fastmtl.config import EncoderConfig, Recipe, TaskConfig, load_recipe, parse_recipe
+from fastmtl.data.readers import Rows, read_file
+from fastmtl.data.tokenized import check_token_types, tokenize
+from fastmtl.engine.build import check_engine
+from fastmtl.engine.settings import deepspeed_config
+from fastmtl.errors import UserError
+from fastmtl.model.pretrained import load_encoder, load_tokenizer
+from fastmtl.output_folder import OutputFolder
+from fastmtl.phases import split
+from fastmtl.surgery import GradientSurgery
+from fastmtl.surgery.methods import draw_order, find_method
+from fastmtl.sweep.grid import read_grid
+
+HERE = Path(__file__).parent
+SILENT = """A02 A02c A02b A03 C36 A01 A07 A08 A08d A09 C06 C06b C07 C07b C33 A06 A17 D01 C37 A14 D07b E03 C21 C40 D17
+C20b""".split()
+LOUD = """A04 C17 C38b C38 A10 C35 C12b C01 C09 C10 C38d C04 C05 D02 D03 D08b D06 D16 C02c C02b A05 A12 C37d C26 C11 C20
+C14""".split()
+ELSEWHERE = {
+    "C06": ["test_resume.py::test_a_longer_run_is_the_uninterrupted_one"],
+    "C06b": ["test_resume.py::test_a_longer_run_is_the_uninterrupted_one"],
+    "C07": [
+        "test_resume.py::test_other_settings_are_refused_all_at_once",
+        "test_resume.py::test_accepted_changes_count_and_are_recorded",
+    ],
+    "C07b": ["test_resume.py::test_other_rows_are_refused_and_the_same_rows_elsewhere_are_not"],
+    "C33": [
+        "data/test_token_plan.py::test_every_row_once_in_an_epoch",
+        "data/test_token_plan.py::test_rows_that_fill_no_step_open_the_next_epoch",
+    ],
+    "D01": ["surgery/test_unreached.py::test_what_no_loss_reaches_stays_as_it_is"],
+    "D03": ["surgery/test_losses.py::test_reentrant_checkpointing"],
+    "D08b": ["surgery/test_losses.py::test_sparse_gradients"],
+    "D16": ["surgery/test_losses.py::test_what_is_given_in_place_of_parameters_and_names"],
+    "D17": ["surgery/test_adamw.py::test_the_norm_of_many_numbers"],
+    "E03": ["kernels/test_varlen_attention_large_scores.py::test_gradients_are_as_accurate_as_plain_float32"],
+    "C20b": ["test_output_folder.py::test_the_second_run_is_refused_until_the_first_is_gone_even_by_kill_9"],
+    "C12b": [
+        "test_resume.py::test_a_longer_run_is_the_uninterrupted_one",
+        "test_difficult_machines.py::test_a_path_with_brackets_has_a_plain_one",
+    ],
+    "C09": [
+        "test_difficult_machines.py::test_no_home",
+        "test_difficult_machines.py::test_weights_without_permission",
+    ],
+    "C10": [
+        "test_startup.py::test_a_full_disk_is_told_before_deepspeed_starts",
+        "test_difficult_machines.py::test_a_full_disk_is_one_sentence_whoever_writes",
+    ],
+    "C38d": ["test_cli.py::test_advice_of_a_run_that_cannot_go_on_stands_alone"],
+    "C11": ["test_predict.py::test_files_that_a_relative_data_dir_does_not_find_are_to_be_named_by_data"],
+    "C14": ["test_difficult_machines.py::test_signs_that_the_encoding_lacks_are_replaced"],
+}
+
+Case = Callable[[Path, Path], None]
+CASES: dict[str, Case] = {}
+
+
+def case(*names: str) -> Callable[[Case], Case]:
+    """Register a function of (an empty folder, a small BERT) under the names of its inputs."""
+
+    def register(function: Case) -> Case:
+        CASES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case(name: str, tmp_path: Path, tiny_bert: Path) -> None:
+    CASES[name](tmp_path, tiny_bert)
+
+
+def test_each_case_has_a_test() -> None:
+    assert not set(CASES) & set(ELSEWHERE)
+    assert {*CASES, *ELSEWHERE} == {*SILENT, *LOUD}
+    for node in {node for nodes in ELSEWHERE.values() for node in nodes}:
+        file, _, function = node.partition("::")
+        tree = ast.parse((HERE / file).read_text(encoding="utf-8"))
+        assert function in {item.name for item in tree.body if isinstance(item, ast.FunctionDef)}, node
+
+
+def task(kind: str = "binary", **values: Any) -> TaskConfig:
+    data = {"columns": {"text": "text", "label": "label"}, **values.pop("data", {})}
+    return TaskConfig.model_validate({"type": kind, "data": data, **values})
+
+
+def read(file: Path, content: str | bytes, config: TaskConfig | None = None, **how: Any) -> Rows:
+    file.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    return read_file(file, config or task(), **how)
+
+
+def refused(act: Callable[[], Any], *words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        act()
+    for word in words:
+        assert word in str(caught.value)
+
+
+def recipe(values: str, *overrides: str, folder: Path) -> Recipe:
+    file = folder / "recipe.yaml"
+    file.write_text(f"tasks: {{mood: {{type: binary, data: {{train: a.csv}}}}}}\n{values}", encoding="utf-8")
+    return load_recipe(str(file), overrides)
+
+
+JOINED = 'text\tlabel\n"oh\t1\nfine film\t0\nwell\t0\nyes"\t1\nlast\t0\n'
+
+
+@case("A02")
+def a_quote_that_does_not_close_in_its_row(folder: Path, _: Path) -> None:
+    assert read(folder / "q.tsv", JOINED).texts == ['"oh', "fine film", "well", 'yes"', "last"]
+
+
+@case("A02c")
+def quotes_of_csv_over_several_rows(folder: Path, _: Path) -> None:
+    refused(lambda: read(folder / "q.tsv", JOINED, task(data={"quotes": "csv"})), "line 2", "looks like a row")
+
+
+@case("A02b")
+def quotes_within_a_text(folder: Path, _: Path) -> None:
+    rows = read(folder / "q.tsv", 'text\tlabel\n"great film" they said\t1\n')
+    assert rows.texts == ['"great film" they said']
+
+
+@case("A03")
+def an_unclosed_quote_with_skipping(folder: Path, _: Path) -> None:
+    lines = [f"row {n},{n % 2}" for n in range(1000)]
+    lines[9] = '"row ten,0'
+    rows = read(folder / "q.csv", "text,label\n" + "\n".join(lines) + "\n", on_bad_row="skip")
+    assert (len(rows), len(rows.skipped)) == (999, 1)
+
+
+@case("A01")
+def names_of_labels_that_are_numbers(folder: Path, _: Path) -> None:
+    config = task("classification", label_names=["1", "2", "3", "4", "5"])
+    pq.write_table(pa.table({"text": ["a"], "label": [1]}), folder / "a.parquet")
+    found = [
+        read(folder / "a.csv", "text,label\na,1\n", config),
+        read(folder / "b.csv", "text,label\na,1.0\n", config),
+        read(folder / "a.jsonl", '{"text": "a", "label": 1}\n', config),
+        read_file(folder / "a.parquet", config),
+    ]
+    assert [rows.labels.tolist() for rows in found if rows.labels is not None] == [[0]] * 4
+    five = read(folder / "five.jsonl", '{"text": "a", "label": 5}\n', config)
+    assert five.labels is not None and five.labels.tolist() == [4]
+
+
+@case("A07")
+def pairs_of_glue(folder: Path, _: Path) -> None:
+    config = task(
+        "classification", label_names=["entailment", "not_entailment"], data={"format": "glue", "columns": {}}
+    )
+    rows = read(folder / "q.tsv", "index\tquestion\tsentence\tlabel\n0\twho?\the\tentailment\n", config)
+    assert (rows.texts, rows.pair_texts) == (["who?"], ["he"])
+
+
+@case("A08")
+def a_binary_column(folder: Path, _: Path) -> None:
+    pq.write_table(pa.table({"text": pa.array([b"bad"], pa.binary()), "label": [1]}), folder / "a.parquet")
+    refused(lambda: read_file(folder / "a.parquet", task()), "column text")
+
+
+@case("A08d", "A09")
+def lists_and_objects_as_texts(folder: Path, _: Path) -> None:
+    pq.write_table(pa.table({"text": [["good", "film"]], "label": [1]}), folder / "a.parquet")
+    refused(lambda: read_file(folder / "a.parquet", task()), "column text")
+    for value in (["good", "film"], {"en": "x"}):
+        line = json.dumps({"text": value, "label": 1})
+        refused(lambda line=line: read(folder / "a.jsonl", line + "\n"), "line 1, column text")  # type: ignore[misc]
+
+
+@case("A06")
+def a_file_without_a_header(folder: Path, _: Path) -> None:
+    data = {"columns": {"text": 1, "label": 0}}
+    rows = '"3","Wall St.","Bears"\n"1","World","Talks"\n'
+    names = ["1", "2", "3", "4"]
+    refused(lambda: read(folder / "a.csv", rows, task("classification", label_names=names, data=data)), "header: false")
+    config = task("classification", label_names=names, data={**data, "header": False})
+    assert read(folder / "a.csv", rows, config).texts == ["Wall St.", "World"]
+
+
+@case("A17")
+def a_key_twice(folder: Path, _: Path) -> None:
+    refused(lambda: recipe("train: {epochs: 1}\ntrain: {epochs: 2}\n", folder=folder), "the key 'train' stands twice")
+    refused(lambda: recipe("sampler: {batch_size: {mood: 1, mood: 2}}\n", folder=folder), "the key 'mood' stands twice")
+
+
+@case("C37", "A14")
+def labels_that_cannot_be(folder: Path, _: Path) -> None:
+    for values in (
+        "type: binary, label_names: ['no', maybe, 'yes']",
+        "type: regression, range: [3, 3]",
+        "type: regression, range: [5, 0]",
+        "type: classification, label_names: [a, a]",
+    ):
+        given = recipe_yaml.load(f"{{tasks: {{mood: {{{values}, data: {{}}}}}}}}")
+        refused(lambda given=given: parse_recipe(given, "r.yaml"), "r.yaml: tasks.mood")  # type: ignore[misc]
+
+
+@case("A04", "C17")
+def rows_without_labels(folder: Path, _: Path) -> None:
+    for label in ("-1", ""):
+        rows = read(folder / "a.csv", f"text,label\nthe cat,{label}\n", require_labels=False)
+        assert (rows.texts, rows.skipped) == (["the cat"], [])
+
+
+@case("A10", "C35")
+def half_of_a_surrogate_pair(folder: Path, _: Path) -> None:
+    lines = '{"text": "good \\ud83d", "label": 1}\n{"text": "fine", "label": 1}\n'
+    refused(lambda: read(folder / "a.jsonl", lines), "line 1, column text")
+    rows = read(folder / "a.jsonl", lines, on_bad_row="skip")
+    assert (rows.texts, len(rows.skipped)) == (["fine"], 1)
+
+
+@case("A05")
+def a_long_cell(folder: Path, _: Path) -> None:
+    assert read(folder / "a.csv", f"text,label\n{'x' * 200_000},1\n").texts == ["x" * 200_000]
+
+
+@case("A12")
+def other_endings(folder: Path, _: Path) -> None:
+    rows = "text,label\na,1\n"
+    assert read(folder / "a.CSV", rows).texts == ["a"]
+    assert read(folder / "a.JSONL", '{"text": "a", "label": 1}\n').texts == ["a"]
+    assert read(folder / "a.csv.gz", gzip.compress(rows.encode())).texts == ["a"]
+
+
+@case("C01")
+def names_of_tasks_that_are_no_names_of_files(_: Path, __: Path) -> None:
+    for name in ("a/b", "<b>x</b>", "x" * 300, "../up"):
+        given = {"tasks": {name: {"type": "binary", "data": {}}}}
+        refused(lambda given=given: parse_recipe(given, "r.yaml"), "r.yaml: tasks: the name")  # type: ignore[misc]
+
+
+@case("C04")
+def numbers_for_deepspeed(folder: Path, _: Path) -> None:
+    good = recipe("deepspeed: {zero_optimization: {reduce_bucket_size: 5e8}}\n", folder=folder)
+    check_engine(good, 1)
+    assert deepspeed_config(good, 1, cpu=True)["zero_optimization"]["reduce_bucket_size"] == 500_000_000
+    bad = recipe("deepspeed: {zero_optimization: {reduce_bucket_size: many}}\n", folder=folder)
+    refused(lambda: check_engine(bad, 1), "deepspeed.zero_optimization.reduce_bucket_size: ")
+
+
+@case("C05")
+def numbers_for_a_method(folder: Path, _: Path) -> None:
+    gradient = recipe("gradient: {method: cagrad, options: {c: 4e-1}}\n", folder=folder).gradient
+    assert gradient.options == {"c": 0.4}
+
+
+@case("C36")
+def small_gradients_for_a_solver(_: Path, __: Path) -> None:
+    pytest.importorskip("torchjd")
+    large = torch.tensor([[4.0, -1.0], [-1.0, 2.0]])
+    for name, options in (("cagrad", {"c": 0.4}), ("upgrad", {})):
+        small, ordinary = (
+            find_method(name, options=options).weights(scale * large, draw_order(2, 0, 0), None)  # type: ignore[union-attr]
+            for scale in (1e-8, 1.0)
+        )
+        assert torch.allclose(small, ordinary, rtol=1e-3) and ordinary.abs().min() > 0
+
+
+@case("C02c", "C02b")
+def early_stopping_without_a_dev_file(folder: Path, _: Path) -> None:
+    for setting in ("metric=mood/accuracy", "patience=2"):
+        settings = recipe("", f"early_stopping.{setting}", folder=folder)
+        refused(lambda settings=settings: split(settings), "early_stopping.")  # type: ignore[misc]
+
+
+@case("C37d")
+def numbers_that_no_run_can_use(folder: Path, _: Path) -> None:
+    refused(lambda: recipe("", "optimizer.betas=[1.5, 2]", folder=folder), "optimizer.betas.0")
+    refused(lambda: recipe("", f"seed={10**20}", folder=folder), "seed: ")
+
+
+@case("C26")
+def a_date_in_a_grid(folder: Path, _: Path) -> None:
+    recipe("", folder=folder)
+    (folder / "grid.yaml").write_text("seed: [2020-01-01]\n", encoding="utf-8")
+    refused(lambda: read_grid(folder / "grid.yaml", str(folder / "recipe.yaml"), []), "grid.yaml", "is no setting")
+
+
+@case("C20")
+def a_disk_of_its_own_as_output(folder: Path, _: Path) -> None:
+    (folder / "lost+found").mkdir()
+    OutputFolder(folder, resume=False).release()
+
+
+@case("C38b")
+def a_tokenizer_that_names_no_token_types(folder: Path, bert: Path) -> None:
+    shutil.copytree(bert, folder / "bert")
+    file = folder / "bert" / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**settings, "model_input_names": ["input_ids", "attention_mask"]}), encoding="utf-8")
+    tokenizer = load_tokenizer(EncoderConfig(path=str(folder / "bert")))
+    data = tokenize(pairs(folder), tokenizer, task(), 32, folder / "cache")
+    assert data.second_text.tolist() == [4]  # [CLS] good film [SEP] | bad film [SEP]
+
+
+@case("C38")
+def pairs_for_an_encoder_with_one_token_type(folder: Path, bert: Path) -> None:
+    data = tokenize(pairs(folder), AutoTokenizer.from_pretrained(bert), task(), 32, folder / "cache")
+    refused(lambda: check_token_types([data], 1), "need two token types", "type_vocab_size")
+
+
+@case("C40")
+def a_tokenizer_is_saved_as_it_was(folder: Path, bert: Path) -> None:
+    tokenizer = load_tokenizer(EncoderConfig(path=str(bert)))
+    tokenize(pairs(folder), tokenizer, task(), 8, folder / "cache")
+    tokenizer.save_pretrained(folder / "saved")
+    saved, own = (json.loads((place / "tokenizer.json").read_text("utf-8")) for place in (folder / "saved", bert))
+    assert saved["truncation"] == own["truncation"] and saved["padding"] == own["padding"]
+
+
+def pairs(folder: Path) -> Rows:
+    config = task(data={"columns": {"text": "a", "text_pair": "b", "label": "label"}})
+    return read(folder / "pairs.csv", "a,b,label\ngood film,bad film,0\n", config)
+
+
+@case("C21")
+def biases_of_a_recurrent_head(folder: Path, bert: Path) -> None:
+    from fastmtl.model.multitask import MultiTaskModel
+
+    given = recipe("", f"encoder.path={bert}", "tasks.mood.head={name: lstm, size: 4}", folder=folder)
+    model = MultiTaskModel(given, load_encoder(given.encoder))
+    decaying = {id(p) for g in model.parameter_groups(given.optimizer) if g["weight_decay"] for p in g["params"]}
+    biases = [name for name, _ in model.named_parameters() if "bias_" in name]
+    assert len(biases) >= 2
+    assert not [name for name, p in model.named_parameters() if "bias" in name and id(p) in decaying]
+
+
+class Net(nn.Module):
+    """A shared layer and a head for each of two tasks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.shared = nn.Embedding(5, 3), nn.Linear(3, 3)
+        self.heads = nn.ModuleList([nn.Linear(3, 1), nn.Linear(3, 1)])
+
+    def losses(self) -> dict[str, tuple[torch.Tensor, int]]:
+        x = self.shared(self.words(torch.tensor([1, 2])))
+        return {name: (head(x).square().sum(), 2) for name, head in zip("ab", self.heads, strict=True)}
+
+    def surgery(self, method: str = "pcgrad", shared: Any = None) -> GradientSurgery:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        given = [*self.words.parameters(), *self.shared.parameters()] if shared is None else shared
+        return GradientSurgery(optimizer, method, tasks=["a", "b"], shared=given)
+
+
+@case("D02")
+def a_tied_parameter_given_twice(_: Path, __: Path) -> None:
+    gradients = []
+    for twice in (0, 1):
+        torch.manual_seed(0)
+        net = Net()
+        shared = [*net.words.parameters(), *net.shared.parameters(), *[net.words.weight] * twice]
+        net.surgery(shared=shared).backward(net.losses())
+        gradients.append([parameter.grad for parameter in net.parameters()])
+    assert all(
+        torch.equal(one, two) for one, two in zip(*gradients, strict=True) if one is not None and two is not None
+    )
+
+
+@case("D06")
+def losses_that_are_none(_: Path, __: Path) -> None:
+    net = Net()
+    for losses in ({"a": (0.0, 0)}, {"a": (torch.ones(1, requires_grad=True), 1)}, {"a": torch.ones(())}):
+        refused(lambda losses=losses: net.surgery().backward(losses), "the loss of task a")  # type: ignore[misc]
+    refused(lambda: net.surgery("PCGrad"), "Did you mean 'pcgrad'?")
+
+
+@case("D07b")
+def unfreezing_after_surgery_was_made(_: Path, __: Path) -> None:
+    net = Net()
+    net.words.requires_grad_(False)
+    surgery = net.surgery()
+    net.words.requires_grad_(True)
+    refused(lambda: surgery.backward(net.losses()), "make GradientSurgery anew")
