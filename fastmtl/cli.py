@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from fastmtl import __version__
 from fastmtl.commands import bench, models, profile, recipes, sweep
 from fastmtl.commands.options import Debug, ModelDir
-from fastmtl.errors import UserError, one_line
+from fastmtl.errors import UserError, one_line, printable
 from fastmtl.failures import explained
 from fastmtl.launcher_variables import is_first, world_size
 from fastmtl.output_folder import OutputFolder, check_output
@@ -202,7 +202,7 @@ def evaluate(
     console = Console()
     console.print(scores_table(predictor.recipe, result.metrics, result.mean, title))
     for note in result.notes:
-        console.print(note, highlight=False, markup=False)
+        console.print(printable(note), highlight=False, markup=False)
 
 
 @app.command(no_args_is_help=True)
@@ -236,8 +236,8 @@ def predict(
 
     rows, notes = predict_file(load(model_dir), task, input_file, output_file, layout)
     for note in notes:
-        print(note)
-    print(f"{rows} predictions in {output_file}")
+        print(printable(note))
+    print(printable(f"{rows} predictions in {output_file}"))
 
 
 models.register(app, _set_debug)

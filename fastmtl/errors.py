@@ -62,6 +62,11 @@ def one_line(text: str) -> str:
     return f"{line[: LINE_CHARACTERS * 2 // 3]} ... {line[-LINE_CHARACTERS // 3 :]}"
 
 
+def printable(text: str) -> str:
+    """Return text of one line or several with escapes in place of what cannot be printed."""
+    return "\n".join(map(_escaped, text.split("\n")))
+
+
 def unknown_name(what: str, name: str, valid: Iterable[str]) -> UserError:
     """Return the error for a misspelt name, with the nearest valid one and a list of the others."""
     choices = sorted(valid)

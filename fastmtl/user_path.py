@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fastmtl.errors import UserError
+from fastmtl.errors import UserError, one_line
 
 
 def user_path(path: str | Path) -> Path:
@@ -29,5 +29,6 @@ def cache_path(path: str | Path) -> Path:
         return user_path(path)
     except UserError:
         folder = Path(tempfile.mkdtemp(prefix="fastmtl-"))
-        print(f"fastmtl: data.cache_dir={path}: this user has no home directory; using {folder}", file=sys.stderr)
+        told = one_line(f"fastmtl: data.cache_dir={path}: this user has no home directory; using {folder}")
+        print(told, file=sys.stderr)
         return folder

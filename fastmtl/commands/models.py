@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from fastmtl.commands.options import Debug, ModelDir
-from fastmtl.errors import UserError
+from fastmtl.errors import UserError, printable
 
 OutDir = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write: a new one, or an empty one.")]
 
@@ -59,8 +59,8 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         from fastmtl.model.pretrained import model_directory
 
         for note in write(model_directory(model_dir), out, layout, pooling, task):
-            print(note)
-        print(f"{layout}: {out}")
+            print(printable(note))
+        print(printable(f"{layout}: {out}"))
 
     @app.command(no_args_is_help=True)
     def merge(
@@ -106,7 +106,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
                 f"train.eval_tokens is that of {model_dirs[0]}, {tokens[model_dirs[0]]}: batches of another size may "
                 "round the others' predictions differently"
             )
-        print(f"{out}: {', '.join(joined.recipe.task_names)}")
+        print(printable(f"{out}: {', '.join(joined.recipe.task_names)}"))
 
 
 def _renamed(given: list[str], model_dirs: list[Path]) -> dict[Path, dict[str, str]]:

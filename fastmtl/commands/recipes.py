@@ -56,7 +56,9 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         if not chosen:
             lines = [f"fastmtl recipes {name}  ({len(names)})" for name, names in folders.items() if name]
             console.print("\nMore are in folders:\n" + "\n".join(lines), highlight=False, markup=False)
-        console.print(f"\nTheir files are in {found[folders[chosen][0]].parent}", highlight=False, soft_wrap=True)
+        console.print(
+            f"\nTheir files are in {found[folders[chosen][0]].parent}", highlight=False, markup=False, soft_wrap=True
+        )
 
     @app.command(no_args_is_help=True)
     def reproduce(

@@ -22,7 +22,7 @@ import numpy as np
 from fastmtl.config import TaskConfig
 from fastmtl.data.readers import Rows
 from fastmtl.data.records import BadRow
-from fastmtl.errors import UserError
+from fastmtl.errors import UserError, one_line
 from fastmtl.user_path import cache_path
 
 if TYPE_CHECKING:
@@ -129,7 +129,8 @@ def tokenize(
 def _cache_instead(cache_dir: str | Path, why: str) -> Path:
     """A temporary folder, the same for all files of the process, with one line that says so."""
     folder = Path(tempfile.mkdtemp(prefix="fastmtl-"))
-    print(f"fastmtl: data.cache_dir={cache_dir} is not writable ({why}); using {folder}", file=sys.stderr)
+    told = one_line(f"fastmtl: data.cache_dir={cache_dir} is not writable ({why}); using {folder}")
+    print(told, file=sys.stderr)
     return folder
 
 

@@ -22,6 +22,12 @@ SMALL, TALL, WIDE = (3.3, 2.2), (3.3, 2.7), (6.9, 2.8)  # inches; three small on
 Curve = tuple[Sequence[float], Sequence[float | None]]
 
 
+def plain(text: str) -> str:
+    """Return a label that matplotlib shows as it is: a dollar begins no formula, and `_` in front hides no curve."""
+    escaped = text.replace("$", r"\$")
+    return f"\u200b{escaped}" if escaped.startswith("_") else escaped
+
+
 def curves(
     series: Mapping[str, Curve],
     *,
@@ -39,7 +45,8 @@ def curves(
     from matplotlib.ticker import LogLocator, NullFormatter
 
     def draw(axes: Axes) -> None:
-        for index, (label, (steps, values)) in enumerate(series.items()):
+        for index, (name_of_curve, (steps, values)) in enumerate(series.items()):
+            label = plain(name_of_curve)
             color = SERIES[(first_color + index) % len(SERIES)]
             x, y = np.asarray(steps, dtype=float), np.asarray([np.nan if v is None else v for v in values], dtype=float)
             x, y = _binned(x, y)
@@ -49,7 +56,7 @@ def curves(
             else:
                 axes.plot(x, y, color=color, linewidth=1.7, marker="o" if markers else "", markersize=4, label=label)
         axes.set_xlabel("optimiser step")
-        axes.set_ylabel(ylabel)
+        axes.set_ylabel(plain(ylabel))
         if zero_line:
             axes.axhline(0, color=TEXT, linewidth=0.8, linestyle=(0, (4, 3)))
         if ylim is not None:

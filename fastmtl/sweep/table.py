@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastmtl.report.plots import plain
 from fastmtl.sweep.runs import Result
 
 
@@ -62,8 +63,8 @@ def write_plot(directory: Path, results: Sequence[Result]) -> None:
         if log:
             axes.set_xscale("log")
         if ticks is not None:
-            axes.set_xticks(range(len(ticks)), ticks)
-        axes.set_xlabel(key)
+            axes.set_xticks(range(len(ticks)), [plain(tick) for tick in ticks])
+        axes.set_xlabel(plain(key))
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("mean dev score")
     FigureCanvasSVG(figure).print_svg(str(directory / "sweep.svg"))

@@ -10,8 +10,10 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from fastmtl.config import Recipe
+from fastmtl.errors import printable
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -47,7 +49,7 @@ class BarDisplay:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[summary]}"),
+            TextColumn("{task.fields[summary]}", markup=False),
             console=console,
         )
         self._task = self._progress.add_task("", total=total_steps, completed=first_step, epoch=1, summary="")
@@ -59,7 +61,7 @@ class BarDisplay:
             self._progress.update(self._task, summary=summary)
 
     def message(self, text: str) -> None:
-        self._progress.console.print(text, highlight=False, markup=False)
+        self._progress.console.print(printable(text), highlight=False, markup=False)
 
     def close(self) -> None:
         self._progress.stop()
@@ -80,7 +82,7 @@ class LineDisplay:
             self.message(f"epoch {epoch + 1}  step {step}/{self._total}  {summary}")
 
     def message(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         pass
@@ -108,7 +110,12 @@ def scores_table(recipe: Recipe, metrics: dict[str, dict[str, float]], mean: flo
     shown = [name for name in SCORE_COLUMNS if any(name in values for values in metrics.values())]
     own = ", ".join(f"{task} {recipe.tasks[task].metric_name}" for task in metrics)
     caption = None if mean is None else f"mean {mean:.3f} ({own})"
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    table = Table(
+        title=Text(printable(title), "italic"),
+        title_justify="left",
+        caption=None if caption is None else Text(caption, "dim italic"),
+        caption_justify="left",
+    )
     table.add_column("task")
     for name in shown:
         table.add_column(SCORE_COLUMNS[name], justify="right")
@@ -116,5 +123,5 @@ def scores_table(recipe: Recipe, metrics: dict[str, dict[str, float]], mean: flo
         chosen = recipe.tasks[task].metric_name
         cells = [f"{values[name]:.3f}" if name in values else "" for name in shown]
         bold = [f"[bold]{cell}[/bold]" if name == chosen else cell for name, cell in zip(shown, cells, strict=True)]
-        table.add_row(task, *bold)
+        table.add_row(Text(task), *bold)
     return table
