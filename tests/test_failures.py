@@ -159,3 +159,16 @@ def test_an_oversampling_beyond_all_numbers_takes_the_largest_size() -> None:
         for times in (1e300, 2.0)
     )
     assert many == twice
+
+
+def test_an_error_of_a_solver_names_the_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchjd")
+    from fastmtl.surgery.methods import draw_order, find_method
+
+    def fail(gram: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("the solver found nothing")
+
+    method: Any = find_method("cagrad", options={"c": 0.4})
+    monkeypatch.setattr(method, "_solve", fail)
+    with pytest.raises(UserError, match="gradient method cagrad cannot .*: the solver found nothing"):
+        method.weights(torch.eye(2), draw_order(2, 0, 0), None)

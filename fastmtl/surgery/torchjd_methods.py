@@ -88,8 +88,8 @@ class TorchJDMethod:
         if world_size() == 1 or dist.get_rank() == 0:
             try:
                 result[:-1] = self._solve(gram.detach().cpu())
-            except ValueError as error:
-                failure, result[-1] = f": {error}", 1
+            except Exception as error:  # TorchJD's or its solver's; the other ranks wait for a word
+                failure, result[-1] = f": {error or type(error).__name__}", 1
         if world_size() > 1:
             dist.broadcast(result, 0)
         if result[-1] > 0:
