@@ -35,7 +35,8 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Int = Annotated[int, BeforeValidator(_whole)]
+Whole = Annotated[int, BeforeValidator(_whole)]
+Int = Annotated[int, Field(le=2**31 - 1), BeforeValidator(_whole)]  # a size or a count: products fit 64 bits
 
 
 class Section(BaseModel):
@@ -484,7 +485,7 @@ class Recipe(Section):
     """One run. Errors name the key, and for a misspelt one the nearest valid key."""
 
     description: str = ""
-    seed: Int = Field(1, ge=0, le=2**62)  # what is added to it for phases and ranks still fits torch's 64 bits
+    seed: Whole = Field(1, ge=0, le=2**62)  # what is added to it for phases and ranks still fits torch's 64 bits
     add_to: str | None = Field(
         None,
         description="a trained model directory: train these tasks on its encoder, frozen, and put them beside its own",
@@ -564,8 +565,12 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         node[last] = value
 
 
+# Behind a key that takes several kinds of value, pydantic names the kind.
+_KINDS = ("function-before[", "dict[str,")
+
+
 def _explain(item: Any, source: str) -> str:
-    location = [shortened(str(part)) for part in item["loc"]]
+    location = [shortened(str(part)) for part in item["loc"] if not str(part).startswith(_KINDS)]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
         fields = _fields_at(location[:-1])

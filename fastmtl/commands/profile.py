@@ -187,7 +187,7 @@ def _show_plots(draw: Callable[[], list[Path]]) -> None:
 def _batch_sizes(text: str) -> list[int]:
     sizes = []
     for part in text.split(","):
-        if not part.strip().isdecimal() or int(part) < 1:
+        if not part.strip().isdecimal() or not 1 <= int(part) < 2**31:
             raise UserError(f"--batch-sizes: '{part.strip()}' is no number of rows: write them as 8,16,32")
         sizes.append(int(part))
     return sizes
