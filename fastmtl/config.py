@@ -29,14 +29,23 @@ from fastmtl.errors import UserError, listed, quoted, shortened, unknown_name
 from fastmtl.label_text import as_label
 from fastmtl.recipe_files import find_recipe, read_recipe
 
+MOST = 2**31 - 1  # of sizes and counts: their products fit 64 bits
+
 
 def _whole(value: Any) -> Any:
     """Return 5e8 and 16.0 as integers, where an integer is expected."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _count(value: Any) -> Any:
+    whole = _whole(value)
+    if isinstance(whole, int) and whole > MOST:
+        raise ValueError(f"Input should be less than or equal to {MOST}")
+    return whole
+
+
 Whole = Annotated[int, BeforeValidator(_whole)]
-Int = Annotated[int, Field(le=2**31 - 1), BeforeValidator(_whole)]  # a size or a count: products fit 64 bits
+Int = Annotated[int, BeforeValidator(_count)]
 
 
 class Section(BaseModel):
