@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,15 @@ def save_tiny_bert(directory: Path, *, hidden: int = 32, layers: int = 2, heads:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow ones first: two processes then end at the same time."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """Undo what a test leaves in os.environ: a run in this process sets RANK, and later ones would believe it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

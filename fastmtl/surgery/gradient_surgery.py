@@ -250,7 +250,9 @@ class GradientSurgery:
         of_step = check_task_weights(weights or {}, self.tasks, "weights")
         self._solver.next_step()
         both = [fixed * now for fixed, now in zip(self._weights, of_step, strict=True)]
-        return Step(counts, tasks=self.tasks, task_weights=both, device=self._target.device)
+        # What every task shares reaches every loss; where nothing shared is trained, a task may have nothing to train.
+        constants = not self._parts.shared
+        return Step(counts, tasks=self.tasks, task_weights=both, device=self._target.device, constants=constants)
 
     def _start(self, step: Step) -> JointStep | StackedStep:
         return JointStep(self._parts, step) if self._joint else StackedStep(self._parts, step, self._recorded)

@@ -15,8 +15,12 @@ Losses = Mapping[str, tuple[Tensor, int]]
 _EXPECTED = "give {task: (sum of its rows' losses, number of rows)}"
 
 
-def check_losses(losses: Losses, tasks: list[str]) -> None:
-    """Raises UserError, naming the task, for what is not a scalar tensor and a number of rows for each task."""
+def check_losses(losses: Losses, tasks: list[str], *, constants: bool = False) -> None:
+    """Raises UserError, naming the task, for what is not a scalar tensor and a number of rows for each task.
+
+    constants: whether rows may have a loss that depends on no trained parameter, as those of a head without parameters
+    on a frozen encoder.
+    """
     if not isinstance(losses, Mapping):
         raise UserError(f"the losses are of type {type(losses).__name__}: {_EXPECTED}")
     unknown = [name for name in losses if name not in tasks]
@@ -25,7 +29,7 @@ def check_losses(losses: Losses, tasks: list[str]) -> None:
     if not losses:
         raise UserError("no loss was given: give every task that the model ran, without rows a zero of its head")
     for name, entry in losses.items():
-        _check_entry(name, entry)
+        _check_entry(name, entry, constants)
 
 
 def check_counts(counts: Mapping[str, int], tasks: list[str]) -> None:
@@ -37,7 +41,7 @@ def check_counts(counts: Mapping[str, int], tasks: list[str]) -> None:
         _check_rows(f"counts: task {name}", rows)
 
 
-def _check_entry(name: str, entry: Any) -> None:
+def _check_entry(name: str, entry: Any, constants: bool) -> None:
     where = f"the loss of task {name}"
     if not isinstance(entry, tuple | list) or len(entry) != 2:
         raise UserError(f"{where} is of type {type(entry).__name__}, not a pair: {_EXPECTED}")
@@ -52,7 +56,7 @@ def _check_entry(name: str, entry: Any) -> None:
             f"{where} has shape {tuple(loss.shape)}: give one number, the sum of the rows' losses "
             '(reduction="sum", or .sum())'
         )
-    if _check_rows(where, rows) and not loss.requires_grad:
+    if _check_rows(where, rows) and not loss.requires_grad and not constants:
         raise UserError(
             f"{where} has {rows} rows, but depends on no parameter that is trained: look for detach(), item() or "
             "torch.no_grad() in the model, or leave the task out"

@@ -73,20 +73,27 @@ class Step:
     """Sums the losses of a step's micro-batches and scales them to means.
 
     counts: rows of each task in the whole step over all ranks; None: those of the one micro-batch, summed over ranks.
-    task_weights: weight of each task's loss. sums: this rank's losses of each task so far, float64 [T].
+    task_weights: weight of each task's loss. constants: as for `check_losses`. sums: this rank's losses of each task
+    so far, float64 [T].
     """
 
     def __init__(
-        self, counts: Mapping[str, int] | None, *, tasks: list[str], task_weights: list[float], device: torch.device
+        self,
+        counts: Mapping[str, int] | None,
+        *,
+        tasks: list[str],
+        task_weights: list[float],
+        device: torch.device,
+        constants: bool = False,
     ) -> None:
         check_counts(counts or {}, tasks)
-        self._counts = counts
+        self._counts, self._constants = counts, constants
         self._tasks, self._task_weights = tasks, task_weights
         self.sums = torch.zeros(len(tasks), dtype=torch.float64, device=device)
 
     def take(self, losses: Losses) -> None:
         """Checks a micro-batch's losses and adds them up."""
-        check_losses(losses, self._tasks)
+        check_losses(losses, self._tasks, constants=self._constants)
         if self._counts is None:
             local = [losses[name][1] if name in losses else 0 for name in self._tasks]
             total = sum_over_ranks(torch.tensor(local, device=self.sums.device))

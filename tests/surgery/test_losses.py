@@ -122,6 +122,19 @@ def test_a_constant_of_a_task_without_rows_is_left_out() -> None:
         assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad)
 
 
+def test_a_task_with_nothing_to_train_beside_others_where_nothing_shared_is() -> None:
+    """A head without parameters on a frozen encoder: its loss is reported and has no gradient."""
+    net, other = Net(), Net()
+    for one in (net, other):
+        for parameter in one.shared():
+            parameter.requires_grad_(False)
+    info = surgery_on(net, "sum", shared=[]).backward({**net(IDS), "b": (torch.tensor(6.0), 3)})
+    other(IDS)["a"][0].div(3).backward()
+    assert info.losses["b"] == 2
+    for a, b in zip(net.parameters(), other.parameters(), strict=True):
+        assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad)
+
+
 @pytest.mark.parametrize("method", ["pcgrad", "sum"])
 def test_reentrant_checkpointing(method: str) -> None:
     """A sum is plain torch and takes it; otherwise it is refused, and the kind that can be had equals none."""
