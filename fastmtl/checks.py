@@ -1,4 +1,4 @@
-"""What of a run can be checked without torch: names, sizes, files, every row and label."""
+"""Checks of a run that need no torch: names, sizes, files, every row and label."""
 
 from __future__ import annotations
 

@@ -432,7 +432,7 @@ class EngineConfig(Section):
 
 
 class TrainConfig(Section):
-    epochs: Int = Field(1, ge=1, le=1_000_000)
+    epochs: Whole = Field(1, ge=1, le=1_000_000)
     max_steps: Int | None = Field(None, ge=1, description="stop after this many optimiser steps")
     eval_tokens: Int = Field(8192, ge=16, description="tokens per evaluation batch")
     checkpoint_every: Int | None = Field(None, ge=1, description="optimiser steps; besides the end of each epoch")

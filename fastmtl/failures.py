@@ -1,4 +1,4 @@
-"""What an exception that ends a command means: a state of the machine that the user can change, or a bug.
+"""The meaning of an exception that ends a command: a state of the machine that the user can change, or a bug.
 
 torch, DeepSpeed and NCCL raise plain RuntimeErrors for most of it, so their texts are read. Nothing heavy is imported.
 """

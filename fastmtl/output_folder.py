@@ -79,7 +79,7 @@ def check_room(directory: Path, needed: int) -> None:
 
 
 def _check_writable(directory: Path) -> None:
-    """The folder is there and takes a file; a file's own name and content say more than permission bits do."""
+    """Check that the folder is there and takes a file, which says more than permission bits do."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(prefix=".try-", dir=directory) as file:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 from fastmtl.config import TaskConfig
 from fastmtl.errors import UserError
 from fastmtl.metrics import predicted_labels
+from fastmtl.writing import replace_text
 
 # The headers of the project's own files, its spelling included.
 CS224N_COLUMN = {
@@ -63,12 +63,6 @@ def _probabilities(task: TaskConfig, scores: np.ndarray) -> np.ndarray:
 
 def _write(path: Path, text: str) -> None:
     try:
-        if path.exists() and not path.is_file():  # a device or a pipe is written to, not replaced
-            path.write_text(text, encoding="utf-8")
-            return
-        target = Path(os.path.realpath(path))  # a link stays one
-        temporary = target.with_name(f".{target.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
+        replace_text(path, text)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None

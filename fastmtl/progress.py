@@ -1,4 +1,4 @@
-"""Where a run is, as its checkpoints keep it, and how much of a phase is left from there."""
+"""The position of a run, as its checkpoints keep it, and how much of a phase is left from there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastmtl.phases import Phase
 
 @dataclass
 class Progress:
-    """Where a run is; kept in every checkpoint. All but step, seconds and data belong to the current phase.
+    """The position of a run, kept in every checkpoint. All but step, seconds and data belong to the current phase.
 
     A checkpoint within an epoch is saved before anything is evaluated there. So a run that train.max_steps ended within
     an epoch goes on from it as if it had not stopped, and one that is started again without going on evaluates again.
@@ -45,7 +45,10 @@ class Progress:
         )
 
     def gained(self, phase: Phase, dev: dict[str, dict[str, float]], value: float | None) -> list[str]:
-        """Tasks whose weights are better than all before, by `value` all or none; a task without dev rows always is."""
+        """Return the tasks whose weights are better than all before, by `value` all or none.
+
+        A task without dev rows is always one of them.
+        """
         tasks = phase.recipe.tasks
         if phase.keep == "best_of_each":
             own = {name: dev[name][task.metric_name] for name, task in tasks.items() if name in dev}
@@ -102,7 +105,7 @@ class Job:
 
 
 def resumed(found: Found | None, phases: list[Phase]) -> Progress:
-    """Where a found checkpoint leaves a run. Raises UserError where the recipe has no such phase."""
+    """Return where a found checkpoint leaves a run. Raises UserError where the recipe has no such phase."""
     if found is None:
         return Progress()
     at, name = Progress(**found.state), found.manifest.get("phase")

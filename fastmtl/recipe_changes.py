@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastmtl.config import Recipe, parse_recipe
-from fastmtl.errors import UserError
+from fastmtl.errors import UserError, shortened
 
 # {key: (before, now)}
 Changes = dict[str, tuple[Any, Any]]
@@ -25,13 +25,13 @@ LENGTH = re.compile(r"(phases\.\d+\.)?train\.(epochs|max_steps)")
 
 
 def differences(before: Recipe, now: Recipe) -> Changes:
-    """Every key whose value differs, in the recipe's order; a key that one of them lacks counts as None."""
+    """Return every key whose value differs, in the recipe's order; a key that one of them lacks counts as None."""
     old, new = (_flat(recipe.model_dump(mode="json")) for recipe in (before, now))
     return {key: (old.get(key), new.get(key)) for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)}
 
 
 def changes_since(saved: Mapping[str, Any], now: Recipe, source: str) -> Changes:
-    """What differs from the recipe that a checkpoint holds. Raises UserError where this version cannot read that."""
+    """Return what differs from a checkpoint's recipe. Raises UserError where this version cannot read that."""
     try:
         return differences(parse_recipe(dict(saved), source), now)
     except UserError as error:
@@ -39,7 +39,7 @@ def changes_since(saved: Mapping[str, Any], now: Recipe, source: str) -> Changes
 
 
 def refuse(path: str, changes: Changes, accept: bool) -> None:
-    """Raises UserError that names all changes that are not free, unless they are accepted."""
+    """Raise UserError that names all changes that are not free, unless they are accepted."""
     refused = {key: values for key, values in changes.items() if not FREE.fullmatch(key)}
     if refused and not accept:
         raise UserError(
@@ -49,14 +49,14 @@ def refuse(path: str, changes: Changes, accept: bool) -> None:
 
 
 def changed_rows(before: Mapping[str, str], now: Mapping[str, str]) -> Changes:
-    """The files whose rows are not those of before, by the digests of `Corpus.digests`."""
+    """Return the files whose rows are not those of before, by the digests of `Corpus.digests`."""
     old, new = ({name: digest[:12] for name, digest in digests.items()} for digests in (before, now))
     names = [name for name in new if name in old and old[name] != new[name]]
     return {f"rows of {name} (digest)": (old[name], new[name]) for name in names}
 
 
 def resume_notes(changes: Changes, recipe: Recipe) -> list[str]:
-    """What to tell of changes that were allowed or accepted."""
+    """Return what to tell of changes that were allowed or accepted."""
     if not changes:
         return []
     notes = [f"resumed with other settings: {listed(changes)}"]
@@ -67,12 +67,7 @@ def resume_notes(changes: Changes, recipe: Recipe) -> list[str]:
 
 def listed(changes: Changes) -> str:
     """`optimizer.lr: 0.1, now 0.5; seed: 1, now 5`"""
-    return "; ".join(f"{key}: {_short(old)}, now {_short(new)}" for key, (old, new) in changes.items())
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return "; ".join(f"{key}: {shortened(str(old))}, now {shortened(str(new))}" for key, (old, new) in changes.items())
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from fastmtl.phases import Phase
 from fastmtl.predictions import write_cs224n
 from fastmtl.recipe_changes import Changes
 from fastmtl.report import CHANGES, collect_results, write_report
+from fastmtl.writing import replace_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,7 +52,7 @@ class RunFiles:
         self._addition = Addition(recipe) if ranks.is_main and recipe.add_to is not None else None
         if ranks.is_main:
             output.mkdir(parents=True, exist_ok=True)
-            _write(output / "config.yaml", recipe.dump())
+            replace_text(output / "config.yaml", recipe.dump())
 
     def notes(self) -> list[str]:
         """What the user should know of the files before the run starts."""
@@ -171,9 +171,3 @@ class RunFiles:
             (name, split, data) for name, *both in named for split, data in zip(("train", "dev"), both, strict=True)
         ]
         return [(name, split, data) for name, split, data in pairs if data is not None]
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -133,5 +133,5 @@ def _counted(number: int, one: str, many: str | None = None) -> str:
 
 
 def _checked_models(phases: list[Phase], first: int) -> PhaseModel:
-    """The model of phase number `first`; the others are built too, for a mistake in them must not wait for its turn."""
+    """Return the model of phase `first`. The others are built, too: a mistake in them must not wait for its turn."""
     return [model for model in map(PhaseModel, phases) if model.phase.index == first][0]

@@ -1,4 +1,4 @@
-"""Failures to write a file, whichever library met them, as one sentence."""
+"""Files written as a whole, and failures to write one, whichever library met them, as one sentence."""
 
 from __future__ import annotations
 
@@ -15,6 +15,20 @@ from fastmtl.errors import TrainingError
 # torch.save and safetensors raise errors of their own in place of OSError; torch's does not even give the reason.
 _OF_TORCH = re.compile(r"PytorchStreamWriter|inline_container|file write failed")
 _OF_SAFETENSORS = re.compile(r"\(os error (\d+)\)")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file as a whole: a reader, and a process that is killed, leave no half of it.
+
+    A device or a pipe is written to, and a link stays a link. Raises OSError.
+    """
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, target)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def refusal(recipe: Recipe, output: Path, begin: Callable[..., object] = train) 
 
 
 def contents(directory: Path) -> dict[Path, int]:
-    """When each file and folder was changed."""
+    """Return when each file and folder was changed."""
     return {path: path.stat().st_mtime_ns for path in (directory, *directory.rglob("*"))}
 
 

@@ -232,6 +232,25 @@ def test_an_unexpected_error_is_short_and_says_how_to_see_more(
     assert "Traceback" not in error
 
 
+def test_failures_of_the_machine_are_not_called_bugs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import errno
+
+    import torch
+
+    failing(monkeypatch, OSError(errno.ENOSPC, "No space left on device", "checkpoints/5"))
+    assert run(monkeypatch, "train", "demo", "--output", str(tmp_path)) == 1
+    error = capsys.readouterr().err
+    assert "checkpoints/5: No space left on device" in error
+    assert "bug" not in error
+    failing(monkeypatch, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert run(monkeypatch, "train", "demo", "--output", str(tmp_path)) == 1
+    error = capsys.readouterr().err
+    assert "sampler.batch_size" in error
+    assert "bug" not in error
+
+
 def test_advice_of_a_run_that_cannot_go_on_stands_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

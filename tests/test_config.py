@@ -155,6 +155,7 @@ def test_defaults_by_type() -> None:
         ("optimizer.betas=[-0.1, 0.9]", "optimizer.betas.0: Input should be greater than or equal to 0"),
         ("seed=100000000000000000000", "seed: Input should be less than"),
         ("seed=2020-01-01", "seed: Input should be a valid integer (got datetime.date(2020, 1, 1))"),
+        ("train.epochs=1000000000000", "train.epochs: Input should be less than or equal to 1000000 (got"),
         ("train.epochs=1000000001", "train.epochs: Input should be less than or equal to 1000000"),
         ("sampler.batch_size=1e20", "sampler.batch_size: Input should be less than or equal to 2147483647"),
         ("engine.accumulation=99999999999", "engine.accumulation: Input should be less than or equal to 2147483647"),

@@ -1,4 +1,4 @@
-"""Which failures are called a bug in fastmtl: those that neither input nor the machine can cause."""
+"""Failures that are called a bug in fastmtl: those that neither input nor the machine can cause."""
 
 from __future__ import annotations
 

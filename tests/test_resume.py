@@ -1,4 +1,4 @@
-"""What a resumed run does with other settings, other rows and another length."""
+"""Resumed runs with other settings, other rows and another length."""
 
 from __future__ import annotations
 

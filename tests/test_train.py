@@ -16,6 +16,8 @@ import psutil
 import pytest
 import yaml
 from launch import two_processes
+from left_by_run import lasting as _lasting
+from left_by_run import lines as _lines
 
 from fastmtl.engine.distributed import free_port
 
@@ -97,16 +99,6 @@ def _finish(run: subprocess.Popen[str]) -> str:
     text, _ = run.communicate(timeout=200)
     assert run.returncode == 0, text[-4000:]
     return text
-
-
-def _lines(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def _lasting(output: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the clock."""
-    clocks = ("time", "tokens_per_second", "surgery_seconds")
-    return [{k: v for k, v in line.items() if k not in clocks} for line in _lines(output)]
 
 
 @pytest.fixture(scope="module")

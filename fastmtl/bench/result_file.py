@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from fastmtl.writing import replace_text
+
 # What a result must name before anything is drawn of it; beside the driver, which a CPU has none of.
 ORIGIN = ("device", "torch", "fastmtl", "commit", "clean")
 # Key of a result whose measurement has not come to its end.
@@ -15,13 +17,7 @@ UNFINISHED = "unfinished"
 
 def save(result: dict[str, Any], path: Path) -> None:
     """Replace the file as a whole, so that a reader never sees half a result. A device or a pipe is written to."""
-    text = json.dumps(result, indent=2) + "\n"
-    if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
-        return
-    written = path.with_name(f".{path.name}.new")
-    written.write_text(text, encoding="utf-8")
-    written.replace(path)
+    replace_text(path, json.dumps(result, indent=2) + "\n")
 
 
 def slug(name: str) -> str:

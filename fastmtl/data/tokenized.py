@@ -127,7 +127,7 @@ def tokenize(
 
 @functools.cache
 def _cache_instead(cache_dir: str | Path, why: str) -> Path:
-    """A temporary folder, the same for all files of the process, with one line that says so."""
+    """Return a temporary folder, the same for all files of the process, with one line that says so."""
     folder = Path(tempfile.mkdtemp(prefix="fastmtl-"))
     told = one_line(f"fastmtl: data.cache_dir={cache_dir} is not writable ({why}); using {folder}")
     print(told, file=sys.stderr)

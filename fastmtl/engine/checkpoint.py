@@ -47,7 +47,7 @@ class Found:
         return load_file(file) if file.is_file() else {}
 
     def changes(self, recipe: Recipe) -> Changes:
-        """What differs in `recipe` from that of the run that saved it."""
+        """Return what differs in `recipe` from that of the run that saved it."""
         return changes_since(self.manifest["recipe"], recipe, f"{self.path / NAME}: recipe")
 
 
@@ -180,7 +180,7 @@ class Checkpoints:
         }
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is."""
+        """Return the folder of a step's checkpoint."""
         return self._directory / f"step-{step}"
 
     def _steps(self) -> list[int]:
@@ -211,7 +211,7 @@ class Checkpoints:
                 self._remove(step)
 
     def _remove(self, step: int) -> None:
-        """Takes a checkpoint's name away first: a killed process leaves none behind that is half gone."""
+        """Take a checkpoint's name away first: a killed process leaves none behind that is half gone."""
         removed = self._directory / f".removed-step-{step}"
         if self.path(step).is_dir():
             self.path(step).rename(removed)

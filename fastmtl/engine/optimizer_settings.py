@@ -1,4 +1,4 @@
-"""What an optimiser and its schedule are set to, kept while a checkpoint's state is loaded into them."""
+"""Settings of an optimiser and its schedule, kept while a checkpoint's state is loaded into them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ Settings = tuple[list[float], list[dict[str, Any]]]
 
 
 def optimizer_settings(engine: Any) -> Settings:
-    """The schedule's base rates and each group's settings. Groups may hold state besides, as their count of steps."""
+    """Return the schedule's base rates and each group's settings.
+
+    Groups may hold state besides, as their count of steps.
+    """
     groups = engine.optimizer.param_groups
     return list(engine.lr_scheduler.base_lrs), [{n: group[n] for n in NAMES if n in group} for group in groups]
 

@@ -1,4 +1,4 @@
-"""DeepSpeed looks for its files by `glob`, which reads the brackets of a folder named `run[1]` as a pattern."""
+"""Paths for DeepSpeed, which finds its files by `glob` and so reads the brackets of `run[1]` as a pattern."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def plain_path(directory: Path) -> Iterator[Path]:
-    """A path of `directory` that is no pattern: its own, or that of a temporary link to it."""
+    """Yield a path of `directory` that is no pattern: its own, or that of a temporary link to it."""
     if glob.escape(str(directory)) == str(directory):
         yield directory
         return

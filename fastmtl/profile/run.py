@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import psutil
 import torch
 
+from fastmtl.bench import result_file
 from fastmtl.bench.environment import environment
 from fastmtl.bench.harness import Say
 from fastmtl.config import Recipe
@@ -88,10 +88,8 @@ def memory_of(device: torch.device) -> int:
 
 def save(result: dict[str, Any], file: Path) -> None:
     """Replaces the file as a whole."""
-    written = file.with_name(f".{file.name}.new")
     try:
-        written.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        written.replace(file)
+        result_file.save(result, file)
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}") from None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import json
-import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from fastmtl.metrics import metric_names
 from fastmtl.report import page, plots
 from fastmtl.report.phases import phase_table
 from fastmtl.tracking.metrics_file import read_metrics
+from fastmtl.writing import replace_text
 
 CHANGES = "changes.jsonl"  # settings with which the run was resumed, a line each time
 
@@ -80,9 +80,7 @@ def write_report(output: Path, results: dict[str, Any] | None = None) -> Path:
 
 
 def _replace(path: Path, text: str) -> Path:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(path, text)
     return path
 
 

@@ -17,7 +17,7 @@ _REENTRANT = ("use_reentrant=True", "Checkpointing is not compatible with .grad(
 def differentiate(
     loss: Tensor, inputs: Sequence[Tensor], names: Mapping[int, str], *, again: bool = False
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of a scalar by `inputs`, None for those that it does not depend on.
+    """Return gradients of a scalar by `inputs`, None for those that it does not depend on.
 
     names: of the inputs by id, for messages. again: whether the graph is needed for another call.
     Raises UserError for re-entrant checkpointing and for sparse gradients.
@@ -43,7 +43,7 @@ def differentiate(
 
 
 def leaves_of(loss: Tensor) -> set[int]:
-    """Ids of the tensors that a backward of `loss` would give a gradient, without one."""
+    """Return the ids of the tensors that a backward of `loss` would give a gradient, without running it."""
     found, seen, waiting = set[int](), set[Any](), [loss.grad_fn]
     while waiting:
         node = waiting.pop()

@@ -1,4 +1,4 @@
-"""What a loss function returns, and the sentence for whatever else it may return."""
+"""The check of what a loss function returns, and the sentence for anything else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _EXPECTED = "give {task: (sum of its rows' losses, number of rows)}"
 
 
 def check_losses(losses: Losses, tasks: list[str], *, constants: bool = False) -> None:
-    """Raises UserError, naming the task, for what is not a scalar tensor and a number of rows for each task.
+    """Raise UserError, naming the task, for what is not a scalar tensor and a number of rows for each task.
 
     constants: whether rows may have a loss that depends on no trained parameter, as those of a head without parameters
     on a frozen encoder.
@@ -33,7 +33,7 @@ def check_losses(losses: Losses, tasks: list[str], *, constants: bool = False) -
 
 
 def check_counts(counts: Mapping[str, int], tasks: list[str]) -> None:
-    """Raises UserError for an unknown task, and for what is not a number of rows."""
+    """Raise UserError for an unknown task, and for what is not a number of rows."""
     unknown = [name for name in counts if name not in tasks]
     if unknown:
         raise UserError(f"counts: of {listed(unknown)}, tasks are {listed(tasks)}")

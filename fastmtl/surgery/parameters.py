@@ -10,7 +10,7 @@ from fastmtl.errors import UserError, quoted
 
 
 def check_parameters(argument: str, given: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Each parameter once, in the order given. Raises UserError, naming `argument`, for what is no parameter."""
+    """Return each parameter once, in the order given. Raises UserError, naming `argument`, for what is no parameter."""
     way_out = f"give parameters, for example {argument}=model.encoder.parameters()"
     if isinstance(given, Tensor | nn.Module | str) or not isinstance(given, Iterable):
         raise UserError(f"{argument} is of type {type(given).__name__}, not a list: {way_out}")

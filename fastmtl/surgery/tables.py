@@ -42,7 +42,7 @@ class Tables:
         return {id(table): weighted_rows(per_task, weights, table.shape[1]) for table, per_task in self.each()}
 
     def reached(self) -> set[int]:
-        """Ids of the tables that something was added of since `clear`, be it no rows."""
+        """Return the ids of the tables that something was added to since `clear`, be it no rows."""
         return set(self._rows)
 
     def clear(self) -> None:

@@ -176,7 +176,7 @@ class EngineTarget:
         self.engine.backward(loss * self.factor, scale_wrt_gas=False)
 
     def hand_over(self, gradients: dict[int, Tensor], reached: Collection[int]) -> None:
-        """All of them: DeepSpeed puts zeros in place of a gradient that is missing, in every stage."""
+        """Hand over all of them: DeepSpeed puts zeros in place of a gradient that is missing, in every stage."""
         self._carry([gradients.pop(id(parameter)) for parameter in self.parameters], self.parameters)
 
     def check_trained(self) -> None:

@@ -350,7 +350,7 @@ class TaskGradients:
         self._reached.add(id(parameter))
 
     def reached(self) -> set[int]:
-        """Ids of the parameters that a loss has reached since `clear`, with a gradient of zero, too (mode `stack`)."""
+        """Return ids of the parameters that a loss has reached since `clear`, be it with zeros (mode `stack`)."""
         assert self._stack is not None, "reached needs mode stack"
         return self._reached | self._stack.reached | self._tables.reached()
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastmtl.report.plots import plain
 from fastmtl.sweep.runs import Result
+from fastmtl.writing import replace_text
 
 
 def rows_of(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
@@ -37,9 +37,9 @@ def write_tables(directory: Path, results: Sequence[Result]) -> None:
     header, rows = rows_of(results)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    _write(directory / "sweep.csv", text.getvalue())
+    replace_text(directory / "sweep.csv", text.getvalue())
     lines = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    _write(directory / "sweep.md", "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    replace_text(directory / "sweep.md", "".join(f"| {' | '.join(line)} |\n" for line in lines))
 
 
 def write_plot(directory: Path, results: Sequence[Result]) -> None:
@@ -90,9 +90,3 @@ def _score(value: float | None) -> str:
 
 def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""Which parameters decay."""
+"""Weight decay: the parameters that have it."""
 
 from __future__ import annotations
 

@@ -39,13 +39,13 @@ class Launch:
         self.begun = time.monotonic()
 
     def wait_for_training(self) -> None:
-        """Until a rank has said its first line of progress, or the end."""
+        """Wait until a rank has said its first line of progress, or the end."""
         while self.process.poll() is None and "epoch" not in self.log.read_text(errors="replace"):
             self.check_deadline()
             time.sleep(0.01)
 
     def wait_for_saving(self) -> None:
-        """Until a checkpoint is being written, or the end."""
+        """Wait until a checkpoint is being written, or the end."""
         while self.process.poll() is None and not any((self.run / "checkpoints").glob(".*-step-*")):
             self.check_deadline()
             time.sleep(0.001)
@@ -95,7 +95,7 @@ def finish(launch: Launch) -> float:
 
 
 def left(run: Path) -> dict[str, Any]:
-    """All that has to be equal: metrics, and the bytes of weights, predictions and random states."""
+    """Return all that has to be equal: metrics, and the bytes of weights, predictions and random states."""
     newest = max((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
     files = [*(run / "model").iterdir(), *(run / "predictions").iterdir(), *newest.glob("random-*")]
     return {"metrics": lasting(run), **{str(path.relative_to(run)): path.read_bytes() for path in sorted(files)}}

@@ -1,4 +1,4 @@
-"""What takes too long for `make test`: run by `make soak`, each part in turn.
+"""`make soak`: what takes too long for `make test`, one part after another.
 
     python tests/soak/soak.py [--only kills kernels] [--quick]
 

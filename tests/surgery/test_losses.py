@@ -1,4 +1,4 @@
-"""What a loss function may return, and models whose gradients surgery cannot have: each mistake has its sentence."""
+"""Results of loss functions, and models whose gradients surgery cannot have: each mistake has its sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that only a GPU can show, the most valuable part first: `make gpu-check`.
+"""`make gpu-check`: everything that only a GPU can show, the most valuable part first.
 
 Each part is a process of its own with a time limit, so that an error of one costs no other. This process imports no
 torch. After every part it writes RESULTS/<device>.json anew; logs are in RESULTS/run. Exit status 1 where a part

@@ -22,8 +22,10 @@ TAIL_LINES, TAIL_CHARS = 30, 3000
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a part ended. state: OK, FAILED, TIMED_OUT or INTERRUPTED. why: "" for OK. tail: the log's last lines, "" for
-    OK. status: the exit status, None where the process was killed at its limit.
+    """The end of a part.
+
+    state: OK, FAILED, TIMED_OUT or INTERRUPTED. why: "" for OK. tail: the log's last lines, "" for OK.
+    status: the exit status, None where the process was killed at its limit.
     """
 
     state: str
