@@ -1,6 +1,6 @@
 """Operators and host time of each part of a PCGrad step under DeepSpeed, one process, on the CPU.
 
-    python benchmarks/engine_calls.py [--zero 1] [--layers 6] [--flat] [--graphs]
+    python benchmarks/engine_calls.py [--zero 1] [--layers 6] [--precision bf16] [--no-overflow-check] [--flat] [--graphs]
 
 The model is so narrow that a step is all launching, which does not depend on widths: what is counted here holds for any
 width, and the milliseconds (of the processor, on one thread) are about what a host needs to launch the part. With
@@ -42,13 +42,19 @@ class InGraphs(Unrecorded):
         return run
 
 
-def main(zero: int, layers: int, flat: bool, graphs: bool) -> None:
+def main(zero: int, layers: int, precision: str, overflow_check: bool, flat: bool, graphs: bool) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
     shape = Shape("narrow", 32, layers, heads=2, intermediate=64, rows=4, vocabulary=100, positions=128)
     work = Workload(Size(shape, dropout=0.1))
-    engine_settings = {"zero": zero, "flat_parameters": flat}
-    recipe = parse_recipe({**work.recipe, "gradient": {"method": "pcgrad"}, "engine": engine_settings}, "benchmark")
+    settings = {
+        **work.recipe,
+        "gradient": {"method": "pcgrad"},
+        "engine": {"zero": zero, "precision": precision, "flat_parameters": flat},
+    }
+    if not overflow_check:
+        settings["deepspeed"] = {"bf16": {"check_grad_overflow": False}}
+    recipe = parse_recipe(settings, "benchmark")
     model = MultiTaskModel(recipe, PackedBert(work.padded.encoder.config))
     if graphs:
         model.encoder.use_cuda_graphs(InGraphs())
@@ -103,5 +109,8 @@ if __name__ == "__main__":
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--flat", action="store_true", help="engine.flat_parameters")
     parser.add_argument("--graphs", action="store_true", help="engine.cuda_graphs")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--no-overflow-check", action="store_true", help="DeepSpeed's bf16.check_grad_overflow: false")
     chosen = parser.parse_args()
-    main(chosen.zero, chosen.layers, chosen.flat, chosen.graphs)
+    overflow_check = not chosen.no_overflow_check
+    main(chosen.zero, chosen.layers, chosen.precision, overflow_check, chosen.flat, chosen.graphs)
