@@ -1,6 +1,7 @@
 """Operators and host time of each part of a PCGrad step under DeepSpeed, one process, on the CPU.
 
-    python benchmarks/engine_calls.py [--zero 1] [--layers 6] [--precision bf16] [--no-overflow-check] [--flat] [--graphs]
+    python benchmarks/engine_calls.py [--zero 1] [--layers 6] [--precision bf16] [--no-overflow-check] [--flat]
+        [--graphs]
 
 The model is so narrow that a step is all launching, which does not depend on widths: what is counted here holds for any
 width, and the milliseconds (of the processor, on one thread) are about what a host needs to launch the part. With

@@ -87,7 +87,8 @@ def _stacked(ledger: Ledger, shape: Shape) -> None:
         ledger.phase = "surgery"
         ledger.touch(_gramian_of_rows(shape))
         ledger.hold("gradients", (shape.dense + shape.table) * FLOAT)
-        ledger.touch(shape.load.largest_task * shape.hidden * FLOAT)
+        if shape.table:  # its rows side by side, and times the weights
+            ledger.touch(2 * _tokens(shape) * shape.hidden * FLOAT)
         ledger.hold("gradients", shape.own * FLOAT)  # scaled
         ledger.phase = "communication"
         deepspeed.hand_over(ledger, shape)
@@ -271,13 +272,21 @@ def _sketch(shape: Shape) -> int:
 
 
 def _gramian_of_rows(shape: Shape) -> int:
-    """Rows of equal ids are added up twice over, once before and once after they are gathered from all ranks; two more
-    copies of the largest task's are made to multiply them.
+    """All rows side by side in float32 and their sums over equal ids; over ranks the rows that occur, too, as they are
+    gathered, side by side and summed once more. Then each pair of tasks makes a copy of one's rows.
     """
     if not shape.table or shape.sketch_size is not None:
         return 0
-    row = shape.hidden * FLOAT
-    return (2 * shape.load.unique * shape.world + 2 * shape.load.largest_task) * row
+    own, gathered = _tokens(shape), sum(load.unique for load in shape.loads) * shape.world
+    rows = max(2 * own, own + shape.load.largest_task)
+    if shape.world > 1 and shape.reduce == "exact":
+        rows = max(rows, own + 3 * gathered)
+    return rows * shape.hidden * FLOAT
+
+
+def _tokens(shape: Shape) -> int:
+    """Of the whole step."""
+    return sum(load.tokens for load in shape.loads)
 
 
 __all__ = ["Prediction", "predict"]

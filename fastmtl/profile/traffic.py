@@ -83,8 +83,8 @@ def _surgery(shape: Shape) -> Iterator[Collective]:
         yield Collective("columns of J", scatter, nbytes, times * passes, hidden)
     if shape.table and shape.storage != "none":
         rows = sum(load.unique for load in shape.loads) * shape.world
-        yield Collective("rows' ids", "all_gather", rows // shape.tasks * INT64, shape.tasks)
-        yield Collective("rows of J", "all_gather", rows // shape.tasks * shape.hidden * FLOAT, shape.tasks)
+        yield Collective("rows' ids", "all_gather", rows * INT64)
+        yield Collective("rows of J", "all_gather", rows * shape.hidden * FLOAT)
 
 
 def _pieces(shape: Shape, pieces: list[tuple[int, int]]) -> dict[int, int]:
@@ -132,7 +132,7 @@ def _small(shape: Shape) -> Iterator[Collective]:
     if not shape.joint:
         numbers += [shape.tasks**2] * (len(shape.sizes) if shape.storage == "none" else 1)
     if not shape.joint and shape.table and shape.sketch_size is None and shape.reduce != "local":
-        yield Collective("numbers of rows", "all_gather", shape.world * INT64, shape.tasks)
+        yield Collective("numbers of rows", "all_gather", shape.world * shape.tasks * INT64)
     if shape.zero:
         numbers += [1] * len(shape.groups)  # norms
     numbers += [1]  # whether to stop

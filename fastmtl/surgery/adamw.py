@@ -207,7 +207,7 @@ class SurgeryAdamW(torch.optim.AdamW):
     def _step_table(self, group: dict[str, Any], table: nn.Parameter, rows: Rows, scale: Tensor | None) -> None:
         ids, values = rows
         slots = torch.full((len(table),), -1, dtype=torch.int32, device=table.device)
-        slots[ids] = torch.arange(len(ids), dtype=torch.int32, device=table.device)
+        slots[ids] = torch.searchsorted(ids, ids, out_int32=True)  # where ids are equal the first place has their sum
         weights = torch.ones(1, device=table.device)
         self._call(group, [[values]], weights, scale, [table], self._next_step(table), slots)
 

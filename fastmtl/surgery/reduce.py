@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastmtl.ranges import named
-from fastmtl.surgery.compact_rows import coalesce
+from fastmtl.surgery.compact_rows import Rows, coalesce, is_first
 
 BUCKET = 1 << 23  # numbers per collective: bounds the copy that a collective needs
 
@@ -26,8 +27,8 @@ class Ranks(Protocol):
         """[T, n] of this rank -> this rank's share of the columns of what it stands for."""
         ...
 
-    def gather_rows(self, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Compact rows (ids [k], rows [k, d]), one of each id -> the sums of those that belong to the same J."""
+    def gather_rows(self, tables: Sequence[list[Rows]], shapes: Sequence[torch.Size]) -> list[list[Rows]]:
+        """Of each table [V, d] its T tasks' rows from `coalesce` -> the sums of those that belong to the same J."""
         ...
 
     def total(self, value: Tensor) -> Tensor:
@@ -43,8 +44,8 @@ class Alone:
     def scatter(self, piece: Tensor) -> Tensor:
         return piece
 
-    def gather_rows(self, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return ids, rows
+    def gather_rows(self, tables: Sequence[list[Rows]], shapes: Sequence[torch.Size]) -> list[list[Rows]]:
+        return list(tables)
 
     def total(self, value: Tensor) -> Tensor:
         return value
@@ -64,27 +65,53 @@ class Together:
         with named("communication"):
             return torch.cat([start_scatter(piece[:, columns]).share() for columns in column_pieces(*piece.shape)], 1)
 
-    def gather_rows(self, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The sums of all ranks' rows over equal ids."""
-        world = world_size()
-        if world == 1:
-            return ids, rows
-        lengths = [torch.zeros(1, dtype=torch.int64, device=ids.device) for _ in range(world)]
-        dist.all_gather(lengths, torch.tensor([len(ids)], device=ids.device))
-        sizes = torch.cat(lengths).tolist()
-        longest = max(sizes)
-
-        def gathered(value: Tensor) -> Tensor:
-            padded = torch.cat([value, value.new_zeros(longest - len(value), *value.shape[1:])])
-            parts = [torch.empty_like(padded) for _ in range(world)]
-            dist.all_gather(parts, padded)
-            return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
+    def gather_rows(self, tables: Sequence[list[Rows]], shapes: Sequence[torch.Size]) -> list[list[Rows]]:
+        """The sums of all ranks' rows over equal ids. The host waits once, for the numbers of all ranks' rows."""
+        if not self.many or not tables:
+            return list(tables)
+        firsts = [is_first(ids) for tasks in tables for ids, _ in tasks]
+        sizes = torch.stack([first.sum() for first in firsts])
         with named("communication"):
-            return coalesce([(gathered(ids), gathered(rows))], rows.shape[1], rows)
+            of_ranks = torch.stack(_all_gather(sizes)).tolist()
+            found, begin = [], 0
+            for tasks, shape in zip(tables, shapes, strict=True):
+                of_table = slice(begin, begin + len(tasks))
+                parts = zip(tasks, firsts[of_table], of_ranks[dist.get_rank()][of_table], strict=True)
+                packed = [_pack(rows, first, size) for rows, first, size in parts]
+                ranks = _gather_rows(packed, [sizes_of_rank[of_table] for sizes_of_rank in of_ranks])
+                found.append(coalesce(list(zip(*ranks, strict=True)), shape, packed[0][1]))
+                begin = of_table.stop
+            return found
 
     def total(self, value: Tensor) -> Tensor:
         return sum_over_ranks(value)
+
+
+def _pack(rows: Rows, first: Tensor, size: int) -> Rows:
+    """The `size` rows of `coalesce` that have sums."""
+    places = (~first).byte().sort(stable=True).indices[:size]
+    return rows[0][places], rows[1][places]
+
+
+def _gather_rows(tasks: Sequence[Rows], sizes: Sequence[Sequence[int]]) -> list[list[Rows]]:
+    """T tasks' rows of this rank, and the numbers of every rank's -> the T tasks' rows of every rank."""
+    longest = max(map(sum, sizes))
+
+    def gathered(mine: Sequence[Tensor]) -> list[Tensor]:
+        joined = torch.cat(list(mine))
+        return _all_gather(torch.cat([joined, joined.new_zeros(longest - len(joined), *joined.shape[1:])]))
+
+    ids, rows = map(gathered, zip(*tasks, strict=True))
+    return [
+        list(zip(its_ids[: sum(its)].split(its), its_rows[: sum(its)].split(its), strict=True))
+        for its_ids, its_rows, its in zip(ids, rows, sizes, strict=True)
+    ]
+
+
+def _all_gather(value: Tensor) -> list[Tensor]:
+    found = [torch.empty_like(value) for _ in range(world_size())]
+    dist.all_gather(found, value)
+    return found
 
 
 def world_size() -> int:

@@ -28,9 +28,11 @@ class Tables:
     def gramian(self, device: torch.device) -> Tensor:
         """Float32 [T, T] of the gathered rows: equal on every rank."""
         total = torch.zeros(self._num_tasks, self._num_tasks, device=device)
-        for table, per_task in self.each():  # every rank in the same order, with or without rows: it is collective
-            compact = (coalesce(parts, whole_shape(table)[1], total) for parts in per_task)
-            total += rows_gramian([self._ranks.gather_rows(*pair) for pair in compact])
+        shapes = [whole_shape(table) for table in self._tables]
+        pairs = zip(self.each(), shapes, strict=True)  # of every table, with or without rows: it is collective
+        compact = [coalesce(per_task, shape, total) for (_, per_task), shape in pairs]
+        for tasks in self._ranks.gather_rows(compact, shapes):
+            total += rows_gramian(tasks)
         return total
 
     def merged(self, weights: Tensor) -> dict[int, Tensor]:
@@ -39,7 +41,7 @@ class Tables:
 
     def merged_rows(self, weights: Tensor) -> dict[int, Rows]:
         """The same as the rows that occur."""
-        return {id(table): weighted_rows(per_task, weights, table.shape[1]) for table, per_task in self.each()}
+        return {id(table): weighted_rows(per_task, weights, table.shape) for table, per_task in self.each()}
 
     def reached(self) -> set[int]:
         """Return the ids of the tables that something was added to since `clear`, be it no rows."""

@@ -280,10 +280,10 @@ class TaskGradients:
         """T tasks' rows ids [k], rows [k, d] of a table -> the merged dense gradient (mode `tensor`)."""
         assert self._solve is not None
         shape, like = whole_shape(parameter), rows[0]
-        parts = list(zip(ids, rows, strict=True))
-        gram = rows_gramian([self._ranks.gather_rows(*coalesce([part], shape[1], like)) for part in parts])
-        weights = self._solve(self._index[id(parameter)], gram)
-        return weighted_table(shape, [[part] for part in parts], weights).to(like.dtype)
+        parts = [[part] for part in zip(ids, rows, strict=True)]
+        (tasks,) = self._ranks.gather_rows([coalesce(parts, shape, like)], [shape])
+        weights = self._solve(self._index[id(parameter)], rows_gramian(tasks))
+        return weighted_table(shape, parts, weights).to(like.dtype)
 
     def check_merged(self, names: Mapping[int, str]) -> None:
         """After the backward of mode `tensor`: raises UserError for a parameter of which a use is out of the loss."""

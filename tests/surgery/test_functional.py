@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from waits import Waits
 
 from fastmtl.errors import UserError
 from fastmtl.surgery import functional
+from fastmtl.surgery.compact_rows import Rows
 from fastmtl.surgery.reduce import Alone
 from fastmtl.surgery.segments import Segments
 from fastmtl.surgery.task_gradients import Mode, TaskGradients
@@ -64,6 +68,28 @@ def expected_jacobian(net: Net, ids: Tensor, sizes: list[int]) -> Tensor:
 def scale(jacobian: Tensor) -> Tensor:
     norms = jacobian.norm(dim=1)
     return norms[:, None] * norms[None, :] + 1e-12
+
+
+@pytest.mark.parametrize("mode", ["stack", "gramian", "tensor"])
+def test_nothing_waits_for_the_device(mode: Mode) -> None:
+    """From backward to the merged gradient, with an absent task, a table as compact rows and another dense."""
+    sizes = [4, 0, 3]
+    net, ids, weights = Net(), rows(sizes), torch.tensor([1.0, 2.0, 3.0])
+    sink = TaskGradients(list(net.parameters()), len(sizes), sparse=[net.words])
+    with sink.armed(mode, ids.device, keep=False, solve=lambda index, gram: weights):
+        loss = net(ids, segments(sizes), sink).sum()
+        sink.forward_done()
+        with Waits() as waits:
+            torch.autograd.grad(loss, [sink.anchor, *net.parameters()], allow_unused=True)
+            if mode != "tensor":
+                sink.gramian()
+            if mode == "stack":
+                sink.combine(weights)
+                sink.unmerged(weights)
+    assert not waits.found
+    with Waits() as waits:
+        ids[ids > 3], ids.unique(), ids.repeat_interleave(ids.clamp(min=0))
+    assert len(waits.found) == 3
 
 
 @given(SIZES)
@@ -238,12 +264,12 @@ def test_a_sink_armed_in_forward_only_is_an_error() -> None:
 
 
 def test_a_rank_without_rows_still_takes_part_in_the_gathering() -> None:
-    gathered = []
+    gathered: list[tuple[int, torch.Size]] = []
 
     class Ranks(Alone):
-        def gather_rows(self, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-            gathered.append((len(ids), rows.shape))
-            return ids, rows
+        def gather_rows(self, tables: Sequence[list[Rows]], shapes: Sequence[torch.Size]) -> list[list[Rows]]:
+            gathered.extend((len(ids), rows.shape) for tasks in tables for ids, rows in tasks)
+            return list(tables)
 
     net = Net()
     sink = TaskGradients(list(net.parameters()), 2, sparse=[net.words], ranks=Ranks())
