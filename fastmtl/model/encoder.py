@@ -27,10 +27,11 @@ from fastmtl.model.context import (
     place,
 )
 from fastmtl.model.graphs import EncoderGraphs
-from fastmtl.model.layers import AddLayerNorm, Norm, TaskEmbedding, TaskLayerNorm, TaskLinear
+from fastmtl.model.layers import AddLayerNorm, Norm, Projection, TaskEmbedding, TaskLayerNorm, TaskLinear
 from fastmtl.model.owners import within
 from fastmtl.model.remade import Remade
 from fastmtl.recorders import Recorder
+from fastmtl.surgery.projections import projections
 from fastmtl.surgery.segments import Segments
 from fastmtl_kernels import dropout, embed_layer_norm
 
@@ -227,12 +228,18 @@ class SelfAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.at = at
         self.dropout = config.attention_probs_dropout_prob
-        self.query = TaskLinear(config.hidden_size, config.hidden_size)
-        self.key = TaskLinear(config.hidden_size, config.hidden_size)
-        self.value = TaskLinear(config.hidden_size, config.hidden_size)
+        self.query = Projection(config.hidden_size, config.hidden_size)
+        self.key = Projection(config.hidden_size, config.hidden_size)
+        self.value = Projection(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
-        qkv = torch.stack([linear(hidden, context) for linear in (self.query, self.key, self.value)], dim=1)
+        parts = self.query, self.key, self.value
+
+        def project(hidden: Tensor) -> Tensor:
+            weights, biases = [part.weight for part in parts], [part.bias for part in parts]
+            return projections(hidden, weights, biases, context.segments, context.task_grads)
+
+        qkv = within(parts, hidden, project)
         return context.attend(qkv, self.num_heads, self.dropout if self.training else 0.0, self.at)
 
 

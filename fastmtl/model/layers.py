@@ -24,6 +24,13 @@ class TaskLinear(nn.Linear):
         return functional.linear(x, self.weight, self.bias, context.segments, context.task_grads)
 
 
+class Projection(Owner, nn.Linear):  # type: ignore[misc]
+    """One of several Linears of one input, whose outputs come side by side (see encoder.py)."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+
 # x [N, d], weight [d], bias [d], [d], eps -> [N, d].
 Norm = Callable[[Tensor, Tensor, Tensor, list[int], float], Tensor]
 

@@ -38,6 +38,8 @@ class Rows:
         # fastmtl_kernels.add_layer_norm_cpp: mean, rstd, and a bit for each element that dropout may drop.
         self.norm_stats = tokens * 2 * FLOAT
         self.mask = tokens * -(-shape.hidden // 64) * 8 if shape.dropout else 0
+        # fastmtl.surgery.projections: a copy of three weights that do not follow one another in a flat buffer.
+        self.projections = 0 if shape.zero in (1, 2) else 3 * shape.hidden**2 * number
 
     def input(self, nbytes: int) -> int:
         """Of what a linear layer reads, the bytes that it keeps: a frozen one needs none."""
@@ -119,7 +121,7 @@ def embeddings_backward(ledger: Ledger, rows: Rows, weight: Weight, table: int, 
 
 def layer_without_graph(ledger: Ledger, rows: Rows) -> None:
     """A frozen layer with nothing trained below it: its output takes the place of its input."""
-    ledger.touch(max(6 * rows.d, 4 * rows.d + rows.attention_stats, rows.d + 2 * rows.f))
+    ledger.touch(max(3 * rows.d + rows.projections, 4 * rows.d + rows.attention_stats, rows.d + 2 * rows.f))
 
 
 def first_adapter_forward(ledger: Ledger, rows: Rows) -> None:
@@ -143,7 +145,7 @@ def layer_forward(ledger: Ledger, rows: Rows, *, adapts: bool) -> None:
     if adapts:
         ledger.hold("activations", rows.adapter)
     with ledger.holding(rows.d if adapts else 0):
-        with ledger.holding(3 * rows.d):
+        with ledger.holding(rows.projections):
             ledger.hold("activations", 3 * rows.d)
         with ledger.holding(rows.d - rows.input(rows.d)):
             ledger.hold("activations", rows.input(rows.d) + rows.attention_stats)
@@ -158,11 +160,14 @@ def layer_forward(ledger: Ledger, rows: Rows, *, adapts: bool) -> None:
                     ledger.hold("activations", rows.norm + rows.d)
 
 
-def layer_backward(ledger: Ledger, rows: Rows, weight: Weight, *, adapts: bool, again: bool) -> None:
+def layer_backward(
+    ledger: Ledger, rows: Rows, weight: Weight, *, adapts: bool, again: bool, at_once: bool = False
+) -> None:
     """From dy, which is held as workspace; the gradient of the layer's input is held in its place afterwards.
 
     What the layer and its adapter hold as activations is dropped, with the layer's input and without its output.
-    again: whether the input is not held, but made again.
+    again: whether the input is not held, but made again. at_once: whether the gradients of the weights of q, k and v
+    are one product.
     """
     hidden, intermediate = rows.shape.hidden, rows.shape.intermediate
     d, f = rows.d, rows.f
@@ -201,11 +206,11 @@ def layer_backward(ledger: Ledger, rows: Rows, weight: Weight, *, adapts: bool, 
     ledger.drop("workspace", d)
     ledger.drop("activations", 3 * d + rows.attention_stats)
     ledger.hold("workspace", d if again else 0)
-    for _ in range(3):
-        ledger.hold("workspace", d)
-        weight(ledger, hidden * hidden, d)
-        ledger.drop("workspace", d)
-    ledger.drop("workspace", 3 * d)
+    ledger.hold("workspace", d)
+    ledger.touch(rows.projections)
+    for _ in range(1 if at_once else 3):
+        weight(ledger, (3 if at_once else 1) * hidden * hidden, 3 * d if at_once else d)
+    ledger.drop("workspace", 4 * d)
     if adapts:
         _adapter_backward(ledger, rows)
         ledger.drop("activations", rows.adapter)

@@ -151,6 +151,7 @@ class Pass:
         ledger, rows, shape = self._ledger, self._rows, self._shape
         ledger.phase = "backward"
         below = self._trained or self._first < shape.layers or self._top != "none"
+        at_once = own is None and (shape.joint or shape.scope != "tensor")
         layers.heads_backward(ledger, rows, below=below)
         ledger.hold("gradients", own or 0)
         if self._top == "layer":
@@ -170,7 +171,7 @@ class Pass:
             if shape.recompute == "full":
                 layers.layer_again(ledger, rows, adapts=adapts)
             weigh, again = weight if self._trained else _nothing, self._again(layer)
-            layers.layer_backward(ledger, rows, weigh, adapts=adapts, again=again)
+            layers.layer_backward(ledger, rows, weigh, adapts=adapts, again=again, at_once=at_once)
         if own is None:
             weight(ledger, shape.own, 0)
         if self._trained:

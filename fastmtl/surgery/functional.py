@@ -35,7 +35,7 @@ def linear(
     """
     if task_grads is None or task_grads.mode is None:
         return F.linear(x, weight, bias)
-    _check_rows("linear", x, 2, segments)
+    check_rows("linear", x, 2, segments)
     if torch.is_autocast_enabled(x.device.type):  # what backward multiplies has to have the product's dtype
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return _Linear.apply(x, weight, bias, segments, task_grads)
@@ -56,7 +56,7 @@ def layer_norm(
     """
     if weight is None or task_grads is None or task_grads.mode is None:
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    _check_rows("layer_norm", x, 2, segments)
+    check_rows("layer_norm", x, 2, segments)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(weight.dtype)
     return _LayerNorm.apply(x, weight, bias, eps, segments, task_grads)
@@ -69,11 +69,11 @@ def embedding(ids: Tensor, weight: nn.Parameter, segments: Segments, task_grads:
     """
     if task_grads is None or task_grads.mode is None:
         return F.embedding(ids, weight)
-    _check_rows("embedding", ids, 1, segments)
+    check_rows("embedding", ids, 1, segments)
     return _Embedding.apply(task_grads.anchor, ids, weight, segments, task_grads)
 
 
-def _check_rows(op: str, x: Tensor, dims: int, segments: Segments) -> None:
+def check_rows(op: str, x: Tensor, dims: int, segments: Segments) -> None:
     if x.dim() != dims:
         wanted, way = ("[N]", "ids.flatten()") if dims == 1 else ("[N, width]", "x.flatten(0, -2)")
         raise UserError(
@@ -87,12 +87,14 @@ def _check_rows(op: str, x: Tensor, dims: int, segments: Segments) -> None:
         )
 
 
-def _weighted(dy: Tensor, task_grads: TaskGradients, segments: Segments) -> Tensor:
-    """Rows times weights[task of row], multiplied in float32: a weight rounded to bf16 would be off in every row."""
+def weighted_rows(dy: Tensor, task_grads: TaskGradients, segments: Segments) -> Tensor:
+    """The tasks' rows of dy times weights[task of row], multiplied in float32: a weight rounded to bf16 would be off
+    in every row.
+    """
     assert task_grads.weights is not None
     sizes = segments.offsets[1:] - segments.offsets[:-1]
     rows = task_grads.weights.float().repeat_interleave(sizes, output_size=segments.host[-1])
-    return (dy * rows.unsqueeze(1)).to(dy.dtype)
+    return (dy[: segments.host[-1]] * rows.unsqueeze(1)).to(dy.dtype)
 
 
 def _segment_rows(segments: Segments) -> list[slice]:
@@ -114,7 +116,7 @@ def _gradient(
         return product(dy, every_row)
     match task_grads.armed_mode():
         case "weighted":
-            return product(_weighted(dy, task_grads, segments), every_row)
+            return product(weighted_rows(dy, task_grads, segments), every_row)
         case "stack":  # one at a time, as T of them at once are a temporary as large as the parameter's part of J
             stack = task_grads.stack_of(parameter)
             for task, rows in enumerate(_segment_rows(segments)):
@@ -146,19 +148,34 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gathered, _ = ctx.saved_tensors
-        weight, bias = ctx.parameters
-        task_grads, segments = ctx.task_grads, ctx.segments
         dx = dy.mm(cast(gathered, dy.dtype)) if ctx.needs_input_grad[0] else None
-        if isinstance(task_grads, RecordedWrites):
-            task_grads.linear(weight, bias, dy, x)
-            return dx, None, None, None, None
-        if task_grads.armed_mode() == "stack" and task_grads.dtype == dy.dtype and task_grads.wants(weight):
-            if bias is None or task_grads.wants(bias):
-                _stack_linear(task_grads, weight, bias, segments.split(dy.t(), dim=1), segments.split(x))
-                return dx, None, None, None, None
-        dw = _gradient(ctx, 1, weight, dy, lambda dy, rows: dy[rows].t() @ x[rows])
-        db = _gradient(ctx, 2, bias, dy, lambda dy, rows: dy[rows].sum(0))
+        weight, bias = ctx.parameters
+        dw, db = linear_gradients(ctx, (1, 2), weight, bias, dy, x)
         return dx, dw, db, None, None
+
+
+def linear_gradients(
+    ctx: Any,
+    places: tuple[int, int],
+    weight: nn.Parameter,
+    bias: nn.Parameter | None,
+    dy: Tensor,
+    x: Tensor,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients for autograd of a Linear's weight and bias, which are the arguments `places` of an autograd
+    function: None where the sink takes them. dy [N, out], rows of any stride; x [N, in].
+    """
+    task_grads, segments = ctx.task_grads, ctx.segments
+    if isinstance(task_grads, RecordedWrites):
+        task_grads.linear(weight, bias, dy, x)
+        return None, None
+    if task_grads.armed_mode() == "stack" and task_grads.dtype == dy.dtype and task_grads.wants(weight):
+        if bias is None or task_grads.wants(bias):
+            _stack_linear(task_grads, weight, bias, segments.split(dy.t(), dim=1), segments.split(x))
+            return None, None
+    dw = _gradient(ctx, places[0], weight, dy, lambda dy, rows: dy[rows].t() @ x[rows])
+    db = _gradient(ctx, places[1], bias, dy, lambda dy, rows: dy[rows].sum(0))
+    return dw, db
 
 
 def _stack_linear(

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
 from transformers.activations import ACT2FN
 
+from fastmtl.bench.calls import operators
 from fastmtl.config import EncoderConfig, Recompute
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.model.encoder import PackedBert
@@ -155,3 +156,13 @@ def test_bf16_is_within_its_rounding(tiny_bert: Path, make_batch: MakeBatch) -> 
 def test_takes_a_batch_without_tokens(tiny_bert: Path, make_batch: MakeBatch) -> None:
     encoder: PackedBert = load_encoder(EncoderConfig(path=str(tiny_bert)))
     assert encoder(make_batch([[], []])).shape == (0, 32)
+
+
+def test_a_layer_has_four_products_each_way(tiny_bert: Path, make_batch: MakeBatch) -> None:
+    """Queries, keys and values are one, and their outputs are put side by side by no copy."""
+    encoder, batch = load_encoder(no_dropout(tiny_bert)), make_batch(LENGTHS)
+    dy, layers = torch.randn(batch.num_tokens, 32), encoder.config.num_hidden_layers
+    names = [event.name for event in operators(lambda: encoder(batch).backward(dy))]
+    assert names.count("aten::addmm") == 4 * layers and names.count("aten::mm") == 8 * layers
+    assert "aten::stack" not in names and "aten::clone" not in names
+    assert names.count("aten::cat") == 3 * layers  # the weights, whose copies are smaller

@@ -1,0 +1,133 @@
+"""Several Linears of one input at once, against one after the other put side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastmtl.bench.calls import operators
+from fastmtl.errors import UserError
+from fastmtl.surgery import functional
+from fastmtl.surgery.projections import projections
+from fastmtl.surgery.segments import Segments
+from fastmtl.surgery.task_gradients import Mode, TaskGradients
+
+NUMBER, IN, OUT = 3, 6, 5
+HOST = (0, 4, 4, 7)
+PARTS = Segments(torch.tensor(HOST, dtype=torch.int32), HOST)
+WEIGHTS = torch.tensor([2.0, 1.0, -1.0])
+
+
+def parameters(*, beside: bool, dtype: torch.dtype = torch.float32) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Three weights and their biases; beside: as views of two flat tensors."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(NUMBER, OUT, IN, generator=generator).to(dtype)
+    biases = torch.randn(NUMBER, OUT, generator=generator).to(dtype)
+    return tuple(  # type: ignore[return-value]
+        [nn.Parameter(part if beside else part.clone()) for part in parts.unbind()] for parts in (weights, biases)
+    )
+
+
+def one_by_one(
+    x: Tensor, weights: list[nn.Parameter], biases: list[nn.Parameter], parts: Segments, sink: TaskGradients | None
+) -> Tensor:
+    found = [functional.linear(x, *pair, parts, sink) for pair in zip(weights, biases, strict=True)]
+    return torch.stack(found, dim=1)
+
+
+def solve(index: int, gram: Tensor) -> Tensor:
+    return WEIGHTS * (1 + gram.diagonal().sign())
+
+
+def results(
+    op: Callable[..., Tensor], mode: Mode | None, *, beside: bool, dtype: torch.dtype, frozen: bool, autocast: bool
+) -> list[Tensor | None]:
+    """Y, dX, the parameters' gradients, G and what is merged."""
+    weights, biases = parameters(beside=beside, dtype=dtype)
+    every = [*weights, *biases]
+    weights[1].requires_grad_(not frozen)
+    x = torch.randn(7, IN, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    sink = None if mode is None else TaskGradients([p for p in every if p.requires_grad], 3, dtype=dtype)
+
+    def run() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = op(x, weights, biases, PARTS, sink)
+        if sink is not None:
+            sink.forward_done()
+        (y.float().square() * torch.arange(1, 1 + y.numel()).view_as(y)).sum().backward()
+        return y.detach()
+
+    if sink is None:
+        found = [run()]
+    else:
+        with sink.armed(mode, x.device, weights=WEIGHTS, keep=False, solve=solve):
+            found = [run()]
+        found.append(sink.gramian())
+        if mode == "stack":
+            merged = sink.combine(WEIGHTS)
+            found += [merged[id(parameter)] for parameter in every if parameter.requires_grad]
+    return [*found, x.grad, *(parameter.grad for parameter in every)]
+
+
+@pytest.mark.parametrize("mode", [None, "stack", "gramian", "weighted", "tensor"])
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "frozen", "autocast"),
+    [
+        (torch.float32, False, False),
+        (torch.bfloat16, False, False),
+        (torch.float32, True, False),
+        (torch.float32, False, True),
+    ],
+)
+def test_it_is_what_the_linears_are(
+    mode: Mode | None, beside: bool, dtype: torch.dtype, frozen: bool, autocast: bool
+) -> None:
+    keywords = {"beside": beside, "dtype": dtype, "frozen": frozen, "autocast": autocast}
+    found, expected = (results(op, mode, **keywords) for op in (projections, one_by_one))
+    assert len(found) == len(expected)
+    rounding = 2**-7 if autocast or dtype == torch.bfloat16 else 2**-21
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            assert one.dtype == other.dtype and one.shape == other.shape
+            assert (one - other).float().norm() <= rounding * other.float().norm()
+
+
+def test_all_of_them_are_one_product() -> None:
+    """Of the input; and in backward one for its gradient and one for those of the weights."""
+    names = {}
+    for beside in (True, False):
+        x, (weights, biases) = torch.randn(7, IN, requires_grad=True), parameters(beside=beside)
+        dy = torch.randn(7, NUMBER, OUT)
+
+        def run(x: Tensor = x, of: tuple[list[nn.Parameter], ...] = (weights, biases), dy: Tensor = dy) -> None:
+            projections(x, *of, PARTS).backward(dy)
+
+        names[beside] = [event.name for event in operators(run)]
+        assert names[beside].count("aten::addmm") == 1 and names[beside].count("aten::mm") == 2
+        assert not {"aten::stack", "aten::add", "aten::clone"} & set(names[beside])
+    assert "aten::cat" not in names[True]
+    assert names[False].count("aten::cat") == 3  # weights and biases in forward, weights in backward
+
+
+def test_a_row_beyond_the_segments_is_of_no_task() -> None:
+    weights, biases = parameters(beside=False)
+    x, sink = torch.randn(9, IN), TaskGradients([*weights, *biases], 3)
+    for op in (projections, one_by_one):
+        found = []
+        for rows in (x, x[:7]):
+            with sink.armed("weighted", x.device, weights=WEIGHTS):
+                found.append(torch.autograd.grad(op(rows, weights, biases, PARTS, sink).sum(), [*weights, *biases]))
+        for whole, without in zip(*found, strict=True):
+            assert torch.equal(whole, without)
+
+
+def test_an_input_that_does_not_fit_is_refused() -> None:
+    weights, biases = parameters(beside=False)
+    sink = TaskGradients([*weights, *biases], 3)
+    with sink.armed("stack", torch.device("cpu")), pytest.raises(UserError, match="the segments end at row 7"):
+        projections(torch.randn(6, IN), weights, biases, PARTS, sink)
