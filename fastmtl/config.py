@@ -380,7 +380,10 @@ class GradientConfig(Section):
     reduce: Literal["exact", "local", "sketch"] = Field(
         "exact", description="over ranks; local: each projects, then they average; sketch: for slow networks"
     )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="stacked: of the stored task gradients")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="stacked: of the stored task gradients; auto: bfloat16 under bf16 without accumulation",
+    )
     sketch_size: Int = Field(32_768, ge=16, description="sketch: buckets per task")
     reduction: Literal["sum", "mean"] = Field(
         "sum",
@@ -526,6 +529,18 @@ class Recipe(Section):
     def task_names(self) -> list[str]:
         """Tasks in the order of the recipe: the order of segments, rows of J and columns everywhere."""
         return list(self.tasks)
+
+    @property
+    def jacobian_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Return what `gradient.dtype` stands for. `auto` takes bfloat16 where that rounds nothing that bf16 has not
+        rounded already: with several micro-batches every sum would be rounded.
+        """
+        gradient, engine = self.gradient, self.engine
+        if gradient.dtype != "auto":
+            return gradient.dtype
+        keeps = gradient.storage != "replay" and gradient.scope == "global" and engine.zero < 3 and not engine.offload
+        narrow = engine.precision == "bf16" and engine.accumulation == 1
+        return "bfloat16" if keeps and narrow and gradient.method != "sum" else "float32"
 
     def dump(self) -> str:
         """The complete recipe as YAML, defaults written out: running it again repeats the run."""

@@ -26,8 +26,18 @@ LENGTH = re.compile(r"(phases\.\d+\.)?train\.(epochs|max_steps)")
 
 def differences(before: Recipe, now: Recipe) -> Changes:
     """Return every key whose value differs, in the recipe's order; a key that one of them lacks counts as None."""
-    old, new = (_flat(recipe.model_dump(mode="json")) for recipe in (before, now))
+    old, new = (_flat(_compared(recipe)) for recipe in (before, now))
     return {key: (old.get(key), new.get(key)) for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)}
+
+
+def _compared(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe's values, with what `gradient.dtype: auto` stands for. Phases may differ in what it depends on,
+    so under bf16 theirs is compared as it is written.
+    """
+    values = recipe.model_dump(mode="json")
+    if not recipe.phases or recipe.engine.precision != "bf16":
+        values["gradient"]["dtype"] = recipe.jacobian_dtype
+    return values
 
 
 def changes_since(saved: Mapping[str, Any], now: Recipe, source: str) -> Changes:

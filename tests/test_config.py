@@ -9,6 +9,7 @@ import yaml
 
 from fastmtl.config import Recipe, load_recipe, parse_recipe
 from fastmtl.errors import UserError, unknown_name
+from fastmtl.recipe_changes import changes_since
 from fastmtl.recipe_files import bundled_recipes
 
 TASKS = {"sst": {"type": "classification", "num_labels": 5, "data": {"train": "a.csv"}}}
@@ -146,6 +147,35 @@ def test_defaults_by_type() -> None:
     assert [task.loss_name for task in recipe.tasks.values()] == ["cross_entropy", "bce", "mse"]
     assert [task.metric_name for task in recipe.tasks.values()] == ["accuracy", "accuracy", "pearson"]
     assert Recipe.model_validate(yaml.safe_load(recipe.dump())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dtype"),
+    [
+        ("", "bfloat16"),
+        ("engine.accumulation=2", "float32"),
+        ("engine.precision=fp16", "float32"),
+        ("engine.zero=3", "float32"),
+        ("engine.offload=true", "float32"),
+        ("gradient.storage=replay", "float32"),
+        ("gradient.scope=tensor", "float32"),
+        ("gradient.method=sum", "float32"),
+        ("gradient.dtype=bfloat16 engine.precision=fp32", "bfloat16"),
+        ("gradient.dtype=float32", "float32"),
+    ],
+)
+def test_the_dtype_of_task_gradients_follows_the_precision(overrides: str, dtype: str, tmp_path: Path) -> None:
+    """And a checkpoint is compared by it, however it was written."""
+    path = save(tmp_path, {"tasks": TASKS, "gradient": {"method": "pcgrad"}, "engine": {"precision": "bf16"}})
+    recipe = load_recipe(path, overrides.split())
+    assert recipe.jacobian_dtype == dtype
+    other = "float32" if dtype == "bfloat16" else "bfloat16"
+    for written in (dtype, other):
+        saved = {**recipe.model_dump(), "gradient": {**recipe.gradient.model_dump(), "dtype": written}}
+        changes = changes_since(saved, recipe, "here")
+        assert changes == ({} if written == dtype else {"gradient.dtype": (other, dtype)})
+    phases = load_recipe(path, [*overrides.split(), "phases=[{accumulation: 4}, {}]"])
+    assert changes_since(phases.model_dump(), phases, "here") == {}
 
 
 @pytest.mark.parametrize(

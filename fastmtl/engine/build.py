@@ -47,7 +47,7 @@ def check_engine(recipe: Recipe, world: int) -> None:
         storage=gradient.storage,
         scope=gradient.scope,
         reduce=gradient.reduce,
-        dtype=DTYPES[gradient.dtype],
+        dtype=DTYPES[recipe.jacobian_dtype],
         sketch_size=gradient.sketch_size,
         world=world,
     )
@@ -114,7 +114,7 @@ def build_surgery(recipe: Recipe, engine: Any, model: Model, tasks: list[str] | 
         storage=gradient.storage,
         scope=gradient.scope,
         reduce=gradient.reduce,
-        dtype=DTYPES[gradient.dtype],
+        dtype=DTYPES[recipe.jacobian_dtype],
         sketch_size=gradient.sketch_size,
         task_weights=model.task_weights,
         reduction=gradient.reduction,

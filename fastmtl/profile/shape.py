@@ -154,7 +154,7 @@ class Shape:
             scope=gradient.scope,
             reduce=gradient.reduce,
             sketch_size=gradient.sketch_size if gradient.reduce == "sketch" else None,
-            j_bytes=2 if gradient.dtype == "bfloat16" else 4,
+            j_bytes=2 if storage == "stacked" and recipe.jacobian_dtype == "bfloat16" else 4,
             number_bytes=4 if engine.precision == "fp32" else 2,
             moments=_moments(recipe),
             copies_to_decay=recipe.optimizer.name == "sgd" and recipe.optimizer.weight_decay > 0,
