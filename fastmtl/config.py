@@ -371,8 +371,8 @@ class GradientConfig(Section):
         "sum", description="sum, pcgrad, gradvac, or with fastmtl-torch[torchjd] upgrad, mgda, cagrad, ..."
     )
     options: dict[str, Any] = Field(default_factory=dict, description="what the method takes, as {c: 0.4} of cagrad")
-    storage: Literal["auto", "stacked", "replay"] = Field(
-        "auto", description="auto: stacked for ZeRO 0-2, replay for ZeRO 3 and offload"
+    storage: Literal["auto", "stacked", "kept", "replay"] = Field(
+        "auto", description="auto: stacked for ZeRO 0-2, replay for ZeRO 3 and offload; kept: for ZeRO 0-2, without J"
     )
     scope: Literal["global", "tensor"] = Field(
         "global", description="tensor: surgery on each parameter tensor by itself, inside backward"

@@ -26,7 +26,7 @@ def check_cuda_graphs(recipe: Recipe) -> None:
         "encoder.layer_norm: apex": recipe.encoder.layer_norm == "apex",
         "engine.zero: 3": engine.zero == 3,
         "deepspeed.torch_autocast": recipe.deepspeed.get("torch_autocast", {}).get("enabled"),
-        "gradient.storage: replay": surgery and gradient.storage == "replay",
+        f"gradient.storage: {gradient.storage}": surgery and gradient.storage in ("kept", "replay"),
         "engine.offload, which makes gradient.storage replay": surgery and engine.offload,
         "gradient.scope: tensor": surgery and gradient.scope == "tensor",
     }

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmtl.errors import UserError
+from fastmtl.surgery.kept import KeptGradients
 from fastmtl.surgery.recorded_writes import RecordedWrites
 from fastmtl.surgery.segments import Segments
 from fastmtl.surgery.task_gradients import TaskGradients
@@ -92,9 +93,7 @@ def weighted_rows(dy: Tensor, task_grads: TaskGradients, segments: Segments) -> 
     in every row.
     """
     assert task_grads.weights is not None
-    sizes = segments.offsets[1:] - segments.offsets[:-1]
-    rows = task_grads.weights.float().repeat_interleave(sizes, output_size=segments.host[-1])
-    return (dy[: segments.host[-1]] * rows.unsqueeze(1)).to(dy.dtype)
+    return (dy[: segments.host[-1]] * segments.per_row(task_grads.weights.float()).unsqueeze(1)).to(dy.dtype)
 
 
 def _segment_rows(segments: Segments) -> list[slice]:
@@ -173,7 +172,11 @@ def linear_gradients(
         if bias is None or task_grads.wants(bias):
             _stack_linear(task_grads, weight, bias, segments.split(dy.t(), dim=1), segments.split(x))
             return None, None
-    dw = _gradient(ctx, places[0], weight, dy, lambda dy, rows: dy[rows].t() @ x[rows])
+    dw = None
+    if isinstance(task_grads, KeptGradients) and task_grads.wants(weight):
+        task_grads.keep(weight, dy, x, segments)
+    else:
+        dw = _gradient(ctx, places[0], weight, dy, lambda dy, rows: dy[rows].t() @ x[rows])
     db = _gradient(ctx, places[1], bias, dy, lambda dy, rows: dy[rows].sum(0))
     return dw, db
 

@@ -20,6 +20,7 @@ from fastmtl.ranges import named
 from fastmtl.recorders import Recorder, Recordings
 from fastmtl.surgery.inputs import check_sketch, check_task_weights, check_tasks, find_shared
 from fastmtl.surgery.joint import JointStep
+from fastmtl.surgery.kept import KeptGradients
 from fastmtl.surgery.losses import Losses
 from fastmtl.surgery.methods import Reduction, find_method
 from fastmtl.surgery.options import SKETCH_SIZE, Reduce, Scope, Storage, check_options, find_ranks
@@ -31,7 +32,7 @@ from fastmtl.surgery.solver import Solver
 from fastmtl.surgery.stacked import StackedStep
 from fastmtl.surgery.step import LossFunction, Step, SurgeryInfo
 from fastmtl.surgery.targets import find_target
-from fastmtl.surgery.task_gradients import TaskGradients
+from fastmtl.surgery.task_gradients import Mode, TaskGradients
 from fastmtl.surgery.tensor_scope import tensor_scope
 
 log = logging.getLogger(__name__)
@@ -49,8 +50,9 @@ class GradientSurgery:
     shared: the parameters that surgery is about, each once; the others get their own gradient. Default: all of the
     target. Which of them are trained is settled here: after a later change make another object.
     sparse: shared embedding tables whose gradient is kept as compact rows.
-    storage: "stacked" keeps J; "replay" keeps only G and runs forward and backward a second time; "auto" takes stacked
-    where the target can (ZeRO 0 to 2 without offload).
+    storage: "stacked" keeps J; "kept" keeps the inputs and output gradients of the layers and multiplies them a second
+    time; "replay" keeps only G and runs forward and backward a second time; "auto" takes stacked where the target can
+    (ZeRO 0 to 2 without offload).
     scope: "global", or "tensor": surgery on each parameter tensor by itself as soon as backward has its T gradients.
     That is another method (finer, and for each micro-batch by itself); it needs no J and no second pass in any stage.
     reduce: "exact": J is that of all ranks. "local": every rank projects its own J, then the ranks average. "sketch":
@@ -108,7 +110,8 @@ class GradientSurgery:
         self._joint, self._scope, self._by_rank = chosen is None, scope, reduce == "local"
         self._plain = method == "sum"
         self._solver = Solver(chosen, method, self.tasks, seed, by_rank=self._by_rank)
-        self._sink = TaskGradients(
+        self._mode: Mode = "keep" if self.storage == "kept" else "stack"
+        self._sink = (KeptGradients if self.storage == "kept" else TaskGradients)(
             inside,
             len(self.tasks),
             sparse=sparse,
@@ -172,7 +175,7 @@ class GradientSurgery:
             return replay(self._parts, step, micro_batches, losses_of)
         way = self._start(step)
         for number, micro_batch in enumerate(micro_batches, start=1):
-            with self._sink.armed("stack", self._target.device) if not self._joint else nullcontext():
+            with self._sink.armed(self._mode, self._target.device) if not self._joint else nullcontext():
                 with named("forward"):
                     losses = losses_of(micro_batch, training_pass=self._joint)
                 self._tell(losses_of.takes_sink)
@@ -188,7 +191,7 @@ class GradientSurgery:
         """
         self._check_backward()
         if not self._joint:
-            self._sink.arm("stack", self._target.device)
+            self._sink.arm(self._mode, self._target.device)
         return self._sink
 
     def backward(
@@ -218,7 +221,7 @@ class GradientSurgery:
             if last:
                 self._open = None
             if not takes_sink and not self._joint:
-                self._sink.arm("stack", self._target.device)
+                self._sink.arm(self._mode, self._target.device)
             self._tell(takes_sink)
             way.take(losses, takes_sink=takes_sink, last=last)
         except BaseException:
@@ -258,11 +261,18 @@ class GradientSurgery:
         return JointStep(self._parts, step) if self._joint else StackedStep(self._parts, step, self._recorded)
 
     def _check_backward(self) -> None:
-        if not self._joint and self.storage != "stacked":
+        if not self._joint and self.storage not in ("stacked", "kept"):
             reason = "scope='tensor'" if self._scope == "tensor" else "storage='replay' (ZeRO 3, offload)"
             raise UserError(f"backward: {reason} makes the forward itself; use run(micro_batches, loss_fn)")
 
     def _tell(self, takes_sink: bool) -> None:
-        if not takes_sink and not self._joint and not self._told:
+        if takes_sink or self._joint:
+            return
+        if self.storage == "kept":
+            raise UserError(
+                "storage='kept' needs a model whose layers write into task_grads, since it keeps what their weights' "
+                "gradients are products of: use storage='stacked'"
+            )
+        if not self._told:
             self._told = True
             log.warning("the model takes no task_grads: one backward pass per task (see docs/surgery.md)")

@@ -10,7 +10,7 @@ from fastmtl.errors import UserError
 from fastmtl.surgery.methods import Method
 from fastmtl.surgery.reduce import Alone, Ranks, Together, world_size
 
-Storage = Literal["auto", "stacked", "replay"]
+Storage = Literal["auto", "stacked", "kept", "replay"]
 Scope = Literal["global", "tensor"]
 Reduce = Literal["exact", "local", "sketch"]
 
@@ -29,12 +29,12 @@ def check_options(
     sketch_size: int,
     world: int | None = None,
 ) -> str:
-    """The storage to use: "stacked", "replay", or "none" for `scope="tensor"`, which keeps nothing.
+    """The storage to use: "stacked", "kept", "replay", or "none" for `scope="tensor"`, which keeps nothing.
 
     stacks: whether the target takes merged gradients. world: number of ranks, where they have not met yet.
     Raises UserError for an unknown value, and for a combination with its reason and the nearest one that works.
     """
-    _one_of("storage", storage, ("auto", "stacked", "replay"))
+    _one_of("storage", storage, ("auto", "stacked", "kept", "replay"))
     _one_of("scope", scope, ("global", "tensor"))
     _one_of("reduce", reduce, ("exact", "local", "sketch"))
     if dtype not in DTYPES.values():
@@ -51,14 +51,15 @@ def check_options(
     if scope == "tensor":
         _check_tensor_scope(method, storage, reduce, dtype)
         return "none"
-    if storage == "stacked" and not stacks:
+    if storage in ("stacked", "kept") and not stacks:
         raise UserError(
-            "storage='stacked' needs every gradient at hand, which ZeRO 3 and offload do not give: use storage='replay'"
+            f"storage='{storage}' needs every gradient at hand, which ZeRO 3 and offload do not give: use "
+            "storage='replay'"
         )
     chosen = storage if storage != "auto" else ("stacked" if stacks else "replay")
-    if chosen == "replay" and dtype != torch.float32:
+    if chosen != "stacked" and dtype != torch.float32:
         raise UserError(
-            f"dtype={dtype} is that of J, and storage='replay' keeps none: use torch.float32, or storage='stacked' "
+            f"dtype={dtype} is that of J, and storage='{chosen}' keeps none: use torch.float32, or storage='stacked' "
             "with ZeRO 0 to 2 without offload"
         )
     return chosen

@@ -27,7 +27,7 @@ from fastmtl_kernels import combine, gramian
 def why_not(sink: TaskGradients, method: Method, target: Target, storage: str) -> str:
     """The reason why the steps of these cannot be recorded on any device, "" where they can."""
     if storage != "stacked":
-        return "storage: replay and scope: tensor keep no J"
+        return "storage: kept and replay and scope: tensor keep no J"
     if sink.sketches:
         return "sketches change with every step"
     if not method.by_tensor:

@@ -23,6 +23,10 @@ class Segments:
     def num_tasks(self) -> int:
         return len(self.host) - 1
 
+    def per_row(self, values: Tensor) -> Tensor:
+        """values [T], one for each task -> [N], one for each row."""
+        return values.repeat_interleave(self.offsets[1:] - self.offsets[:-1], output_size=self.host[-1])
+
     def split(self, rows: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
         """A view of each task's part of a dimension, by one call; what is past the last task belongs to none."""
         sizes = [stop - start for start, stop in pairwise(self.host)]

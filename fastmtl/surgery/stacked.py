@@ -1,4 +1,4 @@
-"""`storage: stacked`: J adds up over the step's micro-batches, and the merged gradient is handed to the target."""
+"""`storage: stacked` and `kept`: one backward for each micro-batch, and the merged gradient is handed to the target."""
 
 from __future__ import annotations
 
@@ -108,6 +108,8 @@ class StackedStep:
             merge = partial(self._launch, reached) if self._recorded is None else partial(self._replay, self._recorded)
             info, merged = merge(own, names, factor)
             nbytes = parts.sink.nbytes()
+            if info.skipped is not None:
+                parts.sink.clear()  # kept pairs would live through the next forward
             if merged is not None and own:
                 merged.update(zip(map(id, parts.own), torch._foreach_mul(own, factor), strict=True))
         watch.stop()
@@ -123,7 +125,7 @@ class StackedStep:
         if info.skipped is not None:
             return info, None
         norm = self._known_norm(info)
-        optimizer = parts.target.merging_optimizer(norm)
+        optimizer = parts.target.merging_optimizer(norm) if parts.sink.stacks else None
         if optimizer is None:
             return info, parts.sink.combine(weights * factor)
         found = dict(zip(map(id, parts.own), own, strict=True))  # this one has no scale and no number of ranks

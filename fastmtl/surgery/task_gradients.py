@@ -23,7 +23,7 @@ from fastmtl.surgery.tables import Tables, whole_shape
 from fastmtl_kernels import combine, gramian
 from fastmtl_kernels.cast import cast
 
-Mode = Literal["stack", "gramian", "weighted", "tensor"]
+Mode = Literal["stack", "keep", "gramian", "weighted", "tensor"]
 NOT_ARMED = "the sink was armed in forward but not in backward: keep both inside one `armed` block"
 # (index of the parameter, its Gramian [T, T]) -> weights [T]
 Solve = Callable[[int, Tensor], Tensor]
@@ -37,6 +37,7 @@ class TaskGradients:
 
     - `stack`: keeps J, dense parameters in a `Jacobian`, embedding rows as (ids, rows) per task.
       Autograd gets no gradient.
+    - `keep`: what T gradients are products of is kept (`KeptGradients`). Autograd gets no gradient.
     - `gramian`: adds a layer's share to G as soon as the layer's backward is done, and drops it.
       Autograd gets no gradient.
     - `weighted`: autograd gets `sum_t weights[t] g_t` for shared parameters; nothing is kept. Inputs' gradients stay
@@ -50,9 +51,11 @@ class TaskGradients:
     embeddings). dtype: of J. ranks: which ranks' gradients make up J. sketch_size: buckets of a count-sketch that
     takes the place of J in G, None for the exact one.
 
-    dense: the parameters that are not in `sparse`. early: sends J's columns to other ranks during backward, where there
-    are any that want them.
+    dense: the parameters that are not in `sparse`. stacks: whether J is what it keeps in a step. early: sends J's
+    columns to other ranks during backward, where there are any that want them.
     """
+
+    stacks = True
 
     def __init__(
         self,

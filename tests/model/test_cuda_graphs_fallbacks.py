@@ -162,6 +162,7 @@ def test_what_cannot_be_recorded_is_told_once(make_batch: MakeBatch, caplog: pyt
         ({"encoder": {"recompute": "cheap"}}, "encoder.recompute: cheap"),
         ({"engine": {"zero": 3}}, "engine.zero: 3"),
         ({"smart": {"strength": 1.0}}, "smart"),
+        ({"gradient": {"method": "pcgrad", "storage": "kept"}}, "gradient.storage: kept"),
         ({"gradient": {"method": "pcgrad", "storage": "replay"}}, "gradient.storage: replay"),
         ({"gradient": {"method": "pcgrad", "scope": "tensor"}}, "gradient.scope: tensor"),
         ({"gradient": {"method": "pcgrad"}}, "engine.precision: bf16, not fp32"),

@@ -76,6 +76,8 @@ CASES = [
     *(Case(zero, acc, method, variant="flat") for zero, acc, method in FLAT),
     Case(1, 4, "sum", precision="bf16", variant="flat"),
     Case(2, 1, "pcgrad", storage="replay", variant="flat"),
+    Case(1, 4, "pcgrad", storage="kept", variant="backward"),
+    Case(2, 1, "pcgrad", precision="bf16", storage="kept", variant="flat"),
     Case(1, 1, "sum", variant="flat-autocast"),
     Case(2, 4, "pcgrad", variant="graphs-pieces"),
     Case(1, 1, "pcgrad", variant="left-out"),

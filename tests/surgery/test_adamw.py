@@ -109,6 +109,7 @@ def test_twenty_steps_equal_torch(sparse: bool, dtype: torch.dtype, monkeypatch:
     "options",
     [
         {"method": "sum"},
+        {"storage": "kept"},
         {"storage": "replay"},
         {"scope": "tensor"},
         {"reduce": "sketch"},

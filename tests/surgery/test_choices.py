@@ -23,6 +23,7 @@ from loads import merge  # noqa: E402
     [
         ("pcgrad", "stacked", 1),
         ("pcgrad", "stacked", 2),
+        ("pcgrad", "kept", 2),
         ("pcgrad", "replay", 1),
         ("gradvac", "stacked", 2),
         ("sum", "auto", 2),

@@ -111,7 +111,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], bound: fl
 
 
 @pytest.mark.parametrize("adapter", ["none", "pal", "low_rank", "lora"])
-@pytest.mark.parametrize("storage", ["stacked", "replay"])
+@pytest.mark.parametrize("storage", ["stacked", "kept", "replay"])
 def test_pcgrad_equals_the_textbook(adapter: str, storage: str) -> None:
     model = make(adapter)
     assert_same(gradients(model, [batch()], storage=storage), textbook(model, batch()))
@@ -124,7 +124,7 @@ def test_there_are_conflicts_to_resolve() -> None:
     assert any((merged[name] - summed[name]).abs().max() > 1e-4 for name in merged)
 
 
-@pytest.mark.parametrize("storage", ["stacked", "replay"])
+@pytest.mark.parametrize("storage", ["stacked", "kept", "replay"])
 @pytest.mark.parametrize("method", ["sum", "pcgrad"])
 def test_accumulation_equals_the_joined_batch(storage: str, method: str) -> None:
     model = make()
@@ -133,9 +133,9 @@ def test_accumulation_equals_the_joined_batch(storage: str, method: str) -> None
     assert_same(parts, {name: value.double() for name, value in joined.items()})
 
 
-@pytest.mark.parametrize("storage", ["none", "stacked", "replay"])
+@pytest.mark.parametrize("storage", ["none", "stacked", "kept", "replay"])
 def test_recomputation_changes_no_bit(storage: str) -> None:
-    """Of joint training, and of PCGrad with either storage, where a weight's uses are counted in forward."""
+    """Of joint training, and of PCGrad with every storage, where a weight's uses are counted in forward."""
     options = {"method": "sum"} if storage == "none" else {"storage": storage}
     found = []
     for recompute in ("none", "cheap", "full"):
@@ -244,7 +244,7 @@ def test_a_gradient_that_is_not_finite_skips_and_five_stop() -> None:
     assert state["skipped"] == 5
 
 
-@pytest.mark.parametrize("storage", ["stacked", "replay"])
+@pytest.mark.parametrize("storage", ["stacked", "kept", "replay"])
 def test_a_model_that_goes_past_the_sink_is_refused(storage: str) -> None:
     """Else its gradient would be lost without a word."""
     model = make()
@@ -299,7 +299,7 @@ def test_merged_gradients_become_grad_without_a_copy() -> None:
         assert torch.equal(parameter.grad.float(), 2 * expected)
 
 
-@pytest.mark.parametrize("storage", ["stacked", "replay"])
+@pytest.mark.parametrize("storage", ["stacked", "kept", "replay"])
 def test_a_loss_scale_changes_nothing(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
     expected = {name: value.double() for name, value in gradients(model, [batch()]).items()}
@@ -307,7 +307,7 @@ def test_a_loss_scale_changes_nothing(storage: str, monkeypatch: pytest.MonkeyPa
     assert_same(gradients(model, [batch()], storage=storage), expected)
 
 
-@pytest.mark.parametrize("storage", ["stacked", "replay"])
+@pytest.mark.parametrize("storage", ["stacked", "kept", "replay"])
 def test_an_overflow_reaches_the_loss_scaler(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradient_surgery, "find_target", Scaled)
     model = make()

@@ -95,7 +95,7 @@ def test_sketch_estimates_what_exact_computes() -> None:
     assert 1e-4 < error <= 1.5 * (2 / 2048) ** 0.5
 
 
-@pytest.mark.parametrize("storage", ["stacked", "replay"])
+@pytest.mark.parametrize("storage", ["stacked", "kept", "replay"])
 def test_sketch_adds_up_over_micro_batches(storage: str) -> None:
     model = make()
     joined = surgery_on(model, reduce="sketch", sketch_size=256)
@@ -114,8 +114,8 @@ def test_backward_equals_run() -> None:
     model = make()
     surgery_on(model).run([batch(part, 2) for part in range(2)], lambda b, task_grads: model(b, task_grads), COUNTS)
     expected = gradients(model)
-    for sink in (True, False):
-        surgery = surgery_on(model)
+    for sink, storage in ((True, "stacked"), (True, "kept"), (False, "stacked")):
+        surgery = surgery_on(model, storage=storage)
         for part in range(2):
             micro_batch = batch(part, 2)
             losses = model(micro_batch, surgery.task_grads) if sink else model(micro_batch)
@@ -156,12 +156,13 @@ def test_a_backward_that_fails_leaves_a_fresh_start() -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"storage": "stack"}, "storage must be auto, stacked or replay, got 'stack'"),
+        ({"storage": "stack"}, "storage must be auto, stacked, kept or replay, got 'stack'"),
         ({"scope": "layer"}, "scope must be global or tensor"),
         ({"reduce": "mean"}, "reduce must be exact, local or sketch"),
         ({"dtype": torch.float16}, "dtype must be"),
         ({"sketch_size": 3}, "sketch_size must be at least 16"),
         ({"storage": "replay", "dtype": torch.bfloat16}, "use torch.float32, or storage='stacked'"),
+        ({"storage": "kept", "dtype": torch.bfloat16}, "storage='kept' keeps none: use torch.float32"),
         ({"scope": "tensor", "storage": "stacked"}, "leave storage at 'auto'"),
         ({"scope": "tensor", "dtype": torch.bfloat16}, "use torch.float32"),
         ({"scope": "tensor", "reduce": "sketch"}, "reduce='exact' or 'local'"),

@@ -260,6 +260,7 @@ def test_any_rows_of_any_tables(num_tasks: int) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
+        ({"storage": "kept"}, "keep no J"),
         ({"storage": "replay"}, "keep no J"),
         ({"scope": "tensor"}, "keep no J"),
         ({"reduce": "sketch"}, "sketches"),

@@ -102,7 +102,8 @@ def test_a_zero_of_a_task_without_rows_reaches_its_head(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"reduce": "sketch"}, {"storage": "replay"}, {"scope": "tensor"}, {"recorded": 1}]
+    "options",
+    [{}, {"reduce": "sketch"}, {"storage": "kept"}, {"storage": "replay"}, {"scope": "tensor"}, {"recorded": 1}],
 )
 @pytest.mark.parametrize("name", ["SGD", "SurgeryAdamW"])
 def test_with_one_backward_for_all_tasks(name: str, options: dict[str, Any]) -> None:
