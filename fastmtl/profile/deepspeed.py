@@ -84,16 +84,17 @@ def end_backward(ledger: Ledger, shape: Shape, last: bool) -> None:
 
 
 def hand_over(ledger: Ledger, shape: Shape) -> None:
-    """Merged gradients of all parameters, held in float32, become the parameters' own, in 16 bits as copies; they are
-    reduced and then held as end_backward leaves them.
+    """Merged gradients become the parameters' own, those in float32 of parameters in 16 bits as copies; they are reduced
+    and then held as end_backward leaves them.
     """
     number = shape.number_bytes
     in_buckets = shape.zero == 2 or shape.overlap
     if in_buckets:
         ledger.hold("gradients", bucket(shape) * (2 if shape.overlap else 1))
     if number < FLOAT:
-        ledger.hold("gradients", shape.trained * number)
-        ledger.drop("gradients", shape.trained * FLOAT)
+        wide = shape.trained - (shape.dense if shape.merged_bytes == number else 0)
+        ledger.hold("gradients", wide * number)
+        ledger.drop("gradients", wide * FLOAT)
     if in_buckets:  # one after the other they are copied there and dropped
         ledger.drop("gradients", shape.trained * number)
         ledger.touch(bucket(shape) if shape.zero == 2 else 0, "gradients")

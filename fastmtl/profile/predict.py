@@ -86,7 +86,10 @@ def _stacked(ledger: Ledger, shape: Shape) -> None:
             _last_pieces(ledger, shape)
         ledger.phase = "surgery"
         ledger.touch(_gramian_of_rows(shape))
-        ledger.hold("gradients", (shape.dense + shape.table) * FLOAT)
+        ledger.hold("gradients", shape.dense * shape.merged_bytes)
+        if shape.merged_bytes not in (shape.j_bytes, FLOAT):  # merged in float32 and then rounded
+            ledger.touch(shape.dense * FLOAT)
+        ledger.hold("gradients", shape.table * FLOAT)
         if shape.table:  # its rows side by side, and times the weights
             ledger.touch(2 * _tokens(shape) * shape.hidden * FLOAT)
         ledger.hold("gradients", shape.own * FLOAT)  # scaled

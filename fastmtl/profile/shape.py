@@ -58,11 +58,12 @@ class Shape:
     """A step of one rank. Numbers of parameters, not bytes, unless the name says so.
 
     loads: of the step's micro-batches; load: the largest of them. number_bytes: of a weight, an activation and a
-    gradient. dense, table: trained shared parameters, without and of the
-    word embeddings; own: those of tasks; frozen: the rest. sizes: of the dense tensors. groups: of the optimiser's
-    groups. moments: numbers that the optimiser keeps for each weight. copies_to_decay: whether weight decay is
-    added to a copy of the gradient. joint: gradients are summed. storage: "stacked", "replay", or "none" with scope
-    "tensor". overlap: whether DeepSpeed reduces during backward, as on GPUs.
+    gradient; merged_bytes: of a dense gradient that surgery has merged; with fp16's loss scale in it, it is float32.
+    dense, table: trained shared parameters, without and of the word embeddings; own: those of tasks; frozen: the rest.
+    sizes: of the dense tensors. groups: of the optimiser's groups. moments: numbers that the optimiser keeps for each
+    weight. copies_to_decay: whether weight decay is added to a copy of the gradient. joint: gradients are summed.
+    storage: "stacked", "replay", or "none" with scope "tensor". overlap: whether DeepSpeed reduces during backward, as
+    on GPUs.
     """
 
     load: Load
@@ -88,6 +89,7 @@ class Shape:
     reduce: str
     sketch_size: int | None
     j_bytes: int
+    merged_bytes: int
     number_bytes: int
     moments: int
     copies_to_decay: bool
@@ -155,6 +157,7 @@ class Shape:
             reduce=gradient.reduce,
             sketch_size=gradient.sketch_size if gradient.reduce == "sketch" else None,
             j_bytes=2 if storage == "stacked" and recipe.jacobian_dtype == "bfloat16" else 4,
+            merged_bytes=2 if engine.precision == "bf16" else 4,
             number_bytes=4 if engine.precision == "fp32" else 2,
             moments=_moments(recipe),
             copies_to_decay=recipe.optimizer.name == "sgd" and recipe.optimizer.weight_decay > 0,

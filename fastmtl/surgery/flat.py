@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UserError
+from fastmtl.surgery.merged import Merged
 from fastmtl.surgery.parameters import check_parameters
 
 
@@ -89,11 +90,11 @@ class FlatParameters(nn.Module):
         """The flat ones, then those that are alone."""
         return [*self.flat, *self._alone]
 
-    def gather(self, gradients: dict[int, Tensor]) -> list[Tensor]:
+    def gather(self, gradients: Merged) -> list[Tensor]:
         """Gradients of `leaves` by id, taken out of the mapping -> those of `trained`. What lies side by side in one
         storage stays where it is.
         """
-        flat = [_joined([gradients.pop(id(parameter)) for parameter in members]) for members in self._members]
+        flat = [gradients.take_joined([id(parameter) for parameter in members]) for members in self._members]
         return flat + [gradients.pop(id(parameter)) for parameter in self._alone]
 
     def named_parameters(
@@ -136,16 +137,3 @@ def _joined_parameter(members: list[nn.Parameter]) -> nn.Parameter:
     if len(kinds) > 1:
         raise UserError(f"groups: one has parameters of {' and '.join(sorted(map(str, kinds)))}: make a group of each")
     return nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in members]))
-
-
-def _joined(pieces: list[Tensor]) -> Tensor:
-    """One after the other, flat: a view where they lie so in one storage, else a copy."""
-    first, last = pieces[0], pieces[-1]
-    at = first.data_ptr()
-    beside = first.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
-    for piece in pieces:
-        beside = beside and piece.data_ptr() == at and piece.is_contiguous() and piece.dtype == first.dtype
-        at += piece.nbytes
-    if beside:
-        return first.as_strided((sum(piece.numel() for piece in pieces),), (1,))
-    return torch.cat([piece.flatten() for piece in pieces])

@@ -140,7 +140,10 @@ class GradientSurgery:
         if reason:
             recordings.tell(f"gradient surgery launches each operation: {reason}")
         else:
-            self._recorded = RecordedStep(self._sink, method, len(self.tasks), self._target.device, recordings)
+            narrow = not self._target.scales()
+            self._recorded = RecordedStep(
+                self._sink, method, len(self.tasks), self._target.device, recordings, narrow=narrow
+            )
 
     def run(
         self,

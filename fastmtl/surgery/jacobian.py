@@ -8,6 +8,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor, nn
 
+from fastmtl.surgery.merged import Merged
+from fastmtl_kernels import combine
 from fastmtl_kernels.cast import cast
 
 
@@ -17,7 +19,8 @@ class Jacobian:
     What was never written since `clear` is zero. The first write after it stores instead of adding: clearing touches
     no memory, and the first micro-batch does not read what it replaces.
 
-    reached: ids of the parameters of which something was written since `clear`, be it zeros.
+    reached: ids of the parameters of which something was written since `clear`, be it zeros. narrow: the dtype of the
+    parameters where all have one of 16 bits, else float32.
     """
 
     def __init__(
@@ -33,6 +36,8 @@ class Jacobian:
         self._rows = {key: list(columns.unbind()) for key, columns in self._columns.items()}
         ends = list(accumulate(sizes, initial=0))
         self._spans = {key: slice(*span) for key, span in zip(self._columns, pairwise(ends), strict=True)}
+        dtypes = {parameter.dtype for parameter in self._parameters}
+        self.narrow = dtypes.pop() if dtypes in ({torch.bfloat16}, {torch.float16}) else torch.float32
         self._written: dict[int, set[int]] = {}
         self.reached: set[int] = set()
         self.clear()
@@ -141,10 +146,18 @@ class Jacobian:
         self._fill(id(parameter))
         return self._columns[id(parameter)]
 
-    def split(self, merged: Tensor) -> dict[int, Tensor]:
-        """[P], contiguous and the first of its storage -> a view of its shape for each parameter, by id."""
-        like = {key: rows[0] for key, rows in self._rows.items()}  # of one call each, where split and view are three
-        return {key: merged.as_strided(row.shape, row.stride(), row.storage_offset()) for key, row in like.items()}
+    def merge(self, weights: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """sum_t weights[t] J[t], [P] of `dtype`, float32 or `narrow`, added up in float32. out: where to."""
+        if dtype in (torch.float32, self.buffer.dtype):
+            out = torch.empty(self.buffer.shape[1], dtype=dtype, device=self.buffer.device) if out is None else out
+            combine(self.buffer, weights, out=out)
+            return out
+        merged = self.merge(weights, torch.float32)
+        return merged.to(dtype) if out is None else out.copy_(merged)
+
+    def split(self, merged: Tensor) -> Merged:
+        """[P], contiguous and the first of its storage -> the parameters' parts by id."""
+        return Merged(merged, {key: rows[0] for key, rows in self._rows.items()})
 
     def _is_first(self, parameter: nn.Parameter, task: int) -> bool:
         written = self._written[id(parameter)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastmtl.recorders import Recordings
 from fastmtl.surgery.jacobian import Jacobian
+from fastmtl.surgery.merged import Merged
 from fastmtl.surgery.methods import Method
 from fastmtl.surgery.static_tables import StaticRows, capacity_of, spread, sums_by_id
 from fastmtl.surgery.tables import Tables
@@ -38,13 +39,21 @@ def why_not(sink: TaskGradients, method: Method, target: Target, storage: str) -
 class RecordedStep:
     """Of mode `stack`. Everything is recorded for the step's numbers of rows, in steps (`capacity_of`).
 
-    method: one that solves on the device. num_tasks: T. gram: float32 [T, T], G of the last step. weights: [T], the
-    method's for it.
+    method: one that solves on the device. num_tasks: T. narrow: as of `TaskGradients.combine`. gram: float32 [T, T], G
+    of the last step. weights: [T], the method's for it.
     """
 
     def __init__(
-        self, sink: TaskGradients, method: Method, num_tasks: int, device: torch.device, recordings: Recordings
+        self,
+        sink: TaskGradients,
+        method: Method,
+        num_tasks: int,
+        device: torch.device,
+        recordings: Recordings,
+        *,
+        narrow: bool = False,
     ) -> None:
+        self._narrow = narrow
         self._sink, self._method, self._num_tasks, self._device = sink, method, num_tasks, device
         self._recordings = recordings
         self.gram = torch.zeros(num_tasks, num_tasks, device=device)
@@ -60,8 +69,9 @@ class RecordedStep:
         jacobian, tables = self._sink.stacked()
         if self._buffers is None:
             self._recordings.begin(self._device)
-            copied = any(parameter.dtype == torch.float32 for parameter in self._sink.dense)
-            self._buffers = _Buffers(jacobian, tables, self._num_tasks, self._device, copied=copied)
+            dtype = jacobian.narrow if self._narrow else torch.float32
+            copied = any(parameter.dtype == dtype for parameter in self._sink.dense)
+            self._buffers = _Buffers(jacobian, tables, self._num_tasks, self._device, dtype, copied=copied)
         alone = not self._sink.scatters
         jacobian.complete()
         if not alone:
@@ -75,9 +85,9 @@ class RecordedStep:
             self._kept[key] = self._record(partial(self._merge, buffers, key, alone=alone))
         self._kept[key]()
 
-    def gradients(self) -> dict[int, Tensor]:
-        """What `run` merged, float32, by the parameter's id. Views of buffers that the next `run` overwrites, and
-        copies for parameters of float32, whose `.grad` the gradient may become as it is.
+    def gradients(self) -> Merged:
+        """What `run` merged, by the parameter's id. Views of buffers that the next `run` overwrites, and copies for
+        parameters of the same dtype, whose `.grad` the gradient may become as it is.
         """
         assert self._buffers is not None
         return self._buffers.gradients()
@@ -117,7 +127,7 @@ class RecordedStep:
             self.gram.copy_(gram / scale.square())
         self.weights.copy_(self._method.weights(self.gram, order, None))
         scaled = self.weights * factor
-        combine(buffers.jacobian.buffer, scaled, out=buffers.merged)
+        buffers.jacobian.merge(scaled, buffers.merged.dtype, out=buffers.merged)
         for (sums, unique), out in zip(tables, buffers.of_tables, strict=True):
             merged = combine(sums.flatten(1), scaled)
             assert isinstance(merged, Tensor)
@@ -125,16 +135,23 @@ class RecordedStep:
 
 
 class _Buffers:
-    """merged: float32 [P] of the dense parameters. of_tables: [V + 1, d] each, the last row means nothing. rows: with
-    the tables, by whose numbers of rows the step's `key` goes. copied: whether `gradients` gives copies of `merged`.
+    """merged: [P] of the dense parameters, of `dtype`. of_tables: float32 [V + 1, d] each, the last row means nothing.
+    rows: with the tables, by whose numbers of rows the step's `key` goes. copied: whether `gradients` gives copies of
+    `merged`.
     """
 
     def __init__(
-        self, jacobian: Jacobian, tables: Tables, num_tasks: int, device: torch.device, *, copied: bool
+        self,
+        jacobian: Jacobian,
+        tables: Tables,
+        num_tasks: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        copied: bool,
     ) -> None:
         self.jacobian, self._tables, self._num_tasks = jacobian, tables, num_tasks
-        self.merged = torch.zeros(jacobian.buffer.shape[1], device=device)
-        self._views = jacobian.split(self.merged)
+        self.merged = torch.zeros(jacobian.buffer.shape[1], dtype=dtype, device=device)
         self._copied = copied
         self.rows: list[tuple[nn.Parameter, StaticRows]] = [
             (table, StaticRows(0, table.shape[1], device)) for table, _ in tables.each()
@@ -168,8 +185,8 @@ class _Buffers:
         whole = [each.long() for each in (order, *bounds)]
         return scale[0].float(), factor[0].float(), whole[0].view(self._num_tasks, -1), whole[1:]
 
-    def gradients(self) -> dict[int, Tensor]:
-        found = self.jacobian.split(self.merged.clone()) if self._copied else dict(self._views)
+    def gradients(self) -> Merged:
+        found = self.jacobian.split(self.merged.clone() if self._copied else self.merged)
         for (table, _), out in zip(self.rows, self.of_tables, strict=True):
             found[id(table)] = out[:-1].clone() if table.dtype == torch.float32 else out[:-1]
         return found

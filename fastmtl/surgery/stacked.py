@@ -15,6 +15,7 @@ from fastmtl.ranges import named
 from fastmtl.surgery.adamw import TaskUpdate
 from fastmtl.surgery.differentiate import differentiate, leaves_of
 from fastmtl.surgery.losses import Losses
+from fastmtl.surgery.merged import Merged
 from fastmtl.surgery.parts import Parts
 from fastmtl.surgery.recorded_step import RecordedStep
 from fastmtl.surgery.step import Step, SurgeryInfo
@@ -24,7 +25,7 @@ from fastmtl_kernels.cast import cast
 log = logging.getLogger(__name__)
 
 # What a step tells, and the merged gradients of shared parameters by id, None where there are none to hand over.
-_Merged = tuple[SurgeryInfo, dict[int, Tensor] | None]
+_Merged = tuple[SurgeryInfo, Merged | None]
 
 _Value = TypeVar("_Value")
 
@@ -127,7 +128,7 @@ class StackedStep:
         norm = self._known_norm(info)
         optimizer = parts.target.merging_optimizer(norm) if parts.sink.stacks else None
         if optimizer is None:
-            return info, parts.sink.combine(weights * factor)
+            return info, parts.sink.combine(weights * factor, narrow=not parts.target.scales())
         found = dict(zip(map(id, parts.own), own, strict=True))  # this one has no scale and no number of ranks
         dense, tables = parts.sink.unmerged(weights)
         parts_of = _only(dense, reached), _only(tables, reached), _only(found, reached)

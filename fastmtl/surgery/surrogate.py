@@ -12,11 +12,12 @@ from fastmtl_kernels.cast import cast
 
 class Surrogate(torch.autograd.Function):
     """A scalar whose gradient for parameter k is `merged[k]`: it carries gradients made elsewhere through every hook of
-    DeepSpeed. scaled_by: the part of DeepSpeed's loss scale that is in them.
+    DeepSpeed. scaled_by: the part of DeepSpeed's loss scale that is in them, None where there is no loss scale: then
+    they stay as they are, and may have the parameters' dtype.
     """
 
     @staticmethod
-    def forward(ctx: Any, merged: list[Tensor], scaled_by: float, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, merged: list[Tensor], scaled_by: float | None, *parameters: Tensor) -> Tensor:
         ctx.merged, ctx.scaled_by = merged, scaled_by
         ctx.dtypes = [parameter.dtype for parameter in parameters]
         return merged[0].new_zeros((), dtype=torch.float32)
@@ -24,7 +25,8 @@ class Surrogate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         merged, ctx.merged = ctx.merged, None
-        torch._foreach_mul_(merged, scale / ctx.scaled_by)
+        if ctx.scaled_by is not None:
+            torch._foreach_mul_(merged, scale / ctx.scaled_by)
         gradients = [cast(gradient, dtype) for gradient, dtype in zip(merged, ctx.dtypes, strict=True)]
         merged.clear()  # the caller's list
         return None, None, *gradients

@@ -13,6 +13,7 @@ from fastmtl.errors import UserError
 from fastmtl.surgery.adamw import SurgeryAdamW
 from fastmtl.surgery.differentiate import differentiate
 from fastmtl.surgery.flat import FlatParameters
+from fastmtl.surgery.merged import Merged
 from fastmtl.surgery.reduce import world_size
 from fastmtl.surgery.surrogate import Surrogate
 from fastmtl_kernels.cast import cast
@@ -23,7 +24,8 @@ class Target(Protocol):
 
     names: of the trainable parameters by id, for messages. arranged: parameters in the order in which J is to have
     them. stacks: whether merged gradients can be handed over; otherwise replay. merges: whether there may be a
-    `merging_optimizer`. factor: what merged gradients are to be multiplied by before they are. hand_over: takes every
+    `merging_optimizer`. factor: what merged gradients are to be multiplied by before they are. scales: whether the
+    target multiplies them once more, so that they are to be float32 until then. hand_over: takes every
     gradient out of the mapping, for one that nobody else holds becomes `.grad` as it is, any other is copied; reached:
     ids of the parameters that a loss of the step has reached on this rank, other gradients are zeros.
     merging_optimizer: the one that is to be given task gradients in place of that, None where there is none; norm: of
@@ -43,7 +45,8 @@ class Target(Protocol):
     def model(self, training_pass: bool) -> Any: ...
     def autocast(self, training_pass: bool) -> AbstractContextManager[Any]: ...
     def backward(self, loss: Tensor, last: bool) -> None: ...
-    def hand_over(self, gradients: dict[int, Tensor], reached: Collection[int]) -> None: ...
+    def scales(self) -> bool: ...
+    def hand_over(self, gradients: Merged, reached: Collection[int]) -> None: ...
     def check_trained(self) -> None: ...
     def merging_optimizer(self, norm: float | None) -> SurgeryAdamW | None: ...
     def begin(self) -> None: ...
@@ -87,7 +90,10 @@ class OptimizerTarget:
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
 
-    def hand_over(self, gradients: dict[int, Tensor], reached: Collection[int]) -> None:
+    def scales(self) -> bool:
+        return False
+
+    def hand_over(self, gradients: Merged, reached: Collection[int]) -> None:
         for parameter in self.parameters:
             gradient = cast(gradients.pop(id(parameter)), parameter.dtype)
             if id(parameter) in reached:  # else no gradient, so that no weight decay and no momentum move it either
@@ -175,7 +181,11 @@ class EngineTarget:
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.factor, scale_wrt_gas=False)
 
-    def hand_over(self, gradients: dict[int, Tensor], reached: Collection[int]) -> None:
+    def scales(self) -> bool:
+        """Whether a loss scale may come with the surrogate's backward: that of fp16, or one of the user's own."""
+        return self.engine.fp16_enabled() or bool(getattr(self.engine.optimizer, "custom_loss_scaler", False))
+
+    def hand_over(self, gradients: Merged, reached: Collection[int]) -> None:
         """Hand over all of them: DeepSpeed puts zeros in place of a gradient that is missing, in every stage."""
         self._carry([gradients.pop(id(parameter)) for parameter in self.parameters], self.parameters)
 
@@ -187,7 +197,8 @@ class EngineTarget:
     def _carry(self, merged: list[Tensor], parameters: list[nn.Parameter], scaled_by: float = 1.0) -> None:
         """Takes gradients of DeepSpeed's parameters through its backward. Takes them out of the list."""
         self.engine.set_gradient_accumulation_boundary(True)
-        self.engine.backward(Surrogate.apply(merged, scaled_by, *parameters), scale_wrt_gas=False)
+        scale = scaled_by if self.scales() else None
+        self.engine.backward(Surrogate.apply(merged, scale, *parameters), scale_wrt_gas=False)
 
     def merging_optimizer(self, norm: float | None) -> SurgeryAdamW | None:
         return None
@@ -243,11 +254,10 @@ class FlatTarget(EngineTarget):
         self.check_trained()
         scale = self.loss_scale()
         found = differentiate(loss * (self.factor * scale), self.parameters, self.names)
-        gradients = {
-            id(parameter): torch.zeros_like(parameter) if gradient is None else gradient
-            for parameter, gradient in zip(self.parameters, found, strict=True)
-        }
-        del found
+        gradients = Merged()
+        for parameter, gradient in zip(self.parameters, found, strict=True):
+            gradients[id(parameter)] = torch.zeros_like(parameter) if gradient is None else gradient
+        del found, gradient
         gathered = _unshared(self._flat.gather(gradients))
         if self._held or not last:  # in float32, for 16 bits would round every sum
             gathered = [cast(gradient, torch.float32) for gradient in gathered]
@@ -257,7 +267,7 @@ class FlatTarget(EngineTarget):
         if last:
             self._carry(gathered, self._flat.trained(), scale)
 
-    def hand_over(self, gradients: dict[int, Tensor], reached: Collection[int]) -> None:
+    def hand_over(self, gradients: Merged, reached: Collection[int]) -> None:
         self._carry(self._flat.gather(gradients), self._flat.trained())
 
 

@@ -17,6 +17,7 @@ from fastmtl.errors import UserError
 from fastmtl.surgery.compact_rows import Rows, coalesce, rows_gramian, weighted_table
 from fastmtl.surgery.early_scatter import EarlyScatter
 from fastmtl.surgery.jacobian import Jacobian
+from fastmtl.surgery.merged import Merged
 from fastmtl.surgery.reduce import Alone, Ranks
 from fastmtl.surgery.sketch import CountSketch
 from fastmtl.surgery.tables import Tables, whole_shape
@@ -333,13 +334,16 @@ class TaskGradients:
             total += gramian(self._ranks.scatter(held).to(torch.float32))
         return self._ranks.total(total) + self._tables.gramian(total.device)
 
-    def combine(self, weights: Tensor) -> dict[int, Tensor]:
-        """sum_t weights[t] g_t for every shared parameter by id(parameter), float32 (mode `stack`)."""
+    def combine(self, weights: Tensor, *, narrow: bool = False) -> Merged:
+        """sum_t weights[t] g_t for every shared parameter by id(parameter), float32 (mode `stack`). narrow: dense
+        parameters' of their dtype, where all have one of 16 bits; what is added up in float32 is rounded once.
+        """
         assert self._stack is not None, "combine needs mode stack"
-        stack = self._stack.complete()
-        merged = torch.empty(stack.shape[1], dtype=torch.float32, device=stack.device)
-        combine(stack, weights, out=merged)
-        return {**self._stack.split(merged), **self._tables.merged(weights)}
+        self._stack.complete()
+        dtype = self._stack.narrow if narrow else torch.float32
+        merged = self._stack.split(self._stack.merge(weights, dtype))
+        merged.update(self._tables.merged(weights))
+        return merged
 
     def unmerged(self, weights: Tensor) -> tuple[dict[int, list[Tensor]], dict[int, Rows]]:
         """For whoever merges on the way, by id: the T gradients of dense parameters, views of J that the next write

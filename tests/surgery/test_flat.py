@@ -11,6 +11,7 @@ from fastmtl.config import parse_recipe
 from fastmtl.engine.settings import deepspeed_config
 from fastmtl.errors import UserError
 from fastmtl.surgery.flat import FlatParameters
+from fastmtl.surgery.merged import Merged
 from fastmtl.surgery.targets import _unshared
 
 
@@ -98,8 +99,11 @@ def test_gradients_side_by_side_are_not_copied(model: Small) -> None:
     pieces = [piece.view(p.shape) for piece, p in zip(merged.split([12, 6, 3]), flat.leaves(), strict=False)]
     table = torch.ones(5, 4)
     keys = [id(parameter) for parameter in flat.leaves()]
-    for given, same in ((pieces, True), ([pieces[0].clone(), *pieces[1:]], False)):
-        gradients = dict(zip(keys, [*given, table], strict=True))
+    for same in (True, False):
+        gradients = Merged(merged, dict(zip(keys, pieces, strict=False)))
+        gradients[keys[-1]] = table
+        if not same:
+            gradients[keys[0]] = pieces[0].clone()
         first, second, alone = flat.gather(gradients)
         assert not gradients and alone is table
         assert (first.data_ptr() == merged.data_ptr()) == same and second.data_ptr() == pieces[2].data_ptr()

@@ -263,6 +263,21 @@ def test_a_sink_armed_in_forward_only_is_an_error() -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_gradients_of_16_bits_are_rounded_once(dtype: torch.dtype) -> None:
+    net, ids, weights = Net(torch.bfloat16), rows([4, 3]), torch.tensor([0.3, 1.7])
+    sink = TaskGradients(list(net.parameters()), 2, sparse=[net.words], dtype=dtype)
+    with sink.armed("stack", ids.device):
+        torch.autograd.grad(net(ids, segments([4, 3]), sink).sum(), [sink.anchor])
+    wide, narrow = sink.combine(weights), sink.combine(weights, narrow=True)
+    assert wide.keys() == narrow.keys() == {id(parameter) for parameter in net.parameters()}
+    for parameter in net.parameters():
+        found, expected = narrow[id(parameter)], wide[id(parameter)]
+        assert expected.dtype == torch.float32 and found.shape == expected.shape == parameter.shape
+        assert found.dtype == (torch.float32 if parameter is net.words else torch.bfloat16)
+        assert torch.equal(found.bfloat16(), expected.bfloat16())
+
+
 def test_a_rank_without_rows_still_takes_part_in_the_gathering() -> None:
     gathered: list[tuple[int, torch.Size]] = []
 

@@ -297,6 +297,11 @@ def test_merged_gradients_become_grad_without_a_copy() -> None:
     for parameter, expected in zip(parameters, (torch.arange(6.0).view(2, 3), torch.arange(6.0, 10.0)), strict=True):
         assert parameter.grad is not None and parameter.grad.dtype == parameter.dtype
         assert torch.equal(parameter.grad.float(), 2 * expected)
+        parameter.grad = None
+    narrow = torch.arange(10.0).bfloat16()
+    Surrogate.apply([flat[:6].view(2, 3), narrow[6:]], None, *parameters).backward(torch.tensor(2.0))
+    assert parameters[1].grad is not None and parameters[1].grad.data_ptr() == narrow[6:].data_ptr()
+    assert torch.equal(parameters[1].grad.float(), torch.arange(6.0, 10.0))  # there is no scale
 
 
 @pytest.mark.parametrize("storage", ["stacked", "kept", "replay"])
