@@ -84,8 +84,8 @@ def end_backward(ledger: Ledger, shape: Shape, last: bool) -> None:
 
 
 def hand_over(ledger: Ledger, shape: Shape) -> None:
-    """Merged gradients become the parameters' own, those in float32 of parameters in 16 bits as copies; they are reduced
-    and then held as end_backward leaves them.
+    """Merged gradients become the parameters' own, those in float32 of parameters in 16 bits as copies; they are
+    reduced and then held as end_backward leaves them.
     """
     number = shape.number_bytes
     in_buckets = shape.zero == 2 or shape.overlap
