@@ -45,7 +45,8 @@ def shape(**changes: Any) -> Shape:
         "frozen": 0, "sizes": (200_000, 150_000, 50_000), "groups": (460_000, 4_300), "joint": False,
         "storage": "stacked", "scope": "global", "reduce": "exact", "sketch_size": None, "j_bytes": 4,
         "merged_bytes": 4, "number_bytes": 4, "moments": 2, "copies_to_decay": False, "accumulation": 1,
-        "recompute": "none", "zero": 1, "world": 4, "offload": False, "on_gpu": True, "overlap": True, "bucket": 464_300,
+        "recompute": "none", "zero": 1, "world": 4, "offload": False, "on_gpu": True, "overlap": True,
+        "bucket": 464_300,
     }  # fmt: skip
     return Shape(**{**values, **changes})
 
