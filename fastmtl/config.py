@@ -538,9 +538,10 @@ class Recipe(Section):
         gradient, engine = self.gradient, self.engine
         if gradient.dtype != "auto":
             return gradient.dtype
-        keeps = gradient.storage != "replay" and gradient.scope == "global" and engine.zero < 3 and not engine.offload
+        stacked = gradient.storage in ("auto", "stacked") and engine.zero < 3 and not engine.offload
         narrow = engine.precision == "bf16" and engine.accumulation == 1
-        return "bfloat16" if keeps and narrow and gradient.method != "sum" else "float32"
+        merges = gradient.method != "sum" and gradient.scope == "global"
+        return "bfloat16" if stacked and merges and narrow else "float32"
 
     def dump(self) -> str:
         """The complete recipe as YAML, defaults written out: running it again repeats the run."""

@@ -158,6 +158,7 @@ def test_defaults_by_type() -> None:
         ("engine.zero=3", "float32"),
         ("engine.offload=true", "float32"),
         ("gradient.storage=replay", "float32"),
+        ("gradient.storage=kept", "float32"),
         ("gradient.scope=tensor", "float32"),
         ("gradient.method=sum", "float32"),
         ("gradient.dtype=bfloat16 engine.precision=fp32", "bfloat16"),

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastmtl.surgery.merged import Merged
 from fastmtl.surgery.segments import Segments
 from fastmtl.surgery.task_gradients import TaskGradients
 from fastmtl_kernels import combine, gramian
@@ -91,13 +92,15 @@ class KeptGradients(TaskGradients):
         return self._ranks.total(total) + self._tables.gramian(device)
 
     @torch.no_grad()
-    def combine(self, weights: Tensor) -> dict[int, Tensor]:
-        """sum_t weights[t] g_t for every shared parameter by id(parameter), float32 or of the rows' dtype. Pairs are
-        dropped one by one as their product is made.
+    def combine(self, weights: Tensor, *, narrow: bool = False) -> Merged:
+        """As the base class's, but products have the rows' dtype in either case. Pairs are dropped one by one as their
+        product is made.
         """
         keys = list(self._delivered)
         lists = [list(task) for task in zip(*(self._delivered.pop(key).unbind() for key in keys), strict=True)]
-        merged = dict(zip(keys, combine(lists, weights), strict=True)) if keys else {}
+        merged = Merged()
+        if keys:
+            merged.update(zip(keys, combine(lists, weights), strict=True))
         by_segments: dict[Segments, Tensor] = {}
         for parameter in self.dense:
             key = id(parameter)
@@ -106,7 +109,8 @@ class KeptGradients(TaskGradients):
                 merged[key] = product if key not in merged else merged[key] + product
             elif key not in merged:
                 merged[key] = torch.zeros_like(parameter)
-        return {**merged, **self._tables.merged(weights)}
+        merged.update(self._tables.merged(weights))
+        return merged
 
     def reached(self) -> set[int]:
         return self._reached | set(self._pairs) | set(self._delivered) | self._tables.reached()
