@@ -16,6 +16,7 @@ from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.stream import BatchStream, Draw
 from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.errors import UserError
+from fastmtl_kernels.upload import upload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +40,9 @@ class MaskedBatch:
         return self.batch.num_tokens
 
     def to(self, device: torch.device | str) -> MaskedBatch:
-        return self.map(lambda tensor: tensor.to(device))
+        """As PackedBatch.to."""
+        positions, targets = upload(self.positions, device), upload(self.targets, device)
+        return MaskedBatch(self.batch.to(device), positions, targets, self.group_counts)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> MaskedBatch:
         """The batch with function(tensor) in the place of each tensor."""

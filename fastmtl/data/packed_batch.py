@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastmtl_kernels.upload import upload
+from fastmtl_kernels.varlen_attention_plan import AttentionPlan, needs_plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +35,7 @@ class PackedBatch:
     group_counts: rows of each task over all ranks and micro-batches of this optimiser step (T host integers), None
     outside training.
     host: the same offsets as Python integers, so that no op waits for the device.
+    plan: of attention, where a device's kernels need one and it was made ahead (`prepared`), else None.
     cached: what fastmtl.model.cached_pairs knows of the whole step, where a task's loss asks for it.
     """
 
@@ -46,6 +50,7 @@ class PackedBatch:
     pairs: tuple[Tensor | None, ...]
     host: HostOffsets
     group_counts: tuple[int, ...] | None = None
+    plan: AttentionPlan | None = None
     cached: Any = None
 
     @property
@@ -61,9 +66,25 @@ class PackedBatch:
         """Examples of each task in this batch."""
         return tuple(int(ids.shape[0]) for ids in self.example_ids)
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
-        """The same batch on `device`; the host offsets stay where they are."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch on `device`, with what its kernels need; the host offsets stay where they are. The host does
+        not wait for the copies.
+        """
+        return self.prepared(torch.device(device)).map(lambda tensor: upload(tensor, device))
+
+    def prepared(self, device: torch.device) -> PackedBatch:
+        """The batch with the plan of attention, where it is on the CPU and the kernels of `device` need one."""
+        if self.plan is not None or self.input_ids.device.type != "cpu" or not needs_plan(device):
+            return self
+        plan = AttentionPlan.make(self.host.cu_seqlens, self.num_tokens)
+        return dataclasses.replace(self, plan=plan, host=dataclasses.replace(self.host, plan=plan))
+
+    def attention_plan(self) -> AttentionPlan | None:
+        """The plan on the batch's device, None where its kernels need none."""
+        device = self.input_ids.device
+        if self.plan is not None or not needs_plan(device):
+            return self.plan
+        return AttentionPlan.make(self.host.cu_seqlens, self.num_tokens, device)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
         """The batch with function(tensor) in the place of each tensor."""
@@ -71,6 +92,8 @@ class PackedBatch:
         def mapped(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return function(value)
+            if isinstance(value, AttentionPlan):
+                return value.map(function)
             if isinstance(value, tuple):
                 return tuple(mapped(item) for item in value)
             return value
@@ -105,8 +128,8 @@ class PackedBatch:
             position_ids=self.position_ids[rows],
             token_type_ids=self.token_type_ids[rows],
             cu_seqlens=self.cu_seqlens[seq_start : seq_stop + 1] - token_start,
-            seq_offsets=self.seq_offsets.new_tensor(host.seq_offsets),
-            token_offsets=self.token_offsets.new_tensor(host.token_offsets),
+            seq_offsets=upload(torch.tensor(host.seq_offsets, dtype=torch.int32), self.seq_offsets.device),
+            token_offsets=upload(torch.tensor(host.token_offsets, dtype=torch.int32), self.token_offsets.device),
             labels=only(self.labels, self.labels[index]),
             example_ids=only(self.example_ids, self.example_ids[index]),  # type: ignore[arg-type]
             pairs=only(self.pairs, None if pair is None else pair - seq_start),
@@ -117,11 +140,18 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class HostOffsets:
-    """cu_seqlens, seq_offsets and token_offsets as Python integers."""
+    """cu_seqlens, seq_offsets and token_offsets as Python integers. plan: PackedBatch's, on the CPU."""
 
     cu_seqlens: tuple[int, ...]
     seq_offsets: tuple[int, ...]
     token_offsets: tuple[int, ...]
+    plan: AttentionPlan | None = field(default=None, compare=False)
+
+    def plan_of(self, num_rows: int) -> AttentionPlan:
+        """The plan on the CPU for buffers of `num_rows` rows, which are as many as the tokens or more."""
+        if self.plan is not None:
+            return self.plan.with_rows(num_rows)
+        return AttentionPlan.make(self.cu_seqlens, num_rows)
 
     @property
     def max_seqlen(self) -> int:

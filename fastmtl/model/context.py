@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,13 +39,13 @@ class SegmentContext:
 
 @dataclass(frozen=True, eq=False)
 class ForwardContext(SegmentContext):
-    """segments: the tasks' token rows. seeds: int64 [1], one for each place, None outside training. plan: made once per
-    batch for the attention kernels, None where they need none. remade: takes what backward can make again cheaply.
-    batch: None where what is run is recorded for all of a size.
+    """segments: the tasks' token rows. seeds: int64 [places], None outside training. plan: made once per batch for the
+    attention kernels, None where they need none. remade: takes what backward can make again cheaply. batch: None where
+    what is run is recorded for all of a size.
     """
 
     cu_seqlens: Tensor
-    seeds: tuple[Tensor, ...] | None
+    seeds: Tensor | None
     plan: AttentionPlan | None
     remade: Remade | None = None
     batch: PackedBatch | None = None
@@ -66,7 +67,7 @@ class ForwardContext(SegmentContext):
         seeds = None
         if training:
             places = place(num_layers, 0)
-            seeds = torch.randint(1 << 62, (places,), device=batch.input_ids.device).split([1] * places)
+            seeds = torch.randint(1 << 62, (places,), device=batch.input_ids.device)
         segments = Segments(batch.token_offsets, batch.host.token_offsets)
         context = cls(segments, task_grads, batch.cu_seqlens, seeds, None, remade, batch)
         return context.planned() if plan else context
@@ -74,11 +75,8 @@ class ForwardContext(SegmentContext):
     def planned(self) -> ForwardContext:
         """With the plan that the attention kernels of the batch's device need."""
         assert self.batch is not None
-        device = self.batch.input_ids.device
-        if device.type != "cuda":
-            return self
-        plan = AttentionPlan.make(self.batch.host.cu_seqlens, self.batch.num_tokens, device)
-        return replace(self, plan=plan)
+        plan = self.batch.attention_plan()
+        return self if plan is None else replace(self, plan=plan)
 
     def of_task(self, task: int) -> ForwardContext:
         """For the rows of one task alone, and parameters that are its own: they are none of the sink's."""
@@ -88,7 +86,12 @@ class ForwardContext(SegmentContext):
         return ForwardContext(segments, None, batch.cu_seqlens, self.seeds, None, self.remade, batch).planned()
 
     def seed(self, at: int) -> Tensor | None:
-        return None if self.seeds is None else self.seeds[at]
+        """int64 [1], of a place; None outside training."""
+        return None if self._seeds is None else self._seeds[at]
+
+    @cached_property
+    def _seeds(self) -> tuple[Tensor, ...] | None:
+        return None if self.seeds is None else self.seeds.split([1] * len(self.seeds))
 
     @property
     def armed(self) -> TaskGradients | None:

@@ -107,10 +107,7 @@ class EncoderGraphs:
             return None
         assert context.seeds is not None
         recorded, plan = self._find(batch, parameters, sink, inside)
-        if hidden is None:
-            inputs = torch.stack([batch.input_ids, batch.token_type_ids, batch.position_ids], dim=1)
-        else:
-            inputs = hidden.detach()
+        inputs = [batch.input_ids, batch.token_type_ids, batch.position_ids] if hidden is None else [hidden]
         recorded.static.fill(inputs, batch.host, plan, context.seeds)
         one = Pass(recorded, batch, parameters, sink, words if inside else None)
         self.recordings.take(one)
@@ -172,14 +169,14 @@ class EncoderGraphs:
         """What is recorded for a bucket that holds the batch, and the batch's plan for its rows. inside: whether the
         embeddings are.
         """
-        plan = AttentionPlan.make(batch.host.cu_seqlens, rows_of(batch.num_tokens))
+        plan = batch.host.plan_of(rows_of(batch.num_tokens))
         bucket = Bucket.of(batch.num_tokens, plan)
         key = bucket, batch.num_tasks
         if key not in self._kept and len(self._kept) >= MOST:
             for other, num_tasks in sorted(self._kept, key=lambda kept: kept[0].rows):
                 if num_tasks == batch.num_tasks and other.holds(bucket):
-                    wider = AttentionPlan.make(batch.host.cu_seqlens, other.rows)
-                    if len(wider.tile_rows) <= other.tiles:
+                    wider = batch.host.plan_of(other.rows)
+                    if wider.num_tiles <= other.tiles:
                         key, plan = (other, num_tasks), wider
                         break
             else:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from fastmtl.data.packed_batch import HostOffsets
 from fastmtl.surgery.segments import Segments
+from fastmtl_kernels.upload import upload_into
 from fastmtl_kernels.varlen_attention_plan import TILE, AttentionPlan
 
 ROWS = 256
@@ -33,7 +33,7 @@ class Bucket:
         """The smallest for a batch; the plan is that of its `rows_of` rows."""
         rows = rows_of(num_rows)
         step = max(1, rows // TILE // _TILE_STEPS)
-        return cls(rows, _up(len(plan.tile_rows), step), _up(len(plan.blocks), rows // _BLOCK_ROWS))
+        return cls(rows, _up(plan.num_tiles, step), _up(plan.num_blocks, rows // _BLOCK_ROWS))
 
     def holds(self, other: Bucket) -> bool:
         return self.rows >= other.rows and self.tiles >= other.tiles and self.blocks >= other.blocks
@@ -55,34 +55,28 @@ class StaticBatch:
     """
 
     def __init__(self, bucket: Bucket, num_tasks: int, device: torch.device) -> None:
-        sizes = [num_tasks + 1, bucket.rows + 1, bucket.tiles * TILE, bucket.tiles * TILE, bucket.blocks * 3]
-        # Each begins at 16 bytes, for which Triton compiles a kernel of its own.
+        slots = bucket.tiles * TILE
+        sizes = [num_tasks + 1, bucket.rows + 1, 2 * slots + 3 * bucket.blocks]
+        # Each begins at 16 bytes, for which Triton compiles a kernel of its own, and so do the plan's parts.
         starts = list(accumulate((_up(size, 4) for size in sizes), initial=0))
-        self._bounds = [(start, start + size) for start, size in zip(starts, sizes, strict=False)]
+        self._bounds = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
+        self._slots = slots
         self._numbers = torch.zeros(starts[-1], dtype=torch.int32, device=device)
         self.bucket = bucket
-        offsets, self.cu_seqlens, tile_rows, tile_starts, blocks = self._parts(self._numbers)
-        tiles = tile_rows.view(-1, TILE), tile_starts.view(-1, TILE)
-        self.plan = AttentionPlan(*tiles, blocks.view(-1, 3), bucket.rows)
+        offsets, self.cu_seqlens, plan = (self._numbers[bounds] for bounds in self._bounds)
+        self.plan = AttentionPlan(plan, bucket.tiles, bucket.rows)
         self.segments = Segments(offsets, (0,) * num_tasks + (bucket.rows,))
 
     def fill(self, host: HostOffsets, plan: AttentionPlan) -> None:
         """plan: on the CPU, of a bucket that this one's holds and of its rows."""
-        numbers = torch.zeros(len(self._numbers), dtype=torch.int32)
-        offsets, cu_seqlens, tile_rows, tile_starts, blocks = self._parts(numbers)
-        offsets.copy_(torch.tensor(host.token_offsets, dtype=torch.int32))
-        _fill(cu_seqlens, host.cu_seqlens)
-        for part, found in ((tile_rows, plan.tile_rows), (tile_starts, plan.tile_starts)):
-            part.fill_(-1)
-            part[: found.numel()] = found.view(-1)
-        blocks[: plan.blocks.numel()] = plan.blocks.view(-1)
-        self._numbers.copy_(numbers.pin_memory() if self._numbers.is_cuda else numbers, non_blocking=True)
-
-    def _parts(self, numbers: Tensor) -> list[Tensor]:
-        return [numbers[start:stop] for start, stop in self._bounds]
-
-
-def _fill(cu_seqlens: Tensor, values: Sequence[int]) -> None:
-    """Sequences past the last are empty."""
-    cu_seqlens[: len(values)] = torch.tensor(values, dtype=torch.int32)
-    cu_seqlens[len(values) :] = values[-1]
+        numbers = np.zeros(len(self._numbers), dtype=np.int32)
+        offsets, cu_seqlens, planned = (numbers[bounds] for bounds in self._bounds)
+        offsets[:] = host.token_offsets
+        cu_seqlens[: len(host.cu_seqlens)] = host.cu_seqlens
+        cu_seqlens[len(host.cu_seqlens) :] = host.cu_seqlens[-1]  # sequences past the last are empty
+        found, slots = plan.numbers.numpy(), TILE * plan.num_tiles
+        planned[: 2 * self._slots] = -1
+        planned[:slots] = found[:slots]
+        planned[self._slots : self._slots + slots] = found[slots : 2 * slots]
+        planned[2 * self._slots :][: 3 * plan.num_blocks] = found[2 * slots :]
+        upload_into(self._numbers, torch.from_numpy(numbers))

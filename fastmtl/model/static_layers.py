@@ -23,8 +23,9 @@ class StaticLayers:
     Two buffers of N rows are kept: the inputs, and one [N, d] in which forward leaves its result, and backward finds
     that one's gradient and leaves the inputs'.
 
-    embeddings: None where the inputs are hidden states [n, d]; else they are ids [n, 3] (of words, types, positions),
-    and what backward leaves are the gradients of the words' rows. parameters: the trained ones, without the words.
+    embeddings: None where the inputs are hidden states [n, d]; else they are ids, three times [n] (of words, types,
+    positions), and what backward leaves are the gradients of the words' rows. parameters: the trained ones, without the
+    words.
     sink: what their gradients go to, or None: then backward puts them into `gradients` [P], one after the other.
     words: their table [V, d], of the hidden states' width, dtype and device.
     """
@@ -44,9 +45,10 @@ class StaticLayers:
         self.batch = StaticBatch(bucket, num_tasks, device)
         self._layers, self._embeddings, self._parameters = layers, embeddings, list(parameters)
         if embeddings is None:
-            self._inputs = torch.zeros(rows, width, dtype=dtype, device=device, requires_grad=True)
-        else:  # each column contiguous
-            self._inputs = torch.zeros(3, rows, dtype=torch.int64, device=device).t()
+            self._inputs = [torch.zeros(rows, width, dtype=dtype, device=device, requires_grad=True)]
+        else:
+            self._inputs = [torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(3)]
+        self._filled = 0
         self._rows = torch.zeros(rows, width, dtype=dtype, device=device)
         self._seeds = torch.zeros(place(len(layers), 0), dtype=torch.int64, device=device)
         self.writes: RecordedWrites | None = None
@@ -56,16 +58,22 @@ class StaticLayers:
         # Of a backward, by `stores`.
         self.ways = (True,) if sink is None else (True, False)
         self._gradients = gradients
-        seeds = self._seeds.split(1)
-        self._context = ForwardContext(self.batch.segments, self.writes, self.batch.cu_seqlens, seeds, self.batch.plan)
+        context = self.batch.segments, self.writes, self.batch.cu_seqlens, self._seeds, self.batch.plan
+        self._context = ForwardContext(*context)
         self._out: Tensor | None = None
 
-    def fill(self, inputs: Tensor, host: HostOffsets, plan: AttentionPlan, seeds: Sequence[Tensor]) -> None:
-        """inputs: of n <= N rows; the tail is zeros."""
+    def fill(self, inputs: Sequence[Tensor], host: HostOffsets, plan: AttentionPlan, seeds: Tensor) -> None:
+        """inputs: hidden states [n, d], or ids of words, types and positions, int64 [n] each, n <= N; the tail is
+        zeros. seeds: int64 [places].
+        """
+        number = len(inputs[0])
         with torch.no_grad():
-            self._inputs[: len(inputs)] = inputs
-            self._inputs[len(inputs) :].zero_()
-            torch.cat(list(seeds), out=self._seeds)
+            for buffer, rows in zip(self._inputs, inputs, strict=True):
+                buffer[:number] = rows
+                if number < self._filled:  # what the batch before has left
+                    buffer[number : self._filled].zero_()
+            self._seeds.copy_(seeds)
+        self._filled = number
         self.batch.fill(host, plan)
 
     def fill_empty(self) -> None:
@@ -75,7 +83,7 @@ class StaticLayers:
         bucket = self.batch.bucket
         # Where there are blocks there may be fewer tiles than it takes to give attention's zeros to every row.
         plan = AttentionPlan.make(host.cu_seqlens, min(bucket.rows, bucket.tiles * TILE))
-        self.fill(self._inputs.detach()[:0], host, plan, [self._seeds.clone()])
+        self.fill([buffer.detach()[:0] for buffer in self._inputs], host, plan, self._seeds.clone())
 
     def keeps(self, *, stores: bool) -> bool:
         """Whether `backward` of an empty batch leaves J as it is: adding zeros does."""
@@ -83,9 +91,9 @@ class StaticLayers:
 
     def forward(self) -> None:
         with torch.enable_grad():
-            hidden = self._inputs
+            hidden = self._inputs[0]
             if self._embeddings is not None:
-                hidden = self._embeddings(*self._inputs.unbind(1), self._context)
+                hidden = self._embeddings(*self._inputs, self._context)
             for layer in self._layers:
                 hidden = layer(hidden, None, self._context)
         self._out = hidden
@@ -93,7 +101,7 @@ class StaticLayers:
 
     def backward(self, *, stores: bool) -> None:
         """stores: see RecordedWrites; without a sink it makes no difference."""
-        wanted = [self._inputs]
+        wanted = list(self._inputs)
         if self.writes is None:
             wanted += self._parameters
         else:

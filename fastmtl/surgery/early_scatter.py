@@ -19,6 +19,7 @@ from torch import Tensor
 from fastmtl.ranges import named
 from fastmtl.surgery.jacobian import Jacobian
 from fastmtl.surgery.reduce import Scattering, column_pieces, start_scatter
+from fastmtl_kernels.upload import upload
 
 IN_FLIGHT = 2
 
@@ -93,6 +94,6 @@ class EarlyScatter:
 
     def _order_of_rank_0(self) -> list[int]:
         rest = [number for number in reversed(range(len(self._pieces))) if number not in self._seen]
-        order = torch.tensor([*self._seen, *rest], device=self._jacobian.buffer.device)
+        order = upload(torch.tensor([*self._seen, *rest]), self._jacobian.buffer.device)
         dist.broadcast(order, 0)
         return order.tolist()

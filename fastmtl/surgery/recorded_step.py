@@ -23,6 +23,7 @@ from fastmtl.surgery.tables import Tables
 from fastmtl.surgery.targets import Target
 from fastmtl.surgery.task_gradients import TaskGradients
 from fastmtl_kernels import combine, gramian
+from fastmtl_kernels.upload import upload_into
 
 
 def why_not(sink: TaskGradients, method: Method, target: Target, storage: str) -> str:
@@ -175,8 +176,7 @@ class _Buffers:
         numbers = [scale, factor, *order.flatten().tolist()]
         for (_, rows), per_task, capacity in zip(self.rows, lists, self.key, strict=True):
             numbers += rows.fill(per_task, capacity)
-        told = torch.tensor(numbers, dtype=torch.float64)
-        self._numbers.copy_(told.pin_memory() if self._numbers.is_cuda else told, non_blocking=True)
+        upload_into(self._numbers, torch.tensor(numbers, dtype=torch.float64))
         return grown
 
     def told(self) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:

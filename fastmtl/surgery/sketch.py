@@ -18,6 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmtl_kernels.upload import upload
+
 _MASK = (1 << 31) - 1
 
 
@@ -29,7 +31,7 @@ class CountSketch:
         self._size = size
         generator = torch.Generator().manual_seed(seed)
         signs = torch.randint(0, 2, (size,), generator=generator) * 2 - 1
-        self._signs = signs.to(device, torch.float32)
+        self._signs = upload(signs.float(), device)
         self._seed = seed
 
     def add(self, key: int, piece: Tensor) -> None:

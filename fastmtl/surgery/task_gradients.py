@@ -23,6 +23,7 @@ from fastmtl.surgery.sketch import CountSketch
 from fastmtl.surgery.tables import Tables, whole_shape
 from fastmtl_kernels import combine, gramian
 from fastmtl_kernels.cast import cast
+from fastmtl_kernels.upload import upload
 
 Mode = Literal["stack", "keep", "gramian", "weighted", "tensor"]
 NOT_ARMED = "the sink was armed in forward but not in backward: keep both inside one `armed` block"
@@ -235,7 +236,7 @@ class TaskGradients:
             rows = cast(rows, torch.promote_types(rows.dtype, torch.float32))
             if self.wants(table):
                 assert self.weights is not None
-                counts = torch.tensor([piece.stop - piece.start for piece in pieces], device=rows.device)
+                counts = upload(torch.tensor([piece.stop - piece.start for piece in pieces]), rows.device)
                 per_row = self.weights.float().repeat_interleave(counts, output_size=token_offsets[-1])
                 rows = rows[: token_offsets[-1]] * per_row[:, None]
                 ids = ids[: token_offsets[-1]]

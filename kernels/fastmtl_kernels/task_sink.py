@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from fastmtl_kernels.cast import cast
 from fastmtl_kernels.philox import describe
+from fastmtl_kernels.upload import upload
 
 
 class Offsets(Protocol):
@@ -88,7 +89,7 @@ class TaskRows:
         elif isinstance(token_offsets, Tensor):
             offsets = token_offsets
         elif isinstance(token_offsets, Sequence):
-            offsets, known = torch.tensor(token_offsets, dtype=torch.int32, device=device), tuple(token_offsets)
+            offsets, known = upload(torch.tensor(token_offsets, dtype=torch.int32), device), tuple(token_offsets)
         else:
             offsets, known = token_offsets.offsets, tuple(token_offsets.host)
         if offsets.dtype != torch.int32 or offsets.dim() != 1 or len(offsets) < 2:

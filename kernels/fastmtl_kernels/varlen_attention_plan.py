@@ -11,12 +11,16 @@ Source: Krell et al., Efficient Sequence Packing without Cross-contamination, 20
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from fastmtl_kernels.upload import upload
 
 TILE = 64
 GROUP = 4
@@ -26,16 +30,12 @@ GROUP = 4
 class AttentionPlan:
     """The work of one packed batch; make it once, use it for every layer and in backward.
 
-    tile_rows: int32 [tiles, 64], the row in each slot, -1 in an empty slot.
-    tile_starts: int32 [tiles, 64], the first row of the slot's sequence, -1 in an empty slot and for rows of none.
-    blocks: int32 [blocks, 3], longest sequences first: the first row of the sequence, the row past its last, and the
-        first of the block's 64 rows.
-    num_rows: N, the rows of qkv.
+    numbers: int32, tile_rows, tile_starts and blocks one after the other, so that they go to a device by one copy.
+    num_tiles: of the first two. num_rows: N, the rows of qkv.
     """
 
-    tile_rows: Tensor
-    tile_starts: Tensor
-    blocks: Tensor
+    numbers: Tensor
+    num_tiles: int
     num_rows: int
 
     @classmethod
@@ -46,18 +46,58 @@ class AttentionPlan:
             ValueError: cu_seqlens does not begin with 0, descends or passes num_rows.
         """
         check_cu_seqlens(cu_seqlens, num_rows)
-        sequences = [(start, stop - start) for start, stop in pairwise(cu_seqlens)]
-        rows, starts = _tiles([(start, length) for start, length in sequences if 0 < length <= TILE])
-        rows, starts = _add_tail(rows, starts, cu_seqlens[-1], num_rows)
-        longest_first = sorted((s for s in sequences if s[1] > TILE), key=lambda s: -s[1])
-        blocks = [
-            (start, start + length, first)
-            for start, length in longest_first
-            for first in range(start, start + length, TILE)
-        ]
-        flat = torch.cat([rows, starts, torch.tensor(blocks, dtype=torch.int32).view(-1)]).to(device)
-        tile_rows, tile_starts, flat_blocks = flat.split([len(rows), len(starts), 3 * len(blocks)])
-        return cls(tile_rows.view(-1, TILE), tile_starts.view(-1, TILE), flat_blocks.view(-1, 3), num_rows)
+        offsets = np.asarray(cu_seqlens, dtype=np.int64)
+        starts, lengths = offsets[:-1], np.diff(offsets)
+        fits = (lengths > 0) & (lengths <= TILE)
+        rows, first_rows = _tiles(starts[fits], lengths[fits])
+        rows, first_rows = _add_tail(rows, first_rows, cu_seqlens[-1], num_rows)
+        plan = cls._of(rows, first_rows, _blocks(starts, lengths), num_rows)
+        return plan.map(lambda numbers: upload(numbers, device))
+
+    @classmethod
+    def _of(cls, rows: np.ndarray, starts: np.ndarray, blocks: np.ndarray, num_rows: int) -> AttentionPlan:
+        numbers = np.concatenate([rows, starts, blocks.reshape(-1)], dtype=np.int32, casting="same_kind")
+        return cls(torch.from_numpy(numbers), len(rows) // TILE, num_rows)
+
+    @property
+    def num_blocks(self) -> int:
+        return (len(self.numbers) - 2 * TILE * self.num_tiles) // 3
+
+    @property
+    def tile_rows(self) -> Tensor:
+        """int32 [tiles, 64], the row in each slot, -1 in an empty slot."""
+        return self._tiles[0]
+
+    @property
+    def tile_starts(self) -> Tensor:
+        """int32 [tiles, 64], the first row of the slot's sequence, -1 in an empty slot and for rows of none."""
+        return self._tiles[1]
+
+    @cached_property
+    def blocks(self) -> Tensor:
+        """int32 [blocks, 3], longest sequences first: the first row of the sequence, the row past its last, and the
+        first of the block's 64 rows.
+        """
+        return self.numbers[2 * TILE * self.num_tiles :].view(-1, 3)
+
+    @cached_property
+    def _tiles(self) -> tuple[Tensor, ...]:
+        return self.numbers[: 2 * TILE * self.num_tiles].view(2, self.num_tiles, TILE).unbind()
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> AttentionPlan:
+        """The plan with function(numbers) in the place of its numbers, which are the same ones elsewhere."""
+        return replace(self, numbers=function(self.numbers))
+
+    def with_rows(self, num_rows: int) -> AttentionPlan:
+        """Of as many rows or more: what `make` gives for the same sequences. For a plan on the CPU."""
+        numbers, slots = self.numbers.numpy(), TILE * self.num_tiles
+        rows, starts = _add_tail(numbers[:slots], numbers[slots : 2 * slots], self.num_rows, num_rows)
+        return self._of(rows, starts, numbers[2 * slots :], num_rows)
+
+
+def needs_plan(device: torch.device) -> bool:
+    """Whether the attention kernels of the device work by a plan."""
+    return device.type == "cuda"
 
 
 def check_cu_seqlens(cu_seqlens: Sequence[int], num_rows: int) -> None:
@@ -71,14 +111,14 @@ def check_cu_seqlens(cu_seqlens: Sequence[int], num_rows: int) -> None:
         raise ValueError(f"cu_seqlens must end within the {num_rows} rows of qkv, got {cu_seqlens[-1]}")
 
 
-def _tiles(sequences: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """Rows and starts of the slots, flat, for sequences (first row, length) that fit a tile."""
+def _tiles(first_rows: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and starts of the slots, flat, for sequences that fit a tile."""
+    longest_first = np.argsort(-lengths, kind="stable")
+    first_rows, lengths = first_rows[longest_first], lengths[longest_first]
     tiles_by_room: list[list[int]] = [[] for _ in range(TILE + 1)]
     num_tiles = 0
     slots = []
-    sequences = sorted(sequences, key=lambda sequence: -sequence[1])
-    for _, length in sequences:
-        size = -(-length // GROUP) * GROUP
+    for size in (-(-lengths // GROUP) * GROUP).tolist():
         room = next((room for room in range(size, TILE + 1, GROUP) if tiles_by_room[room]), TILE)
         if tiles_by_room[room]:
             tile = tiles_by_room[room].pop()
@@ -86,23 +126,33 @@ def _tiles(sequences: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
             tile, num_tiles = num_tiles, num_tiles + 1
         slots.append(tile * TILE + TILE - room)
         tiles_by_room[room - size].append(tile)
-    rows = torch.full((num_tiles * TILE,), -1, dtype=torch.int32)
-    starts = torch.full_like(rows, -1)
-    lengths = torch.tensor([length for _, length in sequences], dtype=torch.int64)
+    rows = np.full(num_tiles * TILE, -1, dtype=np.int32)
+    starts = rows.copy()
     # Position of each token in its sequence, all sequences one after the other.
-    positions = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    first_rows = torch.tensor([start for start, _ in sequences], dtype=torch.int32).repeat_interleave(lengths)
-    filled = torch.tensor(slots, dtype=torch.int64).repeat_interleave(lengths) + positions
-    rows[filled] = first_rows + positions.int()
-    starts[filled] = first_rows
+    positions = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    of_tokens = np.repeat(first_rows, lengths)
+    filled = np.repeat(np.asarray(slots, dtype=np.int64), lengths) + positions
+    rows[filled] = of_tokens + positions
+    starts[filled] = of_tokens
     return rows, starts
 
 
-def _add_tail(rows: Tensor, starts: Tensor, first: int, stop: int) -> tuple[Tensor, Tensor]:
+def _add_tail(rows: np.ndarray, starts: np.ndarray, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
     """With the rows first:stop, which are of no sequence, in empty slots and in as many further tiles as they need."""
-    empty = int((rows < 0).sum())
+    empty = np.count_nonzero(rows < 0)
     further = max(0, -(-(stop - first - empty) // TILE)) * TILE
-    blank = torch.full((further,), -1, dtype=torch.int32)
-    rows, starts = torch.cat([rows, blank]), torch.cat([starts, blank])
-    rows[(rows < 0).nonzero()[: stop - first, 0]] = torch.arange(first, stop, dtype=torch.int32)
+    blank = np.full(further, -1, dtype=np.int32)
+    rows, starts = np.concatenate([rows, blank]), np.concatenate([starts, blank])
+    rows[np.flatnonzero(rows < 0)[: stop - first]] = np.arange(first, stop)
     return rows, starts
+
+
+def _blocks(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """[blocks, 3] of the sequences that fit no tile, the longest first."""
+    longest_first = np.argsort(-lengths, kind="stable")
+    longest_first = longest_first[lengths[longest_first] > TILE]
+    starts, lengths = starts[longest_first], lengths[longest_first]
+    number = -(-lengths // TILE)
+    of_blocks = np.repeat(starts, number)
+    place = np.arange(number.sum()) - np.repeat(np.cumsum(number) - number, number)
+    return np.stack([of_blocks, of_blocks + np.repeat(lengths, number), of_blocks + place * TILE], axis=1)

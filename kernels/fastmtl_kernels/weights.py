@@ -22,6 +22,8 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
+from fastmtl_kernels.upload import upload
+
 Reduction = Literal["sum", "mean"]
 
 # A target cosine of 1 is out of reach by adding a finite multiple of g_j.
@@ -156,6 +158,4 @@ def _order(gram: Tensor, order: Tensor | None, generator: Generator | None, chec
     # On another device the values are taken on trust: reading them would wait for it.
     elif check and order.device.type == "cpu" and not (order.sort(-1).values == torch.arange(num_tasks)).all():
         raise ValueError(f"order must hold permutations of 0..{num_tasks - 1}, got {order.tolist()}")
-    if order.device.type == "cpu" and gram.device.type == "cuda":
-        order = order.pin_memory()
-    return order.to(gram.device, torch.int64, non_blocking=True).expand(num_tasks, num_tasks)
+    return upload(order.to(torch.int64), gram.device).expand(num_tasks, num_tasks)

@@ -143,12 +143,10 @@ def test_empty_tiles_and_blocks_do_nothing() -> None:
     qkv, grad = torch.randn(120, 3, 2, 16, generator=generator), torch.randn(120, 2, 16, generator=generator)
     plan = AttentionPlan.make([0, 20, 90, 110], 120)
     blank = torch.full((3, 64), -1, dtype=torch.int32)
-    filled = AttentionPlan(
-        torch.cat([plan.tile_rows, blank]),
-        torch.cat([plan.tile_starts, blank]),
-        torch.cat([plan.blocks, torch.zeros(2, 3, dtype=torch.int32)]),
-        plan.num_rows,
-    )
+    parts = [plan.tile_rows, blank, plan.tile_starts, blank, plan.blocks, torch.zeros(2, 3, dtype=torch.int32)]
+    numbers = torch.cat([part.flatten() for part in parts])
+    filled = AttentionPlan(numbers, plan.num_tiles + 3, plan.num_rows)
+    assert filled.num_blocks == plan.num_blocks + 2
     found = []
     for one in (plan, filled):
         with mock.patch.object(torch, "empty", filled_with_nan):

@@ -30,6 +30,10 @@ def test_a_plan_has_every_row_once(lengths: list[int], tail: int) -> None:
         assert start == offsets[offsets.index(start) + offsets.count(start) - 1]
         seen += range(first, min(first + TILE, stop))
     assert sorted(seen) == list(range(num_rows))
+    wider = AttentionPlan.make(offsets, num_rows + 100)
+    grown = plan.with_rows(num_rows + 100)
+    assert torch.equal(grown.numbers, wider.numbers)
+    assert (grown.num_tiles, grown.num_rows) == (wider.num_tiles, wider.num_rows)
 
 
 def test_a_plan_wastes_little() -> None:

@@ -92,10 +92,10 @@ def test_the_host_starts_the_same_for_every_batch(make_batch: MakeBatch, started
     with sink.armed("stack", META):
         static = StaticLayers(layers, embeddings, parameters, bucket, 3, words, sink, None)
         found = []
-        for batch, plan in zip(batches, plans, strict=True):
-            seeds = torch.arange(9).to(META).split(1)
-            ids = torch.zeros(batch.num_tokens, 3, dtype=torch.int64, device=META)
-            static.fill(ids, batch.host, plan, seeds)
+        # The first forward makes views of seeds and plan that stay; warming up does so before recording.
+        for batch, plan in zip([batches[0], *batches], [plans[0], *plans], strict=True):
+            ids = [torch.zeros(batch.num_tokens, dtype=torch.int64, device=META) for _ in range(3)]
+            static.fill(ids, batch.host, plan, torch.arange(9).to(META))
             started.append(Started())
             with started[-1]:
                 static.forward()
@@ -103,8 +103,8 @@ def test_the_host_starts_the_same_for_every_batch(make_batch: MakeBatch, started
                 static.backward(stores=False)
             static.release()
             found.append(started[-1].all)
-    assert found[0] == found[1]
-    names = [entry[0] for entry in found[0] if isinstance(entry[0], str)]
+    assert found[1] == found[2]
+    names = [entry[0] for entry in found[1] if isinstance(entry[0], str)]
     assert set(names) == {name for kernels in KERNELS.values() for name in kernels}
     # A layer: attention of two kinds of sequences, two LayerNorms; backward twice, its LayerNorm two kernels, as those
     # of the embeddings.
