@@ -14,6 +14,7 @@ from fastmtl.errors import UserError
 from fastmtl.surgery import GradientSurgery, SurgeryInfo
 from fastmtl.surgery.functional import embedding, layer_norm, linear
 from fastmtl.surgery.kept import KeptGradients
+from fastmtl.surgery.merged import Merged
 from fastmtl.surgery.segments import Segments
 from fastmtl.surgery.task_gradients import TaskGradients
 
@@ -117,9 +118,9 @@ def test_what_is_kept() -> None:
     made: list[int] = []
     merge = sink.combine
 
-    def combine(weights: Tensor) -> dict[int, Tensor]:
+    def combine(weights: Tensor, *, narrow: bool) -> Merged:
         made.append(sum({t.data_ptr(): t.nbytes for t in sink.tensors()}.values()))
-        return merge(weights)
+        return merge(weights, narrow=narrow)
 
     sink.combine = combine  # type: ignore[method-assign]
     info = surgery.run([0], lambda seed, task_grads: net(seed, task_grads))
