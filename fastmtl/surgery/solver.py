@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,18 +81,18 @@ class Solver:
             extra = torch.cat([extra, bad_own.double()])
         extra = sum_over_ranks(extra)
         shown = sum_over_ranks(gram.clone()) / world_size() if self._by_rank else gram
-        host = torch.cat([shown.flatten().double(), weights.double(), extra]).cpu()
-        host_gram, host_weights, sums, flags = host.split([num_tasks**2, num_tasks, num_tasks, len(own)])
-        host_gram = host_gram.view(num_tasks, num_tasks)
+        host = torch.cat([shown.flatten().double(), weights.double(), extra]).cpu().numpy()
+        host_gram, host_weights, sums, flags = np.split(host, np.cumsum([num_tasks**2, num_tasks, num_tasks]))
+        host_gram = host_gram.reshape(num_tasks, num_tasks)
         losses = step.mean_losses(sums.tolist())
-        finite = host_gram.diagonal().isfinite().tolist()
+        finite = np.isfinite(host_gram.diagonal()).tolist()
         bad = [name for name, good in zip(self.tasks, finite, strict=True) if not good]
         bad += [name for name, flag in zip(own_names, flags.tolist(), strict=True) if flag]
         if not bad:
             self._skipped_in_a_row = 0
             merged = None if self._by_rank else float(host_weights @ host_gram @ host_weights)
-            shown_weights = None if self._by_rank else host_weights.float()
-            return SurgeryInfo.of_gramian(losses, host_gram.float(), shown_weights, merged), False
+            shown_weights = None if self._by_rank else host_weights.astype(np.float32)
+            return SurgeryInfo.of_gramian(losses, host_gram.astype(np.float32), shown_weights, merged), False
         if target.backs_off():  # it has to see the overflow in the gradients
             return SurgeryInfo(losses=losses), True
         self._skip(bad[0])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,20 +51,28 @@ class SurgeryInfo:
 
     @classmethod
     def of_gramian(
-        cls, losses: dict[str, float], gram: Tensor, weights: Tensor | None, merged_square: float | None, **more: Any
+        cls,
+        losses: dict[str, float],
+        gram: np.ndarray,
+        weights: np.ndarray | None,
+        merged_square: float | None,
+        **more: Any,
     ) -> SurgeryInfo:
-        """From G [T, T] and the weights [T], on the host. merged_square: the shared update's norm squared."""
-        norms = gram.diagonal().clamp(min=0).sqrt()
-        cosines = gram / (norms[:, None] * norms[None, :])
-        cosines[norms == 0, :] = cosines[:, norms == 0] = float("nan")
-        upper = cosines[torch.triu(torch.ones_like(cosines, dtype=torch.bool), diagonal=1)]
-        upper = upper[~upper.isnan()]
+        """From G [T, T] and the weights [T], float32. merged_square: the shared update's norm squared. In numpy: torch
+        would call a hundred operators for a few numbers.
+        """
+        norms = np.sqrt(gram.diagonal().clip(min=0))
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
+            cosines = gram / np.outer(norms, norms)
+        cosines[norms == 0, :] = cosines[:, norms == 0] = np.nan
+        upper = cosines[np.triu_indices_from(cosines, k=1)]
+        upper = upper[~np.isnan(upper)]
         return cls(
             losses=losses,
-            cosines=cosines,
-            conflict_rate=float((upper < 0).float().mean()) if len(upper) else 0.0,
-            task_norms=norms,
-            weights=weights,
+            cosines=torch.from_numpy(cosines),
+            conflict_rate=float((upper < 0).astype(np.float32).mean()) if len(upper) else 0.0,
+            task_norms=torch.from_numpy(norms),
+            weights=None if weights is None else torch.from_numpy(weights),
             merged_norm=None if merged_square is None else max(merged_square, 0.0) ** 0.5,
             **more,
         )

@@ -58,4 +58,4 @@ def tensor_scope(
             parts.solver.stop_at("gradient", f"task {name}")
     parts.check_own(bad_own)
     merged = None if by_rank else float(host[num_tasks**2]) / factor**2
-    return SurgeryInfo.of_gramian(mean_losses, gram, None, merged, nbytes=sink.nbytes())
+    return SurgeryInfo.of_gramian(mean_losses, gram.numpy(), None, merged, nbytes=sink.nbytes())
