@@ -14,16 +14,23 @@ from fastmtl.errors import UserError
 _REENTRANT = ("use_reentrant=True", "Checkpointing is not compatible with .grad()")
 
 
+# A scalar, and what its gradient is multiplied with.
+Term = tuple[Tensor, float]
+
+
 def differentiate(
-    loss: Tensor, inputs: Sequence[Tensor], names: Mapping[int, str], *, again: bool = False
+    terms: Sequence[Term], inputs: Sequence[Tensor], names: Mapping[int, str], *, again: bool = False
 ) -> tuple[Tensor | None, ...]:
-    """Return gradients of a scalar by `inputs`, None for those that it does not depend on.
+    """Return gradients of the sum of the terms by `inputs`, None for those that it does not depend on. The sum is not
+    made: autograd starts from the factors.
 
     names: of the inputs by id, for messages. again: whether the graph is needed for another call.
     Raises UserError for re-entrant checkpointing and for sparse gradients.
     """
     try:
-        found = torch.autograd.grad(loss, inputs, retain_graph=again, allow_unused=True)
+        scalars = [scalar for scalar, _ in terms]
+        factors = [torch.full((), factor, dtype=scalar.dtype, device=scalar.device) for scalar, factor in terms]
+        found = torch.autograd.grad(scalars, inputs, factors, retain_graph=again, allow_unused=True)
     except RuntimeError as error:
         if any(sign in str(error) for sign in _REENTRANT):
             raise UserError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UserError
-from fastmtl.surgery.differentiate import differentiate
+from fastmtl.surgery.differentiate import Term, differentiate
 from fastmtl.surgery.reduce import sum_over_ranks
 from fastmtl.surgery.solver import Solver
 from fastmtl.surgery.targets import Target
@@ -28,15 +28,15 @@ class Parts:
     shared: list[nn.Parameter]
     own: list[nn.Parameter]
 
-    def one_pass(self, loss: Tensor, own: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
-        """Differentiates `loss`: all task gradients of the shared parameters go into the armed sink, those of `own`
-        are returned.
+    def one_pass(self, terms: Sequence[Term], own: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
+        """Differentiates a loss: all task gradients of the shared parameters go into the armed sink, those of `own` are
+        returned.
 
         Raises UserError where a shared parameter's gradient goes past the sink.
         """
         # Shared parameters are asked for only to see that autograd has nothing for them: layers that write into the
         # sink give None, any other op's gradient would be lost.
-        anchor, *rest = differentiate(loss, [self.sink.anchor, *own, *self.shared], self.target.names)
+        anchor, *rest = differentiate(terms, [self.sink.anchor, *own, *self.shared], self.target.names)
         if anchor is None:
             raise UserError(
                 "loss_fn takes task_grads but the model does not use it: pass it to the layers, embedding included, or "

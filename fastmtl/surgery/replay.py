@@ -34,7 +34,7 @@ def replay(parts: Parts, step: Step, micro_batches: Sequence[Any], losses_of: Lo
             step.take(losses)
             sink.forward_done()
             with named("backward"):
-                parts.one_pass(step.total(losses) * scale, own=())
+                parts.one_pass(step.terms(losses, scale), own=())
     after = RandomState.capture(target.device)
     with named("surgery"):
         info, weights = parts.solver.solve(sink.gramian() / scale**2, step, target)

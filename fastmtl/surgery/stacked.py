@@ -54,7 +54,7 @@ class StackedStep:
         with named("backward"):
             if takes_sink:
                 self._parts.sink.forward_done(last=last)
-                self._add_own(self._parts.one_pass(self._step.total(losses) * self._scale, self._parts.own))
+                self._add_own(self._parts.one_pass(self._step.terms(losses, self._scale), self._parts.own))
             else:
                 self._one_by_one(losses)
 
@@ -68,8 +68,8 @@ class StackedStep:
             if losses[name][1] == 0:  # its zero reaches what it depends on: joint training gives that a zero, too
                 self._reach(leaves_of(losses[name][0]))
                 continue
-            loss = self._step.scaled(name, losses) * self._scale
-            gradients = differentiate(loss, [*shared, *self._parts.own], names, again=True)
+            term = losses[name][0], self._step.factor(name) * self._scale
+            gradients = differentiate([term], [*shared, *self._parts.own], names, again=True)
             for parameter, gradient in zip(shared, gradients, strict=False):
                 if gradient is None:
                     continue

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import UserError
+from fastmtl.surgery.differentiate import Term
 from fastmtl.surgery.losses import Losses, check_counts, check_losses
 from fastmtl.surgery.reduce import sum_over_ranks
 from fastmtl.surgery.stopwatch import Stopwatch
@@ -117,21 +118,27 @@ class Step:
             absent = [self.sums.new_zeros(())] if len(losses) < len(self._tasks) else []
             self.sums += torch.stack([losses[name][0] if name in losses else absent[0] for name in self._tasks])
 
-    def scaled(self, name: str, losses: Losses) -> Tensor:
-        """This micro-batch's part of the task's weighted mean loss."""
+    def factor(self, name: str) -> float:
+        """Makes a sum of losses of the task this micro-batch's part of its weighted mean loss."""
         assert self._counts is not None
-        weight = self._task_weights[self._tasks.index(name)]
-        return losses[name][0] * (weight / max(self._counts.get(name, 0), 1))
+        return self._task_weights[self._tasks.index(name)] / max(self._counts.get(name, 0), 1)
 
-    def total(self, losses: Losses) -> Tensor:
-        """This micro-batch's part of the step's loss. Raises UserError where nothing could be differentiated."""
-        total = torch.stack([self.scaled(name, losses) for name in losses]).sum()
-        if not total.requires_grad:
+    def terms(self, losses: Losses, scale: float = 1.0) -> list[Term]:
+        """Of this micro-batch's part of the step's loss, times a scale. Raises UserError where nothing could be
+        differentiated.
+        """
+        found = [(loss, self.factor(name) * scale) for name, (loss, _) in losses.items() if loss.requires_grad]
+        if not found:
             raise UserError(
                 "no task has rows, and no loss depends on a parameter that is trained: without rows give the losses "
                 "as zeros of the heads (the sum of a head's outputs times 0)"
             )
-        return total
+        return found
+
+    def total(self, losses: Losses) -> Tensor:
+        """This micro-batch's part of the step's loss. Raises UserError where nothing could be differentiated."""
+        self.terms(losses)
+        return torch.stack([loss * self.factor(name) for name, (loss, _) in losses.items()]).sum()
 
     def mean_losses(self, sums: Sequence[float]) -> dict[str, float]:
         """Unweighted mean loss of each task, from the sums over all ranks."""

@@ -253,7 +253,7 @@ class FlatTarget(EngineTarget):
         self._own_forward = False
         self.check_trained()
         scale = self.loss_scale()
-        found = differentiate(loss * (self.factor * scale), self.parameters, self.names)
+        found = differentiate([(loss, self.factor * scale)], self.parameters, self.names)
         gradients = Merged()
         for parameter, gradient in zip(self.parameters, found, strict=True):
             gradients[id(parameter)] = torch.zeros_like(parameter) if gradient is None else gradient
