@@ -69,7 +69,7 @@ def train(
     report.html in `output`.
     accept_changes: resume although settings or training rows differ from those that the checkpoint was saved with.
     rows: those of the recipe's files, where they have been read.
-    Raises UserError for what the user can mend. SIGTERM ends the current step, saves, and returns.
+    Raises UserError for what the user can mend. After SIGTERM it trains one step more at most, saves, and returns.
     """
     if not torch.cuda.is_available():
         heap.map_large_blocks()
@@ -171,6 +171,8 @@ def run_phase(
 
     def save(value: float | None = None) -> None:
         at.surgery, at.objectives = surgery.state_dict(), objectives.state_dict()
+        with writing(run.files.output / "metrics.jsonl"):
+            tracker.flush()
         advice = "Make room and go on from the last checkpoint with --resume."
         with writing(run.checkpoints.path(at.step), advice):
             run.checkpoints.save(engine, at.step, asdict(at), value, phase.name, objectives.tensors())
@@ -184,7 +186,7 @@ def run_phase(
             micro_batches = objectives.prepare(micro_batches)
             counts = dict(zip(phase.loss_names, micro_batches[0].group_counts or (), strict=True))
             weights = objectives.weights(stream.loss_weights(at.epoch, at.step_in_epoch))
-            info = surgery.run(micro_batches, loss_fn, counts, weights)
+            info = surgery.run(micro_batches, loss_fn, counts, weights, stop=run.stop.up)
             if info.skipped is None:
                 with named("optimiser"):
                     engine.step()
@@ -201,7 +203,7 @@ def run_phase(
                 heap.trim()
             if at.step == last_step:
                 break
-            if ranks.any(run.stop.up):
+            if info.stop:
                 save()
                 return False
             if recipe.train.checkpoint_every and at.step % recipe.train.checkpoint_every == 0:

@@ -29,9 +29,10 @@ def test_each_way_is_a_recipe_that_differs_in_what_its_name_says() -> None:
         assert recipe.engine.flat_parameters == ("flat" in words)
         assert recipe.engine.cuda_graphs == ("graphs" in words)
         assert (recipe.gradient.dtype == "bfloat16") == ("J in bf16" in words)
-        quieted = {"bf16": {"check_grad_overflow": False}, "zero_optimization": {"overlap_comm": False}}
-        assert recipe.deepspeed == (quieted if "no check" in words else {})
-    assert "bf16" not in recipe_of(EngineWay("pcgrad", quiet=True), work, "fp32").deepspeed
+        zero = {"overlap_comm": True, "compute_grad_norm": True}
+        checks = {"bf16": {"check_grad_overflow": True}, "zero_optimization": zero}
+        assert recipe.deepspeed == (checks if "DeepSpeed's checks" in words else {})
+    assert "bf16" not in recipe_of(EngineWay("pcgrad", checks=True), work, "fp32").deepspeed
 
 
 def test_what_cannot_be_measured_is_refused_first(monkeypatch: pytest.MonkeyPatch) -> None:

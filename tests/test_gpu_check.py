@@ -54,7 +54,7 @@ def test_real_parts_on_the_cpu(tmp_path: Path) -> None:
     )
     assert set(result["step"]["steps"]) == {"transformers", "fastmtl sum", "fastmtl pcgrad", "matrix products"}
     (engine,) = result["engine"]
-    assert set(engine["ways"]) == {"sum", "pcgrad", "sum, flat", "pcgrad, flat", "pcgrad, no check, no overlap"}
+    assert set(engine["ways"]) == {"sum", "pcgrad", "sum, flat", "pcgrad, flat", "pcgrad, DeepSpeed's checks"}
     assert all("NVIDIA GPU" in why for why in engine["skipped"].values()) and len(engine["skipped"]) == 4
     tests = result["tests"]["tests-recorded_step_gpu"]
     assert sum(tests["skipped"].values()) > 0 and tests["failed"] == {}

@@ -28,27 +28,27 @@ from fastmtl.model.encoder import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
 
 ZERO = 1
-# Settings of DeepSpeed that take time out of a step: a look at every gradient, and a second stream.
-QUIET = {"zero_optimization": {"overlap_comm": False}}
-NO_CHECK = {"bf16": {"check_grad_overflow": False}}
+# DeepSpeed's looks at every gradient, and its second stream: fastmtl leaves them out where surgery knows the norm.
+CHECKS = {"zero_optimization": {"overlap_comm": True, "compute_grad_norm": True}}
+BF16_CHECK = {"bf16": {"check_grad_overflow": True}}
 _TOTAL_STEPS = 1000  # of the schedule, which no step here reaches the end of
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineWay:
-    """flat, graphs: engine.flat_parameters, engine.cuda_graphs. bf16: J's dtype. quiet: without DeepSpeed's overflow
-    check and overlap.
+    """flat, graphs: engine.flat_parameters, engine.cuda_graphs. bf16: J's dtype. checks: with DeepSpeed's own norm,
+    overflow check and overlap.
     """
 
     method: str
     flat: bool = False
     graphs: bool = False
     bf16: bool = False
-    quiet: bool = False
+    checks: bool = False
 
     @property
     def name(self) -> str:
-        words = {"flat": self.flat, "graphs": self.graphs, "J in bf16": self.bf16, "no check, no overlap": self.quiet}
+        words = {"flat": self.flat, "graphs": self.graphs, "J in bf16": self.bf16, "DeepSpeed's checks": self.checks}
         return ", ".join([self.method, *(word for word, chosen in words.items() if chosen)])
 
 
@@ -62,8 +62,8 @@ WAYS = {
         EngineWay("sum", flat=True, graphs=True),
         EngineWay("pcgrad", flat=True, graphs=True),
         EngineWay("pcgrad", flat=True, graphs=True, bf16=True),
-        EngineWay("pcgrad", quiet=True),
-        EngineWay("pcgrad", flat=True, graphs=True, quiet=True),
+        EngineWay("pcgrad", checks=True),
+        EngineWay("pcgrad", flat=True, graphs=True, checks=True),
     )
 }
 
@@ -183,7 +183,7 @@ def _timed(
 
 def recipe_of(way: EngineWay, workload: Workload, precision: str) -> Recipe:
     """Return the workload's recipe with the way's settings."""
-    quiet = {**QUIET, **(NO_CHECK if precision == "bf16" else {})} if way.quiet else {}
+    checks = {**CHECKS, **(BF16_CHECK if precision == "bf16" else {})} if way.checks else {}
     sections = {
         "gradient": {"method": way.method, "dtype": "bfloat16" if way.bf16 else "float32"},
         "engine": {
@@ -192,6 +192,6 @@ def recipe_of(way: EngineWay, workload: Workload, precision: str) -> Recipe:
             "flat_parameters": way.flat,
             "cuda_graphs": way.graphs,
         },
-        "deepspeed": copy.deepcopy(quiet),  # DeepSpeed writes into its settings
+        "deepspeed": copy.deepcopy(checks),  # DeepSpeed writes into its settings
     }
     return parse_recipe({**workload.recipe, **sections}, "benchmark")

@@ -12,7 +12,8 @@ from torch import nn
 from fastmtl.config import Recipe
 from fastmtl.engine.deepspeed_section import check_section
 from fastmtl.engine.fused_optimizers import build_adam
-from fastmtl.engine.settings import deepspeed_config, deepspeed_section
+from fastmtl.engine.gradient_norm import leave_norm_to_surgery, max_norm, surgery_clips
+from fastmtl.engine.settings import deepspeed_config, deepspeed_section, set_buckets
 from fastmtl.errors import UserError, listed, quoted
 from fastmtl.model.masked_lm import MaskedLanguageModel
 from fastmtl.model.multitask import MultiTaskModel
@@ -20,11 +21,9 @@ from fastmtl.surgery.flat import FlatParameters
 from fastmtl.surgery.gradient_surgery import GradientSurgery
 from fastmtl.surgery.methods import Method, draw_order, find_method
 from fastmtl.surgery.options import DTYPES, check_options
+from fastmtl.surgery.reduce import world_size
 
 Model = MultiTaskModel | MaskedLanguageModel
-
-# DeepSpeed's default, in numbers.
-REDUCE_BUCKET_SIZE = 500_000_000
 
 
 def check_engine(recipe: Recipe, world: int) -> None:
@@ -85,9 +84,10 @@ def build_engine(recipe: Recipe, model: Model, world: int, total_steps: int, *, 
     if universal:
         config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
     if recipe.engine.zero:
-        # DeepSpeed makes its buckets of the size it is told, by default 2 GB in float32, whatever there is to reduce.
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        config["zero_optimization"].setdefault("reduce_bucket_size", min(REDUCE_BUCKET_SIZE, trainable))
+        set_buckets(config["zero_optimization"], trainable, cpu=cpu)
+    if surgery_clips(recipe, model, world):
+        leave_norm_to_surgery(config)
     try:
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=schedule, config=config)
     except Exception as error:
@@ -121,6 +121,7 @@ def build_surgery(recipe: Recipe, engine: Any, model: Model, tasks: list[str] | 
         options=gradient.options,
         seed=recipe.seed,
         cuda_graphs=recipe.engine.cuda_graphs,
+        max_norm=max_norm(recipe, model, world_size()),
     )
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from fastmtl.config import Recipe
 from fastmtl.engine.distributed import Ranks
+from fastmtl.engine.gradient_norm import keeps_clipping
 from fastmtl.engine.manifest import NAME, Refused, read_manifest, write_manifest
 from fastmtl.engine.optimizer_settings import optimizer_settings, put_settings
 from fastmtl.engine.plain_path import plain_path
@@ -142,8 +143,8 @@ class Checkpoints:
     def restore(self, engine: Any, found: Found) -> dict[str, Any]:
         """Load a found checkpoint into the engine and the random state; returns what `save` was given as state.
 
-        Learning rates and the optimiser's other settings stay those of the engine, which were made from the recipe and
-        the number of steps of now.
+        Learning rates, clipping and the optimiser's other settings stay those of the engine, which were made from the
+        recipe and the number of steps of now.
         """
         settings = optimizer_settings(engine)
         if found.universal:
@@ -160,7 +161,7 @@ class Checkpoints:
         return found.state
 
     def _load(self, engine: Any, directory: Path) -> None:
-        with plain_path(directory) as path:
+        with plain_path(directory) as path, keeps_clipping(engine):
             loaded, _ = engine.load_checkpoint(str(path), tag="engine")
         if loaded is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint in {directory}, whose manifest names its files")

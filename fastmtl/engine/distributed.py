@@ -54,7 +54,9 @@ class Ranks:
         tensor.copy_(shared)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up on any rank: the same answer on all."""
+        """Whether the flag is up on any rank: the same answer on all. Waits for the device where there are several."""
+        if self.world == 1:
+            return flag
         value = torch.tensor([int(flag)], device=self.device)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value.item())
@@ -186,7 +188,7 @@ def free_port() -> str:
 
 class StopFlag:
     """Goes up at SIGTERM, and when the `deepspeed` command that started this process is gone: it dies of a SIGTERM
-    without passing it on. The loop looks at it after each step.
+    without passing it on. The loop looks at it before each step.
     """
 
     def __init__(self) -> None:

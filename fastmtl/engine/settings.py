@@ -17,6 +17,8 @@ _OWNED = {
     ("zero_optimization", "offload_optimizer", "device"): "engine.offload",
     ("zero_optimization", "offload_param", "device"): "engine.offload",
 }
+# DeepSpeed's default, in numbers.
+REDUCE_BUCKET_SIZE = 500_000_000
 _DERIVED = "use sampler.batch_size or sampler.batch_tokens; DeepSpeed's number is derived"
 # DeepSpeed's keys for what a recipe says elsewhere, or what fastmtl does not do.
 _REFUSED = {
@@ -50,7 +52,7 @@ def deepspeed_config(recipe: Recipe, world: int, *, cpu: bool) -> dict[str, Any]
         raise UserError(f"engine.flat_parameters is for ZeRO 0, 1 and 2 without offload, not for {other}: leave it out")
     zero: dict[str, Any] = {"stage": engine.zero}
     if engine.zero:
-        zero |= {"overlap_comm": not cpu, "contiguous_gradients": True}
+        zero["contiguous_gradients"] = True
     if engine.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": not cpu}
         if engine.zero == 3:
@@ -68,6 +70,22 @@ def deepspeed_config(recipe: Recipe, world: int, *, cpu: bool) -> dict[str, Any]
     }
     _merge(config, deepspeed_section(recipe), recipe, ())
     return config
+
+
+def set_buckets(zero: dict[str, Any], trainable: int, *, cpu: bool) -> None:
+    """Complete the section `zero_optimization` for this many trained numbers, where the recipe leaves it open.
+
+    DeepSpeed makes its buckets of the size it is told, by default 2 GB in float32, whatever there is to reduce. With
+    `overlap_comm` it makes a second one and synchronises the device, and with a single bucket there is no backward left
+    to overlap with. ZeRO 3 fetches weights ahead by the same setting.
+    """
+    zero.setdefault("reduce_bucket_size", min(REDUCE_BUCKET_SIZE, trainable))
+    zero.setdefault("overlap_comm", overlaps(zero["stage"], zero["reduce_bucket_size"], trainable, cpu=cpu))
+
+
+def overlaps(stage: int, bucket: int, trainable: int, *, cpu: bool) -> bool:
+    """Whether DeepSpeed reduces on a stream of its own during backward, by default."""
+    return not cpu and stage > 0 and (stage == 3 or bucket < trainable)
 
 
 def deepspeed_section(recipe: Recipe) -> dict[str, Any]:

@@ -15,7 +15,7 @@ Source: deepspeed/runtime/zero/stage_1_and_2.py and stage3.py; Rajbhandari et al
 
 from __future__ import annotations
 
-from fastmtl.engine.build import REDUCE_BUCKET_SIZE
+from fastmtl.engine.settings import REDUCE_BUCKET_SIZE
 from fastmtl.profile.ledger import Ledger
 from fastmtl.profile.parts import Bytes, nothing
 from fastmtl.profile.shape import Shape
@@ -100,6 +100,12 @@ def hand_over(ledger: Ledger, shape: Shape) -> None:
         ledger.touch(bucket(shape) if shape.zero == 2 else 0, "gradients")
     else:
         ledger.touch(bucket(shape) if shape.zero else min(shape.trained, REDUCE_BUCKET_SIZE) * number, "gradients")
+
+
+def reduce_in_hand(ledger: Ledger, shape: Shape) -> None:
+    """Gradients that are all held already are reduced; in ZeRO 0 and 1."""
+    buckets = bucket(shape) * (2 if shape.overlap else 1)
+    ledger.touch(buckets if shape.zero else min(shape.trained, REDUCE_BUCKET_SIZE) * shape.number_bytes, "gradients")
 
 
 def optimiser(ledger: Ledger, shape: Shape) -> None:

@@ -36,7 +36,9 @@ def predict(shape: Shape) -> Prediction:
     if shape.storage == "stacked" and not shape.joint:
         kept["task gradients"] = shape.tasks * shape.dense * shape.j_bytes
     ledger = Ledger(kept)
-    if shape.joint or shape.storage == "none":
+    if shape.in_hand:
+        _joint_in_hand(ledger, shape)
+    elif shape.joint or shape.storage == "none":
         _own_pass(ledger, shape)
     elif shape.storage == "stacked":
         _stacked(ledger, shape)
@@ -57,6 +59,14 @@ def _own_pass(ledger: Ledger, shape: Shape) -> None:
         deepspeed.begin_backward(ledger, shape, first)
         pass_.backward(_gradient_of(shape, first))
         deepspeed.end_backward(ledger, shape, last)
+
+
+def _joint_in_hand(ledger: Ledger, shape: Shape) -> None:
+    """Autograd's gradients of a sum, all of them before they go to DeepSpeed."""
+    pass_ = Pass(ledger, shape, 0)
+    pass_.forward()
+    pass_.backward(_gradient_of(shape, first=True))
+    deepspeed.reduce_in_hand(ledger, shape)
 
 
 def _first_pass(ledger: Ledger, shape: Shape) -> None:

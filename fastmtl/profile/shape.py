@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from fastmtl.config import Recipe, Recompute
 from fastmtl.data.packed_batch import PackedBatch
-from fastmtl.engine.build import REDUCE_BUCKET_SIZE
+from fastmtl.engine.gradient_norm import surgery_clips
+from fastmtl.engine.settings import REDUCE_BUCKET_SIZE, overlaps
 from fastmtl.model.multitask import MultiTaskModel
 
 
@@ -63,7 +64,7 @@ class Shape:
     sizes: of the dense tensors. groups: of the optimiser's groups. moments: numbers that the optimiser keeps for each
     weight. copies_to_decay: whether weight decay is added to a copy of the gradient. joint: gradients are summed.
     storage: "stacked", "replay", or "none" with scope "tensor". overlap: whether DeepSpeed reduces during backward, as
-    on GPUs.
+    on GPUs. in_hand: whether the gradients of a sum are all at hand before DeepSpeed has one.
     """
 
     load: Load
@@ -101,6 +102,7 @@ class Shape:
     on_gpu: bool
     overlap: bool
     bucket: int
+    in_hand: bool = False
 
     @property
     def trained(self) -> int:
@@ -133,6 +135,8 @@ class Shape:
         groups = model.parameter_groups(recipe.optimizer)
         total = sum(p.numel() for p in trained)
         zero = recipe.deepspeed.get("zero_optimization", {})
+        joint = gradient.method == "sum" or not shared
+        bucket = int(zero.get("reduce_bucket_size", min(REDUCE_BUCKET_SIZE, total)))
         return cls(
             load=max(loads, key=lambda load: load.tokens),
             loads=tuple(loads),
@@ -151,7 +155,7 @@ class Shape:
             frozen=everything - total,
             sizes=tuple(p.numel() for p in shared if p is not table),
             groups=tuple(sum(p.numel() for p in group["params"]) for group in groups),
-            joint=gradient.method == "sum" or not shared,
+            joint=joint,
             storage=storage,
             scope=gradient.scope,
             reduce=gradient.reduce,
@@ -167,8 +171,10 @@ class Shape:
             world=world,
             offload=engine.offload,
             on_gpu=on_gpu,
-            overlap=bool(zero.get("overlap_comm", on_gpu)) and engine.zero > 0,
-            bucket=int(zero.get("reduce_bucket_size", min(REDUCE_BUCKET_SIZE, total))),
+            overlap=engine.zero > 0
+            and bool(zero.get("overlap_comm", overlaps(engine.zero, bucket, total, cpu=not on_gpu))),
+            bucket=bucket,
+            in_hand=joint and surgery_clips(recipe, model, world),
         )
 
     def spread(self, zero: int, world: int) -> Shape:
@@ -181,7 +187,8 @@ class Shape:
             world=world,
             storage=storage,
             offload=self.offload and zero > 0,
-            overlap=self.on_gpu and zero > 0,
+            overlap=overlaps(zero, self.bucket, sum(self.groups), cpu=not self.on_gpu),
+            in_hand=self.in_hand and world == 1 and zero < 2,
         )
 
 

@@ -18,8 +18,9 @@ from torch import nn
 from fastmtl.errors import UserError
 from fastmtl.ranges import named
 from fastmtl.recorders import Recorder, Recordings
+from fastmtl.surgery.clipping import check_max_norm
 from fastmtl.surgery.inputs import check_sketch, check_task_weights, check_tasks, find_shared
-from fastmtl.surgery.joint import JointStep
+from fastmtl.surgery.joint import JointStep, WatchedJointStep
 from fastmtl.surgery.kept import KeptGradients
 from fastmtl.surgery.losses import Losses
 from fastmtl.surgery.methods import Reduction, find_method
@@ -63,6 +64,9 @@ class GradientSurgery:
     "sum" (the paper) or "mean"; for pcgrad and gradvac.
     seed: of the random order in which tasks meet, with the step's number.
     cuda_graphs: whether Gramian, weights and merging are one CUDA graph, where they can be; the log says where not.
+    max_norm: clips the gradient of all trained parameters together, by the norm that G gives, so that the engine's own
+    `gradient_clipping` can be 0 and its checks of the gradient off; math.inf only finds the norm. None leaves all that
+    to the target. With `sum` it needs one process.
     Raises UserError for an unknown name, and for a combination that cannot do what it promises. `sum` heeds none of
     storage, scope, reduce and dtype.
     """
@@ -85,6 +89,7 @@ class GradientSurgery:
         options: Mapping[str, Any] | None = None,
         seed: int = 0,
         cuda_graphs: bool = False,
+        max_norm: float | None = None,
     ) -> None:
         self._target = find_target(target)
         chosen = find_method(method, reduction, options)
@@ -105,6 +110,7 @@ class GradientSurgery:
             dtype=dtype,
             sketch_size=sketch_size,
         )
+        check_max_norm(max_norm, self._target, self.storage, reduce, joint=chosen is None)
         if reduce == "sketch":
             check_sketch(sketch_size, sparse)
         self._joint, self._scope, self._by_rank = chosen is None, scope, reduce == "local"
@@ -120,8 +126,8 @@ class GradientSurgery:
             sketch_size=sketch_size if reduce == "sketch" else None,
         )
         own = [p for p in self._target.parameters if id(p) not in inside_ids]
-        self._parts = Parts(self._target, self._sink, self._solver, self.tasks, inside, own)
-        self._open: JointStep | StackedStep | None = None
+        self._parts = Parts(self._target, self._sink, self._solver, self.tasks, inside, own, max_norm)
+        self._open: JointStep | WatchedJointStep | StackedStep | None = None
         self._told = False
         self._recorded: RecordedStep | None = None
         self._recordings: Recordings | None = None
@@ -151,6 +157,8 @@ class GradientSurgery:
         loss_fn: Callable[..., Losses],
         counts: Mapping[str, int] | None = None,
         weights: Mapping[str, float] | None = None,
+        *,
+        stop: bool = False,
     ) -> SurgeryInfo:
         """Forward and backward of one optimiser step; then call `engine.step()` (or `optimizer.step()`) unless
         `skipped`.
@@ -161,6 +169,8 @@ class GradientSurgery:
         task.
         counts: rows of each task in the whole step over all ranks; needed with several micro-batches, else counted.
         weights: of the tasks' losses in this step, times the fixed ones; the same on every rank.
+        stop: whether this rank wants to end after this step, as after a signal; `info.stop` says whether any does. It
+        travels with the losses.
         Raises UserError where the losses are no scalar sums of rows or do not fit `tasks` or `counts`, where a shared
         parameter's gradient goes past the sink or is sparse, for re-entrant checkpointing, and where a parameter was
         frozen or unfrozen; TrainingError after five skipped steps in a row, and for a loss (`sum`) or gradient
@@ -171,7 +181,7 @@ class GradientSurgery:
         if counts is None and len(micro_batches) > 1:
             raise UserError(_COUNTS)
         losses_of = LossFunction(loss_fn, self._target, self._sink)
-        step = self._new_step(counts, weights)
+        step = self._new_step(counts, weights, stop)
         if not self._joint and self._scope == "tensor":
             return tensor_scope(self._parts, step, micro_batches, losses_of, by_rank=self._by_rank)
         if self.storage == "replay":
@@ -180,7 +190,7 @@ class GradientSurgery:
         for number, micro_batch in enumerate(micro_batches, start=1):
             with self._sink.armed(self._mode, self._target.device) if not self._joint else nullcontext():
                 with named("forward"):
-                    losses = losses_of(micro_batch, training_pass=self._joint)
+                    losses = losses_of(micro_batch, training_pass=self._joint and self._parts.max_norm is None)
                 self._tell(losses_of.takes_sink)
                 way.take(losses, takes_sink=losses_of.takes_sink, last=number == len(micro_batches))
                 # The graph that they hold would bring the default stream into the next forward's CUDA graphs.
@@ -204,13 +214,14 @@ class GradientSurgery:
         weights: Mapping[str, float] | None = None,
         *,
         last: bool = True,
+        stop: bool = False,
     ) -> SurgeryInfo | None:
         """In place of `engine.backward(loss)`, where the losses are at hand: {task: (sum of the rows' losses, rows)}.
 
         counts: rows of each task in the whole step over all ranks; needed with several micro-batches a step, else
-        counted. weights: as of `run`, taken from the step's first call. Drop the losses afterwards: with `cuda_graphs`
-        the next forward cannot be captured while they are there. last: whether this is the step's last
-        micro-batch; the merged gradient and the SurgeryInfo come with it, None before.
+        counted. weights, stop: as of `run`, taken from the first call of a step. Drop the losses afterwards: with
+        `cuda_graphs` the next forward cannot be captured while they are there. last: whether this is the last
+        micro-batch of the step; the merged gradient and the SurgeryInfo come with it, None before.
         Raises UserError as `run` does, and where a step cannot be done without running forward again: use `run` there.
         """
         self._check_backward()
@@ -219,7 +230,7 @@ class GradientSurgery:
             if self._open is None:
                 if counts is None and not last:
                     raise UserError(_COUNTS)
-                self._open = self._start(self._new_step(counts, weights))
+                self._open = self._start(self._new_step(counts, weights, stop))
             way = self._open
             if last:
                 self._open = None
@@ -250,18 +261,20 @@ class GradientSurgery:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._solver.load_state_dict(state)
 
-    def _new_step(self, counts: Mapping[str, int] | None, weights: Mapping[str, float] | None) -> Step:
+    def _new_step(self, counts: Mapping[str, int] | None, weights: Mapping[str, float] | None, stop: bool) -> Step:
         if not self._plain:  # a plain sum leaves it to autograd which parameters get a gradient
             self._target.check_trained()
         of_step = check_task_weights(weights or {}, self.tasks, "weights")
         self._solver.next_step()
         both = [fixed * now for fixed, now in zip(self._weights, of_step, strict=True)]
         # What every task shares reaches every loss; where nothing shared is trained, a task may have nothing to train.
-        constants = not self._parts.shared
-        return Step(counts, tasks=self.tasks, task_weights=both, device=self._target.device, constants=constants)
+        settings: dict[str, Any] = {"constants": not self._parts.shared, "stop": stop}
+        return Step(counts, tasks=self.tasks, task_weights=both, device=self._target.device, **settings)
 
-    def _start(self, step: Step) -> JointStep | StackedStep:
-        return JointStep(self._parts, step) if self._joint else StackedStep(self._parts, step, self._recorded)
+    def _start(self, step: Step) -> JointStep | WatchedJointStep | StackedStep:
+        if not self._joint:
+            return StackedStep(self._parts, step, self._recorded)
+        return JointStep(self._parts, step) if self._parts.max_norm is None else WatchedJointStep(self._parts, step)
 
     def _check_backward(self) -> None:
         if not self._joint and self.storage not in ("stacked", "kept"):

@@ -32,6 +32,10 @@ class Merged(MutableMapping[int, Tensor]):
         begin = places[0].storage_offset()
         return self._flat.as_strided((ends[-1] - begin,), (1,), begin)
 
+    def multiply(self, factor: float) -> None:
+        """Multiply all of them in place."""
+        torch._foreach_mul_([*self._others.values(), *([] if self._flat is None else [self._flat])], factor)
+
     def __getitem__(self, key: int) -> Tensor:
         if key in self._others:
             return self._others[key]

@@ -20,10 +20,14 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     pieces = [
         piece
         for gradient in gradients
-        for piece in (gradient.flatten().split(_PIECE) if gradient.device.type == "cpu" else (gradient,))
+        for piece in (gradient.flatten().split(_PIECE) if _is_long(gradient) else (gradient,))
     ]
     norms: list[Tensor] = []
     for dtype in dict.fromkeys(piece.dtype for piece in pieces):  # a norm of 16 bits would be rounded to these
         alike = [piece for piece in pieces if piece.dtype == dtype]
         norms += torch._foreach_norm(alike, 2, dtype=torch.promote_types(dtype, torch.float32))
-    return torch.nn.utils.get_total_norm([norm.double() for norm in norms]).float()
+    return torch.linalg.vector_norm(torch.stack(norms).double()).float()
+
+
+def _is_long(gradient: Tensor) -> bool:
+    return gradient.device.type == "cpu" and gradient.numel() > _PIECE

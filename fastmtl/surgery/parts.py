@@ -19,7 +19,9 @@ from fastmtl.surgery.task_gradients import TaskGradients
 
 @dataclass(frozen=True)
 class Parts:
-    """shared: the parameters that surgery is about. own: the tasks' own, which get their own gradient."""
+    """shared: the parameters that surgery is about. own: the tasks' own, which get their own gradient. max_norm: of the
+    whole gradient, None where the target clips.
+    """
 
     target: Target
     sink: TaskGradients
@@ -27,6 +29,7 @@ class Parts:
     tasks: list[str]
     shared: list[nn.Parameter]
     own: list[nn.Parameter]
+    max_norm: float | None = None
 
     def one_pass(self, terms: Sequence[Term], own: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
         """Differentiates a loss: all task gradients of the shared parameters go into the armed sink, those of `own` are

@@ -93,11 +93,11 @@ class RecordedStep:
         assert self._buffers is not None
         return self._buffers.gradients()
 
-    def spoil(self) -> None:
-        """Makes the merged gradient one that is not finite."""
+    def scale(self, factor: float) -> None:
+        """Multiply the merged gradient; NaN makes it one that is not finite."""
         assert self._buffers is not None
         for tensor in (self._buffers.merged, *self._buffers.of_tables):
-            tensor.fill_(float("nan"))
+            tensor.mul_(factor)
 
     def tensors(self) -> list[Tensor]:
         """What is kept from step to step, besides J."""

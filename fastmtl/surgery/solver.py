@@ -53,11 +53,17 @@ class Solver:
         return self.method.weights(gram, order, index)
 
     def solve(
-        self, gram: Tensor, step: Step, target: Target, own: Sequence[Tensor] = (), own_names: Sequence[str] = ()
+        self,
+        gram: Tensor,
+        step: Step,
+        target: Target,
+        own: Sequence[Tensor] = (),
+        own_names: Sequence[str] = (),
+        own_scale: float | None = None,
     ) -> tuple[SurgeryInfo, Tensor]:
         """What a step tells, and its weights, NaN where the target has to see that they are not finite: `judge`."""
         weights = self.weights(gram)
-        info, spoilt = self.judge(gram, weights, step, target, own, own_names)
+        info, spoilt = self.judge(gram, weights, step, target, own, own_names, own_scale)
         return info, torch.full_like(weights, float("nan")) if spoilt else weights
 
     def judge(
@@ -68,37 +74,44 @@ class Solver:
         target: Target,
         own: Sequence[Tensor] = (),
         own_names: Sequence[str] = (),
+        own_scale: float | None = None,
     ) -> tuple[SurgeryInfo, bool]:
         """What a step with G and these weights tells, and whether the target has to see that it is not finite: by one
         small reduction and one wait for the device.
 
-        own: gradients of the tasks' own parameters, looked at for numbers that are not finite.
+        own: gradients of the tasks' own parameters, looked at for numbers that are not finite. own_scale: what they are
+        multiplied by, where they are the sums over ranks and their norm is asked for.
         """
         num_tasks = len(self.tasks)
-        extra = step.sums
-        if own:
-            bad_own = ~torch.stack(torch._foreach_norm(list(own))).isfinite()
-            extra = torch.cat([extra, bad_own.double()])
-        extra = sum_over_ranks(extra)
+        norms = torch.stack(torch._foreach_norm(list(own))).double() if own else gram.new_zeros(0, dtype=torch.float64)
+        extra = sum_over_ranks(torch.cat([step.sums, (~norms.isfinite()).double()]))
         shown = sum_over_ranks(gram.clone()) / world_size() if self._by_rank else gram
-        host = torch.cat([shown.flatten().double(), weights.double(), extra]).cpu().numpy()
-        host_gram, host_weights, sums, flags = np.split(host, np.cumsum([num_tasks**2, num_tasks, num_tasks]))
+        host = torch.cat([shown.flatten().double(), weights.double(), extra, norms]).cpu().numpy()
+        counts = [num_tasks**2, num_tasks, num_tasks + 1, len(own)]
+        host_gram, host_weights, sums, flags, host_norms = np.split(host, np.cumsum(counts))
         host_gram = host_gram.reshape(num_tasks, num_tasks)
-        losses = step.mean_losses(sums.tolist())
+        losses, stop = step.told(sums.tolist())
         finite = np.isfinite(host_gram.diagonal()).tolist()
         bad = [name for name, good in zip(self.tasks, finite, strict=True) if not good]
         bad += [name for name, flag in zip(own_names, flags.tolist(), strict=True) if flag]
         if not bad:
-            self._skipped_in_a_row = 0
+            self.good_step()
             merged = None if self._by_rank else float(host_weights @ host_gram @ host_weights)
             shown_weights = None if self._by_rank else host_weights.astype(np.float32)
-            return SurgeryInfo.of_gramian(losses, host_gram.astype(np.float32), shown_weights, merged), False
+            of_own = None if own_scale is None else float(np.linalg.norm(host_norms)) / own_scale
+            narrow = host_gram.astype(np.float32)
+            return SurgeryInfo.of_gramian(losses, narrow, shown_weights, merged, own_norm=of_own, stop=stop), False
         if target.backs_off():  # it has to see the overflow in the gradients
-            return SurgeryInfo(losses=losses), True
-        self._skip(bad[0])
-        return SurgeryInfo(losses=losses, skipped=bad[0]), False
+            return SurgeryInfo(losses=losses, stop=stop), True
+        self.skip(bad[0])
+        return SurgeryInfo(losses=losses, skipped=bad[0], stop=stop), False
 
-    def _skip(self, name: str) -> None:
+    def good_step(self) -> None:
+        """Count a step whose gradients are finite."""
+        self._skipped_in_a_row = 0
+
+    def skip(self, name: str) -> None:
+        """Count a step that is skipped for the gradient of `name`. Raises TrainingError for the fifth in a row."""
         self._skipped += 1
         self._skipped_in_a_row += 1
         log.warning("step %d skipped: the gradient of %s is not finite", self._step, name)

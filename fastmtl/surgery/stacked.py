@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastmtl.ranges import named
 from fastmtl.surgery.adamw import TaskUpdate
+from fastmtl.surgery.clipping import clip_gradients, known_clip, over_ranks, shared_norm
 from fastmtl.surgery.differentiate import differentiate, leaves_of
 from fastmtl.surgery.losses import Losses
 from fastmtl.surgery.merged import Merged
@@ -24,14 +25,11 @@ from fastmtl_kernels.cast import cast
 
 log = logging.getLogger(__name__)
 
-# What a step tells, and the merged gradients of shared parameters by id, None where there are none to hand over.
-_Merged = tuple[SurgeryInfo, Merged | None]
+# What a step tells, the merged gradients of shared parameters by id, None where there are none to hand over, and
+# whether they are clipped.
+_Merged = tuple[SurgeryInfo, Merged | None, bool]
 
 _Value = TypeVar("_Value")
-
-# A norm below this share of the sum of its parts' is not taken from float32 inner products, whose rounding, some 1e-7
-# of the parts' squares, would show in it.
-_CANCELLED = 1e-2
 
 
 class StackedStep:
@@ -106,51 +104,57 @@ class StackedStep:
             reached = parts.sink.reached()
             reached |= {id(p) for p, gradient in zip(parts.own, self._own, strict=True) if gradient is not None}
             factor = parts.target.factor / self._scale
-            merge = partial(self._launch, reached) if self._recorded is None else partial(self._replay, self._recorded)
-            info, merged = merge(own, names, factor)
+            watched = own if parts.max_norm is None else over_ranks(own)
+            launched = partial(self._launch, reached, own)
+            merge = launched if self._recorded is None else partial(self._replay, self._recorded)
+            info, merged, clipped = merge(watched, names, factor)
             nbytes = parts.sink.nbytes()
             if info.skipped is not None:
                 parts.sink.clear()  # kept pairs would live through the next forward
-            if merged is not None and own:
-                merged.update(zip(map(id, parts.own), torch._foreach_mul(own, factor), strict=True))
+            if merged is not None:
+                info, clip = clip_gradients(info, parts.max_norm, merged, parts.target.factor, clipped=clipped)
+                if own:
+                    merged.update(zip(map(id, parts.own), torch._foreach_mul(own, factor * clip), strict=True))
         watch.stop()
         if merged is not None:
             with named("communication"):
                 parts.target.hand_over(merged, reached)
         return dataclasses.replace(info, nbytes=nbytes, stopwatch=watch)
 
-    def _launch(self, reached: set[int], own: list[Tensor], names: list[str], factor: float) -> _Merged:
+    def _launch(
+        self, reached: set[int], own: list[Tensor], watched: list[Tensor], names: list[str], factor: float
+    ) -> _Merged:
         parts = self._parts
         gram = parts.sink.gramian() / self._scale**2
-        info, weights = parts.solver.solve(gram, self._step, parts.target, own, names)
+        info, weights = parts.solver.solve(gram, self._step, parts.target, watched, names, self._own_scale())
         if info.skipped is not None:
-            return info, None
-        norm = self._known_norm(info)
+            return info, None, False
+        norm = None if parts.sink.sketches else shared_norm(info)
         optimizer = parts.target.merging_optimizer(norm) if parts.sink.stacks else None
         if optimizer is None:
-            return info, parts.sink.combine(weights * factor, narrow=not parts.target.scales())
+            clip = known_clip(info, parts.max_norm)
+            scaled = weights * (factor if clip is None else factor * clip)
+            return info, parts.sink.combine(scaled, narrow=not parts.target.scales()), clip is not None
         found = dict(zip(map(id, parts.own), own, strict=True))  # this one has no scale and no number of ranks
         dense, tables = parts.sink.unmerged(weights)
         parts_of = _only(dense, reached), _only(tables, reached), _only(found, reached)
         optimizer.take(TaskUpdate(weights, *parts_of, norm or 0.0))
-        return info, None
+        return info, None, False
 
-    def _replay(self, recorded: RecordedStep, own: list[Tensor], names: list[str], factor: float) -> _Merged:
-        parts = self._parts
-        recorded.run(parts.solver.order(), self._scale, factor)
-        info, spoilt = parts.solver.judge(recorded.gram, recorded.weights, self._step, parts.target, own, names)
+    def _replay(self, recorded: RecordedStep, watched: list[Tensor], names: list[str], factor: float) -> _Merged:
+        solver, target = self._parts.solver, self._parts.target
+        recorded.run(solver.order(), self._scale, factor)
+        gram, weights = recorded.gram, recorded.weights
+        info, spoilt = solver.judge(gram, weights, self._step, target, watched, names, self._own_scale())
         if info.skipped is not None:
-            return info, None
-        if spoilt:
-            recorded.spoil()
-        return info, recorded.gradients()
+            return info, None, False
+        clip = float("nan") if spoilt else known_clip(info, self._parts.max_norm)
+        if clip is not None and clip != 1.0:
+            recorded.scale(clip)
+        return info, recorded.gradients(), clip is not None
 
-    def _known_norm(self, info: SurgeryInfo) -> float | None:
-        """Of the merged gradient of the shared parameters, by the Gramian; None where that does not give it."""
-        if self._parts.sink.sketches or info.merged_norm is None or info.weights is None or info.task_norms is None:
-            return None
-        parts = float(info.weights.abs() @ info.task_norms)
-        return info.merged_norm if info.merged_norm >= _CANCELLED * parts else None
+    def _own_scale(self) -> float | None:
+        return None if self._parts.max_norm is None else self._scale
 
 
 def _only(by_id: Mapping[int, _Value], reached: Collection[int]) -> dict[int, _Value]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastmtl.errors import UserError
 from fastmtl.surgery.differentiate import Term
 from fastmtl.surgery.losses import Losses, check_counts, check_losses
-from fastmtl.surgery.reduce import sum_over_ranks
+from fastmtl.surgery.reduce import sum_over_ranks, world_size
 from fastmtl.surgery.stopwatch import Stopwatch
 from fastmtl.surgery.targets import Target
 from fastmtl.surgery.task_gradients import TaskGradients
@@ -29,7 +29,10 @@ class SurgeryInfo:
     update, merged_norm: of the shared update; all None for `sum`, and where an fp16 overflow makes DeepSpeed back off.
     With `scope="tensor"` there are no weights: each tensor has its own. With `reduce="local"` each rank has its own, so
     there are neither weights nor merged_norm, and the rest is of the mean of the ranks' Gramians.
+    own_norm: of the gradients of parameters that belong to a task, total_norm: of all of them and the shared update
+    together (for `sum` of the whole gradient). Both are before clipping, and None unless `max_norm` is given.
     skipped: the task with a gradient that is not finite, or a parameter of its own; do not call step() then.
+    stop: whether any rank has asked for an end after this step.
     nbytes: of J, or of what takes its place, on this rank. stopwatch: of what surgery added to the step.
     """
 
@@ -39,7 +42,10 @@ class SurgeryInfo:
     task_norms: Tensor | None = None
     weights: Tensor | None = None
     merged_norm: float | None = None
+    own_norm: float | None = None
+    total_norm: float | None = None
     skipped: str | None = None
+    stop: bool = False
     nbytes: int = 0
     stopwatch: Stopwatch | None = None
 
@@ -83,8 +89,8 @@ class Step:
     """Sums the losses of a step's micro-batches and scales them to means.
 
     counts: rows of each task in the whole step over all ranks; None: those of the one micro-batch, summed over ranks.
-    task_weights: weight of each task's loss. constants: as for `check_losses`. sums: this rank's losses of each task
-    so far, float64 [T].
+    task_weights: weight of each task's loss. constants: as for `check_losses`. stop: whether this rank asks for an end
+    after this step. sums: float64 [T + 1], this rank's losses of each task so far, and 1 where it asks for an end.
     """
 
     def __init__(
@@ -95,28 +101,32 @@ class Step:
         task_weights: list[float],
         device: torch.device,
         constants: bool = False,
+        stop: bool = False,
     ) -> None:
         check_counts(counts or {}, tasks)
         self._counts, self._constants = counts, constants
         self._tasks, self._task_weights = tasks, task_weights
-        self.sums = torch.zeros(len(tasks), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(len(tasks) + 1, dtype=torch.float64, device=device)
+        if stop:
+            self.sums[-1] = 1
 
     def take(self, losses: Losses) -> None:
         """Checks a micro-batch's losses and adds them up."""
         check_losses(losses, self._tasks, constants=self._constants)
         if self._counts is None:
-            local = [losses[name][1] if name in losses else 0 for name in self._tasks]
-            total = sum_over_ranks(torch.tensor(local, device=self.sums.device))
-            self._counts = dict(zip(self._tasks, total.tolist(), strict=True))
-        for name, (_, rows) in losses.items():
-            if rows > self._counts.get(name, 0):
+            rows = [losses[name][1] if name in losses else 0 for name in self._tasks]
+            if world_size() > 1:  # losses are divided by these before backward, so all ranks wait here
+                rows = sum_over_ranks(torch.tensor(rows, device=self.sums.device)).tolist()
+            self._counts = dict(zip(self._tasks, rows, strict=True))
+        for name, (_, here) in losses.items():
+            if here > self._counts.get(name, 0):
                 raise UserError(
-                    f"counts: task {name} has {rows} rows in one micro-batch, counts gives it "
+                    f"counts: task {name} has {here} rows in one micro-batch, counts gives it "
                     f"{self._counts.get(name, 0)} in the whole step over all ranks"
                 )
         with torch.no_grad():
             absent = [self.sums.new_zeros(())] if len(losses) < len(self._tasks) else []
-            self.sums += torch.stack([losses[name][0] if name in losses else absent[0] for name in self._tasks])
+            self.sums[:-1] += torch.stack([losses[name][0] if name in losses else absent[0] for name in self._tasks])
 
     def factor(self, name: str) -> float:
         """Makes a sum of losses of the task this micro-batch's part of its weighted mean loss."""
@@ -140,11 +150,12 @@ class Step:
         self.terms(losses)
         return torch.stack([loss * self.factor(name) for name, (loss, _) in losses.items()]).sum()
 
-    def mean_losses(self, sums: Sequence[float]) -> dict[str, float]:
-        """Unweighted mean loss of each task, from the sums over all ranks."""
+    def told(self, sums: Sequence[float]) -> tuple[dict[str, float], bool]:
+        """From `sums` over all ranks: the unweighted mean loss of each task, and whether a rank asks for an end."""
         assert self._counts is not None
-        values = zip(self._tasks, sums, strict=True)
-        return {name: value / self._counts[name] for name, value in values if self._counts.get(name, 0)}
+        *losses, stops = sums
+        values = zip(self._tasks, losses, strict=True)
+        return {name: value / self._counts[name] for name, value in values if self._counts.get(name, 0)}, stops > 0
 
 
 class LossFunction:

@@ -258,7 +258,7 @@ class FlatTarget(EngineTarget):
         for parameter, gradient in zip(self.parameters, found, strict=True):
             gradients[id(parameter)] = torch.zeros_like(parameter) if gradient is None else gradient
         del found, gradient
-        gathered = _unshared(self._flat.gather(gradients))
+        gathered = unshared(self._flat.gather(gradients))
         if self._held or not last:  # in float32, for 16 bits would round every sum
             gathered = [cast(gradient, torch.float32) for gradient in gathered]
         if self._held:
@@ -271,8 +271,10 @@ class FlatTarget(EngineTarget):
         self._carry(self._flat.gather(gradients), self._flat.trained())
 
 
-def _unshared(gradients: list[Tensor]) -> list[Tensor]:
-    """To be changed in place: autograd gives one tensor for two parameters, or one number for all of a tensor's."""
+def unshared(gradients: list[Tensor]) -> list[Tensor]:
+    """Gradients that can be changed in place: autograd gives one tensor for two parameters, or one number for all of a
+    tensor's.
+    """
     places = [gradient.data_ptr() for gradient in gradients]
     return [
         gradient.clone(memory_format=torch.contiguous_format)

@@ -50,12 +50,12 @@ def tensor_scope(
     shown = sum_over_ranks(total) / world_size() if by_rank else total
     host = torch.cat([shown.flatten().double(), merged_square[None].double(), sum_over_ranks(step.sums)]).cpu()
     gram = (host[: num_tasks**2].view(num_tasks, num_tasks) / factor**2).float()
-    mean_losses = step.mean_losses(host[num_tasks**2 + 1 :].tolist())
+    mean_losses, stop = step.told(host[num_tasks**2 + 1 :].tolist())
     for t, name in enumerate(parts.tasks):
         if not torch.isfinite(gram[t, t]):
             if target.backs_off():
-                return SurgeryInfo(losses=mean_losses)
+                return SurgeryInfo(losses=mean_losses, stop=stop)
             parts.solver.stop_at("gradient", f"task {name}")
     parts.check_own(bad_own)
     merged = None if by_rank else float(host[num_tasks**2]) / factor**2
-    return SurgeryInfo.of_gramian(mean_losses, gram.numpy(), None, merged, nbytes=sink.nbytes())
+    return SurgeryInfo.of_gramian(mean_losses, gram.numpy(), None, merged, nbytes=sink.nbytes(), stop=stop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,6 +17,8 @@ from fastmtl.tracking.metrics_file import MetricsFile
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+SECONDS_BETWEEN_WRITES = 1.0
 
 
 class StepInfo(Protocol):
@@ -54,10 +57,24 @@ class StepInfo(Protocol):
         """Of J or what took its place."""
 
 
+@dataclass(frozen=True)
+class _Logged:
+    """A step whose line is to be written. time: Unix seconds."""
+
+    step: int
+    epoch: int
+    info: StepInfo
+    lr: float | Mapping[str, float]
+    tokens_per_second: float
+    time: float
+
+
 class Tracker:
     """Progress, metrics.jsonl and TensorBoard of the process with `is_main`; in every other process it does nothing.
 
-    Values are taken from the device only in steps that are logged (`train.log_every`). When a run goes on from
+    Of a step that is logged (`train.log_every`) the line is made at once, but read from the device and written with
+    those of other steps, about once a second, for a read waits until the device has done the step. `flush` writes what
+    is left; a killed run loses the lines of its last second. When a run goes on from
     `resume_step`, lines of later steps are dropped, so metrics.jsonl ends up as that of an uninterrupted run. With
     within_epoch, so is an evaluation at that step: the run had ended there before the end of the epoch.
 
@@ -92,10 +109,13 @@ class Tracker:
         self._board = SummaryWriter(str(output / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
         self._console = console or LastingConsole()
         self._display = open_display(self._console, total_steps, resume_step)
+        self._waiting: list[_Logged] = []
+        self._written = 0.0
         self._restart_clock()
 
     def begin_phase(self, name: str, recipe: Recipe) -> None:
         """The lines that follow are of a phase of the run, with the tasks of its recipe."""
+        self.flush()
         if self._is_main:
             self._phase, self._part = name, recipe
             self._display.message(f"phase {name}: {', '.join(recipe.task_names)}")
@@ -105,19 +125,34 @@ class Tracker:
         if not self._is_main:
             return
         self._tokens += tokens
-        summary = None
         if step % self._part.train.log_every == 0 or step == self._total_steps:
-            summary = self._log(step, epoch, info, lr)
-        self._display.update(step, epoch, summary)
+            now = time.monotonic()
+            rate = self._tokens / max(now - self._since, 1e-9)
+            self._waiting.append(_Logged(step, epoch, info, lr, rate, time.time()))
+            self._restart_clock()
+            if now - self._written >= SECONDS_BETWEEN_WRITES or step == self._total_steps:
+                self.flush()
+                return
+        self._display.update(step, epoch, None)
 
-    def _log(self, step: int, epoch: int, info: StepInfo, lr: float | Mapping[str, float]) -> str:
+    def flush(self) -> None:
+        """Write the lines of all steps so far."""
+        if not self._is_main:
+            return
+        waiting, self._waiting = self._waiting, []
+        for logged in waiting:
+            summary = self._log(logged)
+            self._display.update(logged.step, logged.epoch, summary)
+        self._written = time.monotonic()
+
+    def _log(self, logged: _Logged) -> str:
+        step, info, lr = logged.step, logged.info, logged.lr
         losses = {name: float(loss) for name, loss in info.losses.items()}
         conflict_rate = None if info.conflict_rate is None else float(info.conflict_rate)
-        rate = self._tokens / max(time.monotonic() - self._since, 1e-9)
         line = {
             "step": step,
             **self._where(),
-            "epoch": epoch,
+            "epoch": logged.epoch,
             "loss": losses,
             "lr": dict(lr) if isinstance(lr, Mapping) else lr,
             "cosines": self._pairwise(info.cosines),
@@ -127,18 +162,18 @@ class Tracker:
             "skipped": info.skipped,
             "surgery_bytes": info.nbytes,
             "surgery_seconds": round(info.seconds, 6),
-            "tokens_per_second": round(rate, 1),
-            "time": round(time.time(), 3),
+            "tokens_per_second": round(logged.tokens_per_second, 1),
+            "time": round(logged.time, 3),
         }
         self._file.write(line)
         self._to_board(step, {key: line[key] for key in line if key not in ("step", "phase", "epoch", "time")})
-        self._restart_clock()
-        return summarize(losses, conflict_rate, rate)
+        return summarize(losses, conflict_rate, logged.tokens_per_second)
 
     def evaluation(self, step: int, epoch: int, dev: dict[str, dict[str, float]], mean: float) -> None:
         """Dev metrics after `step`. What the file already holds (a resumed run may repeat it) is not written twice."""
         if not self._is_main:
             return
+        self.flush()
         if step > self._file.last_evaluation:
             line = {
                 "step": step,
@@ -163,11 +198,13 @@ class Tracker:
     def scores(self, dev: dict[str, dict[str, float]], mean: float, title: str = "dev scores") -> None:
         """Ends the progress bar and prints the final table."""
         if self._is_main:
+            self.flush()
             self._display.close()
             self._console.print(scores_table(self._recipe, dev, mean, title))
 
     def close(self) -> None:
         """Flushes and closes everything; the tracker cannot be used afterwards."""
+        self.flush()
         if self._is_main:
             self._display.close()
             self._file.close()

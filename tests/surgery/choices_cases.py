@@ -8,9 +8,11 @@ from typing import Any
 
 import choices
 
+from fastmtl.engine.gradient_norm import max_norm
 from fastmtl.model.cached_pairs import cache_pairs
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery.gradient_surgery import GradientSurgery
+from fastmtl.surgery.reduce import world_size
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ def run_steps(target: Any, model: MultiTaskModel, method: str, parts: list[int],
         shared=model.shared_parameters(),
         sparse=model.sparse_parameters(),
         seed=3,
+        max_norm=max_norm(recipe, model, world_size()) if hasattr(target, "module") else None,
     )
 
     def loss_fn(batch, model, task_grads):  # noqa: ANN001, ANN202

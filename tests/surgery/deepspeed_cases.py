@@ -22,6 +22,7 @@ from fastmtl.config import Recipe, parse_recipe
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.packing import pack
 from fastmtl.data.tokenized import TokenizedDataset
+from fastmtl.engine import gradient_norm
 from fastmtl.errors import UserError
 from fastmtl.model.encoder import PackedBert
 from fastmtl.model.head_graphs import HeadGraphs
@@ -210,6 +211,7 @@ def run_steps(
 
 
 def make_surgery(target, model: MultiTaskModel, recipe: Recipe) -> GradientSurgery:  # noqa: ANN001
+    """On a DeepSpeed engine it clips where `build_engine` has left that to it."""
     return GradientSurgery(
         target,
         recipe.gradient.method,
@@ -222,6 +224,7 @@ def make_surgery(target, model: MultiTaskModel, recipe: Recipe) -> GradientSurge
         sketch_size=recipe.gradient.sketch_size,
         task_weights=model.task_weights,
         seed=3,
+        max_norm=gradient_norm.max_norm(recipe, model, reduce.world_size()) if hasattr(target, "module") else None,
     )
 
 
@@ -268,6 +271,8 @@ def main(directory: Path) -> None:
     from fastmtl.engine.gather import gathered_state_dict
 
     ranks = start()
+    # So that surgery clips over ranks, too: adapters and heads are a large part of these models.
+    gradient_norm._SMALL = 1.0  # type: ignore[misc]
 
     def keep(engine, path: Path) -> None:  # noqa: ANN001
         state = gathered_state_dict(engine)

@@ -12,7 +12,7 @@ from fastmtl.engine.settings import deepspeed_config
 from fastmtl.errors import UserError
 from fastmtl.surgery.flat import FlatParameters
 from fastmtl.surgery.merged import Merged
-from fastmtl.surgery.targets import _unshared
+from fastmtl.surgery.targets import unshared
 
 
 class Small(nn.Module):
@@ -112,7 +112,7 @@ def test_gradients_side_by_side_are_not_copied(model: Small) -> None:
 
 def test_what_autograd_shares_is_changed_apart() -> None:
     a, b, c = (torch.ones(3, requires_grad=True) for _ in range(3))
-    found = _unshared(list(torch.autograd.grad((a + b).sum() + c.sum(), [a, b, c])))
+    found = unshared(list(torch.autograd.grad((a + b).sum() + c.sum(), [a, b, c])))
     torch._foreach_mul_(found, 3.0)
     assert all(torch.equal(gradient, torch.full((3,), 3.0)) for gradient in found)
 

@@ -1,0 +1,126 @@
+"""Operators, host time and host waits of a step under DeepSpeed, of a model that is all launching."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fastmtl import ranges
+from fastmtl.bench.calls import around, operators
+from fastmtl.bench.sizes import Shape, Size
+from fastmtl.bench.waits import host_waits
+from fastmtl.bench.workload import Workload
+from fastmtl.config import parse_recipe
+from fastmtl.engine.build import build_engine, build_surgery
+from fastmtl.engine.distributed import free_port
+from fastmtl.model.encoder import PackedBert
+from fastmtl.model.head_graphs import HeadGraphs
+from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.recorders import Unrecorded
+
+IN_GRAPHS = "in graphs"
+THE_REST = "the rest"
+_STEPS = 10
+
+
+@dataclass(frozen=True)
+class StepCalls:
+    """calls: of each part of the step, among them `in graphs`. seconds: of the processor, in the same parts. waits: a
+    line each. parameters: that DeepSpeed has.
+    """
+
+    calls: Counter[str]
+    seconds: dict[str, float]
+    waits: list[str]
+    parameters: int
+
+    @property
+    def outside_graphs(self) -> int:
+        return self.calls.total() - self.calls[IN_GRAPHS]
+
+
+class _InGraphs(Unrecorded):
+    """Counts what CUDA graphs would hold."""
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            with ranges.named(IN_GRAPHS):  # type: ignore[arg-type]
+                function()
+
+        return run
+
+
+def count_step(
+    method: str,
+    *,
+    zero: int,
+    layers: int,
+    precision: str,
+    flat: bool = False,
+    graphs: bool = False,
+    deepspeed: dict[str, Any] | None = None,
+) -> StepCalls:
+    """Count a step of one process on the CPU. Three tasks, dropout, heads of every kind.
+
+    The model is narrow: the number of calls does not depend on widths, and the milliseconds are about what a host needs
+    to launch the part. graphs: everything runs as what `engine.cuda_graphs` captures, and what would be in a graph is a
+    part of its own. deepspeed: the recipe's section.
+    """
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **address}.items():
+        os.environ.setdefault(key, value)
+    shape = Shape("narrow", 32, layers, heads=2, intermediate=64, rows=4, vocabulary=100, positions=128)
+    work = Workload(Size(shape, dropout=0.1))
+    engine_settings = {"zero": zero, "precision": precision, "flat_parameters": flat}
+    settings = {"gradient": {"method": method}, "engine": engine_settings, "deepspeed": deepspeed or {}}
+    recipe = parse_recipe({**work.recipe, **settings}, "benchmark")
+    model = MultiTaskModel(recipe, PackedBert(work.padded.encoder.config))
+    if graphs:
+        model.encoder.use_cuda_graphs(_InGraphs())
+        model.graphs = HeadGraphs(model, _InGraphs())
+    engine = build_engine(recipe, model, 1, 1000)
+    surgery = build_surgery(recipe, engine, model)
+    if graphs:
+        surgery.record_with(_InGraphs())
+    engine.train()
+    counts = dict(zip(recipe.task_names, work.packed_batch.counts, strict=True))
+
+    def step() -> None:
+        surgery.run([work.packed_batch], lambda batch, model, task_grads: model(batch, task_grads), counts)
+        with ranges.named("optimiser"):
+            engine.step()
+
+    for _ in range(2):
+        step()
+    calls: Counter[str] = Counter()
+    for event in operators(step):
+        inside = (name.removeprefix(ranges.PREFIX) for name in around(event) if name.startswith(ranges.PREFIX))
+        calls[next(inside, THE_REST)] += 1
+    found = StepCalls(calls, _seconds(step), host_waits(step), len(list(engine.module.parameters())))
+    engine.destroy()
+    return found
+
+
+def _seconds(step: Callable[[], None]) -> dict[str, float]:
+    """Return the mean seconds of each part, without the parts inside it."""
+    spent: defaultdict[str, float] = defaultdict(float)
+    open_parts, last = [THE_REST], time.process_time()
+
+    def tell(name: str, begins: bool) -> None:
+        nonlocal last
+        now = time.process_time()
+        spent[open_parts[-1]] += (now - last) / _STEPS
+        last = now
+        if begins:
+            open_parts.append(name)
+        else:
+            open_parts.pop()
+
+    with ranges.listening(tell):
+        for _ in range(_STEPS):
+            step()
+    return spent

@@ -1,0 +1,163 @@
+"""Where the host would wait for a GPU, counted on the CPU.
+
+On a GPU the host runs ahead of the device until it needs a number from it. A CPU waits for nothing, but the calls are
+the same. Three kinds of them wait: reads of a number (`item`, `tolist`, `bool`, `cpu`, ...), operators whose result has
+a size that only the device knows (`nonzero`, `unique`, a mask as an index), and copies from the host's memory that are
+not `non_blocking`.
+
+Every tensor is on the CPU here, so this module keeps account of which would be the host's: those made without a device
+(`torch.tensor(numbers)`), copied by `cpu()`, or computed from such tensors alone. All others would be the device's.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_READS = ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "is_nonzero", "equal", "allclose")
+_TO_HOST = ("cpu",)
+_FACTORIES = (
+    "tensor",
+    "as_tensor",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "arange",
+    "eye",
+    "randperm",
+    "randint",
+    "from_numpy",
+)
+# Operations that read the bounds of sequences on the host, on a CPU only: a GPU's kernels read them on the device, as
+# tests/model/test_cuda_graphs_on_meta.py holds.
+_ON_CPU_ONLY = ("varlen_attention.py", "pool.py")
+_SIZED_BY_DATA = ("nonzero", "_unique2", "unique_dim", "unique_consecutive", "masked_select", "_local_scalar_dense")
+
+
+def host_waits(step: Callable[[], object]) -> list[str]:
+    """Return a line for each wait of one step: what waits, and the innermost places of fastmtl or DeepSpeed."""
+    waits: list[str] = []
+    account = _Account(waits)
+    with _Functions(account), _Operators(account):
+        step()
+    return waits
+
+
+class _Account:
+    """on_host: tensors that would be the host's, by id; kept alive, so that an id stays one tensor's."""
+
+    def __init__(self, waits: list[str]) -> None:
+        self._waits = waits
+        self._on_host: dict[int, Tensor] = {}
+        self.inside = False  # a call that is counted already
+
+    def wait(self, what: str) -> None:
+        places = _places()
+        if not places[0].startswith(_ON_CPU_ONLY):
+            self._waits.append(f"{what}: {' < '.join(places)}")
+
+    def is_host(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._on_host
+
+    def keep(self, result: Any) -> None:
+        self._on_host.update({id(found): found for found in _tensors(result)})
+
+
+class _Functions(TorchFunctionMode):
+    """Sees what Python calls of torch."""
+
+    def __init__(self, account: _Account) -> None:
+        super().__init__()
+        self._account = account
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        account = self._account
+        if account.inside:
+            return func(*args, **kwargs)
+        name = (resolve_name(func) or getattr(func, "__name__", "")).rpartition(".")[2]
+        given = _tensors((args, kwargs))
+        host = all(map(account.is_host, given))
+        if name in (*_READS, *_TO_HOST) and given and not host:
+            account.wait(name)
+            result = self._quietly(func, args, kwargs)
+            account.keep(result)
+            return result
+        if name == "to" and given and account.is_host(given[0]):
+            to_device = any(isinstance(value, torch.device) for value in (*args, *kwargs.values()))
+            if to_device and not kwargs.get("non_blocking"):
+                account.wait("a copy to the device")
+            result = self._quietly(func, args, kwargs)
+            # On one device `to` gives the same tensor back.
+            return result.clone() if to_device and result is given[0] else result
+        if (
+            name == "copy_"
+            and not account.is_host(args[0])
+            and isinstance(args[1], Tensor)
+            and account.is_host(args[1])
+        ):
+            if not (kwargs.get("non_blocking") or len(args) > 2 and args[2]):
+                account.wait("a copy to the device")
+            return self._quietly(func, args, kwargs)
+        if name in _FACTORIES and not given:
+            result = self._quietly(func, args, kwargs)
+            device = kwargs.get("device")
+            if device is None:
+                account.keep(result)
+            elif name in ("tensor", "as_tensor"):
+                account.wait(f"{name} of numbers on a device")
+            return result
+        result = func(*args, **kwargs)
+        if given and host:
+            account.keep(result)
+        return result
+
+    def _quietly(self, func: Any, args: Any, kwargs: Any) -> Any:
+        self._account.inside = True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self._account.inside = False
+
+
+class _Operators(TorchDispatchMode):
+    """Sees what torch itself calls, autograd among it."""
+
+    def __init__(self, account: _Account) -> None:
+        super().__init__()
+        self._account = account
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        account = self._account
+        if not account.inside:
+            name = func._schema.name.removeprefix("aten::")
+            given = _tensors((args, kwargs))
+            masked = name.startswith("index") and any(tensor.dtype == torch.bool for tensor in _tensors(args[1:2]))
+            counted = name == "repeat_interleave" and kwargs.get("output_size") is None
+            if (name in _SIZED_BY_DATA or masked or counted) and not account.is_host(given[0]):
+                account.wait(f"aten::{name}")
+        return func(*args, **kwargs)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _places() -> list[str]:
+    """Return files and lines of the innermost three frames outside torch and this module."""
+    frames = [
+        frame
+        for frame in traceback.extract_stack()
+        if "/torch/" not in frame.filename and Path(frame.filename).name != Path(__file__).name
+    ]
+    return [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[:-4:-1]]

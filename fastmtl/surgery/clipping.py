@@ -1,0 +1,114 @@
+"""The norm of a step's whole gradient, and what keeps it below a bound.
+
+    factor = min(1, max_norm / (norm + 1e-6)),    norm^2 = c^T G c + |gradients of the tasks' own parameters|^2
+
+The first part is known before the merged gradient is formed, so that clipping is a factor of the weights c. Source: as
+torch.nn.utils.clip_grad_norm_, and DeepSpeed's `gradient_clipping`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmtl.errors import UserError
+from fastmtl.surgery.merged import Merged
+from fastmtl.surgery.norms import total_norm
+from fastmtl.surgery.reduce import BUCKET, sum_over_ranks, world_size
+from fastmtl.surgery.step import SurgeryInfo
+from fastmtl.surgery.targets import Target
+
+# A norm below this share of the sum of its parts' is not taken from float32 inner products, whose rounding, some 1e-7
+# of the parts' squares, would show in it.
+_CANCELLED = 1e-2
+_EPS = 1e-6
+
+
+def check_max_norm(max_norm: float | None, target: Target, storage: str, reduce: str, *, joint: bool) -> None:
+    """Raise UserError for a bound that is not above 0, and where surgery does not have the whole gradient."""
+    if max_norm is None:
+        return
+    if not max_norm > 0:
+        raise UserError(f"max_norm must be above 0, got {max_norm}; None leaves clipping to the target")
+    advice = "leave max_norm out, and clip where the gradient is: by gradient_clipping in the engine's config"
+    if target.merges:
+        raise UserError("max_norm: SurgeryAdamW clips by its own max_norm: give it there")
+    if joint and (world_size() > 1 or target.loss_scale() != 1.0):
+        reason = "in several processes DeepSpeed reduces" if world_size() > 1 else "under fp16 DeepSpeed scales"
+        raise UserError(f"max_norm: the gradient of a sum is one that {reason}: {advice}")
+    if not joint and storage in ("replay", "none"):
+        raise UserError(
+            f"max_norm: storage='replay' and scope='tensor' merge inside the target's own backward: {advice}"
+        )
+    if joint and not target.stacks:
+        raise UserError(f"max_norm: ZeRO 3 and offload keep the gradient to themselves: {advice}")
+    if not joint and reduce != "exact":
+        raise UserError(f"max_norm: reduce='{reduce}' does not give the norm of what all ranks merge: {advice}")
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What a gradient of this norm is multiplied by, at most 1; NaN for a norm that is NaN."""
+    return 1.0 if norm + _EPS <= max_norm else max_norm / (norm + _EPS)
+
+
+def shared_norm(info: SurgeryInfo) -> float | None:
+    """Of the merged gradient of the shared parameters, by the Gramian; None where that does not give it."""
+    if info.merged_norm is None or info.weights is None or info.task_norms is None:
+        return None
+    parts = float(info.weights.abs() @ info.task_norms)
+    return info.merged_norm if info.merged_norm >= _CANCELLED * parts else None
+
+
+def known_clip(info: SurgeryInfo, max_norm: float | None) -> float | None:
+    """The factor that clips a step's gradient, before it is merged; None where it has to be measured then."""
+    if max_norm is None or info.merged_norm is None:  # an fp16 overflow, which the target has to see
+        return 1.0
+    norm = shared_norm(info)
+    return None if norm is None else clip_factor(_total(info, norm), max_norm)
+
+
+def clip_gradients(
+    info: SurgeryInfo, max_norm: float | None, merged: Merged, factor: float, *, clipped: bool
+) -> tuple[SurgeryInfo, float]:
+    """Clip merged gradients in place where they are not clipped yet. Returns the norms and what they are clipped by.
+
+    merged: on this rank, times `factor`, by the parameter's id.
+    """
+    if max_norm is None or info.merged_norm is None:
+        return info, 1.0
+    norm = shared_norm(info)
+    if norm is None:
+        norm = _measured_norm(list(merged.values())) / factor
+    total = _total(info, norm)
+    clip = clip_factor(total, max_norm)
+    if not clipped and clip != 1.0:
+        merged.multiply(clip)
+    return dataclasses.replace(info, merged_norm=norm, total_norm=total), clip
+
+
+def _total(info: SurgeryInfo, shared: float) -> float:
+    return math.hypot(shared, info.own_norm or 0.0)
+
+
+def _measured_norm(merged: Sequence[Tensor]) -> float:
+    """The norm of the sum over ranks of a merged gradient. Sends it once, and waits for the device."""
+    if world_size() == 1:
+        return float(total_norm(list(merged)))
+    squares = 0.0
+    for gradient in merged:
+        for piece in gradient.flatten().split(BUCKET):
+            squares += float(total_norm([sum_over_ranks(piece.to(torch.float32, copy=True))])) ** 2
+    return math.sqrt(squares)
+
+
+def over_ranks(own: list[Tensor]) -> list[Tensor]:
+    """Gradients of the tasks' own parameters, summed over ranks by one collective; as they are in one process."""
+    if world_size() == 1 or not own:
+        return own
+    flat = sum_over_ranks(torch.cat([gradient.flatten().float() for gradient in own]))
+    pieces = flat.split([gradient.numel() for gradient in own])
+    return [piece.view(gradient.shape) for piece, gradient in zip(pieces, own, strict=True)]
