@@ -40,7 +40,9 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         ] = None,
         storages: Annotated[
             str | None,
-            typer.Option(metavar="S,S", help="stacked, replay, or both. Default: the recipe's.", show_default=False),
+            typer.Option(
+                metavar="S,S,...", help="Of stacked, kept and replay. Default: the recipe's.", show_default=False
+            ),
         ] = None,
         phase: Annotated[
             str | None,
@@ -99,7 +101,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
           [cyan]fastmtl profile demo --batch-sizes 4,8,16 --methods sum,pcgrad[/cyan]
 
         How large a batch fits a card, by J's storage:
-          [cyan]fastmtl profile demo --methods pcgrad --storages stacked,replay --find-max --memory-limit 24GiB[/cyan]
+          [cyan]fastmtl profile demo --methods pcgrad --storages stacked,kept --find-max --memory-limit 24GiB[/cyan]
 
         Where the time goes, with other settings:
           [cyan]fastmtl profile demo --batch-sizes 16 --trace engine.zero=2 engine.precision=bf16[/cyan]

@@ -1,4 +1,4 @@
-"""One sentence: how large a batch each way allows, by the model as far as measured points bear it out."""
+"""How large a batch each way allows, and which storage to take: by the model as far as measured points bear it out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastmtl.profile.find_max import LARGEST, largest_predicted
-from fastmtl.profile.plan import Plan, Point
+from fastmtl.profile.plan import STORAGES, Plan, Point
 
 GIB = 2**30
 NAMES = {"sum": "the sum of the losses", "pcgrad": "PCGrad", "gradvac": "GradVac"}
@@ -41,7 +41,27 @@ def advice(plan: Plan, result: dict[str, Any]) -> dict[str, Any]:
         fits[point.series] = {"batch_size": size, "measured": measured is not None}
     checked = sum("error" in point for point in points)
     text = sentence(fits, limit, checked, max((abs(p["error"]) for p in points if "error" in p), default=None))
+    text = " ".join([text, *storages(plan, points, limit, (limit - around) / factor)])
     return {"text": text, "fits": fits, "beside_bytes": around, "factor": factor}
+
+
+def storages(plan: Plan, points: Sequence[dict[str, Any]], limit: int, nbytes: float) -> list[str]:
+    """For each method that keeps task gradients the fastest storage that fits its largest batch size, measured or not.
+
+    nbytes: what the model may predict at most.
+    """
+    engine, largest = plan.phase.recipe.engine, dict[str, int]()
+    for point in points:
+        if point["storage"] != "none":
+            largest[point["method"]] = max(point["batch_size"], largest.get(point["method"], 0))
+    found = []
+    for method, size in largest.items():
+        candidates = STORAGES[-1:] if engine.zero == 3 or engine.offload else STORAGES
+        fits = [one for one in candidates if plan.predict(Point(size, method, one)).nbytes <= nbytes]
+        told = f"the fastest storage of {NAMES.get(method, method)} that fits" if fits else "no storage fits"
+        best = f" is `{fits[0]}`" if fits else ""
+        found.append(f"At batch size {size} {told} in {limit / GIB:.3g} GiB{best}.")
+    return found
 
 
 def sentence(fits: dict[str, dict[str, Any]], limit: int, checked: int, error: float | None) -> str:

@@ -1,7 +1,7 @@
 """The least that a step's parts take on a device that is not at hand, by its data sheet.
 
     forward    2 F n / peak, F the numbers of the layers' matrices, n tokens; backward twice that
-    surgery    2 passes over J / bandwidth
+    surgery    2 passes over J / bandwidth; `kept`: 2 forwards, and backward once
     optimiser  7 V 4 / bandwidth, V trained numbers: gradient, weight, two moments are read, all but the first written;
                handing over 3 V 4 / bandwidth
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from fastmtl.errors import unknown_name
 from fastmtl.profile.deepspeed import FLOAT
+from fastmtl.profile.layers import linears
 from fastmtl.profile.scale_out import ALONE, Parts
 from fastmtl.profile.shape import Shape
 
@@ -40,16 +41,16 @@ def floors(shape: Shape, name: str) -> Parts:
         raise unknown_name("device", name, DEVICES)
     device = DEVICES[name]
     tokens = sum(load.tokens for load in shape.loads)
-    matrices = shape.layers * shape.hidden * (4 * shape.hidden + 2 * shape.intermediate)
-    forward = 2 * matrices * tokens / (device.half if shape.number_bytes < FLOAT else device.single)
+    forward = 2 * linears(shape) * tokens / (device.half if shape.number_bytes < FLOAT else device.single)
     twice = 2 if shape.storage == "replay" else 1
+    kept = shape.storage == "kept" and not shape.joint  # the weights' products are made in surgery, twice
     surgery = 0.0 if shape.joint else ALONE * shape.tasks * shape.dense * shape.j_bytes / device.bandwidth
     number = shape.trained * FLOAT / device.bandwidth
     seconds = {
         "data": 0.0,
         "forward": twice * forward,
-        "backward": twice * 2 * forward,
-        "surgery": surgery,
+        "backward": (1 if kept else 2) * twice * forward,
+        "surgery": 2 * forward if kept else surgery,
         "communication": 0.0 if shape.joint else 3 * number,
         "optimiser": 7 * number,
         "the rest": 0.0,

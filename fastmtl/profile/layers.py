@@ -22,12 +22,17 @@ Weight = Callable[[Ledger, int, int], None]
 
 
 class Rows:
-    """Bytes of rows of a micro-batch, in layers that are trained or frozen, with an adapter beside them or not."""
+    """Bytes of rows of a micro-batch, in layers that are trained or frozen, with an adapter beside them or not.
 
-    def __init__(self, shape: Shape, *, keeps_inputs: bool, adapter_size: int = 0) -> None:
+    shared: whether the layers are all tasks', so that surgery wants their gradients.
+    """
+
+    def __init__(self, shape: Shape, *, keeps_inputs: bool, adapter_size: int = 0, shared: bool = False) -> None:
         tokens, number = shape.load.tokens, shape.number_bytes
         self.shape = shape
         self.keeps_inputs = keeps_inputs
+        # What `storage: kept` keeps of shared layers outlives their backward.
+        self.outlive = shared and shape.storage == "kept" and not shape.joint
         self.remakes = shape.recompute == "cheap"
         self.d = tokens * shape.hidden * number
         self.f = tokens * shape.intermediate * number
@@ -84,6 +89,11 @@ class Rows:
         if adapter is None or adapter.name == "none":
             return 0
         return self.pal if adapter.name == "pal" else self.s * (2 if adapter.gelu else 1)
+
+
+def linears(shape: Shape) -> int:
+    """Numbers of the weights of the layers' Linears."""
+    return shape.layers * shape.hidden * (4 * shape.hidden + 2 * shape.intermediate)
 
 
 def carries(shape: Shape, layer: int) -> bool:
@@ -178,8 +188,8 @@ def layer_backward(
     with ledger.holding(rows.again(f)):
         ledger.hold("workspace", f)
         weight(ledger, hidden * intermediate, d)
-        ledger.drop("workspace", split * d)
-    ledger.drop("activations", rows.result(f))
+        _end_of_gradient(ledger, rows, split * d)
+    _end_of_input(ledger, rows, f, rows.result(f))
     # The activation.
     ledger.hold("workspace", f)
     ledger.drop("workspace", f)
@@ -188,19 +198,21 @@ def layer_backward(
     with ledger.holding(rows.again(d)):
         ledger.hold("workspace", d)
         weight(ledger, hidden * intermediate, f)
-        ledger.drop("workspace", f)
-    ledger.drop("activations", rows.result(d))
-    if adapts:
+        _end_of_gradient(ledger, rows, f)
+    _end_of_input(ledger, rows, d, rows.result(d))
+    keeps_dz = rows.outlive and not split
+    if adapts or keeps_dz:
         ledger.touch(d)  # dz is still to be read, so it is not added to in place
-    else:
+    if not adapts:
         ledger.drop("workspace", d)
+    ledger.hold("task gradients", d if keeps_dz else 0)
     # The first norm.
     _norm_backward(ledger, rows, split)
     # attention.output.dense
     ledger.hold("workspace", d)
     weight(ledger, hidden * hidden, d)
-    ledger.drop("workspace", split * d)
-    ledger.drop("activations", rows.input(d))
+    _end_of_gradient(ledger, rows, split * d)
+    _end_of_input(ledger, rows, d, rows.input(d))
     # Attention: all of q, k, v at once.
     ledger.hold("workspace", 3 * d)
     ledger.drop("workspace", d)
@@ -210,12 +222,29 @@ def layer_backward(
     ledger.touch(rows.projections)
     for _ in range(1 if at_once else 3):
         weight(ledger, (3 if at_once else 1) * hidden * hidden, 3 * d if at_once else d)
-    ledger.drop("workspace", 4 * d)
+    _end_of_gradient(ledger, rows, 3 * d)
+    if keeps_dz:
+        ledger.touch(d)
+    ledger.drop("workspace", d)
+    ledger.hold("task gradients", d if keeps_dz else 0)
     if adapts:
         _adapter_backward(ledger, rows)
         ledger.drop("activations", rows.adapter)
         ledger.drop("workspace", d)
-    ledger.drop("workspace" if again else "activations", d)
+    ledger.drop("workspace", d if again else 0)
+    _end_of_input(ledger, rows, d, 0 if again else d)
+
+
+def _end_of_gradient(ledger: Ledger, rows: Rows, nbytes: int) -> None:
+    """Of what a Linear's weight gradient is made from, held as workspace."""
+    ledger.drop("workspace", nbytes)
+    ledger.hold("task gradients", nbytes if rows.outlive else 0)
+
+
+def _end_of_input(ledger: Ledger, rows: Rows, nbytes: int, held: int) -> None:
+    """Of what a Linear has read, held as activations or made again."""
+    ledger.drop("activations", held)
+    ledger.hold("activations", nbytes if rows.outlive else 0)
 
 
 def layer_again(ledger: Ledger, rows: Rows, *, adapts: bool) -> None:

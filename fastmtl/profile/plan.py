@@ -25,6 +25,8 @@ from fastmtl.surgery.methods import find_method
 
 # Steps of the first epoch among which the largest is looked for: as many as these, and as hold so many rows.
 STEPS, ROWS = 50, 20_000
+# Of task gradients, the fastest first.
+STORAGES = ("stacked", "kept", "replay")
 # Steps that are timed.
 TIMED = 5
 
@@ -80,8 +82,8 @@ def points(recipe: Recipe, batch_sizes: Sequence[int], methods: Sequence[str], s
     Raises UserError for an unknown name.
     """
     for storage in storages:
-        if storage not in ("stacked", "replay"):
-            raise UserError(f"--storages: '{storage}': stacked or replay")
+        if storage not in STORAGES:
+            raise UserError(f"--storages: '{storage}': {', '.join(STORAGES[:-1])} or {STORAGES[-1]}")
     asked = list(methods) or [recipe.gradient.method]
     for method in asked:
         find_method(method, options=_options(recipe, method))

@@ -42,6 +42,8 @@ def predict(shape: Shape) -> Prediction:
         _own_pass(ledger, shape)
     elif shape.storage == "stacked":
         _stacked(ledger, shape)
+    elif shape.storage == "kept":
+        _kept(ledger, shape)
     else:
         _first_pass(ledger, shape)
         _own_pass(ledger, shape)
@@ -99,9 +101,44 @@ def _stacked(ledger: Ledger, shape: Shape) -> None:
         ledger.hold("gradients", shape.dense * shape.merged_bytes)
         if shape.merged_bytes not in (shape.j_bytes, FLOAT):  # merged in float32 and then rounded
             ledger.touch(shape.dense * FLOAT)
-        ledger.hold("gradients", shape.table * FLOAT)
-        if shape.table:  # its rows side by side, and times the weights
-            ledger.touch(2 * _tokens(shape) * shape.hidden * FLOAT)
+        _merged_table(ledger, shape)
+        ledger.hold("gradients", shape.own * FLOAT)  # scaled
+        ledger.phase = "communication"
+        deepspeed.hand_over(ledger, shape)
+
+
+def _kept(ledger: Ledger, shape: Shape) -> None:
+    """Inputs stay as activations, output gradients as task gradients, until the weights are known."""
+    numbers, narrow, linears = shape.number_bytes, shape.number_bytes < FLOAT, layers.linears(shape)
+    tables = (shape.positions + shape.types) * shape.hidden
+    vectors = shape.dense - tables - linears
+    ledger.hold("task gradients", _sketch(shape))
+    with ledger.holding(shape.own * FLOAT, "gradients"):
+        for number in range(shape.accumulation):
+            pass_ = Pass(ledger, shape, number)
+            pass_.forward()
+            ledger.hold("task gradients", shape.tasks * vectors * FLOAT if number == 0 else 0)
+            pass_.backward(_delivered_of(shape, stays=number == 0), own=shape.own * numbers)
+            ledger.drop("gradients", shape.own * numbers)
+            _compact_rows(ledger, shape, number)
+        ledger.phase = "surgery"
+        largest = shape.tasks * shape.hidden * shape.intermediate
+        with ledger.holding(largest * numbers):
+            ledger.touch(_scattered(shape, largest) + (largest * FLOAT if narrow and _scatters(shape) else 0))
+            ledger.touch(shape.tasks * vectors * FLOAT)
+        ledger.touch(_gramian_of_rows(shape))
+        ledger.hold("gradients", (shape.dense - linears) * shape.merged_bytes)
+        ledger.drop("task gradients", shape.tasks * (vectors + tables) * FLOAT)
+        rows = _tokens(shape)
+        inputs = ledger.held["activations"] // max(1, shape.layers)
+        gradients = rows * (5 * shape.hidden + shape.intermediate) * numbers
+        weighted = rows * shape.intermediate * (numbers + (FLOAT if narrow else 0))
+        for _ in range(shape.layers):
+            ledger.touch(weighted)
+            ledger.hold("gradients", linears // shape.layers * shape.merged_bytes)
+            ledger.drop("activations", inputs)
+            ledger.drop("task gradients", gradients)
+        _merged_table(ledger, shape)
         ledger.hold("gradients", shape.own * FLOAT)  # scaled
         ledger.phase = "communication"
         deepspeed.hand_over(ledger, shape)
@@ -117,7 +154,8 @@ class Pass:
         self._trained = shape.dense > 0
         # DeepSpeed's linear layer of ZeRO 3 keeps its input whether its weight is trained or not.
         keeps_inputs = self._trained or shape.zero == 3
-        self._rows = Rows(shape, keeps_inputs=keeps_inputs, adapter_size=0 if adapter is None else adapter.size)
+        size = 0 if adapter is None else adapter.size
+        self._rows = Rows(shape, keeps_inputs=keeps_inputs, adapter_size=size, shared=self._trained)
         self._top = "none" if adapter is None else adapter.top
         self._on_top = Rows(shape, keeps_inputs=True, adapter_size=0 if adapter is None else adapter.top_size)
         carrying = 0 if adapter is None else adapter.layers
@@ -226,12 +264,33 @@ def _task_gradients_of(shape: Shape, stay: bool) -> Weight:
         with ledger.holding(nbytes):
             ledger.touch(nbytes)
             ledger.touch(tasks * numbers * FLOAT if number < FLOAT else 0)
-            if shape.world > 1:
-                copies = 2 if numbers % shape.world else 1  # one is padded
-                piece, share = min(tasks * numbers, BUCKET) * number, nbytes // shape.world
-                ledger.touch(share + max(copies * piece, share))
+            ledger.touch(_scattered(shape, tasks * numbers))
         if stay:
             ledger.hold("task gradients", deepspeed.share(tasks * numbers * FLOAT, shape.world))
+
+    return weight
+
+
+def _scattered(shape: Shape, numbers: int) -> int:
+    """What it takes to send a parameter's T gradients, `numbers` together, to the ranks."""
+    if shape.world == 1:
+        return 0
+    copies = 2 if numbers // shape.tasks % shape.world else 1  # one is padded
+    piece, share = min(numbers, BUCKET) * shape.number_bytes, numbers * shape.number_bytes // shape.world
+    return share + max(copies * piece, share)
+
+
+def _delivered_of(shape: Shape, stays: bool) -> Weight:
+    """Of `kept`: T tables, put side by side and kept, as the weights of Linears are not. stays: whether nothing is
+    there that they are added to.
+    """
+    tables = (shape.positions * shape.hidden, shape.types * shape.hidden)
+
+    def weight(ledger: Ledger, numbers: int, rows: int) -> None:
+        nbytes = shape.tasks * numbers * FLOAT if numbers in tables else 0
+        with ledger.holding(nbytes):
+            ledger.touch(0 if stays else 2 * nbytes)
+            ledger.hold("task gradients", nbytes if stays else 0)
 
     return weight
 
@@ -260,6 +319,12 @@ def _compact_rows(ledger: Ledger, shape: Shape, number: int) -> None:
     if shape.table and not (shape.sketch_size is not None and shape.storage == "replay"):
         row = shape.hidden * shape.number_bytes + INT64
         ledger.hold("task gradients", shape.loads[number].tokens * row)
+
+
+def _merged_table(ledger: Ledger, shape: Shape) -> None:
+    ledger.hold("gradients", shape.table * FLOAT)
+    if shape.table:  # its rows side by side, and times the weights
+        ledger.touch(2 * _tokens(shape) * shape.hidden * FLOAT)
 
 
 def _scatters(shape: Shape) -> bool:

@@ -63,8 +63,8 @@ class Shape:
     dense, table: trained shared parameters, without and of the word embeddings; own: those of tasks; frozen: the rest.
     sizes: of the dense tensors. groups: of the optimiser's groups. moments: numbers that the optimiser keeps for each
     weight. copies_to_decay: whether weight decay is added to a copy of the gradient. joint: gradients are summed.
-    storage: "stacked", "replay", or "none" with scope "tensor". overlap: whether DeepSpeed reduces during backward, as
-    on GPUs. in_hand: whether the gradients of a sum are all at hand before DeepSpeed has one.
+    storage: "stacked", "kept", "replay", or "none" with scope "tensor". overlap: whether DeepSpeed reduces during
+    backward, as on GPUs. in_hand: whether the gradients of a sum are all at hand before DeepSpeed has one.
     """
 
     load: Load
@@ -180,7 +180,7 @@ class Shape:
     def spread(self, zero: int, world: int) -> Shape:
         """The same step in another ZeRO stage and number of ranks, each with as many rows as before."""
         stacks = zero < 3 and not self.offload
-        storage = "replay" if self.storage == "stacked" and not stacks else self.storage
+        storage = "replay" if self.storage in ("stacked", "kept") and not stacks else self.storage
         return dataclasses.replace(
             self,
             zero=zero,

@@ -14,9 +14,9 @@ embeddings, d wide, occur for a task.
     small ones           the Gramian, losses, norms, flags
 
 Where it is hidden: J's columns go while backward computes what is below them (`stacked`), or while it waits (`replay`,
-`scope: tensor`); so do gradients that DeepSpeed's own backward makes, on GPUs, where they fill more than one bucket,
-but fastmtl's bucket holds all of them unless the recipe says otherwise. The last piece or bucket is complete when
-backward is over. Merged gradients come all at once.
+`scope: tensor`), or after it (`kept`); gradients that DeepSpeed's own backward makes go while it computes, on GPUs,
+where they fill more than one bucket, but fastmtl's bucket holds all of them unless the recipe says otherwise. The last
+piece or bucket is complete when backward is over. Merged gradients come all at once.
 Sources: fastmtl/surgery/reduce.py, early_scatter.py; deepspeed/runtime/zero/stage_1_and_2.py (`average_tensor` reduces
 to all ranks), stage3.py, engine.py of DeepSpeed 0.19.
 """
@@ -72,6 +72,10 @@ def _surgery(shape: Shape) -> Iterator[Collective]:
     scatter: Kind = "reduce_scatter" if shape.on_gpu else "all_reduce"  # gloo's reduce-scatter is one inside
     if shape.storage == "stacked":
         pieces, passes = [(shape.dense, shape.j_bytes)], 1
+    elif shape.storage == "kept":  # in float32, all vectors together
+        vectors = [size for size in shape.sizes if size <= shape.intermediate]
+        pieces = [(size, FLOAT) for size in shape.sizes if size > shape.intermediate] + [(sum(vectors), FLOAT)]
+        passes = 1
     else:
         # The sums of rows of small tables are float32, products have the weights' type.
         tables = {shape.positions * shape.hidden, shape.types * shape.hidden}
@@ -102,7 +106,7 @@ def _pieces(shape: Shape, pieces: list[tuple[int, int]]) -> dict[int, int]:
 
 
 def _gradients(shape: Shape) -> Iterator[Collective]:
-    joined = shape.joint or shape.storage != "stacked"  # DeepSpeed's own backwards make them
+    joined = shape.joint or shape.storage not in ("stacked", "kept")  # DeepSpeed's own backwards make them
     backwards = shape.accumulation if joined and shape.zero >= 2 else 1
     nbytes = shape.trained * shape.number_bytes
     kind: Kind = "reduce_scatter" if shape.zero == 3 else "all_reduce"

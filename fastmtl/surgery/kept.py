@@ -83,7 +83,8 @@ class KeptGradients(TaskGradients):
                 vectors.append(found.flatten(1))
             else:
                 total += self._share(found.flatten(1))
-        self._most = buffer.nbytes + sum({t.data_ptr(): t.nbytes for t in self.tensors()}.values())
+        inputs = (pair.x for pairs in self._pairs.values() for pair in pairs)
+        self._most = buffer.nbytes + sum({t.data_ptr(): t.nbytes for t in (*self.tensors(), *inputs)}.values())
         if self._sketch is not None:
             self._ranks.total(self._sketch.values)
             return self._sketch.gramian()
@@ -96,11 +97,7 @@ class KeptGradients(TaskGradients):
         """As the base class's, but products have the rows' dtype in either case. Pairs are dropped one by one as their
         product is made.
         """
-        keys = list(self._delivered)
-        lists = [list(task) for task in zip(*(self._delivered.pop(key).unbind() for key in keys), strict=True)]
-        merged = Merged()
-        if keys:
-            merged.update(zip(keys, combine(lists, weights), strict=True))
+        merged = self._merge_delivered(weights, narrow=narrow)
         by_segments: dict[Segments, Tensor] = {}
         for parameter in self.dense:
             key = id(parameter)
@@ -122,14 +119,27 @@ class KeptGradients(TaskGradients):
         self._most = 0
 
     def nbytes(self) -> int:
-        """Bytes that were kept when the Gramian was made, with the buffer of its products. A tensor that several
-        weights have read counts once.
+        """Bytes that were kept when the Gramian was made, inputs and the buffer of its products included. An input of
+        several weights counts once.
         """
         return self._most
 
     def tensors(self) -> list[Tensor]:
-        pairs = [pair for of_weight in self._pairs.values() for pair in of_weight]
-        return [*super().tensors(), *self._delivered.values(), *(t for pair in pairs for t in (pair.dy, pair.x))]
+        """Without the layers' inputs, which are activations that live longer than else."""
+        gradients = [pair.dy for pairs in self._pairs.values() for pair in pairs]
+        return [*super().tensors(), *self._delivered.values(), *gradients]
+
+    def _merge_delivered(self, weights: Tensor, *, narrow: bool) -> Merged:
+        """In one call. The T gradients are dropped."""
+        found = Merged()
+        if self._delivered:
+            by_task = zip(*(gradients.unbind() for gradients in self._delivered.values()), strict=True)
+            found.update(zip(self._delivered, combine(list(by_task), weights), strict=True))
+        self._delivered.clear()
+        for parameter in self.dense if narrow else ():
+            if id(parameter) in found:
+                found[id(parameter)] = cast(found[id(parameter)], parameter.dtype)
+        return found
 
     def _share(self, gradients: Tensor) -> Tensor:
         """[T, n] of this rank -> its share of the Gramian. In float32 over ranks, which may have other dtypes."""

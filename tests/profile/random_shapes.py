@@ -38,6 +38,9 @@ ADAPTERS: tuple[dict[str, Any] | None, ...] = (
 )
 
 
+KEPT = 2  # of those that keep J, how many are measured with `storage: kept` besides
+
+
 def draw(random: np.random.Generator) -> tuple[Recipe, BertConfig, list[PackedBatch]]:
     """A recipe, an encoder's configuration and the micro-batches of a step."""
 
@@ -130,12 +133,21 @@ def _by_kind(collectives: list[Collective]) -> dict[str, int]:
     return found
 
 
+def _kept(recipe: Recipe) -> Recipe:
+    """The same with `storage: kept`."""
+    recipe = recipe.model_copy(deep=True)
+    recipe.gradient.storage = "kept"
+    return recipe
+
+
 def main() -> None:
     number, seed = int(sys.argv[1]), int(sys.argv[2])
     ranks = start()
     torch.set_num_threads(1)
     random = np.random.default_rng(seed)
     drawn = [draw(random) for _ in range(number)]
+    stacked = [one for one in drawn if one[0].gradient.storage == "stacked" and one[0].gradient.method != "sum"]
+    drawn += [(_kept(recipe), *rest) for recipe, *rest in stacked if not recipe.encoder.freeze][:KEPT]
     # ZeRO 3 last: DeepSpeed puts a linear layer of its own in place of torch's, for the rest of the process.
     for recipe, config, batches in sorted(drawn, key=lambda one: one[0].engine.zero == 3):
         found = compare(recipe, config, batches, ranks)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
+from fastmtl.config import parse_recipe
 from fastmtl.profile import advice
 from fastmtl.profile.find_max import LARGEST, PARTS, bisect
 
@@ -67,3 +70,26 @@ def test_the_sentence() -> None:
     assert advice.sentence(measured, 24 * 2**30, 4, 0.021).endswith(" 192 (measured).")
     nothing = {"sum": {"batch_size": 0, "measured": True}}
     assert advice.sentence(nothing, 2**29, 0, None) == "the sum of the losses fits no batch in 0.5 GiB (measured)."
+
+
+@pytest.mark.parametrize(
+    ("engine", "nbytes", "expected"),
+    [
+        ({}, 100, "is `stacked`"),
+        ({}, 60, "is `kept`"),
+        ({}, 45, "is `replay`"),
+        ({"zero": 3}, 100, "is `replay`"),
+        ({}, 10, "no storage fits"),
+    ],
+)
+def test_the_fastest_storage_that_fits(engine: dict, nbytes: int, expected: str) -> None:
+    recipe = parse_recipe({"tasks": {"a": {"type": "binary", "data": {}}}, "engine": engine}, "test")
+    bytes_of = {"stacked": 70, "kept": 50, "replay": 40}
+    plan = SimpleNamespace(
+        phase=SimpleNamespace(recipe=recipe),
+        predict=lambda point: SimpleNamespace(nbytes=bytes_of[point.storage] * point.batch_size // 8),
+    )
+    points = [{"method": "sum", "storage": "none", "batch_size": 16}]
+    points += [{"method": "pcgrad", "storage": "stacked", "batch_size": size} for size in (8, 4)]
+    (text,) = advice.storages(plan, points, 2**30, nbytes)  # type: ignore[arg-type]
+    assert text.startswith("At batch size 8 ") and text.endswith(".") and expected in text

@@ -15,6 +15,7 @@ from fastmtl.engine.distributed import free_port
 
 NUMBER, SEED = 14, 5
 NUMBER_ON_TWO_RANKS, SEED_ON_TWO_RANKS = 4, 5
+KEPT, KEPT_ON_TWO_RANKS = 2, 1  # besides, with `storage: kept`: random_shapes.py
 SCRIPT = Path(__file__).parent / "random_shapes.py"
 
 
@@ -37,8 +38,14 @@ def results(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def compared() -> list[dict[str, Any]]:
+def all_compared() -> list[dict[str, Any]]:
     return results(start(NUMBER, SEED))
+
+
+@pytest.fixture(scope="module")
+def compared(all_compared: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that were drawn."""
+    return [entry for entry in all_compared if entry["storage"] != "kept"]
 
 
 def errors(compared: list[dict[str, Any]]) -> list[float]:
@@ -60,6 +67,12 @@ def test_the_peak_is_predicted_within_ten_per_cent(compared: list[dict[str, Any]
     off = [(error, entry) for error, entry in zip(found, compared, strict=True) if abs(error) > 0.1]
     assert not off, json.dumps(off, indent=1)
     assert sorted(map(abs, found))[NUMBER // 2] < 0.02  # and half of them much better
+
+
+def test_the_peak_of_kept_factors_is_predicted(all_compared: list[dict[str, Any]]) -> None:
+    kept = [entry for entry in all_compared if entry["storage"] == "kept"]
+    assert len(kept) == KEPT and any(entry["phase"] == "backward" for entry in kept)
+    assert all(abs(error) < 0.05 for error in errors(kept)), errors(kept)
 
 
 @pytest.mark.parametrize("part", ["weights", "optimiser", "task gradients"])
@@ -85,7 +98,7 @@ def compared_on_two_ranks() -> list[dict[str, Any]]:
         for rank in range(2)
     ]
     compared, silent = (results(process) for process in ranks)
-    assert len(compared) == NUMBER_ON_TWO_RANKS and not silent
+    assert len(compared) == NUMBER_ON_TWO_RANKS + KEPT_ON_TWO_RANKS and not silent
     return compared
 
 

@@ -119,7 +119,8 @@ def test_what_is_kept() -> None:
     merge = sink.combine
 
     def combine(weights: Tensor, *, narrow: bool) -> Merged:
-        made.append(sum({t.data_ptr(): t.nbytes for t in sink.tensors()}.values()))
+        inputs = [pair.x for pairs in sink._pairs.values() for pair in pairs]
+        made.append(sum({t.data_ptr(): t.nbytes for t in [*sink.tensors(), *inputs]}.values()))
         return merge(weights, narrow=narrow)
 
     sink.combine = combine  # type: ignore[method-assign]
