@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from fastmtl.errors import unknown_name
 from fastmtl.profile.deepspeed import FLOAT
-from fastmtl.profile.layers import linears
 from fastmtl.profile.scale_out import ALONE, Parts
 from fastmtl.profile.shape import Shape
 
@@ -41,7 +40,7 @@ def floors(shape: Shape, name: str) -> Parts:
         raise unknown_name("device", name, DEVICES)
     device = DEVICES[name]
     tokens = sum(load.tokens for load in shape.loads)
-    forward = 2 * linears(shape) * tokens / (device.half if shape.number_bytes < FLOAT else device.single)
+    forward = 2 * shape.linears * tokens / (device.half if shape.number_bytes < FLOAT else device.single)
     twice = 2 if shape.storage == "replay" else 1
     kept = shape.storage == "kept" and not shape.joint  # the weights' products are made in surgery, twice
     surgery = 0.0 if shape.joint else ALONE * shape.tasks * shape.dense * shape.j_bytes / device.bandwidth

@@ -91,11 +91,6 @@ class Rows:
         return self.pal if adapter.name == "pal" else self.s * (2 if adapter.gelu else 1)
 
 
-def linears(shape: Shape) -> int:
-    """Numbers of the weights of the layers' Linears."""
-    return shape.layers * shape.hidden * (4 * shape.hidden + 2 * shape.intermediate)
-
-
 def carries(shape: Shape, layer: int) -> bool:
     """Whether a layer has an adapter. Which ones do changes the peak by less than a layer's adapter: the last ones."""
     return shape.adapter is not None and layer >= shape.layers - shape.adapter.layers

@@ -109,6 +109,11 @@ class Shape:
         return self.dense + self.table + self.own
 
     @property
+    def linears(self) -> int:
+        """Numbers of the weights of the encoder's Linears."""
+        return self.layers * self.hidden * (4 * self.hidden + 2 * self.intermediate)
+
+    @property
     def largest(self) -> int:
         return max(self.sizes, default=0)
 

@@ -1,0 +1,101 @@
+"""Forward and backward of one micro-batch, told to a ledger layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fastmtl.profile import layers
+from fastmtl.profile.layers import Rows, Weight
+from fastmtl.profile.ledger import Ledger
+from fastmtl.profile.shape import Shape
+
+
+class Pass:
+    """Forward and backward of micro-batch `number`, told to a ledger."""
+
+    def __init__(self, ledger: Ledger, shape: Shape, number: int) -> None:
+        shape = replace(shape, load=shape.loads[number])
+        adapter = shape.adapter
+        self._ledger, self._shape = ledger, shape
+        self._trained = shape.dense > 0
+        # DeepSpeed's linear layer of ZeRO 3 keeps its input whether its weight is trained or not.
+        keeps_inputs = self._trained or shape.zero == 3
+        size = 0 if adapter is None else adapter.size
+        self._rows = Rows(shape, keeps_inputs=keeps_inputs, adapter_size=size, shared=self._trained)
+        self._top = "none" if adapter is None else adapter.top
+        self._on_top = Rows(shape, keeps_inputs=True, adapter_size=0 if adapter is None else adapter.top_size)
+        carrying = 0 if adapter is None else adapter.layers
+        # The first layer that is in the graph: below it nothing is trained.
+        self._first = 0 if self._trained else shape.layers - carrying
+
+    def _joins(self, layer: int) -> bool:
+        """Whether the layer is the first in the graph, and only by its adapter."""
+        return not self._trained and layer == self._first
+
+    def _again(self, layer: int) -> bool:
+        """Whether a layer's input is a LayerNorm's result, which backward makes again. Above the last: of the top."""
+        return self._rows.remakes and layer > self._first
+
+    def forward(self) -> None:
+        ledger, rows, shape = self._ledger, self._rows, self._shape
+        ledger.phase = "forward"
+        layers.embeddings_forward(ledger, rows, trained=self._trained)
+        for layer in range(shape.layers):
+            if layer < self._first:
+                layers.layer_without_graph(ledger, rows)
+                continue
+            adapts, before = layers.carries(shape, layer), ledger.held["activations"]
+            if self._joins(layer):
+                layers.first_adapter_forward(ledger, rows)
+            else:
+                layers.layer_forward(ledger, rows, adapts=adapts)
+            if shape.recompute == "full":
+                ledger.drop("activations", ledger.held["activations"] - before - rows.d)
+            ledger.drop("activations", rows.d if self._again(layer) else 0)
+        if self._top == "layer":
+            layers.layer_forward(ledger, self._on_top, adapts=False)
+            ledger.touch(rows.d)  # the tasks' rows are put side by side
+            if shape.recompute == "full":
+                ledger.drop("activations", self._on_top.layer)
+        if self._top == "pal":
+            layers.pal_on_top_forward(ledger, self._on_top)
+        if self._top != "none" and self._again(shape.layers):
+            ledger.drop("activations", rows.d)
+        layers.heads_forward(ledger, rows)
+
+    def backward(self, weight: Weight, own: int | None = None) -> None:
+        """own: bytes of the tasks' own gradients that it leaves; None where DeepSpeed takes them like others."""
+        ledger, rows, shape = self._ledger, self._rows, self._shape
+        ledger.phase = "backward"
+        below = self._trained or self._first < shape.layers or self._top != "none"
+        at_once = own is None and (shape.joint or shape.scope != "tensor")
+        layers.heads_backward(ledger, rows, below=below)
+        ledger.hold("gradients", own or 0)
+        if self._top == "layer":
+            if shape.recompute == "full":
+                layers.layer_again(ledger, self._on_top, adapts=False)
+            layers.layer_backward(ledger, self._on_top, _nothing, adapts=False, again=self._again(shape.layers))
+        if self._top == "pal":
+            layers.pal_on_top_backward(ledger, self._on_top, again=self._again(shape.layers))
+        for layer in reversed(range(self._first, shape.layers)):
+            adapts = layers.carries(shape, layer)
+            if self._joins(layer):
+                if shape.recompute == "full":
+                    layers.first_adapter_forward(ledger, rows)
+                    ledger.drop("activations", rows.d)
+                layers.first_adapter_backward(ledger, rows)
+                continue
+            if shape.recompute == "full":
+                layers.layer_again(ledger, rows, adapts=adapts)
+            weigh, again = weight if self._trained else _nothing, self._again(layer)
+            layers.layer_backward(ledger, rows, weigh, adapts=adapts, again=again, at_once=at_once)
+        if own is None:
+            weight(ledger, shape.own, 0)
+        if self._trained:
+            layers.embeddings_backward(ledger, rows, weight, shape.table if own is None else 0, summed=own is None)
+        elif below:
+            ledger.drop("workspace", rows.d)
+
+
+def _nothing(ledger: Ledger, numbers: int, rows: int) -> None:
+    """Of weights that are frozen, or the tasks' own, which are told of at once."""
