@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Collection
 from pathlib import Path
+from types import SimpleNamespace
 from weakref import ref
 
 import pytest
@@ -21,7 +22,7 @@ from fastmtl.surgery import GradientSurgery, SurgeryInfo, gradient_surgery
 from fastmtl.surgery.losses import Losses
 from fastmtl.surgery.methods import draw_order
 from fastmtl.surgery.surrogate import Surrogate
-from fastmtl.surgery.targets import OptimizerTarget
+from fastmtl.surgery.targets import EngineTarget, OptimizerTarget
 from fastmtl.surgery.task_gradients import TaskGradients
 from fastmtl_kernels import gradvac_weights
 
@@ -286,6 +287,15 @@ class Scaled(OptimizerTarget):
     def hand_over(self, gradients: dict[int, Tensor], reached: Collection[int]) -> None:
         self.merged = dict(gradients)
         super().hand_over(gradients, reached)
+
+
+@pytest.mark.parametrize(
+    ("fp16", "own_scale", "scales"), [(False, False, False), (True, False, True), (False, True, True)]
+)
+def test_gradients_stay_float32_until_a_loss_scale_has_come(fp16: bool, own_scale: bool, scales: bool) -> None:
+    target = EngineTarget.__new__(EngineTarget)
+    target.engine = SimpleNamespace(fp16_enabled=lambda: fp16, optimizer=SimpleNamespace(custom_loss_scaler=own_scale))
+    assert target.scales() == scales
 
 
 def test_merged_gradients_become_grad_without_a_copy() -> None:
