@@ -50,7 +50,7 @@ class WatchedJointStep:
         target.check_forward()
         self._step.take(losses)
         with named("backward"):
-            found = differentiate(self._step.total(losses), target.parameters, target.names)
+            found = differentiate(self._step.terms(losses), target.parameters, target.names)
             for k, gradient in enumerate(found):
                 total = self._gradients[k]
                 if gradient is not None:  # in float32, for 16 bits would round every sum
