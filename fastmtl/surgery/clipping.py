@@ -25,7 +25,7 @@ from fastmtl.surgery.targets import Target
 # A norm below this share of the sum of its parts' is not taken from float32 inner products, whose rounding, some 1e-7
 # of the parts' squares, would show in it.
 _CANCELLED = 1e-2
-_EPS = 1e-6
+CLIP_EPS = 1e-6
 
 
 def check_max_norm(max_norm: float | None, target: Target, storage: str, reduce: str, *, joint: bool) -> None:
@@ -52,7 +52,7 @@ def check_max_norm(max_norm: float | None, target: Target, storage: str, reduce:
 
 def clip_factor(norm: float, max_norm: float) -> float:
     """What a gradient of this norm is multiplied by, at most 1; NaN for a norm that is NaN."""
-    return 1.0 if norm + _EPS <= max_norm else max_norm / (norm + _EPS)
+    return 1.0 if norm + CLIP_EPS <= max_norm else max_norm / (norm + CLIP_EPS)
 
 
 def shared_norm(info: SurgeryInfo) -> float | None:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fastmtl.ranges import named
-from fastmtl.surgery.clipping import clip_factor
+from fastmtl.surgery.clipping import CLIP_EPS
 from fastmtl.surgery.differentiate import differentiate
 from fastmtl.surgery.losses import Losses
 from fastmtl.surgery.merged import Merged
-from fastmtl.surgery.norms import total_norm
+from fastmtl.surgery.norms import tensor_norms
 from fastmtl.surgery.parts import Parts
 from fastmtl.surgery.reduce import sum_over_ranks
 from fastmtl.surgery.step import Step, SurgeryInfo
@@ -37,8 +37,10 @@ class JointStep:
 
 
 class WatchedJointStep:
-    """The same in one process with `max_norm`: the gradient is clipped, and a step skipped where it is not finite,
-    before the target has it. The host reads losses and norm at once.
+    """The same in one process with `max_norm`: the gradient is clipped, and the step skipped where it is not finite.
+
+    The host reads losses and norms at once, and where the target can take a step back only after it has handed the
+    gradient over: a GPU computes meanwhile.
     """
 
     def __init__(self, parts: Parts, step: Step) -> None:
@@ -57,31 +59,42 @@ class WatchedJointStep:
                     self._gradients[k] = gradient if total is None else cast(total, torch.float32) + gradient
 
     def finish(self) -> SurgeryInfo:
-        target, max_norm = self._parts.target, self._parts.max_norm
-        assert max_norm is not None
+        parts, target = self._parts, self._parts.target
+        ids = [id(p) for p, gradient in zip(target.parameters, self._gradients, strict=True) if gradient is not None]
         with named("backward"):
-            found = dict(zip(target.parameters, self._gradients, strict=True))
-            self._gradients = []
-            reached = {p: gradient for p, gradient in found.items() if gradient is not None}
-            norm = total_norm(list(reached.values()))
-            *sums, total = torch.cat([self._step.sums, norm.double()[None]]).tolist()
-        info = dataclasses.replace(_judged(self._parts, self._step, sums), total_norm=total)
-        if not math.isfinite(total):
-            bad = next(target.names[id(p)] for p, gradient in reached.items() if not gradient.isfinite().all())
-            self._parts.solver.skip(bad)
+            norms = tensor_norms([gradient for gradient in self._gradients if gradient is not None])
+            total = torch.linalg.vector_norm(norms)
+            merged = self._clipped(total)
+            if target.takes_back:
+                target.hand_over(merged, ids)
+            numbers = torch.cat([self._step.sums, total[None], norms]).tolist()
+        sums, norm, each = numbers[: len(parts.tasks) + 1], numbers[len(parts.tasks) + 1], numbers[-len(ids) :]
+        info = dataclasses.replace(_judged(parts, self._step, sums), total_norm=norm)
+        if not math.isfinite(norm):
+            if target.takes_back:
+                target.take_back()
+            bad = next(target.names[key] for key, found in zip(ids, each, strict=True) if not math.isfinite(found))
+            parts.solver.skip(bad)
             return dataclasses.replace(info, skipped=bad)
-        self._parts.solver.good_step()
-        with named("backward"):
-            clip = clip_factor(total, max_norm)
-            gradients = [torch.zeros_like(p) if gradient is None else gradient for p, gradient in found.items()]
-            if clip != 1.0:
-                gradients = unshared(gradients)
-                torch._foreach_mul_(gradients, clip)
-            merged, ids = Merged(), {id(p) for p in reached}
-            merged.update(zip(map(id, found), gradients, strict=True))
-            del found, reached, gradients  # what only `merged` holds becomes `.grad` as it is
+        parts.solver.good_step()
+        if not target.takes_back:
             target.hand_over(merged, ids)
         return info
+
+    def _clipped(self, total: Tensor) -> Merged:
+        """Gradients of all parameters; nobody else holds them then, so that they become `.grad` as they are."""
+        max_norm, parameters = self._parts.max_norm, self._parts.target.parameters
+        assert max_norm is not None
+        found, self._gradients = self._gradients, []
+        gradients = [
+            torch.zeros_like(p) if gradient is None else gradient for p, gradient in zip(parameters, found, strict=True)
+        ]
+        if math.isfinite(max_norm):
+            gradients = unshared(gradients)
+            torch._foreach_mul_(gradients, (max_norm / (total + CLIP_EPS)).clamp(max=1.0).float())
+        merged = Merged()
+        merged.update(zip(map(id, parameters), gradients, strict=True))
+        return merged
 
 
 def _judged(parts: Parts, step: Step, sums: list[float]) -> SurgeryInfo:

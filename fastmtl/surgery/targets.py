@@ -31,6 +31,7 @@ class Target(Protocol):
     merging_optimizer: the one that is to be given task gradients in place of that, None where there is none; norm: of
     the merged gradient, None where it is not known. check_trained: raises UserError where other parameters are
     trainable than when the target was made. begin: raises UserError where a step's first gradient comes too early.
+    takes_back: whether `take_back` can drop gradients that are not finite after they were handed over.
     check_forward: raises UserError where losses whose gradients will be handed over come from the target's own forward.
     """
 
@@ -39,6 +40,7 @@ class Target(Protocol):
     device: torch.device
     stacks: bool
     merges: bool
+    takes_back: bool
     factor: float
 
     def arranged(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]: ...
@@ -53,6 +55,7 @@ class Target(Protocol):
     def check_forward(self) -> None: ...
     def loss_scale(self) -> float: ...
     def backs_off(self) -> bool: ...
+    def take_back(self) -> None: ...
 
 
 class OptimizerTarget:
@@ -60,6 +63,7 @@ class OptimizerTarget:
 
     stacks = True
     factor = 1.0
+    takes_back = False
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         if world_size() > 1:
@@ -126,6 +130,9 @@ class OptimizerTarget:
     def backs_off(self) -> bool:
         return False
 
+    def take_back(self) -> None:
+        raise NotImplementedError("gradients in `.grad` are the user's")
+
 
 class EngineTarget:
     """A DeepSpeed engine, by its public calls. DeepSpeed averages over ranks, so gradients are handed over times their
@@ -157,6 +164,7 @@ class EngineTarget:
                 "with ZeRO 1"
             )
         self.stacks = stage < 3 and not engine.zero_use_cpu_optimizer()
+        self.takes_back = self.stacks and hasattr(engine.optimizer, "check_grad_overflow")
         self._own_forward = False
         engine.register_forward_pre_hook(self._saw_forward)
 
@@ -222,6 +230,15 @@ class EngineTarget:
             return False
         return self.loss_scale() > self.engine.optimizer.loss_scaler.min_scale
 
+    def take_back(self) -> None:
+        """By DeepSpeed's own check for overflows: what it holds of the step is gone, and nothing is updated."""
+        optimizer = self.engine.optimizer
+        before, optimizer.check_grad_overflow = optimizer.check_grad_overflow, True
+        try:
+            self.engine.step()
+        finally:
+            optimizer.check_grad_overflow = before
+
 
 class FlatTarget(EngineTarget):
     """An engine that has FlatParameters: autograd's gradients are of the model's own, DeepSpeed's of the flat ones."""
@@ -275,13 +292,12 @@ def unshared(gradients: list[Tensor]) -> list[Tensor]:
     """Gradients that can be changed in place: autograd gives one tensor for two parameters, or one number for all of a
     tensor's.
     """
-    places = [gradient.data_ptr() for gradient in gradients]
-    return [
-        gradient.clone(memory_format=torch.contiguous_format)
-        if places.index(place) < k or not gradient.is_contiguous()
-        else gradient
-        for k, (gradient, place) in enumerate(zip(gradients, places, strict=True))
-    ]
+    found, places = [], set()
+    for gradient in gradients:
+        alone = gradient.data_ptr() not in places and gradient.is_contiguous()
+        places.add(gradient.data_ptr())
+        found.append(gradient if alone else gradient.clone(memory_format=torch.contiguous_format))
+    return found
 
 
 def _changed(name: str, parameter: nn.Parameter, what: str) -> UserError:
