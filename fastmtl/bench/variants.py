@@ -182,6 +182,7 @@ BUILDERS: dict[str, Callable[[str, Workload], Variant]] = {
     "sum": _surgery("sum"),
     "pcgrad stacked": _surgery("pcgrad"),
     "pcgrad stacked bf16": _surgery("pcgrad", dtype=torch.bfloat16),
+    "pcgrad kept": _surgery("pcgrad", storage="kept"),
     "pcgrad replay": _surgery("pcgrad", storage="replay"),
     "sum, CUDA graphs": _recorded("sum"),
     "pcgrad, CUDA graphs": _recorded("pcgrad"),
