@@ -72,7 +72,8 @@ def add_layer_norm() -> None:
         drawn = seed() if rate else None
         _, z, mean, rstd, _ = add_layer_norm_triton.forward(rows, rows, ts, x_bias, column, column, drawn, call)
         sums = 3 if x_bias is not None else 2
-        add_layer_norm_triton.backward(rows, z, mean, rstd, column, drawn, call, dx_dtype=dtype, num_sums=sums)
+        for kept in (call, call._replace(sums_dtype=dtype)):  # sums for a sink are float32
+            add_layer_norm_triton.backward(rows, z, mean, rstd, column, drawn, kept, dx_dtype=dtype, num_sums=sums)
         add_layer_norm_triton.again(z, mean, rstd, column, column, call)
 
 

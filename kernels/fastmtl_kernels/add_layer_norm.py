@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from fastmtl_kernels import add_layer_norm_reference as reference
 from fastmtl_kernels.dispatch import RowImpl, backend, select
 from fastmtl_kernels.philox import check_dropout, describe
-from fastmtl_kernels.task_sink import TaskRows, TaskSink, TokenOffsets, check_sink, gradient
+from fastmtl_kernels.task_sink import TaskRows, TaskSink, TokenOffsets, check_sink, common_dtype, gradient
 
 # Told of a result, and of what makes it again, bit for bit, from what is kept for backward anyway.
 Offer = Callable[[Tensor, Callable[[], Tensor]], None]
@@ -86,12 +86,17 @@ def add_layer_norm(
             residual, x, weight, bias, ts=ts, x_bias=x_bias, dropout_p=dropout_p, eps=eps, seed=seed, tasks=tasks,
             task_grads=task_grads,
         )  # fmt: skip
-    call = RowNorm(kernels, dropout_p, eps, tasks, task_grads, torch.is_grad_enabled(), offer)
+    dtype = common_dtype(weight, bias, x_bias)
+    call = RowNorm(kernels, dropout_p, eps, tasks, task_grads, torch.is_grad_enabled(), dtype, offer)
     return _AddLayerNorm.apply(residual, x, weight, bias, ts, x_bias, seed if dropout_p > 0 else None, call)
 
 
 class RowNorm(NamedTuple):
-    """What forward and backward share besides tensors. saves: whether a backward may come. offer: see above."""
+    """What forward and backward share besides tensors.
+
+    saves: whether a backward may come. sums_dtype: of the parameters' gradients where there is no sink; an
+    implementation may return float32 instead. offer: see above.
+    """
 
     kernels: ModuleType
     dropout_p: float
@@ -99,6 +104,7 @@ class RowNorm(NamedTuple):
     tasks: TaskRows
     sink: TaskSink | None
     saves: bool
+    sums_dtype: torch.dtype = torch.float32
     offer: Offer | None = None
 
 

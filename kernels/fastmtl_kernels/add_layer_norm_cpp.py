@@ -80,7 +80,8 @@ def backward(
     dx_dtype: torch.dtype | None,
     num_sums: int,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """dz and dx [N, d], sums [3, T, d] float32: the tasks' gradients of weight, bias and x_bias.
+    """dz and dx [N, d]; sums, the gradients of weight, bias and x_bias: float32 [3, T, d] for a sink, without one
+    [3, 1, d] over all tasks.
 
     dx_dtype: None where dx is not wanted. num_sums: how many of the three are wanted; all are made.
     """
@@ -102,4 +103,6 @@ def backward(
     )
     if dx_dtype is not None:
         dx = cast(dz if dx is None else dx, dx_dtype)
+    if call.sink is None and call.tasks.num_tasks > 1:  # all three at once
+        totals = totals.sum(1, keepdim=True)
     return dz, dx, totals

@@ -14,9 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmtl_kernels.philox import keep_threshold
+from fastmtl_kernels.row_blocks_triton import block_shape
 
-# Elements of a thread: two 16-byte vectors of the half types.
-PER_THREAD = 16
 MAX_BLOCK_D = 1024
 
 
@@ -34,7 +33,7 @@ def keep_rows(
     return tl.join(tl.join(k0, k2), tl.join(k1, k3)).reshape(rows.shape[0], BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["num_rows", "threshold"])
+@triton.jit(do_not_specialize=["num_rows", "threshold"], do_not_specialize_on_alignment=["seed_ptr"])
 def _dropout_kernel(
     x_ptr: tl.tensor,
     y_ptr: tl.tensor,
@@ -54,14 +53,6 @@ def _dropout_kernel(
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     y = tl.where(keep_rows(seed_ptr, rows, first_column, threshold, BLOCK_D), x * keep_scale, 0.0)
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-def block_shape(num_columns: int, per_thread: int = PER_THREAD) -> dict[str, int]:
-    """BLOCK_M, BLOCK_D and launch options for whole rows of this many columns, `per_thread` elements to a thread."""
-    block_d = max(16, triton.next_power_of_2(num_columns))
-    num_warps = min(max(block_d // 128, 1), 16)
-    block_m = max(per_thread * 32 * num_warps // block_d, 1)
-    return {"BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": num_warps, "enable_fp_fusion": True}
 
 
 def dropout(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:

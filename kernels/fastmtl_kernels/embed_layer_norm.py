@@ -24,7 +24,15 @@ from fastmtl_kernels import embed_layer_norm_reference as reference
 from fastmtl_kernels.add_layer_norm import RowNorm, check_columns
 from fastmtl_kernels.dispatch import RowImpl, backend, select
 from fastmtl_kernels.philox import check_dropout, describe
-from fastmtl_kernels.task_sink import TaskRows, TaskSink, TokenOffsets, check_sink, gradient, table_gradient
+from fastmtl_kernels.task_sink import (
+    TaskRows,
+    TaskSink,
+    TokenOffsets,
+    check_sink,
+    common_dtype,
+    gradient,
+    table_gradient,
+)
 
 
 def embed_layer_norm(
@@ -82,7 +90,8 @@ def embed_layer_norm(
             (input_ids, position_ids, token_type_ids), (words, positions, types), weight, bias, dropout_p=dropout_p,
             eps=eps, seed=seed, tasks=tasks, task_grads=task_grads,
         )  # fmt: skip
-    call = RowNorm(kernels, dropout_p, eps, tasks, task_grads, torch.is_grad_enabled())
+    saves, dtype = torch.is_grad_enabled(), common_dtype(weight, bias)
+    call = RowNorm(kernels, dropout_p, eps, tasks, task_grads, saves, dtype)
     anchor = None if task_grads is None else task_grads.anchor
     used = seed if dropout_p > 0 else None
     return _EmbedLayerNorm.apply(

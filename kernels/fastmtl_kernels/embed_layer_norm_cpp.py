@@ -35,7 +35,7 @@ def forward(
 def backward(
     dy: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, seed: Tensor | None, call: RowNorm
 ) -> tuple[Tensor, Tensor]:
-    """dz [N, d] and the tasks' gradients of weight and bias, float32 [2, T, d]."""
+    """dz [N, d] and the gradients of weight and bias, float32 [2, T or 1, d] as of add_layer_norm_cpp.backward."""
     dh = dy if seed is None else dropout(dy, call.dropout_p, seed)
     plain = call._replace(dropout_p=0.0)
     dz, _, sums = add_layer_norm_cpp.backward(dh, z, mean, rstd, weight, None, plain, dx_dtype=None, num_sums=2)

@@ -16,15 +16,22 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmtl_kernels import add_layer_norm_triton
-from fastmtl_kernels.add_layer_norm_triton import load_rows, normalise
-from fastmtl_kernels.dropout_triton import block_shape, keep_rows
+from fastmtl_kernels.add_layer_norm_triton import normalise
+from fastmtl_kernels.dropout_triton import keep_rows
 from fastmtl_kernels.philox import keep_threshold
+from fastmtl_kernels.row_blocks_triton import block_shape, load_rows
 
 if TYPE_CHECKING:
     from fastmtl_kernels.add_layer_norm import RowNorm
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_tasks", "threshold"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_tasks", "threshold"],
+    do_not_specialize_on_alignment=[
+        "input_ids_ptr", "position_ids_ptr", "token_type_ids_ptr", "seed_ptr", "token_offsets_ptr", "mean_ptr",
+        "rstd_ptr",
+    ],
+)  # fmt: skip
 def _embed_layer_norm_fwd_kernel(
     input_ids_ptr: tl.tensor,
     position_ids_ptr: tl.tensor,
@@ -117,7 +124,7 @@ def forward(
 def backward(
     dy: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, seed: Tensor | None, call: RowNorm
 ) -> tuple[Tensor, Tensor]:
-    """dz [N, d] and the tasks' gradients of weight and bias, float32 [2, T, d]."""
+    """dz [N, d] and the gradients of weight and bias, [2, T or 1, d] as of add_layer_norm_triton.backward."""
     dz, _, sums = add_layer_norm_triton.backward(
         dy, z, mean, rstd, weight, seed, call, dx_dtype=None, num_sums=2, drop_y=True
     )

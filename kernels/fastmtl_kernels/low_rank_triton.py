@@ -89,7 +89,9 @@ def _store_zeros(
         tl.store(ptr + offs, zeros, mask=mask_m[:, None] & (offs_d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_tasks"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_tasks"], do_not_specialize_on_alignment=["seed_ptr", "token_offsets_ptr"]
+)
 def _maps_fwd_kernel(
     x_ptr: tl.tensor,
     first_ptr: tl.tensor,
@@ -168,7 +170,9 @@ def _maps_fwd_kernel(
         _store_zeros(y_ptr, rows, mask_m, D_OUT, BLOCK_M, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_tasks"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_tasks"], do_not_specialize_on_alignment=["seed_ptr", "token_offsets_ptr"]
+)
 def _maps_bwd_kernel(
     dy_ptr: tl.tensor,
     h_ptr: tl.tensor,

@@ -82,7 +82,10 @@ def _outer_product(
     return product, wide_sum, narrow_sum
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_tasks", "rows_per_chunk"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_tasks", "rows_per_chunk"],
+    do_not_specialize_on_alignment=["seed_ptr", "token_offsets_ptr"],
+)
 def _weights_kernel(
     x_ptr: tl.tensor,
     dy_ptr: tl.tensor,
@@ -157,7 +160,7 @@ def _weights_kernel(
                         tl.store(slot_ptr + FIRST_BIAS + offs_r, dh_sum, mask_r)
 
 
-@triton.jit(do_not_specialize=["num_tasks", "rows_per_chunk"])
+@triton.jit(do_not_specialize=["rows_per_chunk"], do_not_specialize_on_alignment=["token_offsets_ptr"])
 def _sum_slots_kernel(
     partials_ptr: tl.tensor,
     token_offsets_ptr: tl.tensor,

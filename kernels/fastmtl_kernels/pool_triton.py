@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmtl_kernels.add_layer_norm_triton import load_rows
+from fastmtl_kernels.row_blocks_triton import load_rows
 
 BLOCK_M = 16
 MAX_BLOCK_D = 128
@@ -31,7 +31,7 @@ def _first_largest(a: tl.tensor, a_row: tl.tensor, b: tl.tensor, b_row: tl.tenso
     return tl.where(a_wins, a, b), tl.where(a_wins, a_row, b_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["cu_seqlens_ptr"])
 def _pool_fwd_kernel(
     x_ptr: tl.tensor,
     cu_seqlens_ptr: tl.tensor,
@@ -73,7 +73,7 @@ def _pool_fwd_kernel(
     tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=mask_d)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_sequences"])
+@triton.jit(do_not_specialize=["num_rows", "num_sequences"], do_not_specialize_on_alignment=["cu_seqlens_ptr"])
 def _pool_bwd_kernel(
     dout_ptr: tl.tensor,
     cu_seqlens_ptr: tl.tensor,

@@ -109,9 +109,21 @@ def check_sink(token_offsets: TokenOffsets | None, task_grads: TaskSink | None) 
 
 
 def gradient(sink: TaskSink | None, parameter: Any, gradients: Tensor) -> Tensor | None:
-    """What autograd gets for a parameter, of its dtype, from `gradients` [T, *shape]."""
-    merged = gradients.sum(0) if sink is None else sink.deliver(parameter, gradients)
+    """What autograd gets for a parameter, of its dtype, from `gradients` [T, *shape].
+
+    Without a sink the first axis may have the length 1, for what an implementation has added up already.
+    """
+    if sink is None:
+        merged: Tensor | None = gradients[0] if len(gradients) == 1 else gradients.sum(0)
+    else:
+        merged = sink.deliver(parameter, gradients)
     return None if merged is None else cast(merged, parameter.dtype)
+
+
+def common_dtype(*parameters: Tensor | None) -> torch.dtype:
+    """The dtype of all parameters, float32 where they differ."""
+    dtypes = {parameter.dtype for parameter in parameters if parameter is not None}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def table_gradient(

@@ -2,7 +2,8 @@
 
 A program holds one head of a block of 64 rows and loops over the blocks of its sequence. Forward keeps the running
 maximum and sum of FlashAttention-2 and leaves both for every row, from which backward has P at once; rowsum(P dP) is
-taken as rowsum(O dO). Score tiles, dtypes and padding as in varlen_attention_tile.
+taken as rowsum(O dO), which the launch of tile_bwd_kernel has left. Score tiles, dtypes and padding as in
+varlen_attention_tile.
 
 The maximum and log2(sum) stay apart, and forward and backward subtract the maximum by the same fused instruction: of a
 score of 2,000 a float32 knows no more than 1e-4, and an error of that size in P would reach dV.
@@ -19,7 +20,7 @@ from fastmtl_kernels.varlen_attention_tile import keep, key_slots, load_rows, st
 _TILE = tl.constexpr(TILE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["blocks_ptr", "seed_ptr"])
 def long_fwd_kernel(
     qkv_ptr: tl.tensor,
     out_ptr: tl.tensor,
@@ -122,8 +123,8 @@ def _key_grads(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
-    out_ptr: tl.tensor,
     stats_ptr: tl.tensor,
+    delta_ptr: tl.tensor,
     dout_ptr: tl.tensor,
     dq_ptr: tl.tensor,
     seed_ptr: tl.tensor,
@@ -158,9 +159,8 @@ def _key_grads(
         rows_m = first_query + tl.arange(0, _TILE)
         mask_m = rows_m < stop
         q = load_rows(q_ptr, rows_m, stride_qkv_row, mask_m, HEAD_DIM, BLOCK_D)
-        out = load_rows(out_ptr, rows_m, part, mask_m, HEAD_DIM, BLOCK_D)
         dout = load_rows(dout_ptr, rows_m, stride_dout_row, mask_m, HEAD_DIM, BLOCK_D)
-        delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+        delta = tl.load(delta_ptr + rows_m.to(tl.int64) * num_heads, mask=mask_m, other=0.0)
         peak, log2_total = _load_stats(stats_ptr, rows_m, num_heads, mask_m)
         dropped, ds = _block_grads(
             q, k, v, dout, peak, log2_total, delta, mask_n, groups, rows_m, head,
@@ -176,11 +176,11 @@ def _key_grads(
         store_rows(dq_ptr + 2 * part, dv, rows_n, 3 * part, mask_n, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["blocks_ptr", "seed_ptr"])
 def long_bwd_kernel(
     qkv_ptr: tl.tensor,
-    out_ptr: tl.tensor,
     stats_ptr: tl.tensor,
+    delta_ptr: tl.tensor,
     dout_ptr: tl.tensor,
     dqkv_ptr: tl.tensor,
     blocks_ptr: tl.tensor,
@@ -211,17 +211,16 @@ def long_bwd_kernel(
     q_ptr = qkv_ptr + head.to(tl.int64) * stride_qkv_head
     k_ptr = q_ptr + stride_qkv_part
     v_ptr = k_ptr + stride_qkv_part
-    out_ptr += head * HEAD_DIM
     stats_ptr += head * 2
+    delta_ptr += head
     dout_ptr += head.to(tl.int64) * stride_dout_head
     dq_ptr = dqkv_ptr + head * HEAD_DIM
     if tl.program_id(1) == 0:
         rows_m = first + tl.arange(0, _TILE)
         mask_m = rows_m < stop
         q = load_rows(q_ptr, rows_m, stride_qkv_row, mask_m, HEAD_DIM, BLOCK_D)
-        out = load_rows(out_ptr, rows_m, part, mask_m, HEAD_DIM, BLOCK_D)
         dout = load_rows(dout_ptr, rows_m, stride_dout_row, mask_m, HEAD_DIM, BLOCK_D)
-        delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+        delta = tl.load(delta_ptr + rows_m.to(tl.int64) * num_heads, mask=mask_m, other=0.0)
         peak, log2_total = _load_stats(stats_ptr, rows_m, num_heads, mask_m)
         dq = tl.zeros([_TILE, BLOCK_D], tl.float32)
         for first_key in range(start, stop, _TILE):
@@ -239,19 +238,19 @@ def long_bwd_kernel(
     elif SPLIT:
         if tl.program_id(1) == 1:
             _key_grads(
-                q_ptr, k_ptr, v_ptr, out_ptr, stats_ptr, dout_ptr, dq_ptr, seed_ptr, start, stop, first, head,
+                q_ptr, k_ptr, v_ptr, stats_ptr, delta_ptr, dout_ptr, dq_ptr, seed_ptr, start, stop, first, head,
                 stride_qkv_row, stride_dout_row, num_heads, scale, scale_log2, threshold, keep_scale,
                 True, False, HEAD_DIM, BLOCK_D, DROPOUT, PRECISION,
             )  # fmt: skip
         else:
             _key_grads(
-                q_ptr, k_ptr, v_ptr, out_ptr, stats_ptr, dout_ptr, dq_ptr, seed_ptr, start, stop, first, head,
+                q_ptr, k_ptr, v_ptr, stats_ptr, delta_ptr, dout_ptr, dq_ptr, seed_ptr, start, stop, first, head,
                 stride_qkv_row, stride_dout_row, num_heads, scale, scale_log2, threshold, keep_scale,
                 False, True, HEAD_DIM, BLOCK_D, DROPOUT, PRECISION,
             )  # fmt: skip
     else:
         _key_grads(
-            q_ptr, k_ptr, v_ptr, out_ptr, stats_ptr, dout_ptr, dq_ptr, seed_ptr, start, stop, first, head,
+            q_ptr, k_ptr, v_ptr, stats_ptr, delta_ptr, dout_ptr, dq_ptr, seed_ptr, start, stop, first, head,
             stride_qkv_row, stride_dout_row, num_heads, scale, scale_log2, threshold, keep_scale,
             True, True, HEAD_DIM, BLOCK_D, DROPOUT, PRECISION,
         )  # fmt: skip

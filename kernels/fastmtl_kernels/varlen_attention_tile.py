@@ -96,7 +96,7 @@ def _key_groups(rows_ptr: tl.tensor, starts_ptr: tl.tensor, first_slot: tl.tenso
     return (tl.load(rows_ptr + slots) - tl.load(starts_ptr + slots)) // 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "starts_ptr", "seed_ptr"])
 def tile_fwd_kernel(
     qkv_ptr: tl.tensor,
     out_ptr: tl.tensor,
@@ -202,13 +202,42 @@ def _tile_grads(
 
 
 @triton.jit
+def _store_delta(
+    out_ptr: tl.tensor,
+    dout_ptr: tl.tensor,
+    delta_ptr: tl.tensor,
+    block_ptr: tl.tensor,
+    head: tl.tensor,
+    stride_dout_row: tl.tensor,
+    num_heads: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    """Writes rowsum(O dO) of the rows of a block, float32."""
+    stop = tl.load(block_ptr + 1)
+    rows = tl.load(block_ptr + 2) + tl.arange(0, _TILE)
+    mask = rows < stop
+    out = load_rows(out_ptr + head * HEAD_DIM, rows, num_heads * HEAD_DIM, mask, HEAD_DIM, BLOCK_D)
+    dout = load_rows(dout_ptr, rows, stride_dout_row, mask, HEAD_DIM, BLOCK_D)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    tl.store(delta_ptr + rows.to(tl.int64) * num_heads + head, delta, mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=["num_tiles"],
+    do_not_specialize_on_alignment=["rows_ptr", "starts_ptr", "blocks_ptr", "seed_ptr"],
+)
 def tile_bwd_kernel(
     qkv_ptr: tl.tensor,
+    out_ptr: tl.tensor,
     dout_ptr: tl.tensor,
     dqkv_ptr: tl.tensor,
+    delta_ptr: tl.tensor,
     rows_ptr: tl.tensor,
     starts_ptr: tl.tensor,
+    blocks_ptr: tl.tensor,
     seed_ptr: tl.tensor,
+    num_tiles: tl.tensor,
     stride_qkv_row: tl.tensor,
     stride_qkv_part: tl.tensor,
     stride_qkv_head: tl.tensor,
@@ -225,15 +254,25 @@ def tile_bwd_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """dQ, dK and dV of the tile tl.program_id(0) // num_heads, by a program each where they are SPLIT."""
+    """dQ, dK and dV of the tile tl.program_id(0) // num_heads, by a program each where they are SPLIT.
+
+    The programs past the tiles write what long_bwd_kernel, which comes next, needs of each block: a launch less.
+    """
     head = tl.program_id(0) % num_heads
-    first_slot = tl.program_id(0) // num_heads * _TILE
+    tile = tl.program_id(0) // num_heads
+    first_slot = tile * _TILE
     q_ptr = qkv_ptr + head.to(tl.int64) * stride_qkv_head
     k_ptr = q_ptr + stride_qkv_part
     v_ptr = k_ptr + stride_qkv_part
     dout_ptr += head.to(tl.int64) * stride_dout_head
     dq_ptr = dqkv_ptr + head * HEAD_DIM
-    if SPLIT:
+    if tile >= num_tiles:
+        if tl.program_id(1) == 0:
+            block_ptr = blocks_ptr + (tile - num_tiles) * 3
+            _store_delta(
+                out_ptr, dout_ptr, delta_ptr, block_ptr, head, stride_dout_row, num_heads, HEAD_DIM, BLOCK_D
+            )  # fmt: skip
+    elif SPLIT:
         if tl.program_id(1) == 0:
             _tile_grads(
                 q_ptr, k_ptr, v_ptr, dout_ptr, dq_ptr, rows_ptr, starts_ptr, seed_ptr, first_slot, head,

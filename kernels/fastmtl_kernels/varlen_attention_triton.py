@@ -13,7 +13,9 @@ one kernel for each kind of sequence. A row is written by one program, without a
   sequences, and the whole rows of P; rowsum(P dP) never leaves its registers.
 - Longer ones (varlen_attention_long): a program loops over the 64-row blocks of its sequence. Forward keeps the
   maximum and sum of the rows; backward's programs own a block of keys (dK, dV) or a block of queries (dQ) and take
-  rowsum(P dP) as rowsum(O dO).
+  rowsum(P dP) as rowsum(O dO), which programs of the tiles' launch leave for every row.
+
+The two kinds are two launches: in one grid, a tile would be given the registers and the shared memory of a loop.
 
 Limits: a value that is not finite makes its whole tile so, also where the tile holds other sequences. float32 spills
 registers: it is for checks rather than speed. Not differentiable twice.
@@ -126,26 +128,32 @@ def backward(
     seed: Tensor | None,
 ) -> Tensor:
     """dqkv [N, 3, heads, head_dim]."""
-    num_heads = qkv.shape[2]
+    num_rows, num_heads = qkv.shape[0], qkv.shape[2]
+    num_tiles, num_blocks = len(plan.tile_rows), len(plan.blocks)
+    delta = torch.empty(num_rows if num_blocks else 0, num_heads, dtype=torch.float32, device=qkv.device)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     common = _common(qkv, scale, dropout_p, seed) | {
         "dout_ptr": dout,
         "dqkv_ptr": dqkv,
+        "delta_ptr": delta,
+        "blocks_ptr": plan.blocks,
         "stride_dout_row": dout.stride(0),
         "stride_dout_head": dout.stride(1),
         "scale": scale,
     }
     with torch.cuda.device_of(qkv):
-        if len(plan.tile_rows):
+        if num_tiles or num_blocks:
             options = _tile_bwd_options(qkv)
-            tile_bwd_kernel[(len(plan.tile_rows) * num_heads, 3 if options["SPLIT"] else 1)](
-                rows_ptr=plan.tile_rows, starts_ptr=plan.tile_starts, **common | options
+            tile_bwd_kernel[((num_tiles + num_blocks) * num_heads, 3 if options["SPLIT"] else 1)](
+                out_ptr=out,
+                rows_ptr=plan.tile_rows,
+                starts_ptr=plan.tile_starts,
+                num_tiles=num_tiles,
+                **common | options,
             )
-        if len(plan.blocks):
+        if num_blocks:
             options = _long_bwd_options(qkv, dropout_p)
-            long_bwd_kernel[(len(plan.blocks) * num_heads, 3 if options["SPLIT"] else 2)](
-                out_ptr=out, stats_ptr=stats, blocks_ptr=plan.blocks, **common | options
-            )
+            long_bwd_kernel[(num_blocks * num_heads, 3 if options["SPLIT"] else 2)](stats_ptr=stats, **common | options)
     return dqkv
 
 

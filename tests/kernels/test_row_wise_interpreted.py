@@ -59,6 +59,17 @@ def test_add_layer_norm(case: add_layer_norm.Case) -> None:
 
 
 @interpreted
+def test_a_float32_parameter_beside_a_bfloat16_one_keeps_its_digits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, dy = torch.randn(40, 24, generator=generator), torch.randn(40, 24, generator=generator)
+    weight, bias = torch.ones(24, dtype=torch.bfloat16).requires_grad_(), torch.zeros(24).requires_grad_()
+    y = row_cases.nan_filled(lambda: add_layer_norm.add_layer_norm(rows, rows, weight, bias, impl="triton"))
+    dweight, dbias = torch.autograd.grad(y, [weight, bias], dy)
+    assert dweight.dtype == torch.bfloat16
+    torch.testing.assert_close(dbias, dy.sum(0), rtol=1e-5, atol=1e-5)
+
+
+@interpreted
 @few
 @given(case=embed_layer_norm.cases(max_rows=30, max_columns=70))
 def test_embed_layer_norm(case: embed_layer_norm.Case) -> None:

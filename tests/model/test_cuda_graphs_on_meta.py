@@ -22,15 +22,18 @@ from torch.utils._pytree import tree_leaves
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.model.static_batch import Bucket, rows_of
 from fastmtl.model.static_layers import StaticLayers
+from fastmtl_kernels.add_layer_norm import add_layer_norm
+from fastmtl_kernels.embed_layer_norm import embed_layer_norm
 from fastmtl_kernels.varlen_attention_plan import AttentionPlan
 
 pytest.importorskip("triton")
 MakeBatch = Callable[..., PackedBatch]
 META = torch.device("meta")
 KERNELS = {
-    "embed_layer_norm": ["_embed_layer_norm_fwd_kernel"],
-    "add_layer_norm": ["_add_layer_norm_fwd_kernel", "_add_layer_norm_bwd_kernel", "_sum_slots_kernel"],
-    "varlen_attention": ["tile_fwd_kernel", "tile_bwd_kernel", "long_fwd_kernel", "long_bwd_kernel"],
+    "embed_layer_norm_triton": ["_embed_layer_norm_fwd_kernel"],
+    "add_layer_norm_triton": ["_add_layer_norm_fwd_kernel"],
+    "add_layer_norm_backward_triton": ["_add_layer_norm_bwd_kernel", "_sum_slots_kernel"],
+    "varlen_attention_triton": ["tile_fwd_kernel", "tile_bwd_kernel", "long_fwd_kernel", "long_bwd_kernel"],
 }
 
 
@@ -69,10 +72,11 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Started]]:
 
         return Kernel()
 
-    for operation, names in KERNELS.items():
+    for operation in ("embed_layer_norm", "add_layer_norm", "varlen_attention"):
         monkeypatch.setattr(import_module(f"fastmtl_kernels.{operation}"), "select", lambda *_: "triton")
+    for module, names in KERNELS.items():
         for name in names:
-            monkeypatch.setattr(import_module(f"fastmtl_kernels.{operation}_triton"), name, noting(name))
+            monkeypatch.setattr(import_module(f"fastmtl_kernels.{module}"), name, noting(name))
     monkeypatch.setattr(torch.cuda, "device_of", lambda _: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # knows no such device
     yield active
@@ -109,3 +113,21 @@ def test_the_host_starts_the_same_for_every_batch(make_batch: MakeBatch, started
     # A layer: attention of two kinds of sequences, two LayerNorms; backward twice, its LayerNorm two kernels, as those
     # of the embeddings.
     assert len(names) == 2 * (2 + 2 + 2 * (2 + 4)) + 1 + 2 * 2
+
+
+def test_without_a_sink_the_kernels_add_up_the_tasks(started: list[Started]) -> None:
+    """As in joint training: no operator sums or casts the gradient of a LayerNorm's parameter."""
+    rows = torch.zeros(30, 64, dtype=torch.bfloat16, device=META, requires_grad=True)
+    columns = [torch.zeros(64, dtype=torch.bfloat16, device=META, requires_grad=True) for _ in range(5)]
+    table = torch.zeros(9, 64, dtype=torch.bfloat16, device=META)
+    ids, seed = torch.zeros(30, dtype=torch.int64, device=META), torch.zeros(1, dtype=torch.int64, device=META)
+    shared = dict(dropout_p=0.1, seed=seed, token_offsets=torch.zeros(4, dtype=torch.int32, device=META))
+    started.append(Started())
+    with started[-1]:
+        y = add_layer_norm(rows, rows, *columns[:2], x_bias=columns[2], **shared)
+        y = y + embed_layer_norm(ids, ids, ids, table, table, table, *columns[3:], **shared)
+        y.backward(torch.zeros_like(y))
+    assert all(column.grad is not None and column.grad.dtype == torch.bfloat16 for column in columns)
+    operators = {what for what, *_ in started[-1].all if not isinstance(what, str)}
+    assert not operators & {torch.ops.aten.sum.dim_IntList, torch.ops.aten._to_copy.default}
+    assert [what for what, *_ in started[-1].all].count("_sum_slots_kernel") == 2

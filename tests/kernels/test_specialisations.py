@@ -1,0 +1,162 @@
+"""A kernel is compiled once, however many rows the batches of a training have and wherever their small tensors lie.
+
+Triton makes a variant of a kernel for each pattern of pointers that are aligned to 16 bytes and for some values of
+integers. A variant that only some batches need is compiled in the middle of training. Here the launchers get tensors on
+the CPU, at real addresses, and Triton's own key of a variant is noted in place of its compilation.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+import triton  # noqa: E402
+
+import triton_aot  # noqa: E402
+from fastmtl_kernels import (  # noqa: E402
+    add_layer_norm_triton,
+    combined_adamw_triton,
+    dropout_triton,
+    embed_layer_norm_triton,
+    gradients_triton,
+    low_rank_triton,
+    pool_triton,
+    varlen_attention_triton,
+)
+from fastmtl_kernels.add_layer_norm import RowNorm  # noqa: E402
+from fastmtl_kernels.combined_adamw_reference import Update, Written  # noqa: E402
+from fastmtl_kernels.low_rank_maps import Maps, Wants  # noqa: E402
+from fastmtl_kernels.task_sink import TaskRows  # noqa: E402
+from fastmtl_kernels.varlen_attention_plan import AttentionPlan  # noqa: E402
+
+KERNELS = Path(inspect.getfile(dropout_triton)).parent
+WIDTH, HEADS, TASKS = 64, 4, 3
+# Of a batch's sequences, short and long: even and odd sums, so that what follows N numbers is aligned for some only.
+BATCHES = ([3, 70, 5], [64, 64, 64], [1, 1, 130], [17, 1, 1], [100, 80, 75], [5, 8, 81])
+
+
+def at_every_place(values: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    """The values as slices of longer tensors, from the first to the fourth element on."""
+    return [torch.tensor([*[0] * place, *values], dtype=dtype)[place:] for place in range(4)]
+
+
+def batches() -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+    """Of each batch and place: lengths, offsets of tasks with a sequence each, ids [N], a seed."""
+    for lengths in BATCHES:
+        offsets = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+        seeds = torch.arange(4).split(1)
+        places = zip(at_every_place(offsets, torch.int32), at_every_place([1] * offsets[-1], torch.int64), strict=True)
+        for (where, ids), seed in zip(places, seeds, strict=True):
+            yield lengths, where, ids, seed
+
+
+def rows_of(count: int) -> tuple[Tensor, Tensor]:
+    return torch.zeros(count, WIDTH, dtype=torch.bfloat16), torch.zeros(WIDTH, dtype=torch.bfloat16)
+
+
+def add_layer_norm() -> None:
+    for _, where, ids, seed in batches():
+        rows, column = rows_of(len(ids))
+        call = RowNorm(add_layer_norm_triton, 0.1, 1e-12, TaskRows.make(where, len(ids), where.device), None, True)
+        _, z, mean, rstd, _ = add_layer_norm_triton.forward(rows, rows, rows, column, column, column, seed, call)
+        add_layer_norm_triton.again(z, mean, rstd, column, column, call)
+        add_layer_norm_triton.backward(rows, z, mean, rstd, column, seed, call, dx_dtype=rows.dtype, num_sums=3)
+
+
+def embed_layer_norm() -> None:
+    for _, where, ids, seed in batches():
+        table, column = rows_of(2)
+        call = RowNorm(embed_layer_norm_triton, 0.1, 1e-12, TaskRows.make(where, len(ids), where.device), None, True)
+        embed_layer_norm_triton.forward((ids, ids, ids), (table, table, table), column, column, seed, call)
+
+
+def dropout() -> None:
+    for _, _, ids, seed in batches():
+        dropout_triton.dropout(rows_of(len(ids))[0], 0.1, seed)
+
+
+def pool() -> None:
+    for _, where, ids, _ in batches():
+        out, winners = pool_triton.forward(rows_of(len(ids))[0], where, "max")
+        pool_triton.backward(out, where, winners, "max", len(ids))
+
+
+def attention() -> None:
+    for lengths, where, ids, seed in batches():
+        plan = AttentionPlan.make(where.tolist(), len(ids))
+        qkv = torch.zeros(len(ids), 3, HEADS, WIDTH // HEADS, dtype=torch.bfloat16)
+        out, stats = varlen_attention_triton.forward(qkv, plan, 0.25, 0.1, seed)
+        assert bool(len(stats)) == (max(lengths) > 64)
+        varlen_attention_triton.backward(qkv, out, stats, out, plan, 0.25, 0.1, seed)
+
+
+def low_rank() -> None:
+    weight, bias = torch.zeros(TASKS, WIDTH, 16, dtype=torch.bfloat16), torch.zeros(TASKS, 16, dtype=torch.bfloat16)
+    second, second_bias = weight.mT, torch.zeros(TASKS, WIDTH, dtype=torch.bfloat16)
+    for _, where, ids, seed in batches():
+        tasks, rows = TaskRows.make(where, len(ids), where.device), rows_of(len(ids))[0]
+        call = Maps(low_rank_triton, tasks, "gelu", "identity", (0.1,) * TASKS, True)
+        y, h = low_rank_triton.forward(rows, weight, bias, second, second_bias, seed, call)
+        assert y is not None
+        wants = Wants(True, True, True, True, True)
+        low_rank_triton.backward(y, rows, weight, second, second_bias, seed, h, call=call, wants=wants)
+
+
+def compact_rows() -> None:
+    """The tasks' gradients of the rows of a table that a batch reads, and those rows' step."""
+    weights, update = torch.zeros(TASKS), Update.at(1, 1e-3, (0.9, 0.999), 1e-8, 0.01)
+    target = Written(*(torch.zeros(200, WIDTH) for _ in range(3)), None)
+    for _, _, ids, _ in batches():
+        rows = torch.zeros(TASKS, len(ids), WIDTH)
+        gradients_triton.gramian([[row.view(-1)] for row in rows])
+        gradients_triton.combine([[row.view(-1)] for row in rows], weights, [torch.zeros(len(ids) * WIDTH)])
+        slots = torch.zeros(200, dtype=torch.int32)
+        combined_adamw_triton.combined_adamw([[row] for row in rows], weights, [target], update, slots)
+
+
+def dense_step() -> None:
+    targets = [Written(*(torch.zeros(count) for _ in range(3)), None) for count in (64, 640)]
+    gradients = [[torch.zeros(64), torch.zeros(640)] for _ in range(TASKS)]
+    for step in (1, 2, 1000):
+        update = Update.at(step, 1e-3, (0.9, 0.999), 1e-8, 0.01)
+        combined_adamw_triton.combined_adamw(gradients, torch.zeros(TASKS), targets, update, None)
+
+
+OPERATIONS = [add_layer_norm, embed_layer_norm, dropout, pool, attention, low_rank, compact_rows, dense_step]
+
+
+@pytest.fixture
+def variants(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], Counter[str]]:
+    """How often each kernel would be compiled in a call."""
+    # What `launches` replaces comes back at the end.
+    monkeypatch.setattr(triton.runtime.driver, "_active", None)
+
+    def count(operation: Callable[[], None]) -> Counter[str]:
+        return Counter(launch.kernel.__name__ for launch in triton_aot.launches(operation))
+
+    return count
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__)
+def test_one_for_all_batches(
+    variants: Callable[[Callable[[], None]], Counter[str]], operation: Callable[[], None]
+) -> None:
+    compiled = variants(operation)
+    assert compiled and set(compiled.values()) == {1}, compiled
+
+
+def test_every_kernel_is_tried(variants: Callable[[Callable[[], None]], Counter[str]]) -> None:
+    tried = Counter[str]()
+    for operation in OPERATIONS:
+        tried |= variants(operation)
+    sources = [path.read_text() for path in KERNELS.glob("*.py")]
+    assert tried.keys() == {name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source, re.M)}
