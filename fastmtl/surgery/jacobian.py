@@ -38,6 +38,7 @@ class Jacobian:
         self._spans = {key: slice(*span) for key, span in zip(self._columns, pairwise(ends), strict=True)}
         dtypes = {parameter.dtype for parameter in self._parameters}
         self.narrow = dtypes.pop() if dtypes in ({torch.bfloat16}, {torch.float16}) else torch.float32
+        self._beside: dict[tuple[int, ...], Tensor | None] = {}
         self._written: dict[int, set[int]] = {}
         self.reached: set[int] = set()
         self.clear()
@@ -80,6 +81,42 @@ class Jacobian:
             torch.sum(columns, 1, out=row)
         else:
             row += columns.sum(1)
+
+    def add_products(self, parameters: Sequence[nn.Parameter], task: int, left: Tensor, right: Tensor) -> None:
+        """As `add_product` of k weights of one shape, whose parts of left [k out, n] are one under the other: one
+        product where the weights' columns follow one another.
+        """
+        rows = self.beside(parameters)
+        if rows is None:
+            for parameter, part in zip(parameters, left.chunk(len(parameters)), strict=True):
+                self.add_product(parameter, task, part, right)
+        elif self._are_first(parameters, task):
+            torch.mm(left, right, out=rows[task])
+        else:
+            rows[task].addmm_(left, right)
+
+    def add_sums(self, parameters: Sequence[nn.Parameter], task: int, columns: Tensor) -> None:
+        """As `add_sum` of k biases, with columns [k d, n], in the same way."""
+        rows = self.beside(parameters)
+        if rows is None:
+            for parameter, part in zip(parameters, columns.chunk(len(parameters)), strict=True):
+                self.add_sum(parameter, task, part)
+        elif self._are_first(parameters, task):
+            torch.sum(columns, 1, out=rows[task])
+        else:
+            rows[task] += columns.sum(1)
+
+    def beside(self, parameters: Sequence[nn.Parameter]) -> Tensor | None:
+        """[T, k times the first dimension, *rest], the part of `buffer` that belongs to k parameters of one shape; None
+        where their columns do not follow one another.
+        """
+        key = tuple(map(id, parameters))
+        if key not in self._beside:
+            spans = [self._spans[each] for each in key]
+            follow = all(before.stop == span.start for before, span in pairwise(spans))
+            columns = self.buffer[:, spans[0].start : spans[-1].stop] if follow else None
+            self._beside[key] = None if columns is None else columns.unflatten(1, (-1, *parameters[0].shape[1:]))
+        return self._beside[key]
 
     def add_rows(self, parameter: nn.Parameter, task: int, ids: Tensor, rows: Tensor) -> None:
         """One task's gradient of a table [V, d] as the sums of rows [n, d] over equal ids [n], in float32."""
@@ -166,6 +203,14 @@ class Jacobian:
             return False
         written.add(task)
         return True
+
+    def _are_first(self, parameters: Sequence[nn.Parameter], task: int) -> bool:
+        """Whether all are to be stored. Where only some are, these are zeros to add to."""
+        first = [parameter for parameter in parameters if self._is_first(parameter, task)]
+        if len(first) < len(parameters):
+            for parameter in first:
+                self._rows[id(parameter)][task].zero_()
+        return len(first) == len(parameters)
 
     def _fill(self, key: int) -> None:
         rows, written = self._rows[key], self._written[key]

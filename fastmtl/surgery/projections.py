@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastmtl.surgery.functional import check_rows, linear_gradients, weighted_rows
+from fastmtl.surgery.recorded_writes import RecordedWrites
 from fastmtl.surgery.segments import Segments
 from fastmtl.surgery.task_gradients import TaskGradients
 from fastmtl_kernels.cast import cast
@@ -75,15 +76,39 @@ def _gradients(ctx: Any, dy: Tensor, rows: Tensor, x: Tensor) -> list[Tensor | N
     if not any(needed):
         return [None] * len(parameters)
     number = len(parameters) // 2
+    weights, biases = parameters[:number], parameters[number:]
     if sink is not None:
-        merges = sink.armed_mode() == "weighted" and all(map(sink.wants, parameters))
-        if not merges:
-            pairs = list(zip(parameters[:number], parameters[number:], strict=True))
-            found = [linear_gradients(ctx, (3 + i, 3 + number + i), *pair, dy[:, i], x) for i, pair in enumerate(pairs)]
+        mode, all_shared = sink.armed_mode(), all(map(sink.wants, parameters))
+        if isinstance(sink, RecordedWrites):
+            sink.linears(weights, biases, rows, x)
+            return [None] * len(parameters)
+        if mode == "stack" and sink.dtype == dy.dtype and all_shared:
+            _stack(sink, weights, biases, ctx.segments.split(rows.t(), dim=1), ctx.segments.split(x))
+            return [None] * len(parameters)
+        if mode != "weighted" or not all_shared:
+            pairs = enumerate(zip(weights, biases, strict=True))
+            found = [linear_gradients(ctx, (3 + i, 3 + number + i), *pair, dy[:, i], x) for i, pair in pairs]
             return [dw for dw, _ in found] + [db for _, db in found]
         rows, x = weighted_rows(rows, sink, ctx.segments), x[: ctx.segments.host[-1]]
     gradients = [*rows.t().mm(x).chunk(number), *rows.sum(0).chunk(number)]
     return [gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=True)]
+
+
+def _stack(
+    sink: TaskGradients,
+    weights: Sequence[nn.Parameter],
+    biases: Sequence[nn.Parameter],
+    dy: Sequence[Tensor],
+    x: Sequence[Tensor],
+) -> None:
+    """dy [k out, n] and x [n, in] of each task: made inside J, as in functional.py."""
+    of_weights, of_biases = sink.stack_of(weights[0]), sink.stack_of(biases[0])
+    for task, (left, right) in enumerate(zip(dy, x, strict=True)):
+        if len(right):
+            of_weights.add_products(weights, task, left, right)
+            of_biases.add_sums(biases, task, left)
+    for parameter in (*weights, *biases):
+        sink.written(parameter)
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:

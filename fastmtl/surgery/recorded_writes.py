@@ -60,13 +60,29 @@ class RecordedWrites(TaskGradients):
         """`tell` does."""
 
     def linear(self, weight: nn.Parameter, bias: nn.Parameter | None, dy: Tensor, x: Tensor) -> None:
-        """dy [N, out] and x [N, in] of one dtype. A bias's sums are a product with ones: one with the tasks' indicator
-        would carry what is not finite from one task into the others.
+        """dy [N, out] and x [N, in] of one dtype."""
+        self.linears([weight], [bias], dy, x)
+
+    def linears(
+        self, weights: Sequence[nn.Parameter], biases: Sequence[nn.Parameter | None], dy: Tensor, x: Tensor
+    ) -> None:
+        """dy [N, k out] and x [N, in] of one dtype, for k Linears. A bias's sums are a product with ones: one with the
+        tasks' indicator would carry what is not finite from one task into the others.
         """
-        for parameter, right in ((weight, x), (bias, self._ones)):
-            if parameter is not None and self.wants(parameter):
-                found = self._product(dy, right)
-                self._write(parameter, found if parameter is weight else found[..., 0])
+        for parameters, right in ((weights, x), (biases, self._ones)):
+            wanted = [parameter for parameter in parameters if parameter is not None and self.wants(parameter)]
+            if not wanted:
+                continue
+            found = self._product(dy, right)
+            found = found if parameters is weights else found[..., 0]
+            columns = self.jacobian.beside(wanted) if len(wanted) == len(parameters) else None
+            if columns is not None:
+                self._write_columns(columns, found)
+                self.order += wanted
+                continue
+            for parameter, part in zip(parameters, found.chunk(len(parameters), dim=1), strict=True):
+                if parameter is not None and self.wants(parameter):
+                    self._write(parameter, part)
 
     def deliver(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
         """As the sink's, with zeros for tasks without rows."""
@@ -100,9 +116,11 @@ class RecordedWrites(TaskGradients):
         return found
 
     def _write(self, parameter: nn.Parameter, gradients: Tensor) -> None:
-        columns = self.jacobian.columns_of(parameter)
+        self._write_columns(self.jacobian.columns_of(parameter), gradients)
+        self.order.append(parameter)
+
+    def _write_columns(self, columns: Tensor, gradients: Tensor) -> None:
         if self.stores:
             columns.copy_(gradients)
         else:
             columns += gradients
-        self.order.append(parameter)
