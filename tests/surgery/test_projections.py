@@ -48,9 +48,10 @@ def results(
     """Y, dX, the parameters' gradients, G and what is merged."""
     weights, biases = parameters(beside=beside, dtype=dtype)
     every = [*weights, *biases]
+    in_j = every if beside else [parameter for pair in zip(weights, biases, strict=True) for parameter in pair]
     weights[1].requires_grad_(not frozen)
     x = torch.randn(7, IN, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
-    sink = None if mode is None else TaskGradients([p for p in every if p.requires_grad], 3, dtype=dtype)
+    sink = None if mode is None else TaskGradients([p for p in in_j if p.requires_grad], 3, dtype=dtype)
 
     def run() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -112,6 +113,25 @@ def test_all_of_them_are_one_product() -> None:
         assert not {"aten::stack", "aten::add", "aten::clone"} & set(names[beside])
     assert "aten::cat" not in names[True]
     assert names[False].count("aten::cat") == 3  # weights and biases in forward, weights in backward
+
+
+def test_task_gradients_are_one_product_where_their_columns_are_side_by_side() -> None:
+    """Also where one of the weights has a gradient already and the others have none."""
+    weights, biases = parameters(beside=False)
+    x, calls, found = torch.randn(7, IN, requires_grad=True), {}, []
+    for order in ([*weights, *biases], [p for pair in zip(weights, biases, strict=True) for p in pair]):
+        sink = TaskGradients(order, 3)
+        with sink.armed("stack", x.device):
+            sink.stack_of(weights[1]).add_task(weights[1], 0, torch.ones(OUT, IN))
+            for _ in range(2):
+                y = projections(x, weights, biases, PARTS, sink)
+                events = operators(lambda y=y: torch.autograd.grad(y.sum(), [x]))
+            calls[len(found)] = [event.name for event in events].count("aten::addmm_")
+        merged = sink.combine(WEIGHTS)
+        found.append([merged[id(parameter)] for parameter in (*weights, *biases)])
+    assert calls == {0: 2, 1: 2 * NUMBER}  # of the two tasks that have rows
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_row_beyond_the_segments_is_of_no_task() -> None:
