@@ -18,6 +18,7 @@ from op_recorder import OpRecorder
 from safetensors.torch import save_file
 from transformers import BertConfig
 
+from fastmtl.bench.waits import host_waits
 from fastmtl.config import Recipe, parse_recipe
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.packing import pack
@@ -246,6 +247,29 @@ def engine_forward(zero: int, world: int) -> str:
     return ""
 
 
+def waits_of_a_step(zero: int, world: int, rank: int) -> list[str]:
+    """Of the host, in the third step."""
+    from fastmtl.engine.build import build_engine
+
+    recipe = make_recipe(Case(zero, 1, "pcgrad", variant="graphs"))  # without an adapter
+    model = make_model(recipe)
+    engine = build_engine(recipe, model, world, STEPS)
+    surgery = make_surgery(engine, model, recipe)
+    data = make_data()
+
+    def step(number: int) -> None:
+        batch = step_batches(data, number, rank, world)
+        counts = dict(zip(recipe.task_names, batch.group_counts, strict=True))
+        surgery.run([batch], lambda batch, model, task_grads: model(batch, task_grads), counts)
+        engine.step()
+
+    for number in range(STEPS - 1):
+        step(number)
+    found = host_waits(lambda: step(STEPS - 1))
+    engine.destroy()
+    return found
+
+
 def pieces(case: Case, directory: Path, rank: int) -> contextlib.ExitStack:
     """A step's columns of J in many pieces; how many of them were sent early is kept, a line for each step."""
     stack = contextlib.ExitStack()
@@ -302,6 +326,9 @@ def main(directory: Path) -> None:
         assert bool(merging.replayed) == ("graphs" in case.variant and case.method != "sum")
         keep(engine, directory / f"{case.name}.safetensors")
     choices_cases.run_all(ranks, lambda engine, name: keep(engine, directory / f"{name}.safetensors"))
+    for zero in (1, 2):
+        waits = waits_of_a_step(zero, ranks.world, ranks.rank)
+        (directory / f"waits-zero{zero}-{ranks.rank}.txt").write_text("\n".join(waits))
     for zero in (0, 2):
         (directory / f"engine-forward-zero{zero}-{ranks.rank}.txt").write_text(engine_forward(zero, ranks.world))
     for number, (zero, load) in enumerate(RANDOM):

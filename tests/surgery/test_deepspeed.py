@@ -93,6 +93,15 @@ def test_two_ranks_equal_one_process(results: Path, case: cases.Case) -> None:
         assert error.norm() <= 2**-8 * magnitude + 0.05 * moved.norm()
 
 
+@pytest.mark.parametrize("zero", [1, 2])
+def test_two_ranks_wait_for_few_numbers(results: Path, zero: int) -> None:
+    """One read tells of the step, and one how many rows of the embedding table each rank has."""
+    for rank in (0, 1):
+        waits = (results / f"waits-zero{zero}-{rank}.txt").read_text().splitlines()
+        assert 1 <= len(waits) <= 3, waits
+        assert sum("solver.py" in line for line in waits) == 1
+
+
 @pytest.mark.parametrize("variant", ["pieces", "backward-pieces", "graphs-pieces"])
 def test_columns_go_to_the_ranks_during_backward(results: Path, variant: str) -> None:
     """From the second step on, which knows the order; with the bits of those that wait for its end."""
