@@ -233,8 +233,9 @@ def _compact_rows(ledger: Ledger, shape: Shape, number: int) -> None:
 
 def _merged_table(ledger: Ledger, shape: Shape) -> None:
     ledger.hold("gradients", shape.table * FLOAT)
-    if shape.table:  # its rows side by side, and times the weights
-        ledger.touch(2 * _tokens(shape) * shape.hidden * FLOAT)
+    if shape.table:  # rows times the weights, on GPUs of all tasks and once more side by side
+        rows = 2 * _tokens(shape) if shape.on_gpu else shape.load.largest_task
+        ledger.touch(rows * shape.hidden * FLOAT)
 
 
 def _scatters(shape: Shape) -> bool:

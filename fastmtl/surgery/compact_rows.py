@@ -5,11 +5,12 @@ Nothing here has a size that depends on what the ids are, so the host never wait
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from fastmtl_kernels import gramian
 from fastmtl_kernels.cast import cast
 
 Rows = tuple[Tensor, Tensor]
@@ -21,14 +22,17 @@ def coalesce(tasks: Sequence[Sequence[Rows]], shape: torch.Size, like: Tensor) -
     shape: of the table, [V, d]. Returns for each list its k ids in ascending order, and float32 [k, d] on the device of
     `like`: the sum at the first place of its id, zeros at the others.
     """
-    num_rows, sizes = shape[0], sizes_of(tasks)
-    ids, rows = _joined([[(ids + t * num_rows, rows) for ids, rows in task] for t, task in enumerate(tasks)], like)
-    if not len(ids):
+    num_rows, sizes = shape[0], [sum(len(ids) for ids, _ in task) for task in tasks]
+    if not any(sizes):
         return [(like.new_zeros(0, dtype=torch.int64), like.new_zeros(0, shape[1], dtype=torch.float32)) for _ in tasks]
-    ordered = ids.sort().values
-    sums = add_at(torch.zeros_like(rows), torch.searchsorted(ordered, ids), rows)
+    keys = [ids + t * num_rows for t, task in enumerate(tasks) for ids, _ in task]
+    joined = torch.cat(keys)
+    ordered = joined.sort().values
+    places = torch.searchsorted(ordered, joined).split([len(piece) for piece in keys])
+    sums = like.new_zeros(len(joined), shape[1], dtype=torch.float32)
+    _add_at(sums, zip(places, (rows for task in tasks for _, rows in task), strict=True))
     pieces = zip(ordered.split(sizes), sums.split(sizes), strict=True)
-    return [(ids - t * num_rows, sums) for t, (ids, sums) in enumerate(pieces)]
+    return [(ids - t * num_rows, its_sums) for t, (ids, its_sums) in enumerate(pieces)]
 
 
 def is_first(ids: Tensor) -> Tensor:
@@ -38,25 +42,15 @@ def is_first(ids: Tensor) -> Tensor:
     return found
 
 
-def sizes_of(tasks: Sequence[Sequence[Rows]]) -> list[int]:
-    """Numbers of rows in T lists."""
-    return [sum(len(ids) for ids, _ in task) for task in tasks]
-
-
-def add_at(out: Tensor, places: Tensor, rows: Tensor) -> Tensor:
-    """Add rows [n, d] to the rows `places` [n] of `out`, in place. Equal inputs give equal bits: on a GPU `index_add_`
-    adds in the order of arrival, and `index_put_` sorts.
-    """
-    if out.device.type == "cpu":
-        return out.index_add_(0, places, rows)
-    return out.index_put_((places,), rows, accumulate=True)
-
-
 def rows_gramian(tasks: Sequence[Rows]) -> Tensor:
     """Inner products [T, T] float32 of T tables' gradients, each from `coalesce`: rows meet where ids are equal."""
-    lower = [[_inner(tasks[i], tasks[j]) for j in range(i)] + [tasks[i][1].square().sum()] for i in range(len(tasks))]
+    lower = [[_inner(tasks[i], tasks[j]) for j in range(i)] + [_square(tasks[i][1])] for i in range(len(tasks))]
     both = [lower[max(i, j)][min(i, j)] for i in range(len(tasks)) for j in range(len(tasks))]
     return torch.stack(both).view(len(tasks), len(tasks))
+
+
+def _square(rows: Tensor) -> Tensor:
+    return gramian([[rows]])[0, 0]
 
 
 def _inner(a: Rows, b: Rows) -> Tensor:
@@ -65,32 +59,38 @@ def _inner(a: Rows, b: Rows) -> Tensor:
         return rows_a.new_zeros(())
     place = torch.searchsorted(ids_b, ids_a).clamp_(max=len(ids_b) - 1)  # the first of equal ids, which has the sum
     same = ids_b.index_select(0, place) == ids_a
-    return rows_b.index_select(0, place).mul_(rows_a).mul_(same.unsqueeze(1)).sum()
+    met = rows_b.index_select(0, place).mul_(same.unsqueeze(1))
+    return gramian([[rows_a], [met]])[0, 1]
 
 
 def weighted_rows(tasks: Sequence[Sequence[Rows]], weights: Tensor, shape: torch.Size) -> Rows:
     """sum_t weights[t] times the rows of T lists of them, as from `coalesce`."""
-    return coalesce([[_weighted(tasks, weights)]], shape, weights)[0]
+    return coalesce([list(_weighted(tasks, weights))], shape, weights)[0]
 
 
 def weighted_table(shape: torch.Size, tasks: Sequence[Sequence[Rows]], weights: Tensor) -> Tensor:
     """sum_t weights[t] times the tables that T lists of rows stand for, float32 of `shape`."""
     table = torch.zeros(shape, dtype=torch.float32, device=weights.device)
-    return add_at(table, *_weighted(tasks, weights)) if any(sizes_of(tasks)) else table
+    _add_at(table, _weighted(tasks, weights))
+    return table
 
 
-def _weighted(tasks: Sequence[Sequence[Rows]], weights: Tensor) -> Rows:
-    """The rows of T lists, float32, each times its list's weight."""
-    pairs = zip(weights.unbind(), sizes_of(tasks), strict=True)
-    of_rows = torch.cat([weight.expand(size) for weight, size in pairs])
-    ids, rows = _joined(tasks, weights)
-    return ids, rows * of_rows.unsqueeze(1) if len(rows) else rows
+def _weighted(tasks: Sequence[Sequence[Rows]], weights: Tensor) -> Iterator[Rows]:
+    for weight, task in zip(weights.unbind(), tasks, strict=True):
+        for ids, rows in task:
+            yield ids, cast(rows, torch.float32) * weight
 
 
-def _joined(tasks: Sequence[Sequence[Rows]], like: Tensor) -> Rows:
-    """The rows of all lists one after the other, float32; without any rows empty, on the device of `like`."""
-    parts = [part for task in tasks for part in task]
-    if not parts:
-        return like.new_zeros(0, dtype=torch.int64), like.new_zeros(0, 0, dtype=torch.float32)
-    ids, rows = parts[0] if len(parts) == 1 else (torch.cat(same) for same in zip(*parts, strict=True))
-    return ids, cast(rows, torch.float32)
+def _add_at(out: Tensor, parts: Iterable[Rows]) -> None:
+    """Add rows [n, d] to the rows `places` [n] of `out`, for each pair of them. Equal inputs give equal bits: on a GPU
+    `index_add_` adds in the order of arrival, and `index_put_` sorts, so once for all. On a CPU one part after the
+    other, as fresh memory for all of them would cost as much as their sums.
+    """
+    if out.device.type == "cpu":
+        for places, rows in parts:
+            out.index_add_(0, places, cast(rows, torch.float32))
+        return
+    joined = list(parts)
+    if joined:
+        places, rows = (torch.cat(same) for same in zip(*joined, strict=True))
+        out.index_put_((places,), cast(rows, torch.float32), accumulate=True)
