@@ -262,13 +262,13 @@ def _sketch(shape: Shape) -> int:
 
 
 def _gramian_of_rows(shape: Shape) -> int:
-    """All rows side by side in float32 and their sums over equal ids; over ranks the rows that occur, too, as they are
-    gathered, side by side and summed once more. Then each pair of tasks makes a copy of one's rows.
+    """The sums of all rows over equal ids, and on GPUs the rows side by side before; over ranks the rows that occur,
+    too, as they are gathered and summed once more. Then each pair of tasks makes a copy of one's rows.
     """
     if not shape.table or shape.sketch_size is not None:
         return 0
     own, gathered = _tokens(shape), sum(load.unique for load in shape.loads) * shape.world
-    rows = max(2 * own, own + shape.load.largest_task)
+    rows = max(2 * own if shape.on_gpu else own, own + shape.load.largest_task)
     if shape.world > 1 and shape.reduce == "exact":
         rows = max(rows, own + 3 * gathered)
     return rows * shape.hidden * FLOAT
