@@ -43,8 +43,8 @@ class Net(nn.Module):
         x = layer_norm(x, self.norm.weight, self.norm.bias, 1e-5, segments, sink)
         for _ in range(2):
             x = x + linear(x, self.twice.weight, self.twice.bias, segments, sink).tanh()
-        x = x + linear(x, self.types.weight, None, segments, sink)
         y = linear(x, self.wide.weight, None, segments, sink)
+        y = y + linear(x, self.types.weight, None, segments, sink).repeat(1, 2)
         pieces = zip(TASKS, self.heads, segments.split(y), strict=True)
         return {name: (head(piece).square().sum(), len(piece)) for name, head, piece in pieces}
 
@@ -126,7 +126,7 @@ def test_what_is_kept() -> None:
     sink.combine = combine  # type: ignore[method-assign]
     info = surgery.run([0], lambda seed, task_grads: net(seed, task_grads))
     rows = sum(ROWS)
-    inputs_and_gradients = rows * 4 * (8 * (2 + 1 + 1) + 8 * (2 + 1) + 16)
+    inputs_and_gradients = rows * 4 * (8 * (2 + 1) + 8 * (2 + 1) + 16)
     small = 3 * 4 * (8 + 8 + 8 + 8 * 8)  # norm's weight and bias, the bias, the dense table
     compact = rows * (8 * 4 + 8)
     products = 3 * 4 * 8 * 16
