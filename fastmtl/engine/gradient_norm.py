@@ -19,7 +19,7 @@ _SMALL = 1 / 64
 
 
 def surgery_clips(recipe: Recipe, model: MultiTaskModel | MaskedLanguageModel, world: int) -> bool:
-    """Whether surgery clips (`max_norm`) and looks for numbers that are not finite, so that DeepSpeed need not.
+    """Return whether surgery clips (`max_norm`) and looks for numbers that are not finite in place of DeepSpeed.
 
     DeepSpeed reads the norm of every parameter's gradient on the host, several times in a step. It keeps to that where
     surgery does not have the whole gradient: replay, one tensor at a time, ZeRO 3 and offload, `sum` over ranks or

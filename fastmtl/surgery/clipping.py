@@ -51,12 +51,12 @@ def check_max_norm(max_norm: float | None, target: Target, storage: str, reduce:
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
-    """What a gradient of this norm is multiplied by, at most 1; NaN for a norm that is NaN."""
+    """Return the factor that clips a gradient of this norm, at most 1; NaN for a norm that is NaN."""
     return 1.0 if norm + CLIP_EPS <= max_norm else max_norm / (norm + CLIP_EPS)
 
 
 def shared_norm(info: SurgeryInfo) -> float | None:
-    """Of the merged gradient of the shared parameters, by the Gramian; None where that does not give it."""
+    """Return the norm of the shared update by the Gramian, None where that does not give it."""
     if info.merged_norm is None or info.weights is None or info.task_norms is None:
         return None
     parts = float(info.weights.abs() @ info.task_norms)
@@ -95,7 +95,7 @@ def _total(info: SurgeryInfo, shared: float) -> float:
 
 
 def _measured_norm(merged: Sequence[Tensor]) -> float:
-    """The norm of the sum over ranks of a merged gradient. Sends it once, and waits for the device."""
+    """Return the norm of the sum over ranks of a merged gradient. Sends it once, and waits for the device."""
     if world_size() == 1:
         return float(total_norm(list(merged)))
     squares = 0.0
@@ -106,7 +106,7 @@ def _measured_norm(merged: Sequence[Tensor]) -> float:
 
 
 def over_ranks(own: list[Tensor]) -> list[Tensor]:
-    """Gradients of the tasks' own parameters, summed over ranks by one collective; as they are in one process."""
+    """Sum gradients of the tasks' own parameters over ranks by one collective; in one process leave them alone."""
     if world_size() == 1 or not own:
         return own
     flat = sum_over_ranks(torch.cat([gradient.flatten().float() for gradient in own]))

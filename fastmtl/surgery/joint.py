@@ -37,7 +37,7 @@ class JointStep:
 
 
 class WatchedJointStep:
-    """The same in one process with `max_norm`: the gradient is clipped, and the step skipped where it is not finite.
+    """One step in one process with `max_norm`: the gradient is clipped, and the step skipped where it is not finite.
 
     The host reads losses and norms at once, and where the target can take a step back only after it has handed the
     gradient over: a GPU computes meanwhile.
@@ -82,7 +82,7 @@ class WatchedJointStep:
         return info
 
     def _clipped(self, total: Tensor) -> Merged:
-        """Gradients of all parameters; nobody else holds them then, so that they become `.grad` as they are."""
+        """Return gradients of all parameters, which nobody else holds then, so that they become `.grad` as they are."""
         max_norm, parameters = self._parts.max_norm, self._parts.target.parameters
         assert max_norm is not None
         found, self._gradients = self._gradients, []

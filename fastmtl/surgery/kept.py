@@ -58,8 +58,8 @@ class KeptGradients(TaskGradients):
 
     @torch.no_grad()
     def gramian(self) -> Tensor:
-        """As the base class's. The T products of every weight are made in one buffer, one weight after the other: on
-        CPUs fresh memory costs as much as the products that fill it.
+        """Return G as the base class does. The T products of every weight are made in one buffer, one weight after the
+        other: on CPUs fresh memory costs as much as the products that fill it.
         """
         device = self.anchor.device
         total = torch.zeros(self.num_tasks, self.num_tasks, device=device)
@@ -94,8 +94,8 @@ class KeptGradients(TaskGradients):
 
     @torch.no_grad()
     def combine(self, weights: Tensor, *, narrow: bool = False) -> Merged:
-        """As the base class's, but products have the rows' dtype in either case. Pairs are dropped one by one as their
-        product is made.
+        """Merge as the base class does, but products have the rows' dtype in either case. Pairs are dropped one by one
+        as their product is made.
         """
         merged = self._merge_delivered(weights, narrow=narrow)
         by_segments: dict[Segments, Tensor] = {}
