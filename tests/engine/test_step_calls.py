@@ -68,6 +68,7 @@ def on_device() -> Tensor:
         (lambda x: x.nonzero(), "aten::nonzero"),
         (lambda x: x[x > 2], "aten::index"),
         (lambda x: x.masked_select(x > 2), "aten::masked_select"),
+        (lambda x: x.repeat_interleave(x.long()), "aten::repeat_interleave"),
         (lambda x: torch.tensor([1, 2], device=x.device), "tensor of numbers on a device"),
         (lambda x: torch.tensor([1, 2]).to(x.device), "a copy to the device"),
         (lambda x: x.copy_(torch.tensor([1, 2, 3, 4])), "a copy to the device"),
