@@ -167,10 +167,13 @@ def triton_sections(cache: Path, jobs: int) -> dict[str, list[Line]]:
     import compile_cases
     import triton_aot
 
-    launches = triton_aot.launches(lambda: [case() for case in compile_cases.CASES])
+    launches = {
+        capability: triton_aot.launches(lambda: [case() for case in compile_cases.CASES], capability)
+        for capability in CAPABILITIES
+    }
     cache.mkdir(parents=True, exist_ok=True)
-    reports = {capability: list(_reports(launches, capability, cache, jobs)) for capability in CAPABILITIES}
-    files = [f"{launch.kernel.__module__.replace('.', '/')}.py" for launch in launches]
+    reports = {capability: list(_reports(of, capability, cache, jobs)) for capability, of in launches.items()}
+    files = [f"{launch.kernel.__module__.replace('.', '/')}.py" for launch in launches[CAPABILITIES[0]]]
     sections: dict[str, list[Line]] = {}
     for file, *of_capabilities in zip(files, *reports.values(), strict=True):
         lines = sections.setdefault(f"kernels/{file}", [])

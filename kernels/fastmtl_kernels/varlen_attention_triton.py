@@ -65,7 +65,7 @@ def _tile_bwd_options(qkv: Tensor) -> dict[str, Any]:
 def _long_fwd_options(qkv: Tensor) -> dict[str, Any]:
     """What keeps long_fwd_kernel within the registers of sm_90: heads that no vector loads want more warps."""
     wide = qkv.dtype == torch.float32 and 16 < qkv.shape[3] < 32
-    return {"num_warps": 8, "num_stages": 1} if wide else {}
+    return ({"num_warps": 8, "num_stages": 1} if wide else {}) | _register_bound(qkv)
 
 
 def _long_bwd_options(qkv: Tensor, dropout_p: float) -> dict[str, Any]:
@@ -78,7 +78,19 @@ def _long_bwd_options(qkv: Tensor, dropout_p: float) -> dict[str, Any]:
     vectors = head_dim in (16, 32, 64) and not is_float
     ahead = vectors and (dropout_p > 0 or head_dim < 64)
     num_warps = 4 if vectors or is_float else 8
-    return {"SPLIT": head_dim > 64 or is_float, "num_warps": num_warps, "num_stages": 2 if ahead else 1}
+    options = {"SPLIT": head_dim > 64 or is_float, "num_warps": num_warps, "num_stages": 2 if ahead else 1}
+    return options | _register_bound(qkv)
+
+
+def _register_bound(qkv: Tensor) -> dict[str, Any]:
+    """What keeps the assembler for GPUs before sm_90 from a fallback to 32 or 168 registers, which spills more.
+
+    It falls back where registers are far too few, in float32 with wide heads, unless a bound is given. On sm_90 it
+    does not, and a bound would cost a few bytes. The interpreter has no target.
+    """
+    if qkv.dtype != torch.float32 or qkv.shape[3] <= 32 or triton.knobs.runtime.interpret:
+        return {}
+    return {"maxnreg": 255} if triton.runtime.driver.active.get_current_target().arch < 90 else {}
 
 
 def _common(qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None) -> dict[str, Any]:

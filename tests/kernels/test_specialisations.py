@@ -141,7 +141,7 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], 
     monkeypatch.setattr(triton.runtime.driver, "_active", None)
 
     def count(operation: Callable[[], None]) -> Counter[str]:
-        return Counter(launch.kernel.__name__ for launch in triton_aot.launches(operation))
+        return Counter(launch.kernel.__name__ for launch in triton_aot.launches(operation, 90))
 
     return count
 
