@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from fastmtl.bench.waits import host_waits
 from fastmtl.bench.workload import Workload
 from fastmtl.config import parse_recipe
 from fastmtl.engine.build import build_engine, build_surgery
-from fastmtl.engine.distributed import free_port
+from fastmtl.engine.distributed import start
 from fastmtl.model.encoder import PackedBert
 from fastmtl.model.head_graphs import HeadGraphs
 from fastmtl.model.multitask import MultiTaskModel
@@ -70,9 +69,7 @@ def count_step(
     to launch the part. graphs: everything runs as what `engine.cuda_graphs` captures, and what would be in a graph is a
     part of its own. deepspeed: the recipe's section.
     """
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **address}.items():
-        os.environ.setdefault(key, value)
+    start()
     shape = Shape("narrow", 32, layers, heads=2, intermediate=64, rows=4, vocabulary=100, positions=128)
     work = Workload(Size(shape, dropout=0.1))
     engine_settings = {"zero": zero, "precision": precision, "flat_parameters": flat}
