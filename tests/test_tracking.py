@@ -217,3 +217,32 @@ def test_summary_and_table() -> None:
         ["sts", "", "", "0.700", "0.600"],
     ]
     assert lines[-1].strip() == "mean 0.600 (sst accuracy, sts pearson)"
+
+
+def test_lines_are_written_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line's numbers are read when it is written: until then a GPU need not be waited for."""
+    read: list[int] = []
+
+    class Late(Info):
+        @property
+        def seconds(self) -> float:  # type: ignore[override]
+            read.append(1)
+            return 0.25
+
+        @seconds.setter
+        def seconds(self, value: float) -> None: ...
+
+    now = [100.0]
+    monkeypatch.setattr("fastmtl.tracking.tracker.time.monotonic", lambda: now[0])
+    tracker = Tracker(tmp_path, recipe(), 100, console=Console(file=io.StringIO()))
+    steps = []
+    for step in range(1, 7):
+        tracker.step(step, 0, Late({"sst": 0.5}), 1e-4, tokens=10)
+        now[0] += 0.4
+        steps.append((len(read_metrics(tmp_path / "metrics.jsonl")), len(read)))
+    assert steps == [(1, 1), (1, 1), (1, 1), (4, 4), (4, 4), (4, 4)]
+    tracker.flush()
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["tokens_per_second"] for line in lines[1:]] == [25.0] * 5
+    tracker.close()

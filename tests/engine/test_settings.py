@@ -10,7 +10,7 @@ import torch
 from fastmtl import recipe_yaml
 from fastmtl.config import Recipe, parse_recipe
 from fastmtl.engine.build import check_engine, lr_factor
-from fastmtl.engine.settings import deepspeed_config
+from fastmtl.engine.settings import deepspeed_config, overlaps, set_buckets
 from fastmtl.errors import UserError
 
 
@@ -28,6 +28,25 @@ def test_a_recipe_becomes_deepspeeds_settings() -> None:
 
 def test_clipping_is_written_out_even_when_off() -> None:
     assert deepspeed_config(recipe(engine={"clip": 0}), 1, cpu=True)["gradient_clipping"] == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "given", "overlap", "bucket"),
+    [
+        (1, {}, False, 100),  # one bucket: backward is over when it is full
+        (2, {"reduce_bucket_size": 40}, True, 40),
+        (3, {}, True, 100),  # by it ZeRO 3 fetches weights ahead
+        (2, {"overlap_comm": True}, True, 100),
+        (1, {"reduce_bucket_size": 40, "overlap_comm": False}, False, 40),
+    ],
+)
+def test_gradients_are_reduced_during_backward_where_that_hides_anything(
+    stage: int, given: dict[str, Any], overlap: bool, bucket: int
+) -> None:
+    zero = {"stage": stage, **given}
+    set_buckets(zero, 100, cpu=False)
+    assert (zero["overlap_comm"], zero["reduce_bucket_size"]) == (overlap, bucket)
+    assert not overlaps(stage, bucket, 100, cpu=True)
 
 
 def test_the_users_block_passes_through() -> None:
