@@ -62,7 +62,7 @@ class Way:
     recompute: Recompute = "none"
     prefetch: int = 0
     gradients: Literal["separate", "separate into J", "one pass"] = "separate"
-    storage: Literal["stacked", "replay"] = "stacked"
+    storage: Literal["stacked", "kept", "replay"] = "stacked"
     optimizer: Literal["plain", "fused", "SurgeryAdamW"] = "plain"
     zero: int | None = None
     flat: bool = False
@@ -85,6 +85,7 @@ ALONE = {
     "recompute: full": replace(FAST, recompute="full"),
     "prefetch": replace(FAST, prefetch=2),
     "one backward pass": ONE_PASS,
+    "kept": replace(ONE_PASS, storage="kept"),
     "replay": replace(ONE_PASS, storage="replay"),
     "fused AdamW": replace(FAST, optimizer="fused"),
     "recorded layers": RECORDED,
