@@ -36,8 +36,8 @@ def for_h100() -> None:
 NAMES = ["tile_fwd_kernel", "long_fwd_kernel", "tile_bwd_kernel", "long_bwd_kernel"]
 
 
-# The registers that long_bwd_kernel is short of on sm_80 are four to six.
-@pytest.mark.parametrize(("function", "capability", "spilled"), [(for_a100, 80, 32), (for_h100, 90, 0)])
+# The registers that long_bwd_kernel is short of on sm_80 are four to twelve (twelve in triton 3.7).
+@pytest.mark.parametrize(("function", "capability", "spilled"), [(for_a100, 80, 48), (for_h100, 90, 0)])
 def test_what_the_launchers_choose(
     compile_ahead: Callable[..., Any], function: Callable[[], None], capability: int, spilled: int
 ) -> None:
