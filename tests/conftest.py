@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,16 @@ def save_tiny_bert(directory: Path, *, hidden: int = 32, layers: int = 2, heads:
     BertModel(config, add_pooling_layer=False).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def pytest_collection_finish() -> None:
+    """Leave out of garbage collection what the imports have made, millions of objects that stay anyway."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries look for leaks at the end
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

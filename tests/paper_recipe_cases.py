@@ -8,6 +8,7 @@ None, "steps": [{task: loss}], "dev": {task: {metric: value}}}}.
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import os
 import sys
@@ -72,6 +73,8 @@ def main(directory: Path, encoder: Path) -> None:
             outcomes[name] = two_steps(name, directory / "runs" / name, settings)
         except Exception:  # noqa: BLE001 - told by the test of this recipe, the others go on
             outcomes[name] = {"error": traceback.format_exc(), "steps": [], "dev": {}}
+        if len(outcomes) == 1:  # everything is imported: collections between phases need not look at it again
+            gc.freeze()
     (directory / "outcomes.json").write_text(json.dumps(outcomes), encoding="utf-8")
 
 
