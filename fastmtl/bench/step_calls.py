@@ -43,7 +43,7 @@ class StepCalls:
 
 
 class _InGraphs(Unrecorded):
-    """Counts what CUDA graphs would hold."""
+    """A recorder that counts what CUDA graphs would hold."""
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:

@@ -1,4 +1,4 @@
-"""Where the host would wait for a GPU, counted on the CPU.
+"""The places where the host would wait for a GPU, counted on the CPU.
 
 On a GPU the host runs ahead of the device until it needs a number from it. A CPU waits for nothing, but the calls are
 the same. Three kinds of them wait: reads of a number (`item`, `tolist`, `bool`, `cpu`, ...), operators whose result has
@@ -70,7 +70,7 @@ class _Account:
 
 
 class _Functions(TorchFunctionMode):
-    """Sees what Python calls of torch."""
+    """See what Python calls of torch."""
 
     def __init__(self, account: _Account) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class _Functions(TorchFunctionMode):
 
 
 class _Operators(TorchDispatchMode):
-    """Sees what torch itself calls, autograd among it."""
+    """See what torch itself calls, autograd among it."""
 
     def __init__(self, account: _Account) -> None:
         super().__init__()

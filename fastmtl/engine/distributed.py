@@ -54,7 +54,7 @@ class Ranks:
         tensor.copy_(shared)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up on any rank: the same answer on all. Waits for the device where there are several."""
+        """Return whether the flag is up on any rank, the same on all. Waits for the device where there are several."""
         if self.world == 1:
             return flag
         value = torch.tensor([int(flag)], device=self.device)

@@ -1,4 +1,4 @@
-"""Who finds the norm of a step's gradient: DeepSpeed, or gradient surgery, which knows most of it already."""
+"""The choice of who finds the norm of a step's gradient: DeepSpeed, or surgery, which knows most of it already."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def surgery_clips(recipe: Recipe, model: MultiTaskModel | MaskedLanguageModel, w
 
 
 def max_norm(recipe: Recipe, model: MultiTaskModel | MaskedLanguageModel, world: int) -> float | None:
-    """What GradientSurgery is given for an engine of this recipe: infinite where nothing is clipped."""
+    """Return GradientSurgery's `max_norm` for an engine of this recipe: infinite where nothing is clipped."""
     return (recipe.engine.clip or math.inf) if surgery_clips(recipe, model, world) else None
 
 
@@ -72,7 +72,7 @@ def keeps_clipping(engine: Any) -> Iterator[None]:
 
 
 def _forbids(section: dict[str, Any]) -> bool:
-    """Whether the recipe's section `deepspeed` has what DeepSpeed finds a norm for in any case."""
+    """Return whether the recipe's section `deepspeed` has what DeepSpeed finds a norm for in any case."""
     return "data_types" in section or "zenflow" in section.get("zero_optimization", {})
 
 

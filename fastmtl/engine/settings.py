@@ -84,7 +84,7 @@ def set_buckets(zero: dict[str, Any], trainable: int, *, cpu: bool) -> None:
 
 
 def overlaps(stage: int, bucket: int, trainable: int, *, cpu: bool) -> bool:
-    """Whether DeepSpeed reduces on a stream of its own during backward, by default."""
+    """Return whether DeepSpeed reduces on a stream of its own during backward, by default."""
     return not cpu and stage > 0 and (stage == 3 or bucket < trainable)
 
 

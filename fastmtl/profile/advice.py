@@ -1,4 +1,4 @@
-"""How large a batch each way allows, and which storage to take: by the model as far as measured points bear it out."""
+"""The batch size that each way allows, and the storage to take, by the model as far as measured points bear it out."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def advice(plan: Plan, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def storages(plan: Plan, points: Sequence[dict[str, Any]], limit: int, nbytes: float) -> list[str]:
-    """For each method that keeps task gradients the fastest storage that fits its largest batch size, measured or not.
+    """Return the fastest storage that fits the largest batch size, for each method that keeps task gradients.
 
-    nbytes: what the model may predict at most.
+    The storages need not be measured. nbytes: what the model may predict at most.
     """
     engine, largest = plan.phase.recipe.engine, dict[str, int]()
     for point in points:

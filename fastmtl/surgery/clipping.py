@@ -25,7 +25,7 @@ from fastmtl.surgery.targets import Target
 # A norm below this share of the sum of its parts' is not taken from float32 inner products, whose rounding, some 1e-7
 # of the parts' squares, would show in it.
 _CANCELLED = 1e-2
-CLIP_EPS = 1e-6
+_EPS = 1e-6
 
 
 def check_max_norm(max_norm: float | None, target: Target, storage: str, reduce: str, *, joint: bool) -> None:
@@ -52,7 +52,12 @@ def check_max_norm(max_norm: float | None, target: Target, storage: str, reduce:
 
 def clip_factor(norm: float, max_norm: float) -> float:
     """Return the factor that clips a gradient of this norm, at most 1; NaN for a norm that is NaN."""
-    return 1.0 if norm + CLIP_EPS <= max_norm else max_norm / (norm + CLIP_EPS)
+    return 1.0 if norm + _EPS <= max_norm else max_norm / (norm + _EPS)
+
+
+def clip_factor_on_device(norm: Tensor, max_norm: float) -> Tensor:
+    """Return the same factor, a float32 scalar, of a norm that the host does not know."""
+    return (max_norm / (norm + _EPS)).clamp(max=1.0).float()
 
 
 def shared_norm(info: SurgeryInfo) -> float | None:
@@ -63,31 +68,33 @@ def shared_norm(info: SurgeryInfo) -> float | None:
     return info.merged_norm if info.merged_norm >= _CANCELLED * parts else None
 
 
-def known_clip(info: SurgeryInfo, max_norm: float | None) -> float | None:
-    """The factor that clips a step's gradient, before it is merged; None where it has to be measured then."""
+def known_clip(info: SurgeryInfo, norm: float | None, max_norm: float | None) -> float | None:
+    """Return the factor that clips a step's gradient before it is merged, None where the norm has to be measured.
+
+    norm: from `shared_norm`.
+    """
     if max_norm is None or info.merged_norm is None:  # an fp16 overflow, which the target has to see
         return 1.0
-    norm = shared_norm(info)
     return None if norm is None else clip_factor(_total(info, norm), max_norm)
 
 
 def clip_gradients(
-    info: SurgeryInfo, max_norm: float | None, merged: Merged, factor: float, *, clipped: bool
+    info: SurgeryInfo, norm: float | None, max_norm: float | None, merged: Merged, factor: float
 ) -> tuple[SurgeryInfo, float]:
-    """Clip merged gradients in place where they are not clipped yet. Returns the norms and what they are clipped by.
+    """Return the norms and what a step's gradient is clipped by. Merged gradients of a norm that was not known before
+    are measured, and clipped in place.
 
-    merged: on this rank, times `factor`, by the parameter's id.
+    norm: from `shared_norm`; where it is known, `merged` is clipped. merged: on this rank, times `factor`, by the
+    parameter's id.
     """
     if max_norm is None or info.merged_norm is None:
         return info, 1.0
-    norm = shared_norm(info)
-    if norm is None:
-        norm = _measured_norm(list(merged.values())) / factor
-    total = _total(info, norm)
+    shared = _measured_norm(list(merged.values())) / factor if norm is None else norm
+    total = _total(info, shared)
     clip = clip_factor(total, max_norm)
-    if not clipped and clip != 1.0:
+    if norm is None and clip != 1.0:
         merged.multiply(clip)
-    return dataclasses.replace(info, merged_norm=norm, total_norm=total), clip
+    return dataclasses.replace(info, merged_norm=shared, total_norm=total), clip
 
 
 def _total(info: SurgeryInfo, shared: float) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.ranges import named
-from fastmtl.surgery.clipping import CLIP_EPS
+from fastmtl.surgery.clipping import clip_factor_on_device
 from fastmtl.surgery.differentiate import differentiate
 from fastmtl.surgery.losses import Losses
 from fastmtl.surgery.merged import Merged
@@ -91,7 +91,7 @@ class WatchedJointStep:
         ]
         if math.isfinite(max_norm):
             gradients = unshared(gradients)
-            torch._foreach_mul_(gradients, (max_norm / (total + CLIP_EPS)).clamp(max=1.0).float())
+            torch._foreach_mul_(gradients, clip_factor_on_device(total, max_norm))
         merged = Merged()
         merged.update(zip(map(id, parameters), gradients, strict=True))
         return merged

@@ -25,9 +25,9 @@ from fastmtl_kernels.cast import cast
 
 log = logging.getLogger(__name__)
 
-# What a step tells, the merged gradients of shared parameters by id, None where there are none to hand over, and
-# whether they are clipped.
-_Merged = tuple[SurgeryInfo, Merged | None, bool]
+# What a step tells, the merged gradients of shared parameters by id, None where there are none to hand over, and their
+# norm where it is known: then they are clipped.
+_Merged = tuple[SurgeryInfo, Merged | None, float | None]
 
 _Value = TypeVar("_Value")
 
@@ -107,12 +107,12 @@ class StackedStep:
             watched = own if parts.max_norm is None else over_ranks(own)
             launched = partial(self._launch, reached, own)
             merge = launched if self._recorded is None else partial(self._replay, self._recorded)
-            info, merged, clipped = merge(watched, names, factor)
+            info, merged, norm = merge(watched, names, factor)
             nbytes = parts.sink.nbytes()
             if info.skipped is not None:
                 parts.sink.clear()  # kept pairs would live through the next forward
             if merged is not None:
-                info, clip = clip_gradients(info, parts.max_norm, merged, parts.target.factor, clipped=clipped)
+                info, clip = clip_gradients(info, norm, parts.max_norm, merged, parts.target.factor)
                 if own:
                     merged.update(zip(map(id, parts.own), torch._foreach_mul(own, factor * clip), strict=True))
         watch.stop()
@@ -128,18 +128,18 @@ class StackedStep:
         gram = parts.sink.gramian() / self._scale**2
         info, weights = parts.solver.solve(gram, self._step, parts.target, watched, names, self._own_scale())
         if info.skipped is not None:
-            return info, None, False
+            return info, None, None
         norm = None if parts.sink.sketches else shared_norm(info)
         optimizer = parts.target.merging_optimizer(norm) if parts.sink.stacks else None
         if optimizer is None:
-            clip = known_clip(info, parts.max_norm)
+            clip = known_clip(info, norm, parts.max_norm)
             scaled = weights * (factor if clip is None else factor * clip)
-            return info, parts.sink.combine(scaled, narrow=not parts.target.scales()), clip is not None
+            return info, parts.sink.combine(scaled, narrow=not parts.target.scales()), norm
         found = dict(zip(map(id, parts.own), own, strict=True))  # this one has no scale and no number of ranks
         dense, tables = parts.sink.unmerged(weights)
         parts_of = _only(dense, reached), _only(tables, reached), _only(found, reached)
         optimizer.take(TaskUpdate(weights, *parts_of, norm or 0.0))
-        return info, None, False
+        return info, None, None
 
     def _replay(self, recorded: RecordedStep, watched: list[Tensor], names: list[str], factor: float) -> _Merged:
         solver, target = self._parts.solver, self._parts.target
@@ -147,11 +147,12 @@ class StackedStep:
         gram, weights = recorded.gram, recorded.weights
         info, spoilt = solver.judge(gram, weights, self._step, target, watched, names, self._own_scale())
         if info.skipped is not None:
-            return info, None, False
-        clip = float("nan") if spoilt else known_clip(info, self._parts.max_norm)
+            return info, None, None
+        norm = shared_norm(info)
+        clip = float("nan") if spoilt else known_clip(info, norm, self._parts.max_norm)
         if clip is not None and clip != 1.0:
             recorded.scale(clip)
-        return info, recorded.gradients(), clip is not None
+        return info, recorded.gradients(), norm
 
     def _own_scale(self) -> float | None:
         return None if self._parts.max_norm is None else self._scale

@@ -1,4 +1,4 @@
-"""Who clips a run: surgery where it has the whole gradient, DeepSpeed everywhere else."""
+"""The owner of a run's clipping: surgery where it has the whole gradient, DeepSpeed everywhere else."""
 
 from __future__ import annotations
 

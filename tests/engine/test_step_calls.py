@@ -1,4 +1,4 @@
-"""What a step asks of the host: a GPU is idle while the host launches, and while it waits for a number.
+"""The host's work in a step: a GPU is idle while the host launches, and while it waits for a number.
 
 All of BERT-base's 12 layers, bf16, three tasks, ZeRO 1, one process. DeepSpeed alone makes 7,800 of the calls without
 flat parameters.
