@@ -54,6 +54,7 @@ soak: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tools/check_links.py
 	$(BIN)/mypy
 
 # Each keeps its result and pictures in .benchmarks and takes ARGS of its own: make bench-surgery ARGS="--rounds 3".

@@ -24,6 +24,8 @@ from typing import NamedTuple
 
 from markdown_it import MarkdownIt
 
+from git_files import git_files
+
 COLUMNS = 100
 OPENINGS = re.compile(r"(Of|In which|What|Whether|Which|How|Where|Who)\b")
 GENERATED = "compile-table*.md"
@@ -40,7 +42,7 @@ class Finding(NamedTuple):
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Check the prose of pages, docstrings and comments.")
-    parser.add_argument("paths", nargs="*", type=Path, default=[Path()], help="files or folders; without any, all")
+    parser.add_argument("paths", nargs="*", type=Path, default=[Path()], help="files or folders")
     files = list(files_in(parser.parse_args(arguments).paths))
     findings = sorted([*wide_doc_lines(files), *(finding for path in files for finding in check(path))])
     for path, line, text in findings:
@@ -52,7 +54,7 @@ def main(arguments: list[str]) -> None:
 
 
 def files_in(paths: Iterable[Path]) -> Iterator[Path]:
-    """Yield the pages and Python files among paths and below them, without those that git ignores."""
+    """Yield paths that are files, and the pages and Python files that git has below the others."""
     for path in paths:
         if path.is_file():
             yield path
@@ -62,15 +64,6 @@ def files_in(paths: Iterable[Path]) -> Iterator[Path]:
             for name in git_files(path):
                 if name.suffix in (".md", ".py") and not name.match(GENERATED):
                     yield name
-
-
-def git_files(folder: Path) -> list[Path]:
-    """Return the files of folder that git tracks or would add."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"check_prose: git cannot list {folder}: {done.stderr.strip()}")
-    return [path for name in sorted(done.stdout.split("\0")) if name and (path := folder / name).is_file()]
 
 
 def check(path: Path) -> Iterator[Finding]:

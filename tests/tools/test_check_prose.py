@@ -49,7 +49,7 @@ class Class:
 
 
 def test_each_fault_is_found_at_its_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("page.md").write_text(PAGE)
@@ -78,7 +78,7 @@ def test_each_fault_is_found_at_its_line(
     assert lines[-1] == "check_prose: 9 findings in 2 files"
 
 
-def test_clean_files_pass_and_a_missing_one_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_clean_files_pass_and_a_missing_one_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "page.md").write_text("# Page\n\nShort.\n")
     with pytest.raises(SystemExit) as stopped:
         check_prose.main([str(tmp_path / "page.md")])
