@@ -13,7 +13,9 @@ import pytest
 from fastmtl.engine.distributed import free_port
 
 PAGE = Path(__file__).parents[2] / "docs" / "surgery.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+TEXT = PAGE.read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+PRINTED = re.findall(r"```text\n(.*?)```", TEXT, flags=re.DOTALL)
 # DeepSpeed compiles an operator for a minute at its first start on a CPU, which only its sharded inference uses.
 RUN = """
 import deepspeed, runpy, sys
@@ -28,6 +30,8 @@ def test_every_way_is_shown() -> None:
     assert "deepspeed" not in plain_loop and "SurgeryAdamW(" in plain_loop
     assert "from transformers import" in hugging_face and "surgery.backward(" in hugging_face
     assert "from fastmtl.surgery.functional import" in own_layers and "surgery.run(" in own_layers
+    (printed,) = PRINTED
+    assert len(printed.splitlines()) == 5 and TEXT.index(printed) < TEXT.index(hugging_face)
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
@@ -41,3 +45,11 @@ def test_example_runs(number: int, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     steps = [line for line in done.stdout.splitlines() if "conflicts" in line]
     assert len(steps) == 5
+    if number == 0:  # losses depend on the machine in their last digits
+        assert [shape_of(line) for line in steps] == [shape_of(line) for line in PRINTED[0].splitlines()]
+
+
+def shape_of(line: str) -> str:
+    """A printed line with its step's number, and "#" for every number after that."""
+    step, rest = line.split(" ", 1)
+    return step + re.sub(r"\d+(\.\d+)?", "#", rest)
