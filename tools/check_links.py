@@ -1,6 +1,6 @@
 """Check the links of every Markdown page in this checkout: python tools/check_links.py [folder]
 
-The target of a relative link is a file or folder that git tracks or would add. An anchor is a
+The target of a relative link is a file or folder that git does not ignore. An anchor is a
 heading of the page, as GitHub names it, or an HTML id; in other files it is a line such as #L10.
 Links to other sites are not followed. Each broken link is a line `file:line: reason`.
 """
@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from git_files import git_files
+from checkout_files import checkout_files
 
 HTML_LINK = re.compile(r"""\b(?:href|src)=["']([^"']+)["']""")
 HTML_ANCHOR = re.compile(r"""\b(?:id|name)=["']([^"']+)["']""")
@@ -34,7 +34,7 @@ class Page(NamedTuple):
 
 def main(arguments: list[str]) -> None:
     folder = Path(*arguments)
-    names = {path.relative_to(folder).as_posix() for path in git_files(folder)}
+    names = {path.relative_to(folder).as_posix() for path in checkout_files(folder, folder)}
     pages = sorted(name for name in names if name.endswith(".md"))
     broken = [f"{page}:{line}: {why}" for page in pages for line, why in broken_links(folder, page, names)]
     print(*broken, f"check_links: {len(broken)} broken links in {len(pages)} pages", sep="\n")

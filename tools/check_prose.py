@@ -24,8 +24,9 @@ from typing import NamedTuple
 
 from markdown_it import MarkdownIt
 
-from git_files import git_files
+from checkout_files import checkout_files
 
+ROOT = Path(__file__).parents[1]
 COLUMNS = 100
 OPENINGS = re.compile(r"(Of|In which|What|Whether|Which|How|Where|Who)\b")
 GENERATED = "compile-table*.md"
@@ -54,14 +55,14 @@ def main(arguments: list[str]) -> None:
 
 
 def files_in(paths: Iterable[Path]) -> Iterator[Path]:
-    """Yield paths that are files, and the pages and Python files that git has below the others."""
+    """Yield paths that are files, and the pages and Python files below the others."""
     for path in paths:
         if path.is_file():
             yield path
         elif not path.exists():
             sys.exit(f"check_prose: there is no {path}")
         else:
-            for name in git_files(path):
+            for name in checkout_files(ROOT, path):
                 if name.suffix in (".md", ".py") and not name.match(GENERATED):
                     yield name
 

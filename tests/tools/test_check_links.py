@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -50,7 +49,6 @@ BROKEN = [
 
 
 def test_broken_links_are_found_at_their_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    subprocess.run(["git", "init", "-q", tmp_path], check=True)
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(README)
     (tmp_path / "docs" / "page.md").write_text('# Page\n\n<a id="here"></a> [up](../README.md#twice)\n')
@@ -65,9 +63,3 @@ def test_broken_links_are_found_at_their_lines(tmp_path: Path, capsys: pytest.Ca
     assert lines.pop() == f"check_links: {len(BROKEN)} broken links in 3 pages"
     for found, (line, reason) in zip(lines, BROKEN, strict=True):
         assert found.startswith(f"README.md:{line}: the link {reason}"), found
-
-
-def test_a_folder_without_git_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    with pytest.raises(SystemExit, match=f"git cannot list the files of {tmp_path}: "):
-        check_links.main([str(tmp_path)])

@@ -54,8 +54,10 @@ def test_each_fault_is_found_at_its_line(
     monkeypatch.chdir(tmp_path)
     Path("page.md").write_text(PAGE)
     Path("module.py").write_text(MODULE)
+    Path(".venv").mkdir()
+    Path(".venv", "ignored.py").write_text(MODULE)
     with pytest.raises(SystemExit) as stopped:
-        check_prose.main(["page.md", "module.py"])
+        check_prose.main(["."])
     assert stopped.value.code == 1
     lines = capsys.readouterr().out.splitlines()
     expected = {
