@@ -77,7 +77,7 @@ def in_namespace(options: argparse.Namespace) -> None:
         shutil.rmtree(run)
     if not failed:
         sys.exit("no run met a full disk")
-    print(json.dumps({"fillings": options.fillings, "runs that failed and went on": failed, "at": sorted(files)}))
+    print(json.dumps({"fillings": options.fillings, "runs that failed and resumed": failed, "at": sorted(files)}))
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
     python tests/soak/soak.py [--only kills kernels] [--quick]
 
 Each part is a script of this folder, prints its figures as JSON in its last line and fails with a sentence. The summary
-goes to .benchmarks/soak.json, and a Markdown table of it to the terminal. Exit status 1 where a part failed.
+goes to .benchmarks/soak.json, and as Markdown to the terminal. Exit status 1 where a part failed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import sys
+import textwrap
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -57,19 +58,21 @@ def run_part(name: str, *, quick: bool) -> dict[str, Any]:
     return found | {"reason": told[-1] if told else "no output", "output": (done.stdout + done.stderr)[-6000:]}
 
 
-def table(summary: dict[str, Any]) -> str:
-    """The figures as Markdown, ready for docs/notes/soak.md."""
-    lines = [
-        f"{summary['date']}, commit {summary['commit']}, {summary['machine']}, {summary['minutes']} minutes in all:",
-        "",
-        "| part | holds | seconds | figures |",
-        "|---|---|---|---|",
-    ]
+def report(summary: dict[str, Any]) -> str:
+    """Return the figures as Markdown for docs/notes/soak.md, wrapped at 100 columns."""
+    where = f"{summary['date']}, commit {summary['commit']}, {summary['machine']}, {summary['minutes']} minutes in all:"
+    paragraphs = [wrapped(where, ""), ""]
     for name, part in summary["parts"].items():
         figures = part.get("figures", {"failed": part.get("reason")})
-        told = ", ".join(f"{key}: {value}" for key, value in figures.items())
-        lines.append(f"| {name} | {'yes' if part['holds'] else '**no**'} | {part['seconds']:,} | {told} |")
-    return "\n".join(lines)
+        shown = "; ".join(f"{key}: {value}" for key, value in figures.items())
+        holds = "passed" if part["holds"] else "**failed**"
+        paragraphs.append(wrapped(f"- **{name}**: {holds} in {part['seconds']:,} s. {shown}", "  "))
+    return "\n".join(paragraphs)
+
+
+def wrapped(text: str, indent: str) -> str:
+    """Return one paragraph in lines of at most 100 columns, all but the first one indented."""
+    return textwrap.fill(text, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def machine() -> str:
@@ -109,7 +112,7 @@ def main() -> None:
     file = ROOT / ".benchmarks" / "soak.json"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    print(f"\n{table(summary)}\n\nsummary: {file}")
+    print(f"\n{report(summary)}\n\nsummary: {file}")
     sys.exit(any(not part["holds"] for part in summary["parts"].values()))
 
 
