@@ -1,4 +1,4 @@
-# make train, test, soak, lint and bench install what they need into .venv, once. Nothing is written outside
+# make train, test, soak, lint, docs and bench install what they need into .venv, once. Nothing is written outside
 # this folder.
 PYTHON ?= python3
 # What pip installs as torch, words as on its command line: another version, `torch` for the newest, a wheel's path, or
@@ -9,11 +9,12 @@ ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+DOCS_STAMP := .venv/.installed-docs
 export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 
-.PHONY: install train test lint bench bench-kernels bench-step bench-surgery bench-peers soak gpu-check compile-table check-torch-headers clean
+.PHONY: install train test lint docs bench bench-kernels bench-step bench-surgery bench-peers soak gpu-check compile-table check-torch-headers clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -57,6 +58,17 @@ lint: install
 	$(BIN)/python tools/check_links.py
 	$(BIN)/mypy
 
+# The pages as a site in site/, which opens without a server.
+docs: $(DOCS_STAMP)
+	rm -rf site
+	$(BIN)/python tools/docs_site.py .cache/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d .cache/docs-doctrees .cache/docs site
+	@echo "built: site/index.html"
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/pip install -q "fastmtl-torch[docs]"
+	@touch $@
+
 # Each keeps its result and pictures in .benchmarks and takes ARGS of its own: make bench-surgery ARGS="--rounds 3".
 bench: bench-kernels bench-step bench-surgery bench-peers
 
@@ -88,6 +100,6 @@ gpu-check:
 	@PYTHONPATH=.:kernels:$$PYTHONPATH $(PYTHON) -m fastmtl.bench.gpu_check $(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
 
 clean:
-	rm -rf .venv .cache build dist fastmtl.egg-info kernels/fastmtl_kernels/_C*.so \
+	rm -rf .venv .cache build dist site fastmtl.egg-info kernels/fastmtl_kernels/_C*.so \
 		kernels/fastmtl_kernels/_C*.txt
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

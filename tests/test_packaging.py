@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 COMPILER = os.environ.get("CXX", "c++").split()[0]
@@ -130,3 +131,10 @@ def test_cuda_kernels_that_do_not_compile_cost_nothing_else(compiled: tuple[Path
 def test_kernels_is_not_a_package() -> None:
     """`kernels` is another distribution, which transformers imports."""
     assert not list((ROOT / "kernels").glob("*.py"))
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)  # what the format requires
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'\nversion = "{citation["version"]}"\n' in project and f'\nlicense = "{citation["license"]}"\n' in project

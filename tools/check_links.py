@@ -45,17 +45,27 @@ def broken_links(folder: Path, page: str, names: set[str]) -> Iterator[tuple[int
     """Yield the line and the reason of each broken link of a page; names lists folder's files."""
     folders = {str(parent) for name in names for parent in Path(name).parents}
     for line, link in read_page(folder / page).links:
-        parts = urlsplit(link)
-        if parts.scheme or parts.netloc:
-            continue
-        path, anchor = unquote(parts.path), unquote(parts.fragment)
-        target = posixpath.normpath(posixpath.join(posixpath.dirname(page), path)) if path else page
-        if path.startswith("/"):
+        target, anchor = target_of(page, link)
+        if link.startswith("/"):
             yield line, f"the link {link} begins with a slash: give the path from the folder of this page"
+        elif not is_relative(link):
+            continue
         elif target not in names and target not in folders:
             yield line, f"the link {link} leads to {target}, which is not a file or folder of this checkout"
         elif anchor and (target in folders or not has_anchor(folder / target, anchor)):
             yield line, f"the link {link} names the anchor #{anchor}, which {target} does not have"
+
+
+def is_relative(link: str) -> bool:
+    parts = urlsplit(link)
+    return not (parts.scheme or parts.netloc or parts.path.startswith("/"))
+
+
+def target_of(page: str, link: str) -> tuple[str, str]:
+    """Return the path in the checkout and the anchor that a relative link of page leads to."""
+    parts = urlsplit(link)
+    path = posixpath.join(posixpath.dirname(page), unquote(parts.path)) if parts.path else page
+    return posixpath.normpath(path), unquote(parts.fragment)
 
 
 def has_anchor(file: Path, anchor: str) -> bool:
