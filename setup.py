@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent / "tools"))
 from build_kernels import native_extension  # noqa: E402
 
 setup(
-    packages=[*find_packages(include=["fastmtl", "fastmtl.*"]), "fastmtl_kernels"],
+    packages=find_packages(include=["fastmtl", "fastmtl.*"]) + find_packages("kernels"),
     # kernels/ is not a package itself: "kernels" is the name of another distribution.
     package_dir={"": ".", "fastmtl_kernels": "kernels/fastmtl_kernels"},
     package_data={

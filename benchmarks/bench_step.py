@@ -7,11 +7,11 @@ from functools import lru_cache
 
 import pytest
 
-from fastmtl.bench.harness import Skipped
 from fastmtl.bench.sizes import Size
 from fastmtl.bench.step import DROPOUT, checked, padded_losses
 from fastmtl.bench.step_ways import DEFAULT
 from fastmtl.bench.workload import Workload
+from fastmtl.measure.harness import Skipped
 
 Timed = Callable[[Callable[[], object]], None]
 

@@ -7,11 +7,11 @@ from functools import lru_cache
 
 import pytest
 
-from fastmtl.bench.harness import Skipped
 from fastmtl.bench.oracle import Oracle
 from fastmtl.bench.sizes import Size
 from fastmtl.bench.variants import BUILDERS, build
 from fastmtl.bench.workload import Workload
+from fastmtl.measure.harness import Skipped
 
 Timed = Callable[[Callable[[], object]], None]
 

@@ -17,11 +17,11 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from fastmtl.bench import ops
-from fastmtl.bench.harness import Skipped, seconds
 from fastmtl.bench.kernels import BOTH, forward_and_backward
 from fastmtl.bench.laps import Chain, Clock, clock
 from fastmtl.bench.ops.case import COMPILED, Case
 from fastmtl.bench.sizes import SHAPES, Size
+from fastmtl.measure.harness import Skipped, seconds
 
 DROPOUT = 0.1
 

@@ -26,10 +26,10 @@ def run_rank(arguments: argparse.Namespace) -> None:
 
     from fastmtl.config import parse_recipe
     from fastmtl.engine.distributed import start
-    from fastmtl.model.encoder import PackedBert
+    from fastmtl.model.encoder.bert import PackedBert
     from fastmtl.model.multitask import MultiTaskModel
     from fastmtl.profile.steps import Steps
-    from fastmtl.surgery.early_scatter import EarlyScatter
+    from fastmtl.surgery.sinks.early_scatter import EarlyScatter
 
     ranks = start()
     torch.set_num_threads(1)

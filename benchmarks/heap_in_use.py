@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fastmtl import heap
-from fastmtl.bench.harness import MIB, heap_bytes, resident_bytes
 from fastmtl.cli import main
+from fastmtl.measure import heap
+from fastmtl.measure.harness import MIB, heap_bytes, resident_bytes
 
 EVERY = 50
 

@@ -25,10 +25,10 @@ from fastmtl.config import parse_recipe
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.packing import pack
 from fastmtl.data.tokenized import TokenizedDataset
-from fastmtl.model.encoder import PackedBert
+from fastmtl.model.encoder.bert import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery
-from fastmtl.surgery.methods import draw_order
+from fastmtl.surgery.methods.table import draw_order
 
 TASKS = ("up", "down", "other")
 ROWS, VOCABULARY = 8, 1000  # rows of a task in a micro-batch

@@ -13,8 +13,8 @@ keeps, set back at each look) while it was the newest in metrics.jsonl; medians 
 stand beside tokens/s, as on a machine that others share only they tell what a step costs: where tokens/s have fallen,
 they decide.
 
-A run maps large blocks of memory and has huge pages for them where Linux gives any (fastmtl/heap.py). With MALLOC_*
-variables before the command it is malloc as they set it.
+A run maps large blocks of memory and has huge pages for them where Linux gives any
+(fastmtl/measure/heap.py). With MALLOC_* variables before the command it is malloc as they set it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from fastmtl.bench.harness import MIB, forget_peak, peak_bytes
 from fastmtl.engine.distributed import free_port
+from fastmtl.measure.harness import MIB, forget_peak, peak_bytes
 from fastmtl.tracking.metrics_file import read_metrics
 
 WINDOW = 50  # steps; memory is compared with the window after the first one
@@ -173,7 +173,7 @@ def small_encoder(layers: int, hidden: int, folder: Path) -> Path:
     import torch
     from transformers import AutoTokenizer, BertConfig, BertModel
 
-    from fastmtl.model.pretrained import encoder_directory
+    from fastmtl.model.encoder.pretrained import encoder_directory
 
     sizes = {
         "num_hidden_layers": layers,
@@ -191,7 +191,7 @@ def make(part: Path, command: list[str], stops: list[int | None]) -> dict[str, A
     """Runs a part from stop to stop (None: its end), or reads what is known of it."""
     import torch
 
-    from fastmtl.bench.environment import environment
+    from fastmtl.measure.environment import environment
 
     kept = part.with_suffix(".json")
     if not kept.exists():

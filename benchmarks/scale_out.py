@@ -35,7 +35,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
 
     from fastmtl.config import parse_recipe
     from fastmtl.engine.distributed import start
-    from fastmtl.model.encoder import PackedBert
+    from fastmtl.model.encoder.bert import PackedBert
     from fastmtl.model.multitask import MultiTaskModel
     from fastmtl.profile.shape import Load, Shape
     from fastmtl.profile.steps import Steps

@@ -11,7 +11,8 @@ import sys
 
 import torch
 
-from fastmtl_kernels import combine, gramian, implementations, reference
+from fastmtl_kernels import combine, gramian, implementations
+from fastmtl_kernels.task_gradients import reference
 
 SIZES = ([1], [4_096], [40_001])
 SEVERAL = [63, 4_096, 5, 1, 20_003]  # tensors of a list

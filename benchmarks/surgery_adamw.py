@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from fastmtl.surgery.adamw import SurgeryAdamW, TaskUpdate
-from fastmtl.surgery.task_gradients import TaskGradients
+from fastmtl.surgery.sinks.task_gradients import TaskGradients
+from fastmtl.surgery.targets.adamw import SurgeryAdamW, TaskUpdate
 
 TASKS, TOKENS, VOCABULARY = 3, 909, 30522
 # Of the merged gradient, as the Gramian would give it; any number takes as long.

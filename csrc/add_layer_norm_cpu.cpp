@@ -1,4 +1,4 @@
-// Residual LayerNorm and row-wise dropout on CPUs; the formulas are in fastmtl_kernels/add_layer_norm.py.
+// Residual LayerNorm and row-wise dropout on CPUs; the formulas are in fastmtl_kernels/add_layer_norm/api.py.
 //
 // A row stays in the L1 cache between its passes, so memory is read and written once. Rows are cut into chunks of
 // kChunk; a chunk belongs to one thread, and neither the chunks nor the order in which their partial sums are added up

@@ -1,7 +1,7 @@
 // Operator schemas and meta implementations of torch.ops.fastmtl.
 //
 // Built against PyTorch's stable ABI and free of Python's headers, so that one library serves every torch >= 2.11 and
-// every Python. Callers come through fastmtl_kernels.api, which validates; only what would read out of bounds is
+// every Python. Callers come through fastmtl_kernels.task_gradients.api, which validates; only what would read out of bounds is
 // checked again next to the kernels.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

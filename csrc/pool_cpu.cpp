@@ -1,4 +1,4 @@
-// One vector per sequence of packed rows on CPUs: first row, mean or maximum; see fastmtl_kernels/pool.py.
+// One vector per sequence of packed rows on CPUs: first row, mean or maximum; see fastmtl_kernels/pool/api.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -1,4 +1,4 @@
-// Attention over packed sequences on CPUs; the formulas are in fastmtl_kernels/varlen_attention_cpp.py.
+// Attention over packed sequences on CPUs; the formulas are in fastmtl_kernels/varlen_attention/cpp.py.
 //
 // One head of one sequence at a time, in float scratch memory that stays in the caches: no token is padded, only rows
 // of scores to whole vectors. Blocks of queries bound the scores that exist at once. A head of a sequence is one

@@ -254,7 +254,7 @@ __attribute__((target("avx2"))) inline void draw_dropped_avx2(Philox philox, int
 #endif
 
 // What dropout drops of the queries first_row:first_row + rows and of 4 * groups keys, as
-// fastmtl_kernels/varlen_attention_reference.py defines it: -1 or 0, [rows, 4 * groups], with space for 32 more.
+// fastmtl_kernels/varlen_attention/reference.py defines it: -1 or 0, [rows, 4 * groups], with space for 32 more.
 inline void draw_dropped(Philox philox, int64_t first_row, int64_t rows, int64_t groups, uint32_t head,
                          int8_t* dropped) {
 #if defined(__x86_64__)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fastmtl.predict import Predictor
+    from fastmtl.inference.predict import Predictor
 
 __version__ = "0.1.0"
 
 
 def load(model_dir: str | Path, device: str | None = None) -> Predictor:
-    """Opens the `model/` directory of a run, or the run's directory; see `fastmtl.predict.Predictor`."""
-    from fastmtl.predict import load as load_predictor  # torch takes seconds to import
+    """Opens the `model/` directory of a run, or the run's directory; see `fastmtl.inference.predict.Predictor`."""
+    from fastmtl.inference.predict import load as load_predictor  # torch takes seconds to import
 
     return load_predictor(model_dir, device)

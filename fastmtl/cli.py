@@ -16,10 +16,10 @@ from fastmtl import __version__
 from fastmtl.commands import bench, models, profile, recipes, sweep
 from fastmtl.commands.options import Debug, ModelDir
 from fastmtl.errors import UserError, one_line, printable
-from fastmtl.failures import explained
-from fastmtl.launcher_variables import is_first, world_size
-from fastmtl.output_folder import OutputFolder, check_output
-from fastmtl.streams import secure, tell_kept_exceptions_once
+from fastmtl.files.output_folder import OutputFolder, check_output
+from fastmtl.process.failures import explained
+from fastmtl.process.launcher_variables import is_first, world_size
+from fastmtl.process.streams import secure, tell_kept_exceptions_once
 
 EXIT_FAILURE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -119,9 +119,9 @@ def train(
 
     DIR gets config.yaml, metrics.jsonl, tensorboard/, checkpoints/, model/, predictions/ and report.html.
     """
-    from fastmtl.before_meeting import errors_reach_the_first
-    from fastmtl.checks import check_recipe
     from fastmtl.config import load_recipe
+    from fastmtl.engine.early_errors import errors_reach_the_first
+    from fastmtl.training.checks import check_recipe
 
     _set_debug(debug)
     directory = output or Path("runs") / Path(recipe).stem
@@ -137,7 +137,7 @@ def train(
                 folder = OutputFolder(directory, resume=resume)
         rows = check_recipe(settings, world_size())
     if check:
-        from fastmtl.start import check_run
+        from fastmtl.training.start import check_run
 
         found = check_run(
             settings, directory, resume=resume, accept_changes=accept_changes, local_rank=context.obj, rows=rows
@@ -184,7 +184,7 @@ def evaluate(
         raise UserError("--file needs --task: which task are its rows of?")
     if file is not None and data is not None:
         raise UserError("--file and --data exclude each other: one file of one task, or the files of the recipe")
-    from fastmtl.predict import evaluate_file, evaluate_split, load
+    from fastmtl.inference.predict import evaluate_file, evaluate_split, load
 
     predictor = load(model_dir)
     if file is not None and task is not None:
@@ -232,7 +232,7 @@ def predict(
       [cyan]fastmtl predict runs/cs224n/model --task sst --input test.csv --output sst-out.csv --format cs224n[/cyan]
     """
     _set_debug(debug)
-    from fastmtl.predict import load, predict_file
+    from fastmtl.inference.predict import load, predict_file
 
     rows, notes = predict_file(load(model_dir), task, input_file, output_file, layout)
     for note in notes:
@@ -256,7 +256,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
     from rich.console import Console
 
-    from fastmtl.doctor import diagnose, show
+    from fastmtl.commands.doctor import diagnose, show
 
     findings = diagnose()
     if as_json:

@@ -24,10 +24,10 @@ from pydantic import (
     model_validator,
 )
 
-from fastmtl import recipe_yaml
 from fastmtl.errors import UserError, listed, quoted, shortened, unknown_name
-from fastmtl.label_text import as_label
-from fastmtl.recipe_files import find_recipe, read_recipe
+from fastmtl.files.label_text import as_label
+from fastmtl.recipes import yaml_reader as recipe_yaml
+from fastmtl.recipes.files import find_recipe, read_recipe
 
 MOST = 2**31 - 1  # of sizes and counts: their products fit 64 bits
 

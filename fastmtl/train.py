@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from fastmtl import heap
 from fastmtl.config import MLM, Recipe
 from fastmtl.data.corpus import Corpus, CorpusRows
 from fastmtl.data.packed_batch import PackedBatch
@@ -26,20 +25,21 @@ from fastmtl.engine.build import build_engine, build_surgery
 from fastmtl.engine.checkpoint import Checkpoints
 from fastmtl.engine.distributed import Ranks, StopFlag, this_process
 from fastmtl.engine.gather import gathered_state_dict
-from fastmtl.evaluation import Scores, score
-from fastmtl.metrics import evaluate_predictions, load_libraries, mean_score, selected_score
-from fastmtl.model.pretrained import restore_previous
-from fastmtl.objectives import Objectives
-from fastmtl.phase_model import PhaseModel
-from fastmtl.progress import Job, Progress
-from fastmtl.ranges import each, named
-from fastmtl.run_files import RunFiles
-from fastmtl.start import prepare
-from fastmtl.surgery.flat import whole_model
+from fastmtl.files.writing import writing
+from fastmtl.measure import heap
+from fastmtl.measure.ranges import each, named
+from fastmtl.model.encoder.pretrained import restore_previous
 from fastmtl.surgery.gradient_surgery import GradientSurgery
-from fastmtl.surgery.task_gradients import TaskGradients
+from fastmtl.surgery.sinks.task_gradients import TaskGradients
+from fastmtl.surgery.targets.flat import whole_model
 from fastmtl.tracking import Tracker
-from fastmtl.writing import writing
+from fastmtl.training.evaluation import Scores, score
+from fastmtl.training.metrics import evaluate_predictions, load_libraries, mean_score, selected_score
+from fastmtl.training.objectives import Objectives
+from fastmtl.training.phase_model import PhaseModel
+from fastmtl.training.progress import Job, Progress
+from fastmtl.training.run_files import RunFiles
+from fastmtl.training.start import prepare
 
 
 @dataclass

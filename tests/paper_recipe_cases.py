@@ -16,10 +16,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import fastmtl.run_files
+import fastmtl.training.run_files
 from fastmtl.config import load_recipe
 from fastmtl.data.corpus import demo_directory
-from fastmtl.recipe_files import bundled_recipes
+from fastmtl.recipes.files import bundled_recipes
 from fastmtl.train import train
 
 FILES = {"ids-sst": "sentiment", "ids-cfimdb": "sentiment", "quora": "paraphrase", "sts": "similarity"}
@@ -59,7 +59,7 @@ def two_steps(name: str, output: Path, settings: list[str]) -> dict[str, Any]:
 
 def main(directory: Path, encoder: Path) -> None:
     # The report's plots take longer than the steps, and have tests of their own.
-    fastmtl.run_files.write_report = write_results
+    fastmtl.training.run_files.write_report = write_results
     write_data(directory / "data")
     write_wordnet(directory / "wordnet")
     os.environ["WNSEARCHDIR"] = str(directory / "wordnet")

@@ -26,7 +26,7 @@ import pytest
 import torch
 from launch import two_processes
 
-from fastmtl_kernels.gradients import why_unavailable
+from fastmtl_kernels._native import why_unavailable
 
 sys.path.insert(0, str(Path(__file__).parent))
 import training_ways as ways  # noqa: E402

@@ -16,15 +16,24 @@ from torch import Tensor, nn
 
 from fastmtl import cli
 from fastmtl.bench import sizes, surgery, textbook, variants
-from fastmtl.bench.harness import GPU_STEPS, MIB, gpu_peak_bytes, graph_pool_bytes, in_own_process, interleave, summary
 from fastmtl.bench.oracle import GradientMismatch, Oracle
 from fastmtl.bench.sizes import SEED, Shape, Size
 from fastmtl.bench.variants import BUILDERS, Skipped, Variant
 from fastmtl.bench.workload import Workload
+from fastmtl.cuda_graphs import heads as head_graphs
+from fastmtl.cuda_graphs import options as graph_options
+from fastmtl.cuda_graphs.recorder import Unrecorded
 from fastmtl.errors import UserError
-from fastmtl.model import graph_options, head_graphs
-from fastmtl.recorders import Unrecorded
-from fastmtl.surgery.methods import draw_order
+from fastmtl.measure.harness import (
+    GPU_STEPS,
+    MIB,
+    gpu_peak_bytes,
+    graph_pool_bytes,
+    in_own_process,
+    interleave,
+    summary,
+)
+from fastmtl.surgery.methods.table import draw_order
 
 TINY = Shape("tiny", hidden=32, layers=2, heads=2, intermediate=64, rows=4, vocabulary=100, positions=128)
 

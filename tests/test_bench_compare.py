@@ -11,9 +11,9 @@ import pytest
 
 from fastmtl import cli
 from fastmtl.bench import compare, ops, sizes, step
-from fastmtl.bench.harness import summary
 from fastmtl.bench.plot import plot
 from fastmtl.errors import UserError
+from fastmtl.measure.harness import summary
 
 ORIGIN = {
     "device": "A CPU",

@@ -10,10 +10,10 @@ import torch
 from fastmtl import cli
 from fastmtl.bench import engine, ops
 from fastmtl.bench.engine import WAYS, EngineWay, recipe_of
-from fastmtl.bench.harness import Skipped
 from fastmtl.bench.sizes import Size
 from fastmtl.bench.workload import Workload
 from fastmtl.errors import UserError
+from fastmtl.measure.harness import Skipped
 
 
 def quiet(_: str) -> None:

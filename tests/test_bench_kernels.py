@@ -17,12 +17,12 @@ from torch import Tensor
 
 from fastmtl import cli
 from fastmtl.bench import kernels, laps, ops, sizes
-from fastmtl.bench.harness import GPU_STEPS, MIB, Skipped, WrongResult, in_own_process
 from fastmtl.bench.laps import CpuClock, GpuClock
 from fastmtl.bench.ops.case import EAGER, Case, Run, Tensors, Way, compiled
 from fastmtl.bench.sizes import Size
 from fastmtl.errors import UserError
-from fastmtl.heap import free_at_once
+from fastmtl.measure.harness import GPU_STEPS, MIB, Skipped, WrongResult, in_own_process
+from fastmtl.measure.heap import free_at_once
 from fastmtl_kernels import __all__ as names
 
 SIZE = Size(ops.TINY, dropout=0.1)

@@ -10,8 +10,8 @@ import torch
 
 from fastmtl import cli
 from fastmtl.bench import ops, peers, sizes, surgery
-from fastmtl.bench.harness import MIB
 from fastmtl.errors import UserError
+from fastmtl.measure.harness import MIB
 
 GIB = 1024 * MIB
 

@@ -17,18 +17,18 @@ from reader_cases import CASES, case, read, refused, task
 from torch import nn
 from transformers import AutoTokenizer
 
-from fastmtl import recipe_yaml
 from fastmtl.config import EncoderConfig, Recipe, load_recipe, parse_recipe
 from fastmtl.data.readers import Rows
 from fastmtl.data.tokenized import check_token_types, tokenize
 from fastmtl.engine.build import check_engine
 from fastmtl.engine.settings import deepspeed_config
-from fastmtl.model.pretrained import load_encoder, load_tokenizer
-from fastmtl.output_folder import OutputFolder
-from fastmtl.phases import split
+from fastmtl.files.output_folder import OutputFolder
+from fastmtl.model.encoder.pretrained import load_encoder, load_tokenizer
+from fastmtl.recipes import yaml_reader as recipe_yaml
 from fastmtl.surgery import GradientSurgery
-from fastmtl.surgery.methods import draw_order, find_method
+from fastmtl.surgery.methods.table import draw_order, find_method
 from fastmtl.sweep.grid import read_grid
+from fastmtl.training.phases import split
 
 HERE = Path(__file__).parent
 SILENT = """A02 A02c A02b A03 C36 A01 A07 A08 A08d A09 C06 C06b C07 C07b C33 A06 A17 D01 C37 A14 D07b E03 C21 C40 D17

@@ -284,7 +284,7 @@ def test_recipes_of_a_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 def test_doctor_json_and_exit_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from fastmtl import doctor
+    from fastmtl.commands import doctor
 
     good = doctor.Finding("versions", "torch", "ok", "2", required=True)
     optional = doctor.Finding("packages", "apex", "missing", "not installed")

@@ -9,8 +9,8 @@ import yaml
 
 from fastmtl.config import Recipe, load_recipe, parse_recipe
 from fastmtl.errors import UserError, unknown_name
-from fastmtl.recipe_changes import changes_since
-from fastmtl.recipe_files import bundled_recipes
+from fastmtl.recipes.changes import changes_since
+from fastmtl.recipes.files import bundled_recipes
 
 TASKS = {"sst": {"type": "classification", "num_labels": 5, "data": {"train": "a.csv"}}}
 
@@ -204,7 +204,7 @@ def test_numbers_that_no_run_can_use_are_refused(override: str, message: str, tm
 def test_the_largest_seed_is_one_for_torch_and_the_gradient_methods(tmp_path: Path) -> None:
     import torch
 
-    from fastmtl.surgery.methods import draw_order
+    from fastmtl.surgery.methods.table import draw_order
 
     seed = load_recipe(save(tmp_path, {"tasks": TASKS}), [f"seed={2**62}"]).seed
     torch.manual_seed(seed + 100 * 10_000 + 1 + 4096)  # phases and ranks
@@ -227,7 +227,7 @@ def test_the_largest_seed_is_one_for_torch_and_the_gradient_methods(tmp_path: Pa
     ],
 )
 def test_early_stopping_needs_the_dev_file_that_it_stops_by(overrides: list[str], message: str, tmp_path: Path) -> None:
-    from fastmtl.phases import phases_of
+    from fastmtl.training.phases import phases_of
 
     with pytest.raises(UserError) as caught:
         phases_of(load_recipe(save(tmp_path, {"tasks": TASKS}), overrides))

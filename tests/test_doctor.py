@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fastmtl import __version__, doctor
-from fastmtl_kernels import gradients
+from fastmtl import __version__
+from fastmtl.commands import doctor
+from fastmtl_kernels import _native
 
 
 def package(root: Path, name: str, files: dict[str, str]) -> None:
@@ -139,8 +140,8 @@ def test_minilm_absent_incomplete_and_present(site: Path, monkeypatch: pytest.Mo
 
 
 def test_what_the_build_left_out_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradients, "why_unavailable", lambda: "")
-    monkeypatch.setattr(gradients, "why_no_cuda_library", lambda: "the CUDA kernels are not built: nvcc fails")
+    monkeypatch.setattr(_native, "why_unavailable", lambda: "")
+    monkeypatch.setattr(_native, "why_no_cuda_library", lambda: "the CUDA kernels are not built: nvcc fails")
     cpp, cuda = doctor._native()
     assert cpp == ("C++ kernels", "ok", "built")
     assert cuda == ("CUDA kernels", "missing", "the CUDA kernels are not built: nvcc fails")

@@ -14,12 +14,12 @@ import torch
 from fastmtl import cli
 from fastmtl.engine import distributed
 from fastmtl.errors import TrainingError, UserError
-from fastmtl.failures import explained
-from fastmtl.json_files import read_json
-from fastmtl.launcher_variables import is_first, number, world_size
-from fastmtl.predictions import _write
+from fastmtl.files.json_files import read_json
+from fastmtl.files.user_path import cache_path, user_path
+from fastmtl.inference.predictions import _write
+from fastmtl.process.failures import explained
+from fastmtl.process.launcher_variables import is_first, number, world_size
 from fastmtl.tracking.metrics_file import read_metrics
-from fastmtl.user_path import cache_path, user_path
 
 
 def allocate() -> None:
@@ -163,7 +163,7 @@ def test_an_oversampling_beyond_all_numbers_takes_the_largest_size() -> None:
 
 def test_an_error_of_a_solver_names_the_method(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchjd")
-    from fastmtl.surgery.methods import draw_order, find_method
+    from fastmtl.surgery.methods.table import draw_order, find_method
 
     def fail(gram: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("the solver found nothing")

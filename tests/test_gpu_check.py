@@ -23,7 +23,7 @@ from fastmtl.bench.bounds import RECORDED_JOINT, RECORDED_SURGERY, SURGERY, boun
 from fastmtl.bench.gpu_check import __main__ as gpu_check
 from fastmtl.bench.gpu_check import parts, process, sanitizer
 from fastmtl.bench.gpu_check.parts import FASTMTL, Part, Settings
-from fastmtl.bench.result_file import UNFINISHED, slug
+from fastmtl.measure.result_file import UNFINISHED, slug
 
 ROOT = Path(__file__).parents[1]
 TINY = ("--device", "cpu", "--shape", "tiny", "--tokens", "1024", "--rounds", "1", "--commit", "abc")

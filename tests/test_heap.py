@@ -9,10 +9,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from fastmtl import heap, train
-from fastmtl.bench.harness import MIB, heap_bytes, in_own_process, resident_bytes
+from fastmtl import train
 from fastmtl.config import load_recipe
 from fastmtl.data.corpus import Corpus
+from fastmtl.measure import heap
+from fastmtl.measure.harness import MIB, heap_bytes, in_own_process, resident_bytes
 
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from fastmtl.errors import UserError
-from fastmtl.output_folder import OutputFolder, check_output, check_room
+from fastmtl.files.output_folder import OutputFolder, check_output, check_room
 
 HOLD = (
-    "import sys; from pathlib import Path; from fastmtl.output_folder import OutputFolder\n"
+    "import sys; from pathlib import Path; from fastmtl.files.output_folder import OutputFolder\n"
     "folder = OutputFolder(Path(sys.argv[1]), resume=True); print('held', flush=True); sys.stdin.read()"
 )
 
@@ -70,7 +70,7 @@ def test_a_read_only_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def refuse(**_: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("fastmtl.output_folder.tempfile.NamedTemporaryFile", refuse)
+    monkeypatch.setattr("fastmtl.files.output_folder.tempfile.NamedTemporaryFile", refuse)
     with pytest.raises(UserError, match="cannot write to .*: Read-only file system"):
         OutputFolder(tmp_path, resume=False)
 

@@ -122,7 +122,7 @@ def test_cuda_kernels_that_do_not_compile_cost_nothing_else(compiled: tuple[Path
     (wheel,) = (tree / "out").glob("*.whl")
     assert "fastmtl_kernels/_CUDA.abi3.so" not in zipfile.ZipFile(wheel).namelist()
     # The installed library still knows, without the build's folders.
-    code = "from fastmtl_kernels import gradients as g; print([g.why_unavailable()]); print(g.why_no_cuda_library())"
+    code = "from fastmtl_kernels import _native as g; print([g.why_unavailable()]); print(g.why_no_cuda_library())"
     cpp, cuda = run_installed(wheel, tmp_path, code).splitlines()
     assert cpp == "['']"
     assert cuda.startswith(f"the CUDA kernels are not built: {why}; after that `make -B install` or `pip install ")

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from fastmtl.config import load_recipe
-from fastmtl.phases import phases_of
-from fastmtl.recipe_files import bundled_recipes
+from fastmtl.recipes.files import bundled_recipes
 from fastmtl.reproduce.tables import load_results, reports
+from fastmtl.training.phases import phases_of
 
 WORKER = Path(__file__).with_name("paper_recipe_cases.py")
 PAPERS = [name for name in bundled_recipes() if name.startswith("papers/")]

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from fastmtl.config import Recipe, load_recipe, parse_recipe
 from fastmtl.errors import UserError
-from fastmtl.model.weights import read_encoder_weights
-from fastmtl.phases import phases_of
+from fastmtl.model.encoder.weights import read_encoder_weights
+from fastmtl.training.phases import phases_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 import phase_cases as cases  # noqa: E402
@@ -46,7 +46,7 @@ def test_heads_alone_leave_the_encoder_and_every_task_keeps_its_own_best(runs: P
     assert len(set(at.values())) > 1, "the case is to have tasks with different best epochs"
     for task, metric in own.items():
         assert kept[task][metric] == pytest.approx(best[task], abs=1e-6)
-    from fastmtl.predict import evaluate_split, load
+    from fastmtl.inference.predict import evaluate_split, load
 
     found = evaluate_split(load(runs / "heads"), "dev", None, None).metrics  # model/ itself, not the files beside it
     assert {task: found[task][metric] for task, metric in own.items()} == pytest.approx(best, abs=1e-5)

@@ -14,8 +14,8 @@ import fastmtl
 from fastmtl import cli
 from fastmtl.config import EncoderConfig, Recipe
 from fastmtl.errors import UserError
-from fastmtl.metrics import evaluate_predictions
-from fastmtl.predict import Prediction, Predictor, evaluate_file, evaluate_split
+from fastmtl.inference.predict import Prediction, Predictor, evaluate_file, evaluate_split
+from fastmtl.training.metrics import evaluate_predictions
 
 SENTENCES = ["the film was good", "a dull and boring story , not good at all", "he ran", "she reads a lovely book"]
 PAIRS = [("a dog ran", "the dog runs"), ("she eats soup", "a car drove to the city"), ("he sat", "he sat on the cat")]
@@ -44,8 +44,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, data: Pat
     """A run's directory with an untrained model whose heads differ from task to task."""
     import torch
 
+    from fastmtl.model.encoder.pretrained import load_encoder, load_tokenizer, save_model
     from fastmtl.model.multitask import MultiTaskModel
-    from fastmtl.model.pretrained import load_encoder, load_tokenizer, save_model
 
     single = {key: value for key, value in COLUMNS.items() if key != "text_pair"}
     tasks = {

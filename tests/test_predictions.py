@@ -10,7 +10,7 @@ import pytest
 
 from fastmtl.config import TaskConfig
 from fastmtl.errors import UserError
-from fastmtl.predictions import write_cs224n, write_table
+from fastmtl.inference.predictions import write_cs224n, write_table
 
 NAMED = TaskConfig.model_validate({"type": "classification", "label_names": ["bad", "so, so"], "data": {}})
 CLASSES = TaskConfig.model_validate({"type": "classification", "num_labels": 3, "data": {}})

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from fastmtl import ranges
+from fastmtl.measure import ranges
 from fastmtl.surgery import GradientSurgery
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from fastmtl.config import load_recipe
 from fastmtl.errors import UserError
-from fastmtl.recipe_files import TABLE, bundled_recipes, merge, recipes_root
+from fastmtl.recipes.files import TABLE, bundled_recipes, merge, recipes_root
 
 BASE = """
 description: base

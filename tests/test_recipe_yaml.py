@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from fastmtl import recipe_yaml
 from fastmtl.config import TaskConfig, load_recipe
 from fastmtl.errors import UserError
+from fastmtl.recipes import yaml_reader as recipe_yaml
 
 
 @pytest.mark.parametrize(

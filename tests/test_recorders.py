@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastmtl import recorders
-from fastmtl.recorders import CudaRecorder, Recordings, Unrecorded
+from fastmtl.cuda_graphs import recorder as recorders
+from fastmtl.cuda_graphs.recorder import CudaRecorder, Recordings, Unrecorded
 
 HOST = torch.device("cpu")
 

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from fastmtl.errors import UserError
-from fastmtl.phases import phases_of
 from fastmtl.reproduce.command import run_report
 from fastmtl.reproduce.plan import Options, describe, plan
 from fastmtl.reproduce.report import as_json, lines_of, markdown
 from fastmtl.reproduce.runs import Outcome
 from fastmtl.reproduce.tables import PaperResults, Table, load_results, reports, value_of
+from fastmtl.training.phases import phases_of
 
 SCORES = {"sst": {"accuracy": 0.5}, "para": {"accuracy": 0.7}, "sts": {"pearson": -0.2}}
 

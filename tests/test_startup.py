@@ -117,8 +117,9 @@ def test_what_ranks_agree_on(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_a_run_cannot_have_is_refused_before_deepspeed_starts(
     sections: dict[str, Any], message: str, tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastmtl import start, train
+    from fastmtl import train
     from fastmtl.config import load_recipe
+    from fastmtl.training import start
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("DeepSpeed was started")
@@ -135,8 +136,9 @@ def test_what_a_run_cannot_have_is_refused_before_deepspeed_starts(
 def test_a_full_disk_is_told_before_deepspeed_starts(
     tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastmtl import start, train
+    from fastmtl import train
     from fastmtl.config import load_recipe
+    from fastmtl.training import start
 
     asked: list[tuple[Path, int]] = []
 
@@ -155,7 +157,8 @@ def test_a_full_disk_is_told_before_deepspeed_starts(
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of one process, which has nobody to meet."""
-    from fastmtl import cli, start
+    from fastmtl import cli
+    from fastmtl.training import start
 
     monkeypatch.setattr(cli, "_debug", False)
     monkeypatch.setattr(start, "this_process", lambda _: Ranks(0, 1, 0, torch.device("cpu")))

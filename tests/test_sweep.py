@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from fastmtl.child_process import Interrupted
 from fastmtl.errors import UserError
 from fastmtl.sweep import runs
+from fastmtl.sweep.child_process import Interrupted
 from fastmtl.sweep.command import run_sweep
 from fastmtl.sweep.grid import read_grid
 from fastmtl.sweep.runs import FAILED, INTERRUPTED, OK

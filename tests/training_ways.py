@@ -23,6 +23,7 @@ from transformers import BertConfig
 
 from fastmtl.bench.textbook import pcgrad
 from fastmtl.config import Recipe, Recompute, parse_recipe
+from fastmtl.cuda_graphs.heads import HeadGraphs
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.packing import pack
 from fastmtl.data.prefetch import ahead
@@ -30,13 +31,15 @@ from fastmtl.data.stream import BatchStream
 from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.engine.build import build_engine, build_optimizer, build_surgery, lr_factor
 from fastmtl.engine.distributed import start
-from fastmtl.model.encoder import PackedBert
-from fastmtl.model.head_graphs import HeadGraphs
+from fastmtl.model.encoder.bert import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery, SurgeryAdamW
-from fastmtl.surgery.methods import draw_order
-from fastmtl_kernels import api, dispatch, low_rank_maps, varlen_attention_reference
-from fastmtl_kernels.varlen_attention_reference import keep_mask
+from fastmtl.surgery.methods.table import draw_order
+from fastmtl_kernels import dispatch
+from fastmtl_kernels.task_gradients import api
+from fastmtl_kernels.task_maps import common as low_rank_maps
+from fastmtl_kernels.varlen_attention import reference as varlen_attention_reference
+from fastmtl_kernels.varlen_attention.reference import keep_mask
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))  # where this is a script
 from op_recorder import OpRecorder  # noqa: E402

@@ -15,21 +15,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastmtl_kernels import (
-    add_layer_norm_triton,
-    combined_adamw_triton,
-    dropout_triton,
-    embed_layer_norm_triton,
-    gradients_triton,
-    low_rank_triton,
-    pool_triton,
-    varlen_attention_triton,
-)
-from fastmtl_kernels.add_layer_norm import RowNorm
-from fastmtl_kernels.combined_adamw_reference import Update, Written
-from fastmtl_kernels.low_rank_maps import MAX_RANK, Maps, Wants
+from fastmtl_kernels.add_layer_norm import triton as add_layer_norm_triton
+from fastmtl_kernels.add_layer_norm.api import RowNorm
+from fastmtl_kernels.combined_adamw import triton as combined_adamw_triton
+from fastmtl_kernels.combined_adamw.reference import Update, Written
+from fastmtl_kernels.dropout import triton as dropout_triton
+from fastmtl_kernels.embed_layer_norm import triton as embed_layer_norm_triton
+from fastmtl_kernels.pool import triton as pool_triton
+from fastmtl_kernels.task_gradients import triton as gradients_triton
+from fastmtl_kernels.task_maps.common import MAX_RANK, Maps, Wants
+from fastmtl_kernels.task_maps.triton import rows as low_rank_triton
 from fastmtl_kernels.task_sink import TaskRows
-from fastmtl_kernels.varlen_attention_plan import AttentionPlan
+from fastmtl_kernels.varlen_attention.plan import AttentionPlan
+from fastmtl_kernels.varlen_attention.triton import launch as varlen_attention_triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = {torch.bfloat16: (128, 256, 384, 512, 768, 1024), torch.float32: (384, 768, 1024), torch.float16: (384, 768)}

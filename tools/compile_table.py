@@ -9,13 +9,16 @@ on the path and --older, it writes docs/compile-table-triton-3.6.md, which has T
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import importlib.metadata
+import io
 import json
 import multiprocessing
 import re
 import tempfile
 import time
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,14 +63,31 @@ class Line:
 
 
 def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    """Return the digest of a file; of Python only the code counts, so that prose may change."""
+    text = path.read_text()
+    return hashlib.sha256((_code(text) if path.suffix == ".py" else text).encode()).hexdigest()[:16]
+
+
+def _code(text: str) -> str:
+    """Return the lines of Python without docstrings, comments, imports and empty lines."""
+    lines = text.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(text)):
+        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if docstring or isinstance(node, ast.Import | ast.ImportFrom):
+            first, last = node.lineno - 1, node.end_lineno or node.lineno
+            lines[first:last] = [""] * (last - first)
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def source_files(root: Path = ROOT, *, cuda: bool = True) -> list[Path]:
     """What the table is made from: the files with Triton kernels, those whose constants they take, CUDA, the calls."""
     kernels = root / "kernels" / "fastmtl_kernels"
-    triton = [path for path in kernels.glob("*.py") if re.search(r"^import triton$", path.read_text(), re.MULTILINE)]
-    also = [kernels / "varlen_attention_plan.py", root / "tools" / "compile_cases.py"]
+    triton = [path for path in kernels.rglob("*.py") if re.search(r"^import triton$", path.read_text(), re.MULTILINE)]
+    also = [kernels / "varlen_attention" / "plan.py", root / "tools" / "compile_cases.py"]
     of_cuda = [path for kind in ("*.cu", "*.cuh", "tensor_table.h") for path in (root / "csrc").glob(kind)]
     return sorted([*triton, *also, *(of_cuda if cuda else [])])
 

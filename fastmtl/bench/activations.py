@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from fastmtl import ranges
 from fastmtl.bench.textbook import PaddedModel
 from fastmtl.bench.workload import Workload
+from fastmtl.measure import ranges
+from fastmtl.measure.accounting import Accounting
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.profile.accounting import Accounting
 
 
 def kept_bytes(workload: Workload, model: PaddedModel | MultiTaskModel) -> dict[str, float]:

@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-from fastmtl.bench.environment import environment
-from fastmtl.bench.harness import MIB, Keep, Say, Skipped, graph_pool_bytes, summary
 from fastmtl.bench.recordings import STEPS_TO_RECORD, refuse_unrecorded
 from fastmtl.bench.sizes import SEED, Size
 from fastmtl.bench.workload import Workload
@@ -24,7 +22,9 @@ from fastmtl.config import Recipe, parse_recipe
 from fastmtl.engine.build import build_engine, build_surgery
 from fastmtl.engine.distributed import start
 from fastmtl.errors import UserError, unknown_name
-from fastmtl.model.encoder import PackedBert
+from fastmtl.measure.environment import environment
+from fastmtl.measure.harness import MIB, Keep, Say, Skipped, graph_pool_bytes, summary
+from fastmtl.model.encoder.bert import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
 
 ZERO = 1

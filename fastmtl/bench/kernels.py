@@ -14,8 +14,12 @@ from typing import Any
 import torch
 
 from fastmtl.bench import ops
-from fastmtl.bench.environment import environment
-from fastmtl.bench.harness import (
+from fastmtl.bench.laps import Chain, clock
+from fastmtl.bench.ops.case import EAGER, Case
+from fastmtl.bench.sizes import PRECISIONS, SEED, Size
+from fastmtl.errors import unknown_name
+from fastmtl.measure.environment import environment
+from fastmtl.measure.harness import (
     MIB,
     Keep,
     Say,
@@ -29,11 +33,7 @@ from fastmtl.bench.harness import (
     resident_bytes,
     summary,
 )
-from fastmtl.bench.laps import Chain, clock
-from fastmtl.bench.ops.case import EAGER, Case
-from fastmtl.bench.sizes import PRECISIONS, SEED, Size
-from fastmtl.errors import unknown_name
-from fastmtl.heap import free_at_once
+from fastmtl.measure.heap import free_at_once
 
 COPY = "copy"
 BOTH = "both"

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fastmtl.bench.harness import GPU_STEPS
+from fastmtl.measure.harness import GPU_STEPS
 
 # Functions of which each is called with what the one before returned, the first with None.
 Chain = Sequence[Callable[[Any], Any]]

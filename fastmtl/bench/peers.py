@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from fastmtl.bench.harness import MIB, Keep, Say, in_own_process, resident_bytes
 from fastmtl.bench.sizes import PRECISIONS, Size
 from fastmtl.bench.surgery import bench_variants, gpu_peak_of, peak_of
 from fastmtl.bench.variants import JOINT
 from fastmtl.bench.workload import Workload
 from fastmtl.errors import UserError
+from fastmtl.measure.harness import MIB, Keep, Say, in_own_process, resident_bytes
 
 # What the table shows of the variants, by their names there.
 SHOWN = {

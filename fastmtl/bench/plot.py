@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastmtl.bench.result_file import ORIGIN
 from fastmtl.errors import UserError
+from fastmtl.measure.result_file import ORIGIN
 
 # Names that stand for none of fastmtl's steps.
 OTHERS = ("transformers", "textbook", "torchjd", "TorchJD", "matrix products")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastmtl.bench.harness import Skipped
+from fastmtl.measure.harness import Skipped
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery
 

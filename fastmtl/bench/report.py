@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fastmtl.bench.compare import Change
-from fastmtl.bench.harness import Keep, Say
-from fastmtl.bench.result_file import UNFINISHED, save
 from fastmtl.errors import UserError
+from fastmtl.measure.harness import Keep, Say
+from fastmtl.measure.result_file import UNFINISHED, save
 
 KEPT = ("kept_bytes_per_token", "kept_bytes_per_token_and_layer")
 # Columns of text; the others are numbers.

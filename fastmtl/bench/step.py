@@ -12,8 +12,6 @@ import torch
 
 from fastmtl.bench.activations import kept_bytes
 from fastmtl.bench.calls import operator_calls
-from fastmtl.bench.environment import environment
-from fastmtl.bench.harness import Keep, Say, Skipped, WrongResult, interleave, summary
 from fastmtl.bench.sizes import SEED, Size
 from fastmtl.bench.step_ways import (
     DEFAULT,
@@ -28,6 +26,8 @@ from fastmtl.bench.step_ways import (
 )
 from fastmtl.bench.textbook import PaddedModel
 from fastmtl.bench.workload import Workload
+from fastmtl.measure.environment import environment
+from fastmtl.measure.harness import Keep, Say, Skipped, WrongResult, interleave, summary
 from fastmtl.model.multitask import MultiTaskModel
 
 # float32: other orders of addition. bfloat16: 8 bits in every activation of a few layers.

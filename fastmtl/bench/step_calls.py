@@ -8,18 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fastmtl import ranges
 from fastmtl.bench.calls import around, operators
 from fastmtl.bench.sizes import Shape, Size
 from fastmtl.bench.waits import host_waits
 from fastmtl.bench.workload import Workload
 from fastmtl.config import parse_recipe
+from fastmtl.cuda_graphs.heads import HeadGraphs
+from fastmtl.cuda_graphs.recorder import Unrecorded
 from fastmtl.engine.build import build_engine, build_surgery
 from fastmtl.engine.distributed import start
-from fastmtl.model.encoder import PackedBert
-from fastmtl.model.head_graphs import HeadGraphs
+from fastmtl.measure import ranges
+from fastmtl.model.encoder.bert import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.recorders import Unrecorded
 
 IN_GRAPHS = "in graphs"
 THE_REST = "the rest"

@@ -9,15 +9,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fastmtl.bench.harness import Skipped
 from fastmtl.bench.recordings import STEPS_TO_RECORD, refuse_unrecorded
 from fastmtl.bench.sizes import SEED
 from fastmtl.bench.textbook import PaddedModel
 from fastmtl.bench.workload import Workload
 from fastmtl.config import Recompute
+from fastmtl.measure.harness import Skipped
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery
-from fastmtl.surgery.methods import method_names
+from fastmtl.surgery.methods.table import method_names
 from fastmtl.surgery.options import Storage
 
 TRANSFORMERS, PRODUCTS = "transformers", "matrix products"

@@ -9,8 +9,12 @@ from typing import Any
 
 import torch
 
-from fastmtl.bench.environment import environment
-from fastmtl.bench.harness import (
+from fastmtl.bench.oracle import Oracle
+from fastmtl.bench.sizes import Size
+from fastmtl.bench.variants import BUILDERS, JOINT, STACKED, Skipped, Variant, build
+from fastmtl.bench.workload import Workload
+from fastmtl.measure.environment import environment
+from fastmtl.measure.harness import (
     MIB,
     Keep,
     Say,
@@ -21,11 +25,7 @@ from fastmtl.bench.harness import (
     peak_bytes,
     summary,
 )
-from fastmtl.bench.oracle import Oracle
-from fastmtl.bench.sizes import Size
-from fastmtl.bench.variants import BUILDERS, JOINT, STACKED, Skipped, Variant, build
-from fastmtl.bench.workload import Workload
-from fastmtl.heap import free_at_once
+from fastmtl.measure.heap import free_at_once
 
 TASKS = (2, 4, 8, 16, 32)
 TASK_TOKENS = 8192

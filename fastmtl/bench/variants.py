@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.bench import textbook
-from fastmtl.bench.harness import Skipped
 from fastmtl.bench.recordings import STEPS_TO_RECORD, refuse_unrecorded
 from fastmtl.bench.sizes import SEED
 from fastmtl.bench.workload import Workload
-from fastmtl.model.head_graphs import HeadGraphs
+from fastmtl.cuda_graphs.heads import HeadGraphs
+from fastmtl.cuda_graphs.recorder import Recorder
+from fastmtl.measure.harness import Skipped
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.recorders import Recorder
 from fastmtl.surgery import GradientSurgery
-from fastmtl.surgery.methods import draw_order
+from fastmtl.surgery.methods.table import draw_order
 from fastmtl.surgery.options import Storage
 
 # Largest error relative to the task gradients' norms, beside what a model in lower precision is off itself. float32:

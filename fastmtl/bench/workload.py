@@ -21,7 +21,7 @@ from fastmtl.config import Recompute, parse_recipe
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.packing import pack
 from fastmtl.data.tokenized import TokenizedDataset
-from fastmtl.model.encoder import PackedBert
+from fastmtl.model.encoder.bert import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
 
 # Type and number of outputs of tasks 0, 1, 2, 3 = 0, ...

@@ -15,8 +15,8 @@ from fastmtl.errors import UserError
 
 if TYPE_CHECKING:
     from fastmtl.config import Recipe
-    from fastmtl.phases import Phase
     from fastmtl.profile.plan import Point
+    from fastmtl.training.phases import Phase
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 

@@ -36,7 +36,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         from rich.table import Table
 
         from fastmtl.config import load_recipe
-        from fastmtl.recipe_files import bundled_recipes
+        from fastmtl.recipes.files import bundled_recipes
 
         found = bundled_recipes()
         folders: dict[str, list[str]] = {}

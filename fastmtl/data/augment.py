@@ -20,7 +20,7 @@ import numpy as np
 from fastmtl.config import AugmentConfig
 from fastmtl.data.readers import Rows
 from fastmtl.data.wordnet import WordNet, find_wordnet
-from fastmtl.user_path import cache_path
+from fastmtl.files.user_path import cache_path
 
 CACHE_VERSION = 1
 _CORE = re.compile(r"^(\W*)([\w'-]*\w)(\W*)$")

@@ -15,7 +15,7 @@ from fastmtl.data.readers import Rows, read_rows
 from fastmtl.data.tokenized import TokenizedDataset, check_pairs, tokenize
 from fastmtl.data.wordnet import wordnet_place
 from fastmtl.errors import UserError
-from fastmtl.user_path import user_path
+from fastmtl.files.user_path import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

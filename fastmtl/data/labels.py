@@ -8,7 +8,7 @@ from fastmtl.config import TaskConfig
 from fastmtl.data.formats import Layout
 from fastmtl.data.records import Record
 from fastmtl.errors import listed, quoted
-from fastmtl.label_text import as_label, as_number
+from fastmtl.files.label_text import as_label, as_number
 
 # What may stand in a cell of JSON or Parquet; binary data, lists, objects and dates have no one spelling.
 CELLS = (str, int, float, Decimal)

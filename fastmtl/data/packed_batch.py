@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastmtl_kernels.upload import upload
-from fastmtl_kernels.varlen_attention_plan import AttentionPlan, needs_plan
+from fastmtl_kernels.varlen_attention.plan import AttentionPlan, needs_plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class PackedBatch:
     outside training.
     host: the same offsets as Python integers, so that no op waits for the device.
     plan: of attention, where a device's kernels need one and it was made ahead (`prepared`), else None.
-    cached: what fastmtl.model.cached_pairs knows of the whole step, where a task's loss asks for it.
+    cached: what fastmtl.model.losses.cached_pairs knows of the whole step, where a task's loss asks for it.
     """
 
     input_ids: Tensor

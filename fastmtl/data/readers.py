@@ -18,7 +18,7 @@ from fastmtl.data.formats import check_format, find_layout
 from fastmtl.data.labels import CELLS, BadCell, Labels
 from fastmtl.data.records import BadRow, Record, open_source
 from fastmtl.errors import UserError, quoted
-from fastmtl.user_path import user_path
+from fastmtl.files.user_path import user_path
 
 
 @dataclass(frozen=True)

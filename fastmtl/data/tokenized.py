@@ -23,7 +23,7 @@ from fastmtl.config import TaskConfig
 from fastmtl.data.readers import Rows
 from fastmtl.data.records import BadRow
 from fastmtl.errors import UserError, one_line
-from fastmtl.user_path import cache_path
+from fastmtl.files.user_path import cache_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastmtl.errors import UserError
-from fastmtl.user_path import user_path
+from fastmtl.files.user_path import user_path
 
 PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
 

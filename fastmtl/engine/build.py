@@ -17,11 +17,11 @@ from fastmtl.engine.settings import deepspeed_config, deepspeed_section, set_buc
 from fastmtl.errors import UserError, listed, quoted
 from fastmtl.model.masked_lm import MaskedLanguageModel
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.surgery.flat import FlatParameters
 from fastmtl.surgery.gradient_surgery import GradientSurgery
-from fastmtl.surgery.methods import Method, draw_order, find_method
+from fastmtl.surgery.methods.table import Method, draw_order, find_method
 from fastmtl.surgery.options import DTYPES, check_options
-from fastmtl.surgery.reduce import world_size
+from fastmtl.surgery.ranks.reduce import world_size
+from fastmtl.surgery.targets.flat import FlatParameters
 
 Model = MultiTaskModel | MaskedLanguageModel
 

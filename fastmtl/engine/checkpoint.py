@@ -26,7 +26,7 @@ from fastmtl.engine.optimizer_settings import optimizer_settings, put_settings
 from fastmtl.engine.plain_path import plain_path
 from fastmtl.engine.universal import keeps_groups, universal_copy
 from fastmtl.errors import UserError
-from fastmtl.recipe_changes import Changes, changes_since
+from fastmtl.recipes.changes import Changes, changes_since
 
 TENSORS = "tensors.safetensors"
 LEFT_OVER = (".incomplete-step-*", ".removed-step-*", ".universal-*")

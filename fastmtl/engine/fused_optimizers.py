@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from fastmtl import nvidia_apex
 from fastmtl.config import Recipe
 from fastmtl.errors import UserError
+from fastmtl.process import nvidia_apex
 
 _KEY = "engine.fused_optimizer"
 

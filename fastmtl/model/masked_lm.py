@@ -16,12 +16,12 @@ from transformers.activations import ACT2FN
 
 from fastmtl.config import MLM, OptimizerConfig
 from fastmtl.data.masking import MaskedBatch
-from fastmtl.model.encoder import PackedBert
+from fastmtl.model.encoder.bert import PackedBert
+from fastmtl.model.encoder.weights import load_exactly, read_weights
 from fastmtl.model.groups import parameter_groups
-from fastmtl.model.weights import load_exactly, read_weights
 
 if TYPE_CHECKING:
-    from fastmtl.surgery.task_gradients import TaskGradients
+    from fastmtl.surgery.sinks.task_gradients import TaskGradients
 
 PREFIX = "cls.predictions."
 

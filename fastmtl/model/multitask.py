@@ -12,25 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.config import OptimizerConfig, Recipe, TaskConfig
+from fastmtl.cuda_graphs.buffers.heads import HeadBatch, Vectors
+from fastmtl.cuda_graphs.heads import HeadGraphs
+from fastmtl.cuda_graphs.options import check_cuda_graphs
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
 from fastmtl.model.adapters import build_adapter
-from fastmtl.model.encoder import PackedBert, Pooler
-from fastmtl.model.graph_options import check_cuda_graphs
+from fastmtl.model.encoder.bert import PackedBert, Pooler
 from fastmtl.model.groups import parameter_groups
-from fastmtl.model.head_graphs import HeadGraphs
 from fastmtl.model.heads import build_head
 from fastmtl.model.heads.embed import Recurrent
-from fastmtl.model.losses import TaskLoss, build_loss
-from fastmtl.model.outputs import kind, predictions, targets
-from fastmtl.model.pooling import pooling
-from fastmtl.model.smart import Smart
-from fastmtl.model.static_heads import HeadBatch, Vectors
-from fastmtl.model.weighting import Uncertainty
+from fastmtl.model.heads.outputs import kind, predictions, targets
+from fastmtl.model.heads.pooling import pooling
+from fastmtl.model.losses.smart import Smart
+from fastmtl.model.losses.task_loss import TaskLoss, build_loss
+from fastmtl.model.losses.weighting import Uncertainty
 from fastmtl.surgery.random_state import RandomState
 
 if TYPE_CHECKING:
-    from fastmtl.surgery.task_gradients import TaskGradients
+    from fastmtl.surgery.sinks.task_gradients import TaskGradients
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ Source: deepspeed/runtime/zero/stage_1_and_2.py and stage3.py; Rajbhandari et al
 from __future__ import annotations
 
 from fastmtl.engine.settings import REDUCE_BUCKET_SIZE
+from fastmtl.measure.parts import Bytes, nothing
 from fastmtl.profile.ledger import Ledger
-from fastmtl.profile.parts import Bytes, nothing
 from fastmtl.profile.shape import Shape
 
 FLOAT = 4

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from fastmtl.bench.harness import Say
+from fastmtl.measure.harness import Say
 from fastmtl.profile import process
 from fastmtl.profile.measure import Job, measure
 from fastmtl.profile.plan import Plan, Point

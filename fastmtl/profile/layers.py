@@ -37,13 +37,13 @@ class Rows:
         self.d = tokens * shape.hidden * number
         self.f = tokens * shape.intermediate * number
         self.s = tokens * adapter_size * number
-        # fastmtl_kernels.varlen_attention_cpp: maximum and sum of every row and head.
+        # fastmtl_kernels.varlen_attention.cpp: maximum and sum of every row and head.
         self.attention_stats = tokens * shape.heads * 2 * FLOAT
         self.adapter_stats = 0 if shape.adapter is None else tokens * shape.adapter.heads * 2 * FLOAT
-        # fastmtl_kernels.add_layer_norm_cpp: mean, rstd, and a bit for each element that dropout may drop.
+        # fastmtl_kernels.add_layer_norm.cpp: mean, rstd, and a bit for each element that dropout may drop.
         self.norm_stats = tokens * 2 * FLOAT
         self.mask = tokens * -(-shape.hidden // 64) * 8 if shape.dropout else 0
-        # fastmtl.surgery.projections: a copy of three weights that do not follow one another in a flat buffer.
+        # fastmtl.surgery.rules.projections: a copy of three weights that do not follow one another in a flat buffer.
         self.projections = 0 if shape.zero in (1, 2) else 3 * shape.hidden**2 * number
 
     def input(self, nbytes: int) -> int:

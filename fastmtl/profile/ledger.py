@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fastmtl.profile.parts import Bytes, Part, nothing, total
+from fastmtl.measure.parts import Bytes, Part, nothing, total
 
 
 class Ledger:

@@ -15,18 +15,18 @@ from typing import Any
 import psutil
 import torch
 
-from fastmtl.bench.harness import peak_bytes, summary
 from fastmtl.config import Recipe, parse_recipe
 from fastmtl.data.corpus import Corpus
 from fastmtl.engine.distributed import start
 from fastmtl.errors import UserError
-from fastmtl.heap import free_at_once
-from fastmtl.model.pretrained import load_tokenizer
-from fastmtl.phase_model import PhaseModel
+from fastmtl.measure.harness import peak_bytes, summary
+from fastmtl.measure.heap import free_at_once
+from fastmtl.model.encoder.pretrained import load_tokenizer
 from fastmtl.profile.nvml import Nvml
 from fastmtl.profile.plan import TIMED, Draw, Point, choose_phase, draw, settings
 from fastmtl.profile.shape import Load
 from fastmtl.profile.steps import Steps
+from fastmtl.training.phase_model import PhaseModel
 
 WATCH_SECONDS = 0.005
 

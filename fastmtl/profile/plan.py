@@ -16,12 +16,12 @@ from fastmtl.data.stream import BatchStream
 from fastmtl.data.tokenized import check_token_types
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.model.add_task import complete
-from fastmtl.model.pretrained import load_tokenizer
-from fastmtl.phase_model import PhaseModel
-from fastmtl.phases import Phase, phases_of
+from fastmtl.model.encoder.pretrained import load_tokenizer
 from fastmtl.profile.predict import Prediction, predict
 from fastmtl.profile.shape import Load, Shape
-from fastmtl.surgery.methods import find_method
+from fastmtl.surgery.methods.table import find_method
+from fastmtl.training.phase_model import PhaseModel
+from fastmtl.training.phases import Phase, phases_of
 
 # Steps of the first epoch among which the largest is looked for: as many as these, and as hold so many rows.
 STEPS, ROWS = 50, 20_000

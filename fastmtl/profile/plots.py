@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from fastmtl.bench.result_file import ORIGIN
 from fastmtl.errors import UserError
-from fastmtl.profile.parts import PARTS
+from fastmtl.measure.parts import PARTS
+from fastmtl.measure.result_file import ORIGIN
 
 MIB = 2**20
 SCALE_TASKS = (2, 8, 32)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastmtl.measure.parts import Bytes, total
 from fastmtl.profile import deepspeed
 from fastmtl.profile.layers import FLOAT, INT64, Weight
 from fastmtl.profile.ledger import Ledger
-from fastmtl.profile.parts import Bytes, total
 from fastmtl.profile.passes import Pass
 from fastmtl.profile.shape import Shape
-from fastmtl.surgery.early_scatter import IN_FLIGHT
-from fastmtl.surgery.reduce import BUCKET
+from fastmtl.surgery.ranks.reduce import BUCKET
+from fastmtl.surgery.sinks.early_scatter import IN_FLIGHT
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,17 @@ from typing import Any
 import psutil
 import torch
 
-from fastmtl.bench import result_file
-from fastmtl.bench.environment import environment
-from fastmtl.bench.harness import Say
 from fastmtl.config import Recipe
 from fastmtl.errors import UserError
-from fastmtl.phases import Phase
+from fastmtl.measure import result_file
+from fastmtl.measure.environment import environment
+from fastmtl.measure.harness import Say
 from fastmtl.profile import advice, process
 from fastmtl.profile.find_max import find_max
 from fastmtl.profile.measure import Job, dumped, measure
 from fastmtl.profile.plan import Plan, Point, device_of_this_machine
 from fastmtl.profile.predict import Prediction, predict
+from fastmtl.training.phases import Phase
 
 FILE = "profile.json"
 STAGES, WORLDS = (0, 1, 2, 3), (1, 2, 4, 8, 16)

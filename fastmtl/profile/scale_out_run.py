@@ -9,11 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fastmtl.bench.environment import environment
-from fastmtl.bench.harness import Say
 from fastmtl.config import Recipe
 from fastmtl.errors import UserError
-from fastmtl.phases import Phase
+from fastmtl.measure.environment import environment
+from fastmtl.measure.harness import Say
 from fastmtl.profile import process
 from fastmtl.profile.floors import floors
 from fastmtl.profile.links import Cluster
@@ -21,6 +20,7 @@ from fastmtl.profile.measure import Job, dumped, measure
 from fastmtl.profile.plan import Plan, Point, device_of_this_machine
 from fastmtl.profile.run import save
 from fastmtl.profile.scale_out import Parts, scale_out
+from fastmtl.training.phases import Phase
 
 # Ranks of the table over tasks.
 SHOWN = (8, 64, 1024)

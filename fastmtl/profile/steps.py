@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl import ranges
 from fastmtl.config import Recipe
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.engine.build import build_engine, build_surgery
+from fastmtl.measure import ranges
+from fastmtl.measure.accounting import Accounting
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.objectives import Objectives
-from fastmtl.profile.accounting import Accounting
 from fastmtl.profile.engine_tensors import gradient_buffers, optimiser_tensors, partitioned_weights
 from fastmtl.surgery import SurgeryInfo
-from fastmtl.surgery.task_gradients import TaskGradients
+from fastmtl.surgery.sinks.task_gradients import TaskGradients
+from fastmtl.training.objectives import Objectives
 
 # For the schedule of learning rates only.
 TOTAL_STEPS = 1000

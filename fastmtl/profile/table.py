@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fastmtl.profile.parts import MEANING, PARTS
+from fastmtl.measure.parts import MEANING, PARTS
 
 MIB = 2**20
 SHORT = {"gradients": "grads", "optimiser": "optim", "task gradients": "J", "activations": "activ", "workspace": "work"}

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastmtl import ranges
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.prefetch import ahead
 from fastmtl.data.stream import BatchStream
+from fastmtl.measure import ranges
 from fastmtl.profile.steps import Steps
 
 STEPS = 3

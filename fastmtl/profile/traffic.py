@@ -17,8 +17,8 @@ Where it is hidden: J's columns go while backward computes what is below them (`
 `scope: tensor`), or after it (`kept`); gradients that DeepSpeed's own backward makes go while it computes, on GPUs,
 where they fill more than one bucket, but fastmtl's bucket holds all of them unless the recipe says otherwise. The last
 piece or bucket is complete when backward is over. Merged gradients come all at once.
-Sources: fastmtl/surgery/reduce.py, early_scatter.py; deepspeed/runtime/zero/stage_1_and_2.py (`average_tensor` reduces
-to all ranks), stage3.py, engine.py of DeepSpeed 0.19.
+Sources: fastmtl/surgery/ranks/reduce.py, sinks/early_scatter.py; deepspeed/runtime/zero/stage_1_and_2.py
+(`average_tensor` reduces to all ranks), stage3.py, engine.py of DeepSpeed 0.19.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from fastmtl.profile.deepspeed import FLOAT
 from fastmtl.profile.links import Cluster, Kind, sent
 from fastmtl.profile.shape import Shape
-from fastmtl.surgery.reduce import BUCKET
+from fastmtl.surgery.ranks.reduce import BUCKET
 
 INT64, DOUBLE = 8, 8
 # DeepSpeed's: a group's part is a multiple of so many numbers for each rank; ZeRO 3 keeps smaller tensors whole.

@@ -10,12 +10,12 @@ from typing import Any
 
 from fastmtl.config import Recipe, TaskConfig, load_recipe
 from fastmtl.errors import UserError
-from fastmtl.json_files import read_json
-from fastmtl.metrics import metric_names
+from fastmtl.files.json_files import read_json
+from fastmtl.files.writing import replace_text
 from fastmtl.report import page, plots
 from fastmtl.report.phases import phase_table
 from fastmtl.tracking.metrics_file import read_metrics
-from fastmtl.writing import replace_text
+from fastmtl.training.metrics import metric_names
 
 CHANGES = "changes.jsonl"  # settings with which the run was resumed, a line each time
 

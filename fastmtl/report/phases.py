@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fastmtl.config import Recipe
-from fastmtl.phases import phases_of
 from fastmtl.report import page
+from fastmtl.training.phases import phases_of
 
 
 def phase_table(recipe: Recipe, steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> list[str]:

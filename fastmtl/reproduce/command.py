@@ -9,12 +9,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fastmtl.child_process import Interrupted
 from fastmtl.errors import UserError
 from fastmtl.reproduce import report as pages
 from fastmtl.reproduce.plan import Options, describe, plan
 from fastmtl.reproduce.runs import check_directory, read_outcomes, run_all
 from fastmtl.reproduce.tables import load_results
+from fastmtl.sweep.child_process import Interrupted
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
 

@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fastmtl.checkout import checkout
-from fastmtl.child_process import FASTMTL, difference, run_fastmtl
 from fastmtl.config import Recipe, load_recipe
 from fastmtl.errors import UserError
-from fastmtl.json_files import read_json
+from fastmtl.files.json_files import read_json
+from fastmtl.measure.checkout import checkout
 from fastmtl.reproduce.plan import PlannedRun
+from fastmtl.sweep.child_process import FASTMTL, difference, run_fastmtl
 
 OUTCOME = "outcome.json"
 

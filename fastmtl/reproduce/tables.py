@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from fastmtl.errors import UserError, unknown_name
-from fastmtl.recipe_files import TABLE, read_mapping, recipes_root
+from fastmtl.recipes.files import TABLE, read_mapping, recipes_root
 
 _METRIC = re.compile(r"(?P<train>train:)?(?P<task>\w+)/(?P<metric>\w+)")
 

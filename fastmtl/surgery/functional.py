@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmtl.cuda_graphs.writes import RecordedWrites
 from fastmtl.errors import UserError
-from fastmtl.surgery.kept import KeptGradients
-from fastmtl.surgery.recorded_writes import RecordedWrites
 from fastmtl.surgery.segments import Segments
-from fastmtl.surgery.task_gradients import TaskGradients
+from fastmtl.surgery.sinks.kept import KeptGradients
+from fastmtl.surgery.sinks.task_gradients import TaskGradients
 from fastmtl_kernels.cast import cast
 
 

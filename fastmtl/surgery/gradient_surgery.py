@@ -15,25 +15,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastmtl.cuda_graphs.merging import RecordedStep, why_not
+from fastmtl.cuda_graphs.recorder import Recorder, Recordings
 from fastmtl.errors import UserError
-from fastmtl.ranges import named
-from fastmtl.recorders import Recorder, Recordings
+from fastmtl.measure.ranges import named
 from fastmtl.surgery.clipping import check_max_norm
 from fastmtl.surgery.inputs import check_sketch, check_task_weights, check_tasks, find_shared
 from fastmtl.surgery.joint import JointStep, WatchedJointStep
-from fastmtl.surgery.kept import KeptGradients
 from fastmtl.surgery.losses import Losses
-from fastmtl.surgery.methods import Reduction, find_method
+from fastmtl.surgery.methods.table import Reduction, find_method
 from fastmtl.surgery.options import SKETCH_SIZE, Reduce, Scope, Storage, check_options, find_ranks
 from fastmtl.surgery.parameters import check_parameters
 from fastmtl.surgery.parts import Parts
-from fastmtl.surgery.recorded_step import RecordedStep, why_not
 from fastmtl.surgery.replay import replay
+from fastmtl.surgery.sinks.kept import KeptGradients
+from fastmtl.surgery.sinks.task_gradients import Mode, TaskGradients
 from fastmtl.surgery.solver import Solver
 from fastmtl.surgery.stacked import StackedStep
 from fastmtl.surgery.step import LossFunction, Step, SurgeryInfo
-from fastmtl.surgery.targets import find_target
-from fastmtl.surgery.task_gradients import Mode, TaskGradients
+from fastmtl.surgery.targets.target import find_target
 from fastmtl.surgery.tensor_scope import tensor_scope
 
 log = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from numbers import Real
 from torch import nn
 
 from fastmtl.errors import UserError, quoted, unknown_name
+from fastmtl.surgery.jacobian.tables import whole_shape
 from fastmtl.surgery.parameters import check_parameters
-from fastmtl.surgery.tables import whole_shape
-from fastmtl.surgery.targets import Target
+from fastmtl.surgery.targets.target import Target
 
 
 def check_tasks(tasks: Sequence[str]) -> list[str]:

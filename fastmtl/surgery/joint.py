@@ -8,16 +8,16 @@ import math
 import torch
 from torch import Tensor
 
-from fastmtl.ranges import named
+from fastmtl.measure.ranges import named
 from fastmtl.surgery.clipping import clip_factor_on_device
 from fastmtl.surgery.differentiate import differentiate
 from fastmtl.surgery.losses import Losses
 from fastmtl.surgery.merged import Merged
 from fastmtl.surgery.norms import tensor_norms
 from fastmtl.surgery.parts import Parts
-from fastmtl.surgery.reduce import sum_over_ranks
+from fastmtl.surgery.ranks.reduce import sum_over_ranks
 from fastmtl.surgery.step import Step, SurgeryInfo
-from fastmtl.surgery.targets import unshared
+from fastmtl.surgery.targets.target import unshared
 from fastmtl_kernels.cast import cast
 
 

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 
 from fastmtl.errors import UserError
-from fastmtl.surgery.methods import Method
-from fastmtl.surgery.reduce import Alone, Ranks, Together, world_size
+from fastmtl.surgery.methods.table import Method
+from fastmtl.surgery.ranks.reduce import Alone, Ranks, Together, world_size
 
 Storage = Literal["auto", "stacked", "kept", "replay"]
 Scope = Literal["global", "tensor"]

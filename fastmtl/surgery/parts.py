@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from fastmtl.errors import UserError
 from fastmtl.surgery.differentiate import Term, differentiate
-from fastmtl.surgery.reduce import sum_over_ranks
+from fastmtl.surgery.ranks.reduce import sum_over_ranks
+from fastmtl.surgery.sinks.task_gradients import TaskGradients
 from fastmtl.surgery.solver import Solver
-from fastmtl.surgery.targets import Target
-from fastmtl.surgery.task_gradients import TaskGradients
+from fastmtl.surgery.targets.target import Target
 
 
 @dataclass(frozen=True)

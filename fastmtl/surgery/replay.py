@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastmtl.errors import UserError
-from fastmtl.ranges import named
+from fastmtl.measure.ranges import named
 from fastmtl.surgery.parts import Parts
 from fastmtl.surgery.random_state import RandomState
 from fastmtl.surgery.step import LossFunction, Step, SurgeryInfo

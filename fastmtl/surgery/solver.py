@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import TrainingError, UserError
-from fastmtl.surgery.methods import Method, draw_order
-from fastmtl.surgery.reduce import sum_over_ranks, world_size
+from fastmtl.surgery.methods.table import Method, draw_order
+from fastmtl.surgery.ranks.reduce import sum_over_ranks, world_size
 from fastmtl.surgery.step import Step, SurgeryInfo
-from fastmtl.surgery.targets import Target
+from fastmtl.surgery.targets.target import Target
 
 log = logging.getLogger(__name__)
 

@@ -11,16 +11,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fastmtl.ranges import named
-from fastmtl.surgery.adamw import TaskUpdate
+from fastmtl.cuda_graphs.merging import RecordedStep
+from fastmtl.measure.ranges import named
 from fastmtl.surgery.clipping import clip_gradients, known_clip, over_ranks, shared_norm
 from fastmtl.surgery.differentiate import differentiate, leaves_of
 from fastmtl.surgery.losses import Losses
 from fastmtl.surgery.merged import Merged
 from fastmtl.surgery.parts import Parts
-from fastmtl.surgery.recorded_step import RecordedStep
 from fastmtl.surgery.step import Step, SurgeryInfo
 from fastmtl.surgery.stopwatch import Stopwatch
+from fastmtl.surgery.targets.adamw import TaskUpdate
 from fastmtl_kernels.cast import cast
 
 log = logging.getLogger(__name__)

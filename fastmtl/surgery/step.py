@@ -14,10 +14,10 @@ from torch import Tensor
 from fastmtl.errors import UserError
 from fastmtl.surgery.differentiate import Term
 from fastmtl.surgery.losses import Losses, check_counts, check_losses
-from fastmtl.surgery.reduce import sum_over_ranks, world_size
+from fastmtl.surgery.ranks.reduce import sum_over_ranks, world_size
+from fastmtl.surgery.sinks.task_gradients import TaskGradients
 from fastmtl.surgery.stopwatch import Stopwatch
-from fastmtl.surgery.targets import Target
-from fastmtl.surgery.task_gradients import TaskGradients
+from fastmtl.surgery.targets.target import Target
 
 
 @dataclass(frozen=True)

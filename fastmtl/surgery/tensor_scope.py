@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import UserError
-from fastmtl.ranges import named
+from fastmtl.measure.ranges import named
 from fastmtl.surgery.parts import Parts
-from fastmtl.surgery.reduce import sum_over_ranks, world_size
+from fastmtl.surgery.ranks.reduce import sum_over_ranks, world_size
 from fastmtl.surgery.step import LossFunction, Step, SurgeryInfo
 
 

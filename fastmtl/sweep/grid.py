@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastmtl import recipe_yaml
 from fastmtl.config import Recipe, load_recipe
 from fastmtl.errors import UserError, listed, quoted, shortened
+from fastmtl.recipes import yaml_reader as recipe_yaml
 
 
 @dataclass(frozen=True)

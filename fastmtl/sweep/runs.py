@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastmtl.child_process import FASTMTL, Interrupted, difference, run_fastmtl
 from fastmtl.config import load_recipe
 from fastmtl.errors import UserError
-from fastmtl.json_files import read_json
+from fastmtl.files.json_files import read_json
+from fastmtl.sweep.child_process import FASTMTL, Interrupted, difference, run_fastmtl
 from fastmtl.sweep.grid import Point
 
 OK, FAILED, INTERRUPTED = 0, 1, 130

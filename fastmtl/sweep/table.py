@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastmtl.files.writing import replace_text
 from fastmtl.report.plots import plain
 from fastmtl.sweep.runs import Result
-from fastmtl.writing import replace_text
 
 
 def rows_of(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:

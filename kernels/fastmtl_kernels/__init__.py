@@ -6,15 +6,15 @@ gets another. `implementations()` lists what there is, what is missing and why.
 
 from __future__ import annotations
 
-from fastmtl_kernels.add_layer_norm import add_layer_norm
-from fastmtl_kernels.api import Implementation, combine, gramian, implementations
-from fastmtl_kernels.combined_adamw import combined_adamw
-from fastmtl_kernels.dropout import dropout
-from fastmtl_kernels.embed_layer_norm import embed_layer_norm
-from fastmtl_kernels.low_rank import lora, low_rank
-from fastmtl_kernels.pal import pal
-from fastmtl_kernels.pool import pool
-from fastmtl_kernels.varlen_attention import varlen_attention
+from fastmtl_kernels.add_layer_norm.api import add_layer_norm
+from fastmtl_kernels.combined_adamw.api import combined_adamw
+from fastmtl_kernels.dropout.api import dropout
+from fastmtl_kernels.embed_layer_norm.api import embed_layer_norm
+from fastmtl_kernels.pool.api import pool
+from fastmtl_kernels.task_gradients.api import Implementation, combine, gramian, implementations
+from fastmtl_kernels.task_maps.low_rank import lora, low_rank
+from fastmtl_kernels.task_maps.pal import pal
+from fastmtl_kernels.varlen_attention.api import varlen_attention
 from fastmtl_kernels.weights import gradvac_weights, pcgrad_weights
 
 __all__ = [

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastmtl_kernels.gradients import why_unavailable
+from fastmtl_kernels._native import why_unavailable
 
 RowImpl = Literal["auto", "reference", "triton", "cpp"]
 # Fastest first: "auto" takes the first that can be used.
@@ -40,7 +40,7 @@ def select(impl: str, rows: Tensor, *others: Tensor | None) -> str:
 
 def backend(operation: str, impl: str) -> ModuleType | None:
     """The module of an implementation, None for the reference, which needs no functions of its own for backward."""
-    return None if impl == "reference" else importlib.import_module(f"fastmtl_kernels.{operation}_{impl}")
+    return None if impl == "reference" else importlib.import_module(f"fastmtl_kernels.{operation}.{impl}")
 
 
 def why_not(impl: str, device: torch.device, dtypes: set[torch.dtype] | frozenset[torch.dtype] = frozenset()) -> str:

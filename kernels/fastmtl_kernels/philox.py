@@ -7,7 +7,7 @@ implementation draws the same. In a matrix whose rows are tokens:
     keep[row, column] = int32(words[column % 4]) >= round(2^32 dropout_p) - 2^31
 
 A fair 32-bit word makes the probability exact to 2^-33. The counter's last word is 0 for attention's dropout
-(fastmtl_kernels.varlen_attention_reference), so one seed may serve both; two calls with the same seed drop the same
+(fastmtl_kernels.varlen_attention.reference), so one seed may serve both; two calls with the same seed drop the same
 places, so every row-wise dropout of a step needs a seed of its own.
 
 Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011 (the generator behind Triton's `tl.rand` too).

@@ -14,7 +14,7 @@ from fastmtl.bench.step_calls import StepCalls, count_step
 from fastmtl.bench.workload import Workload
 from fastmtl.config import parse_recipe
 from fastmtl.engine.build import build_engine, build_surgery
-from fastmtl.model.encoder import PackedBert
+from fastmtl.model.encoder.bert import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
 
 WAYS = {

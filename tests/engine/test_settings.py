@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastmtl import recipe_yaml
 from fastmtl.config import Recipe, parse_recipe
 from fastmtl.engine.build import check_engine, lr_factor
 from fastmtl.engine.settings import deepspeed_config, overlaps, set_buckets
 from fastmtl.errors import UserError
+from fastmtl.recipes import yaml_reader as recipe_yaml
 
 
 def recipe(**sections: Any) -> Recipe:

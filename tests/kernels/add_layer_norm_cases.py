@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from row_cases import DTYPES, LAYOUTS, RecordingSink, assert_close, nan_filled, split_points, strided
 from torch import Tensor
 
-from fastmtl_kernels.add_layer_norm import add_layer_norm
+from fastmtl_kernels.add_layer_norm.api import add_layer_norm
 
 NAMES = ("residual", "x", "weight", "bias", "ts", "x_bias")
 SHARED = ("weight", "bias", "x_bias")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from row_cases import DTYPES, LAYOUTS, RecordingSink, assert_close, nan_filled, split_points, strided
 from torch import Tensor
 
-from fastmtl_kernels.embed_layer_norm import embed_layer_norm
+from fastmtl_kernels.embed_layer_norm.api import embed_layer_norm
 
 TABLES = {"words": 53, "positions": 17, "types": 2}
 IDS = {"input_ids": "words", "position_ids": "positions", "token_type_ids": "types"}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from row_cases import DTYPES, LAYOUTS, assert_close, nan_filled, split_points, strided
 from torch import Tensor
 
-from fastmtl_kernels.low_rank import low_rank
+from fastmtl_kernels.task_maps.low_rank import low_rank
 
 ACTIVATIONS = ["identity", "gelu", "relu"]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from row_cases import DTYPES, LAYOUTS, assert_close, nan_filled, strided
 from torch import Tensor
 
-from fastmtl_kernels.pal import pal
+from fastmtl_kernels.task_maps.pal import pal
 
 ACTIVATIONS = ["identity", "gelu", "relu"]
 

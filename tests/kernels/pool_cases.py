@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from row_cases import DTYPES, LAYOUTS, assert_close, nan_filled, split_points, strided
 from torch import Tensor
 
-from fastmtl_kernels.pool import pool
+from fastmtl_kernels.pool.api import pool
 
 MODES = ["cls", "mean", "max"]
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from add_layer_norm_cases import Case, cases, check, run  # noqa: E402
 from row_cases import RecordingSink  # noqa: E402
 
-from fastmtl_kernels.add_layer_norm import add_layer_norm  # noqa: E402
+from fastmtl_kernels.add_layer_norm.api import add_layer_norm  # noqa: E402
 from fastmtl_kernels.dispatch import why_not  # noqa: E402
 from fastmtl_kernels.philox import keep_mask  # noqa: E402
 

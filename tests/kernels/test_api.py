@@ -11,16 +11,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastmtl_kernels
-from fastmtl_kernels import (
-    api,
-    combine,
-    dispatch,
-    gradients,
-    gradvac_weights,
-    gramian,
-    implementations,
-    pcgrad_weights,
-)
+from fastmtl_kernels import _native, combine, dispatch, gradvac_weights, gramian, implementations, pcgrad_weights
+from fastmtl_kernels.task_gradients import api
 
 ROWS = torch.ones(2, 3)
 ORDER = torch.tensor([0, 1])
@@ -66,7 +58,7 @@ def test_a_wrong_argument_is_named(call: Callable[[], Any], words: str) -> None:
 
 
 def test_an_explicit_implementation_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradients, "why_unavailable", lambda: "no library of C++ kernels")
+    monkeypatch.setattr(_native, "why_unavailable", lambda: "no library of C++ kernels")
     with pytest.raises(RuntimeError, match="impl='cpp' .*no library of C"):
         gramian(ROWS, "cpp")
     with pytest.raises(RuntimeError, match="impl='cpp' .*no library of C"):
@@ -92,42 +84,42 @@ def test_a_gpu_s_kernels_do_not_take_cpu_tensors(impl: Any) -> None:
 
 
 def test_a_missing_or_broken_library_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setattr(gradients, "__file__", str(tmp_path / "gradients.py"))
-    gradients.why_unavailable.cache_clear()
+    monkeypatch.setattr(_native, "__file__", str(tmp_path / "gradients.py"))
+    _native.why_unavailable.cache_clear()
     try:
-        assert "not built" in gradients.why_unavailable()
+        assert "not built" in _native.why_unavailable()
         (tmp_path / "_C.abi3.so").write_bytes(b"no library")
-        gradients.why_unavailable.cache_clear()
-        assert "do not load" in gradients.why_unavailable()
+        _native.why_unavailable.cache_clear()
+        assert "do not load" in _native.why_unavailable()
     finally:
-        gradients.why_unavailable.cache_clear()
+        _native.why_unavailable.cache_clear()
 
 
 def test_the_build_s_reason_is_told_in_place_of_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setattr(gradients, "__file__", str(tmp_path / "gradients.py"))
-    monkeypatch.setattr(gradients, "why_unavailable", lambda: "")
-    gradients.why_no_cuda_library.cache_clear()
+    monkeypatch.setattr(_native, "__file__", str(tmp_path / "gradients.py"))
+    monkeypatch.setattr(_native, "why_unavailable", lambda: "")
+    _native.why_no_cuda_library.cache_clear()
     try:
-        assert "not built; with nvcc and a CUDA build of torch" in gradients.why_no_cuda_library()
+        assert "not built; with nvcc and a CUDA build of torch" in _native.why_no_cuda_library()
         (tmp_path / "_CUDA.txt").write_text("nvcc fails; install another\n")
-        gradients.why_no_cuda_library.cache_clear()
+        _native.why_no_cuda_library.cache_clear()
         told = "the CUDA kernels are not built: nvcc fails; install another; after that `make -B install` or"
-        assert gradients.why_no_cuda_library().startswith(told)
+        assert _native.why_no_cuda_library().startswith(told)
         (tmp_path / "_CUDA.abi3.so").write_bytes(b"no library")
-        gradients.why_no_cuda_library.cache_clear()
-        assert "the CUDA kernels do not load" in gradients.why_no_cuda_library()
+        _native.why_no_cuda_library.cache_clear()
+        assert "the CUDA kernels do not load" in _native.why_no_cuda_library()
     finally:
-        gradients.why_no_cuda_library.cache_clear()
+        _native.why_no_cuda_library.cache_clear()
 
 
 def test_the_cuda_library_is_not_taken_for_the_c_plus_plus_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setattr(gradients, "__file__", str(tmp_path / "gradients.py"))
+    monkeypatch.setattr(_native, "__file__", str(tmp_path / "gradients.py"))
     (tmp_path / "_CUDA.abi3.so").touch()
-    gradients.why_unavailable.cache_clear()
+    _native.why_unavailable.cache_clear()
     try:
-        assert "the C++ kernels are not built" in gradients.why_unavailable()
+        assert "the C++ kernels are not built" in _native.why_unavailable()
     finally:
-        gradients.why_unavailable.cache_clear()
+        _native.why_unavailable.cache_clear()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -140,7 +132,7 @@ def test_implementations_agree_with_dispatch(device: str) -> None:
         assert all(impl.reason for impl in impls)
     found = {impl.impl: impl.available for impl in listed["gramian"]}
     assert list(found) == ["cpp", "cuda", "triton", "reference"] and found["reference"]
-    assert found["cpp"] == (device == "cpu" and not gradients.why_unavailable())
+    assert found["cpp"] == (device == "cpu" and not _native.why_unavailable())
     if device == "cpu" or not torch.cuda.is_available():
         assert not found["cuda"] and not found["triton"]
 
@@ -157,7 +149,7 @@ def test_implementations_agree_with_dispatch(device: str) -> None:
 )
 def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, cuda: str, triton: str, flat: bool, chosen: str) -> None:
     """CUDA where it is built, Triton for one tensor per task, else plain torch; asked for, each says why not."""
-    monkeypatch.setattr(gradients, "why_no_cuda", lambda device: cuda)
+    monkeypatch.setattr(_native, "why_no_cuda", lambda device: cuda)
     monkeypatch.setattr(dispatch, "why_no_triton", lambda: triton)
     with FakeTensorMode():
         row = torch.empty(3, device="cuda")

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastmtl_kernels import combined_adamw, gradients, implementations
+from fastmtl_kernels import _native, combined_adamw, implementations
 
 sys.path.insert(0, str(Path(__file__).parent))
 from combined_adamw_cases import OPTIONS, Written, check, exact_sums, lists_of, spread  # noqa: E402
@@ -30,7 +30,7 @@ def unless_missing(impl: str) -> Any:
 
 
 IMPLS = [unless_missing(impl) for impl in DEVICES]
-needs_cpp = pytest.mark.skipif(bool(gradients.why_unavailable()), reason=gradients.why_unavailable() or "built")
+needs_cpp = pytest.mark.skipif(bool(_native.why_unavailable()), reason=_native.why_unavailable() or "built")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

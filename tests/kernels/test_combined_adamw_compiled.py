@@ -12,8 +12,8 @@ CASES = [(9, torch.bfloat16, torch.bfloat16)]
 
 
 def launches() -> None:
-    from fastmtl_kernels import combined_adamw_reference as reference
-    from fastmtl_kernels import combined_adamw_triton
+    from fastmtl_kernels.combined_adamw import reference
+    from fastmtl_kernels.combined_adamw import triton as combined_adamw_triton
 
     update = reference.Update.at(1, 1e-3, (0.9, 0.999), 1e-8, 0.01)
     for tasks, dtype, copy in CASES:

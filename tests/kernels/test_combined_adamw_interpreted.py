@@ -35,8 +35,8 @@ def test_in_a_process_of_its_own(interpret: Callable[[str], None]) -> None:
 
 def run(grads: list[list[Tensor]], weights: Tensor, found: Written, step: int, slots: Tensor | None = None) -> None:
     """The launcher, which takes what the public operation has checked."""
-    from fastmtl_kernels import combined_adamw_reference as reference
-    from fastmtl_kernels import combined_adamw_triton
+    from fastmtl_kernels.combined_adamw import reference
+    from fastmtl_kernels.combined_adamw import triton as combined_adamw_triton
 
     copies = found.copies or [None] * len(found.params)
     lists = zip(found.params, found.exp_avgs, found.exp_avg_sqs, copies, strict=True)

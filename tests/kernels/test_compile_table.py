@@ -70,7 +70,7 @@ def test_a_change_is_seen(tmp_path: Path) -> None:
         shutil.copy(compile_table.ROOT / name, tmp_path / name)
     was = compile_table.stale(digests, tmp_path)
     assert was == compile_table.stale(digests)
-    changed = "kernels/fastmtl_kernels/pool_triton.py"
+    changed = "kernels/fastmtl_kernels/pool/triton.py"
     (tmp_path / changed).write_text((tmp_path / changed).read_text().replace("BLOCK_M = 16", "BLOCK_M = 32"))
     (tmp_path / "kernels/fastmtl_kernels/new_triton.py").write_text("import triton\n")
     assert set(compile_table.stale(digests, tmp_path)) == {*was, changed, "kernels/fastmtl_kernels/new_triton.py"}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastmtl_kernels
 
-SOURCES = sorted(Path(fastmtl_kernels.__file__).parent.glob("*.py"))
+SOURCES = sorted(Path(fastmtl_kernels.__file__).parent.rglob("*.py"))
 
 
 def test_every_launch_is_inside_a_guard(monkeypatch: pytest.MonkeyPatch) -> None:

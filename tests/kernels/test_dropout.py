@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from row_cases import DTYPES, LAYOUTS, nan_filled, strided  # noqa: E402
 
 from fastmtl_kernels.dispatch import why_not  # noqa: E402
-from fastmtl_kernels.dropout import dropout  # noqa: E402
+from fastmtl_kernels.dropout.api import dropout  # noqa: E402
 from fastmtl_kernels.philox import keep_mask, philox  # noqa: E402
 
 CPU = torch.device("cpu")

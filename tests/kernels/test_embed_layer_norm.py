@@ -17,7 +17,7 @@ from embed_layer_norm_cases import Case, cases, check  # noqa: E402
 from row_cases import RecordingSink  # noqa: E402
 
 from fastmtl_kernels.dispatch import why_not  # noqa: E402
-from fastmtl_kernels.embed_layer_norm import embed_layer_norm  # noqa: E402
+from fastmtl_kernels.embed_layer_norm.api import embed_layer_norm  # noqa: E402
 from fastmtl_kernels.philox import keep_mask  # noqa: E402
 
 CPU = torch.device("cpu")

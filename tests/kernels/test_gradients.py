@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastmtl_kernels import combine, gradients, gramian, implementations
+from fastmtl_kernels import _native, combine, gramian, implementations
 
 DEVICES = {"reference": "cpu", "cpp": "cpu", "cuda": "cuda", "triton": "cuda"}
 
@@ -23,7 +23,7 @@ def unless_missing(impl: str) -> Any:
     return pytest.param(impl, marks=[*marks, pytest.mark.gpu] if DEVICES[impl] == "cuda" else marks)
 
 
-needs_cpp = pytest.mark.skipif(bool(gradients.why_unavailable()), reason=gradients.why_unavailable() or "built")
+needs_cpp = pytest.mark.skipif(bool(_native.why_unavailable()), reason=_native.why_unavailable() or "built")
 LIST_IMPLS = [unless_missing(impl) for impl in ("reference", "cpp", "cuda")]
 IMPLS = [*LIST_IMPLS, unless_missing("triton")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

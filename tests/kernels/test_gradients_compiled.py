@@ -16,7 +16,7 @@ CASES = [
 
 
 def launches() -> None:
-    from fastmtl_kernels import gradients_triton
+    from fastmtl_kernels.task_gradients import triton as gradients_triton
 
     for num_tasks, size, dtype in CASES:
         rows = [[row] for row in torch.empty(num_tasks, size, dtype=dtype, device="meta")]

@@ -34,7 +34,7 @@ def filled_with_nan(tensor: Tensor, *size: Any, **kwargs: Any) -> Tensor:
 
 def check(num_tasks: int, size: int, dtype: torch.dtype, out_dtype: torch.dtype, shift: int, seed: int) -> None:
     """Both operations, twice with equal bits. Rows begin at any address, and outputs lie between guards."""
-    from fastmtl_kernels import gradients_triton
+    from fastmtl_kernels.task_gradients import triton as gradients_triton
 
     generator = torch.Generator().manual_seed(seed)
     memory = torch.randn(num_tasks, size + shift + 9, generator=generator).to(dtype)
@@ -93,7 +93,7 @@ def test_any_size_and_alignment(
 
 @interpreted
 def test_non_finite_gradients_show_and_empty_ones_are_taken() -> None:
-    from fastmtl_kernels import gradients_triton
+    from fastmtl_kernels.task_gradients import triton as gradients_triton
 
     rows = torch.randn(3, 1001, generator=torch.Generator().manual_seed(0))
     rows[1, 1000] = math.inf

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from low_rank_cases import ACTIVATIONS, Case, cases, check, run  # noqa: E402
 
-from fastmtl_kernels.low_rank import lora, low_rank  # noqa: E402
 from fastmtl_kernels.philox import keep_mask  # noqa: E402
+from fastmtl_kernels.task_maps.low_rank import lora, low_rank  # noqa: E402
 
 IMPLS = ["reference", "torch"]
 PLAIN: dict[str, Any] = dict(

@@ -18,7 +18,8 @@ OLDER_SPILLED = {("_weights_kernel", 80): 8}
 
 def launch(columns: int, rank: int, dtype: torch.dtype, activation: str) -> None:
     """Forward and backward for three tasks of BERT-base, parameters with the memory of torch's linear layers."""
-    from fastmtl_kernels import low_rank_maps, low_rank_triton
+    from fastmtl_kernels.task_maps import common as low_rank_maps
+    from fastmtl_kernels.task_maps.triton import rows as low_rank_triton
     from fastmtl_kernels.task_sink import TaskRows
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:

@@ -18,10 +18,10 @@ import low_rank_cases  # noqa: E402
 import pal_cases  # noqa: E402
 
 from fastmtl_kernels.dispatch import why_not  # noqa: E402
-from fastmtl_kernels.low_rank import low_rank  # noqa: E402
-from fastmtl_kernels.low_rank_maps import MAX_RANK  # noqa: E402
-from fastmtl_kernels.pal import pal  # noqa: E402
-from fastmtl_kernels.varlen_attention_plan import AttentionPlan  # noqa: E402
+from fastmtl_kernels.task_maps.common import MAX_RANK  # noqa: E402
+from fastmtl_kernels.task_maps.low_rank import low_rank  # noqa: E402
+from fastmtl_kernels.task_maps.pal import pal  # noqa: E402
+from fastmtl_kernels.varlen_attention.plan import AttentionPlan  # noqa: E402
 
 NO_GPU = "no CUDA device" if not torch.cuda.is_available() else why_not("triton", torch.device("cuda"))
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)]

@@ -51,7 +51,7 @@ def test_any_case(case: Case) -> None:
 def test_the_widest_ranks_over_several_chunks_of_rows(
     rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastmtl_kernels import low_rank_weights_triton
+    from fastmtl_kernels.task_maps.triton import weights as low_rank_weights_triton
 
     monkeypatch.setattr(low_rank_weights_triton, "MIN_CHUNK", 50)
     # Hundreds of programs that do the same take most of the interpreter's time.

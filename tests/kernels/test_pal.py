@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from pal_cases import ACTIVATIONS, Case, cases, check, run  # noqa: E402
 
-from fastmtl_kernels.pal import pal  # noqa: E402
 from fastmtl_kernels.philox import keep_mask  # noqa: E402
+from fastmtl_kernels.task_maps.pal import pal  # noqa: E402
 
 IMPLS = ["reference", "torch"]
 SEED = torch.tensor([-(2**40) + 3])

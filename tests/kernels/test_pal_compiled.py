@@ -16,7 +16,8 @@ def launches() -> None:
     """The map up of BERT-base with the paper's size for three tasks, its parameter with the memory of torch's linear
     layers. The maps down and to the heads are two of low_rank's, compiled in test_low_rank_compiled.py.
     """
-    from fastmtl_kernels import low_rank_maps, low_rank_triton
+    from fastmtl_kernels.task_maps import common as low_rank_maps
+    from fastmtl_kernels.task_maps.triton import rows as low_rank_triton
     from fastmtl_kernels.task_sink import TaskRows
 
     def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -49,7 +49,7 @@ def test_any_case(case: Case) -> None:
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_wide_and_more_rows_than_a_block(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastmtl_kernels import low_rank_weights_triton
+    from fastmtl_kernels.task_maps.triton import weights as low_rank_weights_triton
 
     # Hundreds of programs that do the same take most of the interpreter's time.
     monkeypatch.setattr(low_rank_weights_triton, "BLOCK_COLUMNS", 4096)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from pool_cases import MODES, Case, cases, check  # noqa: E402
 
 from fastmtl_kernels.dispatch import why_not  # noqa: E402
-from fastmtl_kernels.pool import pool  # noqa: E402
+from fastmtl_kernels.pool.api import pool  # noqa: E402
 
 CPU = torch.device("cpu")
 needs_cpp = pytest.mark.skipif(bool(why_not("cpp", CPU)), reason=why_not("cpp", CPU) or "built")

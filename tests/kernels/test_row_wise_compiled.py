@@ -14,8 +14,11 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def launches() -> None:
     """The largest kernels of a step of BERT-base in bfloat16, with dropout, an adapter and three tasks."""
-    from fastmtl_kernels import add_layer_norm_triton, dropout_triton, embed_layer_norm_triton, pool_triton
-    from fastmtl_kernels.add_layer_norm import RowNorm
+    from fastmtl_kernels.add_layer_norm import triton as add_layer_norm_triton
+    from fastmtl_kernels.add_layer_norm.api import RowNorm
+    from fastmtl_kernels.dropout import triton as dropout_triton
+    from fastmtl_kernels.embed_layer_norm import triton as embed_layer_norm_triton
+    from fastmtl_kernels.pool import triton as pool_triton
     from fastmtl_kernels.task_sink import TaskRows
 
     rows, column, seed = meta(8192, 768), meta(768), meta(1, dtype=torch.int64)

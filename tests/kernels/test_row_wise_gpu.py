@@ -19,7 +19,7 @@ import pool_cases as pool  # noqa: E402
 import row_cases  # noqa: E402
 
 from fastmtl_kernels.dispatch import why_not  # noqa: E402
-from fastmtl_kernels.dropout import dropout  # noqa: E402
+from fastmtl_kernels.dropout.api import dropout  # noqa: E402
 from fastmtl_kernels.philox import keep_mask  # noqa: E402
 
 NO_GPU = "no CUDA device" if not torch.cuda.is_available() else why_not("triton", torch.device("cuda"))

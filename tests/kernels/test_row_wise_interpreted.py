@@ -25,7 +25,7 @@ import pool_cases as pool  # noqa: E402
 import row_cases  # noqa: E402
 
 from fastmtl_kernels import dispatch  # noqa: E402
-from fastmtl_kernels.dropout import dropout  # noqa: E402
+from fastmtl_kernels.dropout.api import dropout  # noqa: E402
 from fastmtl_kernels.philox import keep_mask  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

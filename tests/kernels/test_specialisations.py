@@ -22,21 +22,19 @@ pytest.importorskip("triton")
 import triton  # noqa: E402
 
 import triton_aot  # noqa: E402
-from fastmtl_kernels import (  # noqa: E402
-    add_layer_norm_triton,
-    combined_adamw_triton,
-    dropout_triton,
-    embed_layer_norm_triton,
-    gradients_triton,
-    low_rank_triton,
-    pool_triton,
-    varlen_attention_triton,
-)
-from fastmtl_kernels.add_layer_norm import RowNorm  # noqa: E402
-from fastmtl_kernels.combined_adamw_reference import Update, Written  # noqa: E402
-from fastmtl_kernels.low_rank_maps import Maps, Wants  # noqa: E402
+from fastmtl_kernels.add_layer_norm import triton as add_layer_norm_triton
+from fastmtl_kernels.add_layer_norm.api import RowNorm  # noqa: E402
+from fastmtl_kernels.combined_adamw import triton as combined_adamw_triton
+from fastmtl_kernels.combined_adamw.reference import Update, Written  # noqa: E402
+from fastmtl_kernels.dropout import triton as dropout_triton
+from fastmtl_kernels.embed_layer_norm import triton as embed_layer_norm_triton
+from fastmtl_kernels.pool import triton as pool_triton
+from fastmtl_kernels.task_gradients import triton as gradients_triton
+from fastmtl_kernels.task_maps.common import Maps, Wants  # noqa: E402
+from fastmtl_kernels.task_maps.triton import rows as low_rank_triton
 from fastmtl_kernels.task_sink import TaskRows  # noqa: E402
-from fastmtl_kernels.varlen_attention_plan import AttentionPlan  # noqa: E402
+from fastmtl_kernels.varlen_attention.plan import AttentionPlan  # noqa: E402
+from fastmtl_kernels.varlen_attention.triton import launch as varlen_attention_triton
 
 KERNELS = Path(inspect.getfile(dropout_triton)).parent
 WIDTH, HEADS, TASKS = 64, 4, 3
@@ -158,5 +156,5 @@ def test_every_kernel_is_tried(variants: Callable[[Callable[[], None]], Counter[
     tried = Counter[str]()
     for operation in OPERATIONS:
         tried |= variants(operation)
-    sources = [path.read_text() for path in KERNELS.glob("*.py")]
+    sources = [path.read_text() for path in KERNELS.rglob("*.py")]
     assert tried.keys() == {name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source, re.M)}

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from fastmtl_kernels import varlen_attention_reference as reference
 from fastmtl_kernels.dispatch import why_not
 from fastmtl_kernels.philox import keep_threshold
-from fastmtl_kernels.varlen_attention import varlen_attention
+from fastmtl_kernels.varlen_attention import reference
+from fastmtl_kernels.varlen_attention.api import varlen_attention
 
 REASON = why_not("cpp", torch.device("cpu"))
 IMPLS = ["reference", pytest.param("cpp", marks=pytest.mark.skipif(bool(REASON), reason=REASON or "built"))]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastmtl_kernels.dispatch import why_not
 from fastmtl_kernels.philox import keep_threshold
-from fastmtl_kernels.varlen_attention import varlen_attention
-from fastmtl_kernels.varlen_attention_plan import AttentionPlan
+from fastmtl_kernels.varlen_attention.api import varlen_attention
+from fastmtl_kernels.varlen_attention.plan import AttentionPlan
 
 REASON = why_not("cpp", torch.device("cpu"))
 IMPLS = ["auto", "reference", pytest.param("cpp", marks=pytest.mark.skipif(bool(REASON), reason=REASON or "built"))]

@@ -13,8 +13,8 @@ from compile_table import SHARED
 
 def launch(dtype: torch.dtype, num_heads: int, head_dim: int) -> None:
     """Forward and backward of a batch with both kinds of sequences."""
-    from fastmtl_kernels import varlen_attention_triton
-    from fastmtl_kernels.varlen_attention_plan import AttentionPlan
+    from fastmtl_kernels.varlen_attention.plan import AttentionPlan
+    from fastmtl_kernels.varlen_attention.triton import launch as varlen_attention_triton
 
     plan = AttentionPlan.make([0, 20, 200], 208, "meta")
     qkv = torch.empty(208, 3, num_heads, head_dim, dtype=dtype, device="meta")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastmtl_kernels.dispatch import why_not
-from fastmtl_kernels.varlen_attention import varlen_attention
-from fastmtl_kernels.varlen_attention_plan import AttentionPlan
+from fastmtl_kernels.varlen_attention.api import varlen_attention
+from fastmtl_kernels.varlen_attention.plan import AttentionPlan
 
 REASON = why_not("triton", torch.device("cuda"))
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(REASON), reason=REASON or "usable")]

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from large_scores import LARGEST, check_large_scores
 from torch import Tensor
 
-from fastmtl_kernels import varlen_attention_reference as reference
-from fastmtl_kernels.varlen_attention_plan import AttentionPlan
+from fastmtl_kernels.varlen_attention import reference
+from fastmtl_kernels.varlen_attention.plan import AttentionPlan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_a_process_of_its_own")
@@ -40,7 +40,7 @@ EMPTY = torch.empty
 
 def run(qkv: Tensor, grad: Tensor, offsets: list[int], scale: float, dropout_p: float, impl: str) -> list[Tensor]:
     """O and dqkv; what a kernel leaves unwritten is NaN."""
-    from fastmtl_kernels import varlen_attention_triton
+    from fastmtl_kernels.varlen_attention.triton import launch as varlen_attention_triton
 
     qkv = qkv.detach().requires_grad_()
     with mock.patch.object(torch, "empty", filled_with_nan):
@@ -137,7 +137,7 @@ def test_the_widest_head_and_the_longest_sequence() -> None:
 @interpreted
 def test_empty_tiles_and_blocks_do_nothing() -> None:
     """Of a plan that is filled up to a fixed size: -1 in every slot of a tile, zeros in a block."""
-    from fastmtl_kernels.varlen_attention_triton import backward, forward
+    from fastmtl_kernels.varlen_attention.triton.launch import backward, forward
 
     generator = torch.Generator().manual_seed(0)
     qkv, grad = torch.randn(120, 3, 2, 16, generator=generator), torch.randn(120, 2, 16, generator=generator)
@@ -171,7 +171,7 @@ def test_large_scores() -> None:
 
 
 def by_triton(qkv: Tensor, offsets: Sequence[int], scale: float, dropout_p: float, seed: Tensor) -> Tensor:
-    from fastmtl_kernels import varlen_attention_triton
+    from fastmtl_kernels.varlen_attention.triton import launch as varlen_attention_triton
 
     plan = AttentionPlan.make(list(offsets), len(qkv))
     return varlen_attention_triton.varlen_attention(qkv, plan, scale, dropout_p, seed)

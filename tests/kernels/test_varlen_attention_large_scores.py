@@ -10,7 +10,7 @@ from large_scores import LARGEST, check_large_scores
 from torch import Tensor
 
 from fastmtl_kernels.dispatch import why_not
-from fastmtl_kernels.varlen_attention import varlen_attention
+from fastmtl_kernels.varlen_attention.api import varlen_attention
 
 REASON = why_not("cpp", torch.device("cpu"))
 

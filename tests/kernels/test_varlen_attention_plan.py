@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastmtl_kernels.varlen_attention_plan import TILE, AttentionPlan
+from fastmtl_kernels.varlen_attention.plan import TILE, AttentionPlan
 
 
 @settings(max_examples=100, deadline=None)

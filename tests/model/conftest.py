@@ -10,8 +10,8 @@ import torch
 
 from fastmtl.config import EncoderConfig, Recipe
 from fastmtl.data.packed_batch import HostOffsets, PackedBatch
+from fastmtl.model.encoder.pretrained import load_encoder
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.model.pretrained import load_encoder
 
 TASKS = {
     "sst": {"type": "classification", "num_labels": 5, "data": {}},

@@ -10,7 +10,7 @@ import torch
 
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
-from fastmtl.model.cached_pairs import cache_pairs
+from fastmtl.model.losses.cached_pairs import cache_pairs
 from fastmtl.model.multitask import MultiTaskModel
 
 MakeBatch = Callable[..., PackedBatch]

@@ -10,14 +10,14 @@ from op_recorder import HostRead, OpRecorder
 from recorded_encoders import MICRO_BATCHES, assert_close, assert_equal, make_encoder, make_sink, plain_step, step
 from torch import Tensor, nn
 
+from fastmtl.cuda_graphs.buffers.batch import Bucket, rows_of
+from fastmtl.cuda_graphs.recorder import Unrecorded
+from fastmtl.cuda_graphs.writes import RecordedWrites
 from fastmtl.data.packed_batch import PackedBatch
-from fastmtl.model.context import ForwardContext
-from fastmtl.model.static_batch import Bucket, rows_of
-from fastmtl.recorders import Unrecorded
-from fastmtl.surgery.recorded_writes import RecordedWrites
-from fastmtl.surgery.task_gradients import TaskGradients
-from fastmtl_kernels.gradients import why_unavailable
-from fastmtl_kernels.varlen_attention_plan import AttentionPlan
+from fastmtl.model.encoder.context import ForwardContext
+from fastmtl.surgery.sinks.task_gradients import TaskGradients
+from fastmtl_kernels._native import why_unavailable
+from fastmtl_kernels.varlen_attention.plan import AttentionPlan
 
 MakeBatch = Callable[..., PackedBatch]
 

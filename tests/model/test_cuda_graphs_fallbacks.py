@@ -15,15 +15,15 @@ from recorded_encoders import MICRO_BATCHES, assert_close, assert_equal, make_en
 from torch import nn
 from torch.nn.functional import layer_norm
 
+from fastmtl.cuda_graphs import encoder as graphs
+from fastmtl.cuda_graphs.recorder import Unrecorded
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
-from fastmtl.model import graphs
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.recorders import Unrecorded
 from fastmtl.surgery import GradientSurgery
 from fastmtl.surgery.losses import Losses
-from fastmtl.surgery.task_gradients import TaskGradients
-from fastmtl_kernels.gradients import why_unavailable
+from fastmtl.surgery.sinks.task_gradients import TaskGradients
+from fastmtl_kernels._native import why_unavailable
 
 MakeBatch = Callable[..., PackedBatch]
 MakeModel = Callable[..., MultiTaskModel]

@@ -9,10 +9,10 @@ import torch
 from recorded_encoders import MICRO_BATCHES, assert_equal, make_encoder, make_sink, plain_step, step
 from torch import Tensor
 
+from fastmtl.cuda_graphs.options import why_not
+from fastmtl.cuda_graphs.recorder import CudaRecorder, Unrecorded
 from fastmtl.data.packed_batch import PackedBatch
-from fastmtl.model.encoder import PackedBert
-from fastmtl.model.graph_options import why_not
-from fastmtl.recorders import CudaRecorder, Unrecorded
+from fastmtl.model.encoder.bert import PackedBert
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 MakeBatch = Callable[..., PackedBatch]

@@ -19,21 +19,21 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastmtl.cuda_graphs.buffers.batch import Bucket, rows_of
+from fastmtl.cuda_graphs.buffers.layers import StaticLayers
 from fastmtl.data.packed_batch import PackedBatch
-from fastmtl.model.static_batch import Bucket, rows_of
-from fastmtl.model.static_layers import StaticLayers
-from fastmtl_kernels.add_layer_norm import add_layer_norm
-from fastmtl_kernels.embed_layer_norm import embed_layer_norm
-from fastmtl_kernels.varlen_attention_plan import AttentionPlan
+from fastmtl_kernels.add_layer_norm.api import add_layer_norm
+from fastmtl_kernels.embed_layer_norm.api import embed_layer_norm
+from fastmtl_kernels.varlen_attention.plan import AttentionPlan
 
 pytest.importorskip("triton")
 MakeBatch = Callable[..., PackedBatch]
 META = torch.device("meta")
 KERNELS = {
-    "embed_layer_norm_triton": ["_embed_layer_norm_fwd_kernel"],
-    "add_layer_norm_triton": ["_add_layer_norm_fwd_kernel"],
-    "add_layer_norm_backward_triton": ["_add_layer_norm_bwd_kernel", "_sum_slots_kernel"],
-    "varlen_attention_triton": ["tile_fwd_kernel", "tile_bwd_kernel", "long_fwd_kernel", "long_bwd_kernel"],
+    "embed_layer_norm.triton": ["_embed_layer_norm_fwd_kernel"],
+    "add_layer_norm.triton": ["_add_layer_norm_fwd_kernel"],
+    "add_layer_norm.triton_backward": ["_add_layer_norm_bwd_kernel", "_sum_slots_kernel"],
+    "varlen_attention.triton.launch": ["tile_fwd_kernel", "tile_bwd_kernel", "long_fwd_kernel", "long_bwd_kernel"],
 }
 
 
@@ -73,7 +73,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Started]]:
         return Kernel()
 
     for operation in ("embed_layer_norm", "add_layer_norm", "varlen_attention"):
-        monkeypatch.setattr(import_module(f"fastmtl_kernels.{operation}"), "select", lambda *_: "triton")
+        monkeypatch.setattr(import_module(f"fastmtl_kernels.{operation}.api"), "select", lambda *_: "triton")
     for module, names in KERNELS.items():
         for name in names:
             monkeypatch.setattr(import_module(f"fastmtl_kernels.{module}"), name, noting(name))

@@ -15,8 +15,8 @@ from transformers.activations import ACT2FN
 from fastmtl.bench.calls import operators
 from fastmtl.config import EncoderConfig, Recompute
 from fastmtl.data.packed_batch import PackedBatch
-from fastmtl.model.encoder import PackedBert
-from fastmtl.model.pretrained import encoder_directory, load_encoder
+from fastmtl.model.encoder.bert import PackedBert
+from fastmtl.model.encoder.pretrained import encoder_directory, load_encoder
 
 MakeBatch = Callable[..., PackedBatch]
 LENGTHS = [[5, 1, 17, 9], [], [3, 30, 30], [12]]

@@ -15,11 +15,12 @@ from torch.nn import functional
 from fastmtl.config import TaskConfig
 from fastmtl.data import samplers
 from fastmtl.data.packed_batch import PackedBatch
-from fastmtl.model import adapters, losses, pooling
-from fastmtl.model.heads import HEADS
+from fastmtl.model import adapters
+from fastmtl.model.heads import HEADS, pooling
 from fastmtl.model.heads.features import features, num_features
+from fastmtl.model.heads.outputs import num_outputs
+from fastmtl.model.losses import task_loss as losses
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.model.outputs import num_outputs
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 

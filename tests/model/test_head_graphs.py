@@ -16,14 +16,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastmtl.cuda_graphs import heads as head_graphs
+from fastmtl.cuda_graphs import options as graph_options
+from fastmtl.cuda_graphs.buffers.heads import HeadBatch, StaticHeads
+from fastmtl.cuda_graphs.heads import HeadGraphs
+from fastmtl.cuda_graphs.recorder import CudaRecorder, Recorder, Unrecorded
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
-from fastmtl.model import graph_options, head_graphs
-from fastmtl.model.cached_pairs import cache_pairs
-from fastmtl.model.head_graphs import HeadGraphs
+from fastmtl.model.losses.cached_pairs import cache_pairs
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.model.static_heads import HeadBatch, StaticHeads
-from fastmtl.recorders import CudaRecorder, Recorder, Unrecorded
 
 MakeBatch = Callable[..., PackedBatch]
 MakeModel = Callable[..., MultiTaskModel]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
+from fastmtl.model.encoder.pretrained import load_model, load_tokenizer, save_model
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.model.pretrained import load_model, load_tokenizer, save_model
 
 MakeModel = Callable[..., MultiTaskModel]
 MakeBatch = Callable[..., PackedBatch]
@@ -76,7 +76,7 @@ def test_apex_is_refused_with_what_to_do(
 
 
 def test_not_with_surgery(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastmtl.nvidia_apex.layer_norm", lambda: of_torch)
+    monkeypatch.setattr("fastmtl.process.nvidia_apex.layer_norm", lambda: of_torch)
     with pytest.raises(UserError, match="layer_norm: apex gives no gradient per task, which gradient.method: pcgrad"):
         make_model(encoder={"layer_norm": "apex"}, gradient={"method": "pcgrad"})
     make_model(encoder={"layer_norm": "apex", "freeze": True}, gradient={"method": "pcgrad"})
@@ -87,7 +87,7 @@ def test_a_model_trained_with_it_loads_anywhere(
     make_model: MakeModel, make_batch: MakeBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("fastmtl.nvidia_apex.layer_norm", lambda: of_torch)
+        patch.setattr("fastmtl.process.nvidia_apex.layer_norm", lambda: of_torch)
         model = make_model(encoder={"layer_norm": "apex"}).eval()
     save_model(tmp_path / "model", model, model.recipe, load_tokenizer(model.recipe.encoder))
     about = json.loads((tmp_path / "model" / "fastmtl.json").read_text())

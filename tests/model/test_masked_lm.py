@@ -15,8 +15,8 @@ from fastmtl.data.packing import pack
 from fastmtl.data.readers import Rows
 from fastmtl.data.tokenized import tokenize
 from fastmtl.errors import UserError
+from fastmtl.model.encoder.pretrained import load_encoder
 from fastmtl.model.masked_lm import MaskedLanguageModel, load_output_layer
-from fastmtl.model.pretrained import load_encoder
 
 TEXTS = ["the cat sat on the old red house", "she was happy", "a slow car drives to the city after food"]
 

@@ -12,7 +12,7 @@ from fastmtl.config import OptimizerConfig
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.surgery.task_gradients import TaskGradients
+from fastmtl.surgery.sinks.task_gradients import TaskGradients
 
 MakeBatch = Callable[..., PackedBatch]
 MakeModel = Callable[..., MultiTaskModel]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastmtl.config import TaskConfig
 from fastmtl.errors import UserError
-from fastmtl.model.losses import build_loss
+from fastmtl.model.losses.task_loss import build_loss
 
 
 def make_task(**settings: object) -> TaskConfig:

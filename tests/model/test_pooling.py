@@ -7,7 +7,7 @@ import torch
 
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
-from fastmtl.model.pooling import pooling
+from fastmtl.model.heads.pooling import pooling
 
 MakeBatch = Callable[..., PackedBatch]
 

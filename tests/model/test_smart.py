@@ -11,8 +11,8 @@ from torch import Tensor
 from fastmtl.config import TaskConfig
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
+from fastmtl.model.losses.smart import divergence
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.model.smart import divergence
 
 MakeBatch = Callable[..., PackedBatch]
 MakeModel = Callable[..., MultiTaskModel]

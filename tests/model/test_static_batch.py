@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastmtl.cuda_graphs.buffers.batch import ROWS, Bucket, StaticBatch, rows_of
 from fastmtl.data.packed_batch import HostOffsets
-from fastmtl.model.static_batch import ROWS, Bucket, StaticBatch, rows_of
-from fastmtl_kernels.varlen_attention_plan import AttentionPlan
+from fastmtl_kernels.varlen_attention.plan import AttentionPlan
 
 TASKS = 3
 batches = st.lists(st.lists(st.integers(1, 300), max_size=12), min_size=TASKS, max_size=TASKS).filter(any)

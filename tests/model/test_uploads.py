@@ -17,11 +17,11 @@ import fastmtl_kernels
 from fastmtl.data import packed_batch
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.prefetch import ahead
-from fastmtl.model.context import ForwardContext
-from fastmtl_kernels.varlen_attention_plan import AttentionPlan
+from fastmtl.model.encoder.context import ForwardContext
+from fastmtl_kernels.varlen_attention.plan import AttentionPlan
 
 # Made once and kept; the flag of several ranks, which is read on the host at once.
-WAIT = {("low_rank_maps.py", "dropout_table"), ("distributed.py", "any"), ("step.py", "take")}
+WAIT = {("common.py", "dropout_table"), ("distributed.py", "any"), ("step.py", "take")}
 
 
 def _copies(path: Path) -> Iterator[tuple[str, str]]:
@@ -36,7 +36,7 @@ def _copies(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def test_no_step_makes_a_tensor_of_numbers_on_a_device() -> None:
-    folders = [Path(fastmtl.__file__).parent / name for name in ("data", "engine", "model", "surgery")]
+    folders = [Path(fastmtl.__file__).parent / name for name in ("cuda_graphs", "data", "engine", "model", "surgery")]
     folders.append(Path(fastmtl_kernels.__file__).parent)
     found = {copy for folder in folders for path in folder.rglob("*.py") for copy in _copies(path)}
     assert found <= WAIT

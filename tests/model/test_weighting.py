@@ -11,8 +11,8 @@ import torch
 
 from fastmtl.config import OptimizerConfig
 from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.model.losses.weighting import DynamicWeightAverage, Uncertainty
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.model.weighting import DynamicWeightAverage, Uncertainty
 
 MakeBatch = Callable[..., PackedBatch]
 MakeModel = Callable[..., MultiTaskModel]

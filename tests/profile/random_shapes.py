@@ -21,7 +21,7 @@ from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.packing import pack
 from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.engine.distributed import Ranks, start
-from fastmtl.model.encoder import PackedBert
+from fastmtl.model.encoder.bert import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.profile.predict import predict
 from fastmtl.profile.shape import Load, Shape

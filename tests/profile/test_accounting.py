@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastmtl import ranges
-from fastmtl.profile.accounting import Accounting
-from fastmtl.profile.parts import PARTS
+from fastmtl.measure import ranges
+from fastmtl.measure.accounting import Accounting
+from fastmtl.measure.parts import PARTS
 
 CPU = torch.device("cpu")
 ROWS = 1000

@@ -14,8 +14,8 @@ import yaml
 
 from fastmtl import cli
 from fastmtl.errors import UserError
+from fastmtl.measure.ranges import NAMES, PREFIX
 from fastmtl.profile import plots
-from fastmtl.ranges import NAMES, PREFIX
 
 GIB = 2**30
 

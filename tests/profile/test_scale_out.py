@@ -19,7 +19,7 @@ from fastmtl.profile.links import CLUSTERS, Cluster, Kind, Link, find_cluster, s
 from fastmtl.profile.scale_out import TASKS, WORLDS, Parts, passes, scale_out, step, ways
 from fastmtl.profile.shape import Load, Shape
 from fastmtl.profile.traffic import traffic
-from fastmtl.surgery.reduce import BUCKET, Together
+from fastmtl.surgery.ranks.reduce import BUCKET, Together
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sent import Sent  # noqa: E402

@@ -20,9 +20,9 @@ from conftest import save_tiny_bert
 from phase_cases import make_recipe, write_data
 from safetensors.torch import load_file
 
-from fastmtl import start
 from fastmtl.errors import TrainingError, UserError
 from fastmtl.train import train
+from fastmtl.training import start
 
 SIZE = 24 << 20
 

@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from fastmtl_kernels import varlen_attention_reference as reference
+from fastmtl_kernels.varlen_attention import reference
 
 LARGEST = (10, 500, 1_800, 400_000)
 HEADS, HEAD_DIM, SEED = 1, 32, torch.tensor([5])

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import BertConfig
 
+from fastmtl.cuda_graphs.recorder import Recorder
 from fastmtl.data.packed_batch import PackedBatch
-from fastmtl.model.encoder import PackedBert
-from fastmtl.recorders import Recorder
-from fastmtl.surgery.task_gradients import TaskGradients
+from fastmtl.model.encoder.bert import PackedBert
+from fastmtl.surgery.sinks.task_gradients import TaskGradients
 
 # Micro-batches by tokens of each sequence of each task: absent tasks, one token, more than one bucket of rows.
 MICRO_BATCHES = {

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from fastmtl.surgery.task_gradients import TaskGradients
+from fastmtl.surgery.sinks.task_gradients import TaskGradients
 
 V = 30
 # Rows of each task's first piece: few, none at all, more than in any step before, of one task alone.

@@ -14,7 +14,7 @@ from fastmtl.config import Recipe, parse_recipe
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.packing import pack
 from fastmtl.data.tokenized import TokenizedDataset
-from fastmtl.model.encoder import PackedBert, UnusedPooler
+from fastmtl.model.encoder.bert import PackedBert, UnusedPooler
 from fastmtl.model.multitask import MultiTaskModel
 
 _CLASSES = {"type": "classification", "num_labels": 3}

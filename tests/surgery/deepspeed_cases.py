@@ -20,17 +20,17 @@ from transformers import BertConfig
 
 from fastmtl.bench.waits import host_waits
 from fastmtl.config import Recipe, parse_recipe
+from fastmtl.cuda_graphs.heads import HeadGraphs
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.packing import pack
 from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.engine import gradient_norm
 from fastmtl.errors import UserError
-from fastmtl.model.encoder import PackedBert
-from fastmtl.model.head_graphs import HeadGraphs
+from fastmtl.model.encoder.bert import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.surgery import reduce
-from fastmtl.surgery.early_scatter import EarlyScatter
 from fastmtl.surgery.gradient_surgery import GradientSurgery
+from fastmtl.surgery.ranks import reduce
+from fastmtl.surgery.sinks.early_scatter import EarlyScatter
 
 STEPS, ROWS = 3, 8
 RECOMPUTES = {"cheap": "cheap", "full": "full", "pieces": "full"}  # by variant

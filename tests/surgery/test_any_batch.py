@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery
-from fastmtl.surgery.methods import draw_order
+from fastmtl.surgery.methods.table import draw_order
 
 sys.path.insert(0, str(Path(__file__).parent))
 from loads import ADAPTERS, Load, jacobian, make_batches, make_model, merge  # noqa: E402

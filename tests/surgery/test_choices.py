@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastmtl.model.cached_pairs import cache_pairs
+from fastmtl.model.losses.cached_pairs import cache_pairs
 from fastmtl.surgery import GradientSurgery
-from fastmtl.surgery.methods import draw_order
+from fastmtl.surgery.methods.table import draw_order
 
 sys.path.insert(0, str(Path(__file__).parent))
 import choices  # noqa: E402

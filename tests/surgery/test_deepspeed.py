@@ -16,7 +16,7 @@ import torch
 from launch import two_processes
 from safetensors.torch import load_file
 
-from fastmtl.surgery.methods import draw_order
+from fastmtl.surgery.methods.table import draw_order
 
 WORKER = Path(__file__).with_name("deepspeed_cases.py")
 

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fastmtl.surgery import early_scatter, reduce
-from fastmtl.surgery.task_gradients import TaskGradients
+from fastmtl.surgery.ranks import reduce
+from fastmtl.surgery.sinks import early_scatter
+from fastmtl.surgery.sinks.task_gradients import TaskGradients
 
 TASKS, SIZE, NUMBER = 2, 6, 5
 

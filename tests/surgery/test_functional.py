@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from fastmtl.bench.waits import host_waits
 from fastmtl.errors import UserError
 from fastmtl.surgery import functional
-from fastmtl.surgery.compact_rows import Rows
-from fastmtl.surgery.reduce import Alone
+from fastmtl.surgery.jacobian.compact_rows import Rows
+from fastmtl.surgery.ranks.reduce import Alone
 from fastmtl.surgery.segments import Segments
-from fastmtl.surgery.task_gradients import Mode, TaskGradients
+from fastmtl.surgery.sinks.task_gradients import Mode, TaskGradients
 
 SIZES = st.lists(st.integers(0, 5), min_size=1, max_size=8).filter(any)
 

@@ -20,10 +20,10 @@ from fastmtl.errors import TrainingError, UserError
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery, SurgeryInfo, gradient_surgery
 from fastmtl.surgery.losses import Losses
-from fastmtl.surgery.methods import draw_order
-from fastmtl.surgery.surrogate import Surrogate
-from fastmtl.surgery.targets import EngineTarget, OptimizerTarget
-from fastmtl.surgery.task_gradients import TaskGradients
+from fastmtl.surgery.methods.table import draw_order
+from fastmtl.surgery.sinks.task_gradients import TaskGradients
+from fastmtl.surgery.targets.surrogate import Surrogate
+from fastmtl.surgery.targets.target import EngineTarget, OptimizerTarget
 from fastmtl_kernels import gradvac_weights
 
 sys.path.insert(0, str(Path(__file__).parent))

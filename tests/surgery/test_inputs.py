@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from fastmtl.errors import TrainingError, UserError
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.surgery import GradientSurgery, torchjd_methods
-from fastmtl.surgery.methods import find_method
+from fastmtl.surgery import GradientSurgery
+from fastmtl.surgery.methods import torchjd as torchjd_methods
+from fastmtl.surgery.methods.table import find_method
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_options import TASKS, batch, make, surgery_on  # noqa: E402

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from fastmtl.errors import UserError
 from fastmtl.surgery import GradientSurgery, SurgeryInfo
 from fastmtl.surgery.functional import embedding, layer_norm, linear
-from fastmtl.surgery.kept import KeptGradients
 from fastmtl.surgery.merged import Merged
 from fastmtl.surgery.segments import Segments
-from fastmtl.surgery.task_gradients import TaskGradients
+from fastmtl.surgery.sinks.kept import KeptGradients
+from fastmtl.surgery.sinks.task_gradients import TaskGradients
 
 sys.path.insert(0, str(Path(__file__).parent))
 import deepspeed_cases as cases  # noqa: E402

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fastmtl.errors import TrainingError, UserError
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.surgery import GradientSurgery, options, torchjd_methods
-from fastmtl.surgery.methods import GradVac, PCGrad, draw_order, find_method
+from fastmtl.surgery import GradientSurgery, options
+from fastmtl.surgery.methods import torchjd as torchjd_methods
+from fastmtl.surgery.methods.table import GradVac, PCGrad, draw_order, find_method
 from fastmtl_kernels import pcgrad_weights
 
 sys.path.insert(0, str(Path(__file__).parent))

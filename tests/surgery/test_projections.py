@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from fastmtl.bench.calls import operators
 from fastmtl.errors import UserError
 from fastmtl.surgery import functional
-from fastmtl.surgery.projections import projections
+from fastmtl.surgery.rules.projections import projections
 from fastmtl.surgery.segments import Segments
-from fastmtl.surgery.task_gradients import Mode, TaskGradients
+from fastmtl.surgery.sinks.task_gradients import Mode, TaskGradients
 
 NUMBER, IN, OUT = 3, 6, 5
 HOST = (0, 4, 4, 7)

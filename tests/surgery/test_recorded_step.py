@@ -14,16 +14,18 @@ from op_recorder import OpRecorder
 from torch import Tensor
 from written_rows import make_parameters, steps_of
 
+from fastmtl.cuda_graphs import merging as recorded_step
+from fastmtl.cuda_graphs.buffers import tables as static_tables
+from fastmtl.cuda_graphs.merging import RecordedStep
+from fastmtl.cuda_graphs.recorder import Recorder, Recordings, Unrecorded
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.engine.build import build_surgery
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.recorders import Recorder, Recordings, Unrecorded
-from fastmtl.surgery import GradientSurgery, SurgeryAdamW, SurgeryInfo, gradient_surgery, recorded_step, static_tables
-from fastmtl.surgery.methods import draw_order, find_method
-from fastmtl.surgery.recorded_step import RecordedStep
-from fastmtl.surgery.targets import OptimizerTarget
-from fastmtl.surgery.task_gradients import TaskGradients
-from fastmtl_kernels.gradients import why_unavailable
+from fastmtl.surgery import GradientSurgery, SurgeryAdamW, SurgeryInfo, gradient_surgery
+from fastmtl.surgery.methods.table import draw_order, find_method
+from fastmtl.surgery.sinks.task_gradients import TaskGradients
+from fastmtl.surgery.targets.target import OptimizerTarget
+from fastmtl_kernels._native import why_unavailable
 
 sys.path.insert(0, str(Path(__file__).parent))
 import deepspeed_cases as cases  # noqa: E402

@@ -6,11 +6,11 @@ import pytest
 import torch
 from written_rows import make_parameters, steps_of
 
-from fastmtl.recorders import CudaRecorder, Recordings, Unrecorded
-from fastmtl.surgery import static_tables
-from fastmtl.surgery.methods import draw_order, find_method
-from fastmtl.surgery.recorded_step import RecordedStep
-from fastmtl.surgery.task_gradients import TaskGradients
+from fastmtl.cuda_graphs.buffers import tables as static_tables
+from fastmtl.cuda_graphs.merging import RecordedStep
+from fastmtl.cuda_graphs.recorder import CudaRecorder, Recordings, Unrecorded
+from fastmtl.surgery.methods.table import draw_order, find_method
+from fastmtl.surgery.sinks.task_gradients import TaskGradients
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmtl.surgery.sketch import CountSketch
+from fastmtl.surgery.jacobian.sketch import CountSketch
 
 CPU = torch.device("cpu")
 

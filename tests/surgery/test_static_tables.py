@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmtl.surgery.static_tables import STEP, StaticRows, capacity_of, spread, sums_by_id
+from fastmtl.cuda_graphs.buffers.tables import STEP, StaticRows, capacity_of, spread, sums_by_id
 
 V, D = 7, 3
 

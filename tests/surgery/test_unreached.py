@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel
 
 from fastmtl.errors import UserError
 from fastmtl.surgery import FlatParameters, GradientSurgery, SurgeryAdamW
-from fastmtl.surgery.targets import find_target
+from fastmtl.surgery.targets.target import find_target
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))

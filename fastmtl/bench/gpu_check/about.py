@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from fastmtl.bench.environment import environment
 from fastmtl.bench.gpu_check.process import NO_DEVICE
-from fastmtl.bench.result_file import save
+from fastmtl.measure.environment import environment
+from fastmtl.measure.result_file import save
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastmtl.bench.result_file import save
+from fastmtl.measure.result_file import save
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

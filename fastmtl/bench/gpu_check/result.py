@@ -9,7 +9,7 @@ from typing import Any
 from fastmtl.bench.bounds import bounds
 from fastmtl.bench.gpu_check.parts import Part
 from fastmtl.bench.gpu_check.process import LEFT_OUT, OK, Outcome, read
-from fastmtl.bench.result_file import UNFINISHED, save, slug
+from fastmtl.measure.result_file import UNFINISHED, save, slug
 
 UNKNOWN = "unknown device"
 # Keys that several parts measure in different sizes or ways.

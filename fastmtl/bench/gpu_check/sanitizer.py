@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fastmtl.bench.result_file import save
+from fastmtl.measure.result_file import save
 
 SMALL_RUN = Path("benchmarks") / "small_gradients.py"
 # torch and Triton ask the driver for things that may not be there: errors of such calls are none of the kernels'.

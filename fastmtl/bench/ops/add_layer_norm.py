@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastmtl.bench.harness import Skipped
 from fastmtl.bench.ops.case import Case, Run, Tensors, Way, Work, ours, plain
 from fastmtl.bench.ops.rows import Rows
 from fastmtl.bench.sizes import Size
+from fastmtl.measure.harness import Skipped
 from fastmtl_kernels import add_layer_norm
 
 EPS = 1e-12

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmtl.bench.harness import Skipped, WrongResult
 from fastmtl.bench.laps import Chain
 from fastmtl.bench.ops.layout import PACKED, Layout
+from fastmtl.measure.harness import Skipped, WrongResult
 from fastmtl_kernels import Implementation, implementations
 
 Tensors = dict[str, Tensor]

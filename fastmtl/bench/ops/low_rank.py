@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from fastmtl.bench.harness import Skipped
 from fastmtl.bench.ops.case import Case, Run, Tensors, Way, Work, ours, plain
 from fastmtl.bench.ops.rows import Rows
 from fastmtl.bench.sizes import Size
+from fastmtl.measure.harness import Skipped
 from fastmtl_kernels import low_rank
 
 RANK = 8

@@ -13,7 +13,7 @@ from fastmtl.bench.ops.layout import Padded
 from fastmtl.bench.ops.rows import Rows
 from fastmtl.bench.sizes import Size
 from fastmtl_kernels import pal
-from fastmtl_kernels.varlen_attention_plan import AttentionPlan
+from fastmtl_kernels.varlen_attention.plan import AttentionPlan
 
 # Of the paper, for BERT-base.
 SIZE, HEADS = 204, 12

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl.bench.harness import Skipped
 from fastmtl.bench.ops.case import COMPILED, EAGER, Case, Run, Tensors, Way, ours
 from fastmtl.bench.sizes import SEED, Size
+from fastmtl.measure.harness import Skipped
 from fastmtl_kernels import pcgrad_weights
 
 TASKS = 8

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastmtl.bench.harness import Skipped
 from fastmtl.bench.ops.case import Case, Run, Tensors, Way, Work, ours, plain
 from fastmtl.bench.ops.layout import Apart, Padded
 from fastmtl.bench.ops.rows import Rows
 from fastmtl.bench.sizes import Size
+from fastmtl.measure.harness import Skipped
 from fastmtl_kernels import varlen_attention
-from fastmtl_kernels.varlen_attention_plan import AttentionPlan
+from fastmtl_kernels.varlen_attention.plan import AttentionPlan
 
 
 def cases(size: Size) -> list[Case]:

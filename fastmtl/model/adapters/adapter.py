@@ -10,7 +10,7 @@ from transformers import BertConfig
 
 from fastmtl.config import AdapterConfig
 from fastmtl.errors import UserError
-from fastmtl.model.context import ForwardContext
+from fastmtl.model.encoder.context import ForwardContext
 
 if TYPE_CHECKING:
     from fastmtl.model.adapters.top import Top

@@ -11,7 +11,7 @@ from fastmtl.config import AdapterConfig
 from fastmtl.errors import UserError
 from fastmtl.model.adapters.adapter import Adapter
 from fastmtl.model.adapters.per_task import PerLayer
-from fastmtl.model.context import ADAPTER, ForwardContext, place
+from fastmtl.model.encoder.context import ADAPTER, ForwardContext, place
 from fastmtl.model.owners import within
 from fastmtl_kernels import lora
 

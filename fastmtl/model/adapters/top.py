@@ -20,8 +20,8 @@ from fastmtl.config import AdapterConfig
 from fastmtl.errors import UserError
 from fastmtl.model.adapters.adapter import fill
 from fastmtl.model.adapters.pal import Pal
-from fastmtl.model.context import ForwardContext
-from fastmtl.model.encoder import Layer
+from fastmtl.model.encoder.bert import Layer
+from fastmtl.model.encoder.context import ForwardContext
 
 
 class Top(nn.Module):

@@ -14,8 +14,8 @@ from fastmtl.model.heads.embed import Projection, Recurrent
 from fastmtl.model.heads.linear import LinearHead
 from fastmtl.model.heads.linear_cosine import LinearCosineHead
 from fastmtl.model.heads.mlp import MlpHead
+from fastmtl.model.heads.outputs import kind, num_outputs
 from fastmtl.model.heads.squash import Squashed
-from fastmtl.model.outputs import kind, num_outputs
 
 # A head is made from (task, size of u and v, standard deviation of its last weights) and maps u, v [E, d] (v: None for
 # one sequence) to outputs [E, num_outputs], whose meaning stands in outputs.py.

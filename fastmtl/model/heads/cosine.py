@@ -12,8 +12,8 @@ from torch.nn import functional
 from fastmtl.config import TaskConfig
 from fastmtl.errors import UserError
 from fastmtl.model.heads.features import precise
+from fastmtl.model.heads.outputs import kind
 from fastmtl.model.heads.squash import SQUASHES, from_unit_range
-from fastmtl.model.outputs import kind
 
 
 class CosineHead(nn.Module):

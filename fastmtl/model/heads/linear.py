@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fastmtl.config import TaskConfig
 from fastmtl.model.heads.features import features, num_features
-from fastmtl.model.outputs import num_outputs
+from fastmtl.model.heads.outputs import num_outputs
 
 
 class LinearHead(nn.Module):

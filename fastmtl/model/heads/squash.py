@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastmtl.model.heads.features import precise
-from fastmtl.model.outputs import RANGE_WIDTH
+from fastmtl.model.heads.outputs import RANGE_WIDTH
 
 SQUASHES = {"relu": Tensor.relu, "sigmoid": Tensor.sigmoid}
 

@@ -15,7 +15,7 @@ from fastmtl.config import AdapterConfig
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
 from fastmtl.model.adapters import Adapter, build_adapter
-from fastmtl.model.context import ForwardContext
+from fastmtl.model.encoder.context import ForwardContext
 
 MakeBatch = Callable[..., PackedBatch]
 TASKS = ["a", "b", "c"]

@@ -16,7 +16,7 @@ from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
 from fastmtl.model.adapters import build_adapter
 from fastmtl.model.adapters.top import Top
-from fastmtl.model.context import ForwardContext
+from fastmtl.model.encoder.context import ForwardContext
 from fastmtl.model.multitask import MultiTaskModel
 
 MakeBatch = Callable[..., PackedBatch]

@@ -7,8 +7,8 @@ from torch.nn import functional
 from fastmtl.config import TaskConfig
 from fastmtl.errors import UserError
 from fastmtl.model.heads import build_head
-from fastmtl.model.losses import build_loss
-from fastmtl.model.outputs import predictions, targets
+from fastmtl.model.heads.outputs import predictions, targets
+from fastmtl.model.losses.task_loss import build_loss
 
 
 def task(**settings: object) -> TaskConfig:

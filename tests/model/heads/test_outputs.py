@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional
 
 from fastmtl.config import TaskConfig
-from fastmtl.model.losses import build_loss
-from fastmtl.model.outputs import num_outputs, predictions, targets
+from fastmtl.model.heads.outputs import num_outputs, predictions, targets
+from fastmtl.model.losses.task_loss import build_loss
 
 
 def make_task(**settings: object) -> TaskConfig:

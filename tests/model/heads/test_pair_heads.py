@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fastmtl.config import TaskConfig
 from fastmtl.model.heads import build_head
-from fastmtl.model.outputs import predictions
+from fastmtl.model.heads.outputs import predictions
 
 Formula = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
 

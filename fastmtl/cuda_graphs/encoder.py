@@ -1,0 +1,253 @@
+"""The encoder, forward and backward, as recordings that the host starts by one call each (CUDA graphs).
+
+With task gradients all of it, else the layers alone: what `sum` wants of the embeddings is a gradient of whole tables.
+A recording serves every batch of its bucket: rows in steps of 256, and the attention plan's sizes. It reads what is
+copied into its buffers before, and writes J at its fixed address. All recordings share their memory: a forward and its
+backward run before the next forward, else that one takes the ordinary path, as everything does that is not recorded;
+the log says so once for each reason.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fastmtl.cuda_graphs.buffers.batch import Bucket, rows_of
+from fastmtl.cuda_graphs.buffers.layers import StaticLayers
+from fastmtl.cuda_graphs.options import why_not
+from fastmtl.cuda_graphs.recorder import Recorder, Recordings, Turn
+from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.model.encoder.context import ForwardContext
+from fastmtl.surgery.sinks.task_gradients import NOT_ARMED, TaskGradients
+from fastmtl_kernels.varlen_attention.plan import AttentionPlan
+
+# Recordings kept; with as many, a batch takes a larger one that holds it before one is dropped for a new one.
+MOST = 16
+_WARM_UPS = 2
+# Of weights' addresses or the sink, after which recording anew would cost more than it saves.
+_CHANGES = 8
+
+
+class Recorded:
+    """The layers of one bucket, and what runs them. backward: by `stores`."""
+
+    def __init__(self, static: StaticLayers, recordings: Recordings) -> None:
+        self.static = static
+        ways = {stores: partial(static.backward, stores=stores) for stores in static.ways}
+        harmless = [way for stores, way in ways.items() if static.keeps(stores=stores)]
+        static.fill_empty()
+        warm_up = partial(_run, static.forward, *harmless, static.release)
+        found = recordings.record({None: static.forward, **ways}, [warm_up] * _WARM_UPS)
+        self.forward = found.pop(None)
+        self.backward = found
+        static.release()
+
+
+def _run(*functions: Callable[[], None]) -> None:
+    for function in functions:
+        function()
+
+
+class EncoderGraphs:
+    """Of an encoder's layers, with attention heads of head_dim columns, and of its embeddings. recorder: None for CUDA
+    graphs, where they can be.
+    """
+
+    def __init__(
+        self, embeddings: nn.Module, layers: nn.ModuleList, head_dim: int, recorder: Recorder | None = None
+    ) -> None:
+        self._embeddings, self._layers, self._head_dim = embeddings, layers, head_dim
+        self.recordings = Recordings(recorder)
+        self._checks_device = recorder is None
+        self._places: dict[nn.Module, list[tuple[dict[str, Any], str]]] = {}
+        self._kept: OrderedDict[tuple[Bucket, int], Recorded] = OrderedDict()
+        self._of: tuple[Any, ...] = ()
+        self._against = ""
+        self._changes = 0
+        self._gradients: Tensor | None = None
+
+    def embeds(self, sink: TaskGradients | None) -> bool:
+        """Whether the embeddings are recorded with the layers: where the words' gradient is kept as rows."""
+        if sink is None or any(getattr(module, "other", None) is not None for module in self._embeddings.modules()):
+            return False
+        parameters = self._trained(self._embeddings)
+        return all(map(sink.wants, self._embeddings.parameters())) and [
+            parameter for parameter in parameters if sink.is_sparse(parameter)
+        ] == [self._words()]
+
+    def run(
+        self, hidden: Tensor | None, batch: PackedBatch, context: ForwardContext, extra: Sequence[str] = ()
+    ) -> Tensor | None:
+        """The layers' result [n, d], or None: the ordinary path has to be taken.
+
+        hidden: what the layers get [n, d], None where the embeddings are in. context: of the batch, in training. extra:
+        what the forward has besides.
+        """
+        if not batch.num_tokens:
+            return None
+        sink, words, inside = context.armed, self._words(), hidden is None
+        parameters = self._trained(self._layers)
+        if inside:
+            parameters = [*(p for p in self._trained(self._embeddings) if p is not words), *parameters]
+        of = (sink, inside, words.dtype, *(parameter.data_ptr() for parameter in (words, *parameters)))
+        if of != self._of:
+            self._of = of
+            self._against = self._begin(words, parameters, sink)
+        reason = f"it has {extra[0]}" if extra else self._against or self._against_this(hidden, words, sink)
+        if reason:
+            self.recordings.tell(f"this forward takes the ordinary path: {reason}")
+            return None
+        assert context.seeds is not None
+        recorded, plan = self._find(batch, parameters, sink, inside)
+        inputs = [batch.input_ids, batch.token_type_ids, batch.position_ids] if hidden is None else [hidden]
+        recorded.static.fill(inputs, batch.host, plan, context.seeds)
+        one = Pass(recorded, batch, parameters, sink, words if inside else None)
+        self.recordings.take(one)
+        begin = sink.anchor if sink is not None and hidden is None else hidden
+        return _Replay.apply(begin, one, *([] if sink is not None else parameters))
+
+    def _words(self) -> nn.Parameter:
+        return self._embeddings.get_submodule("word_embeddings").weight  # type: ignore[return-value]
+
+    def _trained(self, module: nn.Module) -> list[nn.Parameter]:
+        """Its trained parameters. Module.parameters takes a third of a millisecond for 12 layers."""
+        if module not in self._places:
+            parts = list(module.modules())
+            self._places[module] = [(part._parameters, name) for part in parts for name in part._parameters]
+        found = [parameters[name] for parameters, name in self._places[module]]
+        return [parameter for parameter in found if parameter is not None and parameter.requires_grad]
+
+    def _begin(self, words: nn.Parameter, parameters: list[nn.Parameter], sink: TaskGradients | None) -> str:
+        """Drops what was recorded of other weights or for another sink; why nothing can be of these, "" if it can."""
+        self._kept.clear()
+        self._gradients = None
+        self._changes += 1
+        if self._changes > _CHANGES:
+            return "the weights' addresses or the sink change too often"
+        if not parameters:
+            return "the encoder is frozen"
+        if any(hasattr(parameter, "ds_id") for parameter in parameters):
+            return "ZeRO 3 gives weights no fixed address"
+        if any(getattr(module, "other", None) is not None for module in self._layers.modules()):
+            return "LayerNorm is not fastmtl's"
+        if sink is not None and not all(sink.wants(p) and not sink.is_sparse(p) for p in parameters):
+            return "not all of the layers' weights are shared ones"
+        shared = [] if sink is None else self._trained(self._layers)
+        if any(size * words.element_size() % 16 for p in shared if p.dim() == 2 for size in p.shape):
+            return "products over tasks' rows need widths of whole 16 bytes"
+        against = why_not(words, self._head_dim, grouped=sink is not None) if self._checks_device else ""
+        if against:
+            return against
+        if sink is None:
+            if any(parameter.dtype != words.dtype for parameter in parameters):
+                return "the weights are not of the hidden states' dtype"
+            numbers = sum(parameter.numel() for parameter in parameters)
+            self._gradients = torch.zeros(numbers, dtype=words.dtype, device=words.device)
+        self.recordings.begin(words.device)
+        return ""
+
+    def _against_this(self, hidden: Tensor | None, words: nn.Parameter, sink: TaskGradients | None) -> str:
+        if sink is not None and sink.mode != "stack":
+            return "the task gradients are not kept in J"
+        if torch.is_autocast_enabled(words.device.type):
+            return "it is under torch_autocast"
+        if hidden is not None and not hidden.requires_grad:
+            return "the embeddings are frozen"
+        return "the backward of the one before has not been yet" if self.recordings.taken else ""
+
+    def _find(
+        self, batch: PackedBatch, parameters: list[nn.Parameter], sink: TaskGradients | None, inside: bool
+    ) -> tuple[Recorded, AttentionPlan]:
+        """What is recorded for a bucket that holds the batch, and the batch's plan for its rows. inside: whether the
+        embeddings are.
+        """
+        plan = batch.host.plan_of(rows_of(batch.num_tokens))
+        bucket = Bucket.of(batch.num_tokens, plan)
+        key = bucket, batch.num_tasks
+        if key not in self._kept and len(self._kept) >= MOST:
+            for other, num_tasks in sorted(self._kept, key=lambda kept: kept[0].rows):
+                if num_tasks == batch.num_tasks and other.holds(bucket):
+                    wider = batch.host.plan_of(other.rows)
+                    if wider.num_tiles <= other.tiles:
+                        key, plan = (other, num_tasks), wider
+                        break
+            else:
+                self._kept.popitem(last=False)
+        if key not in self._kept:
+            embeddings = self._embeddings if inside else None
+            words, tasks = self._words(), batch.num_tasks
+            static = StaticLayers(self._layers, embeddings, parameters, bucket, tasks, words, sink, self._gradients)
+            self._kept[key] = Recorded(static, self.recordings)
+        self._kept.move_to_end(key)
+        return self._kept[key], plan
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EncoderGraphs:
+        """Of a copied encoder, which records for itself."""
+        return EncoderGraphs(copy.deepcopy(self._embeddings, memo), copy.deepcopy(self._layers, memo), self._head_dim)
+
+
+class Pass(Turn):
+    """One forward and its backward. words: their table where the embeddings are in."""
+
+    def __init__(
+        self,
+        recorded: Recorded,
+        batch: PackedBatch,
+        parameters: list[nn.Parameter],
+        sink: TaskGradients | None,
+        words: nn.Parameter | None,
+    ) -> None:
+        super().__init__()
+        self._offsets, self._ids = batch.host.token_offsets, batch.input_ids
+        self._tasks = [task for task, pair in enumerate(pairwise(self._offsets)) if pair[1] > pair[0]]
+        self._recorded, self._parameters, self._sink, self._words = recorded, parameters, sink, words
+
+    def forward(self) -> Tensor:
+        if self._sink is not None:
+            self._sink.expect(*self._parameters, self._words)
+        self._recorded.forward()
+        return self._recorded.static.result(self._offsets[-1])
+
+    def backward(self, dy: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The gradient of the input, of the sink's anchor where that is none, and, without a sink, those of the
+        parameters.
+        """
+        self.end()
+        static, writes, stores = self._recorded.static, self._recorded.static.writes, True
+        static.take(dy)
+        if writes is not None:
+            assert self._sink is not None
+            if self._sink.mode != "stack":
+                raise RuntimeError(NOT_ARMED)
+            stores = writes.jacobian.take(self._parameters, self._tasks)
+        self._recorded.backward[stores]()
+        static.release()
+        found = static.result(self._offsets[-1])
+        if writes is not None and self._sink is not None:
+            writes.tell(self._sink)
+            if self._words is not None:
+                self._sink.deliver_rows(self._words, self._ids, found, self._offsets)
+                found = torch.zeros_like(self._sink.anchor)
+        return found, static.parameter_gradients()
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, begin: Tensor, one: Pass, *parameters: nn.Parameter) -> Tensor:
+        """begin: what the layers get, or the sink's anchor where the embeddings are in."""
+        ctx.one = one
+        return one.forward()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx, gradients = ctx.one.backward(dy)
+        return dx, None, *gradients

@@ -1,0 +1,195 @@
+"""Gramian, weights and merging as one recording that the host starts by one call (CUDA graphs).
+
+It reads J at its fixed address, rows of tables and a few numbers that are copied into buffers before, and leaves G,
+the weights and the merged gradient in buffers. So the host waits for the device once, after it, and a step that has to
+be skipped is merged in vain. With several ranks whose J is one sum, G is made of collectives and not recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.cuda_graphs.buffers.tables import StaticRows, capacity_of, spread, sums_by_id
+from fastmtl.cuda_graphs.recorder import Recordings
+from fastmtl.surgery.jacobian.dense import Jacobian
+from fastmtl.surgery.jacobian.tables import Tables
+from fastmtl.surgery.merged import Merged
+from fastmtl.surgery.methods.table import Method
+from fastmtl.surgery.sinks.task_gradients import TaskGradients
+from fastmtl.surgery.targets.target import Target
+from fastmtl_kernels import combine, gramian
+from fastmtl_kernels.upload import upload_into
+
+
+def why_not(sink: TaskGradients, method: Method, target: Target, storage: str) -> str:
+    """The reason why the steps of these cannot be recorded on any device, "" where they can."""
+    if storage != "stacked":
+        return "storage: kept and replay and scope: tensor keep no J"
+    if sink.sketches:
+        return "sketches change with every step"
+    if not method.by_tensor:
+        return "the method solves on the host"
+    return "SurgeryAdamW merges task gradients itself" if target.merges else ""
+
+
+class RecordedStep:
+    """Of mode `stack`. Everything is recorded for the step's numbers of rows, in steps (`capacity_of`).
+
+    method: one that solves on the device. num_tasks: T. narrow: as of `TaskGradients.combine`. gram: float32 [T, T], G
+    of the last step. weights: [T], the method's for it.
+    """
+
+    def __init__(
+        self,
+        sink: TaskGradients,
+        method: Method,
+        num_tasks: int,
+        device: torch.device,
+        recordings: Recordings,
+        *,
+        narrow: bool = False,
+    ) -> None:
+        self._narrow = narrow
+        self._sink, self._method, self._num_tasks, self._device = sink, method, num_tasks, device
+        self._recordings = recordings
+        self.gram = torch.zeros(num_tasks, num_tasks, device=device)
+        self.weights = torch.zeros(num_tasks, device=device)
+        self._buffers: _Buffers | None = None
+        self._kept: dict[tuple[int, ...], Callable[[], None]] = {}
+
+    def run(self, order: Tensor, scale: float, factor: float) -> None:
+        """A step's G and weights, and the gradient merged with them.
+
+        order: int64 [T, T] on the CPU. scale: of the losses whose gradients are in J. factor: of the merged gradient.
+        """
+        jacobian, tables = self._sink.stacked()
+        if self._buffers is None:
+            self._recordings.begin(self._device)
+            dtype = jacobian.narrow if self._narrow else torch.float32
+            copied = any(parameter.dtype == dtype for parameter in self._sink.dense)
+            self._buffers = _Buffers(jacobian, tables, self._num_tasks, self._device, dtype, copied=copied)
+        alone = not self._sink.scatters
+        jacobian.complete()
+        if not alone:
+            self.gram.copy_(self._sink.gramian()).div_(scale**2)
+        buffers = self._buffers
+        if buffers.fill(scale, factor, order):
+            self._kept.clear()
+            self._recordings.begin(self._device)
+        key = buffers.key
+        if key not in self._kept:
+            self._kept[key] = self._record(partial(self._merge, buffers, key, alone=alone))
+        self._kept[key]()
+
+    def gradients(self) -> Merged:
+        """What `run` merged, by the parameter's id. Views of buffers that the next `run` overwrites, and copies for
+        parameters of the same dtype, whose `.grad` the gradient may become as it is.
+        """
+        assert self._buffers is not None
+        return self._buffers.gradients()
+
+    def scale(self, factor: float) -> None:
+        """Multiply the merged gradient; NaN makes it one that is not finite."""
+        assert self._buffers is not None
+        for tensor in (self._buffers.merged, *self._buffers.of_tables):
+            tensor.mul_(factor)
+
+    def tensors(self) -> list[Tensor]:
+        """What is kept from step to step, besides J."""
+        return [] if self._buffers is None else self._buffers.tensors()
+
+    def _record(self, function: Callable[[], None]) -> Callable[[], None]:
+        state = self._method.state_dict()
+
+        def warm_up() -> None:
+            try:
+                function()
+            finally:  # it was no step
+                self._method.load_state_dict(state)
+
+        return self._recordings.record({None: function}, [warm_up])[None]
+
+    @torch.no_grad()
+    def _merge(self, buffers: _Buffers, key: tuple[int, ...], *, alone: bool) -> None:
+        """What is recorded. alone: G, too."""
+        scale, factor, order, bounds = buffers.told()
+        tables = []
+        for (table, rows), capacity, its_bounds in zip(buffers.rows, key, bounds, strict=True):
+            tables.append(sums_by_id(rows.ids[:capacity], rows.rows[:capacity], its_bounds, table.shape[0]))
+        if alone:
+            gram = gramian(buffers.jacobian.buffer)
+            for sums, _ in tables:
+                gram += gramian(sums.flatten(1))
+            self.gram.copy_(gram / scale.square())
+        self.weights.copy_(self._method.weights(self.gram, order, None))
+        scaled = self.weights * factor
+        buffers.jacobian.merge(scaled, buffers.merged.dtype, out=buffers.merged)
+        for (sums, unique), out in zip(tables, buffers.of_tables, strict=True):
+            merged = combine(sums.flatten(1), scaled)
+            assert isinstance(merged, Tensor)
+            spread(merged.view(len(unique), -1), unique, out)
+
+
+class _Buffers:
+    """merged: [P] of the dense parameters, of `dtype`. of_tables: float32 [V + 1, d] each, the last row means nothing.
+    rows: with the tables, by whose numbers of rows the step's `key` goes. copied: whether `gradients` gives copies of
+    `merged`.
+    """
+
+    def __init__(
+        self,
+        jacobian: Jacobian,
+        tables: Tables,
+        num_tasks: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        copied: bool,
+    ) -> None:
+        self.jacobian, self._tables, self._num_tasks = jacobian, tables, num_tasks
+        self.merged = torch.zeros(jacobian.buffer.shape[1], dtype=dtype, device=device)
+        self._copied = copied
+        self.rows: list[tuple[nn.Parameter, StaticRows]] = [
+            (table, StaticRows(0, table.shape[1], device)) for table, _ in tables.each()
+        ]
+        self.of_tables = [torch.zeros(table.shape[0] + 1, table.shape[1], device=device) for table, _ in self.rows]
+        sizes = [1, 1, num_tasks**2, *[num_tasks + 1 for _ in self.rows]]
+        self._spans = [slice(*span) for span in pairwise(accumulate(sizes, initial=0))]
+        # Of one dtype that holds them all, so that they come by one copy.
+        self._numbers = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+        self.key: tuple[int, ...] = ()
+
+    def fill(self, scale: float, factor: float, order: Tensor) -> bool:
+        """For a step; whether addresses have changed."""
+        lists = [per_task for _, per_task in self._tables.each()]
+        self.key = tuple(capacity_of(sum(len(ids) for task in per_task for ids, _ in task)) for per_task in lists)
+        grown = False
+        for k, ((table, rows), capacity) in enumerate(zip(self.rows, self.key, strict=True)):
+            if capacity > len(rows.ids):
+                self.rows[k] = table, StaticRows(capacity, table.shape[1], self._numbers.device)
+                grown = True
+        numbers = [scale, factor, *order.flatten().tolist()]
+        for (_, rows), per_task, capacity in zip(self.rows, lists, self.key, strict=True):
+            numbers += rows.fill(per_task, capacity)
+        upload_into(self._numbers, torch.tensor(numbers, dtype=torch.float64))
+        return grown
+
+    def told(self) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """On the device: scale, factor, order int64 [T, T], and of each table the tasks' bounds int64 [T + 1]."""
+        scale, factor, order, *bounds = (self._numbers[span] for span in self._spans)
+        whole = [each.long() for each in (order, *bounds)]
+        return scale[0].float(), factor[0].float(), whole[0].view(self._num_tasks, -1), whole[1:]
+
+    def gradients(self) -> Merged:
+        found = self.jacobian.split(self.merged.clone() if self._copied else self.merged)
+        for (table, _), out in zip(self.rows, self.of_tables, strict=True):
+            found[id(table)] = out[:-1].clone() if table.dtype == torch.float32 else out[:-1]
+        return found
+
+    def tensors(self) -> list[Tensor]:
+        return [self.merged, *self.of_tables, *(part for _, rows in self.rows for part in (rows.ids, rows.rows))]

@@ -1,0 +1,73 @@
+"""What `engine.cuda_graphs` cannot go with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl.config import Recipe
+from fastmtl.errors import UserError
+from fastmtl.surgery.ranks.reduce import world_size
+from fastmtl_kernels import dispatch
+
+# Compute capabilities on which grouped_mm, in bf16, does not read the offsets on the host (torch 2.11 and 2.13).
+GROUPED_ON = (9, 10)
+
+
+def check_cuda_graphs(recipe: Recipe) -> None:
+    """Raises UserError, naming the other key. What depends on the machine is told by the run (`why_not`)."""
+    if not recipe.engine.cuda_graphs:
+        return
+    surgery = recipe.gradient.method != "sum" and not recipe.encoder.freeze
+    gradient, engine = recipe.gradient, recipe.engine
+    against = {
+        "smart": recipe.smart.used,
+        f"encoder.recompute: {recipe.encoder.recompute}": recipe.encoder.recompute != "none",
+        "encoder.layer_norm: apex": recipe.encoder.layer_norm == "apex",
+        "engine.zero: 3": engine.zero == 3,
+        "deepspeed.torch_autocast": recipe.deepspeed.get("torch_autocast", {}).get("enabled"),
+        f"gradient.storage: {gradient.storage}": surgery and gradient.storage in ("kept", "replay"),
+        "engine.offload, which makes gradient.storage replay": surgery and engine.offload,
+        "gradient.scope: tensor": surgery and gradient.scope == "tensor",
+    }
+    for key, given in against.items():
+        if given:
+            raise UserError(f"engine.cuda_graphs: true does not go with {key}: set one of the two otherwise")
+    if surgery and engine.precision != "bf16":
+        raise UserError(
+            f"engine.cuda_graphs: with gradient.method: {gradient.method} it needs engine.precision: bf16, not "
+            f"{engine.precision}: torch multiplies over tasks' rows without the host in bf16 alone"
+        )
+
+
+def why_not(hidden: Tensor, head_dim: int, *, grouped: bool) -> str:
+    """The reason why the layers of these hidden states cannot be recorded there, "" where they can.
+
+    grouped: with products over tasks' rows.
+    """
+    device, dtype = hidden.device, hidden.dtype
+    if device.type != "cuda":
+        return f"CUDA graphs need an NVIDIA GPU, the model is on {device.type}"
+    without = dispatch.why_not("triton", device, {dtype})
+    if without:
+        return without
+    from fastmtl_kernels.varlen_attention.triton.launch import MAX_HEAD_DIM
+
+    if head_dim > MAX_HEAD_DIM[dtype]:
+        return f"attention heads of {head_dim} columns in {dtype} have no kernel of their own"
+    if grouped and dtype != torch.bfloat16:
+        return f"products over tasks' rows need bf16, the model is in {dtype}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if grouped and major not in GROUPED_ON:
+        return f"products over tasks' rows need a GPU of sm_90 or sm_100, this one is sm_{major}{minor}"
+    return ""
+
+
+def why_not_heads(recipe: Recipe) -> str:
+    """The reason why heads and losses of these tasks cannot be recorded, "" where they can."""
+    for name, task in recipe.tasks.items():
+        if "mnr" in task.losses and task.mnr.cached:
+            return f"the loss of task '{name}' is of a whole step (mnr.cached)"
+        if "mnr" in task.losses and world_size() > 1:
+            return f"the loss mnr of task '{name}' is of all ranks' pairs"
+    return ""

@@ -1,0 +1,129 @@
+"""A trained model's encoder in the layouts of other libraries."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+import fastmtl
+from fastmtl.config import Recipe
+from fastmtl.errors import UserError, unknown_name
+from fastmtl.model.encoder.bert import PackedBert, Pooler
+from fastmtl.model.encoder.pretrained import load_model, save_encoder
+from fastmtl.model.heads.embed import Projection, Recurrent
+
+Layout = Literal["sentence-transformers", "transformers"]
+# fastmtl's name -> sentence-transformers'. BERT's pooler is a dense layer on [CLS] there.
+_POOLINGS = {"mean": "mean_tokens", "cls": "cls_token", "max": "max_tokens", "pooler": "cls_token"}
+
+
+def export(
+    source: Path, target: Path, layout: Layout, pooling: str | None = None, task: str | None = None
+) -> list[str]:
+    """Writes the encoder of the `model/` directory `source`, float32, to `target`, whole or not at all.
+
+    transformers: config.json, model.safetensors and the tokenizer, as a BertModel.
+    sentence-transformers: these, and the files that make `SentenceTransformer(target)` cut texts at the model's length
+    and pool by `pooling` (default: the task's own, or the one that all tasks have).
+    Returns notes for the user. Raises UserError for a task whose vectors an encoder alone cannot give, and where there
+    is no pooling to choose.
+    """
+    model, recipe, tokenizer = load_model(source)
+    if task is not None:
+        if task not in recipe.tasks:
+            raise unknown_name("task", task, recipe.task_names)
+        if model.adapter is not None:
+            raise UserError(
+                f"--task {task}: its vectors need its adapter, which computes something beside the encoder's layers. "
+                "That is no change of BERT's weights, so the layout has no place for it. Leave --task out to export "
+                "the encoder alone."
+            )
+    embed = None if task is None else model.heads[recipe.task_names.index(task)].get_submodule("embed")
+    if isinstance(embed, Recurrent):
+        kind = recipe.tasks[str(task)].head.name
+        raise UserError(
+            f"--task {task}: its vectors are states of its {kind} head, for which the layout has no place. Leave "
+            "--task out, with --pooling, to export the encoder alone."
+        )
+    chosen = None
+    if layout == "sentence-transformers":
+        chosen = pooling or _own_pooling(recipe, task, adapters=model.adapter is not None)
+        if chosen == "pooler":
+            model.encoder.use_pooler()
+    written = target.with_name(f".{target.name}.new")
+    shutil.rmtree(written, ignore_errors=True)
+    written.mkdir(parents=True)
+    config = model.encoder.config
+    save_encoder(written, config, model.encoder.state_dict(), tokenizer)
+    if chosen is not None:
+        projection = embed.dense if isinstance(embed, Projection) else None
+        _write_sentence_transformers(written, model.encoder, chosen, projection)
+    if target.exists():
+        target.rmdir()
+    written.rename(target)
+    notes = [] if chosen is None else [f"pooling: {chosen}; texts are cut at {model.encoder.max_length} tokens"]
+    if model.adapter is not None:
+        notes.append(f"the encoder alone: the adapters of {', '.join(recipe.task_names)} are not in it")
+    return notes
+
+
+def _own_pooling(recipe: Recipe, task: str | None, *, adapters: bool) -> str:
+    tasks = recipe.task_names if task is None else [task]
+    found = {recipe.tasks[name].pooling for name in tasks}
+    if len(found) > 1:
+        each = ", ".join(f"{name}: {recipe.tasks[name].pooling}" for name in tasks)
+        options = f"--pooling {'|'.join(_POOLINGS)}{'' if adapters else ' or --task'}"
+        raise UserError(f"the tasks pool differently ({each}): choose by {options}")
+    (name,) = found
+    if name not in _POOLINGS:
+        raise UserError(f"sentence-transformers has no pooling '{name}': choose by --pooling {'|'.join(_POOLINGS)}")
+    return name
+
+
+def _write_sentence_transformers(
+    directory: Path, encoder: PackedBert, pooling: str, projection: torch.nn.Linear | None
+) -> None:
+    # The keys and module names of sentence-transformers 2 to 5, which 6 reads as well.
+    size = encoder.config.hidden_size
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    _write(directory / "sentence_bert_config.json", {"max_seq_length": encoder.max_length, "do_lower_case": False})
+    versions = {"fastmtl": fastmtl.__version__, "transformers": transformers.__version__, "pytorch": torch.__version__}
+    about = {"__version__": versions, "prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    _write(directory / "config_sentence_transformers.json", about)
+    (directory / "1_Pooling").mkdir()
+    modes = {f"pooling_mode_{key}": key == _POOLINGS[pooling] for key in dict.fromkeys(_POOLINGS.values())}
+    _write(directory / "1_Pooling" / "config.json", {"word_embedding_dimension": size, **modes})
+    dense: list[tuple[torch.nn.Linear, type[torch.nn.Module]]] = []
+    if pooling == "pooler":
+        assert isinstance(encoder.pooler, Pooler)
+        dense.append((encoder.pooler.dense, torch.nn.Tanh))
+    if projection is not None:
+        dense.append((projection, torch.nn.Identity))
+    for number, (linear, activation) in enumerate(dense, start=2):
+        modules.append((f"{number}_Dense", "Dense"))
+        _write_dense(directory / f"{number}_Dense", linear, activation)
+    names = [f"sentence_transformers.models.{kind}" for _, kind in modules]
+    listed = [
+        {"idx": index, "name": str(index), "path": path, "type": name}
+        for index, ((path, _), name) in enumerate(zip(modules, names, strict=True))
+    ]
+    _write(directory / "modules.json", listed)
+
+
+def _write_dense(directory: Path, linear: torch.nn.Linear, activation: type[torch.nn.Module]) -> None:
+    directory.mkdir()
+    sizes = {"in_features": linear.in_features, "out_features": linear.out_features, "bias": True}
+    function = f"{activation.__module__}.{activation.__qualname__}"
+    _write(directory / "config.json", {**sizes, "activation_function": function})
+    tensors = {f"linear.{name}": tensor for name, tensor in linear.state_dict().items()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

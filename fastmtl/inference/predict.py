@@ -1,0 +1,207 @@
+"""A trained model, from Python and for the commands `evaluate` and `predict`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmtl.config import DataConfig, Recipe, TaskConfig
+from fastmtl.data.corpus import demo_directory
+from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.data.readers import Rows, read_file, read_rows
+from fastmtl.data.tokenized import check_token_types, tokenize
+from fastmtl.errors import UserError, quoted, unknown_name
+from fastmtl.files.user_path import user_path
+from fastmtl.inference.predictions import write_cs224n, write_table
+from fastmtl.model.encoder.pretrained import load_model, model_directory
+from fastmtl.training.evaluation import score
+from fastmtl.training.metrics import evaluate_predictions, mean_score, predicted_labels
+
+Text = str | tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One row's answer.
+
+    label: the class id (or the name, where the recipe has label_names), or the score of a regression task.
+    probabilities: of every class, in the order of their ids (binary: of 0 and 1); None for a regression task.
+    """
+
+    label: int | str | float
+    probabilities: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """metrics: {task: {metric: value}}; rows: {task: rows scored}; mean: of the tasks' own metrics over `metrics`."""
+
+    metrics: dict[str, dict[str, float]]
+    mean: float
+    rows: dict[str, int]
+    notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"tasks": self.metrics, "mean": self.mean, "rows": self.rows, "notes": self.notes}
+
+
+class Predictor:
+    """A model with its recipe and tokenizer, on one device, in evaluation mode."""
+
+    def __init__(self, model: Any, recipe: Recipe, tokenizer: Any, device: torch.device) -> None:
+        self.model = model.to(device).eval()
+        self.recipe = recipe
+        self.device = device
+        self._tokenizer = tokenizer
+
+    def predict(self, task: str, texts: Sequence[Text]) -> list[Prediction]:
+        """Answers in the order of `texts`: strings, or pairs (text, other text) for tasks of two sentences.
+
+        Raises UserError for an unknown task and for anything but strings or pairs.
+        """
+        config = self.task(task)
+        if not texts:
+            return []
+        scores = self.scores(task, _rows_of(texts))
+        return [_prediction(config, row) for row in scores]
+
+    def evaluate(self, task: str, rows: Rows) -> dict[str, float]:
+        """The task's metrics on labelled rows (`fastmtl.data.readers.read_file` reads them)."""
+        if rows.labels is None:
+            raise UserError(f"{rows.path}: there are no labels to evaluate against")
+        return evaluate_predictions(self.task(task), self.scores(task, rows), rows.labels)
+
+    def scores(self, task: str, rows: Rows) -> np.ndarray:
+        """float32 [n, classes] probabilities, [n] probabilities of class 1, or [n] scores, by the task's type."""
+        config = self.task(task)
+        with tempfile.TemporaryDirectory(prefix="fastmtl-") as cache:
+            dataset = tokenize(rows, self._tokenizer, config, self.model.encoder.max_length, cache)
+            check_token_types([dataset], self.model.encoder.config.type_vocab_size)
+            return score(self._forward, self.recipe, {task: dataset})[task].scores
+
+    def task(self, name: str) -> TaskConfig:
+        if name not in self.recipe.tasks:
+            raise unknown_name("task", name, self.recipe.task_names)
+        return self.recipe.tasks[name]
+
+    def _forward(self, batch: PackedBatch) -> dict[str, Tensor]:
+        return self.model.predict(batch.to(self.device))
+
+
+def load(model_dir: str | Path, device: str | None = None) -> Predictor:
+    """Opens a `model/` directory, or the run's directory around it.
+
+    device: as in torch, default the first GPU where there is one. Raises UserError for a directory without a model.
+    """
+    model, recipe, tokenizer = load_model(model_directory(model_dir))
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Predictor(model, recipe, tokenizer, torch.device(chosen))
+
+
+def evaluate_file(predictor: Predictor, task: str, file: Path) -> Evaluation:
+    """Metrics of one task on one file in the task's format."""
+    rows = read_file(file, predictor.task(task), on_bad_row=predictor.recipe.data.on_bad_row, require_labels=True)
+    return _evaluate(predictor, {task: rows}, [])
+
+
+def evaluate_split(
+    predictor: Predictor, split: Literal["train", "dev", "test"], data_dir: Path | None, tasks: list[str] | None
+) -> Evaluation:
+    """Metrics on the recipe's files of a split, in `data_dir` where given; tasks without such a file are noted."""
+    recipe = predictor.recipe
+    data = recipe.data.model_copy(update={"dir": str(data_dir or recipe.data.dir or demo_directory())})
+    rows, notes = {}, []
+    for name in tasks or recipe.task_names:
+        config = predictor.task(name)
+        if getattr(config.data, split) is None:
+            notes.append(f"{name}: the recipe names no {split} file")
+        else:
+            _check_there(data, getattr(config.data, split), given=data_dir is not None)
+            rows[name] = read_rows(config, data, split)
+    if not rows:
+        raise UserError(f"the recipe names no {split} file for {', '.join(tasks or recipe.task_names)}")
+    return _evaluate(predictor, rows, notes)
+
+
+def _check_there(data: DataConfig, file: str, *, given: bool) -> None:
+    """Say how to find a file that is not there: a relative `data.dir` counts from the working directory."""
+    path = user_path(data.dir or ".") / file
+    if path.exists():
+        return
+    why = "" if given or path.is_absolute() else f" below {Path.cwd()}; the recipe's data.dir counts from there"
+    raise UserError(f"{path}: no such file{why}. Say where the recipe's files are by --data DIR.")
+
+
+def predict_file(
+    predictor: Predictor, task: str, source: Path, target: Path, layout: Literal["table", "cs224n"]
+) -> tuple[int, list[str]]:
+    """Writes predictions for a file, which may lack labels; returns how many, and notes on what was left out."""
+    config = predictor.task(task)
+    if not target.parent.is_dir():
+        raise UserError(f"cannot write {target}: there is no directory {target.parent}")
+    rows = read_file(source, config, on_bad_row=predictor.recipe.data.on_bad_row, require_labels=False)
+    scores = predictor.scores(task, rows)
+    (write_cs224n if layout == "cs224n" else write_table)(target, config, rows.ids, scores)
+    return len(rows), _skipped(task, rows)
+
+
+def _evaluate(predictor: Predictor, rows: dict[str, Rows], notes: list[str]) -> Evaluation:
+    metrics = {name: predictor.evaluate(name, task_rows) for name, task_rows in rows.items()}
+    notes = notes + [note for name, task_rows in rows.items() for note in _skipped(name, task_rows)]
+    counts = {name: len(task_rows) for name, task_rows in rows.items()}
+    return Evaluation(metrics, mean_score(metrics, predictor.recipe), counts, notes)
+
+
+def _skipped(task: str, rows: Rows) -> list[str]:
+    return [f"{task}: {len(rows.skipped)} bad rows were skipped, the first: {rows.skipped[0]}"] if rows.skipped else []
+
+
+def _rows_of(texts: Sequence[Text]) -> Rows:
+    if isinstance(texts, str):
+        raise UserError("predict takes a list of texts or pairs, not one string: write [text]")
+    pairs = not isinstance(texts[0], str)
+    for position, text in enumerate(texts):
+        good = (
+            isinstance(text, (tuple, list)) and len(text) == 2 and all(isinstance(part, str) for part in text)
+            if pairs
+            else isinstance(text, str)
+        )
+        if not good:
+            wanted = "a pair of strings (text, other text)" if pairs else "a string"
+            raise UserError(f"texts[{position}] is not {wanted} like the first one: {quoted(text)}")
+        for part in text if pairs else (text,):
+            _check_unicode(position, str(part))
+    return Rows(
+        ids=[str(position) for position in range(len(texts))],
+        texts=[text[0] if pairs else text for text in texts],  # type: ignore[misc]
+        pair_texts=[text[1] for text in texts] if pairs else None,
+        labels=None,
+        skipped=[],
+        path=Path("texts"),
+    )
+
+
+def _check_unicode(position: int, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = quoted(text[error.start])
+        raise UserError(
+            f"texts[{position}], character {error.start + 1}: {found} is half of a surrogate pair, no character; mend "
+            "or replace it"
+        ) from None
+
+
+def _prediction(task: TaskConfig, scores: np.ndarray) -> Prediction:
+    if task.type == "regression":
+        return Prediction(float(scores))
+    probabilities = (1 - float(scores), float(scores)) if task.type == "binary" else tuple(map(float, scores))
+    label = int(predicted_labels(task, np.asarray([scores]))[0])
+    return Prediction(task.label_names[label] if task.label_names else label, probabilities)

@@ -1,0 +1,84 @@
+"""The shared layers: torch's own modules whose rows belong to tasks.
+
+Names, shapes and initialisation are those of nn.Linear, nn.LayerNorm and nn.Embedding. Without an armed
+`TaskGradients` they compute what those compute; with one, their backward writes one gradient per task into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from fastmtl.model.encoder.context import ForwardContext, SegmentContext
+from fastmtl.model.owners import Owner
+from fastmtl.surgery import functional
+from fastmtl_kernels import add_layer_norm, dropout
+
+
+class TaskLinear(nn.Linear):
+    weight: nn.Parameter
+
+    def forward(self, x: Tensor, context: SegmentContext) -> Tensor:  # type: ignore[override]
+        """[N, in_features] -> [N, out_features]."""
+        return functional.linear(x, self.weight, self.bias, context.segments, context.task_grads)
+
+
+class Projection(Owner, nn.Linear):  # type: ignore[misc]
+    """One of several Linears of one input, whose outputs come side by side (see encoder.py)."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+
+# x [N, d], weight [d], bias [d], [d], eps -> [N, d].
+Norm = Callable[[Tensor, Tensor, Tensor, list[int], float], Tensor]
+
+
+class TaskLayerNorm(Owner, nn.LayerNorm):  # type: ignore[misc]
+    """The embeddings' (see encoder.py). other: another's LayerNorm in place of fastmtl's; it writes no gradient per
+    task.
+    """
+
+    other: Norm | None = None
+
+
+class AddLayerNorm(nn.LayerNorm):
+    """LayerNorm(residual + dropout(x) + ts). at: the place of its seed in the context; p: of dropout, in training.
+    other: as in TaskLayerNorm.
+    """
+
+    other: Norm | None = None
+
+    def __init__(self, size: int, *, eps: float, p: float, at: int) -> None:
+        super().__init__(size, eps=eps)
+        self.p, self.at = p, at
+
+    def forward(  # type: ignore[override]
+        self, residual: Tensor, x: Tensor, ts: Tensor | None, context: ForwardContext
+    ) -> Tensor:
+        """[N, d] each -> [N, d] of the residual's dtype."""
+        p, seed = self.p if self.training else 0.0, context.seed(self.at)
+        if self.other is not None:
+            z = residual + (dropout(x, p, seed) if p else x)
+            z = z if ts is None else z + ts
+            return self.other(z, self.weight, self.bias, list(self.weight.shape), self.eps).to(residual.dtype)
+        return add_layer_norm(
+            residual,
+            x,
+            self.weight,
+            self.bias,
+            ts=ts,
+            dropout_p=p,
+            eps=self.eps,
+            seed=seed,
+            token_offsets=context.segments,
+            task_grads=context.armed,
+            offer=None if context.remade is None else context.remade.offer,
+        )
+
+
+class TaskEmbedding(Owner, nn.Embedding):  # type: ignore[misc]
+    """A padding index has no meaning here: a packed batch holds no padding."""
+
+    weight: nn.Parameter

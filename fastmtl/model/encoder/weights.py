@@ -1,0 +1,119 @@
+"""Tensors of a Hugging Face BERT directory, under the names of transformers.BertModel. No object is unpickled."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fastmtl.errors import UserError
+from fastmtl.files.json_files import read_json
+
+# In the order in which transformers looks for them.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def read_encoder_weights(directory: Path) -> dict[str, Tensor]:
+    """Embeddings, layers and pooler of a directory, in the dtype of its files.
+
+    Other tensors (a masked LM's head) are left out. Raises UserError as `read_weights`.
+    """
+    return {
+        name: tensor
+        for name, tensor in read_weights(directory).items()
+        if name.startswith(("embeddings.", "encoder.", "pooler."))
+        and name != "embeddings.position_ids"  # a buffer of old versions
+    }
+
+
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a directory, in the dtype of its files.
+
+    The prefix `bert.` of BertForMaskedLM and its like is left out, and LayerNorm's old `gamma` and `beta` are renamed.
+    Raises UserError naming the file that is missing, damaged or no weight file.
+    """
+    path = next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
+    if path is None:
+        raise UserError(f"{directory}: no weights: expected one of {', '.join(WEIGHT_FILES)}")
+    tensors: dict[str, Tensor] = {}
+    for part in _parts(path):
+        tensors.update(read_tensors(part))
+    return {_bert_name(name): tensor for name, tensor in tensors.items()}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file or, by torch's restricted unpickler, of a .bin file.
+
+    Raises UserError naming the file.
+    """
+    try:
+        with path.open("rb"):  # safetensors calls a file missing that it has no permission to read
+            pass
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: the file is missing") from None
+    except PermissionError:
+        raise UserError(f"{path}: no permission to read it") from None
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"{path}: damaged, or no file of weights: {str(error).splitlines()[0]}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError(f"{path}: expected a mapping of names to tensors")
+    return tensors
+
+
+def load_exactly(
+    module: nn.Module, tensors: Mapping[str, Tensor], source: str, names: Mapping[str, str] | None = None
+) -> None:
+    """Puts float32 copies of `tensors` in the place of the module's own, which may be on the meta device.
+
+    names: {the module's name of a tensor: its name in `tensors`} where these differ.
+    Raises UserError, naming `source` and the tensors, where one is missing, unknown or of another shape.
+    """
+    names = names or {name: name for name in module.state_dict()}
+    expected = {names[name]: tensor for name, tensor in module.state_dict().items()}
+    shapes = [
+        f"{name} {list(tensors[name].shape)} (expected {list(tensor.shape)})"
+        for name, tensor in expected.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    _refuse(source, "lacks the tensors", expected.keys() - tensors.keys())
+    _refuse(source, "holds tensors that the model does not have:", tensors.keys() - expected.keys())
+    _refuse(source, "holds tensors of the wrong shape:", shapes)
+    copies = {name: tensors[there].to(torch.float32, copy=True).contiguous() for name, there in names.items()}
+    module.load_state_dict(copies, assign=True)
+
+
+def _refuse(source: str, what: str, names: Iterable[str]) -> None:
+    wrong = sorted(names)
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise UserError(f"{source} {what} {', '.join(wrong[:5])}{more}. Do these files belong together?")
+
+
+def _parts(path: Path) -> list[Path]:
+    if path.suffix != ".json":
+        return [path]
+    index = read_json(path).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+        raise UserError(f"{path}: no weight_map from tensor names to file names")
+    outside = [name for name in index.values() if Path(name).name != name]
+    if outside:
+        raise UserError(f"{path}: weight_map names {outside[0]!r}, which is not a file of this directory")
+    return [path.parent / name for name in sorted(set(index.values()))]
+
+
+def _bert_name(name: str) -> str:
+    name = name.removeprefix("bert.")
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")

@@ -1,0 +1,200 @@
+"""SMART: two terms that a task's loss gets so that the model does not fit its rows too closely.
+
+    adversarial   strength * l(f(x + n), f(x)), n the perturbation of the embedded tokens, at most epsilon in every
+                  number, for which a few steps of gradient ascent make it large
+    proximal      proximal * l(f(x), f'(x)), f' the teacher: the moving average of the model's weights
+
+l is the symmetric KL divergence for classes, bins and binary tasks, and the squared difference for scores. Each is a
+mean over a task's rows and part of its loss. All passes draw the same dropout masks, so l tells of n, or of the
+teacher, alone.
+Source: Jiang et al. 2020, "SMART: Robust and Efficient Fine-Tuning for Pre-trained Natural Language Models through
+Principled Regularized Optimization", equations 1 to 4 and algorithm 1.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastmtl.config import Recipe, TaskConfig
+from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.errors import UserError, unknown_name
+from fastmtl.model.heads.outputs import kind
+from fastmtl.surgery.random_state import RandomState
+from fastmtl_kernels import pool
+
+if TYPE_CHECKING:
+    from fastmtl.model.multitask import Examples, MultiTaskModel
+    from fastmtl.surgery.sinks.task_gradients import TaskGradients
+
+# The numbers that half precision rounds those around 1 to are this far apart.
+_SPACING = {"bf16": 2**-7, "fp16": 2**-10}
+
+
+class Smart:
+    """The terms of one run. It is no module: the teacher's weights are none of the model's.
+
+    scale: what a task's strength and proximal are multiplied by; see `follow`.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._config, self._recipe = recipe.smart, recipe
+        names = recipe.task_names
+        self._adversarial = _per_task("smart.strength", recipe.smart.strength, names)
+        self._proximal = _per_task("smart.proximal", recipe.smart.proximal, names)
+        if recipe.smart.follows == "gap":
+            for name, task in recipe.tasks.items():
+                if (self._adversarial[name] or self._proximal[name]) and task.data.dev is None:
+                    raise UserError(
+                        f"smart.follows: gap needs dev rows of every task with a term; {name} has no dev file"
+                    )
+        self.scale = dict.fromkeys(names, 0.0 if recipe.smart.follows == "gap" else 1.0)
+        self.teacher: MultiTaskModel | None = None
+        _check(recipe, any(self._adversarial.values()))
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(self._proximal.values())
+
+    @property
+    def active(self) -> bool:
+        """Whether some task has a term now."""
+        return any(self.scale[name] * (self._adversarial[name] + self._proximal[name]) for name in self.scale)
+
+    def start_teacher(self, model: MultiTaskModel) -> None:
+        """With the model's weights as they are now, in float32. Before an engine takes the model."""
+        smart, model.smart = model.smart, None
+        self.teacher = copy.deepcopy(model).float().requires_grad_(False)
+        model.smart = smart
+
+    def follow_model(self, model: MultiTaskModel) -> None:
+        """After an optimiser step: teacher = momentum teacher + (1 - momentum) model."""
+        assert self.teacher is not None
+        with torch.no_grad():
+            for ours, theirs in zip(self.teacher.parameters(), model.parameters(), strict=True):
+                ours.lerp_(theirs.to(ours.device, ours.dtype), 1 - self._config.momentum)
+
+    def follow(self, gaps: Mapping[str, float]) -> None:
+        """follows: gap. A task's scale becomes how much better its own metric is on training rows than on dev rows."""
+        self.scale.update({name: max(0.0, gap) for name, gap in gaps.items()})
+
+    def terms(
+        self,
+        model: MultiTaskModel,
+        batch: PackedBatch,
+        task_grads: TaskGradients | None,
+        found: list[Examples],
+        begun: RandomState,
+    ) -> list[Tensor]:
+        """Of every task, summed over its rows, 0-dim.
+
+        found: what the model made of the batch; begun: the random state in which it began.
+        """
+        outputs = [examples.outputs for examples in found]
+        terms = [output[:0].sum() for output in outputs]
+        tasks = list(enumerate(self._recipe.tasks.items()))
+        if self._any(self._proximal):
+            targets = self._taught(batch, begun, model.training)
+            for index, (name, task) in tasks:
+                strength = self.scale[name] * self._proximal[name]
+                if strength:
+                    terms[index] = terms[index] + strength * divergence(task, outputs[index], targets[index]).sum()
+        if self._any(self._adversarial):
+            noise = self.noise(batch, outputs[0].device, model.encoder.config.hidden_size)
+            after = RandomState.capture(outputs[0].device)
+            noise = self._perturbation(model, batch, [output.detach() for output in outputs], begun, noise)
+            begun.restore()
+            perturbed = model.examples(batch, task_grads, noise)
+            after.restore()
+            for index, (name, task) in tasks:
+                strength, other = self.scale[name] * self._adversarial[name], perturbed[index].outputs
+                # Every output is in the graph: a layer's gradients of a forward come all or none.
+                term = strength * divergence(task, other, outputs[index]).sum() if strength else other[:0].sum()
+                terms[index] = terms[index] + term
+        return terms
+
+    def noise(self, batch: PackedBatch, device: torch.device, size: int) -> Tensor:
+        """Where the perturbation [N, size] starts."""
+        return self._config.noise * torch.randn(batch.num_tokens, size, device=device)
+
+    def _any(self, strengths: Mapping[str, float]) -> bool:
+        return any(self.scale[name] * strength for name, strength in strengths.items())
+
+    def _taught(self, batch: PackedBatch, begun: RandomState, training: bool) -> list[Tensor]:
+        if self.teacher is None:
+            raise ValueError("smart.proximal: there is no teacher yet: call start_teacher before the first step")
+        self.teacher.to(batch.input_ids.device).train(training)
+        after = RandomState.capture(batch.input_ids.device)
+        begun.restore()
+        with torch.no_grad():
+            found = self.teacher.examples(batch)
+        after.restore()
+        return [examples.outputs for examples in found]
+
+    def _perturbation(
+        self, model: MultiTaskModel, batch: PackedBatch, outputs: list[Tensor], begun: RandomState, noise: Tensor
+    ) -> Tensor:
+        """[N, d]. The model is run without the sink: these gradients are of nothing but the noise."""
+        lengths = batch.cu_seqlens.diff()
+        for _ in range(self._config.steps):
+            noise.requires_grad_()
+            begun.restore()
+            found = model.examples(batch, noise=noise)
+            tasks = enumerate(self._recipe.tasks.items())
+            distance = sum(
+                divergence(task, found[index].outputs, outputs[index]).sum()
+                for index, (name, task) in tasks
+                if self.scale[name] * self._adversarial[name]
+            )
+            assert isinstance(distance, Tensor)
+            (gradient,) = torch.autograd.grad(distance, noise)
+            largest = pool(gradient.abs(), batch.cu_seqlens, mode="max").amax(dim=1, keepdim=True)
+            unit = gradient / largest.clamp(min=torch.finfo(gradient.dtype).tiny).repeat_interleave(
+                lengths, dim=0, output_size=len(gradient)
+            )
+            noise = (noise.detach() + self._config.step_size * unit).clamp(-self._config.epsilon, self._config.epsilon)
+        return noise
+
+
+def divergence(task: TaskConfig, p: Tensor, q: Tensor) -> Tensor:
+    """l(p, q) [E] of outputs [E, num_outputs]: KL(p, q) + KL(q, p), or the squared difference of scores."""
+    match kind(task):
+        case "score":
+            return (p - q).square().sum(1)
+        case "binary":
+            return ((p.sigmoid() - q.sigmoid()) * (p - q)).sum(1)
+    # As one product of differences, not as the difference of two divergences, which would be rounding alone.
+    log_p, log_q = p.log_softmax(1), q.log_softmax(1)
+    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1)
+
+
+def _per_task(key: str, given: float | Mapping[str, float], tasks: list[str]) -> dict[str, float]:
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(tasks, given)
+    for name in given:
+        if name not in tasks:
+            raise unknown_name(f"task in {key}", name, tasks)
+    return {name: given.get(name, 0.0) for name in tasks}
+
+
+def _check(recipe: Recipe, adversarial: bool) -> None:
+    config, precision = recipe.smart, recipe.engine.precision
+    if recipe.engine.zero == 3:
+        raise UserError(
+            "smart with engine.zero: 3: its inner gradients and its teacher need weights outside of the forward and "
+            "backward for which ZeRO 3 gathers them; use engine.zero 0, 1 or 2"
+        )
+    if recipe.deepspeed.get("torch_autocast", {}).get("enabled"):
+        precision = "bf16"
+    if adversarial and precision in _SPACING:
+        for key in ("noise", "epsilon"):
+            value = getattr(config, key)
+            if value < _SPACING[precision]:
+                raise UserError(
+                    f"smart.{key}: {value} is lost: {precision} rounds an embedding of 1 to {_SPACING[precision]:.2g}. "
+                    "Use at least that, or precision: fp32"
+                )

@@ -1,0 +1,91 @@
+"""Where recipes come from: the bundled files, files of the user, and what a file takes over by `extends`."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from fastmtl.errors import UserError, unknown_name
+from fastmtl.recipes import yaml_reader as recipe_yaml
+
+TABLE = "table.yaml"  # beside recipes: the results that a report printed, no recipe
+
+
+def recipes_root() -> Path:
+    """The folder of the bundled recipes."""
+    return Path(str(resources.files("fastmtl"))) / "recipes"
+
+
+def bundled_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes inside the package (`papers/pal-lora/pal_lora` for recipes in sub-folders)."""
+    root = recipes_root()
+    files = (path for path in sorted(root.rglob("*.yaml")) if path.name != TABLE)
+    return {path.relative_to(root).with_suffix("").as_posix(): path for path in files}
+
+
+def find_recipe(name: str, beside: Path | None = None) -> Path:
+    """The file of a bundled name, or of a path; a path in `extends` counts from the folder `beside`.
+
+    Raises UserError for neither; for a misspelt bundled name it lists those of the same folder.
+    """
+    bundled = bundled_recipes()
+    path = bundled.get(name) or (Path(name) if beside is None else beside / name)
+    if path.is_file():
+        return path
+    folder = name.rpartition("/")[0]
+    beside_it = [other for other in bundled if other.rpartition("/")[0] == folder]
+    if name.endswith((".yaml", ".yml")) or (folder and not beside_it):
+        raise UserError(f"no recipe file {path}")
+    raise unknown_name("recipe", name, beside_it)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The mapping of a recipe file merged into that of the recipe it `extends`, and so on.
+
+    The merge is that of JSON Merge Patch (RFC 7396): sections are merged key by key, any other value replaces the one
+    below it, null takes the key away (`tasks: {para: null}` leaves a task out). Raises UserError naming the file.
+    """
+    return _read(path, ())
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` merged into `below` as by RFC 7396; neither is changed."""
+    merged = dict(below)
+    for key, value in above.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict):
+            old = merged.get(key)
+            merged[key] = merge(old if isinstance(old, dict) else {}, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    values = read_mapping(path)
+    if "extends" not in values:
+        return values
+    base = values.pop("extends")
+    if not isinstance(base, str):
+        raise UserError(f"{path}: extends: expected the name or file of one recipe, found {base!r}")
+    chain = (*seen, path.resolve())
+    try:
+        file = find_recipe(base, path.parent)
+    except UserError as error:
+        raise UserError(f"{path}: extends: {error}") from None
+    if file.resolve() in chain:
+        raise UserError(f"{path}: extends: {base} extends this recipe itself")
+    return merge(_read(file, chain), values)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping; raises UserError naming the file for anything else."""
+    try:
+        values = recipe_yaml.load(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8, or not YAML
+        raise UserError(f"{path}: not a YAML file: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections, got {type(values).__name__}")
+    return values

@@ -1,0 +1,144 @@
+"""TorchJD's Gramian weightings as gradient methods, through the extra `fastmtl-torch[torchjd]`.
+
+Each has its class's name in lower case without `Weighting`: upgrad, mgda, cagrad, imtlg, alignedmtl, dualproj, ...
+They work on the host in TorchJD's own precision; rank 0 solves and the others take its weights. A task without a
+gradient in a step gets weight 0 and no part in the problem: solvers take a zero gradient for the best compromise there
+is. Some solvers take a G whose trace is below an absolute bound for zero, or stop too early on it; they are given a
+small G times a power of two. Left out: weightings that need J itself, and PCGrad and GradVac, which fastmtl computes on
+the device.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastmtl.errors import UserError, unknown_name
+from fastmtl.surgery.ranks.reduce import world_size
+
+_OURS = {"pcgrad", "gradvac"}
+# Those that depend on G's scale by nothing but a bound (TorchJD's `norm_eps` of 1e-4 for the trace).
+_SCALE_FREE = {"cagrad", "dualproj", "upgrad"}
+# A trace from which on G is solved as it is.
+_ORDINARY = 1e-2
+
+
+def why_unavailable() -> str:
+    """The reason why there are none here, "" where there are."""
+    return "" if find_spec("torchjd") else "TorchJD's methods need: pip install 'fastmtl-torch[torchjd]'"
+
+
+@cache
+def _classes() -> dict[str, type[nn.Module]]:
+    if why_unavailable():
+        return {}
+    from torchjd import aggregation
+
+    found = {}
+    for name, value in vars(aggregation).items():
+        stem = name.removesuffix("Weighting").lower()
+        on_gramian = inspect.isclass(value) and any(base.__name__ == "_GramianWeighting" for base in value.__mro__)
+        if name.endswith("Weighting") and on_gramian and stem not in _OURS:
+            found[stem] = value
+    return found
+
+
+def names() -> list[str]:
+    return sorted(_classes())
+
+
+def knows(name: str) -> bool:
+    return name in _classes()
+
+
+class TorchJDMethod:
+    """One of TorchJD's weightings by name. options: what its class takes by keyword; lists become tensors."""
+
+    by_rank = by_tensor = False
+
+    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
+        kind = _classes()[name]
+        allowed = inspect.signature(kind).parameters
+        for key in options:
+            if key not in allowed:
+                raise unknown_name(f"option of {name}", key, allowed)
+        for key, parameter in allowed.items():
+            if parameter.default is parameter.empty and key not in options:
+                raise UserError(f"gradient method {name} needs the option {key} (see TorchJD's {kind.__name__})")
+        self._name, self._kind = name, kind
+        self._values = {
+            k: torch.tensor(v, dtype=torch.float32) if isinstance(v, list) else v for k, v in options.items()
+        }
+        try:
+            self._weighting = kind(**self._values)
+        except (ImportError, ValueError, TypeError) as error:
+            raise UserError(f"gradient method {name}: {error}") from None
+
+    def weights(self, gram: Tensor, order: Tensor, index: int | None) -> Tensor:
+        result = torch.zeros(len(gram) + 1, device=gram.device)  # the last number: whether rank 0 failed
+        failure = ""
+        if world_size() == 1 or dist.get_rank() == 0:
+            try:
+                result[:-1] = self._solve(gram.detach().cpu())
+            except Exception as error:  # TorchJD's or its solver's; the other ranks wait for a word
+                failure, result[-1] = f": {error or type(error).__name__}", 1
+        if world_size() > 1:
+            dist.broadcast(result, 0)
+        if result[-1] > 0:
+            raise UserError(f"gradient method {self._name} cannot solve this step's tasks{failure}")
+        return result[:-1]
+
+    def _solve(self, gram: Tensor) -> Tensor:
+        if not bool(gram.isfinite().all()):  # not every solver comes back from that; the step is skipped anyway
+            return torch.full((len(gram),), float("nan"))
+        present = (gram.diagonal() > 0).nonzero().squeeze(1)
+        gram, factor = self._scaled(gram)
+        if len(present) == len(gram) or dict(self._weighting.named_buffers()):  # a state is of all tasks
+            return self._weighting(gram) * factor
+        weights = torch.zeros(len(gram))
+        if len(present):
+            values = {k: v[present] if isinstance(v, Tensor) else v for k, v in self._values.items()}
+            weights[present] = self._kind(**values)(gram[present][:, present]) * factor
+        return weights
+
+    def _scaled(self, gram: Tensor) -> tuple[Tensor, float]:
+        """A small G times a power of two, and what its weights are to be multiplied by to be those of G."""
+        trace = float(gram.diagonal().double().sum())
+        given = self._values.keys() & {"norm_eps", "projector"}  # the user's own bound is for G as it is
+        if not 0 < trace < _ORDINARY or given:
+            return gram, 1.0
+        exponent = 1 - math.frexp(trace)[1]  # to a trace from 1 to 2
+        alpha = float(self._values.get("alpha", 0))
+        if self._name in _SCALE_FREE:
+            factor = 1.0
+        elif self._name == "fairgrad" and alpha > 0:  # w of G w = w ** (-1 / alpha)
+            factor = 2.0 ** (exponent * alpha / (1 + alpha))
+        else:
+            return gram, 1.0
+        return (gram.double() * 2.0**exponent).to(gram.dtype), factor
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moving averages and counters of a stateful weighting, as numbers and lists."""
+        plain = set(vars(nn.Module()))
+        attributes = {k: v for k, v in vars(self._weighting).items() if k not in plain}
+        return {
+            "attributes": {k: v for k, v in attributes.items() if v is None or isinstance(v, (bool, int, float))},
+            "buffers": {
+                name: {"dtype": str(value.dtype).removeprefix("torch."), "values": value.tolist()}
+                for name, value in self._weighting.named_buffers()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, value in state["attributes"].items():
+            setattr(self._weighting, name, value)
+        for name, value in state["buffers"].items():
+            setattr(self._weighting, name, torch.tensor(value["values"], dtype=getattr(torch, value["dtype"])))

@@ -1,0 +1,124 @@
+"""Several Linears of one input whose outputs lie side by side, each with a weight and a bias of its own.
+
+    Y[:, i] = X W_i^T + b_i                      dX = dY [W_1; ...; W_k]
+    as one product X [W_1; ...; W_k]^T           [dW_1; ...; dW_k] = dY^T X
+
+Shapes: X [N, in], W_i [out, in], b_i [out], Y and dY [N, k, out]. Weights that follow one another in one storage, as in
+the flat buffers of DeepSpeed, are such a matrix already. Others are copied into one, k in x out numbers, where a copy
+of the outputs would be N k out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fastmtl.cuda_graphs.writes import RecordedWrites
+from fastmtl.surgery.functional import check_rows, linear_gradients, weighted_rows
+from fastmtl.surgery.segments import Segments
+from fastmtl.surgery.sinks.task_gradients import TaskGradients
+from fastmtl_kernels.cast import cast
+
+
+def projections(
+    x: Tensor,
+    weights: Sequence[nn.Parameter],
+    biases: Sequence[nn.Parameter],
+    segments: Segments,
+    task_grads: TaskGradients | None = None,
+) -> Tensor:
+    """x [N, in], k weights [out, in], k biases [out] -> [N, k, out], as k of functional.linear put side by side.
+
+    Raises UserError for an x of other dimensions, and for one with fewer rows than the segments have.
+    """
+    if task_grads is not None and task_grads.mode is None:
+        task_grads = None
+    if task_grads is not None:
+        check_rows("projections", x, 2, segments)
+    if torch.is_autocast_enabled(x.device.type):  # what backward multiplies has to have the product's dtype
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return _Projections.apply(x, segments, task_grads, *weights, *biases)
+
+
+class _Projections(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, segments: Segments, task_grads: TaskGradients | None, *parameters: nn.Parameter
+    ) -> Tensor:
+        number = len(parameters) // 2
+        weights, biases = parameters[:number], parameters[number:]
+        # As in functional.py: ZeRO 3 has gathered the weights again in backward, and the sink knows the originals.
+        ctx.save_for_backward(x, *weights)
+        ctx.parameters = parameters
+        ctx.segments, ctx.task_grads = segments, task_grads
+        if task_grads is not None:
+            for pair in zip(weights, biases, strict=True):
+                task_grads.expect(*pair)
+        return F.linear(x, _stacked(weights), _stacked(biases)).view(len(x), number, len(biases[0]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, *gathered = ctx.saved_tensors
+        rows = dy.flatten(1)
+        dx = rows.mm(cast(_stacked(gathered), dy.dtype)) if ctx.needs_input_grad[0] else None
+        return dx, None, None, *_gradients(ctx, dy, rows, x)
+
+
+def _gradients(ctx: Any, dy: Tensor, rows: Tensor, x: Tensor) -> list[Tensor | None]:
+    """Those of the weights and the biases for autograd. rows [N, k out]: of dy."""
+    sink, parameters, needed = ctx.task_grads, ctx.parameters, ctx.needs_input_grad[3:]
+    if not any(needed):
+        return [None] * len(parameters)
+    number = len(parameters) // 2
+    weights, biases = parameters[:number], parameters[number:]
+    if sink is not None:
+        mode, all_shared = sink.armed_mode(), all(map(sink.wants, parameters))
+        if isinstance(sink, RecordedWrites):
+            sink.linears(weights, biases, rows, x)
+            return [None] * len(parameters)
+        if mode == "stack" and sink.dtype == dy.dtype and all_shared:
+            _stack(sink, weights, biases, ctx.segments.split(rows.t(), dim=1), ctx.segments.split(x))
+            return [None] * len(parameters)
+        if mode != "weighted" or not all_shared:
+            pairs = enumerate(zip(weights, biases, strict=True))
+            found = [linear_gradients(ctx, (3 + i, 3 + number + i), *pair, dy[:, i], x) for i, pair in pairs]
+            return [dw for dw, _ in found] + [db for _, db in found]
+        rows, x = weighted_rows(rows, sink, ctx.segments), x[: ctx.segments.host[-1]]
+    gradients = [*rows.t().mm(x).chunk(number), *rows.sum(0).chunk(number)]
+    return [gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=True)]
+
+
+def _stack(
+    sink: TaskGradients,
+    weights: Sequence[nn.Parameter],
+    biases: Sequence[nn.Parameter],
+    dy: Sequence[Tensor],
+    x: Sequence[Tensor],
+) -> None:
+    """dy [k out, n] and x [n, in] of each task: made inside J, as in functional.py."""
+    of_weights, of_biases = sink.stack_of(weights[0]), sink.stack_of(biases[0])
+    for task, (left, right) in enumerate(zip(dy, x, strict=True)):
+        if len(right):
+            of_weights.add_products(weights, task, left, right)
+            of_biases.add_sums(biases, task, left)
+    for parameter in (*weights, *biases):
+        sink.written(parameter)
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """The parts one under the other: a view where they lie so in one storage, else a copy."""
+    first, at = parts[0], parts[0].data_ptr()
+    storage, beside = first.untyped_storage().data_ptr(), True
+    for part in parts:
+        beside = beside and part.data_ptr() == at and part.is_contiguous() and part.dtype == first.dtype
+        beside = beside and part.untyped_storage().data_ptr() == storage
+        at += part.nbytes
+    if beside:
+        return first.as_strided((len(parts) * len(first), *first.shape[1:]), first.stride())
+    return torch.cat(list(parts))

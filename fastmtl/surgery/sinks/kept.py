@@ -1,0 +1,177 @@
+"""`storage: kept`: the factors of the shared weights' task gradients outlive backward, their products do not.
+
+A Linear's task gradients are dW_t = dY[rows of t]^T X[rows of t]. The T products of one weight at a time meet in the
+Gramian. With the weights c, the merged gradient is one product more: (c[task of row] * dY)^T X. So X and dY are kept,
+N (in + out) numbers for N rows, in place of T x out x in.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.surgery.merged import Merged
+from fastmtl.surgery.segments import Segments
+from fastmtl.surgery.sinks.task_gradients import TaskGradients
+from fastmtl_kernels import combine, gramian
+from fastmtl_kernels.cast import cast
+
+
+class Pair(NamedTuple):
+    """One use of a weight in one micro-batch: dy [N, out], x [N, in], and which of the N rows belong to which task."""
+
+    dy: Tensor
+    x: Tensor
+    segments: Segments
+
+
+class KeptGradients(TaskGradients):
+    """The sink in mode `keep`.
+
+    Weights of Linears are kept as pairs, one for each use and micro-batch. What other operations deliver, [T, *shape],
+    is kept as it is: biases, norms and the maps of adapters are small. Autograd gets no gradient.
+    """
+
+    stacks = False
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self._pairs: dict[int, list[Pair]] = {}
+        self._delivered: dict[int, Tensor] = {}
+        self._most = 0
+
+    def keep(self, weight: nn.Parameter, dy: Tensor, x: Tensor, segments: Segments) -> None:
+        """dy [N, out], x [N, in]. Detached: their graphs would hold what backward has done with."""
+        self.armed_mode()
+        rows = segments.host[-1]
+        self._pairs.setdefault(id(weight), []).append(Pair(dy.detach()[:rows], x.detach()[:rows], segments))
+
+    def deliver(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
+        if not self.wants(parameter):
+            return super().deliver(parameter, gradients)
+        self.armed_mode()
+        gradients, before = cast(gradients, torch.float32), self._delivered.get(id(parameter))
+        self._delivered[id(parameter)] = gradients if before is None else before + gradients
+        return None
+
+    @torch.no_grad()
+    def gramian(self) -> Tensor:
+        """Return G as the base class does. The T products of every weight are made in one buffer, one weight after the
+        other: on CPUs fresh memory costs as much as the products that fill it.
+        """
+        device = self.anchor.device
+        total = torch.zeros(self.num_tasks, self.num_tasks, device=device)
+        vectors, buffer = [], torch.empty(0)
+        for parameter in self.dense:  # on every rank the same ones in the same order: it is collective
+            pairs, found = self._pairs.get(id(parameter)), self._delivered.get(id(parameter))
+            if pairs:
+                size = self.num_tasks * parameter.numel()
+                if buffer.numel() < size or buffer.dtype != pairs[0].dy.dtype:
+                    buffer = pairs[0].dy.new_empty(size)
+                products = buffer[:size].view(self.num_tasks, *parameter.shape)
+                _multiply(pairs, products)
+                found = products if found is None else found + products
+            elif found is None and self.scatters:
+                found = torch.zeros(self.num_tasks, *parameter.shape, device=device)
+            if found is None:
+                continue
+            if self._sketch is not None:
+                self._sketch.add(self._index[id(parameter)], found.flatten(1))
+            elif parameter.dim() < 2:
+                vectors.append(found.flatten(1))
+            else:
+                total += self._share(found.flatten(1))
+        inputs = (pair.x for pairs in self._pairs.values() for pair in pairs)
+        self._most = buffer.nbytes + sum({t.data_ptr(): t.nbytes for t in (*self.tensors(), *inputs)}.values())
+        if self._sketch is not None:
+            self._ranks.total(self._sketch.values)
+            return self._sketch.gramian()
+        if vectors:
+            total += self._share(torch.cat(vectors, 1))
+        return self._ranks.total(total) + self._tables.gramian(device)
+
+    @torch.no_grad()
+    def combine(self, weights: Tensor, *, narrow: bool = False) -> Merged:
+        """Merge as the base class does, but products have the rows' dtype in either case. Pairs are dropped one by one
+        as their product is made.
+        """
+        merged = self._merge_delivered(weights, narrow=narrow)
+        by_segments: dict[Segments, Tensor] = {}
+        for parameter in self.dense:
+            key = id(parameter)
+            if key in self._pairs:
+                product = _merge(self._pairs.pop(key), weights.float(), by_segments)
+                merged[key] = product if key not in merged else merged[key] + product
+            elif key not in merged:
+                merged[key] = torch.zeros_like(parameter)
+        merged.update(self._tables.merged(weights))
+        return merged
+
+    def reached(self) -> set[int]:
+        return self._reached | set(self._pairs) | set(self._delivered) | self._tables.reached()
+
+    def clear(self) -> None:
+        super().clear()
+        self._pairs.clear()
+        self._delivered.clear()
+        self._most = 0
+
+    def nbytes(self) -> int:
+        """Bytes that were kept when the Gramian was made, inputs and the buffer of its products included. An input of
+        several weights counts once.
+        """
+        return self._most
+
+    def tensors(self) -> list[Tensor]:
+        """Without the layers' inputs, which are activations that live longer than else."""
+        gradients = [pair.dy for pairs in self._pairs.values() for pair in pairs]
+        return [*super().tensors(), *self._delivered.values(), *gradients]
+
+    def _merge_delivered(self, weights: Tensor, *, narrow: bool) -> Merged:
+        """In one call. The T gradients are dropped."""
+        found = Merged()
+        if self._delivered:
+            by_task = zip(*(gradients.unbind() for gradients in self._delivered.values()), strict=True)
+            found.update(zip(self._delivered, combine(list(by_task), weights), strict=True))
+        self._delivered.clear()
+        for parameter in self.dense if narrow else ():
+            if id(parameter) in found:
+                found[id(parameter)] = cast(found[id(parameter)], parameter.dtype)
+        return found
+
+    def _share(self, gradients: Tensor) -> Tensor:
+        """[T, n] of this rank -> its share of the Gramian. In float32 over ranks, which may have other dtypes."""
+        return gramian(self._ranks.scatter(cast(gradients, torch.float32)) if self.scatters else gradients)
+
+
+def _multiply(pairs: list[Pair], out: Tensor) -> None:
+    """The T products of a weight, [T, out, in]: rows of all its pairs are one sum, rounded once."""
+    left = [pair.segments.split(pair.dy) for pair in pairs]
+    right = [pair.segments.split(pair.x) for pair in pairs]
+    for task, product in enumerate(out):
+        dy, x = (_joined([rows[task] for rows in side]) for side in (left, right))
+        torch.mm(dy.t(), x, out=product)
+
+
+def _merge(pairs: list[Pair], weights: Tensor, by_segments: dict[Segments, Tensor]) -> Tensor:
+    """(weights[task of row] * dy)^T x [out, in]. by_segments: the rows' weights as far as they are known.
+
+    float16 multiplies by the weights over the largest of them, so that neither a loss scale in them nor their size is
+    out of its range.
+    """
+    dtype = pairs[0].dy.dtype
+    largest = weights.abs().max().clamp(min=1e-30) if dtype == torch.float16 else None
+    rows = []
+    for dy, _, segments in pairs:
+        if segments not in by_segments:
+            by_segments[segments] = segments.per_row(weights)[:, None]
+        per_row = by_segments[segments]
+        rows.append(cast(dy * (per_row if largest is None else per_row / largest), dtype))
+    product = _joined(rows).t() @ _joined([pair.x for pair in pairs])
+    return product if largest is None else product.float() * largest
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(rows)

@@ -1,0 +1,60 @@
+"""`fastmtl` commands in processes of their own, for commands that make many runs."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from fastmtl.config import Recipe
+from fastmtl.recipes.changes import differences
+
+FASTMTL = (sys.executable, "-c", "from fastmtl.cli import main; main()")
+
+
+class Interrupted(Exception):
+    """A run was stopped; those before it are finished."""
+
+
+def run_fastmtl(*arguments: str, command: Sequence[str] = FASTMTL, log: Path | None = None) -> int:
+    """The exit status of a command. A stop (SIGTERM, Ctrl-C) is passed on and waited for, then Interrupted is raised.
+
+    log: a file that gets what it prints, anew; default: the terminal.
+    """
+    stopped: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
+
+    def stop(number: int, _: FrameType | None) -> None:
+        stopped.append(number)
+        if process is not None:
+            process.terminate()
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with log.open("wb") if log is not None else nullcontext() as file:
+            streams: dict[str, Any] = {} if file is None else {"stdout": file, "stderr": subprocess.STDOUT}
+            process = subprocess.Popen([*command, *arguments], **streams)
+            while True:
+                try:
+                    status = process.wait()
+                    break
+                except KeyboardInterrupt:  # the terminal has sent it to the process, too
+                    stopped.append(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if stopped:
+        raise Interrupted
+    return status
+
+
+def difference(before: Recipe, now: Recipe) -> str | None:
+    """`data.fraction: 0.5, now 1.0` of the first key that differs."""
+    for key, (old, new) in differences(before, now).items():
+        if key != "description":
+            return f"{key}: {old}, now {new}"
+    return None

@@ -1,0 +1,116 @@
+"""What of the tasks' losses changes in the course of a run: dynamic weights, SMART's teacher and strengths, and the
+losses of pairs that look at a whole step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from fastmtl.config import Recipe
+from fastmtl.data.corpus import Corpus
+from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.data.tokenized import TokenizedDataset
+from fastmtl.model.losses.cached_pairs import cache_pairs
+from fastmtl.model.losses.smart import Smart
+from fastmtl.model.losses.weighting import DynamicWeightAverage
+from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.surgery.step import SurgeryInfo
+from fastmtl.training.evaluation import Scores
+from fastmtl.training.metrics import evaluate_predictions
+
+Metrics = Mapping[str, Mapping[str, float]]
+
+
+class Objectives:
+    """Of one model in training. It is called around a step and after an epoch, and does nothing where the recipe asks
+    for none of these, or the model has other losses than its tasks'.
+
+    Made before an engine takes the model: the teacher starts with its weights. Every rank makes one and calls it, and
+    all of them stay equal. corpus: for `after_epoch`.
+    """
+
+    def __init__(self, recipe: Recipe, model: nn.Module, corpus: Corpus | None = None) -> None:
+        self._recipe, self._corpus = recipe, corpus
+        self._model = model if isinstance(model, MultiTaskModel) else None
+        self._average: DynamicWeightAverage | None = None
+        if self._model is not None and recipe.weighting.name == "dwa":
+            self._average = DynamicWeightAverage(recipe.task_names, recipe.weighting.temperature)
+        self._smart: Smart | None = None if self._model is None else self._model.smart
+        if self._model is not None and self._smart is not None and self._smart.needs_teacher:
+            self._smart.start_teacher(self._model)
+
+    def prepare(self, micro_batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        """A step's micro-batches, ready for its losses."""
+        return list(micro_batches) if self._model is None else cache_pairs(self._model, micro_batches)
+
+    def weights(self, of_step: Mapping[str, float] | None) -> Mapping[str, float] | None:
+        """The tasks' weights in the next step, times those that are given."""
+        if self._average is None:
+            return of_step
+        return {name: weight * (of_step or {}).get(name, 1.0) for name, weight in self._average.weights().items()}
+
+    def after_step(self, info: SurgeryInfo) -> None:
+        """After the optimiser's step, or in its place where it was skipped."""
+        if self._average is not None:
+            self._average.after_step(info.losses)
+        if self._model is not None and self._smart is not None and self._smart.teacher and info.skipped is None:
+            self._smart.follow_model(self._model)
+
+    def after_epoch(self, dev: Metrics, evaluate: Callable[[Corpus], Mapping[str, Scores]]) -> list[str]:
+        """dev: the tasks' metrics; evaluate: scores a corpus's dev rows. Returns what to tell of the next epoch."""
+        notes = []
+        if self._average is not None:
+            self._average.after_epoch()
+            notes.append(_listed("weights of the losses", self._average.weights()))
+        if self._smart is not None and self._recipe.smart.follows == "gap":
+            scored = evaluate(self._sample(dev))
+            tasks = self._recipe.tasks
+            gaps = {}
+            for name, found in scored.items():
+                metrics = evaluate_predictions(tasks[name], found.scores, found.labels)
+                gaps[name] = metrics[tasks[name].metric_name] - dev[name][tasks[name].metric_name]
+            self._smart.follow(gaps)
+            notes.append(_listed("gaps between training and dev rows", gaps))
+        return notes
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-ready, without `tensors`."""
+        state: dict[str, Any] = {}
+        if self._average is not None:
+            state["average"] = self._average.state_dict()
+        if self._smart is not None:
+            state["scale"] = self._smart.scale
+        return state
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The teacher's."""
+        return {} if self._smart is None or self._smart.teacher is None else dict(self._smart.teacher.state_dict())
+
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
+        if self._smart is not None:
+            self._smart.scale.update(state["scale"])
+            if self._smart.teacher is not None:
+                self._smart.teacher.load_state_dict(dict(tensors))
+
+    def _sample(self, dev: Metrics) -> Corpus:
+        """Training rows in the place of dev rows, as many, evenly taken; of the tasks that have dev rows."""
+        assert self._corpus is not None
+        samples: list[TokenizedDataset | None] = []
+        for name, train, rows in zip(self._recipe.task_names, self._corpus.train, self._corpus.dev, strict=True):
+            if name not in dev or rows is None or train is None:
+                samples.append(None)
+                continue
+            count = min(len(train), len(rows))
+            samples.append(train.take(np.arange(count) * len(train) // count))
+        return dataclasses.replace(self._corpus, dev=samples)
+
+
+def _listed(what: str, values: Mapping[str, float]) -> str:
+    return f"{what}: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items())

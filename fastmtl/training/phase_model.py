@@ -1,0 +1,65 @@
+"""The model of a phase: what it trains, and what it takes over from the phases before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastmtl.config import MLM
+from fastmtl.engine.distributed import Ranks
+from fastmtl.errors import UserError
+from fastmtl.model.encoder.pretrained import encoder_directory, load_encoder
+from fastmtl.model.masked_lm import MaskedLanguageModel, load_output_layer
+from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.model.task_weights import read_task_weights, take_over
+from fastmtl.training.phases import Phase
+
+
+class PhaseModel:
+    """model: encoder, adapters and heads of the phase's tasks, on the CPU; new ones are drawn from the phase's seed, so
+    every rank has the same. trained: what the engine gets, the model or a masked language model of its encoder.
+    notes: what a user may want to know. Raises UserError for choices that do not fit together, and where there is
+    nothing to train.
+    """
+
+    def __init__(self, phase: Phase) -> None:
+        self.phase = phase
+        torch.manual_seed(phase.recipe.seed)
+        self.model = MultiTaskModel(phase.recipe, load_encoder(phase.recipe.encoder))
+        self.notes: list[str] = []
+        for part, module in (("adapters", self.model.adapter), ("heads", self.model.heads)):
+            if module is not None and part not in phase.parts:
+                module.requires_grad_(False)
+        self.trained: MultiTaskModel | MaskedLanguageModel = self.model
+        if phase.objective == MLM:
+            self.trained = MaskedLanguageModel(self.model.encoder)
+            if not load_output_layer(self.trained.head, encoder_directory(phase.recipe.encoder.path)):
+                self.notes.append("the encoder has no output layer for masked words: a new one is trained along")
+        if not any(parameter.requires_grad for parameter in self.trained.parameters()):
+            where = "" if phase.name is None else f"phases.{phase.index} ({phase.name}): "
+            raise UserError(f"{where}there is nothing to train: the encoder is frozen, the rest has no parameters")
+
+    @property
+    def least_saved(self) -> int:
+        """Bytes that a checkpoint and model/ take at least: weights of 16 and of 32 bits, and Adam's two moments."""
+        trained = sum(tensor.numel() for tensor in self.trained.parameters() if tensor.requires_grad)
+        return (2 + 4) * sum(tensor.numel() for tensor in self.trained.parameters()) + 8 * trained
+
+    def take_over(self, directory: Path, ranks: Ranks) -> None:
+        """What the earlier phases left in a `model/` directory; only the first rank reads it."""
+        new: list[str] = []
+        if ranks.is_main:
+            weights, _ = read_task_weights(directory)
+            new = take_over(self.model, weights)
+        for tensor in self.model.state_dict().values():
+            ranks.broadcast(tensor)
+        if new:
+            self.notes.append(f"new in this phase: {', '.join(new)}")
+
+    def whole(self, gathered: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """The model's state dict, from that of what was trained; None where that is None."""
+        if gathered is None or self.trained is self.model:
+            return gathered
+        return {name: gathered.get(name, tensor) for name, tensor in self.model.state_dict().items()}

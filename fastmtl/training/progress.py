@@ -1,0 +1,118 @@
+"""The position of a run, as its checkpoints keep it, and how much of a phase is left from there."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastmtl.config import MLM
+from fastmtl.data.corpus import Corpus
+from fastmtl.data.masking import MaskedStream
+from fastmtl.data.stream import BatchStream
+from fastmtl.engine.checkpoint import Found
+from fastmtl.engine.distributed import Ranks
+from fastmtl.errors import UserError
+from fastmtl.training.phases import Phase
+
+
+@dataclass
+class Progress:
+    """The position of a run, kept in every checkpoint. All but step, seconds and data belong to the current phase.
+
+    A checkpoint within an epoch is saved before anything is evaluated there. So a run that train.max_steps ended within
+    an epoch goes on from it as if it had not stopped, and one that is started again without going on evaluates again.
+    """
+
+    step: int = 0  # optimiser steps done
+    epoch: int = 0  # the current epoch, from 0
+    step_in_epoch: int = 0
+    epoch_steps: int = 0  # optimiser steps of the current epoch, by the number of processes that saved
+    best: float | None = None  # value of early_stopping.metric
+    epochs_without_gain: int = 0
+    seconds: float = 0.0
+    surgery: dict[str, Any] = field(default_factory=dict)
+    objectives: dict[str, Any] = field(default_factory=dict)
+    phase: int = 0  # from 0
+    first_step: int = 0  # optimiser steps before the phase
+    early: bool = False  # early stopping has ended the phase
+    bests: dict[str, float] = field(default_factory=dict)  # keep: best_of_each: value of each task's own metric
+    data: dict[str, str] = field(default_factory=dict)  # digest of each task's rows, by task and split
+
+    def next_phase(self) -> Progress:
+        return Progress(
+            step=self.step, seconds=self.seconds, phase=self.phase + 1, first_step=self.step, data=self.data
+        )
+
+    def gained(self, phase: Phase, dev: dict[str, dict[str, float]], value: float | None) -> list[str]:
+        """Return the tasks whose weights are better than all before, by `value` all or none.
+
+        A task without dev rows is always one of them.
+        """
+        tasks = phase.recipe.tasks
+        if phase.keep == "best_of_each":
+            own = {name: dev[name][task.metric_name] for name, task in tasks.items() if name in dev}
+            better = [name for name in tasks if name not in own or own[name] > self.bests.get(name, -math.inf)]
+            self.bests.update({name: own[name] for name in better if name in own})
+            return better
+        if value is not None and self.best is not None and not value > self.best:
+            return []
+        self.best = value
+        return list(tasks)
+
+
+@dataclass
+class Job:
+    """A phase, its data and its batches."""
+
+    phase: Phase
+    corpus: Corpus
+    stream: BatchStream
+
+    @classmethod
+    def of(cls, phase: Phase, corpus: Corpus, tokenizer: Any, ranks: Ranks) -> Job:
+        stream = BatchStream(corpus.train, phase.recipe, ranks.rank, ranks.world)
+        if phase.objective == MLM:
+            stream = MaskedStream(corpus.train, phase.recipe, tokenizer, ranks.rank, ranks.world)
+        return cls(phase, corpus, stream)
+
+    def last_step(self, at: Progress) -> int:
+        """Number of the optimiser step that ends the phase, counted through the whole run from where it is."""
+        train = self.phase.recipe.train
+        steps = sum(self.stream.steps(epoch) for epoch in range(at.epoch, train.epochs)) - at.step_in_epoch
+        last = at.step + max(steps, 0)
+        return last if train.max_steps is None else min(last, at.first_step + train.max_steps)
+
+    def is_over(self, at: Progress) -> bool:
+        """True where no step is left and the last epoch has been evaluated."""
+        return at.early or at.epoch >= self.phase.recipe.train.epochs or self._is_cut(at)
+
+    def _is_cut(self, at: Progress) -> bool:
+        return at.step >= self.last_step(at) and at.step_in_epoch == 0
+
+    def fit(self, at: Progress) -> str | None:
+        """Move `at` to the same share of the current epoch where that has another number of steps now, because another
+        number of processes saved it. Returns what to tell the user.
+        """
+        if not at.step_in_epoch or at.epoch >= self.phase.recipe.train.epochs:
+            return None
+        before, now = at.epoch_steps, self.stream.steps(at.epoch)
+        if before == now:
+            return None
+        done = at.step_in_epoch
+        at.step_in_epoch = min(now, round(done * now / before))
+        return f"epoch {at.epoch + 1} had {before} steps and has {now} now: step {done} became step {at.step_in_epoch}"
+
+
+def resumed(found: Found | None, phases: list[Phase]) -> Progress:
+    """Return where a found checkpoint leaves a run. Raises UserError where the recipe has no such phase."""
+    if found is None:
+        return Progress()
+    at, name = Progress(**found.state), found.manifest.get("phase")
+    if at.phase >= len(phases) or phases[at.phase].name != name:
+        names = [phase.name or "the only one" for phase in phases]
+        raise UserError(
+            f"{found.path} was saved in phase {at.phase} ({name or 'the only one'}), the recipe's phases are "
+            f"{', '.join(names)}; a resumed run keeps them"
+        )
+    return at

@@ -1,0 +1,173 @@
+"""What a run leaves in its output directory besides metrics and checkpoints. Written by the main process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from fastmtl.config import Recipe
+from fastmtl.data.corpus import Corpus
+from fastmtl.data.tokenized import TokenizedDataset
+from fastmtl.engine.distributed import Ranks
+from fastmtl.files.writing import replace_text
+from fastmtl.inference.predictions import write_cs224n
+from fastmtl.model.add_task import Addition
+from fastmtl.model.encoder.pretrained import save_model
+from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.model.task_weights import TaskWeights, read_task_weights
+from fastmtl.recipes.changes import Changes
+from fastmtl.report import CHANGES, collect_results, write_report
+from fastmtl.training.evaluation import Scores
+from fastmtl.training.metrics import label_statistics
+from fastmtl.training.phases import Phase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ASIDE = ".set-aside"
+KEPT = ("model", "predictions")
+
+
+class RunFiles:
+    """config.yaml at once; model/ and predictions/ of the best epoch so far; report.html at the end."""
+
+    def __init__(
+        self,
+        output: Path,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerBase,
+        corpus: Corpus,
+        ranks: Ranks,
+    ) -> None:
+        self.output = output
+        self._recipe, self._tokenizer, self._corpus = recipe, tokenizer, corpus
+        self._ranks = ranks
+        self._addition = Addition(recipe) if ranks.is_main and recipe.add_to is not None else None
+        if ranks.is_main:
+            output.mkdir(parents=True, exist_ok=True)
+            replace_text(output / "config.yaml", recipe.dump())
+
+    def notes(self) -> list[str]:
+        """What the user should know of the files before the run starts."""
+        notes = [] if self._addition is None else [self._addition.note]
+        for name, split, dataset in self._datasets():
+            notes.extend(f"{name} {split}: {note}" for note in dataset.notes)
+            if dataset.skipped:
+                notes.append(f"{name} {split}: {len(dataset.skipped)} bad rows skipped, first {dataset.skipped[0]}")
+            if dataset.truncated:
+                notes.append(
+                    f"{name} {split}: {dataset.truncated} of {len(dataset)} texts cut to the encoder's positions"
+                )
+        return notes
+
+    def keep(
+        self,
+        phase: Phase,
+        scored: Mapping[str, Scores],
+        state_dict: dict[str, Tensor] | None,
+        model: MultiTaskModel,
+        tasks: list[str],
+    ) -> None:
+        """Writes model/ and predictions/<task>-dev.csv of `tasks`, and remembers their scores for the report.
+
+        In a run of several phases model/ has every task so far: the others keep what they have.
+        """
+        if not self._ranks.is_main:
+            return
+        assert state_dict is not None
+        recipe, directory = phase.recipe, self.output / "model"
+        if phase.name is not None and directory.is_dir():
+            recipe, state_dict = self._with_others(phase, state_dict, tasks)
+        save = save_model if self._addition is None else self._addition.save
+        save(directory, model, recipe, self._tokenizer, state_dict)
+        folder = self.output / "predictions"
+        folder.mkdir(exist_ok=True)
+        for name, task in scored.items():
+            if name in tasks:
+                write_cs224n(folder / f"{name}-dev.csv", self._recipe.tasks[name], task.dataset.ids, task.scores)
+                np.save(folder / f".{name}-dev.npy", task.scores)  # the report's, after a resume too
+        for name in [] if phase.recipe.encoder.freeze else self._recipe.task_names:
+            if name not in scored:  # of another encoder, if there are any
+                for file in (folder / f"{name}-dev.csv", folder / f".{name}-dev.npy"):
+                    file.unlink(missing_ok=True)
+
+    def set_aside(self) -> None:
+        """Copy model/ and predictions/ to where `take_back` finds them: what the end of a run within an epoch keeps is
+        no longer kept when the run goes on from there. A copy that is there already is the right one: this end of the
+        run was broken off before.
+        """
+        aside = self.output / ASIDE
+        if not self._ranks.is_main or aside.exists() or not (self.output / "model").is_dir():
+            return
+        making = aside.with_name(f"{ASIDE}.new")
+        shutil.rmtree(making, ignore_errors=True)
+        for name in KEPT:
+            shutil.copytree(self.output / name, making / name)
+        making.rename(aside)
+
+    def take_back(self) -> None:
+        """Put what was set aside back in its place, where there is any."""
+        aside = self.output / ASIDE
+        if not self._ranks.is_main or not aside.is_dir():
+            return
+        for name in KEPT:
+            if (aside / name).is_dir():  # not those that a process which was killed has put back
+                shutil.rmtree(self.output / name, ignore_errors=True)
+                (aside / name).rename(self.output / name)
+        aside.rmdir()
+
+    def record(self, step: int, changes: Changes) -> None:
+        """Append settings and rows with which the run was resumed, {key: (before, now)}, to changes.jsonl."""
+        if self._ranks.is_main and changes:
+            line = {"step": step, "changes": changes, "time": round(time.time(), 3)}
+            with (self.output / CHANGES).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def _with_others(
+        self, phase: Phase, state_dict: dict[str, Tensor], tasks: list[str]
+    ) -> tuple[Recipe, dict[str, Tensor]]:
+        kept, before = read_task_weights(self.output / "model")
+        kept.replace(TaskWeights.of(state_dict, phase.recipe.task_names), tasks)
+        known = {**before.tasks, **phase.recipe.tasks}
+        ordered = {name: known[name] for name in self._recipe.tasks if name in known}
+        return phase.recipe.model_copy(update={"tasks": ordered}), kept.state_dict(list(ordered))
+
+    def finish(self, steps: int, seconds: float) -> dict[str, Any] | None:
+        """Writes report.html (and results.json) from the kept scores; returns the results on the main process."""
+        if not self._ranks.is_main:
+            return None
+        kept = {}
+        for name, split, dataset in self._datasets():
+            file = self.output / "predictions" / f".{name}-dev.npy"
+            if split == "dev" and file.is_file():
+                assert dataset.labels is not None
+                kept[name] = (np.load(file), dataset.labels)
+        counts: dict[str, dict[str, dict[str, Any]]] = {}
+        for name, split, dataset in self._datasets():
+            numbers: dict[str, Any] = {
+                "rows": len(dataset),
+                "skipped": len(dataset.skipped),
+                "truncated": dataset.truncated,
+            }
+            if dataset.labels is not None and len(dataset):
+                numbers["labels"] = label_statistics(self._recipe.tasks[name], dataset.labels)
+            counts.setdefault(name, {})[split] = numbers
+        results = collect_results(
+            self._recipe, kept, counts, steps=steps, seconds=seconds, world_size=self._ranks.world
+        )
+        write_report(self.output, results)
+        return results
+
+    def _datasets(self) -> list[tuple[str, str, TokenizedDataset]]:
+        named = zip(self._recipe.task_names, self._corpus.train, self._corpus.dev, strict=True)
+        pairs = [
+            (name, split, data) for name, *both in named for split, data in zip(("train", "dev"), both, strict=True)
+        ]
+        return [(name, split, data) for name, split, data in pairs if data is not None]

@@ -1,0 +1,137 @@
+"""The start of a run: everything that is checked, loaded and compared before the first DeepSpeed engine is made.
+
+`train` goes on from here, `train --check` stops here, so both refuse the same things with the same messages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastmtl.config import Recipe
+from fastmtl.data.corpus import Corpus, CorpusRows
+from fastmtl.data.tokenized import check_token_types
+from fastmtl.engine.build import check_engine
+from fastmtl.engine.checkpoint import Checkpoints, Found
+from fastmtl.engine.distributed import Ranks, join, this_process
+from fastmtl.engine.early_errors import errors_reach_the_first
+from fastmtl.engine.fused_optimizers import check_fused_optimizer
+from fastmtl.files.output_folder import check_room
+from fastmtl.model.add_task import complete
+from fastmtl.model.encoder.pretrained import load_tokenizer
+from fastmtl.recipes.changes import Changes, changed_rows, refuse, resume_notes
+from fastmtl.training.checks import check_schedules
+from fastmtl.training.phase_model import PhaseModel
+from fastmtl.training.phases import Phase, phases_of
+from fastmtl.training.progress import Job, Progress, resumed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class Start:
+    """A run that can begin.
+
+    recipe: complete. model: of the phase that `at` is in. jobs: one per phase. found: the checkpoint to go on from, or
+    None. changes: settings and rows that differ from those of `found`. notes: what the user should know of the resume.
+    """
+
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus
+    checkpoints: Checkpoints
+    found: Found | None
+    changes: Changes
+    at: Progress
+    model: PhaseModel
+    jobs: list[Job]
+    notes: list[str]
+
+
+def prepare(
+    recipe: Recipe,
+    output: Path,
+    ranks: Ranks,
+    *,
+    resume: bool = False,
+    accept_changes: bool = False,
+    rows: CorpusRows | None = None,
+) -> Start:
+    """Check and load everything that a run needs; every rank calls it, and it joins the ranks.
+
+    Writes nothing into `output`; the tokens go into `data.cache_dir`. rows: those of the recipe's files, where they
+    have been read. Raises UserError for whatever a run of this recipe cannot have.
+    """
+    with errors_reach_the_first():  # everything that can be refused, before DeepSpeed starts
+        recipe = complete(recipe)
+        phases = phases_of(recipe)  # a wrong name costs no waiting for data
+        for phase in phases:
+            check_fused_optimizer(phase.recipe)
+            check_engine(phase.recipe, ranks.world)
+        rows = rows or CorpusRows.read(recipe)
+        check_schedules(phases, rows, ranks.world)
+        tokenizer = load_tokenizer(recipe.encoder)
+        checkpoints = Checkpoints(output / "checkpoints", recipe, ranks)
+        found = checkpoints.find() if resume else None
+        changes = {} if found is None else found.changes(recipe)
+        refuse(str(found and found.path), changes, accept_changes)
+        at = resumed(found, phases)
+        model = _checked_models(phases, at.phase)
+        if ranks.is_main:
+            check_room(output, model.least_saved)
+    join(ranks)
+    ranks.agree()
+    encoder = model.model.encoder
+    corpus = ranks.in_turn(lambda: Corpus.load(recipe, tokenizer, encoder.max_length, rows))
+    check_token_types([*corpus.train, *corpus.dev], encoder.config.type_vocab_size)
+    digests = corpus.digests(recipe)
+    data_changes = {} if found is None else changed_rows(at.data, digests)
+    refuse(str(found and found.path), data_changes, accept_changes)
+    at.data = digests
+    changes = {**changes, **data_changes}
+    jobs = [Job.of(phase, corpus.only(recipe, phase.recipe.task_names), tokenizer, ranks) for phase in phases]
+    moved = jobs[at.phase].fit(at)
+    notes = resume_notes(changes, recipe) + ([] if moved is None else [moved])
+    return Start(recipe, tokenizer, corpus, checkpoints, found, changes, at, model, jobs, notes)
+
+
+def check_run(
+    recipe: Recipe,
+    output: Path,
+    *,
+    resume: bool = False,
+    accept_changes: bool = False,
+    local_rank: int | None = None,
+    rows: CorpusRows | None = None,
+) -> str | None:
+    """Return one line that says what of a run was checked, and None on every rank but the first.
+
+    Arguments and errors are those of `train`. Nothing is trained, and nothing is written into `output`.
+    """
+    ranks = this_process(local_rank)
+    start = prepare(recipe, output, ranks, resume=resume, accept_changes=accept_changes, rows=rows)
+    if not ranks.is_main:
+        return None
+    files = [dataset for dataset in (*start.corpus.train, *start.corpus.dev) if dataset is not None]
+    skipped = sum(len(dataset.skipped) for dataset in files)
+    parts = [
+        _counted(len(start.recipe.tasks), "task"),
+        _counted(len(files), "file"),
+        _counted(sum(map(len, files)), "row") + (f" ({_counted(skipped, 'bad one')} skipped)" if skipped else ""),
+        f"encoder {start.recipe.encoder.path}",
+        _counted(ranks.world, "process", "processes"),
+    ]
+    if start.found is not None:
+        parts.append(f"resumed after step {start.at.step}")
+    return f"checked, nothing was trained: {', '.join(parts)}"
+
+
+def _counted(number: int, one: str, many: str | None = None) -> str:
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+
+
+def _checked_models(phases: list[Phase], first: int) -> PhaseModel:
+    """Return the model of phase `first`. The others are built, too: a mistake in them must not wait for its turn."""
+    return [model for model in map(PhaseModel, phases) if model.phase.index == first][0]

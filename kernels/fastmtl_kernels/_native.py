@@ -1,0 +1,57 @@
+"""The compiled libraries: _C of csrc/*.cpp and _CUDA of csrc/*.cu, which lie beside this file."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+
+@cache
+def why_unavailable() -> str:
+    """Loads the library of the C++ kernels: the reason why it cannot be used here, "" where it can."""
+    return _load("_C", "C++", "with a C++ compiler and torch installed")
+
+
+@cache
+def why_no_cuda_library() -> str:
+    """Loads the library of the CUDA kernels: the reason why there is none, "" where there is. Needs no GPU."""
+    # The operators are defined in the C++ library, which this one only adds to.
+    return why_unavailable() or _load("_CUDA", "CUDA", "with nvcc and a CUDA build of torch installed")
+
+
+@cache
+def why_no_cuda(device: torch.device) -> str:
+    """The reason why the CUDA kernels cannot be used on a GPU, "" where they can."""
+    reason = why_no_cuda_library()
+    if reason:
+        return reason
+    try:
+        # Only a launch shows whether they were built for this GPU and its driver takes them.
+        torch.ops.fastmtl.gramian([torch.zeros(1, device=device)], 1)
+    except RuntimeError as error:
+        return f"the CUDA kernels do not run on {device}: {str(error).splitlines()[0]}"
+    return ""
+
+
+def _load(library: str, kernels: str, needs: str) -> str:
+    """The reason why a library cannot be loaded, "" once it is.
+
+    A build that makes no library puts its reason in the place of it: it saw the compiler and the torch that were there.
+    """
+    folder = Path(__file__).parent
+    libraries = sorted(folder.glob(f"{library}.*so"))
+    if not libraries:
+        left_out = folder / f"{library}.txt"
+        how = "`make -B install` or `pip install --no-build-isolation .` in a checkout of fastmtl builds them"
+        if left_out.is_file():
+            return (
+                f"the {kernels} kernels are not built: {left_out.read_text(encoding='utf-8').strip()}; after that {how}"
+            )
+        return f"the {kernels} kernels are not built; {needs}, {how}"
+    try:
+        torch.ops.load_library(libraries[0])
+    except OSError as error:
+        return f"the {kernels} kernels do not load: {error}"
+    return ""

@@ -1,0 +1,129 @@
+"""AdamW's update from task gradients: their weighted sum, weights, moments and a 16-bit copy in one pass.
+
+    g = sum_t weights[t] J[t], then AdamW's step with the gradient g (see combined_adamw_reference).
+
+J [T, P] is read once, weights and moments are read and written once, and g never exists in memory: (4 T + 24) P bytes
+in float32, where combine and an optimiser after it move (4 T + 32) P, and clipping in between 12 P more. A factor that
+clips goes into `weights`. float32 arithmetic; J float32, bfloat16 or float16. Every element by itself: equal inputs
+give equal bits.
+
+Source: as fastmtl_kernels.combined_adamw.reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastmtl_kernels.combined_adamw import reference
+from fastmtl_kernels.combined_adamw.reference import Update, Written
+from fastmtl_kernels.dispatch import RowImpl, backend, select
+from fastmtl_kernels.philox import describe
+from fastmtl_kernels.task_gradients.api import Grads, task_lists
+
+Tensors = Tensor | Sequence[Tensor]
+
+
+@torch.no_grad()
+def combined_adamw(
+    grads: Grads,
+    weights: Tensor,
+    params: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    *,
+    step: float,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    copies: Tensors | None = None,
+    slots: Tensor | None = None,
+    impl: RowImpl = "auto",
+) -> None:
+    """One step of AdamW with the gradient sum_t weights[t] J[t], in place.
+
+    Args:
+        grads: J as [T, P] or T lists of K tensors (see fastmtl_kernels.task_gradients.api); T >= 1, P and K may
+            be 0. Tensors that are not contiguous are copied.
+        weights: [T], floating point, on the gradients' device; used in the dtype of the weights.
+        params, exp_avgs, exp_avg_sqs: the model's weights and their moments: [P] each for a tensor, K tensors each for
+            lists; of the gradients' shapes, contiguous, float32 (by the reference float64 as well).
+        step: number of this step, from 1; lr, betas, eps, weight_decay: as of torch.optim.AdamW.
+        copies: where to write `params` rounded to bfloat16 or float16, shaped as these; none by default.
+        slots: for one embedding table (lists of one tensor): int32 [V] on the gradients' device. Row v of the table
+            [V, d] has the gradients grads[t][0][slots[v]] of [n, d] and, where slots[v] < 0, zero: it decays, and so do
+            its moments. Values are checked on CPUs only, as looking at them would wait for a GPU.
+        impl: "auto", "reference", "triton" (CUDA tensors) or "cpp" (CPU tensors).
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or value; the message names it.
+        RuntimeError: the implementation asked for is not available here; the message says why.
+    """
+    lists = task_lists(grads)
+    flat = isinstance(grads, Tensor)
+    device = lists[0][0].device if lists[0] else torch.device("cpu")
+    if not isinstance(weights, Tensor) or weights.shape != (len(lists),) or not weights.is_floating_point():
+        raise ValueError(f"weights must be a floating point tensor of shape [{len(lists)}], got {describe(weights)}")
+    if lists[0] and weights.device != device:
+        raise ValueError(f"weights must be on {device} like grads, got {weights.device}")
+    if not step >= 1:
+        raise ValueError(f"step must be at least 1, got {step}")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must be two numbers of at least 0 and less than 1, got {betas}")
+    if slots is not None:
+        _check_slots(slots, lists, device)
+    update = Update.at(step, lr, betas, eps, weight_decay)
+    written = [
+        _listed(name, value, lists[0], flat)
+        for name, value in (("params", params), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs))
+    ]
+    copied = [None] * len(lists[0]) if copies is None else _listed("copies", copies, lists[0], flat)
+    targets = [Written(*tensors) for tensors in zip(*written, copied, strict=True)]
+    for k, target in enumerate(targets):
+        _check(k, target, lists[0][k], slots)
+    if slots is not None and device.type == "cpu" and len(slots) and int(slots.max()) >= len(lists[0][0]):
+        raise ValueError(f"slots must be below the {len(lists[0][0])} rows of grads, got {int(slots.max())}")
+    if targets:
+        chosen = select(impl, *lists[0], *(tensor for target in targets for tensor in target))
+        kernels: ModuleType = backend("combined_adamw", chosen) or reference
+        kernels.combined_adamw(lists, weights, targets, update, slots)
+
+
+def _listed(name: str, value: Tensors, like: list[Tensor], flat: bool) -> list[Tensor]:
+    if isinstance(value, Tensor) != flat:
+        kind = "a tensor [P]" if flat else "a list of tensors"
+        raise ValueError(f"{name} must be {kind} for these grads, got {type(value).__name__}")
+    tensors = [value] if isinstance(value, Tensor) else list(value)
+    if len(tensors) != len(like):
+        raise ValueError(f"{name} must hold {len(like)} tensors, one for each tensor of a task, got {len(tensors)}")
+    return tensors
+
+
+def _check(k: int, target: Written, gradient: Tensor, slots: Tensor | None) -> None:
+    shape = gradient.shape if slots is None else torch.Size((len(slots), gradient.shape[1]))
+    for name, tensor in zip(("params", "exp_avgs", "exp_avg_sqs", "copies"), target, strict=True):
+        if name == "copies" and tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.device != gradient.device:
+            raise ValueError(
+                f"{name}[{k}] must have the shape {list(shape)} on {gradient.device}, got {describe(tensor)}"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}[{k}] must be contiguous, as it is written in place")
+        allowed = (torch.bfloat16, torch.float16) if name == "copies" else (torch.float32, torch.float64)
+        if tensor.dtype not in allowed or (name.startswith("exp") and tensor.dtype != target.param.dtype):
+            wanted = (
+                " or ".join(map(str, allowed)) if not name.startswith("exp") else f"{target.param.dtype} like params"
+            )
+            raise ValueError(f"{name}[{k}] must be {wanted}, got {tensor.dtype}")
+
+
+def _check_slots(slots: Tensor, lists: list[list[Tensor]], device: torch.device) -> None:
+    if len(lists[0]) != 1 or lists[0][0].dim() != 2:
+        raise ValueError("slots is for one embedding table: grads must be lists of one tensor [n, d]")
+    if not isinstance(slots, Tensor) or slots.dim() != 1 or slots.dtype != torch.int32 or slots.device != device:
+        raise ValueError(f"slots must be int32 [V] on {device}, got {describe(slots)}")

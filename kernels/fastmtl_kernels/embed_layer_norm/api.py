@@ -1,0 +1,162 @@
+"""A BERT's embeddings on packed rows: three tables' rows, LayerNorm and dropout.
+
+    z = words[input_ids] + positions[position_ids] + types[token_type_ids]
+    h = (z - mean(z)) rstd,  rstd = 1 / sqrt(var + eps)      y = dropout(h weight + bias)
+    dh = keep dy / (1 - dropout_p)                           dz from dh, dweight and dbias as in add_layer_norm
+    each table's gradient: row v is the sum of dz's rows whose id is v
+
+ids [N]; words [V, d], positions [M, d], types [K, d]; weight, bias [d]; y [N, d]. Statistics and sums are float32; z is
+kept for backward in words' dtype, dropout is drawn again. A sink gets a table's gradient compactly, as ids [N] and rows
+[N, d]: no T tables are made of it here. Equal inputs give equal bits. Not differentiable twice.
+
+Source: as fastmtl_kernels.embed_layer_norm.reference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastmtl_kernels.add_layer_norm.api import RowNorm, check_columns
+from fastmtl_kernels.dispatch import RowImpl, backend, select
+from fastmtl_kernels.embed_layer_norm import reference
+from fastmtl_kernels.philox import check_dropout, describe
+from fastmtl_kernels.task_sink import (
+    TaskRows,
+    TaskSink,
+    TokenOffsets,
+    check_sink,
+    common_dtype,
+    gradient,
+    table_gradient,
+)
+
+
+def embed_layer_norm(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    words: Tensor,
+    positions: Tensor,
+    types: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    eps: float = 1e-12,
+    seed: Tensor | None = None,
+    token_offsets: TokenOffsets | None = None,
+    task_grads: TaskSink | None = None,
+    impl: RowImpl = "auto",
+) -> Tensor:
+    """dropout(LayerNorm(words[input_ids] + positions[position_ids] + types[token_type_ids])).
+
+    Args:
+        input_ids: [N], int64 or int32 like the next two; each id is a row of its table, in the masked tail too.
+        position_ids: [N].
+        token_type_ids: [N].
+        words: [V, d], floating point.
+        positions: [M, d].
+        types: [K, d].
+        weight: [d], of LayerNorm.
+        bias: [d].
+        dropout_p: the probability of dropping an element of the result, in [0, 1).
+        eps: added to the variance.
+        seed: int64 of one element on the tables' device, one for each call in a step; needed where dropout_p > 0.
+        token_offsets: as in fastmtl_kernels.add_layer_norm; rows past the last are zeros.
+        task_grads: the sink of all gradients; its anchor becomes an input. None for autograd's dense gradients.
+        impl: "auto", "reference", "triton" (CUDA tensors) or "cpp" (CPU tensors).
+
+    Returns:
+        y [N, d] of words' dtype.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device; the message names it.
+        RuntimeError: the implementation asked for is not available here; the message says why.
+    """
+    tables = {"words": words, "positions": positions, "types": types}
+    ids = {"input_ids": input_ids, "position_ids": position_ids, "token_type_ids": token_type_ids}
+    _check(ids, tables)
+    check_columns(words, {"weight": weight, "bias": bias})
+    check_dropout(dropout_p, seed, words.device)
+    check_sink(token_offsets, task_grads)
+    tasks = TaskRows.make(token_offsets, input_ids.shape[0], words.device)
+    kernels = backend("embed_layer_norm", select(impl, words, positions, types, weight, bias))
+    if kernels is None:
+        return reference.embed_layer_norm(
+            (input_ids, position_ids, token_type_ids), (words, positions, types), weight, bias, dropout_p=dropout_p,
+            eps=eps, seed=seed, tasks=tasks, task_grads=task_grads,
+        )  # fmt: skip
+    saves, dtype = torch.is_grad_enabled(), common_dtype(weight, bias)
+    call = RowNorm(kernels, dropout_p, eps, tasks, task_grads, saves, dtype)
+    anchor = None if task_grads is None else task_grads.anchor
+    used = seed if dropout_p > 0 else None
+    return _EmbedLayerNorm.apply(
+        anchor, input_ids, position_ids, token_type_ids, words, positions, types, weight, bias, used, call
+    )
+
+
+class _EmbedLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor | None,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        token_type_ids: Tensor,
+        words: Tensor,
+        positions: Tensor,
+        types: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        seed: Tensor | None,
+        call: RowNorm,
+    ) -> Tensor:
+        ids = input_ids, position_ids, token_type_ids
+        y, z, mean, rstd = call.kernels.forward(ids, (words, positions, types), weight, bias, seed, call)
+        ctx.save_for_backward(*ids, z, mean, rstd, weight, seed, anchor)
+        # A sink knows parameters by identity, and under checkpointing saved tensors come back as other objects.
+        ctx.parameters = words, positions, types, weight, bias
+        ctx.table_rows = [len(table) for table in ctx.parameters[:3]]  # ZeRO 3 has taken the tables' shapes in backward
+        ctx.call = call
+        if call.sink is not None:
+            call.sink.expect(*ctx.parameters)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        *ids, z, mean, rstd, weight, seed, anchor = ctx.saved_tensors
+        call, tables = ctx.call, ctx.parameters[:3]
+        dz, sums = call.kernels.backward(dy, z, mean, rstd, weight, seed, call)
+        d_tables = [
+            table_gradient(call.sink, table, num, index, dz, call.tasks) if wanted else None
+            for table, num, index, wanted in zip(tables, ctx.table_rows, ids, ctx.needs_input_grad[4:7], strict=True)
+        ]
+        d_weight, d_bias = (
+            gradient(call.sink, parameter, sums[k]) if wanted else None
+            for k, (parameter, wanted) in enumerate(zip(ctx.parameters[3:], ctx.needs_input_grad[7:9], strict=True))
+        )
+        d_anchor = None if anchor is None else torch.zeros_like(anchor)
+        return d_anchor, None, None, None, *d_tables, d_weight, d_bias, None, None
+
+
+def _check(ids: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
+    words = tables["words"]
+    for name, table in tables.items():
+        if not isinstance(table, Tensor) or table.dim() != 2 or 0 in table.shape or not table.is_floating_point():
+            raise ValueError(f"{name} must be floating point of shape [rows, d], got {describe(table)}")
+        if table.shape[1] != words.shape[1]:
+            raise ValueError(f"{name} must have {words.shape[1]} columns like words, got {describe(table)}")
+        if table.device != words.device:
+            raise ValueError(f"{name} must be on {words.device} like words, got {table.device}")
+    for name, index in ids.items():
+        if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"{name} must be int64 or int32 of shape [N], got {describe(index)}")
+        if index.shape != ids["input_ids"].shape:
+            raise ValueError(f"{name} must be as long as input_ids, {len(ids['input_ids'])}, got {describe(index)}")
+        if index.device != words.device:
+            raise ValueError(f"{name} must be on {words.device} like words, got {index.device}")

@@ -1,0 +1,78 @@
+"""Plain-torch oracle of a BERT's embeddings: it defines the meaning, and is the portable path.
+
+    z = words[input_ids] + positions[position_ids] + types[token_type_ids]
+    y = dropout(LayerNorm(z) * weight + bias)
+
+ids int64 or int32 [N]; words [V, d], positions [M, d], types [K, d], weight and bias [d], any floating dtypes; float32
+inside, float64 where words are float64; z and y [N, d] have words' dtype. LayerNorm, dropout and the masked tail as
+fastmtl_kernels.add_layer_norm.reference defines them. Gradients by autograd; a table's go to the sink as its rows.
+
+Source: Devlin et al., BERT, 2019.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastmtl_kernels.add_layer_norm.reference import dropout, layer_norm, zeros_like_tail
+from fastmtl_kernels.task_sink import TaskRows, TaskSink, table_gradient
+
+
+def embed_layer_norm(
+    ids: tuple[Tensor, Tensor, Tensor],
+    tables: tuple[Tensor, Tensor, Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    dropout_p: float,
+    eps: float,
+    seed: Tensor | None,
+    tasks: TaskRows,
+    task_grads: TaskSink | None,
+) -> Tensor:
+    """y [N, d]; ids and tables in the order word, position, type; the rest as fastmtl_kernels.embed_layer_norm."""
+    dtype = torch.promote_types(tables[0].dtype, torch.float32)
+    stop = tasks.host[-1]
+    anchor = None if task_grads is None else task_grads.anchor
+    z = sum(
+        _TableRows.apply(anchor, index[:stop], table, dtype, tasks, task_grads)
+        for index, table in zip(ids, tables, strict=True)
+    )
+    z = z.to(tables[0].dtype).to(dtype)
+    y = dropout(layer_norm(z, weight, bias, eps, tasks, task_grads), dropout_p, seed)
+    tail = y.new_empty(tasks.num_rows - stop, y.shape[1])
+    return torch.cat([y, zeros_like_tail(tail, 0)]).to(tables[0].dtype)
+
+
+class _TableRows(torch.autograd.Function):
+    """table[ids] in another dtype, with a gradient that goes through the sink."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor | None,
+        ids: Tensor,
+        table: Tensor,
+        dtype: torch.dtype,
+        tasks: TaskRows,
+        sink: TaskSink | None,
+    ) -> Tensor:
+        ctx.save_for_backward(ids, anchor)
+        ctx.table, ctx.table_rows, ctx.tasks, ctx.sink = table, len(table), tasks, sink
+        if sink is not None:
+            sink.expect(table)
+        return torch.nn.functional.embedding(ids, table).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, rows: Tensor) -> tuple[Tensor | None, ...]:
+        ids, anchor = ctx.saved_tensors
+        d_anchor = None if anchor is None else torch.zeros_like(anchor)
+        d_table = None
+        if ctx.needs_input_grad[2]:
+            d_table = table_gradient(ctx.sink, ctx.table, ctx.table_rows, ids, rows, ctx.tasks)
+        return d_anchor, None, d_table, None, None, None

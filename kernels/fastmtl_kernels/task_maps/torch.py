@@ -1,0 +1,162 @@
+"""One or two linear maps per task by torch's matrix products; the formulas are in fastmtl_kernels.task_maps.common.
+
+A product for each task that has rows, written straight into its rows of the result: nothing is split, padded or
+concatenated, and an absent task's parameters are not touched. Any device and floating dtype, accumulated as torch
+does. What is kept for backward besides the inputs: what comes before and after `middle`, and what comes before `last`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastmtl_kernels.dispatch import backend, select
+from fastmtl_kernels.dropout.api import dropout
+
+if TYPE_CHECKING:
+    from fastmtl_kernels.task_maps.common import Maps, Wants
+
+# Below, products with a matrix whose memory runs along its shorter axis are slow on CPUs: up to 7 times at 8.
+NARROW = 64
+
+
+def forward(
+    x: Tensor,
+    first: Tensor | None,
+    first_bias: Tensor | None,
+    second: Tensor,
+    second_bias: Tensor | None,
+    seed: Tensor | None,
+    call: Maps,
+) -> tuple[Tensor | None, ...]:
+    """y [N, d_out]; h and z [n, r] of the n rows that have tasks, None without a first map; y before `last`, None where
+    that is y.
+    """
+    offsets = call.tasks.host
+    h = z = before_last = None
+    if first is not None:
+        h = _maps(x, _along_longer_axis(first), first_bias, x.new_empty(offsets[-1], first.shape[2]), offsets)
+        z = _activate(h, call.middle)
+    y = x.new_empty(x.shape[0], second.shape[2])
+    _maps(x if z is None else z, second, second_bias, y, offsets)
+    if call.last != "identity":
+        before_last = y[: offsets[-1]]
+        y = torch.empty_like(y)
+        y[: offsets[-1]] = _activate(before_last, call.last)
+    y[offsets[-1] :] = 0
+    if seed is not None:
+        _drop(y, y, seed, call)
+    return y, h, z, before_last
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    first: Tensor | None,
+    second: Tensor,
+    second_bias: Tensor | None,
+    seed: Tensor | None,
+    h: Tensor | None,
+    z: Tensor | None,
+    before_last: Tensor | None,
+    *,
+    call: Maps,
+    wants: Wants,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, first, first_bias, second and second_bias, None where not wanted."""
+    offsets = call.tasks.host
+    if seed is not None:
+        dy = _drop(dy, x.new_empty(dy.shape), seed, call)
+    dy = dy[: offsets[-1]] if before_last is None else _derive(dy[: offsets[-1]], before_last, call.last)
+    dsecond = _outer(x if z is None else z, dy, second, offsets) if wants.second else None
+    dsecond_bias = _sums(dy, offsets) if wants.second_bias else None
+    if first is None:
+        dx = _row_gradients(dy, second, x, offsets) if wants.x else None
+        return dx, None, None, dsecond, dsecond_bias
+    assert h is not None
+    dh = _derive(_maps(dy, _along_longer_axis(second).mT, None, torch.empty_like(h), offsets), h, call.middle)
+    dx = _row_gradients(dh, first, x, offsets) if wants.x else None
+    dfirst = _outer(x, dh, first, offsets) if wants.first else None
+    dfirst_bias = _sums(dh, offsets) if wants.first_bias else None
+    return dx, dfirst, dfirst_bias, dsecond, dsecond_bias
+
+
+def _maps(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, offsets: Sequence[int]) -> Tensor:
+    """Every task's rows times its weight, plus its bias, in `out`; rows of no task are left as they are."""
+    for task, (start, stop) in enumerate(pairwise(offsets)):
+        if start == stop:
+            continue
+        if bias is None:
+            torch.mm(rows[start:stop], weight[task], out=out[start:stop])
+        else:
+            torch.addmm(bias[task], rows[start:stop], weight[task], out=out[start:stop])
+    return out
+
+
+def _row_gradients(gradients: Tensor, weight: Tensor, rows: Tensor, offsets: Sequence[int]) -> Tensor:
+    """The gradient of `rows`, zeros for those of no task."""
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    _maps(gradients, _along_longer_axis(weight).mT, None, out, offsets)
+    out[offsets[-1] :] = 0
+    return out
+
+
+def _along_longer_axis(weight: Tensor) -> Tensor:
+    """weight [T, in, out], copied where it is narrow and its memory runs along the shorter axis."""
+    if min(weight.shape[1:]) > NARROW:
+        return weight
+    return weight.mT.contiguous().mT if weight.shape[1] > weight.shape[2] else weight.contiguous()
+
+
+def _outer(rows: Tensor, gradients: Tensor, like: Tensor, offsets: Sequence[int]) -> Tensor:
+    """rows^T gradients of every task, in the memory layout of the parameter, in which autograd takes it uncopied."""
+    out = torch.empty_like(like)
+    fast = _along_longer_axis(out)
+    for task, (start, stop) in enumerate(pairwise(offsets)):
+        torch.mm(rows[start:stop].t(), gradients[start:stop], out=fast[task])
+    return out if fast.data_ptr() == out.data_ptr() else out.copy_(fast)
+
+
+def _sums(gradients: Tensor, offsets: Sequence[int]) -> Tensor:
+    out = gradients.new_empty(len(offsets) - 1, gradients.shape[1])
+    for task, (start, stop) in enumerate(pairwise(offsets)):
+        torch.sum(gradients[start:stop], 0, out=out[task])
+    return out
+
+
+def _activate(rows: Tensor, activation: str) -> Tensor:
+    match activation:
+        case "gelu":
+            return torch.nn.functional.gelu(rows)
+        case "relu":
+            return rows.relu()
+        case _:
+            return rows
+
+
+def _derive(gradients: Tensor, before: Tensor, activation: str) -> Tensor:
+    """The gradient of what an activation was given, `before`."""
+    match activation:
+        case "gelu":
+            return torch.ops.aten.gelu_backward(gradients, before)
+        case "relu":
+            return torch.ops.aten.threshold_backward(gradients, before, 0)
+        case _:
+            return gradients
+
+
+def _drop(rows: Tensor, out: Tensor, seed: Tensor, call: Maps) -> Tensor:
+    """rows [N, d] dropped out, in `out`, which may be rows; those of no task are left as they are."""
+    kernels = backend("dropout", select("auto", rows))
+    if len(set(call.rates)) == 1:
+        if kernels is not None and rows.device.type == "cpu":
+            return kernels.dropout(rows, call.rates[0], seed, out=out)
+        return out.copy_(dropout(rows, call.rates[0], seed))
+    for rate, (start, stop) in zip(call.rates, pairwise(call.tasks.host), strict=True):
+        # Places are counted from the first of all rows, so those before the task are drawn too.
+        out[start:stop] = dropout(rows[:stop], rate, seed)[start:]
+    return out

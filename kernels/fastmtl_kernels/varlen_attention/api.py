@@ -1,0 +1,108 @@
+"""Attention over packed sequences: the public operation, which validates, picks an implementation and calls it.
+
+    P = softmax(softmax_scale * Q K^T)    over the keys of the query's own sequence
+    O = (keep * P / (1 - dropout_p)) V    keep[query, key] drawn by a counter generator from `seed`
+
+qkv [N, 3, heads, head_dim]; cu_seqlens [B + 1]. varlen_attention_reference defines every value, which entries dropout
+keeps among them: all implementations drop the same ones.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastmtl_kernels.dispatch import select
+from fastmtl_kernels.philox import check_dropout, describe
+from fastmtl_kernels.varlen_attention import cpp, reference
+from fastmtl_kernels.varlen_attention.plan import AttentionPlan, check_cu_seqlens
+
+Impl = Literal["auto", "reference", "triton", "cpp"]
+
+
+def varlen_attention(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    impl: Impl = "auto",
+    plan: AttentionPlan | None = None,
+) -> Tensor:
+    """Attention of every token over its own sequence, differentiable in qkv.
+
+    Args:
+        qkv: [N, 3, heads, head_dim], floating point, any strides. Rows past cu_seqlens[-1] belong to no sequence:
+            output and gradient are zero there, whatever they hold.
+        cu_seqlens: [B + 1] int32 on qkv's device, from 0 ascending to at most N; sequences may be empty.
+        softmax_scale: what the scores are multiplied with; None means head_dim ** -0.5.
+        dropout_p: the probability of dropping an entry of P, in [0, 1).
+        seed: int64 of one element on qkv's device; needed where dropout_p > 0. Equal seeds drop equal entries.
+        impl: "auto", "reference" (plain torch, reads cu_seqlens on the host), "cpp" (CPU tensors) or "triton" (CUDA
+            tensors; float16 and bfloat16 with head_dim up to 128, float32 up to 64).
+        plan: AttentionPlan.make of cu_seqlens for qkv's rows and device, which serves every layer of a batch. The
+            Triton kernels need one; where it is None they read cu_seqlens on the host, which waits for the GPU.
+
+    Returns:
+        [N, heads, head_dim] of qkv's dtype.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or values; the message names it.
+        RuntimeError: the implementation asked for is not available here; the message says why.
+    """
+    _check(qkv, cu_seqlens, softmax_scale, plan)
+    check_dropout(dropout_p, seed, qkv.device)
+    chosen = _select(impl, qkv)
+    scale = qkv.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if chosen == "triton":
+        from fastmtl_kernels.varlen_attention.triton import launch as varlen_attention_triton
+
+        plan = plan or AttentionPlan.make(cu_seqlens.tolist(), qkv.shape[0], qkv.device)
+        return varlen_attention_triton.varlen_attention(qkv, plan, scale, dropout_p, seed)
+    offsets = cu_seqlens.tolist()
+    check_cu_seqlens(offsets, qkv.shape[0])
+    if chosen == "cpp":
+        return cpp.varlen_attention(qkv, cu_seqlens, scale, dropout_p, seed)
+    return reference.varlen_attention(qkv, offsets, scale, dropout_p, seed)
+
+
+def _select(impl: str, qkv: Tensor) -> str:
+    chosen = select(impl, qkv)
+    if chosen == "triton":
+        from fastmtl_kernels.varlen_attention.triton.launch import MAX_HEAD_DIM
+
+        if qkv.shape[3] > MAX_HEAD_DIM[qkv.dtype]:
+            if impl == "auto":
+                return "reference"
+            raise ValueError(
+                f"qkv must have head_dim <= {MAX_HEAD_DIM[qkv.dtype]} in {qkv.dtype} for impl='triton', "
+                f"got {qkv.shape[3]}"
+            )
+    return chosen
+
+
+def _check(qkv: Tensor, cu_seqlens: Tensor, softmax_scale: float | None, plan: AttentionPlan | None) -> None:
+    """Raises a ValueError that names the argument whose type, shape, dtype or device is wrong; reads no tensor."""
+    if not isinstance(qkv, Tensor) or qkv.dim() != 4 or qkv.shape[1] != 3 or not qkv.is_floating_point():
+        raise ValueError(f"qkv must be floating point of shape [N, 3, heads, head_dim], got {describe(qkv)}")
+    if qkv.shape[2] == 0 or qkv.shape[3] == 0:
+        raise ValueError(f"qkv must have at least one head and head_dim >= 1, got {describe(qkv)}")
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+        raise ValueError(f"cu_seqlens must be an int32 tensor of shape [B + 1], got {describe(cu_seqlens)}")
+    if cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}; convert it with .int()")
+    if cu_seqlens.device != qkv.device:
+        raise ValueError(f"cu_seqlens must be on {qkv.device} like qkv, got {cu_seqlens.device}")
+    if softmax_scale is not None and not float("-inf") < softmax_scale < float("inf"):
+        raise ValueError(f"softmax_scale must be finite, or None for head_dim ** -0.5, got {softmax_scale}")
+    if plan is not None:
+        if not isinstance(plan, AttentionPlan):
+            raise ValueError(f"plan must be an AttentionPlan, got {plan!r}")
+        if plan.num_rows != qkv.shape[0] or plan.blocks.device != qkv.device:
+            raise ValueError(
+                f"plan must be for the {qkv.shape[0]} rows of qkv on {qkv.device}, "
+                f"got one for {plan.num_rows} rows on {plan.blocks.device}"
+            )

@@ -1,0 +1,58 @@
+"""Attention over packed sequences by the C++ kernels of csrc/varlen_attention_cpu.cpp.
+
+    S = softmax_scale * Q K^T, only within a sequence      dV = (Z P)^T dO
+    P = softmax(S)                                         dP = Z (dO V^T)
+    O = (Z P) V, Z = keep / (1 - dropout_p)                dS = P (dP - rowsum(P dP))
+                                                           dQ = softmax_scale * dS K,  dK = softmax_scale * dS^T Q
+
+qkv [N, 3, heads, head_dim], float32, bfloat16 or float16 of any head_dim; float32 inside. No token is padded. Forward
+keeps the score of every row's largest share and one over the row's sum, [N, heads, 2]; P and what dropout drops are
+made again in backward. Equal inputs give equal bits for any number of threads. Not differentiable twice.
+Source: as fastmtl_kernels.varlen_attention.reference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastmtl_kernels.philox import keep_threshold
+
+
+class _VarlenAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cu_seqlens: Tensor, scale: float, dropout_p: float, seed: Tensor | None
+    ) -> Tensor:
+        num_rows, _, num_heads, head_dim = qkv.shape
+        out = torch.empty(num_rows, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+        stats = torch.empty(num_rows, num_heads, 2, dtype=torch.float32, device=qkv.device)
+        ctx.numbers = keep_threshold(dropout_p), 1 / (1 - dropout_p), scale
+        torch.ops.fastmtl.varlen_attention_out(qkv, cu_seqlens, seed, *ctx.numbers, out, stats)
+        ctx.save_for_backward(qkv, stats, cu_seqlens, seed)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, None, None]:
+        qkv, stats, cu_seqlens, seed = ctx.saved_tensors
+        dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+        torch.ops.fastmtl.varlen_attention_backward_out(
+            _with_unit_stride(dout), qkv, stats, cu_seqlens, seed, *ctx.numbers, dqkv
+        )
+        return dqkv, None, None, None, None
+
+
+def varlen_attention(
+    qkv: Tensor, cu_seqlens: Tensor, softmax_scale: float, dropout_p: float, seed: Tensor | None
+) -> Tensor:
+    """O [N, heads, head_dim] of qkv's dtype."""
+    seed = seed if dropout_p > 0 else None
+    return _VarlenAttention.apply(_with_unit_stride(qkv), cu_seqlens.contiguous(), softmax_scale, dropout_p, seed)
+
+
+def _with_unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
