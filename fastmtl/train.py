@@ -27,7 +27,7 @@ from fastmtl.engine.distributed import Ranks, StopFlag, this_process
 from fastmtl.engine.gather import gathered_state_dict
 from fastmtl.files.writing import writing
 from fastmtl.measure import heap
-from fastmtl.measure.ranges import each, named
+from fastmtl.measure.ranges import profile_iter, profile_range
 from fastmtl.model.encoder.pretrained import restore_previous
 from fastmtl.surgery.gradient_surgery import GradientSurgery
 from fastmtl.surgery.sinks.task_gradients import TaskGradients
@@ -182,13 +182,13 @@ def run_phase(
         engine.train()
         at.epoch_steps = stream.steps(at.epoch)
         left = max(0, min(at.epoch_steps - at.step_in_epoch, last_step - at.step))
-        for micro_batches in each("data", islice(steps, left)):
+        for micro_batches in profile_iter("data", islice(steps, left)):
             micro_batches = objectives.prepare(micro_batches)
             counts = dict(zip(phase.loss_names, micro_batches[0].group_counts or (), strict=True))
             weights = objectives.weights(stream.loss_weights(at.epoch, at.step_in_epoch))
-            info = surgery.run(micro_batches, loss_fn, counts, weights, stop=run.stop.up)
+            info = surgery.run(micro_batches, loss_fn, counts, weights, stop=run.stop.requested)
             if info.skipped is None:
-                with named("optimiser"):
+                with profile_range("optimiser"):
                     engine.step()
             else:
                 tracker.message(f"step {at.step + 1} skipped: the gradient of {info.skipped} is not finite")
@@ -239,7 +239,7 @@ def run_phase(
             tracker.message(
                 f"{recipe.early_stopping.metric} has not grown for {at.epochs_without_gain} epochs: stopped early"
             )
-        if not job.is_over(at) and ranks.any(run.stop.up):
+        if not job.is_over(at) and ranks.any(run.stop.requested):
             return False
     return True
 

@@ -178,8 +178,8 @@ def test_a_step_that_falls_back_is_not_measured_as_cuda_graphs(tiny: Workload, m
     assert [any(reason.startswith(words) for reason in reasons) for words in beginnings] == [True] * 3
     with pytest.raises(Skipped, match="need an NVIDIA GPU, the model is on cpu"):
         variants.build("pcgrad, CUDA graphs", tiny)
-    monkeypatch.setattr(graph_options, "why_not_heads", lambda _: "no heads today")
-    monkeypatch.setattr(head_graphs, "why_not_heads", lambda _: "no heads today")
+    monkeypatch.setattr(graph_options, "heads_unsupported_reason", lambda _: "no heads today")
+    monkeypatch.setattr(head_graphs, "heads_unsupported_reason", lambda _: "no heads today")
     with pytest.raises(Skipped, match="^heads and losses take the ordinary path: no heads today$"):
         variants.recorded("recorded", tiny, "pcgrad", recorder=Unrecorded())  # heads are recorded in the second step
 

@@ -18,18 +18,18 @@ def told() -> tuple[list[str], ranges.Listener]:
 
 def test_a_listener_hears_ranges_as_they_nest() -> None:
     heard, listener = told()
-    with ranges.named("data"):
+    with ranges.profile_range("data"):
         pass
-    with ranges.listening(listener), ranges.named("surgery"), ranges.named("communication"):
+    with ranges.listening(listener), ranges.profile_range("surgery"), ranges.profile_range("communication"):
         pass
-    with ranges.named("data"):
+    with ranges.profile_range("data"):
         pass
     assert heard == ["+surgery", "+communication", "-communication", "-surgery"]
 
 
 def test_a_range_ends_with_an_error() -> None:
     heard, listener = told()
-    with pytest.raises(KeyError), ranges.listening(listener), ranges.named("forward"):
+    with pytest.raises(KeyError), ranges.listening(listener), ranges.profile_range("forward"):
         raise KeyError
     assert heard == ["+forward", "-forward"]
     assert not ranges._listeners
@@ -38,7 +38,7 @@ def test_a_range_ends_with_an_error() -> None:
 def test_each_is_only_the_making_of_items() -> None:
     heard, listener = told()
     with ranges.listening(listener):
-        for item in ranges.each("data", range(2)):
+        for item in ranges.profile_iter("data", range(2)):
             heard.append(f"{item}")
     assert heard == ["+data", "-data", "0", "+data", "-data", "1", "+data", "-data"]
 

@@ -124,7 +124,7 @@ def train(way: Way) -> Run:
         batches = stack.enter_context(ahead(stream, way.prefetch, torch.device("cpu")))
         losses, conflicts = zip(*map(step, batches), strict=True)
     for graphs in (model.encoder.graphs, model.graphs):
-        assert graphs is None or not graphs.recordings.told  # else something has not been recorded
+        assert graphs is None or not graphs.recordings.warned  # else something has not been recorded
     return Run(np.array(losses), np.array(conflicts))
 
 

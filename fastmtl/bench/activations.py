@@ -44,7 +44,7 @@ def _kept(model: nn.Module, forward: Callable[[], object], device: torch.device)
     accounting = Accounting(device)
     accounting.name([*model.parameters(), *model.buffers()], "weights")
     with accounting, ranges.listening(accounting.heed):
-        with ranges.named("forward"):
+        with ranges.profile_range("forward"):
             losses = forward()
         found = accounting.alive("activations")
         del losses

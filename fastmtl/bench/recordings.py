@@ -17,7 +17,7 @@ def not_recorded(model: MultiTaskModel, surgery: GradientSurgery | None = None) 
     """
     found = [] if surgery is None else list(surgery.not_recorded)
     for graphs in (model.encoder.graphs, model.graphs):
-        found += ["engine.cuda_graphs is off"] if graphs is None else graphs.recordings.told
+        found += ["engine.cuda_graphs is off"] if graphs is None else graphs.recordings.warned
     return found
 
 

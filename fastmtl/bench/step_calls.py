@@ -47,7 +47,7 @@ class _InGraphs(Unrecorded):
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
-            with ranges.named(IN_GRAPHS):  # type: ignore[arg-type]
+            with ranges.profile_range(IN_GRAPHS):  # type: ignore[arg-type]
                 function()
 
         return run
@@ -88,7 +88,7 @@ def count_step(
 
     def step() -> None:
         surgery.run([work.packed_batch], lambda batch, model, task_grads: model(batch, task_grads), counts)
-        with ranges.named("optimiser"):
+        with ranges.profile_range("optimiser"):
             engine.step()
 
     for _ in range(2):

@@ -29,7 +29,7 @@ _TO_HOST = ("cpu",)
 _FACTORIES = ("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "eye", "randperm", "randint")
 # What these read is the host's on a GPU as well: there the kernels of attention and pooling read the bounds of
 # sequences on the device, as tests/model/test_cuda_graphs_on_meta.py holds, and a recording gets a plan of the CPU.
-_OF_THE_HOST = ("varlen_attention.py", "pool.py", "static_batch.py")
+_OF_THE_HOST = ("varlen_attention/api.py", "pool/api.py", "buffers/batch.py")
 _SIZED_BY_DATA = ("nonzero", "_unique2", "unique_dim", "unique_consecutive", "masked_select", "_local_scalar_dense")
 
 
@@ -151,10 +151,10 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _places() -> list[str]:
-    """Return files and lines of the innermost three frames outside torch and this module."""
+    """Return folders, files and lines of the innermost three frames outside torch and this module."""
     frames = [
         frame
         for frame in traceback.extract_stack()
         if "/torch/" not in frame.filename and Path(frame.filename).name != Path(__file__).name
     ]
-    return [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[:-4:-1]]
+    return [f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno}" for frame in frames[:-4:-1]]

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from fastmtl.cuda_graphs.buffers.batch import Bucket, rows_of
 from fastmtl.cuda_graphs.buffers.layers import StaticLayers
-from fastmtl.cuda_graphs.options import why_not
+from fastmtl.cuda_graphs.options import unsupported_reason
 from fastmtl.cuda_graphs.recorder import Recorder, Recordings, Turn
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.model.encoder.context import ForwardContext
@@ -103,7 +103,7 @@ class EncoderGraphs:
             self._against = self._begin(words, parameters, sink)
         reason = f"it has {extra[0]}" if extra else self._against or self._against_this(hidden, words, sink)
         if reason:
-            self.recordings.tell(f"this forward takes the ordinary path: {reason}")
+            self.recordings.warn_once(f"this forward takes the ordinary path: {reason}")
             return None
         assert context.seeds is not None
         recorded, plan = self._find(batch, parameters, sink, inside)
@@ -143,7 +143,7 @@ class EncoderGraphs:
         shared = [] if sink is None else self._trained(self._layers)
         if any(size * words.element_size() % 16 for p in shared if p.dim() == 2 for size in p.shape):
             return "products over tasks' rows need widths of whole 16 bytes"
-        against = why_not(words, self._head_dim, grouped=sink is not None) if self._checks_device else ""
+        against = unsupported_reason(words, self._head_dim, grouped=sink is not None) if self._checks_device else ""
         if against:
             return against
         if sink is None:
@@ -232,7 +232,7 @@ class Pass(Turn):
         static.release()
         found = static.result(self._offsets[-1])
         if writes is not None and self._sink is not None:
-            writes.tell(self._sink)
+            writes.mark_written(self._sink)
             if self._words is not None:
                 self._sink.deliver_rows(self._words, self._ids, found, self._offsets)
                 found = torch.zeros_like(self._sink.anchor)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastmtl.cuda_graphs.buffers.heads import HeadBatch, StaticHeads, Vectors
-from fastmtl.cuda_graphs.options import why_not_heads
+from fastmtl.cuda_graphs.options import heads_unsupported_reason
 from fastmtl.cuda_graphs.recorder import Recorder, Recordings, Turn
 from fastmtl.surgery.random_state import RandomState
 
@@ -89,7 +89,7 @@ class HeadGraphs:
             self._against = self._begin(vectors, parameters)
         reason = self._against or self._against_this(vectors, batch)
         if reason:
-            self.recordings.tell(f"heads and losses take the ordinary path: {reason}")
+            self.recordings.warn_once(f"heads and losses take the ordinary path: {reason}")
             return None
         recorded = self._find(vectors, batch, parameters)
         if recorded is None:
@@ -110,7 +110,7 @@ class HeadGraphs:
             return "nothing that they depend on is trained"
         if len({x.dtype for x in (*vectors.values(), *parameters)}) > 1:
             return "their weights are not of the hidden states' dtype"
-        against = why_not_heads(self._model.recipe)
+        against = heads_unsupported_reason(self._model.recipe)
         if against:
             return against
         device = next(iter(vectors.values())).device
@@ -156,7 +156,7 @@ class HeadGraphs:
             self._seen.popitem(last=False)
         self._missed.append(self._number)
         if len(self._missed) == self._missed.maxlen and self._number - self._missed[0] < _WINDOW:
-            self.recordings.tell(
+            self.recordings.warn_once(
                 "the tasks' numbers of examples differ too much from batch to batch: more often than not heads and "
                 "losses take the ordinary path"
             )

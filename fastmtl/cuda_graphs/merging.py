@@ -26,7 +26,7 @@ from fastmtl_kernels import combine, gramian
 from fastmtl_kernels.upload import upload_into
 
 
-def why_not(sink: TaskGradients, method: Method, target: Target, storage: str) -> str:
+def unsupported_reason(sink: TaskGradients, method: Method, target: Target, storage: str) -> str:
     """The reason why the steps of these cannot be recorded on any device, "" where they can."""
     if storage != "stacked":
         return "storage: kept and replay and scope: tensor keep no J"
@@ -117,7 +117,7 @@ class RecordedStep:
     @torch.no_grad()
     def _merge(self, buffers: _Buffers, key: tuple[int, ...], *, alone: bool) -> None:
         """What is recorded. alone: G, too."""
-        scale, factor, order, bounds = buffers.told()
+        scale, factor, order, bounds = buffers.numbers()
         tables = []
         for (table, rows), capacity, its_bounds in zip(buffers.rows, key, bounds, strict=True):
             tables.append(sums_by_id(rows.ids[:capacity], rows.rows[:capacity], its_bounds, table.shape[0]))
@@ -179,7 +179,7 @@ class _Buffers:
         upload_into(self._numbers, torch.tensor(numbers, dtype=torch.float64))
         return grown
 
-    def told(self) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    def numbers(self) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """On the device: scale, factor, order int64 [T, T], and of each table the tasks' bounds int64 [T + 1]."""
         scale, factor, order, *bounds = (self._numbers[span] for span in self._spans)
         whole = [each.long() for each in (order, *bounds)]

@@ -15,7 +15,7 @@ GROUPED_ON = (9, 10)
 
 
 def check_cuda_graphs(recipe: Recipe) -> None:
-    """Raises UserError, naming the other key. What depends on the machine is told by the run (`why_not`)."""
+    """Raises UserError, naming the other key. What depends on the machine is told by the run (`unsupported_reason`)."""
     if not recipe.engine.cuda_graphs:
         return
     surgery = recipe.gradient.method != "sum" and not recipe.encoder.freeze
@@ -40,7 +40,7 @@ def check_cuda_graphs(recipe: Recipe) -> None:
         )
 
 
-def why_not(hidden: Tensor, head_dim: int, *, grouped: bool) -> str:
+def unsupported_reason(hidden: Tensor, head_dim: int, *, grouped: bool) -> str:
     """The reason why the layers of these hidden states cannot be recorded there, "" where they can.
 
     grouped: with products over tasks' rows.
@@ -48,7 +48,7 @@ def why_not(hidden: Tensor, head_dim: int, *, grouped: bool) -> str:
     device, dtype = hidden.device, hidden.dtype
     if device.type != "cuda":
         return f"CUDA graphs need an NVIDIA GPU, the model is on {device.type}"
-    without = dispatch.why_not("triton", device, {dtype})
+    without = dispatch.unsupported_reason("triton", device, {dtype})
     if without:
         return without
     from fastmtl_kernels.varlen_attention.triton.launch import MAX_HEAD_DIM
@@ -63,7 +63,7 @@ def why_not(hidden: Tensor, head_dim: int, *, grouped: bool) -> str:
     return ""
 
 
-def why_not_heads(recipe: Recipe) -> str:
+def heads_unsupported_reason(recipe: Recipe) -> str:
     """The reason why heads and losses of these tasks cannot be recorded, "" where they can."""
     for name, task in recipe.tasks.items():
         if "mnr" in task.losses and task.mnr.cached:

@@ -130,7 +130,7 @@ class Recordings:
 
     def __init__(self, recorder: Recorder | None = None) -> None:
         self.recorder = recorder
-        self.told: list[str] = []
+        self.warned: list[str] = []
         self._turn: ref[Turn] | None = None
 
     def take(self, turn: Turn) -> None:
@@ -165,12 +165,12 @@ class Recordings:
             first: BaseException = error  # what ends a capture that has failed raises, too
             while first.__context__ is not None:
                 first = first.__context__
-            self.tell(f"nothing is recorded, the host launches each operation: {str(first).splitlines()[0]}")
+            self.warn_once(f"nothing is recorded, the host launches each operation: {str(first).splitlines()[0]}")
             self.recorder = Unrecorded()
             return dict(functions)
 
-    def tell(self, what: str) -> None:
+    def warn_once(self, what: str) -> None:
         """In the log, once."""
-        if what not in self.told:
-            self.told.append(what)
+        if what not in self.warned:
+            self.warned.append(what)
             log.warning("cuda_graphs: %s", what)

@@ -3,7 +3,7 @@
 What is recorded may depend on no number that the host knows of a batch. So here a weight's T gradients come from one
 product with the tasks' offsets on the device (`torch.nn.functional.grouped_mm`), into J's columns at their fixed
 address, and whether they are stored or added is one of two recordings. What `Jacobian` and `TaskGradients` keep on the
-host of a write is told by `tell`, each time the recording runs.
+host of a write is told by `mark_written`, each time the recording runs.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class RecordedWrites(TaskGradients):
         self._absent = self._offsets.diff() == 0
 
     def expect(self, *parameters: nn.Parameter | None) -> None:
-        """`tell` does."""
+        """`mark_written` does."""
 
     def linear(self, weight: nn.Parameter, bias: nn.Parameter | None, dy: Tensor, x: Tensor) -> None:
         """dy [N, out] and x [N, in] of one dtype."""
@@ -103,7 +103,7 @@ class RecordedWrites(TaskGradients):
             self._write(table, self._product(indicators, rows)[:, : len(table)])
         return None
 
-    def tell(self, sink: TaskGradients) -> None:
+    def mark_written(self, sink: TaskGradients) -> None:
         """That the recorded backward has written into the sink's J."""
         for parameter in self.order:
             sink.written(parameter)

@@ -197,7 +197,7 @@ class StopFlag:
         self._previous = signal.signal(signal.SIGTERM, self._raise)
 
     @property
-    def up(self) -> bool:
+    def requested(self) -> bool:
         return self._raised or (self._command is not None and not _alive(self._command))
 
     def _raise(self, number: int, frame: FrameType | None) -> None:

@@ -24,7 +24,7 @@ _listeners: list[Listener] = []
 
 
 @contextmanager
-def named(name: Name) -> Iterator[None]:
+def profile_range(name: Name) -> Iterator[None]:
     """What runs inside the block is `name`; blocks may nest."""
     with record_function(PREFIX + name):
         for listener in _listeners:
@@ -36,11 +36,11 @@ def named(name: Name) -> Iterator[None]:
                 listener(name, False)
 
 
-def each(name: Name, items: Iterable[Item]) -> Iterator[Item]:
+def profile_iter(name: Name, items: Iterable[Item]) -> Iterator[Item]:
     """The items; making one is `name`, what the caller does with it is not."""
     iterator = iter(items)
     while True:
-        with named(name):
+        with profile_range(name):
             try:
                 item = next(iterator)
             except StopIteration:

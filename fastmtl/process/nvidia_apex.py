@@ -13,12 +13,12 @@ HOW = "build https://github.com/NVIDIA/apex with its C++ and CUDA extensions, as
 
 def why_no_fused_adam() -> str:
     """The reason why apex.optimizers.FusedAdam is not there and what to do, "" where it is."""
-    return _why_not("optimizers/fused_adam.py", "amp_C")
+    return _unsupported_reason("optimizers/fused_adam.py", "amp_C")
 
 
 def why_no_layer_norm() -> str:
     """The same of apex.normalization.FusedLayerNorm."""
-    return _why_not("normalization/fused_layer_norm.py", "fused_layer_norm_cuda")
+    return _unsupported_reason("normalization/fused_layer_norm.py", "fused_layer_norm_cuda")
 
 
 def layer_norm() -> Any:
@@ -38,7 +38,7 @@ def layer_norm() -> Any:
     return fused_layer_norm_affine
 
 
-def _why_not(file: str, extension: str) -> str:
+def _unsupported_reason(file: str, extension: str) -> str:
     """Nothing is imported: importing the unrelated package fails in its own ways."""
     spec = importlib.util.find_spec("apex")
     if spec is None:

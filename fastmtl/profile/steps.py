@@ -51,13 +51,13 @@ class Steps:
             torch.cuda.synchronize(self._device)
 
     def step(self, micro_batches: Sequence[PackedBatch]) -> SurgeryInfo:
-        with ranges.named("data"):
+        with ranges.profile_range("data"):
             micro_batches = [batch.to(self._device) for batch in micro_batches]
         micro_batches = self._objectives.prepare(micro_batches)
         counts = dict(zip(self._recipe.task_names, micro_batches[0].group_counts or (), strict=True))
         info = self._surgery.run(micro_batches, _losses, counts, self._objectives.weights(None))
         if info.skipped is None:
-            with ranges.named("optimiser"):
+            with ranges.profile_range("optimiser"):
                 self._engine.step()
         self._objectives.after_step(info)
         return info

@@ -60,7 +60,7 @@ def trace(steps: Steps, stream: BatchStream, file: Path, device: torch.device, p
             steps.step(micro_batches)
         with ranges.listening(clock.tell):
             clock.lap()
-            for micro_batches in ranges.each("data", itertools.islice(batches, STEPS)):
+            for micro_batches in ranges.profile_iter("data", itertools.islice(batches, STEPS)):
                 steps.step(micro_batches)
             clock.lap()
     on_gpu = device.type == "cuda"
@@ -68,7 +68,7 @@ def trace(steps: Steps, stream: BatchStream, file: Path, device: torch.device, p
     with ahead(_endless(stream), prefetch, device) as batches:
         first = next(batches)
         with profile(activities=activities) as profiler:
-            for micro_batches in ranges.each("data", itertools.islice(batches, STEPS)):
+            for micro_batches in ranges.profile_iter("data", itertools.islice(batches, STEPS)):
                 steps.step(micro_batches)
             steps.wait()
     profiler.export_chrome_trace(str(file))

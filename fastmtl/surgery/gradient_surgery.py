@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastmtl.cuda_graphs.merging import RecordedStep, why_not
+from fastmtl.cuda_graphs.merging import RecordedStep, unsupported_reason
 from fastmtl.cuda_graphs.recorder import Recorder, Recordings
 from fastmtl.errors import UserError
-from fastmtl.measure.ranges import named
+from fastmtl.measure.ranges import profile_range
 from fastmtl.surgery.clipping import check_max_norm
 from fastmtl.surgery.inputs import check_sketch, check_task_weights, check_tasks, find_shared
 from fastmtl.surgery.joint import JointStep, WatchedJointStep
@@ -140,11 +140,11 @@ class GradientSurgery:
         if method is None:  # a sum has none of this
             return
         recordings = self._recordings = Recordings(recorder)
-        reason = why_not(self._sink, method, self._target, self.storage)
+        reason = unsupported_reason(self._sink, method, self._target, self.storage)
         if not reason and recorder is None and self._target.device.type != "cuda":
             reason = f"CUDA graphs need an NVIDIA GPU, the model is on {self._target.device.type}"
         if reason:
-            recordings.tell(f"gradient surgery launches each operation: {reason}")
+            recordings.warn_once(f"gradient surgery launches each operation: {reason}")
         else:
             narrow = not self._target.scales()
             self._recorded = RecordedStep(
@@ -189,7 +189,7 @@ class GradientSurgery:
         way = self._start(step)
         for number, micro_batch in enumerate(micro_batches, start=1):
             with self._sink.armed(self._mode, self._target.device) if not self._joint else nullcontext():
-                with named("forward"):
+                with profile_range("forward"):
                     losses = losses_of(micro_batch, training_pass=self._joint and self._parts.max_norm is None)
                 self._tell(losses_of.takes_sink)
                 way.take(losses, takes_sink=losses_of.takes_sink, last=number == len(micro_batches))
@@ -248,7 +248,7 @@ class GradientSurgery:
     @property
     def not_recorded(self) -> list[str]:
         """Reasons why `cuda_graphs` recorded nothing so far, as the log has them. Empty without `cuda_graphs`."""
-        return [] if self._recordings is None else list(self._recordings.told)
+        return [] if self._recordings is None else list(self._recordings.warned)
 
     def kept_tensors(self) -> list[torch.Tensor]:
         """What is kept of task gradients now: J, its shards, sketch and compact rows, and what `cuda_graphs` needs."""

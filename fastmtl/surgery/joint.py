@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastmtl.measure.ranges import named
+from fastmtl.measure.ranges import profile_range
 from fastmtl.surgery.clipping import clip_factor_on_device
 from fastmtl.surgery.differentiate import differentiate
 from fastmtl.surgery.losses import Losses
@@ -29,7 +29,7 @@ class JointStep:
 
     def take(self, losses: Losses, *, takes_sink: bool, last: bool) -> None:
         self._step.take(losses)
-        with named("backward"):
+        with profile_range("backward"):
             self._parts.target.backward(self._step.total(losses), last=last)
 
     def finish(self) -> SurgeryInfo:
@@ -51,7 +51,7 @@ class WatchedJointStep:
         target = self._parts.target
         target.check_forward()
         self._step.take(losses)
-        with named("backward"):
+        with profile_range("backward"):
             found = differentiate(self._step.terms(losses), target.parameters, target.names)
             for k, gradient in enumerate(found):
                 total = self._gradients[k]
@@ -61,7 +61,7 @@ class WatchedJointStep:
     def finish(self) -> SurgeryInfo:
         parts, target = self._parts, self._parts.target
         ids = [id(p) for p, gradient in zip(target.parameters, self._gradients, strict=True) if gradient is not None]
-        with named("backward"):
+        with profile_range("backward"):
             norms = tensor_norms([gradient for gradient in self._gradients if gradient is not None])
             total = torch.linalg.vector_norm(norms)
             merged = self._clipped(total)
@@ -98,7 +98,7 @@ class WatchedJointStep:
 
 
 def _judged(parts: Parts, step: Step, sums: list[float]) -> SurgeryInfo:
-    losses, stop = step.told(sums)
+    losses, stop = step.summarize(sums)
     for name, loss in losses.items():
         if not math.isfinite(loss) and not parts.target.backs_off():
             parts.solver.stop_at("loss", f"task {name}")

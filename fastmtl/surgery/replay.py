@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastmtl.errors import UserError
-from fastmtl.measure.ranges import named
+from fastmtl.measure.ranges import profile_range
 from fastmtl.surgery.parts import Parts
 from fastmtl.surgery.random_state import RandomState
 from fastmtl.surgery.step import LossFunction, Step, SurgeryInfo
@@ -29,14 +29,14 @@ def replay(parts: Parts, step: Step, micro_batches: Sequence[Any], losses_of: Lo
     for micro_batch in micro_batches:
         states.append(RandomState.capture(target.device))
         with sink.armed("gramian", target.device, keep=len(micro_batches) > 1):
-            with named("forward"):
+            with profile_range("forward"):
                 losses = losses_of(micro_batch, training_pass=False)
             step.take(losses)
             sink.forward_done()
-            with named("backward"):
+            with profile_range("backward"):
                 parts.one_pass(step.terms(losses, scale), own=())
     after = RandomState.capture(target.device)
-    with named("surgery"):
+    with profile_range("surgery"):
         info, weights = parts.solver.solve(sink.gramian() / scale**2, step, target)
     info = dataclasses.replace(info, nbytes=sink.nbytes(), stopwatch=watch.stop())
     sink.clear()
@@ -46,9 +46,9 @@ def replay(parts: Parts, step: Step, micro_batches: Sequence[Any], losses_of: Lo
         for number, (micro_batch, state) in enumerate(zip(micro_batches, states, strict=True), start=1):
             state.restore()  # the same dropout masks as in the first pass
             with sink.armed("weighted", target.device, weights=weights):
-                with named("forward"):
+                with profile_range("forward"):
                     losses = losses_of(micro_batch, training_pass=True)
-                with named("backward"):
+                with profile_range("backward"):
                     target.backward(step.total(losses), last=number == len(micro_batches))
     after.restore()
     parts.check_own(bad_own)

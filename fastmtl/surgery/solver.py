@@ -90,7 +90,7 @@ class Solver:
         counts = [num_tasks**2, num_tasks, num_tasks + 1, len(own)]
         host_gram, host_weights, sums, flags, host_norms = np.split(host, np.cumsum(counts))
         host_gram = host_gram.reshape(num_tasks, num_tasks)
-        losses, stop = step.told(sums.tolist())
+        losses, stop = step.summarize(sums.tolist())
         finite = np.isfinite(host_gram.diagonal()).tolist()
         bad = [name for name, good in zip(self.tasks, finite, strict=True) if not good]
         bad += [name for name, flag in zip(own_names, flags.tolist(), strict=True) if flag]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.cuda_graphs.merging import RecordedStep
-from fastmtl.measure.ranges import named
+from fastmtl.measure.ranges import profile_range
 from fastmtl.surgery.clipping import clip_gradients, known_clip, over_ranks, shared_norm
 from fastmtl.surgery.differentiate import differentiate, leaves_of
 from fastmtl.surgery.losses import Losses
@@ -49,7 +49,7 @@ class StackedStep:
     def take(self, losses: Losses, *, takes_sink: bool, last: bool) -> None:
         self._parts.target.check_forward()
         self._step.take(losses)
-        with named("backward"):
+        with profile_range("backward"):
             if takes_sink:
                 self._parts.sink.forward_done(last=last)
                 self._add_own(self._parts.one_pass(self._step.terms(losses, self._scale), self._parts.own))
@@ -94,7 +94,7 @@ class StackedStep:
     def finish(self) -> SurgeryInfo:
         parts = self._parts
         watch = Stopwatch(parts.target.device)
-        with named("surgery"):
+        with profile_range("surgery"):
             names = [parts.target.names[id(p)] for p in parts.own]
             own = [
                 torch.zeros_like(p, dtype=torch.float32) if gradient is None else gradient
@@ -117,7 +117,7 @@ class StackedStep:
                     merged.update(zip(map(id, parts.own), torch._foreach_mul(own, factor * clip), strict=True))
         watch.stop()
         if merged is not None:
-            with named("communication"):
+            with profile_range("communication"):
                 parts.target.hand_over(merged, reached)
         return dataclasses.replace(info, nbytes=nbytes, stopwatch=watch)
 

@@ -150,7 +150,7 @@ class Step:
         self.terms(losses)
         return torch.stack([loss * self.factor(name) for name, (loss, _) in losses.items()]).sum()
 
-    def told(self, sums: Sequence[float]) -> tuple[dict[str, float], bool]:
+    def summarize(self, sums: Sequence[float]) -> tuple[dict[str, float], bool]:
         """From `sums` over all ranks: the unweighted mean loss of each task, and whether a rank asks for an end."""
         assert self._counts is not None
         *losses, stops = sums

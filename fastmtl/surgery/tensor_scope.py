@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import UserError
-from fastmtl.measure.ranges import named
+from fastmtl.measure.ranges import profile_range
 from fastmtl.surgery.parts import Parts
 from fastmtl.surgery.ranks.reduce import sum_over_ranks, world_size
 from fastmtl.surgery.step import LossFunction, Step, SurgeryInfo
@@ -40,17 +40,17 @@ def tensor_scope(
     with parts.own_watched() as bad_own:
         for number, micro_batch in enumerate(micro_batches, start=1):
             with sink.armed("tensor", target.device, solve=solve):
-                with named("forward"):
+                with profile_range("forward"):
                     losses = losses_of(micro_batch, training_pass=True)
                 step.take(losses)
                 sink.forward_done()
-                with named("backward"):
+                with profile_range("backward"):
                     target.backward(step.total(losses), last=number == len(micro_batches))
                 sink.check_merged(target.names)
     shown = sum_over_ranks(total) / world_size() if by_rank else total
     host = torch.cat([shown.flatten().double(), merged_square[None].double(), sum_over_ranks(step.sums)]).cpu()
     gram = (host[: num_tasks**2].view(num_tasks, num_tasks) / factor**2).float()
-    mean_losses, stop = step.told(host[num_tasks**2 + 1 :].tolist())
+    mean_losses, stop = step.summarize(host[num_tasks**2 + 1 :].tolist())
     for t, name in enumerate(parts.tasks):
         if not torch.isfinite(gram[t, t]):
             if target.backs_off():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
+from collections.abc import Collection
 from functools import cache
 from types import ModuleType
 from typing import Literal
@@ -29,10 +30,10 @@ def select(impl: str, rows: Tensor, *others: Tensor | None) -> str:
     """
     dtypes = {tensor.dtype for tensor in (rows, *others) if tensor is not None}
     if impl == "auto":
-        return next(name for name in IMPLS if not why_not(name, rows.device, dtypes))
+        return next(name for name in IMPLS if not unsupported_reason(name, rows.device, dtypes))
     if impl not in IMPLS:
         raise ValueError(f"impl must be 'auto', {', '.join(map(repr, IMPLS))}, got {impl!r}")
-    reason = why_not(impl, rows.device, dtypes)
+    reason = unsupported_reason(impl, rows.device, dtypes)
     if reason:
         raise RuntimeError(f"impl={impl!r} cannot be used here: {reason}")
     return impl
@@ -43,7 +44,7 @@ def backend(operation: str, impl: str) -> ModuleType | None:
     return None if impl == "reference" else importlib.import_module(f"fastmtl_kernels.{operation}.{impl}")
 
 
-def why_not(impl: str, device: torch.device, dtypes: set[torch.dtype] | frozenset[torch.dtype] = frozenset()) -> str:
+def unsupported_reason(impl: str, device: torch.device, dtypes: Collection[torch.dtype] = ()) -> str:
     """The reason why an implementation cannot be used on a device and with these dtypes, "" where it can."""
     if impl == "reference":
         return ""

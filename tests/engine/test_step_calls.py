@@ -41,7 +41,7 @@ def test_calls_of_operators(found: dict[str, dict[str, Any]], way: str, calls: i
 def test_waits_once(found: dict[str, dict[str, Any]], way: str) -> None:
     """For losses, G, weights and what is not finite, or for losses and the norm."""
     assert len(found[way]["waits"]) == 1, found[way]["waits"]
-    assert found[way]["waits"][0].startswith(("cpu: solver.py", "tolist: joint.py"))
+    assert found[way]["waits"][0].startswith(("cpu: surgery/solver.py", "tolist: surgery/joint.py"))
 
 
 @pytest.mark.parametrize("way", ["zero 1", "zero 0", "zero 2, flat"])

@@ -101,7 +101,7 @@ def run(case: Case, impl: str, device: str, wide: torch.dtype | None = None) -> 
         seed=torch.tensor([case.seed * 2**20 + 1], device=device),
         token_offsets=offsets,
         task_grads=sink if use_sink else None,
-        offer=lambda _, make: makers.append(make),
+        register=lambda _, make: makers.append(make),
         impl=impl,  # type: ignore[arg-type]
     )
     results = {"y": y.detach()}

@@ -17,12 +17,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from row_cases import DTYPES, LAYOUTS, nan_filled, strided  # noqa: E402
 
-from fastmtl_kernels.dispatch import why_not  # noqa: E402
+from fastmtl_kernels.dispatch import unsupported_reason  # noqa: E402
 from fastmtl_kernels.dropout.api import dropout  # noqa: E402
 from fastmtl_kernels.philox import keep_mask, philox  # noqa: E402
 
 CPU = torch.device("cpu")
-needs_cpp = pytest.mark.skipif(bool(why_not("cpp", CPU)), reason=why_not("cpp", CPU) or "built")
+needs_cpp = pytest.mark.skipif(bool(unsupported_reason("cpp", CPU)), reason=unsupported_reason("cpp", CPU) or "built")
 IMPLS = ["reference", pytest.param("cpp", marks=needs_cpp)]
 
 # Counter, key and words of Random123's test vectors for philox4x32-10.

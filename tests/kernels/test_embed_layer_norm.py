@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from embed_layer_norm_cases import Case, cases, check  # noqa: E402
 from row_cases import RecordingSink  # noqa: E402
 
-from fastmtl_kernels.dispatch import why_not  # noqa: E402
+from fastmtl_kernels.dispatch import unsupported_reason  # noqa: E402
 from fastmtl_kernels.embed_layer_norm.api import embed_layer_norm  # noqa: E402
 from fastmtl_kernels.philox import keep_mask  # noqa: E402
 
 CPU = torch.device("cpu")
-needs_cpp = pytest.mark.skipif(bool(why_not("cpp", CPU)), reason=why_not("cpp", CPU) or "built")
+needs_cpp = pytest.mark.skipif(bool(unsupported_reason("cpp", CPU)), reason=unsupported_reason("cpp", CPU) or "built")
 IMPLS = ["reference", pytest.param("cpp", marks=needs_cpp)]
 
 

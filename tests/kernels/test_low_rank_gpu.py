@@ -17,13 +17,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import low_rank_cases  # noqa: E402
 import pal_cases  # noqa: E402
 
-from fastmtl_kernels.dispatch import why_not  # noqa: E402
+from fastmtl_kernels.dispatch import unsupported_reason  # noqa: E402
 from fastmtl_kernels.task_maps.common import MAX_RANK  # noqa: E402
 from fastmtl_kernels.task_maps.low_rank import low_rank  # noqa: E402
 from fastmtl_kernels.task_maps.pal import pal  # noqa: E402
 from fastmtl_kernels.varlen_attention.plan import AttentionPlan  # noqa: E402
 
-NO_GPU = "no CUDA device" if not torch.cuda.is_available() else why_not("triton", torch.device("cuda"))
+NO_GPU = "no CUDA device" if not torch.cuda.is_available() else unsupported_reason("triton", torch.device("cuda"))
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)]
 few_shapes = settings(max_examples=30, deadline=None)
 # Few sizes: each is a compilation.

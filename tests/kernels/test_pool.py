@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from pool_cases import MODES, Case, cases, check  # noqa: E402
 
-from fastmtl_kernels.dispatch import why_not  # noqa: E402
+from fastmtl_kernels.dispatch import unsupported_reason  # noqa: E402
 from fastmtl_kernels.pool.api import pool  # noqa: E402
 
 CPU = torch.device("cpu")
-needs_cpp = pytest.mark.skipif(bool(why_not("cpp", CPU)), reason=why_not("cpp", CPU) or "built")
+needs_cpp = pytest.mark.skipif(bool(unsupported_reason("cpp", CPU)), reason=unsupported_reason("cpp", CPU) or "built")
 IMPLS = ["reference", pytest.param("cpp", marks=needs_cpp)]
 X = torch.tensor([[1.0, -4.0], [3.0, -2.0], [3.0, -2.0], [9.0, 9.0], [0.5, 0.25]])
 CU_SEQLENS = torch.tensor([0, 3, 3, 4], dtype=torch.int32)

@@ -26,7 +26,7 @@ def launches() -> None:
     call = RowNorm(add_layer_norm_triton, 0.1, 1e-12, tasks, None, True, torch.bfloat16)
     _, z, mean, rstd, _ = add_layer_norm_triton.forward(rows, rows, rows, column, column, column, seed, call)
     add_layer_norm_triton.backward(rows, z, mean, rstd, column, seed, call, dx_dtype=torch.bfloat16, num_sums=3)
-    add_layer_norm_triton.again(z, mean, rstd, column, column, call)
+    add_layer_norm_triton.recompute(z, mean, rstd, column, column, call)
     ids, tables = meta(8192, dtype=torch.int64), (meta(30522, 768), meta(512, 768), meta(2, 768))
     embed_layer_norm_triton.forward((ids, ids, ids), tables, column, column, seed, call)
     dropout_triton.dropout(rows, 0.1, seed)

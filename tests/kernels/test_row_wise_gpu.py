@@ -18,11 +18,11 @@ import embed_layer_norm_cases as embed_layer_norm  # noqa: E402
 import pool_cases as pool  # noqa: E402
 import row_cases  # noqa: E402
 
-from fastmtl_kernels.dispatch import why_not  # noqa: E402
+from fastmtl_kernels.dispatch import unsupported_reason  # noqa: E402
 from fastmtl_kernels.dropout.api import dropout  # noqa: E402
 from fastmtl_kernels.philox import keep_mask  # noqa: E402
 
-NO_GPU = "no CUDA device" if not torch.cuda.is_available() else why_not("triton", torch.device("cuda"))
+NO_GPU = "no CUDA device" if not torch.cuda.is_available() else unsupported_reason("triton", torch.device("cuda"))
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)]
 any_shape = settings(max_examples=60, deadline=None)
 # Few widths: each is a compilation.

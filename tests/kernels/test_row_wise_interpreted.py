@@ -47,7 +47,7 @@ def test_in_a_process_of_its_own() -> None:
 def on_cpu_tensors() -> Iterator[None]:
     """The interpreter takes what the operations would refuse."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "why_not", lambda *_: "")
+        patch.setattr(dispatch, "unsupported_reason", lambda *_: "")
         yield
 
 

@@ -36,7 +36,7 @@ from fastmtl_kernels.task_sink import TaskRows  # noqa: E402
 from fastmtl_kernels.varlen_attention.plan import AttentionPlan  # noqa: E402
 from fastmtl_kernels.varlen_attention.triton import launch as varlen_attention_triton
 
-KERNELS = Path(inspect.getfile(dropout_triton)).parent
+KERNELS = Path(inspect.getfile(dropout_triton)).parents[1]
 WIDTH, HEADS, TASKS = 64, 4, 3
 # Of a batch's sequences, short and long: even and odd sums, so that what follows N numbers is aligned for some only.
 BATCHES = ([3, 70, 5], [64, 64, 64], [1, 1, 130], [17, 1, 1], [100, 80, 75], [5, 8, 81])
@@ -66,7 +66,7 @@ def add_layer_norm() -> None:
         rows, column = rows_of(len(ids))
         call = RowNorm(add_layer_norm_triton, 0.1, 1e-12, TaskRows.make(where, len(ids), where.device), None, True)
         _, z, mean, rstd, _ = add_layer_norm_triton.forward(rows, rows, rows, column, column, column, seed, call)
-        add_layer_norm_triton.again(z, mean, rstd, column, column, call)
+        add_layer_norm_triton.recompute(z, mean, rstd, column, column, call)
         add_layer_norm_triton.backward(rows, z, mean, rstd, column, seed, call, dx_dtype=rows.dtype, num_sums=3)
 
 

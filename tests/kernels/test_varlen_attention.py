@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from fastmtl_kernels.dispatch import why_not
+from fastmtl_kernels.dispatch import unsupported_reason
 from fastmtl_kernels.philox import keep_threshold
 from fastmtl_kernels.varlen_attention import reference
 from fastmtl_kernels.varlen_attention.api import varlen_attention
 
-REASON = why_not("cpp", torch.device("cpu"))
+REASON = unsupported_reason("cpp", torch.device("cpu"))
 IMPLS = ["reference", pytest.param("cpp", marks=pytest.mark.skipif(bool(REASON), reason=REASON or "built"))]
 HEAD_DIMS = [1, 8, 11, 16, 17, 32, 34, 64, 128]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

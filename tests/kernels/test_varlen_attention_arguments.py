@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmtl_kernels.dispatch import why_not
+from fastmtl_kernels.dispatch import unsupported_reason
 from fastmtl_kernels.philox import keep_threshold
 from fastmtl_kernels.varlen_attention.api import varlen_attention
 from fastmtl_kernels.varlen_attention.plan import AttentionPlan
 
-REASON = why_not("cpp", torch.device("cpu"))
+REASON = unsupported_reason("cpp", torch.device("cpu"))
 IMPLS = ["auto", "reference", pytest.param("cpp", marks=pytest.mark.skipif(bool(REASON), reason=REASON or "built"))]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEED = torch.tensor([2026])

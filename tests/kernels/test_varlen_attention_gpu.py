@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastmtl_kernels.dispatch import why_not
+from fastmtl_kernels.dispatch import unsupported_reason
 from fastmtl_kernels.varlen_attention.api import varlen_attention
 from fastmtl_kernels.varlen_attention.plan import AttentionPlan
 
-REASON = why_not("triton", torch.device("cuda"))
+REASON = unsupported_reason("triton", torch.device("cuda"))
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(REASON), reason=REASON or "usable")]
 CASES = [
     (dtype, head_dim)

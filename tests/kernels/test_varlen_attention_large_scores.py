@@ -9,10 +9,10 @@ import torch
 from large_scores import LARGEST, check_large_scores
 from torch import Tensor
 
-from fastmtl_kernels.dispatch import why_not
+from fastmtl_kernels.dispatch import unsupported_reason
 from fastmtl_kernels.varlen_attention.api import varlen_attention
 
-REASON = why_not("cpp", torch.device("cpu"))
+REASON = unsupported_reason("cpp", torch.device("cpu"))
 
 
 def by_cpp(qkv: Tensor, offsets: Sequence[int], scale: float, dropout_p: float, seed: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def test_the_embeddings_are_in_unless_one_is_frozen(make_batch: MakeBatch) -> No
             ran.clear()
             assert_close(step(encoder, sink, [batch], seed), step(plain, plain_sink, [batch], seed))
         assert len(ran) == frozen  # a replay runs no Python
-        assert encoder.graphs is not None and not encoder.graphs.recordings.told
+        assert encoder.graphs is not None and not encoder.graphs.recordings.warned
 
 
 def _plan(batch: PackedBatch) -> AttentionPlan:

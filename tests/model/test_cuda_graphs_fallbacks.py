@@ -94,7 +94,7 @@ def test_weights_at_another_address_and_another_sink_are_recorded_anew(make_batc
     assert len(recorder.recordings) == 9
     for _ in range(6):
         step(encoder, make_sink(encoder, 3), [batch], 1)
-    assert encoder.graphs is not None and encoder.graphs.recordings.told == [
+    assert encoder.graphs is not None and encoder.graphs.recordings.warned == [
         "this forward takes the ordinary path: the weights' addresses or the sink change too often"
     ]
     other_encoder = copy.deepcopy(encoder)

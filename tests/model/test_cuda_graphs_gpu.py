@@ -9,7 +9,7 @@ import torch
 from recorded_encoders import MICRO_BATCHES, assert_equal, make_encoder, make_sink, plain_step, step
 from torch import Tensor
 
-from fastmtl.cuda_graphs.options import why_not
+from fastmtl.cuda_graphs.options import unsupported_reason
 from fastmtl.cuda_graphs.recorder import CudaRecorder, Unrecorded
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.model.encoder.bert import PackedBert
@@ -27,7 +27,7 @@ def encoders() -> list[PackedBert]:
 
 
 def check_captured(encoder: PackedBert) -> None:
-    assert encoder.graphs is not None and encoder.graphs.recordings.told == []
+    assert encoder.graphs is not None and encoder.graphs.recordings.warned == []
     assert isinstance(encoder.graphs.recordings.recorder, CudaRecorder)
 
 
@@ -35,7 +35,7 @@ def check_captured(encoder: PackedBert) -> None:
 def test_graphs_equal_the_eager_layers_bit_for_bit(kept: torch.dtype, make_batch: MakeBatch) -> None:
     """J with the words' rows, and the hidden states, of batches of other lengths and buckets, two in each step."""
     both = encoders()
-    reason = why_not(torch.empty(0, dtype=torch.bfloat16, device="cuda"), 16, grouped=True)
+    reason = unsupported_reason(torch.empty(0, dtype=torch.bfloat16, device="cuda"), 16, grouped=True)
     if reason:
         pytest.skip(reason)
     sinks = [make_sink(encoder, 3, kept) for encoder in both]

@@ -83,7 +83,7 @@ def step(model: MultiTaskModel, batches: Sequence[PackedBatch], seed: int) -> li
 
 def told(model: MultiTaskModel) -> list[str]:
     assert model.graphs is not None
-    return model.graphs.recordings.told
+    return model.graphs.recordings.warned
 
 
 @pytest.mark.parametrize(

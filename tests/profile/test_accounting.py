@@ -42,9 +42,9 @@ def test_a_storage_that_is_used_again_is_another() -> None:
 
 def step(accounting: Accounting, model: nn.Module, x: Tensor) -> None:
     with accounting, ranges.listening(accounting.heed):
-        with ranges.named("forward"):
+        with ranges.profile_range("forward"):
             loss = model(x).square().mean()
-        with ranges.named("backward"):
+        with ranges.profile_range("backward"):
             loss.backward()
 
 
@@ -92,9 +92,9 @@ def test_what_checkpointing_makes_again_is_an_activation() -> None:
 def test_the_peak_is_of_the_named_range() -> None:
     accounting = Accounting(CPU)
     with accounting, ranges.listening(accounting.heed):
-        with ranges.named("forward"):
+        with ranges.profile_range("forward"):
             torch.zeros(100)
-        with ranges.named("optimiser"):
+        with ranges.profile_range("optimiser"):
             torch.zeros(1000)
     assert accounting.peak().range == "optimiser"
     assert accounting.peak().nbytes == accounting.peak("optimiser").nbytes == 4000

@@ -72,7 +72,7 @@ class PackedBert(nn.Module):
         """Makes every LayerNorm another's, after the sum and the dropout that fastmtl's takes in."""
         for module in self.modules():
             if isinstance(module, (AddLayerNorm, TaskLayerNorm)):
-                module.other = norm
+                module.norm_override = norm
 
     def use_cuda_graphs(self, recorder: Recorder | None = None) -> None:
         """Training runs as CUDA graphs where it can (see graphs.py). recorder: in their place, on any device."""
@@ -163,10 +163,10 @@ class Embeddings(nn.Module):
         p, seed, norm = self.dropout if self.training else 0.0, context.seed(EMBEDDINGS), self.LayerNorm
 
         def embed(ids: Tensor) -> Tensor:
-            if norm.other is not None:
+            if norm.norm_override is not None:
                 summed = embedding(ids, words.weight) + embedding(positions, places.weight)
                 summed = summed + embedding(token_types, types.weight)
-                hidden = norm.other(summed, norm.weight, norm.bias, list(norm.weight.shape), norm.eps)
+                hidden = norm.norm_override(summed, norm.weight, norm.bias, list(norm.weight.shape), norm.eps)
                 return dropout(hidden, p, seed) if p else hidden
             return embed_layer_norm(
                 ids,
@@ -254,7 +254,7 @@ class Intermediate(nn.Module):
         before = self.dense(hidden, context)
         result = self.activation(before)
         if context.remade is not None and result.requires_grad and not self.keeps_result:
-            context.remade.offer(result, partial(self.activation, before.detach()))
+            context.remade.register(result, partial(self.activation, before.detach()))
         return result
 
 

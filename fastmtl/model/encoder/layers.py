@@ -40,7 +40,7 @@ class TaskLayerNorm(Owner, nn.LayerNorm):  # type: ignore[misc]
     task.
     """
 
-    other: Norm | None = None
+    norm_override: Norm | None = None
 
 
 class AddLayerNorm(nn.LayerNorm):
@@ -48,7 +48,7 @@ class AddLayerNorm(nn.LayerNorm):
     other: as in TaskLayerNorm.
     """
 
-    other: Norm | None = None
+    norm_override: Norm | None = None
 
     def __init__(self, size: int, *, eps: float, p: float, at: int) -> None:
         super().__init__(size, eps=eps)
@@ -59,10 +59,10 @@ class AddLayerNorm(nn.LayerNorm):
     ) -> Tensor:
         """[N, d] each -> [N, d] of the residual's dtype."""
         p, seed = self.p if self.training else 0.0, context.seed(self.at)
-        if self.other is not None:
+        if self.norm_override is not None:
             z = residual + (dropout(x, p, seed) if p else x)
             z = z if ts is None else z + ts
-            return self.other(z, self.weight, self.bias, list(self.weight.shape), self.eps).to(residual.dtype)
+            return self.norm_override(z, self.weight, self.bias, list(self.weight.shape), self.eps).to(residual.dtype)
         return add_layer_norm(
             residual,
             x,
@@ -74,7 +74,7 @@ class AddLayerNorm(nn.LayerNorm):
             seed=seed,
             token_offsets=context.segments,
             task_grads=context.armed,
-            offer=None if context.remade is None else context.remade.offer,
+            register=None if context.remade is None else context.remade.register,
         )
 
 

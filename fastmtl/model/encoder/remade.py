@@ -23,7 +23,7 @@ class Remade:
         # By storage, as autograd hands over other tensors of the same memory.
         self._results: WeakKeyDictionary[torch.UntypedStorage, _Result] = WeakKeyDictionary()
 
-    def offer(self, result: Tensor, make: Callable[[], Tensor]) -> None:
+    def register(self, result: Tensor, make: Callable[[], Tensor]) -> None:
         """make() gives the result, which is contiguous and a storage of its own, once more with the same bits."""
         self._results[result.untyped_storage()] = _Result(make)
 

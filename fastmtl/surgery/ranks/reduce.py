@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastmtl.measure.ranges import named
+from fastmtl.measure.ranges import profile_range
 from fastmtl.surgery.jacobian.compact_rows import Rows, coalesce, is_first
 
 BUCKET = 1 << 23  # numbers per collective: bounds the copy that a collective needs
@@ -62,7 +62,7 @@ class Together:
         """[T, ceil(n / world)], zeros at the end."""
         if not self.many:
             return piece
-        with named("communication"):
+        with profile_range("communication"):
             return torch.cat([start_scatter(piece[:, columns]).share() for columns in column_pieces(*piece.shape)], 1)
 
     def gather_rows(self, tables: Sequence[list[Rows]], shapes: Sequence[torch.Size]) -> list[list[Rows]]:
@@ -71,7 +71,7 @@ class Together:
             return list(tables)
         firsts = [is_first(ids) for tasks in tables for ids, _ in tasks]
         sizes = torch.stack([first.sum() for first in firsts])
-        with named("communication"):
+        with profile_range("communication"):
             of_ranks = torch.stack(_all_gather(sizes)).tolist()
             found, begin = [], 0
             for tasks, shape in zip(tables, shapes, strict=True):
@@ -122,7 +122,7 @@ def world_size() -> int:
 def sum_over_ranks(value: Tensor) -> Tensor:
     """Adds up a small tensor in place and returns it."""
     if world_size() > 1:
-        with named("communication"):
+        with profile_range("communication"):
             dist.all_reduce(value)
     return value
 

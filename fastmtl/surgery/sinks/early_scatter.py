@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastmtl.measure.ranges import named
+from fastmtl.measure.ranges import profile_range
 from fastmtl.surgery.jacobian.dense import Jacobian
 from fastmtl.surgery.ranks.reduce import Scattering, column_pieces, start_scatter
 from fastmtl_kernels.upload import upload
@@ -67,7 +67,7 @@ class EarlyScatter:
     def shares(self) -> Tensor:
         """[T, columns]: this rank's share of every piece of the sum of all ranks' J, zeros at the ends of pieces."""
         self.sent_early = len(self._sent)
-        with named("communication"):
+        with profile_range("communication"):
             if not self._order:
                 self._order = self._order_of_rank_0()
             for number in self._order[len(self._sent) :]:

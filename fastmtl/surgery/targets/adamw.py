@@ -87,7 +87,7 @@ class SurgeryAdamW(torch.optim.AdamW):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        reason = _why_not(self.param_groups[-1])
+        reason = _unsupported_reason(self.param_groups[-1])
         if reason:
             self.param_groups.pop()
             raise UserError(f"SurgeryAdamW: {reason}")
@@ -250,7 +250,7 @@ class SurgeryAdamW(torch.optim.AdamW):
         return state["step"].item()
 
 
-def _why_not(group: Mapping[str, Any]) -> str:
+def _unsupported_reason(group: Mapping[str, Any]) -> str:
     """The reason why a parameter group cannot be updated, with the way out; "" where it can."""
     for option in _REFUSED:
         if group.get(option):

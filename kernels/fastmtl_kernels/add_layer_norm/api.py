@@ -6,7 +6,7 @@
 
 residual, x, ts, y [N, d]; weight, bias, x_bias [d]; the sums are over the rows of one task. Statistics and sums are
 float32, z has residual's dtype, in which it is kept for backward. An implementation is a module with `forward`,
-`backward` and `again`: add_layer_norm_cpp, add_layer_norm_triton; what the first gives the second to know what was
+`backward` and `recompute`: add_layer_norm_cpp, add_layer_norm_triton; what the first gives the second to know what was
 dropped is its own choice. Equal inputs give equal bits. Not differentiable twice.
 
 Source: as fastmtl_kernels.add_layer_norm.reference.
@@ -29,7 +29,7 @@ from fastmtl_kernels.philox import check_dropout, describe
 from fastmtl_kernels.task_sink import TaskRows, TaskSink, TokenOffsets, check_sink, common_dtype, gradient
 
 # Told of a result, and of what makes it again, bit for bit, from what is kept for backward anyway.
-Offer = Callable[[Tensor, Callable[[], Tensor]], None]
+Register = Callable[[Tensor, Callable[[], Tensor]], None]
 
 
 def add_layer_norm(
@@ -45,7 +45,7 @@ def add_layer_norm(
     seed: Tensor | None = None,
     token_offsets: TokenOffsets | None = None,
     task_grads: TaskSink | None = None,
-    offer: Offer | None = None,
+    register: Register | None = None,
     impl: RowImpl = "auto",
 ) -> Tensor:
     """LayerNorm(residual + dropout(x + x_bias) + ts).
@@ -64,8 +64,8 @@ def add_layer_norm(
             or an object with both as `offsets` and `host`. Rows past the last are a masked tail: zeros in y and in all
             gradients.
         task_grads: the sink that weight's, bias's and x_bias's gradients go to, one per task; None for one sum each.
-        offer: called with y, where a backward may come, and what makes y again. It reads weight and bias as they are in
-            forward. Not called by "reference".
+        register: called with y and a function that recomputes y, where a backward may come. That function reads weight
+            and bias as they are in forward. Not called by "reference".
         impl: "auto", "reference", "triton" (CUDA tensors) or "cpp" (CPU tensors).
 
     Returns:
@@ -87,7 +87,7 @@ def add_layer_norm(
             task_grads=task_grads,
         )  # fmt: skip
     dtype = common_dtype(weight, bias, x_bias)
-    call = RowNorm(kernels, dropout_p, eps, tasks, task_grads, torch.is_grad_enabled(), dtype, offer)
+    call = RowNorm(kernels, dropout_p, eps, tasks, task_grads, torch.is_grad_enabled(), dtype, register)
     return _AddLayerNorm.apply(residual, x, weight, bias, ts, x_bias, seed if dropout_p > 0 else None, call)
 
 
@@ -95,7 +95,7 @@ class RowNorm(NamedTuple):
     """What forward and backward share besides tensors.
 
     saves: whether a backward may come. sums_dtype: of the parameters' gradients where there is no sink; an
-    implementation may return float32 instead. offer: see above.
+    implementation may return float32 instead. register: see above.
     """
 
     kernels: ModuleType
@@ -105,7 +105,7 @@ class RowNorm(NamedTuple):
     sink: TaskSink | None
     saves: bool
     sums_dtype: torch.dtype = torch.float32
-    offer: Offer | None = None
+    register: Register | None = None
 
 
 class _AddLayerNorm(torch.autograd.Function):
@@ -128,10 +128,10 @@ class _AddLayerNorm(torch.autograd.Function):
         ctx.parameters = weight, bias, x_bias
         ctx.call = call
         ctx.dtypes = x.dtype, None if ts is None else ts.dtype
-        if call.offer is not None and any(ctx.needs_input_grad):
+        if call.register is not None and any(ctx.needs_input_grad):
             # Detached, as ZeRO 3 gives a parameter other memory when its module is done.
             kept = z, mean, rstd, weight.detach(), bias.detach()
-            call.offer(y, partial(call.kernels.again, *kept, call._replace(offer=None)))
+            call.register(y, partial(call.kernels.recompute, *kept, call._replace(register=None)))
         if call.sink is not None:
             call.sink.expect(*[parameter for parameter in ctx.parameters if parameter is not None])
         return y

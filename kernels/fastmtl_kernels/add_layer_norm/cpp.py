@@ -60,7 +60,7 @@ def forward(
     return y, z, mean, rstd, mask
 
 
-def again(z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, call: RowNorm) -> Tensor:
+def recompute(z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, call: RowNorm) -> Tensor:
     """y [N, d] of forward, bit for bit, from what it kept."""
     y = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     weight, bias = (cast(parameter, torch.float32).contiguous() for parameter in (weight, bias))

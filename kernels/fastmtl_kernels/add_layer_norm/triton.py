@@ -24,7 +24,7 @@ from fastmtl_kernels.row_blocks import block_shape, load_rows
 if TYPE_CHECKING:
     from fastmtl_kernels.add_layer_norm.api import RowNorm
 
-__all__ = ["again", "backward", "forward", "normalise"]
+__all__ = ["recompute", "backward", "forward", "normalise"]
 
 
 @triton.jit
@@ -173,7 +173,7 @@ def forward(
     return y, z, mean, rstd, seed
 
 
-def again(z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, call: RowNorm) -> Tensor:
+def recompute(z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, call: RowNorm) -> Tensor:
     """y [N, d] of forward, bit for bit, from what it kept."""
     num_rows, num_columns = z.shape
     y = torch.empty_like(z)

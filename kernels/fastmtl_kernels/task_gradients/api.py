@@ -62,9 +62,9 @@ def implementations(device: str | torch.device = "cpu") -> dict[str, list[Implem
         if not or what it is, and whether `impl="auto"` picks it.
     """
     on = torch.device(device)
-    gradient_impls = _listed(_FASTEST_FIRST, lambda impl: _why_not(impl, on))
-    row_impls = _listed(_ROWS, lambda impl: dispatch.why_not(impl, on))
-    adapter_impls = _listed(_ADAPTERS, lambda impl: low_rank_maps.why_not(impl, on))
+    gradient_impls = _listed(_FASTEST_FIRST, lambda impl: _unsupported_reason(impl, on))
+    row_impls = _listed(_ROWS, lambda impl: dispatch.unsupported_reason(impl, on))
+    adapter_impls = _listed(_ADAPTERS, lambda impl: low_rank_maps.unsupported_reason(impl, on))
     on_device = [Implementation("reference", True, "plain torch, stays on the device", True)]
     return {
         "gramian": gradient_impls,
@@ -77,9 +77,9 @@ def implementations(device: str | torch.device = "cpu") -> dict[str, list[Implem
     }
 
 
-def _listed(described: dict[str, str], why_not: Callable[[str], str]) -> list[Implementation]:
-    """described: what is said of each implementation, fastest first; why_not: the reason against one, "" for none."""
-    reasons = {impl: why_not(impl) for impl in described}
+def _listed(described: dict[str, str], unsupported_reason: Callable[[str], str]) -> list[Implementation]:
+    """List implementations. described: a description of each, fastest first; unsupported_reason: "" for a usable one."""
+    reasons = {impl: unsupported_reason(impl) for impl in described}
     auto = next(impl for impl, reason in reasons.items() if not reason)
     return [
         Implementation(impl, not reason, reason or described[impl], impl == auto) for impl, reason in reasons.items()
@@ -205,16 +205,16 @@ def _select(impl: str, lists: list[list[Tensor]]) -> str:
     """The implementation to use; an explicit one that cannot be used is an error."""
     device = lists[0][0].device if lists[0] else torch.device("cpu")
     if impl == "auto":
-        return next(name for name in _FASTEST_FIRST if not _why_not(name, device, lists))
+        return next(name for name in _FASTEST_FIRST if not _unsupported_reason(name, device, lists))
     if impl not in _FASTEST_FIRST:
         raise ValueError(f"impl must be 'auto', {', '.join(map(repr, _FASTEST_FIRST))}, got {impl!r}")
-    reason = _why_not(impl, device, lists)
+    reason = _unsupported_reason(impl, device, lists)
     if reason:
         raise RuntimeError(f"impl={impl!r} cannot be used here: {reason}")
     return impl
 
 
-def _why_not(impl: str, device: torch.device, lists: Sequence[Sequence[Tensor]] = ((),)) -> str:
+def _unsupported_reason(impl: str, device: torch.device, lists: Sequence[Sequence[Tensor]] = ((),)) -> str:
     """The reason why an implementation cannot be used on a device, with these gradients if given; "" where it can."""
     if impl == "reference":
         return ""

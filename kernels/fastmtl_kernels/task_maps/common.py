@@ -11,7 +11,7 @@ Not differentiable twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -138,11 +138,11 @@ def select(impl: str, x: Tensor, rank: int, name: str) -> str:
         RuntimeError: the implementation asked for cannot be used here; the message says why.
     """
     if impl == "auto":
-        usable = not why_not("triton", x.device, {x.dtype}) and rank <= MAX_RANK[x.dtype]
+        usable = not unsupported_reason("triton", x.device, {x.dtype}) and rank <= MAX_RANK[x.dtype]
         return "triton" if usable else "torch"
     if impl not in IMPLS:
         raise ValueError(f"impl must be 'auto', {', '.join(map(repr, IMPLS))}, got {impl!r}")
-    reason = why_not(impl, x.device, {x.dtype})
+    reason = unsupported_reason(impl, x.device, {x.dtype})
     if reason:
         raise RuntimeError(f"impl={impl!r} cannot be used here: {reason}")
     if impl == "triton" and rank > MAX_RANK[x.dtype]:
@@ -152,9 +152,9 @@ def select(impl: str, x: Tensor, rank: int, name: str) -> str:
     return impl
 
 
-def why_not(impl: str, device: torch.device, dtypes: set[torch.dtype] | frozenset[torch.dtype] = frozenset()) -> str:
+def unsupported_reason(impl: str, device: torch.device, dtypes: Collection[torch.dtype] = ()) -> str:
     """The reason why an implementation cannot be used on a device and with these dtypes, "" where it can."""
-    return dispatch.why_not(impl, device, dtypes) if impl == "triton" else ""
+    return dispatch.unsupported_reason(impl, device, dtypes) if impl == "triton" else ""
 
 
 def check_rows(x: Tensor) -> None:
