@@ -78,7 +78,7 @@ def implementations(device: str | torch.device = "cpu") -> dict[str, list[Implem
 
 
 def _listed(described: dict[str, str], unsupported_reason: Callable[[str], str]) -> list[Implementation]:
-    """List implementations. described: a description of each, fastest first; unsupported_reason: "" for a usable one."""
+    """List implementations. described: a description of each, fastest first; unsupported_reason: why one is not."""
     reasons = {impl: unsupported_reason(impl) for impl in described}
     auto = next(impl for impl, reason in reasons.items() if not reason)
     return [
