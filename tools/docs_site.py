@@ -29,7 +29,7 @@ PAGES = {
     "SECURITY.md": "security.md",
 }
 NAV = {
-    "Start": ["recipes", "data"],
+    "Start": ["install", "recipes", "data"],
     "Train": ["training", "models", "multi-host", "papers", "reproductions"],
     "Plug in": ["surgery", "surgery-reference", "extending"],
     "Kernels": ["kernels", "compile-table", "compile-table-triton-3.6"],

@@ -133,13 +133,13 @@ def test_replays_equal_the_operations_bit_for_bit(method: str, dtype: torch.dtyp
 
 
 def test_numbers_from_the_host_do_not_go_unnoticed(model: MultiTaskModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = recorded_step._Buffers.told
+    right = recorded_step._Buffers.numbers
 
     def baked(buffers: recorded_step._Buffers) -> Any:
         scale, factor, order, bounds = right(buffers)
         return scale, factor, order, [torch.tensor(each.tolist()) for each in bounds]
 
-    monkeypatch.setattr(recorded_step._Buffers, "told", baked)
+    monkeypatch.setattr(recorded_step._Buffers, "numbers", baked)
     ways = [surgery_of(model, each) for each in (OpRecorder(), Unrecorded())]
     for batches in STEPS[1:3]:
         (_, found), (_, eager) = (run(way, model, batches) for way in ways)

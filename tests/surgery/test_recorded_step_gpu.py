@@ -38,7 +38,7 @@ def test_graphs_equal_the_operations_bit_for_bit(
             assert all(torch.equal(*pair) and pair[0].isfinite().all() for pair in zip(found, eager, strict=True))
             expected = sinks[0].gramian() / 4
             assert (steps[0].gram - expected).abs().max() <= 1e-4 * expected.abs().max()
-    assert both[0].told == []
+    assert both[0].warned == []
     assert isinstance(both[0].recorder, CudaRecorder)
     assert methods[0] is not None and methods[1] is not None
     assert methods[0].state_dict() == methods[1].state_dict()
