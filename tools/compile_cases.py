@@ -72,7 +72,7 @@ def add_layer_norm() -> None:
         sums = 3 if x_bias is not None else 2
         for kept in (call, call._replace(sums_dtype=dtype)):  # sums for a sink are float32
             add_layer_norm_triton.backward(rows, z, mean, rstd, column, drawn, kept, dx_dtype=dtype, num_sums=sums)
-        add_layer_norm_triton.again(z, mean, rstd, column, column, call)
+        add_layer_norm_triton.recompute(z, mean, rstd, column, column, call)
 
 
 def add_layer_norm_in_part() -> None:

@@ -34,7 +34,7 @@ NAV = {
     "Plug in": ["surgery", "surgery-reference", "extending"],
     "Kernels": ["kernels", "compile-table", "compile-table-triton-3.6"],
     "Measure": ["benchmarks", "profiling", "scale-out", "gpu-check"],
-    "Design": ["design"],
+    "Design": ["design", "design-deepspeed", "design-kernels", "design-cuda-graphs"],
     "Notes": ["notes/*"],
     "Project": ["contributing", "changelog", "security", "code-of-conduct"],
 }
