@@ -39,6 +39,7 @@ NAV = {
     "Project": ["contributing", "changelog", "security", "code-of-conduct"],
 }
 SOURCES = "source"
+HTML_ANCHOR = re.compile(r"""^<a id="([^"]+)"></a>$""", re.MULTILINE)  # Sphinx wants a target of its own kind
 LINK = re.compile(r"""(?<=\]\()[^()\s]+|(?<=\]: )\S+|(?<=\bhref=")[^"]+|(?<=\bsrc=")[^"]+""")
 
 
@@ -85,7 +86,7 @@ def site_links(page: str, markdown: str) -> tuple[str, set[str]]:
             path = re.sub(r"\.md$", ".html", path)
         return posixpath.relpath(path, here) + (f"#{anchor}" if anchor and not path.startswith(SOURCES) else "")
 
-    return LINK.sub(site_link, markdown), targets
+    return HTML_ANCHOR.sub(r"(\1)=", LINK.sub(site_link, markdown)), targets
 
 
 def site_path(target: str) -> str:

@@ -32,6 +32,7 @@ def test_the_sources_have_every_page_and_what_it_links_to(tmp_path: Path) -> Non
         ("docs/data.md", "[a](../tools/docs_site.py#L9)", "[a](source/tools/docs_site.py.md)"),
         ("docs/notes/soak.md", "[a](../../tests/soak)", "[a](../source/tests/soak.md)"),
         ("docs/data.md", "[a]: ../tools/docs_site.py", "[a]: source/tools/docs_site.py.md"),
+        ("docs/data.md", 'x\n\n<a id="b-c"></a>\n## d\n', "x\n\n(b-c)=\n## d\n"),
         (
             "README.md",
             '<a href="docs/data.md#x"><img src="docs/images/roofline.svg">',
