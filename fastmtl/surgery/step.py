@@ -51,8 +51,8 @@ class SurgeryInfo:
 
     @property
     def seconds(self) -> float:
-        """Added by surgery on this rank: Gramian, reductions, weights and merging; with `replay` the first pass too,
-        with one backward per task all of them, with `scope="tensor"` nothing is set apart (0). Waits for the device.
+        """Added by surgery on this rank: Gramian, reductions, weights and merging; with `replay` the first pass too.
+        0 with `scope="tensor"`, which does not set it apart. Waits for the device.
         """
         return 0.0 if self.stopwatch is None else self.stopwatch.seconds()
 
