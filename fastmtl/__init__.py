@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fastmtl.version import __version__
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from fastmtl.inference.predict import Predictor
 
-__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
 
 
 def load(model_dir: str | Path, device: str | None = None) -> Predictor:
-    """Opens the `model/` directory of a run, or the run's directory; see `fastmtl.inference.predict.Predictor`."""
+    """Open the `model/` directory of a run, or the run's directory; see `fastmtl.inference.predict.Predictor`."""
     from fastmtl.inference.predict import load as load_predictor  # torch takes seconds to import
 
     return load_predictor(model_dir, device)

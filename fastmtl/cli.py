@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from fastmtl import __version__
 from fastmtl.commands import bench, models, profile, recipes, sweep
 from fastmtl.commands.options import Debug, ModelDir
 from fastmtl.errors import UserError, one_line, printable
@@ -20,6 +19,7 @@ from fastmtl.files.output_folder import OutputFolder, check_output
 from fastmtl.process.failures import explained
 from fastmtl.process.launcher_variables import is_first, world_size
 from fastmtl.process.streams import secure, tell_kept_exceptions_once
+from fastmtl.version import __version__
 
 EXIT_FAILURE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from fastmtl import __version__, cli
+from fastmtl import cli
 from fastmtl.errors import TrainingError, UserError
+from fastmtl.version import __version__
 
 
 @pytest.fixture(autouse=True)

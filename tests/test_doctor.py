@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fastmtl import __version__
 from fastmtl.commands import doctor
+from fastmtl.version import __version__
 from fastmtl_kernels import _native
 
 

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastmtl import __version__
 from fastmtl.engine.fused_optimizers import why_no_deepspeed
 from fastmtl.process import nvidia_apex
+from fastmtl.version import __version__
 
 Status = Literal["ok", "missing", "broken"]
 

@@ -26,6 +26,7 @@ from fastmtl.cuda_graphs.options import unsupported_reason
 from fastmtl.cuda_graphs.recorder import Recorder, Recordings, Turn
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.model.encoder.context import ForwardContext
+from fastmtl.model.encoder.layers import overrides_norm
 from fastmtl.surgery.sinks.task_gradients import NOT_ARMED, TaskGradients
 from fastmtl_kernels.varlen_attention.plan import AttentionPlan
 
@@ -76,7 +77,7 @@ class EncoderGraphs:
 
     def embeds(self, sink: TaskGradients | None) -> bool:
         """Whether the embeddings are recorded with the layers: where the words' gradient is kept as rows."""
-        if sink is None or any(getattr(module, "other", None) is not None for module in self._embeddings.modules()):
+        if sink is None or overrides_norm(self._embeddings):
             return False
         parameters = self._trained(self._embeddings)
         return all(map(sink.wants, self._embeddings.parameters())) and [
@@ -136,7 +137,7 @@ class EncoderGraphs:
             return "the encoder is frozen"
         if any(hasattr(parameter, "ds_id") for parameter in parameters):
             return "ZeRO 3 gives weights no fixed address"
-        if any(getattr(module, "other", None) is not None for module in self._layers.modules()):
+        if overrides_norm(self._layers):
             return "LayerNorm is not fastmtl's"
         if sink is not None and not all(sink.wants(p) and not sink.is_sparse(p) for p in parameters):
             return "not all of the layers' weights are shared ones"

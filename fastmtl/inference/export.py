@@ -11,12 +11,12 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-import fastmtl
 from fastmtl.config import Recipe
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.model.encoder.bert import PackedBert, Pooler
 from fastmtl.model.encoder.pretrained import load_model, save_encoder
 from fastmtl.model.heads.embed import Projection, Recurrent
+from fastmtl.version import __version__
 
 Layout = Literal["sentence-transformers", "transformers"]
 # fastmtl's name -> sentence-transformers'. BERT's pooler is a dense layer on [CLS] there.
@@ -93,7 +93,7 @@ def _write_sentence_transformers(
     size = encoder.config.hidden_size
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
     _write(directory / "sentence_bert_config.json", {"max_seq_length": encoder.max_length, "do_lower_case": False})
-    versions = {"fastmtl": fastmtl.__version__, "transformers": transformers.__version__, "pytorch": torch.__version__}
+    versions = {"fastmtl": __version__, "transformers": transformers.__version__, "pytorch": torch.__version__}
     about = {"__version__": versions, "prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
     _write(directory / "config_sentence_transformers.json", about)
     (directory / "1_Pooling").mkdir()

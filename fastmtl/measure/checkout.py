@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from fastmtl import __version__
+from fastmtl.version import __version__
 
 _ROOT = Path(__file__).parents[2]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from fastmtl import __version__
 from fastmtl.measure.checkout import checkout, output_of
+from fastmtl.version import __version__
 from fastmtl_kernels import implementations
 
 _PACKAGES = ("transformers", "triton", "torchjd", "peft", "liger-kernel")

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fastmtl import __version__
 from fastmtl.config import Recipe
 from fastmtl.training.metrics import confusion, evaluate_predictions, mean_score
+from fastmtl.version import __version__
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "numpy")
 SCATTER_POINTS = 800  # more would only make the file larger: the points overlap

@@ -36,8 +36,9 @@ Norm = Callable[[Tensor, Tensor, Tensor, list[int], float], Tensor]
 
 
 class TaskLayerNorm(Owner, nn.LayerNorm):  # type: ignore[misc]
-    """The embeddings' (see encoder.py). other: another's LayerNorm in place of fastmtl's; it writes no gradient per
-    task.
+    """LayerNorm of the embeddings (see bert.py).
+
+    norm_override: the LayerNorm of another library in place of fastmtl's; it writes no gradient per task.
     """
 
     norm_override: Norm | None = None
@@ -45,7 +46,7 @@ class TaskLayerNorm(Owner, nn.LayerNorm):  # type: ignore[misc]
 
 class AddLayerNorm(nn.LayerNorm):
     """LayerNorm(residual + dropout(x) + ts). at: the place of its seed in the context; p: of dropout, in training.
-    other: as in TaskLayerNorm.
+    norm_override: as in TaskLayerNorm.
     """
 
     norm_override: Norm | None = None
@@ -76,6 +77,12 @@ class AddLayerNorm(nn.LayerNorm):
             task_grads=context.armed,
             register=None if context.remade is None else context.remade.register,
         )
+
+
+def overrides_norm(module: nn.Module) -> bool:
+    """Return whether some LayerNorm inside is another library's (`norm_override`)."""
+    norms = (part for part in module.modules() if isinstance(part, TaskLayerNorm | AddLayerNorm))
+    return any(norm.norm_override is not None for norm in norms)
 
 
 class TaskEmbedding(Owner, nn.Embedding):  # type: ignore[misc]

@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
-import fastmtl
 from fastmtl.config import EncoderConfig, Recipe, parse_recipe
 from fastmtl.errors import UserError, quoted, unknown_name
 from fastmtl.files.json_files import read_json
@@ -29,6 +28,7 @@ from fastmtl.model.encoder.bert import PackedBert, UnusedPooler
 from fastmtl.model.encoder.weights import load_exactly, read_encoder_weights, read_tensors
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.process import nvidia_apex
+from fastmtl.version import __version__
 
 MINILM = "minilm"
 FORMAT = 1
@@ -144,7 +144,7 @@ def save_model(
     save_file(heads, written / "heads.safetensors", metadata={"format": "pt"})
     entries = {
         "format": FORMAT,
-        "fastmtl": fastmtl.__version__,
+        "fastmtl": __version__,
         "tasks": recipe.task_names,
         "recipe": recipe.model_dump(mode="json"),
         **(about or {}),
