@@ -16,9 +16,9 @@ from fastmtl.commands import bench, models, profile, recipes, sweep
 from fastmtl.commands.options import Debug, ModelDir
 from fastmtl.errors import UserError, one_line, printable
 from fastmtl.files.output_folder import OutputFolder, check_output
-from fastmtl.process.failures import explained
-from fastmtl.process.launcher_variables import is_first, world_size
-from fastmtl.process.streams import secure, tell_kept_exceptions_once
+from fastmtl.system.failures import explained
+from fastmtl.system.launcher_variables import is_first, world_size
+from fastmtl.system.streams import secure, tell_kept_exceptions_once
 from fastmtl.version import __version__
 
 EXIT_FAILURE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
@@ -121,7 +121,7 @@ def train(
     """
     from fastmtl.config import load_recipe
     from fastmtl.engine.early_errors import errors_reach_the_first
-    from fastmtl.training.checks import check_recipe
+    from fastmtl.training.early_checks import check_recipe
 
     _set_debug(debug)
     directory = output or Path("runs") / Path(recipe).stem
@@ -137,7 +137,7 @@ def train(
                 folder = OutputFolder(directory, resume=resume)
         rows = check_recipe(settings, world_size())
     if check:
-        from fastmtl.training.start import check_run
+        from fastmtl.training.prepare import check_run
 
         found = check_run(
             settings, directory, resume=resume, accept_changes=accept_changes, local_rank=context.obj, rows=rows

@@ -26,20 +26,21 @@ from fastmtl.engine.checkpoint import Checkpoints
 from fastmtl.engine.distributed import Ranks, StopFlag, this_process
 from fastmtl.engine.gather import gathered_state_dict
 from fastmtl.files.writing import writing
+from fastmtl.inference.evaluation import Scores, score
+from fastmtl.inference.metrics import evaluate_predictions, load_libraries, mean_score, selected_score
 from fastmtl.measure import heap
 from fastmtl.measure.ranges import profile_iter, profile_range
 from fastmtl.model.encoder.pretrained import restore_previous
+from fastmtl.report import write_report
 from fastmtl.surgery.gradient_surgery import GradientSurgery
 from fastmtl.surgery.sinks.task_gradients import TaskGradients
 from fastmtl.surgery.targets.flat import whole_model
 from fastmtl.tracking import Tracker
-from fastmtl.training.evaluation import Scores, score
-from fastmtl.training.metrics import evaluate_predictions, load_libraries, mean_score, selected_score
 from fastmtl.training.objectives import Objectives
 from fastmtl.training.phase_model import PhaseModel
+from fastmtl.training.prepare import prepare
 from fastmtl.training.progress import Job, Progress
 from fastmtl.training.run_files import RunFiles
-from fastmtl.training.start import prepare
 
 
 @dataclass
@@ -140,9 +141,11 @@ def train(
             gc.collect()
     assert run is not None
     with writing(output / "report.html", "--resume writes the report again when there is room."):
-        kept = run.files.finish(run.at.step, run.at.seconds)
-    if kept is not None and kept["dev"]:
-        run.tracker.scores(kept["dev"], kept["mean"], "dev scores of the kept model")
+        results = run.files.results(run.at.step, run.at.seconds)
+        if results is not None:
+            write_report(output, results)
+    if results is not None and results["dev"]:
+        run.tracker.scores(results["dev"], results["mean"], "dev scores of the kept model")
     run.tracker.message(f"model: {output / 'model'}\nreport: {output / 'report.html'}")
     with writing(output):
         run.tracker.close()

@@ -14,7 +14,7 @@ from phase_cases import make_recipe, write_data
 from fastmtl.config import Recipe
 from fastmtl.errors import UserError
 from fastmtl.train import train
-from fastmtl.training.start import check_run
+from fastmtl.training.prepare import check_run
 
 
 def recipe_of(directory: Path, bert: Path, schedule: str = "constant", **train_section: Any) -> Recipe:

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from fastmtl.config import Recipe, load_recipe, parse_recipe
+from fastmtl.engine.recipe_changes import changes_since
 from fastmtl.errors import UserError, unknown_name
-from fastmtl.recipes.changes import changes_since
 from fastmtl.recipes.files import bundled_recipes
 
 TASKS = {"sst": {"type": "classification", "num_labels": 5, "data": {"train": "a.csv"}}}

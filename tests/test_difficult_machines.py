@@ -17,7 +17,7 @@ from fastmtl.files.user_path import cache_path, user_path
 from fastmtl.files.writing import writing
 from fastmtl.model.encoder.weights import read_tensors
 
-SECURED = "import sys; from fastmtl.process.streams import secure; secure(); "
+SECURED = "import sys; from fastmtl.system.streams import secure; secure(); "
 
 
 def run(code: str, shell: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -41,7 +41,7 @@ def test_signs_that_the_encoding_lacks_are_replaced() -> None:
 
 def test_a_thread_that_keeps_its_exception_prints_none() -> None:
     code = (
-        "import threading; from fastmtl.process.streams import tell_kept_exceptions_once; tell_kept_exceptions_once()\n"
+        "import threading; from fastmtl.system.streams import tell_kept_exceptions_once; tell_kept_exceptions_once()\n"
         "class Writer(threading.Thread):\n"
         "    def run(self):\n"
         "        self.exception = OSError('full')\n"

@@ -17,8 +17,8 @@ from fastmtl.errors import TrainingError, UserError
 from fastmtl.files.json_files import read_json
 from fastmtl.files.user_path import cache_path, user_path
 from fastmtl.inference.predictions import _write
-from fastmtl.process.failures import explained
-from fastmtl.process.launcher_variables import is_first, number, world_size
+from fastmtl.system.failures import explained
+from fastmtl.system.launcher_variables import is_first, number, world_size
 from fastmtl.tracking.metrics_file import read_metrics
 
 

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from fastmtl.config import Recipe, TaskConfig
 from fastmtl.errors import UserError
-from fastmtl.training.metrics import (
+from fastmtl.inference.metrics import (
     check_metrics,
     confusion,
     evaluate_predictions,

@@ -14,8 +14,8 @@ import fastmtl
 from fastmtl import cli
 from fastmtl.config import EncoderConfig, Recipe
 from fastmtl.errors import UserError
+from fastmtl.inference.metrics import evaluate_predictions
 from fastmtl.inference.predict import Prediction, Predictor, evaluate_file, evaluate_split
-from fastmtl.training.metrics import evaluate_predictions
 
 SENTENCES = ["the film was good", "a dull and boring story , not good at all", "he ran", "she reads a lovely book"]
 PAIRS = [("a dog ran", "the dog runs"), ("she eats soup", "a car drove to the city"), ("he sat", "he sat on the cat")]

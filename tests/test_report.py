@@ -14,8 +14,9 @@ import pytest
 import fastmtl
 from fastmtl.config import Recipe
 from fastmtl.errors import UserError
-from fastmtl.report import collect_results, write_report
+from fastmtl.report import write_report
 from fastmtl.report.plots import BINS, curves
+from fastmtl.training.results import collect_results
 
 RECIPE = Recipe.model_validate(
     {

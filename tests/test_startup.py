@@ -119,12 +119,12 @@ def test_what_a_run_cannot_have_is_refused_before_deepspeed_starts(
 ) -> None:
     from fastmtl import train
     from fastmtl.config import load_recipe
-    from fastmtl.training import start
+    from fastmtl.training import prepare
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("DeepSpeed was started")
 
-    monkeypatch.setattr(start, "join", never)
+    monkeypatch.setattr(prepare, "join", never)
     world = 2 if "reduce" in sections.get("gradient", ()) else 1
     monkeypatch.setattr(train, "this_process", lambda _: Ranks(0, world, 0, train.torch.device("cpu")))
     given = recipe(tmp_path / "data", GOOD, **{"encoder": {"path": str(tiny_bert)}, **sections})
@@ -138,7 +138,7 @@ def test_a_full_disk_is_told_before_deepspeed_starts(
 ) -> None:
     from fastmtl import train
     from fastmtl.config import load_recipe
-    from fastmtl.training import start
+    from fastmtl.training import prepare
 
     asked: list[tuple[Path, int]] = []
 
@@ -146,11 +146,11 @@ def test_a_full_disk_is_told_before_deepspeed_starts(
         asked.append((directory, needed))
         raise UserError("no space")
 
-    monkeypatch.setattr(start, "check_room", full)
+    monkeypatch.setattr(prepare, "check_room", full)
     given = load_recipe(str(recipe(tmp_path / "data", GOOD, encoder={"path": str(tiny_bert)})))
     with pytest.raises(UserError, match="no space"):
         train.train(given, tmp_path / "run")
-    weights = sum(tensor.numel() for tensor in start.PhaseModel(start.phases_of(given)[0]).trained.parameters())
+    weights = sum(tensor.numel() for tensor in prepare.PhaseModel(prepare.phases_of(given)[0]).trained.parameters())
     assert asked == [(tmp_path / "run", 14 * weights)]
 
 
@@ -158,11 +158,11 @@ def test_a_full_disk_is_told_before_deepspeed_starts(
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of one process, which has nobody to meet."""
     from fastmtl import cli
-    from fastmtl.training import start
+    from fastmtl.training import prepare
 
     monkeypatch.setattr(cli, "_debug", False)
-    monkeypatch.setattr(start, "this_process", lambda _: Ranks(0, 1, 0, torch.device("cpu")))
-    monkeypatch.setattr(start, "join", lambda _: None)
+    monkeypatch.setattr(prepare, "this_process", lambda _: Ranks(0, 1, 0, torch.device("cpu")))
+    monkeypatch.setattr(prepare, "join", lambda _: None)
     monkeypatch.delenv("RANK", raising=False)
 
 

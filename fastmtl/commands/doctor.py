@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastmtl.engine.fused_optimizers import why_no_deepspeed
-from fastmtl.process import nvidia_apex
+from fastmtl.system import nvidia_apex
 from fastmtl.version import __version__
 
 Status = Literal["ok", "missing", "broken"]

@@ -24,9 +24,9 @@ from fastmtl.engine.gradient_norm import keeps_clipping
 from fastmtl.engine.manifest import NAME, Refused, read_manifest, write_manifest
 from fastmtl.engine.optimizer_settings import optimizer_settings, put_settings
 from fastmtl.engine.plain_path import plain_path
+from fastmtl.engine.recipe_changes import Changes, changes_since
 from fastmtl.engine.universal import keeps_groups, universal_copy
 from fastmtl.errors import UserError
-from fastmtl.recipes.changes import Changes, changes_since
 
 TENSORS = "tensors.safetensors"
 LEFT_OVER = (".incomplete-step-*", ".removed-step-*", ".universal-*")

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from fastmtl.engine import extension_locks
 from fastmtl.errors import UserError
-from fastmtl.process.launcher_variables import number, world_size
+from fastmtl.system.launcher_variables import number, world_size
 
 T = TypeVar("T")
 

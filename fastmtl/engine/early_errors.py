@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from fastmtl.errors import UserError
-from fastmtl.process.launcher_variables import is_first
+from fastmtl.system.launcher_variables import is_first
 
 EXIT_USER_ERROR = 2
 PATIENCE = timedelta(seconds=60)

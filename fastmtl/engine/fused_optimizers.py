@@ -10,7 +10,7 @@ import torch
 
 from fastmtl.config import Recipe
 from fastmtl.errors import UserError
-from fastmtl.process import nvidia_apex
+from fastmtl.system import nvidia_apex
 
 _KEY = "engine.fused_optimizer"
 

@@ -19,10 +19,10 @@ from fastmtl.data.readers import Rows, read_file, read_rows
 from fastmtl.data.tokenized import check_token_types, tokenize
 from fastmtl.errors import UserError, quoted, unknown_name
 from fastmtl.files.user_path import user_path
+from fastmtl.inference.evaluation import score
+from fastmtl.inference.metrics import evaluate_predictions, mean_score, predicted_labels
 from fastmtl.inference.predictions import write_cs224n, write_table
 from fastmtl.model.encoder.pretrained import load_model, model_directory
-from fastmtl.training.evaluation import score
-from fastmtl.training.metrics import evaluate_predictions, mean_score, predicted_labels
 
 Text = str | tuple[str, str]
 

@@ -12,7 +12,7 @@ import numpy as np
 from fastmtl.config import TaskConfig
 from fastmtl.errors import UserError
 from fastmtl.files.writing import replace_text
-from fastmtl.training.metrics import predicted_labels
+from fastmtl.inference.metrics import predicted_labels
 
 # The headers of the project's own files, its spelling included.
 CS224N_COLUMN = {

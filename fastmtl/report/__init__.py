@@ -1,6 +1,5 @@
 """report.html: what a run did, in one file without external assets."""
 
-from fastmtl.report.build import CHANGES, write_report
-from fastmtl.report.results import collect_results
+from fastmtl.report.build import write_report
 
-__all__ = ["CHANGES", "collect_results", "write_report"]
+__all__ = ["write_report"]

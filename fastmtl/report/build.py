@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from fastmtl.config import Recipe, TaskConfig, load_recipe
+from fastmtl.engine.recipe_changes import CHANGES_FILE
 from fastmtl.errors import UserError
 from fastmtl.files.json_files import read_json
 from fastmtl.files.writing import replace_text
+from fastmtl.inference.metrics import metric_names
 from fastmtl.report import page, plots
 from fastmtl.report.phases import phase_table
 from fastmtl.tracking.metrics_file import read_metrics
-from fastmtl.training.metrics import metric_names
-
-CHANGES = "changes.jsonl"  # settings with which the run was resumed, a line each time
 
 TITLES = {
     "accuracy": "accuracy",
@@ -247,7 +246,7 @@ def _data(recipe: Recipe, results: dict[str, Any]) -> str:
 
 
 def _changes(output: Path) -> list[str]:
-    file = output / CHANGES
+    file = output / CHANGES_FILE
     if not file.is_file():
         return []
     lines = read_metrics(file)

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 from fastmtl.config import Recipe
-from fastmtl.recipes.changes import differences
+from fastmtl.engine.recipe_changes import differences
 
 FASTMTL = (sys.executable, "-c", "from fastmtl.cli import main; main()")
 

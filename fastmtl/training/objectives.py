@@ -15,13 +15,13 @@ from fastmtl.config import Recipe
 from fastmtl.data.corpus import Corpus
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.tokenized import TokenizedDataset
+from fastmtl.inference.evaluation import Scores
+from fastmtl.inference.metrics import evaluate_predictions
 from fastmtl.model.losses.cached_pairs import cache_pairs
 from fastmtl.model.losses.smart import Smart
 from fastmtl.model.losses.weighting import DynamicWeightAverage
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery.step import SurgeryInfo
-from fastmtl.training.evaluation import Scores
-from fastmtl.training.metrics import evaluate_predictions
 
 Metrics = Mapping[str, Mapping[str, float]]
 

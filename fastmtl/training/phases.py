@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from fastmtl.config import MLM, TRAINS, GradientConfig, PhaseConfig, Recipe, Section
 from fastmtl.errors import UserError, unknown_name
-from fastmtl.training.metrics import check_early_stopping, check_metrics
+from fastmtl.inference.metrics import check_early_stopping, check_metrics
 
 SEED_STEP = 10_000  # between the seeds of phases: rows come in another order, new weights are others
 S = TypeVar("S", bound=Section)

@@ -16,17 +16,17 @@ from fastmtl.config import Recipe
 from fastmtl.data.corpus import Corpus
 from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.engine.distributed import Ranks
+from fastmtl.engine.recipe_changes import CHANGES_FILE, Changes
 from fastmtl.files.writing import replace_text
+from fastmtl.inference.evaluation import Scores
+from fastmtl.inference.metrics import label_statistics
 from fastmtl.inference.predictions import write_cs224n
 from fastmtl.model.add_task import Addition
 from fastmtl.model.encoder.pretrained import save_model
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.model.task_weights import TaskWeights, read_task_weights
-from fastmtl.recipes.changes import Changes
-from fastmtl.report import CHANGES, collect_results, write_report
-from fastmtl.training.evaluation import Scores
-from fastmtl.training.metrics import label_statistics
 from fastmtl.training.phases import Phase
+from fastmtl.training.results import collect_results
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -127,7 +127,7 @@ class RunFiles:
         """Append settings and rows with which the run was resumed, {key: (before, now)}, to changes.jsonl."""
         if self._ranks.is_main and changes:
             line = {"step": step, "changes": changes, "time": round(time.time(), 3)}
-            with (self.output / CHANGES).open("a", encoding="utf-8") as file:
+            with (self.output / CHANGES_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
     def _with_others(
@@ -139,8 +139,8 @@ class RunFiles:
         ordered = {name: known[name] for name in self._recipe.tasks if name in known}
         return phase.recipe.model_copy(update={"tasks": ordered}), kept.state_dict(list(ordered))
 
-    def finish(self, steps: int, seconds: float) -> dict[str, Any] | None:
-        """Writes report.html (and results.json) from the kept scores; returns the results on the main process."""
+    def results(self, steps: int, seconds: float) -> dict[str, Any] | None:
+        """Return the results of the run from the kept scores, for its report; None on every rank but the first."""
         if not self._ranks.is_main:
             return None
         kept = {}
@@ -159,11 +159,7 @@ class RunFiles:
             if dataset.labels is not None and len(dataset):
                 numbers["labels"] = label_statistics(self._recipe.tasks[name], dataset.labels)
             counts.setdefault(name, {})[split] = numbers
-        results = collect_results(
-            self._recipe, kept, counts, steps=steps, seconds=seconds, world_size=self._ranks.world
-        )
-        write_report(self.output, results)
-        return results
+        return collect_results(self._recipe, kept, counts, steps=steps, seconds=seconds, world_size=self._ranks.world)
 
     def _datasets(self) -> list[tuple[str, str, TokenizedDataset]]:
         named = zip(self._recipe.task_names, self._corpus.train, self._corpus.dev, strict=True)

@@ -76,18 +76,18 @@ def test_apex_is_refused_with_what_to_do(
 
 
 def test_not_with_surgery(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastmtl.process.nvidia_apex.layer_norm", lambda: of_torch)
+    monkeypatch.setattr("fastmtl.system.nvidia_apex.layer_norm", lambda: of_torch)
     with pytest.raises(UserError, match="layer_norm: apex gives no gradient per task, which gradient.method: pcgrad"):
         make_model(encoder={"layer_norm": "apex"}, gradient={"method": "pcgrad"})
     make_model(encoder={"layer_norm": "apex", "freeze": True}, gradient={"method": "pcgrad"})
-    assert make_model(encoder={"layer_norm": "apex"}).encoder.embeddings.LayerNorm.other is of_torch
+    assert make_model(encoder={"layer_norm": "apex"}).encoder.embeddings.LayerNorm.norm_override is of_torch
 
 
 def test_a_model_trained_with_it_loads_anywhere(
     make_model: MakeModel, make_batch: MakeBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("fastmtl.process.nvidia_apex.layer_norm", lambda: of_torch)
+        patch.setattr("fastmtl.system.nvidia_apex.layer_norm", lambda: of_torch)
         model = make_model(encoder={"layer_norm": "apex"}).eval()
     save_model(tmp_path / "model", model, model.recipe, load_tokenizer(model.recipe.encoder))
     about = json.loads((tmp_path / "model" / "fastmtl.json").read_text())

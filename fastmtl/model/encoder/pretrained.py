@@ -27,7 +27,7 @@ from fastmtl.files.user_path import user_path
 from fastmtl.model.encoder.bert import PackedBert, UnusedPooler
 from fastmtl.model.encoder.weights import load_exactly, read_encoder_weights, read_tensors
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.process import nvidia_apex
+from fastmtl.system import nvidia_apex
 from fastmtl.version import __version__
 
 MINILM = "minilm"

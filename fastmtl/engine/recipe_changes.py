@@ -11,6 +11,7 @@ from fastmtl.errors import UserError, shortened
 
 # {key: (before, now)}
 Changes = dict[str, tuple[Any, Any]]
+CHANGES_FILE = "changes.jsonl"  # in the output folder: a line for each resume with other settings
 
 # Changes that leave every step the same: how long the run is, what is logged and saved, and where files are (the rows
 # themselves are compared by their digests).

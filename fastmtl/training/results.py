@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastmtl.config import Recipe
-from fastmtl.training.metrics import confusion, evaluate_predictions, mean_score
+from fastmtl.inference.metrics import confusion, evaluate_predictions, mean_score
 from fastmtl.version import __version__
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "numpy")

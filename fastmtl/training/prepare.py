@@ -17,11 +17,11 @@ from fastmtl.engine.checkpoint import Checkpoints, Found
 from fastmtl.engine.distributed import Ranks, join, this_process
 from fastmtl.engine.early_errors import errors_reach_the_first
 from fastmtl.engine.fused_optimizers import check_fused_optimizer
+from fastmtl.engine.recipe_changes import Changes, changed_rows, refuse, resume_notes
 from fastmtl.files.output_folder import check_room
 from fastmtl.model.add_task import complete
 from fastmtl.model.encoder.pretrained import load_tokenizer
-from fastmtl.recipes.changes import Changes, changed_rows, refuse, resume_notes
-from fastmtl.training.checks import check_schedules
+from fastmtl.training.early_checks import check_schedules
 from fastmtl.training.phase_model import PhaseModel
 from fastmtl.training.phases import Phase, phases_of
 from fastmtl.training.progress import Job, Progress, resumed
