@@ -15,7 +15,9 @@ __all__ = ["__version__", "load"]
 
 
 def load(model_dir: str | Path, device: str | None = None) -> Predictor:
-    """Open the `model/` directory of a run, or the run's directory; see `fastmtl.inference.predict.Predictor`."""
+    """Open the `model/` directory of a run, or the run's directory; see
+    `fastmtl.inference.predict.Predictor`.
+    """
     from fastmtl.inference.predict import load as load_predictor  # torch takes seconds to import
 
     return load_predictor(model_dir, device)

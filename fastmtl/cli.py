@@ -67,7 +67,9 @@ def common(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Fine-tune one BERT-style encoder on many tasks at once, with task adapters and gradient surgery."""
+    """Fine-tune one BERT-style encoder on many tasks at once, with task adapters and gradient
+    surgery.
+    """
     _set_debug(debug)
     context.obj = local_rank
 
@@ -117,7 +119,8 @@ def train(
     New tasks for a trained model, whose own tasks stay as they are:
       [cyan]fastmtl train new-task.yaml add_to=runs/demo/model[/cyan]
 
-    DIR gets config.yaml, metrics.jsonl, tensorboard/, checkpoints/, model/, predictions/ and report.html.
+    DIR gets config.yaml, metrics.jsonl, tensorboard/, checkpoints/, model/, predictions/ and
+    report.html.
     """
     from fastmtl.config import load_recipe
     from fastmtl.engine.early_errors import errors_reach_the_first
@@ -221,15 +224,17 @@ def predict(
 ) -> None:
     """Predict labels for a file.
 
-    The file is read like the task's training files, but labels may be missing. A table has the columns id, predicted
-    and the probabilities of the classes (regression: id, predicted).
+    The file is read like the task's training files, but labels may be missing. A table has the
+    columns id, predicted and the probabilities of the classes (regression: id, predicted).
 
     [bold]Examples[/bold]
 
-      [cyan]fastmtl predict runs/demo/model --task sentiment --input reviews.csv --output reviews-predicted.csv[/cyan]
+      [cyan]fastmtl predict runs/demo/model --task sentiment --input reviews.csv --output
+      reviews-predicted.csv[/cyan]
 
     A file to hand in for CS224N:
-      [cyan]fastmtl predict runs/cs224n/model --task sst --input test.csv --output sst-out.csv --format cs224n[/cyan]
+      [cyan]fastmtl predict runs/cs224n/model --task sst --input test.csv --output sst-out.csv
+      --format cs224n[/cyan]
     """
     _set_debug(debug)
     from fastmtl.inference.predict import load, predict_file
@@ -247,7 +252,8 @@ recipes.register(app, _set_debug)
 
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, debug: Debug = False) -> None:
-    """Show what this machine offers: versions, GPUs, and which implementation every kernel uses and why.
+    """Show what this machine offers: versions, GPUs, and which implementation every kernel uses and
+    why.
 
     Exit status 1 where something that training needs is missing or broken.
     """
@@ -274,8 +280,8 @@ sweep.register(app, _set_debug)
 def main() -> None:
     """The console script.
 
-    A UserError is one message and status 2, a TrainingError one message and status 1; anything unexpected is a short
-    message and status 1.
+    A UserError is one message and status 2, a TrainingError one message and status 1; anything
+    unexpected is a short message and status 1.
     """
     secure()
     tell_kept_exceptions_once()
@@ -294,7 +300,9 @@ def main() -> None:
 
 
 def _fail(message: str, status: int, *, everywhere: bool) -> NoReturn:
-    """Ends the process inside an `except` block. Under a launcher every process meets a user's error: one tells it."""
+    """Ends the process inside an `except` block. Under a launcher every process meets a user's
+    error: one tells it.
+    """
     if _debug:
         traceback.print_exc()
     elif everywhere or is_first():

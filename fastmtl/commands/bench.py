@@ -1,4 +1,6 @@
-"""`fastmtl bench ...`. What the commands need is imported inside them: help must not wait for torch."""
+"""`fastmtl bench ...`. What the commands need is imported inside them: help must not wait for
+torch.
+"""
 
 from __future__ import annotations
 
@@ -104,18 +106,20 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         commit: Commit = None,
         debug: Debug = False,
     ) -> None:
-        """Every operation of fastmtl_kernels, forward and backward, beside eager torch, torch.compile and libraries.
+        """Every operation of fastmtl_kernels, forward and backward, beside eager torch,
+        torch.compile and libraries.
 
-        Bytes and operations per second, as shares of a copy and of a matrix product measured in the same run. An
-        implementation whose output or gradients are not the oracle's is not timed. docs/benchmarks.md says how to read
-        it.
+        Bytes and operations per second, as shares of a copy and of a matrix product measured in the
+        same run. An implementation whose output or gradients are not the oracle's is not timed.
+        docs/benchmarks.md says how to read it.
 
         [bold]Examples[/bold]
 
           [cyan]fastmtl bench kernels[/cyan]
-          [cyan]fastmtl bench kernels --op varlen_attention --op pool --impl fastmtl --impl eager[/cyan]
-          [cyan]fastmtl bench kernels --device cuda --precision bf16 --shape bert-base --tokens 8192[/cyan]
-          [cyan]fastmtl bench kernels --json new.json --plot plots --compare old.json[/cyan]
+          [cyan]fastmtl bench kernels --op varlen_attention --op pool --impl fastmtl --impl
+          eager[/cyan] [cyan]fastmtl bench kernels --device cuda --precision bf16 --shape bert-base
+          --tokens 8192[/cyan] [cyan]fastmtl bench kernels --json new.json --plot plots --compare
+          old.json[/cyan]
         """
         set_debug(debug)
         old = _prepare(device, threads, json_file, compare)
@@ -158,11 +162,12 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         commit: Commit = None,
         debug: Debug = False,
     ) -> None:
-        """What gradient surgery costs over joint training: time and memory of a step without the optimiser's update.
+        """What gradient surgery costs over joint training: time and memory of a step without the
+        optimiser's update.
 
-        Beside fastmtl's variants run the textbook PCGrad loop on a padded BertModel, and TorchJD where it is installed.
-        Random weights. Every variant's gradient is compared with the textbook's first; a wrong one is an error.
-        docs/benchmarks.md says how to read the table.
+        Beside fastmtl's variants run the textbook PCGrad loop on a padded BertModel, and TorchJD
+        where it is installed. Random weights. Every variant's gradient is compared with the
+        textbook's first; a wrong one is an error. docs/benchmarks.md says how to read the table.
 
         [bold]Examples[/bold]
 
@@ -173,7 +178,8 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
           [cyan]fastmtl bench surgery --shape bert-base --threads 2 --json bert-base.json[/cyan]
 
         On a GPU:
-          [cyan]fastmtl bench surgery --device cuda --precision bf16 --shape bert-base --tasks 8 --tokens 8192[/cyan]
+          [cyan]fastmtl bench surgery --device cuda --precision bf16 --shape bert-base --tasks 8
+          --tokens 8192[/cyan]
 
         The cost of more tasks, quickly:
           [cyan]fastmtl bench surgery --sweep --tokens 2048 --rounds 3[/cyan]
@@ -221,7 +227,8 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         commit: Commit = None,
         debug: Debug = False,
     ) -> None:
-        """A whole training step, dropout and AdamW included, beside transformers' and the matrix products alone.
+        """A whole training step, dropout and AdamW included, beside transformers' and the matrix
+        products alone.
 
         [bold]Examples[/bold]
 
@@ -273,15 +280,17 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         commit: Commit = None,
         debug: Debug = False,
     ) -> None:
-        """PCGrad by fastmtl, the textbook loop and TorchJD: time, memory and the largest batch, over a joint step.
+        """PCGrad by fastmtl, the textbook loop and TorchJD: time, memory and the largest batch,
+        over a joint step.
 
-        All make the same gradients, which is checked first. Without a GPU the largest batch is predicted from peaks at
-        two batch sizes.
+        All make the same gradients, which is checked first. Without a GPU the largest batch is
+        predicted from peaks at two batch sizes.
 
         [bold]Examples[/bold]
 
           [cyan]fastmtl bench peers[/cyan]
-          [cyan]fastmtl bench peers --shape bert-base --device cuda --precision bf16 --rows 32[/cyan]
+          [cyan]fastmtl bench peers --shape bert-base --device cuda --precision bf16 --rows
+          32[/cyan]
         """
         set_debug(debug)
         old = _prepare(device, threads, json_file, compare)
@@ -319,16 +328,18 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         commit: Commit = None,
         debug: Debug = False,
     ) -> None:
-        """Whole steps of the DeepSpeed engine (ZeRO 1, one process): plain, with flat parameters, as CUDA graphs.
+        """Whole steps of the DeepSpeed engine (ZeRO 1, one process): plain, with flat parameters,
+        as CUDA graphs.
 
-        `sum` and `pcgrad` with each, PCGrad with J in bfloat16, and without DeepSpeed's overflow check and overlap.
-        Each way trains alone, one after the other, because each needs an engine of its own.
+        `sum` and `pcgrad` with each, PCGrad with J in bfloat16, and without DeepSpeed's overflow
+        check and overlap. Each way trains alone, one after the other, because each needs an engine
+        of its own.
 
         [bold]Examples[/bold]
 
           [cyan]fastmtl bench engine[/cyan]
-          [cyan]fastmtl bench engine --shape bert-base --device cuda --precision bf16 --tokens 8192[/cyan]
-          [cyan]fastmtl bench engine --way sum --way "sum, flat"[/cyan]
+          [cyan]fastmtl bench engine --shape bert-base --device cuda --precision bf16 --tokens
+          8192[/cyan] [cyan]fastmtl bench engine --way sum --way "sum, flat"[/cyan]
         """
         set_debug(debug)
         old = _prepare(device, threads, json_file, compare)
@@ -365,7 +376,9 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
 
 
 def _prepare(device: str, threads: int | None, json_file: Path | None, old: Path | None) -> dict[str, Any] | None:
-    """Says before minutes of measuring what cannot be done after them. Returns the result to compare with."""
+    """Says before minutes of measuring what cannot be done after them. Returns the result to
+    compare with.
+    """
     import torch
 
     from fastmtl.bench import compare

@@ -38,7 +38,9 @@ class Finding:
 
 
 def diagnose() -> list[Finding]:
-    """All findings, in the order of the sections. Imports that may crash or print run in processes of their own."""
+    """All findings, in the order of the sections. Imports that may crash or print run in processes
+    of their own.
+    """
     with ThreadPoolExecutor() as pool:
         imported = {name: pool.submit(_try_import, name) for name in ("deepspeed", "transformers", "triton")}
         findings = [
@@ -116,7 +118,9 @@ def _package(name: str, failure: str | None, required: bool) -> list[Finding]:
 
 
 def _fastmtl() -> list[tuple[str, Status, str]]:
-    """Knows the other project by its metadata: it has the name of our package, and no command as ours has."""
+    """Knows the other project by its metadata: it has the name of our package, and no command as
+    ours has.
+    """
     try:
         other = importlib.metadata.distribution("fastmtl")
     except importlib.metadata.PackageNotFoundError:

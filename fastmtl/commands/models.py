@@ -76,15 +76,16 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
     ) -> None:
         """Put several models' tasks into one model.
 
-        Their encoders have to be equal bit for bit, as frozen ones are, and their adapters of one kind and size. Every
-        task then predicts what it did.
+        Their encoders have to be equal bit for bit, as frozen ones are, and their adapters of one
+        kind and size. Every task then predicts what it did.
 
         [bold]Examples[/bold]
 
           [cyan]fastmtl merge both/model runs/reviews/model runs/questions/model[/cyan]
 
         Where both have a task of that name:
-          [cyan]fastmtl merge both/model runs/a/model runs/b/model --rename runs/b/model:sentiment=tone[/cyan]
+          [cyan]fastmtl merge both/model runs/a/model runs/b/model --rename
+          runs/b/model:sentiment=tone[/cyan]
         """
         set_debug(debug)
         if len(model_dirs) < 2:
@@ -124,7 +125,9 @@ def _renamed(given: list[str], model_dirs: list[Path]) -> dict[Path, dict[str, s
 
 
 def _check_new(directory: Path) -> None:
-    """Refuses a place that holds something or cannot hold anything, before a model is loaded for it."""
+    """Refuses a place that holds something or cannot hold anything, before a model is loaded for
+    it.
+    """
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         used = directory.exists() and any(directory.iterdir())

@@ -16,7 +16,9 @@ Launcher = Annotated[str, typer.Option(metavar="COMMAND", help="Put in front of 
 
 
 def launcher_words(launcher: str) -> list[str]:
-    """The words of a `Launcher`, as a shell splits them. Raises UserError for a quote that does not end."""
+    """The words of a `Launcher`, as a shell splits them. Raises UserError for a quote that does not
+    end.
+    """
     try:
         return shlex.split(launcher)
     except ValueError as error:

@@ -91,7 +91,8 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         ] = None,
         debug: Debug = False,
     ) -> None:
-        """Measure a recipe's memory and speed by batch size and gradient method, beside what a model predicts.
+        """Measure a recipe's memory and speed by batch size and gradient method, beside what a
+        model predicts.
 
         Every point runs real training steps in a process of its own: the first GPU, or the CPU.
 
@@ -101,15 +102,19 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
           [cyan]fastmtl profile demo --batch-sizes 4,8,16 --methods sum,pcgrad[/cyan]
 
         How large a batch fits a card, by J's storage:
-          [cyan]fastmtl profile demo --methods pcgrad --storages stacked,kept --find-max --memory-limit 24GiB[/cyan]
+          [cyan]fastmtl profile demo --methods pcgrad --storages stacked,kept --find-max
+          --memory-limit 24GiB[/cyan]
 
         Where the time goes, with other settings:
-          [cyan]fastmtl profile demo --batch-sizes 16 --trace engine.zero=2 engine.precision=bf16[/cyan]
+          [cyan]fastmtl profile demo --batch-sizes 16 --trace engine.zero=2
+          engine.precision=bf16[/cyan]
 
         What more ranks bring, over 100 Gbit/s between machines:
-          [cyan]fastmtl profile demo --batch-sizes 16 --methods sum,pcgrad --scale-out --link ethernet[/cyan]
+          [cyan]fastmtl profile demo --batch-sizes 16 --methods sum,pcgrad --scale-out --link
+          ethernet[/cyan]
 
-        DIR gets profile.json (after every point), plots, and traces. docs/profiling.md says how to read them.
+        DIR gets profile.json (after every point), plots, and traces. docs/profiling.md says how to
+        read them.
         """
         set_debug(debug)
         sizes = _batch_sizes(batch_sizes)

@@ -94,16 +94,18 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
     ) -> None:
         """Run the experiments of a report and show its tables beside ours.
 
-        docs/papers.md lists the reports and their rows. A finished run is not made again: the same command goes on
-        after a stop. DIR gets results.md, results.json and a folder for each run.
+        docs/papers.md lists the reports and their rows. A finished run is not made again: the same
+        command goes on after a stop. DIR gets results.md, results.json and a folder for each run.
 
         [bold]Examples[/bold]
 
         Two rows with three seeds, three epochs:
-          [cyan]fastmtl reproduce pal-lora --data data --rows sts_full,sts_pal_lora --seeds 1,2,3 --epochs 3[/cyan]
+          [cyan]fastmtl reproduce pal-lora --data data --rows sts_full,sts_pal_lora --seeds 1,2,3
+          --epochs 3[/cyan]
 
         A whole report with its own encoder, on all GPUs of the machine:
-          [cyan]fastmtl reproduce pals-and-mnrl --data data --encoder bert --launcher "deepspeed --no_python"[/cyan]
+          [cyan]fastmtl reproduce pals-and-mnrl --data data --encoder bert --launcher "deepspeed
+          --no_python"[/cyan]
 
         Whether everything runs, on the demo corpus:
           [cyan]fastmtl reproduce master-of-all-trades train.max_steps=5[/cyan]

@@ -29,16 +29,18 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         launcher: Launcher = "",
         debug: Debug = False,
     ) -> None:
-        """Train a recipe with many settings, one after the other, and show what they reach in one table.
+        """Train a recipe with many settings, one after the other, and show what they reach in one
+        table.
 
-        GRID.yaml maps settings to lists of values (every combination is a point), or is a list of points. A finished
-        point is not made again: the same command goes on after a stop, and with more values in the grid. A point that
-        fails is noted, and the next one begins. DIR gets sweep.csv, sweep.md, sweep.svg and a folder for each point.
+        GRID.yaml maps settings to lists of values (every combination is a point), or is a list of
+        points. A finished point is not made again: the same command goes on after a stop, and with
+        more values in the grid. A point that fails is noted, and the next one begins. DIR gets
+        sweep.csv, sweep.md, sweep.svg and a folder for each point.
 
         [bold]Examples[/bold]
 
-        With the grid `optimizer.lr: [1e-5, 3e-5]` and, in a second line, `engine.clip: [0.5, 1.0]`, four points:
-          [cyan]fastmtl sweep cs224n grid.yaml data.dir=data/cs224n[/cyan]
+        With the grid `optimizer.lr: [1e-5, 3e-5]` and, in a second line, `engine.clip: [0.5, 1.0]`,
+          four points: [cyan]fastmtl sweep cs224n grid.yaml data.dir=data/cs224n[/cyan]
 
         On all GPUs of the machine:
           [cyan]fastmtl sweep demo grid.yaml --launcher "deepspeed --no_python"[/cyan]

@@ -1,9 +1,11 @@
-"""Easy data augmentation (Wei & Zou 2019), balanced by class as in "BERT: A Master of All Trades or Jack of None?".
+"""Easy data augmentation (Wei & Zou 2019), balanced by class as in "BERT: A Master of All Trades or
+Jack of None?".
 
-Every class gets new rows until it has as many as the largest. A new row is made of one of the class's own, of each in
-turn: synonyms replace words, synonyms are inserted, words are swapped, words are deleted. n = max(1, share * words) of
-the first three, where the share is not 0; a word is deleted with the share as its probability. Of a pair both texts are
-changed. Words that scikit-learn calls stop words have no synonyms here, nor have words that WordNet does not list.
+Every class gets new rows until it has as many as the largest. A new row is made of one of the
+class's own, of each in turn: synonyms replace words, synonyms are inserted, words are swapped,
+words are deleted. n = max(1, share * words) of the first three, where the share is not 0; a word is
+deleted with the share as its probability. Of a pair both texts are changed. Words that scikit-learn
+calls stop words have no synonyms here, nor have words that WordNet does not list.
 """
 
 from __future__ import annotations
@@ -28,10 +30,12 @@ Made = list[tuple[int, str, str | None]]  # the row that it was made of, text, s
 
 
 def augment(rows: Rows, config: AugmentConfig, seed: int, cache_dir: str | Path) -> Rows:
-    """The rows, and the new ones behind them; their ids are those of their rows with `+1`, `+2`, ... behind.
+    """The rows, and the new ones behind them; their ids are those of their rows with `+1`, `+2`,
+    ... behind.
 
-    A pure function of the rows, the settings, WordNet and the seed; what it gives is kept in `cache_dir`, where that
-    can be written. Raises UserError where WordNet is needed and not installed.
+    A pure function of the rows, the settings, WordNet and the seed; what it gives is kept in
+    `cache_dir`, where that can be written. Raises UserError where WordNet is needed and not
+    installed.
     """
     assert rows.labels is not None  # training rows have them
     wordnet = find_wordnet(config.wordnet) if config.uses_synonyms else None
@@ -46,7 +50,9 @@ def augment(rows: Rows, config: AugmentConfig, seed: int, cache_dir: str | Path)
 
 
 def missing_rows(labels: np.ndarray, seed: int) -> list[int]:
-    """The rows to make new ones of, so that all classes have as many as the largest: each class's in turn, shuffled."""
+    """The rows to make new ones of, so that all classes have as many as the largest: each class's
+    in turn, shuffled.
+    """
     classes, counts = np.unique(labels, return_counts=True)
     chosen: list[int] = []
     for number, (label, count) in enumerate(zip(classes, counts, strict=True)):

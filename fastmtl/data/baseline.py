@@ -10,9 +10,11 @@ import numpy as np
 
 
 def bag_of_words_score(train: Path, dev: Path, kind: Literal["sentiment", "paraphrase", "similarity"]) -> float:
-    """Dev score of a linear model on word counts: accuracy of logistic regression; similarity: Pearson's r of ridge.
+    """Dev score of a linear model on word counts: accuracy of logistic regression; similarity:
+    Pearson's r of ridge.
 
-    Pairs are the counts of both texts, the share of common words (Jaccard) and the difference of their lengths.
+    Pairs are the counts of both texts, the share of common words (Jaccard) and the difference of
+    their lengths.
     """
     from scipy.sparse import csr_matrix, hstack
     from sklearn.feature_extraction.text import CountVectorizer

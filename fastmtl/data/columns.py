@@ -22,7 +22,8 @@ def uses_quotes(files: FileConfig, delimiter: str) -> bool:
 def names_columns(path: Path, task: TaskConfig, first: list[str]) -> bool:
     """Return whether the first line names the columns; it is never guessed.
 
-    Raises UserError where columns are numbers, the recipe does not say it, and the line could be a row.
+    Raises UserError where columns are numbers, the recipe does not say it, and the line could be a
+    row.
     """
     files = task.data
     if files.header is not None:
@@ -66,8 +67,8 @@ def check_columns(path: Path, source: Source, layout: Layout, files: FileConfig,
 def looks_like_row(source: Source, layout: Layout, task: TaskConfig, cells: list[str]) -> bool:
     """Return whether a line that a quoted cell swallowed reads as a row of its own.
 
-    Its cells are as many as the columns, and the one of the label holds a label. Without labels a comma proves nothing,
-    since texts have commas; a tab does.
+    Its cells are as many as the columns, and the one of the label holds a label. Without labels a
+    comma proves nothing, since texts have commas; a tab does.
     """
     if len(cells) != len(source.header) or len(cells) < 2:
         return False
@@ -82,7 +83,9 @@ def _index(header: list[str], column: str) -> int | None:
 
 
 def check_undecided_quotes(path: Path, record: Record, layout: Layout) -> None:
-    """Raise UserError where a cell has quotes as CSV writes them and the recipe does not say what quotes are."""
+    """Raise UserError where a cell has quotes as CSV writes them and the recipe does not say what
+    quotes are.
+    """
     for column in (layout.text, layout.text_pair):
         cell = None if column is None else record.cells.get(column)
         if isinstance(cell, str) and '""' in cell[1:-1] and _CSV_QUOTED.fullmatch(cell.strip()):

@@ -1,10 +1,11 @@
-"""Gradient Compromise ("BERT: A Master of All Trades or Jack of None?", Algorithm 1): one step of several batches whose
-tasks the annealed sampler draws, at least one batch of each task.
+"""Gradient Compromise ("BERT: A Master of All Trades or Jack of None?", Algorithm 1): one step of
+several batches whose tasks the annealed sampler draws, at least one batch of each task.
 
-n batches a step, T tasks of S_t rows, epoch e = 1..E. p_t ~ S_t^a with the annealed a. Each task has one batch; the
-other n - T are drawn with the shares clip((p_t n - 1) / (n - T)), scaled to add up to 1, so that a task has p_t n
-batches on average where that is at least one. The loss of a task is the sum of its batches' mean losses, divided by
-S_t^b with b = 0.2 + 0.8 (e - 1) / (E - 1), 0.2 when E = 1. The gradient method runs once a step.
+n batches a step, T tasks of S_t rows, epoch e = 1..E. p_t ~ S_t^a with the annealed a. Each task
+has one batch; the other n - T are drawn with the shares clip((p_t n - 1) / (n - T)), scaled to add
+up to 1, so that a task has p_t n batches on average where that is at least one. The loss of a task
+is the sum of its batches' mean losses, divided by S_t^b with b = 0.2 + 0.8 (e - 1) / (E - 1), 0.2
+when E = 1. The gradient method runs once a step.
 """
 
 from __future__ import annotations

@@ -26,9 +26,11 @@ Split = Literal["train", "dev"]
 
 @dataclass(frozen=True)
 class CorpusRows:
-    """The rows of a recipe's train and dev files, checked, before augmentation. Importing and reading need no torch.
+    """The rows of a recipe's train and dev files, checked, before augmentation. Importing and
+    reading need no torch.
 
-    sizes: number of rows by (task, split). Rows are handed out once, so that texts do not outlive their tokens.
+    sizes: number of rows by (task, split). Rows are handed out once, so that texts do not outlive
+    their tokens.
     """
 
     sizes: dict[tuple[str, Split], int]
@@ -36,8 +38,8 @@ class CorpusRows:
 
     @classmethod
     def read(cls, recipe: Recipe) -> CorpusRows:
-        """Read every file. Raises UserError for a task without a train file, for files that are not there, and as
-        `read_rows` does.
+        """Read every file. Raises UserError for a task without a train file, for files that are not
+        there, and as `read_rows` does.
         """
         data = _found(recipe)
         rows: dict[tuple[str, Split], Rows] = {}
@@ -57,8 +59,8 @@ class CorpusRows:
 
 @dataclass(frozen=True)
 class Corpus:
-    """One data set per task of the recipe and split, in the recipe's order; `dev` is None for a task without a dev
-    file.
+    """One data set per task of the recipe and split, in the recipe's order; `dev` is None for a
+    task without a dev file.
     """
 
     train: list[TokenizedDataset]
@@ -70,8 +72,8 @@ class Corpus:
     ) -> Corpus:
         """Make the data sets of the train and dev files.
 
-        max_length: tokens per text, [CLS] and [SEP] included. rows: of the files, where they have been read.
-        Raises UserError as `CorpusRows.read` does.
+        max_length: tokens per text, [CLS] and [SEP] included. rows: of the files, where they have
+        been read. Raises UserError as `CorpusRows.read` does.
         """
         read = rows or CorpusRows.read(recipe)
         made = {}
@@ -105,7 +107,9 @@ def _splits(recipe: Recipe, task: str) -> Iterator[Split]:
 
 
 def _found(recipe: Recipe) -> DataConfig:
-    """The section with the directory to read from. Raises UserError where `data.dir` is no directory."""
+    """The section with the directory to read from. Raises UserError where `data.dir` is no
+    directory.
+    """
     data = recipe.data
     files = [file for task in recipe.tasks.values() for file in (task.data.train, task.data.dev) if file is not None]
     relative = [file for file in files if not user_path(file).is_absolute()]

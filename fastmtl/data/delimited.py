@@ -1,8 +1,9 @@
 """Rows of CSV and TSV files, each with the line it begins on. No row is lost without a word.
 
-With quotes, a cell in double quotes may hold delimiters and line ends, and a quote inside it is doubled (RFC 4180).
-Everything else is a bad row: a quote that is never closed, text after a closing quote, and a quoted cell over lines of
-which one looks like a row itself. A bad row is one line: reading continues on the next.
+With quotes, a cell in double quotes may hold delimiters and line ends, and a quote inside it is
+doubled (RFC 4180). Everything else is a bad row: a quote that is never closed, text after a closing
+quote, and a quoted cell over lines of which one looks like a row itself. A bad row is one line:
+reading continues on the next.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ ADVICE = "write it twice inside a quoted cell, or set quotes: none where quotes 
 
 
 def parse_first(lines: Sequence[Line], delimiter: str, *, quoted: bool) -> tuple[list[str], int]:
-    """Return the cells of the first row and the number of its lines. Raises ValueError where its quotes are wrong."""
+    """Return the cells of the first row and the number of its lines. Raises ValueError where its
+    quotes are wrong.
+    """
     reader = _reader(lines, 0, delimiter, quoted)
     with _long_cells():
         try:
@@ -77,10 +80,12 @@ def parse_rows(
 def _swallowed(
     lines: Sequence[Line], begin: int, cells: list[str], delimiter: str, looks_like_row: LooksLikeRow
 ) -> int | None:
-    """Return the number of a line that a quoted cell swallowed: one that reads as a row of its own. None for no line.
+    """Return the number of a line that a quoted cell swallowed: one that reads as a row of its own.
+    None for no line.
 
-    cells: of the row that begins at lines[begin]. A quoted cell's first and last line are read together with the cells
-    beside it; they prove nothing unless one of their delimiters stands inside the quotes.
+    cells: of the row that begins at lines[begin]. A quoted cell's first and last line are read
+    together with the cells beside it; they prove nothing unless one of their delimiters stands
+    inside the quotes.
     """
     at = begin
     for column, cell in enumerate(cells):

@@ -17,7 +17,9 @@ _BAD_BYTE = re.compile("[\udc80-\udcff]")
 
 
 def ending(path: Path) -> str:
-    """Return a file's ending in small letters, that of the file inside for a name like `rows.csv.gz`."""
+    """Return a file's ending in small letters, that of the file inside for a name like
+    `rows.csv.gz`.
+    """
     name = path.name.lower().removesuffix(".gz")
     return Path(name).suffix
 
@@ -52,7 +54,9 @@ def decoded_lines(content: bytes) -> Iterator[tuple[int, str]]:
 
 
 def find_bad_byte(text: str) -> tuple[int, str] | None:
-    """Return the position from 1 of the first byte of a line that is not UTF-8, and what to say of it."""
+    """Return the position from 1 of the first byte of a line that is not UTF-8, and what to say of
+    it.
+    """
     found = None if text.isascii() else _BAD_BYTE.search(text)
     if found is None:
         return None

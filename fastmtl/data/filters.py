@@ -8,9 +8,11 @@ from fastmtl.data.readers import Rows
 
 
 def drop_longest(rows: Rows, share: float) -> Rows:
-    """Without the floor(share * n) rows of most words, those of both texts of a pair; of equal ones the last go first.
+    """Without the floor(share * n) rows of most words, those of both texts of a pair; of equal ones
+    the last go first.
 
-    "BERT: A Master of All Trades or Jack of None?", section 4.1, with 0.02: what bounds the memory of a batch of texts.
+    "BERT: A Master of All Trades or Jack of None?", section 4.1, with 0.02: what bounds the memory
+    of a batch of texts.
     """
     number = int(share * len(rows))
     if number == 0:

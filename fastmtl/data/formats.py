@@ -11,8 +11,8 @@ from fastmtl.errors import UserError, listed, unknown_name
 
 @dataclass(frozen=True)
 class Layout:
-    """Columns by name, or by number from 0. others: names of further columns that such a file has, which are not read.
-    labels: class ids of label texts. header: whether line 1 names the columns.
+    """Columns by name, or by number from 0. others: names of further columns that such a file has,
+    which are not read. labels: class ids of label texts. header: whether line 1 names the columns.
     """
 
     text: str | int
@@ -29,7 +29,9 @@ class Layout:
         return {role: column for role, column in named.items() if column is not None}
 
     def fits(self, header: list[str]) -> bool:
-        """Return whether a file with this header has the texts of this layout, and no column that it does not know."""
+        """Return whether a file with this header has the texts of this layout, and no column that
+        it does not know.
+        """
         texts = {self.text} if self.text_pair is None else {self.text, self.text_pair}
         return self.header and texts <= set(header) <= {*self.columns.values(), *self.others, *_ROW_NUMBERS}
 
@@ -42,13 +44,15 @@ def _others(names: str) -> frozenset[str]:
     return frozenset(names.split())
 
 
-# Stanford CS224N's default project: tab-separated, an unnamed first column with a row number, CSV quotes.
+# Stanford CS224N's default project: tab-separated, an unnamed first column with a row number, CSV
+# quotes.
 CS224N = {
     "SST, CFIMDB": Layout(id="id", text="sentence", label="sentiment"),
     "Quora": Layout(id="id", text="sentence1", text_pair="sentence2", label="is_duplicate"),
     "STS": Layout(id="id", text="sentence1", text_pair="sentence2", label="similarity"),
 }
-# https://gluebenchmark.com: tab-separated, quotes are part of the text. Class ids are those of GLUE's own baselines.
+# https://gluebenchmark.com: tab-separated, quotes are part of the text. Class ids are those of
+# GLUE's own baselines.
 _ENTAILMENT = {"entailment": 0, "not_entailment": 1}
 _PARSES = _others("sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse")
 GLUE = {
@@ -88,7 +92,8 @@ def check_format(name: str) -> None:
 def is_quoted(name: str, delimiter: str) -> bool:
     """Return whether files of a format have CSV quotes where the recipe does not say it.
 
-    Tables with tabs have none: that is how the registered type text/tab-separated-values is defined.
+    Tables with tabs have none: that is how the registered type text/tab-separated-values is
+    defined.
     """
     return name == "cs224n" or (name == "table" and delimiter == ",")
 
@@ -103,7 +108,8 @@ def _is_cola(cells: list[str]) -> bool:
 
 
 def find_layout(name: str, header: list[str], columns: Mapping[str, str | int], path: str) -> Layout:
-    """Return the layout of a file with this header; `columns` overrides or, for `table`, defines it.
+    """Return the layout of a file with this header; `columns` overrides or, for `table`, defines
+    it.
 
     Raises UserError naming the file when no layout of the format fits.
     """

@@ -10,7 +10,8 @@ from fastmtl.data.records import Record
 from fastmtl.errors import listed, quoted
 from fastmtl.files.label_text import as_label, as_number
 
-# What may stand in a cell of JSON or Parquet; binary data, lists, objects and dates have no one spelling.
+# What may stand in a cell of JSON or Parquet; binary data, lists, objects and dates have no one
+# spelling.
 CELLS = (str, int, float, Decimal)
 
 
@@ -25,8 +26,9 @@ class BadCell(Exception):
 class Labels:
     """The labels of a task's file.
 
-    With names (the task's `label_names`, or those of the file's layout) a label is one of them. Class ids from 0 are
-    labels too, unless a name is itself a number or a boolean. Where there are two classes, true is class 1.
+    With names (the task's `label_names`, or those of the file's layout) a label is one of them.
+    Class ids from 0 are labels too, unless a name is itself a number or a boolean. Where there are
+    two classes, true is class 1.
     """
 
     def __init__(self, task: TaskConfig, layout: Layout) -> None:
@@ -43,7 +45,9 @@ class Labels:
         self._ids = {**ids, **self._names}
 
     def read(self, record: Record) -> float | int:
-        """Return the class id, or the number of a regression task. Raises BadCell for anything else."""
+        """Return the class id, or the number of a regression task. Raises BadCell for anything
+        else.
+        """
         value = record.cells.get(self._column)
         found = self._find(value)
         if found is None:

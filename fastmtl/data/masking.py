@@ -1,4 +1,6 @@
-"""Batches for masked language modelling: 15 % of each sequence's tokens are to be told (Devlin et al. 2019, 3.1)."""
+"""Batches for masked language modelling: 15 % of each sequence's tokens are to be told (Devlin et
+al. 2019, 3.1).
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,9 @@ SHARE, MASKED, RANDOM = 0.15, 0.8, 0.1
 
 @dataclass(frozen=True, eq=False)
 class MaskedBatch:
-    """batch: with some tokens replaced. positions int64 [M]: rows of the tokens to tell, targets int64 [M]: what they
-    were. group_counts: (their number in the whole optimiser step, over all ranks and micro-batches,).
+    """batch: with some tokens replaced. positions int64 [M]: rows of the tokens to tell, targets
+    int64 [M]: what they were. group_counts: (their number in the whole optimiser step, over all
+    ranks and micro-batches,).
     """
 
     batch: PackedBatch
@@ -51,10 +54,11 @@ class MaskedBatch:
 
 
 class MaskedStream(BatchStream):
-    """The texts of a `BatchStream`, masked: a pure function of (seed, epoch, step, micro-batch, rank).
+    """The texts of a `BatchStream`, masked: a pure function of (seed, epoch, step, micro-batch,
+    rank).
 
-    Of a sequence of L tokens max(1, round(0.15 L)) are chosen, none of them special; of these 80 % become [MASK], 10 %
-    a random token, and 10 % stay.
+    Of a sequence of L tokens max(1, round(0.15 L)) are chosen, none of them special; of these 80 %
+    become [MASK], 10 % a random token, and 10 % stay.
     """
 
     def __init__(
@@ -72,7 +76,9 @@ class MaskedStream(BatchStream):
         self._special = np.array(tokenizer.all_special_ids)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[MaskedBatch]]:  # type: ignore[override]
-        """For every optimiser step from `start_step` on, this rank's `engine.accumulation` micro-batches."""
+        """For every optimiser step from `start_step` on, this rank's `engine.accumulation`
+        micro-batches.
+        """
         for step, group in self._groups(epoch, start_step):
             total = sum(self._number(share) for shares in group for share in shares)
             yield [

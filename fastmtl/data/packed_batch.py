@@ -1,8 +1,8 @@
 """One batch of all tasks without padding.
 
 Shapes: N tokens, B sequences, T tasks of the recipe, E_t examples of task t in this batch.
-Sequences are sorted by task, so every task owns a contiguous segment of tokens and of sequences (empty when it is
-absent).
+Sequences are sorted by task, so every task owns a contiguous segment of tokens and of sequences
+(empty when it is absent).
 A bi-encoded pair is two sequences of its task; `pairs` says which.
 """
 
@@ -26,17 +26,18 @@ class PackedBatch:
 
     input_ids, position_ids, token_type_ids: int64 [N], positions start at 0 in every sequence.
     cu_seqlens: int32 [B + 1], sequence b is rows cu_seqlens[b]:cu_seqlens[b + 1].
-    seq_offsets, token_offsets: int32 [T + 1], sequences and tokens of task t are offsets[t]:offsets[t + 1].
-    labels: T tensors, int64 [E_t] (classification) or float32 [E_t] (binary, regression); None where there are no
-    labels.
+    seq_offsets, token_offsets: int32 [T + 1], sequences and tokens of task t are
+    offsets[t]:offsets[t + 1]. labels: T tensors, int64 [E_t] (classification) or float32 [E_t]
+    (binary, regression); None where there are no labels.
     example_ids: T tensors int64 [E_t], the rows' positions in their data set.
-    pairs: T entries, int64 [E_t, 2] indices into the B sequences for bi-encoded pairs, None where an example is one
-    sequence.
-    group_counts: rows of each task over all ranks and micro-batches of this optimiser step (T host integers), None
-    outside training.
+    pairs: T entries, int64 [E_t, 2] indices into the B sequences for bi-encoded pairs, None where
+    an example is one sequence.
+    group_counts: rows of each task over all ranks and micro-batches of this optimiser step (T host
+    integers), None outside training.
     host: the same offsets as Python integers, so that no op waits for the device.
-    plan: of attention, where a device's kernels need one and it was made ahead (`prepared`), else None.
-    cached: what fastmtl.model.losses.cached_pairs knows of the whole step, where a task's loss asks for it.
+    plan: of attention, where a device's kernels need one and it was made ahead (`prepared`), else
+    None. cached: what fastmtl.model.losses.cached_pairs knows of the whole step, where a task's
+    loss asks for it.
     """
 
     input_ids: Tensor
@@ -67,13 +68,15 @@ class PackedBatch:
         return tuple(int(ids.shape[0]) for ids in self.example_ids)
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch on `device`, with what its kernels need; the host offsets stay where they are. The host does
-        not wait for the copies.
+        """The same batch on `device`, with what its kernels need; the host offsets stay where they
+        are. The host does not wait for the copies.
         """
         return self.prepared(torch.device(device)).map(lambda tensor: upload(tensor, device))
 
     def prepared(self, device: torch.device) -> PackedBatch:
-        """The batch with the plan of attention, where it is on the CPU and the kernels of `device` need one."""
+        """The batch with the plan of attention, where it is on the CPU and the kernels of `device`
+        need one.
+        """
         if self.plan is not None or self.input_ids.device.type != "cpu" or not needs_plan(device):
             return self
         plan = AttentionPlan.make(self.host.cu_seqlens, self.num_tokens)
@@ -140,7 +143,9 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class HostOffsets:
-    """cu_seqlens, seq_offsets and token_offsets as Python integers. plan: PackedBatch's, on the CPU."""
+    """cu_seqlens, seq_offsets and token_offsets as Python integers. plan: PackedBatch's, on the
+    CPU.
+    """
 
     cu_seqlens: tuple[int, ...]
     seq_offsets: tuple[int, ...]
@@ -148,7 +153,9 @@ class HostOffsets:
     plan: AttentionPlan | None = field(default=None, compare=False)
 
     def plan_of(self, num_rows: int) -> AttentionPlan:
-        """The plan on the CPU for buffers of `num_rows` rows, which are as many as the tokens or more."""
+        """The plan on the CPU for buffers of `num_rows` rows, which are as many as the tokens or
+        more.
+        """
         if self.plan is not None:
             return self.plan.with_rows(num_rows)
         return AttentionPlan.make(self.cu_seqlens, num_rows)

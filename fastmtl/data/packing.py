@@ -16,8 +16,8 @@ def pack(
 ) -> PackedBatch:
     """Packs rows into a batch on the CPU.
 
-    parts: for each of the T tasks its data set and the row numbers to take, int [E_t] (none for an absent task).
-    group_counts: rows of each task in the whole optimiser step.
+    parts: for each of the T tasks its data set and the row numbers to take, int [E_t] (none for an
+    absent task). group_counts: rows of each task in the whole optimiser step.
     """
     ids, positions, types, lengths, seq_counts, token_counts = [], [], [], [], [], []
     labels: list[torch.Tensor | None] = []

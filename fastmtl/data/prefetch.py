@@ -1,6 +1,8 @@
-"""A run's batches, made ahead of the steps that take them: drawn, packed, planned, pinned and copied in a thread.
+"""A run's batches, made ahead of the steps that take them: drawn, packed, planned, pinned and
+copied in a thread.
 
-A thread and not processes: packing 8,192 tokens is half a millisecond of numpy, and batches need no way back.
+A thread and not processes: packing 8,192 tokens is half a millisecond of numpy, and batches need no
+way back.
 """
 
 from __future__ import annotations
@@ -30,10 +32,12 @@ Kind = TypeVar("Kind", bound=Batch)
 
 @contextmanager
 def ahead(steps: Iterable[Sequence[Kind]], depth: int, device: torch.device) -> Iterator[Iterator[list[Kind]]]:
-    """Each step's micro-batches on `device`, in their order; at most `depth` steps are made before they are asked for.
+    """Each step's micro-batches on `device`, in their order; at most `depth` steps are made before
+    they are asked for.
 
-    With depth 0 each is made when it is asked for. An error in making one is raised in its place, after those before
-    it. The end of the block ends the thread, however it is left; the caller must not read from `steps` besides.
+    With depth 0 each is made when it is asked for. An error in making one is raised in its place,
+    after those before it. The end of the block ends the thread, however it is left; the caller must
+    not read from `steps` besides.
     """
     if depth == 0:
         yield ([batch.to(device) for batch in step] for step in steps)
@@ -108,6 +112,8 @@ class _Worker(Generic[Kind]):
 
 
 def _used_here(tensor: Tensor) -> Tensor:
-    """Its memory, which is the copying stream's, is not given away before this stream has done with it."""
+    """Its memory, which is the copying stream's, is not given away before this stream has done with
+    it.
+    """
     tensor.record_stream(torch.cuda.current_stream(tensor.device))
     return tensor

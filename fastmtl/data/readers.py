@@ -25,8 +25,9 @@ from fastmtl.files.user_path import user_path
 class Rows:
     """n rows of a task.
 
-    labels: int64 [n] (classification), float32 [n] (binary 0 or 1, regression), None for files without labels.
-    skipped: bad rows that were left out (`on_bad_row: skip`). notes: what else was done to the file's rows.
+    labels: int64 [n] (classification), float32 [n] (binary 0 or 1, regression), None for files
+    without labels. skipped: bad rows that were left out (`on_bad_row: skip`). notes: what else was
+    done to the file's rows.
     """
 
     path: Path
@@ -55,9 +56,11 @@ class Rows:
 def read_rows(
     task: TaskConfig, data: DataConfig, split: Literal["train", "dev", "test"], *, require_labels: bool = True
 ) -> Rows:
-    """The rows of a split; relative file names are looked up in `data.dir`. Errors as for `read_file`.
+    """The rows of a split; relative file names are looked up in `data.dir`. Errors as for
+    `read_file`.
 
-    Of training rows only the share `data.fraction`, drawn once and for all, and of these at most `limit`.
+    Of training rows only the share `data.fraction`, drawn once and for all, and of these at most
+    `limit`.
     """
     name = getattr(task.data, split)
     if name is None:
@@ -78,11 +81,11 @@ def read_file(
 ) -> Rows:
     """Read one file in the task's format.
 
-    require_labels: whether the rows need labels; without them the label column is not read, so it may be missing, empty
-    or hold -1.
-    Raises UserError naming file, line and column for a bad row (missing text, label not a number or out of range, wrong
-    number of columns, not UTF-8, wrong quotes) unless on_bad_row is "skip", and for a file without rows or without a
-    needed column.
+    require_labels: whether the rows need labels; without them the label column is not read, so it
+    may be missing, empty or hold -1.
+    Raises UserError naming file, line and column for a bad row (missing text, label not a number or
+    out of range, wrong number of columns, not UTF-8, wrong quotes) unless on_bad_row is "skip", and
+    for a file without rows or without a needed column.
     """
     skipped: list[BadRow] = []
 
@@ -145,7 +148,9 @@ def _repeated_ids(path: Path, ids: list[str], lines: list[int]) -> list[str]:
 
 
 def _share(rows: int, fraction: float) -> np.ndarray:
-    """int64, ascending: the row numbers of a share of the rows, at least one; a smaller share is a part of a larger."""
+    """int64, ascending: the row numbers of a share of the rows, at least one; a smaller share is a
+    part of a larger.
+    """
     drawn = np.random.default_rng(0).permutation(rows)[: max(1, round(fraction * rows))]
     return np.sort(drawn)
 
@@ -158,7 +163,9 @@ def _text(record: Record, column: str | int) -> str:
 
 
 def _cell(record: Record, column: str | int) -> str:
-    """Return a cell as text without the spaces around it, "" for none. Raises BadCell for what is no text."""
+    """Return a cell as text without the spaces around it, "" for none. Raises BadCell for what is
+    no text.
+    """
     value = record.cells.get(column)
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""

@@ -1,4 +1,6 @@
-"""Files as records: a header and cells with the line they stand on. CSV, TSV, JSON lines and Parquet, UTF-8."""
+"""Files as records: a header and cells with the line they stand on. CSV, TSV, JSON lines and
+Parquet, UTF-8.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from fastmtl.errors import UserError, one_line, shortened
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that could not be used: its line (Parquet: row number), the column and what was expected there."""
+    """A row that could not be used: its line (Parquet: row number), the column and what was
+    expected there.
+    """
 
     line: int
     column: str
@@ -42,9 +46,10 @@ OnBadRow = Callable[[BadRow], None]
 class Source:
     """An opened file.
 
-    header: the column names; of a file without them, as many empty ones. first: the cells of the line that names the
-    columns, or would; None for files whose columns need no line. delimiter: None for files that have none. records: all
-    rows, given what a line that a quoted cell swallowed would have to look like to be one itself.
+    header: the column names; of a file without them, as many empty ones. first: the cells of the
+    line that names the columns, or would; None for files whose columns need no line. delimiter:
+    None for files that have none. records: all rows, given what a line that a quoted cell swallowed
+    would have to look like to be one itself.
     """
 
     header: list[str]
@@ -56,11 +61,13 @@ class Source:
 def open_source(
     path: Path, quoted: Callable[[str], bool], header: Callable[[list[str]], bool], bad: OnBadRow
 ) -> Source:
-    """Open a file by its ending: JSON lines, Parquet, or else text with tabs or commas, whichever its first line has.
+    """Open a file by its ending: JSON lines, Parquet, or else text with tabs or commas, whichever
+    its first line has.
 
-    quoted: whether a file with this delimiter has CSV quotes. header: whether the first line, of these cells, names the
-    columns. A cell can be found by its column's name and by its number.
-    Raises UserError for a missing, unreadable or empty file and for a first line that cannot be read.
+    quoted: whether a file with this delimiter has CSV quotes. header: whether the first line, of
+    these cells, names the columns. A cell can be found by its column's name and by its number.
+    Raises UserError for a missing, unreadable or empty file and for a first line that cannot be
+    read.
     """
     if ending(path) in PARQUET:
         return _parquet(path)
@@ -114,7 +121,9 @@ def _delimited(
 
 
 def _has_tabs(lines: list[Line]) -> bool:
-    """Return whether the first line has tabs as delimiters; beside commas they are that where most lines have them."""
+    """Return whether the first line has tabs as delimiters; beside commas they are that where most
+    lines have them.
+    """
     first, several = lines[0][1], lines[:100]
     return "\t" in first and ("," not in first or 2 * sum("\t" in text for _, text in several) > len(several))
 

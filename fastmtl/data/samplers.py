@@ -11,8 +11,8 @@ import numpy as np
 
 from fastmtl.errors import unknown_name
 
-# (rows of each task [T], rows per micro-batch of each task [T], epoch from 0, number of epochs) -> weights [T], any
-# scale
+# (rows of each task [T], rows per micro-batch of each task [T], epoch from 0, number of epochs) ->
+# weights [T], any scale
 Sampler = Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]
 
 
@@ -22,7 +22,9 @@ def round_robin(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs: 
 
 
 def joint(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs: int) -> np.ndarray:
-    """As round_robin, but an epoch is once through the largest file: the others are cycled along it."""
+    """As round_robin, but an epoch is once through the largest file: the others are cycled along
+    it.
+    """
     return batch_sizes
 
 
@@ -32,7 +34,9 @@ def proportional(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs:
 
 
 def sequential(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs: int) -> np.ndarray:
-    """Every row once per epoch, one data set after the other in the recipe's order; a step has rows of one task."""
+    """Every row once per epoch, one data set after the other in the recipe's order; a step has rows
+    of one task.
+    """
     return sizes
 
 
@@ -47,8 +51,8 @@ def sqrt(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs: int) ->
 
 
 def annealed(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs: int) -> np.ndarray:
-    """p_t ~ N_t^a with a = 1 - 0.8 (e - 1) / (E - 1) in epoch e = 1..E, a = 1 when E = 1 (Stickland & Murray 2019,
-    section 4.1).
+    """p_t ~ N_t^a with a = 1 - 0.8 (e - 1) / (E - 1) in epoch e = 1..E, a = 1 when E = 1 (Stickland
+    & Murray 2019, section 4.1).
     """
     return sizes.astype(np.float64) ** (1.0 - 0.8 * progress(epoch, epochs))
 
@@ -58,7 +62,8 @@ def progress(epoch: int, epochs: int) -> float:
     return epoch / (epochs - 1) if epochs > 1 else 0.0
 
 
-# compromise: the shares of the batches beyond one of each task; the batches themselves are drawn (compromise.py).
+# compromise: the shares of the batches beyond one of each task; the batches themselves are drawn
+# (compromise.py).
 SAMPLERS: dict[str, Sampler] = {
     "round_robin": round_robin,
     "joint": joint,

@@ -1,4 +1,5 @@
-"""How many rows of each task stand where in an epoch: the sampler's shares, per stretch of micro-batches.
+"""How many rows of each task stand where in an epoch: the sampler's shares, per stretch of
+micro-batches.
 
 A pure function of the data sets' sizes, the recipe, the number of ranks and the epoch.
 """
@@ -22,8 +23,8 @@ BY_BATCH_SIZE = ("sequential", "joint", "compromise")
 
 @dataclass(frozen=True)
 class Stretch:
-    """A part of an epoch in which the tasks are evenly mixed. counts: rows of each task, int64 [T], over all ranks;
-    micro_batches: into how many it is cut, whole optimiser steps.
+    """A part of an epoch in which the tasks are evenly mixed. counts: rows of each task, int64 [T],
+    over all ranks; micro_batches: into how many it is cut, whole optimiser steps.
     """
 
     counts: np.ndarray
@@ -33,7 +34,8 @@ class Stretch:
 class Schedule:
     """sizes: rows of each task's training file, in the recipe's order. world: number of processes.
 
-    Raises UserError for settings that name no task, exclude each other, or that the data cannot fill.
+    Raises UserError for settings that name no task, exclude each other, or that the data cannot
+    fill.
     """
 
     def __init__(self, sizes: Sequence[int], recipe: Recipe, world: int = 1) -> None:
@@ -58,7 +60,9 @@ class Schedule:
 
     @functools.cache  # noqa: B019 - one schedule per run
     def stretches(self, epoch: int) -> tuple[Stretch, ...]:
-        """The epoch's stretches in order; with `batch_tokens` one, whose micro-batches are not told."""
+        """The epoch's stretches in order; with `batch_tokens` one, whose micro-batches are not
+        told.
+        """
         sizes = self._sizes * self._phased_in(epoch)
         weights = self._share(self._sizes, self.batch_sizes, epoch, self._epochs) * self._phased_in(epoch)
         shares = weights.astype(np.float64)
@@ -92,7 +96,9 @@ class Schedule:
         return (Stretch(_rounded(shares, rows), steps * self._accumulation),)
 
     def loss_weights(self, epoch: int, step: int) -> dict[str, float] | None:
-        """What the tasks' mean losses of a step are multiplied by; None for samplers that leave them as they are."""
+        """What the tasks' mean losses of a step are multiplied by; None for samplers that leave
+        them as they are.
+        """
         if self._sampler.name != "compromise":
             return None
         batches = self.stretches(epoch)[step].counts / (self.batch_sizes * self._world)
@@ -103,7 +109,9 @@ class Schedule:
         return -(-int(rows) // int(rows_per_step)) * self._accumulation
 
     def _drawn_from(self, sizes: np.ndarray) -> np.ndarray:
-        """Rows of each task in an epoch before the sampler's shares: of a subsample, then oversampled."""
+        """Rows of each task in an epoch before the sampler's shares: of a subsample, then
+        oversampled.
+        """
         most = self._per_task("subsample", self._sampler.subsample, needs_all=False)
         sizes = np.array(
             [min(size, most.get(name, size)) for name, size in zip(self._recipe.tasks, sizes, strict=True)]
@@ -113,8 +121,9 @@ class Schedule:
         return np.minimum(sizes * self._sampler.oversample, sizes.max()).astype(np.int64)
 
     def _phased_in(self, epoch: int) -> np.ndarray:
-        """[T]: what the tasks' shares are multiplied by. The largest file has 1; the k-th largest (from 0) of T grows
-        from 0 to 1 between the epochs (k - 1) d and k d, where d = curriculum / (T - 1).
+        """[T]: what the tasks' shares are multiplied by. The largest file has 1; the k-th largest
+        (from 0) of T grows from 0 to 1 between the epochs (k - 1) d and k d, where d = curriculum /
+        (T - 1).
         """
         length = self._sampler.curriculum
         if length is None or len(self._sizes) == 1:

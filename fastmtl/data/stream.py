@@ -1,9 +1,9 @@
 """The batches of a run: which rows, in which order, on which rank.
 
-Everything is a pure function of (seed, epoch, step), so every rank draws the same without talking, and resuming needs
-no state but
-those numbers. An epoch is one interleaved sequence of rows of all tasks, in which every stretch holds the sampler's
-shares; it is cut into
+Everything is a pure function of (seed, epoch, step), so every rank draws the same without talking,
+and resuming needs no state but
+those numbers. An epoch is one interleaved sequence of rows of all tasks, in which every stretch
+holds the sampler's shares; it is cut into
 micro-batches, and each micro-batch is dealt to the ranks.
 """
 
@@ -72,7 +72,9 @@ class BatchStream:
         return self._schedule.loss_weights(epoch, step)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[PackedBatch]]:
-        """For every optimiser step from `start_step` on, this rank's `engine.accumulation` micro-batches."""
+        """For every optimiser step from `start_step` on, this rank's `engine.accumulation`
+        micro-batches.
+        """
         for _, group in self._groups(epoch, start_step):
             all_tasks = np.concatenate([tasks for shares in group for tasks, _ in shares])
             counts = np.bincount(all_tasks, minlength=len(self._datasets)).tolist()
@@ -112,7 +114,9 @@ class BatchStream:
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - one stream per run
     def _token_plan(self, epoch: int) -> list[list[np.ndarray]]:
-        """Micro-batches filled up to `batch_tokens` per rank, each an index array into the epoch's sequence."""
+        """Micro-batches filled up to `batch_tokens` per rank, each an index array into the epoch's
+        sequence.
+        """
         budget = self._recipe.sampler.batch_tokens
         assert budget is not None
         tasks, rows = self._sequence(epoch)
@@ -123,7 +127,9 @@ class BatchStream:
         return [[np.array(part) for part in parts] for parts in plan]
 
     def _left_out(self, epoch: int) -> np.ndarray:
-        """int64 [T]: rows of each task at the end of an epoch's sequence that no step by `batch_tokens` takes."""
+        """int64 [T]: rows of each task at the end of an epoch's sequence that no step by
+        `batch_tokens` takes.
+        """
         if self._recipe.sampler.batch_tokens is None:
             return np.zeros(len(self._datasets), dtype=np.int64)
         while len(self._ends) <= epoch + 1:  # in turn, for an epoch begins with what the one before left out
@@ -134,8 +140,8 @@ class BatchStream:
         return self._ends[epoch + 1]
 
     def _sequence(self, epoch: int) -> Draw:
-        """The epoch's rows in order, with what the epoch before left out: in each stretch, task t's j-th row of Q_t
-        stands at (j + 1/2) / Q_t of the way.
+        """The epoch's rows in order, with what the epoch before left out: in each stretch, task t's
+        j-th row of Q_t stands at (j + 1/2) / Q_t of the way.
         """
         left_out = self._left_out(epoch - 1)
         stretches = [stretch.counts for stretch in self._schedule.stretches(epoch)]
@@ -155,7 +161,9 @@ class BatchStream:
         return np.concatenate(tasks), np.concatenate(rows)
 
     def _rows(self, task: int, start: int, quota: int) -> np.ndarray:
-        """`quota` rows of a task after the first `start`, from permutations that follow each other over all epochs."""
+        """`quota` rows of a task after the first `start`, from permutations that follow each other
+        over all epochs.
+        """
         size = len(self._datasets[task])
         first, last = start // size, (start + max(quota, 1) - 1) // size
         permutations = [
@@ -183,10 +191,11 @@ class BatchStream:
 def evaluation_batches(
     dataset: TokenizedDataset, task_index: int, num_tasks: int, max_tokens: int, rank: int = 0, world: int = 1
 ) -> Iterator[PackedBatch]:
-    """Every row of a data set once over all ranks, in batches of at most `max_tokens` tokens (one row where a row is
-    longer).
+    """Every row of a data set once over all ranks, in batches of at most `max_tokens` tokens (one
+    row where a row is longer).
 
-    The batches hold rows of like length; `example_ids` say which. The other num_tasks - 1 tasks are empty.
+    The batches hold rows of like length; `example_ids` say which. The other num_tasks - 1 tasks are
+    empty.
     """
     order = np.argsort(-dataset.lengths, kind="stable")
     batches: list[list[int]] = []

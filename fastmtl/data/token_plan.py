@@ -1,4 +1,5 @@
-"""Micro-batches that are filled by tokens: which rows of a sequence go to which rank, in whole optimiser steps.
+"""Micro-batches that are filled by tokens: which rows of a sequence go to which rank, in whole
+optimiser steps.
 
 A cell is one rank's share of one micro-batch: a list of positions in the sequence.
 """
@@ -14,8 +15,8 @@ Cell = list[int]
 
 
 def filled(lengths: Sequence[int], budget: int, world: int) -> list[list[Cell]]:
-    """Return micro-batches of `world` cells, filled in the order of the sequence: a row goes to the rank with the
-    fewest tokens so far, and where it does not fit there a micro-batch begins.
+    """Return micro-batches of `world` cells, filled in the order of the sequence: a row goes to the
+    rank with the fewest tokens so far, and where it does not fit there a micro-batch begins.
 
     lengths: tokens of each row, at most `budget` each. The last micro-batch may have empty cells.
     """
@@ -32,11 +33,13 @@ def filled(lengths: Sequence[int], budget: int, world: int) -> list[list[Cell]]:
 
 
 def whole_steps(plan: list[list[Cell]], lengths: Sequence[int], accumulation: int, world: int) -> list[list[Cell]]:
-    """Return a plan of whole steps of `accumulation` micro-batches, without empty cells, from one of `filled`.
+    """Return a plan of whole steps of `accumulation` micro-batches, without empty cells, from one
+    of `filled`.
 
-    A plan that is whole stays as it is. Otherwise cells at its end are halved until the last step is whole: as few
-    steps as have a row for each cell are made anew. Half a cell keeps its budget. Where there is no such end (rows so
-    long that nearly every cell has one), the rows of the last step, fewer than accumulation * world, are left out.
+    A plan that is whole stays as it is. Otherwise cells at its end are halved until the last step
+    is whole: as few steps as have a row for each cell are made anew. Half a cell keeps its budget.
+    Where there is no such end (rows so long that nearly every cell has one), the rows of the last
+    step, fewer than accumulation * world, are left out.
     """
     if len(plan) % accumulation == 0 and all(map(all, plan[-1:])):
         return plan
@@ -51,7 +54,9 @@ def whole_steps(plan: list[list[Cell]], lengths: Sequence[int], accumulation: in
 
 
 def _halved(cells: list[Cell], number: int) -> list[Cell]:
-    """Return `number` cells with the same rows: the one with the most rows is halved until there are so many."""
+    """Return `number` cells with the same rows: the one with the most rows is halved until there
+    are so many.
+    """
     heap = [(-len(cell), cell) for cell in cells]
     heapq.heapify(heap)
     while len(heap) < number:

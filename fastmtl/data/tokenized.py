@@ -34,14 +34,14 @@ _ARRAYS = ("tokens", "offsets", "second_text")
 
 @dataclass(frozen=True)
 class TokenizedDataset:
-    """n examples of S sequences each (S is 2 for bi-encoded pairs, else 1); example i owns sequences S i to S i + S -
-    1.
+    """n examples of S sequences each (S is 2 for bi-encoded pairs, else 1); example i owns
+    sequences S i to S i + S - 1.
 
-    tokens: int32 [all tokens], memory-mapped. offsets: int64 [S n + 1], sequence s is tokens[offsets[s]:offsets[s +
-    1]].
+    tokens: int32 [all tokens], memory-mapped. offsets: int64 [S n + 1], sequence s is
+    tokens[offsets[s]:offsets[s + 1]].
     second_text: int32 [S n], where in the sequence token type 1 begins (its length if nowhere).
-    labels: int64 or float32 [n], or None. ids: the rows' own ids. truncated: examples cut to the encoder's positions.
-    skipped, notes: as of Rows.
+    labels: int64 or float32 [n], or None. ids: the rows' own ids. truncated: examples cut to the
+    encoder's positions. skipped, notes: as of Rows.
     """
 
     tokens: np.ndarray
@@ -64,7 +64,9 @@ class TokenizedDataset:
         return np.diff(self.offsets[:: self.sequences_per_example])
 
     def digest(self) -> str:
-        """SHA-256 of all that training and scoring see of the rows: tokens, where texts begin, labels and ids."""
+        """SHA-256 of all that training and scoring see of the rows: tokens, where texts begin,
+        labels and ids.
+        """
         digest = hashlib.sha256(json.dumps([self.sequences_per_example, self.ids]).encode("utf-8"))
         labels = np.zeros(0) if self.labels is None else self.labels
         for array in (self.tokens, self.offsets, self.second_text, labels):
@@ -90,11 +92,12 @@ class TokenizedDataset:
 def tokenize(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, max_length: int, cache_dir: str | Path
 ) -> TokenizedDataset:
-    """Tokenises rows, or finds them in `cache_dir` under a digest of their texts, the tokenizer and the settings.
+    """Tokenises rows, or finds them in `cache_dir` under a digest of their texts, the tokenizer and
+    the settings.
 
     max_length: tokens per sequence with [CLS] and [SEP]; the longest text of a pair is cut first.
-    A damaged cache entry is made again; where the cache cannot be written, a temporary folder serves and a line says
-    so.
+    A damaged cache entry is made again; where the cache cannot be written, a temporary folder
+    serves and a line says so.
     """
     check_pairs(rows, task)
     bi = task.pairs == "bi"
@@ -135,7 +138,9 @@ def _cache_instead(cache_dir: str | Path, why: str) -> Path:
 
 
 def check_token_types(datasets: Iterable[TokenizedDataset | None], token_types: int) -> None:
-    """Raise UserError for data with second texts where the encoder has one token type (`type_vocab_size`)."""
+    """Raise UserError for data with second texts where the encoder has one token type
+    (`type_vocab_size`).
+    """
     for dataset in datasets:
         if dataset is not None and token_types < 2 and (dataset.second_text < np.diff(dataset.offsets)).any():
             raise UserError(
@@ -151,7 +156,9 @@ def check_pairs(rows: Rows, task: TaskConfig) -> None:
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """All that decides how a tokenizer splits texts, as JSON. Every call sets truncation and padding itself."""
+    """All that decides how a tokenizer splits texts, as JSON. Every call sets truncation and
+    padding itself.
+    """
     model = json.loads(tokenizer.backend_tokenizer.to_str())
     for state in ("truncation", "padding"):
         model.pop(state, None)
@@ -162,7 +169,8 @@ def _digest(rows: Rows, tokenizer: PreTrainedTokenizerBase, bi: bool, max_length
     import tokenizers
     import transformers
 
-    # What else decides about tokens: the code, and the two settings of a call that come from tokenizer_config.json.
+    # What else decides about tokens: the code, and the two settings of a call that come from
+    # tokenizer_config.json.
     code = [type(tokenizer).__name__, tokenizers.__version__, transformers.__version__]
     call = [tokenizer.truncation_side, getattr(tokenizer, "split_special_tokens", False)]
     digest = hashlib.sha256()
@@ -182,7 +190,8 @@ def _encode(
     else:
         texts, pairs = rows.texts, rows.pair_texts
     with _state_kept(tokenizer):
-        # Token types are asked for: a tokenizer whose model_input_names lack them returns none of itself.
+        # Token types are asked for: a tokenizer whose model_input_names lack them returns none of
+        # itself.
         encoded = tokenizer(texts, pairs, verbose=False, return_token_type_ids=True)
         ids, types = encoded["input_ids"], encoded["token_type_ids"]
         long = [index for index, sequence in enumerate(ids) if len(sequence) > max_length]

@@ -1,8 +1,9 @@
 """Synonyms from WordNet's own files (Princeton; format: wndb(5WN)).
 
-index.<part of speech>: `lemma pos synset_cnt p_cnt [ptr_symbol...] sense_cnt tagsense_cnt offset...`;
-data.<part of speech>, at an offset: `offset lex_filenum ss_type w_cnt word lex_id [word lex_id...] ...`, w_cnt in hex.
-These two kinds of files are in every distribution; nltk's reader wants others too, which Debian leaves out.
+index.<part of speech>: `lemma pos synset_cnt p_cnt [ptr_symbol...] sense_cnt tagsense_cnt
+offset...`; data.<part of speech>, at an offset: `offset lex_filenum ss_type w_cnt word lex_id [word
+lex_id...] ...`, w_cnt in hex. These two kinds of files are in every distribution; nltk's reader
+wants others too, which Debian leaves out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
 
 
 class WordNet:
-    """directory: with index.noun, data.noun and so on, or nltk's wordnet.zip. Raises UserError where they are not."""
+    """directory: with index.noun, data.noun and so on, or nltk's wordnet.zip. Raises UserError
+    where they are not.
+    """
 
     def __init__(self, directory: Path) -> None:
         read = _reader(directory)
@@ -41,7 +44,8 @@ class WordNet:
 
     @functools.cache  # noqa: B019 - one object per run
     def synonyms(self, word: str) -> tuple[str, ...]:
-        """The other words of the synsets that have this lemma, in alphabetical order; () for an unknown word.
+        """The other words of the synsets that have this lemma, in alphabetical order; () for an
+        unknown word.
 
         word: lower case, a base form ("car", not "cars").
         """
@@ -64,7 +68,9 @@ def find_wordnet(given: str | None) -> WordNet:
 
 
 def wordnet_place(given: str | None) -> Path:
-    """The folder or archive that `find_wordnet` reads. Raises UserError that says how to install WordNet."""
+    """The folder or archive that `find_wordnet` reads. Raises UserError that says how to install
+    WordNet.
+    """
     if given is not None:
         return user_path(given)
     for place in _places():

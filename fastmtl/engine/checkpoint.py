@@ -1,8 +1,8 @@
 """Checkpoints: whole or absent, checked before they are opened, the latest and the best kept.
 
 checkpoints/step-N/ holds DeepSpeed's files (engine/), one file of random state per rank, state.json
-(sampler position, surgery, early stopping) and manifest.json. A save goes into .incomplete-step-N and
-is renamed when everything is on disk.
+(sampler position, surgery, early stopping) and manifest.json. A save goes into .incomplete-step-N
+and is renamed when everything is on disk.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ KEEP_LATEST = 2  # the newest, and one to fall back on
 
 @dataclass(frozen=True)
 class Found:
-    """A good checkpoint to go on from. universal: it was saved by another number of ranks. state: as `save` got it."""
+    """A good checkpoint to go on from. universal: it was saved by another number of ranks. state:
+    as `save` got it.
+    """
 
     path: Path
     manifest: dict[str, Any]
@@ -67,8 +69,9 @@ class Checkpoints:
         phase: str | None = None,
         tensors: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Saves everything needed to go on after `step`. value: of the metric that chooses the best, where there is
-        one. phase: the name of the run's phase, where it has several. tensors: more of them, the same on every rank.
+        """Saves everything needed to go on after `step`. value: of the metric that chooses the
+        best, where there is one. phase: the name of the run's phase, where it has several. tensors:
+        more of them, the same on every rank.
         """
         incomplete = self._directory / f".incomplete-step-{step}"
         final = self._directory / f"step-{step}"
@@ -95,7 +98,8 @@ class Checkpoints:
     def find(self) -> Found | None:
         """The newest checkpoint, None where there is none.
 
-        Raises UserError where it is damaged or foreign (naming the newest good one), or belongs to another kind of run.
+        Raises UserError where it is damaged or foreign (naming the newest good one), or belongs to
+        another kind of run.
         """
         steps = self._steps()
         if not steps:
@@ -135,16 +139,18 @@ class Checkpoints:
             return "engine.offload"
         if engine.zero == 0:
             return "engine.zero: 0"
-        # These count their steps on the GPU in the groups, where the universal form does not look for them.
+        # These count their steps on the GPU in the groups, where the universal form does not look
+        # for them.
         if engine.fused_optimizer != "torch" and self._ranks.device.type == "cuda":
             return f"engine.fused_optimizer: {engine.fused_optimizer}"
         return ""
 
     def restore(self, engine: Any, found: Found) -> dict[str, Any]:
-        """Load a found checkpoint into the engine and the random state; returns what `save` was given as state.
+        """Load a found checkpoint into the engine and the random state; returns what `save` was
+        given as state.
 
-        Learning rates, clipping and the optimiser's other settings stay those of the engine, which were made from the
-        recipe and the number of steps of now.
+        Learning rates, clipping and the optimiser's other settings stay those of the engine, which
+        were made from the recipe and the number of steps of now.
         """
         settings = optimizer_settings(engine)
         if found.universal:
@@ -212,7 +218,9 @@ class Checkpoints:
                 self._remove(step)
 
     def _remove(self, step: int) -> None:
-        """Take a checkpoint's name away first: a killed process leaves none behind that is half gone."""
+        """Take a checkpoint's name away first: a killed process leaves none behind that is half
+        gone.
+        """
         removed = self._directory / f".removed-step-{step}"
         if self.path(step).is_dir():
             self.path(step).rename(removed)

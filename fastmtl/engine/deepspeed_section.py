@@ -1,8 +1,9 @@
 """The recipe's section `deepspeed`, read by DeepSpeed's own configuration without an engine.
 
-DeepSpeed validates some blocks by pydantic, takes single values as they are, and ignores keys that it does not know. So
-it is handed a dictionary that notes which keys are looked up and with which defaults: the section's other keys are
-unknown to this version of DeepSpeed, and a default tells the type of a value.
+DeepSpeed validates some blocks by pydantic, takes single values as they are, and ignores keys that
+it does not know. So it is handed a dictionary that notes which keys are looked up and with which
+defaults: the section's other keys are unknown to this version of DeepSpeed, and a default tells the
+type of a value.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ Path = tuple[str, ...]
 
 
 def check_section(config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Raise UserError that names each key of the section that DeepSpeed would refuse, ignore or misread.
+    """Raise UserError that names each key of the section that DeepSpeed would refuse, ignore or
+    misread.
 
     config: the whole configuration, of which `given` is the recipe's section. Imports DeepSpeed.
     """
@@ -48,8 +50,8 @@ def check_section(config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
 
 @dataclass
 class _Notes:
-    """defaults: those that each key was looked up with, by the path of its dictionary. whole: dictionaries that were
-    taken as they are. last: the path that was read last.
+    """defaults: those that each key was looked up with, by the path of its dictionary. whole:
+    dictionaries that were taken as they are. last: the path that was read last.
     """
 
     defaults: dict[Path, dict[str, Any]] = field(default_factory=dict)
@@ -103,7 +105,9 @@ class _Noting(dict[str, Any]):
 
 
 def _mistyped(given: Mapping[str, Any], notes: _Notes, path: Path = ()) -> Iterator[tuple[Path, str, Any]]:
-    """Yield (path, kind, value) for each value of another type than the default that DeepSpeed has for its key."""
+    """Yield (path, kind, value) for each value of another type than the default that DeepSpeed has
+    for its key.
+    """
     defaults = notes.defaults.get(path, {})
     for key, value in given.items():
         kind = wrong_kind(defaults.get(key), value)
@@ -126,7 +130,9 @@ def _unread(given: Mapping[str, Any], notes: _Notes, path: Path = ()) -> Iterato
 
 
 def _explained(item: Any, config: Mapping[str, Any], last: Path) -> str:
-    """Return one error of pydantic with the whole path of its key: pydantic knows the part within its own model."""
+    """Return one error of pydantic with the whole path of its key: pydantic knows the part within
+    its own model.
+    """
     inner = tuple(str(part) for part in item["loc"])
     paths = [(*last[:length], *inner) for length in range(len(last), -1, -1)]
     path = next((path for path in paths if _leads_somewhere(config, path)), (*last, *inner))

@@ -54,7 +54,9 @@ class Ranks:
         tensor.copy_(shared)
 
     def any(self, flag: bool) -> bool:
-        """Return whether the flag is up on any rank, the same on all. Waits for the device where there are several."""
+        """Return whether the flag is up on any rank, the same on all. Waits for the device where
+        there are several.
+        """
         if self.world == 1:
             return flag
         value = torch.tensor([int(flag)], device=self.device)
@@ -62,7 +64,9 @@ class Ranks:
         return bool(value.item())
 
     def in_turn(self, work: Callable[[], T]) -> T:
-        """Runs `work` on the first process of each machine, then on the others. An error anywhere ends all."""
+        """Runs `work` on the first process of each machine, then on the others. An error anywhere
+        ends all.
+        """
         result: list[T] = []
         failure: Exception | None = None
         for first in (True, False):
@@ -77,8 +81,8 @@ class Ranks:
     def agree(self, failure: Exception | None = None) -> None:
         """Ends all ranks where one has failed; every rank calls this.
 
-        Each raises the first rank's UserError, so that the first process can print it. Where no rank has one, a rank
-        raises its own error, and one without an error ends with status 1.
+        Each raises the first rank's UserError, so that the first process can print it. Where no
+        rank has one, a rank raises its own error, and one without an error ends with status 1.
         """
         if self.world == 1:
             failures: list[tuple[bool, tuple[str, ...]] | None] = []
@@ -97,8 +101,9 @@ class Ranks:
 def this_process(local_rank: int | None = None, *, debug: bool = False) -> Ranks:
     """Finds this process's place and picks its device, without a word to the others.
 
-    local_rank: as the DeepSpeed launcher passes it. RANK, WORLD_SIZE and LOCAL_RANK come from the launcher; without
-    them the run has one process. Raises UserError where they are no numbers or contradict each other.
+    local_rank: as the DeepSpeed launcher passes it. RANK, WORLD_SIZE and LOCAL_RANK come from the
+    launcher; without them the run has one process. Raises UserError where they are no numbers or
+    contradict each other.
     """
     gpu = torch.cuda.is_available()
     if not gpu:
@@ -125,11 +130,13 @@ def this_process(local_rank: int | None = None, *, debug: bool = False) -> Ranks
 
 
 def join(ranks: Ranks, *, debug: bool = False, patience: timedelta | None = None) -> None:
-    """Starts DeepSpeed and meets the other processes. patience: how long to wait for them, by default DeepSpeed's."""
+    """Starts DeepSpeed and meets the other processes. patience: how long to wait for them, by
+    default DeepSpeed's.
+    """
     extension_locks.release()
     deepspeed = import_deepspeed()
-    # DeepSpeed compiles this operator at its first start on a CPU, and with it writes 66 MiB to /dev/shm for each
-    # process, which stay there when it ends. Only its sharded inference uses it.
+    # DeepSpeed compiles this operator at its first start on a CPU, and with it writes 66 MiB to
+    # /dev/shm for each process, which stay there when it ends. Only its sharded inference uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         backend = "nccl" if ranks.device.type == "cuda" else "gloo"
@@ -158,8 +165,9 @@ def import_deepspeed() -> Any:
 def leave() -> None:
     """End gloo's threads while the interpreter still lives.
 
-    A thread of gloo drops a finished collective's tensors some time after the collective. Where that happens while
-    Python shuts down, torch aborts the process: of two processes that end right after an `all_gather` one in six did.
+    A thread of gloo drops a finished collective's tensors some time after the collective. Where
+    that happens while Python shuts down, torch aborts the process: of two processes that end right
+    after an `all_gather` one in six did.
     """
     if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
@@ -187,8 +195,8 @@ def free_port() -> str:
 
 
 class StopFlag:
-    """Goes up at SIGTERM, and when the `deepspeed` command that started this process is gone: it dies of a SIGTERM
-    without passing it on. The loop looks at it before each step.
+    """Goes up at SIGTERM, and when the `deepspeed` command that started this process is gone: it
+    dies of a SIGTERM without passing it on. The loop looks at it before each step.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,6 @@
-"""What a process does before it has met the others of its run: its errors have to reach the first one, which prints."""
+"""What a process does before it has met the others of its run: its errors have to reach the first
+one, which prints.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,12 @@ PATIENCE = timedelta(seconds=60)
 
 @contextmanager
 def errors_reach_the_first() -> Iterator[None]:
-    """Make a UserError of this process end the run with one message. Imports torch only where that needs it.
+    """Make a UserError of this process end the run with one message. Imports torch only where that
+    needs it.
 
-    The first process raises the error at once, and the launcher ends the others. Another process may be the only one
-    that failed (a file that is not on its host): it meets the others, and each then raises that error. Where the
-    others do not come, it prints the error itself.
+    The first process raises the error at once, and the launcher ends the others. Another process
+    may be the only one that failed (a file that is not on its host): it meets the others, and each
+    then raises that error. Where the others do not come, it prints the error itself.
     """
     try:
         yield

@@ -1,7 +1,7 @@
 """Lock files that a killed process left in the folder where torch builds DeepSpeed's extensions.
 
-torch.utils.cpp_extension builds an extension under a lock file and waits for another builder's for ever, in silence: a
-run stopped in its first seconds would hang every later one.
+torch.utils.cpp_extension builds an extension under a lock file and waits for another builder's for
+ever, in silence: a run stopped in its first seconds would hang every later one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ PATIENCE_SECONDS = 120.0
 
 
 def release(patience: float = PATIENCE_SECONDS, poll: float = 0.5) -> list[Path]:
-    """Removes the locks that no process here holds open once they are `patience` seconds old; returns them.
+    """Removes the locks that no process here holds open once they are `patience` seconds old;
+    returns them.
 
     Waits for younger ones until their builder releases them or they are old enough, and says so.
     """

@@ -16,7 +16,9 @@ _KEY = "engine.fused_optimizer"
 
 
 def check_fused_optimizer(recipe: Recipe) -> None:
-    """Raises UserError, before anything is read, where the choice does not fit the recipe or this machine."""
+    """Raises UserError, before anything is read, where the choice does not fit the recipe or this
+    machine.
+    """
     choice = recipe.engine.fused_optimizer
     if choice != "torch" and recipe.optimizer.name == "sgd":
         raise UserError(f"{_KEY}: {choice} is Adam; optimizer.name: sgd needs {_KEY}: torch")
@@ -78,12 +80,15 @@ def build_adam(recipe: Recipe, groups: list[dict[str, Any]]) -> torch.optim.Opti
                     f"{_KEY}: torch"
                 ) from error
     kind = torch.optim.AdamW if decoupled else torch.optim.Adam
-    # Offload makes DeepSpeed move the moments between devices, which torch's fused step does not bear.
+    # Offload makes DeepSpeed move the moments between devices, which torch's fused step does not
+    # bear.
     return kind(groups, fused=not recipe.engine.offload, **settings)
 
 
 def _reason(error: BaseException | None) -> str:
-    """What a compiler said, where one did, else the last line of what was raised first: DeepSpeed and torch wrap it."""
+    """What a compiler said, where one did, else the last line of what was raised first: DeepSpeed
+    and torch wrap it.
+    """
     lines: list[str] = []
     while error is not None:
         lines += str(error).strip().splitlines() or [type(error).__name__]

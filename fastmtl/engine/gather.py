@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 def gathered_state_dict(engine: Any) -> dict[str, Tensor] | None:
-    """Every parameter and persistent buffer of the module, float32 on the CPU; on rank 0, None elsewhere. Every rank
-    calls it.
+    """Every parameter and persistent buffer of the module, float32 on the CPU; on rank 0, None
+    elsewhere. Every rank calls it.
     """
     import deepspeed
 

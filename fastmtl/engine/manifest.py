@@ -1,7 +1,7 @@
 """manifest.json: what a checkpoint consists of, checked before anything in it is opened.
 
-DeepSpeed's files are pickles, and unpickling runs code. So a file that is not named in the manifest, or whose size or
-digest differs,
+DeepSpeed's files are pickles, and unpickling runs code. So a file that is not named in the
+manifest, or whose size or digest differs,
 makes the whole checkpoint refused.
 """
 
@@ -21,14 +21,18 @@ class Refused(Exception):
 
 
 def write_manifest(directory: Path, about: dict[str, Any]) -> None:
-    """Names, sizes and SHA-256 digests of all files below `directory`, beside what `about` says of the run."""
+    """Names, sizes and SHA-256 digests of all files below `directory`, beside what `about` says of
+    the run.
+    """
     files = {str(path.relative_to(directory)): _describe(path) for path in _files(directory)}
     text = json.dumps({"format": FORMAT, **about, "files": files}, indent=1)
     (directory / NAME).write_text(text, encoding="utf-8")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are all as it says. Raises Refused with the reason otherwise."""
+    """The manifest of a checkpoint whose files are all as it says. Raises Refused with the reason
+    otherwise.
+    """
     try:
         manifest = json.loads((directory / NAME).read_text(encoding="utf-8"))
         files = manifest["files"]

@@ -19,7 +19,9 @@ def optimizer_settings(engine: Any) -> Settings:
 
 
 def put_settings(engine: Any, settings: Settings) -> None:
-    """Put settings back, with the learning rates that the schedule gives after the steps that were loaded."""
+    """Put settings back, with the learning rates that the schedule gives after the steps that were
+    loaded.
+    """
     schedule = engine.lr_scheduler
     schedule.base_lrs, groups = list(settings[0]), settings[1]
     rates = [

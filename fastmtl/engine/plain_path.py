@@ -1,4 +1,6 @@
-"""Paths for DeepSpeed, which finds its files by `glob` and so reads the brackets of `run[1]` as a pattern."""
+"""Paths for DeepSpeed, which finds its files by `glob` and so reads the brackets of `run[1]` as a
+pattern.
+"""
 
 from __future__ import annotations
 

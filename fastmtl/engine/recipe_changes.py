@@ -13,8 +13,8 @@ from fastmtl.errors import UserError, shortened
 Changes = dict[str, tuple[Any, Any]]
 CHANGES_FILE = "changes.jsonl"  # in the output folder: a line for each resume with other settings
 
-# Changes that leave every step the same: how long the run is, what is logged and saved, and where files are (the rows
-# themselves are compared by their digests).
+# Changes that leave every step the same: how long the run is, what is logged and saved, and where
+# files are (the rows themselves are compared by their digests).
 FREE = re.compile(
     r"description"
     r"|(phases\.\d+\.)?train\.(epochs|max_steps|eval_tokens|checkpoint_every|log_every)"
@@ -26,14 +26,16 @@ LENGTH = re.compile(r"(phases\.\d+\.)?train\.(epochs|max_steps)")
 
 
 def differences(before: Recipe, now: Recipe) -> Changes:
-    """Return every key whose value differs, in the recipe's order; a key that one of them lacks counts as None."""
+    """Return every key whose value differs, in the recipe's order; a key that one of them lacks
+    counts as None.
+    """
     old, new = (_flat(_compared(recipe)) for recipe in (before, now))
     return {key: (old.get(key), new.get(key)) for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)}
 
 
 def _compared(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe's values, with what `gradient.dtype: auto` stands for. Phases may differ in what it depends on,
-    so under bf16 theirs is compared as it is written.
+    """Return the recipe's values, with what `gradient.dtype: auto` stands for. Phases may differ in
+    what it depends on, so under bf16 theirs is compared as it is written.
     """
     values = recipe.model_dump(mode="json")
     if not recipe.phases or recipe.engine.precision != "bf16":
@@ -42,7 +44,9 @@ def _compared(recipe: Recipe) -> dict[str, Any]:
 
 
 def changes_since(saved: Mapping[str, Any], now: Recipe, source: str) -> Changes:
-    """Return what differs from a checkpoint's recipe. Raises UserError where this version cannot read that."""
+    """Return what differs from a checkpoint's recipe. Raises UserError where this version cannot
+    read that.
+    """
     try:
         return differences(parse_recipe(dict(saved), source), now)
     except UserError as error:

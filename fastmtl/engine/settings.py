@@ -37,8 +37,8 @@ _REFUSED = {
 def deepspeed_config(recipe: Recipe, world: int, *, cpu: bool) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`; the recipe's `deepspeed` section is merged in.
 
-    Raises UserError naming both keys where that section contradicts the recipe, and for combinations that DeepSpeed
-    cannot train.
+    Raises UserError naming both keys where that section contradicts the recipe, and for
+    combinations that DeepSpeed cannot train.
     """
     engine = recipe.engine
     if engine.precision == "fp16" and cpu:
@@ -73,11 +73,13 @@ def deepspeed_config(recipe: Recipe, world: int, *, cpu: bool) -> dict[str, Any]
 
 
 def set_buckets(zero: dict[str, Any], trainable: int, *, cpu: bool) -> None:
-    """Complete the section `zero_optimization` for this many trained numbers, where the recipe leaves it open.
+    """Complete the section `zero_optimization` for this many trained numbers, where the recipe
+    leaves it open.
 
-    DeepSpeed makes its buckets of the size it is told, by default 2 GB in float32, whatever there is to reduce. With
-    `overlap_comm` it makes a second one and synchronises the device, and with a single bucket there is no backward left
-    to overlap with. ZeRO 3 fetches weights ahead by the same setting.
+    DeepSpeed makes its buckets of the size it is told, by default 2 GB in float32, whatever there
+    is to reduce. With `overlap_comm` it makes a second one and synchronises the device, and with a
+    single bucket there is no backward left to overlap with. ZeRO 3 fetches weights ahead by the
+    same setting.
     """
     zero.setdefault("reduce_bucket_size", min(REDUCE_BUCKET_SIZE, trainable))
     zero.setdefault("overlap_comm", overlaps(zero["stage"], zero["reduce_bucket_size"], trainable, cpu=cpu))
@@ -89,13 +91,17 @@ def overlaps(stage: int, bucket: int, trainable: int, *, cpu: bool) -> bool:
 
 
 def deepspeed_section(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe's section `deepspeed` with 5e8 and 16.0 as integers, as DeepSpeed counts by."""
+    """Return the recipe's section `deepspeed` with 5e8 and 16.0 as integers, as DeepSpeed counts
+    by.
+    """
     whole: dict[str, Any] = _whole(recipe.deepspeed)
     return whole
 
 
 def wrong_kind(example: Any, value: Any) -> str | None:
-    """Return what a value should be to be of an example's kind. None where it is, or the example tells none."""
+    """Return what a value should be to be of an example's kind. None where it is, or the example
+    tells none.
+    """
     number = isinstance(value, int | float) and not isinstance(value, bool)
     match example:
         case bool():

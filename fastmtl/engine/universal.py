@@ -20,7 +20,9 @@ from fastmtl.engine.plain_path import plain_path
 
 @contextmanager
 def universal_copy(checkpoint: Path, ranks: Ranks) -> Iterator[Path]:
-    """A temporary directory beside `checkpoint` with the universal form of its engine/ folder. Every rank calls it."""
+    """A temporary directory beside `checkpoint` with the universal form of its engine/ folder.
+    Every rank calls it.
+    """
     made = Path(tempfile.mkdtemp(prefix=".universal-", dir=checkpoint.parent)) if ranks.is_main else None
     shared = ranks.all_gather(made)[0]
     assert shared is not None
@@ -38,10 +40,11 @@ def universal_copy(checkpoint: Path, ranks: Ranks) -> Iterator[Path]:
 
 @contextmanager
 def keeps_groups(engine: Any) -> Iterator[None]:
-    """Undoes what DeepSpeed 0.19 does to a torch optimiser when it loads a universal ZeRO 3 checkpoint.
+    """Undoes what DeepSpeed 0.19 does to a torch optimiser when it loads a universal ZeRO 3
+    checkpoint.
 
-    It gives every group the settings of the first (learning rate, weight decay), and every parameter one and the same
-    step
+    It gives every group the settings of the first (learning rate, weight decay), and every
+    parameter one and the same step
     tensor, which each parameter's update then counts up.
     """
     optimizer = engine.optimizer.optimizer

@@ -10,7 +10,9 @@ from fastmtl.errors import UserError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object. Raises UserError naming the file that is missing, damaged or something else."""
+    """Return a JSON object. Raises UserError naming the file that is missing, damaged or something
+    else.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

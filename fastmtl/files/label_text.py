@@ -8,8 +8,9 @@ import math
 def as_label(value: object) -> str:
     """Return the label that a cell or a name stands for, "" for none.
 
-    A whole number has no decimals: CSV's `1` and `1.0`, JSON's 1 and Parquet's 1.0 are all "1". Booleans are "true" and
-    "false" in every spelling. Other text stays as it is, without the spaces around it.
+    A whole number has no decimals: CSV's `1` and `1.0`, JSON's 1 and Parquet's 1.0 are all "1".
+    Booleans are "true" and "false" in every spelling. Other text stays as it is, without the spaces
+    around it.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""

@@ -22,13 +22,14 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class OutputFolder:
-    """A folder that this process holds for a run, until `release` or the end of the process, however that comes.
+    """A folder that this process holds for a run, until `release` or the end of the process,
+    however that comes.
 
-    The first process of a run makes one and keeps it. The lock is a POSIX record lock: no file that a killed process
-    leaves behind, not inherited by child processes, and on network file systems one that other hosts see too (NFS with
-    its lock service, Lustre mounted with flock).
-    resume: the folder may hold a run already. Raises UserError where another process holds it, where it holds a run,
-    and where it cannot be written.
+    The first process of a run makes one and keeps it. The lock is a POSIX record lock: no file that
+    a killed process leaves behind, not inherited by child processes, and on network file systems
+    one that other hosts see too (NFS with its lock service, Lustre mounted with flock).
+    resume: the folder may hold a run already. Raises UserError where another process holds it,
+    where it holds a run, and where it cannot be written.
     """
 
     def __init__(self, directory: Path, *, resume: bool) -> None:
@@ -69,7 +70,9 @@ def check_output(directory: Path, *, resume: bool) -> None:
 
 
 def check_room(directory: Path, needed: int) -> None:
-    """Raise UserError where the disk of a folder, or of where it will be, has less than `needed` bytes left."""
+    """Raise UserError where the disk of a folder, or of where it will be, has less than `needed`
+    bytes left.
+    """
     disk = shutil.disk_usage(_existing(directory))
     if disk.total and disk.free < needed:  # some network file systems do not tell their size
         raise UserError(
@@ -104,7 +107,9 @@ def _check_unused(directory: Path, resume: bool) -> None:
 
 
 def _locked(directory: Path) -> int:
-    """Return the lock's file, which this process holds until it closes it. Raises UserError where another has it."""
+    """Return the lock's file, which this process holds until it closes it. Raises UserError where
+    another has it.
+    """
     try:
         lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:

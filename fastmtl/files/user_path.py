@@ -11,7 +11,9 @@ from fastmtl.errors import UserError, one_line
 
 
 def user_path(path: str | Path) -> Path:
-    """Return the path with `~` expanded. Raises UserError where the user has no home, and for what is no path."""
+    """Return the path with `~` expanded. Raises UserError where the user has no home, and for what
+    is no path.
+    """
     if "\0" in str(path):
         raise UserError(f"{path}: a path cannot hold the character 0")
     try:
@@ -22,7 +24,9 @@ def user_path(path: str | Path) -> Path:
 
 @functools.cache
 def cache_path(path: str | Path) -> Path:
-    """Return a cache folder with `~` expanded, or a temporary one, with a line that says so, where there is no home."""
+    """Return a cache folder with `~` expanded, or a temporary one, with a line that says so, where
+    there is no home.
+    """
     if "\0" in str(path):
         raise UserError(f"data.cache_dir: {path}: a path cannot hold the character 0")
     try:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from fastmtl.errors import TrainingError
 
-# torch.save and safetensors raise errors of their own in place of OSError; torch's does not even give the reason.
+# torch.save and safetensors raise errors of their own in place of OSError; torch's does not even
+# give the reason.
 _OF_TORCH = re.compile(r"PytorchStreamWriter|inline_container|file write failed")
 _OF_SAFETENSORS = re.compile(r"\(os error (\d+)\)")
 
@@ -33,7 +34,8 @@ def replace_text(path: Path, text: str) -> None:
 
 @contextmanager
 def writing(path: Path, advice: str = "") -> Iterator[None]:
-    """Raise TrainingError that names `path` and the reason where a file below it cannot be written in the block.
+    """Raise TrainingError that names `path` and the reason where a file below it cannot be written
+    in the block.
 
     advice: a sentence for the user that ends the message.
     """

@@ -20,7 +20,9 @@ Gather = Callable[[object], list]
 
 @dataclass(frozen=True)
 class Scores:
-    """A task's outputs in the order of its data set: scores float32 [n, classes] or [n], labels [n] or None."""
+    """A task's outputs in the order of its data set: scores float32 [n, classes] or [n], labels [n]
+    or None.
+    """
 
     dataset: TokenizedDataset
     scores: np.ndarray
@@ -39,11 +41,11 @@ def score(
     world: int = 1,
     all_gather: Gather = lambda value: [value],
 ) -> dict[str, Scores]:
-    """Runs `predict` over every row of every data set, this rank's share here, and returns all rows' scores on every
-    rank.
+    """Runs `predict` over every row of every data set, this rank's share here, and returns all
+    rows' scores on every rank.
 
-    Every rank runs the same number of batches per task, for ZeRO 3 gathers parameters collectively: a rank that has
-    fewer repeats its
+    Every rank runs the same number of batches per task, for ZeRO 3 gathers parameters collectively:
+    a rank that has fewer repeats its
     last one, or another rank's first, and drops the result.
     """
     result = {}

@@ -26,13 +26,15 @@ _POOLINGS = {"mean": "mean_tokens", "cls": "cls_token", "max": "max_tokens", "po
 def export(
     source: Path, target: Path, layout: Layout, pooling: str | None = None, task: str | None = None
 ) -> list[str]:
-    """Writes the encoder of the `model/` directory `source`, float32, to `target`, whole or not at all.
+    """Writes the encoder of the `model/` directory `source`, float32, to `target`, whole or not at
+    all.
 
     transformers: config.json, model.safetensors and the tokenizer, as a BertModel.
-    sentence-transformers: these, and the files that make `SentenceTransformer(target)` cut texts at the model's length
-    and pool by `pooling` (default: the task's own, or the one that all tasks have).
-    Returns notes for the user. Raises UserError for a task whose vectors an encoder alone cannot give, and where there
-    is no pooling to choose.
+    sentence-transformers: these, and the files that make `SentenceTransformer(target)` cut texts at
+    the model's length and pool by `pooling` (default: the task's own, or the one that all tasks
+    have).
+    Returns notes for the user. Raises UserError for a task whose vectors an encoder alone cannot
+    give, and where there is no pooling to choose.
     """
     model, recipe, tokenizer = load_model(source)
     if task is not None:

@@ -1,7 +1,8 @@
-"""What a task's predictions are worth: accuracy, macro precision, recall and F1, Pearson, Spearman, mean squared error.
+"""What a task's predictions are worth: accuracy, macro precision, recall and F1, Pearson, Spearman,
+mean squared error.
 
-Scores are what `MultiTaskModel.predict` gives: class probabilities float [E, C] (classification), the probability of
-class 1 float [E] (binary), the score itself float [E] (regression).
+Scores are what `MultiTaskModel.predict` gives: class probabilities float [E, C] (classification),
+the probability of class 1 float [E] (binary), the score itself float [E] (regression).
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from fastmtl.errors import UserError, unknown_name
 
 
 def load_libraries() -> None:
-    """What metrics are computed with. Some 70 MiB, which a process of training has best before its first step."""
+    """What metrics are computed with. Some 70 MiB, which a process of training has best before its
+    first step.
+    """
     for name in ("scipy.stats", "sklearn.metrics"):
         importlib.import_module(name)
 
@@ -71,7 +74,9 @@ def check_early_stopping(recipe: Recipe) -> None:
 
 
 def predicted_labels(task: TaskConfig, scores: np.ndarray) -> np.ndarray:
-    """Class ids int64 [E], or the scores themselves for regression. A binary probability of exactly 0.5 is class 1."""
+    """Class ids int64 [E], or the scores themselves for regression. A binary probability of exactly
+    0.5 is class 1.
+    """
     if task.type == "classification":
         return scores.argmax(axis=1).astype(np.int64)
     if task.type == "binary":
@@ -82,9 +87,9 @@ def predicted_labels(task: TaskConfig, scores: np.ndarray) -> np.ndarray:
 def evaluate_predictions(task: TaskConfig, scores: np.ndarray, labels: Any) -> dict[str, float]:
     """Every metric of the task's type.
 
-    Classes that occur neither in the labels nor in the predictions do not count in the macro averages; a class that is
-    never predicted has precision 0. Constant predictions or labels have correlation 0. The mse is in squared label
-    units.
+    Classes that occur neither in the labels nor in the predictions do not count in the macro
+    averages; a class that is never predicted has precision 0. Constant predictions or labels have
+    correlation 0. The mse is in squared label units.
     Raises UserError where there is no row, or where a score is not finite.
     """
     labels = np.asarray(labels)
@@ -104,7 +109,9 @@ def evaluate_predictions(task: TaskConfig, scores: np.ndarray, labels: Any) -> d
 
 
 def confusion(task: TaskConfig, scores: np.ndarray, labels: Any) -> np.ndarray:
-    """int64 [C, C]: rows are the true classes, columns the predicted ones (classification and binary tasks)."""
+    """int64 [C, C]: rows are the true classes, columns the predicted ones (classification and
+    binary tasks).
+    """
     from sklearn.metrics import confusion_matrix
 
     classes = np.arange(2 if task.type == "binary" else task.num_labels or 0)
@@ -112,7 +119,9 @@ def confusion(task: TaskConfig, scores: np.ndarray, labels: Any) -> np.ndarray:
 
 
 def label_statistics(task: TaskConfig, labels: Any) -> dict[str, float]:
-    """Rows of each class under its id, or mean, deviation, smallest and largest label of a regression task."""
+    """Rows of each class under its id, or mean, deviation, smallest and largest label of a
+    regression task.
+    """
     labels = np.asarray(labels)
     if task.type != "regression":
         num_classes = 2 if task.type == "binary" else task.num_labels or 0
@@ -122,7 +131,9 @@ def label_statistics(task: TaskConfig, labels: Any) -> dict[str, float]:
 
 
 def mean_score(metrics: dict[str, dict[str, float]], recipe: Recipe) -> float:
-    """The mean of every task's own metric (`tasks.<task>.metric`) over the tasks that were evaluated."""
+    """The mean of every task's own metric (`tasks.<task>.metric`) over the tasks that were
+    evaluated.
+    """
     values = [metrics[name][task.metric_name] for name, task in recipe.tasks.items() if name in metrics]
     if not values:
         raise UserError("no task of the recipe has a dev file: there is nothing to take the mean of")
@@ -130,7 +141,8 @@ def mean_score(metrics: dict[str, dict[str, float]], recipe: Recipe) -> float:
 
 
 def selected_score(metrics: dict[str, dict[str, float]], recipe: Recipe) -> float:
-    """The value of `early_stopping.metric`, negated where less is better: the greater one is always the better one.
+    """The value of `early_stopping.metric`, negated where less is better: the greater one is always
+    the better one.
 
     Raises UserError where it asks for a task without a dev file.
     """

@@ -31,8 +31,9 @@ Text = str | tuple[str, str]
 class Prediction:
     """One row's answer.
 
-    label: the class id (or the name, where the recipe has label_names), or the score of a regression task.
-    probabilities: of every class, in the order of their ids (binary: of 0 and 1); None for a regression task.
+    label: the class id (or the name, where the recipe has label_names), or the score of a
+    regression task. probabilities: of every class, in the order of their ids (binary: of 0 and 1);
+    None for a regression task.
     """
 
     label: int | str | float
@@ -41,7 +42,9 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: {task: {metric: value}}; rows: {task: rows scored}; mean: of the tasks' own metrics over `metrics`."""
+    """metrics: {task: {metric: value}}; rows: {task: rows scored}; mean: of the tasks' own metrics
+    over `metrics`.
+    """
 
     metrics: dict[str, dict[str, float]]
     mean: float
@@ -62,7 +65,8 @@ class Predictor:
         self._tokenizer = tokenizer
 
     def predict(self, task: str, texts: Sequence[Text]) -> list[Prediction]:
-        """Answers in the order of `texts`: strings, or pairs (text, other text) for tasks of two sentences.
+        """Answers in the order of `texts`: strings, or pairs (text, other text) for tasks of two
+        sentences.
 
         Raises UserError for an unknown task and for anything but strings or pairs.
         """
@@ -79,7 +83,9 @@ class Predictor:
         return evaluate_predictions(self.task(task), self.scores(task, rows), rows.labels)
 
     def scores(self, task: str, rows: Rows) -> np.ndarray:
-        """float32 [n, classes] probabilities, [n] probabilities of class 1, or [n] scores, by the task's type."""
+        """float32 [n, classes] probabilities, [n] probabilities of class 1, or [n] scores, by the
+        task's type.
+        """
         config = self.task(task)
         with tempfile.TemporaryDirectory(prefix="fastmtl-") as cache:
             dataset = tokenize(rows, self._tokenizer, config, self.model.encoder.max_length, cache)
@@ -98,7 +104,8 @@ class Predictor:
 def load(model_dir: str | Path, device: str | None = None) -> Predictor:
     """Opens a `model/` directory, or the run's directory around it.
 
-    device: as in torch, default the first GPU where there is one. Raises UserError for a directory without a model.
+    device: as in torch, default the first GPU where there is one. Raises UserError for a directory
+    without a model.
     """
     model, recipe, tokenizer = load_model(model_directory(model_dir))
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -114,7 +121,9 @@ def evaluate_file(predictor: Predictor, task: str, file: Path) -> Evaluation:
 def evaluate_split(
     predictor: Predictor, split: Literal["train", "dev", "test"], data_dir: Path | None, tasks: list[str] | None
 ) -> Evaluation:
-    """Metrics on the recipe's files of a split, in `data_dir` where given; tasks without such a file are noted."""
+    """Metrics on the recipe's files of a split, in `data_dir` where given; tasks without such a
+    file are noted.
+    """
     recipe = predictor.recipe
     data = recipe.data.model_copy(update={"dir": str(data_dir or recipe.data.dir or demo_directory())})
     rows, notes = {}, []
@@ -131,7 +140,9 @@ def evaluate_split(
 
 
 def _check_there(data: DataConfig, file: str, *, given: bool) -> None:
-    """Say how to find a file that is not there: a relative `data.dir` counts from the working directory."""
+    """Say how to find a file that is not there: a relative `data.dir` counts from the working
+    directory.
+    """
     path = user_path(data.dir or ".") / file
     if path.exists():
         return
@@ -142,7 +153,9 @@ def _check_there(data: DataConfig, file: str, *, given: bool) -> None:
 def predict_file(
     predictor: Predictor, task: str, source: Path, target: Path, layout: Literal["table", "cs224n"]
 ) -> tuple[int, list[str]]:
-    """Writes predictions for a file, which may lack labels; returns how many, and notes on what was left out."""
+    """Writes predictions for a file, which may lack labels; returns how many, and notes on what was
+    left out.
+    """
     config = predictor.task(task)
     if not target.parent.is_dir():
         raise UserError(f"cannot write {target}: there is no directory {target.parent}")

@@ -1,4 +1,6 @@
-"""Files of predictions: a table with probabilities, and the format in which CS224N's project hands them in."""
+"""Files of predictions: a table with probabilities, and the format in which CS224N's project hands
+them in.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ CS224N_COLUMN = {
 def write_table(path: Path, task: TaskConfig, ids: Sequence[str], scores: np.ndarray) -> None:
     """CSV with the columns id, predicted and, for classes, p_<class> with its probability.
 
-    scores: as of `MultiTaskModel.predict`. Class names are the recipe's label_names where it has them, else the ids.
+    scores: as of `MultiTaskModel.predict`. Class names are the recipe's label_names where it has
+    them, else the ids.
     """
     rows = io.StringIO()
     writer = csv.writer(rows, lineterminator="\n")
@@ -38,7 +41,9 @@ def write_table(path: Path, task: TaskConfig, ids: Sequence[str], scores: np.nda
 
 
 def write_cs224n(path: Path, task: TaskConfig, ids: Sequence[str], scores: np.ndarray) -> None:
-    """The hand-in format of CS224N's default project (minBERT): a header `id \\t Predicted_...`, lines `id , value`."""
+    """The hand-in format of CS224N's default project (minBERT): a header `id \\t Predicted_...`,
+    lines `id , value`.
+    """
     lines = [f"id \t {CS224N_COLUMN[task.type]} \n"]
     lines.extend(f"{row_id} , {value} \n" for row_id, value in zip(ids, _texts(task, scores), strict=True))
     _write(path, "".join(lines))

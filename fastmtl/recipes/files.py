@@ -1,4 +1,6 @@
-"""Where recipes come from: the bundled files, files of the user, and what a file takes over by `extends`."""
+"""Where recipes come from: the bundled files, files of the user, and what a file takes over by
+`extends`.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,17 @@ def recipes_root() -> Path:
 
 
 def bundled_recipes() -> dict[str, Path]:
-    """Name -> file of the recipes inside the package (`papers/pal-lora/pal_lora` for recipes in sub-folders)."""
+    """Name -> file of the recipes inside the package (`papers/pal-lora/pal_lora` for recipes in
+    sub-folders).
+    """
     root = recipes_root()
     files = (path for path in sorted(root.rglob("*.yaml")) if path.name != TABLE)
     return {path.relative_to(root).with_suffix("").as_posix(): path for path in files}
 
 
 def find_recipe(name: str, beside: Path | None = None) -> Path:
-    """The file of a bundled name, or of a path; a path in `extends` counts from the folder `beside`.
+    """The file of a bundled name, or of a path; a path in `extends` counts from the folder
+    `beside`.
 
     Raises UserError for neither; for a misspelt bundled name it lists those of the same folder.
     """
@@ -43,8 +48,9 @@ def find_recipe(name: str, beside: Path | None = None) -> Path:
 def read_recipe(path: Path) -> dict[str, Any]:
     """The mapping of a recipe file merged into that of the recipe it `extends`, and so on.
 
-    The merge is that of JSON Merge Patch (RFC 7396): sections are merged key by key, any other value replaces the one
-    below it, null takes the key away (`tasks: {para: null}` leaves a task out). Raises UserError naming the file.
+    The merge is that of JSON Merge Patch (RFC 7396): sections are merged key by key, any other
+    value replaces the one below it, null takes the key away (`tasks: {para: null}` leaves a task
+    out). Raises UserError naming the file.
     """
     return _read(path, ())
 

@@ -1,7 +1,8 @@
 """YAML as recipes and grids use it: numbers as in YAML 1.2, and every key once.
 
-PyYAML follows YAML 1.1, which reads `1e-4` as text, `1_0` as ten, `010` as eight and `1:30` as ninety, and keeps the
-last of two equal keys without a word. Everything else is PyYAML's safe loader.
+PyYAML follows YAML 1.1, which reads `1e-4` as text, `1_0` as ten, `010` as eight and `1:30` as
+ninety, and keeps the last of two equal keys without a word. Everything else is PyYAML's safe
+loader.
 Source: YAML 1.2.2, section 10.3.2 (core schema).
 """
 
@@ -22,7 +23,9 @@ _BASES = {"0o": 8, "0x": 16}
 
 
 def load(text: str) -> Any:
-    """Return the one document of a YAML text. Raises ValueError with the line, the column and what is wrong there."""
+    """Return the one document of a YAML text. Raises ValueError with the line, the column and what
+    is wrong there.
+    """
     try:
         return yaml.load(text, Loader)
     except yaml.MarkedYAMLError as error:
@@ -65,7 +68,9 @@ class Dumper(yaml.SafeDumper):
 
 
 def _own_numbers() -> None:
-    """Give both classes YAML 1.2's numbers; the dumper keeps 1.1's too, for other programs read what it writes."""
+    """Give both classes YAML 1.2's numbers; the dumper keeps 1.1's too, for other programs read
+    what it writes.
+    """
     others = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()

@@ -32,8 +32,8 @@ TITLES = {
 def write_report(output: Path, results: dict[str, Any] | None = None) -> Path:
     """Writes report.html into a run's directory and returns its path.
 
-    results: of `collect_results`; it is kept as results.json, so that a later call without it builds the report again.
-    Raises UserError where the directory holds no finished run.
+    results: of `collect_results`; it is kept as results.json, so that a later call without it
+    builds the report again. Raises UserError where the directory holds no finished run.
     """
     kept = output / "results.json"
     if results is not None:

@@ -58,7 +58,9 @@ def facts(values: dict[str, str]) -> str:
 
 
 def section(title: str, explanation: str, content: Sequence[str]) -> str:
-    """A heading, a sentence, its tables and figures side by side as far as they fit; '' where there is no content."""
+    """A heading, a sentence, its tables and figures side by side as far as they fit; '' where there
+    is no content.
+    """
     if not content:
         return ""
     text = f"<p>{escape(explanation)}</p>" if explanation else ""

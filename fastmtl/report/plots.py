@@ -1,4 +1,6 @@
-"""Inline SVG plots. Their colours are CSS variables, so that one plot serves the light and the dark page."""
+"""Inline SVG plots. Their colours are CSS variables, so that one plot serves the light and the dark
+page.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ Curve = tuple[Sequence[float], Sequence[float | None]]
 
 
 def plain(text: str) -> str:
-    """Return a label that matplotlib shows as it is: a dollar begins no formula, and `_` in front hides no curve."""
+    """Return a label that matplotlib shows as it is: a dollar begins no formula, and `_` in front
+    hides no curve.
+    """
     escaped = text.replace("$", r"\$")
     return f"\u200b{escaped}" if escaped.startswith("_") else escaped
 

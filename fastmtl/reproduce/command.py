@@ -22,7 +22,8 @@ OK, FAILED, INTERRUPTED = 0, 1, 130
 def run_report(report: str, rows: Sequence[str], options: Options, output: Path, launcher: Sequence[str] = ()) -> int:
     """The exit status: 1 where a run failed, 130 after a stop.
 
-    Raises UserError for unknown names, options that do not fit, and an output directory of other runs.
+    Raises UserError for unknown names, options that do not fit, and an output directory of other
+    runs.
     """
     if not 0 < options.fraction <= 1:
         raise UserError(f"--fraction {options.fraction:g}: a share of the training rows, above 0 and at most 1")

@@ -11,7 +11,8 @@ from fastmtl.config import Recipe, load_recipe
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.reproduce.tables import PaperResults, Variant
 
-# The demo corpus in place of the reports' data. It has no films to like or not, so CFIMDB gets the five degrees.
+# The demo corpus in place of the reports' data. It has no films to like or not, so CFIMDB gets the
+# five degrees.
 DEMO_TASKS = {"sst": "sentiment", "cfimdb": "sentiment", "para": "paraphrase", "sts": "similarity"}
 
 
@@ -19,8 +20,9 @@ DEMO_TASKS = {"sst": "sentiment", "cfimdb": "sentiment", "para": "paraphrase", "
 class Options:
     """What a reproduction may change of the recipes.
 
-    data: folder with the CS224N files, None for the demo corpus. fraction: share of each training set. encoder: a model
-    directory, None for the recipes' own. epochs: no phase of a run is longer. overrides: `section.key=value`.
+    data: folder with the CS224N files, None for the demo corpus. fraction: share of each training
+    set. encoder: a model directory, None for the recipes' own. epochs: no phase of a run is longer.
+    overrides: `section.key=value`.
     """
 
     data: Path | None = None
@@ -49,7 +51,8 @@ class PlannedRun:
 def plan(report: str, paper: PaperResults, rows: Sequence[str], options: Options) -> list[PlannedRun]:
     """The runs of the named rows (none: of all), seed by seed, so that a first answer comes early.
 
-    Raises UserError for an unknown row and for recipes that the options do not fit, before anything has been run.
+    Raises UserError for an unknown row and for recipes that the options do not fit, before anything
+    has been run.
     """
     variants = paper.variants()
     for row in rows:
@@ -80,7 +83,9 @@ def _planned(report: str, variant: Variant, seed: int, options: Options) -> Plan
 
 
 def demo_overrides(task: str) -> list[str]:
-    """Settings that give a task of the reports (`sst`, `cfimdb`, `para`, `sts`) the demo corpus's files."""
+    """Settings that give a task of the reports (`sst`, `cfimdb`, `para`, `sts`) the demo corpus's
+    files.
+    """
     files = {split: f"{DEMO_TASKS[task]}-{split}.csv" for split in ("train", "dev")}
     settings = [_override(f"tasks.{task}.data.{split}", file) for split, file in files.items()]
     return [*settings, "tasks.cfimdb.num_labels=5"] if task == "cfimdb" else settings

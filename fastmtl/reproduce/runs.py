@@ -1,7 +1,8 @@
 """Runs a plan, each run a process of `fastmtl train`, and reads back what they reached.
 
-A finished run is not made again, a stopped one goes on from its newest checkpoint. Output directory:
-`RECIPE/seed-N/` (a run's own files without its checkpoints, recipe.yaml, outcome.json), results.json, results.md.
+A finished run is not made again, a stopped one goes on from its newest checkpoint. Output
+directory: `RECIPE/seed-N/` (a run's own files without its checkpoints, recipe.yaml, outcome.json),
+results.json, results.md.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ OUTCOME = "outcome.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run reached: {task: {metric: value}} of the kept model on the dev rows and, where a table asks
-    for it, on the training rows; seconds of training; the checkout's commit and whether it was clean.
+    """What a finished run reached: {task: {metric: value}} of the kept model on the dev rows and,
+    where a table asks for it, on the training rows; seconds of training; the checkout's commit and
+    whether it was clean.
     """
 
     seed: int
@@ -40,7 +42,9 @@ class Outcome:
 
 
 def check_directory(output: Path, runs: list[PlannedRun]) -> None:
-    """Raises UserError where the directory holds a run of other settings, and names the first key that differs."""
+    """Raises UserError where the directory holds a run of other settings, and names the first key
+    that differs.
+    """
     for run in runs:
         file = output / run.folder / "recipe.yaml"
         if not file.is_file():
@@ -60,10 +64,12 @@ def run_all(
     say: Callable[[str], None],
     launcher: Sequence[str] = (),
 ) -> tuple[dict[Path, Outcome], dict[Path, str]]:
-    """Makes the runs that are not finished. Returns outcomes, and reasons of those that failed, by `PlannedRun.folder`.
+    """Makes the runs that are not finished. Returns outcomes, and reasons of those that failed, by
+    `PlannedRun.folder`.
 
-    launcher: a command that is put in front of `fastmtl train` (deepspeed --no_python); default: one process.
-    Raises Interrupted after SIGINT or SIGTERM; the run at hand has then saved where it is.
+    launcher: a command that is put in front of `fastmtl train` (deepspeed --no_python); default:
+    one process. Raises Interrupted after SIGINT or SIGTERM; the run at hand has then saved where it
+    is.
     """
     outcomes: dict[Path, Outcome] = {}
     failures: dict[Path, str] = {}

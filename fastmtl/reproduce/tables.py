@@ -1,7 +1,8 @@
 """The result tables of the reports, as printed: `recipes/papers/REPORT/table.yaml`.
 
-A row names the recipe beside it, or says why there is none. A row with a sweep is a family: one run for each label, the
-recipe with that label's settings. A column names what of a run stands under it, see `value_of`.
+A row names the recipe beside it, or says why there is none. A row with a sweep is a family: one run
+for each label, the recipe with that label's settings. A column names what of a run stands under it,
+see `value_of`.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ class PaperResults(_Part):
 
 @dataclass(frozen=True)
 class Variant:
-    """name: of its folder and for --rows; recipe: file name beside the table; settings: what replaces the recipe's."""
+    """name: of its folder and for --rows; recipe: file name beside the table; settings: what
+    replaces the recipe's.
+    """
 
     name: str
     recipe: str
@@ -107,10 +110,12 @@ def load_results(report: str) -> PaperResults:
 def value_of(
     column: str, dev: Mapping[str, Mapping[str, float]], train: Mapping[str, Mapping[str, float]]
 ) -> float | None:
-    """A column's value from {task: {metric: value}} of the dev and the train rows; None where the run has no such task.
+    """A column's value from {task: {metric: value}} of the dev and the train rows; None where the
+    run has no such task.
 
-    `sst/accuracy`: of the dev rows, `train:sst/accuracy`: of the training rows. `mean`: of the accuracies of SST and
-    paraphrases and the correlation r of STS; `leaderboard`: the same with (r + 1) / 2, as CS224N's leaderboard has it.
+    `sst/accuracy`: of the dev rows, `train:sst/accuracy`: of the training rows. `mean`: of the
+    accuracies of SST and paraphrases and the correlation r of STS; `leaderboard`: the same with (r
+    + 1) / 2, as CS224N's leaderboard has it.
     """
     if column in ("mean", "leaderboard"):
         parts = [value_of(name, dev, train) for name in ("sst/accuracy", "para/accuracy", "sts/pearson")]

@@ -22,7 +22,8 @@ class Interrupted(Exception):
 
 
 def run_fastmtl(*arguments: str, command: Sequence[str] = FASTMTL, log: Path | None = None) -> int:
-    """The exit status of a command. A stop (SIGTERM, Ctrl-C) is passed on and waited for, then Interrupted is raised.
+    """The exit status of a command. A stop (SIGTERM, Ctrl-C) is passed on and waited for, then
+    Interrupted is raised.
 
     log: a file that gets what it prints, anew; default: the terminal.
     """

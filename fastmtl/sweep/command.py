@@ -19,7 +19,8 @@ from fastmtl.sweep.table import rows_of, write_plot, write_tables
 def run_sweep(recipe: str, grid: Path, overrides: Sequence[str], output: Path, launcher: Sequence[str] = ()) -> int:
     """The exit status: 1 where a point failed, 130 after a stop.
 
-    Raises UserError for a grid or settings that are wrong, and for an output directory of another sweep.
+    Raises UserError for a grid or settings that are wrong, and for an output directory of another
+    sweep.
     """
     if "RANK" in os.environ:
         raise UserError("sweep starts processes of its own: run it without a launcher, and name that by --launcher")

@@ -1,6 +1,7 @@
 """A grid file: which settings a sweep goes through.
 
-A mapping of settings to lists of values is every combination of them; a list of mappings is these points alone.
+A mapping of settings to lists of values is every combination of them; a list of mappings is these
+points alone.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class Point:
 def read_grid(file: Path, recipe: str, overrides: Sequence[str] = ()) -> list[Point]:
     """The points of a sweep, every one checked.
 
-    recipe, overrides: as of `fastmtl train`; the grid's settings come after the overrides. Raises UserError naming the
-    file for what is no grid, and the point for settings that are no recipe.
+    recipe, overrides: as of `fastmtl train`; the grid's settings come after the overrides. Raises
+    UserError naming the file for what is no grid, and the point for settings that are no recipe.
     """
     try:
         values = recipe_yaml.load(file.read_text(encoding="utf-8"))

@@ -1,6 +1,7 @@
 """Runs the points of a sweep, each a process of `fastmtl train`, and reads back what they reached.
 
-Directory: `points/POINT/` (the run's own files without checkpoints, recipe.yaml, log.txt), sweep.csv, .md and .svg.
+Directory: `points/POINT/` (the run's own files without checkpoints, recipe.yaml, log.txt),
+sweep.csv, .md and .svg.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ OK, FAILED, INTERRUPTED = 0, 1, 130
 
 @dataclass(frozen=True)
 class Result:
-    """results: of a finished run (`results.json`), None with the reason in `error` for one that failed, and without
-    one for a point whose turn has not come.
+    """results: of a finished run (`results.json`), None with the reason in `error` for one that
+    failed, and without one for a point whose turn has not come.
     """
 
     point: Point
@@ -34,11 +35,11 @@ class Result:
 def run_points(
     directory: Path, points: Sequence[Point], say: Callable[[str], None], launcher: Sequence[str] = ()
 ) -> tuple[list[Result], int]:
-    """Makes the runs that are not finished; those that failed before are tried again. Returns all and a status: 1
-    where one failed, 130 after a stop.
+    """Makes the runs that are not finished; those that failed before are tried again. Returns all
+    and a status: 1 where one failed, 130 after a stop.
 
-    launcher: a command that is put in front of `fastmtl train` (deepspeed --no_python); default: one process. Raises
-    UserError where the directory holds a point's run with other settings.
+    launcher: a command that is put in front of `fastmtl train` (deepspeed --no_python); default:
+    one process. Raises UserError where the directory holds a point's run with other settings.
     """
     _check(directory, points)
     results: list[Result] = []

@@ -14,8 +14,8 @@ from fastmtl.sweep.runs import Result
 
 
 def rows_of(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: settings, each task's own metric, their mean, steps, seconds, error. The best mean comes first,
-    points without one last.
+    """Header and rows: settings, each task's own metric, their mean, steps, seconds, error. The
+    best mean comes first, points without one last.
     """
     keys = list(results[0].point.settings)
     recipe = results[0].point.recipe
@@ -43,7 +43,9 @@ def write_tables(directory: Path, results: Sequence[Result]) -> None:
 
 
 def write_plot(directory: Path, results: Sequence[Result]) -> None:
-    """A panel for each setting: the mean of every finished point over its value; a line joins each value's best."""
+    """A panel for each setting: the mean of every finished point over its value; a line joins each
+    value's best.
+    """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -71,7 +73,9 @@ def write_plot(directory: Path, results: Sequence[Result]) -> None:
 
 
 def _places(values: list[Any]) -> tuple[list[float], list[str] | None, bool]:
-    """Where values stand, the names of these places where they are no numbers, and whether the axis is logarithmic."""
+    """Where values stand, the names of these places where they are no numbers, and whether the axis
+    is logarithmic.
+    """
     if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
         numbers = [float(value) for value in values]
         return numbers, None, min(numbers) > 0 and max(numbers) / min(numbers) >= 10

@@ -1,4 +1,6 @@
-"""The environment variables by which a launcher tells a process its place. Nothing heavy is imported."""
+"""The environment variables by which a launcher tells a process its place. Nothing heavy is
+imported.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def number(name: str, default: int | None = None) -> int:
 
 
 def world_size() -> int:
-    """Return the number of processes, 1 without a launcher. Raises UserError as `number` does, and for 0."""
+    """Return the number of processes, 1 without a launcher. Raises UserError as `number` does, and
+    for 0.
+    """
     count = number("WORLD_SIZE", None if "RANK" in os.environ else 1)
     if count == 0:
         raise UserError("the environment variable WORLD_SIZE is 0: a run has one process or more")
@@ -34,6 +38,8 @@ def world_size() -> int:
 
 
 def is_first() -> bool:
-    """Return whether this process prints for all: the first one, or one whose variables give it no place among them."""
+    """Return whether this process prints for all: the first one, or one whose variables give it no
+    place among them.
+    """
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     return not rank.isdecimal() or int(rank) == 0 or (world.isdecimal() and int(rank) >= int(world))

@@ -1,4 +1,6 @@
-"""NVIDIA Apex, an option where it is installed. It is known by its files: another package bears its name."""
+"""NVIDIA Apex, an option where it is installed. It is known by its files: another package bears its
+name.
+"""
 
 from __future__ import annotations
 

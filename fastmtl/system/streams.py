@@ -11,8 +11,8 @@ import threading
 def secure() -> None:
     """Make both usable, once, before anything is opened or printed.
 
-    A closed one becomes /dev/null: otherwise the next file that is opened gets its number, and what libraries print
-    goes into that file. A sign that the encoding lacks is printed as `?`.
+    A closed one becomes /dev/null: otherwise the next file that is opened gets its number, and what
+    libraries print goes into that file. A sign that the encoding lacks is printed as `?`.
     """
     descriptor = os.open(os.devnull, os.O_RDWR)
     while descriptor <= 2:
@@ -27,7 +27,9 @@ def secure() -> None:
 
 
 def tell_kept_exceptions_once() -> None:
-    """Print no traceback of a thread that keeps its exception for its caller, as TensorBoard's writer does."""
+    """Print no traceback of a thread that keeps its exception for its caller, as TensorBoard's
+    writer does.
+    """
     told = threading.excepthook
 
     def tell(failed: threading.ExceptHookArgs) -> None:

@@ -1,4 +1,6 @@
-"""What a run shows while it trains and writes down as it goes: progress, metrics.jsonl, TensorBoard."""
+"""What a run shows while it trains and writes down as it goes: progress, metrics.jsonl,
+TensorBoard.
+"""
 
 from fastmtl.tracking.tracker import Tracker
 

@@ -1,4 +1,6 @@
-"""The progress of a run, as a bar on a terminal or as a line every few seconds in a log, and the table of scores."""
+"""The progress of a run, as a bar on a terminal or as a line every few seconds in a log, and the
+table of scores.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class LastingConsole(Console):
-    """A console that falls silent when its reader is gone (`fastmtl train ... | head`); rich's own ends the process."""
+    """A console that falls silent when its reader is gone (`fastmtl train ... | head`); rich's own
+    ends the process.
+    """
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -106,7 +110,9 @@ SCORE_COLUMNS = {"accuracy": "accuracy", "macro_f1": "macro F1", "pearson": "Pea
 
 
 def scores_table(recipe: Recipe, metrics: dict[str, dict[str, float]], mean: float | None, title: str) -> Table:
-    """Accuracy, macro F1, Pearson and Spearman of every task; below it the mean of the tasks' own metrics (in bold)."""
+    """Accuracy, macro F1, Pearson and Spearman of every task; below it the mean of the tasks' own
+    metrics (in bold).
+    """
     shown = [name for name in SCORE_COLUMNS if any(name in values for values in metrics.values())]
     own = ", ".join(f"{task} {recipe.tasks[task].metric_name}" for task in metrics)
     caption = None if mean is None else f"mean {mean:.3f} ({own})"

@@ -1,4 +1,6 @@
-"""metrics.jsonl: one JSON object a line, floats in full precision so that two runs can be compared bit for bit."""
+"""metrics.jsonl: one JSON object a line, floats in full precision so that two runs can be compared
+bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,12 @@ from fastmtl.errors import UserError
 
 
 class MetricsFile:
-    """Appends lines to `path`. Lines after `resume_step` are cut off first; with resume_step 0 the file starts empty.
-    within_epoch: an evaluation at resume_step is cut off too, for it was made because the run ended there.
+    """Appends lines to `path`. Lines after `resume_step` are cut off first; with resume_step 0 the
+    file starts empty. within_epoch: an evaluation at resume_step is cut off too, for it was made
+    because the run ended there.
 
-    A line is handed to the operating system before `write` returns, so a killed run leaves at most one torn line.
+    A line is handed to the operating system before `write` returns, so a killed run leaves at most
+    one torn line.
     """
 
     def __init__(self, path: Path, resume_step: int, *, within_epoch: bool = False) -> None:

@@ -30,7 +30,9 @@ class StepInfo(Protocol):
 
     @property
     def cosines(self) -> Tensor | None:
-        """float [T, T] between the tasks' shared gradients; NaN for an absent task, None where not computed."""
+        """float [T, T] between the tasks' shared gradients; NaN for an absent task, None where not
+        computed.
+        """
 
     @property
     def conflict_rate(self) -> float | Tensor | None:
@@ -70,19 +72,23 @@ class _Logged:
 
 
 class Tracker:
-    """Progress, metrics.jsonl and TensorBoard of the process with `is_main`; in every other process it does nothing.
+    """Progress, metrics.jsonl and TensorBoard of the process with `is_main`; in every other process
+    it does nothing.
 
-    Of a step that is logged (`train.log_every`) the line is made at once, but read from the device and written with
-    those of other steps, about once a second, for a read waits until the device has done the step. `flush` writes what
-    is left; a killed run loses the lines of its last second. When a run goes on from
-    `resume_step`, lines of later steps are dropped, so metrics.jsonl ends up as that of an uninterrupted run. With
-    within_epoch, so is an evaluation at that step: the run had ended there before the end of the epoch.
+    Of a step that is logged (`train.log_every`) the line is made at once, but read from the device
+    and written with those of other steps, about once a second, for a read waits until the device
+    has done the step. `flush` writes what is left; a killed run loses the lines of its last second.
+    When a run goes on from
+    `resume_step`, lines of later steps are dropped, so metrics.jsonl ends up as that of an
+    uninterrupted run. With within_epoch, so is an evaluation at that step: the run had ended there
+    before the end of the epoch.
 
-    metrics.jsonl holds for a step: step, phase (its name, in a run of several), epoch (from 0, in the phase), loss
-    {task: mean}, lr, cosines {"a/b": cosine}, conflict_rate, task_norms {task: norm}, merged_norm, skipped (what had a
-    gradient that is not finite, or null), surgery_bytes and surgery_seconds (of this step), tokens_per_second (over the
-    steps since the last line, evaluation not counted), time (Unix seconds); and for an evaluation: step, phase, epoch,
-    dev {task: {metric: value}}, mean, time. A number that is not finite is null.
+    metrics.jsonl holds for a step: step, phase (its name, in a run of several), epoch (from 0, in
+    the phase), loss {task: mean}, lr, cosines {"a/b": cosine}, conflict_rate, task_norms {task:
+    norm}, merged_norm, skipped (what had a gradient that is not finite, or null), surgery_bytes and
+    surgery_seconds (of this step), tokens_per_second (over the steps since the last line,
+    evaluation not counted), time (Unix seconds); and for an evaluation: step, phase, epoch, dev
+    {task: {metric: value}}, mean, time. A number that is not finite is null.
     """
 
     def __init__(
@@ -121,7 +127,9 @@ class Tracker:
             self._display.message(f"phase {name}: {', '.join(recipe.task_names)}")
 
     def step(self, step: int, epoch: int, info: StepInfo, lr: float | Mapping[str, float], tokens: int) -> None:
-        """Optimiser step `step` (from 1) of `epoch` (from 0) is done; `tokens`: of this step, over all ranks."""
+        """Optimiser step `step` (from 1) of `epoch` (from 0) is done; `tokens`: of this step, over
+        all ranks.
+        """
         if not self._is_main:
             return
         self._tokens += tokens
@@ -170,7 +178,9 @@ class Tracker:
         return summarize(losses, conflict_rate, logged.tokens_per_second)
 
     def evaluation(self, step: int, epoch: int, dev: dict[str, dict[str, float]], mean: float) -> None:
-        """Dev metrics after `step`. What the file already holds (a resumed run may repeat it) is not written twice."""
+        """Dev metrics after `step`. What the file already holds (a resumed run may repeat it) is
+        not written twice.
+        """
         if not self._is_main:
             return
         self.flush()

@@ -11,7 +11,8 @@ from fastmtl.training.phases import Phase, split
 
 
 def check_recipe(recipe: Recipe, world: int) -> CorpusRows:
-    """Check all that needs no torch, and return the rows that were read for it. world: number of processes.
+    """Check all that needs no torch, and return the rows that were read for it. world: number of
+    processes.
 
     Raises UserError naming the file, line or key.
     """
@@ -22,7 +23,9 @@ def check_recipe(recipe: Recipe, world: int) -> CorpusRows:
 
 
 def check_schedules(phases: Sequence[Phase], rows: CorpusRows, world: int) -> None:
-    """Refuse samplers that the files cannot fill. Augmented files are left out: their sizes are not known yet."""
+    """Refuse samplers that the files cannot fill. Augmented files are left out: their sizes are not
+    known yet.
+    """
     for phase in phases:
         tasks = phase.recipe.tasks
         if not any(task.data.augment for task in tasks.values()):

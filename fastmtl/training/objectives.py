@@ -1,5 +1,5 @@
-"""What of the tasks' losses changes in the course of a run: dynamic weights, SMART's teacher and strengths, and the
-losses of pairs that look at a whole step.
+"""What of the tasks' losses changes in the course of a run: dynamic weights, SMART's teacher and
+strengths, and the losses of pairs that look at a whole step.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Metrics = Mapping[str, Mapping[str, float]]
 
 
 class Objectives:
-    """Of one model in training. It is called around a step and after an epoch, and does nothing where the recipe asks
-    for none of these, or the model has other losses than its tasks'.
+    """Of one model in training. It is called around a step and after an epoch, and does nothing
+    where the recipe asks for none of these, or the model has other losses than its tasks'.
 
-    Made before an engine takes the model: the teacher starts with its weights. Every rank makes one and calls it, and
-    all of them stay equal. corpus: for `after_epoch`.
+    Made before an engine takes the model: the teacher starts with its weights. Every rank makes one
+    and calls it, and all of them stay equal. corpus: for `after_epoch`.
     """
 
     def __init__(self, recipe: Recipe, model: nn.Module, corpus: Corpus | None = None) -> None:
@@ -62,7 +62,9 @@ class Objectives:
             self._smart.follow_model(self._model)
 
     def after_epoch(self, dev: Metrics, evaluate: Callable[[Corpus], Mapping[str, Scores]]) -> list[str]:
-        """dev: the tasks' metrics; evaluate: scores a corpus's dev rows. Returns what to tell of the next epoch."""
+        """dev: the tasks' metrics; evaluate: scores a corpus's dev rows. Returns what to tell of
+        the next epoch.
+        """
         notes = []
         if self._average is not None:
             self._average.after_epoch()
@@ -100,7 +102,9 @@ class Objectives:
                 self._smart.teacher.load_state_dict(dict(tensors))
 
     def _sample(self, dev: Metrics) -> Corpus:
-        """Training rows in the place of dev rows, as many, evenly taken; of the tasks that have dev rows."""
+        """Training rows in the place of dev rows, as many, evenly taken; of the tasks that have dev
+        rows.
+        """
         assert self._corpus is not None
         samples: list[TokenizedDataset | None] = []
         for name, train, rows in zip(self._recipe.task_names, self._corpus.train, self._corpus.dev, strict=True):

@@ -18,10 +18,10 @@ from fastmtl.training.phases import Phase
 
 
 class PhaseModel:
-    """model: encoder, adapters and heads of the phase's tasks, on the CPU; new ones are drawn from the phase's seed, so
-    every rank has the same. trained: what the engine gets, the model or a masked language model of its encoder.
-    notes: what a user may want to know. Raises UserError for choices that do not fit together, and where there is
-    nothing to train.
+    """model: encoder, adapters and heads of the phase's tasks, on the CPU; new ones are drawn from
+    the phase's seed, so every rank has the same. trained: what the engine gets, the model or a
+    masked language model of its encoder. notes: what a user may want to know. Raises UserError for
+    choices that do not fit together, and where there is nothing to train.
     """
 
     def __init__(self, phase: Phase) -> None:
@@ -43,7 +43,9 @@ class PhaseModel:
 
     @property
     def least_saved(self) -> int:
-        """Bytes that a checkpoint and model/ take at least: weights of 16 and of 32 bits, and Adam's two moments."""
+        """Bytes that a checkpoint and model/ take at least: weights of 16 and of 32 bits, and
+        Adam's two moments.
+        """
         trained = sum(tensor.numel() for tensor in self.trained.parameters() if tensor.requires_grad)
         return (2 + 4) * sum(tensor.numel() for tensor in self.trained.parameters()) + 8 * trained
 

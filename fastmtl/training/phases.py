@@ -1,7 +1,7 @@
 """The phases of a run: what each trains, by which settings, and what it leaves to the next.
 
-Every phase is a recipe of its own, made of the run's recipe and the phase's sections, for its tasks only. A recipe
-without `phases` is one phase of that very recipe.
+Every phase is a recipe of its own, made of the run's recipe and the phase's sections, for its tasks
+only. A recipe without `phases` is one phase of that very recipe.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ S = TypeVar("S", bound=Section)
 
 @dataclass(frozen=True)
 class Phase:
-    """recipe: of this phase, without `phases`. parts: of "encoder", "adapters", "heads", those that are trained.
+    """recipe: of this phase, without `phases`. parts: of "encoder", "adapters", "heads", those that
+    are trained.
 
     name: None for a run without phases. index: from 0.
     """
@@ -44,8 +45,8 @@ class Phase:
 def phases_of(recipe: Recipe) -> list[Phase]:
     """The phases in order.
 
-    Raises UserError, naming the phase, for unknown names, for what excludes each other, and for a phase that has
-    nothing to train.
+    Raises UserError, naming the phase, for unknown names, for what excludes each other, and for a
+    phase that has nothing to train.
     """
     from fastmtl.surgery.methods.table import find_method  # imports torch, which `split` does without
 
@@ -57,7 +58,9 @@ def phases_of(recipe: Recipe) -> list[Phase]:
 
 
 def split(recipe: Recipe) -> list[Phase]:
-    """Return what `phases_of` does, without a look at the gradient methods: torch is not imported for it."""
+    """Return what `phases_of` does, without a look at the gradient methods: torch is not imported
+    for it.
+    """
     if not recipe.phases:
         phases = [Phase(0, None, recipe, ("encoder", "adapters", "heads"))]
     else:
@@ -149,7 +152,9 @@ _BY_TASK = {"sampler": ("batch_size", "subsample"), "adapter": ("dropout",), "sm
 
 
 def _merged(key: str, ours: S, given: S | None, tasks: Iterable[str]) -> S:
-    """The recipe's section with the settings that the phase gives; of numbers per task those of the phase's tasks."""
+    """The recipe's section with the settings that the phase gives; of numbers per task those of the
+    phase's tasks.
+    """
     values = {name: getattr(ours, name) for name in type(ours).model_fields}
     for name in _BY_TASK.get(key, ()):
         if isinstance(values[name], dict):
@@ -177,7 +182,9 @@ def _tasks(recipe: Recipe, given: PhaseConfig) -> dict[str, Any]:
 
 
 def _check_adapters(phases: list[Phase]) -> None:
-    """A model has the same adapters for all its tasks, so a phase that changes them has every task so far."""
+    """A model has the same adapters for all its tasks, so a phase that changes them has every task
+    so far.
+    """
     known: set[str] = set()
     before = phases[0].recipe.adapter
     for phase in phases:

@@ -1,6 +1,8 @@
-"""The start of a run: everything that is checked, loaded and compared before the first DeepSpeed engine is made.
+"""The start of a run: everything that is checked, loaded and compared before the first DeepSpeed
+engine is made.
 
-`train` goes on from here, `train --check` stops here, so both refuse the same things with the same messages.
+`train` goes on from here, `train --check` stops here, so both refuse the same things with the same
+messages.
 """
 
 from __future__ import annotations
@@ -34,8 +36,9 @@ if TYPE_CHECKING:
 class Start:
     """A run that can begin.
 
-    recipe: complete. model: of the phase that `at` is in. jobs: one per phase. found: the checkpoint to go on from, or
-    None. changes: settings and rows that differ from those of `found`. notes: what the user should know of the resume.
+    recipe: complete. model: of the phase that `at` is in. jobs: one per phase. found: the
+    checkpoint to go on from, or None. changes: settings and rows that differ from those of `found`.
+    notes: what the user should know of the resume.
     """
 
     recipe: Recipe
@@ -61,8 +64,9 @@ def prepare(
 ) -> Start:
     """Check and load everything that a run needs; every rank calls it, and it joins the ranks.
 
-    Writes nothing into `output`; the tokens go into `data.cache_dir`. rows: those of the recipe's files, where they
-    have been read. Raises UserError for whatever a run of this recipe cannot have.
+    Writes nothing into `output`; the tokens go into `data.cache_dir`. rows: those of the recipe's
+    files, where they have been read. Raises UserError for whatever a run of this recipe cannot
+    have.
     """
     with errors_reach_the_first():  # everything that can be refused, before DeepSpeed starts
         recipe = complete(recipe)
@@ -108,7 +112,8 @@ def check_run(
 ) -> str | None:
     """Return one line that says what of a run was checked, and None on every rank but the first.
 
-    Arguments and errors are those of `train`. Nothing is trained, and nothing is written into `output`.
+    Arguments and errors are those of `train`. Nothing is trained, and nothing is written into
+    `output`.
     """
     ranks = this_process(local_rank)
     start = prepare(recipe, output, ranks, resume=resume, accept_changes=accept_changes, rows=rows)
@@ -133,5 +138,7 @@ def _counted(number: int, one: str, many: str | None = None) -> str:
 
 
 def _checked_models(phases: list[Phase], first: int) -> PhaseModel:
-    """Return the model of phase `first`. The others are built, too: a mistake in them must not wait for its turn."""
+    """Return the model of phase `first`. The others are built, too: a mistake in them must not wait
+    for its turn.
+    """
     return [model for model in map(PhaseModel, phases) if model.phase.index == first][0]

@@ -18,10 +18,12 @@ from fastmtl.training.phases import Phase
 
 @dataclass
 class Progress:
-    """The position of a run, kept in every checkpoint. All but step, seconds and data belong to the current phase.
+    """The position of a run, kept in every checkpoint. All but step, seconds and data belong to the
+    current phase.
 
-    A checkpoint within an epoch is saved before anything is evaluated there. So a run that train.max_steps ended within
-    an epoch goes on from it as if it had not stopped, and one that is started again without going on evaluates again.
+    A checkpoint within an epoch is saved before anything is evaluated there. So a run that
+    train.max_steps ended within an epoch goes on from it as if it had not stopped, and one that is
+    started again without going on evaluates again.
     """
 
     step: int = 0  # optimiser steps done
@@ -77,7 +79,9 @@ class Job:
         return cls(phase, corpus, stream)
 
     def last_step(self, at: Progress) -> int:
-        """Number of the optimiser step that ends the phase, counted through the whole run from where it is."""
+        """Number of the optimiser step that ends the phase, counted through the whole run from
+        where it is.
+        """
         train = self.phase.recipe.train
         steps = sum(self.stream.steps(epoch) for epoch in range(at.epoch, train.epochs)) - at.step_in_epoch
         last = at.step + max(steps, 0)
@@ -91,8 +95,8 @@ class Job:
         return at.step >= self.last_step(at) and at.step_in_epoch == 0
 
     def fit(self, at: Progress) -> str | None:
-        """Move `at` to the same share of the current epoch where that has another number of steps now, because another
-        number of processes saved it. Returns what to tell the user.
+        """Move `at` to the same share of the current epoch where that has another number of steps
+        now, because another number of processes saved it. Returns what to tell the user.
         """
         if not at.step_in_epoch or at.epoch >= self.phase.recipe.train.epochs:
             return None
@@ -105,7 +109,9 @@ class Job:
 
 
 def resumed(found: Found | None, phases: list[Phase]) -> Progress:
-    """Return where a found checkpoint leaves a run. Raises UserError where the recipe has no such phase."""
+    """Return where a found checkpoint leaves a run. Raises UserError where the recipe has no such
+    phase.
+    """
     if found is None:
         return Progress()
     at, name = Progress(**found.state), found.manifest.get("phase")

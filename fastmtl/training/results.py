@@ -1,4 +1,6 @@
-"""What the report shows beyond metrics.jsonl and config.yaml, as plain JSON (`results.json` beside them)."""
+"""What the report shows beyond metrics.jsonl and config.yaml, as plain JSON (`results.json` beside
+them).
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ def collect_results(
 ) -> dict[str, Any]:
     """The results of a run as JSON values.
 
-    scored: {task: (scores, labels)} of the dev rows, as `MultiTaskModel.predict` and the data set give them.
-    data: {task: {"train" | "dev": {"rows": n, "skipped": n, "truncated": n, "labels": of
+    scored: {task: (scores, labels)} of the dev rows, as `MultiTaskModel.predict` and the data set
+    give them. data: {task: {"train" | "dev": {"rows": n, "skipped": n, "truncated": n, "labels": of
     `label_statistics`}}}.
     steps, seconds: optimiser steps of the whole run, and the time that they took.
     """

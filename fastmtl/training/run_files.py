@@ -1,4 +1,6 @@
-"""What a run leaves in its output directory besides metrics and checkpoints. Written by the main process."""
+"""What a run leaves in its output directory besides metrics and checkpoints. Written by the main
+process.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ KEPT = ("model", "predictions")
 
 
 class RunFiles:
-    """config.yaml at once; model/ and predictions/ of the best epoch so far; report.html at the end."""
+    """config.yaml at once; model/ and predictions/ of the best epoch so far; report.html at the
+    end.
+    """
 
     def __init__(
         self,
@@ -75,7 +79,8 @@ class RunFiles:
         model: MultiTaskModel,
         tasks: list[str],
     ) -> None:
-        """Writes model/ and predictions/<task>-dev.csv of `tasks`, and remembers their scores for the report.
+        """Writes model/ and predictions/<task>-dev.csv of `tasks`, and remembers their scores for
+        the report.
 
         In a run of several phases model/ has every task so far: the others keep what they have.
         """
@@ -99,9 +104,9 @@ class RunFiles:
                     file.unlink(missing_ok=True)
 
     def set_aside(self) -> None:
-        """Copy model/ and predictions/ to where `take_back` finds them: what the end of a run within an epoch keeps is
-        no longer kept when the run goes on from there. A copy that is there already is the right one: this end of the
-        run was broken off before.
+        """Copy model/ and predictions/ to where `take_back` finds them: what the end of a run
+        within an epoch keeps is no longer kept when the run goes on from there. A copy that is
+        there already is the right one: this end of the run was broken off before.
         """
         aside = self.output / ASIDE
         if not self._ranks.is_main or aside.exists() or not (self.output / "model").is_dir():
@@ -124,7 +129,9 @@ class RunFiles:
         aside.rmdir()
 
     def record(self, step: int, changes: Changes) -> None:
-        """Append settings and rows with which the run was resumed, {key: (before, now)}, to changes.jsonl."""
+        """Append settings and rows with which the run was resumed, {key: (before, now)}, to
+        changes.jsonl.
+        """
         if self._ranks.is_main and changes:
             line = {"step": step, "changes": changes, "time": round(time.time(), 3)}
             with (self.output / CHANGES_FILE).open("a", encoding="utf-8") as file:
@@ -140,7 +147,9 @@ class RunFiles:
         return phase.recipe.model_copy(update={"tasks": ordered}), kept.state_dict(list(ordered))
 
     def results(self, steps: int, seconds: float) -> dict[str, Any] | None:
-        """Return the results of the run from the kept scores, for its report; None on every rank but the first."""
+        """Return the results of the run from the kept scores, for its report; None on every rank
+        but the first.
+        """
         if not self._ranks.is_main:
             return None
         kept = {}
