@@ -4,48 +4,22 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+from tiny_bert import save_tiny_bert
+
+if TYPE_CHECKING:
+    from fastmtl.data.packed_batch import PackedBatch
+    from fastmtl.model.multitask import MultiTaskModel
 
 # The same examples in every run: a commit passes or not. --hypothesis-profile=default draws new ones.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
-
-WORDS = """the a an this that is was are were it he she they we i you and or but not no never very really quite too so
-film movie story actor song book cat dog bird man woman child boy girl city road house river car train food soup cake
-good bad great poor awful lovely dull bright slow quick old new small large red blue green happy sad funny boring
-sat sits ran runs saw sees made makes ate eats drove drives read reads on in at with to from by of for after
-before""".split()
-
-
-def save_tiny_bert(directory: Path, *, hidden: int = 32, layers: int = 2, heads: int = 4) -> Path:
-    """A Hugging Face directory with a random BERT of a few thousand weights and a word-piece tokenizer."""
-    import string
-
-    import torch
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    pieces = [*WORDS, *string.ascii_lowercase, *("##" + c for c in string.ascii_lowercase), *string.digits, *".,!?'-"]
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces]
-    directory.mkdir(parents=True, exist_ok=True)
-    vocabulary_file = directory / "vocab.txt"
-    vocabulary_file.write_text("\n".join(dict.fromkeys(vocabulary)) + "\n", encoding="utf-8")
-    tokenizer = BertTokenizerFast(str(vocabulary_file), do_lower_case=True)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=2 * hidden,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    BertModel(config, add_pooling_layer=False).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
 
 
 def pytest_collection_finish() -> None:
@@ -75,3 +49,19 @@ def own_environment() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_bert(tmp_path_factory.mktemp("tiny") / "bert")
+
+
+# The GPU's tests of the kernels run without the packages of the models: imported late.
+@pytest.fixture(scope="session")
+def make_batch() -> Callable[..., PackedBatch]:
+    from packed_batches import build_batch
+
+    return build_batch
+
+
+@pytest.fixture
+def make_model(tiny_bert: Path) -> Callable[..., MultiTaskModel]:
+    """make_model(section={...}, ...): sections of the recipe besides the tasks of packed_batches.py."""
+    from packed_batches import build_model
+
+    return partial(build_model, tiny_bert)

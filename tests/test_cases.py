@@ -36,13 +36,13 @@ C20b""".split()
 LOUD = """A04 C17 C38b C38 A10 C35 C12b C01 C09 C10 C38d C04 C05 D02 D03 D08b D06 D16 C02c C02b A05 A12 C37d C26 C11 C20
 C14""".split()
 ELSEWHERE = {
-    "C06": ["test_resume.py::test_a_longer_run_is_the_uninterrupted_one"],
-    "C06b": ["test_resume.py::test_a_longer_run_is_the_uninterrupted_one"],
+    "C06": ["runs/test_resume.py::test_a_longer_run_is_the_uninterrupted_one"],
+    "C06b": ["runs/test_resume.py::test_a_longer_run_is_the_uninterrupted_one"],
     "C07": [
-        "test_resume.py::test_other_settings_are_refused_all_at_once",
-        "test_resume.py::test_accepted_changes_count_and_are_recorded",
+        "runs/test_resume.py::test_other_settings_are_refused_all_at_once",
+        "runs/test_resume.py::test_accepted_changes_count_and_are_recorded",
     ],
-    "C07b": ["test_resume.py::test_other_rows_are_refused_and_the_same_rows_elsewhere_are_not"],
+    "C07b": ["runs/test_resume.py::test_other_rows_are_refused_and_the_same_rows_elsewhere_are_not"],
     "C33": [
         "data/test_token_plan.py::test_every_row_once_in_an_epoch",
         "data/test_token_plan.py::test_rows_that_fill_no_step_open_the_next_epoch",
@@ -53,22 +53,22 @@ ELSEWHERE = {
     "D16": ["surgery/test_losses.py::test_what_is_given_in_place_of_parameters_and_names"],
     "D17": ["surgery/test_adamw.py::test_the_norm_of_many_numbers"],
     "E03": ["kernels/test_varlen_attention_large_scores.py::test_gradients_are_as_accurate_as_plain_float32"],
-    "C20b": ["test_output_folder.py::test_the_second_run_is_refused_until_the_first_is_gone_even_by_kill_9"],
+    "C20b": ["files/test_output_folder.py::test_the_second_run_is_refused_until_the_first_is_gone_even_by_kill_9"],
     "C12b": [
-        "test_resume.py::test_a_longer_run_is_the_uninterrupted_one",
-        "test_difficult_machines.py::test_a_path_with_brackets_has_a_plain_one",
+        "runs/test_resume.py::test_a_longer_run_is_the_uninterrupted_one",
+        "runs/test_difficult_machines.py::test_a_path_with_brackets_has_a_plain_one",
     ],
     "C09": [
-        "test_difficult_machines.py::test_no_home",
-        "test_difficult_machines.py::test_weights_without_permission",
+        "runs/test_difficult_machines.py::test_no_home",
+        "runs/test_difficult_machines.py::test_weights_without_permission",
     ],
     "C10": [
-        "test_startup.py::test_a_full_disk_is_told_before_deepspeed_starts",
-        "test_difficult_machines.py::test_a_full_disk_is_one_sentence_whoever_writes",
+        "runs/test_startup.py::test_a_full_disk_is_told_before_deepspeed_starts",
+        "runs/test_difficult_machines.py::test_a_full_disk_is_one_sentence_whoever_writes",
     ],
     "C38d": ["test_cli.py::test_advice_of_a_run_that_cannot_go_on_stands_alone"],
-    "C11": ["test_predict.py::test_files_that_a_relative_data_dir_does_not_find_are_to_be_named_by_data"],
-    "C14": ["test_difficult_machines.py::test_signs_that_the_encoding_lacks_are_replaced"],
+    "C11": ["inference/test_predict.py::test_files_that_a_relative_data_dir_does_not_find_are_to_be_named_by_data"],
+    "C14": ["runs/test_difficult_machines.py::test_signs_that_the_encoding_lacks_are_replaced"],
 }
 
 

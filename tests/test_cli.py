@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launch import python_path
 
 from fastmtl import cli
 from fastmtl.errors import TrainingError, UserError
@@ -70,7 +71,7 @@ def test_help_is_instant_and_teaches() -> None:
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'deepspeed', 'transformers', 'pydantic', 'numpy'} & set(sys.modules)))"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "COLUMNS": "160"}
+    environment = {**os.environ, "PYTHONPATH": python_path(), "COLUMNS": "160"}
     begin = time.perf_counter()
     command = [sys.executable, "-c", code, "--help"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)

@@ -28,7 +28,7 @@ _READS = ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__inde
 _TO_HOST = ("cpu",)
 _FACTORIES = ("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "eye", "randperm", "randint")
 # What these read is the host's on a GPU as well: there the kernels of attention and pooling read the bounds of
-# sequences on the device, as tests/model/test_cuda_graphs_on_meta.py holds, and a recording gets a plan of the CPU.
+# sequences on the device, as tests/cuda_graphs/test_on_meta.py holds, and a recording gets a plan of the CPU.
 _OF_THE_HOST = ("varlen_attention/api.py", "pool/api.py", "buffers/batch.py")
 _SIZED_BY_DATA = ("nonzero", "_unique2", "unique_dim", "unique_consecutive", "masked_select", "_local_scalar_dense")
 

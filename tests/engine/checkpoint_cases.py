@@ -9,16 +9,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import deepspeed_cases as steps
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "surgery"))
-import deepspeed_cases as steps  # noqa: E402
-
-from fastmtl.config import Recipe  # noqa: E402
-from fastmtl.engine.build import build_engine  # noqa: E402
-from fastmtl.engine.checkpoint import Checkpoints  # noqa: E402
-from fastmtl.engine.distributed import Ranks, start  # noqa: E402
-from fastmtl.engine.gather import gathered_state_dict  # noqa: E402
+from fastmtl.config import Recipe
+from fastmtl.engine.build import build_engine
+from fastmtl.engine.checkpoint import Checkpoints
+from fastmtl.engine.distributed import Ranks, start
+from fastmtl.engine.gather import gathered_state_dict
 
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero1-flat")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import two_processes
+from launch import cpu_environment, two_processes
 from safetensors.torch import load_file
 
 from fastmtl.config import Recipe, parse_recipe
@@ -27,8 +27,7 @@ STAGES = ("zero1", "zero2", "zero3", "zero1-flat")  # of which any number of ran
 
 
 def _run(command: list[str]) -> None:
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    environment = cpu_environment()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from launch import cpu_environment
 from safetensors.torch import load_file
 
 from fastmtl.config import Recipe, parse_recipe
@@ -104,7 +105,7 @@ def test_what_the_compiler_said_is_the_reason() -> None:
 @pytest.mark.skipif(bool(why_no_deepspeed()), reason=why_no_deepspeed())
 def test_deepspeeds_adam_is_torchs_and_resumes(tmp_path: Path) -> None:
     """Its extension is built where torch keeps extensions, once for all runs."""
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = cpu_environment()
     command = [sys.executable, str(WORKER), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

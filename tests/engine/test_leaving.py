@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+from launch import python_path
+
 from fastmtl.engine.distributed import free_port
 
 SCRIPT = """
@@ -22,7 +24,7 @@ print("joined:", dist.is_initialized())
 def test_a_process_leaves_the_others_before_python_shuts_down() -> None:
     """torch aborts now and then where Python shuts down while gloo's threads still hold tensors."""
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    environment = {**os.environ, **place, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = {**os.environ, **place, "PYTHONPATH": python_path()}
     environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

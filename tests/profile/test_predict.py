@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launch import python_path
 
 from fastmtl.engine.distributed import free_port
 
@@ -21,10 +22,9 @@ SCRIPT = Path(__file__).parent / "random_shapes.py"
 
 def start(number: int, seed: int, **environment: str) -> subprocess.Popen[str]:
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    path = os.pathsep.join(p for p in sys.path if p)
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), str(number), str(seed)],
-        env={**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+        env={**inherited, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

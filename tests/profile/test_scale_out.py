@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from sent import Sent
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fastmtl.errors import UserError
@@ -20,9 +19,6 @@ from fastmtl.profile.scale_out import TASKS, WORLDS, Parts, passes, scale_out, s
 from fastmtl.profile.shape import Load, Shape
 from fastmtl.profile.traffic import traffic
 from fastmtl.surgery.ranks.reduce import BUCKET, Together
-
-sys.path.insert(0, str(Path(__file__).parent))
-from sent import Sent  # noqa: E402
 
 SECONDS = {
     "data": 0.0,

@@ -16,9 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from conftest import save_tiny_bert
 from phase_cases import make_recipe, write_data
 from safetensors.torch import load_file
+from tiny_bert import save_tiny_bert
 
 from fastmtl.errors import TrainingError, UserError
 from fastmtl.train import train

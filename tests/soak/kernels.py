@@ -15,12 +15,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 # Test and what it is called with besides the drawn values; the share of all shapes is equal.
 CHECKS: list[tuple[str, str, dict[str, Any]]] = [

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from conftest import save_tiny_bert
 from launch import two_processes
 from left_by_run import lasting
 from phase_cases import make_recipe, write_data
+from tiny_bert import save_tiny_bert
 
 EARLY, SAVING = 0.15, 0.25  # shares of the kills that come before the first step, and at a checkpoint's files
 DEADLINE = 300.0  # seconds for one launch

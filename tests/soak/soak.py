@@ -36,7 +36,7 @@ PARTS: dict[str, tuple[list[str], list[str]]] = {
 def run_part(name: str, *, quick: bool) -> dict[str, Any]:
     """Seconds, figures and, where the part failed, the reason."""
     command, less = PARTS[name]
-    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), str(ROOT / "tests" / "support")]
+    paths = [str(ROOT / folder) for folder in (".", "kernels", "tests/support", "tests/kernels")]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     known = os.environ.get("PYTHONPATH")
     environment = {

@@ -9,8 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from conftest import save_tiny_bert
 from phase_cases import make_recipe, write_data
+from tiny_bert import save_tiny_bert
 
 from fastmtl.config import Recipe
 from fastmtl.engine.checkpoint import Checkpoints

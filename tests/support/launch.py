@@ -1,13 +1,32 @@
-"""The real launcher."""
+"""Processes of tests: their environment, and the real launcher."""
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 
 from fastmtl.engine.distributed import free_port
 
 
+def python_path() -> str:
+    """Return a PYTHONPATH with everything that this process can import, tests/support included."""
+    return os.pathsep.join(filter(None, sys.path))
+
+
+def cpu_environment() -> dict[str, str]:
+    """Return the environment of a script that trains on the CPU with one thread per process."""
+    return {
+        **os.environ,
+        "PYTHONPATH": python_path(),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
 def two_processes() -> list[str]:
-    """The beginning of a command: `deepspeed` with two processes on this machine, on a port that is free."""
+    """Return the beginning of a command: `deepspeed` with two processes on this machine, on a free port."""
     run = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
     return [*run, "--master_port", free_port()]

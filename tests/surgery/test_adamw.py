@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import deepspeed_cases as cases
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,9 +19,6 @@ from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery, SurgeryAdamW
 from fastmtl.surgery.norms import total_norm
 from fastmtl.surgery.targets.target import find_target
-
-sys.path.insert(0, str(Path(__file__).parent))
-import deepspeed_cases as cases  # noqa: E402
 
 TASKS = ["kind", "same", "degree"]
 CLIP = 3.0

@@ -5,21 +5,16 @@ Tasks: 1 to 8 of every kind, some without rows; sequences down to one token; eve
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from loads import ADAPTERS, Load, jacobian, make_batches, make_model, merge
 from torch import Tensor
 
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery
 from fastmtl.surgery.methods.table import draw_order
-
-sys.path.insert(0, str(Path(__file__).parent))
-from loads import ADAPTERS, Load, jacobian, make_batches, make_model, merge  # noqa: E402
 
 LOADS = st.builds(
     Load,

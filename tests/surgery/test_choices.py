@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import choices
 import pytest
 import torch
+from loads import merge
 from torch import nn
 
 from fastmtl.model.losses.cached_pairs import cache_pairs
 from fastmtl.surgery import GradientSurgery
 from fastmtl.surgery.methods.table import draw_order
-
-sys.path.insert(0, str(Path(__file__).parent))
-import choices  # noqa: E402
-from loads import merge  # noqa: E402
 
 
 @pytest.mark.parametrize(

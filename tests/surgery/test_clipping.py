@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
+import deepspeed_cases as cases
 import pytest
 import torch
 from op_recorder import OpRecorder
@@ -15,9 +14,6 @@ from torch import Tensor, nn
 from fastmtl.errors import TrainingError, UserError
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery, SurgeryAdamW, SurgeryInfo
-
-sys.path.insert(0, str(Path(__file__).parent))
-import deepspeed_cases as cases  # noqa: E402
 
 TASKS = ["kind", "same", "degree"]
 BATCHES = [cases.step_batches(cases.make_data(), 0, part, 2) for part in range(2)]

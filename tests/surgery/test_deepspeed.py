@@ -4,47 +4,28 @@ every ZeRO stage.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
+import choices
+import choices_cases
+import deepspeed_cases as cases
+import loads
 import pytest
 import torch
-from launch import two_processes
+from launch import cpu_environment, two_processes
 from safetensors.torch import load_file
 
 from fastmtl.surgery.methods.table import draw_order
-
-WORKER = Path(__file__).with_name("deepspeed_cases.py")
-
-
-def _load_worker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("deepspeed_cases", WORKER)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["deepspeed_cases"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-sys.path.insert(0, str(WORKER.parent))
-cases = _load_worker()
-import choices  # noqa: E402
-import choices_cases  # noqa: E402
-import loads  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("cases")
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    environment = cpu_environment()
     launcher = two_processes()
     run = subprocess.run(
-        [*launcher, str(WORKER), str(directory)], env=environment, capture_output=True, text=True, timeout=600
+        [*launcher, cases.__file__, str(directory)], env=environment, capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     return directory

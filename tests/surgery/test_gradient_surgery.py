@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Collection
-from pathlib import Path
 from types import SimpleNamespace
 from weakref import ref
 
+import deepspeed_cases as cases
 import pytest
 import torch
 from torch import Tensor, nn
@@ -25,9 +24,6 @@ from fastmtl.surgery.sinks.task_gradients import TaskGradients
 from fastmtl.surgery.targets.surrogate import Surrogate
 from fastmtl.surgery.targets.target import EngineTarget, OptimizerTarget
 from fastmtl_kernels import gradvac_weights
-
-sys.path.insert(0, str(Path(__file__).parent))
-import deepspeed_cases as cases  # noqa: E402
 
 TASKS = ["kind", "same", "degree"]
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from surgery_cases import TASKS, batch, make, surgery_on
 from torch import Tensor, nn
 
 from fastmtl.errors import TrainingError, UserError
@@ -17,9 +16,6 @@ from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery
 from fastmtl.surgery.methods import torchjd as torchjd_methods
 from fastmtl.surgery.methods.table import find_method
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_options import TASKS, batch, make, surgery_on  # noqa: E402
 
 NEEDED = {"cagrad": {"c": 0.4}, "fairgrad": {"alpha": 1.0}, "krum": {"n_byzantine": 1}}
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
+import deepspeed_cases as cases
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,6 @@ from fastmtl.surgery.merged import Merged
 from fastmtl.surgery.segments import Segments
 from fastmtl.surgery.sinks.kept import KeptGradients
 from fastmtl.surgery.sinks.task_gradients import TaskGradients
-
-sys.path.insert(0, str(Path(__file__).parent))
-import deepspeed_cases as cases  # noqa: E402
 
 TASKS, ROWS = ["a", "b", "c"], (5, 0, 7)  # b is absent
 NUM_ROWS = sum(ROWS) + 2  # two rows belong to no task

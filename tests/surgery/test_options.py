@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from surgery_cases import COUNTS, TASKS, batch, make, surgery_on
 from torch import Tensor
 
 from fastmtl.errors import TrainingError, UserError
@@ -15,26 +13,6 @@ from fastmtl.surgery import GradientSurgery, options
 from fastmtl.surgery.methods import torchjd as torchjd_methods
 from fastmtl.surgery.methods.table import GradVac, PCGrad, draw_order, find_method
 from fastmtl_kernels import pcgrad_weights
-
-sys.path.insert(0, str(Path(__file__).parent))
-import deepspeed_cases as cases  # noqa: E402
-
-TASKS = ["kind", "same", "degree"]
-COUNTS = {"kind": 8, "same": 3, "degree": 8}
-
-
-def make() -> MultiTaskModel:
-    return cases.make_model(cases.make_recipe(cases.Case(1, 1, "pcgrad")))
-
-
-def batch(part: int = 0, parts: int = 1):  # noqa: ANN201
-    return cases.step_batches(cases.make_data(), 0, part, parts)
-
-
-def surgery_on(model: MultiTaskModel, method: str = "pcgrad", **more: object) -> GradientSurgery:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    shared, sparse = model.shared_parameters(), model.sparse_parameters()
-    return GradientSurgery(optimizer, method, tasks=TASKS, shared=shared, sparse=sparse, **{"seed": 3, **more})
 
 
 def gradients(model: MultiTaskModel) -> dict[str, Tensor]:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import deepspeed_cases as cases
 import pytest
 import torch
+from op_recorder import OpRecorder
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from fastmtl.errors import UserError
 from fastmtl.surgery import FlatParameters, GradientSurgery, SurgeryAdamW
 from fastmtl.surgery.targets.target import find_target
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-import deepspeed_cases as cases  # noqa: E402
-from op_recorder import OpRecorder  # noqa: E402
 
 Optimizer = Callable[[Any], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Optimizer] = {

@@ -18,9 +18,9 @@ OPERATIONS = (
     *("pal", "lora", "combined_adamw", "pcgrad_weights", "gradvac_weights"),
 )
 CAPTURES = (
-    "tests/model/test_cuda_graphs_gpu.py",
-    "tests/model/test_head_graphs.py",
-    "tests/surgery/test_recorded_step_gpu.py",
+    "tests/cuda_graphs/test_encoder_gpu.py",
+    "tests/cuda_graphs/test_heads.py",
+    "tests/cuda_graphs/test_merging_gpu.py",
 )
 # Of a plain step, and of the others beside it.
 TOKENS, LONG_TOKENS, SHORT_TOKENS = 8192, 32_768, 800
@@ -157,7 +157,8 @@ def _profiles(settings: Settings) -> Iterator[Part]:
 
 
 def _tests(settings: Settings, file: str, expected_s: int, limit_s: int, needs: tuple[str, ...]) -> Part:
-    name = "tests-" + Path(file).stem.removeprefix("test_")
+    path = Path(file)
+    name = "-".join(["tests", *path.parts[1:-1], path.stem.removeprefix("test_")])
     result = settings.run / f"{name}.json"
     command = ["-m", "pytest", "-q", "-m", "gpu", "-p", "fastmtl.bench.gpu_check.outcomes", "--outcomes", str(result)]
     if "attention" in file and importlib.util.find_spec("xdist") is not None:  # it compiles hundreds of variants

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-FILE = Path(__file__).parents[1] / "benchmarks" / "long_run.py"
+FILE = Path(__file__).parents[2] / "benchmarks" / "long_run.py"
 STEPS = 400
 # In place of the launcher: two ranks that write metrics, until there are 60 lines or a SIGTERM comes.
 LAUNCHER = """

@@ -38,7 +38,7 @@ def test_on_a_gpu_the_largest_batch_has_been_run() -> None:
 
 
 def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """With made-up peaks: a process for each takes seconds, and tests/test_bench.py measures some."""
+    """With made-up peaks: a process for each takes seconds, and test_bench.py measures some."""
     made_up = {"autograd": 3, "sum": 3, "pcgrad stacked": 3, "pcgrad replay": 4, "textbook": 5, "torchjd": 6}
 
     def peak(function: object, *arguments: object) -> int:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import choices_cases
 import loads
 import numpy as np

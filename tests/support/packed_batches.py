@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
 import torch
 
 from fastmtl.config import EncoderConfig, Recipe
@@ -19,10 +18,8 @@ TASKS = {
     "sts": {"type": "regression", "range": [0, 5], "pairs": "bi", "pooling": "mean", "data": {}},
 }
 
-MakeBatch = Callable[..., PackedBatch]
 
-
-def _batch(lengths: Sequence[Sequence[int]], *, pairs: Sequence[bool] | None = None, seed: int = 0) -> PackedBatch:
+def build_batch(lengths: Sequence[Sequence[int]], *, pairs: Sequence[bool] | None = None, seed: int = 0) -> PackedBatch:
     """lengths: tokens of every sequence, per task; pairs: which tasks' sequences are consecutive pairs.
 
     A task's tokens and labels depend on its own lengths, its position and the seed only.
@@ -66,19 +63,9 @@ def _batch(lengths: Sequence[Sequence[int]], *, pairs: Sequence[bool] | None = N
     )
 
 
-@pytest.fixture(scope="session")
-def make_batch() -> MakeBatch:
-    return _batch
-
-
-@pytest.fixture
-def make_model(tiny_bert: Path) -> Callable[..., MultiTaskModel]:
-    """make_model(section={...}, ...): sections of the recipe besides the three tasks above."""
-
-    def make(**sections: dict) -> MultiTaskModel:
-        encoder = {"path": str(tiny_bert), **sections.pop("encoder", {})}
-        recipe = Recipe.model_validate({"tasks": TASKS, **sections, "encoder": encoder})
-        torch.manual_seed(3)
-        return MultiTaskModel(recipe, load_encoder(EncoderConfig(**encoder)))
-
-    return make
+def build_model(encoder_folder: Path, **sections: dict) -> MultiTaskModel:
+    """A model of the three tasks above; sections: of its recipe, besides the tasks."""
+    encoder = {"path": str(encoder_folder), **sections.pop("encoder", {})}
+    recipe = Recipe.model_validate({"tasks": TASKS, **sections, "encoder": encoder})
+    torch.manual_seed(3)
+    return MultiTaskModel(recipe, load_encoder(EncoderConfig(**encoder)))

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from launch import python_path
 from torch import Tensor
 
 from fastmtl import cli
@@ -26,7 +27,7 @@ from fastmtl.measure.heap import free_at_once
 from fastmtl_kernels import __all__ as names
 
 SIZE = Size(ops.TINY, dropout=0.1)
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def case_of(operation: str, size: Size = SIZE) -> Case:
@@ -253,7 +254,7 @@ def test_pytest_benchmark_repeats_groups_and_keeps(tmp_path: Path) -> None:
     chosen = ("benchmarks/bench_pcgrad_weights.py", "-k", "fastmtl or eager")
     # As from a shell: pytest-benchmark measures nothing where xdist's worker has left its name.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    environment["PYTHONPATH"] = python_path()
     run = [sys.executable, "-m", "pytest", *options, *chosen]
     ran = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launch import python_path
 import torch
 import yaml
 
@@ -32,7 +33,7 @@ def recipe(directory: Path, rows: str, **sections: Any) -> Path:
 
 
 def begin(arguments: list[str], place: Path, **environment: str) -> subprocess.Popen[str]:
-    path = os.pathsep.join([environment.pop("first", ""), *filter(None, sys.path)])
+    path = os.pathsep.join([environment.pop("first", ""), python_path()])
     return subprocess.Popen(
         [sys.executable, "-c", "from fastmtl.cli import main; main()", *arguments],
         cwd=place,
@@ -221,7 +222,7 @@ def test_deepspeeds_shared_memory_operator_is_not_built(tmp_path: Path) -> None:
         "from deepspeed.comm import comm; import torch.distributed as dist\n"
         "print(comm.cdb.shm_comm_op, dist.is_initialized(), ranks.world)"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "DS_ACCELERATOR": "cpu"}
+    environment = {**os.environ, "PYTHONPATH": python_path(), "DS_ACCELERATOR": "cpu"}
     environment |= {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
     assert done.stdout.splitlines()[-1:] == ["None True 1"], done.stderr

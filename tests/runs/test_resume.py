@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launch import cpu_environment
 from left_by_run import lasting, lines, same, weights
 from safetensors.torch import load_file
 
@@ -19,7 +19,7 @@ CASES = Path(__file__).with_name("resume_cases.py")
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
     directory = tmp_path_factory.mktemp("resumed")
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = cpu_environment()
     command = [sys.executable, str(CASES), str(directory), str(tiny_bert)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

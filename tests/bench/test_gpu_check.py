@@ -25,7 +25,7 @@ from fastmtl.bench.gpu_check import parts, process, sanitizer
 from fastmtl.bench.gpu_check.parts import FASTMTL, Part, Settings
 from fastmtl.measure.result_file import UNFINISHED, slug
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = ("--device", "cpu", "--shape", "tiny", "--tokens", "1024", "--rounds", "1", "--commit", "abc")
 ENVIRONMENT = {"device": "A GPU", "driver": "1", "torch": "2", "triton": "3", "fastmtl": "0", "commit": "abc"}
 
@@ -46,17 +46,17 @@ def whole(folder: Path, *names: str, hidden: tuple[str, ...] = ()) -> tuple[int,
 
 @pytest.mark.slow
 def test_real_parts_on_the_cpu(tmp_path: Path) -> None:
-    status, printed, result = whole(tmp_path, "step", "engine-short", "tests-recorded_step_gpu", "memcheck")
+    status, printed, result = whole(tmp_path, "step", "engine-short", "tests-cuda_graphs-merging_gpu", "memcheck")
     assert status == 0, printed
     assert {"device", "driver", "cuda", "torch", "triton", "kernels", "commit", "clean"} <= set(result["environment"])
     assert {name: entry["state"] for name, entry in result["parts"].items()} == dict.fromkeys(
-        ["step", "engine-short", "tests-recorded_step_gpu", "memcheck"], "ok"
+        ["step", "engine-short", "tests-cuda_graphs-merging_gpu", "memcheck"], "ok"
     )
     assert set(result["step"]["steps"]) == {"transformers", "fastmtl sum", "fastmtl pcgrad", "matrix products"}
     (engine,) = result["engine"]
     assert set(engine["ways"]) == {"sum", "pcgrad", "sum, flat", "pcgrad, flat", "pcgrad, DeepSpeed's checks"}
     assert all("NVIDIA GPU" in why for why in engine["skipped"].values()) and len(engine["skipped"]) == 4
-    tests = result["tests"]["tests-recorded_step_gpu"]
+    tests = result["tests"]["tests-cuda_graphs-merging_gpu"]
     assert sum(tests["skipped"].values()) > 0 and tests["failed"] == {}
     assert result["compute-sanitizer"]["memcheck"].startswith(("not run", "clean"))
     (bound,) = result["bounds"]
@@ -65,7 +65,7 @@ def test_real_parts_on_the_cpu(tmp_path: Path) -> None:
     assert {"step-tiny.svg", f"engine-3-tasks-{engine['tokens']}-tokens-tiny.svg"} <= pictures
 
     # Without pydantic kernels and their tests are measured all the same, and added to what there is.
-    names = ("surgery", "kernels-pool", "tests-api")
+    names = ("surgery", "kernels-pool", "tests-kernels-api")
     status, printed, result = whole(tmp_path, *names, hidden=("pydantic",))
     assert status == 0, printed
     for name in ("surgery-3", "surgery-8", "surgery-long"):
@@ -75,7 +75,7 @@ def test_real_parts_on_the_cpu(tmp_path: Path) -> None:
     assert set(result["kernels"]["operations"]) == {"pool cls", "pool mean", "pool max"}
     measured = {way for case in result["kernels"]["operations"].values() for way in (*case["errors"], *case["skipped"])}
     assert "eager" in measured and "compiled" not in measured
-    assert result["parts"]["tests-api"]["state"] == "ok"
+    assert result["parts"]["tests-kernels-api"]["state"] == "ok"
 
 
 def test_the_command_lines_of_all_parts_are_valid() -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+import deepspeed_cases as cases
 import pytest
 import torch
 from op_recorder import OpRecorder
@@ -26,9 +25,6 @@ from fastmtl.surgery.methods.table import draw_order, find_method
 from fastmtl.surgery.sinks.task_gradients import TaskGradients
 from fastmtl.surgery.targets.target import OptimizerTarget
 from fastmtl_kernels._native import why_unavailable
-
-sys.path.insert(0, str(Path(__file__).parent))
-import deepspeed_cases as cases  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable() or "built")
 

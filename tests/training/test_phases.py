@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import phase_cases as cases
 import pytest
 import torch
+from launch import cpu_environment, two_processes
+from left_by_run import lasting, lines, same, weights
 from safetensors.torch import load_file
 
 from fastmtl.config import Recipe, load_recipe, parse_recipe
@@ -18,19 +20,14 @@ from fastmtl.errors import UserError
 from fastmtl.model.encoder.weights import read_encoder_weights
 from fastmtl.training.phases import phases_of
 
-sys.path.insert(0, str(Path(__file__).parent))
-import phase_cases as cases  # noqa: E402
-from launch import two_processes
-from left_by_run import lasting, lines, same, weights
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
     directory = tmp_path_factory.mktemp("phases")
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = cpu_environment()
     launcher = two_processes()
     for command in ([sys.executable], launcher):
-        command = [*command, str(Path(cases.__file__)), str(directory), str(tiny_bert)]
+        command = [*command, cases.__file__, str(directory), str(tiny_bert)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return directory

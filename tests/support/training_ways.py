@@ -18,6 +18,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from op_recorder import OpRecorder
 from torch import Tensor, nn
 from transformers import BertConfig
 
@@ -40,9 +41,6 @@ from fastmtl_kernels.task_gradients import api
 from fastmtl_kernels.task_maps import common as low_rank_maps
 from fastmtl_kernels.varlen_attention import reference as varlen_attention_reference
 from fastmtl_kernels.varlen_attention.reference import keep_mask
-
-sys.path.insert(0, str(Path(__file__).parent / "support"))  # where this is a script
-from op_recorder import OpRecorder  # noqa: E402
 
 STEPS, TASKS, CLIP = 200, ("kind", "same", "degree"), 1.0
 ROWS, VOCABULARY, POSITIONS, DROPOUT = 48, 64, 32, 0.1

@@ -8,12 +8,11 @@ which is run in float64 too: its own rounding, as training carries it on, is the
 another way, so the two part by up to twice that; the bound is twice this again, as a run is one draw of such noise.
 PCGrad adds nothing to it: where the sign of an inner product is in doubt, what is subtracted is nearly 0.
 
-`pytest tests/test_200_steps.py -s` prints the differences.
+`pytest tests/runs/test_200_steps.py -s` prints the differences.
 """
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,12 +23,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import two_processes
+from launch import cpu_environment, two_processes
 
 from fastmtl_kernels._native import why_unavailable
 
-sys.path.insert(0, str(Path(__file__).parent))
-import training_ways as ways  # noqa: E402
+import training_ways as ways
 
 MARGIN = 4
 # Whose losses these have to the last bit.
@@ -63,14 +61,14 @@ def yardstick() -> Yardstick:
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], np.ndarray]:
     """Of a way by its name. Those under DeepSpeed are made together, in processes of their own."""
-    directory, script = tmp_path_factory.mktemp("ways"), Path(__file__).with_name("training_ways.py")
+    directory = tmp_path_factory.mktemp("ways")
 
     @cache
     def under_deepspeed(ranks: int) -> dict[str, np.ndarray]:
         file = directory / f"{ranks}.npz"
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = cpu_environment()
         names = [name for name in UNDER_DEEPSPEED if ways.WAYS[name].ranks == ranks]
-        command = [*(two_processes() if ranks == 2 else [sys.executable]), str(script), str(file), *names]
+        command = [*(two_processes() if ranks == 2 else [sys.executable]), ways.__file__, str(file), *names]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return dict(np.load(file))
