@@ -1,9 +1,9 @@
-"""The recipe: every setting of a run, typed. A YAML file holds what differs from the defaults
-below.
+"""The recipe: every setting of a run, with types. A YAML file needs only the values that differ
+from these defaults.
 
 Sections follow the path of a batch: encoder, adapter, tasks, sampler, gradient, optimizer,
 schedule, precision, engine. `load_recipe` reads a bundled name or a file and applies
-`section.key=value` overrides; `Recipe.dump` writes it back complete.
+`section.key=value` overrides; `Recipe.dump` writes all settings, defaults included.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastmtl.files.label_text import as_label
 from fastmtl.recipes import yaml_reader as recipe_yaml
 from fastmtl.recipes.files import find_recipe, read_recipe
 
-MOST = 2**31 - 1  # of sizes and counts: their products fit 64 bits
+MOST = 2**31 - 1  # the limit of sizes and counts: products of two fit 64 bits
 
 
 def _whole(value: Any) -> Any:
@@ -50,9 +50,7 @@ Int = Annotated[int, BeforeValidator(_count)]
 
 
 class Section(BaseModel):
-    """Part of a recipe. Strict: text is no number and a boolean neither, though a list of YAML is a
-    tuple here.
-    """
+    """A part of a recipe. Types are strict: neither text nor a boolean counts as a number."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False, strict=True)
 
@@ -70,11 +68,11 @@ class EncoderConfig(Section):
     hidden_dropout: float | None = Field(None, ge=0, lt=1, description="default: the encoder's config.json")
     attention_dropout: float | None = Field(None, ge=0, lt=1)
     recompute: Recompute = Field(
-        "none", description="in backward, to save memory; cheap: LayerNorm's and GELU's output; full: each layer"
+        "none", description="in backward, to save memory; cheap: outputs of LayerNorm and GELU; full: each layer"
     )
     freeze: bool = Field(False, description="train adapters and heads only")
     layer_norm: Literal["fastmtl", "apex"] = Field(
-        "fastmtl", description="apex: NVIDIA's where it is installed, without gradient surgery"
+        "fastmtl", description="apex: that of NVIDIA Apex, which has to be installed; not with gradient surgery"
     )
 
     @model_validator(mode="before")
@@ -87,8 +85,9 @@ class EncoderConfig(Section):
 
 
 class AdapterConfig(Section):
-    """Task-specific function TS_t(h) added in parallel to each BERT layer, LN(h' + FFN(h') +
-    TS_t(h)), and a layer of each task's own on top of the encoder.
+    """A task-specific function TS_t(h) beside each BERT layer, LN(h' + FFN(h') + TS_t(h)).
+
+    `top` adds a layer per task on top of the encoder.
     """
 
     name: str = "none"
@@ -96,15 +95,15 @@ class AdapterConfig(Section):
     heads: Int = Field(12, ge=1, description="pal, also as top: attention heads")
     activation: Literal["identity", "gelu"] = "identity"
     projections: Int = Field(1, ge=1, le=3, description="pal: linear maps in V_E and in V_D")
-    dropout: float | dict[str, float] = Field(0.0, description="on TS(h), one number or one per task")
+    dropout: float | dict[str, float] = Field(0.0, description="of TS(h), one number or one per task")
     init: Literal["default", "xavier", "no_influence"] = "default"
-    layers: list[Int] | None = Field(None, description="layers that carry the adapter; default all")
+    layers: list[Int] | None = Field(None, description="layers with an adapter; default: all")
     top: Literal["none", "layer", "pal"] = Field("none", description="layer: a whole BERT layer per task")
     top_size: Int | None = Field(None, ge=1, description="top: pal: hidden size d_s; default: size")
 
     @property
     def summary(self) -> str:
-        """For people: "none", "low_rank", "low_rank with a layer on top"."""
+        """A name for people: "none", "low_rank", "low_rank with a layer on top"."""
         if self.top == "none":
             return self.name
         return f"{self.top} on top" if self.name == "none" else f"{self.name} with a {self.top} on top"
@@ -113,43 +112,46 @@ class AdapterConfig(Section):
 class HeadConfig(Section):
     name: str = "linear"
     hidden: list[Int] = Field(
-        default_factory=list, description="mlp, rnn, lstm: sizes of the hidden layers; empty: one of u's size"
+        default_factory=list, description="mlp, rnn, lstm: sizes of the hidden layers; empty: one layer of u's size"
     )
     dropout: float = Field(0.1, ge=0, lt=1)
     features: list[Literal["u", "v", "abs_diff", "product"]] = Field(
         ["u", "v", "abs_diff"], description="bi-encoded pairs: what the head sees"
     )
-    projection: Int | None = Field(None, ge=1, description="a linear map of u and v to this size comes first")
-    projection_dropout: float = Field(0.0, ge=0, lt=1, description="of what the projection sees")
+    projection: Int | None = Field(None, ge=1, description="size of a linear map of u and v before the head")
+    projection_dropout: float = Field(0.0, ge=0, lt=1, description="of the projection's input")
     squash: Literal["relu", "sigmoid"] | None = Field(
         None, description="regression: the score is low + (high - low) squash(x), x the cosine or the last map's output"
     )
     size: Int = Field(128, ge=1, description="rnn, lstm: size of the state")
-    cls: bool = Field(False, description="rnn, lstm: [CLS] goes beside the last state, not through the network")
+    cls: bool = Field(
+        False, description="rnn, lstm: append [CLS] to the last state instead of feeding it to the network"
+    )
     adjustment: bool = Field(False, description="classification: a learned matrix maps the classes' probabilities")
 
 
 class MnrConfig(Section):
-    """The loss `mnr`: each similar pair against the other similar pairs of the batch, on all ranks."""
+    """The loss `mnr`: each similar pair against the batch's other similar pairs, on all ranks."""
 
     scale: float = Field(20.0, gt=0, description="of the cosines")
     similar: float = Field(0.8, gt=0, le=1, description="regression: share of the range from which a pair is similar")
     cached: bool = Field(
-        False, description="the batch is the whole optimiser step; costs a forward pass more and no memory"
+        False, description="the batch is the whole optimiser step; costs one more forward pass and no memory"
     )
 
 
 class AugmentConfig(Section):
-    """Easy data augmentation of the training rows, until all classes have as many. Shares of a
-    text's words.
+    """Easy data augmentation: new training rows until all classes have equally many.
+
+    `synonyms`, `insertions` and `swaps` are shares of a text's words.
     """
 
     name: Literal["eda"] = "eda"
     synonyms: float = Field(0.1, ge=0, le=1, description="replaced by a synonym, at least one word; 0: none")
-    insertions: float = Field(0.1, ge=0, le=1, description="synonyms of words put in anywhere; as above")
+    insertions: float = Field(0.1, ge=0, le=1, description="synonyms of words inserted anywhere; as above")
     swaps: float = Field(0.1, ge=0, le=1, description="pairs of words that change places; as above")
-    deletions: float = Field(0.1, ge=0, lt=1, description="probability with which a word is left out")
-    wordnet: str | None = Field(None, description="WordNet's folder; default: where Debian or nltk puts it")
+    deletions: float = Field(0.1, ge=0, lt=1, description="probability that a word is deleted")
+    wordnet: str | None = Field(None, description="WordNet's folder; default: that of Debian or nltk")
 
     @property
     def uses_synonyms(self) -> bool:
@@ -157,8 +159,10 @@ class AugmentConfig(Section):
 
 
 class FileConfig(Section):
-    """Where a task's rows are. `format` names a known layout; `columns` maps id, text, text_pair,
-    label to columns of any CSV, TSV, JSONL, Parquet.
+    """The files of a task.
+
+    `format` names a known layout; `columns` maps id, text, text_pair and label to columns of any
+    CSV, TSV, JSONL or Parquet file.
     """
 
     train: str | None = None
@@ -171,11 +175,11 @@ class FileConfig(Section):
     )
     quotes: Literal["csv", "none"] | None = Field(
         None,
-        description="csv: cells in double quotes, a quote inside doubled; none: quotes are text; default: none for "
+        description="csv: cells in double quotes, quotes inside doubled; none: quotes are text; default: none for "
         "glue and for table with tabs, else csv",
     )
     limit: Int | None = Field(None, ge=1, description="read at most this many training rows")
-    augment: AugmentConfig | None = Field(None, description="classification, binary: makes new training rows")
+    augment: AugmentConfig | None = Field(None, description="classification, binary: make new training rows")
 
     @model_validator(mode="after")
     def _columns_by_number(self) -> FileConfig:
@@ -207,7 +211,7 @@ class TaskConfig(Section):
     )
     bins: Int = Field(6, ge=2, description="regression by cross_entropy: scores, evenly spread over the range")
     mnr: MnrConfig = Field(default_factory=MnrConfig)
-    margin: float = Field(0.0, ge=-1, lt=1, description="cosine_embedding: cosine that pairs of class 0 may have")
+    margin: float = Field(0.0, ge=-1, lt=1, description="cosine_embedding: largest cosine of class 0 without a loss")
     weight: float = Field(1.0, gt=0, description="fixed weight of the task's loss, applied before gradient surgery")
     metric: str | None = Field(None, description="default: accuracy, accuracy or pearson by type")
 
@@ -277,7 +281,7 @@ class TaskConfig(Section):
 
     @property
     def losses(self) -> dict[str, float]:
-        """Weight of each loss in the task's sum."""
+        """The weight of each loss in the task's sum."""
         if isinstance(self.loss, dict):
             return self.loss
         default = {"classification": "cross_entropy", "binary": "bce", "regression": "mse"}[self.type]
@@ -293,9 +297,7 @@ class TaskConfig(Section):
 
 
 class WeightingConfig(Section):
-    """Weights of the tasks' losses besides the fixed `tasks.<task>.weight`, which they are
-    multiplied by.
-    """
+    """Weights of the tasks' losses, multiplied by the fixed `tasks.<task>.weight`."""
 
     name: Literal["fixed", "uncertainty", "dwa"] = Field(
         "fixed", description="uncertainty: learned, one per task; dwa: by how fast the losses fell in the last epoch"
@@ -304,20 +306,20 @@ class WeightingConfig(Section):
 
 
 class SmartConfig(Section):
-    """SMART's terms in the tasks' losses; one strength for all tasks, or one for each that has the
+    """SMART's terms in the tasks' losses; one strength for all tasks, or one per task that has the
     term.
     """
 
     strength: float | dict[str, float] = Field(0.0, description="of the adversarial term")
     proximal: float | dict[str, float] = Field(0.0, description="of the distance from the teacher")
     follows: Literal["fixed", "gap"] = Field(
-        "fixed", description="gap: both times how much better the task's metric is on training rows than on dev rows"
+        "fixed", description="gap: multiply both by the task's metric on training rows minus that on dev rows"
     )
     momentum: float = Field(0.99, ge=0, lt=1, description="of the teacher, per optimiser step")
     steps: Int = Field(1, ge=1, description="of gradient ascent for the perturbation")
     step_size: float = Field(1e-3, gt=0)
-    noise: float = Field(1e-5, gt=0, description="deviation of the random perturbation that the steps start from")
-    epsilon: float = Field(1e-5, gt=0, description="largest number of a perturbation")
+    noise: float = Field(1e-5, gt=0, description="standard deviation of the random perturbation before the first step")
+    epsilon: float = Field(1e-5, gt=0, description="largest element of a perturbation")
 
     @property
     def used(self) -> bool:
@@ -335,20 +337,21 @@ class SmartConfig(Section):
 
 class DataConfig(Section):
     dir: str | None = Field(
-        None, description="relative files of the tasks are looked up here; default: the bundled demo corpus"
+        None, description="folder of the tasks' files with relative paths; default: the bundled demo corpus"
     )
     on_bad_row: Literal["error", "skip"] = "error"
     fraction: float = Field(
         1.0, gt=0, le=1, description="share of each training file, the same rows for every seed and model"
     )
-    drop_longest: float = Field(0.0, ge=0, lt=1, description="share of a task's training rows: those of most words")
+    drop_longest: float = Field(0.0, ge=0, lt=1, description="share of a task's training rows with the most words")
     cache_dir: str = Field("~/.cache/fastmtl", description="tokenised texts, keyed by content and tokenizer")
-    prefetch: Int = Field(2, ge=0, description="steps whose batches are made and copied ahead; 0: none")
+    prefetch: Int = Field(2, ge=0, description="number of steps whose batches are prepared in advance; 0: none")
 
 
 class SamplerConfig(Section):
-    """How many rows of each task a micro-batch holds. Either `batch_size` rows per task and rank,
-    or `batch_tokens` tokens per rank over all tasks.
+    """The rows of each task in a micro-batch.
+
+    Either `batch_size` rows per task and rank, or `batch_tokens` tokens per rank over all tasks.
     """
 
     name: str = "proportional"
@@ -357,10 +360,10 @@ class SamplerConfig(Section):
     )
     batch_tokens: Int | None = Field(None, ge=16, description="tokens per micro-batch and rank instead of batch_size")
     steps_per_epoch: Int | None = Field(
-        None, ge=1, description="optimiser steps per epoch; default: as many rows as the training files hold"
+        None, ge=1, description="optimiser steps per epoch; default: enough for as many rows as the training files have"
     )
     subsample: dict[str, Int] = Field(
-        default_factory=dict, description="rows of a task in an epoch at most; the next epoch takes others"
+        default_factory=dict, description="most rows of a task per epoch; the next epoch takes others"
     )
     oversample: float = Field(
         1.0, ge=1, description="a small set counts as up to this many times its rows, at most as the largest set"
@@ -368,7 +371,7 @@ class SamplerConfig(Section):
     curriculum: float | None = Field(
         None,
         gt=0,
-        description="epochs in which the smaller sets come in, one after the other; the largest is there first",
+        description="epochs over which the smaller sets join the largest, one after the other",
     )
     batches_per_step: Int | None = Field(
         None, ge=1, description="compromise: batches of batch_size rows in a step, each of one task"
@@ -376,14 +379,17 @@ class SamplerConfig(Section):
 
 
 class GradientConfig(Section):
-    """How the tasks' gradients of the shared parameters become one; docs/surgery.md tells what each
-    choice costs.
+    """The merging of the tasks' gradients of the shared parameters.
+
+    docs/surgery.md gives the cost of each choice.
     """
 
     method: str = Field(
         "sum", description="sum, pcgrad, gradvac, or with fastmtl-torch[torchjd] upgrad, mgda, cagrad, ..."
     )
-    options: dict[str, Any] = Field(default_factory=dict, description="what the method takes, as {c: 0.4} of cagrad")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="the method's own, for example {c: 0.4} for cagrad"
+    )
     storage: Literal["auto", "stacked", "kept", "replay"] = Field(
         "auto", description="auto: stacked for ZeRO 0-2, replay for ZeRO 3 and offload; kept: for ZeRO 0-2, without J"
     )
@@ -391,11 +397,11 @@ class GradientConfig(Section):
         "global", description="tensor: surgery on each parameter tensor by itself, inside backward"
     )
     reduce: Literal["exact", "local", "sketch"] = Field(
-        "exact", description="over ranks; local: each projects, then they average; sketch: for slow networks"
+        "exact", description="over ranks; local: project on each rank, then average; sketch: for slow networks"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="stacked: of the stored task gradients; auto: bfloat16 under bf16 without accumulation",
+        description="stacked: dtype of the stored task gradients; auto: bfloat16 under bf16 without accumulation",
     )
     sketch_size: Int = Field(32_768, ge=16, description="sketch: buckets per task")
     reduction: Literal["sum", "mean"] = Field(
@@ -415,7 +421,7 @@ class OptimizerConfig(Section):
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     momentum: float = Field(0.9, ge=0, description="sgd")
-    weight_decay: float = Field(0.01, ge=0, description="biases and LayerNorm weights are left out")
+    weight_decay: float = Field(0.01, ge=0, description="not on biases and LayerNorm weights")
 
 
 class ScheduleConfig(Section):
@@ -437,13 +443,13 @@ class EngineConfig(Section):
     accumulation: Int = Field(1, ge=1, description="micro-batches per optimiser step")
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
     fused_optimizer: Literal["torch", "deepspeed", "apex"] = Field(
-        "torch", description="whose Adam; deepspeed builds its own once, apex is NVIDIA's where it is installed"
+        "torch", description="source of Adam; deepspeed: compiled once; apex: NVIDIA Apex has to be installed"
     )
     flat_parameters: bool = Field(
-        False, description="ZeRO 0, 1, 2: DeepSpeed gets one parameter per group, of which the model's are views"
+        False, description="ZeRO 0, 1, 2: DeepSpeed gets one parameter per group; the model's are views of it"
     )
     cuda_graphs: bool = Field(
-        False, description="on a GPU, a step's forward, backward and surgery are started by a few calls, not thousands"
+        False, description="on a GPU: start a step's forward, backward and surgery with a few calls, not thousands"
     )
 
 
@@ -451,7 +457,9 @@ class TrainConfig(Section):
     epochs: Whole = Field(1, ge=1, le=1_000_000)
     max_steps: Int | None = Field(None, ge=1, description="stop after this many optimiser steps")
     eval_tokens: Int = Field(8192, ge=16, description="tokens per evaluation batch")
-    checkpoint_every: Int | None = Field(None, ge=1, description="optimiser steps; besides the end of each epoch")
+    checkpoint_every: Int | None = Field(
+        None, ge=1, description="optimiser steps; in addition to the end of each epoch"
+    )
     log_every: Int = Field(1, ge=1, description="optimiser steps between lines of metrics.jsonl")
 
 
@@ -460,18 +468,16 @@ TRAINS = ("all", "heads", "adapters", "adapters+heads", "encoder", "encoder+head
 
 
 class PhaseConfig(Section):
-    """A part of a run. Its sections replace single settings of the recipe's own, and only in this
-    phase.
-    """
+    """A part of a run. Its sections override single settings of the recipe in this phase only."""
 
     name: str | None = Field(None, description="default: phase-1, phase-2, ...")
     objective: Literal["tasks", "mlm"] = Field("tasks", description="mlm: masked words of the tasks' training texts")
     trains: str = Field("all", description=f"the rest is frozen: {', '.join(TRAINS)}")
-    tasks: list[str] | None = Field(None, description="the others are left as they are; default: all")
+    tasks: list[str] | None = Field(None, description="the others stay as they are; default: all")
     keep: Literal["best", "best_of_each", "last"] = Field(
-        "best", description="which epoch's weights go on; best_of_each: every task's own best, the encoder being frozen"
+        "best", description="epoch whose weights are kept; best_of_each: the best per task, with a frozen encoder"
     )
-    loss: dict[str, Any] = Field(default_factory=dict, description="of single tasks, as {para: bce}")
+    loss: dict[str, Any] = Field(default_factory=dict, description="per task, for example {para: bce}")
     adapter: AdapterConfig | None = None
     sampler: SamplerConfig | None = None
     gradient: GradientConfig | None = None
@@ -498,9 +504,7 @@ NAME_BYTES = 200  # a file system allows 255 for .NAME-dev.npy and its like
 
 
 def check_task_name(name: str) -> None:
-    """Raises ValueError for a task's name that cannot be a part of a file's name, on any usual file
-    system.
-    """
+    """Raise ValueError unless usual file systems allow `name` as a part of a file's name."""
     bad = next((sign for sign in name if sign in NOT_IN_NAMES or not sign.isprintable()), None)
     if bad is not None:
         raise ValueError(f"the name {name[:80]!r} has {bad!r}: a task's name is used in names of files; take another")
@@ -514,7 +518,7 @@ class Recipe(Section):
     """One run. Errors name the key, and for a misspelt one the nearest valid key."""
 
     description: str = ""
-    seed: Whole = Field(1, ge=0, le=2**62)  # what is added to it for phases and ranks still fits torch's 64 bits
+    seed: Whole = Field(1, ge=0, le=2**62)  # plus the offsets of phases and ranks it still fits torch's 64 bits
     add_to: str | None = Field(
         None,
         description="a trained model directory: train these tasks on its encoder, frozen, and put them beside its own",
@@ -544,15 +548,15 @@ class Recipe(Section):
 
     @property
     def task_names(self) -> list[str]:
-        """Tasks in the order of the recipe: the order of segments, rows of J and columns
-        everywhere.
-        """
+        """Names in the order of the recipe, also the order of segments, rows of J and columns."""
         return list(self.tasks)
 
     @property
     def jacobian_dtype(self) -> Literal["float32", "bfloat16"]:
-        """Return what `gradient.dtype` stands for. `auto` takes bfloat16 where that rounds nothing
-        that bf16 has not rounded already: with several micro-batches every sum would be rounded.
+        """The dtype of the stored task gradients, with `gradient.dtype: auto` resolved.
+
+        `auto` means bfloat16 where the gradients have been rounded to bf16 anyway. With several
+        micro-batches it means float32, since bfloat16 would round every sum.
         """
         gradient, engine = self.gradient, self.engine
         if gradient.dtype != "auto":
@@ -563,13 +567,14 @@ class Recipe(Section):
         return "bfloat16" if stacked and merges and narrow else "float32"
 
     def dump(self) -> str:
-        """The complete recipe as YAML, defaults written out: running it again repeats the run."""
+        """Return the complete recipe as YAML, defaults included. Running it repeats the run."""
         return recipe_yaml.dump(self.model_dump(mode="json"))
 
 
 def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Recipe:
-    """Reads a bundled recipe or a YAML file and applies `section.key=value` overrides (values are
-    YAML, null takes away what the recipe has there).
+    """Read a bundled recipe or a YAML file and apply `section.key=value` overrides.
+
+    Values are YAML; null removes the recipe's value.
 
     Raises UserError naming the file and key for anything that is not a valid recipe.
     """
@@ -581,7 +586,7 @@ def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
-    """Validates a mapping; `source` is named in errors."""
+    """Validate a mapping. Errors name `source`. Raises UserError."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -603,13 +608,13 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         value = recipe_yaml.load(text)
     except ValueError as error:
         raise UserError(f"{quoted(override)}: the value is not YAML: {error}") from None
-    if value is None and last in node:  # as in `extends`: null takes a key away
+    if value is None and last in node:  # as in `extends`: null removes a key
         del node[last]
     else:
         node[last] = value
 
 
-# Behind a key that takes several kinds of value, pydantic names the kind.
+# After a key that accepts several types, pydantic's location names the type.
 _KINDS = ("function-before[", "dict[str,")
 
 

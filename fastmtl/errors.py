@@ -1,4 +1,4 @@
-"""The exceptions whose messages are for users, and how input is quoted in them."""
+"""Exceptions with messages for users, and the quoting of input in these messages."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ QUOTED_CHARACTERS, LINE_CHARACTERS, LISTED_NAMES = 80, 1500, 40
 
 
 class UserError(ValueError):
-    """Something the user can mend. Its message names the file, line, key or argument and what to
-    do; the commands print it without a traceback.
+    """An error that the user can fix.
 
-    lines: one mistake each, most often one. Each becomes one line of printable characters, whatever
-    input it quotes.
+    The message names the file, line, key or argument and what to do. Commands print it without a
+    traceback.
+
+    lines: one mistake each. Every line is printable and without line breaks, whatever it quotes.
     """
 
     def __init__(self, *lines: str) -> None:
@@ -29,16 +30,13 @@ class UserError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """The run cannot go on, though nothing in its input is malformed. Its message says what to
-    change.
-    """
+    """The run cannot continue, although its input is valid. The message says what to change."""
 
 
 def quoted(value: object, limit: int = QUOTED_CHARACTERS) -> str:
-    """Return a piece of input as it stands in a message: text in single quotes, anything else as
-    Python writes it.
+    """Return input for a message: text in single quotes, any other value as its `repr`.
 
-    On one line, with escapes in place of what cannot be printed, and cut after `limit` characters.
+    The result is one line of at most `limit` characters, with unprintable ones escaped.
     """
     if not isinstance(value, str):
         return shortened(repr(value), limit)
@@ -46,24 +44,20 @@ def quoted(value: object, limit: int = QUOTED_CHARACTERS) -> str:
 
 
 def shortened(text: str, limit: int = QUOTED_CHARACTERS) -> str:
-    """Return text on one line, with escapes in place of what cannot be printed, and cut after
-    `limit` characters.
-    """
+    """Return text as one line of at most `limit` characters, with unprintable ones escaped."""
     escaped = _escaped(text[: limit + 1])
     return escaped if len(text) <= limit and len(escaped) <= 4 * limit else f"{escaped[:limit]}..."
 
 
 def listed(names: Iterable[object], limit: int = LISTED_NAMES) -> str:
-    """Return names with commas between them, the first `limit` of them."""
+    """Return the first `limit` names, separated by commas."""
     every = [shortened(str(name)) for name in names]
     rest = len(every) - limit
     return ", ".join(every[:limit]) + (f", ... ({rest} more)" if rest > 0 else "")
 
 
 def one_line(text: str) -> str:
-    """Return a whole message on one line of printable characters; of a very long one the middle is
-    left out.
-    """
+    """Return a message as one printable line, a very long one without its middle."""
     line = _escaped(re.sub(r"\s*[\r\n]\s*", " ", text.strip()))
     if len(line) <= LINE_CHARACTERS:
         return line
@@ -71,7 +65,7 @@ def one_line(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return text of one line or several with escapes in place of what cannot be printed."""
+    """Return text of one line or several with unprintable characters escaped."""
     return "\n".join(map(_escaped, text.split("\n")))
 
 

@@ -1,11 +1,11 @@
-"""Easy data augmentation (Wei & Zou 2019), balanced by class as in "BERT: A Master of All Trades or
-Jack of None?".
+"""Easy data augmentation (Wei & Zou 2019), balanced by class.
 
-Every class gets new rows until it has as many as the largest. A new row is made of one of the
-class's own, of each in turn: synonyms replace words, synonyms are inserted, words are swapped,
-words are deleted. n = max(1, share * words) of the first three, where the share is not 0; a word is
-deleted with the share as its probability. Of a pair both texts are changed. Words that scikit-learn
-calls stop words have no synonyms here, nor have words that WordNet does not list.
+The balancing follows "BERT: A Master of All Trades or Jack of None?": every class gets new rows
+until it has as many as the largest. The class's rows are the sources of the new rows, in turn. Each
+new row has four kinds of changes: words replaced by synonyms, synonyms inserted, words swapped,
+words deleted. There are n = max(1, share * words) changes of each of the first three kinds, unless
+the share is 0. Each word is deleted with a probability of the fourth share. Both texts of a pair
+are changed. Scikit-learn's stop words and words that are not in WordNet have no synonyms.
 """
 
 from __future__ import annotations
@@ -26,16 +26,14 @@ from fastmtl.files.user_path import cache_path
 
 CACHE_VERSION = 1
 _CORE = re.compile(r"^(\W*)([\w'-]*\w)(\W*)$")
-Made = list[tuple[int, str, str | None]]  # the row that it was made of, text, second text
+Made = list[tuple[int, str, str | None]]  # source row, text, second text
 
 
 def augment(rows: Rows, config: AugmentConfig, seed: int, cache_dir: str | Path) -> Rows:
-    """The rows, and the new ones behind them; their ids are those of their rows with `+1`, `+2`,
-    ... behind.
+    """Return the rows with the new rows appended, whose ids are their sources' with `+1`, `+2`, ...
 
-    A pure function of the rows, the settings, WordNet and the seed; what it gives is kept in
-    `cache_dir`, where that can be written. Raises UserError where WordNet is needed and not
-    installed.
+    The result depends only on the rows, the settings, WordNet and the seed. It is cached in
+    `cache_dir` if that is writable. Raises UserError if WordNet is needed and not installed.
     """
     assert rows.labels is not None  # training rows have them
     wordnet = find_wordnet(config.wordnet) if config.uses_synonyms else None
@@ -50,8 +48,9 @@ def augment(rows: Rows, config: AugmentConfig, seed: int, cache_dir: str | Path)
 
 
 def missing_rows(labels: np.ndarray, seed: int) -> list[int]:
-    """The rows to make new ones of, so that all classes have as many as the largest: each class's
-    in turn, shuffled.
+    """Return the source of each new row, so that every class gets as many rows as the largest.
+
+    The sources of a class are its rows in shuffled order, repeated as often as necessary.
     """
     classes, counts = np.unique(labels, return_counts=True)
     chosen: list[int] = []
@@ -62,7 +61,7 @@ def missing_rows(labels: np.ndarray, seed: int) -> list[int]:
 
 
 def change(text: str, config: AugmentConfig, wordnet: WordNet | None, random: np.random.Generator) -> str:
-    """One new text."""
+    """Return one augmented text."""
     words = text.split()
     for _ in range(_number(config.synonyms, words)):
         _replace(words, wordnet, random)
@@ -96,7 +95,7 @@ def _insert(words: list[str], wordnet: WordNet | None, random: np.random.Generat
 
 
 def _synonyms(word: str, wordnet: WordNet | None) -> tuple[str, tuple[str, ...], str]:
-    """Signs before the word, synonyms of it, signs after it."""
+    """Return the characters before a word, its synonyms and the characters after it."""
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
     assert wordnet is not None
@@ -149,4 +148,4 @@ def _store(entry: Path, made: Made) -> None:
         temporary.write_text(json.dumps(made), encoding="utf-8")
         os.replace(temporary, entry)
     except OSError:
-        temporary.unlink(missing_ok=True)  # a cache only: it is made again next time
+        temporary.unlink(missing_ok=True)  # only a cache: the next run computes the rows again

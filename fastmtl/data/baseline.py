@@ -1,4 +1,4 @@
-"""What a bag of words can do: the floor that a trained recipe has to clear."""
+"""Scores of linear models on bags of words, which a trained recipe has to exceed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 
 def bag_of_words_score(train: Path, dev: Path, kind: Literal["sentiment", "paraphrase", "similarity"]) -> float:
-    """Dev score of a linear model on word counts: accuracy of logistic regression; similarity:
-    Pearson's r of ridge.
+    """Return the dev score of a linear model on word counts.
 
-    Pairs are the counts of both texts, the share of common words (Jaccard) and the difference of
-    their lengths.
+    The score is the accuracy of logistic regression, or for similarity Pearson's r of ridge
+    regression. The features of a pair are the counts of both texts, their absolute difference, the
+    share of common words (Jaccard) and the difference of the lengths.
     """
     from scipy.sparse import csr_matrix, hstack
     from sklearn.feature_extraction.text import CountVectorizer

@@ -1,4 +1,4 @@
-"""Checks of a file's header and quotes against the recipe, before and while its rows are read."""
+"""Checks of a file's header and quotes against the recipe, before and during reading."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _CSV_QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
 
 def uses_quotes(files: FileConfig, delimiter: str) -> bool:
-    """Return whether cells may be in CSV quotes: what the recipe says, else what the format means."""
+    """Return whether cells may be in CSV quotes, by the recipe or else by the format."""
     return is_quoted(files.format, delimiter) if files.quotes is None else files.quotes == "csv"
 
 
 def names_columns(path: Path, task: TaskConfig, first: list[str]) -> bool:
-    """Return whether the first line names the columns; it is never guessed.
+    """Return whether the first line names the columns. Nothing is guessed.
 
-    Raises UserError where columns are numbers, the recipe does not say it, and the line could be a
+    Raises UserError if columns are numbers, the recipe has no `header`, and the line could be a
     row.
     """
     files = task.data
@@ -45,7 +45,7 @@ def _by_name(files: FileConfig) -> bool:
 
 
 def check_columns(path: Path, source: Source, layout: Layout, files: FileConfig, *, require_labels: bool) -> None:
-    """Raise UserError for a column that is missing, or named twice in the header."""
+    """Raise UserError for a column that is missing or occurs twice in the header."""
     for role, column in layout.columns.items():
         if role == "label" and not require_labels:
             continue
@@ -65,10 +65,10 @@ def check_columns(path: Path, source: Source, layout: Layout, files: FileConfig,
 
 
 def looks_like_row(source: Source, layout: Layout, task: TaskConfig, cells: list[str]) -> bool:
-    """Return whether a line that a quoted cell swallowed reads as a row of its own.
+    """Return whether a line inside a quoted cell looks like a complete row.
 
-    Its cells are as many as the columns, and the one of the label holds a label. Without labels a
-    comma proves nothing, since texts have commas; a tab does.
+    Such a line has as many cells as there are columns and a valid label. Without a label column,
+    tabs are enough, but commas are not, since texts contain commas.
     """
     if len(cells) != len(source.header) or len(cells) < 2:
         return False
@@ -83,9 +83,7 @@ def _index(header: list[str], column: str) -> int | None:
 
 
 def check_undecided_quotes(path: Path, record: Record, layout: Layout) -> None:
-    """Raise UserError where a cell has quotes as CSV writes them and the recipe does not say what
-    quotes are.
-    """
+    """Raise UserError for a cell with CSV quotes if the recipe does not say what quotes mean."""
     for column in (layout.text, layout.text_pair):
         cell = None if column is None else record.cells.get(column)
         if isinstance(cell, str) and '""' in cell[1:-1] and _CSV_QUOTED.fullmatch(cell.strip()):

@@ -1,4 +1,4 @@
-"""Every task's files of a recipe, read, checked and tokenised."""
+"""All files of a recipe's tasks, read, checked and tokenised."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ Split = Literal["train", "dev"]
 
 @dataclass(frozen=True)
 class CorpusRows:
-    """The rows of a recipe's train and dev files, checked, before augmentation. Importing and
-    reading need no torch.
+    """The checked rows of a recipe's train and dev files, before augmentation.
 
-    sizes: number of rows by (task, split). Rows are handed out once, so that texts do not outlive
-    their tokens.
+    Importing this module and reading the files need no torch.
+
+    sizes: number of rows by (task, split). `take` returns rows once, so that the memory of texts is
+    freed after tokenisation.
     """
 
     sizes: dict[tuple[str, Split], int]
@@ -38,8 +39,9 @@ class CorpusRows:
 
     @classmethod
     def read(cls, recipe: Recipe) -> CorpusRows:
-        """Read every file. Raises UserError for a task without a train file, for files that are not
-        there, and as `read_rows` does.
+        """Read every file.
+
+        Raises UserError for a task without a train file, for a missing file, and like `read_rows`.
         """
         data = _found(recipe)
         rows: dict[tuple[str, Split], Rows] = {}
@@ -53,14 +55,15 @@ class CorpusRows:
         return cls({key: len(found) for key, found in rows.items()}, rows)
 
     def take(self, task: str, split: Split) -> Rows:
-        """Hand out the rows of a file, which are then the caller's alone."""
+        """Remove the rows of a file from this object and return them."""
         return self._rows.pop((task, split))
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """One data set per task of the recipe and split, in the recipe's order; `dev` is None for a
-    task without a dev file.
+    """The data sets of each split, one per task in the recipe's order.
+
+    `dev` has None for a task without a dev file.
     """
 
     train: list[TokenizedDataset]
@@ -72,8 +75,8 @@ class Corpus:
     ) -> Corpus:
         """Make the data sets of the train and dev files.
 
-        max_length: tokens per text, [CLS] and [SEP] included. rows: of the files, where they have
-        been read. Raises UserError as `CorpusRows.read` does.
+        max_length: tokens per text, [CLS] and [SEP] included. rows: the rows of the files, if they
+        have been read already. Raises UserError like `CorpusRows.read`.
         """
         read = rows or CorpusRows.read(recipe)
         made = {}
@@ -86,12 +89,12 @@ class Corpus:
         return cls([made[name, "train"] for name in recipe.tasks], [made.get((name, "dev")) for name in recipe.tasks])
 
     def only(self, recipe: Recipe, tasks: list[str]) -> Corpus:
-        """The data sets of some of the recipe's tasks, in its order."""
+        """Return the data sets of `tasks`, in the recipe's order."""
         chosen = [index for index, name in enumerate(recipe.tasks) if name in tasks]
         return Corpus([self.train[index] for index in chosen], [self.dev[index] for index in chosen])
 
     def digests(self, recipe: Recipe) -> dict[str, str]:
-        """{"TASK train" or "TASK dev": a digest of the rows as they are trained on or scored}."""
+        """Return {"TASK train" or "TASK dev": digest of the rows that are trained on or scored}."""
         found = {}
         for split, datasets in (("train", self.train), ("dev", self.dev)):
             for name, data in zip(recipe.task_names, datasets, strict=True):
@@ -107,8 +110,9 @@ def _splits(recipe: Recipe, task: str) -> Iterator[Split]:
 
 
 def _found(recipe: Recipe) -> DataConfig:
-    """The section with the directory to read from. Raises UserError where `data.dir` is no
-    directory.
+    """Return the section with the directory to read from.
+
+    Raises UserError if `data.dir` is not a directory.
     """
     data = recipe.data
     files = [file for task in recipe.tasks.values() for file in (task.data.train, task.data.dev) if file is not None]
@@ -119,5 +123,5 @@ def _found(recipe: Recipe) -> DataConfig:
 
 
 def demo_directory() -> Path:
-    """The corpus inside the package."""
+    """Return the folder of the corpus inside the package."""
     return Path(str(resources.files("fastmtl"))) / "data" / "demo"

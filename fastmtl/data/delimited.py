@@ -1,9 +1,9 @@
-"""Rows of CSV and TSV files, each with the line it begins on. No row is lost without a word.
+"""Rows of CSV and TSV files, each with the number of its first line. Every bad row is reported.
 
-With quotes, a cell in double quotes may hold delimiters and line ends, and a quote inside it is
-doubled (RFC 4180). Everything else is a bad row: a quote that is never closed, text after a closing
-quote, and a quoted cell over lines of which one looks like a row itself. A bad row is one line:
-reading continues on the next.
+With quotes, a cell in double quotes may contain delimiters and line ends, and a quote inside it is
+doubled (RFC 4180). A row is bad if a quote is never closed, if text follows a closing quote, or if
+a quoted cell contains a line that looks like a complete row. A bad row is one line: reading
+continues on the next.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from typing import Any
 
 from fastmtl.data.file_bytes import find_bad_byte
 
-# A line of a file: its number from 1 and its text without the end.
+# A line of a file: its number from 1 and its text without the line end.
 Line = tuple[int, str]
-# Called with the cells of a line read without quotes: whether they could be a row of the file.
+# Takes the cells of a line read without quotes; returns whether they could be a row of the file.
 LooksLikeRow = Callable[[list[str]], bool]
-# Called with the number of a row's first line, the column (or byte) and what is wrong there.
+# Takes the number of a row's first line, the column (or byte) and the reason.
 OnBadLine = Callable[[int, str, str], None]
 
 ADVICE = "write it twice inside a quoted cell, or set quotes: none where quotes are text"
 
 
 def parse_first(lines: Sequence[Line], delimiter: str, *, quoted: bool) -> tuple[list[str], int]:
-    """Return the cells of the first row and the number of its lines. Raises ValueError where its
-    quotes are wrong.
+    """Return the cells of the first row and the number of its lines.
+
+    Raises ValueError if its quotes are wrong.
     """
     reader = _reader(lines, 0, delimiter, quoted)
     with _long_cells():
@@ -41,10 +42,10 @@ def parse_first(lines: Sequence[Line], delimiter: str, *, quoted: bool) -> tuple
 def parse_rows(
     lines: Sequence[Line], delimiter: str, *, quoted: bool, looks_like_row: LooksLikeRow, on_bad_line: OnBadLine
 ) -> Iterator[tuple[int, list[str]]]:
-    """Yield the number of a row's first line and its cells, for all rows that can be read."""
+    """Yield the number of the first line and the cells of every valid row."""
     begin = 0
     while begin < len(lines):
-        start = begin  # a reader that found a mistake is left for a new one on the next line
+        start = begin  # after a mistake a new reader begins on the next line
         reader = _reader(lines, start, delimiter, quoted)
         while begin < len(lines):
             number = lines[begin][0]
@@ -80,11 +81,10 @@ def parse_rows(
 def _swallowed(
     lines: Sequence[Line], begin: int, cells: list[str], delimiter: str, looks_like_row: LooksLikeRow
 ) -> int | None:
-    """Return the number of a line that a quoted cell swallowed: one that reads as a row of its own.
-    None for no line.
+    """Return the number of a line inside a quoted cell that looks like a complete row, or None.
 
-    cells: of the row that begins at lines[begin]. A quoted cell's first and last line are read
-    together with the cells beside it; they prove nothing unless one of their delimiters stands
+    cells: those of the row that begins at lines[begin]. The first and the last line of a quoted
+    cell are read together with the cells beside it. They count only if one of their delimiters is
     inside the quotes.
     """
     at = begin
@@ -116,7 +116,7 @@ def _reader(
 
 
 def _problem(error: str, delimiter: str) -> str:
-    """Return what csv says in words of the file."""
+    """Return csv's error message in the terms of a user's file."""
     if error.startswith("unexpected end"):
         return f"its quote is never closed; {ADVICE}"
     if error.endswith("expected after '\"'"):
@@ -128,7 +128,7 @@ def _problem(error: str, delimiter: str) -> str:
 
 @contextmanager
 def _long_cells() -> Iterator[None]:
-    """Lift csv's limit on the length of a cell, a setting of the whole process, for one call."""
+    """Lift csv's limit on the length of a cell, which is global to the process, for one call."""
     before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         yield

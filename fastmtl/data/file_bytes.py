@@ -1,4 +1,4 @@
-"""The bytes of a data file, whatever kind of file it is, and the format that its name says."""
+"""The bytes of a data file, and the file format by its name."""
 
 from __future__ import annotations
 
@@ -17,17 +17,15 @@ _BAD_BYTE = re.compile("[\udc80-\udcff]")
 
 
 def ending(path: Path) -> str:
-    """Return a file's ending in small letters, that of the file inside for a name like
-    `rows.csv.gz`.
-    """
+    """Return a file's suffix in lower case, without `.gz`: `.csv` for `rows.csv.gz`."""
     name = path.name.lower().removesuffix(".gz")
     return Path(name).suffix
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return what a file or pipe holds, decompressed where its name ends in .gz.
+    """Return the content of a file or pipe, decompressed if its name ends in .gz.
 
-    Raises UserError where it does not exist, cannot be read or is damaged.
+    Raises UserError if the file does not exist, cannot be read or is damaged.
     """
     if path.is_dir():
         raise UserError(f"{path}: a folder, not a file")
@@ -38,14 +36,14 @@ def read_bytes(path: Path) -> bytes:
         raise UserError(f"{path}: no such file") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: damaged or no gzip file: {error}") from None
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def decoded_lines(content: bytes) -> Iterator[tuple[int, str]]:
-    """Yield the lines that hold something besides spaces: number from 1, and text without its end.
+    """Yield the number (from 1) and the text without line end of every line that is not blank.
 
-    Bytes that are not UTF-8 stay in the text as surrogates, where `find_bad_byte` finds them.
+    Bytes that are not UTF-8 become surrogates in the text; `find_bad_byte` finds them.
     """
     for number, raw in enumerate(content.removeprefix(_BYTE_ORDER_MARK).split(b"\n"), start=1):
         line = raw.removesuffix(b"\r")
@@ -54,9 +52,7 @@ def decoded_lines(content: bytes) -> Iterator[tuple[int, str]]:
 
 
 def find_bad_byte(text: str) -> tuple[int, str] | None:
-    """Return the position from 1 of the first byte of a line that is not UTF-8, and what to say of
-    it.
-    """
+    """Return the position (from 1) of a line's first byte that is not UTF-8, and the reason."""
     found = None if text.isascii() else _BAD_BYTE.search(text)
     if found is None:
         return None

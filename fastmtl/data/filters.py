@@ -1,4 +1,4 @@
-"""Which rows of a training file are used."""
+"""Filters of the rows of a training file."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from fastmtl.data.readers import Rows
 
 
 def drop_longest(rows: Rows, share: float) -> Rows:
-    """Without the floor(share * n) rows of most words, those of both texts of a pair; of equal ones
-    the last go first.
+    """Return the rows without the floor(share * n) rows that have the most words.
 
-    "BERT: A Master of All Trades or Jack of None?", section 4.1, with 0.02: what bounds the memory
-    of a batch of texts.
+    The words of a pair are those of both texts. Among rows of equal length the last are dropped.
+    This bounds the memory of a batch. Source: "BERT: A Master of All Trades or Jack of None?",
+    section 4.1, with the share 0.02.
     """
     number = int(share * len(rows))
     if number == 0:

@@ -1,4 +1,4 @@
-"""Known file layouts: which columns hold the id, the texts and the label."""
+"""Known file layouts: the columns of the id, the texts and the label."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from fastmtl.errors import UserError, listed, unknown_name
 
 @dataclass(frozen=True)
 class Layout:
-    """Columns by name, or by number from 0. others: names of further columns that such a file has,
-    which are not read. labels: class ids of label texts. header: whether line 1 names the columns.
+    """The columns of a file by name, or by number from 0.
+
+    others: names of further columns, which are not read. labels: class ids of label texts.
+    header: whether line 1 names the columns.
     """
 
     text: str | int
@@ -29,14 +31,12 @@ class Layout:
         return {role: column for role, column in named.items() if column is not None}
 
     def fits(self, header: list[str]) -> bool:
-        """Return whether a file with this header has the texts of this layout, and no column that
-        it does not know.
-        """
+        """Return whether a header has the text columns of this layout and no unknown column."""
         texts = {self.text} if self.text_pair is None else {self.text, self.text_pair}
         return self.header and texts <= set(header) <= {*self.columns.values(), *self.others, *_ROW_NUMBERS}
 
 
-# What pandas calls the column of row numbers that it writes by default.
+# The names that pandas gives to its column of row numbers.
 _ROW_NUMBERS = ("", "Unnamed: 0")
 
 
@@ -84,22 +84,21 @@ FORMATS = {"cs224n": CS224N, "glue": GLUE, "table": {}}
 
 
 def check_format(name: str) -> None:
-    """Raise UserError for a name that is no format."""
+    """Raise UserError for an unknown format."""
     if name not in FORMATS:
         raise unknown_name("data format", name, FORMATS)
 
 
 def is_quoted(name: str, delimiter: str) -> bool:
-    """Return whether files of a format have CSV quotes where the recipe does not say it.
+    """Return whether files of a format have CSV quotes by default.
 
-    Tables with tabs have none: that is how the registered type text/tab-separated-values is
-    defined.
+    Tables with tabs have none, as the media type text/tab-separated-values is defined.
     """
     return name == "cs224n" or (name == "table" and delimiter == ",")
 
 
 def has_header(name: str, first: list[str]) -> bool:
-    """Return whether the first line of a file, of these cells, names its columns: CoLA's does not."""
+    """Return whether `first`, the cells of line 1, names the columns. In CoLA it does not."""
     return name != "glue" or any(layout.fits(first) for layout in GLUE.values()) or not _is_cola(first)
 
 
@@ -108,10 +107,10 @@ def _is_cola(cells: list[str]) -> bool:
 
 
 def find_layout(name: str, header: list[str], columns: Mapping[str, str | int], path: str) -> Layout:
-    """Return the layout of a file with this header; `columns` overrides or, for `table`, defines
+    """Return the layout of a file with this header. `columns` overrides it or, for `table`, defines
     it.
 
-    Raises UserError naming the file when no layout of the format fits.
+    Raises UserError naming the file if no layout of the format fits.
     """
     if name == "table":
         if "text" not in columns:

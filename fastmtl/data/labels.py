@@ -1,4 +1,4 @@
-"""Labels of rows: class ids and numbers from cells, by one rule for CSV, JSON and Parquet."""
+"""Labels of rows: class ids and numbers from cells, by the same rule for CSV, JSON and Parquet."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from fastmtl.data.records import Record
 from fastmtl.errors import listed, quoted
 from fastmtl.files.label_text import as_label, as_number
 
-# What may stand in a cell of JSON or Parquet; binary data, lists, objects and dates have no one
-# spelling.
+# Supported types of cells in JSON and Parquet. Binary data, lists, objects and dates have no unique
+# text.
 CELLS = (str, int, float, Decimal)
 
 
 class BadCell(Exception):
-    """A cell that could not be used. reason: what was expected there and what was found."""
+    """An unusable cell. reason: the expected and the found value."""
 
     def __init__(self, column: str | int, reason: str) -> None:
         super().__init__(reason)
@@ -26,9 +26,9 @@ class BadCell(Exception):
 class Labels:
     """The labels of a task's file.
 
-    With names (the task's `label_names`, or those of the file's layout) a label is one of them.
-    Class ids from 0 are labels too, unless a name is itself a number or a boolean. Where there are
-    two classes, true is class 1.
+    If there are names (the task's `label_names` or the layout's), labels are names. Class ids from
+    0 are labels too, unless a name is itself a number or a boolean. With two classes, true is
+    class 1.
     """
 
     def __init__(self, task: TaskConfig, layout: Layout) -> None:
@@ -45,8 +45,9 @@ class Labels:
         self._ids = {**ids, **self._names}
 
     def read(self, record: Record) -> float | int:
-        """Return the class id, or the number of a regression task. Raises BadCell for anything
-        else.
+        """Return the class id, or the number of a regression task.
+
+        Raises BadCell for any other value.
         """
         value = record.cells.get(self._column)
         found = self._find(value)
@@ -56,7 +57,7 @@ class Labels:
         return found
 
     def can_read(self, value: object) -> bool:
-        """Return whether a cell holds a label."""
+        """Return whether a cell has a valid label."""
         return self._find(value) is not None
 
     def _find(self, value: object) -> float | int | None:

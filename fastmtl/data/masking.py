@@ -1,5 +1,6 @@
-"""Batches for masked language modelling: 15 % of each sequence's tokens are to be told (Devlin et
-al. 2019, 3.1).
+"""Batches for masked language modelling: 15 % of each sequence's tokens are tokens to predict.
+
+Source: Devlin et al. 2019, section 3.1.
 """
 
 from __future__ import annotations
@@ -28,9 +29,13 @@ SHARE, MASKED, RANDOM = 0.15, 0.8, 0.1
 
 @dataclass(frozen=True, eq=False)
 class MaskedBatch:
-    """batch: with some tokens replaced. positions int64 [M]: rows of the tokens to tell, targets
-    int64 [M]: what they were. group_counts: (their number in the whole optimiser step, over all
-    ranks and micro-batches,).
+    """A micro-batch for masked language modelling.
+
+    batch: the micro-batch with some tokens replaced.
+    positions: int64 [M], rows of the tokens to predict.
+    targets: int64 [M], the original token ids.
+    group_counts: one number, the tokens to predict of the optimiser step over all ranks and
+    micro-batches.
     """
 
     batch: PackedBatch
@@ -43,22 +48,22 @@ class MaskedBatch:
         return self.batch.num_tokens
 
     def to(self, device: torch.device | str) -> MaskedBatch:
-        """As PackedBatch.to."""
+        """Copy the batch to a device, like `PackedBatch.to`."""
         positions, targets = upload(self.positions, device), upload(self.targets, device)
         return MaskedBatch(self.batch.to(device), positions, targets, self.group_counts)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> MaskedBatch:
-        """The batch with function(tensor) in the place of each tensor."""
+        """Return the batch with each tensor replaced by function(tensor)."""
         positions, targets = function(self.positions), function(self.targets)
         return MaskedBatch(self.batch.map(function), positions, targets, self.group_counts)
 
 
 class MaskedStream(BatchStream):
-    """The texts of a `BatchStream`, masked: a pure function of (seed, epoch, step, micro-batch,
+    """The batches of a `BatchStream`, masked as a pure function of (seed, epoch, step, micro-batch,
     rank).
 
-    Of a sequence of L tokens max(1, round(0.15 L)) are chosen, none of them special; of these 80 %
-    become [MASK], 10 % a random token, and 10 % stay.
+    In a sequence of L tokens, max(1, round(0.15 L)) tokens are chosen, except special tokens. Of
+    the chosen ones 80 % become [MASK], 10 % become a random token and 10 % stay.
     """
 
     def __init__(
@@ -76,9 +81,7 @@ class MaskedStream(BatchStream):
         self._special = np.array(tokenizer.all_special_ids)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[MaskedBatch]]:  # type: ignore[override]
-        """For every optimiser step from `start_step` on, this rank's `engine.accumulation`
-        micro-batches.
-        """
+        """Yield this rank's `engine.accumulation` micro-batches of each step from `start_step`."""
         for step, group in self._groups(epoch, start_step):
             total = sum(self._number(share) for shares in group for share in shares)
             yield [
@@ -87,7 +90,7 @@ class MaskedStream(BatchStream):
             ]
 
     def _number(self, draw: Draw) -> int:
-        """Tokens to tell in a rank's share."""
+        """Return the number of tokens to predict in a rank's share."""
         tasks, rows = draw
         number = 0
         for t, dataset in enumerate(self._datasets):
@@ -103,8 +106,8 @@ class MaskedStream(BatchStream):
         sequence = np.repeat(np.arange(len(lengths)), lengths)
         draw = random.random(len(ids))
         special = np.isin(ids, self._special)
-        order = np.lexsort((draw + special, sequence))  # within each sequence at random, special tokens last
-        place = np.arange(len(ids)) - np.asarray(batch.host.cu_seqlens)[sequence]  # sequences keep their stretches
+        order = np.lexsort((draw + special, sequence))  # random order within each sequence, special tokens last
+        place = np.arange(len(ids)) - np.asarray(batch.host.cu_seqlens)[sequence]  # the order keeps sequences together
         positions = np.sort(order[(place < _chosen(lengths)[sequence]) & ~special[order]])
         targets = ids[positions]
         what = random.random(len(positions))

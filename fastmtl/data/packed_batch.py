@@ -1,9 +1,8 @@
 """One batch of all tasks without padding.
 
 Shapes: N tokens, B sequences, T tasks of the recipe, E_t examples of task t in this batch.
-Sequences are sorted by task, so every task owns a contiguous segment of tokens and of sequences
-(empty when it is absent).
-A bi-encoded pair is two sequences of its task; `pairs` says which.
+Sequences are sorted by task, so every task has a contiguous segment of tokens and of sequences,
+empty for an absent task. A bi-encoded pair is two sequences of its task, given by `pairs`.
 """
 
 from __future__ import annotations
@@ -22,22 +21,23 @@ from fastmtl_kernels.varlen_attention.plan import AttentionPlan, needs_plan
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """Fields
+    """The tensors and host integers of one batch.
 
-    input_ids, position_ids, token_type_ids: int64 [N], positions start at 0 in every sequence.
+    input_ids, position_ids, token_type_ids: int64 [N]; positions start at 0 in every sequence.
     cu_seqlens: int32 [B + 1], sequence b is rows cu_seqlens[b]:cu_seqlens[b + 1].
-    seq_offsets, token_offsets: int32 [T + 1], sequences and tokens of task t are
-    offsets[t]:offsets[t + 1]. labels: T tensors, int64 [E_t] (classification) or float32 [E_t]
-    (binary, regression); None where there are no labels.
+    seq_offsets, token_offsets: int32 [T + 1]; sequences and tokens of task t are
+    offsets[t]:offsets[t + 1].
+    labels: T tensors, int64 [E_t] (classification) or float32 [E_t] (binary, regression); None
+    for a task without labels.
     example_ids: T tensors int64 [E_t], the rows' positions in their data set.
-    pairs: T entries, int64 [E_t, 2] indices into the B sequences for bi-encoded pairs, None where
-    an example is one sequence.
+    pairs: T entries, int64 [E_t, 2] indices into the B sequences for bi-encoded pairs; None for a
+    task with one sequence per example.
     group_counts: rows of each task over all ranks and micro-batches of this optimiser step (T host
     integers), None outside training.
-    host: the same offsets as Python integers, so that no op waits for the device.
-    plan: of attention, where a device's kernels need one and it was made ahead (`prepared`), else
-    None. cached: what fastmtl.model.losses.cached_pairs knows of the whole step, where a task's
-    loss asks for it.
+    host: the offsets as Python integers, so that no operation waits for the device.
+    plan: the plan of the attention kernels if `prepared` made one, else None.
+    cached: the data of the whole step that fastmtl.model.losses.cached_pairs adds for a task's
+    loss, else None.
     """
 
     input_ids: Tensor
@@ -64,33 +64,31 @@ class PackedBatch:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Examples of each task in this batch."""
+        """The number of examples of each task in this batch."""
         return tuple(int(ids.shape[0]) for ids in self.example_ids)
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch on `device`, with what its kernels need; the host offsets stay where they
-        are. The host does not wait for the copies.
+        """Return the batch on `device`, `prepared` for its kernels. The host does not wait for the
+        copies.
         """
         return self.prepared(torch.device(device)).map(lambda tensor: upload(tensor, device))
 
     def prepared(self, device: torch.device) -> PackedBatch:
-        """The batch with the plan of attention, where it is on the CPU and the kernels of `device`
-        need one.
-        """
+        """Return the batch with a plan of attention, if it is on the CPU and `device` needs one."""
         if self.plan is not None or self.input_ids.device.type != "cpu" or not needs_plan(device):
             return self
         plan = AttentionPlan.make(self.host.cu_seqlens, self.num_tokens)
         return dataclasses.replace(self, plan=plan, host=dataclasses.replace(self.host, plan=plan))
 
     def attention_plan(self) -> AttentionPlan | None:
-        """The plan on the batch's device, None where its kernels need none."""
+        """Return the plan of attention on the batch's device, None if its kernels need none."""
         device = self.input_ids.device
         if self.plan is not None or not needs_plan(device):
             return self.plan
         return AttentionPlan.make(self.host.cu_seqlens, self.num_tokens, device)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
-        """The batch with function(tensor) in the place of each tensor."""
+        """Return the batch with each tensor replaced by function(tensor)."""
 
         def mapped(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -104,7 +102,7 @@ class PackedBatch:
         return dataclasses.replace(self, **{f.name: mapped(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
     def task(self, index: int) -> PackedBatch:
-        """The batch with the sequences of one task only; the others become empty segments."""
+        """Return the batch with the sequences of one task; the other tasks have empty segments."""
         token_start, token_stop = self.host.token_offsets[index : index + 2]
         seq_start, seq_stop = self.host.seq_offsets[index : index + 2]
         rows = slice(token_start, token_stop)
@@ -143,9 +141,7 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class HostOffsets:
-    """cu_seqlens, seq_offsets and token_offsets as Python integers. plan: PackedBatch's, on the
-    CPU.
-    """
+    """The offsets of a `PackedBatch` as Python integers. plan: its plan of attention on the CPU."""
 
     cu_seqlens: tuple[int, ...]
     seq_offsets: tuple[int, ...]
@@ -153,9 +149,7 @@ class HostOffsets:
     plan: AttentionPlan | None = field(default=None, compare=False)
 
     def plan_of(self, num_rows: int) -> AttentionPlan:
-        """The plan on the CPU for buffers of `num_rows` rows, which are as many as the tokens or
-        more.
-        """
+        """Return the plan on the CPU for buffers of `num_rows` rows, at least as many as tokens."""
         if self.plan is not None:
             return self.plan.with_rows(num_rows)
         return AttentionPlan.make(self.cu_seqlens, num_rows)

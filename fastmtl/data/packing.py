@@ -1,4 +1,4 @@
-"""Rows of several tasks -> one PackedBatch."""
+"""Packing of rows of several tasks into one PackedBatch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fastmtl.data.tokenized import TokenizedDataset
 def pack(
     parts: Sequence[tuple[TokenizedDataset | None, np.ndarray]], group_counts: Sequence[int] | None = None
 ) -> PackedBatch:
-    """Packs rows into a batch on the CPU.
+    """Pack rows into a batch on the CPU.
 
-    parts: for each of the T tasks its data set and the row numbers to take, int [E_t] (none for an
-    absent task). group_counts: rows of each task in the whole optimiser step.
+    parts: for each of the T tasks its data set and row numbers, int [E_t] (empty for an absent
+    task). group_counts: rows of each task in the whole optimiser step.
     """
     ids, positions, types, lengths, seq_counts, token_counts = [], [], [], [], [], []
     labels: list[torch.Tensor | None] = []

@@ -1,8 +1,7 @@
-"""A run's batches, made ahead of the steps that take them: drawn, packed, planned, pinned and
-copied in a thread.
+"""Prefetching: a thread draws, packs, plans, pins and copies the batches of the next steps.
 
-A thread and not processes: packing 8,192 tokens is half a millisecond of numpy, and batches need no
-way back.
+A thread is enough: packing 8,192 tokens takes half a millisecond of numpy. Processes would have to
+send the batches back.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from torch import Tensor
 
 
 class Batch(Protocol):
-    """What holds tensors that go to a device together."""
+    """A group of tensors that are copied to a device together."""
 
     def to(self, device: torch.device) -> Any:
-        """The batch on the device, by copies that nobody waits for."""
+        """Copy the batch to a device without waiting."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Any: ...
 
@@ -32,12 +31,11 @@ Kind = TypeVar("Kind", bound=Batch)
 
 @contextmanager
 def ahead(steps: Iterable[Sequence[Kind]], depth: int, device: torch.device) -> Iterator[Iterator[list[Kind]]]:
-    """Each step's micro-batches on `device`, in their order; at most `depth` steps are made before
-    they are asked for.
+    """Provide each step's micro-batches on `device`, in order, prepared up to `depth` steps ahead.
 
-    With depth 0 each is made when it is asked for. An error in making one is raised in its place,
-    after those before it. The end of the block ends the thread, however it is left; the caller must
-    not read from `steps` besides.
+    With depth 0 each step is prepared on request. An error in a step is raised in place of that
+    step, after the steps before it. Leaving the block ends the thread. The caller must not read
+    from `steps` itself.
     """
     if depth == 0:
         yield ([batch.to(device) for batch in step] for step in steps)
@@ -51,7 +49,7 @@ def ahead(steps: Iterable[Sequence[Kind]], depth: int, device: torch.device) -> 
 
 @dataclass(frozen=True)
 class _Made(Generic[Kind]):
-    """copied: when the device has it; None where nothing is copied."""
+    """copied: recorded after the copies to the device; None if nothing is copied."""
 
     batches: list[Kind]
     copied: torch.cuda.Event | None
@@ -61,7 +59,7 @@ class _Worker(Generic[Kind]):
     def __init__(self, steps: Iterator[Sequence[Kind]], depth: int, device: torch.device) -> None:
         self._steps, self._device = steps, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # None: there are no more.
+        # None marks the end.
         self._made: queue.SimpleQueue[_Made[Kind] | BaseException | None] = queue.SimpleQueue()
         self._room = threading.Semaphore(depth)
         self._closed = False
@@ -90,7 +88,7 @@ class _Worker(Generic[Kind]):
     def _work(self) -> None:
         try:
             if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)  # a thread has one of its own
+                torch.cuda.set_device(self._device)  # the current device is per thread
             while True:
                 self._room.acquire()
                 if self._closed:
@@ -99,7 +97,7 @@ class _Worker(Generic[Kind]):
                 if step is None:
                     break
                 self._made.put(self._copy(step))
-        except BaseException as error:  # noqa: BLE001 - it is the taker's
+        except BaseException as error:  # noqa: BLE001 - raised again by `taken`
             self._made.put(error)
         else:
             self._made.put(None)
@@ -112,8 +110,6 @@ class _Worker(Generic[Kind]):
 
 
 def _used_here(tensor: Tensor) -> Tensor:
-    """Its memory, which is the copying stream's, is not given away before this stream has done with
-    it.
-    """
+    """Keep the tensor's memory, allocated on the copying stream, until this stream has used it."""
     tensor.record_stream(torch.cuda.current_stream(tensor.device))
     return tensor

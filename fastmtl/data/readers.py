@@ -1,4 +1,4 @@
-"""A task's rows from its files, every cell checked."""
+"""Reading of a task's files into rows, with every cell checked."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Rows:
     """n rows of a task.
 
     labels: int64 [n] (classification), float32 [n] (binary 0 or 1, regression), None for files
-    without labels. skipped: bad rows that were left out (`on_bad_row: skip`). notes: what else was
-    done to the file's rows.
+    without labels. skipped: bad rows that were left out (`on_bad_row: skip`). notes: lines for the
+    user about other changes of the file's rows.
     """
 
     path: Path
@@ -42,7 +42,7 @@ class Rows:
         return len(self.ids)
 
     def take(self, chosen: Sequence[int], note: str | None = None) -> Rows:
-        """The rows at these positions, in their order."""
+        """Return the rows at the positions `chosen`, in that order."""
         return dataclasses.replace(
             self,
             ids=[self.ids[row] for row in chosen],
@@ -56,11 +56,10 @@ class Rows:
 def read_rows(
     task: TaskConfig, data: DataConfig, split: Literal["train", "dev", "test"], *, require_labels: bool = True
 ) -> Rows:
-    """The rows of a split; relative file names are looked up in `data.dir`. Errors as for
-    `read_file`.
+    """Read the rows of a split. Relative file names are looked up in `data.dir`.
 
-    Of training rows only the share `data.fraction`, drawn once and for all, and of these at most
-    `limit`.
+    Training rows are cut to the share `data.fraction`, the same rows in every run, and then to
+    `limit`. Raises UserError like `read_file`.
     """
     name = getattr(task.data, split)
     if name is None:
@@ -81,11 +80,12 @@ def read_file(
 ) -> Rows:
     """Read one file in the task's format.
 
-    require_labels: whether the rows need labels; without them the label column is not read, so it
-    may be missing, empty or hold -1.
+    require_labels: whether the rows need labels. If False, the label column is not read, so it may
+    be missing, empty or -1.
+
     Raises UserError naming file, line and column for a bad row (missing text, label not a number or
-    out of range, wrong number of columns, not UTF-8, wrong quotes) unless on_bad_row is "skip", and
-    for a file without rows or without a needed column.
+    out of range, wrong number of columns, not UTF-8, wrong quotes) unless on_bad_row is "skip".
+    Also raises it for a file without rows or without a required column.
     """
     skipped: list[BadRow] = []
 
@@ -148,8 +148,9 @@ def _repeated_ids(path: Path, ids: list[str], lines: list[int]) -> list[str]:
 
 
 def _share(rows: int, fraction: float) -> np.ndarray:
-    """int64, ascending: the row numbers of a share of the rows, at least one; a smaller share is a
-    part of a larger.
+    """Return the row numbers of a share of the rows, int64, ascending, at least one.
+
+    A smaller share is a subset of a larger one.
     """
     drawn = np.random.default_rng(0).permutation(rows)[: max(1, round(fraction * rows))]
     return np.sort(drawn)
@@ -163,8 +164,9 @@ def _text(record: Record, column: str | int) -> str:
 
 
 def _cell(record: Record, column: str | int) -> str:
-    """Return a cell as text without the spaces around it, "" for none. Raises BadCell for what is
-    no text.
+    """Return a cell as text without surrounding spaces, "" for an empty cell.
+
+    Raises BadCell for a value that is not text or a number.
     """
     value = record.cells.get(column)
     if value is None or (isinstance(value, float) and not math.isfinite(value)):

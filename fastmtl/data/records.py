@@ -1,6 +1,4 @@
-"""Files as records: a header and cells with the line they stand on. CSV, TSV, JSON lines and
-Parquet, UTF-8.
-"""
+"""Reading of CSV, TSV, JSON lines (all UTF-8) and Parquet files as records with line numbers."""
 
 from __future__ import annotations
 
@@ -18,9 +16,7 @@ from fastmtl.errors import UserError, one_line, shortened
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that could not be used: its line (Parquet: row number), the column and what was
-    expected there.
-    """
+    """An unusable row: its line (Parquet: row number), the column and the reason."""
 
     line: int
     column: str
@@ -32,13 +28,13 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Record:
-    """A row. cells: by the column's name and, in CSV and TSV files, by its number from 0 too."""
+    """A row. cells: by the column's name and, in CSV and TSV files, also by its number from 0."""
 
     line: int
     cells: Mapping[str | int, object]
 
 
-# Called with every bad row: raises, or counts it and returns.
+# Called with every bad row: raises an error, or counts the row and returns.
 OnBadRow = Callable[[BadRow], None]
 
 
@@ -46,10 +42,9 @@ OnBadRow = Callable[[BadRow], None]
 class Source:
     """An opened file.
 
-    header: the column names; of a file without them, as many empty ones. first: the cells of the
-    line that names the columns, or would; None for files whose columns need no line. delimiter:
-    None for files that have none. records: all rows, given what a line that a quoted cell swallowed
-    would have to look like to be one itself.
+    header: the column names; empty names for a file without a header. first: the cells of the first
+    line in CSV and TSV files, else None. delimiter: that of CSV and TSV files, else None. records:
+    yields all rows; its argument decides whether a line inside a quoted cell looks like a row.
     """
 
     header: list[str]
@@ -61,13 +56,11 @@ class Source:
 def open_source(
     path: Path, quoted: Callable[[str], bool], header: Callable[[list[str]], bool], bad: OnBadRow
 ) -> Source:
-    """Open a file by its ending: JSON lines, Parquet, or else text with tabs or commas, whichever
-    its first line has.
+    """Open a file by its suffix: JSON lines, Parquet, or else text with tabs or commas.
 
-    quoted: whether a file with this delimiter has CSV quotes. header: whether the first line, of
-    these cells, names the columns. A cell can be found by its column's name and by its number.
-    Raises UserError for a missing, unreadable or empty file and for a first line that cannot be
-    read.
+    quoted: takes the delimiter, returns whether the file has CSV quotes. header: takes the cells of
+    the first line, returns whether they name the columns. bad: called with every bad row.
+    Raises UserError for a missing, unreadable or empty file and for an unreadable first line.
     """
     if ending(path) in PARQUET:
         return _parquet(path)
@@ -121,8 +114,8 @@ def _delimited(
 
 
 def _has_tabs(lines: list[Line]) -> bool:
-    """Return whether the first line has tabs as delimiters; beside commas they are that where most
-    lines have them.
+    """Return whether tabs are the delimiters: the first line has tabs, and no commas or most lines
+    have tabs too.
     """
     first, several = lines[0][1], lines[:100]
     return "\t" in first and ("," not in first or 2 * sum("\t" in text for _, text in several) > len(several))

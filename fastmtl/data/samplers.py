@@ -1,6 +1,7 @@
-"""Samplers: which share of an epoch's rows each task gets.
+"""Samplers: each task's share of an epoch's rows.
 
-A new sampler is one function here and its name in SAMPLERS. `Schedule` turns shares into batches.
+To add a sampler, write a function here and name it in SAMPLERS. `Schedule` turns shares into
+batches.
 """
 
 from __future__ import annotations
@@ -12,19 +13,17 @@ import numpy as np
 from fastmtl.errors import unknown_name
 
 # (rows of each task [T], rows per micro-batch of each task [T], epoch from 0, number of epochs) ->
-# weights [T], any scale
+# weights [T] of any scale
 Sampler = Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]
 
 
 def round_robin(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs: int) -> np.ndarray:
-    """Every task its own batch size in every micro-batch; small files are cycled."""
+    """Each task's own batch size in every micro-batch; small files are cycled."""
     return batch_sizes
 
 
 def joint(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs: int) -> np.ndarray:
-    """As round_robin, but an epoch is once through the largest file: the others are cycled along
-    it.
-    """
+    """Like round_robin, but an epoch is one pass over the largest file; the others are cycled."""
     return batch_sizes
 
 
@@ -34,9 +33,7 @@ def proportional(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs:
 
 
 def sequential(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs: int) -> np.ndarray:
-    """Every row once per epoch, one data set after the other in the recipe's order; a step has rows
-    of one task.
-    """
+    """Every row once per epoch, one task after the other in the recipe's order."""
     return sizes
 
 
@@ -51,19 +48,19 @@ def sqrt(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs: int) ->
 
 
 def annealed(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs: int) -> np.ndarray:
-    """p_t ~ N_t^a with a = 1 - 0.8 (e - 1) / (E - 1) in epoch e = 1..E, a = 1 when E = 1 (Stickland
-    & Murray 2019, section 4.1).
+    """p_t ~ N_t^a with a = 1 - 0.8 (e - 1) / (E - 1) in epoch e = 1..E, and a = 1 if E = 1.
+
+    Source: Stickland & Murray 2019, section 4.1.
     """
     return sizes.astype(np.float64) ** (1.0 - 0.8 * progress(epoch, epochs))
 
 
 def progress(epoch: int, epochs: int) -> float:
-    """(e - 1) / (E - 1), 0 when E = 1."""
+    """Return (e - 1) / (E - 1), or 0 if E = 1, for epoch = e - 1."""
     return epoch / (epochs - 1) if epochs > 1 else 0.0
 
 
-# compromise: the shares of the batches beyond one of each task; the batches themselves are drawn
-# (compromise.py).
+# compromise: compromise.py draws the batches with these shares.
 SAMPLERS: dict[str, Sampler] = {
     "round_robin": round_robin,
     "joint": joint,

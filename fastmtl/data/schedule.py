@@ -1,7 +1,7 @@
-"""How many rows of each task stand where in an epoch: the sampler's shares, per stretch of
-micro-batches.
+"""The schedule of an epoch: rows of each task per stretch of micro-batches, by the sampler's
+shares.
 
-A pure function of the data sets' sizes, the recipe, the number of ranks and the epoch.
+It is a pure function of the data sets' sizes, the recipe, the number of ranks and the epoch.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from fastmtl.data.compromise import drawn_batches, free_shares, loss_divisors
 from fastmtl.data.samplers import find_sampler
 from fastmtl.errors import UserError, unknown_name
 
-# These fix the tasks of a micro-batch by their batch sizes, so tokens cannot be what fills it.
+# Samplers that fix a micro-batch by the tasks' batch sizes, so that it cannot be filled by tokens.
 BY_BATCH_SIZE = ("sequential", "joint", "compromise")
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """A part of an epoch in which the tasks are evenly mixed. counts: rows of each task, int64 [T],
-    over all ranks; micro_batches: into how many it is cut, whole optimiser steps.
+    """A part of an epoch in which the tasks are evenly mixed.
+
+    counts: rows of each task over all ranks, int64 [T]. micro_batches: their number, in whole
+    optimiser steps.
     """
 
     counts: np.ndarray
@@ -32,10 +34,10 @@ class Stretch:
 
 
 class Schedule:
-    """sizes: rows of each task's training file, in the recipe's order. world: number of processes.
+    """The stretches, steps and loss weights of a run's epochs.
 
-    Raises UserError for settings that name no task, exclude each other, or that the data cannot
-    fill.
+    sizes: rows of each task's training file, in the recipe's order. world: number of processes.
+    Raises UserError for settings that name no task or exclude each other, and for too few rows.
     """
 
     def __init__(self, sizes: Sequence[int], recipe: Recipe, world: int = 1) -> None:
@@ -51,17 +53,18 @@ class Schedule:
                 self._check_filled(stretch)
 
     def steps(self, epoch: int) -> int:
-        """Optimiser steps of an epoch (from 0) by `batch_size`."""
+        """Return the optimiser steps of an epoch (from 0) by `batch_size`."""
         return sum(stretch.micro_batches for stretch in self.stretches(epoch)) // self._accumulation
 
     def quotas(self, epoch: int) -> np.ndarray:
-        """int64 [T]: rows of each task in an epoch."""
+        """Return the rows of each task in an epoch, int64 [T]."""
         return np.sum([stretch.counts for stretch in self.stretches(epoch)], axis=0)
 
     @functools.cache  # noqa: B019 - one schedule per run
     def stretches(self, epoch: int) -> tuple[Stretch, ...]:
-        """The epoch's stretches in order; with `batch_tokens` one, whose micro-batches are not
-        told.
+        """Return the epoch's stretches in order.
+
+        With `batch_tokens` there is one, and its `micro_batches` is 0.
         """
         sizes = self._sizes * self._phased_in(epoch)
         weights = self._share(self._sizes, self.batch_sizes, epoch, self._epochs) * self._phased_in(epoch)
@@ -96,8 +99,8 @@ class Schedule:
         return (Stretch(_rounded(shares, rows), steps * self._accumulation),)
 
     def loss_weights(self, epoch: int, step: int) -> dict[str, float] | None:
-        """What the tasks' mean losses of a step are multiplied by; None for samplers that leave
-        them as they are.
+        """Return the factors of the tasks' mean losses in a step, None for samplers without
+        factors.
         """
         if self._sampler.name != "compromise":
             return None
@@ -109,9 +112,7 @@ class Schedule:
         return -(-int(rows) // int(rows_per_step)) * self._accumulation
 
     def _drawn_from(self, sizes: np.ndarray) -> np.ndarray:
-        """Rows of each task in an epoch before the sampler's shares: of a subsample, then
-        oversampled.
-        """
+        """Return the rows of each task in an epoch after subsampling and oversampling."""
         most = self._per_task("subsample", self._sampler.subsample, needs_all=False)
         sizes = np.array(
             [min(size, most.get(name, size)) for name, size in zip(self._recipe.tasks, sizes, strict=True)]
@@ -121,9 +122,10 @@ class Schedule:
         return np.minimum(sizes * self._sampler.oversample, sizes.max()).astype(np.int64)
 
     def _phased_in(self, epoch: int) -> np.ndarray:
-        """[T]: what the tasks' shares are multiplied by. The largest file has 1; the k-th largest
-        (from 0) of T grows from 0 to 1 between the epochs (k - 1) d and k d, where d = curriculum /
-        (T - 1).
+        """Return the curriculum's factors of the tasks' shares, [T].
+
+        The largest file has 1. The factor of the k-th largest (from 0) of T files grows from 0 to 1
+        between the epochs (k - 1) d and k d, where d = curriculum / (T - 1).
         """
         length = self._sampler.curriculum
         if length is None or len(self._sizes) == 1:
@@ -180,7 +182,7 @@ class Schedule:
 
 
 def too_few_rows(rows: int, micro_batches: int) -> UserError:
-    """Return the error for data that leave some rank's micro-batch of a step without a row."""
+    """Return the error for data with fewer rows than a step has micro-batches."""
     return UserError(
         f"the training files hold {rows} rows, fewer than the {micro_batches} micro-batches of one step: lower "
         "engine.accumulation or the number of processes"
@@ -188,7 +190,7 @@ def too_few_rows(rows: int, micro_batches: int) -> UserError:
 
 
 def _rounded(shares: np.ndarray, rows: int) -> np.ndarray:
-    """int64 [T]: `rows` shared out, rounded so that they add up."""
+    """Return `rows` split by `shares`, int64 [T], rounded so that the sum stays."""
     exact = shares / shares.sum() * rows
     quotas = np.floor(exact + 1e-9).astype(np.int64)
     missing = rows - int(quotas.sum())

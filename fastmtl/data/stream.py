@@ -1,10 +1,9 @@
-"""The batches of a run: which rows, in which order, on which rank.
+"""The batches of a run: their rows, the order and each rank's share.
 
-Everything is a pure function of (seed, epoch, step), so every rank draws the same without talking,
-and resuming needs no state but
-those numbers. An epoch is one interleaved sequence of rows of all tasks, in which every stretch
-holds the sampler's shares; it is cut into
-micro-batches, and each micro-batch is dealt to the ranks.
+All of it is a pure function of (seed, epoch, step). So all ranks draw the same rows without
+communication, and these numbers are all the state that resuming needs. An epoch is one interleaved
+sequence of rows of all tasks, in which every stretch has the sampler's shares. The sequence is cut
+into micro-batches, and the rows of each micro-batch are split over the ranks.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ Draw = tuple[np.ndarray, np.ndarray]
 class BatchStream:
     """Micro-batches for training.
 
-    datasets: one per task of the recipe, in its order. rank, world: this process and their number.
-    Raises UserError for batch sizes that name no task, or that the data cannot fill.
+    datasets: one per task, in the recipe's order. rank, world: this process and the number of
+    processes. Raises UserError for batch sizes of unknown tasks and for too few rows.
     """
 
     def __init__(self, datasets: Sequence[TokenizedDataset], recipe: Recipe, rank: int = 0, world: int = 1) -> None:
@@ -39,24 +38,24 @@ class BatchStream:
         self._rank, self._world = rank, world
         self._lengths = [dataset.lengths for dataset in datasets]
         self._accumulation = recipe.engine.accumulation
-        self._ends = [np.zeros(len(datasets), dtype=np.int64)]  # of _left_out, from epoch -1 on
+        self._ends = [np.zeros(len(datasets), dtype=np.int64)]  # the results of _left_out from epoch -1 on
         if recipe.sampler.batch_tokens is not None:
             self._check_budget(recipe.sampler.batch_tokens)
         self._schedule = Schedule([len(dataset) for dataset in datasets], recipe, world)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps of the first epoch; with batch_tokens other epochs differ a little."""
+        """Optimiser steps of the first epoch. With batch_tokens other epochs differ slightly."""
         return self.steps(0)
 
     def steps(self, epoch: int) -> int:
-        """Optimiser steps of an epoch (from 0)."""
+        """Return the optimiser steps of an epoch (from 0)."""
         if self._recipe.sampler.batch_tokens is None:
             return self._schedule.steps(epoch)
         return len(self._token_plan(epoch)) // self._accumulation
 
     def notes(self, epochs: int) -> list[str]:
-        """Return a line about the rows that no step of `epochs` epochs takes, where there are such."""
+        """Return a line about the rows that no step takes in `epochs` epochs, if there are any."""
         rows = int(self._left_out(epochs - 1).sum())
         if not rows:
             return []
@@ -68,25 +67,25 @@ class BatchStream:
         ]
 
     def loss_weights(self, epoch: int, step: int) -> dict[str, float] | None:
-        """Of a step of an epoch (both from 0); see `Schedule.loss_weights`."""
+        """Return `Schedule.loss_weights` of a step in an epoch (both from 0)."""
         return self._schedule.loss_weights(epoch, step)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[PackedBatch]]:
-        """For every optimiser step from `start_step` on, this rank's `engine.accumulation`
-        micro-batches.
-        """
+        """Yield this rank's `engine.accumulation` micro-batches of each step from `start_step`."""
         for _, group in self._groups(epoch, start_step):
             all_tasks = np.concatenate([tasks for shares in group for tasks, _ in shares])
             counts = np.bincount(all_tasks, minlength=len(self._datasets)).tolist()
             yield [self._pack(shares[self._rank], counts) for shares in group]
 
     def rest(self, epochs: int, epoch: int, start_step: int) -> Iterator[list[PackedBatch]]:
-        """What `epoch` gives, from a step of an epoch on to the end of the last of `epochs`."""
+        """Yield the steps from `start_step` of `epoch` to the end of the run of `epochs` epochs."""
         for number in range(epoch, epochs):
             yield from self.epoch(number, start_step if number == epoch else 0)
 
     def _groups(self, epoch: int, start_step: int) -> Iterator[tuple[int, list[list[Draw]]]]:
-        """Every step from `start_step` on: its number, and its micro-batches as the ranks' shares."""
+        """Yield number and micro-batches, as lists of shares per rank, of each step from
+        `start_step`.
+        """
         micro_batches = self._micro_batches(epoch)
         for step in range(start_step, self.steps(epoch)):
             yield step, micro_batches[step * self._accumulation : (step + 1) * self._accumulation]
@@ -96,7 +95,7 @@ class BatchStream:
         return pack([(dataset, rows[tasks == t]) for t, dataset in enumerate(self._datasets)], group_counts)
 
     def _micro_batches(self, epoch: int) -> list[list[Draw]]:
-        """All micro-batches of an epoch, each as its ranks' shares."""
+        """Return all micro-batches of an epoch, each as a list of shares per rank."""
         tasks, rows = self._sequence(epoch)
         lengths = self._row_lengths(tasks, rows)
         if self._recipe.sampler.batch_tokens is not None:
@@ -107,15 +106,15 @@ class BatchStream:
             cuts += [begin + rows_here * (m + 1) // number for m in range(number)]
         result = []
         for start, stop in zip(cuts, cuts[1:], strict=False):
-            order = start + np.argsort(-lengths[start:stop], kind="stable")  # the longest first: ranks get equal work
+            order = start + np.argsort(-lengths[start:stop], kind="stable")  # longest first, for equal work per rank
             parts = [np.sort(order[rank :: self._world]) for rank in range(self._world)]
             result.append([(tasks[part], rows[part]) for part in parts])
         return result
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - one stream per run
     def _token_plan(self, epoch: int) -> list[list[np.ndarray]]:
-        """Micro-batches filled up to `batch_tokens` per rank, each an index array into the epoch's
-        sequence.
+        """Return the micro-batches by `batch_tokens`: index arrays into the epoch's sequence per
+        rank.
         """
         budget = self._recipe.sampler.batch_tokens
         assert budget is not None
@@ -127,12 +126,15 @@ class BatchStream:
         return [[np.array(part) for part in parts] for parts in plan]
 
     def _left_out(self, epoch: int) -> np.ndarray:
-        """int64 [T]: rows of each task at the end of an epoch's sequence that no step by
-        `batch_tokens` takes.
+        """Return the rows of each task at an epoch's end that no step takes, int64 [T].
+
+        They are not 0 only with `batch_tokens`.
         """
         if self._recipe.sampler.batch_tokens is None:
             return np.zeros(len(self._datasets), dtype=np.int64)
-        while len(self._ends) <= epoch + 1:  # in turn, for an epoch begins with what the one before left out
+        while (
+            len(self._ends) <= epoch + 1
+        ):  # in order, since an epoch begins with the rows that the previous one left out
             here = len(self._ends) - 1
             tasks, _ = self._sequence(here)
             planned = sum(len(part) for parts in self._token_plan(here) for part in parts)
@@ -140,8 +142,9 @@ class BatchStream:
         return self._ends[epoch + 1]
 
     def _sequence(self, epoch: int) -> Draw:
-        """The epoch's rows in order, with what the epoch before left out: in each stretch, task t's
-        j-th row of Q_t stands at (j + 1/2) / Q_t of the way.
+        """Return the epoch's rows in order, with those that the previous epoch left out.
+
+        In each stretch, the j-th of Q_t rows of task t is at (j + 1/2) / Q_t of its length.
         """
         left_out = self._left_out(epoch - 1)
         stretches = [stretch.counts for stretch in self._schedule.stretches(epoch)]
@@ -161,8 +164,9 @@ class BatchStream:
         return np.concatenate(tasks), np.concatenate(rows)
 
     def _rows(self, task: int, start: int, quota: int) -> np.ndarray:
-        """`quota` rows of a task after the first `start`, from permutations that follow each other
-        over all epochs.
+        """Return `quota` rows of a task after the first `start`.
+
+        They come from an endless sequence of permutations, which continues over epochs.
         """
         size = len(self._datasets[task])
         first, last = start // size, (start + max(quota, 1) - 1) // size
@@ -191,11 +195,10 @@ class BatchStream:
 def evaluation_batches(
     dataset: TokenizedDataset, task_index: int, num_tasks: int, max_tokens: int, rank: int = 0, world: int = 1
 ) -> Iterator[PackedBatch]:
-    """Every row of a data set once over all ranks, in batches of at most `max_tokens` tokens (one
-    row where a row is longer).
+    """Yield this rank's batches of a data set; all ranks together have every row once.
 
-    The batches hold rows of like length; `example_ids` say which. The other num_tasks - 1 tasks are
-    empty.
+    A batch has rows of similar length and at most `max_tokens` tokens, or one longer row.
+    `example_ids` are the row numbers. The other num_tasks - 1 tasks are empty.
     """
     order = np.argsort(-dataset.lengths, kind="stable")
     batches: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""A task's rows as token ids, made once and kept on disk."""
+"""A task's rows as token ids, with a cache on disk."""
 
 from __future__ import annotations
 
@@ -34,14 +34,15 @@ _ARRAYS = ("tokens", "offsets", "second_text")
 
 @dataclass(frozen=True)
 class TokenizedDataset:
-    """n examples of S sequences each (S is 2 for bi-encoded pairs, else 1); example i owns
-    sequences S i to S i + S - 1.
+    """n examples of S sequences each; example i has the sequences S i to S i + S - 1.
 
-    tokens: int32 [all tokens], memory-mapped. offsets: int64 [S n + 1], sequence s is
-    tokens[offsets[s]:offsets[s + 1]].
-    second_text: int32 [S n], where in the sequence token type 1 begins (its length if nowhere).
-    labels: int64 or float32 [n], or None. ids: the rows' own ids. truncated: examples cut to the
-    encoder's positions. skipped, notes: as of Rows.
+    S is 2 for bi-encoded pairs, else 1.
+
+    tokens: int32 [all tokens], memory-mapped.
+    offsets: int64 [S n + 1]; sequence s is tokens[offsets[s]:offsets[s + 1]].
+    second_text: int32 [S n], position in the sequence at which token type 1 begins, or its length.
+    labels: int64 or float32 [n], or None. ids: the rows' ids in the file.
+    truncated: number of examples cut to the encoder's positions. skipped, notes: those of `Rows`.
     """
 
     tokens: np.ndarray
@@ -60,13 +61,11 @@ class TokenizedDataset:
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [n]: tokens of each example, both sequences of a bi-encoded pair."""
+        """Tokens of each example, int64 [n], over both sequences of a bi-encoded pair."""
         return np.diff(self.offsets[:: self.sequences_per_example])
 
     def digest(self) -> str:
-        """SHA-256 of all that training and scoring see of the rows: tokens, where texts begin,
-        labels and ids.
-        """
+        """Return the SHA-256 of the rows' tokens, offsets, labels and ids."""
         digest = hashlib.sha256(json.dumps([self.sequences_per_example, self.ids]).encode("utf-8"))
         labels = np.zeros(0) if self.labels is None else self.labels
         for array in (self.tokens, self.offsets, self.second_text, labels):
@@ -75,7 +74,7 @@ class TokenizedDataset:
         return digest.hexdigest()
 
     def take(self, rows: np.ndarray) -> TokenizedDataset:
-        """The examples `rows`, int [k], in memory."""
+        """Return the examples `rows`, int [k], in memory."""
         per_example = self.sequences_per_example
         sequences = (np.asarray(rows)[:, None] * per_example + np.arange(per_example)).reshape(-1)
         pieces = [self.tokens[self.offsets[s] : self.offsets[s + 1]] for s in sequences]
@@ -92,12 +91,12 @@ class TokenizedDataset:
 def tokenize(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, max_length: int, cache_dir: str | Path
 ) -> TokenizedDataset:
-    """Tokenises rows, or finds them in `cache_dir` under a digest of their texts, the tokenizer and
-    the settings.
+    """Tokenise rows, or load them from `cache_dir` by a digest of texts, tokenizer and settings.
 
     max_length: tokens per sequence with [CLS] and [SEP]; the longest text of a pair is cut first.
-    A damaged cache entry is made again; where the cache cannot be written, a temporary folder
-    serves and a line says so.
+    A damaged cache entry is rebuilt. If the cache is not writable, a temporary folder is used and a
+    line on standard error says so. Raises UserError like `check_pairs`, and for token types other
+    than 0 and 1.
     """
     check_pairs(rows, task)
     bi = task.pairs == "bi"
@@ -130,16 +129,16 @@ def tokenize(
 
 @functools.cache
 def _cache_instead(cache_dir: str | Path, why: str) -> Path:
-    """Return a temporary folder, the same for all files of the process, with one line that says so."""
+    """Create one temporary folder per process, print a line about it and return it."""
     folder = Path(tempfile.mkdtemp(prefix="fastmtl-"))
-    told = one_line(f"fastmtl: data.cache_dir={cache_dir} is not writable ({why}); using {folder}")
-    print(told, file=sys.stderr)
+    print(one_line(f"fastmtl: data.cache_dir={cache_dir} is not writable ({why}); using {folder}"), file=sys.stderr)
     return folder
 
 
 def check_token_types(datasets: Iterable[TokenizedDataset | None], token_types: int) -> None:
-    """Raise UserError for data with second texts where the encoder has one token type
-    (`type_vocab_size`).
+    """Raise UserError for data with second texts if the encoder has only one token type.
+
+    token_types: `type_vocab_size` of the encoder's config.json.
     """
     for dataset in datasets:
         if dataset is not None and token_types < 2 and (dataset.second_text < np.diff(dataset.offsets)).any():
@@ -150,14 +149,15 @@ def check_token_types(datasets: Iterable[TokenizedDataset | None], token_types: 
 
 
 def check_pairs(rows: Rows, task: TaskConfig) -> None:
-    """Raises UserError where a task of bi-encoded pairs has rows of one text."""
+    """Raise UserError if a task of bi-encoded pairs has rows of one text."""
     if task.pairs == "bi" and rows.pair_texts is None:
         raise UserError(f"{rows.path}: pairs: bi needs two texts per row, the file has one; leave `pairs` out")
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """All that decides how a tokenizer splits texts, as JSON. Every call sets truncation and
-    padding itself.
+    """Return the settings that decide how a tokenizer splits texts, as JSON.
+
+    Truncation and padding are left out, since every call sets them.
     """
     model = json.loads(tokenizer.backend_tokenizer.to_str())
     for state in ("truncation", "padding"):
@@ -169,8 +169,7 @@ def _digest(rows: Rows, tokenizer: PreTrainedTokenizerBase, bi: bool, max_length
     import tokenizers
     import transformers
 
-    # What else decides about tokens: the code, and the two settings of a call that come from
-    # tokenizer_config.json.
+    # Tokens also depend on the code, and on two settings of a call from tokenizer_config.json.
     code = [type(tokenizer).__name__, tokenizers.__version__, transformers.__version__]
     call = [tokenizer.truncation_side, getattr(tokenizer, "split_special_tokens", False)]
     digest = hashlib.sha256()
@@ -190,8 +189,7 @@ def _encode(
     else:
         texts, pairs = rows.texts, rows.pair_texts
     with _state_kept(tokenizer):
-        # Token types are asked for: a tokenizer whose model_input_names lack them returns none of
-        # itself.
+        # A tokenizer without token types in its model_input_names returns them only on request.
         encoded = tokenizer(texts, pairs, verbose=False, return_token_type_ids=True)
         ids, types = encoded["input_ids"], encoded["token_type_ids"]
         long = [index for index, sequence in enumerate(ids) if len(sequence) > max_length]
@@ -217,7 +215,7 @@ def _encode(
 
 @contextmanager
 def _state_kept(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Restore the truncation and padding that calls set on a tokenizer, for they are saved with it."""
+    """Restore a tokenizer's truncation and padding: calls change them, and files keep them."""
     backend = tokenizer.backend_tokenizer
     truncation, padding = backend.truncation, backend.padding
     try:
@@ -229,14 +227,14 @@ def _state_kept(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
 
 def _store(entry: Path, arrays: dict[str, np.ndarray], truncated: int) -> None:
     entry.parent.mkdir(parents=True, exist_ok=True)
-    # Beside, then renamed: another process sees the whole entry or none.
+    # Write to a temporary folder, then rename: other processes see the whole entry or none.
     temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=entry.parent))
     try:
         for name, array in arrays.items():
             np.save(temporary / f"{name}.npy", array)
         checks = {name: zlib.crc32((temporary / f"{name}.npy").read_bytes()) for name in arrays}
         (temporary / "meta.json").write_text(json.dumps({"truncated": truncated, "crc32": checks}), encoding="utf-8")
-        if entry.exists():  # damaged, or another process was quicker
+        if entry.exists():  # damaged, or another process was faster
             if _load(entry) is not None:
                 return
             shutil.rmtree(entry)

@@ -1,9 +1,9 @@
 """Synonyms from WordNet's own files (Princeton; format: wndb(5WN)).
 
-index.<part of speech>: `lemma pos synset_cnt p_cnt [ptr_symbol...] sense_cnt tagsense_cnt
-offset...`; data.<part of speech>, at an offset: `offset lex_filenum ss_type w_cnt word lex_id [word
-lex_id...] ...`, w_cnt in hex. These two kinds of files are in every distribution; nltk's reader
-wants others too, which Debian leaves out.
+A line of index.<part of speech> is `lemma pos synset_cnt p_cnt [ptr_symbol...] sense_cnt
+tagsense_cnt offset...`. At such an offset of data.<part of speech> is a line `offset lex_filenum
+ss_type w_cnt word lex_id [word lex_id...] ...`, w_cnt in hex. All distributions have these two
+kinds of files. nltk's reader needs further ones, which Debian's package lacks.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
 
 
 class WordNet:
-    """directory: with index.noun, data.noun and so on, or nltk's wordnet.zip. Raises UserError
-    where they are not.
+    """The synonyms of WordNet.
+
+    directory: a folder with index.noun, data.noun and so on, or nltk's wordnet.zip. Raises
+    UserError if the files are missing or unreadable.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -44,32 +46,32 @@ class WordNet:
 
     @functools.cache  # noqa: B019 - one object per run
     def synonyms(self, word: str) -> tuple[str, ...]:
-        """The other words of the synsets that have this lemma, in alphabetical order; () for an
-        unknown word.
+        """Return the other words of the synsets with this lemma, sorted; () for an unknown word.
 
-        word: lower case, a base form ("car", not "cars").
+        word: a base form in lower case ("car", not "cars").
         """
         found: set[str] = set()
         for part, offset in self._offsets.get(word.replace(" ", "_"), ()):
             data = self._data[part]
             fields = data[offset : data.index(b"\n", offset)].decode("ascii").split(" ")
             words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
-            # An adjective may end in "(p)" or the like, which says where it may stand.
+            # An adjective may end in "(p)" or the like, a marker of its syntactic position.
             found.update(name.partition("(")[0].replace("_", " ").lower() for name in words)
         return tuple(sorted(found - {word}))
 
 
 def find_wordnet(given: str | None) -> WordNet:
-    """That of `given`, or of the places where Debian, WordNet itself and nltk put it.
+    """Load WordNet from `given`, or from the usual places of Debian, WordNet and nltk.
 
-    Raises UserError that says how to install it.
+    Raises UserError with instructions for its installation.
     """
     return WordNet(wordnet_place(given))
 
 
 def wordnet_place(given: str | None) -> Path:
-    """The folder or archive that `find_wordnet` reads. Raises UserError that says how to install
-    WordNet.
+    """Return the folder or archive that `find_wordnet` reads.
+
+    Raises UserError with instructions for the installation of WordNet.
     """
     if given is not None:
         return user_path(given)
@@ -89,7 +91,7 @@ def _places() -> list[Path]:
         places.append(Path(os.environ["WNHOME"]) / "dict")
     places.append(Path("/usr/share/wordnet"))
     nltk = [Path(path) for path in os.environ.get("NLTK_DATA", "").split(os.pathsep) if path]
-    home = os.path.expanduser("~/nltk_data")  # unchanged where nobody has a home
+    home = os.path.expanduser("~/nltk_data")  # unchanged without a home directory
     nltk += [Path(home), Path(sys.prefix) / "nltk_data", Path(sys.prefix) / "share" / "nltk_data"]
     nltk += [Path(path) / "nltk_data" for path in ("/usr/share", "/usr/local/share", "/usr/lib", "/usr/local/lib")]
     for path in nltk:
