@@ -34,7 +34,7 @@ import numpy as np
 import psutil
 
 from fastmtl.engine.distributed import free_port
-from fastmtl.measure.harness import MIB, forget_peak, peak_bytes
+from fastmtl.measure.harness import MIB, peak_bytes, reset_peak_bytes
 from fastmtl.tracking.metrics_file import read_metrics
 
 WINDOW = 50  # steps; memory is compared with the window after the first one
@@ -164,7 +164,7 @@ def highest_resident(pid: int) -> float:
     short steps more often than those of long ones.
     """
     peak = peak_bytes(pid)
-    forget_peak(pid)
+    reset_peak_bytes(pid)
     return (peak or 0) / MIB
 
 

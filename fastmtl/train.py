@@ -250,7 +250,7 @@ def run_phase(
     return True
 
 
-@heap.seldom()
+@heap.mapping_small_blocks()
 def evaluate(recipe: Recipe, engine: Any, corpus: Corpus, ranks: Ranks) -> dict[str, Scores]:
     """Scores of every task that has a dev file, the same on every rank."""
     engine.eval()

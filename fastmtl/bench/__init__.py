@@ -1,1 +1,1 @@
-"""Benchmarks. They are here because the installed command runs them and no wheel holds `benchmarks/`."""
+"""Benchmarks of the `fastmtl bench` command. A wheel contains them, but not `benchmarks/`."""

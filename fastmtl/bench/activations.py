@@ -1,4 +1,4 @@
-"""Bytes of tensors that a forward keeps for backward, by tensor accounting: exact, and the same on every machine."""
+"""Bytes that a forward keeps for backward, by tensor accounting: exact and machine-independent."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from fastmtl.model.multitask import MultiTaskModel
 
 
 def kept_bytes(workload: Workload, model: PaddedModel | MultiTaskModel) -> dict[str, float]:
-    """Of all tasks' rows in training, for each real token: of the whole model, and of one layer, which is what a
-    second layer adds to a model of one.
+    """Return the kept bytes per real token for all tasks' rows in training.
+
+    Two values: the whole model's, and one layer's, which is the difference between two layers and
+    one.
     """
     layers = model.encoder.encoder.layer
     counts = {}
@@ -43,7 +45,7 @@ def _forward(workload: Workload, model: PaddedModel | MultiTaskModel) -> Callabl
 def _kept(model: nn.Module, forward: Callable[[], object], device: torch.device) -> int:
     accounting = Accounting(device)
     accounting.name([*model.parameters(), *model.buffers()], "weights")
-    with accounting, ranges.listening(accounting.heed):
+    with accounting, ranges.listening(accounting.on_range):
         with ranges.profile_range("forward"):
             losses = forward()
         found = accounting.alive("activations")

@@ -1,4 +1,7 @@
-"""What the design promises of a GPU, beside what was measured. A bound that does not hold is told, and is no error."""
+"""The performance targets of the design for a GPU, compared with measurements.
+
+A bound that does not hold is reported. It is no error.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,26 @@ from typing import Any
 
 SURGERY = "pcgrad stacked bf16"
 RECORDED_SURGERY, RECORDED_JOINT = "pcgrad bf16, CUDA graphs", "sum, CUDA graphs"
-OVERHEAD = {3: 0.08, 8: 0.15}  # of SURGERY over the joint step, by the number of tasks
-SHARE = 0.85  # of a copy's speed
+OVERHEAD = {3: 0.08, 8: 0.15}  # time of SURGERY beyond the joint step, by the number of tasks
+SHARE = 0.85  # of the speed of a copy
 ROW_WISE = ("add_layer_norm", "embed_layer_norm", "pool mean", "pool max")
-TASK_GRADIENTS = ("gramian", "combine")  # together
-ATTENTION_S = 6e-4  # forward and backward of all layers of BERT-base, 8,192 tokens
+TASK_GRADIENTS = ("gramian", "combine")  # their times are added
+ATTENTION_S = 6e-4  # forward and backward, all layers of BERT-base, 8,192 tokens
 ATTENTION_PEERS = ("torch varlen, no dropout", "sdpa padded", "sdpa nested")
-# Real tokens a second of the joint step of BERT-base, by a word of the GPU's name.
+# Real tokens per second in the joint step of BERT-base, by a word of the GPU's name.
 SPEEDS = {"H200": 0.7e6, "H100": 0.55e6}
-TO_TRANSFORMERS = {"transformers": 4.0, "transformers compiled": 2.0}  # times as fast as fastmtl's joint step at least
-SHORT_TOKENS, SHORT_S = 1000, 3e-3  # an engine's step of fewer tokens, with flat parameters and graphs
-PREDICTED = 0.05  # of the measured peak
-ADAPTERS = {"pal": 0.10, "low_rank": 0.04}  # of a step without adapter
+TO_TRANSFORMERS = {"transformers": 4.0, "transformers compiled": 2.0}  # least ratio to the time of fastmtl's joint step
+SHORT_TOKENS, SHORT_S = 1000, 3e-3  # an engine step with at most this many tokens, flat parameters and CUDA graphs
+PREDICTED = 0.05  # error of the predicted peak, relative to the measured one
+ADAPTERS = {"pal": 0.10, "low_rank": 0.04}  # extra time, relative to a step without an adapter
 
 
 def bounds(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """[{what, measured, bound, holds}]; for parts of the result that are there.
+    """Return [{what, measured, bound, holds}] for the parts of the result that are present.
 
-    result: "step", "step-compiled", "graphs", "kernels" and "adapters", as their benchmarks return them, also those
-    that were cut short; "surgery", "engine" and "profile", lists of what theirs do; "environment", whose device chooses
-    bounds of speed.
+    result: "step", "step-compiled", "graphs", "kernels" and "adapters", as their benchmarks return
+    them, also incomplete ones; "surgery", "engine" and "profile", lists of such results;
+    "environment", whose device selects the bounds of speed.
     """
     device = result.get("environment", {}).get("device", "")
     found = [*_steps(result, device), *_surgery(result.get("surgery", [])), *_engine(result.get("engine", []))]
@@ -133,5 +136,5 @@ def _copy(medians: dict[str, float]) -> float:
 
 
 def _own(medians: dict[str, float]) -> float:
-    """Of the fastest implementation of fastmtl."""
+    """Return the time of fastmtl's fastest implementation."""
     return min(value for way, value in medians.items() if way.startswith("fastmtl "))

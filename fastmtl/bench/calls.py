@@ -1,4 +1,4 @@
-"""How many operators a step calls."""
+"""The number of operators that a step calls."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ _OPTIMIZER = "Optimizer.step#"  # torch's own range
 
 
 class OperatorCalls(NamedTuple):
-    """operators: all that the dispatcher saw, those that another operator called as well. without_optimizer: less
-    those inside the optimiser's `step`. outermost: of these the ones that no other operator called.
+    """Numbers of operator calls.
+
+    operators: all calls that the dispatcher saw, nested ones included. without_optimizer: those
+    outside the optimiser's `step`. outermost: those of without_optimizer that no other operator
+    called.
     """
 
     operators: int
@@ -22,8 +25,10 @@ class OperatorCalls(NamedTuple):
 
 
 def operator_calls(step: Callable[[], object]) -> OperatorCalls:
-    """Of one step, by torch.profiler: torch's operators and fastmtl's own, on whichever thread. What a compiled graph
-    does without the dispatcher is not seen.
+    """Count the operators of one step with torch.profiler: torch's and fastmtl's own, on all
+    threads.
+
+    Work that a compiled graph does without the dispatcher is not seen.
     """
     found = operators(step)
     outside = [event for event in found if not any(name.startswith(_OPTIMIZER) for name in around(event))]
@@ -32,7 +37,7 @@ def operator_calls(step: Callable[[], object]) -> OperatorCalls:
 
 
 def operators(step: Callable[[], object]) -> list[FunctionEvent]:
-    """Every call of an operator in one step."""
+    """Return every operator call of one step."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
     events = profiler.events()
@@ -41,12 +46,12 @@ def operators(step: Callable[[], object]) -> list[FunctionEvent]:
 
 
 def around(event: FunctionEvent) -> Iterator[str]:
-    """Names of the operators and ranges that an event is in, from the innermost."""
+    """Yield the names of the operators and ranges that contain an event, innermost first."""
     while event.cpu_parent is not None:
         event = event.cpu_parent
         yield event.name
 
 
 def _is_operator(name: str) -> bool:
-    # The nodes of a backward graph are recorded, too.
+    # The profiler records the nodes of a backward graph, too.
     return "::" in name and "autograd::" not in name

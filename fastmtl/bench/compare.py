@@ -1,4 +1,4 @@
-"""What became slower or faster between two results of one benchmark, and how much of that may be noise."""
+"""A comparison of two results of one benchmark: what became slower or faster, and the noise."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from typing import Any, NamedTuple
 
 from fastmtl.errors import UserError
 
-# What two results must have in common, or their times say nothing about the code.
+# Two results must agree in these, otherwise their times say nothing about the code.
 MACHINE = ("device", "threads")
 SETTINGS = ("benchmark", "shape", "precision", "tasks", "tokens", "dropout", "sweep")
 
 
 class Change(NamedTuple):
-    """ratio: the new median over the old. noise: the spread of both, from the 20 % to the 80 % quantile, as a share of
-    the medians. verdict: "slower" or "faster" where these ranges do not meet, else "".
+    """The change of one time.
+
+    ratio: the new median over the old one. noise: the sum of both spreads, from the 20 % to the 80
+    % quantile, relative to the medians. verdict: "slower" or "faster" if the two ranges do not
+    overlap, else "".
     """
 
     name: str
@@ -28,20 +31,20 @@ class Change(NamedTuple):
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result that `--json` kept. Raises UserError where it is none."""
+    """Return a result that `--json` wrote. Raise UserError if the file is not one."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError):
-        raise UserError(f"{path} is no JSON: give a file that `fastmtl bench ... --json` wrote") from None
+        raise UserError(f"{path} is not JSON: give a file that `fastmtl bench ... --json` wrote") from None
     if not isinstance(result, dict) or "benchmark" not in result or not isinstance(result.get("environment"), dict):
-        raise UserError(f"{path} is no result of a benchmark: give a file that `fastmtl bench ... --json` wrote")
+        raise UserError(f"{path} is not the result of a benchmark: give a file that `fastmtl bench ... --json` wrote")
     return result
 
 
 def check_same(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raises UserError where machine or settings differ."""
+    """Raise UserError if machine or settings differ."""
     for where, keys in ((lambda r: r["environment"], MACHINE), (lambda r: r, SETTINGS)):
         for key in keys:
             before, now = where(old).get(key), where(new).get(key)
@@ -53,7 +56,10 @@ def check_same(old: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
-    """Of everything that both have, the largest slowdown first. Raises UserError as check_same."""
+    """Return the changes of all times that both results have, the largest slowdown first.
+
+    Raises UserError like check_same.
+    """
     check_same(old, new)
     before = dict(times(old))
     found = []
@@ -64,7 +70,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
 
 
 def times(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every summary of samples in a result, named by the keys that lead to it."""
+    """Yield every summary of samples in a result, named by the keys that lead to it."""
     for key in ("operations", "variants", "steps", "points", "peers", "ways"):
         yield from _times("", result.get(key, {}))
 

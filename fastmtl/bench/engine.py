@@ -1,7 +1,9 @@
-"""Whole steps of the DeepSpeed engine in one process: what flat parameters and CUDA graphs bring.
+"""Whole steps of the DeepSpeed engine in one process: the gain from flat parameters and CUDA
+graphs.
 
-A step is what training runs: forward, backward, surgery, and ZeRO 1's step with its reduction, clipping and AdamW. The
-host waits inside, so the clock is the host's, over several steps in a row with one wait at the end.
+A step is what training runs: forward, backward, surgery, and ZeRO 1's step with its reduction,
+clipping and AdamW. The host waits inside a step, so the host's clock measures several steps in a
+row with one synchronisation at the end.
 """
 
 from __future__ import annotations
@@ -28,16 +30,19 @@ from fastmtl.model.encoder.bert import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
 
 ZERO = 1
-# DeepSpeed's looks at every gradient, and its second stream: fastmtl leaves them out where surgery knows the norm.
+# DeepSpeed's checks of every gradient, and its second stream. fastmtl turns them off if surgery
+# knows the norm.
 CHECKS = {"zero_optimization": {"overlap_comm": True, "compute_grad_norm": True}}
 BF16_CHECK = {"bf16": {"check_grad_overflow": True}}
-_TOTAL_STEPS = 1000  # of the schedule, which no step here reaches the end of
+_TOTAL_STEPS = 1000  # of the learning rate schedule; no run here reaches its end
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineWay:
-    """flat, graphs: engine.flat_parameters, engine.cuda_graphs. bf16: J's dtype. checks: with DeepSpeed's own norm,
-    overflow check and overlap.
+    """One configuration of the engine.
+
+    flat, graphs: engine.flat_parameters, engine.cuda_graphs. bf16: J is bfloat16. checks:
+    DeepSpeed's own norm, overflow check and overlap are on.
     """
 
     method: str
@@ -69,7 +74,7 @@ WAYS = {
 
 
 def check_ways(names: Sequence[str]) -> list[str]:
-    """Return the names, all of WAYS where there are none. Raises UserError for a name that is none."""
+    """Return the names, or all of WAYS if there are none. Raise UserError for an unknown name."""
     for name in names:
         if name not in WAYS:
             raise unknown_name("way", name, WAYS)
@@ -85,14 +90,15 @@ def bench_engine(
     commit: str | None = None,
     keep: Keep | None = None,
 ) -> dict[str, Any]:
-    """Time each way alone, one after the other; JSON-ready.
+    """Time each configuration alone, in turn; JSON-ready.
 
-    A sample is the mean of `steps` steps. peak_mib: of the GPU's memory with the engine in it, CUDA graphs' included;
-    None on a CPU. keep: takes the result after every way. A way that cannot run is left out with the reason, and so is
-    one that was to be CUDA graphs and is not. Raises UserError where `engine` of a recipe chooses another device.
+    A sample is the mean of `steps` steps. peak_mib: GPU memory with the engine and CUDA graphs;
+    None on a CPU. keep: receives the result after every configuration. A configuration that cannot
+    run is skipped with its reason, and so is one whose CUDA graphs fell back. Raises UserError if
+    the device is not the one that `engine` of a recipe selects.
     """
     if (size.device == "cuda") != torch.cuda.is_available():
-        raise UserError(f"--device {size.device}: DeepSpeed takes the GPU where there is one, and no other device")
+        raise UserError(f"--device {size.device}: DeepSpeed uses a GPU if there is one, and no other device")
     start()
     workload = Workload(size)
     device = workload.device
@@ -159,7 +165,7 @@ def _timed(
         surgery.run([batch], lambda batch, model, task_grads: model(batch, task_grads), counts)
         engine.step()
 
-    for _ in range(STEPS_TO_RECORD + 1):  # the last replays what the others recorded
+    for _ in range(STEPS_TO_RECORD + 1):  # the last step replays the recorded graphs
         step()
     if way.graphs:
         refuse_unrecorded(model, surgery)
@@ -182,7 +188,7 @@ def _timed(
 
 
 def recipe_of(way: EngineWay, workload: Workload, precision: str) -> Recipe:
-    """Return the workload's recipe with the way's settings."""
+    """Return the workload's recipe with the settings of this configuration."""
     checks = {**CHECKS, **(BF16_CHECK if precision == "bf16" else {})} if way.checks else {}
     sections = {
         "gradient": {"method": way.method, "dtype": "bfloat16" if way.bf16 else "float32"},

@@ -1,7 +1,8 @@
-"""Every operation of fastmtl_kernels beside what it replaces: times, and what share of the machine's speed they reach.
+"""Every operation of fastmtl_kernels and its alternatives: times and shares of the machine's speed.
 
-The machine's speed is measured in the same run: memory by a copy of as many bytes as the operation has to read and
-write, half of them each, by turns with the implementations; arithmetic by one large matrix product.
+The machine's speed is measured in the same run. Memory: a copy of as many bytes as the operation
+has to read and write, half of them each, interleaved with the implementations. Arithmetic: one
+large matrix product.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from fastmtl.measure.harness import (
     Say,
     Skipped,
     WrongResult,
-    forget_peak,
     gpu_peak_bytes,
     in_own_process,
     interleave,
     peak_bytes,
+    reset_peak_bytes,
     resident_bytes,
     summary,
 )
@@ -50,14 +51,15 @@ def bench_kernels(
     without: Sequence[str] = (),
     keep: Keep | None = None,
 ) -> dict[str, Any]:
-    """Times and peak memory of operations, JSON-ready.
+    """Return times and peak memory of operations, JSON-ready.
 
-    impls: words of the names of what is measured, "cpp" or "eager" or "fastmtl"; all where there are none. without:
-    words of the names of what is not. commit: see environment(). keep: takes the result after every case.
+    impls: words of the names to measure, such as "cpp", "eager" or "fastmtl"; all if empty.
+    without: words of the names to leave out. commit: see environment(). keep: receives the result
+    after every case.
 
-    Raises WrongResult where an implementation of fastmtl does not agree with the oracle, before it is timed, and
-    UserError for a name that is none. Other people's implementations are left out, with the reason, where they do not
-    agree or cannot run.
+    Raises WrongResult if an implementation of fastmtl disagrees with the oracle, before anything is
+    timed, and UserError for an unknown name. Other libraries' implementations that disagree or
+    cannot run are skipped with their reason.
     """
     device = torch.device(size.device)
     found: dict[str, Any] = {}
@@ -86,7 +88,7 @@ def bench_kernels(
         peaks = _peaks(size, operations, names)
     else:
         threads = torch.get_num_threads()
-        peaks = in_own_process(_peaks, size, operations, names, threads, preload="fastmtl.bench.kernels")
+        peaks = in_own_process(_peaks, size, operations, names, threads, preload=__name__)
     for name, entry in found.items():
         entry["peak_mib"] = {way: None if peak is None else peak / MIB for way, peak in peaks[name].items()}
     return result
@@ -95,8 +97,11 @@ def bench_kernels(
 def runnable(
     case: Case, impls: Sequence[str] = (), without: Sequence[str] = ()
 ) -> tuple[dict[str, Chain], dict[str, float], dict[str, str]]:
-    """What may be timed of a case: forward and backward of each way that agrees with the oracle, its error as a share
-    of what is allowed, and the reasons of those that are left out. Raises as bench_kernels.
+    """Return what can be timed of a case: chains, errors and the reasons of skipped
+    implementations.
+
+    chains: forward and backward of each implementation that agrees with the oracle. errors:
+    relative to the allowed error. Raises like bench_kernels.
     """
     chains: dict[str, Chain] = {}
     errors: dict[str, float] = {}
@@ -108,7 +113,7 @@ def runnable(
             run = way.build()
             errors[way.name] = case.check(way, run)
             chain, _ = case.chain(way, run)
-            forward_and_backward(chain)  # with dropout, what the check may have done without
+            forward_and_backward(chain)  # with dropout, which the check may have left out
         except Skipped as reason:
             skipped[way.name] = str(reason)
         except Exception as error:
@@ -132,7 +137,7 @@ def forward_and_backward(chain: Chain) -> None:
 
 
 def check_impls(impls: Sequence[str], size: Size, operations: Sequence[str]) -> None:
-    """Raises UserError for a name that no operation has."""
+    """Raise UserError for a name that no operation has."""
     names = way_names(operations, size)
     valid = names | {word for name in names if name.startswith("fastmtl ") for word in name.split()}
     for impl in impls:
@@ -141,7 +146,7 @@ def check_impls(impls: Sequence[str], size: Size, operations: Sequence[str]) -> 
 
 
 def way_names(operations: Sequence[str], size: Size) -> set[str]:
-    """Of everything that these operations can be measured with on the device."""
+    """Return the names of all implementations of these operations on the device."""
     tiny = dataclasses.replace(size, shape=ops.TINY, tokens=None)
     return {way.name for operation in operations for case in ops.cases(operation, tiny) for way in case.ways}
 
@@ -197,7 +202,7 @@ def _rates(entry: dict[str, Any], ways: dict[str, Any], work: tuple[float, float
 
 
 def _copies(case: Case) -> Chain:
-    """Copies of as many bytes, half of them read and half written, as each pass has to read and write."""
+    """Return copies of as many bytes as each pass has to read and write, half of them each."""
     sizes = [int(case.work[name].bytes) // 2 for name in case.passes]
     device = next(iter(case.tensors.values())).device
     source, target = (torch.zeros(max(sizes), dtype=torch.uint8, device=device) for _ in range(2))
@@ -219,9 +224,10 @@ def _gemm(size: Size, rounds: int, laps: Callable[[Chain], list[float]]) -> dict
 def _peaks(
     size: Size, operations: Sequence[str], names: Mapping[str, Sequence[str]], threads: int | None = None
 ) -> dict[str, dict[str, int | None]]:
-    """Bytes that forward and backward need at most beside their inputs, of the ways of each case that are named.
+    """Return the peak bytes of forward and backward beyond their inputs, for the named ways of each
+    case.
 
-    threads: of a process of its own, on a CPU.
+    threads: set in a separate process on a CPU; None on a GPU.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -244,7 +250,7 @@ def _peak(chain: Chain, device: torch.device) -> int | None:
         before = torch.cuda.memory_allocated(device)
         return gpu_peak_bytes(lambda: forward_and_backward(chain), device) - before
     resident = resident_bytes()
-    if resident is None or not forget_peak():
+    if resident is None or not reset_peak_bytes():
         return None
     forward_and_backward(chain)
     peak = peak_bytes()

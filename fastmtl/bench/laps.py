@@ -1,10 +1,11 @@
-"""Times of one operation's forward and backward, taken in the same run, one after the other.
+"""Times of the forward and backward of one operation in the same run.
 
-On CPUs short ones are repeated until a sample is long enough to trust. On GPUs a time is that of the GPU's own clock
-between two events, with the caches emptied before it: in a training step the layers between two calls of an operation
-do so. Emptying also keeps the GPU busy while the host launches what is timed, so that no launch is waited for. The
-cache is filled by reading: lines that were written would go to memory while the operation is timed. That costs the
-operation and the copy beside it about the same time, and so brings their ratio nearer to 1 than it is.
+On CPUs, short ones are repeated until a sample is long enough to trust. On GPUs, a time is measured
+by the GPU's own clock between two events, with emptied caches: in a training step the layers
+between two calls of an operation empty them. Emptying also keeps the GPU busy while the host
+launches the timed kernels, so no launch delays them. The cache is filled by reads: lines filled by
+writes would go to memory during the timed operation. That write-back costs the operation and its
+copy about the same time, which would move their ratio towards 1.
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ import torch
 
 from fastmtl.measure.harness import GPU_STEPS
 
-# Functions of which each is called with what the one before returned, the first with None.
+# Functions; each is called with the result of the previous one, the first with None.
 Chain = Sequence[Callable[[Any], Any]]
 ENOUGH_S = 0.01
-_LEAD = 1.5  # the GPU is kept busy so many times as long as the host needs
-_SWEEPS = 32  # at most: what launches hundreds of kernels, or waits for the GPU, is not worth it
-_LONGEST_S = 0.1  # of a sample, on the host
+_LEAD = 1.5  # the GPU is kept busy this many times as long as the host needs
+_SWEEPS = 32  # at most: an operation of hundreds of kernels, or one that waits, would need too many
+_LONGEST_S = 0.1  # host time of a sample
 
 
 class Clock(Protocol):
     def laps(self, chain: Chain) -> list[float]:
-        """Seconds of each link of the chain, the mean of several runs. The chain has run before."""
+        """Return the seconds of each function of the chain, the mean of several runs.
+
+        The chain must have run before.
+        """
         ...
 
 
@@ -51,7 +55,7 @@ class CpuClock:
 
 
 class GpuClock:
-    """Holds a buffer of twice the size of the GPU's cache."""
+    """A clock with a buffer of twice the size of the GPU's cache."""
 
     def __init__(self, device: torch.device) -> None:
         size = 2 * torch.cuda.get_device_properties(device).L2_cache_size

@@ -1,4 +1,4 @@
-"""No time without the right gradients: each variant is compared with the textbook loop on the same rows and weights."""
+"""A check of each variant's gradients against the textbook loop. Wrong gradients are not timed."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ from fastmtl.bench.textbook import PaddedBatch, PaddedModel
 from fastmtl.bench.variants import Skipped, Variant
 from fastmtl.bench.workload import Workload, plain_name
 
-# A tensor whose gradient is nothing but cancellation (the bias of keys) is measured against this share of the whole.
+# Least scale of a tensor's error, relative to the whole gradient's norm. It matters for gradients
+# that are pure cancellation, such as the bias of keys.
 FLOOR = 1e-2
-# PCGrad's gradient differs from the sum's by at least so many tolerances, or the check would not tell them apart.
+# Least distance of PCGrad's gradient from the sum's, in tolerances. A closer pair would make the
+# check meaningless.
 APART = 5
 
 
 class GradientMismatch(RuntimeError):
-    """A variant's gradient is not the textbook's: its time would mean nothing."""
+    """Raised for a variant whose gradient is not the textbook's. Its time would be meaningless."""
 
 
 class TextbookGradients:
-    """Each task's gradient by the textbook loop, in the model's precision, and what merging makes of them.
+    """Each task's gradient by the textbook loop in the model's precision, and merges of them.
 
-    They are merged in float64, since torch's inner product of 10^8 float32 numbers may be off by a percent of the
-    norms; and by T coordinates in place of P, since the loop never leaves the span of the T gradients and knows nothing
-    of them but inner products. Holds T gradients of the encoder.
+    Merges are computed in float64, because torch's inner product of 10^8 float32 numbers may be off
+    by a percent of the norms. T coordinates replace P, because the loop never leaves the span of
+    the T gradients and uses only their inner products. This object holds T gradients of the
+    encoder.
 
-    norms: of every parameter, the sum over tasks of its gradient's norm.
+    norms: for every parameter, the sum over tasks of the norm of its gradient.
     """
 
     def __init__(self, model: PaddedModel, batches: Sequence[PaddedBatch]) -> None:
@@ -53,7 +56,9 @@ class TextbookGradients:
         self._merged: dict[tuple[int, ...], dict[str, Tensor]] = {}
 
     def merged(self, order: Tensor | None) -> dict[str, Tensor]:
-        """Every parameter's gradient, float32: of the sum of the losses without an order, else PCGrad's."""
+        """Return every parameter's gradient, float32: PCGrad's for an order, the summed losses'
+        without.
+        """
         key = () if order is None else tuple(order.flatten().tolist())
         if key not in self._merged:
             weights = torch.ones(len(self._rows), dtype=torch.float64)
@@ -66,7 +71,7 @@ class TextbookGradients:
         return {**self._merged[key], **self._own}
 
     def _pieces(self) -> Iterator[tuple[str, Tensor]]:
-        """The columns of J that belong to a parameter, float64 [T, its size]."""
+        """Yield the columns of J of each parameter, float64 [T, size]."""
         for name, *rows in zip(self._shapes, *self._rows, strict=True):
             yield name, torch.stack(rows).double()
 
@@ -77,11 +82,12 @@ class TextbookGradients:
 
 
 class Oracle:
-    """The textbook loop's gradients of a workload in float32, and how far off a variant's may be.
+    """The textbook loop's gradients of a workload in float32, and the allowed errors of a variant.
 
-    In float32 that is the variant's own tolerance. In a lower precision it is, for every parameter, that and twice the
-    error that the textbook loop has itself when torch runs it in this precision; the median of that over all
-    parameters where it is less, since a tensor of a few numbers may come out right by luck.
+    In float32 the allowed error is the variant's own tolerance. In a lower precision it is, for
+    every parameter, the tolerance plus twice the textbook loop's own error in that precision. The
+    median of this error over all parameters is the least value used, since a tensor of a few
+    numbers may be exact by luck.
     """
 
     def __init__(self, workload: Workload) -> None:
@@ -94,11 +100,15 @@ class Oracle:
         self._whole = math.hypot(*self._exact.norms.values())
 
     def expected(self, order: Tensor | None) -> dict[str, Tensor]:
-        """Every parameter's gradient, float32: of the sum of the losses without an order, else PCGrad's."""
+        """Return every parameter's gradient, float32: PCGrad's for an order, the summed losses'
+        without.
+        """
         return self._exact.merged(order)
 
     def allowed(self, variant: Variant) -> dict[str, float]:
-        """The largest error of every parameter, relative to the task gradients' norms."""
+        """Return the largest allowed error of every parameter, relative to the task gradients'
+        norms.
+        """
         expected = self.expected(variant.order)
         if self._rounded is None:
             return dict.fromkeys(expected, variant.tolerance)
@@ -108,15 +118,17 @@ class Oracle:
         return {name: variant.tolerance + 2 * max(error, least) for name, error in errors.items()}
 
     def check(self, variant: Variant) -> float:
-        """Runs the variant's first step and returns its largest error, relative to the task gradients' norms.
+        """Run the variant's first step and return its largest error, relative to the task
+        gradients' norms.
 
-        Raises GradientMismatch naming variant and parameter, and Skipped for an optional variant that fails.
+        Raises GradientMismatch with the variant and parameter, and Skipped for an optional variant
+        that fails.
         """
         expected, allowed = self.expected(variant.order), self.allowed(variant)
         summed = self.expected(None)
         apart = max(self._error(name, wanted, summed[name]) / allowed[name] for name, wanted in expected.items())
         if variant.order is not None and apart < APART:
-            raise GradientMismatch(f"{variant.name}: the tasks do not conflict, the check would take a sum for PCGrad")
+            raise GradientMismatch(f"{variant.name}: the tasks do not conflict, so a sum would pass for PCGrad")
         torch.manual_seed(SEED)
         try:
             variant.step()

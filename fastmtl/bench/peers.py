@@ -1,8 +1,8 @@
-"""PCGrad four ways at equal work: time, memory, and the largest batch that fits a GPU.
+"""Several implementations of PCGrad at equal work: time, memory, and the largest batch on a GPU.
 
-A step's memory is a part that the model needs and a part that grows with the rows: peak(rows) = fixed + slope rows, by
-peaks measured at two numbers of rows. Without a GPU the largest batch is where that line meets the limit; on one it is
-measured there.
+The memory of a step has a fixed part and a part that grows with the rows: peak(rows) = fixed +
+slope * rows, from the peaks at two numbers of rows. Without a GPU, the largest batch is where that
+line meets the limit. On a GPU it is measured.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastmtl.bench.workload import Workload
 from fastmtl.errors import UserError
 from fastmtl.measure.harness import MIB, Keep, Say, in_own_process, resident_bytes
 
-# What the table shows of the variants, by their names there.
+# Variants in the table, and their labels there.
 SHOWN = {
     "autograd": "joint step",
     "pcgrad stacked": "fastmtl PCGrad",
@@ -29,9 +29,10 @@ SHOWN = {
     "torchjd": "TorchJD PCGrad",
 }
 GROWTH = 2  # the second number of rows over the first
-CLOSE = 0.97  # of the limit, where a measured batch is called the largest
-LESS = 0.9  # as many rows after running out of memory
+CLOSE = 0.97  # share of the limit from which on a measured batch counts as the largest
+LESS = 0.9  # factor of the rows after running out of memory
 TRIES = 6
+PRELOAD = "fastmtl.bench.surgery"  # imported by the fork server of the measured processes
 
 
 def bench_peers(
@@ -42,17 +43,19 @@ def bench_peers(
     commit: str | None = None,
     keep: Keep | None = None,
 ) -> dict[str, Any]:
-    """JSON-ready. size: its tokens are not heeded; rows are the shape's. limit_gib: of the GPU the batch is to fit.
-    keep: takes the result after every peer whose memory is known.
+    """Return time and memory of every peer, JSON-ready.
 
-    memory_mib is that of a step with AdamW: the measured peak and its two moments. largest_rows: of each task.
-    Raises GradientMismatch as bench_variants, and UserError where peaks cannot be measured.
+    size: its tokens are ignored; the shape's rows are used. limit_gib: memory of the GPU that the
+    batch must fit. keep: receives the result after every peer whose memory is known. memory_mib: of
+    a step with AdamW, that is the measured peak and two moments. largest_rows: per task.
+
+    Raises GradientMismatch like bench_variants, and UserError if peaks cannot be measured.
     """
     size = dataclasses.replace(size, tokens=None)
     result = bench_variants(size, rounds, say, tuple({**dict.fromkeys(JOINT), **dict.fromkeys(SHOWN)}), commit)
     cuda = size.device == "cuda"
     say("peak memory of an idle process")
-    idle = 0 if cuda else in_own_process(_idle, torch.get_num_threads())
+    idle = 0 if cuda else in_own_process(_idle, torch.get_num_threads(), preload=PRELOAD)
     if idle is None:
         raise UserError("peak memory cannot be measured here: it needs Linux, or --device cuda")
     moments = 2 * size.shape.parameters * PRECISIONS[size.precision].itemsize
@@ -99,16 +102,16 @@ def bench_peers(
 
 
 def line(points: dict[int, int]) -> tuple[float, float]:
-    """Value at 0 and slope of the line through the two largest."""
+    """Return the value at 0 and the slope of the line through the two largest points."""
     (x0, y0), (x1, y1) = sorted(points.items())[-2:]
     slope = (y1 - y0) / (x1 - x0)
     if slope <= 0:
-        raise UserError("memory did not grow with the batch: measure with more --rows, or on a machine with less to do")
+        raise UserError("memory did not grow with the batch: measure with more --rows, or on an idle machine")
     return y0 - slope * x0, slope
 
 
 def _measured_largest(peak: Callable[[int], int], points: dict[int, int], rows: int, limit: float) -> int:
-    """The most rows that were seen to fit, near the limit or after TRIES."""
+    """Return the largest measured number of rows that fits, close to the limit or after TRIES."""
     for _ in range(TRIES):
         try:
             points[rows] = peak(rows)
@@ -125,12 +128,12 @@ def _measured_largest(peak: Callable[[int], int], points: dict[int, int], rows: 
 def _peak(name: str, size: Size) -> int:
     if size.device == "cuda":
         return gpu_peak_of(name, Workload(size))
-    found = in_own_process(peak_of, name, size, torch.get_num_threads())
+    found = in_own_process(peak_of, name, size, torch.get_num_threads(), preload=PRELOAD)
     assert found is not None  # an idle process had one
     return found
 
 
 def _idle(threads: int) -> int | None:
-    """Bytes of a process that has imported and not begun."""
+    """Return the bytes of a process that has only imported."""
     torch.set_num_threads(threads)
     return resident_bytes()

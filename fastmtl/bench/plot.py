@@ -1,4 +1,6 @@
-"""Pictures of results: a roofline for the kernels, bars for steps and variants, lines for sweeps. SVG files."""
+"""Figures of results as SVG files: a roofline for kernels, bars for steps and variants, lines for
+sweeps.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,14 @@ from typing import Any
 from fastmtl.errors import UserError
 from fastmtl.measure.result_file import ORIGIN
 
-# Names that stand for none of fastmtl's steps.
+# Steps that are not fastmtl's.
 OTHERS = ("transformers", "textbook", "torchjd", "TorchJD", "matrix products")
 
 
 def plot(result: dict[str, Any], directory: Path) -> list[Path]:
-    """Draws a result into `directory`, which is made, and returns the files.
+    """Draw a result into `directory`, which is created, and return the files.
 
-    Raises UserError where the result does not say where it was measured, or the directory cannot be written.
+    Raises UserError if the result lacks its origin, or if the directory cannot be written.
     """
     about = result.get("environment", {})
     missing = [key for key in ORIGIN if about.get(key) is None]
@@ -30,7 +32,7 @@ def plot(result: dict[str, Any], directory: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    # Text stays text: small files that can be searched. Equal results give equal files.
+    # Text stays text, for small and searchable files. Equal results give equal files.
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "fastmtl", "font.size": 9})
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -40,7 +42,7 @@ def plot(result: dict[str, Any], directory: Path) -> list[Path]:
 
 
 def _kinds(result: dict[str, Any]) -> list[Callable[[Any, dict[str, Any]], str]]:
-    """What draws a result on axes and returns the file's name."""
+    """Return the functions that draw a result on axes and return the file's name."""
     if "operations" in result:
         return [_roofline, _to_eager]
     if "points" in result:
@@ -66,7 +68,9 @@ def _draw(result: dict[str, Any], kind: Callable[[Any, dict[str, Any]], str], di
 
 
 def _roofline(axes: Any, result: dict[str, Any]) -> str:
-    """Forward and backward together: operations per byte that has to be moved against operations per second."""
+    """Plot operations per second against operations per byte that has to be moved; forward and
+    backward.
+    """
     from matplotlib import colormaps
 
     palette = colormaps["tab20"]
@@ -102,7 +106,7 @@ def _roofline(axes: Any, result: dict[str, Any]) -> str:
 
 
 def _to_eager(axes: Any, result: dict[str, Any]) -> str:
-    """Times over eager torch's."""
+    """Plot times relative to eager torch."""
     labels, values, colours = [], [], []
     for name, operation in result["operations"].items():
         ways = operation["passes"]["both" if "both" in operation["passes"] else "forward"]

@@ -1,4 +1,4 @@
-"""What of a step became CUDA graphs. A step that fell back must not be measured under their name."""
+"""Checks that a step runs as CUDA graphs. A step that fell back must not be measured as one."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from fastmtl.measure.harness import Skipped
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery
 
-# Encoder and merging are recorded in the first step, heads in the second, when their sizes have been seen before.
+# The encoder and merging are recorded in the first step, heads in the second, once their sizes have
+# occurred before.
 STEPS_TO_RECORD = 2
 
 
 def not_recorded(model: MultiTaskModel, surgery: GradientSurgery | None = None) -> list[str]:
-    """Return the reasons why encoder, heads or merging launch their operations one by one; none if all are recorded.
+    """Return the reasons why encoder, heads or merging run without CUDA graphs; empty if all have
+    them.
 
-    Call it after STEPS_TO_RECORD steps. surgery: that of the steps, None where gradients are summed by autograd.
+    Call this after STEPS_TO_RECORD steps. surgery: that of the steps; None if autograd sums the
+    gradients.
     """
     found = [] if surgery is None else list(surgery.not_recorded)
     for graphs in (model.encoder.graphs, model.graphs):
@@ -22,7 +25,7 @@ def not_recorded(model: MultiTaskModel, surgery: GradientSurgery | None = None) 
 
 
 def refuse_unrecorded(model: MultiTaskModel, surgery: GradientSurgery | None = None) -> None:
-    """Raise Skipped with the reasons where not everything was recorded."""
+    """Raise Skipped with the reasons unless everything was recorded."""
     reasons = not_recorded(model, surgery)
     if reasons:
         raise Skipped("; ".join(reasons))

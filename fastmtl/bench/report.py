@@ -1,4 +1,4 @@
-"""Results as tables and as a file, and what is said while one is measured."""
+"""Results as tables and as a file, and progress messages during a measurement."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from fastmtl.measure.harness import Keep, Say
 from fastmtl.measure.result_file import UNFINISHED, save
 
 KEPT = ("kept_bytes_per_token", "kept_bytes_per_token_and_layer")
-# Columns of text; the others are numbers.
+# Columns with text; the others have numbers.
 TEXTS = ("step", "variant", "operation", "impl", "dtype", "what", "verdict")
 
 
 @contextmanager
 def progress() -> Iterator[Say]:
-    """On a terminal one line of it that changes; elsewhere (a log, a pipe) a line for each step with its time."""
+    """Show progress: one changing line on a terminal, otherwise a line with its time for each
+    message.
+    """
     console = Console(stderr=True)
     if console.is_terminal:
         with console.status("", refresh_per_second=1) as status:
@@ -40,23 +42,23 @@ def progress() -> Iterator[Say]:
 
 
 def check_file(path: Path | None) -> None:
-    """Raises UserError where the result could not be written: said before minutes of measuring, not after."""
+    """Raise UserError if the result could not be written, before minutes of measuring."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise UserError(f"--json: cannot write {path}: give a file in a directory that exists")
 
 
 def keeper(path: Path | None) -> Keep | None:
-    """Return what writes a result to a file while it is measured, None without a file."""
+    """Return a function that saves unfinished results in a file; None without a file."""
     if path is None:
         return None
     return lambda result: save({**result, UNFINISHED: True}, path)
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """The tables of a result of bench_kernels, bench_variants, bench_tasks, bench_step, bench_peers or bench_engine."""
+    """Print the tables of a result of any benchmark of `fastmtl bench`."""
     for name, operation in result.get("operations", {}).items():
         console.print(_operation(name, operation))
-        _left_out(operation["skipped"], console)
+        _print_skipped(operation["skipped"], console)
         console.print()
     points = result.get("points", [])
     if points and "steps" not in points[0]:
@@ -64,16 +66,16 @@ def show(result: dict[str, Any], console: Console) -> None:
     for point in points:
         if "steps" in point:
             console.print(_steps({**result, **point}))
-            _left_out(point["skipped"], console)
+            _print_skipped(point["skipped"], console)
             console.print()
     for key, table in {"steps": _steps, "variants": _variants, "peers": _peers, "ways": _ways}.items():
         if key in result:
             console.print(table(result))
-    _left_out(result.get("skipped", {}), console)
+    _print_skipped(result.get("skipped", {}), console)
     if "gemm" in result:
         gemm = result["gemm"]
         line = f"{1e3 * gemm['tflop_per_s']:,.0f} GFLOP/s, a product of {gemm['width']:,} x {gemm['width']:,} matrices"
-        console.print(f"of GEMM: of {line} in {result['precision']}", highlight=False)
+        console.print(f"of GEMM: relative to {line} in {result['precision']}", highlight=False)
     about = result["environment"]
     where = f"{about['threads']} threads" if about["driver"] is None else f"driver {about['driver']}"
     line = f"{about['device']}, {where}, torch {about['torch']}, {result['rounds']} rounds"
@@ -81,7 +83,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def show_changes(changes: Sequence[Change], old: dict[str, Any], new: dict[str, Any], console: Console) -> None:
-    """The table of compare.changes, and what else differs between the two results."""
+    """Print the table of compare.changes, and the other differences of the two environments."""
     table = _table("", *("what", "old ms", "new ms", "ratio", "noise", "verdict"))
     for change in changes:
         noise = f"±{change.noise:.0%}"
@@ -95,18 +97,18 @@ def show_changes(changes: Sequence[Change], old: dict[str, Any], new: dict[str, 
 
 
 def wide() -> Console:
-    """For tables: as wide as the terminal, and as wide as they are in a file or a pipe."""
+    """Return a console of the terminal's width, or 160 columns wide for a file or a pipe."""
     console = Console()
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=160)
 
 
-def _left_out(reasons: dict[str, str], console: Console) -> None:
+def _print_skipped(reasons: dict[str, str], console: Console) -> None:
     for name, reason in reasons.items():
-        console.print(f"{name}: left out, {reason}", highlight=False, markup=False)
+        console.print(f"{name}: skipped, {reason}", highlight=False, markup=False)
 
 
 def _operation(name: str, operation: dict[str, Any]) -> Table:
-    """Times of forward and backward, the rest of both together."""
+    """Return a table: times of each pass; the other columns are for both passes together."""
     passes = operation["passes"]
     dropout = f", dropout {operation['dropout']}" if operation["dropout"] else ""
     whole = "both" if "both" in passes else "forward"
@@ -189,7 +191,7 @@ def _ways(result: dict[str, Any]) -> Table:
 
 
 def _steps(result: dict[str, Any]) -> Table:
-    """Bytes that forward keeps in place of operator calls, where they were counted."""
+    """Return a table of steps. Kept bytes, if counted, replace operator calls."""
     counted = any("kept_bytes_per_token" in entry for entry in result["steps"].values())
     table = _table(
         f"{result['shape']['name']} in {result['precision']}, {result['tasks']} tasks, {result['tokens']} tokens "
@@ -210,7 +212,7 @@ def _steps(result: dict[str, Any]) -> Table:
 
 
 def _calls(entry: dict[str, Any]) -> list[str]:
-    if "operator_calls" not in entry:  # the measurement was cut short before they were counted
+    if "operator_calls" not in entry:  # the measurement ended before they were counted
         return ["", "", ""]
     counts = [f"{entry['operator_calls'][key]:,}" for key in ("operators", "without_optimizer")]
     return [*counts, f"{entry['calls_to_transformers']['operators']:.2f}x"]

@@ -1,4 +1,4 @@
-"""Sizes of encoders and lengths of texts: what all benchmarks measure on. Needs torch and numpy only."""
+"""Sizes of encoders and lengths of texts for all benchmarks. Imports torch and numpy only."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import torch
 SEED = 1
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# Tokens of three tasks' texts with [CLS] and [SEP], at these quantiles: pairs of questions, pairs of sentences,
-# sentences of reviews. Means 30, 28 and 25, the longest of 32 texts two to three times as long.
+# Tokens of three tasks' texts with [CLS] and [SEP], at these quantiles: pairs of questions, pairs
+# of sentences, sentences of reviews. The means are 30, 28 and 25; the longest of 32 texts is two to
+# three times as long.
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.9, 0.97, 1.0)
 LENGTHS = ((10, 16, 21, 27, 35, 46, 60, 96), (9, 14, 18, 24, 33, 46, 62, 100), (4, 9, 16, 23, 33, 40, 48, 64))
 
 
 @dataclass(frozen=True)
 class Shape:
-    """An encoder's size, and the sequences of each task in a step."""
+    """The size of an encoder, and the number of sequences of each task in a step."""
 
     name: str
     hidden: int
@@ -31,7 +32,9 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """Of the encoder: three tables, their LayerNorm, and in each layer four and two linear maps and two norms."""
+        """The encoder's parameters: three tables with LayerNorm; four and two linear maps and two
+        norms per layer.
+        """
         d, wide = self.hidden, self.intermediate
         layer = 4 * (d * d + d) + (d * wide + wide) + (wide * d + d) + 4 * d
         return (self.vocabulary + self.positions + 2) * d + 2 * d + self.layers * layer
@@ -40,18 +43,18 @@ class Shape:
 SHAPES = {
     "minilm": Shape("minilm", hidden=384, layers=6, heads=12, intermediate=1536, rows=32),
     "bert-base": Shape("bert-base", hidden=768, layers=12, heads=12, intermediate=3072, rows=8),
-    # Measures nothing: it is there to try a command in a moment.
+    # For trying a command in a moment; its times mean nothing.
     "tiny": Shape("tiny", hidden=32, layers=2, heads=2, intermediate=64, rows=4, vocabulary=100, positions=128),
 }
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a workload is made from.
+    """The settings of a workload.
 
-    tokens: of the whole step, an equal part for each task; None: each task has the shape's rows. device: "cpu" or
-    "cuda". precision: of weights and activations, a key of PRECISIONS. dropout: of hidden states and of attention's
-    probabilities.
+    tokens: of the whole step, split equally between tasks; None: each task has the shape's rows.
+    device: "cpu" or "cuda". precision: of weights and activations, a key of PRECISIONS. dropout: of
+    hidden states and attention probabilities.
     """
 
     shape: Shape
@@ -63,9 +66,9 @@ class Size:
 
 
 def lengths_of(shape: Shape, tasks: int, tokens: int | None = None) -> list[np.ndarray]:
-    """Tokens of each task's texts, ascending: int64 [texts] for each task.
+    """Return the tokens of each task's texts, ascending: int64 [texts] per task.
 
-    tokens: of all tasks together, an equal part for each; None: each task has the shape's rows.
+    tokens: of all tasks together, split equally; None: each task has the shape's rows.
     """
     return [
         lengths_of_rows(task, shape.rows)
@@ -76,13 +79,15 @@ def lengths_of(shape: Shape, tasks: int, tokens: int | None = None) -> list[np.n
 
 
 def lengths_of_rows(task: int, rows: int) -> np.ndarray:
-    """int64 [rows], evenly over the quantiles: a few texts have the mean and the tail of many."""
+    """Return int64 [rows], evenly spread over the quantiles: a few texts have the mean and tail of
+    many.
+    """
     found = np.interp((np.arange(rows) + 0.5) / rows, QUANTILES, LENGTHS[task % len(LENGTHS)])
     return np.rint(found).astype(np.int64)
 
 
 def lengths_of_tokens(task: int, tokens: int) -> np.ndarray:
-    """As many texts as fit, each a little longer or shorter, so that they have `tokens` tokens in all."""
+    """Return lengths that add up to `tokens`: as many texts as fit, each slightly changed."""
     mean = lengths_of_rows(task, 1000).mean()
     lengths = lengths_of_rows(task, max(round(tokens / mean), 1))
     missing = tokens - int(lengths.sum())

@@ -1,5 +1,7 @@
-"""A whole training step with dropout: forward, backward and AdamW. Against transformers' model on padded batches, and
-against the step's matrix products alone.
+"""A whole training step with dropout: forward, backward and AdamW.
+
+It is compared with transformers' model on padded batches, and with the step's matrix products
+alone.
 """
 
 from __future__ import annotations
@@ -30,15 +32,15 @@ from fastmtl.measure.environment import environment
 from fastmtl.measure.harness import Keep, Say, Skipped, WrongResult, interleave, summary
 from fastmtl.model.multitask import MultiTaskModel
 
-# float32: other orders of addition. bfloat16: 8 bits in every activation of a few layers.
+# float32: different orders of addition. bfloat16: 8 bits in every activation of a few layers.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 DROPOUT = 0.1
-# Of the sweeps over sizes.
+# Sweeps over sizes.
 TOKENS = (1024, 2048, 4096, 8192)
 TASKS = (2, 4, 8)
 PRECISIONS = ("fp32", "bf16")
 SWEEPS = ("tokens", "tasks", "adapters", "methods", "precisions", "recompute", "graphs")
-# Those of one run.
+# Sweeps whose ways are interleaved in one run.
 BY_TURNS = {
     "adapters": SWEPT_ADAPTERS,
     "methods": SWEPT_METHODS,
@@ -48,7 +50,7 @@ BY_TURNS = {
 
 
 class LossMismatch(WrongResult):
-    """Two models that should compute the same do not."""
+    """Raised for two models whose losses should be equal and are not."""
 
 
 def bench_step(
@@ -59,10 +61,12 @@ def bench_step(
     ways: Sequence[str] = DEFAULT,
     keep: Keep | None = None,
 ) -> dict[str, Any]:
-    """Times by turns in this process, JSON-ready. size: its dropout is not heeded. ways: of WAYS, with transformers'
-    and the matrix products. commit: see environment(). keep: takes the result after every round.
+    """Time the ways interleaved in this process; JSON-ready.
 
-    Raises LossMismatch where a model's losses, without dropout, are not those of transformers'.
+    size: its dropout is ignored. ways: of WAYS, with transformers' and the matrix products. commit:
+    see environment(). keep: receives the result after every round.
+
+    Raises LossMismatch if a model's losses, without dropout, differ from those of transformers'.
     """
     about = {"benchmark": "step", **_about(size, rounds, commit)}
     return {**about, **_measured(size, rounds, say, ways, keep=_beside(about, keep))}
@@ -71,9 +75,11 @@ def bench_step(
 def bench_sweep(
     sweep: str, size: Size, rounds: int, say: Say, commit: str | None = None, keep: Keep | None = None
 ) -> dict[str, Any]:
-    """Over one of SWEEPS, JSON-ready: adapters, methods, recompute (with the bytes that forward keeps for backward) and
-    graphs by turns in one run; tokens, tasks and precisions one after the other, as `points` with a name each. keep:
-    takes the result after every round, or after every point. Raises as bench_step.
+    """Time one of SWEEPS; JSON-ready.
+
+    adapters, methods, recompute (with the bytes that forward keeps for backward) and graphs are
+    interleaved in one run. tokens, tasks and precisions run in sequence, as named `points`. keep:
+    receives the result after every round, or after every point. Raises like bench_step.
     """
     about = {"benchmark": f"step --sweep {sweep}", **_about(size, rounds, commit)}
     if sweep in BY_TURNS:
@@ -163,7 +169,9 @@ def _measured(
 
 
 def _ratios(samples: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
-    """Return a summary of every way, with its time over transformers' and over the matrix products'."""
+    """Return a summary of every way, with its time relative to transformers' and to the matrix
+    products'.
+    """
     found = {name: summary(seconds) for name, seconds in samples.items()}
     for entry in found.values():
         entry["ratio_to_transformers"] = entry["median_s"] / found[TRANSFORMERS]["median_s"]
@@ -172,9 +180,10 @@ def _ratios(samples: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
 
 
 def checked(name: str, workload: Workload, losses: Sequence[float]) -> tuple[Step, float]:
-    """One of WAYS ready to run, and the largest relative error of its model's losses.
+    """Return one of WAYS, ready to run, and the largest relative error of its model's losses.
 
-    losses: padded_losses of transformers' model. Raises Skipped with the reason where it cannot run, and LossMismatch.
+    losses: padded_losses of transformers' model. Raises Skipped with the reason if it cannot run,
+    and LossMismatch.
     """
     tolerance = TOLERANCES[workload.dtype]
     way = WAYS[name]
@@ -193,7 +202,7 @@ def checked(name: str, workload: Workload, losses: Sequence[float]) -> tuple[Ste
 
 @torch.no_grad()
 def padded_losses(workload: Workload, model: PaddedModel) -> list[float]:
-    """Of each task, without dropout."""
+    """Return each task's loss without dropout."""
     model.eval()
     return [float(model.loss(task, model.features(b), b)) for task, b in enumerate(workload.padded_batches)]
 

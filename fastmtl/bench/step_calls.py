@@ -1,4 +1,6 @@
-"""Operators, host time and host waits of a step under DeepSpeed, of a model that is all launching."""
+"""Operators, host time and host waits of a step under DeepSpeed, for a model with negligible
+compute.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,10 @@ _STEPS = 10
 
 @dataclass(frozen=True)
 class StepCalls:
-    """calls: of each part of the step, among them `in graphs`. seconds: of the processor, in the same parts. waits: a
-    line each. parameters: that DeepSpeed has.
+    """Counts of one step.
+
+    calls: per part of the step, including `in graphs`. seconds: processor time per part. waits: one
+    line each. parameters: the number that DeepSpeed has.
     """
 
     calls: Counter[str]
@@ -43,7 +47,7 @@ class StepCalls:
 
 
 class _InGraphs(Unrecorded):
-    """A recorder that counts what CUDA graphs would hold."""
+    """A recorder that counts the operators that CUDA graphs would hold."""
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
@@ -63,11 +67,11 @@ def count_step(
     graphs: bool = False,
     deepspeed: dict[str, Any] | None = None,
 ) -> StepCalls:
-    """Count a step of one process on the CPU. Three tasks, dropout, heads of every kind.
+    """Count a step of one process on the CPU, with three tasks, dropout, and heads of every kind.
 
-    The model is narrow: the number of calls does not depend on widths, and the milliseconds are about what a host needs
-    to launch the part. graphs: everything runs as what `engine.cuda_graphs` captures, and what would be in a graph is a
-    part of its own. deepspeed: the recipe's section.
+    The model is narrow. The number of calls does not depend on widths, and the milliseconds
+    approximate the host's launch time. graphs: everything that `engine.cuda_graphs` captures is
+    counted as a separate part. deepspeed: the recipe's section.
     """
     start()
     shape = Shape("narrow", 32, layers, heads=2, intermediate=64, rows=4, vocabulary=100, positions=128)
@@ -103,11 +107,11 @@ def count_step(
 
 
 def _seconds(step: Callable[[], None]) -> dict[str, float]:
-    """Return the mean seconds of each part, without the parts inside it."""
+    """Return the mean seconds of each part without its nested parts."""
     spent: defaultdict[str, float] = defaultdict(float)
     open_parts, last = [THE_REST], time.process_time()
 
-    def tell(name: str, begins: bool) -> None:
+    def on_range(name: str, begins: bool) -> None:
         nonlocal last
         now = time.process_time()
         spent[open_parts[-1]] += (now - last) / _STEPS
@@ -117,7 +121,7 @@ def _seconds(step: Callable[[], None]) -> dict[str, float]:
         else:
             open_parts.pop()
 
-    with ranges.listening(tell):
+    with ranges.listening(on_range):
         for _ in range(_STEPS):
             step()
     return spent

@@ -1,4 +1,4 @@
-"""The ways to make one training step, with dropout and AdamW."""
+"""Implementations of one training step, with dropout and AdamW."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastmtl.surgery.options import Storage
 
 TRANSFORMERS, PRODUCTS = "transformers", "matrix products"
 COMPILED = ("transformers compiled",)
-# Sizes of the papers; of low-rank layers and LoRA a rank that is usual.
+# The papers' sizes; for low-rank layers and LoRA a usual rank.
 ADAPTERS = {"pal": 204, "low_rank": 8, "lora": 8}
 RECOMPUTE: tuple[Recompute, ...] = ("cheap", "full")
 METHODS = ("gradvac", "upgrad", "mgda", "imtlg")
@@ -30,8 +30,10 @@ Step = Callable[[], None]
 
 
 class Way:
-    """build: makes the step; raises Skipped where it cannot. model: of the workload, whose losses are compared; None
-    for what computes no loss.
+    """One implementation of a step.
+
+    build: makes the step; raises Skipped if it cannot run. model: returns the workload's model
+    whose losses are compared; None for a step without a loss.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def transformers(workload: Workload, model: nn.Module) -> Step:
-    """One padded batch of each task, the sum of their losses, as a plain loop has it."""
+    """Return a plain loop's step: one padded batch per task, and the sum of their losses."""
     assert isinstance(model, PaddedModel)
     batches, optimizer = workload.padded_batches, _optimizer(model)
 
@@ -61,7 +63,7 @@ def transformers(workload: Workload, model: nn.Module) -> Step:
 
 
 def _compiled(workload: Workload) -> PaddedModel:
-    """A copy whose encoder is compiled for any number and length of texts."""
+    """Return a copy whose encoder is compiled for any number and length of texts."""
     model = copy.deepcopy(workload.padded)
     model.encoder.compile(dynamic=True)
     return model
@@ -87,7 +89,7 @@ def _merged(
 ) -> tuple[Step, GradientSurgery]:
     assert isinstance(model, MultiTaskModel)
     if method not in method_names():
-        raise Skipped("TorchJD is not here: pip install 'fastmtl-torch[torchjd]'")
+        raise Skipped("TorchJD is not installed: pip install 'fastmtl-torch[torchjd]'")
     batch, optimizer = workload.packed_batch, _optimizer(model)
     surgery = GradientSurgery(
         optimizer,
@@ -109,10 +111,12 @@ def _merged(
 
 
 def recorded(workload: Workload, model: nn.Module, method: str) -> Step:
-    """Return a step of `sum` or `pcgrad` with everything as CUDA graphs that `engine.cuda_graphs` captures."""
+    """Return a step of `sum` or `pcgrad` that runs as CUDA graphs, as `engine.cuda_graphs` captures
+    it.
+    """
     assert isinstance(model, MultiTaskModel)
     step, surgery = (joint(workload, model), None) if method == "sum" else _merged(workload, model, method)
-    weights = copy.deepcopy(model.state_dict())  # which all ways share
+    weights = copy.deepcopy(model.state_dict())  # shared by all ways
     for _ in range(STEPS_TO_RECORD):
         step()
     model.load_state_dict(weights)
@@ -121,8 +125,10 @@ def recorded(workload: Workload, model: nn.Module, method: str) -> Step:
 
 
 def products(workload: Workload, _: nn.Module | None = None) -> Step:
-    """Forward and both backward products of every linear layer of the encoder on the real tokens, into buffers that are
-    there. Attention's own are left out: 1 to 2 % at these lengths.
+    """Return the forward and both backward products of every linear layer of the encoder.
+
+    They run on the real tokens and write into preallocated buffers. Attention's own products are
+    left out: 1 to 2 % at these lengths.
     """
     rows, like = workload.packed_batch.num_tokens, {"device": workload.device, "dtype": workload.dtype}
     weights = [module.weight.detach() for module in workload.packed.encoder.modules() if isinstance(module, nn.Linear)]

@@ -1,4 +1,6 @@
-"""What PCGrad costs over a joint step: time and memory of every variant, and the time over the number of tasks."""
+"""The cost of PCGrad over a joint step: time and memory of every variant, and time by number of
+tasks.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +42,15 @@ def bench_variants(
     commit: str | None = None,
     keep: Keep | None = None,
 ) -> dict[str, Any]:
-    """All variants on one workload, JSON-ready: times by turns in this process, peak memory of each alone.
+    """Return all variants on one workload, JSON-ready: interleaved times, and peak memory of each
+    alone.
 
-    variants: with both of JOINT and the textbook, which the ratios are of. Peers, which take several times longer, take
-    their turn in every other round. commit: see environment(). keep: takes the result after every round, and after the
-    peak memory of each variant.
-    Raises GradientMismatch where a variant's gradient is not the textbook's, before anything is timed.
+    Times are taken in this process. variants: must include both of JOINT and the textbook, to which
+    the ratios refer. Peers take several times longer, so they run in every other round only.
+    commit: see environment(). keep: receives the result after every round, and after the peak
+    memory of each variant.
+
+    Raises GradientMismatch if a variant's gradient is not the textbook's, before anything is timed.
     """
     say("building models")
     workload = Workload(size)
@@ -74,7 +79,7 @@ def bench_variants(
         if keep is not None:
             keep(result(samples))
 
-    samples = interleave(steps, rounds, say, workload.device, seldom=peers, after_round=kept)
+    samples = interleave(steps, rounds, say, workload.device, half_as_often=peers, after_round=kept)
     checked.clear()
     steps.clear()
     for name in samples:
@@ -82,7 +87,7 @@ def bench_variants(
         if workload.device.type == "cuda":
             peaks[name] = gpu_peak_of(name, workload)
         else:
-            peaks[name] = in_own_process(peak_of, name, size, torch.get_num_threads())
+            peaks[name] = in_own_process(peak_of, name, size, torch.get_num_threads(), preload=__name__)
         kept(samples)
     return result(samples)
 
@@ -90,7 +95,7 @@ def bench_variants(
 def _entries(
     samples: dict[str, list[float]], workload: Workload, errors: dict[str, float], peaks: dict[str, int | None]
 ) -> dict[str, dict[str, Any]]:
-    """Return a summary of every variant with its ratios. peaks: bytes of those that were measured so far."""
+    """Return a summary of every variant with its ratios. peaks: bytes measured so far."""
     found: dict[str, dict[str, Any]] = {name: summary(seconds) for name, seconds in samples.items()}
     joint = min(found[name]["median_s"] for name in JOINT)
     dense = sum(p.numel() for p in workload.packed.shared_parameters())
@@ -109,9 +114,10 @@ def _entries(
 def bench_tasks(
     size: Size, rounds: int, say: Say, numbers: Sequence[int] = TASKS, commit: str | None = None
 ) -> dict[str, Any]:
-    """`sum` and PCGrad with more and more tasks in equally many tokens, JSON-ready; `relative`: to the fewest tasks.
+    """Time `sum` and PCGrad with growing numbers of tasks in equally many tokens; JSON-ready.
 
-    size: its tasks are not heeded; without tokens they are TASK_TOKENS. Raises GradientMismatch as bench_variants.
+    `relative`: to the fewest tasks. size: its tasks are ignored; without tokens, TASK_TOKENS are
+    used. Raises GradientMismatch like bench_variants.
     """
     steps, sizes = {}, {}
     device = torch.device(size.device)
@@ -145,7 +151,9 @@ def bench_tasks(
 def _checked(
     workload: Workload, names: Sequence[str], say: Say
 ) -> tuple[list[Variant], dict[str, float], dict[str, str]]:
-    """The variants whose gradients are right, their errors, and the reasons of those that cannot run."""
+    """Return the variants with correct gradients, their errors, and the reasons of the skipped
+    ones.
+    """
     say("gradients of the textbook loop")
     oracle = Oracle(workload)
     checked, errors, skipped = [], {}, {}
@@ -162,8 +170,10 @@ def _checked(
 
 
 def peak_of(name: str, size: Size, threads: int) -> int | None:
-    """Peak bytes of a process that has made two steps: the second finds J, and buffers of the allocator, in place. A
-    peer keeps nothing from one step to the next.
+    """Return the peak bytes of a process after two steps, or after one step of a peer.
+
+    The second step finds J and the allocator's buffers in place. A peer keeps nothing between
+    steps.
     """
     torch.set_num_threads(threads)
     free_at_once()
@@ -174,13 +184,14 @@ def peak_of(name: str, size: Size, threads: int) -> int | None:
 
 
 def gpu_peak_of(name: str, workload: Workload) -> int:
-    """Peak bytes on the GPU of a second step, which finds J in place, with no other variant's tensors there. CUDA
-    graphs' memory is in it.
+    """Return the peak bytes on the GPU of a second step, which finds J in place.
+
+    No other variant's tensors are there. The memory of CUDA graphs is included.
     """
     workload.packed.zero_grad()
     workload.padded.zero_grad()
     gc.collect()
-    torch.cuda.empty_cache()  # pools of graphs that are gone
+    torch.cuda.empty_cache()  # pools of freed graphs
     variant = build(name, workload)
     variant.step()
     return gpu_peak_bytes(variant.step, workload.device) + graph_pool_bytes(workload.device)

@@ -1,8 +1,9 @@
-"""PCGrad as it is usually written: a padded BertModel, one backward per task, flat gradients, pairwise projections.
+"""The usual PCGrad: a padded BertModel, one backward per task, flat gradients, pairwise
+projections.
 
-This is what fastmtl's gradients are compared with and what its speed is measured against; it uses nothing of fastmtl.
-It is a lean one: each task's graph is freed before the next task's forward, and nothing is copied that the algorithm
-does not ask for. T tasks, P shared parameters.
+This is the reference for fastmtl's gradients and speed; it uses nothing of fastmtl. It is lean:
+each task's graph is freed before the next task's forward, and nothing is copied that the algorithm
+does not require. T tasks, P shared parameters.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from transformers import BertConfig, BertModel
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """The rows of one task, padded to the longest of them.
+    """The rows of one task, padded to the longest.
 
-    input_ids, attention_mask, token_type_ids: int64 [B, L]. labels: [B], int64 for classes, float32 otherwise.
+    input_ids, attention_mask, token_type_ids: int64 [B, L]. labels: [B], int64 for classes, float32
+    otherwise.
     """
 
     input_ids: Tensor
@@ -33,7 +35,7 @@ class PaddedBatch:
 
 
 class PaddedModel(nn.Module):
-    """`encoder`, a BertModel, and for each task a linear map of the first token's hidden state.
+    """A BertModel `encoder`, and for each task a linear map of the first token's hidden state.
 
     kinds: "classification" (with its number of classes), "binary" or "regression" for each task.
     """
@@ -45,12 +47,12 @@ class PaddedModel(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(config.hidden_size, outputs) for _, outputs in kinds)
 
     def features(self, batch: PaddedBatch) -> Tensor:
-        """[B, hidden]."""
+        """Return the first token's hidden states [B, hidden]."""
         encoded = self.encoder(batch.input_ids, batch.attention_mask, batch.token_type_ids)
         return encoded.last_hidden_state[:, 0]
 
     def loss(self, task: int, features: Tensor, batch: PaddedBatch) -> Tensor:
-        """The task's mean loss, in float32 or better."""
+        """Return the task's mean loss, in float32 or better."""
         outputs = self.heads[task](features)
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         if self.kinds[task] == "classification":
@@ -61,7 +63,9 @@ class PaddedModel(nn.Module):
 
 
 def step(model: PaddedModel, batches: Sequence[PaddedBatch]) -> None:
-    """Leaves the merged gradient in `.grad` of the encoder and each head's own gradient in its `.grad`."""
+    """Write the merged gradient to the encoder's `.grad`, and each head's own gradient to its
+    `.grad`.
+    """
     model.zero_grad()
     merged = pcgrad(task_gradients(model, batches))
     parameters = list(model.encoder.parameters())
@@ -71,7 +75,7 @@ def step(model: PaddedModel, batches: Sequence[PaddedBatch]) -> None:
 
 
 def task_gradients(model: PaddedModel, batches: Sequence[PaddedBatch]) -> list[Tensor]:
-    """T gradients [P] of the encoder; those of the heads stay in `.grad`."""
+    """Return T gradients [P] of the encoder; those of the heads stay in `.grad`."""
     gradients = []
     for task, batch in enumerate(batches):
         model.encoder.zero_grad()
@@ -81,10 +85,10 @@ def task_gradients(model: PaddedModel, batches: Sequence[PaddedBatch]) -> list[T
 
 
 def pcgrad(gradients: Sequence[Tensor], order: Tensor | None = None) -> Tensor:
-    """Yu et al. 2020, Algorithm 1: the sum of the T gradients [P], each without its conflicts with the others.
+    """Return the sum of the T gradients [P], each without its conflicts with the others.
 
-    order: int64 [T, T], for each task the others (and itself, which is left out) in the order they are met; by default
-    drawn from torch's global generator.
+    Yu et al. 2020, Algorithm 1. order: int64 [T, T], for each task the others in projection order
+    (the task itself is skipped); by default drawn from torch's global generator.
     """
     merged = torch.zeros_like(gradients[0])
     for i, gradient in enumerate(gradients):

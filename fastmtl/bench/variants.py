@@ -1,4 +1,4 @@
-"""The ways to make one step's gradients."""
+"""Implementations of one step's gradients."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ from fastmtl.surgery import GradientSurgery
 from fastmtl.surgery.methods.table import draw_order
 from fastmtl.surgery.options import Storage
 
-# Largest error relative to the task gradients' norms, beside what a model in lower precision is off itself. float32:
-# other orders of addition. bfloat16: 8 bits of every number of J. Peers: PCGrad's coefficients are made of inner
-# products, and torch's of 10^8 float32 numbers may be off by a percent on CPUs.
+# Largest error relative to the task gradients' norms, beyond the error of a model in lower
+# precision. float32: different orders of addition. bfloat16: 8 bits of every number of J. Peers:
+# PCGrad's coefficients are made of inner products, and torch's inner products of 10^8 float32
+# numbers may be off by a percent on CPUs.
 FLOAT32, BFLOAT16, PEER = 1e-5, 2.0**-8, 1e-2
 
 
 @dataclass(frozen=True)
 class Variant:
-    """step: forward, backward and surgery, from no gradients to merged ones in `.grad` of `model`.
+    """One implementation.
 
-    order: int64 [T, T], how the tasks meet in the first step after torch.manual_seed(SEED); None: gradients are summed.
-    peer: no step of fastmtl's. optional: it may fail in ways that are not ours, and is left out then.
+    step: forward, backward and surgery, from no gradients to merged ones in `.grad` of `model`.
+    order: int64 [T, T], the projection order of the first step after torch.manual_seed(SEED); None:
+    gradients are summed. peer: not a step of fastmtl. optional: it may fail for reasons outside
+    fastmtl, and is skipped then.
     """
 
     name: str
@@ -44,7 +47,7 @@ class Variant:
 
 
 def build(name: str, workload: Workload) -> Variant:
-    """Raises Skipped where a package is missing."""
+    """Build a variant. Raise Skipped if a package is missing."""
     return BUILDERS[name](name, workload)
 
 
@@ -106,12 +109,14 @@ def _variant(
 ) -> Variant:
     if method == "sum":
         return Variant(name, model, step, None, _summed(workload))
-    rounds = dtype == torch.bfloat16 and workload.dtype != dtype  # J more than the model does
+    rounds = dtype == torch.bfloat16 and workload.dtype != dtype  # J is rounded, the model is not
     return Variant(name, model, step, draw_order(workload.tasks, SEED, 1), BFLOAT16 if rounds else FLOAT32)
 
 
 def _recorded(method: str, dtype: torch.dtype = torch.float32) -> Callable[..., Variant]:
-    """Make a variant whose step is the replay of CUDA graphs, on a model of its own that shares the weights."""
+    """Return a builder of a variant that replays CUDA graphs, on a separate model with shared
+    weights.
+    """
 
     def build(name: str, workload: Workload) -> Variant:
         if workload.device.type != "cuda":
@@ -124,9 +129,11 @@ def _recorded(method: str, dtype: torch.dtype = torch.float32) -> Callable[..., 
 def recorded(
     name: str, workload: Workload, method: str, dtype: torch.dtype = torch.float32, recorder: Recorder | None = None
 ) -> Variant:
-    """Return the variant after the steps that record. Its next step replays, and is the first for the tasks' order.
+    """Return the variant after the steps that record. Its next step replays, with the first tasks'
+    order.
 
-    recorder: in place of CUDA graphs, on any device. Raises Skipped with the reasons where something is not recorded.
+    recorder: replaces CUDA graphs, on any device. Raises Skipped with the reasons if something is
+    not recorded.
     """
     model = workload.recomputing("none", cuda_graphs=True)
     surgery = _surgery_of(model, method, dtype=dtype, cuda_graphs=True)
@@ -161,8 +168,8 @@ def _torchjd(name: str, workload: Workload) -> Variant:
         model.zero_grad()
         features = [model.features(batch) for batch in batches]
         losses = [model.loss(task, features[task], batch) for task, batch in enumerate(batches)]
-        # One row of the Jacobian at a time is faster here than torch.vmap, for which SDPA's backward has no rule on
-        # CPUs.
+        # One row of the Jacobian at a time is faster here than torch.vmap, which has no rule for
+        # SDPA's backward on CPUs.
         mtl_backward(losses, features=features, tasks_params=own, shared_params=shared, parallel_chunk_size=1)
         jac_to_grad(shared, PCGrad())
 
@@ -170,7 +177,7 @@ def _torchjd(name: str, workload: Workload) -> Variant:
 
 
 JOINT = ("autograd", "sum")
-# Bytes of a number of J.
+# Bytes per number of J.
 STACKED = {
     "pcgrad stacked": 4,
     "pcgrad stacked bf16": 2,
@@ -193,13 +200,15 @@ BUILDERS: dict[str, Callable[[str, Workload], Variant]] = {
 
 
 def _summed(workload: Workload) -> float:
-    """The tolerance of a joint backward. In bfloat16 it adds all tasks' rows of a table to one rounded sum on CPUs, the
-    loop only one task's.
+    """Return the tolerance of a joint backward.
+
+    On CPUs, in bfloat16, it adds all tasks' rows of a table to one rounded sum, the loop only one
+    task's.
     """
     return FLOAT32 if workload.dtype == torch.float32 else PEER
 
 
 def _global_order(tasks: int) -> Tensor:
-    """The order of a loop that draws one permutation for each task from the global generator."""
+    """Return the order of a loop that draws one permutation per task from the global generator."""
     generator = torch.Generator().manual_seed(SEED)
     return torch.stack([torch.randperm(tasks, generator=generator) for _ in range(tasks)])

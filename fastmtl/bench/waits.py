@@ -1,12 +1,13 @@
-"""The places where the host would wait for a GPU, counted on the CPU.
+"""Counts, on the CPU, the places where the host would wait for a GPU.
 
-On a GPU the host runs ahead of the device until it needs a number from it. A CPU waits for nothing, but the calls are
-the same. Three kinds of them wait: reads of a number (`item`, `tolist`, `bool`, `cpu`, ...), operators whose result has
-a size that only the device knows (`nonzero`, `unique`, a mask as an index), and copies from the host's memory that are
-not `non_blocking`.
+On a GPU the host runs ahead of the device until it needs a number from it. A CPU never waits, but
+the calls are the same. Three kinds of calls wait: reads of a number (`item`, `tolist`, `bool`,
+`cpu`, ...), operators whose result has a size that only the device knows (`nonzero`, `unique`, a
+mask as an index), and copies from host memory that are not `non_blocking`.
 
-Every tensor is on the CPU here, so this module keeps account of which would be the host's: those made without a device
-(`torch.tensor(numbers)`), copied by `cpu()`, or computed from such tensors alone. All others would be the device's.
+Every tensor is on the CPU here, so this module tracks the tensors that would be the host's: those
+made without a device (`torch.tensor(numbers)`), copied by `cpu()`, or computed from such tensors
+alone. All others would be the device's.
 """
 
 from __future__ import annotations
@@ -27,17 +28,20 @@ from torch.utils._pytree import tree_leaves
 _READS = ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "is_nonzero", "equal", "allclose")
 _TO_HOST = ("cpu",)
 _FACTORIES = ("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "eye", "randperm", "randint")
-# What these read is the host's on a GPU as well: there the kernels of attention and pooling read the bounds of
-# sequences on the device, as tests/cuda_graphs/test_on_meta.py holds, and a recording gets a plan of the CPU.
+# Reads in these files are of host tensors on a GPU as well. There the kernels of attention and
+# pooling read the bounds of sequences on the device (tests/cuda_graphs/test_on_meta.py checks
+# this), and a recording gets a plan that was made on the CPU.
 _OF_THE_HOST = ("varlen_attention/api.py", "pool/api.py", "buffers/batch.py")
 _SIZED_BY_DATA = ("nonzero", "_unique2", "unique_dim", "unique_consecutive", "masked_select", "_local_scalar_dense")
 
 
 def host_waits(step: Callable[[], object]) -> list[str]:
-    """Return a line for each wait of one step: what waits, and the innermost places of fastmtl or DeepSpeed."""
+    """Return one line per wait of a step: the call, and the innermost places of fastmtl or
+    DeepSpeed.
+    """
     waits: list[str] = []
     account = _Account(waits)
-    from_numpy = torch.from_numpy  # which no mode sees
+    from_numpy = torch.from_numpy  # no mode intercepts it
 
     def kept_from_numpy(array: np.ndarray) -> Tensor:
         tensor = from_numpy(array)
@@ -50,12 +54,12 @@ def host_waits(step: Callable[[], object]) -> list[str]:
 
 
 class _Account:
-    """on_host: tensors that would be the host's, by id; kept alive, so that an id stays one tensor's."""
+    """The tensors that would be the host's, by id; kept alive, so that an id stays unique."""
 
     def __init__(self, waits: list[str]) -> None:
         self._waits = waits
         self._on_host: dict[int, Tensor] = {}
-        self.inside = False  # a call that is counted already
+        self.inside = False  # inside a call that is counted already
 
     def wait(self, what: str) -> None:
         places = _places()
@@ -70,7 +74,7 @@ class _Account:
 
 
 class _Functions(TorchFunctionMode):
-    """See what Python calls of torch."""
+    """A mode that intercepts Python's calls of torch."""
 
     def __init__(self, account: _Account) -> None:
         super().__init__()
@@ -94,7 +98,7 @@ class _Functions(TorchFunctionMode):
             if to_device and not kwargs.get("non_blocking"):
                 account.wait("a copy to the device")
             result = self._quietly(func, args, kwargs)
-            # On one device `to` gives the same tensor back.
+            # On one device `to` returns the same tensor.
             return result.clone() if to_device and result is given[0] else result
         if (
             name == "copy_"
@@ -127,7 +131,7 @@ class _Functions(TorchFunctionMode):
 
 
 class _Operators(TorchDispatchMode):
-    """See what torch itself calls, autograd among it."""
+    """A mode that intercepts the operators that torch itself calls, autograd's included."""
 
     def __init__(self, account: _Account) -> None:
         super().__init__()
@@ -151,7 +155,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _places() -> list[str]:
-    """Return folders, files and lines of the innermost three frames outside torch and this module."""
+    """Return folder, file and line of the innermost three frames outside torch and this module."""
     frames = [
         frame
         for frame in traceback.extract_stack()

@@ -1,7 +1,7 @@
-"""What is measured on: models of one size, and the same rows packed and padded.
+"""The measured workload: models of one size, and the same rows packed and padded.
 
-Weights and tokens are random: neither changes the time of a step. Without dropout, the default, packed and padded
-models compute the same numbers.
+Weights and tokens are random; neither changes the time of a step. Without dropout (the default)
+packed and padded models compute the same numbers.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.model.encoder.bert import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
 
-# Type and number of outputs of tasks 0, 1, 2, 3 = 0, ...
+# Type and number of outputs of tasks 0, 1, 2, and 3 again as 0, ...
 KINDS = (("binary", 1), ("regression", 1), ("classification", 5))
 
 
 class Workload:
-    """A step's rows and the models that run on them.
+    """The rows of a step and the models that run on them.
 
-    The models are made when they are asked for and share their weights' memory; no gradient is shared.
+    A model is built on first access. The models share the memory of their weights, but no gradient.
     """
 
     def __init__(self, size: Size) -> None:
@@ -61,7 +61,7 @@ class Workload:
         torch.manual_seed(SEED)
         model = PaddedModel(config, self._kinds)
         for head, (kind, _) in zip(model.heads, self._kinds, strict=True):
-            if kind == "regression":  # equal heads and opposite labels: some of the tasks conflict
+            if kind == "regression":  # equal heads and opposite labels make some tasks conflict
                 head.load_state_dict(model.heads[0].state_dict())
         return model.to(self.device, self.dtype)
 
@@ -79,7 +79,10 @@ class Workload:
         return model
 
     def with_adapter(self, adapter: str, size: int) -> MultiTaskModel:
-        """A packed model with weights of its own and an adapter that gives zeros, which costs as much as any other."""
+        """Return a packed model with separate weights and an adapter that outputs zeros.
+
+        Such an adapter costs as much as any other.
+        """
         recipe = {**self.recipe, "adapter": {"name": adapter, "size": size, "init": "no_influence"}}
         model = MultiTaskModel(parse_recipe(recipe, "benchmark"), PackedBert(self.padded.encoder.config))
         weights = self.packed.state_dict()
@@ -89,7 +92,7 @@ class Workload:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """Of the packed model, as a recipe file has it."""
+        """The packed model's settings, as in a recipe file."""
         sizes: dict[str, dict[str, Any]] = {"regression": {"range": [-2, 2]}, "binary": {}}
         tasks = {}
         for task, (kind, outputs) in enumerate(self._kinds):
@@ -99,7 +102,7 @@ class Workload:
 
     @property
     def num_padded(self) -> int:
-        """Tokens of the padded batches."""
+        """The number of tokens in the padded batches."""
         return sum(batch.input_ids.numel() for batch in self.padded_batches)
 
     def _rows(self, task: int, lengths: np.ndarray, random: np.random.Generator) -> TokenizedDataset:
@@ -110,7 +113,7 @@ class Workload:
             "regression": random.uniform(-2, 0, len(lengths)).astype(np.float32),
         }
         return TokenizedDataset(
-            # 0 is [PAD], which no text holds: BertModel gives its embedding no gradient.
+            # 0 is [PAD], which no text contains: BertModel gives its embedding no gradient.
             tokens=random.integers(1, self.shape.vocabulary, lengths.sum()).astype(np.int32),
             offsets=np.concatenate([[0], np.cumsum(lengths)]),
             second_text=(lengths if kind == "classification" else lengths // 2).astype(np.int32),
@@ -124,7 +127,10 @@ class Workload:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name in PaddedModel, from that in either model: `heads.<task>.dense` is a MultiTaskModel's."""
+    """Return a parameter's name in PaddedModel from its name in either model.
+
+    A MultiTaskModel has `heads.<task>.dense`.
+    """
     return name.replace(".dense.", ".") if name.startswith("heads.") else name
 
 

@@ -1,12 +1,14 @@
-"""Live bytes of tensors by storage: what is alive when, and what for.
+"""Live bytes of tensors by storage: when each storage is alive, and what it is used for.
 
-A TorchDispatchMode sees the result of every operation, and a weak reference to its storage tells when that is freed;
-torch's own MemTracker (torch.distributed._tools) works so, but knows neither J nor what of a forward outlives it. What
-kernels allocate and free inside one operation is not seen.
+A TorchDispatchMode sees the result of every operation. A weak reference to the result's storage
+reports when the storage is freed. torch's own MemTracker (torch.distributed._tools) works the same
+way, but does not know J, nor which tensors of a forward outlive it. Memory that kernels allocate
+and free inside one operation is not seen.
 
-What a storage is for is found like this: weights, optimiser state, gradients and J are named by the objects that hold
-them. What is made in a forward and outlives it is an activation. What is made by handing gradients over and by the
-optimiser is a gradient. The rest is workspace.
+A storage is assigned to a part as follows. Weights, optimiser state, gradients and J are named by
+the objects that hold them. A storage made in a forward that outlives the forward is an activation.
+A storage made by the hand-over of gradients or by the optimiser is a gradient. Everything else is
+workspace.
 """
 
 from __future__ import annotations
@@ -22,16 +24,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from fastmtl.measure.parts import Bytes, Part, nothing, total
+from fastmtl.measure.parts import Bytes, Part, total, zero_bytes
 from fastmtl.measure.ranges import Name
 
 
 @dataclass
 class Storage:
-    """One storage's life: the ticks at which it was made and freed (None: alive), in which outermost range, by which
-    operation.
+    """The lifetime of one storage.
 
-    section: number of the forward it was made in.
+    made, freed: ticks; freed is None while the storage is alive. range: the outermost range it was
+    made in. section: the number of the forward it was made in. operation: the operation that made
+    it.
     """
 
     nbytes: int
@@ -46,7 +49,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Peak:
-    """The largest sum of live bytes: its parts, in which range it was, and what was alive, largest first."""
+    """The largest sum of live bytes: its parts, its range, and the live storages, largest first."""
 
     parts: Bytes
     range: Name | None
@@ -58,7 +61,10 @@ class Peak:
 
 
 class Accounting(TorchDispatchMode):
-    """Follows the storages on one device while it is entered. Listens to ranges by `heed`."""
+    """Record the storages on one device while this context is entered.
+
+    `on_range` is its listener for fastmtl.measure.ranges.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -80,8 +86,8 @@ class Accounting(TorchDispatchMode):
                 self._see(value, function)
         return result
 
-    def heed(self, name: Name, begins: bool) -> None:
-        """A listener of fastmtl.measure.ranges."""
+    def on_range(self, name: Name, begins: bool) -> None:
+        """Handle a range event of fastmtl.measure.ranges."""
         if begins:
             self._ranges.append(name)
         else:
@@ -90,30 +96,33 @@ class Accounting(TorchDispatchMode):
             self._forward(begins)
 
     def watch_recomputation(self, modules: Iterable[nn.Module]) -> None:
-        """With `recompute: full` backward runs these modules forward again: what that makes are activations too."""
+        """Count the tensors that `recompute: full` makes in backward as activations, too.
+
+        modules: those that backward runs forward again.
+        """
         for module in modules:
             module.register_forward_pre_hook(lambda *_: self._forward(True))
             module.register_forward_hook(lambda *_: self._forward(False), always_call=True)
 
     def name(self, tensors: Iterable[Tensor], part: Part) -> None:
-        """These storages are of that part, whatever made them."""
+        """Assign the storages of these tensors to a part, whatever made them."""
         for tensor in tensors:
             storage = self._see(tensor, None)
             if storage is not None:
                 storage.part = part
 
     def name_shape(self, shape: tuple[int, ...], part: Part) -> None:
-        """The same for all storages that were made for a tensor of this shape."""
+        """Assign all unnamed storages that were made for a tensor of this shape to a part."""
         for storage in self._storages:
             if storage.shape == shape and storage.part is None:
                 storage.part = part
 
-    def forget_the_past(self) -> None:
-        """The peak is from now on."""
+    def reset_peak(self) -> None:
+        """Make `peak` cover only the time from now on."""
         self._storages = [storage for storage in self._storages if storage.freed is None]
 
     def peak(self, within: Name | None = None) -> Peak:
-        """Of the whole time, or of what was in ranges of this name that were in no other."""
+        """Return the peak of the whole time, or of the outermost ranges of this name."""
         changes: list[tuple[int, int]] = []
         for storage in self._storages:
             changes.append((storage.made, storage.nbytes))
@@ -124,7 +133,7 @@ class Accounting(TorchDispatchMode):
             live += change
             if live > most and within in (None, self._range_at[tick]):
                 most, at = live, tick
-        parts, alive = nothing(), []
+        parts, alive = zero_bytes(), []
         for storage in self._storages:
             if storage.made <= at and (storage.freed is None or storage.freed > at):
                 part = self._part(storage)
@@ -137,7 +146,7 @@ class Accounting(TorchDispatchMode):
         return sum(storage.nbytes for _, storage in self._alive.values())
 
     def alive(self, part: Part) -> int:
-        """Bytes of a part that are alive now."""
+        """Return the bytes of a part that are alive now."""
         storages = (storage for storage in self._storages if storage.freed is None)
         return sum(storage.nbytes for storage in storages if self._part(storage) == part)
 
@@ -196,5 +205,5 @@ class Accounting(TorchDispatchMode):
         if storage.range in ("communication", "optimiser"):
             return "gradients"
         if storage.range == "surgery" and storage.freed is not None and self._range_at[storage.freed] != "surgery":
-            return "gradients"  # the merged one, which is handed over
+            return "gradients"  # the merged gradient, which is handed over
         return "workspace"

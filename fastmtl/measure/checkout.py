@@ -12,17 +12,18 @@ _ROOT = Path(__file__).parents[2]
 
 
 def checkout(commit: str | None = None) -> dict[str, Any]:
-    """{"commit", "clean"}: the commit, and whether nothing but results differs from it; None where nothing tells.
+    """Return {"commit", "clean"}; a value is None if it is unknown.
 
-    commit: as `git describe --always --dirty` gives it, of a copy of a checkout without its .git; a checkout knows its
-    own.
+    clean: whether nothing but benchmark results differs from the commit. commit: the output of `git
+    describe --always --dirty` for a copy of a checkout without its .git. It is not used in a
+    checkout, which has its own.
     """
     if (_ROOT / ".git").exists():
         git = ["git", "-C", str(_ROOT)]
         head = output_of([*git, "rev-parse", "HEAD"])
         changes = output_of([*git, "status", "--porcelain", "--", ".", ":!benchmarks/results"])
         return {"commit": head, "clean": None if changes is None else not changes}
-    if commit is None and not (_ROOT / "pyproject.toml").exists():  # installed, of a release
+    if commit is None and not (_ROOT / "pyproject.toml").exists():  # installed from a release
         return {"commit": f"release {__version__}", "clean": True}
     if commit is None:
         return {"commit": None, "clean": None}
@@ -30,7 +31,9 @@ def checkout(commit: str | None = None) -> dict[str, Any]:
 
 
 def output_of(command: list[str]) -> str | None:
-    """What a command prints, without the spaces around it; None where it fails or is not there."""
+    """Return a command's output without surrounding spaces; None if the command fails or is
+    missing.
+    """
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

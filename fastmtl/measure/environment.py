@@ -1,4 +1,4 @@
-"""Where a result was measured: what it depends on beside the measured code."""
+"""The environment of a measurement: everything that a result depends on beside the code."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _PACKAGES = ("transformers", "triton", "torchjd", "peft", "liger-kernel")
 
 
 def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """Device, driver, versions, what `auto` picks for each kernel, and the commit, JSON-ready.
+    """Return the device, driver, versions, the kernels that `auto` selects and the commit,
+    JSON-ready.
 
-    commit: as `git describe --always --dirty` gives it, of a copy of a checkout without its .git; a checkout knows its
-    own. `clean` is None where nothing tells.
+    commit: the output of `git describe --always --dirty` for a copy of a checkout without its .git.
+    It is not used in a checkout, which has its own. `clean` is None if it is unknown.
     """
     found = {
         "device": _device(device),

@@ -1,6 +1,7 @@
-"""Times of several variants taken in turns, and the peak memory of one alone.
+"""Interleaved timing of several variants, and the peak memory of one variant alone.
 
-A machine that slows down for a minute slows down all variants that take turns: their ratios hold, their times do not.
+The variants take turns. A machine that slows down for a minute then slows down all of them: the
+ratios hold, the times do not.
 """
 
 from __future__ import annotations
@@ -18,27 +19,31 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 MIB = 2**20
-# Steps that a time on a GPU is the mean of. They are queued one after another, so a step's launches overlap the one
-# before, as in a training loop.
+# A time on a GPU is the mean of this many steps. The steps are queued without a wait, so the
+# launches of one step overlap the previous step, as in a training loop.
 GPU_STEPS = 10
 CPU = torch.device("cpu")
 Result = TypeVar("Result")
-# Tells what is going on: a line that the next one replaces.
+# Shows a progress line that replaces the previous one.
 Say = Callable[[str], None]
-# Takes what a benchmark has measured so far, JSON-ready, so that a process that is killed leaves it.
+# Saves the result so far, JSON-ready, so that a killed process loses nothing.
 Keep = Callable[[dict[str, Any]], None]
 
 
 class Skipped(Exception):
-    """What cannot run here; the message is the reason."""
+    """Raised for a variant that cannot run here; the message is the reason."""
 
 
 class WrongResult(RuntimeError):
-    """Something does not compute what it should: its time would mean nothing."""
+    """Raised for a wrong result. Its time would be meaningless."""
 
 
 def seconds(step: Callable[[], object], device: torch.device) -> float:
-    """Of one step. On a GPU by its own clock, the mean of GPU_STEPS after one that finds it idle and is not counted."""
+    """Return the seconds of one step.
+
+    On a GPU this is the mean of GPU_STEPS by the GPU's own clock, after one step that is not
+    counted because it finds the GPU idle.
+    """
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         step()
@@ -58,19 +63,20 @@ def interleave(
     rounds: int,
     say: Say,
     device: torch.device = CPU,
-    seldom: Collection[str] = (),
+    half_as_often: Collection[str] = (),
     measure: Callable[[Any, torch.device], Any] = seconds,
     after_round: Callable[[dict[str, list[Any]]], None] | None = None,
 ) -> dict[str, list[Any]]:
-    """What `measure` finds of each step in every round: A B C, A B C, ... Every step has run before, to be checked.
+    """Return what `measure` returns for each step in every round, in the order A B C, A B C, ...
 
-    seldom: steps that take their turn in every other round. after_round: takes the samples so far.
+    Every step must have run before. half_as_often: steps that run in every other round only.
+    after_round: receives the samples so far.
     """
     samples: dict[str, list[Any]] = {name: [] for name in steps}
     for index in range(rounds):
         say(f"round {index + 1} of {rounds}")
         for name, step in steps.items():
-            if name not in seldom or index % 2 == 0:
+            if name not in half_as_often or index % 2 == 0:
                 samples[name].append(measure(step, device))
         if after_round is not None:
             after_round(samples)
@@ -78,19 +84,20 @@ def interleave(
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:
-    """Median, 20 % and 80 % quantiles (the nearest samples), and the samples themselves; seconds."""
+    """Return the median, the 20 % and 80 % quantiles (nearest samples) and the samples; seconds."""
     ordered = sorted(samples)
     low, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.8))
     return {"median_s": statistics.median(ordered), "p20_s": low, "p80_s": high, "samples_s": list(samples)}
 
 
-def in_own_process(function: Callable[..., Result], *arguments: Any, preload: str = "fastmtl.bench.surgery") -> Result:
-    """function(*arguments) in a process that has run nothing else; what it raises is raised here.
+def in_own_process(function: Callable[..., Result], *arguments: Any, preload: str) -> Result:
+    """Return function(*arguments), computed in a process that has run nothing else. Re-raise its
+    errors.
 
-    preload: the module that the server imports, of the first call in this process.
+    preload: the module that the fork server imports. Only the first call in this process sets it.
     """
-    # Forked from a server that has only imported: it saves seconds, and a process begins with the server's small
-    # resident set, not with what this one has used so far.
+    # A fork server that has only imported modules saves seconds. A process also starts with the
+    # server's small resident set, not with the memory that this process has used so far.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
@@ -98,12 +105,12 @@ def in_own_process(function: Callable[..., Result], *arguments: Any, preload: st
 
 
 def peak_bytes(process: int | str = "self") -> int | None:
-    """The largest resident set of a process so far; None where the system does not tell (it is Linux's VmHWM)."""
+    """Return the largest resident set of a process so far (Linux's VmHWM); None elsewhere."""
     return _status("VmHWM:", process)
 
 
 class HeapBytes(NamedTuple):
-    """Of glibc's malloc: in the heap those in use and those free, and those of blocks that are mapped."""
+    """Bytes in glibc's malloc: used and free ones of the heap, and those of mapped blocks."""
 
     in_use: int
     free: int
@@ -111,7 +118,7 @@ class HeapBytes(NamedTuple):
 
 
 def heap_bytes() -> HeapBytes:
-    """By mallinfo2 of <malloc.h>, which glibc has since 2.33."""
+    """Read mallinfo2 of <malloc.h>, which glibc has since 2.33."""
     mallinfo2 = ctypes.CDLL(None).mallinfo2
     mallinfo2.restype = _MallInfo
     found = mallinfo2()
@@ -124,20 +131,20 @@ class _MallInfo(ctypes.Structure):
 
 
 def resident_bytes() -> int | None:
-    """The resident set of this process now; None where the system does not tell."""
+    """Return the current resident set of this process; None on systems other than Linux."""
     return _status("VmRSS:")
 
 
 def _status(key: str, process: int | str = "self") -> int | None:
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):  # another may end meanwhile
+    except (FileNotFoundError, ProcessLookupError):  # the process has ended
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), None)
 
 
-def forget_peak(process: int | str = "self") -> bool:
-    """Peak memory of a process counts from here on; False where the system cannot (it is Linux's clear_refs)."""
+def reset_peak_bytes(process: int | str = "self") -> bool:
+    """Restart the peak memory of a process (Linux's clear_refs). Return False on other systems."""
     try:
         Path(f"/proc/{process}/clear_refs").write_text("5")
     except OSError:
@@ -146,7 +153,7 @@ def forget_peak(process: int | str = "self") -> bool:
 
 
 def gpu_peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """The most that torch's allocator held on the GPU during a step, with all that was there before."""
+    """Return the peak of torch's allocator on the GPU in a step, earlier tensors included."""
     gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -156,10 +163,11 @@ def gpu_peak_bytes(step: Callable[[], object], device: torch.device) -> int:
 
 
 def graph_pool_bytes(device: torch.device) -> int:
-    """Return what CUDA graphs keep of the GPU beside the tensors that torch counts as allocated.
+    """Return the GPU memory that CUDA graphs hold beyond the tensors that torch counts as
+    allocated.
 
-    A graph's intermediates are free blocks of its private pool once it is captured: replays write there, and nothing
-    else may.
+    After capture, a graph's intermediates are free blocks of its private pool. Replays write there,
+    and nothing else may.
     """
     torch.cuda.synchronize(device)
     segments = [entry for entry in torch.cuda.memory_snapshot() if tuple(entry["segment_pool_id"]) != (0, 0)]

@@ -1,8 +1,9 @@
-"""The memory of a process that trains on a CPU. With a malloc that is not glibc's nothing here does anything.
+"""Settings of malloc for a process that trains on a CPU. They apply to glibc's malloc only.
 
-Left alone, glibc's malloc keeps freed blocks of up to 32 MiB in a heap, to be used again. Holes grow in it as blocks of
-other sizes come: in training, where sizes change from batch to batch, 10 to 25 % of a step's peak. What is larger it
-maps anew each time, in pages of 4 KiB with a page fault each: half of a MiniLM step's processor time on virtual cores.
+By default glibc's malloc keeps freed blocks of up to 32 MiB in a heap for reuse. Blocks of
+different sizes leave holes in the heap. In training, where sizes change from batch to batch, the
+holes take 10 to 25 % of a step's peak. malloc maps each larger block anew, in pages of 4 KiB with a
+page fault each, which takes half of a MiniLM step's processor time on virtual cores.
 """
 
 from __future__ import annotations
@@ -22,20 +23,22 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 _LARGE = 1 << 20
 _MAPPED = 4 << 20
 _MAPPED_ONCE = 128 << 10
-_TOP = 4 << 20  # what may stay free at the heap's end; without it glibc would keep twice the largest block so far
+_TOP = 4 << 20  # may stay free at the heap's end; glibc's default is twice the largest block so far
 _HUGE_PAGE = 2 << 20
-# oneDNN keeps code for each shape that it has seen, by default of 1,024. GELU alone has two a batch: 6 MiB after 300
-# batches of different lengths, in small blocks all over the heap. These are three steps of its bfloat16.
+# oneDNN caches code for each shape, 1,024 primitives by default. GELU alone adds two per batch: 6
+# MiB after 300 batches of different lengths, in small blocks all over the heap. This limit holds
+# the primitives of three bfloat16 steps.
 _PRIMITIVES = 64
-_maps = False  # a setting of the process, as malloc's are
+_maps = False  # set once per process, like malloc's settings
 
 
 def map_large_blocks() -> bool:
-    """Blocks of 4 MiB and more are mapped, tensors in huge pages, and go back to the system when they are freed.
+    """Map blocks of 4 MiB and more, so that they return to the system when freed.
 
-    oneDNN keeps fewer of its primitives, too. To be called before the process makes its first tensor: torch and oneDNN
-    look but once. False where Linux gives no huge pages (then nothing is mapped: small pages would cost more than is
-    won), or where the user has chosen by MALLOC_* or GLIBC_TUNABLES; who sets torch's THP_MEM_ALLOC_ENABLE=0 gets none.
+    Tensors get huge pages, and oneDNN caches fewer primitives. Call this before the process makes
+    its first tensor, as torch and oneDNN read their settings once. Return False, and map nothing,
+    if Linux gives no huge pages (small pages would cost more than is gained) or if the user has set
+    MALLOC_* or GLIBC_TUNABLES. The user's THP_MEM_ALLOC_ENABLE=0 is kept.
     """
     global _maps
     mallopt = _function("mallopt")
@@ -53,9 +56,11 @@ def map_large_blocks() -> bool:
 
 
 @contextmanager
-def seldom() -> Iterator[None]:
-    """For what is done now and then, with blocks of other sizes than a step's: where large blocks are mapped, those of
-    128 KiB are too meanwhile, and leave no holes behind.
+def mapping_small_blocks() -> Iterator[None]:
+    """Map blocks of 128 KiB and more inside the context, for rare work with other sizes than a
+    step's.
+
+    Such blocks then leave no holes in the heap. Do nothing unless large blocks are mapped.
     """
     if not _maps:
         yield
@@ -69,14 +74,16 @@ def seldom() -> Iterator[None]:
 
 
 def free_at_once() -> None:
-    """Large blocks of this process go back to the system when they are freed. Costs time; for measuring."""
+    """Return large blocks of this process to the system when they are freed. Slow; for
+    measurements.
+    """
     mallopt = _function("mallopt")
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
 def trim() -> None:
-    """What is free now goes back to the system."""
+    """Return the heap's free memory to the system."""
     malloc_trim = _function("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)
@@ -89,7 +96,7 @@ def _gets_huge_pages() -> bool:
 
 
 def _huge_bytes() -> int:
-    """Of this process now; 0 where the system does not tell."""
+    """Return the bytes of this process in huge pages; 0 if unknown."""
     try:
         found = re.search(r"^AnonHugePages:\s*(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
     except OSError:

@@ -1,4 +1,4 @@
-"""What memory is for. Everything that counts bytes, measured or predicted, splits them so."""
+"""The parts of a step's memory, by use. Measured and predicted bytes are both split into these."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ Bytes = dict[Part, int]
 
 MEANING: Mapping[Part, str] = {
     "weights": "parameters and buffers of the model",
-    "gradients": "of the parameters, merged ones and DeepSpeed's buckets and copies included",
-    "optimiser": "moments, and float32 masters of the weights",
-    "task gradients": "J with its compact rows, or what takes its place",
-    "activations": "what forward keeps for backward",
-    "workspace": "everything that lives for a moment",
+    "gradients": "gradients of the parameters, with merged ones and DeepSpeed's buckets and copies",
+    "optimiser": "moments, and float32 master weights",
+    "task gradients": "J with its compact rows, or its replacement",
+    "activations": "tensors that forward keeps for backward",
+    "workspace": "temporary tensors",
 }
 
 
-def nothing() -> Bytes:
+def zero_bytes() -> Bytes:
     return dict.fromkeys(PARTS, 0)
 
 

@@ -1,9 +1,9 @@
-"""Names for the parts of a training step, for torch.profiler and for `fastmtl profile`.
+"""Named ranges of a training step, for torch.profiler and for `fastmtl profile`.
 
-data: drawing and packing a batch, and moving it to the device. forward, backward: of the model. surgery: Gramian,
-weights and merging of task gradients. communication: handing the merged gradient to the engine, which adds it up over
-ranks, and surgery's own collectives. optimiser: clipping, the update, and gathering the weights over ranks.
-A range costs a few microseconds where nothing records it.
+data: draw and pack a batch and move it to the device. forward, backward: the model's. surgery: the
+Gramian, the weights and the merge of task gradients. communication: hand the merged gradient to the
+engine, which sums it over ranks; surgery's own collectives. optimiser: clip, update, and gather the
+weights over ranks. Without a listener or profiler a range costs a few microseconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.profiler import record_function
 Name = Literal["data", "forward", "backward", "surgery", "communication", "optimiser"]
 NAMES: tuple[Name, ...] = ("data", "forward", "backward", "surgery", "communication", "optimiser")
 PREFIX = "step: "
-# Called with a range's name when it begins (True) and ends (False).
+# Called with a range's name when the range begins (True) and ends (False).
 Listener = Callable[[Name, bool], None]
 Item = TypeVar("Item")
 _listeners: list[Listener] = []
@@ -25,7 +25,7 @@ _listeners: list[Listener] = []
 
 @contextmanager
 def profile_range(name: Name) -> Iterator[None]:
-    """What runs inside the block is `name`; blocks may nest."""
+    """Run the block as range `name`; ranges may nest."""
     with record_function(PREFIX + name):
         for listener in _listeners:
             listener(name, True)
@@ -37,7 +37,7 @@ def profile_range(name: Name) -> Iterator[None]:
 
 
 def profile_iter(name: Name, items: Iterable[Item]) -> Iterator[Item]:
-    """The items; making one is `name`, what the caller does with it is not."""
+    """Yield the items. Making an item is in range `name`, the caller's use of it is not."""
     iterator = iter(items)
     while True:
         with profile_range(name):
@@ -50,7 +50,7 @@ def profile_iter(name: Name, items: Iterable[Item]) -> Iterator[Item]:
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """The listener is told of every range inside the block."""
+    """Call the listener for every range inside the context."""
     _listeners.append(listener)
     try:
         yield

@@ -1,4 +1,6 @@
-"""The file that keeps a result. Imports no torch: what supervises measurements must survive them."""
+"""The file of a result. It imports no torch, so that the supervisor of measurements survives a
+failure of theirs.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +11,20 @@ from typing import Any
 
 from fastmtl.files.writing import replace_text
 
-# What a result must name before anything is drawn of it; beside the driver, which a CPU has none of.
+# The fields of its environment that a result must have before it is drawn. The driver is required,
+# too, but null on a CPU.
 ORIGIN = ("device", "torch", "fastmtl", "commit", "clean")
-# Key of a result whose measurement has not come to its end.
+# Key of a result whose measurement is not finished.
 UNFINISHED = "unfinished"
 
 
 def save(result: dict[str, Any], path: Path) -> None:
-    """Replace the file as a whole, so that a reader never sees half a result. A device or a pipe is written to."""
+    """Replace the file atomically; a reader never sees half a result. Write to devices and pipes
+    directly.
+    """
     replace_text(path, json.dumps(result, indent=2) + "\n")
 
 
 def slug(name: str) -> str:
-    """Return a device's name as a file's: `NVIDIA H200` gives nvidia-h200."""
+    """Return a device's name in a form for file names: `NVIDIA H200` gives nvidia-h200."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -16,7 +16,7 @@ Source: deepspeed/runtime/zero/stage_1_and_2.py and stage3.py; Rajbhandari et al
 from __future__ import annotations
 
 from fastmtl.engine.settings import REDUCE_BUCKET_SIZE
-from fastmtl.measure.parts import Bytes, nothing
+from fastmtl.measure.parts import Bytes, zero_bytes
 from fastmtl.profile.ledger import Ledger
 from fastmtl.profile.shape import Shape
 
@@ -28,7 +28,7 @@ def kept(shape: Shape) -> Bytes:
     another.
     """
     trained, number, world = shape.trained, shape.number_bytes, shape.world
-    held = nothing()
+    held = zero_bytes()
     held["weights"] = shape.frozen * number
     if shape.zero == 3:
         held["weights"] += share(trained * number, world) + whole(shape)

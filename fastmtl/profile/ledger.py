@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fastmtl.measure.parts import Bytes, Part, nothing, total
+from fastmtl.measure.parts import Bytes, Part, total, zero_bytes
 
 
 class Ledger:
@@ -41,4 +41,4 @@ class Ledger:
 
 
 def fullest(ledger: Ledger) -> Bytes:
-    return ledger.peak if total(ledger.peak) else nothing()
+    return ledger.peak if total(ledger.peak) else zero_bytes()

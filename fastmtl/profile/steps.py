@@ -66,10 +66,10 @@ class Steps:
         """A step whose tensors are followed. In the first one J and the optimiser's state are made."""
         accounting = self._accounting
         self._name_what_stays()
-        accounting.forget_the_past()
+        accounting.reset_peak()
         self._counting = True
         try:
-            with accounting, ranges.listening(accounting.heed), ranges.listening(self._see_task_gradients):
+            with accounting, ranges.listening(accounting.on_range), ranges.listening(self._see_task_gradients):
                 self.step(micro_batches)
         finally:
             self._counting = False

@@ -320,7 +320,7 @@ def test_variants_take_turns() -> None:
     assert order == list("ABCABC")
     assert [len(seconds) for seconds in samples.values()] == [2, 2, 2]
     order.clear()
-    samples = interleave({name: lambda name=name: order.append(name) for name in "ABC"}, 3, quiet, seldom="B")
+    samples = interleave({name: lambda name=name: order.append(name) for name in "ABC"}, 3, quiet, half_as_often="B")
     assert order == list("ABCACABC")
     assert [len(seconds) for seconds in samples.values()] == [3, 2, 3]
 
@@ -333,7 +333,10 @@ def test_summary_holds_median_quantiles_and_samples() -> None:
 def test_peak_memory_is_that_of_one_variant() -> None:
     wide = dataclasses.replace(TINY, hidden=256, intermediate=1024, layers=4)
     held = torch.ones(200 * MIB // 4)  # of this process, not of the ones that are measured
-    joint, stacked = (in_own_process(surgery.peak_of, name, Size(wide), 1) for name in ("autograd", "pcgrad stacked"))
+    joint, stacked = (
+        in_own_process(surgery.peak_of, name, Size(wide), 1, preload="fastmtl.bench.surgery")
+        for name in ("autograd", "pcgrad stacked")
+    )
     assert joint is not None and stacked is not None
     model = Workload(Size(wide)).packed
     dense = sum(p.numel() for p in model.shared_parameters()) - sum(p.numel() for p in model.sparse_parameters())

@@ -77,9 +77,9 @@ def test_files_that_are_no_results(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read .*old.json: No such file"):
         compare.read(file)
     for text, says in (
-        ("{", "is no JSON"),
-        ("[]", "is no result of a benchmark"),
-        ("{}", "is no result of a benchmark"),
+        ("{", "is not JSON"),
+        ("[]", "is not the result of a benchmark"),
+        ("{}", "is not the result of a benchmark"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=says):

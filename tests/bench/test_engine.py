@@ -42,5 +42,5 @@ def test_what_cannot_be_measured_is_refused_first(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(Skipped, match="CUDA graphs need an NVIDIA GPU, the model is on cpu"):
         engine._measured(EngineWay("sum", graphs=True), Workload(size), "fp32", 1, 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(UserError, match="--device cpu: DeepSpeed takes the GPU where there is one"):
+    with pytest.raises(UserError, match="--device cpu: DeepSpeed uses a GPU if there is one"):
         engine.bench_engine(dataclasses.replace(size, device="cpu"), 1, quiet)

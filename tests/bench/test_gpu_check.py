@@ -160,7 +160,7 @@ def test_no_part_costs_another_its_result(
         "fails": ("failed", "exit status 1"),
         "hangs": ("timed out", "killed at its limit of 1 s"),
         "crashes": ("failed", "killed by SIGABRT"),
-        "silent": ("failed", "it ended without silent.json"),
+        "silent": ("failed", "the part did not write silent.json"),
         "needy": ("left out", f"{sys.executable} has no no_such_module"),
         "last": ("ok", ""),
     }
@@ -188,7 +188,8 @@ def test_what_does_not_fit_into_the_seconds_is_named(
     scripts["second"] = "json.dump({'found': 2}, out)"
     status, result = run(tmp_path, "--seconds", str(gpu_check.RESERVE_S + 4.4))
     assert status == 0 and "second" not in result and result["first"] == {"found": 1}
-    assert result["parts"]["second"]["why"].endswith("s are left of --seconds, it needs about 3 s")
+    why = result["parts"]["second"]["why"]
+    assert why.startswith("--seconds leaves ") and why.endswith(" s, the part needs about 3 s")
     assert "left out: second: " in capsys.readouterr().out
     status, result = run(tmp_path, "--parts", "second")  # a second call adds to the first one's result
     assert status == 0 and result["first"] == {"found": 1} and result["second"] == {"found": 2}

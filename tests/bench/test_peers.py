@@ -41,7 +41,7 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     """With made-up peaks: a process for each takes seconds, and test_bench.py measures some."""
     made_up = {"autograd": 3, "sum": 3, "pcgrad stacked": 3, "pcgrad replay": 4, "textbook": 5, "torchjd": 6}
 
-    def peak(function: object, *arguments: object) -> int:
+    def peak(function: object, *arguments: object, preload: str) -> int:
         if function is peers._idle:
             return 50 * MIB
         name, size, _ = arguments

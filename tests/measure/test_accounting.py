@@ -41,7 +41,7 @@ def test_a_storage_that_is_used_again_is_another() -> None:
 
 
 def step(accounting: Accounting, model: nn.Module, x: Tensor) -> None:
-    with accounting, ranges.listening(accounting.heed):
+    with accounting, ranges.listening(accounting.on_range):
         with ranges.profile_range("forward"):
             loss = model(x).square().mean()
         with ranges.profile_range("backward"):
@@ -62,7 +62,7 @@ def test_parts_of_a_step() -> None:
     assert peak.parts["activations"] == 4 * (ROWS * (50 + 50 + 30) + 1)
     assert peak.parts["gradients"] == peak.parts["optimiser"] == peak.parts["task gradients"] == 0
     # Afterwards the gradients stay, and nothing else beside the weights.
-    accounting.forget_the_past()
+    accounting.reset_peak()
     assert accounting.peak().parts["gradients"] == peak.parts["weights"]
     assert accounting.live_bytes() == 2 * peak.parts["weights"]
 
@@ -91,7 +91,7 @@ def test_what_checkpointing_makes_again_is_an_activation() -> None:
 
 def test_the_peak_is_of_the_named_range() -> None:
     accounting = Accounting(CPU)
-    with accounting, ranges.listening(accounting.heed):
+    with accounting, ranges.listening(accounting.on_range):
         with ranges.profile_range("forward"):
             torch.zeros(100)
         with ranges.profile_range("optimiser"):

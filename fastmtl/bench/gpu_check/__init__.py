@@ -1,1 +1,1 @@
-"""`make gpu-check`: everything that only a GPU can show, each part in a process of its own."""
+"""`make gpu-check`: all checks that need a GPU, each part in a separate process."""

@@ -1,8 +1,9 @@
-"""`make gpu-check`: everything that only a GPU can show, the most valuable part first.
+"""`make gpu-check`: run all checks that need a GPU, the most valuable part first.
 
-Each part is a process of its own with a time limit, so that an error of one costs no other. This process imports no
-torch. After every part it writes RESULTS/<device>.json anew; logs are in RESULTS/run. Exit status 1 where a part
-failed. A bound that does not hold is printed and fails nothing.
+Each part is a separate process with a time limit, so that an error of one part costs no other. This
+process does not import torch. After every part it rewrites RESULTS/<device>.json; logs are in
+RESULTS/run. The exit status is 1 if a part failed. A bound that does not hold is printed, and is no
+failure.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from fastmtl.bench.gpu_check.result import ResultFile
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "benchmarks" / "results"
 DRAW_SECONDS = 30
-# Kept back of --seconds: the last pictures, and the end of this process.
+# Seconds reserved of --seconds for the last figures and the end of this process.
 RESERVE_S = 5
 
 
 class Interrupted(BaseException):
-    """SIGTERM or Ctrl-C: what was measured is kept, and the part that runs is killed."""
+    """Raised on SIGTERM or Ctrl-C. Measurements so far are kept, and the running part is killed."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,14 +67,14 @@ def main(arguments: list[str] | None = None) -> int:
             _part(part, settings, result, end)
             pictures.draw()
     except Interrupted:
-        result.failures.append("interrupted: the parts after that were not run")
+        result.failures.append("interrupted: the remaining parts were not run")
     result.failures += pictures.finish()
     result.save()
-    return _tell(result)
+    return _print_summary(result)
 
 
 def chosen_parts(table: list[Part], names: list[str]) -> list[Part]:
-    """Return the parts of these names, or whose names begin with them: `kernels` stands for all operations."""
+    """Return the parts with these names or prefixes: `kernels` selects all operations."""
     if not names:
         return table
     wanted: set[str] = set()
@@ -87,13 +88,13 @@ def chosen_parts(table: list[Part], names: list[str]) -> list[Part]:
 
 
 def _part(part: Part, settings: Settings, result: ResultFile, end: float | None) -> None:
-    """Run a part if there is time and everything that it needs, and tell how it ended."""
+    """Run a part if there is time and its modules are installed; print its outcome."""
     left = float("inf") if end is None else end - time.monotonic()
     missing = part.missing()
     if missing:
         why = f"{sys.executable} has no {', '.join(missing)}"
     elif left < part.expected_s:
-        why = f"{max(left, 0):.0f} s are left of --seconds, it needs about {part.expected_s} s"
+        why = f"--seconds leaves {max(left, 0):.0f} s, the part needs about {part.expected_s} s"
     else:
         why = ""
     if why:
@@ -108,7 +109,7 @@ def _part(part: Part, settings: Settings, result: ResultFile, end: float | None)
     before = {bound["what"] for bound in result.data.get("bounds", [])}
     result.add(part, outcome)
     entry = result.data["parts"][part.name]
-    kept = ", what it had measured is kept" if entry.get("partial") else ""
+    kept = ", its measurements so far are kept" if entry.get("partial") else ""
     print(f"{part.name}: {' '.join(filter(None, [entry['state'], entry['why']]))}, {outcome.seconds:.0f} s{kept}")
     if outcome.tail:
         print(outcome.tail)
@@ -121,19 +122,19 @@ def _run(part: Part, limit_s: float, settings: Settings) -> Outcome:
 
 
 class Pictures:
-    """Drawn by a process beside the next part, at a low priority: they take no time of their own."""
+    """Figures, drawn by a low-priority process during the next part, so that they cost no time."""
 
     def __init__(self, result: ResultFile) -> None:
         self._result = result
         self._process: subprocess.Popen[str] | None = None
 
     def draw(self) -> None:
-        """Begin to draw, unless the last pictures are still being drawn."""
+        """Start to draw, unless a drawing still runs."""
         if self._process is None or self._process.poll() is not None:
             self._process = self._begin()
 
     def finish(self) -> list[str]:
-        """Draw once more, and return what could not be drawn."""
+        """Draw once more, and return the figures that failed."""
         if self._process is not None:
             self._wait(self._process)
         return self._wait(self._begin())
@@ -155,15 +156,15 @@ class Pictures:
         except subprocess.TimeoutExpired:
             drawing.kill()
             drawing.communicate()
-            return [f"no pictures: they were not drawn in {DRAW_SECONDS} s"]
+            return [f"no figures: drawing took over {DRAW_SECONDS} s"]
         lines = output.strip().splitlines()
         if drawing.returncode:
-            return [f"no pictures: {lines[-1] if lines else drawing.returncode}"]
+            return [f"no figures: {lines[-1] if lines else drawing.returncode}"]
         return lines
 
 
-def _tell(result: ResultFile) -> int:
-    """Print bounds, what was left out, and failures."""
+def _print_summary(result: ResultFile) -> int:
+    """Print bounds, skipped parts and failures."""
     print()
     _show_bounds(result.data.get("bounds", []))
     for tool, found in result.data.get("compute-sanitizer", {}).items():
@@ -187,7 +188,7 @@ def _needs(part: Part) -> str:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)  # the next one would lose the result
+    signal.signal(number, signal.SIG_IGN)  # a second signal would lose the result
     raise Interrupted
 
 
@@ -196,13 +197,13 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         prog="gpu-check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the result")
-    parser.add_argument("--seconds", type=float, help="what does not fit into so many is left out, by name")
-    parser.add_argument("--parts", nargs="+", default=[], metavar="NAME", help="only these; adds to a kept result")
+    parser.add_argument("--seconds", type=float, help="leave out, by name, the parts that exceed this time")
+    parser.add_argument("--parts", nargs="+", default=[], metavar="NAME", help="run only these; adds to a kept result")
     parser.add_argument("--list", action="store_true", help="show the parts with their times, and run nothing")
-    parser.add_argument("--commit", help="git describe --always --dirty of this copy, where it has no .git")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to try this command")
+    parser.add_argument("--commit", help="output of git describe --always --dirty, for a copy without .git")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: for trying this command")
     parser.add_argument("--shape", default="bert-base", choices=("bert-base", "minilm", "tiny"))
-    parser.add_argument("--tokens", type=int, default=parts.TOKENS, help="of a step; 1024 or more")
+    parser.add_argument("--tokens", type=int, default=parts.TOKENS, help="tokens of a step; 1024 or more")
     parser.add_argument("--rounds", type=int, default=11)
     chosen = parser.parse_args(arguments)
     chosen.results = chosen.results.resolve()

@@ -1,4 +1,4 @@
-"""Device, driver, versions and commit, as a file.
+"""Write device, driver, versions and commit to a file.
 
 python -m fastmtl.bench.gpu_check.about cuda FILE [--commit NAME]
 """

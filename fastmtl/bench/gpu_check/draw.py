@@ -1,6 +1,8 @@
-"""Pictures of a whole result file: python -m fastmtl.bench.gpu_check.draw RESULT.json DIR
+"""Draw the figures of a whole result file.
 
-What cannot be drawn is one line that begins with "no picture of"; it spoils no measurement.
+    python -m fastmtl.bench.gpu_check.draw RESULT.json DIR
+
+A figure that fails is one line that begins with "no figure of"; it does not affect measurements.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from fastmtl.bench.plot import plot
 
 
 def drawable(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the name and the measurements of what has a picture."""
+    """Yield the name and the measurements of every figure."""
     for key in ("step", "step-compiled", "graphs", "adapters", "kernels", "peers"):
         if key in result:
             yield key, result[key]
@@ -26,15 +28,15 @@ def drawable(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def draw(result: dict[str, Any], directory: Path) -> list[str]:
-    """Return a line for each picture that could not be drawn."""
+    """Return a line for each figure that failed."""
     failures = []
     for name, measured in drawable(result):
         if name == "step-compiled":
             measured = {**measured, "benchmark": "step compiled"}
         try:
             plot({**measured, "environment": result["environment"]}, directory)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other pictures are drawn
-            failures.append(f"no picture of {name}: {type(error).__name__}: {error}")
+        except Exception as error:  # noqa: BLE001 - any error; the other figures are drawn
+            failures.append(f"no figure of {name}: {type(error).__name__}: {error}")
     return failures
 
 

@@ -1,6 +1,8 @@
-"""One operation of `fastmtl bench kernels`, without the command: newer versions of typer need pydantic.
+r"""Run one operation of `fastmtl bench kernels` without the command, whose typer may be missing.
 
-python -m fastmtl.bench.gpu_check.kernels pool --shape bert-base --tokens 8192 --device cuda --rounds 11 --json FILE
+    python -m fastmtl.bench.gpu_check.kernels pool --shape bert-base --tokens 8192 --device cuda \
+        --rounds 11 --json FILE
+
 torch.compile is left out, as it takes minutes.
 """
 

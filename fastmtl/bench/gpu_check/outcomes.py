@@ -1,4 +1,4 @@
-"""A plugin of pytest that keeps every test's outcome as it comes: `-p fastmtl.bench.gpu_check.outcomes`."""
+"""A pytest plugin that saves each test's outcome at once: `-p fastmtl.bench.gpu_check.outcomes`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastmtl.measure.result_file import save
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--outcomes", metavar="FILE", type=Path, help="a JSON file with what has passed and failed so far")
+    parser.addoption("--outcomes", metavar="FILE", type=Path, help="a JSON file with the outcomes so far")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -21,7 +21,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Outcomes:
-    """passed: how many. failed: the error's last line by test. skipped: how many, by reason."""
+    """The saved outcomes.
+
+    passed: a count. failed: the error line by test. skipped: a count by reason.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path

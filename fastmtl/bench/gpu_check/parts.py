@@ -1,4 +1,4 @@
-"""The table of parts, the most valuable first: commands, how long they take, and what they need."""
+"""The table of parts, the most valuable first: commands, times and required modules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FASTMTL = ("-c", "from fastmtl.cli import main; main()")
-# What fastmtl's commands import, and what the models do besides.
+# Modules that fastmtl's commands import, and those that models need in addition.
 COMMANDS = ("typer", "rich")
 ENCODER = (*COMMANDS, "yaml", "pydantic", "transformers", "safetensors")
 TESTS = ("pytest", "hypothesis")
@@ -22,14 +22,17 @@ CAPTURES = (
     "tests/cuda_graphs/test_heads.py",
     "tests/cuda_graphs/test_merging_gpu.py",
 )
-# Of a plain step, and of the others beside it.
+# Tokens of a usual step, of a long one and of a short one.
 TOKENS, LONG_TOKENS, SHORT_TOKENS = 8192, 32_768, 800
 MARK = "pytest.mark.gpu"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """root: of the checkout. run: the folder for logs and for the parts' own results."""
+    """Settings of the run.
+
+    root: the checkout. run: the folder for logs and for the parts' own results.
+    """
 
     root: Path
     run: Path
@@ -42,8 +45,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Part:
-    """command: of the interpreter, without it. expected_s: on an H100. limit_s: the process is killed then. key: of the
-    result file, where parts with the same key make a list. needs: modules. result: what the process writes.
+    """One process.
+
+    command: the interpreter's arguments. expected_s: on an H100. limit_s: the process is killed
+    after this time. key: in the result file; parts with the same key make a list. needs: modules.
+    result: the file that the process writes.
     """
 
     name: str
@@ -55,19 +61,19 @@ class Part:
     needs: tuple[str, ...] = ()
 
     def missing(self) -> list[str]:
-        """Return the modules of `needs` that are not there."""
+        """Return the modules of `needs` that are not installed."""
         return [name for name in self.needs if importlib.util.find_spec(name) is None]
 
 
 def environment(settings: Settings) -> Part:
-    """Return the part that tells device, driver, versions and commit, which comes before all others."""
+    """Return the part that reports device, driver, versions and commit; it precedes all others."""
     result = settings.run / "environment.json"
     command = ("-m", "fastmtl.bench.gpu_check.about", settings.device, str(result), *_commit(settings))
     return Part("environment", "environment", command, 10, 90, result)
 
 
 def table(settings: Settings) -> list[Part]:
-    """Return all parts in their order."""
+    """Return all parts in order."""
     found = [*_steps(settings)]
     found += [_tests(settings, file, 25, 120, ENCODER) for file in CAPTURES]
     found += [_bench(settings, "adapters", ("step", "--sweep", "adapters"), 45, 150)]
@@ -89,7 +95,7 @@ def gpu_tests(root: Path) -> list[str]:
 
 def _steps(settings: Settings) -> Iterator[Part]:
     yield _bench(settings, "step", ("step",), 45, 150)
-    # Compiling may take minutes: a limit of its own, after the eager figures are kept.
+    # Compilation may take minutes: it has a separate limit, after the eager figures are saved.
     yield _bench(settings, "step-compiled", ("step", "--compiled"), 75, 180)
     yield _bench(settings, "surgery-3", ("surgery", "--tasks", "3"), 60, 180, key="surgery")
     yield _bench(settings, "surgery-8", ("surgery", "--tasks", "8"), 55, 180, key="surgery")
@@ -142,7 +148,9 @@ def _peers(settings: Settings) -> Part:
 
 
 def _profiles(settings: Settings) -> Iterator[Part]:
-    """Predicted beside measured peaks at three batch sizes, and the largest batch in 24 GiB."""
+    """Yield parts with predicted and measured peaks at three batch sizes, and the largest batch in
+    24 GiB.
+    """
     ways = {
         "sum": ("--methods", "sum"),
         "pcgrad": ("--methods", "pcgrad", "--storages", "stacked"),
@@ -161,7 +169,7 @@ def _tests(settings: Settings, file: str, expected_s: int, limit_s: int, needs: 
     name = "-".join(["tests", *path.parts[1:-1], path.stem.removeprefix("test_")])
     result = settings.run / f"{name}.json"
     command = ["-m", "pytest", "-q", "-m", "gpu", "-p", "fastmtl.bench.gpu_check.outcomes", "--outcomes", str(result)]
-    if "attention" in file and importlib.util.find_spec("xdist") is not None:  # it compiles hundreds of variants
+    if "attention" in file and importlib.util.find_spec("xdist") is not None:  # hundreds of variants compile
         command += ["-n", "8"]
     return Part(name, "tests", (*command, file), expected_s, limit_s, result, (*TESTS, *needs))
 

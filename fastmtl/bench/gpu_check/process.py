@@ -1,4 +1,4 @@
-"""One part in a process group of its own, which is gone when the part is over."""
+"""Run one part in its own process group, which is killed when the part ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 OK, FAILED, TIMED_OUT, LEFT_OUT, INTERRUPTED = "ok", "failed", "timed out", "left out", "interrupted"
-# Exit status of the first part where there is no GPU: nothing else is worth a try.
+# Exit status of the first part without a GPU; no other part is tried then.
 NO_DEVICE = 3
 TAIL_LINES, TAIL_CHARS = 30, 3000
 
@@ -24,8 +24,8 @@ TAIL_LINES, TAIL_CHARS = 30, 3000
 class Outcome:
     """The end of a part.
 
-    state: OK, FAILED, TIMED_OUT or INTERRUPTED. why: "" for OK. tail: the log's last lines, "" for OK.
-    status: the exit status, None where the process was killed at its limit.
+    state: OK, FAILED, TIMED_OUT or INTERRUPTED. why: "" for OK. tail: the log's last lines, "" for
+    OK. status: the exit status; None if the process was killed at its limit.
     """
 
     state: str
@@ -36,7 +36,7 @@ class Outcome:
 
 
 def run(command: Sequence[str], limit_s: float, log: Path, root: Path) -> Outcome:
-    """Run the interpreter with a command. Output goes to the log; at the limit the whole group is killed."""
+    """Run the interpreter with a command and log its output; kill the whole group at the limit."""
     begun = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -52,7 +52,7 @@ def run(command: Sequence[str], limit_s: float, log: Path, root: Path) -> Outcom
             status: int | None = process.wait(timeout=limit_s)
         except subprocess.TimeoutExpired:
             status = None
-        finally:  # also for an interrupt, and for children that outlive the part
+        finally:  # also after an interrupt, and for children that outlive the part
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -66,7 +66,7 @@ def run(command: Sequence[str], limit_s: float, log: Path, root: Path) -> Outcom
 
 
 def environment(root: Path) -> dict[str, str]:
-    """Return the parts' environment: the checkout's packages first, and one cache of compiled kernels."""
+    """Return the environment of the parts: the checkout's packages first, and one kernel cache."""
     env = dict(os.environ)
     paths = [str(root), str(root / "kernels"), *filter(None, [env.get("PYTHONPATH")])]
     env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
@@ -82,7 +82,7 @@ def tail_of(log: Path) -> str:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """Return what a part has written, None where there is nothing to read."""
+    """Return a part's result; None if there is no readable file."""
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

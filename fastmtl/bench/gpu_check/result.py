@@ -1,4 +1,4 @@
-"""The result file: what every part measured, how each ended, and the bounds. Imports no torch."""
+"""The result file: measurements and outcome of every part, and the bounds. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from fastmtl.bench.gpu_check.process import LEFT_OUT, OK, Outcome, read
 from fastmtl.measure.result_file import UNFINISHED, save, slug
 
 UNKNOWN = "unknown device"
-# Keys that several parts measure in different sizes or ways.
+# Keys with several parts, in different sizes or configurations.
 LISTS = ("surgery", "engine", "profile")
-# What two results must have in common, or one cannot go on with the other.
+# Two results must agree in these, otherwise one cannot extend the other.
 SAME = ("device", "driver", "torch", "triton", "commit")
 
 
 class ResultFile:
-    """`<folder>/<device>.json`, written anew after every part.
+    """`<folder>/<device>.json`, rewritten after every part.
 
-    extend: go on with the file that is there, if it is of the same device, versions and commit.
+    extend: add to an existing file of the same device, versions and commit.
     """
 
     def __init__(self, folder: Path, environment: dict[str, Any], *, extend: bool = False) -> None:
@@ -37,25 +37,25 @@ class ResultFile:
         self.save()
 
     def add(self, part: Part, outcome: Outcome) -> None:
-        """Take in how a part ended and what it left, and write the file."""
+        """Add the outcome and the result of a part, and write the file."""
         entry: dict[str, Any] = {"state": outcome.state, "why": outcome.why, "seconds": round(outcome.seconds, 1)}
         if outcome.tail:
             entry["tail"] = outcome.tail
         measured = read(part.result)
         if measured is None and outcome.state == OK:
-            entry |= {"state": "failed", "why": f"it ended without {part.result.name}"}
+            entry |= {"state": "failed", "why": f"the part did not write {part.result.name}"}
         if measured is not None:
             measured.pop("environment", None)
             entry["partial"] = bool(measured.pop(UNFINISHED, False)) or outcome.state != OK
             self._take(part, measured)
         self.data["parts"][part.name] = entry
         if entry["state"] not in (OK, LEFT_OUT):
-            self.failures.append(f"{part.name}: {entry['why']}{_which(measured)}")
+            self.failures.append(f"{part.name}: {entry['why']}{_failed_tests(measured)}")
         self.data["bounds"] = bounds(self.data)
         self.save()
 
     def leave_out(self, part: Part, why: str) -> None:
-        """Name a part that does not run."""
+        """Record a part that does not run."""
         self.data["parts"][part.name] = {"state": LEFT_OUT, "why": why, "seconds": 0.0}
         self.save()
 
@@ -83,6 +83,6 @@ class ResultFile:
             self.data[key] = measured
 
 
-def _which(measured: dict[str, Any] | None) -> str:
+def _failed_tests(measured: dict[str, Any] | None) -> str:
     failed = (measured or {}).get("failed")
     return f"; {', '.join(failed)}" if isinstance(failed, dict) and failed else ""

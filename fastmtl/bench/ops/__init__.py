@@ -1,4 +1,6 @@
-"""The operations of fastmtl_kernels and what each is measured beside: one file for each, `cases(size)` in it."""
+"""The operations of fastmtl_kernels and their alternatives: one file per operation, with
+`cases(size)`.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,12 @@ OPERATIONS = (
 )
 
 
-# To look at what there is, and to try everything in a moment.
+# For listing the implementations, and for trying everything in a moment.
 TINY = SHAPES["tiny"]
 
 
 def cases(operation: str, size: Size) -> list[Case]:
-    """What is measured of an operation. Raises UserError for a name that is none."""
+    """Return the cases of an operation. Raise UserError for an unknown name."""
     if operation not in OPERATIONS:
         raise unknown_name("operation", operation, OPERATIONS)
     found: list[Case] = importlib.import_module(f"fastmtl.bench.ops.{operation}").cases(size)

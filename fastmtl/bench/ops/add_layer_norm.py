@@ -36,7 +36,8 @@ def cases(size: Size) -> list[Case]:
             fastmtl("reference"),
             [*ours(rows.device, "add_layer_norm", fastmtl), *plain(_eager), Way("liger", lambda: _liger(rows))],
             {
-                # Two matrices in, y and what backward needs out; then the gradient and that in, two gradients out.
+                # Forward reads two matrices, and writes y and the tensors for backward. Backward
+                # reads these and the gradient, and writes two gradients.
                 "forward": Work(4 * matrix, 9 * tokens * width),
                 "backward": Work((4 if size.dropout else 3) * matrix, 14 * tokens * width),
             },

@@ -1,8 +1,8 @@
-"""One operation on one set of inputs, every way to compute it, and the check that comes before any time.
+"""One operation on one set of inputs: all implementations, and the check that precedes any timing.
 
-An operation's file lists its cases. A way is fastmtl's own implementation, plain torch, torch.compile of that, or the
-library that a user would take; each gets the tensors in the layout it is made for, packed [N, ...] or padded
-[B, L, ...], and conversion is not part of its time.
+An operation's file lists its cases. A way is fastmtl's own implementation, plain torch,
+torch.compile of that, or a common library. Each way gets the tensors in its own layout, packed [N,
+...] or padded [B, L, ...]; the conversion is not timed.
 """
 
 from __future__ import annotations
@@ -21,18 +21,21 @@ from fastmtl.measure.harness import Skipped, WrongResult
 from fastmtl_kernels import Implementation, implementations
 
 Tensors = dict[str, Tensor]
-# What a way computes: the output from the tensors by name, with this probability of dropout.
+# The function of a way: the output from the tensors by name, with this probability of dropout.
 Run = Callable[[Tensors, float], Tensor]
 EAGER = "eager"
 COMPILED = "compiled"
-# Relative to the norm of each tensor, beside twice the error of the reference in the same precision: other orders of
-# addition in float32, roundings of intermediate values in 8 or 11 bits.
-PEER = 4  # times as much: peers round between operations that are one in fastmtl
+# Tolerances relative to the norm of each tensor, in addition to twice the error of the reference in
+# the same precision: different orders of addition in float32, roundings of intermediate values in 8
+# or 11 bits.
+PEER = 4  # factor for peers, which round between operations that fastmtl fuses
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
 class Work(NamedTuple):
-    """The bytes that have to be read and written at least, each once, and the floating point operations."""
+    """The least bytes that have to be read and written, each once, and the floating point
+    operations.
+    """
 
     bytes: float
     flops: float
@@ -40,8 +43,11 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Way:
-    """build: makes `Run`; raises Skipped with the reason where it cannot. ours: an implementation of fastmtl_kernels,
-    which drops what the oracle drops and whose wrong result is an error; another's is left out.
+    """One implementation of an operation.
+
+    build: makes `Run`; raises Skipped with the reason if it cannot. ours: an implementation of
+    fastmtl_kernels, which drops the same elements as the oracle and whose wrong result is an error.
+    A wrong result of another way is skipped.
     """
 
     name: str
@@ -52,10 +58,12 @@ class Way:
 
 @dataclass(frozen=True)
 class Case:
-    """oracle: defines the output, on tensors of any precision. tensors: what it is a function of; those named in
-    `wanted` get gradients. cotangent: the gradient of the output; None for an operation that is not differentiable.
-    work: of "forward" and "backward". tokens: real ones, None where the operation has none. exact: the oracle needs no
-    float64 inputs to be exact.
+    """One operation on one set of inputs.
+
+    oracle: defines the output, on tensors of any precision. tensors: its inputs; those in `wanted`
+    get gradients. cotangent: the gradient of the output; None for an operation that is not
+    differentiable. work: of "forward" and "backward". tokens: real ones; None if the operation has
+    none. exact: the oracle is exact without float64 inputs.
     """
 
     name: str
@@ -79,7 +87,9 @@ class Case:
         return next(way for way in self.ways if way.name == name)
 
     def chain(self, way: Way, run: Run, dropout: float | None = None) -> tuple[Chain, Tensors]:
-        """Forward and backward of a way on tensors of its own, and those that get gradients, by name."""
+        """Return forward and backward of a way on separate tensors, and those that get gradients,
+        by name.
+        """
         chosen = self.dropout if dropout is None else dropout
         tensors = {name: way.layout.to(name, tensor.detach()) for name, tensor in self.tensors.items()}
         if self.cotangent is None:
@@ -94,10 +104,10 @@ class Case:
         return [lambda _: run(tensors, chosen), backward], leaves
 
     def check(self, way: Way, run: Run) -> float:
-        """Runs a way once and compares its output and every gradient with the oracle's in float64. Returns the largest
-        error as a share of what is allowed; raises WrongResult above it.
+        """Run a way once and compare its output and every gradient with the oracle's in float64.
 
-        A way with random numbers of its own is compared without dropout.
+        Return the largest error as a share of the allowed one; raise WrongResult above it. A way
+        with its own random numbers is compared without dropout.
         """
         dropout = self.dropout if way.ours else 0.0
         found, exact, rounded = self._results(way, run, dropout), self._oracle(dropout), self._oracle(dropout, True)
@@ -133,7 +143,10 @@ class Case:
 
 
 def ours(device: torch.device, operation: str, run: Callable[[str], Run]) -> list[Way]:
-    """A way for each implementation of an operation of fastmtl_kernels; run: makes it from the name for `impl=`."""
+    """Return a way for each implementation of an operation of fastmtl_kernels.
+
+    run: makes the function from the name for `impl=`.
+    """
 
     def way(entry: Implementation) -> Way:
         def build() -> Run:
@@ -147,13 +160,13 @@ def ours(device: torch.device, operation: str, run: Callable[[str], Run]) -> lis
 
 
 def plain(run: Run, layout: Layout = PACKED) -> list[Way]:
-    """Eager torch, and the same through torch.compile."""
+    """Return eager torch, and the same function through torch.compile."""
     return [Way(EAGER, lambda: run, layout), Way(COMPILED, lambda: compiled(run), layout)]
 
 
 def compiled(run: Run) -> Run:
-    """By torch.compile, for the shapes it is called with. Fails when it first runs where there is no compiler."""
-    torch.compiler.reset()  # a function is compiled a few times only, and every case has its own
+    """Compile a function for the shapes of its calls. Its first run fails without a compiler."""
+    torch.compiler.reset()  # torch compiles a function a few times only, and every case needs it once
     optimised: Run = torch.compile(run, dynamic=False)
     return optimised
 

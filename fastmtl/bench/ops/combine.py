@@ -1,4 +1,4 @@
-"""combine: the weighted sum of task gradients of an encoder's size, beside one matrix product."""
+"""combine: the weighted sum of task gradients of an encoder's size, against one matrix product."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""combined_adamw: a clipped step of AdamW from task gradients of an encoder's size, beside combine, clip_grad_norm_ and
-torch's fused AdamW.
+"""combined_adamw: a clipped step of AdamW from task gradients of an encoder's size.
 
-The norm to clip by is known from the Gramian, that of combine's result has to be found. Every way steps on with weights
-and moments of its own; its first step is the one that is compared with the oracle.
+It is compared with combine, clip_grad_norm_ and torch's fused AdamW. The fused step knows the norm
+to clip by from the Gramian; the other has to compute the norm of combine's result. Every way has
+its own weights and moments, and its first step is compared with the oracle.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fastmtl.bench.ops.gramian import task_gradients
 from fastmtl.bench.sizes import SEED, Size
 from fastmtl_kernels import combine, combined_adamw, gramian
 
-# So large that a step's change is as large as the weights, and an error of it shows.
+# So large that a step changes the weights by their own size, which makes an error visible.
 LR = 0.5
 MAX_NORM = 1.0
 
@@ -31,7 +31,7 @@ def cases(size: Size) -> list[Case]:
     def start(factor: float) -> Tensor:
         return factor * torch.randn(columns, generator=generator, device=grads.device)
 
-    # Moments as large as the clipped gradient makes them.
+    # Moments of the size that the clipped gradient gives them.
     share = scale * norm / columns**0.5
     tensors = {"params": start(1.0), "exp_avgs": start(0.1 * share), "exp_avg_sqs": 1e-3 * start(share).square()}
 

@@ -1,4 +1,4 @@
-"""dropout by a counter generator, beside F.dropout."""
+"""dropout with a counter-based generator, compared with F.dropout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastmtl.bench.ops.rows import Rows
 from fastmtl.bench.sizes import Size
 from fastmtl_kernels import dropout as drop
 
-# Zero would return the input as it is.
+# With probability zero, dropout would return its input.
 LEAST = 0.1
 
 

@@ -1,4 +1,6 @@
-"""embed_layer_norm: three tables' rows, LayerNorm and dropout, beside F.embedding and F.layer_norm."""
+"""embed_layer_norm: rows of three tables, LayerNorm and dropout, against F.embedding and
+F.layer_norm.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ def cases(size: Size) -> list[Case]:
             fastmtl("reference"),
             [*ours(rows.device, "embed_layer_norm", fastmtl), *plain(eager)],
             {
-                # A word's row in, y and what backward needs out; then the gradient and that in, dense tables out.
+                # Forward reads a word's row, and writes y and the tensors for backward. Backward
+                # reads these and the gradient, and writes dense tables.
                 "forward": Work(3 * matrix, 9 * tokens * width),
                 "backward": Work(2 * matrix + tables, 14 * tokens * width),
             },

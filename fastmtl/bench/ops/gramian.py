@@ -1,4 +1,4 @@
-"""gramian: inner products of task gradients of an encoder's size, beside one matrix product."""
+"""gramian: inner products of task gradients of an encoder's size, against one matrix product."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cases(size: Size) -> list[Case]:
 
 
 def task_gradients(size: Size) -> Tensor:
-    """J [T, P] of the encoder."""
+    """Return random J [T, P] of the encoder's size."""
     device = torch.device(size.device)
     generator = torch.Generator(device).manual_seed(SEED)
     grads = torch.randn(size.tasks, size.shape.parameters, generator=generator, device=device)
@@ -39,7 +39,9 @@ def task_gradients(size: Size) -> Tensor:
 
 
 def _eager(t: Tensors, _: float) -> Tensor:
-    """Where a torch library adds up float32 numbers one by one, too far off to be timed."""
+    """Multiply with torch. A BLAS that adds float32 numbers one by one is too inaccurate to be
+    timed.
+    """
     return t["grads"] @ t["grads"].T
 
 

@@ -1,4 +1,4 @@
-"""Rows packed one after another, [N, ...], and each sequence padded to the longest, [B, L, ...]."""
+"""Layouts of rows: packed [N, ...], and each sequence padded to the longest [B, L, ...]."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Layout:
-    """Packed: tensors as the oracle takes them."""
+    """The packed layout, with tensors as the oracle takes them."""
 
     def to(self, name: str, tensor: Tensor) -> Tensor:
         return tensor
@@ -22,7 +22,11 @@ PACKED = Layout()
 
 
 class Padded(Layout):
-    """names: the tensors that have rows of tokens; "output" is the output. mask: bool [B, L], the real tokens."""
+    """The padded layout.
+
+    names: the tensors with rows of tokens; "output" is the output. mask: bool [B, L], the real
+    tokens.
+    """
 
     def __init__(self, lengths: Sequence[int], device: torch.device, names: Collection[str]) -> None:
         sizes = torch.tensor(lengths, device=device)
@@ -30,7 +34,7 @@ class Padded(Layout):
         self._names = names
 
     def to(self, name: str, tensor: Tensor) -> Tensor:
-        """Zeros in the padding."""
+        """Return the tensor with zeros in the padding."""
         if name not in self._names:
             return tensor
         padded = tensor.new_zeros(*self.mask.shape, *tensor.shape[1:])
@@ -42,7 +46,7 @@ class Padded(Layout):
 
 
 class Apart(Layout):
-    """Queries, keys and values one after the other: qkv as [3, N, heads, head_dim]."""
+    """Separate queries, keys and values: qkv as [3, N, heads, head_dim]."""
 
     def to(self, name: str, tensor: Tensor) -> Tensor:
         return tensor.movedim(1, 0).contiguous() if name == "qkv" else tensor

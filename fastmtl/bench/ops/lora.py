@@ -1,4 +1,4 @@
-"""lora: low_rank with both biases and dropout, beside a loop over tasks."""
+"""lora: low_rank with both biases and dropout, compared with a loop over tasks."""
 
 from __future__ import annotations
 

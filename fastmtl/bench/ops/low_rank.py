@@ -1,4 +1,6 @@
-"""low_rank and lora: adapters of all tasks at once, beside a loop over tasks and PEFT's layer for mixed batches."""
+"""low_rank and lora: adapters of all tasks at once, against a loop over tasks and PEFT's mixed
+batches.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ RANK = 8
 
 
 def cases(size: Size) -> list[Case]:
-    """Without biases and dropout, as PEFT computes it."""
+    """Return the case without biases and dropout, as PEFT computes it."""
     return [case(Rows(size), "low_rank", biases=False)]
 
 
@@ -75,23 +77,23 @@ def _loop(rows: Rows) -> Run:
     return run
 
 
-class _Nothing(nn.Linear):
-    """What PEFT's layer adds to: zeros, as only the adapters are measured."""
+class _ZeroLinear(nn.Linear):
+    """A base layer for PEFT that outputs zeros, since only the adapters are measured."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x)
 
 
 def _peft(rows: Rows) -> Run:
-    """One adapter for each task, chosen for each text by its name."""
+    """Return PEFT's layer with one adapter per task, selected for each text by name."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise Skipped(f"{error}: pip install 'fastmtl-torch[bench]'") from None
     width, tasks = rows.size.shape.hidden, rows.size.tasks
-    base = nn.Sequential(_Nothing(width, width, bias=False)).to(rows.device, rows.dtype)
+    base = nn.Sequential(_ZeroLinear(width, width, bias=False)).to(rows.device, rows.dtype)
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"])
-    # With the name of the first task.
+    # "0" is the name of the first task's adapter.
     model: Any = get_peft_model(base, config, "0", autocast_adapter_dtype=False)
     for task in range(1, tasks):
         model.add_adapter(str(task), config, autocast_adapter_dtype=False)

@@ -1,4 +1,4 @@
-"""pal: projected attention layers of all tasks at once, beside a loop over tasks with SDPA on padded rows."""
+"""pal: projected attention layers of all tasks at once, against a loop over tasks with SDPA."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastmtl.bench.sizes import Size
 from fastmtl_kernels import pal
 from fastmtl_kernels.varlen_attention.plan import AttentionPlan
 
-# Of the paper, for BERT-base.
+# The paper's sizes for BERT-base.
 SIZE, HEADS = 204, 12
 
 
@@ -61,7 +61,8 @@ def cases(size: Size) -> list[Case]:
             fastmtl("reference"),
             [*ours(rows.device, "pal", fastmtl), *plain(_loop(rows, layout), layout)],
             {
-                # x in, y out, and what backward needs: the narrow rows, Q, K and V, and attention's output.
+                # Forward reads x, and writes y and the tensors for backward: the narrow rows, Q, K
+                # and V, and attention's output.
                 "forward": Work(2 * matrix + 5 * narrow + weights, maps + 2 * product),
                 "backward": Work(3 * matrix + 10 * narrow + 2 * weights, 2 * maps + 5 * product),
             },

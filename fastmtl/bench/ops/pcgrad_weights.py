@@ -1,4 +1,4 @@
-"""pcgrad_weights: from a Gramian to the tasks' weights, beside the paper's loop and TorchJD's weighting."""
+"""pcgrad_weights: task weights from a Gramian, against the paper's loop and TorchJD's weighting."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ TASKS = 8
 
 
 def cases(size: Size) -> list[Case]:
-    torch.manual_seed(SEED)  # as TorchJD draws, from the global generator
+    torch.manual_seed(SEED)  # TorchJD draws from the global generator
     order = torch.stack([torch.randperm(TASKS) for _ in range(TASKS)])
-    there = order.to(size.device)
-    return [case(size, "pcgrad_weights", order, lambda t, _: pcgrad_weights(t["gram"], there), "PCGradWeighting")]
+    on_device = order.to(size.device)
+    return [case(size, "pcgrad_weights", order, lambda t, _: pcgrad_weights(t["gram"], on_device), "PCGradWeighting")]
 
 
 def case(size: Size, name: str, order: Tensor, run: Run, weighting: str) -> Case:
-    """order: int64 [T, T], how the rows meet the tasks."""
+    """Return the case of a weighting. order: int64 [T, T], the projection order of each row."""
     device = torch.device(size.device)
     rows = torch.randn(TASKS, 2 * TASKS, generator=torch.Generator().manual_seed(SEED))
     return Case(
@@ -42,14 +42,15 @@ def case(size: Size, name: str, order: Tensor, run: Run, weighting: str) -> Case
 
 
 def _loop(order: Tensor) -> Run:
-    """Algorithm 1 of Yu et al. 2020 in coefficients, number by number. Equation 2 of Wang et al. 2021 is the same where
-    all target cosines are 0.
+    """Return Algorithm 1 of Yu et al. 2020 in coefficients, number by number.
+
+    Equation 2 of Wang et al. 2021 is equal if all target cosines are 0.
     """
-    meets = order.tolist()
+    projections = order.tolist()
 
     def run(t: Tensors, _: float) -> Tensor:
         gram, weights = t["gram"], torch.zeros_like(t["gram"][0])
-        for i, others in enumerate(meets):
+        for i, others in enumerate(projections):
             row = torch.zeros_like(weights)
             row[i] = 1
             for j in others:
@@ -63,7 +64,7 @@ def _loop(order: Tensor) -> Run:
 
 
 def _not_compiled() -> Run:
-    raise Skipped("the loop asks numbers what to do next: no graph")
+    raise Skipped("the loop branches on values, so it has no graph")
 
 
 def _torchjd(name: str) -> Run:
@@ -79,7 +80,7 @@ def _torchjd(name: str) -> Run:
     def run(t: Tensors, _: float) -> Tensor:
         torch.manual_seed(SEED)
         if hasattr(weighting, "reset"):
-            weighting.reset()  # its targets are those of a first step
+            weighting.reset()  # its targets must be those of a first step
         weights: Tensor = weighting(t["gram"])
         return weights
 

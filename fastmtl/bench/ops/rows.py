@@ -1,4 +1,4 @@
-"""Packed rows of a training step's size, and random tensors for them."""
+"""Packed rows of the size of a training step, and random tensors for them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fastmtl.bench.sizes import PRECISIONS, SEED, Size, lengths_of
 class Rows:
     """The sequences of a step, sorted by task.
 
-    lengths: of each sequence. cu_seqlens: int32 [B + 1]. task_rows, task_sequences: [T + 1], where each task's rows and
-    sequences begin. seed: of dropout.
+    lengths: per sequence. cu_seqlens: int32 [B + 1]. task_rows, task_sequences: [T + 1], the
+    offsets of each task's rows and sequences. seed: for dropout.
     """
 
     def __init__(self, size: Size) -> None:
@@ -55,7 +55,7 @@ class Rows:
 
 
 class TaskOffsets:
-    """Both on the device and on the host, as a packed batch has them."""
+    """The task offsets on the device and on the host, as in a packed batch."""
 
     def __init__(self, host: tuple[int, ...], device: torch.device) -> None:
         self.host, self.offsets = host, torch.tensor(host, dtype=torch.int32, device=device)

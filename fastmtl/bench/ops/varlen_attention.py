@@ -1,4 +1,6 @@
-"""varlen_attention beside softmax on padded rows, SDPA on padded and nested ones, and torch's own varlen attention."""
+"""varlen_attention, compared with softmax and SDPA on padded rows, nested SDPA and torch's
+varlen_attn.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,7 @@ def cases(size: Size) -> list[Case]:
                 Way("sdpa nested", lambda: _nested(rows), Apart()),
                 Way("torch varlen, no dropout", lambda: _torch_varlen(rows), Apart()),
             ],
-            # Q K^T and P V; then these again, and a gradient for each of the five factors.
+            # Forward: Q K^T and P V. Backward: Q K^T again, dP, dV, dQ and dK.
             {"forward": Work(4 * one, 2 * product), "backward": Work(8 * one, 5 * product)},
             rows.randn(tokens, heads, head_dim),
             ("qkv",),
@@ -57,7 +59,7 @@ def cases(size: Size) -> list[Case]:
 
 
 def _softmax(layout: Padded) -> Run:
-    """As BERT's eager attention: [B, heads, L, L] scores with a mask that is added."""
+    """Return BERT's eager attention: [B, heads, L, L] scores with an additive mask."""
     bias = torch.zeros(layout.mask.shape, device=layout.mask.device).masked_fill(~layout.mask, float("-inf"))
 
     def run(t: Tensors, dropout: float) -> Tensor:
@@ -96,7 +98,7 @@ def _nested(rows: Rows) -> Run:
 
 
 def _torch_varlen(rows: Rows) -> Run:
-    """It knows no dropout, which is to its advantage."""
+    """Return torch's varlen attention. It has no dropout, which makes it faster."""
     if rows.device.type != "cuda" or rows.dtype == torch.float32:
         raise Skipped("torch.nn.attention.varlen needs a GPU, and float16 or bfloat16")
     from torch.nn.attention.varlen import varlen_attn
