@@ -31,7 +31,7 @@ from fastmtl.inference.evaluation import Scores, score
 from fastmtl.inference.metrics import evaluate_predictions, load_libraries, mean_score, selected_score
 from fastmtl.measure import heap
 from fastmtl.measure.ranges import profile_iter, profile_range
-from fastmtl.model.encoder.pretrained import restore_previous
+from fastmtl.model.saved_model import restore_previous
 from fastmtl.report import write_report
 from fastmtl.surgery.gradient_surgery import GradientSurgery
 from fastmtl.surgery.sinks.task_gradients import TaskGradients

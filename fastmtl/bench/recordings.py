@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastmtl.cuda_graphs.install import not_recorded as model_not_recorded
 from fastmtl.measure.harness import Skipped
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery
@@ -19,9 +20,7 @@ def not_recorded(model: MultiTaskModel, surgery: GradientSurgery | None = None) 
     gradients.
     """
     found = [] if surgery is None else list(surgery.not_recorded)
-    for graphs in (model.encoder.graphs, model.graphs):
-        found += ["engine.cuda_graphs is off"] if graphs is None else graphs.recordings.warned
-    return found
+    return found + model_not_recorded(model)
 
 
 def refuse_unrecorded(model: MultiTaskModel, surgery: GradientSurgery | None = None) -> None:

@@ -15,7 +15,7 @@ from fastmtl.bench.sizes import Shape, Size
 from fastmtl.bench.waits import host_waits
 from fastmtl.bench.workload import Workload
 from fastmtl.config import parse_recipe
-from fastmtl.cuda_graphs.heads import HeadGraphs
+from fastmtl.cuda_graphs.install import install_cuda_graphs
 from fastmtl.cuda_graphs.recorder import Unrecorded
 from fastmtl.engine.build import build_engine, build_surgery
 from fastmtl.engine.distributed import start
@@ -81,8 +81,7 @@ def count_step(
     recipe = parse_recipe({**work.recipe, **settings}, "benchmark")
     model = MultiTaskModel(recipe, PackedBert(work.padded.encoder.config))
     if graphs:
-        model.encoder.use_cuda_graphs(_InGraphs())
-        model.graphs = HeadGraphs(model, _InGraphs())
+        install_cuda_graphs(model, _InGraphs())
     engine = build_engine(recipe, model, 1, 1000)
     surgery = build_surgery(recipe, engine, model)
     if graphs:

@@ -99,7 +99,7 @@ def _merged(
         sparse=model.sparse_parameters(),
         storage=storage,
         seed=SEED,
-        cuda_graphs=model.encoder.graphs is not None,
+        cuda_graphs=model.encoder.recorded is not None,
     )
 
     def step() -> None:

@@ -12,7 +12,7 @@ from fastmtl.bench import textbook
 from fastmtl.bench.recordings import STEPS_TO_RECORD, refuse_unrecorded
 from fastmtl.bench.sizes import SEED
 from fastmtl.bench.workload import Workload
-from fastmtl.cuda_graphs.heads import HeadGraphs
+from fastmtl.cuda_graphs.install import install_cuda_graphs
 from fastmtl.cuda_graphs.recorder import Recorder
 from fastmtl.measure.harness import Skipped
 from fastmtl.model.multitask import MultiTaskModel
@@ -135,11 +135,10 @@ def recorded(
     recorder: replaces CUDA graphs, on any device. Raises Skipped with the reasons if something is
     not recorded.
     """
-    model = workload.recomputing("none", cuda_graphs=True)
+    model = workload.recomputing("none")
+    install_cuda_graphs(model, recorder)
     surgery = _surgery_of(model, method, dtype=dtype, cuda_graphs=True)
     if recorder is not None:
-        model.encoder.use_cuda_graphs(recorder)
-        model.graphs = HeadGraphs(model, recorder)
         surgery.record_with(recorder)
     step, state = _step_of(workload, model, surgery), surgery.state_dict()
     for _ in range(STEPS_TO_RECORD):

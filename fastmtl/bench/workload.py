@@ -18,6 +18,7 @@ from transformers import BertConfig
 from fastmtl.bench.sizes import PRECISIONS, SEED, Size, lengths_of
 from fastmtl.bench.textbook import PaddedBatch, PaddedModel
 from fastmtl.config import Recompute, parse_recipe
+from fastmtl.cuda_graphs.install import install_cuda_graphs
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.packing import pack
 from fastmtl.data.tokenized import TokenizedDataset
@@ -71,11 +72,13 @@ class Workload:
 
     def recomputing(self, recompute: Recompute, *, cuda_graphs: bool = False) -> MultiTaskModel:
         config, weights = self.padded.encoder.config, self.padded.state_dict()
-        recipe = {**self.recipe, "encoder": {"recompute": recompute}, "engine": {"cuda_graphs": cuda_graphs}}
+        recipe = {**self.recipe, "encoder": {"recompute": recompute}}
         with torch.device("meta"):
             encoder = PackedBert(config, recompute=recompute)
             model = MultiTaskModel(parse_recipe(recipe, "benchmark"), encoder)
         model.load_state_dict({name: weights[plain_name(name)] for name in model.state_dict()}, assign=True)
+        if cuda_graphs:
+            install_cuda_graphs(model)
         return model
 
     def with_adapter(self, adapter: str, size: int) -> MultiTaskModel:

@@ -56,7 +56,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
             raise UserError("--format transformers has no pooling: leave --pooling and --task out")
         _check_new(out)
         from fastmtl.inference.export import export as write
-        from fastmtl.model.encoder.pretrained import model_directory
+        from fastmtl.model.saved_model import model_directory
 
         for note in write(model_directory(model_dir), out, layout, pooling, task):
             print(printable(note))
@@ -92,8 +92,8 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
             raise UserError("merge needs OUT and at least two models: fastmtl merge OUT MODEL_DIR MODEL_DIR")
         names = _renamed(rename or [], model_dirs)
         _check_new(out)
-        from fastmtl.model.encoder.pretrained import model_directory
         from fastmtl.model.merge import TrainedModel, join, rename_tasks
+        from fastmtl.model.saved_model import model_directory
 
         joined, tokens = None, {}
         for path in model_dirs:

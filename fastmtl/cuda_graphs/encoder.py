@@ -102,9 +102,9 @@ class EncoderGraphs:
         if of != self._of:
             self._of = of
             self._against = self._begin(words, parameters, sink)
-        reason = f"it has {extra[0]}" if extra else self._against or self._against_this(hidden, words, sink)
+        reason = f"it uses {extra[0]}" if extra else self._against or self._against_this(hidden, words, sink)
         if reason:
-            self.recordings.warn_once(f"this forward takes the ordinary path: {reason}")
+            self.recordings.warn_once(f"this forward falls back to eager execution: {reason}")
             return None
         assert context.seeds is not None
         recorded, plan = self._find(batch, parameters, sink, inside)
@@ -140,16 +140,16 @@ class EncoderGraphs:
         if overrides_norm(self._layers):
             return "LayerNorm is not fastmtl's"
         if sink is not None and not all(sink.wants(p) and not sink.is_sparse(p) for p in parameters):
-            return "not all of the layers' weights are shared ones"
+            return "some weights of the layers are not shared parameters"
         shared = [] if sink is None else self._trained(self._layers)
         if any(size * words.element_size() % 16 for p in shared if p.dim() == 2 for size in p.shape):
-            return "products over tasks' rows need widths of whole 16 bytes"
+            return "per-task matrix products need widths that are multiples of 16 bytes"
         against = unsupported_reason(words, self._head_dim, grouped=sink is not None) if self._checks_device else ""
         if against:
             return against
         if sink is None:
             if any(parameter.dtype != words.dtype for parameter in parameters):
-                return "the weights are not of the hidden states' dtype"
+                return "the weights and the hidden states differ in dtype"
             numbers = sum(parameter.numel() for parameter in parameters)
             self._gradients = torch.zeros(numbers, dtype=words.dtype, device=words.device)
         self.recordings.begin(words.device)
@@ -157,12 +157,12 @@ class EncoderGraphs:
 
     def _against_this(self, hidden: Tensor | None, words: nn.Parameter, sink: TaskGradients | None) -> str:
         if sink is not None and sink.mode != "stack":
-            return "the task gradients are not kept in J"
+            return "the task gradients are not stored in J"
         if torch.is_autocast_enabled(words.device.type):
-            return "it is under torch_autocast"
+            return "torch_autocast is on"
         if hidden is not None and not hidden.requires_grad:
             return "the embeddings are frozen"
-        return "the backward of the one before has not been yet" if self.recordings.taken else ""
+        return "the previous forward has not run its backward yet" if self.recordings.taken else ""
 
     def _find(
         self, batch: PackedBatch, parameters: list[nn.Parameter], sink: TaskGradients | None, inside: bool

@@ -11,19 +11,18 @@ import copy
 from collections import OrderedDict, deque
 from collections.abc import Hashable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastmtl.cuda_graphs.buffers.heads import HeadBatch, StaticHeads, Vectors
+from fastmtl.config import Recipe
+from fastmtl.cuda_graphs.buffers.heads import Losses, StaticHeads
 from fastmtl.cuda_graphs.options import heads_unsupported_reason
 from fastmtl.cuda_graphs.recorder import Recorder, Recordings, Turn
+from fastmtl.model.heads.batch import HeadBatch, Vectors
 from fastmtl.surgery.random_state import RandomState
-
-if TYPE_CHECKING:
-    from fastmtl.model.multitask import MultiTaskModel
 
 # Recordings kept. One that served none of so many batches gives way to a new one.
 MOST = 16
@@ -60,10 +59,13 @@ def _run(static: StaticHeads) -> None:
 
 
 class HeadGraphs:
-    """Of a model's heads and losses. recorder: None for CUDA graphs, where they can be."""
+    """Recordings of a model's heads and losses.
 
-    def __init__(self, model: MultiTaskModel, recorder: Recorder | None = None) -> None:
-        self._model = model
+    losses: the losses of the T tasks, computed by `heads`. recorder: None for CUDA graphs.
+    """
+
+    def __init__(self, heads: nn.ModuleList, losses: Losses, recipe: Recipe, recorder: Recorder | None = None) -> None:
+        self._heads, self._losses, self._recipe = heads, losses, recipe
         self.recordings = Recordings(recorder)
         self._checks_device = recorder is None
         self._modules: list[nn.Module] = []
@@ -77,7 +79,7 @@ class HeadGraphs:
     def run(self, vectors: Vectors, batch: HeadBatch) -> list[Tensor] | None:
         """The tasks' losses, or None: the ordinary path has to be taken. With gradients."""
         if not self._modules:  # walking through them takes longer than looking at them
-            self._modules = list(self._model.heads.modules())
+            self._modules = list(self._heads.modules())
         found = [parameter for module in self._modules for parameter in module._parameters.values()]
         parameters = list(dict.fromkeys(parameter for parameter in found if parameter is not None))
         of = (
@@ -89,7 +91,7 @@ class HeadGraphs:
             self._against = self._begin(vectors, parameters)
         reason = self._against or self._against_this(vectors, batch)
         if reason:
-            self.recordings.warn_once(f"heads and losses take the ordinary path: {reason}")
+            self.recordings.warn_once(f"heads and losses fall back to eager execution: {reason}")
             return None
         recorded = self._find(vectors, batch, parameters)
         if recorded is None:
@@ -107,10 +109,10 @@ class HeadGraphs:
         if any(hasattr(parameter, "ds_id") for parameter in parameters):
             return "ZeRO 3 gives weights no fixed address"
         if not any(x.requires_grad for x in (*vectors.values(), *parameters)):
-            return "nothing that they depend on is trained"
+            return "they depend on no trained parameter"
         if len({x.dtype for x in (*vectors.values(), *parameters)}) > 1:
-            return "their weights are not of the hidden states' dtype"
-        against = heads_unsupported_reason(self._model.recipe)
+            return "their weights and the hidden states differ in dtype"
+        against = heads_unsupported_reason(self._recipe)
         if against:
             return against
         device = next(iter(vectors.values())).device
@@ -123,8 +125,8 @@ class HeadGraphs:
         if batch.cached is not None:
             return "the batch's pairs are cached"
         if torch.is_autocast_enabled(next(iter(vectors.values())).device.type):
-            return "they are under torch_autocast"
-        return "the backward of the ones before has not been yet" if self.recordings.taken else ""
+            return "torch_autocast is on"
+        return "the previous forward has not run its backward yet" if self.recordings.taken else ""
 
     def _find(self, vectors: Vectors, batch: HeadBatch, parameters: list[nn.Parameter]) -> Recorded | None:
         """What is recorded for batches of these sizes, filled with this one; None where recording would not pay."""
@@ -137,7 +139,7 @@ class HeadGraphs:
             found.static.fill(vectors, batch)
         else:
             self._seen.pop(key)
-            static = StaticHeads(self._model.losses_of, parameters, vectors, batch)
+            static = StaticHeads(self._losses, parameters, vectors, batch)
             static.fill(vectors, batch)
             found = self._kept[key] = Recorded(static, self.recordings, next(iter(vectors.values())).device)
         found.used = self._number
@@ -157,14 +159,14 @@ class HeadGraphs:
         self._missed.append(self._number)
         if len(self._missed) == self._missed.maxlen and self._number - self._missed[0] < _WINDOW:
             self.recordings.warn_once(
-                "the tasks' numbers of examples differ too much from batch to batch: more often than not heads and "
-                "losses take the ordinary path"
+                "heads and losses fall back to eager execution in most steps: the tasks' numbers of examples differ "
+                "too much from batch to batch"
             )
         return False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadGraphs:
-        """Of a copied model, which records for itself."""
-        return HeadGraphs(copy.deepcopy(self._model, memo))
+        """Return new recordings for the copied model."""
+        return HeadGraphs(copy.deepcopy(self._heads, memo), copy.deepcopy(self._losses, memo), self._recipe)
 
 
 class Pass(Turn):

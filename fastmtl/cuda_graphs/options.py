@@ -32,11 +32,11 @@ def check_cuda_graphs(recipe: Recipe) -> None:
     }
     for key, given in against.items():
         if given:
-            raise UserError(f"engine.cuda_graphs: true does not go with {key}: set one of the two otherwise")
+            raise UserError(f"engine.cuda_graphs: true does not work with {key}: change one of the two")
     if surgery and engine.precision != "bf16":
         raise UserError(
-            f"engine.cuda_graphs: with gradient.method: {gradient.method} it needs engine.precision: bf16, not "
-            f"{engine.precision}: torch multiplies over tasks' rows without the host in bf16 alone"
+            f"engine.cuda_graphs: true with gradient.method: {gradient.method} needs engine.precision: bf16, not "
+            f"{engine.precision}: torch's grouped matrix products run without the host in bf16 only"
         )
 
 
@@ -56,10 +56,10 @@ def unsupported_reason(hidden: Tensor, head_dim: int, *, grouped: bool) -> str:
     if head_dim > MAX_HEAD_DIM[dtype]:
         return f"attention heads of {head_dim} columns in {dtype} have no kernel of their own"
     if grouped and dtype != torch.bfloat16:
-        return f"products over tasks' rows need bf16, the model is in {dtype}"
+        return f"per-task matrix products need bf16, the model is in {dtype}"
     major, minor = torch.cuda.get_device_capability(device)
     if grouped and major not in GROUPED_ON:
-        return f"products over tasks' rows need a GPU of sm_90 or sm_100, this one is sm_{major}{minor}"
+        return f"per-task matrix products need a GPU of sm_90 or sm_100, this one is sm_{major}{minor}"
     return ""
 
 
@@ -67,7 +67,7 @@ def heads_unsupported_reason(recipe: Recipe) -> str:
     """The reason why heads and losses of these tasks cannot be recorded, "" where they can."""
     for name, task in recipe.tasks.items():
         if "mnr" in task.losses and task.mnr.cached:
-            return f"the loss of task '{name}' is of a whole step (mnr.cached)"
+            return f"the loss of task '{name}' spans a whole step (mnr.cached)"
         if "mnr" in task.losses and world_size() > 1:
-            return f"the loss mnr of task '{name}' is of all ranks' pairs"
+            return f"the loss mnr of task '{name}' spans the pairs of all ranks"
     return ""

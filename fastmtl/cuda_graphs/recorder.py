@@ -117,8 +117,8 @@ class Turn:
         """At the beginning of the backward. Raises RuntimeError for a second one."""
         if self._done:
             raise RuntimeError(
-                "cuda_graphs: a forward has one backward: what it kept is overwritten after it. For one backward per "
-                "task leave cuda_graphs out, or hand task_grads to the model"
+                "cuda_graphs: a recorded forward allows one backward, which overwrites its saved results; for one "
+                "backward per task, turn cuda_graphs off or pass task_grads to the model"
             )
         self._done = True
 
@@ -165,7 +165,7 @@ class Recordings:
             first: BaseException = error  # what ends a capture that has failed raises, too
             while first.__context__ is not None:
                 first = first.__context__
-            self.warn_once(f"nothing is recorded, the host launches each operation: {str(first).splitlines()[0]}")
+            self.warn_once(f"recording failed, each operation is launched separately: {str(first).splitlines()[0]}")
             self.recorder = Unrecorded()
             return dict(functions)
 

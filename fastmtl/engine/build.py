@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from fastmtl.config import Recipe
+from fastmtl.cuda_graphs.install import install_cuda_graphs
+from fastmtl.cuda_graphs.options import check_cuda_graphs
 from fastmtl.engine.deepspeed_section import check_section
 from fastmtl.engine.fused_optimizers import build_adam
 from fastmtl.engine.gradient_norm import leave_norm_to_surgery, max_norm, surgery_clips
@@ -27,10 +29,11 @@ Model = MultiTaskModel | MaskedLanguageModel
 
 
 def check_engine(recipe: Recipe, world: int) -> None:
-    """Refuses what `build_engine` and `build_surgery` would refuse of the settings alone, with UserError.
+    """Raise UserError for settings that `build_engine` or `build_surgery` would refuse.
 
     Imports DeepSpeed where the recipe has settings for it.
     """
+    check_cuda_graphs(recipe)
     config = deepspeed_config(recipe, world, cpu=not torch.cuda.is_available())
     if recipe.deepspeed:
         check_section(config, deepspeed_section(recipe))
@@ -65,13 +68,18 @@ def _check_method(method: Method, recipe: Recipe) -> None:
 
 
 def build_engine(recipe: Recipe, model: Model, world: int, total_steps: int, *, universal: bool = False) -> Any:
-    """The DeepSpeed engine for a model on the CPU; it moves, casts and partitions it.
+    """Build the DeepSpeed engine of a model on the CPU; the engine moves, casts and partitions it.
 
-    total_steps: optimiser steps of the whole run, for the schedule. universal: the engine will load a universal
-    checkpoint.
+    With `engine.cuda_graphs` the model records its training forward and backward.
+    total_steps: optimiser steps of the whole run, for the schedule.
+    universal: the engine will load a universal checkpoint.
+    Raises UserError for settings that do not work together.
     """
     import deepspeed
 
+    check_cuda_graphs(recipe)
+    if recipe.engine.cuda_graphs:
+        install_cuda_graphs(model)
     groups = model.parameter_groups(recipe.optimizer)
     module: nn.Module = model
     if recipe.engine.flat_parameters:

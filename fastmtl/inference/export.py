@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from fastmtl.config import Recipe
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.model.encoder.bert import PackedBert, Pooler
-from fastmtl.model.encoder.pretrained import load_model, save_encoder
+from fastmtl.model.encoder.pretrained import save_encoder
 from fastmtl.model.heads.embed import Projection, Recurrent
+from fastmtl.model.saved_model import load_model
 from fastmtl.version import __version__
 
 Layout = Literal["sentence-transformers", "transformers"]

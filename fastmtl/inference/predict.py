@@ -22,7 +22,7 @@ from fastmtl.files.user_path import user_path
 from fastmtl.inference.evaluation import score
 from fastmtl.inference.metrics import evaluate_predictions, mean_score, predicted_labels
 from fastmtl.inference.predictions import write_cs224n, write_table
-from fastmtl.model.encoder.pretrained import load_model, model_directory
+from fastmtl.model.saved_model import load_model, model_directory
 
 Text = str | tuple[str, str]
 

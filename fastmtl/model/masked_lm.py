@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 from fastmtl.config import MLM, OptimizerConfig
 from fastmtl.data.masking import MaskedBatch
 from fastmtl.model.encoder.bert import PackedBert
+from fastmtl.model.encoder.bert_files import base_name
 from fastmtl.model.encoder.weights import load_exactly, read_weights
 from fastmtl.model.groups import parameter_groups
 
@@ -95,8 +96,9 @@ def load_output_layer(head: OutputLayer, directory: Path) -> bool:
 
     Raises UserError for a layer that is not whole.
     """
-    tensors = {name: tensor for name, tensor in read_weights(directory).items() if name.startswith(PREFIX)}
-    found = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if ".decoder." not in name}
+    tensors = {base_name(name): tensor for name, tensor in read_weights(directory).items()}
+    ours = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX) and ".decoder." not in name}
+    found = {name.removeprefix(PREFIX): tensor for name, tensor in ours.items()}
     if not found:
         return False
     load_exactly(head, found, f"{directory}: {PREFIX}*")

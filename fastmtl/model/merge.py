@@ -22,8 +22,8 @@ from fastmtl.data.corpus import demo_directory
 from fastmtl.data.tokenized import tokenizer_state
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.files.user_path import user_path
-from fastmtl.model.encoder.pretrained import load_model, read_about, save_model
 from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.model.saved_model import load_model, read_about, save_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

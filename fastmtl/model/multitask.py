@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,19 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.config import OptimizerConfig, Recipe, TaskConfig
-from fastmtl.cuda_graphs.buffers.heads import HeadBatch, Vectors
-from fastmtl.cuda_graphs.heads import HeadGraphs
-from fastmtl.cuda_graphs.options import check_cuda_graphs
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
 from fastmtl.model.adapters import build_adapter
 from fastmtl.model.encoder.bert import PackedBert, Pooler
 from fastmtl.model.groups import parameter_groups
 from fastmtl.model.heads import build_head
+from fastmtl.model.heads.batch import Examples, HeadBatch, RecordedHeads, Vectors
 from fastmtl.model.heads.embed import Recurrent
 from fastmtl.model.heads.outputs import kind, predictions, targets
 from fastmtl.model.heads.pooling import pooling
-from fastmtl.model.losses.smart import Smart
+from fastmtl.model.losses.smart import Smart, SmartModel
 from fastmtl.model.losses.task_loss import TaskLoss, build_loss
 from fastmtl.model.losses.weighting import Uncertainty
 from fastmtl.surgery.random_state import RandomState
@@ -33,18 +30,7 @@ if TYPE_CHECKING:
     from fastmtl.surgery.sinks.task_gradients import TaskGradients
 
 
-@dataclass(frozen=True)
-class Examples:
-    """Of a task in a batch: outputs float32 [E, num_outputs]; u, v [E, d] that they were made of, v None where an
-    example is one sequence.
-    """
-
-    outputs: Tensor
-    u: Tensor
-    v: Tensor | None
-
-
-class MultiTaskModel(nn.Module):
+class MultiTaskModel(SmartModel):
     """Modules `encoder`, `adapter` (None without one) and `heads` (in the order of the recipe's tasks).
 
     Every module touches only its own parameters and all heads run on every batch, on no rows if need be, so that
@@ -78,16 +64,16 @@ class MultiTaskModel(nn.Module):
         self.heads = nn.ModuleList(heads)
         self.smart = Smart(recipe) if recipe.smart.used else None
         encoder.requires_grad_(not recipe.encoder.freeze)
-        check_cuda_graphs(recipe)
-        self.graphs: HeadGraphs | None = None
-        if recipe.engine.cuda_graphs:
-            encoder.use_cuda_graphs()
-            self.graphs = HeadGraphs(self)
+        self.recorded_heads: RecordedHeads | None = None
         if recipe.encoder.layer_norm == "apex" and recipe.gradient.method != "sum" and not recipe.encoder.freeze:
             raise UserError(
                 "encoder.layer_norm: apex gives no gradient per task, which gradient.method: "
                 f"{recipe.gradient.method} needs: use encoder.layer_norm: fastmtl or gradient.method: sum"
             )
+
+    @property
+    def hidden_size(self) -> int:
+        return self.encoder.config.hidden_size
 
     @property
     def task_weights(self) -> dict[str, float]:
@@ -118,8 +104,8 @@ class MultiTaskModel(nn.Module):
         if returns == "predictions":
             tasks = zip(self.recipe.tasks.items(), self._examples(vectors, rest), batch.counts, strict=True)
             return {name: predictions(task, found.outputs) for (name, task), found, count in tasks if count}
-        graphs = self.graphs if torch.is_grad_enabled() and terms is None else None
-        losses = None if graphs is None else graphs.run(vectors, rest)
+        recorded = self.recorded_heads if torch.is_grad_enabled() and terms is None else None
+        losses = None if recorded is None else recorded.run(vectors, rest)
         if losses is None:
             losses = self.losses_of(vectors, rest, terms)
         return dict(zip(self.recipe.task_names, zip(losses, batch.counts, strict=True), strict=True))

@@ -24,8 +24,8 @@ from fastmtl.inference.evaluation import Scores
 from fastmtl.inference.metrics import label_statistics
 from fastmtl.inference.predictions import write_cs224n
 from fastmtl.model.add_task import Addition
-from fastmtl.model.encoder.pretrained import save_model
 from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.model.saved_model import save_model
 from fastmtl.model.task_weights import TaskWeights, read_task_weights
 from fastmtl.training.phases import Phase
 from fastmtl.training.results import collect_results

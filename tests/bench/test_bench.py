@@ -22,6 +22,7 @@ from fastmtl.bench.variants import BUILDERS, Skipped, Variant
 from fastmtl.bench.workload import Workload
 from fastmtl.cuda_graphs import heads as head_graphs
 from fastmtl.cuda_graphs import options as graph_options
+from fastmtl.cuda_graphs.heads import HeadGraphs
 from fastmtl.cuda_graphs.recorder import Unrecorded
 from fastmtl.errors import UserError
 from fastmtl.measure.harness import (
@@ -160,8 +161,8 @@ def test_recorded_variants_replay_the_textbooks_first_step(method: str, tiny: Wo
         second = dataclasses.replace(variant, order=draw_order(3, SEED, 2))
         assert oracle.check(second) <= variant.tolerance
     assert len(recorder.recordings) == recorded > 0  # what is checked, and then timed, only replays
-    heads = variant.model.graphs
-    assert heads is not None and heads._kept
+    heads = variant.model.recorded_heads
+    assert isinstance(heads, HeadGraphs) and heads._kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -174,13 +175,13 @@ def test_a_step_that_falls_back_is_not_measured_as_cuda_graphs(tiny: Workload, m
     with pytest.raises(Skipped) as found:
         variants.recorded("recorded", tiny, "pcgrad")
     reasons = str(found.value).split("; ")
-    beginnings = ("gradient surgery launches each", "this forward takes the ordinary", "heads and losses take the")
+    beginnings = ("gradient surgery launches each", "this forward falls back", "heads and losses fall back")
     assert [any(reason.startswith(words) for reason in reasons) for words in beginnings] == [True] * 3
     with pytest.raises(Skipped, match="need an NVIDIA GPU, the model is on cpu"):
         variants.build("pcgrad, CUDA graphs", tiny)
     monkeypatch.setattr(graph_options, "heads_unsupported_reason", lambda _: "no heads today")
     monkeypatch.setattr(head_graphs, "heads_unsupported_reason", lambda _: "no heads today")
-    with pytest.raises(Skipped, match="^heads and losses take the ordinary path: no heads today$"):
+    with pytest.raises(Skipped, match="^heads and losses fall back to eager execution: no heads today$"):
         variants.recorded("recorded", tiny, "pcgrad", recorder=Unrecorded())  # heads are recorded in the second step
 
 

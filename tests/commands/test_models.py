@@ -26,9 +26,10 @@ from fastmtl.data.stream import evaluation_batches
 from fastmtl.data.tokenized import tokenize
 from fastmtl.errors import UserError
 from fastmtl.model import add_task
-from fastmtl.model.encoder.pretrained import load_encoder, load_model, load_tokenizer, save_model
+from fastmtl.model.encoder.pretrained import load_encoder, load_tokenizer
 from fastmtl.model.merge import TrainedModel, join
 from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.model.saved_model import load_model, save_model
 from fastmtl_kernels import pool
 
 SENTENCES = ["the film was good", "a dull and boring story , not good at all", "he ran", "she reads a lovely book"]

@@ -7,7 +7,16 @@ from collections.abc import Callable
 import pytest
 import torch
 from op_recorder import HostRead, OpRecorder
-from recorded_encoders import MICRO_BATCHES, assert_close, assert_equal, make_encoder, make_sink, plain_step, step
+from recorded_encoders import (
+    MICRO_BATCHES,
+    assert_close,
+    assert_equal,
+    graphs_of,
+    make_encoder,
+    make_sink,
+    plain_step,
+    step,
+)
 from torch import Tensor, nn
 
 from fastmtl.cuda_graphs.buffers.batch import Bucket, rows_of
@@ -61,7 +70,7 @@ def test_the_embeddings_are_in_unless_one_is_frozen(make_batch: MakeBatch) -> No
             ran.clear()
             assert_close(step(encoder, sink, [batch], seed), step(plain, plain_sink, [batch], seed))
         assert len(ran) == frozen  # a replay runs no Python
-        assert encoder.graphs is not None and not encoder.graphs.recordings.warned
+        assert not graphs_of(encoder).recordings.warned
 
 
 def _plan(batch: PackedBatch) -> AttentionPlan:
@@ -108,8 +117,7 @@ def _differs(make_batch: MakeBatch) -> bool:
     for encoder, sink in zip(encoders, sinks, strict=True):
         steps = [step(encoder, sink, [make_batch(lengths)], 5) for lengths in MICRO_BATCHES[3][:2]]
         found.append(steps[1])
-        assert encoder.graphs is not None
-        assert type(encoder.graphs.recordings.recorder) is (OpRecorder if encoder is encoders[0] else Unrecorded)
+        assert type(graphs_of(encoder).recordings.recorder) is (OpRecorder if encoder is encoders[0] else Unrecorded)
     return any(not torch.equal(*pair) for pair in zip(*found, strict=True))
 
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from recorded_encoders import MICRO_BATCHES, assert_equal, make_encoder, make_sink, plain_step, step
+from recorded_encoders import MICRO_BATCHES, assert_equal, graphs_of, make_encoder, make_sink, plain_step, step
 from torch import Tensor
 
+from fastmtl.cuda_graphs.install import record_encoder
 from fastmtl.cuda_graphs.options import unsupported_reason
 from fastmtl.cuda_graphs.recorder import CudaRecorder, Unrecorded
 from fastmtl.data.packed_batch import PackedBatch
@@ -22,13 +23,13 @@ def encoders() -> list[PackedBert]:
     """Captured, eager."""
     found = [make_encoder(dtype=torch.bfloat16).to("cuda") for _ in range(2)]
     for encoder, recorder in zip(found, (None, Unrecorded()), strict=True):
-        encoder.use_cuda_graphs(recorder)
+        record_encoder(encoder, recorder)
     return found
 
 
 def check_captured(encoder: PackedBert) -> None:
-    assert encoder.graphs is not None and encoder.graphs.recordings.warned == []
-    assert isinstance(encoder.graphs.recordings.recorder, CudaRecorder)
+    assert graphs_of(encoder).recordings.warned == []
+    assert isinstance(graphs_of(encoder).recordings.recorder, CudaRecorder)
 
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])

@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 from op_recorder import OpRecorder
-from recorded_encoders import MICRO_BATCHES, assert_close, assert_equal, make_encoder, make_sink, step
+from recorded_encoders import MICRO_BATCHES, assert_close, assert_equal, graphs_of, make_encoder, make_sink, step
 from torch import nn
 from torch.nn.functional import layer_norm
 
+from fastmtl.config import parse_recipe
 from fastmtl.cuda_graphs import encoder as graphs
+from fastmtl.cuda_graphs.install import record_encoder
 from fastmtl.cuda_graphs.recorder import Unrecorded
 from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.engine.build import check_engine
 from fastmtl.errors import UserError
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery
@@ -46,7 +49,7 @@ def test_a_second_forward_takes_the_ordinary_path_until_the_first_is_done(
         (first.sum() + second.sum()).backward()
         assert recorder.replayed > replayed
     assert [record.message for record in caplog.records] == [
-        "cuda_graphs: this forward takes the ordinary path: the backward of the one before has not been yet"
+        "cuda_graphs: this forward falls back to eager execution: the previous forward has not run its backward yet"
     ]
     waiting = encoder(batch)
     del waiting
@@ -55,7 +58,7 @@ def test_a_second_forward_takes_the_ordinary_path_until_the_first_is_done(
     hidden = encoder(batch)  # nobody can ask for the backward of what is gone
     assert recorder.replayed > replayed
     hidden.sum().backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="a forward has one backward"):
+    with pytest.raises(RuntimeError, match="a recorded forward allows one backward"):
         hidden.sum().backward()
 
 
@@ -94,12 +97,11 @@ def test_weights_at_another_address_and_another_sink_are_recorded_anew(make_batc
     assert len(recorder.recordings) == 9
     for _ in range(6):
         step(encoder, make_sink(encoder, 3), [batch], 1)
-    assert encoder.graphs is not None and encoder.graphs.recordings.warned == [
-        "this forward takes the ordinary path: the weights' addresses or the sink change too often"
+    assert graphs_of(encoder).recordings.warned == [
+        "this forward falls back to eager execution: the weights' addresses or the sink change too often"
     ]
     other_encoder = copy.deepcopy(encoder)
-    assert other_encoder.graphs is not None
-    assert other_encoder.graphs._layers is other_encoder.encoder.layer
+    assert graphs_of(other_encoder)._layers is other_encoder.encoder.layer
 
 
 def test_where_enough_is_kept_a_larger_recording_serves(make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,19 +126,21 @@ def test_what_cannot_be_recorded_is_told_once(make_batch: MakeBatch, caplog: pyt
         return record.message.split(": ", 2)[2]
 
     encoder = make_encoder(OpRecorder())
-    assert told(encoder, noise=torch.zeros(1)) == "it has noise"
+    assert told(encoder, noise=torch.zeros(1)) == "it uses noise"
     encoder.recompute = "full"
-    assert told(encoder) == "it has recompute"
+    assert told(encoder) == "it uses recompute"
     sink = make_sink(make_encoder(), 3)
     with sink.armed("stack", torch.device("cpu")):
-        assert told(make_encoder(OpRecorder()), task_grads=sink) == "not all of the layers' weights are shared ones"
+        assert (
+            told(make_encoder(OpRecorder()), task_grads=sink) == "some weights of the layers are not shared parameters"
+        )
     for mode in ("gramian", "tensor"):
         encoder = make_encoder(OpRecorder())
         sink = make_sink(encoder, 3)
         with sink.armed(mode, torch.device("cpu")):  # type: ignore[arg-type]
-            assert told(encoder, task_grads=sink) == "the task gradients are not kept in J"
+            assert told(encoder, task_grads=sink) == "the task gradients are not stored in J"
     with torch.autocast("cpu", torch.bfloat16):
-        assert told(make_encoder(OpRecorder())) == "it is under torch_autocast"
+        assert told(make_encoder(OpRecorder())) == "torch_autocast is on"
     encoder = make_encoder(OpRecorder()).requires_grad_(False)
     assert told(encoder) == "the encoder is frozen"
     encoder = make_encoder(OpRecorder())
@@ -146,7 +150,7 @@ def test_what_cannot_be_recorded_is_told_once(make_batch: MakeBatch, caplog: pyt
     encoder.use_layer_norm(lambda x, weight, bias, shape, eps: layer_norm(x, shape, weight, bias, eps))
     assert told(encoder) == "LayerNorm is not fastmtl's"
     encoder = make_encoder()
-    encoder.use_cuda_graphs()
+    record_encoder(encoder)
     assert told(encoder) == "CUDA graphs need an NVIDIA GPU, the model is on cpu"
     caplog.clear()
     with torch.no_grad():
@@ -168,17 +172,11 @@ def test_what_cannot_be_recorded_is_told_once(make_batch: MakeBatch, caplog: pyt
         ({"gradient": {"method": "pcgrad"}}, "engine.precision: bf16, not fp32"),
     ],
 )
-def test_what_contradicts_is_refused(sections: dict[str, Any], named: str, make_model: MakeModel) -> None:
+def test_what_contradicts_is_refused(sections: dict[str, Any], named: str) -> None:
     sections = {**sections, "engine": {**sections.get("engine", {}), "cuda_graphs": True}}
+    recipe = parse_recipe({"tasks": {"one": {"type": "binary", "data": {}}}, **sections}, "test")
     with pytest.raises(UserError, match=f"engine.cuda_graphs: .*{named}"):
-        make_model(**sections)
-
-
-def test_the_option_reaches_the_encoder(make_model: MakeModel) -> None:
-    for asked in (False, True):
-        engine = {"precision": "bf16", "cuda_graphs": asked}
-        encoder = make_model(gradient={"method": "pcgrad"}, engine=engine).encoder
-        assert (encoder.graphs is not None) == asked
+        check_engine(recipe, 1)
 
 
 @pytest.mark.parametrize("method", ["record", "warm_up"])
@@ -204,7 +202,7 @@ def test_a_failed_recording_leaves_the_same_operations(
     for one, other in zip(*found, strict=True):
         assert_equal(one, other)
     assert [record.message for record in caplog.records] == [
-        "cuda_graphs: nothing is recorded, the host launches each operation: operation not permitted when "
+        "cuda_graphs: recording failed, each operation is launched separately: operation not permitted when "
         "stream is capturing"
     ]
 
@@ -256,7 +254,7 @@ def test_losses_and_merged_gradients_of_a_model(
     for recorder in (OpRecorder(), None):
         model = make_model().train()
         if recorder is not None:
-            model.encoder.use_cuda_graphs(recorder)
+            record_encoder(model.encoder, recorder)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         surgery = GradientSurgery(
             optimizer,
@@ -277,4 +275,4 @@ def test_losses_and_merged_gradients_of_a_model(
             found.append([*map(torch.tensor, info.losses.values()), *(p.grad.clone() for p in model.parameters())])
             optimizer.zero_grad()
         assert_close(*found)
-    assert ways[0][0].encoder.graphs._kept
+    assert graphs_of(ways[0][0].encoder)._kept

@@ -8,6 +8,7 @@ import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 from op_recorder import OpRecorder
@@ -18,11 +19,15 @@ from torch.utils._pytree import tree_leaves
 
 from fastmtl.cuda_graphs import heads as head_graphs
 from fastmtl.cuda_graphs import options as graph_options
-from fastmtl.cuda_graphs.buffers.heads import HeadBatch, StaticHeads
+from fastmtl.cuda_graphs.buffers.heads import StaticHeads
+from fastmtl.cuda_graphs.encoder import EncoderGraphs
 from fastmtl.cuda_graphs.heads import HeadGraphs
+from fastmtl.cuda_graphs.install import record_heads
 from fastmtl.cuda_graphs.recorder import CudaRecorder, Recorder, Unrecorded
 from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.engine.build import build_engine
 from fastmtl.errors import UserError
+from fastmtl.model.heads.batch import HeadBatch
 from fastmtl.model.losses.cached_pairs import cache_pairs
 from fastmtl.model.multitask import MultiTaskModel
 
@@ -63,7 +68,7 @@ LENGTHS = [[[5, 1, 9], [4, 2], [7, 8]], [[2, 30, 3], [9, 1], [12, 3]], [[8], [],
 def made(make_model: MakeModel, recorder: Recorder | None, **sections: Any) -> MultiTaskModel:
     model = make_model(**sections).train()
     if recorder is not None:
-        model.graphs = HeadGraphs(model, recorder)
+        record_heads(model, recorder)
     return model
 
 
@@ -81,9 +86,13 @@ def step(model: MultiTaskModel, batches: Sequence[PackedBatch], seed: int) -> li
     return [*found, *(grad.clone() for grad in grads if grad is not None), torch.get_rng_state()]
 
 
-def told(model: MultiTaskModel) -> list[str]:
-    assert model.graphs is not None
-    return model.graphs.recordings.warned
+def graphs_of(model: MultiTaskModel) -> HeadGraphs:
+    assert isinstance(model.recorded_heads, HeadGraphs)
+    return model.recorded_heads
+
+
+def warned(model: MultiTaskModel) -> list[str]:
+    return graphs_of(model).recordings.warned
 
 
 @pytest.mark.parametrize(
@@ -105,7 +114,7 @@ def test_replays_have_the_bits_of_the_ordinary_path(
         assert_equal(recorded, eager)
         assert_equal(recorded, plain)
     assert len(recorder.recordings) == 2 * 3  # those of the three numbers of sequences
-    assert told(ways[0]) == []
+    assert warned(ways[0]) == []
 
 
 def test_other_weights_of_the_losses_and_other_labels(make_batch: MakeBatch, make_model: MakeModel) -> None:
@@ -133,7 +142,7 @@ def _differs(make_batch: MakeBatch, make_model: MakeModel) -> bool:
     for recorder in (OpRecorder(), Unrecorded()):
         model = made(make_model, recorder, tasks=TASKS["projected"])
         found.append([step(model, [make_batch(LENGTHS[0], pairs=PAIRS["projected"], seed=k)], k) for k in range(3)][2])
-        assert model.graphs is not None and type(model.graphs.recordings.recorder) is type(recorder)
+        assert type(graphs_of(model).recordings.recorder) is type(recorder)
     return any(not torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
@@ -210,7 +219,9 @@ def test_one_backward_for_one_forward_and_one_forward_at_a_time(make_batch: Make
         found.append([*losses, *(p.grad for p in one.parameters() if p.grad is not None)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
-    assert told(model) == ["heads and losses take the ordinary path: the backward of the ones before has not been yet"]
+    assert warned(model) == [
+        "heads and losses fall back to eager execution: the previous forward has not run its backward yet"
+    ]
     replayed = recorder.replayed
     waiting = model(batch)
     del waiting
@@ -218,7 +229,7 @@ def test_one_backward_for_one_forward_and_one_forward_at_a_time(make_batch: Make
     losses = model(batch)  # nobody can ask for the backward of what is gone
     assert recorder.replayed > replayed
     losses["score"][0].backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="a forward has one backward"):
+    with pytest.raises(RuntimeError, match="a recorded forward allows one backward"):
         losses["score"][0].backward()
 
 
@@ -245,9 +256,9 @@ def test_weights_at_another_address_are_recorded_anew(make_batch: MakeBatch, mak
     for k in range(6):
         ways[0].heads[0].requires_grad_(k % 2 == 0)
         ways[0](batch)
-    assert told(ways[0]) == ["heads and losses take the ordinary path: the weights' addresses change too often"]
+    assert warned(ways[0]) == ["heads and losses fall back to eager execution: the weights' addresses change too often"]
     other = copy.deepcopy(ways[0])
-    assert other.graphs is not None and other.graphs._model is other
+    assert graphs_of(other)._losses == other.losses_of and graphs_of(other)._heads is other.heads
 
 
 def test_sizes_that_do_not_come_again_are_not_recorded(
@@ -269,10 +280,10 @@ def test_sizes_that_do_not_come_again_are_not_recorded(
     assert run(first) == (0, False)
     assert run(first, first) == (2, True)
     assert run(second, second, first) == (2, True)  # the one that is kept is in use
-    assert told(model) == []
+    assert warned(model) == []
     assert run(second, third) == (2, False)
     assert run(third, second) == (2, False)
-    (message,) = told(model)
+    (message,) = warned(model)
     assert "differ too much" in message
     assert run(second) == (4, True)  # no longer
     assert run(first) == (4, False)
@@ -288,36 +299,36 @@ def test_what_cannot_be_recorded_is_told_once(
         for _ in range(2):
             model(batch)
         (record,) = caplog.records
-        return record.message.removeprefix("cuda_graphs: heads and losses take the ordinary path: ")
+        return record.message.removeprefix("cuda_graphs: heads and losses fall back to eager execution: ")
 
     tasks = TASKS["cosines"]
     with torch.autocast("cpu", torch.bfloat16):
-        assert reason(made(make_model, OpRecorder(), tasks=tasks)) == "they are under torch_autocast"
+        assert reason(made(make_model, OpRecorder(), tasks=tasks)) == "torch_autocast is on"
     frozen = made(make_model, OpRecorder(), tasks=tasks).requires_grad_(False)
-    assert reason(frozen) == "nothing that they depend on is trained"
+    assert reason(frozen) == "they depend on no trained parameter"
     wide = made(make_model, OpRecorder(), tasks={"score": {**SCORE, "head": {"adjustment": False}}})
     wide.heads.to(torch.float64)
     with pytest.raises(RuntimeError):
         wide(make_batch([[3, 4]], pairs=[True]))
-    assert told(wide)[0].endswith("their weights are not of the hidden states' dtype")
+    assert warned(wide)[0].endswith("their weights and the hidden states differ in dtype")
     model = make_model(tasks=tasks).train()
-    model.graphs = HeadGraphs(model)
+    record_heads(model)
     assert reason(model) == "CUDA graphs need an NVIDIA GPU, the model is on cpu"
     cached = made(
         make_model, OpRecorder(), tasks={**tasks, "score": {**SCORE, "loss": ["mse", "mnr"], "mnr": {"cached": True}}}
     )
     given = cache_pairs(cached, [batch])[0]
-    assert reason(cached, given) == "the loss of task 'score' is of a whole step (mnr.cached)"
+    assert reason(cached, given) == "the loss of task 'score' spans a whole step (mnr.cached)"
     pairs = make_batch(LENGTHS[0], pairs=PAIRS["networks"])
     monkeypatch.setattr(graph_options, "world_size", lambda: 2)
     ranks = made(make_model, OpRecorder(), tasks=TASKS["networks"])
-    assert reason(ranks, pairs) == "the loss mnr of task 'binary' is of all ranks' pairs"
+    assert reason(ranks, pairs) == "the loss mnr of task 'binary' spans the pairs of all ranks"
     caplog.clear()
     model = made(make_model, OpRecorder(), tasks=tasks)
     model.predict(batch)
     with torch.no_grad():
         model(batch)
-    assert not caplog.records and model.graphs is not None and not model.graphs._of
+    assert not caplog.records and not graphs_of(model)._of
 
 
 def test_a_head_that_waits_for_the_device_is_launched_by_the_host(
@@ -334,7 +345,7 @@ def test_a_head_that_waits_for_the_device_is_launched_by_the_host(
     batches = [make_batch(LENGTHS[k], pairs=PAIRS["projected"], seed=k) for k in range(2)]
     for seed in range(3):
         assert_equal(*(step(model, batches, seed) for model in ways))
-    assert told(ways[0]) == ["nothing is recorded, the host launches each operation: aten::_local_scalar_dense"]
+    assert warned(ways[0]) == ["recording failed, each operation is launched separately: aten::_local_scalar_dense"]
 
 
 def test_mistakes_are_those_of_the_ordinary_path(make_batch: MakeBatch, make_model: MakeModel) -> None:
@@ -352,9 +363,16 @@ def test_mistakes_are_those_of_the_ordinary_path(make_batch: MakeBatch, make_mod
         assert len(set(messages)) == 1
 
 
-def test_the_option_reaches_the_heads(make_model: MakeModel) -> None:
-    assert make_model(engine={"cuda_graphs": True}).graphs is not None
-    assert make_model().graphs is None
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_option_reaches_encoder_and_heads(
+    asked: bool, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deepspeed, "initialize", lambda **_: [None])
+    engine = {"precision": "bf16", "cuda_graphs": asked}
+    model = make_model(gradient={"method": "pcgrad"}, engine=engine)
+    build_engine(model.recipe, model, 1, 1)
+    assert isinstance(model.encoder.recorded, EncoderGraphs) == asked
+    assert isinstance(model.recorded_heads, HeadGraphs) == asked
 
 
 @pytest.mark.gpu
@@ -364,7 +382,7 @@ def test_graphs_equal_what_the_host_launches(tasks: str, make_batch: MakeBatch, 
     """Losses, heads' gradients and the generator's state, dropout included, in bf16."""
     ways = [make_model(tasks=TASKS[tasks]).train().to("cuda", torch.bfloat16) for _ in range(2)]
     for model, recorder in zip(ways, (None, Unrecorded()), strict=True):
-        model.graphs = HeadGraphs(model, recorder)
+        record_heads(model, recorder)
     batches = [make_batch(lengths, pairs=PAIRS[tasks], seed=k).to("cuda") for k, lengths in enumerate(LENGTHS)]
     for seed, index in enumerate([0, 1, 2, 3, 3, 2, 0]):
         found = []
@@ -373,8 +391,8 @@ def test_graphs_equal_what_the_host_launches(tasks: str, make_batch: MakeBatch, 
             grads = [parameter.grad for parameter in model.heads.parameters() if parameter.grad is not None]
             found.append([*losses, *grads, torch.cuda.get_rng_state()])
         assert_equal(*found)
-    assert told(ways[0]) == [] and ways[0].graphs is not None
-    assert isinstance(ways[0].graphs.recordings.recorder, CudaRecorder)
+    assert warned(ways[0]) == []
+    assert isinstance(graphs_of(ways[0]).recordings.recorder, CudaRecorder)
 
 
 @pytest.mark.gpu
@@ -394,7 +412,7 @@ def test_a_capture_that_fails_leaves_the_host_launching_the_same(
     def check(*recorders: Recorder | None) -> MultiTaskModel:
         ways = [make_model(tasks=TASKS["projected"]).train().to("cuda", torch.bfloat16) for _ in recorders]
         for model, recorder in zip(ways, recorders, strict=True):
-            model.graphs = HeadGraphs(model, recorder)
+            record_heads(model, recorder)
         for seed, batch in enumerate(batches):
             found = []
             for model in ways:
@@ -408,9 +426,9 @@ def test_a_capture_that_fails_leaves_the_host_launching_the_same(
     with monkeypatch.context() as patch:
         patch.setattr(MultiTaskModel, "_loss", waiting)
         failed = check(None, Unrecorded())
-    (message,) = told(failed)
-    assert message.startswith("nothing is recorded, the host launches each operation: ") and "captur" in message
+    (message,) = warned(failed)
+    assert message.startswith("recording failed, each operation is launched separately: ") and "captur" in message
     assert torch.cuda.current_stream() == stream
     recorded = check(None, Unrecorded())
-    assert told(recorded) == [] and recorded.graphs is not None
-    assert isinstance(recorded.graphs.recordings.recorder, CudaRecorder)
+    assert warned(recorded) == []
+    assert isinstance(graphs_of(recorded).recordings.recorder, CudaRecorder)

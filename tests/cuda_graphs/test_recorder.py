@@ -143,6 +143,6 @@ def test_the_operations_launched_instead_can_draw_random_numbers(device: Device)
     found = recordings.record({"forward": fails_half_way(device, calls), "backward": device.draw}, [])
     assert isinstance(recordings.recorder, Unrecorded)
     assert recordings.warned == [
-        "nothing is recorded, the host launches each operation: operation not permitted when stream is capturing"
+        "recording failed, each operation is launched separately: operation not permitted when stream is capturing"
     ]
     found["backward"]()

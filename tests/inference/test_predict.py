@@ -44,8 +44,9 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, data: Pat
     """A run's directory with an untrained model whose heads differ from task to task."""
     import torch
 
-    from fastmtl.model.encoder.pretrained import load_encoder, load_tokenizer, save_model
+    from fastmtl.model.encoder.pretrained import load_encoder, load_tokenizer
     from fastmtl.model.multitask import MultiTaskModel
+    from fastmtl.model.saved_model import save_model
 
     single = {key: value for key, value in COLUMNS.items() if key != "text_pair"}
     tasks = {

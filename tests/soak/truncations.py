@@ -16,7 +16,7 @@ from fastmtl.config import Recipe
 from fastmtl.engine.checkpoint import Checkpoints
 from fastmtl.engine.distributed import Ranks
 from fastmtl.errors import UserError
-from fastmtl.model.encoder.pretrained import load_model
+from fastmtl.model.saved_model import load_model
 from fastmtl.train import train
 
 

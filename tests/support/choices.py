@@ -14,7 +14,7 @@ from fastmtl.config import Recipe, parse_recipe
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.packing import pack
 from fastmtl.data.tokenized import TokenizedDataset
-from fastmtl.model.encoder.bert import PackedBert, UnusedPooler
+from fastmtl.model.encoder.bert import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
 
 _CLASSES = {"type": "classification", "num_labels": 3}
@@ -93,7 +93,8 @@ def make_model(recipe: Recipe) -> MultiTaskModel:
         initializer_range=0.3,
     )
     encoder = PackedBert(config)
-    encoder.pooler = UnusedPooler(config.hidden_size)
+    encoder.reserve_pooler()
+    assert encoder.pooler is not None
     for weight in encoder.pooler.buffers():
         torch.nn.init.normal_(weight, std=0.3)
     model = MultiTaskModel(recipe, encoder).train()

@@ -19,7 +19,7 @@ from transformers import BertConfig
 
 from fastmtl.bench.waits import host_waits
 from fastmtl.config import Recipe, parse_recipe
-from fastmtl.cuda_graphs.heads import HeadGraphs
+from fastmtl.cuda_graphs.install import record_encoder, record_heads
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.packing import pack
 from fastmtl.data.tokenized import TokenizedDataset
@@ -309,9 +309,8 @@ def main(directory: Path) -> None:
         model = make_model(recipe)
         recorder, heads, merging = OpRecorder(), OpRecorder(), OpRecorder()
         if "graphs" in case.variant:
-            encoder = model.encoder.train()
-            encoder.use_cuda_graphs(recorder)
-            model.graphs = HeadGraphs(model, heads)
+            record_encoder(model.encoder.train(), recorder)
+            record_heads(model, heads)
         engine = build_engine(recipe, model, ranks.world, STEPS)
         surgery = make_surgery(engine, model, recipe)
         if "graphs" in case.variant:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import BertConfig
 
+from fastmtl.cuda_graphs.encoder import EncoderGraphs
+from fastmtl.cuda_graphs.install import record_encoder
 from fastmtl.cuda_graphs.recorder import Recorder
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.model.encoder.bert import PackedBert
@@ -42,8 +44,13 @@ def make_encoder(
             if parameter.dim() == 1:
                 parameter += 0.1 * torch.randn(parameter.shape)
     if recorder is not None:
-        encoder.use_cuda_graphs(recorder)
+        record_encoder(encoder, recorder)
     return encoder
+
+
+def graphs_of(encoder: PackedBert) -> EncoderGraphs:
+    assert isinstance(encoder.recorded, EncoderGraphs)
+    return encoder.recorded
 
 
 def make_sink(encoder: PackedBert, num_tasks: int, dtype: torch.dtype = torch.float32) -> TaskGradients:

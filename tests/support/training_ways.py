@@ -24,7 +24,7 @@ from transformers import BertConfig
 
 from fastmtl.bench.textbook import pcgrad
 from fastmtl.config import Recipe, Recompute, parse_recipe
-from fastmtl.cuda_graphs.heads import HeadGraphs
+from fastmtl.cuda_graphs.install import install_cuda_graphs, not_recorded
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.packing import pack
 from fastmtl.data.prefetch import ahead
@@ -121,8 +121,7 @@ def train(way: Way) -> Run:
         stream = (of_rank(batches, way.ranks) for batches in BatchStream(DATA, recipe).rest(1, 0, 0))
         batches = stack.enter_context(ahead(stream, way.prefetch, torch.device("cpu")))
         losses, conflicts = zip(*map(step, batches), strict=True)
-    for graphs in (model.encoder.graphs, model.graphs):
-        assert graphs is None or not graphs.recordings.warned  # else something has not been recorded
+    assert not way.recorded or not not_recorded(model)
     return Run(np.array(losses), np.array(conflicts))
 
 
@@ -289,11 +288,9 @@ def make_model(way: Way, recipe: Recipe) -> MultiTaskModel:
         initializer_range=0.1,
     )
     encoder = PackedBert(config, recompute=way.recompute)
-    if way.recorded:
-        encoder.use_cuda_graphs(OpRecorder())
     model = MultiTaskModel(recipe, encoder).to(way.dtype).train()
     if way.recorded:
-        model.graphs = HeadGraphs(model, OpRecorder())
+        install_cuda_graphs(model, OpRecorder())
     return model
 
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from fastmtl.config import Recipe, load_recipe, parse_recipe
 from fastmtl.errors import UserError
-from fastmtl.model.encoder.weights import read_encoder_weights
+from fastmtl.model.encoder.families import FAMILIES
+from fastmtl.model.encoder.pretrained import read_encoder_weights
 from fastmtl.training.phases import phases_of
 
 
@@ -34,7 +35,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
 
 
 def test_heads_alone_leave_the_encoder_and_every_task_keeps_its_own_best(runs: Path, tiny_bert: Path) -> None:
-    assert same(weights(runs / "heads", "model"), read_encoder_weights(tiny_bert))
+    assert same(weights(runs / "heads", "model"), read_encoder_weights(tiny_bert, FAMILIES["bert"]))
     evaluations = [line["dev"] for line in lines(runs / "heads") if "dev" in line]
     kept = json.loads((runs / "heads" / "results.json").read_text())["dev"]
     own = {"kind": "accuracy", "same": "accuracy", "degree": "pearson"}

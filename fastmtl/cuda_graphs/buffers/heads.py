@@ -2,40 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fastmtl.data.packed_batch import PackedBatch
-
-# What sequences became: by pooling [B, d], a row for each sequence of the batch; by index those of a task that has them
-# from its tokens, [its sequences, size].
-Vectors = dict[str | int, Tensor]
-
-
-@dataclass(frozen=True)
-class HeadBatch:
-    """All that heads and losses read of a batch besides the vectors; the fields are those of PackedBatch."""
-
-    seq_offsets: tuple[int, ...]
-    counts: tuple[int, ...]
-    labels: tuple[Tensor | None, ...]
-    pairs: tuple[Tensor | None, ...]
-    cached: Any = None
-
-    @classmethod
-    def of(cls, batch: PackedBatch) -> HeadBatch:
-        return cls(batch.host.seq_offsets, batch.counts, batch.labels, batch.pairs, batch.cached)
-
-    @property
-    def sizes(self) -> Hashable:
-        """Equal for batches that one recording serves."""
-        labels = tuple(None if one is None else (one.dtype, one.shape) for one in self.labels)
-        return self.seq_offsets, self.counts, labels, tuple(one is not None for one in self.pairs)
-
+from fastmtl.model.heads.batch import HeadBatch, Vectors
 
 Losses = Callable[[Vectors, HeadBatch], list[Tensor]]
 

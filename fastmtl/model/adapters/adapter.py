@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig
@@ -12,8 +10,18 @@ from fastmtl.config import AdapterConfig
 from fastmtl.errors import UserError
 from fastmtl.model.encoder.context import ForwardContext
 
-if TYPE_CHECKING:
-    from fastmtl.model.adapters.top import Top
+
+class Top(nn.Module):
+    """Layers of each task on top of the encoder; a subclass defines `forward`.
+
+    num_layers: layers whose dropout places it uses, after those of the encoder (see context.py).
+    """
+
+    num_layers: int
+
+    def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
+        """Map the encoder's hidden states [N, d_m] to [N, d_m]."""
+        raise NotImplementedError
 
 
 class Adapter(nn.Module):

@@ -18,20 +18,10 @@ from transformers import BertConfig
 
 from fastmtl.config import AdapterConfig
 from fastmtl.errors import UserError
-from fastmtl.model.adapters.adapter import fill
+from fastmtl.model.adapters.adapter import Top, fill
 from fastmtl.model.adapters.pal import Pal
-from fastmtl.model.encoder.bert import Layer
+from fastmtl.model.encoder.bert_layer import Layer
 from fastmtl.model.encoder.context import ForwardContext
-
-
-class Top(nn.Module):
-    """num_layers: how many layers' places it draws masks at, counted on from the encoder's (see context.py)."""
-
-    num_layers: int
-
-    def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
-        """The encoder's hidden states [N, d_m] -> [N, d_m]."""
-        raise NotImplementedError
 
 
 class LayerOnTop(Top):

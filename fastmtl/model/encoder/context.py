@@ -1,4 +1,4 @@
-"""What every layer of one forward pass shares."""
+"""The state that all layers of one forward pass share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.data.packed_batch import PackedBatch
-from fastmtl.model.encoder.remade import Remade
+from fastmtl.model.encoder.recompute import RecomputedResults
 from fastmtl.surgery.segments import Segments
 from fastmtl_kernels import varlen_attention
 from fastmtl_kernels.varlen_attention.plan import AttentionPlan
@@ -18,20 +18,24 @@ from fastmtl_kernels.varlen_attention.plan import AttentionPlan
 if TYPE_CHECKING:
     from fastmtl.surgery.sinks.task_gradients import TaskGradients
 
-# Where masks are drawn, each by a seed of its own: place 0 is the embeddings, then these in each layer.
+# Places: indices of dropout seeds. Place 0 is that of the embeddings; each layer has four more.
 EMBEDDINGS = 0
 ATTENTION, ATTENTION_OUTPUT, OUTPUT, ADAPTER = range(4)
 _IN_LAYER = 4
 
 
 def place(layer: int, which: int) -> int:
-    """The place `which` (ATTENTION, ...) of a layer."""
+    """Return the place `which` (ATTENTION, ...) of a layer."""
     return 1 + _IN_LAYER * layer + which
 
 
 @dataclass(frozen=True, eq=False)
 class SegmentContext:
-    """What a linear layer needs. segments: the tasks' rows; task_grads: see layers.py."""
+    """Input of a linear layer besides x.
+
+    segments: the rows of each task.
+    task_grads: the sink of task gradients; see layers.py.
+    """
 
     segments: Segments
     task_grads: TaskGradients | None
@@ -39,15 +43,19 @@ class SegmentContext:
 
 @dataclass(frozen=True, eq=False)
 class ForwardContext(SegmentContext):
-    """segments: the tasks' token rows. seeds: int64 [places], None outside training. plan: made once per batch for the
-    attention kernels, None where they need none. remade: takes what backward can make again cheaply. batch: None where
-    what is run is recorded for all of a size.
+    """State of one forward pass over token rows.
+
+    segments: the token rows of each task.
+    seeds: int64 [places], None outside training.
+    plan: the attention plan, made once per batch; None where the kernels need none.
+    recomputed: takes results that backward can compute again cheaply.
+    batch: None where a recording runs, which serves all batches of a size.
     """
 
     cu_seqlens: Tensor
     seeds: Tensor | None
     plan: AttentionPlan | None
-    remade: Remade | None = None
+    recomputed: RecomputedResults | None = None
     batch: PackedBatch | None = None
 
     @classmethod
@@ -58,35 +66,40 @@ class ForwardContext(SegmentContext):
         *,
         training: bool,
         task_grads: TaskGradients | None = None,
-        remade: Remade | None = None,
+        recomputed: RecomputedResults | None = None,
         plan: bool = True,
     ) -> ForwardContext:
-        """The seeds are drawn here, from torch's generator of the device: masks follow from its state before the
-        forward, whatever backward computes again. plan: False leaves it to `planned`.
+        """Build the context of a batch and draw its seeds from torch's generator of the device.
+
+        Masks depend on the generator's state before the forward alone, even where backward
+        computes results again. plan: False leaves the plan to `planned`.
         """
         seeds = None
         if training:
             places = place(num_layers, 0)
             seeds = torch.randint(1 << 62, (places,), device=batch.input_ids.device)
         segments = Segments(batch.token_offsets, batch.host.token_offsets)
-        context = cls(segments, task_grads, batch.cu_seqlens, seeds, None, remade, batch)
+        context = cls(segments, task_grads, batch.cu_seqlens, seeds, None, recomputed, batch)
         return context.planned() if plan else context
 
     def planned(self) -> ForwardContext:
-        """With the plan that the attention kernels of the batch's device need."""
+        """Return this context with the plan that attention needs on the batch's device."""
         assert self.batch is not None
         plan = self.batch.attention_plan()
         return self if plan is None else replace(self, plan=plan)
 
     def of_task(self, task: int) -> ForwardContext:
-        """For the rows of one task alone, and parameters that are its own: they are none of the sink's."""
+        """Return the context for the rows of one task and modules that belong to this task alone.
+
+        It has no sink: surgery does not merge parameters of one task.
+        """
         assert self.batch is not None
         batch = self.batch.task(task)
         segments = Segments(batch.token_offsets, batch.host.token_offsets)
-        return ForwardContext(segments, None, batch.cu_seqlens, self.seeds, None, self.remade, batch).planned()
+        return ForwardContext(segments, None, batch.cu_seqlens, self.seeds, None, self.recomputed, batch).planned()
 
     def seed(self, at: int) -> Tensor | None:
-        """int64 [1], of a place; None outside training."""
+        """Return the seed of a place, int64 [1], or None outside training."""
         return None if self._seeds is None else self._seeds[at]
 
     @cached_property
@@ -95,13 +108,13 @@ class ForwardContext(SegmentContext):
 
     @property
     def armed(self) -> TaskGradients | None:
-        """The sink, where it takes writes."""
+        """The sink while it accepts writes, else None."""
         return None if self.task_grads is None or self.task_grads.mode is None else self.task_grads
 
     def attend(self, qkv: Tensor, num_heads: int, dropout: float, at: int) -> Tensor:
-        """qkv [N, 3, num_heads * head size] -> [N, num_heads * head size], with dropout of the probabilities.
+        """Attend within each sequence: qkv [N, 3, heads * size] -> [N, heads * size].
 
-        at: the place of their seed.
+        dropout: of the probabilities. at: the place of its seed.
         """
         return varlen_attention(
             qkv.unflatten(2, (num_heads, -1)),

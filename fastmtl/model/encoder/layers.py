@@ -1,7 +1,8 @@
-"""The shared layers: torch's own modules whose rows belong to tasks.
+"""The shared layers of an encoder: torch's modules for rows that belong to tasks.
 
-Names, shapes and initialisation are those of nn.Linear, nn.LayerNorm and nn.Embedding. Without an armed
-`TaskGradients` they compute what those compute; with one, their backward writes one gradient per task into it.
+Names, shapes and initialisation are those of nn.Linear, nn.LayerNorm and nn.Embedding. Without an
+armed sink of task gradients these layers compute what torch's compute. With one, their backward
+writes one gradient per task into the sink.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ class TaskLinear(nn.Linear):
     weight: nn.Parameter
 
     def forward(self, x: Tensor, context: SegmentContext) -> Tensor:  # type: ignore[override]
-        """[N, in_features] -> [N, out_features]."""
+        """Map [N, in_features] to [N, out_features]."""
         return functional.linear(x, self.weight, self.bias, context.segments, context.task_grads)
 
 
 class Projection(Owner, nn.Linear):  # type: ignore[misc]
-    """One of several Linears of one input, whose outputs come side by side (see encoder.py)."""
+    """One of several Linears that read one input and write side by side (see bert_layer.py)."""
 
     weight: nn.Parameter
     bias: nn.Parameter
@@ -45,7 +46,9 @@ class TaskLayerNorm(Owner, nn.LayerNorm):  # type: ignore[misc]
 
 
 class AddLayerNorm(nn.LayerNorm):
-    """LayerNorm(residual + dropout(x) + ts). at: the place of its seed in the context; p: of dropout, in training.
+    """LayerNorm(residual + dropout(x) + ts).
+
+    at: the place of the dropout seed in the context. p: the dropout rate in training.
     norm_override: as in TaskLayerNorm.
     """
 
@@ -58,7 +61,7 @@ class AddLayerNorm(nn.LayerNorm):
     def forward(  # type: ignore[override]
         self, residual: Tensor, x: Tensor, ts: Tensor | None, context: ForwardContext
     ) -> Tensor:
-        """[N, d] each -> [N, d] of the residual's dtype."""
+        """Map [N, d] each to [N, d] of the residual's dtype."""
         p, seed = self.p if self.training else 0.0, context.seed(self.at)
         if self.norm_override is not None:
             z = residual + (dropout(x, p, seed) if p else x)
@@ -75,7 +78,7 @@ class AddLayerNorm(nn.LayerNorm):
             seed=seed,
             token_offsets=context.segments,
             task_grads=context.armed,
-            register=None if context.remade is None else context.remade.register,
+            register=None if context.recomputed is None else context.recomputed.register,
         )
 
 
@@ -86,6 +89,6 @@ def overrides_norm(module: nn.Module) -> bool:
 
 
 class TaskEmbedding(Owner, nn.Embedding):  # type: ignore[misc]
-    """A padding index has no meaning here: a packed batch holds no padding."""
+    """nn.Embedding without a meaning for padding_idx: a packed batch holds no padding."""
 
     weight: nn.Parameter

@@ -1,4 +1,4 @@
-"""Tensors of a Hugging Face BERT directory, under the names of transformers.BertModel. No object is unpickled."""
+"""Weight files of a Hugging Face directory. No object is unpickled."""
 
 from __future__ import annotations
 
@@ -23,23 +23,9 @@ WEIGHT_FILES = (
 )
 
 
-def read_encoder_weights(directory: Path) -> dict[str, Tensor]:
-    """Embeddings, layers and pooler of a directory, in the dtype of its files.
-
-    Other tensors (a masked LM's head) are left out. Raises UserError as `read_weights`.
-    """
-    return {
-        name: tensor
-        for name, tensor in read_weights(directory).items()
-        if name.startswith(("embeddings.", "encoder.", "pooler."))
-        and name != "embeddings.position_ids"  # a buffer of old versions
-    }
-
-
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a directory, in the dtype of its files.
+    """Read all tensors of a directory by their names in the files, in the files' dtype.
 
-    The prefix `bert.` of BertForMaskedLM and its like is left out, and LayerNorm's old `gamma` and `beta` are renamed.
     Raises UserError naming the file that is missing, damaged or no weight file.
     """
     path = next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
@@ -48,16 +34,16 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for part in _parts(path):
         tensors.update(read_tensors(part))
-    return {_bert_name(name): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or, by torch's restricted unpickler, of a .bin file.
+    """Read a .safetensors file or, by torch's restricted unpickler, a .bin file.
 
     Raises UserError naming the file.
     """
     try:
-        with path.open("rb"):  # safetensors calls a file missing that it has no permission to read
+        with path.open("rb"):  # safetensors reports a file without read permission as missing
             pass
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -76,10 +62,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def load_exactly(
     module: nn.Module, tensors: Mapping[str, Tensor], source: str, names: Mapping[str, str] | None = None
 ) -> None:
-    """Puts float32 copies of `tensors` in the place of the module's own, which may be on the meta device.
+    """Replace the module's tensors, which may be on the meta device, by float32 copies.
 
-    names: {the module's name of a tensor: its name in `tensors`} where these differ.
-    Raises UserError, naming `source` and the tensors, where one is missing, unknown or of another shape.
+    names: {name in the module: name in `tensors`} of all tensors; None where both are equal.
+    Raises UserError, naming `source` and the tensors that are missing, unknown or of another shape.
     """
     names = names or {name: name for name in module.state_dict()}
     expected = {names[name]: tensor for name, tensor in module.state_dict().items()}
@@ -112,8 +98,3 @@ def _parts(path: Path) -> list[Path]:
     if outside:
         raise UserError(f"{path}: weight_map names {outside[0]!r}, which is not a file of this directory")
     return [path.parent / name for name in sorted(set(index.values()))]
-
-
-def _bert_name(name: str) -> str:
-    name = name.removeprefix("bert.")
-    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")

@@ -18,17 +18,17 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmtl.config import Recipe, TaskConfig
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError, unknown_name
+from fastmtl.model.heads.batch import Examples
 from fastmtl.model.heads.outputs import kind
 from fastmtl.surgery.random_state import RandomState
 from fastmtl_kernels import pool
 
 if TYPE_CHECKING:
-    from fastmtl.model.multitask import Examples, MultiTaskModel
     from fastmtl.surgery.sinks.task_gradients import TaskGradients
 
 # The numbers that half precision rounds those around 1 to are this far apart.
@@ -36,9 +36,9 @@ _SPACING = {"bf16": 2**-7, "fp16": 2**-10}
 
 
 class Smart:
-    """The terms of one run. It is no module: the teacher's weights are none of the model's.
+    """The terms of one run. Not a module: the teacher's weights must not count as the model's.
 
-    scale: what a task's strength and proximal are multiplied by; see `follow`.
+    Attribute scale: factor of a task's strength and proximal; see `follow`.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -53,7 +53,7 @@ class Smart:
                         f"smart.follows: gap needs dev rows of every task with a term; {name} has no dev file"
                     )
         self.scale = dict.fromkeys(names, 0.0 if recipe.smart.follows == "gap" else 1.0)
-        self.teacher: MultiTaskModel | None = None
+        self.teacher: SmartModel | None = None
         _check(recipe, any(self._adversarial.values()))
 
     @property
@@ -65,14 +65,17 @@ class Smart:
         """Whether some task has a term now."""
         return any(self.scale[name] * (self._adversarial[name] + self._proximal[name]) for name in self.scale)
 
-    def start_teacher(self, model: MultiTaskModel) -> None:
-        """With the model's weights as they are now, in float32. Before an engine takes the model."""
+    def start_teacher(self, model: SmartModel) -> None:
+        """Start the teacher with the model's present weights, in float32.
+
+        Call it before an engine takes the model.
+        """
         smart, model.smart = model.smart, None
         self.teacher = copy.deepcopy(model).float().requires_grad_(False)
         model.smart = smart
 
-    def follow_model(self, model: MultiTaskModel) -> None:
-        """After an optimiser step: teacher = momentum teacher + (1 - momentum) model."""
+    def follow_model(self, model: nn.Module) -> None:
+        """Update the teacher after an optimiser step: momentum teacher + (1 - momentum) model."""
         assert self.teacher is not None
         with torch.no_grad():
             for ours, theirs in zip(self.teacher.parameters(), model.parameters(), strict=True):
@@ -84,7 +87,7 @@ class Smart:
 
     def terms(
         self,
-        model: MultiTaskModel,
+        model: SmartModel,
         batch: PackedBatch,
         task_grads: TaskGradients | None,
         found: list[Examples],
@@ -104,7 +107,7 @@ class Smart:
                 if strength:
                     terms[index] = terms[index] + strength * divergence(task, outputs[index], targets[index]).sum()
         if self._any(self._adversarial):
-            noise = self.noise(batch, outputs[0].device, model.encoder.config.hidden_size)
+            noise = self.noise(batch, outputs[0].device, model.hidden_size)
             after = RandomState.capture(outputs[0].device)
             noise = self._perturbation(model, batch, [output.detach() for output in outputs], begun, noise)
             begun.restore()
@@ -136,7 +139,7 @@ class Smart:
         return [examples.outputs for examples in found]
 
     def _perturbation(
-        self, model: MultiTaskModel, batch: PackedBatch, outputs: list[Tensor], begun: RandomState, noise: Tensor
+        self, model: SmartModel, batch: PackedBatch, outputs: list[Tensor], begun: RandomState, noise: Tensor
     ) -> Tensor:
         """[N, d]. The model is run without the sink: these gradients are of nothing but the noise."""
         lengths = batch.cu_seqlens.diff()
@@ -158,6 +161,23 @@ class Smart:
             )
             noise = (noise.detach() + self._config.step_size * unit).clamp(-self._config.epsilon, self._config.epsilon)
         return noise
+
+
+class SmartModel(nn.Module):
+    """Base of a model whose losses can have SMART's terms. smart: computes them, or None."""
+
+    smart: Smart | None
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the embeddings."""
+        raise NotImplementedError
+
+    def examples(
+        self, batch: PackedBatch, task_grads: TaskGradients | None = None, noise: Tensor | None = None
+    ) -> list[Examples]:
+        """Return each task's examples. noise [N, d]: added to the embedded tokens."""
+        raise NotImplementedError
 
 
 def divergence(task: TaskConfig, p: Tensor, q: Tensor) -> Tensor:

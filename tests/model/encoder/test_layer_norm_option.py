@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
-from fastmtl.model.encoder.pretrained import load_model, load_tokenizer, save_model
+from fastmtl.model.encoder.pretrained import load_tokenizer
 from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.model.saved_model import load_model, save_model
 
 MakeModel = Callable[..., MultiTaskModel]
 MakeBatch = Callable[..., PackedBatch]

@@ -15,8 +15,9 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM
 from fastmtl.config import EncoderConfig, OptimizerConfig
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
-from fastmtl.model.encoder.pretrained import encoder_directory, load_encoder, load_model, load_tokenizer, save_model
+from fastmtl.model.encoder.pretrained import encoder_directory, load_encoder, load_tokenizer
 from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.model.saved_model import load_model, save_model
 
 MakeBatch = Callable[..., PackedBatch]
 MakeModel = Callable[..., MultiTaskModel]

@@ -1,4 +1,4 @@
-"""`recompute: cheap`: results of a forward that backward makes again from what is kept for it anyway."""
+"""`recompute: cheap`: backward computes cheap results of the forward again instead of keeping them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ import torch
 from torch import Tensor
 
 
-class Remade:
-    """Inside `with remade.saving():` autograd keeps neither what was offered nor a view of it.
+class RecomputedResults:
+    """Results that autograd does not keep inside `with results.saving():`, nor any view of them.
 
-    So it is for every operation that reads a result: torch's own, those of fastmtl_kernels, and the linear layer that
-    DeepSpeed puts in torch's place for ZeRO 3. A result is made again for the first of its readers in backward, and
-    dropped when the last has it.
+    This holds for every operation that reads a result: torch's own, those of fastmtl_kernels, and
+    the linear layer that DeepSpeed puts in the place of torch's for ZeRO 3. Backward computes a
+    result again for its first reader and drops it after the last one.
     """
 
     def __init__(self) -> None:
-        # By storage, as autograd hands over other tensors of the same memory.
+        # By storage: autograd saves other tensor objects of the same memory.
         self._results: WeakKeyDictionary[torch.UntypedStorage, _Result] = WeakKeyDictionary()
 
     def register(self, result: Tensor, make: Callable[[], Tensor]) -> None:
-        """make() gives the result, which is contiguous and a storage of its own, once more with the same bits."""
+        """Register a contiguous result that has a storage of its own.
+
+        make: computes the result again, bit for bit.
+        """
         self._results[result.untyped_storage()] = _Result(make)
 
     def saving(self) -> AbstractContextManager[Any]:
@@ -33,8 +36,9 @@ class Remade:
     def _save(self, tensor: Tensor) -> Tensor | _View:
         result = self._results.get(tensor.untyped_storage())
         if result is None:
-            # A parameter has to come back itself, as ZeRO 3 gives it its memory back by then; a result that its own
-            # backward reads would keep itself alive.
+            # A parameter is saved as itself: by the time of the backward ZeRO 3 has given its
+            # memory back to that object. A result that its own backward reads is saved detached:
+            # otherwise it would keep itself alive.
             return tensor if tensor.is_leaf else tensor.detach()
         result.readers += 1
         return _View(result, tensor.shape, tensor.stride(), int(tensor.storage_offset()))

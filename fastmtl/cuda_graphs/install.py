@@ -1,0 +1,43 @@
+"""CUDA graphs for a model: its training forward then replays recordings where it can."""
+
+from __future__ import annotations
+
+from fastmtl.cuda_graphs.encoder import EncoderGraphs
+from fastmtl.cuda_graphs.heads import HeadGraphs
+from fastmtl.cuda_graphs.recorder import Recorder
+from fastmtl.model.encoder.bert import PackedBert
+from fastmtl.model.masked_lm import MaskedLanguageModel
+from fastmtl.model.multitask import MultiTaskModel
+
+
+def install_cuda_graphs(model: MultiTaskModel | MaskedLanguageModel, recorder: Recorder | None = None) -> None:
+    """Record the encoder and, in a model of tasks, heads and losses.
+
+    The first forwards record, later ones replay. The log says why something is not recorded.
+    recorder: replaces CUDA graphs, on any device.
+    """
+    record_encoder(model.encoder, recorder)
+    if isinstance(model, MultiTaskModel):
+        record_heads(model, recorder)
+
+
+def record_encoder(encoder: PackedBert, recorder: Recorder | None = None) -> EncoderGraphs:
+    head_dim = encoder.config.hidden_size // encoder.config.num_attention_heads
+    graphs = encoder.recorded = EncoderGraphs(encoder.embeddings, encoder.encoder.layer, head_dim, recorder)
+    return graphs
+
+
+def record_heads(model: MultiTaskModel, recorder: Recorder | None = None) -> HeadGraphs:
+    graphs = model.recorded_heads = HeadGraphs(model.heads, model.losses_of, model.recipe, recorder)
+    return graphs
+
+
+def not_recorded(model: MultiTaskModel) -> list[str]:
+    """Return the reasons why encoder or heads run without a recording; none where both have one."""
+    reasons = []
+    for recorded in (model.encoder.recorded, model.recorded_heads):
+        if isinstance(recorded, EncoderGraphs | HeadGraphs):
+            reasons += recorded.recordings.warned
+        else:
+            reasons.append("engine.cuda_graphs is off")
+    return reasons

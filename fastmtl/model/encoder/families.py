@@ -1,0 +1,52 @@
+"""Encoder families, by the `model_type` in config.json. A further family is one entry here.
+
+docs/extending.md shows which files a family needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import BertConfig
+
+from fastmtl.errors import UserError
+from fastmtl.files.json_files import read_json
+from fastmtl.model.encoder import bert_files
+from fastmtl.model.encoder.bert import PackedBert
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to read, build and save the encoders of one `model_type`.
+
+    check_config(values of config.json, its path): the configuration, or UserError naming the path.
+    encoder: the module. Its parameters have the names that they have in transformers' class
+        `architecture`, so that a saved encoder is read by transformers.AutoModel.
+    encoder_name(name of a tensor in a weight file): the parameter's name in the encoder; None
+        where the tensor is not the encoder's.
+    architecture: the entry `architectures` of a saved config.json.
+    """
+
+    check_config: Callable[[Mapping[str, Any], Path], BertConfig]
+    encoder: type[PackedBert]
+    encoder_name: Callable[[str], str | None]
+    architecture: str
+
+
+FAMILIES: dict[str, Family] = {
+    "bert": Family(bert_files.check_config, PackedBert, bert_files.encoder_name, "BertModel"),
+}
+
+
+def read_config(path: Path) -> tuple[Family, BertConfig]:
+    """Read a config.json. Raises UserError naming the file for an unsupported encoder."""
+    values = read_json(path)
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        said = "has no model_type" if kind is None else f"has model_type '{kind}'"
+        supported = " or ".join(f"'{name}'" for name in FAMILIES)
+        raise UserError(f"{path}: {said}; fastmtl reads encoders of model_type {supported}")
+    return FAMILIES[kind], FAMILIES[kind].check_config(values, path)
