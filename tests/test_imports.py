@@ -40,18 +40,10 @@ FORBIDDEN = {
 
 # Circles and upward imports that are being removed. A line goes as soon as its import is gone.
 KNOWN_CIRCLES = {
-    "fastmtl.cuda_graphs.heads, fastmtl.model.losses.smart, fastmtl.model.multitask",
-    "fastmtl.model.adapters.adapter, fastmtl.model.adapters.pal, fastmtl.model.adapters.top, "
-    "fastmtl.model.encoder.bert",
     "fastmtl_kernels.task_maps.common, fastmtl_kernels.task_maps.reference, fastmtl_kernels.task_maps.torch, "
     "fastmtl_kernels.task_maps.triton.rows, fastmtl_kernels.task_maps.triton.weights",
 }
 KNOWN_UPWARD = {
-    "fastmtl.model.encoder.bert -> fastmtl.cuda_graphs.encoder (normal)",
-    "fastmtl.model.encoder.bert -> fastmtl.cuda_graphs.recorder (normal)",
-    "fastmtl.model.multitask -> fastmtl.cuda_graphs.buffers.heads (normal)",
-    "fastmtl.model.multitask -> fastmtl.cuda_graphs.heads (normal)",
-    "fastmtl.model.multitask -> fastmtl.cuda_graphs.options (normal)",
     "fastmtl.surgery.functional -> fastmtl.cuda_graphs.writes (normal)",
     "fastmtl.surgery.gradient_surgery -> fastmtl.cuda_graphs.merging (normal)",
     "fastmtl.surgery.gradient_surgery -> fastmtl.cuda_graphs.recorder (normal)",
