@@ -2,6 +2,7 @@
 
 The target of a relative link is a file or folder that git does not ignore. An anchor is a
 heading of the page, as GitHub names it, or an HTML id; in other files it is a line such as #L10.
+A source file that a page names in backquotes, by its path from a folder of the checkout, exists.
 Links to other sites are not followed. Each broken link is a line `file:line: reason`.
 """
 
@@ -27,8 +28,12 @@ HTML_ANCHOR = re.compile(r"""\b(?:id|name)=["']([^"']+)["']""")
 LINE_ANCHOR = re.compile(r"L(\d+)(?:-L(\d+))?")
 
 
+SOURCE_FILE = re.compile(r"([\w.-]+)/[\w./-]+\.(?:py|cpp|cu|cuh|h)")
+
+
 class Page(NamedTuple):
     links: list[tuple[int, str]]  # line, target
+    code: list[tuple[int, str]]  # line, text in backquotes
     anchors: set[str]
 
 
@@ -54,6 +59,10 @@ def broken_links(folder: Path, page: str, names: set[str]) -> Iterator[tuple[int
             yield line, f"the link {link} leads to {target}, which is not a file or folder of this checkout"
         elif anchor and (target in folders or not has_anchor(folder / target, anchor)):
             yield line, f"the link {link} names the anchor #{anchor}, which {target} does not have"
+    for line, text in read_page(folder / page).code:
+        file = SOURCE_FILE.fullmatch(text)
+        if file and file[1] in folders and text not in names:
+            yield line, f"`{text}` is not a file of this checkout"
 
 
 def is_relative(link: str) -> bool:
@@ -80,7 +89,7 @@ def has_anchor(file: Path, anchor: str) -> bool:
 
 @cache
 def read_page(file: Path) -> Page:
-    page = Page([], set())
+    page = Page([], [], set())
     slugs: Counter[str] = Counter()
     tokens = MarkdownIt("commonmark").enable("table").parse(file.read_text(encoding="utf-8"))
     for before, token in zip([None, *tokens], tokens, strict=False):
@@ -102,6 +111,8 @@ def add_inline(page: Page, row: int, tokens: list[Token]) -> None:
             row += 1
         elif token.type == "html_inline":
             add_html(page, row, token.content)
+        elif token.type == "code_inline":
+            page.code.append((row, token.content))
         elif token.type == "link_open":
             page.links.append((row, str(token.attrs["href"])))
         elif token.type == "image":

@@ -27,6 +27,7 @@ README = """# Two commands, `make` & more
 [line](code.py#L2-L3)
 [root](/docs/page.md), <a href="none.html">html</a>
 [outside](../none.md) [by reference][ref]
+`docs/code.py` `docs/none.py` `other/none.py` `docs/none.py --option`
 
 <img alt="block"
      src="block.svg">
@@ -44,7 +45,7 @@ BROKEN = [
     (18, "none.html leads to none.html, which is not"),
     (19, "../none.md leads to ../none.md, which is not"),
     (19, "docs/reference.md leads to docs/reference.md, which is not"),
-    (22, "block.svg leads to block.svg, which is not"),
+    (23, "block.svg leads to block.svg, which is not"),
 ]
 
 
@@ -54,12 +55,14 @@ def test_broken_links_are_found_at_their_lines(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "docs" / "page.md").write_text('# Page\n\n<a id="here"></a> [up](../README.md#twice)\n')
     (tmp_path / "docs" / "a b.md").write_text("# Spaces\n")
     (tmp_path / "code.py").write_text("one = 1\ntwo = 2\n")
+    (tmp_path / "docs" / "code.py").write_text("")
     (tmp_path / "ignored.md").write_text("[not read](none.md)\n")
     (tmp_path / ".gitignore").write_text("ignored.md\n")
     with pytest.raises(SystemExit) as stopped:
         check_links.main([str(tmp_path)])
     assert stopped.value.code == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines.pop() == f"check_links: {len(BROKEN)} broken links in 3 pages"
+    assert lines.pop() == f"check_links: {len(BROKEN) + 1} broken links in 3 pages"
+    assert lines.pop() == "README.md:20: `docs/none.py` is not a file of this checkout"
     for found, (line, reason) in zip(lines, BROKEN, strict=True):
         assert found.startswith(f"README.md:{line}: the link {reason}"), found
