@@ -18,7 +18,7 @@ from fastmtl.errors import UserError, one_line, printable
 from fastmtl.files.output_folder import OutputFolder, check_output
 from fastmtl.system.failures import explained
 from fastmtl.system.launcher_variables import is_first, world_size
-from fastmtl.system.streams import secure, tell_kept_exceptions_once
+from fastmtl.system.streams import hide_stored_exceptions, secure
 from fastmtl.version import __version__
 
 EXIT_FAILURE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
@@ -123,7 +123,7 @@ def train(
     report.html.
     """
     from fastmtl.config import load_recipe
-    from fastmtl.engine.early_errors import errors_reach_the_first
+    from fastmtl.engine.early_errors import errors_reach_rank_0
     from fastmtl.training.early_checks import check_recipe
 
     _set_debug(debug)
@@ -131,7 +131,7 @@ def train(
     if accept_changes and not resume:
         raise UserError("--accept-changes goes with --resume: a run that begins has nothing to differ from")
     folder = None
-    with errors_reach_the_first():
+    with errors_reach_rank_0():
         settings = load_recipe(recipe, overrides or [])
         if is_first():
             if check:
@@ -284,7 +284,7 @@ def main() -> None:
     unexpected is a short message and status 1.
     """
     secure()
-    tell_kept_exceptions_once()
+    hide_stored_exceptions()
     try:
         app(prog_name="fastmtl")
     except UserError as error:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastmtl.engine.fused_optimizers import why_no_deepspeed
+from fastmtl.engine.fused_optimizers import deepspeed_unsupported_reason
 from fastmtl.system import nvidia_apex
 from fastmtl.version import __version__
 
@@ -209,7 +209,10 @@ def _compiler() -> list[tuple[str, Status, str]]:
 
 
 def _apex() -> list[tuple[str, Status, str]]:
-    reasons = {"FusedAdam": nvidia_apex.why_no_fused_adam(), "FusedLayerNorm": nvidia_apex.why_no_layer_norm()}
+    reasons = {
+        "FusedAdam": nvidia_apex.fused_adam_unsupported_reason(),
+        "FusedLayerNorm": nvidia_apex.layer_norm_unsupported_reason(),
+    }
     if not any(reasons.values()):
         return [("apex", "ok", "NVIDIA's Apex: engine.fused_optimizer and encoder.layer_norm can be apex on a GPU")]
     if len(set(reasons.values())) == 1:
@@ -218,7 +221,7 @@ def _apex() -> list[tuple[str, Status, str]]:
 
 
 def _deepspeed_adam() -> list[tuple[str, Status, str]]:
-    reason = why_no_deepspeed()
+    reason = deepspeed_unsupported_reason()
     if reason:
         return [("DeepSpeed's Adam", "missing", f"optional, for engine.fused_optimizer: deepspeed: {reason}")]
     return [("DeepSpeed's Adam", "ok", "engine.fused_optimizer: deepspeed builds it at its first use")]

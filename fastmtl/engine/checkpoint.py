@@ -1,8 +1,9 @@
-"""Checkpoints: whole or absent, checked before they are opened, the latest and the best kept.
+"""Checkpoints: complete or absent, checked before they are opened. The latest and the best are
+kept.
 
-checkpoints/step-N/ holds DeepSpeed's files (engine/), one file of random state per rank, state.json
-(sampler position, surgery, early stopping) and manifest.json. A save goes into .incomplete-step-N
-and is renamed when everything is on disk.
+checkpoints/step-N/ has DeepSpeed's files (engine/), a file of random state per rank, state.json
+(sampler position, surgery, early stopping) and manifest.json. `save` writes to .incomplete-step-N
+and renames the folder once everything is on disk.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ from fastmtl.errors import UserError
 
 TENSORS = "tensors.safetensors"
 LEFT_OVER = (".incomplete-step-*", ".removed-step-*", ".universal-*")
-KEEP_LATEST = 2  # the newest, and one to fall back on
+KEEP_LATEST = 2  # the newest, and one to fall back to
 
 
 @dataclass(frozen=True)
 class Found:
-    """A good checkpoint to go on from. universal: it was saved by another number of ranks. state:
-    as `save` got it.
+    """A valid checkpoint to resume from.
+
+    universal: whether another number of ranks saved it. state: the argument of `save`.
     """
 
     path: Path
@@ -45,17 +47,17 @@ class Found:
     state: dict[str, Any]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What `save` got as tensors, on the CPU."""
+        """Return the argument `tensors` of `save`, on the CPU."""
         file = self.path / TENSORS
         return load_file(file) if file.is_file() else {}
 
     def changes(self, recipe: Recipe) -> Changes:
-        """Return what differs in `recipe` from that of the run that saved it."""
+        """Return the differences between `recipe` and the recipe of the run that saved it."""
         return changes_since(self.manifest["recipe"], recipe, f"{self.path / NAME}: recipe")
 
 
 class Checkpoints:
-    """The checkpoints of one run directory. Every rank makes one and calls its methods together."""
+    """The checkpoints of one run directory. All ranks make one and call its methods together."""
 
     def __init__(self, directory: Path, recipe: Recipe, ranks: Ranks) -> None:
         self._directory, self._recipe, self._ranks = directory, recipe, ranks
@@ -69,14 +71,15 @@ class Checkpoints:
         phase: str | None = None,
         tensors: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Saves everything needed to go on after `step`. value: of the metric that chooses the
-        best, where there is one. phase: the name of the run's phase, where it has several. tensors:
-        more of them, the same on every rank.
+        """Save everything that is needed to resume after `step`.
+
+        value: the metric that selects the best checkpoint, if any. phase: the name of the run's
+        phase, if it has several. tensors: additional ones, equal on all ranks.
         """
         incomplete = self._directory / f".incomplete-step-{step}"
         final = self._directory / f"step-{step}"
         if self._ranks.is_main:
-            for left in LEFT_OVER:  # by a process that was killed
+            for left in LEFT_OVER:  # from a killed process
                 for path in self._directory.glob(left):
                     shutil.rmtree(path, ignore_errors=True)
             incomplete.mkdir(parents=True)
@@ -96,10 +99,10 @@ class Checkpoints:
         self._ranks.barrier()
 
     def find(self) -> Found | None:
-        """The newest checkpoint, None where there is none.
+        """Return the newest checkpoint, None if there is none.
 
-        Raises UserError where it is damaged or foreign (naming the newest good one), or belongs to
-        another kind of run.
+        Raises UserError if it is damaged or not a checkpoint of fastmtl (with the newest valid
+        one), or if it belongs to another kind of run.
         """
         steps = self._steps()
         if not steps:
@@ -123,7 +126,7 @@ class Checkpoints:
         if other:
             raise UserError(f"{path} was saved with {'; '.join(other)}; a resumed run keeps it")
         universal = manifest["world"] != self._ranks.world
-        kind = self._why_not_universal() if universal else ""
+        kind = self._universal_unsupported_reason() if universal else ""
         if kind:
             raise UserError(
                 f"{path} was saved by {manifest['world']} processes, this run has {self._ranks.world}: with {kind} "
@@ -132,25 +135,23 @@ class Checkpoints:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         return Found(path, manifest, universal, state)
 
-    def _why_not_universal(self) -> str:
-        """The setting with which DeepSpeed cannot change the number of ranks, "" where it can."""
+    def _universal_unsupported_reason(self) -> str:
+        """Return the setting that prevents a change of the number of ranks, "" if none does."""
         engine = self._recipe.engine
         if engine.offload:
             return "engine.offload"
         if engine.zero == 0:
             return "engine.zero: 0"
-        # These count their steps on the GPU in the groups, where the universal form does not look
-        # for them.
+        # These optimisers count their steps in the groups, which the universal form does not save.
         if engine.fused_optimizer != "torch" and self._ranks.device.type == "cuda":
             return f"engine.fused_optimizer: {engine.fused_optimizer}"
         return ""
 
     def restore(self, engine: Any, found: Found) -> dict[str, Any]:
-        """Load a found checkpoint into the engine and the random state; returns what `save` was
-        given as state.
+        """Load a checkpoint into the engine and the random state; return its `state`.
 
         Learning rates, clipping and the optimiser's other settings stay those of the engine, which
-        were made from the recipe and the number of steps of now.
+        follow the current recipe and number of steps.
         """
         settings = optimizer_settings(engine)
         if found.universal:
@@ -208,9 +209,9 @@ class Checkpoints:
             try:
                 manifest = json.loads((self.path(step) / "manifest.json").read_text(encoding="utf-8"))
             except (OSError, ValueError):
-                continue  # damaged: not ours to delete
+                continue  # damaged: left to the user
             values[step], phases[step] = manifest.get("value"), manifest.get("phase")
-        now = phases.get(steps[-1])  # the values of other phases are of other tasks
+        now = phases.get(steps[-1])  # values of different phases are not comparable
         scored = {step: value for step, value in values.items() if value is not None and phases[step] == now}
         best = max(scored, key=lambda step: (scored[step], -step)) if scored else None
         for step in steps[:-KEEP_LATEST]:
@@ -218,9 +219,7 @@ class Checkpoints:
                 self._remove(step)
 
     def _remove(self, step: int) -> None:
-        """Take a checkpoint's name away first: a killed process leaves none behind that is half
-        gone.
-        """
+        """Rename a checkpoint, then delete it: a killed process leaves no incomplete one."""
         removed = self._directory / f".removed-step-{step}"
         if self.path(step).is_dir():
             self.path(step).rename(removed)
@@ -235,7 +234,7 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def _sync(directory: Path) -> None:
-    """Everything below on disk, before the rename says so."""
+    """Flush all files below a folder to disk before its rename."""
     for path in [*directory.rglob("*"), directory]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

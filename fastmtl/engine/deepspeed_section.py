@@ -1,9 +1,10 @@
-"""The recipe's section `deepspeed`, read by DeepSpeed's own configuration without an engine.
+"""Validation of the recipe's section `deepspeed` by DeepSpeed's own configuration, without an
+engine.
 
-DeepSpeed validates some blocks by pydantic, takes single values as they are, and ignores keys that
-it does not know. So it is handed a dictionary that notes which keys are looked up and with which
-defaults: the section's other keys are unknown to this version of DeepSpeed, and a default tells the
-type of a value.
+DeepSpeed validates some blocks with pydantic, uses single values unchecked, and ignores unknown
+keys. Therefore its configuration gets a dictionary that records the keys that are looked up, and
+their defaults. Keys that are never looked up are unknown to this version of DeepSpeed. The type of
+a default is the expected type of the value.
 """
 
 from __future__ import annotations
@@ -22,10 +23,9 @@ Path = tuple[str, ...]
 
 
 def check_section(config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Raise UserError that names each key of the section that DeepSpeed would refuse, ignore or
-    misread.
+    """Raise UserError for each key of the section that DeepSpeed would reject, ignore or misread.
 
-    config: the whole configuration, of which `given` is the recipe's section. Imports DeepSpeed.
+    config: the whole configuration; `given` is the recipe's section of it. Imports DeepSpeed.
     """
     import_deepspeed()
     from deepspeed.runtime.config import DeepSpeedConfig
@@ -36,7 +36,7 @@ def check_section(config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         DeepSpeedConfig(_Noting(config, notes))
     except ValidationError as error:
         raise UserError(*(_explained(item, config, notes.last) for item in error.errors())) from None
-    except Exception as error:  # assertions, DeepSpeedConfigError, and whatever a value of a wrong type leads to
+    except Exception as error:  # assertions, DeepSpeedConfigError, any result of a value with a wrong type
         failure = error
     lines = [f"{_name(path)}: expected {kind}, found {quoted(value)}" for path, kind, value in _mistyped(given, notes)]
     if lines:
@@ -50,8 +50,10 @@ def check_section(config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
 
 @dataclass
 class _Notes:
-    """defaults: those that each key was looked up with, by the path of its dictionary. whole:
-    dictionaries that were taken as they are. last: the path that was read last.
+    """The recorded accesses.
+
+    defaults: {path of a dictionary: {key: default of its look-up}}. whole: paths of dictionaries
+    that were read as a whole. last: the path that was read last.
     """
 
     defaults: dict[Path, dict[str, Any]] = field(default_factory=dict)
@@ -60,7 +62,7 @@ class _Notes:
 
 
 class _Noting(dict[str, Any]):
-    """A dictionary, and the ones in it, that note how they are read."""
+    """A dictionary that records accesses to itself and to the dictionaries in it."""
 
     def __init__(self, values: Mapping[str, Any], notes: _Notes, path: Path = ()) -> None:
         wrapped = {
@@ -89,7 +91,7 @@ class _Noting(dict[str, Any]):
         self._note(key)
         return super().__contains__(key)
 
-    def __iter__(self) -> Iterator[Any]:  # also what ** reads, since keys() is not dict's
+    def __iter__(self) -> Iterator[Any]:  # also for **, since keys() is overridden
         self._notes.whole.add(self._path)
         self._notes.last = self._path
         return super().__iter__()
@@ -101,12 +103,12 @@ class _Noting(dict[str, Any]):
         return ItemsView(self)
 
     def __copy__(self) -> _Noting:
-        return self  # DeepSpeed copies what it does not change
+        return self  # DeepSpeed does not change its copies
 
 
 def _mistyped(given: Mapping[str, Any], notes: _Notes, path: Path = ()) -> Iterator[tuple[Path, str, Any]]:
-    """Yield (path, kind, value) for each value of another type than the default that DeepSpeed has
-    for its key.
+    """Yield (path, expected kind, value) for each value whose type differs from DeepSpeed's
+    default.
     """
     defaults = notes.defaults.get(path, {})
     for key, value in given.items():
@@ -118,7 +120,7 @@ def _mistyped(given: Mapping[str, Any], notes: _Notes, path: Path = ()) -> Itera
 
 
 def _unread(given: Mapping[str, Any], notes: _Notes, path: Path = ()) -> Iterator[tuple[Path, Any, list[str]]]:
-    """Yield (path, key, the names that are known there) for each key that was not looked up."""
+    """Yield (path, key, known names at that path) for each key that was not looked up."""
     if path in notes.whole or path not in notes.defaults:
         return
     known = list(notes.defaults[path])
@@ -130,8 +132,9 @@ def _unread(given: Mapping[str, Any], notes: _Notes, path: Path = ()) -> Iterato
 
 
 def _explained(item: Any, config: Mapping[str, Any], last: Path) -> str:
-    """Return one error of pydantic with the whole path of its key: pydantic knows the part within
-    its own model.
+    """Return the message of one pydantic error, with the full path of its key.
+
+    Pydantic's own path begins at its model.
     """
     inner = tuple(str(part) for part in item["loc"])
     paths = [(*last[:length], *inner) for length in range(len(last), -1, -1)]

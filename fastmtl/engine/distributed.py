@@ -1,4 +1,4 @@
-"""The processes of a run: under the DeepSpeed launcher, under torchrun, or one bare process."""
+"""The processes of a run: started by the DeepSpeed launcher, by torchrun, or a single process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Ranks:
         return self.rank == 0
 
     def all_gather(self, value: T) -> list[T]:
-        """Every rank's value (any picklable object), in rank order, on every rank."""
+        """Return the values (any picklable objects) of all ranks, in rank order, on every rank."""
         gathered: list[Any] = [None] * self.world
         dist.all_gather_object(gathered, value)
         return gathered
@@ -48,14 +48,15 @@ class Ranks:
         dist.all_reduce(torch.zeros(1, device=self.device))
 
     def broadcast(self, tensor: torch.Tensor) -> None:
-        """Puts the first rank's values into a tensor of the CPU, in place, on every rank."""
+        """Copy rank 0's values into a CPU tensor, in place, on every rank."""
         shared = tensor.to(self.device)
         dist.broadcast(shared, 0)
         tensor.copy_(shared)
 
     def any(self, flag: bool) -> bool:
-        """Return whether the flag is up on any rank, the same on all. Waits for the device where
-        there are several.
+        """Return whether the flag is set on any rank, the same on all.
+
+        With several ranks the host waits for the device.
         """
         if self.world == 1:
             return flag
@@ -64,8 +65,9 @@ class Ranks:
         return bool(value.item())
 
     def in_turn(self, work: Callable[[], T]) -> T:
-        """Runs `work` on the first process of each machine, then on the others. An error anywhere
-        ends all.
+        """Run `work` on the first process of each machine, then on the others.
+
+        An error on any rank ends all ranks.
         """
         result: list[T] = []
         failure: Exception | None = None
@@ -73,22 +75,22 @@ class Ranks:
             if (self.local_rank == 0) == first and failure is None:
                 try:
                     result.append(work())
-                except Exception as error:  # raised again below, after the others know
+                except Exception as error:  # raised again by `agree`
                     failure = error
             self.agree(failure)
         return result[0]
 
     def agree(self, failure: Exception | None = None) -> None:
-        """Ends all ranks where one has failed; every rank calls this.
+        """End all ranks if one has failed. Every rank calls this method.
 
-        Each raises the first rank's UserError, so that the first process can print it. Where no
-        rank has one, a rank raises its own error, and one without an error ends with status 1.
+        If any rank has a UserError, all ranks raise the first one, so that rank 0 can print it.
+        Otherwise each rank raises its own error, and a rank without an error exits with status 1.
         """
         if self.world == 1:
             failures: list[tuple[bool, tuple[str, ...]] | None] = []
         else:
             mine = None if failure is None else (isinstance(failure, UserError), getattr(failure, "lines", ()))
-            failures = [told for told in self.all_gather(mine) if told is not None]
+            failures = [found for found in self.all_gather(mine) if found is not None]
         for is_user_error, lines in filter(None, failures):
             if is_user_error:
                 raise UserError(*lines)
@@ -99,10 +101,10 @@ class Ranks:
 
 
 def this_process(local_rank: int | None = None, *, debug: bool = False) -> Ranks:
-    """Finds this process's place and picks its device, without a word to the others.
+    """Return this process's ranks and device, without communication.
 
-    local_rank: as the DeepSpeed launcher passes it. RANK, WORLD_SIZE and LOCAL_RANK come from the
-    launcher; without them the run has one process. Raises UserError where they are no numbers or
+    local_rank: the DeepSpeed launcher's argument. RANK, WORLD_SIZE and LOCAL_RANK come from the
+    launcher; without them the run has one process. Raises UserError if they are not numbers or
     contradict each other.
     """
     gpu = torch.cuda.is_available()
@@ -130,13 +132,15 @@ def this_process(local_rank: int | None = None, *, debug: bool = False) -> Ranks
 
 
 def join(ranks: Ranks, *, debug: bool = False, patience: timedelta | None = None) -> None:
-    """Starts DeepSpeed and meets the other processes. patience: how long to wait for them, by
-    default DeepSpeed's.
+    """Start DeepSpeed and connect to the other processes.
+
+    patience: the longest time to wait for them; default: DeepSpeed's. Raises UserError if they
+    cannot be reached.
     """
     extension_locks.release()
     deepspeed = import_deepspeed()
-    # DeepSpeed compiles this operator at its first start on a CPU, and with it writes 66 MiB to
-    # /dev/shm for each process, which stay there when it ends. Only its sharded inference uses it.
+    # DeepSpeed compiles this operator at its first start on a CPU. The operator writes 66 MiB per
+    # process to /dev/shm, which stay there. Only DeepSpeed's sharded inference uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         backend = "nccl" if ranks.device.type == "cuda" else "gloo"
@@ -153,7 +157,7 @@ def join(ranks: Ranks, *, debug: bool = False, patience: timedelta | None = None
 
 
 def import_deepspeed() -> Any:
-    """Return the module. Raises UserError where it does not take this machine or DS_ACCELERATOR."""
+    """Return the module. Raises UserError if it rejects this machine or DS_ACCELERATOR."""
     try:
         import deepspeed
     except (ValueError, AssertionError) as error:
@@ -163,18 +167,18 @@ def import_deepspeed() -> Any:
 
 
 def leave() -> None:
-    """End gloo's threads while the interpreter still lives.
+    """End gloo's threads before the interpreter shuts down.
 
-    A thread of gloo drops a finished collective's tensors some time after the collective. Where
-    that happens while Python shuts down, torch aborts the process: of two processes that end right
-    after an `all_gather` one in six did.
+    A thread of gloo frees a finished collective's tensors some time after the collective. During
+    Python's shutdown this makes torch abort the process. Without this function, one in six
+    processes that end right after an `all_gather` of two ranks aborted.
     """
     if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
 
 
 def start(local_rank: int | None = None, *, debug: bool = False) -> Ranks:
-    """Returns `this_process` after it has joined the others."""
+    """Return the result of `this_process` after `join`."""
     ranks = this_process(local_rank, debug=debug)
     join(ranks, debug=debug)
     return ranks
@@ -195,8 +199,10 @@ def free_port() -> str:
 
 
 class StopFlag:
-    """Goes up at SIGTERM, and when the `deepspeed` command that started this process is gone: it
-    dies of a SIGTERM without passing it on. The loop looks at it before each step.
+    """A request to stop, set by SIGTERM and by the end of the `deepspeed` command.
+
+    SIGTERM ends that command, which does not forward the signal to the processes it started. The
+    training loop reads `requested` before each step.
     """
 
     def __init__(self) -> None:
@@ -212,12 +218,14 @@ class StopFlag:
         self._raised = True
 
     def release(self) -> None:
-        """Gives SIGTERM back its earlier meaning."""
+        """Restore the previous handler of SIGTERM."""
         signal.signal(signal.SIGTERM, self._previous)
 
 
 def _deepspeed_command() -> psutil.Process | None:
-    """The parent of DeepSpeed's launcher on this machine, if that started this process."""
+    """Return the parent of DeepSpeed's launcher on this machine, if the launcher started this
+    process.
+    """
     launcher = psutil.Process().parent()
     return launcher.parent() if launcher is not None and "deepspeed.launcher.launch" in launcher.cmdline() else None
 

@@ -1,5 +1,5 @@
-"""What a process does before it has met the others of its run: its errors have to reach the first
-one, which prints.
+"""Errors of a process before it is connected to the others: they have to reach rank 0, which
+prints.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ PATIENCE = timedelta(seconds=60)
 
 
 @contextmanager
-def errors_reach_the_first() -> Iterator[None]:
-    """Make a UserError of this process end the run with one message. Imports torch only where that
-    needs it.
+def errors_reach_rank_0() -> Iterator[None]:
+    """Make a UserError of any process end the run with one message.
 
-    The first process raises the error at once, and the launcher ends the others. Another process
-    may be the only one that failed (a file that is not on its host): it meets the others, and each
-    then raises that error. Where the others do not come, it prints the error itself.
+    Rank 0 raises its error at once, and the launcher ends the others. Another rank may be the only
+    one that failed, for example if a file is missing on its host. It connects to the others, and
+    all raise its error. If they cannot be reached, it prints the error itself. Torch is imported
+    only for this connection.
     """
     try:
         yield
     except UserError as error:
         if is_first():
             raise
-        _tell(error)
+        _share(error)
         raise
 
 
-def _tell(error: UserError) -> None:
+def _share(error: UserError) -> None:
     from fastmtl.engine.distributed import join, this_process
 
     ranks = this_process()
     try:
         join(ranks, patience=PATIENCE)
-    except (RuntimeError, ValueError):  # torch's, for a meeting that does not come about
+    except (RuntimeError, ValueError):  # torch's errors if the connection fails
         print(f"fastmtl (rank {ranks.rank}): {error}", file=sys.stderr)
         raise SystemExit(EXIT_USER_ERROR) from None
     ranks.agree(error)

@@ -1,7 +1,8 @@
-"""Lock files that a killed process left in the folder where torch builds DeepSpeed's extensions.
+"""Lock files of killed processes in the folder in which torch builds DeepSpeed's extensions.
 
-torch.utils.cpp_extension builds an extension under a lock file and waits for another builder's for
-ever, in silence: a run stopped in its first seconds would hang every later one.
+torch.utils.cpp_extension builds an extension under a lock file. It waits for another builder's lock
+without a time limit or a message. A run killed in its first seconds would make every later run
+hang.
 """
 
 from __future__ import annotations
@@ -15,28 +16,29 @@ import psutil
 from torch.utils.cpp_extension import get_default_build_root
 
 EXTENSIONS = ("cpu_adam", "fused_adam")
-# A builder on another host with the same home folder cannot be seen from here: it gets this long.
+# The time for a builder on another host with the same home folder, which is invisible here.
 PATIENCE_SECONDS = 120.0
 
 
 def release(patience: float = PATIENCE_SECONDS, poll: float = 0.5) -> list[Path]:
-    """Removes the locks that no process here holds open once they are `patience` seconds old;
-    returns them.
+    """Remove locks that no local process holds open and that are `patience` seconds old; return
+    them.
 
-    Waits for younger ones until their builder releases them or they are old enough, and says so.
+    The function waits for younger locks until their builder releases them or they are old enough,
+    and prints a line about that. poll: seconds between two looks.
     """
     removed = []
     for lock in _locks():
-        told = False
+        announced = False
         while (age := _age(lock)) is not None and not _held(lock):
             if age >= patience:
                 lock.unlink(missing_ok=True)
                 removed.append(lock)
                 print(f"{lock}: removed, its builder is gone", flush=True)
                 break
-            if not told:
+            if not announced:
                 print(f"{lock}: waiting up to {patience - age:.0f} s for its builder on another host", flush=True)
-                told = True
+                announced = True
             time.sleep(poll)
     return removed
 
@@ -57,7 +59,7 @@ def _age(lock: Path) -> float | None:
 
 
 def _held(lock: Path) -> bool:
-    """Whether a process of this machine has it open, as torch does while it builds."""
+    """Return whether a process of this machine has the lock open, as torch does during a build."""
     for process in psutil.process_iter():
         try:
             if any(Path(opened.path) == lock.resolve() for opened in process.open_files()):

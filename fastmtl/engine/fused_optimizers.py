@@ -1,4 +1,4 @@
-"""Adam and AdamW in one pass over weights and moments: torch's own, DeepSpeed's or NVIDIA Apex's."""
+"""Adam and AdamW in one pass over weights and moments, from torch, DeepSpeed or NVIDIA Apex."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ _KEY = "engine.fused_optimizer"
 
 
 def check_fused_optimizer(recipe: Recipe) -> None:
-    """Raises UserError, before anything is read, where the choice does not fit the recipe or this
-    machine.
-    """
+    """Raise UserError if the choice does not fit the recipe or this machine. No data are read."""
     choice = recipe.engine.fused_optimizer
     if choice != "torch" and recipe.optimizer.name == "sgd":
         raise UserError(f"{_KEY}: {choice} is Adam; optimizer.name: sgd needs {_KEY}: torch")
     if choice == "deepspeed":
-        reason = why_no_deepspeed()
+        reason = deepspeed_unsupported_reason()
         if reason:
             raise UserError(f"{_KEY}: deepspeed cannot be used here: {reason}; or use {_KEY}: torch")
     if choice == "apex":
@@ -31,15 +29,15 @@ def check_fused_optimizer(recipe: Recipe) -> None:
             raise UserError(
                 f"{_KEY}: apex updates on the GPU, engine.offload on the host: use {_KEY}: deepspeed or torch"
             )
-        reason = nvidia_apex.why_no_fused_adam()
+        reason = nvidia_apex.fused_adam_unsupported_reason()
         if not reason and not torch.cuda.is_available():
             reason = "it needs an NVIDIA GPU"
         if reason:
             raise UserError(f"{_KEY}: apex cannot be used here: {reason}; or use {_KEY}: torch")
 
 
-def why_no_deepspeed() -> str:
-    """The reason why DeepSpeed cannot build an extension here, "" where its tools are there."""
+def deepspeed_unsupported_reason() -> str:
+    """Return the reason why DeepSpeed cannot build an extension here, "" if all tools are there."""
     from torch.utils.cpp_extension import CUDA_HOME, is_ninja_available
 
     if not is_ninja_available():
@@ -53,9 +51,9 @@ def why_no_deepspeed() -> str:
 
 
 def build_adam(recipe: Recipe, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """AdamW or Adam over these groups.
+    """Return AdamW or Adam over these parameter groups.
 
-    Raises UserError where DeepSpeed cannot build its extension, with the reason.
+    Raises UserError with the reason if DeepSpeed cannot build its extension.
     """
     config, choice = recipe.optimizer, recipe.engine.fused_optimizer
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
@@ -73,21 +71,22 @@ def build_adam(recipe: Recipe, groups: list[dict[str, Any]]) -> torch.optim.Opti
                 if on_host:
                     return adam.DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **settings)
                 return adam.FusedAdam(groups, adam_w_mode=decoupled, **settings)
-            except Exception as error:  # what a failed build raises is up to torch, ninja and the compiler
+            except Exception as error:  # the type depends on torch, ninja and the compiler
                 name = "cpu_adam" if on_host else "fused_adam"
                 raise UserError(
-                    f"{_KEY}: deepspeed cannot build its extension {name}: {_reason(error)}; mend that, or use "
+                    f"{_KEY}: deepspeed cannot build its extension {name}: {_reason(error)}; fix that, or use "
                     f"{_KEY}: torch"
                 ) from error
     kind = torch.optim.AdamW if decoupled else torch.optim.Adam
-    # Offload makes DeepSpeed move the moments between devices, which torch's fused step does not
-    # bear.
+    # With offload DeepSpeed moves the moments between devices, which torch's fused step does not
+    # support.
     return kind(groups, fused=not recipe.engine.offload, **settings)
 
 
 def _reason(error: BaseException | None) -> str:
-    """What a compiler said, where one did, else the last line of what was raised first: DeepSpeed
-    and torch wrap it.
+    """Return the compiler's message, or else the last line of the first error.
+
+    DeepSpeed and torch wrap that error in others.
     """
     lines: list[str] = []
     while error is not None:

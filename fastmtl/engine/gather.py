@@ -1,4 +1,4 @@
-"""A whole state dict from an engine, whatever ZeRO stage holds the pieces."""
+"""A complete state dict from an engine of any ZeRO stage."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from torch import Tensor
 
 
 def gathered_state_dict(engine: Any) -> dict[str, Tensor] | None:
-    """Every parameter and persistent buffer of the module, float32 on the CPU; on rank 0, None
-    elsewhere. Every rank calls it.
+    """Return all parameters and persistent buffers of the module, float32 on the CPU.
+
+    Every rank calls it; the result is on rank 0, None elsewhere.
     """
     import deepspeed
 
     result: dict[str, Tensor] = {}
     partitioned = engine.zero_optimization_stage() == 3
     for name, tensor in engine.module.state_dict(keep_vars=True).items():
-        # One parameter at a time: never more than one whole beyond the shards.
+        # One parameter at a time, so that at most one is whole besides the shards.
         with deepspeed.zero.GatheredParameters([tensor], enabled=partitioned):
             if engine.global_rank == 0:
                 whole = tensor.detach().to("cpu", copy=True)

@@ -1,5 +1,6 @@
-"""The choice of who finds the norm of a step's gradient: DeepSpeed, or surgery, which knows most of
-it already.
+"""The choice between DeepSpeed and surgery for the norm of a step's gradient.
+
+Surgery knows most of the norm already.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from fastmtl.config import Recipe
 from fastmtl.model.masked_lm import MaskedLanguageModel
 from fastmtl.model.multitask import MultiTaskModel
 
-# What surgery sends besides, in several processes: the gradients of the tasks' own parameters, at
-# most this part of all that is trained.
+# With several processes surgery also has to send the gradients of the tasks' own parameters. They
+# may be at most this share of all trained parameters.
 _SMALL = 1 / 64
 
 
 def surgery_clips(recipe: Recipe, model: MultiTaskModel | MaskedLanguageModel, world: int) -> bool:
-    """Return whether surgery clips (`max_norm`) and looks for numbers that are not finite in place
-    of DeepSpeed.
+    """Return whether surgery clips (`max_norm`) and checks for non-finite numbers instead of
+    DeepSpeed.
 
-    DeepSpeed reads the norm of every parameter's gradient on the host, several times in a step. It
-    keeps to that where surgery does not have the whole gradient: replay, one tensor at a time, ZeRO
-    3 and offload, `sum` over ranks or micro-batches; where its dynamic loss scale needs to see an
-    overflow (fp16); and where the norm would cost more than it saves (large adapters over ranks,
-    approximate or separate Gramians).
+    DeepSpeed reads the norm of every parameter's gradient on the host, several times per step. It
+    still has to do so in three cases: surgery does not have the whole gradient (replay, one tensor
+    at a time, ZeRO 3 and offload, `sum` over ranks or micro-batches); the dynamic loss scale has to
+    see overflows (fp16); the norm in surgery would cost more than it saves (large adapters over
+    ranks, approximate or separate Gramians).
     """
     engine, gradient = recipe.engine, recipe.gradient
     of_stage = engine.zero in (1, 2) or (engine.zero == 0 and engine.precision == "fp32")
@@ -36,7 +37,7 @@ def surgery_clips(recipe: Recipe, model: MultiTaskModel | MaskedLanguageModel, w
         return False
     shared = _trained(model.shared_parameters())
     if gradient.method == "sum" or not shared:
-        # Otherwise all gradients would be held at once where DeepSpeed does not.
+        # Otherwise all gradients would be in memory at once, which DeepSpeed avoids.
         return world == 1 and (engine.flat_parameters or (engine.accumulation == 1 and engine.zero < 2))
     if gradient.storage == "replay" or gradient.scope == "tensor" or gradient.reduce != "exact":
         return False
@@ -45,15 +46,17 @@ def surgery_clips(recipe: Recipe, model: MultiTaskModel | MaskedLanguageModel, w
 
 
 def max_norm(recipe: Recipe, model: MultiTaskModel | MaskedLanguageModel, world: int) -> float | None:
-    """Return GradientSurgery's `max_norm` for an engine of this recipe: infinite where nothing is
-    clipped.
+    """Return GradientSurgery's `max_norm` for an engine of this recipe, infinite without clipping.
+
+    None leaves the norm to DeepSpeed.
     """
     return (recipe.engine.clip or math.inf) if surgery_clips(recipe, model, world) else None
 
 
 def leave_norm_to_surgery(config: dict[str, Any]) -> None:
-    """Change DeepSpeed's configuration so that it neither reads nor clips gradients, unless the
-    recipe says so.
+    """Change DeepSpeed's configuration so that it neither reads nor clips gradients.
+
+    Keys that the recipe sets stay.
     """
     config["gradient_clipping"] = 0.0
     if config["zero_optimization"]["stage"]:
@@ -63,10 +66,11 @@ def leave_norm_to_surgery(config: dict[str, Any]) -> None:
 
 @contextmanager
 def keeps_clipping(engine: Any) -> Iterator[None]:
-    """Keep who clips, and at what norm, while a checkpoint is loaded.
+    """Keep the engine's settings of clipping while a checkpoint is loaded.
 
-    DeepSpeed puts the checkpoint's `gradient_clipping` in place of the engine's, and refuses one
-    where the engine finds no norm. Another number of ranks may have another owner of clipping.
+    DeepSpeed replaces the engine's `gradient_clipping` by the checkpoint's, and rejects a
+    checkpoint if the engine computes no norm. After a change of the number of ranks, DeepSpeed
+    instead of surgery may be the one that clips, or the reverse.
     """
     optimizer = engine.optimizer
     own = {name: getattr(optimizer, name) for name in ("clip_grad", "compute_grad_norm") if hasattr(optimizer, name)}
@@ -80,9 +84,7 @@ def keeps_clipping(engine: Any) -> Iterator[None]:
 
 
 def _forbids(section: dict[str, Any]) -> bool:
-    """Return whether the recipe's section `deepspeed` has what DeepSpeed finds a norm for in any
-    case.
-    """
+    """Return whether the recipe's section `deepspeed` makes DeepSpeed compute a norm anyway."""
     return "data_types" in section or "zenflow" in section.get("zero_optimization", {})
 
 

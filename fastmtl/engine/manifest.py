@@ -1,8 +1,7 @@
-"""manifest.json: what a checkpoint consists of, checked before anything in it is opened.
+"""manifest.json: the files of a checkpoint, checked before any of them is opened.
 
-DeepSpeed's files are pickles, and unpickling runs code. So a file that is not named in the
-manifest, or whose size or digest differs,
-makes the whole checkpoint refused.
+DeepSpeed's files are pickles, and unpickling runs code. So a checkpoint is rejected if it has a
+file that is not in the manifest, or one with another size or digest.
 """
 
 from __future__ import annotations
@@ -17,21 +16,20 @@ FORMAT = 2
 
 
 class Refused(Exception):
-    """Why a directory is not a good checkpoint."""
+    """The reason why a directory is not a valid checkpoint."""
 
 
 def write_manifest(directory: Path, about: dict[str, Any]) -> None:
-    """Names, sizes and SHA-256 digests of all files below `directory`, beside what `about` says of
-    the run.
-    """
+    """Write names, sizes and SHA-256 digests of all files below `directory`, and `about`."""
     files = {str(path.relative_to(directory)): _describe(path) for path in _files(directory)}
     text = json.dumps({"format": FORMAT, **about, "files": files}, indent=1)
     (directory / NAME).write_text(text, encoding="utf-8")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are all as it says. Raises Refused with the reason
-    otherwise.
+    """Return the manifest of a checkpoint after checking all its files.
+
+    Raises Refused with the reason if a file differs.
     """
     try:
         manifest = json.loads((directory / NAME).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Settings of an optimiser and its schedule, kept while a checkpoint's state is loaded into them."""
+"""Settings of an optimiser and its schedule, which loading a checkpoint has to keep."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ Settings = tuple[list[float], list[dict[str, Any]]]
 def optimizer_settings(engine: Any) -> Settings:
     """Return the schedule's base rates and each group's settings.
 
-    Groups may hold state besides, as their count of steps.
+    Groups may also have state, for example a count of steps.
     """
     groups = engine.optimizer.param_groups
     return list(engine.lr_scheduler.base_lrs), [{n: group[n] for n in NAMES if n in group} for group in groups]
 
 
 def put_settings(engine: Any, settings: Settings) -> None:
-    """Put settings back, with the learning rates that the schedule gives after the steps that were
-    loaded.
-    """
+    """Restore settings, with the schedule's learning rates after the loaded number of steps."""
     schedule = engine.lr_scheduler
     schedule.base_lrs, groups = list(settings[0]), settings[1]
     rates = [

@@ -1,6 +1,4 @@
-"""Paths for DeepSpeed, which finds its files by `glob` and so reads the brackets of `run[1]` as a
-pattern.
-"""
+"""Paths for DeepSpeed, which finds files with `glob`: brackets as in `run[1]` are a pattern."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def plain_path(directory: Path) -> Iterator[Path]:
-    """Yield a path of `directory` that is no pattern: its own, or that of a temporary link to it."""
+    """Yield a path of `directory` without a pattern: its own or that of a temporary link."""
     if glob.escape(str(directory)) == str(directory):
         yield directory
         return

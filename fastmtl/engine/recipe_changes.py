@@ -1,4 +1,4 @@
-"""Two recipes compared key by key, and which of a run's settings may change when it is resumed."""
+"""Comparison of two recipes key by key, and the settings that may change when a run is resumed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fastmtl.errors import UserError, shortened
 Changes = dict[str, tuple[Any, Any]]
 CHANGES_FILE = "changes.jsonl"  # in the output folder: a line for each resume with other settings
 
-# Changes that leave every step the same: how long the run is, what is logged and saved, and where
-# files are (the rows themselves are compared by their digests).
+# Changes that leave every step the same: length of the run, logging, checkpoints, and paths of
+# files (rows are compared by their digests).
 FREE = re.compile(
     r"description"
     r"|(phases\.\d+\.)?train\.(epochs|max_steps|eval_tokens|checkpoint_every|log_every)"
@@ -26,16 +26,15 @@ LENGTH = re.compile(r"(phases\.\d+\.)?train\.(epochs|max_steps)")
 
 
 def differences(before: Recipe, now: Recipe) -> Changes:
-    """Return every key whose value differs, in the recipe's order; a key that one of them lacks
-    counts as None.
-    """
+    """Return the keys with different values, in the recipe's order; a missing key is None."""
     old, new = (_flat(_compared(recipe)) for recipe in (before, now))
     return {key: (old.get(key), new.get(key)) for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)}
 
 
 def _compared(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe's values, with what `gradient.dtype: auto` stands for. Phases may differ in
-    what it depends on, so under bf16 theirs is compared as it is written.
+    """Return the recipe's values, with `gradient.dtype: auto` resolved.
+
+    Under bf16 its meaning may differ between phases, so a recipe with phases keeps `auto`.
     """
     values = recipe.model_dump(mode="json")
     if not recipe.phases or recipe.engine.precision != "bf16":
@@ -44,8 +43,9 @@ def _compared(recipe: Recipe) -> dict[str, Any]:
 
 
 def changes_since(saved: Mapping[str, Any], now: Recipe, source: str) -> Changes:
-    """Return what differs from a checkpoint's recipe. Raises UserError where this version cannot
-    read that.
+    """Return the differences from a checkpoint's recipe.
+
+    Raises UserError if this version of fastmtl cannot read that recipe.
     """
     try:
         return differences(parse_recipe(dict(saved), source), now)
@@ -54,7 +54,7 @@ def changes_since(saved: Mapping[str, Any], now: Recipe, source: str) -> Changes
 
 
 def refuse(path: str, changes: Changes, accept: bool) -> None:
-    """Raise UserError that names all changes that are not free, unless they are accepted."""
+    """Raise UserError that lists all changes that are not `FREE`, unless they are accepted."""
     refused = {key: values for key, values in changes.items() if not FREE.fullmatch(key)}
     if refused and not accept:
         raise UserError(
@@ -64,14 +64,14 @@ def refuse(path: str, changes: Changes, accept: bool) -> None:
 
 
 def changed_rows(before: Mapping[str, str], now: Mapping[str, str]) -> Changes:
-    """Return the files whose rows are not those of before, by the digests of `Corpus.digests`."""
+    """Return the files whose rows have changed, by the digests of `Corpus.digests`."""
     old, new = ({name: digest[:12] for name, digest in digests.items()} for digests in (before, now))
     names = [name for name in new if name in old and old[name] != new[name]]
     return {f"rows of {name} (digest)": (old[name], new[name]) for name in names}
 
 
 def resume_notes(changes: Changes, recipe: Recipe) -> list[str]:
-    """Return what to tell of changes that were allowed or accepted."""
+    """Return lines for the user about changes that were allowed or accepted."""
     if not changes:
         return []
     notes = [f"resumed with other settings: {listed(changes)}"]
@@ -81,7 +81,7 @@ def resume_notes(changes: Changes, recipe: Recipe) -> list[str]:
 
 
 def listed(changes: Changes) -> str:
-    """`optimizer.lr: 0.1, now 0.5; seed: 1, now 5`"""
+    """Return the changes as text: `optimizer.lr: 0.1, now 0.5; seed: 1, now 5`."""
     return "; ".join(f"{key}: {shortened(str(old))}, now {shortened(str(new))}" for key, (old, new) in changes.items())
 
 

@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration of a recipe, and what may not contradict it."""
+"""The DeepSpeed configuration of a recipe, and checks for contradictions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from fastmtl.config import Recipe
 from fastmtl.errors import UserError, quoted, shortened
 
-# DeepSpeed's key -> the recipe's key that owns it, where the two are the same setting.
+# DeepSpeed's key -> the recipe's key of the same setting.
 _OWNED = {
     ("zero_optimization", "stage"): "engine.zero",
     ("gradient_accumulation_steps",): "engine.accumulation",
@@ -17,10 +17,10 @@ _OWNED = {
     ("zero_optimization", "offload_optimizer", "device"): "engine.offload",
     ("zero_optimization", "offload_param", "device"): "engine.offload",
 }
-# DeepSpeed's default, in numbers.
+# DeepSpeed's default, in elements.
 REDUCE_BUCKET_SIZE = 500_000_000
 _DERIVED = "use sampler.batch_size or sampler.batch_tokens; DeepSpeed's number is derived"
-# DeepSpeed's keys for what a recipe says elsewhere, or what fastmtl does not do.
+# DeepSpeed's keys that a recipe sets elsewhere or that fastmtl does not support.
 _REFUSED = {
     ("optimizer",): "use the section `optimizer`",
     ("scheduler",): "use the section `schedule`",
@@ -35,10 +35,10 @@ _REFUSED = {
 
 
 def deepspeed_config(recipe: Recipe, world: int, *, cpu: bool) -> dict[str, Any]:
-    """The dictionary for `deepspeed.initialize`; the recipe's `deepspeed` section is merged in.
+    """Return the dictionary for `deepspeed.initialize`, with the recipe's section `deepspeed`.
 
-    Raises UserError naming both keys where that section contradicts the recipe, and for
-    combinations that DeepSpeed cannot train.
+    Raises UserError naming both keys if that section contradicts the recipe, and for combinations
+    that DeepSpeed cannot train.
     """
     engine = recipe.engine
     if engine.precision == "fp16" and cpu:
@@ -58,9 +58,9 @@ def deepspeed_config(recipe: Recipe, world: int, *, cpu: bool) -> dict[str, Any]
         if engine.zero == 3:
             zero["offload_param"] = {"device": "cpu", "pin_memory": not cpu}
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants a number; losses are divided by the true counts
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed requires a number; losses are divided by the true counts
         "gradient_accumulation_steps": engine.accumulation,
-        "gradient_clipping": engine.clip,  # always written: DeepSpeed clips at 1.0 unless told otherwise
+        "gradient_clipping": engine.clip,  # always set, since DeepSpeed's default is 1.0
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -73,35 +73,30 @@ def deepspeed_config(recipe: Recipe, world: int, *, cpu: bool) -> dict[str, Any]
 
 
 def set_buckets(zero: dict[str, Any], trainable: int, *, cpu: bool) -> None:
-    """Complete the section `zero_optimization` for this many trained numbers, where the recipe
-    leaves it open.
+    """Complete the section `zero_optimization` where the recipe leaves it open.
 
-    DeepSpeed makes its buckets of the size it is told, by default 2 GB in float32, whatever there
-    is to reduce. With `overlap_comm` it makes a second one and synchronises the device, and with a
-    single bucket there is no backward left to overlap with. ZeRO 3 fetches weights ahead by the
-    same setting.
+    trainable: number of trained parameter elements. DeepSpeed allocates buckets of the configured
+    size, by default 2 GB in float32, even if there is less to reduce. With `overlap_comm` it
+    allocates a second bucket and synchronises the device. If everything fits one bucket, no
+    backward is left to overlap with. ZeRO 3 prefetches weights by the same setting.
     """
     zero.setdefault("reduce_bucket_size", min(REDUCE_BUCKET_SIZE, trainable))
     zero.setdefault("overlap_comm", overlaps(zero["stage"], zero["reduce_bucket_size"], trainable, cpu=cpu))
 
 
 def overlaps(stage: int, bucket: int, trainable: int, *, cpu: bool) -> bool:
-    """Return whether DeepSpeed reduces on a stream of its own during backward, by default."""
+    """Return the default of `overlap_comm`: reduce on a separate stream during backward."""
     return not cpu and stage > 0 and (stage == 3 or bucket < trainable)
 
 
 def deepspeed_section(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe's section `deepspeed` with 5e8 and 16.0 as integers, as DeepSpeed counts
-    by.
-    """
+    """Return the recipe's section `deepspeed` with whole floats (5e8, 16.0) as integers."""
     whole: dict[str, Any] = _whole(recipe.deepspeed)
     return whole
 
 
 def wrong_kind(example: Any, value: Any) -> str | None:
-    """Return what a value should be to be of an example's kind. None where it is, or the example
-    tells none.
-    """
+    """Return the kind of value that `example` requires, None if `value` has it or there is none."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     match example:
         case bool():

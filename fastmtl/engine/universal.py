@@ -1,4 +1,4 @@
-"""A checkpoint in DeepSpeed's universal form, which any number of ranks can load."""
+"""Checkpoints in DeepSpeed's universal form, which any number of ranks can load."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from fastmtl.engine.plain_path import plain_path
 
 @contextmanager
 def universal_copy(checkpoint: Path, ranks: Ranks) -> Iterator[Path]:
-    """A temporary directory beside `checkpoint` with the universal form of its engine/ folder.
+    """Provide a temporary directory beside `checkpoint` with the universal form of its engine/.
+
     Every rank calls it.
     """
     made = Path(tempfile.mkdtemp(prefix=".universal-", dir=checkpoint.parent)) if ranks.is_main else None
@@ -40,12 +41,11 @@ def universal_copy(checkpoint: Path, ranks: Ranks) -> Iterator[Path]:
 
 @contextmanager
 def keeps_groups(engine: Any) -> Iterator[None]:
-    """Undoes what DeepSpeed 0.19 does to a torch optimiser when it loads a universal ZeRO 3
+    """Undo what DeepSpeed 0.19 does to a torch optimiser when it loads a universal ZeRO 3
     checkpoint.
 
-    It gives every group the settings of the first (learning rate, weight decay), and every
-    parameter one and the same step
-    tensor, which each parameter's update then counts up.
+    DeepSpeed gives every group the first group's settings (learning rate, weight decay). It also
+    gives all parameters the same step tensor, which each parameter's update increments.
     """
     optimizer = engine.optimizer.optimizer
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]

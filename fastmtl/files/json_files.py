@@ -1,4 +1,4 @@
-"""JSON files that a user may have changed, cut or taken from elsewhere. Nothing heavy is imported."""
+"""Reading of JSON files that a user may have changed or damaged. Imports no heavy module."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from fastmtl.errors import UserError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object. Raises UserError naming the file that is missing, damaged or something
-    else.
+    """Return the JSON object in a file.
+
+    Raises UserError naming the file if it is missing, damaged or not an object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""One spelling for a label, whichever format a file has."""
+"""One spelling of a label for all file formats."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 
 
 def as_label(value: object) -> str:
-    """Return the label that a cell or a name stands for, "" for none.
+    """Return the label of a cell or a name, "" for an empty one.
 
     A whole number has no decimals: CSV's `1` and `1.0`, JSON's 1 and Parquet's 1.0 are all "1".
-    Booleans are "true" and "false" in every spelling. Other text stays as it is, without the spaces
-    around it.
+    Booleans are "true" and "false" in every spelling. Other text stays, without the spaces around
+    it.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
@@ -22,8 +22,8 @@ def as_label(value: object) -> str:
 
 
 def as_number(text: str) -> float | None:
-    """Return the finite number that a text spells with ASCII digits, None for any other text."""
-    if not text.isascii() or "_" in text:  # Python reads 1_0 and other scripts' digits too
+    """Return the finite number that a text in ASCII digits means, None for any other text."""
+    if not text.isascii() or "_" in text:  # Python's float also accepts 1_0 and the digits of other scripts
         return None
     try:
         number = float(text)

@@ -1,6 +1,6 @@
-"""The output folder of a run before the run starts: who may write there, and whether there is room.
+"""The output folder of a run before the run starts: its lock, permissions and free space.
 
-Nothing heavy is imported: these checks come first.
+Imports no heavy module, since these checks come first.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from pathlib import Path
 from fastmtl.errors import UserError
 
 LOCK = ".lock"
-NO_RUN = (LOCK, "lost+found")  # what a folder may hold that holds no run
+NO_RUN = (LOCK, "lost+found")  # names that a folder without a run may contain
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class OutputFolder:
-    """A folder that this process holds for a run, until `release` or the end of the process,
-    however that comes.
+    """A folder that this process locks for a run, until `release` or any end of the process.
 
-    The first process of a run makes one and keeps it. The lock is a POSIX record lock: no file that
-    a killed process leaves behind, not inherited by child processes, and on network file systems
-    one that other hosts see too (NFS with its lock service, Lustre mounted with flock).
-    resume: the folder may hold a run already. Raises UserError where another process holds it,
-    where it holds a run, and where it cannot be written.
+    Rank 0 of a run makes one and keeps it. The lock is a POSIX record lock. The end of a process
+    releases it, child processes do not inherit it, and other hosts see it on network file systems
+    (NFS with its lock service, Lustre mounted with flock).
+
+    resume: the folder may contain a run already. Raises UserError if another process has the lock,
+    if the folder contains a run, or if it is not writable.
     """
 
     def __init__(self, directory: Path, *, resume: bool) -> None:
@@ -45,12 +45,12 @@ class OutputFolder:
             raise
 
     def release(self) -> None:
-        """Let other processes have the folder."""
+        """Release the lock."""
         os.close(self._lock)
 
 
 def check_output(directory: Path, *, resume: bool) -> None:
-    """Raise what `OutputFolder` would raise now, as far as that shows without writing anything."""
+    """Raise the errors of `OutputFolder` that can be found without writing anything."""
     try:
         with contextlib.suppress(FileNotFoundError):
             os.stat(directory)
@@ -70,11 +70,11 @@ def check_output(directory: Path, *, resume: bool) -> None:
 
 
 def check_room(directory: Path, needed: int) -> None:
-    """Raise UserError where the disk of a folder, or of where it will be, has less than `needed`
-    bytes left.
+    """Raise UserError if the disk of a folder, which need not exist yet, has less than `needed`
+    bytes.
     """
     disk = shutil.disk_usage(_existing(directory))
-    if disk.total and disk.free < needed:  # some network file systems do not tell their size
+    if disk.total and disk.free < needed:  # some network file systems report no size
         raise UserError(
             f"{directory}: no space: a checkpoint and model/ take at least {needed / 2**20:,.1f} MiB, the disk has "
             f"{disk.free / 2**20:,.1f} MiB left. Make room, or choose another disk by --output DIR"
@@ -82,7 +82,7 @@ def check_room(directory: Path, needed: int) -> None:
 
 
 def _check_writable(directory: Path) -> None:
-    """Check that the folder is there and takes a file, which says more than permission bits do."""
+    """Create the folder and a file in it; permission bits alone would prove less."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(prefix=".try-", dir=directory) as file:
@@ -107,8 +107,9 @@ def _check_unused(directory: Path, resume: bool) -> None:
 
 
 def _locked(directory: Path) -> int:
-    """Return the lock's file, which this process holds until it closes it. Raises UserError where
-    another has it.
+    """Return the descriptor of the lock file, whose closing releases the lock.
+
+    Raises UserError if another process has the lock.
     """
     try:
         lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -132,5 +133,5 @@ def _locked(directory: Path) -> int:
 
 
 def _existing(directory: Path) -> Path:
-    """Return the folder, or the nearest one above it that is there. A dead link counts as there."""
+    """Return the folder or its nearest existing parent. A dead link counts as existing."""
     return next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))

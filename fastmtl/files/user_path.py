@@ -1,4 +1,4 @@
-"""Paths that may begin with `~`, on machines where nobody has a home."""
+"""Paths that may begin with `~`, also on machines without a home directory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from fastmtl.errors import UserError, one_line
 
 
 def user_path(path: str | Path) -> Path:
-    """Return the path with `~` expanded. Raises UserError where the user has no home, and for what
-    is no path.
+    """Return the path with `~` expanded.
+
+    Raises UserError if the user has no home directory, and for a path with a null character.
     """
     if "\0" in str(path):
         raise UserError(f"{path}: a path cannot hold the character 0")
@@ -24,8 +25,10 @@ def user_path(path: str | Path) -> Path:
 
 @functools.cache
 def cache_path(path: str | Path) -> Path:
-    """Return a cache folder with `~` expanded, or a temporary one, with a line that says so, where
-    there is no home.
+    """Return a cache folder with `~` expanded.
+
+    Without a home directory it is a temporary folder, and a line on standard error says so. Raises
+    UserError for a path with a null character.
     """
     if "\0" in str(path):
         raise UserError(f"data.cache_dir: {path}: a path cannot hold the character 0")
@@ -33,6 +36,6 @@ def cache_path(path: str | Path) -> Path:
         return user_path(path)
     except UserError:
         folder = Path(tempfile.mkdtemp(prefix="fastmtl-"))
-        told = one_line(f"fastmtl: data.cache_dir={path}: this user has no home directory; using {folder}")
-        print(told, file=sys.stderr)
+        note = one_line(f"fastmtl: data.cache_dir={path}: this user has no home directory; using {folder}")
+        print(note, file=sys.stderr)
         return folder

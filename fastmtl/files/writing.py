@@ -1,4 +1,4 @@
-"""Files written as a whole, and failures to write one, whichever library met them, as one sentence."""
+"""Atomic writes of text files, and write errors of any library as one sentence."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from pathlib import Path
 
 from fastmtl.errors import TrainingError
 
-# torch.save and safetensors raise errors of their own in place of OSError; torch's does not even
-# give the reason.
+# torch.save and safetensors raise their own errors instead of OSError; torch's lacks the reason.
 _OF_TORCH = re.compile(r"PytorchStreamWriter|inline_container|file write failed")
 _OF_SAFETENSORS = re.compile(r"\(os error (\d+)\)")
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file as a whole: a reader, and a process that is killed, leave no half of it.
+    """Write a UTF-8 file atomically: no reader and no killed process leaves a part of it.
 
-    A device or a pipe is written to, and a link stays a link. Raises OSError.
+    Devices and pipes are written directly, and a link stays a link. Raises OSError.
     """
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
@@ -34,10 +33,9 @@ def replace_text(path: Path, text: str) -> None:
 
 @contextmanager
 def writing(path: Path, advice: str = "") -> Iterator[None]:
-    """Raise TrainingError that names `path` and the reason where a file below it cannot be written
-    in the block.
+    """Raise TrainingError with `path` and the reason if the block cannot write a file below it.
 
-    advice: a sentence for the user that ends the message.
+    advice: a sentence for the user at the end of the message.
     """
     try:
         yield
@@ -56,7 +54,7 @@ def _message(path: Path, reason: str, advice: str) -> str:
 
 
 def _guess(path: Path) -> str:
-    """The likely reason, by what is left of the disk."""
+    """Return the likely reason, by the free space of the disk."""
     folder = next(parent for parent in (path, *path.parents) if parent.is_dir())
     free = shutil.disk_usage(folder).free
     if free < 2**20:

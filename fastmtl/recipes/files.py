@@ -1,6 +1,4 @@
-"""Where recipes come from: the bundled files, files of the user, and what a file takes over by
-`extends`.
-"""
+"""Recipe files: the bundled ones, a user's files, and `extends`."""
 
 from __future__ import annotations
 
@@ -11,17 +9,18 @@ from typing import Any
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.recipes import yaml_reader as recipe_yaml
 
-TABLE = "table.yaml"  # beside recipes: the results that a report printed, no recipe
+TABLE = "table.yaml"  # a file beside recipes, with the results of a published report
 
 
 def recipes_root() -> Path:
-    """The folder of the bundled recipes."""
+    """Return the folder of the bundled recipes."""
     return Path(str(resources.files("fastmtl"))) / "recipes"
 
 
 def bundled_recipes() -> dict[str, Path]:
-    """Name -> file of the recipes inside the package (`papers/pal-lora/pal_lora` for recipes in
-    sub-folders).
+    """Return {name: file} of the recipes in the package.
+
+    The name of a recipe in a sub-folder contains the folder: `papers/pal-lora/pal_lora`.
     """
     root = recipes_root()
     files = (path for path in sorted(root.rglob("*.yaml")) if path.name != TABLE)
@@ -29,10 +28,10 @@ def bundled_recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str, beside: Path | None = None) -> Path:
-    """The file of a bundled name, or of a path; a path in `extends` counts from the folder
-    `beside`.
+    """Return the file of a bundled name or of a path.
 
-    Raises UserError for neither; for a misspelt bundled name it lists those of the same folder.
+    beside: the folder from which a path in `extends` counts. Raises UserError if there is no such
+    file; for a misspelt bundled name it lists the names in the same folder.
     """
     bundled = bundled_recipes()
     path = bundled.get(name) or (Path(name) if beside is None else beside / name)
@@ -46,17 +45,17 @@ def find_recipe(name: str, beside: Path | None = None) -> Path:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The mapping of a recipe file merged into that of the recipe it `extends`, and so on.
+    """Return the mapping of a recipe file, merged into that of the recipe it `extends`, and so on.
 
-    The merge is that of JSON Merge Patch (RFC 7396): sections are merged key by key, any other
-    value replaces the one below it, null takes the key away (`tasks: {para: null}` leaves a task
-    out). Raises UserError naming the file.
+    The merge is JSON Merge Patch (RFC 7396): sections are merged key by key, any other value
+    replaces the extended recipe's, and null removes the key (`tasks: {para: null}` removes a task).
+    Raises UserError naming the file.
     """
     return _read(path, ())
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` merged into `below` as by RFC 7396; neither is changed."""
+    """Return `above` merged into `below` by RFC 7396. Neither is changed."""
     merged = dict(below)
     for key, value in above.items():
         if value is None:
@@ -87,7 +86,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping; raises UserError naming the file for anything else."""
+    """Return the mapping in a YAML file. Raises UserError naming the file for any other content."""
     try:
         values = recipe_yaml.load(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not UTF-8, or not YAML

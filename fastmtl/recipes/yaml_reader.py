@@ -1,8 +1,7 @@
-"""YAML as recipes and grids use it: numbers as in YAML 1.2, and every key once.
+"""The YAML of recipes and grids: numbers as in YAML 1.2, and no repeated keys.
 
 PyYAML follows YAML 1.1, which reads `1e-4` as text, `1_0` as ten, `010` as eight and `1:30` as
-ninety, and keeps the last of two equal keys without a word. Everything else is PyYAML's safe
-loader.
+ninety. It silently keeps the last of two equal keys. Everything else is PyYAML's safe loader.
 Source: YAML 1.2.2, section 10.3.2 (core schema).
 """
 
@@ -23,8 +22,9 @@ _BASES = {"0o": 8, "0x": 16}
 
 
 def load(text: str) -> Any:
-    """Return the one document of a YAML text. Raises ValueError with the line, the column and what
-    is wrong there.
+    """Return the only document of a YAML text.
+
+    Raises ValueError with the line, the column and the reason.
     """
     try:
         return yaml.load(text, Loader)
@@ -32,19 +32,19 @@ def load(text: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
         raise ValueError(f"{where}{error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError) as error:  # control characters; a date that no calendar has
+    except (yaml.YAMLError, ValueError) as error:  # control characters; an impossible date
         raise ValueError(str(error)) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
 def dump(values: Any) -> str:
-    """Return YAML that `load` reads back as it was: text that looks like a number is quoted."""
+    """Return YAML that `load` reads back unchanged: text that looks like a number is quoted."""
     return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 class Loader(yaml.SafeLoader):
-    """Read numbers as in YAML 1.2; refuse a key that comes twice in a mapping."""
+    """Read numbers as in YAML 1.2; reject a repeated key in a mapping."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, yaml.Mark] = {}
@@ -64,13 +64,11 @@ class Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Quote text that `Loader`, or a reader of YAML 1.1, would take for something else."""
+    """Quote text that `Loader` or a reader of YAML 1.1 would read as another type."""
 
 
 def _own_numbers() -> None:
-    """Give both classes YAML 1.2's numbers; the dumper keeps 1.1's too, for other programs read
-    what it writes.
-    """
+    """Give both classes YAML 1.2's numbers. The dumper keeps those of 1.1 too, for other programs."""
     others = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()

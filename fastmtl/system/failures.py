@@ -1,8 +1,7 @@
-"""The meaning of an exception that ends a command: a state of the machine that the user can change,
-or a bug.
+"""Explanations of exceptions that end a command but are not bugs: a state of the machine.
 
-torch, DeepSpeed and NCCL raise plain RuntimeErrors for most of it, so their texts are read. Nothing
-heavy is imported.
+torch, DeepSpeed and NCCL raise plain RuntimeErrors for most of them, so their texts are matched.
+Imports no heavy module.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from fastmtl.errors import TrainingError, one_line
 
 _GPU_MEMORY = re.compile(r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED")
 _HOST_MEMORY = re.compile(r"can't allocate memory|[Cc]annot allocate memory|std::bad_alloc|[Uu]nable to mmap")
-# A GPU that is lost, busy or too old. An illegal address or a failed assertion in a kernel would be
-# a bug.
+# A GPU that is lost, busy or too old. An illegal address or a failed assertion in a kernel is a
+# bug.
 _GPU = re.compile(
     r"no CUDA-capable device|No CUDA GPUs|CUDA driver|busy or unavailable|ECC error|no kernel image"
     r"|invalid device ordinal|system not yet initialized|no NVIDIA driver"
@@ -26,9 +25,7 @@ _DISK = re.compile(r"PytorchStreamWriter|inline_container|file write failed|\(os
 
 
 def explained(error: BaseException) -> str | None:
-    """Return one line on a failure that input or the machine can cause, with what to do; None for a
-    bug.
-    """
+    """Return one line on a failure caused by input or the machine, with what to do. None for a bug."""
     text = one_line(str(error) or type(error).__name__)
     name, number = type(error).__name__, f" ({text})" if str(error) else ""
     if isinstance(error, TrainingError):

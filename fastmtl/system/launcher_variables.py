@@ -1,6 +1,4 @@
-"""The environment variables by which a launcher tells a process its place. Nothing heavy is
-imported.
-"""
+"""The environment variables with which a launcher sets a process's rank. Imports no heavy module."""
 
 from __future__ import annotations
 
@@ -10,9 +8,9 @@ from fastmtl.errors import UserError, quoted
 
 
 def number(name: str, default: int | None = None) -> int:
-    """Return the whole number, 0 or more, of a variable; `default` where it is not set.
+    """Return the value of a variable, a whole number of 0 or more; `default` if it is not set.
 
-    Raises UserError for anything else, and where it is not set and has no default.
+    Raises UserError for any other value, and if the variable is not set and has no default.
     """
     text = os.environ.get(name)
     if text is None and default is not None:
@@ -28,8 +26,8 @@ def number(name: str, default: int | None = None) -> int:
 
 
 def world_size() -> int:
-    """Return the number of processes, 1 without a launcher. Raises UserError as `number` does, and
-    for 0.
+    """Return the number of processes, 1 without a launcher. Raises UserError like `number`, and for
+    0.
     """
     count = number("WORLD_SIZE", None if "RANK" in os.environ else 1)
     if count == 0:
@@ -38,8 +36,6 @@ def world_size() -> int:
 
 
 def is_first() -> bool:
-    """Return whether this process prints for all: the first one, or one whose variables give it no
-    place among them.
-    """
+    """Return whether this process prints for all: rank 0, or a process with invalid variables."""
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     return not rank.isdecimal() or int(rank) == 0 or (world.isdecimal() and int(rank) >= int(world))

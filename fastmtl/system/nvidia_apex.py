@@ -1,4 +1,4 @@
-"""NVIDIA Apex, an option where it is installed. It is known by its files: another package bears its
+"""NVIDIA Apex, an optional package, recognised by its files: an unrelated package has the same
 name.
 """
 
@@ -13,24 +13,24 @@ from fastmtl.errors import UserError
 HOW = "build https://github.com/NVIDIA/apex with its C++ and CUDA extensions, as its README says"
 
 
-def why_no_fused_adam() -> str:
-    """The reason why apex.optimizers.FusedAdam is not there and what to do, "" where it is."""
+def fused_adam_unsupported_reason() -> str:
+    """Return why apex.optimizers.FusedAdam is missing and what to do, "" if it is installed."""
     return _unsupported_reason("optimizers/fused_adam.py", "amp_C")
 
 
-def why_no_layer_norm() -> str:
-    """The same of apex.normalization.FusedLayerNorm."""
+def layer_norm_unsupported_reason() -> str:
+    """Return the same for apex.normalization.FusedLayerNorm."""
     return _unsupported_reason("normalization/fused_layer_norm.py", "fused_layer_norm_cuda")
 
 
 def layer_norm() -> Any:
-    """Apex's function of x [N, d], weight [d], bias [d], [d] and eps.
+    """Return Apex's function of x [N, d], weight [d], bias [d], normalised shape (d,) and eps.
 
-    Raises UserError where it cannot be used here.
+    Raises UserError if it cannot be used here.
     """
     import torch
 
-    reason = why_no_layer_norm()
+    reason = layer_norm_unsupported_reason()
     if not reason and not torch.cuda.is_available():
         reason = "it needs an NVIDIA GPU"
     if reason:
@@ -41,7 +41,7 @@ def layer_norm() -> Any:
 
 
 def _unsupported_reason(file: str, extension: str) -> str:
-    """Nothing is imported: importing the unrelated package fails in its own ways."""
+    """Return the reason without importing Apex: an import of the unrelated package may fail."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return f"NVIDIA Apex is not installed: {HOW}"

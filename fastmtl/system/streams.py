@@ -1,4 +1,4 @@
-"""Standard output and error that never end a run: closed, or in an encoding that lacks most signs."""
+"""Standard output and error that never end a run, even if closed or in a limited encoding."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import threading
 
 
 def secure() -> None:
-    """Make both usable, once, before anything is opened or printed.
+    """Make both streams usable. Call it once, before anything is opened or printed.
 
-    A closed one becomes /dev/null: otherwise the next file that is opened gets its number, and what
-    libraries print goes into that file. A sign that the encoding lacks is printed as `?`.
+    A closed stream becomes /dev/null. Otherwise the next opened file would get its descriptor, and
+    libraries would print into that file. A character outside the encoding is printed as `?`.
     """
     descriptor = os.open(os.devnull, os.O_RDWR)
     while descriptor <= 2:
@@ -26,14 +26,15 @@ def secure() -> None:
             stream.reconfigure(errors="replace")
 
 
-def tell_kept_exceptions_once() -> None:
-    """Print no traceback of a thread that keeps its exception for its caller, as TensorBoard's
-    writer does.
+def hide_stored_exceptions() -> None:
+    """Print no traceback of a thread that stores its exception for its caller.
+
+    TensorBoard's writer does so; the caller raises the exception.
     """
-    told = threading.excepthook
+    previous = threading.excepthook
 
-    def tell(failed: threading.ExceptHookArgs) -> None:
+    def hook(failed: threading.ExceptHookArgs) -> None:
         if failed.exc_value is None or getattr(failed.thread, "exception", None) is not failed.exc_value:
-            told(failed)
+            previous(failed)
 
-    threading.excepthook = tell
+    threading.excepthook = hook

@@ -17,7 +17,7 @@ from fastmtl.data.tokenized import check_token_types
 from fastmtl.engine.build import check_engine
 from fastmtl.engine.checkpoint import Checkpoints, Found
 from fastmtl.engine.distributed import Ranks, join, this_process
-from fastmtl.engine.early_errors import errors_reach_the_first
+from fastmtl.engine.early_errors import errors_reach_rank_0
 from fastmtl.engine.fused_optimizers import check_fused_optimizer
 from fastmtl.engine.recipe_changes import Changes, changed_rows, refuse, resume_notes
 from fastmtl.files.output_folder import check_room
@@ -68,7 +68,7 @@ def prepare(
     files, where they have been read. Raises UserError for whatever a run of this recipe cannot
     have.
     """
-    with errors_reach_the_first():  # everything that can be refused, before DeepSpeed starts
+    with errors_reach_rank_0():  # everything that can be refused, before DeepSpeed starts
         recipe = complete(recipe)
         phases = phases_of(recipe)  # a wrong name costs no waiting for data
         for phase in phases:

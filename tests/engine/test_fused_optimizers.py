@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from fastmtl.config import Recipe, parse_recipe
 from fastmtl.engine import fused_optimizers
-from fastmtl.engine.fused_optimizers import build_adam, check_fused_optimizer, why_no_deepspeed
+from fastmtl.engine.fused_optimizers import build_adam, check_fused_optimizer, deepspeed_unsupported_reason
 from fastmtl.errors import UserError
 
 WORKER = Path(__file__).with_name("fused_optimizer_cases.py")
@@ -102,7 +102,7 @@ def test_what_the_compiler_said_is_the_reason() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("BUILD_DEEPSPEED"), reason="builds for minutes: BUILD_DEEPSPEED=1 make test")
-@pytest.mark.skipif(bool(why_no_deepspeed()), reason=why_no_deepspeed())
+@pytest.mark.skipif(bool(deepspeed_unsupported_reason()), reason=deepspeed_unsupported_reason())
 def test_deepspeeds_adam_is_torchs_and_resumes(tmp_path: Path) -> None:
     """Its extension is built where torch keeps extensions, once for all runs."""
     environment = cpu_environment()

@@ -41,7 +41,7 @@ def test_signs_that_the_encoding_lacks_are_replaced() -> None:
 
 def test_a_thread_that_keeps_its_exception_prints_none() -> None:
     code = (
-        "import threading; from fastmtl.system.streams import tell_kept_exceptions_once; tell_kept_exceptions_once()\n"
+        "import threading; from fastmtl.system.streams import hide_stored_exceptions; hide_stored_exceptions()\n"
         "class Writer(threading.Thread):\n"
         "    def run(self):\n"
         "        self.exception = OSError('full')\n"
