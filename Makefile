@@ -14,7 +14,7 @@ export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 
-.PHONY: install train test lint docs bench bench-kernels bench-step bench-surgery bench-peers soak gpu-check compile-table check-torch-headers clean
+.PHONY: install train test test-fast lint docs bench bench-kernels bench-step bench-surgery bench-peers soak gpu-check compile-table check-torch-headers clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -45,6 +45,11 @@ train: install
 test: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 \
 		-n 2 --dist loadfile --no-loadscope-reorder --benchmark-disable $(ARGS)
+
+# While working: no test that trains in processes of its own, compiles or takes more than two seconds. 90 s on two cores.
+test-fast: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=5 \
+		-n 2 --dist loadfile --no-loadscope-reorder --benchmark-disable -m "not slow and not gpu" tests $(ARGS)
 
 # What takes too long for tests, at most an hour on two cores: random files for the readers, cut and killed checkpoints,
 # full disks, random kernel shapes, 2,000 steps. make soak ARGS="--quick" tries a few of each, ARGS="--only kills" one

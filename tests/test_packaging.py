@@ -65,6 +65,7 @@ def package_files(tree: Path) -> set[str]:
     }
 
 
+@pytest.mark.slow
 def test_a_wheel_without_a_compiler_is_complete(tmp_path: Path) -> None:
     wheel, printed = build_wheel(tmp_path / "tree", CXX="no-such-compiler")
     assert wheel.name == f"fastmtl_torch-{__version__}-py3-none-any.whl"
@@ -100,7 +101,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER}")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(35)
 @needs_compiler
 def test_a_wheel_with_a_compiler_serves_every_python(compiled: tuple[Path, str], tmp_path: Path) -> None:
     tree, printed = compiled

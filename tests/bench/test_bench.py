@@ -331,6 +331,7 @@ def test_summary_holds_median_quantiles_and_samples() -> None:
     assert summary(seconds) == {"median_s": 3.5, "p20_s": 2.0, "p80_s": 5.0, "samples_s": seconds}
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_one_variant() -> None:
     wide = dataclasses.replace(TINY, hidden=256, intermediate=1024, layers=4)
     held = torch.ones(200 * MIB // 4)  # of this process, not of the ones that are measured

@@ -44,7 +44,7 @@ def whole(folder: Path, *names: str, hidden: tuple[str, ...] = ()) -> tuple[int,
     return run.returncode, run.stdout, result
 
 
-@pytest.mark.slow
+@pytest.mark.slow(38)
 def test_real_parts_on_the_cpu(tmp_path: Path) -> None:
     status, printed, result = whole(tmp_path, "step", "engine-short", "tests-cuda_graphs-merging_gpu", "memcheck")
     assert status == 0, printed
@@ -135,6 +135,7 @@ def run(tmp_path: Path, *options: str) -> tuple[int, dict[str, Any]]:
     return status, json.loads((tmp_path / "a-gpu.json").read_text())
 
 
+@pytest.mark.slow
 def test_no_part_costs_another_its_result(
     scripts: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,6 +182,7 @@ def test_no_part_costs_another_its_result(
             time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_into_the_seconds_is_named(
     scripts: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,6 +235,7 @@ def test_outcomes_of_tests_are_kept_as_they_come(tmp_path: Path) -> None:
     assert found["failed"] == {"test_some.py::test_b": "assert 1 == 2"}
 
 
+@pytest.mark.slow
 def test_without_a_gpu_nothing_is_tried(tmp_path: Path) -> None:
     env = {**process.environment(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "fastmtl.bench.gpu_check", "--results", str(tmp_path)]
@@ -323,6 +326,7 @@ def write(program: Path, script: str) -> None:
     program.chmod(0o755)
 
 
+@pytest.mark.slow
 def test_the_small_run_under_a_clean_sanitizer(program: Path) -> None:
     assert sanitizer.sanitized("memcheck", "cpu") == "not run: compute-sanitizer is not on PATH"
     script = 'tool=$2; shift 4; [ $tool = memcheck ] && shift 2; "$@" || exit 1'

@@ -247,6 +247,7 @@ def peak_of_known_size() -> int | None:
     return kernels._peak([forward, lambda value: (value * 2).sum()], torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_pytest_benchmark_repeats_groups_and_keeps(tmp_path: Path) -> None:
     """Its times are those of the harness's clock."""
     file = tmp_path / "kept.json"

@@ -123,6 +123,7 @@ def test_a_resumed_run_that_differs_or_ends_early_is_found(long_run: ModuleType)
     ]
 
 
+@pytest.mark.slow
 def test_processes_are_seen_stopped_and_started_again(long_run: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "launcher.py").write_text(LAUNCHER)
     command = [sys.executable, str(tmp_path / "launcher.py"), "train", "--output", str(tmp_path / "run")]
@@ -136,6 +137,7 @@ def test_processes_are_seen_stopped_and_started_again(long_run: ModuleType, tmp_
     assert all(len(sample["rss"]) == len(sample["cpu"]) == 2 and min(sample["rss"]) > 1 for sample in watched.samples)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_ends_the_script(long_run: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "launcher.py").write_text(LAUNCHER)
     command = [sys.executable, str(tmp_path / "launcher.py"), "train", "fail", "--output", str(tmp_path / "run")]

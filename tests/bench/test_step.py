@@ -87,6 +87,7 @@ def test_the_compiled_encoder_is_one_of_a_copy(monkeypatch: pytest.MonkeyPatch) 
     assert step.padded_losses(work, model) == step.padded_losses(work, work.padded)
 
 
+@pytest.mark.slow(12)
 @pytest.mark.parametrize("sweep", step.SWEEPS)
 def test_sweeps(
     sweep: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

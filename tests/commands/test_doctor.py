@@ -29,6 +29,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_everything_is_diagnosed_on_this_machine() -> None:
     findings = doctor.diagnose()
     assert {finding.section for finding in findings} == {"versions", "device", "kernels", "packages"}

@@ -236,7 +236,7 @@ def write_rows(path: Path, count: int) -> None:
         writer.writerows([str(row), SENTENCES[row % len(SENTENCES)], row % 3] for row in range(count))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(15)
 def test_a_task_is_added_without_touching_the_others(make: Make, tmp_path: Path) -> None:
     """Trains for real, in bf16, so that the run's own encoder is not the trained model's to the last bit."""
     base = make("base", ["same", "tone"])

@@ -43,6 +43,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow(40)
 @pytest.mark.parametrize("stage", ["zero0", *STAGES])
 def test_resumed_run_is_bitwise_the_same(saved: Path, stage: str) -> None:
     straight, resumed = (load_file(saved / f"{stage}-2-{kind}.safetensors") for kind in ("straight", "resumed"))
@@ -52,6 +53,7 @@ def test_resumed_run_is_bitwise_the_same(saved: Path, stage: str) -> None:
         assert torch.equal(tensor, resumed[name]), name
 
 
+@pytest.mark.slow(40)
 @pytest.mark.parametrize("savers", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
 def test_another_number_of_ranks_goes_on(saved: Path, stage: str, savers: int) -> None:

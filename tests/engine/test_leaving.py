@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from launch import python_path
 
 from fastmtl.engine.distributed import free_port
@@ -21,6 +22,7 @@ print("joined:", dist.is_initialized())
 """
 
 
+@pytest.mark.slow
 def test_a_process_leaves_the_others_before_python_shuts_down() -> None:
     """torch aborts now and then where Python shuts down while gloo's threads still hold tensors."""
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}

@@ -29,6 +29,7 @@ def found() -> dict[str, dict[str, Any]]:
     return result
 
 
+@pytest.mark.slow(12)
 @pytest.mark.parametrize(
     ("way", "calls"), [("pcgrad", 13_000), ("pcgrad, flat", 6_000), ("pcgrad, flat, graphs", 900), ("sum", 13_000)]
 )
@@ -37,6 +38,7 @@ def test_calls_of_operators(found: dict[str, dict[str, Any]], way: str, calls: i
     assert 100 < found[way]["outside"] <= calls
 
 
+@pytest.mark.slow(12)
 @pytest.mark.parametrize("way", ["pcgrad", "pcgrad, flat", "pcgrad, flat, graphs", "sum"])
 def test_waits_once(found: dict[str, dict[str, Any]], way: str) -> None:
     """For losses, G, weights and what is not finite, or for losses and the norm."""
@@ -44,6 +46,7 @@ def test_waits_once(found: dict[str, dict[str, Any]], way: str) -> None:
     assert found[way]["waits"][0].startswith(("cpu: surgery/solver.py", "tolist: surgery/joint.py"))
 
 
+@pytest.mark.slow(12)
 @pytest.mark.parametrize("way", ["zero 1", "zero 0", "zero 2, flat"])
 def test_a_joint_step_that_is_not_finite_leaves_no_trace(found: dict[str, dict[str, Any]], way: str) -> None:
     """ZeRO 1 and 2 have its gradients by then, and drop them; the next steps have the bits of a run without it."""

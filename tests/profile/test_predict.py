@@ -52,6 +52,7 @@ def errors(compared: list[dict[str, Any]]) -> list[float]:
     return [sum(entry["predicted"].values()) / sum(entry["measured"].values()) - 1 for entry in compared]
 
 
+@pytest.mark.slow(25)
 def test_random_shapes_are_of_all_kinds(compared: list[dict[str, Any]]) -> None:
     assert len(compared) == NUMBER >= 12
     engines = [entry["recipe"].get("engine", {}) for entry in compared]
@@ -62,6 +63,7 @@ def test_random_shapes_are_of_all_kinds(compared: list[dict[str, Any]]) -> None:
     assert min(shares) < 0.1 and max(shares) > 0.4  # the peak is in the layers for some, at the end for others
 
 
+@pytest.mark.slow(25)
 def test_the_peak_is_predicted_within_ten_per_cent(compared: list[dict[str, Any]]) -> None:
     found = errors(compared)
     off = [(error, entry) for error, entry in zip(found, compared, strict=True) if abs(error) > 0.1]
@@ -69,12 +71,14 @@ def test_the_peak_is_predicted_within_ten_per_cent(compared: list[dict[str, Any]
     assert sorted(map(abs, found))[NUMBER // 2] < 0.02  # and half of them much better
 
 
+@pytest.mark.slow(25)
 def test_the_peak_of_kept_factors_is_predicted(all_compared: list[dict[str, Any]]) -> None:
     kept = [entry for entry in all_compared if entry["storage"] == "kept"]
     assert len(kept) == KEPT and any(entry["phase"] == "backward" for entry in kept)
     assert all(abs(error) < 0.05 for error in errors(kept)), errors(kept)
 
 
+@pytest.mark.slow(25)
 @pytest.mark.parametrize("part", ["weights", "optimiser", "task gradients"])
 def test_what_stays_between_steps_is_predicted_part_by_part(compared: list[dict[str, Any]], part: str) -> None:
     for entry in compared:
@@ -102,6 +106,7 @@ def compared_on_two_ranks() -> list[dict[str, Any]]:
     return compared
 
 
+@pytest.mark.slow(25)
 def test_the_peak_of_one_rank_of_two_is_predicted(compared_on_two_ranks: list[dict[str, Any]]) -> None:
     compared = compared_on_two_ranks
     assert len({entry["recipe"].get("engine", {}).get("zero", 1) for entry in compared}) > 2

@@ -17,6 +17,7 @@ from fastmtl.profile.process import Outcome
 # Functions that a new process can import: of the standard library, torch and fastmtl.
 
 
+@pytest.mark.slow
 def test_it_returns_what_the_function_does() -> None:
     assert process.run(math.factorial, 5) == Outcome(120)  # type: ignore[arg-type, comparison-overlap]
 

@@ -60,6 +60,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return 0
 
 
+@pytest.mark.slow(35)
 def test_a_whole_run(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,6 +100,7 @@ def check_trace(file: Path, *, joint: bool) -> None:
     assert found == set(NAMES) - missing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("floors", [[], ["--floors", "h200"]])
 def test_more_ranks(
     recipe: Path,
@@ -124,6 +126,7 @@ def test_more_ranks(
     assert (directory / "scale-out.svg").stat().st_size < 100_000 and "scale-out.svg" in out
 
 
+@pytest.mark.slow
 def test_the_largest_batch_survives_running_out_of_memory(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launch import cpu_environment
 
 from fastmtl.errors import UserError
 from fastmtl.reproduce.command import run_report
@@ -180,17 +179,9 @@ def test_malformed_rows_are_refused(row: dict[str, Any]) -> None:
         Table.model_validate({"name": "t", "title": "", "columns": {"A": "mean", "B": "mean"}, "rows": [row]})
 
 
-@pytest.fixture(scope="module")
-def environment() -> dict[str, str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-@pytest.mark.slow
-def test_stopped_runs_go_on_and_finished_ones_stay(
-    tiny_bert: Path, tmp_path: Path, environment: dict[str, str]
-) -> None:
-    output = tmp_path / "out"
+@pytest.mark.slow(30)
+def test_stopped_runs_go_on_and_finished_ones_stay(tiny_bert: Path, tmp_path: Path) -> None:
+    output, environment = tmp_path / "out", cpu_environment()
     settings = (f"data.cache_dir={tmp_path / 'cache'}", "sampler.batch_size=2", "train.max_steps=12")
     command = ["fastmtl", "reproduce", "minbert-extensions", *settings, "--rows", "ce_bce_cos", "--seeds", "2"]
     command += ["--fraction", "0.05", "--encoder", str(tiny_bert), "--output", str(output)]

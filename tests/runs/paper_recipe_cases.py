@@ -16,7 +16,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import fastmtl.training.run_files
+from results_only import results_only
+
 from fastmtl.config import load_recipe
 from fastmtl.data.corpus import demo_directory
 from fastmtl.recipes.files import bundled_recipes
@@ -58,8 +59,6 @@ def two_steps(name: str, output: Path, settings: list[str]) -> dict[str, Any]:
 
 
 def main(directory: Path, encoder: Path) -> None:
-    # The report's plots take longer than the steps, and have tests of their own.
-    fastmtl.training.run_files.write_report = write_results
     write_data(directory / "data")
     write_wordnet(directory / "wordnet")
     os.environ["WNSEARCHDIR"] = str(directory / "wordnet")
@@ -78,9 +77,6 @@ def main(directory: Path, encoder: Path) -> None:
     (directory / "outcomes.json").write_text(json.dumps(outcomes), encoding="utf-8")
 
 
-def write_results(output: Path, results: dict[str, Any]) -> None:
-    (output / "results.json").write_text(json.dumps(results), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    with results_only():
+        main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -39,7 +39,10 @@ SAME_BITS = {
 UNDER_DEEPSPEED = [name for name, way in ways.WAYS.items() if way.zero is not None]
 Yardstick = Callable[[str], tuple[ways.Run, float]]
 
-pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable() or "built")
+pytestmark = [
+    pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable() or "built"),
+    pytest.mark.slow(65),
+]
 
 
 @pytest.fixture(scope="module")

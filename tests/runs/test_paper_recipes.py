@@ -31,7 +31,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> dict[
     return json.loads((directory / "outcomes.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(40)
 @pytest.mark.parametrize("name", PAPERS)
 def test_two_steps(outcomes: dict[str, Any], name: str) -> None:
     outcome = outcomes[name]

@@ -13,6 +13,8 @@ from launch import cpu_environment
 from left_by_run import lasting, lines, same, weights
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow(12)
+
 CASES = Path(__file__).with_name("resume_cases.py")
 
 

@@ -58,6 +58,7 @@ def test_a_bad_label_is_told_before_torch_is_imported(tmp_path: Path, rank: dict
     assert time.perf_counter() - began < 20  # on a busy machine; 1 s on an idle one
 
 
+@pytest.mark.slow
 def test_a_file_that_is_bad_on_one_host_ends_all_processes_with_one_message(tmp_path: Path) -> None:
     """Rank 1 alone fails, as where its host lacks a file. Rank 0 has nothing to complain of, yet it prints."""
     meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "DS_ACCELERATOR": "cpu"}
@@ -216,6 +217,7 @@ def test_check_tells_what_a_start_would_tell(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_deepspeeds_shared_memory_operator_is_not_built(tmp_path: Path) -> None:
     code = (
         "from fastmtl.engine.distributed import start; ranks = start()\n"

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,13 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from launch import two_processes
+from launch import cpu_environment, two_processes
 from left_by_run import lasting as _lasting
 from left_by_run import lines as _lines
 
 from fastmtl.engine.distributed import free_port
+
+pytestmark = pytest.mark.slow(75)
 
 COLORS, PLACES = ["red", "blue", "green"], ["road", "house", "river", "city"]
 
@@ -84,15 +84,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
     return path
 
 
-def _environment() -> dict[str, str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
 def _launch(recipe: Path, output: Path, *more: str) -> subprocess.Popen[str]:
     command = two_processes()
     command += ["--no_python", "fastmtl", "train", str(recipe), "--output", str(output), *more]
-    return subprocess.Popen(command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=cpu_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def _finish(run: subprocess.Popen[str]) -> str:
@@ -134,7 +129,7 @@ def test_config_of_a_run_repeats_it(whole: Path, recipe: Path) -> None:
 def test_evaluate_finds_the_scores_of_the_run(whole: Path) -> None:
     done = subprocess.run(
         ["fastmtl", "evaluate", str(whole / "model"), "--json"],
-        env=_environment(),
+        env=cpu_environment(),
         capture_output=True,
         text=True,
         timeout=100,
@@ -189,7 +184,7 @@ def _is_rank(process: psutil.Process) -> bool:
 
 def test_one_process_trains_without_a_launcher(recipe: Path, tmp_path: Path) -> None:
     command = ["fastmtl", "train", str(recipe), "train.max_steps=3", "--output", str(tmp_path / "run")]
-    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line["step"] for line in _lines(tmp_path / "run")] == [1, 2, 3, 3]
 
@@ -197,6 +192,6 @@ def test_one_process_trains_without_a_launcher(recipe: Path, tmp_path: Path) -> 
 def test_torchrun(whole: Path, recipe: Path, tmp_path: Path) -> None:
     command = ["torchrun", "--nproc-per-node", "2", "--master-port", free_port(), "--no-python", "fastmtl", "train"]
     command += [str(recipe), "train.max_steps=2", "--output", str(tmp_path / "run")]
-    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert _lines(tmp_path / "run")[0]["loss"] == _lines(whole)[0]["loss"]

@@ -4,12 +4,15 @@ ranks.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import sys
 from pathlib import Path
 from typing import Any
+
+from results_only import results_only
 
 from fastmtl.config import Recipe, parse_recipe
 from fastmtl.tracking import Tracker
@@ -160,10 +163,19 @@ def main(directory: Path, bert: Path) -> None:
     from fastmtl.train import train
 
     write_data(directory)
-    run_on_ranks(directory, bert, 1)
+    with results_only():
+        run_on_ranks(directory, bert, 1)
     for name, phases in RUNS.items():
         zero = 2 if name == "first" else 1
-        train(make_recipe(directory, bert, phases, zero), directory / name)
+        with contextlib.nullcontext() if name == "three" else results_only():  # its report has a test
+            train(make_recipe(directory, bert, phases, zero), directory / name)
+    with results_only():
+        train_in_parts(directory, bert)
+
+
+def train_in_parts(directory: Path, bert: Path) -> None:
+    from fastmtl.train import train
+
     # steps of "three": 4 x 6 of heads, 2 x 6 of tune, 6 of adapters
     recipe = make_recipe(directory, bert, RUNS["three"])
     break_off_between_phases(recipe, directory / "stopped")
@@ -182,6 +194,7 @@ def main(directory: Path, bert: Path) -> None:
 if __name__ == "__main__":
     places = [Path(argument) for argument in sys.argv[1:] if not argument.startswith("--")]
     if "RANK" in os.environ:
-        run_on_ranks(*places, world=int(os.environ["WORLD_SIZE"]))
+        with results_only():
+            run_on_ranks(*places, world=int(os.environ["WORLD_SIZE"]))
     else:
         main(*places)

@@ -51,6 +51,7 @@ def surgery_gradients(
 MARGIN = 4
 
 
+@pytest.mark.slow(10)
 @settings(max_examples=60, deadline=None)
 @example(load=Load((0, 2, 1, 0, 0, 0, 0, 0), "low_rank+layer", 1, 678), storage="stacked")
 @given(load=LOADS, storage=st.sampled_from(["stacked", "kept", "replay"]))
@@ -77,6 +78,7 @@ def test_equals_separate_backward_passes_in_float64(load: Load, storage: str) ->
         assert difference.norm() <= max(1e-5 * max(1.0, float(value.norm())), MARGIN * plain)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(
     load=LOADS.filter(lambda load: load.accumulation == 1),

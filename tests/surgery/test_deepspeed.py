@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 from fastmtl.surgery.methods.table import draw_order
 
+pytestmark = pytest.mark.slow(70)
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:

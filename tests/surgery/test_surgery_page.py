@@ -34,6 +34,7 @@ def test_every_way_is_shown() -> None:
     assert len(printed.splitlines()) == 5 and TEXT.index(printed) < TEXT.index(hugging_face)
 
 
+@pytest.mark.slow(17)
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_example_runs(number: int, tmp_path: Path) -> None:
     script = tmp_path / "example.py"

@@ -152,6 +152,7 @@ def test_a_stop_leaves_a_table_and_the_same_command_goes_on(
     assert trained.seeds == [10, 80, 80, 20]
 
 
+@pytest.mark.slow(10)
 def test_real_processes(tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -34,6 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
     return directory
 
 
+@pytest.mark.slow(40)
 def test_heads_alone_leave_the_encoder_and_every_task_keeps_its_own_best(runs: Path, tiny_bert: Path) -> None:
     assert same(weights(runs / "heads", "model"), read_encoder_weights(tiny_bert, FAMILIES["bert"]))
     evaluations = [line["dev"] for line in lines(runs / "heads") if "dev" in line]
@@ -50,6 +51,7 @@ def test_heads_alone_leave_the_encoder_and_every_task_keeps_its_own_best(runs: P
     assert {task: found[task][metric] for task, metric in own.items()} == pytest.approx(best, abs=1e-5)
 
 
+@pytest.mark.slow(40)
 def test_adapters_come_after_tuning_with_everything_else_frozen(runs: Path) -> None:
     assert not (runs / "two" / "model" / "adapters.safetensors").is_file() or not weights(runs / "two", "adapters")
     for part in ("model", "heads"):
@@ -59,6 +61,7 @@ def test_adapters_come_after_tuning_with_everything_else_frozen(runs: Path) -> N
     assert trained and all(tensor.any() for name, tensor in trained.items())
 
 
+@pytest.mark.slow(40)
 def test_lines_of_metrics_name_the_phase_and_config_repeats_the_run(runs: Path) -> None:
     steps = [line for line in lines(runs / "three") if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 43))
@@ -78,6 +81,7 @@ def test_lines_of_metrics_name_the_phase_and_config_repeats_the_run(runs: Path) 
     assert "Phases" in page and "best_of_each" in page
 
 
+@pytest.mark.slow(40)
 def test_stopped_and_resumed_in_any_phase_is_bitwise_the_same(runs: Path) -> None:
     assert lasting(runs / "stopped") == lasting(runs / "three")
     for part in ("model", "adapters", "heads"):
@@ -86,6 +90,7 @@ def test_stopped_and_resumed_in_any_phase_is_bitwise_the_same(runs: Path) -> Non
     assert json.loads((newest / "manifest.json").read_text())["phase"] == "adapters"
 
 
+@pytest.mark.slow(40)
 def test_teacher_strengths_and_dynamic_weights_go_on_after_a_stop(runs: Path) -> None:
     assert lasting(runs / "objectives-stopped") == lasting(runs / "objectives")
     for part in ("model", "adapters", "heads"):
@@ -102,6 +107,7 @@ def test_teacher_strengths_and_dynamic_weights_go_on_after_a_stop(runs: Path) ->
     assert any(kept["scale"].values())
 
 
+@pytest.mark.slow(40)
 def test_tasks_that_a_phase_leaves_out_stay_as_they_are(runs: Path) -> None:
     before, after = weights(runs / "heads", "heads"), weights(runs / "subset", "heads")
     assert before.keys() == after.keys()
@@ -113,6 +119,7 @@ def test_tasks_that_a_phase_leaves_out_stay_as_they_are(runs: Path) -> None:
     assert kept["dev"].keys() == {"kind", "same", "degree"}  # the encoder is the same, so the scores still hold
 
 
+@pytest.mark.slow(40)
 def test_pretraining_on_one_task_goes_before_all(runs: Path) -> None:
     phases = [line["phase"] for line in lines(runs / "first") if "loss" in line]
     assert phases == ["one"] * 6 + ["adapters"] * 6
@@ -120,6 +127,7 @@ def test_pretraining_on_one_task_goes_before_all(runs: Path) -> None:
     assert fastmtl["tasks"] == ["kind", "same", "degree"]
 
 
+@pytest.mark.slow(40)
 def test_masked_words_come_before_the_tasks(runs: Path, tiny_bert: Path) -> None:
     steps = [line for line in lines(runs / "mlm") if "loss" in line]
     words = [line["loss"]["mlm"] for line in steps if line["phase"] == "words"]
@@ -127,6 +135,7 @@ def test_masked_words_come_before_the_tasks(runs: Path, tiny_bert: Path) -> None
     assert words[-1] < words[0] < 6  # log of the vocabulary is 4.8
 
 
+@pytest.mark.slow(40)
 def test_two_ranks_do_what_one_does(runs: Path) -> None:
     """ZeRO 2, two micro-batches a step: Gradient Compromise with gradvac, then masked words."""
     one, two = ([line for line in lines(runs / f"ranks-{world}") if "loss" in line] for world in (1, 2))
