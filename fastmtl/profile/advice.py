@@ -1,4 +1,7 @@
-"""The batch size that each way allows, and the storage to take, by the model as far as measured points bear it out."""
+"""The largest batch size of each series, and the storage to choose.
+
+Measurements decide; otherwise the model does, corrected by the measured points.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +15,25 @@ GIB = 2**30
 NAMES = {"sum": "the sum of the losses", "pcgrad": "PCGrad", "gradvac": "GradVac"}
 
 
-def beside(points: Sequence[dict[str, Any]]) -> int:
-    """Bytes that a process holds beside its tensors: libraries, a CUDA context, holes. The most of the measured points;
-    0 where none tells.
+def overhead_bytes(points: Sequence[dict[str, Any]]) -> int:
+    """Return the bytes that a process holds beyond its tensors: libraries, a CUDA context, holes.
+
+    This is the maximum over the measured points; 0 if it is unknown.
     """
     measured = [point["measured"] for point in points if point["measured"] is not None]
     held = [m["process_bytes"] - m["bytes"] for m in measured if m.get("process_bytes") is not None]
     return max([0, *held])
 
 
-def shortfall(points: Sequence[dict[str, Any]]) -> float:
-    """How much more than predicted a measured point needed at most, as a factor of at least 1."""
+def underestimate(points: Sequence[dict[str, Any]]) -> float:
+    """Return the largest ratio of a measured to a predicted peak, at least 1."""
     return max([1.0, *(1 / (1 + point["error"]) for point in points if "error" in point)])
 
 
 def advice(plan: Plan, result: dict[str, Any]) -> dict[str, Any]:
-    """text, and for each series the batch size that fits and whether processes or the model say so."""
+    """Return the text, and for each series the batch size that fits and whether it was measured."""
     points, limit = result["points"], result["memory_limit"]
-    around, factor = beside(points), shortfall(points)
+    overhead, factor = overhead_bytes(points), underestimate(points)
     searched = {entry["series"]: entry["measured"] for entry in result.get("largest", [])}
     fits: dict[str, dict[str, Any]] = {}
     for entry in points:
@@ -37,18 +41,20 @@ def advice(plan: Plan, result: dict[str, Any]) -> dict[str, Any]:
             continue
         point = Point(entry["batch_size"], entry["method"], entry["storage"])
         measured = searched.get(point.series)
-        size = largest_predicted(plan, point, (limit - around) / factor) if measured is None else measured
+        size = largest_predicted(plan, point, (limit - overhead) / factor) if measured is None else measured
         fits[point.series] = {"batch_size": size, "measured": measured is not None}
     checked = sum("error" in point for point in points)
     text = sentence(fits, limit, checked, max((abs(p["error"]) for p in points if "error" in p), default=None))
-    text = " ".join([text, *storages(plan, points, limit, (limit - around) / factor)])
-    return {"text": text, "fits": fits, "beside_bytes": around, "factor": factor}
+    text = " ".join([text, *storages(plan, points, limit, (limit - overhead) / factor)])
+    return {"text": text, "fits": fits, "beside_bytes": overhead, "factor": factor}
 
 
 def storages(plan: Plan, points: Sequence[dict[str, Any]], limit: int, nbytes: float) -> list[str]:
-    """Return the fastest storage that fits the largest batch size, for each method that keeps task gradients.
+    """Return a sentence on the fastest storage that fits, for each method that keeps task
+    gradients.
 
-    The storages need not be measured. nbytes: what the model may predict at most.
+    It is for the largest batch size. The storages need not be measured. nbytes: the largest
+    prediction that fits.
     """
     engine, largest = plan.phase.recipe.engine, dict[str, int]()
     for point in points:
@@ -58,9 +64,9 @@ def storages(plan: Plan, points: Sequence[dict[str, Any]], limit: int, nbytes: f
     for method, size in largest.items():
         candidates = STORAGES[-1:] if engine.zero == 3 or engine.offload else STORAGES
         fits = [one for one in candidates if plan.predict(Point(size, method, one)).nbytes <= nbytes]
-        told = f"the fastest storage of {NAMES.get(method, method)} that fits" if fits else "no storage fits"
+        claim = f"the fastest storage of {NAMES.get(method, method)} that fits" if fits else "no storage fits"
         best = f" is `{fits[0]}`" if fits else ""
-        found.append(f"At batch size {size} {told} in {limit / GIB:.3g} GiB{best}.")
+        found.append(f"At batch size {size} {claim} in {limit / GIB:.3g} GiB{best}.")
     return found
 
 
@@ -68,14 +74,14 @@ def sentence(fits: dict[str, dict[str, Any]], limit: int, checked: int, error: f
     ordered = sorted(fits.items(), key=lambda item: -item[1]["batch_size"])
     (series, first), *others = ordered
     size = f"{limit / GIB:.3g} GiB"
-    told = f"{_name(series)} fits {_size(first['batch_size'])} in {size}"
+    text = f"{_name(series)} fits {_size(first['batch_size'])} in {size}"
     if others:
-        told += "; " + ", ".join(f"{_name(name)} {_batch(entry['batch_size'])}" for name, entry in others)
+        text += "; " + ", ".join(f"{_name(name)} {_batch(entry['batch_size'])}" for name, entry in others)
     if all(entry["measured"] for entry in fits.values()):
-        return f"{told} (measured)."
+        return f"{text} (measured)."
     if error is None:
-        return f"{told} (predicted; no point was measured)."
-    return f"{told} (predicted; the model was within {100 * error:.1f} % of {checked} measured points)."
+        return f"{text} (predicted; no point was measured)."
+    return f"{text} (predicted; the model was within {100 * error:.1f} % of {checked} measured points)."
 
 
 def _name(series: str) -> str:

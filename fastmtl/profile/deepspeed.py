@@ -1,16 +1,17 @@
-"""What DeepSpeed 0.19 keeps by ZeRO stage and ranks, and what its optimisers need for a moment; in bytes.
+"""Memory that DeepSpeed 0.19 keeps by ZeRO stage and ranks, and temporary memory; in bytes.
 
-P trained numbers of e bytes, m moments, W ranks. "bucket": what gradients are put into to be reduced, of
-reduce_bucket_size numbers, which fastmtl makes no larger than P.
+P trained numbers of e bytes, m moments, W ranks. "bucket": the buffer in which gradients are
+reduced, of reduce_bucket_size numbers; fastmtl makes it no larger than P.
 
     stage  weights        optimiser                gradients while backward runs
     0      P e            m P 4, + P 4 in 16 bits  P e
     1      P e            (1 + m) P 4 / W          P e and a bucket; with overlap one or two buckets
     2      P e            (1 + m) P 4 / W          a bucket (two with accumulation), P e / W
     3      P e / W, and   (1 + m) P 4 / W          P e / W and a bucket, both kept between steps
-           what is whole
+           gathered ones
 
-Source: deepspeed/runtime/zero/stage_1_and_2.py and stage3.py; Rajbhandari et al., ZeRO, 2020 (the formulas).
+Source: deepspeed/runtime/zero/stage_1_and_2.py and stage3.py; Rajbhandari et al., ZeRO, 2020 (the
+formulas).
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ FLOAT = 4
 
 
 def kept(shape: Shape) -> Bytes:
-    """Between steps, without task gradients. With offload, what is in host memory is left out where the device is
-    another.
+    """Return the bytes kept between steps, without task gradients.
+
+    With offload to the host, host memory counts only if the model's device is a CPU.
     """
     trained, number, world = shape.trained, shape.number_bytes, shape.world
     held = zero_bytes()
     held["weights"] = shape.frozen * number
     if shape.zero == 3:
-        held["weights"] += share(trained * number, world) + whole(shape)
+        held["weights"] += share(trained * number, world) + gathered(shape)
         held["gradients"] = share(trained * number, world) + bucket(shape)
     else:
         held["weights"] += trained * number
@@ -42,9 +44,11 @@ def kept(shape: Shape) -> Bytes:
     return held
 
 
-def whole(shape: Shape) -> int:
-    """Parameters that ZeRO 3 gathers from all ranks: small ones stay, the others do for as long as
-    stage3_max_live_parameters (10^9) allows. A rank that is alone uses its own share.
+def gathered(shape: Shape) -> int:
+    """Return the bytes of parameters that ZeRO 3 gathers from all ranks.
+
+    Small parameters stay gathered, larger ones while stage3_max_live_parameters (10^9) allows it. A
+    single rank uses its own partition.
     """
     return 0 if shape.world == 1 else shape.trained * shape.number_bytes
 
@@ -58,34 +62,39 @@ def share(nbytes: int, world: int) -> int:
 
 
 def keeps_gradients(shape: Shape) -> bool:
-    """Whether each parameter keeps its gradient until the end of backward."""
+    """Return whether each parameter keeps its gradient until the end of backward."""
     return shape.zero == 0 or (shape.zero == 1 and not shape.overlap)
 
 
 def begin_backward(ledger: Ledger, shape: Shape, first: bool) -> None:
-    """Of the engine's own backward of a micro-batch."""
+    """Begin the engine's own backward of a micro-batch."""
     if shape.zero in (1, 2) and (first or shape.zero == 2):
-        # In ZeRO 2 what the micro-batches before have left are views of their bucket.
+        # In ZeRO 2 the gradients of earlier micro-batches are views of their bucket.
         ledger.hold("gradients", bucket(shape) * (2 if shape.overlap else 1))
 
 
 def end_backward(ledger: Ledger, shape: Shape, last: bool) -> None:
-    """After the last micro-batch, what the optimiser reads is held as gradients, and nothing else."""
+    """End the engine's own backward of a micro-batch.
+
+    After the last micro-batch only the gradients that the optimiser reads are held.
+    """
     number, kept_before = shape.number_bytes, kept(shape)["gradients"]
     if shape.zero == 0 and last:
         ledger.touch(min(shape.trained, REDUCE_BUCKET_SIZE) * number, "gradients")
-    if shape.zero == 2:  # the bucket is made anew for what comes next
+    if shape.zero == 2:  # the next bucket is allocated first
         ledger.touch(bucket(shape), "gradients")
         ledger.drop("gradients", ledger.held["gradients"] - kept_before - bucket(shape))
-    if shape.zero == 3:  # the bucket's gradients one after the other, and again as every rank's share
+    if shape.zero == 3:  # a copy of the bucket's gradients, and another one by rank
         ledger.touch(2 * bucket(shape), "gradients")
     if shape.zero == 1 and last:
         ledger.drop("gradients", ledger.held["gradients"] - kept_before - bucket(shape))
 
 
 def hand_over(ledger: Ledger, shape: Shape) -> None:
-    """Merged gradients become the parameters' own, those in float32 of parameters in 16 bits as copies; they are
-    reduced and then held as end_backward leaves them.
+    """Hand the merged gradients to the parameters.
+
+    Float32 gradients of 16-bit parameters are copied. The gradients are reduced, and then held as
+    end_backward leaves them.
     """
     number = shape.number_bytes
     in_buckets = shape.zero == 2 or shape.overlap
@@ -95,7 +104,7 @@ def hand_over(ledger: Ledger, shape: Shape) -> None:
         wide = shape.trained - (shape.dense if shape.merged_bytes == number else 0)
         ledger.hold("gradients", wide * number)
         ledger.drop("gradients", wide * FLOAT)
-    if in_buckets:  # one after the other they are copied there and dropped
+    if in_buckets:  # each gradient is copied there and dropped
         ledger.drop("gradients", shape.trained * number)
         ledger.touch(bucket(shape) if shape.zero == 2 else 0, "gradients")
     else:
@@ -103,13 +112,13 @@ def hand_over(ledger: Ledger, shape: Shape) -> None:
 
 
 def reduce_in_hand(ledger: Ledger, shape: Shape) -> None:
-    """Gradients that are all held already are reduced; in ZeRO 0 and 1."""
+    """Reduce gradients that are all held already; in ZeRO 0 and 1."""
     buckets = bucket(shape) * (2 if shape.overlap else 1)
     ledger.touch(buckets if shape.zero else min(shape.trained, REDUCE_BUCKET_SIZE) * shape.number_bytes, "gradients")
 
 
 def optimiser(ledger: Ledger, shape: Shape) -> None:
-    """Clipping and the update of one group after the other."""
+    """Clip and update one parameter group after another."""
     group = share(shape.group, shape.world if shape.zero else 1)
     narrow = shape.number_bytes < FLOAT
     decay = group * FLOAT if shape.copies_to_decay else 0

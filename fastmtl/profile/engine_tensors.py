@@ -1,4 +1,4 @@
-"""The tensors that a DeepSpeed engine's optimiser holds, by what they are for. Attributes of DeepSpeed 0.19."""
+"""Tensors that a DeepSpeed engine's optimiser holds, by use. Attributes are DeepSpeed 0.19's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def optimiser_tensors(optimizer: Any) -> Iterator[Tensor]:
-    """float32 masters and moments; of an optimiser without masters the weights too."""
+    """Yield float32 masters and moments; for an optimiser without masters, the weights too."""
     base = getattr(optimizer, "optimizer", optimizer)
     for group in base.param_groups:
         yield from (parameter.data for parameter in group["params"])
@@ -19,14 +19,14 @@ def optimiser_tensors(optimizer: Any) -> Iterator[Tensor]:
 
 
 def partitioned_weights(model: nn.Module, optimizer: Any) -> Iterator[Tensor]:
-    """This rank's share under ZeRO 3, and where offload puts the updated weights first."""
+    """Yield this rank's partition under ZeRO 3, and the offload's buffers of updated weights."""
     yield from _tensors(getattr(parameter, "ds_tensor", None) for parameter in model.parameters())
     yield from _tensors([getattr(optimizer, "lp_param_buffer", None)])
     yield from _tensors(getattr(optimizer, "param_buffer_of_bit16_for_cpu_offload_groups", ()))
 
 
 def gradient_buffers(optimizer: Any) -> Iterator[Tensor]:
-    """What ZeRO 3 and offload keep between steps."""
+    """Yield the gradient buffers that ZeRO 3 and offload keep between steps."""
     yield from _tensors([getattr(optimizer, "grad_partitions_flat_buffer", None)])
     for bucket in getattr(optimizer, "ipg_buckets", {}).values():
         buffer = bucket.buffer

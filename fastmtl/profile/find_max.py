@@ -11,16 +11,17 @@ from fastmtl.profile import process
 from fastmtl.profile.measure import Job, measure
 from fastmtl.profile.plan import Plan, Point
 
-# Found to one part in so many.
+# The result is accurate to one part in PARTS.
 PARTS = 16
 GROWTH = 1.25
 LARGEST = 1 << 17
 
 
-def find_max(recipe: dict[str, Any], plan: Plan, point: Point, limit: int, say: Say, beside: int) -> dict[str, Any]:
-    """The largest batch size whose process stays within `limit` bytes, of the point's method and storage.
+def find_max(recipe: dict[str, Any], plan: Plan, point: Point, limit: int, say: Say, overhead: int) -> dict[str, Any]:
+    """Return the largest batch size whose process stays within `limit` bytes.
 
-    beside: bytes that a process holds beside its tensors. The model says where to begin; processes that ran decide.
+    point: its method and storage are used. overhead: bytes that a process holds beyond its tensors.
+    The model gives the starting point; real processes decide.
     """
     tried: dict[int, dict[str, Any]] = {}
 
@@ -36,7 +37,7 @@ def find_max(recipe: dict[str, Any], plan: Plan, point: Point, limit: int, say: 
             tried[size] = {"fits": held is not None and held <= limit, "process_bytes": held}
         return bool(tried[size]["fits"])
 
-    predicted = largest_predicted(plan, point, limit - beside)
+    predicted = largest_predicted(plan, point, limit - overhead)
     found: dict[str, Any] = {"series": point.series, "limit": limit, "predicted": predicted, "failed": None}
     try:
         found["measured"] = bisect(fits, max(predicted, 1))
@@ -46,11 +47,11 @@ def find_max(recipe: dict[str, Any], plan: Plan, point: Point, limit: int, say: 
 
 
 class CannotMeasure(Exception):
-    """A point failed for another reason than memory."""
+    """Raised for a point that failed for another reason than memory."""
 
 
 def bisect(fits: Callable[[int], bool], start: int) -> int:
-    """The largest number that fits, to one part in PARTS, beginning at `start`; 0 where not even 1 does."""
+    """Return the largest number that fits, to one part in PARTS, from `start`; 0 if none does."""
     low, high = 0, None
     size = start
     while high is None or low == 0:

@@ -1,11 +1,11 @@
-"""The least that a step's parts take on a device that is not at hand, by its data sheet.
+"""Lower bounds of a step's times on a device that is not at hand, from its data sheet.
 
     forward    2 F n / peak, F the numbers of the layers' matrices, n tokens; backward twice that
     surgery    2 passes over J / bandwidth; `kept`: 2 forwards, and backward once
-    optimiser  7 V 4 / bandwidth, V trained numbers: gradient, weight, two moments are read, all but the first written;
-               handing over 3 V 4 / bandwidth
+    optimiser  7 V 4 / bandwidth, V trained numbers: gradient, weight, two moments are read, all but
+               the gradient written; hand-over 3 V 4 / bandwidth
 
-No step is faster, real ones are slower: what is left of a step beside communication is at least this.
+No real step is faster. The time of a step without communication is at least the sum of these.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from fastmtl.profile.shape import Shape
 
 @dataclass(frozen=True)
 class Device:
-    """half, single: operations per second in 16 and 32 bits, without sparsity. bandwidth: bytes per second."""
+    """A device's data sheet.
+
+    half, single: operations per second in 16 and 32 bits, without sparsity. bandwidth: bytes per
+    second.
+    """
 
     half: float
     single: float
@@ -35,14 +39,14 @@ DEVICES = {
 
 
 def floors(shape: Shape, name: str) -> Parts:
-    """Raises UserError for a device that is not known."""
+    """Return the lower bounds. Raise UserError for an unknown device."""
     if name not in DEVICES:
         raise unknown_name("device", name, DEVICES)
     device = DEVICES[name]
     tokens = sum(load.tokens for load in shape.loads)
     forward = 2 * shape.linears * tokens / (device.half if shape.number_bytes < FLOAT else device.single)
     twice = 2 if shape.storage == "replay" else 1
-    kept = shape.storage == "kept" and not shape.joint  # the weights' products are made in surgery, twice
+    kept = shape.storage == "kept" and not shape.joint  # surgery computes the weights' products, twice
     surgery = 0.0 if shape.joint else ALONE * shape.tasks * shape.dense * shape.j_bytes / device.bandwidth
     number = shape.trained * FLOAT / device.bandwidth
     seconds = {

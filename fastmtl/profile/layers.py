@@ -1,8 +1,8 @@
-"""What each module of the encoder keeps for backward, and what it needs for a moment; in bytes.
+"""Bytes that each module of the encoder keeps for backward, and its temporary memory.
 
-Each function tells one module's forward or backward to a ledger, allocation by allocation, in the order of the code it
-stands for. N tokens, d hidden, f intermediate, h heads, s the adapter's size, B sequences. Rows of N x d numbers are
-counted in the model's dtype, statistics in float32.
+Each function replays one module's forward or backward on a ledger, in the order of the module's
+allocations. N tokens, d hidden, f intermediate, h heads, s the adapter's size, B sequences. Rows of
+N x d numbers are counted in the model's dtype, statistics in float32.
 """
 
 from __future__ import annotations
@@ -14,99 +14,99 @@ from fastmtl.profile.shape import Shape
 
 FLOAT = 4
 INT64 = 8
-# Vectors [B, d] that pooling and a head keep: pooled, sliced by task, after dropout with its mask, features.
+# Vectors [B, d] of pooling and a head: pooled, sliced by task, dropout's output and mask, features.
 HEAD_VECTORS = 5
 
-# Told of every parameter whose gradient a backward has: its numbers, and bytes of the rows dY that it comes from.
+# Called for every parameter gradient of a backward, with its numbers and the bytes of the rows dY.
 Weight = Callable[[Ledger, int, int], None]
 
 
 class Rows:
-    """Bytes of rows of a micro-batch, in layers that are trained or frozen, with an adapter beside them or not.
-
-    shared: whether the layers are all tasks', so that surgery wants their gradients.
-    """
+    """Bytes of rows of a micro-batch. shared: surgery needs the gradients of the layers."""
 
     def __init__(self, shape: Shape, *, keeps_inputs: bool, adapter_size: int = 0, shared: bool = False) -> None:
         tokens, number = shape.load.tokens, shape.number_bytes
         self.shape = shape
         self.keeps_inputs = keeps_inputs
-        # What `storage: kept` keeps of shared layers outlives their backward.
+        # With `storage: kept`, tensors of shared layers outlive their backward.
         self.outlive = shared and shape.storage == "kept" and not shape.joint
-        self.remakes = shape.recompute == "cheap"
+        self.recomputes = shape.recompute == "cheap"
         self.d = tokens * shape.hidden * number
         self.f = tokens * shape.intermediate * number
         self.s = tokens * adapter_size * number
-        # fastmtl_kernels.varlen_attention.cpp: maximum and sum of every row and head.
+        # fastmtl_kernels.varlen_attention.cpp: maximum and sum per row and head.
         self.attention_stats = tokens * shape.heads * 2 * FLOAT
         self.adapter_stats = 0 if shape.adapter is None else tokens * shape.adapter.heads * 2 * FLOAT
-        # fastmtl_kernels.add_layer_norm.cpp: mean, rstd, and a bit for each element that dropout may drop.
+        # fastmtl_kernels.add_layer_norm.cpp: mean, rstd, and one bit per element for dropout.
         self.norm_stats = tokens * 2 * FLOAT
         self.mask = tokens * -(-shape.hidden // 64) * 8 if shape.dropout else 0
-        # fastmtl.surgery.rules.projections: a copy of three weights that do not follow one another in a flat buffer.
+        # fastmtl.surgery.rules.projections: a copy of three weights that are not adjacent in a flat
+        # buffer.
         self.projections = 0 if shape.zero in (1, 2) else 3 * shape.hidden**2 * number
 
     def input(self, nbytes: int) -> int:
-        """Of what a linear layer reads, the bytes that it keeps: a frozen one needs none."""
+        """Return the bytes that a linear layer keeps of its input; a frozen one needs none."""
         return nbytes if self.keeps_inputs else 0
 
     def result(self, nbytes: int) -> int:
-        """The same of what LayerNorm or the activation returned."""
-        return 0 if self.remakes else self.input(nbytes)
+        """Return the bytes that it keeps of an input that LayerNorm or the activation returned."""
+        return 0 if self.recomputes else self.input(nbytes)
 
-    def again(self, nbytes: int) -> int:
-        """Of such a result, the bytes that backward makes again."""
+    def recomputed(self, nbytes: int) -> int:
+        """Return the bytes of such an input that backward recomputes."""
         return self.input(nbytes) - self.result(nbytes)
 
     @property
     def norm(self) -> int:
-        """add_layer_norm keeps z, its statistics and mask; what it returns is kept by what reads it."""
+        """add_layer_norm's z, statistics and mask. The next layer keeps its output."""
         return self.d + self.norm_stats + self.mask
 
     @property
     def layer(self) -> int:
-        """q, k, v side by side and attention's output; two norms and what the first returns; before and after the
-        activation. Without the layer's input and output.
-        """
+        """q, k, v, attention's output; two norms, the first one's output; activation in and out."""
         attention = 3 * self.d + self.attention_stats + self.input(self.d)
         return attention + 2 * self.norm + self.result(self.d) + self.f + self.result(self.f)
 
     @property
     def kept(self) -> int:
-        """Of each layer between forward and backward, with its input, which is another's output."""
+        """The bytes per layer between forward and backward, including the layer's input."""
         return self.d if self.shape.recompute == "full" else self.layer + self.result(self.d)
 
     @property
     def pal(self) -> int:
-        """V_E h, q, k, v, attention's output, and with an activation what comes before it."""
+        """V_E h, q, k, v, attention's output, and the activation's input if there is one."""
         adapter = self.shape.adapter
         return 5 * self.s + self.adapter_stats + (self.d if adapter is not None and adapter.gelu else 0)
 
     @property
     def adapter(self) -> int:
-        """Beside one layer that carries it."""
+        """The adapter's bytes beside one layer."""
         adapter = self.shape.adapter
         if adapter is None or adapter.name == "none":
             return 0
         return self.pal if adapter.name == "pal" else self.s * (2 if adapter.gelu else 1)
 
 
-def carries(shape: Shape, layer: int) -> bool:
-    """Whether a layer has an adapter. Which ones do changes the peak by less than a layer's adapter: the last ones."""
+def has_adapter(shape: Shape, layer: int) -> bool:
+    """Return whether a layer has an adapter, assuming the last layers do (off by under one
+    adapter).
+    """
     return shape.adapter is not None and layer >= shape.layers - shape.adapter.layers
 
 
 def embeddings_forward(ledger: Ledger, rows: Rows, *, trained: bool) -> None:
-    """Their output is held as activations afterwards."""
+    """Hold the embeddings' output as activations."""
     with ledger.holding(2 * rows.d):
-        ledger.hold("activations", rows.d if trained else 0)  # the sum of the tables' rows: what LayerNorm keeps
+        ledger.hold("activations", rows.d if trained else 0)  # the sum of the tables' rows, kept by LayerNorm
     with ledger.holding(rows.d if rows.shape.dropout else 0):
         ledger.hold("activations", rows.d)
 
 
 def embeddings_backward(ledger: Ledger, rows: Rows, weight: Weight, table: int, *, summed: bool) -> None:
-    """From dy, which is held as workspace, and drops it. table: numbers of the word embeddings' dense gradient. summed:
-    whether the tables' gradients go to the parameters: then rows, weighted or in 16 bits, are added up in float32.
+    """Drop dy, held as workspace. table: numbers of the word embeddings' dense gradient.
+
+    summed: the tables' gradients go to the parameters. Rows that are weighted or in 16 bits are
+    then added in float32.
     """
     shape = rows.shape
     ledger.touch(2 * rows.d)
@@ -125,12 +125,12 @@ def embeddings_backward(ledger: Ledger, rows: Rows, weight: Weight, table: int, 
 
 
 def layer_without_graph(ledger: Ledger, rows: Rows) -> None:
-    """A frozen layer with nothing trained below it: its output takes the place of its input."""
+    """Run a frozen layer with nothing trained below it: its output replaces its input."""
     ledger.touch(max(3 * rows.d + rows.projections, 4 * rows.d + rows.attention_stats, rows.d + 2 * rows.f))
 
 
 def first_adapter_forward(ledger: Ledger, rows: Rows) -> None:
-    """The first layer of a frozen encoder that has an adapter: only what the adapter adds is in the graph."""
+    """Run a frozen encoder's first layer with an adapter; only the adapter's part needs a graph."""
     ledger.hold("activations", rows.adapter)
     with ledger.holding(rows.d):
         layer_without_graph(ledger, rows)
@@ -146,7 +146,7 @@ def first_adapter_backward(ledger: Ledger, rows: Rows) -> None:
 
 
 def layer_forward(ledger: Ledger, rows: Rows, *, adapts: bool) -> None:
-    """The layer's input is held as activations, its output will be beside it."""
+    """Hold the layer's output as activations, beside its input."""
     if adapts:
         ledger.hold("activations", rows.adapter)
     with ledger.holding(rows.d if adapts else 0):
@@ -166,38 +166,37 @@ def layer_forward(ledger: Ledger, rows: Rows, *, adapts: bool) -> None:
 
 
 def layer_backward(
-    ledger: Ledger, rows: Rows, weight: Weight, *, adapts: bool, again: bool, at_once: bool = False
+    ledger: Ledger, rows: Rows, weight: Weight, *, adapts: bool, recomputed_input: bool, at_once: bool = False
 ) -> None:
-    """From dy, which is held as workspace; the gradient of the layer's input is held in its place afterwards.
+    """Replace dy, held as workspace, by the gradient of the layer's input; drop activations.
 
-    What the layer and its adapter hold as activations is dropped, with the layer's input and without its output.
-    again: whether the input is not held, but made again. at_once: whether the gradients of the weights of q, k and v
-    are one product.
+    Its input is dropped, its output is not. recomputed_input: the input is recomputed, not held.
+    at_once: the gradients of the weights of q, k and v are one product.
     """
     hidden, intermediate = rows.shape.hidden, rows.shape.intermediate
     d, f = rows.d, rows.f
-    split = 1 if rows.mask else 0  # without dropout dx is dz
+    split = 1 if rows.mask else 0  # without dropout, dx and dz are one tensor
     # The second norm: dz goes to the residual and the adapter, dx to the dense layer.
     _norm_backward(ledger, rows, split)
     # output.dense
-    with ledger.holding(rows.again(f)):
+    with ledger.holding(rows.recomputed(f)):
         ledger.hold("workspace", f)
         weight(ledger, hidden * intermediate, d)
-        _end_of_gradient(ledger, rows, split * d)
-    _end_of_input(ledger, rows, f, rows.result(f))
+        _drop_output_gradient(ledger, rows, split * d)
+    _drop_input(ledger, rows, f, rows.result(f))
     # The activation.
     ledger.hold("workspace", f)
     ledger.drop("workspace", f)
     ledger.drop("activations", f)
-    # intermediate.dense, whose input meets the residual.
-    with ledger.holding(rows.again(d)):
+    # intermediate.dense, whose input is also the residual.
+    with ledger.holding(rows.recomputed(d)):
         ledger.hold("workspace", d)
         weight(ledger, hidden * intermediate, f)
-        _end_of_gradient(ledger, rows, f)
-    _end_of_input(ledger, rows, d, rows.result(d))
+        _drop_output_gradient(ledger, rows, f)
+    _drop_input(ledger, rows, d, rows.result(d))
     keeps_dz = rows.outlive and not split
     if adapts or keeps_dz:
-        ledger.touch(d)  # dz is still to be read, so it is not added to in place
+        ledger.touch(d)  # dz is read later, so it is not added to in place
     if not adapts:
         ledger.drop("workspace", d)
     ledger.hold("task gradients", d if keeps_dz else 0)
@@ -206,18 +205,18 @@ def layer_backward(
     # attention.output.dense
     ledger.hold("workspace", d)
     weight(ledger, hidden * hidden, d)
-    _end_of_gradient(ledger, rows, split * d)
-    _end_of_input(ledger, rows, d, rows.input(d))
+    _drop_output_gradient(ledger, rows, split * d)
+    _drop_input(ledger, rows, d, rows.input(d))
     # Attention: all of q, k, v at once.
     ledger.hold("workspace", 3 * d)
     ledger.drop("workspace", d)
     ledger.drop("activations", 3 * d + rows.attention_stats)
-    ledger.hold("workspace", d if again else 0)
+    ledger.hold("workspace", d if recomputed_input else 0)
     ledger.hold("workspace", d)
     ledger.touch(rows.projections)
     for _ in range(1 if at_once else 3):
         weight(ledger, (3 if at_once else 1) * hidden * hidden, 3 * d if at_once else d)
-    _end_of_gradient(ledger, rows, 3 * d)
+    _drop_output_gradient(ledger, rows, 3 * d)
     if keeps_dz:
         ledger.touch(d)
     ledger.drop("workspace", d)
@@ -226,30 +225,30 @@ def layer_backward(
         _adapter_backward(ledger, rows)
         ledger.drop("activations", rows.adapter)
         ledger.drop("workspace", d)
-    ledger.drop("workspace", d if again else 0)
-    _end_of_input(ledger, rows, d, 0 if again else d)
+    ledger.drop("workspace", d if recomputed_input else 0)
+    _drop_input(ledger, rows, d, 0 if recomputed_input else d)
 
 
-def _end_of_gradient(ledger: Ledger, rows: Rows, nbytes: int) -> None:
-    """Of what a Linear's weight gradient is made from, held as workspace."""
+def _drop_output_gradient(ledger: Ledger, rows: Rows, nbytes: int) -> None:
+    """Drop a Linear's output gradient, held as workspace, or keep it for surgery."""
     ledger.drop("workspace", nbytes)
     ledger.hold("task gradients", nbytes if rows.outlive else 0)
 
 
-def _end_of_input(ledger: Ledger, rows: Rows, nbytes: int, held: int) -> None:
-    """Of what a Linear has read, held as activations or made again."""
+def _drop_input(ledger: Ledger, rows: Rows, nbytes: int, held: int) -> None:
+    """Drop a Linear's input, held as activations or recomputed, or keep it for surgery."""
     ledger.drop("activations", held)
     ledger.hold("activations", nbytes if rows.outlive else 0)
 
 
-def layer_again(ledger: Ledger, rows: Rows, *, adapts: bool) -> None:
-    """With `recompute: full`: a layer's forward once more, up to the last thing that its backward needs."""
+def recompute_layer(ledger: Ledger, rows: Rows, *, adapts: bool) -> None:
+    """Recompute a layer's forward for `recompute: full`, up to the last tensor of backward."""
     layer_forward(ledger, rows, adapts=adapts)
     ledger.drop("activations", rows.d)
 
 
 def _norm_backward(ledger: Ledger, rows: Rows, split: int) -> None:
-    """dy becomes dz, and with dropout dx beside it; z, its statistics and mask are dropped."""
+    """Replace dy by dz, and with dropout by dz and dx; drop z, its statistics and mask."""
     ledger.hold("workspace", (1 + split) * rows.d)
     ledger.drop("workspace", rows.d)
     ledger.drop("activations", rows.norm)
@@ -266,21 +265,21 @@ def _adapter_backward(ledger: Ledger, rows: Rows) -> None:
 
 
 def pal_on_top_forward(ledger: Ledger, rows: Rows) -> None:
-    """h + V_D MHA(V_E h): the layers' output is held, what comes out of it will be beside it."""
+    """Run h + V_D MHA(V_E h): hold its output beside the layers' output."""
     ledger.hold("activations", rows.pal)
     with ledger.holding(rows.d):
         ledger.hold("activations", rows.d)
 
 
-def pal_on_top_backward(ledger: Ledger, rows: Rows, *, again: bool) -> None:
-    """dy, held as workspace, goes on with what the projections add to it. again: as in layer_backward."""
+def pal_on_top_backward(ledger: Ledger, rows: Rows, *, recomputed_input: bool) -> None:
+    """Add the projections' gradients to dy, held as workspace."""
     ledger.touch(5 * rows.s)
-    ledger.touch(rows.s + (3 if again else 2) * rows.d)
-    ledger.drop("activations", rows.pal + (0 if again else rows.d))
+    ledger.touch(rows.s + (3 if recomputed_input else 2) * rows.d)
+    ledger.drop("activations", rows.pal + (0 if recomputed_input else rows.d))
 
 
 def heads_forward(ledger: Ledger, rows: Rows) -> None:
-    """After the last layer, whose output only pooling reads and does not keep."""
+    """Run pooling and heads after the last layer, whose output is not kept."""
     shape = rows.shape
     ledger.drop("activations", rows.d)
     with ledger.holding(rows.d):
@@ -288,7 +287,7 @@ def heads_forward(ledger: Ledger, rows: Rows) -> None:
 
 
 def heads_backward(ledger: Ledger, rows: Rows, *, below: bool) -> None:
-    """Ends with dy of the last layer's output held as workspace, if something below is trained."""
+    """Hold dy of the last layer's output as workspace, if something below is trained."""
     ledger.drop("activations", _head_bytes(rows.shape))
     ledger.hold("workspace", rows.d if below else 0)
 

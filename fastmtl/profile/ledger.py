@@ -1,15 +1,18 @@
-"""A step told as what is held, dropped and touched, in bytes; it remembers its fullest moment."""
+"""A simulation of a step's memory: bytes held, dropped and touched, with their peak."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fastmtl.measure.parts import Bytes, Part, total, zero_bytes
+from fastmtl.measure.parts import Bytes, Part, total
 
 
 class Ledger:
-    """peak: the parts at the fullest moment so far. at: the name of the phase it was in."""
+    """Bytes held now, by part.
+
+    peak: the parts at the largest total so far. at: the phase of the peak.
+    """
 
     def __init__(self, held: Bytes) -> None:
         self.held = dict(held)
@@ -25,7 +28,7 @@ class Ledger:
         assert self.held[part] >= 0, (part, self.phase, self.held)
 
     def touch(self, nbytes: int, part: Part = "workspace") -> None:
-        """For a moment only."""
+        """Hold bytes for a moment."""
         self.hold(part, nbytes)
         self.drop(part, nbytes)
 
@@ -38,7 +41,3 @@ class Ledger:
     def _look(self) -> None:
         if total(self.held) > total(self.peak):
             self.peak, self.at = dict(self.held), self.phase
-
-
-def fullest(ledger: Ledger) -> Bytes:
-    return ledger.peak if total(ledger.peak) else zero_bytes()

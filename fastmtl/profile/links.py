@@ -1,15 +1,18 @@
-"""Links between ranks, and what a collective costs on them: alpha-beta formulas on two levels.
+"""Links between ranks, and the cost of collectives: alpha-beta formulas on two levels.
 
-A message of n bytes takes a + n / b: latency a, bandwidth b. W ranks on M nodes of g; n bytes are the whole buffer.
+A message of n bytes takes a + n / b: latency a, bandwidth b. W ranks on M nodes of g; n bytes are
+the whole buffer.
 
     ring, reduce-scatter or all-gather   (W - M) a_in + (M - 1) a_out + n (W - 1) / W / b
     ring, all-reduce                     twice that
     tree, all-reduce                     2 ((g - 1) a_in + ceil(log2 M) a_out + n / b)
 
-b is a rank's to its own node on one node; on several a ring goes through every node's network cards, of which a node's
-ranks share all, so it is the slower of the two. The faster of ring and tree counts, as NCCL chooses it.
-Sources: Thakur, Rabenseifner, Gropp, Optimization of Collective Communication Operations in MPICH, 2005 (formulas);
-NCCL, src/graph/tuning.cc (both levels, and the choice).
+On one node b is the bandwidth from a rank to its node. On several nodes a ring passes every node's
+network cards, which the node's ranks share, so b is the slower of the two bandwidths. The faster of
+ring and tree counts, as in NCCL.
+
+Sources: Thakur, Rabenseifner, Gropp, Optimization of Collective Communication Operations in MPICH,
+2005 (formulas); NCCL, src/graph/tuning.cc (both levels, and the choice).
 """
 
 from __future__ import annotations
@@ -25,7 +28,10 @@ Kind = Literal["all_reduce", "reduce_scatter", "all_gather"]
 
 @dataclass(frozen=True)
 class Link:
-    """seconds: of a message without content. bandwidth: bytes per second in one direction."""
+    """A link between two ends.
+
+    seconds: the latency of an empty message. bandwidth: bytes per second in one direction.
+    """
 
     seconds: float
     bandwidth: float
@@ -33,8 +39,10 @@ class Link:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of `node` ranks. inside: from a rank to its node. between: from a whole node to the others. source: where
-    the numbers come from.
+    """Nodes of `node` ranks each.
+
+    inside: the link from a rank to its node. between: the link from a whole node to the others.
+    source: of the numbers.
     """
 
     name: str
@@ -44,7 +52,7 @@ class Cluster:
     source: str
 
     def seconds(self, kind: Kind, nbytes: float, world: int) -> float:
-        """Of one collective of all `world` ranks."""
+        """Return the seconds of one collective of all `world` ranks."""
         if world == 1:
             return 0.0
         nodes = -(-world // self.node)
@@ -62,12 +70,12 @@ class Cluster:
 
 
 def sent(kind: Kind, nbytes: float, world: int) -> float:
-    """Bytes that each rank of a ring sends, and receives."""
+    """Return the bytes that each rank of a ring sends, and receives."""
     once = nbytes * (world - 1) / world
     return 2 * once if kind == "all_reduce" else once
 
 
-_GIGA, _MICRO = 1e9, 1e6  # microseconds of a second
+_GIGA, _MICRO = 1e9, 1e6  # microseconds per second
 CLUSTERS = {
     "nvlink": Cluster(
         "nvlink",
@@ -94,7 +102,10 @@ CLUSTERS = {
 
 
 def find_cluster(text: str) -> Cluster:
-    """A name of CLUSTERS, or RANKS:GB/s:us:GB/s:us as in the help of `--link`. Raises UserError."""
+    """Return a cluster by name, or from RANKS:GB/s:us:GB/s:us as in the help of `--link`.
+
+    Raises UserError for anything else.
+    """
     if ":" not in text:
         if text not in CLUSTERS:
             raise unknown_name("link", text, CLUSTERS)
@@ -105,10 +116,10 @@ def find_cluster(text: str) -> Cluster:
         ranks = int(node)
     except ValueError:
         raise UserError(
-            f"--link: '{text}': write ranks of a node, GB/s and us in it, GB/s and us between nodes, as 8:450:1:400:5"
+            f"--link: '{text}': write ranks per node, GB/s and us in it, GB/s and us between nodes, as 8:450:1:400:5"
         ) from None
     if ranks < 1 or min(inside, between) <= 0 or min(inside_us, between_us) < 0:
-        raise UserError(f"--link: '{text}': ranks and GB/s are above 0, microseconds not below")
+        raise UserError(f"--link: '{text}': ranks and GB/s must be above 0, microseconds at least 0")
     return Cluster(
         text,
         ranks,

@@ -1,4 +1,4 @@
-"""One point, measured in the process that runs this."""
+"""Measure one point in the current process."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ WATCH_SECONDS = 0.005
 
 @dataclass(frozen=True)
 class Job:
-    """recipe: dumped, and the name of its phase. limit: bytes that the process (on a GPU: torch) may hold. timed: so
-    many steps. trace: a file.
+    """A point to measure.
+
+    recipe: as plain data. phase: the name of its phase. limit: bytes that the process (on a GPU:
+    torch) may hold. timed: the number of timed steps. trace: a file.
     """
 
     recipe: dict[str, Any]
@@ -46,7 +48,9 @@ class Job:
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """JSON-ready. Raises UserError, and what torch raises where memory runs out; over the limit the process kills
+    """Return the measurements, JSON-ready.
+
+    Raises UserError, and torch's errors if memory runs out. Over the limit, the process kills
     itself.
     """
     free_at_once()
@@ -58,7 +62,7 @@ def measure(job: Job) -> dict[str, Any]:
     model = PhaseModel(phase).model
     drawn = draw(recipe, Corpus.load(recipe, tokenizer, model.encoder.max_length))
     steps = Steps(recipe, model, ranks.world, ranks.device)
-    steps.counted(drawn.largest)  # makes J and the optimiser's state
+    steps.counted(drawn.largest)  # allocates J and the optimiser's state
     if ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(ranks.device)
     peak = steps.counted(drawn.largest).peak()
@@ -88,7 +92,10 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def _times(steps: Steps, drawn: Draw, number: int, nvml: Nvml | None) -> dict[str, Any]:
-    """Seconds and real tokens a second of the epoch's first steps, after the warm-up that counting was."""
+    """Return seconds and real tokens per second of the epoch's first steps.
+
+    The counted steps were the warm-up.
+    """
     seconds, rates = [], []
     used: list[int] = []
     before = None if nvml is None else nvml.joules()
@@ -111,7 +118,9 @@ def _times(steps: Steps, drawn: Draw, number: int, nvml: Nvml | None) -> dict[st
 
 
 def _gpu_memory(device: torch.device, nvml: Nvml) -> dict[str, Any]:
-    """allocated: at most, by torch's allocator; reserved: what it has taken from the driver for that."""
+    """Return bytes on the GPU: torch's peak (allocated), torch's pool (reserved), the process's,
+    all.
+    """
     return {
         "allocated_bytes": torch.cuda.max_memory_allocated(device),
         "reserved_bytes": torch.cuda.max_memory_reserved(device),
@@ -133,8 +142,10 @@ def _limit(nbytes: int | None, device: torch.device) -> None:
 
 
 def _watch(limit: int) -> None:
-    """The resident set, not the address space that RLIMIT_AS is about: libraries and DeepSpeed's buckets reserve much
-    more than they touch.
+    """Kill this process over the limit.
+
+    The limit is for the resident set. RLIMIT_AS limits the address space, of which libraries and
+    DeepSpeed's buckets reserve much more than they touch.
     """
     process = psutil.Process()
     while process.memory_info().rss <= limit:

@@ -1,4 +1,4 @@
-"""What NVIDIA's driver says of the GPU: what this process really holds, utilisation and energy. Needs nvidia-ml-py."""
+"""Readings of NVIDIA's driver: memory of this process, utilisation, energy. Needs nvidia-ml-py."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 
 
 class Nvml:
-    """reason: why there is nothing to be had, "" where there is; every number is None then.
+    """Access to the driver.
 
-    A number that the driver or the GPU does not give is None too, with its reason in `denied`.
+    reason: why no reading is available; "" if they are. Without access every number is None. A
+    number that the driver or the GPU does not provide is None too, with its reason in `denied`.
     """
 
     def __init__(self, device: torch.device, library: Any = None) -> None:
@@ -28,29 +29,29 @@ class Nvml:
             self._handle = self._nvml.nvmlDeviceGetHandleByUUID(uuid)
         except ImportError:
             self.reason = "nvidia-ml-py is not installed: pip install 'fastmtl-torch[gpu]'"
-        except Exception as error:  # noqa: BLE001 - NVML's own class, which is not there without it
+        except Exception as error:  # noqa: BLE001 - NVML's own class, which may not be importable
             self.reason = f"NVML: {error}"
 
     def process_bytes(self) -> int | None:
-        """What this process holds on the GPU, the CUDA context included."""
+        """Return the bytes that this process holds on the GPU, including the CUDA context."""
 
         def read(nvml: Any, handle: Any) -> int | None:
             used = [p.usedGpuMemory for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
-            return used[0] if used else None  # a container may hide who is who
+            return used[0] if used else None  # a container may hide process ids
 
         return self._ask("memory of the process", read)
 
     def utilisation(self) -> int | None:
-        """Per cent of the last moments in which a kernel ran."""
+        """Return the percentage of the last moments in which a kernel ran."""
         return self._ask("utilisation", lambda nvml, handle: nvml.nvmlDeviceGetUtilizationRates(handle).gpu)
 
     def joules(self) -> float | None:
-        """Since the driver was loaded."""
+        """Return the energy since the driver was loaded."""
         return self._ask("energy", lambda nvml, handle: nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)
 
     @contextmanager
     def watching(self, found: list[int], every: float = 0.05) -> Iterator[None]:
-        """Utilisation while the block runs, read again and again, goes into `found`."""
+        """Sample the utilisation into `found` while the block runs."""
         done = threading.Event()
 
         def watch() -> None:
@@ -78,7 +79,7 @@ class Nvml:
             return None
 
     def notes(self) -> list[str]:
-        """Sentences about what is missing."""
+        """Return the reasons of missing readings, as sentences."""
         return [self.reason] if self.reason else list(self.denied.values())
 
 

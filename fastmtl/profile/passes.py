@@ -1,4 +1,4 @@
-"""Forward and backward of one micro-batch, told to a ledger layer by layer."""
+"""Forward and backward of one micro-batch, replayed on a ledger layer by layer."""
 
 from __future__ import annotations
 
@@ -11,30 +11,33 @@ from fastmtl.profile.shape import Shape
 
 
 class Pass:
-    """Forward and backward of micro-batch `number`, told to a ledger."""
+    """Forward and backward of micro-batch `number` on a ledger."""
 
     def __init__(self, ledger: Ledger, shape: Shape, number: int) -> None:
         shape = replace(shape, load=shape.loads[number])
         adapter = shape.adapter
         self._ledger, self._shape = ledger, shape
         self._trained = shape.dense > 0
-        # DeepSpeed's linear layer of ZeRO 3 keeps its input whether its weight is trained or not.
+        # DeepSpeed's linear layer of ZeRO 3 keeps its input even if its weight is frozen.
         keeps_inputs = self._trained or shape.zero == 3
         size = 0 if adapter is None else adapter.size
         self._rows = Rows(shape, keeps_inputs=keeps_inputs, adapter_size=size, shared=self._trained)
         self._top = "none" if adapter is None else adapter.top
         self._on_top = Rows(shape, keeps_inputs=True, adapter_size=0 if adapter is None else adapter.top_size)
         carrying = 0 if adapter is None else adapter.layers
-        # The first layer that is in the graph: below it nothing is trained.
+        # The first layer in the graph; nothing below it is trained.
         self._first = 0 if self._trained else shape.layers - carrying
 
-    def _joins(self, layer: int) -> bool:
-        """Whether the layer is the first in the graph, and only by its adapter."""
+    def _starts_graph(self, layer: int) -> bool:
+        """Return whether the layer is the first in the graph, and only because of its adapter."""
         return not self._trained and layer == self._first
 
-    def _again(self, layer: int) -> bool:
-        """Whether a layer's input is a LayerNorm's result, which backward makes again. Above the last: of the top."""
-        return self._rows.remakes and layer > self._first
+    def _recomputes_input(self, layer: int) -> bool:
+        """Return whether backward recomputes a layer's input, a LayerNorm's output.
+
+        For shape.layers, it is the input of the adapter on top.
+        """
+        return self._rows.recomputes and layer > self._first
 
     def forward(self) -> None:
         ledger, rows, shape = self._ledger, self._rows, self._shape
@@ -44,27 +47,31 @@ class Pass:
             if layer < self._first:
                 layers.layer_without_graph(ledger, rows)
                 continue
-            adapts, before = layers.carries(shape, layer), ledger.held["activations"]
-            if self._joins(layer):
+            adapts, before = layers.has_adapter(shape, layer), ledger.held["activations"]
+            if self._starts_graph(layer):
                 layers.first_adapter_forward(ledger, rows)
             else:
                 layers.layer_forward(ledger, rows, adapts=adapts)
             if shape.recompute == "full":
                 ledger.drop("activations", ledger.held["activations"] - before - rows.d)
-            ledger.drop("activations", rows.d if self._again(layer) else 0)
+            ledger.drop("activations", rows.d if self._recomputes_input(layer) else 0)
         if self._top == "layer":
             layers.layer_forward(ledger, self._on_top, adapts=False)
-            ledger.touch(rows.d)  # the tasks' rows are put side by side
+            ledger.touch(rows.d)  # the tasks' rows are concatenated
             if shape.recompute == "full":
                 ledger.drop("activations", self._on_top.layer)
         if self._top == "pal":
             layers.pal_on_top_forward(ledger, self._on_top)
-        if self._top != "none" and self._again(shape.layers):
+        if self._top != "none" and self._recomputes_input(shape.layers):
             ledger.drop("activations", rows.d)
         layers.heads_forward(ledger, rows)
 
     def backward(self, weight: Weight, own: int | None = None) -> None:
-        """own: bytes of the tasks' own gradients that it leaves; None where DeepSpeed takes them like others."""
+        """Run the backward pass.
+
+        own: bytes of the tasks' own gradients that it leaves; None if DeepSpeed handles them like
+        others.
+        """
         ledger, rows, shape = self._ledger, self._rows, self._shape
         ledger.phase = "backward"
         below = self._trained or self._first < shape.layers or self._top != "none"
@@ -73,22 +80,28 @@ class Pass:
         ledger.hold("gradients", own or 0)
         if self._top == "layer":
             if shape.recompute == "full":
-                layers.layer_again(ledger, self._on_top, adapts=False)
-            layers.layer_backward(ledger, self._on_top, _nothing, adapts=False, again=self._again(shape.layers))
+                layers.recompute_layer(ledger, self._on_top, adapts=False)
+            layers.layer_backward(
+                ledger,
+                self._on_top,
+                _ignore_weight,
+                adapts=False,
+                recomputed_input=self._recomputes_input(shape.layers),
+            )
         if self._top == "pal":
-            layers.pal_on_top_backward(ledger, self._on_top, again=self._again(shape.layers))
+            layers.pal_on_top_backward(ledger, self._on_top, recomputed_input=self._recomputes_input(shape.layers))
         for layer in reversed(range(self._first, shape.layers)):
-            adapts = layers.carries(shape, layer)
-            if self._joins(layer):
+            adapts = layers.has_adapter(shape, layer)
+            if self._starts_graph(layer):
                 if shape.recompute == "full":
                     layers.first_adapter_forward(ledger, rows)
                     ledger.drop("activations", rows.d)
                 layers.first_adapter_backward(ledger, rows)
                 continue
             if shape.recompute == "full":
-                layers.layer_again(ledger, rows, adapts=adapts)
-            weigh, again = weight if self._trained else _nothing, self._again(layer)
-            layers.layer_backward(ledger, rows, weigh, adapts=adapts, again=again, at_once=at_once)
+                layers.recompute_layer(ledger, rows, adapts=adapts)
+            weigh, recomputed = weight if self._trained else _ignore_weight, self._recomputes_input(layer)
+            layers.layer_backward(ledger, rows, weigh, adapts=adapts, recomputed_input=recomputed, at_once=at_once)
         if own is None:
             weight(ledger, shape.own, 0)
         if self._trained:
@@ -97,5 +110,5 @@ class Pass:
             ledger.drop("workspace", rows.d)
 
 
-def _nothing(ledger: Ledger, numbers: int, rows: int) -> None:
-    """Of weights that are frozen, or the tasks' own, which are told of at once."""
+def _ignore_weight(ledger: Ledger, numbers: int, rows: int) -> None:
+    """Ignore weights that are frozen, and the tasks' own, which are counted at once."""

@@ -1,4 +1,4 @@
-"""Which points are measured, on which rows, and what the model says of each before it is."""
+"""The points to measure, their rows, and the model's prediction for each."""
 
 from __future__ import annotations
 
@@ -23,17 +23,21 @@ from fastmtl.surgery.methods.table import find_method
 from fastmtl.training.phase_model import PhaseModel
 from fastmtl.training.phases import Phase, phases_of
 
-# Steps of the first epoch among which the largest is looked for: as many as these, and as hold so many rows.
+# The largest step is searched among this many steps of the first epoch, or as many as hold this
+# many rows.
 STEPS, ROWS = 50, 20_000
-# Of task gradients, the fastest first.
+# Storages of task gradients, the fastest first.
 STORAGES = ("stacked", "kept", "replay")
-# Steps that are timed.
+# The number of timed steps.
 TIMED = 5
 
 
 @dataclass(frozen=True)
 class Point:
-    """batch_size: rows of each task in a micro-batch. storage: as in a recipe; "none" for `sum`."""
+    """One measurement.
+
+    batch_size: rows of each task in a micro-batch. storage: as in a recipe; "none" for `sum`.
+    """
 
     batch_size: int
     method: str
@@ -41,7 +45,7 @@ class Point:
 
     @property
     def series(self) -> str:
-        """What is compared over batch sizes."""
+        """The name of the points that differ in batch size only."""
         return self.method if self.storage == "none" else f"{self.method} {self.storage}"
 
     def __str__(self) -> str:
@@ -50,8 +54,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Draw:
-    """stream: what an epoch's steps come from. steps: micro-batches of the first. largest: of the one with the most
-    tokens.
+    """Drawn steps.
+
+    stream: the source of an epoch's steps. steps: the micro-batches of the first steps. largest:
+    those of the step with the most tokens.
     """
 
     stream: BatchStream
@@ -60,9 +66,9 @@ class Draw:
 
 
 def choose_phase(recipe: Recipe, name: str | None) -> Phase:
-    """The phase that is profiled: that of the name, by default the first one that trains the encoder on tasks.
+    """Return the named phase, by default the first one that trains the encoder on tasks.
 
-    Raises UserError for a name that no phase has, and for one that is masked language modelling.
+    Raises UserError for an unknown name, and for a phase of masked language modelling.
     """
     phases = phases_of(complete(recipe))
     if name is not None:
@@ -77,7 +83,8 @@ def choose_phase(recipe: Recipe, name: str | None) -> Phase:
 
 
 def points(recipe: Recipe, batch_sizes: Sequence[int], methods: Sequence[str], storages: Sequence[str]) -> list[Point]:
-    """By batch size, then method, then storage. Empty methods, storages: the recipe's own.
+    """Return the points by batch size, then method, then storage. Empty methods, storages: the
+    recipe's.
 
     Raises UserError for an unknown name.
     """
@@ -97,7 +104,7 @@ def points(recipe: Recipe, batch_sizes: Sequence[int], methods: Sequence[str], s
 
 
 def settings(phase: Phase, point: Point) -> Phase:
-    """The phase with the point's batch size, method and storage."""
+    """Return the phase with the point's batch size, method and storage."""
     recipe = phase.recipe
     changed = recipe.model_copy(deep=True)
     changed.sampler.batch_tokens = None
@@ -111,14 +118,15 @@ def settings(phase: Phase, point: Point) -> Phase:
 
 
 def draw(recipe: Recipe, corpus: Corpus) -> Draw:
-    """Steps of a first epoch on one rank of one, which is made so long: small files are gone through again, so that
-    every batch is full.
+    """Draw steps of a first epoch on a single rank.
+
+    The epoch is made long enough for full batches: small files are repeated.
     """
     rows = recipe.sampler.batch_size
     assert isinstance(rows, int)
     per_step = rows * len(recipe.tasks) * recipe.engine.accumulation
     number = max(TIMED, min(STEPS, ROWS // per_step))
-    if recipe.sampler.name != "sequential":  # every row once, so its number of steps is its own
+    if recipe.sampler.name != "sequential":  # which reads every row once, so the rows fix its number of steps
         recipe = recipe.model_copy(deep=True)
         recipe.sampler.steps_per_epoch = max(number, recipe.sampler.steps_per_epoch or 0)
     stream = BatchStream(corpus.train, recipe)
@@ -127,7 +135,7 @@ def draw(recipe: Recipe, corpus: Corpus) -> Draw:
 
 
 class Plan:
-    """What can be said of a recipe without training it: loads and predictions by batch size."""
+    """Loads and predictions of a recipe by batch size, without training."""
 
     def __init__(self, phase: Phase, *, on_gpu: bool) -> None:
         self.phase, self._on_gpu = phase, on_gpu
@@ -141,7 +149,7 @@ class Plan:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def loads(self, batch_size: int) -> list[Load]:
-        """Of the largest step's micro-batches."""
+        """Return the loads of the largest step's micro-batches."""
         if batch_size not in self._loads:
             recipe = settings(self.phase, Point(batch_size, "sum", "none")).recipe
             self._loads[batch_size] = list(map(Load.of, draw(recipe, self.corpus).largest))
@@ -156,7 +164,7 @@ class Plan:
 
 
 def _options(recipe: Recipe, method: str) -> dict[str, Any]:
-    """The recipe's options belong to its own method."""
+    """Return the recipe's options for the recipe's own method, else none."""
     return recipe.gradient.options if method == recipe.gradient.method else {}
 
 

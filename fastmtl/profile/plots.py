@@ -1,4 +1,4 @@
-"""A profile as pictures: SVG files, whose texts stay texts."""
+"""Figures of a profile, as SVG files whose text stays text."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b8b8b8")
 
 
 class NoOrigin(UserError):
-    """A result that does not say where it was measured."""
+    """Raised for a result without its origin."""
 
 
 def draw(result: dict[str, Any], directory: Path) -> list[Path]:
-    """memory.svg, throughput.svg and methods.svg of the measured points; an empty list where there is none.
+    """Draw memory.svg, throughput.svg and methods.svg of the measured points; return no files
+    without one.
 
-    Raises NoOrigin where the result does not name its device, driver, versions, commit, and whether the tree was clean.
+    Raises NoOrigin if the result lacks its device, driver, versions, commit, or whether the tree
+    was clean.
     """
     check_origin(result)
     points = [point for point in result["points"] if point["measured"] is not None]
@@ -42,7 +44,9 @@ def draw(result: dict[str, Any], directory: Path) -> list[Path]:
 
 
 def draw_scale_out(result: dict[str, Any], directory: Path) -> Path:
-    """scale-out.svg: a step's time over ranks, a pane for each of some numbers of tasks. Raises NoOrigin as `draw`."""
+    """Draw scale-out.svg: a step's time over ranks, in panes by number of tasks. Raises NoOrigin
+    like draw.
+    """
     check_origin(result)
     with _style():
         size = (2.2 + 2.4 * len(SCALE_TASKS), 3.4)
@@ -96,7 +100,7 @@ def _save(
 
 
 def _memory(figure: Any, points: Sequence[dict[str, Any]]) -> None:
-    """A bar for every point, stacked by part, with the prediction as a mark."""
+    """Draw a bar for every point, stacked by part, with the prediction as a mark."""
     series = _series(points)
     panes = figure.subplots(1, len(series), sharey=True, squeeze=False)[0]
     for axes, (name, entries) in zip(panes, series.items(), strict=True):
@@ -110,7 +114,7 @@ def _memory(figure: Any, points: Sequence[dict[str, Any]]) -> None:
         axes.plot(places, predicted, "k_", markersize=16, label="predicted")
         axes.set_xticks(places, [str(entry["batch_size"]) for entry in entries])
         axes.set(title=name, xlabel="batch size")
-    panes[0].set_ylabel("MiB at the fullest moment")
+    panes[0].set_ylabel("MiB at the peak")
     handles, labels = panes[0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False)
 
@@ -126,7 +130,7 @@ def _throughput(figure: Any, points: Sequence[dict[str, Any]]) -> None:
 
 
 def _methods(figure: Any, points: Sequence[dict[str, Any]]) -> None:
-    """Memory of a step against its time: down and left is better."""
+    """Draw memory of a step against its time: down and left is better."""
     axes = figure.subplots()
     for name, entries in _series(points).items():
         x = [1e3 * entry["measured"]["seconds"]["median_s"] for entry in entries]

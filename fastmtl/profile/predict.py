@@ -1,8 +1,8 @@
-"""The analytic model: peak memory of a training step, without running it.
+"""An analytic model of the peak memory of a training step, without running it.
 
-A step is told to a ledger in the order in which the code allocates: what stays between steps, forward and backward
-layer by layer, what surgery and DeepSpeed hold beside, and the optimiser. The fullest moment is the prediction. Nothing
-is fitted to measurements.
+A step is replayed on a ledger in the order of the code's allocations: tensors kept between steps,
+forward and backward layer by layer, the buffers of surgery and DeepSpeed, and the optimiser. The
+prediction is the ledger's peak. Nothing is fitted to measurements.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from fastmtl.surgery.sinks.early_scatter import IN_FLIGHT
 
 @dataclass(frozen=True)
 class Prediction:
-    """parts: bytes at the fullest moment, which is in `phase`. kept: between steps."""
+    """The predicted memory of a step.
+
+    parts: bytes at the peak, which is in `phase`. kept: bytes between steps.
+    """
 
     parts: Bytes
     kept: Bytes
@@ -54,7 +57,7 @@ def predict(shape: Shape) -> Prediction:
 
 
 def _own_pass(ledger: Ledger, shape: Shape) -> None:
-    """Forward and backward of the engine's own: gradients go to the parameters."""
+    """Run the engine's own forward and backward: gradients go to the parameters."""
     for number in range(shape.accumulation):
         first, last = number == 0, number == shape.accumulation - 1
         pass_ = Pass(ledger, shape, number)
@@ -65,7 +68,7 @@ def _own_pass(ledger: Ledger, shape: Shape) -> None:
 
 
 def _joint_in_hand(ledger: Ledger, shape: Shape) -> None:
-    """Autograd's gradients of a sum, all of them before they go to DeepSpeed."""
+    """Compute autograd's gradients of a sum, all of them before DeepSpeed gets one."""
     pass_ = Pass(ledger, shape, 0)
     pass_.forward()
     pass_.backward(_gradient_of(shape, first=True))
@@ -73,7 +76,7 @@ def _joint_in_hand(ledger: Ledger, shape: Shape) -> None:
 
 
 def _first_pass(ledger: Ledger, shape: Shape) -> None:
-    """Of `replay`: for the Gramian."""
+    """Run replay's first pass, for the Gramian."""
     keeps = shape.accumulation > 1 and shape.sketch_size is None
     ledger.hold("task gradients", _sketch(shape))
     for number in range(shape.accumulation):
@@ -100,7 +103,7 @@ def _stacked(ledger: Ledger, shape: Shape) -> None:
         ledger.phase = "surgery"
         ledger.touch(_gramian_of_rows(shape))
         ledger.hold("gradients", shape.dense * shape.merged_bytes)
-        if shape.merged_bytes not in (shape.j_bytes, FLOAT):  # merged in float32 and then rounded
+        if shape.merged_bytes not in (shape.j_bytes, FLOAT):  # merged in float32, then rounded
             ledger.touch(shape.dense * FLOAT)
         _merged_table(ledger, shape)
         ledger.hold("gradients", shape.own * FLOAT)  # scaled
@@ -109,7 +112,9 @@ def _stacked(ledger: Ledger, shape: Shape) -> None:
 
 
 def _kept(ledger: Ledger, shape: Shape) -> None:
-    """Inputs stay as activations, output gradients as task gradients, until the weights are known."""
+    """Keep inputs as activations and output gradients as task gradients until the weights are
+    known.
+    """
     numbers, narrow, linears = shape.number_bytes, shape.number_bytes < FLOAT, shape.linears
     tables = (shape.positions + shape.types) * shape.hidden
     vectors = shape.dense - tables - linears
@@ -146,8 +151,10 @@ def _kept(ledger: Ledger, shape: Shape) -> None:
 
 
 def _gradient_of(shape: Shape, first: bool) -> Weight:
-    """Autograd's gradient of a parameter. In replay's second pass its rows are weighted before; with `scope: tensor`
-    its T task gradients meet.
+    """Return autograd's gradient of a parameter.
+
+    In replay's second pass its rows are weighted before. With `scope: tensor` its T task gradients
+    are merged.
     """
     keeps = deepspeed.keeps_gradients(shape) and first
 
@@ -166,7 +173,7 @@ def _gradient_of(shape: Shape, first: bool) -> Weight:
 
 
 def _task_gradients_of(shape: Shape, stay: bool) -> Weight:
-    """T products, put side by side. stay: whether this rank keeps its share of them, for micro-batches to add up."""
+    """Return T products, stacked. stay: this rank keeps its share, to sum it over micro-batches."""
     tasks, number = shape.tasks, shape.number_bytes
 
     def weight(ledger: Ledger, numbers: int, rows: int) -> None:
@@ -182,7 +189,7 @@ def _task_gradients_of(shape: Shape, stay: bool) -> Weight:
 
 
 def _scattered(shape: Shape, numbers: int) -> int:
-    """What it takes to send a parameter's T gradients, `numbers` together, to the ranks."""
+    """Return the bytes for sending a parameter's T gradients, `numbers` together, to the ranks."""
     if shape.world == 1:
         return 0
     copies = 2 if numbers // shape.tasks % shape.world else 1  # one is padded
@@ -191,8 +198,10 @@ def _scattered(shape: Shape, numbers: int) -> int:
 
 
 def _delivered_of(shape: Shape, stays: bool) -> Weight:
-    """Of `kept`: T tables, put side by side and kept, as the weights of Linears are not. stays: whether nothing is
-    there that they are added to.
+    """Return the task gradients of `kept`: T tables, stacked and kept; the weights of Linears are
+    not.
+
+    stays: there are no earlier tables to add them to.
     """
     tables = (shape.positions * shape.hidden, shape.types * shape.hidden)
 
@@ -206,8 +215,9 @@ def _delivered_of(shape: Shape, stays: bool) -> Weight:
 
 
 def _stack_of(shape: Shape, sends: bool) -> Weight:
-    """Products add into J themselves where it has their dtype. sends: whether what is complete goes to the ranks, of
-    which this one keeps its share.
+    """Return the products of `stacked`, which add into J directly if the dtypes are equal.
+
+    sends: complete pieces go to the ranks, and this rank keeps its share.
     """
     same, sends = shape.j_bytes == shape.number_bytes, sends and _scatters(shape)
     written = 0
@@ -225,7 +235,7 @@ def _stack_of(shape: Shape, sends: bool) -> Weight:
 
 
 def _compact_rows(ledger: Ledger, shape: Shape, number: int) -> None:
-    """The word embeddings' gradient: rows and their ids stay."""
+    """Keep the word embeddings' gradient: rows and their ids."""
     if shape.table and not (shape.sketch_size is not None and shape.storage == "replay"):
         row = shape.hidden * shape.number_bytes + INT64
         ledger.hold("task gradients", shape.loads[number].tokens * row)
@@ -233,19 +243,20 @@ def _compact_rows(ledger: Ledger, shape: Shape, number: int) -> None:
 
 def _merged_table(ledger: Ledger, shape: Shape) -> None:
     ledger.hold("gradients", shape.table * FLOAT)
-    if shape.table:  # rows times the weights, on GPUs of all tasks and once more side by side
+    if shape.table:  # weighted rows; on GPUs those of all tasks, and a concatenated copy
         rows = 2 * _tokens(shape) if shape.on_gpu else shape.load.largest_task
         ledger.touch(rows * shape.hidden * FLOAT)
 
 
 def _scatters(shape: Shape) -> bool:
-    """Whether each rank gets its share of the columns of the sum of all ranks' J."""
+    """Return whether each rank gets its share of the columns of J, summed over ranks."""
     return shape.world > 1 and shape.reduce == "exact" and shape.dense > 0
 
 
 def _last_pieces(ledger: Ledger, shape: Shape) -> None:
-    """Of J, on their way when backward ends: the last is complete with it, and may be padded. All shares are put side
-    by side.
+    """Send the last pieces of J, which are complete when backward ends.
+
+    The last piece may be padded. All shares are concatenated.
     """
     numbers, shares = shape.tasks * shape.dense, deepspeed.share(shape.tasks * shape.dense * shape.j_bytes, shape.world)
     padded = ((numbers - 1) % BUCKET + 1) * shape.j_bytes if shape.dense % shape.world else 0
@@ -262,8 +273,10 @@ def _sketch(shape: Shape) -> int:
 
 
 def _gramian_of_rows(shape: Shape) -> int:
-    """The sums of all rows over equal ids, and on GPUs the rows side by side before; over ranks the rows that occur,
-    too, as they are gathered and summed once more. Then each pair of tasks makes a copy of one's rows.
+    """Return the bytes of the sums of all rows over equal ids, and of copies of a task's rows.
+
+    On GPUs the rows are concatenated before. Over ranks the occurring rows are gathered and summed
+    once more. Then each pair of tasks copies one task's rows.
     """
     if not shape.table or shape.sketch_size is not None:
         return 0
@@ -275,7 +288,7 @@ def _gramian_of_rows(shape: Shape) -> int:
 
 
 def _tokens(shape: Shape) -> int:
-    """Of the whole step."""
+    """Return the tokens of the whole step."""
     return sum(load.tokens for load in shape.loads)
 
 

@@ -1,4 +1,4 @@
-"""Each point in a process of its own, which may run out of memory or be killed without taking the others along."""
+"""Run each point in a separate process, which may run out of memory without harm to the others."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ import torch
 from fastmtl.engine import extension_locks
 from fastmtl.errors import UserError
 
-# Imported once by the process that the others are forked from.
+# Imported once by the fork server.
 PRELOAD = ["fastmtl.profile.measure", "deepspeed"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """result: what the function returned, None where it failed. out_of_memory: whether that was for want of memory.
+    """The end of a process.
 
-    failed: a sentence, "" where it did not.
+    result: the function's return value; None if it failed. failed: a sentence; "" for success.
+    out_of_memory: whether it failed for lack of memory.
     """
 
     result: dict[str, Any] | None
@@ -34,7 +35,9 @@ class Outcome:
 
 
 def run(function: Callable[..., dict[str, Any]], *arguments: Any) -> Outcome:
-    """function(*arguments), which pickle, in a new process; what it prints goes nowhere unless it fails."""
+    """Run function(*arguments), which must pickle, in a new process; show its output only on
+    failure.
+    """
     context = _context()
     ours, theirs = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +63,7 @@ def run(function: Callable[..., dict[str, Any]], *arguments: Any) -> Outcome:
 def _context() -> Any:
     if torch.cuda.is_available():  # CUDA does not survive a fork
         return multiprocessing.get_context("spawn")
-    # Forked from a server that has only imported: it saves seconds for each.
+    # A fork server that has only imported modules saves seconds per process.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "ERROR")
     extension_locks.release()
@@ -89,7 +92,7 @@ def _child(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch's for a GPU, and its plain RuntimeError for a CPU."""
+    """Return whether this is torch's error for a GPU, or its plain RuntimeError for a CPU."""
     text = str(error)
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         "can't allocate memory" in text or "not enough memory" in text or "Cannot allocate memory" in text
@@ -97,15 +100,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _died(status: int, log: Path) -> Outcome:
-    if status == -signal.SIGKILL:  # by its own watch over the limit, or by the system, which had no memory left
+    if status == -signal.SIGKILL:  # by its own watch of the limit, or by the kernel, which had no memory left
         return Outcome(None, "needs more memory than there is: its process was killed", out_of_memory=True)
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
     how = f"by signal {-status}" if status < 0 else f"with status {status}"
-    return Outcome(None, f"its process ended {how}: {lines[-1] if lines else 'without a word'}")
+    return Outcome(None, f"its process ended {how}: {lines[-1] if lines else 'without output'}")
 
 
 def _be_killed_first() -> None:
-    """Where memory runs out the system kills this process, not what started it."""
+    """Let the kernel kill this process, and not its parent, when memory runs out."""
     score = Path("/proc/self/oom_score_adj")
     if score.exists():
         score.write_text("1000")

@@ -1,4 +1,4 @@
-"""`fastmtl profile`: every point measured and predicted, kept as soon as it is known."""
+"""`fastmtl profile`: measure and predict every point, and save each at once."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ def profile(
     trace: bool = False,
     commit: str | None = None,
 ) -> dict[str, Any]:
-    """JSON-ready, and after every point in output/profile.json.
+    """Return the profile, JSON-ready, and save it after every point in output/profile.json.
 
-    phase: of the recipe, the one that is profiled. memory_limit: bytes; None: what the device has. search: for the
-    largest batch that fits. trace: of the last point of every series. Points that fail say why, and the others go on.
-    Raises UserError for a recipe that cannot be trained.
+    phase: the phase of the recipe to profile. memory_limit: bytes; None: the device's memory.
+    search: for the largest batch that fits. trace: the last point of every series. A point that
+    fails has its reason, and the others still run. Raises UserError for a recipe that cannot be
+    trained.
     """
     device = device_of_this_machine()
     say("reading the recipe's data")
@@ -71,7 +72,9 @@ def profile(
     if search:
         result["largest"] = []
         for point in last.values():
-            result["largest"].append(find_max(dumped(recipe), plan, point, limit, say, advice.beside(result["points"])))
+            result["largest"].append(
+                find_max(dumped(recipe), plan, point, limit, say, advice.overhead_bytes(result["points"]))
+            )
             save(result, output / FILE)
     say("advice")
     result["advice"] = advice.advice(plan, result)
@@ -80,14 +83,14 @@ def profile(
 
 
 def memory_of(device: torch.device) -> int:
-    """Of a GPU all of it, of a CPU what is free now."""
+    """Return the total memory of a GPU, or the free memory of a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return psutil.virtual_memory().available
 
 
 def save(result: dict[str, Any], file: Path) -> None:
-    """Replaces the file as a whole."""
+    """Replace the file atomically."""
     try:
         result_file.save(result, file)
     except OSError as error:
@@ -102,7 +105,7 @@ def _entry(plan: Plan, point: Point, outcome: process.Outcome) -> dict[str, Any]
         "method": point.method,
         "storage": point.storage,
         "series": point.series,
-        "predicted": _told(predicted),
+        "predicted": _prediction_entry(predicted),
         "measured": measured,
         "failed": outcome.failed or None,
         "out_of_memory": outcome.out_of_memory,
@@ -112,12 +115,14 @@ def _entry(plan: Plan, point: Point, outcome: process.Outcome) -> dict[str, Any]
     return entry
 
 
-def _told(predicted: Prediction) -> dict[str, Any]:
+def _prediction_entry(predicted: Prediction) -> dict[str, Any]:
     return {"parts": predicted.parts, "bytes": predicted.nbytes, "phase": predicted.phase, "kept": predicted.kept}
 
 
 def _spread(plan: Plan, point: Point) -> dict[str, Any]:
-    """Predicted peak of one rank by ZeRO stage and ranks, each with as many rows as here."""
+    """Return one rank's predicted peak by ZeRO stage and number of ranks, with the same rows per
+    rank.
+    """
     here = plan.shape(point)
     stages = {}
     for stage in STAGES:

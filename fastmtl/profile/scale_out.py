@@ -1,17 +1,19 @@
-"""The time of a step on many ranks, from the parts of one on a single rank and the cost of links.
+"""Predict the time of a step on many ranks from its parts on a single rank and the cost of links.
 
-Every rank has as many rows as the one whose parts are known. With T tasks instead of T0, and W ranks:
+Every rank has as many rows as the measured one. With T tasks instead of T0, and W ranks:
 
-    forward, data, the rest   as they are
-    backward                  and a pass over J for each further T0 tasks, which it writes
-    surgery                   passes over J, each half of what it takes for T0 tasks, for the Gramian reads J and the
-                              merge reads it again. `exact`: 1 / W for the Gramian of a rank's columns, 1 for the merge,
-                              2 for the copy that goes into collectives. `local`: 2. `sketch`: 3 for signs and sums, 1
+    forward, data, the rest   unchanged
+    backward                  one more pass over J, which it writes, for each further T0 tasks
+    surgery                   passes over J, each half of the time for T0 tasks: the Gramian reads J
+                              once, the merge once. `exact`: 1 / W for the Gramian of a rank's
+                              columns, 1 for the merge, 2 for the copy into collectives. `local`: 2.
+                              `sketch`: 3 for signs and sums, 1 for the merge
     optimiser                 1 / W from ZeRO 1 on
-    communication             handing over as it is; collectives by `traffic` and `links`, hidden ones as far as
-                              backward lasts when the first piece is complete
+    communication             hand-over unchanged; collectives by `traffic` and `links`. Hidden ones
+                              fit into the rest of backward after the first complete piece
 
-Passes are for `storage: stacked`; with others all parts stay as they are. Rows of the embeddings are left out of them.
+Passes are for `storage: stacked`; with other storages all parts stay unchanged. Rows of the
+embeddings are left out of the passes.
 """
 
 from __future__ import annotations
@@ -34,8 +36,9 @@ ALONE, COPIES, SKETCHING = 2, 2, 3
 
 @dataclass(frozen=True)
 class Parts:
-    """Seconds of the parts of a step of one rank with `tasks` tasks, as `fastmtl.profile.trace` names them. source:
-    where they are from.
+    """Seconds of the parts of a step.
+
+    One rank, `tasks` tasks, names as in `fastmtl.profile.trace`. source: of the numbers.
     """
 
     seconds: Mapping[str, float]
@@ -45,7 +48,11 @@ class Parts:
 
 @dataclass(frozen=True)
 class Predicted:
-    """Seconds of a step; of those, how many it waits for collectives. sent: bytes that a rank sends."""
+    """The prediction for one step.
+
+    seconds: of the step. waiting: seconds of it spent waiting for collectives. sent: bytes per
+    rank.
+    """
 
     seconds: float
     waiting: float
@@ -68,14 +75,16 @@ def step(shape: Shape, parts: Parts, cluster: Cluster) -> Predicted:
 
 
 def passes(shape: Shape) -> float:
-    """Over J in surgery."""
+    """Return the number of passes over J in surgery."""
     if shape.world == 1 or shape.reduce == "local":
         return ALONE
     return 1 + (SKETCHING if shape.sketch_size is not None else COPIES + 1 / shape.world)
 
 
 def ways(shape: Shape, method: str) -> dict[str, Shape]:
-    """The shape with each `reduce` that its method allows; only itself, as "sum", where gradients are summed."""
+    """Return the shape with each `reduce` that its method allows; "sum" alone if gradients are
+    summed.
+    """
     if shape.joint:
         return {"sum": shape}
     found = {"exact": dataclasses.replace(shape, reduce="exact", sketch_size=None)}
@@ -88,7 +97,10 @@ def ways(shape: Shape, method: str) -> dict[str, Shape]:
 
 
 def scale_out(shape: Shape, method: str, parts: Parts, cluster: Cluster) -> dict[str, Any]:
-    """JSON-ready: for every way, number of tasks (the recipe's among them) and of ranks what `step` predicts."""
+    """Return predictions for every `reduce`, number of tasks and number of ranks, JSON-ready.
+
+    The recipe's number of tasks is included.
+    """
     points = []
     for name, way in ways(shape, method).items():
         for tasks, world in itertools.product(sorted({*TASKS, shape.tasks}), WORLDS):
@@ -104,8 +116,10 @@ def scale_out(shape: Shape, method: str, parts: Parts, cluster: Cluster) -> dict
 
 
 def _at(shape: Shape, tasks: int, world: int) -> Shape:
-    """With tasks more or fewer, each with as many parameters of its own. Where DeepSpeed's bucket holds all gradients
-    it still does.
+    """Return the shape with this number of tasks and ranks.
+
+    Each task has as many parameters as before. A DeepSpeed bucket that holds all gradients still
+    does.
     """
     more = shape.own * tasks // shape.tasks - shape.own
     groups = (*shape.groups[:-1], shape.groups[-1] + more)

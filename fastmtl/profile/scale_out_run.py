@@ -1,4 +1,4 @@
-"""`fastmtl profile --scale-out`: parts of a step, measured or floors, what is predicted of them, and its tables."""
+"""`fastmtl profile --scale-out`: measured parts of a step or lower bounds, predictions, tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastmtl.profile.run import save
 from fastmtl.profile.scale_out import Parts, scale_out
 from fastmtl.training.phases import Phase
 
-# Ranks of the table over tasks.
+# Ranks in the table by tasks.
 SHOWN = (8, 64, 1024)
 
 
@@ -38,10 +38,10 @@ def predict_scale(
     device_of_floors: str | None = None,
     commit: str | None = None,
 ) -> dict[str, Any]:
-    """JSON-ready, and in output/scale-out.json. Of every series the last point counts.
+    """Return the predictions, JSON-ready, and save them in output/scale-out.json.
 
-    device_of_floors: name of a device whose floors stand in for what is measured here. Raises UserError for one that is
-    not known, and where a point cannot be measured.
+    The last point of every series is used. device_of_floors: a device whose lower bounds replace
+    measurements. Raises UserError if it is unknown, and if a point cannot be measured.
     """
     device = device_of_this_machine()
     say("reading the recipe's data")
@@ -90,7 +90,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         say(f"ms of one rank: {parts} ({entry['source']})")
         say(f"link {entry['link']['name']}: {entry['link']['source']}\n")
         console.print(_over_ranks(entry))
-        say("ms of a step, share of it that waits for collectives, and MB that a rank sends\n")
+        say("ms of a step, the share of it spent waiting for collectives, and MB sent by a rank\n")
         console.print(_over_tasks(entry))
         say("ms of a step by number of tasks, ranks and reduce\n")
 

@@ -1,4 +1,4 @@
-"""Everything that the memory of a training step depends on, as numbers."""
+"""All quantities that determine the memory of a training step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from fastmtl.model.multitask import MultiTaskModel
 class Load:
     """A micro-batch on one rank.
 
-    unique: different tokens of each task, added up. largest_task: tokens of the task with the most.
+    unique: different tokens per task, summed over tasks. largest_task: tokens of the task with the
+    most.
     """
 
     tokens: int
@@ -39,8 +40,10 @@ class Load:
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """name: "none" for a top alone. layers: how many carry it. gelu: whether it has an activation. shared: numbers of
-    maps that all layers use. top: "none", "layer" or "pal", and its size.
+    """Sizes of an adapter.
+
+    name: "none" for a top alone. layers: how many layers have it. gelu: it has an activation.
+    shared: numbers of the maps that all layers use. top: "none", "layer" or "pal", with top_size.
     """
 
     name: str
@@ -56,15 +59,16 @@ class AdapterShape:
 
 @dataclass(frozen=True)
 class Shape:
-    """A step of one rank. Numbers of parameters, not bytes, unless the name says so.
+    """A step of one rank. Sizes are numbers of parameters, not bytes, unless the name says so.
 
-    loads: of the step's micro-batches; load: the largest of them. number_bytes: of a weight, an activation and a
-    gradient; merged_bytes: of a dense gradient that surgery has merged; with fp16's loss scale in it, it is float32.
-    dense, table: trained shared parameters, without and of the word embeddings; own: those of tasks; frozen: the rest.
-    sizes: of the dense tensors. groups: of the optimiser's groups. moments: numbers that the optimiser keeps for each
-    weight. copies_to_decay: whether weight decay is added to a copy of the gradient. joint: gradients are summed.
-    storage: "stacked", "kept", "replay", or "none" with scope "tensor". overlap: whether DeepSpeed reduces during
-    backward, as on GPUs. in_hand: whether the gradients of a sum are all at hand before DeepSpeed has one.
+    loads: the step's micro-batches; load: the largest of them. number_bytes: per weight, activation
+    and gradient. merged_bytes: per number of a dense gradient that surgery has merged; float32 with
+    fp16's loss scale. dense, table: trained shared parameters, without the word embeddings and of
+    them; own: the tasks' parameters; frozen: the rest. sizes: of the dense tensors. groups: of the
+    optimiser's groups. moments: numbers that the optimiser keeps per weight. copies_to_decay:
+    weight decay is added to a copy of the gradient. joint: gradients are summed. storage:
+    "stacked", "kept", "replay", or "none" with scope "tensor". overlap: DeepSpeed reduces during
+    backward, as on GPUs. in_hand: all gradients of a sum are ready before DeepSpeed gets one.
     """
 
     load: Load
@@ -110,7 +114,7 @@ class Shape:
 
     @property
     def linears(self) -> int:
-        """Numbers of the weights of the encoder's Linears."""
+        """The number of weights in the encoder's Linears."""
         return self.layers * self.hidden * (4 * self.hidden + 2 * self.intermediate)
 
     @property
@@ -123,14 +127,17 @@ class Shape:
 
     @property
     def masters(self) -> bool:
-        """Whether DeepSpeed keeps float32 weights beside the model's: in ZeRO 1 to 3 always."""
+        """True if DeepSpeed keeps float32 master weights: always in ZeRO 1 to 3."""
         return self.zero > 0 or self.number_bytes < 4
 
     @classmethod
     def of(
         cls, recipe: Recipe, model: MultiTaskModel, loads: Sequence[Load], storage: str, world: int, *, on_gpu: bool
     ) -> Shape:
-        """model: on any device, meta too. storage: as GradientSurgery.storage tells it."""
+        """Return the shape of a recipe's step.
+
+        model: on any device, meta too. storage: GradientSurgery.storage.
+        """
         config, engine, gradient = model.encoder.config, recipe.engine, recipe.gradient
         table = model.encoder.embeddings.word_embeddings.weight
         shared = model.shared_parameters()
@@ -183,7 +190,9 @@ class Shape:
         )
 
     def spread(self, zero: int, world: int) -> Shape:
-        """The same step in another ZeRO stage and number of ranks, each with as many rows as before."""
+        """Return the same step in another ZeRO stage and number of ranks, with the same rows per
+        rank.
+        """
         stacks = zero < 3 and not self.offload
         storage = "replay" if self.storage in ("stacked", "kept") and not stacks else self.storage
         return dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Training steps of a recipe, as fastmtl.train makes them, with or without tensor accounting."""
+"""Training steps of a recipe, as in fastmtl.train, with or without tensor accounting."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastmtl.surgery import SurgeryInfo
 from fastmtl.surgery.sinks.task_gradients import TaskGradients
 from fastmtl.training.objectives import Objectives
 
-# For the schedule of learning rates only.
+# Only for the schedule of learning rates.
 TOTAL_STEPS = 1000
 
 
@@ -29,7 +29,7 @@ class Steps:
     def __init__(self, recipe: Recipe, model: MultiTaskModel, world: int, device: torch.device) -> None:
         self._recipe, self._model, self._device = recipe, model, device
         for parameter in model.parameters():
-            if parameter.requires_grad:  # before the engine puts hooks of its own there
+            if parameter.requires_grad:  # before the engine registers its own hooks
                 parameter.register_hook(self._gradient)
         self._objectives = Objectives(recipe, model)
         self._engine = build_engine(recipe, model, world, TOTAL_STEPS)
@@ -42,11 +42,11 @@ class Steps:
 
     @property
     def storage(self) -> str:
-        """What `auto` has become."""
+        """The storage that `auto` selected."""
         return self._surgery.storage
 
     def wait(self) -> None:
-        """Until the device has done all that it was given."""
+        """Wait until the device has finished its work."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
@@ -63,9 +63,9 @@ class Steps:
         return info
 
     def counted(self, micro_batches: Sequence[PackedBatch]) -> Accounting:
-        """A step whose tensors are followed. In the first one J and the optimiser's state are made."""
+        """Run a step with tensor accounting. The first one makes J and the optimiser's state."""
         accounting = self._accounting
-        self._name_what_stays()
+        self._name_persistent_tensors()
         accounting.reset_peak()
         self._counting = True
         try:
@@ -73,23 +73,23 @@ class Steps:
                 self.step(micro_batches)
         finally:
             self._counting = False
-        self._name_what_stays()
+        self._name_persistent_tensors()
         return accounting
 
-    def _name_what_stays(self) -> None:
+    def _name_persistent_tensors(self) -> None:
         name, optimizer = self._accounting.name, self._engine.optimizer
         name(optimiser_tensors(optimizer), "optimiser")
-        # Second, as an optimiser without masters holds the weights themselves.
+        # Named second, as an optimiser without masters holds the weights themselves.
         name([*self._model.parameters(), *self._model.buffers()], "weights")
         name(partitioned_weights(self._model, optimizer), "weights")
         name(gradient_buffers(optimizer), "gradients")
         name(self._surgery.kept_tensors(), "task gradients")
         bucket = getattr(optimizer, "reduce_bucket_size", None)
-        if bucket is not None:  # ZeRO 1 and 2 drop their buckets before anyone can ask for them
+        if bucket is not None:  # ZeRO 1 and 2 drop their buckets within the step
             self._accounting.name_shape((bucket,), "gradients")
 
     def _see_task_gradients(self, name: ranges.Name, begins: bool) -> None:
-        if name == "surgery" and begins:  # replay drops them at its end
+        if name == "surgery" and begins:  # replay drops them at the end of this range
             self._accounting.name(self._surgery.kept_tensors(), "task gradients")
 
     def _gradient(self, gradient: Tensor | None) -> None:

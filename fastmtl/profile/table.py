@@ -19,8 +19,8 @@ def show(result: dict[str, Any], console: Console) -> None:
 
     say(f"{result['recipe']}, {_settings(result)}", "bold")
     console.print(_memory(result))
-    told = "; ".join(f"{SHORT.get(part, part)}: {MEANING[part]}" for part in PARTS)
-    say(f"MiB of tensors at the fullest moment of a step. {told}.\n")
+    legend = "; ".join(f"{SHORT.get(part, part)}: {MEANING[part]}" for part in PARTS)
+    say(f"MiB of tensors at the peak of a step. {legend}.\n")
     console.print(_speed(result))
     for point in result["points"]:
         if point["failed"]:
@@ -64,10 +64,10 @@ def _memory(result: dict[str, Any]) -> Table:
 
 
 def _speed(result: dict[str, Any]) -> Table:
-    """Columns of a GPU only where one told."""
+    """Return a table of speed; columns of a GPU appear only if it reports them."""
     extra = [
-        (header, key, told)
-        for header, key, told in (
+        (header, key, form)
+        for header, key, form in (
             ("reserved MiB", "reserved_bytes", _mib),
             ("GPU busy", "utilisation", lambda value: f"{value:.0f} %"),
             ("J/step", "joules_per_step", lambda value: f"{value:.1f}"),
@@ -83,7 +83,7 @@ def _speed(result: dict[str, Any]) -> Table:
         seconds = measured["seconds"]["median_s"]
         row = [str(point["batch_size"]), point["series"], str(measured["tokens"]), f"{1e3 * seconds:.0f}"]
         row += [f"{measured['tokens_per_s']:.0f}", _mib(measured.get("process_bytes"))]
-        row += ["" if measured.get(key) is None else told(measured[key]) for _, key, told in extra]
+        row += ["" if measured.get(key) is None else form(measured[key]) for _, key, form in extra]
         table.add_row(*row)
     return table
 
@@ -117,13 +117,13 @@ def _largest(largest: dict[str, Any]) -> str:
 
 def _settings(result: dict[str, Any]) -> str:
     engine = result["settings"]["engine"]
-    told = [f"{result['parameters'] / 1e6:.1f} M parameters", f"ZeRO {engine['zero']}", engine["precision"]]
+    texts = [f"{result['parameters'] / 1e6:.1f} M parameters", f"ZeRO {engine['zero']}", engine["precision"]]
     if engine["accumulation"] > 1:
-        told.append(f"{engine['accumulation']} micro-batches")
+        texts.append(f"{engine['accumulation']} micro-batches")
     recompute = result["settings"]["encoder"]["recompute"]
     if recompute != "none":
-        told.append(f"recompute {recompute}")
-    return ", ".join(told)
+        texts.append(f"recompute {recompute}")
+    return ", ".join(texts)
 
 
 def _table(*headers: str) -> Table:

@@ -1,4 +1,4 @@
-"""A torch.profiler trace of a few steps, and where their time went."""
+"""A torch.profiler trace of a few steps, and the time of each part."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REST = "the rest"
 
 
 class Clock:
-    """A listener of ranges: seconds of each, without those inside it."""
+    """A listener of ranges that sums the seconds of each, without nested ranges."""
 
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
@@ -30,7 +30,7 @@ class Clock:
         self._last: float | None = None
         self.seconds: dict[str, float] = dict.fromkeys([*ranges.NAMES, REST], 0.0)
 
-    def tell(self, name: ranges.Name, begins: bool) -> None:
+    def on_range(self, name: ranges.Name, begins: bool) -> None:
         self.lap()
         if begins:
             self._open.append(name)
@@ -38,7 +38,10 @@ class Clock:
             self._open.pop()
 
     def lap(self) -> None:
-        """What has passed belongs to the innermost range. A GPU is waited for: its work counts where it was begun."""
+        """Add the time since the last call to the innermost range.
+
+        It waits for a GPU, so work counts for the range that launched it.
+        """
         self._steps.wait()
         now = time.perf_counter()
         if self._last is not None:
@@ -47,18 +50,19 @@ class Clock:
 
 
 def trace(steps: Steps, stream: BatchStream, file: Path, device: torch.device, prefetch: int) -> dict[str, Any]:
-    """Writes a Chrome trace (.json.gz) of STEPS steps, and on a GPU a snapshot of the allocator's history beside it.
+    """Write a Chrome trace (.json.gz) of STEPS steps; on a GPU, also a snapshot of the allocator's
+    history.
 
-    prefetch: as in a recipe; as many steps go by before the clock begins, for their batches were made without hurry.
-    seconds: of each part of a step, of as many steps without the profiler; on a GPU one part waits for the one before
-    there, which costs what they would overlap.
+    prefetch: as in a recipe. This many steps run before the clock starts, since their batches were
+    made in advance. seconds: of each part of a step, measured in STEPS steps without the profiler.
+    On a GPU each part waits for the previous one there, so nothing overlaps.
     """
     clock = Clock(steps)
     with ahead(_endless(stream), prefetch, device) as batches:
-        next(batches)  # the epoch is shuffled for it
+        next(batches)  # the first batch includes the epoch's shuffle
         for micro_batches in itertools.islice(batches, prefetch):
             steps.step(micro_batches)
-        with ranges.listening(clock.tell):
+        with ranges.listening(clock.on_range):
             clock.lap()
             for micro_batches in ranges.profile_iter("data", itertools.islice(batches, STEPS)):
                 steps.step(micro_batches)
@@ -84,5 +88,5 @@ def trace(steps: Steps, stream: BatchStream, file: Path, device: torch.device, p
 
 
 def _endless(stream: BatchStream) -> Iterator[list[PackedBatch]]:
-    """The first epoch over and over."""
+    """Yield the first epoch repeatedly."""
     return itertools.chain.from_iterable(stream.epoch(0) for _ in itertools.count())

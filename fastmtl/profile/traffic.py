@@ -1,24 +1,29 @@
-"""What the ranks of a training step send each other, collective by collective.
+"""The messages between the ranks of a training step, collective by collective.
 
-T tasks, P numbers in the dense shared parameters, V trained numbers altogether of e bytes, W ranks; u rows of the word
-embeddings, d wide, occur for a task.
+T tasks, P numbers in the dense shared parameters, V trained numbers in all, of e bytes, W ranks; u
+rows of the word embeddings, d wide, occur for a task.
 
-    J, reduce: exact     reduce-scatter of T P numbers, at most 2^23 of them in a collective; all-gathers of u rows
+    J, reduce: exact     reduce-scatter of T P numbers, at most 2^23 of them in a collective;
+                         all-gathers of u rows
     J, reduce: sketch    all-reduce of T m numbers, m buckets
     J, reduce: local     nothing
     ZeRO 0               all-reduce of V e bytes of gradients
-    ZeRO 1, 2            the same, and all-gathers of V e bytes of weights; gradients once in ZeRO 1, in ZeRO 2 with
-                         every backward of DeepSpeed's
-    ZeRO 3               reduce-scatter of V e bytes with every backward; all-gathers of tensors of over 100,000 numbers
-                         with every forward (at most: some are still there), of smaller ones once
+    ZeRO 1, 2            the same, and all-gathers of V e bytes of weights; gradients once in
+                         ZeRO 1, in ZeRO 2 with every backward of DeepSpeed
+    ZeRO 3               reduce-scatter of V e bytes with every backward; all-gathers of tensors of
+                         over 100,000 numbers with every forward (an upper bound: some are still
+                         there), of smaller ones once
     small ones           the Gramian, losses, norms, flags
 
-Where it is hidden: J's columns go while backward computes what is below them (`stacked`), or while it waits (`replay`,
-`scope: tensor`), or after it (`kept`); gradients that DeepSpeed's own backward makes go while it computes, on GPUs,
-where they fill more than one bucket, but fastmtl's bucket holds all of them unless the recipe says otherwise. The last
-piece or bucket is complete when backward is over. Merged gradients come all at once.
-Sources: fastmtl/surgery/ranks/reduce.py, sinks/early_scatter.py; deepspeed/runtime/zero/stage_1_and_2.py
-(`average_tensor` reduces to all ranks), stage3.py, engine.py of DeepSpeed 0.19.
+Overlap with computation: J's columns are sent while backward computes the layers below (`stacked`),
+or while it waits (`replay`, `scope: tensor`), or after it (`kept`). On GPUs, gradients of
+DeepSpeed's own backward are sent while it computes if they fill more than one bucket; but fastmtl's
+bucket holds all of them unless the recipe says otherwise. The last piece or bucket is complete when
+backward ends. Merged gradients are sent all at once.
+
+Sources: fastmtl/surgery/ranks/reduce.py, sinks/early_scatter.py;
+deepspeed/runtime/zero/stage_1_and_2.py (`average_tensor` reduces to all ranks), stage3.py,
+engine.py of DeepSpeed 0.19.
 """
 
 from __future__ import annotations
@@ -32,14 +37,16 @@ from fastmtl.profile.shape import Shape
 from fastmtl.surgery.ranks.reduce import BUCKET
 
 INT64, DOUBLE = 8, 8
-# DeepSpeed's: a group's part is a multiple of so many numbers for each rank; ZeRO 3 keeps smaller tensors whole.
+# DeepSpeed's constants: a group's partition is a multiple of ALIGNMENT numbers per rank; ZeRO 3
+# keeps tensors below PERSISTENT whole.
 ALIGNMENT, PERSISTENT = 2, 100_000
 
 
 @dataclass(frozen=True)
 class Collective:
-    """`times` equal ones of a buffer of `nbytes` (all ranks' parts together). hidden: the share of them that runs while
-    backward computes.
+    """`times` equal collectives with a buffer of `nbytes`, all ranks' parts together.
+
+    hidden: the share of them that runs while backward computes.
     """
 
     what: str
@@ -49,7 +56,7 @@ class Collective:
     hidden: float = 0.0
 
     def sent(self, world: int) -> float:
-        """Bytes that each rank sends."""
+        """Return the bytes that each rank sends."""
         return self.times * sent(self.kind, self.nbytes, world)
 
     def seconds(self, cluster: Cluster, world: int) -> float:
@@ -57,7 +64,7 @@ class Collective:
 
 
 def traffic(shape: Shape) -> list[Collective]:
-    """Of one optimiser step; nothing for one rank."""
+    """Return the collectives of one optimiser step; none for one rank."""
     if shape.world == 1:
         return []
     return [*_surgery(shape), *_gradients(shape), *_weights(shape), *_small(shape)]
@@ -69,7 +76,7 @@ def _surgery(shape: Shape) -> Iterator[Collective]:
     if shape.sketch_size is not None:
         yield Collective("sketches", "all_reduce", shape.tasks * shape.sketch_size * FLOAT)
         return
-    scatter: Kind = "reduce_scatter" if shape.on_gpu else "all_reduce"  # gloo's reduce-scatter is one inside
+    scatter: Kind = "reduce_scatter" if shape.on_gpu else "all_reduce"  # gloo's reduce-scatter is an all-reduce inside
     if shape.storage == "stacked":
         pieces, passes = [(shape.dense, shape.j_bytes)], 1
     elif shape.storage == "kept":  # in float32, all vectors together
@@ -92,7 +99,10 @@ def _surgery(shape: Shape) -> Iterator[Collective]:
 
 
 def _pieces(shape: Shape, pieces: list[tuple[int, int]]) -> dict[int, int]:
-    """Of (columns, bytes of a number): {bytes of a collective, of all tasks and padded: how many of them}."""
+    """Split (columns, bytes per number) pairs into collectives.
+
+    Return {bytes of a collective of all tasks, padded: number of such collectives}.
+    """
     world, tasks = shape.world, shape.tasks
     most = max(1, BUCKET // (world * tasks)) * world
     found: dict[int, int] = {}
@@ -106,7 +116,7 @@ def _pieces(shape: Shape, pieces: list[tuple[int, int]]) -> dict[int, int]:
 
 
 def _gradients(shape: Shape) -> Iterator[Collective]:
-    joined = shape.joint or shape.storage not in ("stacked", "kept")  # DeepSpeed's own backwards make them
+    joined = shape.joint or shape.storage not in ("stacked", "kept")  # made by DeepSpeed's own backwards
     backwards = shape.accumulation if joined and shape.zero >= 2 else 1
     nbytes = shape.trained * shape.number_bytes
     kind: Kind = "reduce_scatter" if shape.zero == 3 else "all_reduce"
@@ -131,7 +141,7 @@ def _weights(shape: Shape) -> Iterator[Collective]:
 
 
 def _small(shape: Shape) -> Iterator[Collective]:
-    """Those whose latency is all that they cost."""
+    """Yield collectives whose cost is their latency."""
     numbers = [shape.tasks]  # losses
     if not shape.joint:
         numbers += [shape.tasks**2] * (len(shape.sizes) if shape.storage == "none" else 1)
@@ -139,5 +149,5 @@ def _small(shape: Shape) -> Iterator[Collective]:
         yield Collective("numbers of rows", "all_gather", shape.world * shape.tasks * INT64)
     if shape.zero:
         numbers += [1] * len(shape.groups)  # norms
-    numbers += [1]  # whether to stop
+    numbers += [1]  # the stop flag
     yield Collective("small ones", "all_reduce", sum(numbers) // len(numbers) * DOUBLE, len(numbers))

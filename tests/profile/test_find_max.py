@@ -50,10 +50,10 @@ def point(series: str, error: float | None, beside: int = 0) -> dict:
 
 def test_what_a_process_holds_beside_and_how_far_the_model_falls_short() -> None:
     points = [point("sum", 0.03, 40), point("pcgrad stacked", -0.2, 50), point("gradvac", None)]
-    assert advice.beside(points) == 50
-    assert advice.shortfall(points) == pytest.approx(1.25)
-    assert advice.beside([point("sum", None)]) == 0
-    assert advice.shortfall([point("sum", 0.5)]) == 1
+    assert advice.overhead_bytes(points) == 50
+    assert advice.underestimate(points) == pytest.approx(1.25)
+    assert advice.overhead_bytes([point("sum", None)]) == 0
+    assert advice.underestimate([point("sum", 0.5)]) == 1
 
 
 def test_the_sentence() -> None:

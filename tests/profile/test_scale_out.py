@@ -84,8 +84,8 @@ def test_a_small_all_reduce_takes_the_tree() -> None:
     ("text", "message"),
     [
         ("nvlnk", "Did you mean 'nvlink'?"),
-        ("8:450:1:400", "write ranks of a node"),
-        ("8:fast:1:400:5", "write ranks of a node"),
+        ("8:450:1:400", "write ranks per node"),
+        ("8:fast:1:400:5", "write ranks per node"),
         ("0:450:1:400:5", "above 0"),
         ("8:450:1:0:5", "above 0"),
     ],
