@@ -28,7 +28,7 @@ from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.model.encoder.bert import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery
-from fastmtl.surgery.methods.table import draw_order
+from fastmtl.surgery.methods.order import draw_order
 
 TASKS = ("up", "down", "other")
 ROWS, VOCABULARY = 8, 1000  # rows of a task in a micro-batch

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from fastmtl.surgery.sinks.task_gradients import TaskGradients
+from fastmtl.surgery.sinks.stack import StackSink
 from fastmtl.surgery.targets.adamw import SurgeryAdamW, TaskUpdate
 
 TASKS, TOKENS, VOCABULARY = 3, 909, 30522
@@ -41,8 +41,8 @@ def main() -> None:
 
     words, *others = ours = parameters(options.hidden, options.layers)
     theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
-    sink, weights = TaskGradients(ours, TASKS, sparse=[words]), torch.tensor([0.5, 1.0, 0.7])
-    sink.arm("stack", words.device)
+    sink, weights = StackSink(ours, TASKS, sparse=[words]), torch.tensor([0.5, 1.0, 0.7])
+    sink.arm(words.device)
     for task in range(TASKS):
         sink.add_rows(words, task, torch.randint(VOCABULARY, (TOKENS,)), torch.randn(TOKENS, options.hidden))
         for parameter in others:

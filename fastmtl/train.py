@@ -34,7 +34,7 @@ from fastmtl.measure.ranges import profile_iter, profile_range
 from fastmtl.model.saved_model import restore_previous
 from fastmtl.report import write_report
 from fastmtl.surgery.gradient_surgery import GradientSurgery
-from fastmtl.surgery.sinks.task_gradients import TaskGradients
+from fastmtl.surgery.sinks.sink import Sink
 from fastmtl.surgery.targets.flat import whole_model
 from fastmtl.tracking import Tracker
 from fastmtl.training.objectives import Objectives
@@ -172,7 +172,7 @@ def run_phase(
     ranks, tracker, at = run.ranks, run.tracker, run.at
     last_step = job.last_step(at)
 
-    def loss_fn(batch: PackedBatch, model: Any, task_grads: TaskGradients) -> dict[str, tuple[torch.Tensor, int]]:
+    def loss_fn(batch: PackedBatch, model: Any, task_grads: Sink) -> dict[str, tuple[torch.Tensor, int]]:
         return model(batch, task_grads)
 
     def save(value: float | None = None) -> None:

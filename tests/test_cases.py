@@ -26,7 +26,8 @@ from fastmtl.files.output_folder import OutputFolder
 from fastmtl.model.encoder.pretrained import load_encoder, load_tokenizer
 from fastmtl.recipes import yaml_reader as recipe_yaml
 from fastmtl.surgery import GradientSurgery
-from fastmtl.surgery.methods.table import draw_order, find_method
+from fastmtl.surgery.methods.order import draw_order
+from fastmtl.surgery.methods.table import find_method
 from fastmtl.sweep.grid import read_grid
 from fastmtl.training.phases import split
 

@@ -204,7 +204,7 @@ def test_numbers_that_no_run_can_use_are_refused(override: str, message: str, tm
 def test_the_largest_seed_is_one_for_torch_and_the_gradient_methods(tmp_path: Path) -> None:
     import torch
 
-    from fastmtl.surgery.methods.table import draw_order
+    from fastmtl.surgery.methods.order import draw_order
 
     seed = load_recipe(save(tmp_path, {"tasks": TASKS}), [f"seed={2**62}"]).seed
     torch.manual_seed(seed + 100 * 10_000 + 1 + 4096)  # phases and ranks

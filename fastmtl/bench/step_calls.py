@@ -8,6 +8,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastmtl.bench.calls import around, operators
@@ -16,6 +17,7 @@ from fastmtl.bench.waits import host_waits
 from fastmtl.bench.workload import Workload
 from fastmtl.config import parse_recipe
 from fastmtl.cuda_graphs.install import install_cuda_graphs
+from fastmtl.cuda_graphs.merging import record_merging
 from fastmtl.cuda_graphs.recorder import Unrecorded
 from fastmtl.engine.build import build_engine, build_surgery
 from fastmtl.engine.distributed import start
@@ -85,7 +87,7 @@ def count_step(
     engine = build_engine(recipe, model, 1, 1000)
     surgery = build_surgery(recipe, engine, model)
     if graphs:
-        surgery.record_with(_InGraphs())
+        surgery.record_with(partial(record_merging, recorder=_InGraphs()))
     engine.train()
     counts = dict(zip(recipe.task_names, work.packed_batch.counts, strict=True))
 

@@ -14,11 +14,12 @@ from fastmtl.bench.sizes import SEED
 from fastmtl.bench.textbook import PaddedModel
 from fastmtl.bench.workload import Workload
 from fastmtl.config import Recompute
+from fastmtl.cuda_graphs.merging import record_merging
 from fastmtl.measure.harness import Skipped
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery
+from fastmtl.surgery.checks import Storage
 from fastmtl.surgery.methods.table import method_names
-from fastmtl.surgery.options import Storage
 
 TRANSFORMERS, PRODUCTS = "transformers", "matrix products"
 COMPILED = ("transformers compiled",)
@@ -99,7 +100,7 @@ def _merged(
         sparse=model.sparse_parameters(),
         storage=storage,
         seed=SEED,
-        cuda_graphs=model.encoder.recorded is not None,
+        cuda_graphs=record_merging if model.encoder.recorded is not None else False,
     )
 
     def step() -> None:

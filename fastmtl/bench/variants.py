@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,13 @@ from fastmtl.bench.recordings import STEPS_TO_RECORD, refuse_unrecorded
 from fastmtl.bench.sizes import SEED
 from fastmtl.bench.workload import Workload
 from fastmtl.cuda_graphs.install import install_cuda_graphs
+from fastmtl.cuda_graphs.merging import record_merging
 from fastmtl.cuda_graphs.recorder import Recorder
 from fastmtl.measure.harness import Skipped
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery
-from fastmtl.surgery.methods.table import draw_order
-from fastmtl.surgery.options import Storage
+from fastmtl.surgery.checks import Storage
+from fastmtl.surgery.methods.order import draw_order
 
 # Largest error relative to the task gradients' norms, beyond the error of a model in lower
 # precision. float32: different orders of addition. bfloat16: 8 bits of every number of J. Peers:
@@ -87,7 +89,7 @@ def _surgery_of(
         storage=storage,
         dtype=dtype,
         seed=SEED,
-        cuda_graphs=cuda_graphs,
+        cuda_graphs=record_merging if cuda_graphs else False,
     )
 
 
@@ -139,7 +141,7 @@ def recorded(
     install_cuda_graphs(model, recorder)
     surgery = _surgery_of(model, method, dtype=dtype, cuda_graphs=True)
     if recorder is not None:
-        surgery.record_with(recorder)
+        surgery.record_with(partial(record_merging, recorder=recorder))
     step, state = _step_of(workload, model, surgery), surgery.state_dict()
     for _ in range(STEPS_TO_RECORD):
         step()

@@ -1,0 +1,5 @@
+"""CUDA graphs of the encoder, the heads and the merging of gradients. Models and surgery do not know them."""
+
+from fastmtl.cuda_graphs.merging import record_merging
+
+__all__ = ["record_merging"]

@@ -27,7 +27,8 @@ from fastmtl.cuda_graphs.recorder import Recorder, Recordings, Turn
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.model.encoder.context import ForwardContext
 from fastmtl.model.encoder.layers import overrides_norm
-from fastmtl.surgery.sinks.task_gradients import NOT_ARMED, TaskGradients
+from fastmtl.surgery.sinks.sink import Sink
+from fastmtl.surgery.sinks.stack import StackSink
 from fastmtl_kernels.varlen_attention.plan import AttentionPlan
 
 # Recordings kept; with as many, a batch takes a larger one that holds it before one is dropped for a new one.
@@ -75,7 +76,7 @@ class EncoderGraphs:
         self._changes = 0
         self._gradients: Tensor | None = None
 
-    def embeds(self, sink: TaskGradients | None) -> bool:
+    def embeds(self, sink: Sink | None) -> bool:
         """Whether the embeddings are recorded with the layers: where the words' gradient is kept as rows."""
         if sink is None or overrides_norm(self._embeddings):
             return False
@@ -106,7 +107,7 @@ class EncoderGraphs:
         if reason:
             self.recordings.warn_once(f"this forward falls back to eager execution: {reason}")
             return None
-        assert context.seeds is not None
+        assert context.seeds is not None and (sink is None or isinstance(sink, StackSink))
         recorded, plan = self._find(batch, parameters, sink, inside)
         inputs = [batch.input_ids, batch.token_type_ids, batch.position_ids] if hidden is None else [hidden]
         recorded.static.fill(inputs, batch.host, plan, context.seeds)
@@ -126,7 +127,7 @@ class EncoderGraphs:
         found = [parameters[name] for parameters, name in self._places[module]]
         return [parameter for parameter in found if parameter is not None and parameter.requires_grad]
 
-    def _begin(self, words: nn.Parameter, parameters: list[nn.Parameter], sink: TaskGradients | None) -> str:
+    def _begin(self, words: nn.Parameter, parameters: list[nn.Parameter], sink: Sink | None) -> str:
         """Drops what was recorded of other weights or for another sink; why nothing can be of these, "" if it can."""
         self._kept.clear()
         self._gradients = None
@@ -155,8 +156,8 @@ class EncoderGraphs:
         self.recordings.begin(words.device)
         return ""
 
-    def _against_this(self, hidden: Tensor | None, words: nn.Parameter, sink: TaskGradients | None) -> str:
-        if sink is not None and sink.mode != "stack":
+    def _against_this(self, hidden: Tensor | None, words: nn.Parameter, sink: Sink | None) -> str:
+        if sink is not None and not (sink.active and isinstance(sink, StackSink)):
             return "the task gradients are not stored in J"
         if torch.is_autocast_enabled(words.device.type):
             return "torch_autocast is on"
@@ -165,7 +166,7 @@ class EncoderGraphs:
         return "the previous forward has not run its backward yet" if self.recordings.taken else ""
 
     def _find(
-        self, batch: PackedBatch, parameters: list[nn.Parameter], sink: TaskGradients | None, inside: bool
+        self, batch: PackedBatch, parameters: list[nn.Parameter], sink: StackSink | None, inside: bool
     ) -> tuple[Recorded, AttentionPlan]:
         """What is recorded for a bucket that holds the batch, and the batch's plan for its rows. inside: whether the
         embeddings are.
@@ -203,7 +204,7 @@ class Pass(Turn):
         recorded: Recorded,
         batch: PackedBatch,
         parameters: list[nn.Parameter],
-        sink: TaskGradients | None,
+        sink: StackSink | None,
         words: nn.Parameter | None,
     ) -> None:
         super().__init__()
@@ -226,8 +227,7 @@ class Pass(Turn):
         static.take(dy)
         if writes is not None:
             assert self._sink is not None
-            if self._sink.mode != "stack":
-                raise RuntimeError(NOT_ARMED)
+            self._sink.check_active()
             stores = writes.jacobian.take(self._parameters, self._tasks)
         self._recorded.backward[stores]()
         static.release()

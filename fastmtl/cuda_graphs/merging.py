@@ -7,7 +7,7 @@ be skipped is merged in vain. With several ranks whose J is one sum, G is made o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 
@@ -15,20 +15,38 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.cuda_graphs.buffers.tables import StaticRows, capacity_of, spread, sums_by_id
-from fastmtl.cuda_graphs.recorder import Recordings
+from fastmtl.cuda_graphs.recorder import Recorder, Recordings
 from fastmtl.surgery.jacobian.dense import Jacobian
 from fastmtl.surgery.jacobian.tables import Tables
 from fastmtl.surgery.merged import Merged
-from fastmtl.surgery.methods.table import Method
-from fastmtl.surgery.sinks.task_gradients import TaskGradients
-from fastmtl.surgery.targets.target import Target
+from fastmtl.surgery.methods.method import Method
+from fastmtl.surgery.sinks.sink import Sink
+from fastmtl.surgery.sinks.stack import StackSink
+from fastmtl.surgery.targets.protocol import Target
 from fastmtl_kernels import combine, gramian
 from fastmtl_kernels.upload import upload_into
 
 
-def unsupported_reason(sink: TaskGradients, method: Method, target: Target, storage: str) -> str:
+def record_merging(
+    sink: Sink, method: Method, target: Target, storage: str, *, recorder: Recorder | None = None
+) -> tuple[RecordedStep | None, Sequence[str]]:
+    """Return what merges the steps of a sink, None where they cannot be recorded, and the growing list of reasons why
+    something was not recorded. recorder: in place of CUDA graphs, on any device.
+    """
+    recordings = Recordings(recorder)
+    reason = unsupported_reason(sink, method, target, storage)
+    if not reason and recorder is None and target.device.type != "cuda":
+        reason = f"CUDA graphs need an NVIDIA GPU, the model is on {target.device.type}"
+    if reason or not isinstance(sink, StackSink):
+        recordings.warn_once(f"gradient surgery launches each operation: {reason}")
+        return None, recordings.warned
+    narrow = not target.scales()
+    return RecordedStep(sink, method, sink.num_tasks, target.device, recordings, narrow=narrow), recordings.warned
+
+
+def unsupported_reason(sink: Sink, method: Method, target: Target, storage: str) -> str:
     """The reason why the steps of these cannot be recorded on any device, "" where they can."""
-    if storage != "stacked":
+    if storage != "stacked" or not isinstance(sink, StackSink):
         return "storage: kept and replay and scope: tensor keep no J"
     if sink.sketches:
         return "sketches change with every step"
@@ -38,15 +56,16 @@ def unsupported_reason(sink: TaskGradients, method: Method, target: Target, stor
 
 
 class RecordedStep:
-    """Of mode `stack`. Everything is recorded for the step's numbers of rows, in steps (`capacity_of`).
+    """Recorded merging of a `StackSink`. Everything is recorded for the step's numbers of rows, in
+    steps (`capacity_of`).
 
-    method: one that solves on the device. num_tasks: T. narrow: as of `TaskGradients.combine`. gram: float32 [T, T], G
+    method: one that solves on the device. num_tasks: T. narrow: as of `StackSink.combine`. gram: float32 [T, T], G
     of the last step. weights: [T], the method's for it.
     """
 
     def __init__(
         self,
-        sink: TaskGradients,
+        sink: StackSink,
         method: Method,
         num_tasks: int,
         device: torch.device,
@@ -126,7 +145,7 @@ class RecordedStep:
             for sums, _ in tables:
                 gram += gramian(sums.flatten(1))
             self.gram.copy_(gram / scale.square())
-        self.weights.copy_(self._method.weights(self.gram, order, None))
+        self.weights.copy_(self._method.weights(self.gram, order))
         scaled = self.weights * factor
         buffers.jacobian.merge(scaled, buffers.merged.dtype, out=buffers.merged)
         for (sums, unique), out in zip(tables, buffers.of_tables, strict=True):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastmtl.config import Recipe
 from fastmtl.errors import UserError
-from fastmtl.surgery.ranks.reduce import world_size
+from fastmtl.surgery.ranks.collectives import world_size
 from fastmtl_kernels import dispatch
 
 # Compute capabilities on which grouped_mm, in bf16, does not read the offsets on the host (torch 2.11 and 2.13).

@@ -1,9 +1,9 @@
-"""What takes the place of the sink while the layers' backward is recorded, to run again on other numbers.
+"""The sink while the layers' backward is recorded, to be replayed on other numbers.
 
-What is recorded may depend on no number that the host knows of a batch. So here a weight's T gradients come from one
-product with the tasks' offsets on the device (`torch.nn.functional.grouped_mm`), into J's columns at their fixed
-address, and whether they are stored or added is one of two recordings. What `Jacobian` and `TaskGradients` keep on the
-host of a write is told by `mark_written`, each time the recording runs.
+A recording depends on no number that the host knows of a batch. So a weight's T gradients come
+from one product with the tasks' offsets on the device (`torch.nn.functional.grouped_mm`), into J's
+columns at their fixed address, and there are two recordings: one stores, one adds. `mark_written`
+updates what `Jacobian` and `StackSink` keep on the host, each time a recording runs.
 """
 
 from __future__ import annotations
@@ -15,24 +15,26 @@ from torch import Tensor, nn
 from torch.nn.functional import grouped_mm
 
 from fastmtl.surgery.jacobian.dense import Jacobian
-from fastmtl.surgery.sinks.task_gradients import TaskGradients
+from fastmtl.surgery.segments import Segments
+from fastmtl.surgery.sinks.sink import Sink
+from fastmtl.surgery.sinks.stack import StackSink
 
 # Columns that grouped_mm takes come in this many, 16 bytes in bfloat16.
 _COLUMNS = 8
 
 
-class RecordedWrites(TaskGradients):
-    """Of `parameters`, all of them dense ones of `sink`, in mode `stack`; and of `table`, an embedding table among its
-    sparse ones, whose rows are left in `rows` for `TaskGradients.deliver_rows`.
+class RecordedWrites(Sink):
+    """Writes gradients of `parameters`, dense ones of `sink`, into its J. The rows of `table`, one of its sparse
+    parameters, are left in `rows` for `StackSink.deliver_rows`.
 
     offsets: int32 [T + 1] on the device, rows of the tasks. num_rows: N >= offsets[T]. dtype: of the rows.
-    stores: what `Jacobian.take` says of the recording. The gradients that a task without rows gets are undefined where
-    it stores, zeros where it adds.
+    stores: result of `Jacobian.take` for the recording. Gradients of a task without rows are undefined where it stores,
+    zeros where it adds.
     """
 
     def __init__(
         self,
-        sink: TaskGradients,
+        sink: StackSink,
         parameters: Sequence[nn.Parameter],
         table: nn.Parameter | None,
         offsets: Tensor,
@@ -40,10 +42,9 @@ class RecordedWrites(TaskGradients):
         dtype: torch.dtype,
     ) -> None:
         sparse = [] if table is None else [table]
-        super().__init__([*parameters, *sparse], sink.num_tasks, sparse=sparse, dtype=sink.dtype)
-        self.anchor = torch.zeros((), device=offsets.device, requires_grad=True)
+        super().__init__([*parameters, *sparse], sink.num_tasks, sparse=sparse)
+        self.arm(offsets.device)
         self.rows: Tensor | None = None
-        self.mode = "stack"
         self.stores = False
         self.jacobian: Jacobian = sink.stack_of(parameters[0])
         self.order: list[nn.Parameter] = []  # in which backward writes
@@ -52,22 +53,39 @@ class RecordedWrites(TaskGradients):
         self._absent = torch.empty(0)
 
     def begin(self, *, stores: bool) -> None:
-        """At the beginning of a backward that is recorded."""
+        """Begin a backward that is recorded."""
         self.stores, self.order = stores, []
         self._absent = self._offsets.diff() == 0
 
-    def expect(self, *parameters: nn.Parameter | None) -> None:
-        """`mark_written` does."""
-
-    def linear(self, weight: nn.Parameter, bias: nn.Parameter | None, dy: Tensor, x: Tensor) -> None:
-        """dy [N, out] and x [N, in] of one dtype."""
-        self.linears([weight], [bias], dy, x)
+    def linear(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        dy: Tensor,
+        x: Tensor,
+        segments: Segments,
+        needed: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        self._write_linears([weight], [bias], dy, x)
+        return None, None
 
     def linears(
+        self,
+        weights: Sequence[nn.Parameter],
+        biases: Sequence[nn.Parameter],
+        dy: Tensor,
+        x: Tensor,
+        segments: Segments,
+        needed: Sequence[bool],
+    ) -> list[Tensor | None]:
+        self._write_linears(weights, biases, dy.flatten(1), x)
+        return [None] * (len(weights) + len(biases))
+
+    def _write_linears(
         self, weights: Sequence[nn.Parameter], biases: Sequence[nn.Parameter | None], dy: Tensor, x: Tensor
     ) -> None:
-        """dy [N, k out] and x [N, in] of one dtype, for k Linears. A bias's sums are a product with ones: one with the
-        tasks' indicator would carry what is not finite from one task into the others.
+        """Write the gradients of k Linears; dy [N, k out] and x [N, in] of one dtype. The sums of a bias are a product
+        with ones: one with the tasks' indicator would carry what is not finite from one task into the others.
         """
         for parameters, right in ((weights, x), (biases, self._ones)):
             wanted = [parameter for parameter in parameters if parameter is not None and self.wants(parameter)]
@@ -85,7 +103,7 @@ class RecordedWrites(TaskGradients):
                     self._write(parameter, part)
 
     def deliver(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
-        """As the sink's, with zeros for tasks without rows."""
+        """Write as the sink does, with zeros for tasks without rows."""
         self._write(parameter, gradients)
         return None
 
@@ -103,8 +121,11 @@ class RecordedWrites(TaskGradients):
             self._write(table, self._product(indicators, rows)[:, : len(table)])
         return None
 
-    def mark_written(self, sink: TaskGradients) -> None:
-        """That the recorded backward has written into the sink's J."""
+    def sparse_table(self, table: nn.Parameter, pairs: list[tuple[Tensor, Tensor]]) -> Tensor | None:
+        raise AssertionError("deliver_rows takes every table")
+
+    def mark_written(self, sink: StackSink) -> None:
+        """Tell the sink that the recorded backward has written into its J."""
         for parameter in self.order:
             sink.written(parameter)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastmtl.config import Recipe
 from fastmtl.cuda_graphs.install import install_cuda_graphs
+from fastmtl.cuda_graphs.merging import record_merging
 from fastmtl.cuda_graphs.options import check_cuda_graphs
 from fastmtl.engine.deepspeed_section import check_section
 from fastmtl.engine.fused_optimizers import build_adam
@@ -19,10 +20,12 @@ from fastmtl.engine.settings import deepspeed_config, deepspeed_section, set_buc
 from fastmtl.errors import UserError, listed, quoted
 from fastmtl.model.masked_lm import MaskedLanguageModel
 from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.surgery.checks import DTYPES, check_options
 from fastmtl.surgery.gradient_surgery import GradientSurgery
-from fastmtl.surgery.methods.table import Method, draw_order, find_method
-from fastmtl.surgery.options import DTYPES, check_options
-from fastmtl.surgery.ranks.reduce import world_size
+from fastmtl.surgery.methods.method import Method
+from fastmtl.surgery.methods.order import draw_order
+from fastmtl.surgery.methods.table import find_method
+from fastmtl.surgery.ranks.collectives import world_size
 from fastmtl.surgery.targets.flat import FlatParameters
 
 Model = MultiTaskModel | MaskedLanguageModel
@@ -60,7 +63,7 @@ def _check_method(method: Method, recipe: Recipe) -> None:
     name, options, count = recipe.gradient.method, recipe.gradient.options, len(recipe.tasks)
     advice = f"gradient.method: {name} with gradient.options {quoted(options)} cannot weigh {count} tasks"
     try:
-        weights = method.weights(torch.eye(count), draw_order(count, 0, 0), None)
+        weights = method.weights(torch.eye(count), draw_order(count, 0, 0))
     except Exception as error:  # whatever TorchJD and its solvers raise
         raise UserError(f"{advice}: {error}") from error
     if weights.shape != (count,) or not bool(weights.isfinite().all()):
@@ -128,7 +131,7 @@ def build_surgery(recipe: Recipe, engine: Any, model: Model, tasks: list[str] | 
         reduction=gradient.reduction,
         options=gradient.options,
         seed=recipe.seed,
-        cuda_graphs=recipe.engine.cuda_graphs,
+        cuda_graphs=record_merging if recipe.engine.cuda_graphs else False,
         max_norm=max_norm(recipe, model, world_size()),
     )
 

@@ -22,7 +22,7 @@ from fastmtl.model.encoder.weights import load_exactly, read_weights
 from fastmtl.model.groups import parameter_groups
 
 if TYPE_CHECKING:
-    from fastmtl.surgery.sinks.task_gradients import TaskGradients
+    from fastmtl.surgery.sinks.sink import Sink
 
 PREFIX = "cls.predictions."
 
@@ -35,7 +35,7 @@ class MaskedLanguageModel(nn.Module):
         self.encoder = encoder
         self.head = OutputLayer(encoder.config)
 
-    def forward(self, batch: MaskedBatch, task_grads: TaskGradients | None = None) -> dict[str, tuple[Tensor, int]]:
+    def forward(self, batch: MaskedBatch, task_grads: Sink | None = None) -> dict[str, tuple[Tensor, int]]:
         """{"mlm": (fp32 0-dim sum of the masked tokens' cross-entropies, their number)}. task_grads is left alone: the
         word embeddings are used past it, and there is one loss only.
         """

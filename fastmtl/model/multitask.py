@@ -27,7 +27,7 @@ from fastmtl.model.losses.weighting import Uncertainty
 from fastmtl.surgery.random_state import RandomState
 
 if TYPE_CHECKING:
-    from fastmtl.surgery.sinks.task_gradients import TaskGradients
+    from fastmtl.surgery.sinks.sink import Sink
 
 
 class MultiTaskModel(SmartModel):
@@ -83,7 +83,7 @@ class MultiTaskModel(SmartModel):
     def forward(
         self,
         batch: PackedBatch,
-        task_grads: TaskGradients | None = None,
+        task_grads: Sink | None = None,
         *,
         returns: Literal["losses", "predictions"] = "losses",
     ) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class MultiTaskModel(SmartModel):
         return parameter_groups(rated, config.weight_decay)
 
     def examples(
-        self, batch: PackedBatch, task_grads: TaskGradients | None = None, noise: Tensor | None = None
+        self, batch: PackedBatch, task_grads: Sink | None = None, noise: Tensor | None = None
     ) -> list[Examples]:
         """What every task's head makes of its examples, of none too. noise [N, d] is added to the embedded tokens."""
         return self._examples(self._vectors(batch, task_grads, noise), HeadBatch.of(batch))
@@ -160,7 +160,7 @@ class MultiTaskModel(SmartModel):
             losses = [head.get_submodule("uncertainty")(loss, count) for head, loss, count in weighted]
         return losses
 
-    def _vectors(self, batch: PackedBatch, task_grads: TaskGradients | None, noise: Tensor | None = None) -> Vectors:
+    def _vectors(self, batch: PackedBatch, task_grads: Sink | None, noise: Tensor | None = None) -> Vectors:
         hidden = self.encoder(batch, self.adapter, task_grads, noise)
         found: Vectors = {name: pooling(name)(hidden, batch) for name in self._poolings()}
         if "pooler" in found:

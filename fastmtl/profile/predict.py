@@ -15,7 +15,7 @@ from fastmtl.profile.layers import FLOAT, INT64, Weight
 from fastmtl.profile.ledger import Ledger
 from fastmtl.profile.passes import Pass
 from fastmtl.profile.shape import Shape
-from fastmtl.surgery.ranks.reduce import BUCKET
+from fastmtl.surgery.ranks.collectives import BUCKET
 from fastmtl.surgery.sinks.early_scatter import IN_FLIGHT
 
 

@@ -27,7 +27,7 @@ from typing import Any
 from fastmtl.profile.links import Cluster
 from fastmtl.profile.shape import Shape
 from fastmtl.profile.traffic import traffic
-from fastmtl.surgery.options import SKETCH_SIZE
+from fastmtl.surgery.checks import SKETCH_SIZE
 
 WORLDS = tuple(2**k for k in range(11))
 TASKS = (2, 4, 8, 16, 32)

@@ -16,7 +16,7 @@ from fastmtl.measure.accounting import Accounting
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.profile.engine_tensors import gradient_buffers, optimiser_tensors, partitioned_weights
 from fastmtl.surgery import SurgeryInfo
-from fastmtl.surgery.sinks.task_gradients import TaskGradients
+from fastmtl.surgery.sinks.sink import Sink
 from fastmtl.training.objectives import Objectives
 
 # Only for the schedule of learning rates.
@@ -97,5 +97,5 @@ class Steps:
             self._accounting.name([gradient], "gradients")
 
 
-def _losses(batch: PackedBatch, model: Any, task_grads: TaskGradients) -> dict[str, tuple[Tensor, int]]:
+def _losses(batch: PackedBatch, model: Any, task_grads: Sink) -> dict[str, tuple[Tensor, int]]:
     return model(batch, task_grads)

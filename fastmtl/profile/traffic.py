@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from fastmtl.profile.deepspeed import FLOAT
 from fastmtl.profile.links import Cluster, Kind, sent
 from fastmtl.profile.shape import Shape
-from fastmtl.surgery.ranks.reduce import BUCKET
+from fastmtl.surgery.ranks.collectives import BUCKET
 
 INT64, DOUBLE = 8, 8
 # DeepSpeed's constants: a group's partition is a multiple of ALIGNMENT numbers per rank; ZeRO 3

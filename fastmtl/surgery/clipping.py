@@ -18,9 +18,9 @@ from torch import Tensor
 from fastmtl.errors import UserError
 from fastmtl.surgery.merged import Merged
 from fastmtl.surgery.norms import total_norm
-from fastmtl.surgery.ranks.reduce import BUCKET, sum_over_ranks, world_size
+from fastmtl.surgery.ranks.collectives import BUCKET, sum_over_ranks, world_size
 from fastmtl.surgery.step import SurgeryInfo
-from fastmtl.surgery.targets.target import Target
+from fastmtl.surgery.targets.protocol import Target
 
 # A norm below this share of the sum of its parts' is not taken from float32 inner products, whose rounding, some 1e-7
 # of the parts' squares, would show in it.

@@ -9,31 +9,43 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from fastmtl.cuda_graphs.merging import RecordedStep, unsupported_reason
-from fastmtl.cuda_graphs.recorder import Recorder, Recordings
 from fastmtl.errors import UserError
-from fastmtl.measure.ranges import profile_range
+from fastmtl.surgery.checks import (
+    SKETCH_SIZE,
+    Reduce,
+    Scope,
+    Storage,
+    check_options,
+    check_parameters,
+    check_sketch,
+    check_task_weights,
+    check_tasks,
+    find_shared,
+)
 from fastmtl.surgery.clipping import check_max_norm
-from fastmtl.surgery.inputs import check_sketch, check_task_weights, check_tasks, find_shared
 from fastmtl.surgery.joint import JointStep, WatchedJointStep
 from fastmtl.surgery.losses import Losses
-from fastmtl.surgery.methods.table import Reduction, find_method
-from fastmtl.surgery.options import SKETCH_SIZE, Reduce, Scope, Storage, check_options, find_ranks
-from fastmtl.surgery.parameters import check_parameters
+from fastmtl.surgery.methods.method import Reduction
+from fastmtl.surgery.methods.table import find_method
 from fastmtl.surgery.parts import Parts
+from fastmtl.surgery.ranks.alone import Alone
+from fastmtl.surgery.ranks.together import Together
 from fastmtl.surgery.replay import replay
-from fastmtl.surgery.sinks.kept import KeptGradients
-from fastmtl.surgery.sinks.task_gradients import Mode, TaskGradients
+from fastmtl.surgery.sinks.gramian import GramianSink
+from fastmtl.surgery.sinks.keep import KeepSink
+from fastmtl.surgery.sinks.sink import Sink
+from fastmtl.surgery.sinks.source import MergingSink
+from fastmtl.surgery.sinks.stack import StackSink
+from fastmtl.surgery.sinks.tensor import TensorSink
 from fastmtl.surgery.solver import Solver
-from fastmtl.surgery.stacked import StackedStep
+from fastmtl.surgery.stacked import RecordedMerging, RecordMerging, StackedStep
 from fastmtl.surgery.step import LossFunction, Step, SurgeryInfo
-from fastmtl.surgery.targets.target import find_target
+from fastmtl.surgery.targets.find import find_target
 from fastmtl.surgery.tensor_scope import tensor_scope
 
 log = logging.getLogger(__name__)
@@ -88,7 +100,7 @@ class GradientSurgery:
         reduction: Reduction = "sum",
         options: Mapping[str, Any] | None = None,
         seed: int = 0,
-        cuda_graphs: bool = False,
+        cuda_graphs: RecordMerging | Literal[False] = False,
         max_norm: float | None = None,
     ) -> None:
         self._target = find_target(target)
@@ -116,40 +128,26 @@ class GradientSurgery:
         self._joint, self._scope, self._by_rank = chosen is None, scope, reduce == "local"
         self._plain = method == "sum"
         self._solver = Solver(chosen, method, self.tasks, seed, by_rank=self._by_rank)
-        self._mode: Mode = "keep" if self.storage == "kept" else "stack"
-        self._sink = (KeptGradients if self.storage == "kept" else TaskGradients)(
-            inside,
-            len(self.tasks),
-            sparse=sparse,
-            dtype=dtype,
-            ranks=find_ranks(reduce),
-            sketch_size=sketch_size if reduce == "sketch" else None,
-        )
+        self._sink = self._make_sink(inside, sparse, dtype, reduce, sketch_size if reduce == "sketch" else None)
         own = [p for p in self._target.parameters if id(p) not in inside_ids]
-        self._parts = Parts(self._target, self._sink, self._solver, self.tasks, inside, own, max_norm)
-        self._open: JointStep | WatchedJointStep | StackedStep | None = None
-        self._told = False
-        self._recorded: RecordedStep | None = None
-        self._recordings: Recordings | None = None
-        if cuda_graphs:
-            self.record_with(None)
-
-    def record_with(self, recorder: Recorder | None) -> None:
-        """What `cuda_graphs` asks for. recorder: in place of CUDA graphs, on any device."""
-        method = self._solver.method
-        if method is None:  # a sum has none of this
-            return
-        recordings = self._recordings = Recordings(recorder)
-        reason = unsupported_reason(self._sink, method, self._target, self.storage)
-        if not reason and recorder is None and self._target.device.type != "cuda":
-            reason = f"CUDA graphs need an NVIDIA GPU, the model is on {self._target.device.type}"
-        if reason:
-            recordings.warn_once(f"gradient surgery launches each operation: {reason}")
-        else:
-            narrow = not self._target.scales()
-            self._recorded = RecordedStep(
-                self._sink, method, len(self.tasks), self._target.device, recordings, narrow=narrow
+        self._parts = Parts(self._target, self._solver, self.tasks, inside, own, max_norm)
+        self._open: JointStep | StackedStep | None = None
+        self._warned = False
+        self._recorded: RecordedMerging | None = None
+        self._not_recorded: Sequence[str] = ()
+        if cuda_graphs is True:
+            raise UserError(
+                "cuda_graphs=True: give what records, cuda_graphs=fastmtl.cuda_graphs.record_merging, since surgery "
+                "itself knows no CUDA graphs"
             )
+        if cuda_graphs:
+            self.record_with(cuda_graphs)
+
+    def record_with(self, record: RecordMerging) -> None:
+        """Merge by recordings that `record` makes, as the argument `cuda_graphs` does."""
+        method = self._solver.method
+        if method is not None:  # a sum has none of this
+            self._recorded, self._not_recorded = record(self._sink, method, self._target, self.storage)
 
     def run(
         self,
@@ -180,31 +178,23 @@ class GradientSurgery:
             raise UserError("micro_batches: a step needs at least one")
         if counts is None and len(micro_batches) > 1:
             raise UserError(_COUNTS)
-        losses_of = LossFunction(loss_fn, self._target, self._sink)
+        losses_of = LossFunction(loss_fn, self._target)
         step = self._new_step(counts, weights, stop)
-        if not self._joint and self._scope == "tensor":
-            return tensor_scope(self._parts, step, micro_batches, losses_of, by_rank=self._by_rank)
-        if self.storage == "replay":
-            return replay(self._parts, step, micro_batches, losses_of)
-        way = self._start(step)
-        for number, micro_batch in enumerate(micro_batches, start=1):
-            with self._sink.armed(self._mode, self._target.device) if not self._joint else nullcontext():
-                with profile_range("forward"):
-                    losses = losses_of(micro_batch, training_pass=self._joint and self._parts.max_norm is None)
-                self._tell(losses_of.takes_sink)
-                way.take(losses, takes_sink=losses_of.takes_sink, last=number == len(micro_batches))
-                # The graph that they hold would bring the default stream into the next forward's CUDA graphs.
-                del losses
-        return way.finish()
+        if isinstance(self._sink, TensorSink):
+            return tensor_scope(self._parts, self._sink, step, micro_batches, losses_of, by_rank=self._by_rank)
+        if isinstance(self._sink, GramianSink):
+            return replay(self._parts, self._sink, step, micro_batches, losses_of)
+        self._check_takes_sink(losses_of.takes_sink)
+        return self._start(step).run(micro_batches, losses_of)
 
     @property
-    def task_grads(self) -> TaskGradients:
+    def task_grads(self) -> Sink:
         """The sink for a forward whose losses go to `backward`: it takes writes until then. For models of fastmtl's
         layers. Raises UserError as `backward` does.
         """
         self._check_backward()
         if not self._joint:
-            self._sink.arm(self._mode, self._target.device)
+            self._sink.arm(self._target.device)
         return self._sink
 
     def backward(
@@ -225,7 +215,7 @@ class GradientSurgery:
         Raises UserError as `run` does, and where a step cannot be done without running forward again: use `run` there.
         """
         self._check_backward()
-        takes_sink = self._sink.mode is not None
+        takes_sink = self._sink.active
         try:
             if self._open is None:
                 if counts is None and not last:
@@ -235,9 +225,9 @@ class GradientSurgery:
             if last:
                 self._open = None
             if not takes_sink and not self._joint:
-                self._sink.arm(self._mode, self._target.device)
-            self._tell(takes_sink)
-            way.take(losses, takes_sink=takes_sink, last=last)
+                self._sink.arm(self._target.device)
+            self._check_takes_sink(takes_sink)
+            way.backward(losses, takes_sink=takes_sink, last=last)
         except BaseException:
             self._open = None
             raise
@@ -248,7 +238,7 @@ class GradientSurgery:
     @property
     def not_recorded(self) -> list[str]:
         """Reasons why `cuda_graphs` recorded nothing so far, as the log has them. Empty without `cuda_graphs`."""
-        return [] if self._recordings is None else list(self._recordings.warned)
+        return list(self._not_recorded)
 
     def kept_tensors(self) -> list[torch.Tensor]:
         """What is kept of task gradients now: J, its shards, sketch and compact rows, and what `cuda_graphs` needs."""
@@ -271,17 +261,39 @@ class GradientSurgery:
         settings: dict[str, Any] = {"constants": not self._parts.shared, "stop": stop}
         return Step(counts, tasks=self.tasks, task_weights=both, device=self._target.device, **settings)
 
-    def _start(self, step: Step) -> JointStep | WatchedJointStep | StackedStep:
+    def _make_sink(
+        self,
+        shared: Sequence[nn.Parameter],
+        sparse: Sequence[nn.Parameter],
+        dtype: torch.dtype,
+        reduce: Reduce,
+        sketch_size: int | None,
+    ) -> Sink:
+        """Return the sink of the storage; that of `sum` is never armed."""
+        ranks = Alone() if reduce == "local" else Together()
+        parts = shared, len(self.tasks)
+        if not self._joint and self._scope == "tensor":
+            return TensorSink(*parts, sparse=sparse, ranks=ranks)
+        if self.storage == "replay":
+            return GramianSink(*parts, sparse=sparse, ranks=ranks, sketch_size=sketch_size)
+        if self.storage == "kept":
+            return KeepSink(*parts, sparse=sparse, ranks=ranks, sketch_size=sketch_size)
+        return StackSink(*parts, sparse=sparse, dtype=dtype, ranks=ranks, sketch_size=sketch_size)
+
+    def _start(self, step: Step) -> JointStep | StackedStep:
         if not self._joint:
-            return StackedStep(self._parts, step, self._recorded)
-        return JointStep(self._parts, step) if self._parts.max_norm is None else WatchedJointStep(self._parts, step)
+            assert isinstance(self._sink, MergingSink)
+            return StackedStep(self._parts, self._sink, step, self._recorded)
+        kind = JointStep if self._parts.max_norm is None else WatchedJointStep
+        return kind(self._parts, self._sink, step)
 
     def _check_backward(self) -> None:
         if not self._joint and self.storage not in ("stacked", "kept"):
             reason = "scope='tensor'" if self._scope == "tensor" else "storage='replay' (ZeRO 3, offload)"
             raise UserError(f"backward: {reason} makes the forward itself; use run(micro_batches, loss_fn)")
 
-    def _tell(self, takes_sink: bool) -> None:
+    def _check_takes_sink(self, takes_sink: bool) -> None:
+        """Raise UserError where the storage needs layers that know the sink; warn once where they would be faster."""
         if takes_sink or self._joint:
             return
         if self.storage == "kept":
@@ -289,6 +301,6 @@ class GradientSurgery:
                 "storage='kept' needs a model whose layers write into task_grads, since it keeps what their weights' "
                 "gradients are products of: use storage='stacked'"
             )
-        if not self._told:
-            self._told = True
+        if not self._warned:
+            self._warned = True
             log.warning("the model takes no task_grads: one backward pass per task (see docs/surgery.md)")

@@ -1,9 +1,11 @@
-"""`sum`: the plain joint gradient, by the target's own backward or, where its norm is asked for, by autograd."""
+"""`sum`: the joint gradient by the target's own backward, or by autograd where its norm is asked for."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,42 +14,59 @@ from fastmtl.measure.ranges import profile_range
 from fastmtl.surgery.clipping import clip_factor_on_device
 from fastmtl.surgery.differentiate import differentiate
 from fastmtl.surgery.losses import Losses
-from fastmtl.surgery.merged import Merged
+from fastmtl.surgery.merged import Merged, unshared
 from fastmtl.surgery.norms import tensor_norms
 from fastmtl.surgery.parts import Parts
-from fastmtl.surgery.ranks.reduce import sum_over_ranks
-from fastmtl.surgery.step import Step, SurgeryInfo
-from fastmtl.surgery.targets.target import unshared
+from fastmtl.surgery.ranks.collectives import sum_over_ranks
+from fastmtl.surgery.sinks.sink import Sink
+from fastmtl.surgery.step import LossFunction, Step, SurgeryInfo
 from fastmtl_kernels.cast import cast
 
 
 class JointStep:
-    """One step: `take` each micro-batch's losses, then `finish`."""
+    """One step by the target's own backward. sink: is not armed, so layers are plain."""
 
-    def __init__(self, parts: Parts, step: Step) -> None:
-        self._parts, self._step = parts, step
+    _own_backward = True
 
-    def take(self, losses: Losses, *, takes_sink: bool, last: bool) -> None:
+    def __init__(self, parts: Parts, sink: Sink, step: Step) -> None:
+        self._parts, self._sink, self._step = parts, sink, step
+
+    def run(self, micro_batches: Sequence[Any], losses_of: LossFunction) -> SurgeryInfo:
+        """Leave the joint gradient in the target."""
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            with profile_range("forward"):
+                losses = losses_of(micro_batch, self._sink, training_pass=self._own_backward)
+            self.backward(losses, takes_sink=losses_of.takes_sink, last=number == len(micro_batches))
+            # The graph that losses hold would bring the default stream into the next forward's CUDA graphs.
+            del losses
+        return self.finish()
+
+    def backward(self, losses: Losses, *, takes_sink: bool, last: bool) -> None:
+        """Run one micro-batch's backward."""
         self._step.take(losses)
         with profile_range("backward"):
             self._parts.target.backward(self._step.total(losses), last=last)
 
     def finish(self) -> SurgeryInfo:
+        """Return the report of the step."""
         return _judged(self._parts, self._step, sum_over_ranks(self._step.sums).tolist())
 
 
-class WatchedJointStep:
+class WatchedJointStep(JointStep):
     """One step in one process with `max_norm`: the gradient is clipped, and the step skipped where it is not finite.
 
-    The host reads losses and norms at once, and where the target can take a step back only after it has handed the
-    gradient over: a GPU computes meanwhile.
+    The host reads losses and norms at once. Where the target can take a step back, the host reads them only after the
+    gradient was handed over, so a GPU computes meanwhile.
     """
 
-    def __init__(self, parts: Parts, step: Step) -> None:
-        self._parts, self._step = parts, step
+    _own_backward = False
+
+    def __init__(self, parts: Parts, sink: Sink, step: Step) -> None:
+        super().__init__(parts, sink, step)
         self._gradients: list[Tensor | None] = [None] * len(parts.target.parameters)
 
-    def take(self, losses: Losses, *, takes_sink: bool, last: bool) -> None:
+    def backward(self, losses: Losses, *, takes_sink: bool, last: bool) -> None:
+        """Add one micro-batch's gradients in float32."""
         target = self._parts.target
         target.check_forward()
         self._step.take(losses)

@@ -58,3 +58,15 @@ class Merged(MutableMapping[int, Tensor]):
 
     def __len__(self) -> int:
         return len(self._like) + len(self._others)
+
+
+def unshared(gradients: list[Tensor]) -> list[Tensor]:
+    """Gradients that can be changed in place: autograd gives one tensor for two parameters, or one number for all of a
+    tensor's.
+    """
+    found, places = [], set()
+    for gradient in gradients:
+        alone = gradient.data_ptr() not in places and gradient.is_contiguous()
+        places.add(gradient.data_ptr())
+        found.append(gradient if alone else gradient.clone(memory_format=torch.contiguous_format))
+    return found

@@ -1,4 +1,4 @@
-"""`storage: replay`: a first pass for G alone, a second one of the target's own, weighted by row."""
+"""`storage: replay`: a first pass for G alone, a second one through the target, weighted by row."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ from fastmtl.errors import UserError
 from fastmtl.measure.ranges import profile_range
 from fastmtl.surgery.parts import Parts
 from fastmtl.surgery.random_state import RandomState
+from fastmtl.surgery.sinks.gramian import GramianSink
+from fastmtl.surgery.sinks.weighted import WeightedSink
 from fastmtl.surgery.step import LossFunction, Step, SurgeryInfo
 from fastmtl.surgery.stopwatch import Stopwatch
 
 
-def replay(parts: Parts, step: Step, micro_batches: Sequence[Any], losses_of: LossFunction) -> SurgeryInfo:
+def replay(
+    parts: Parts, sink: GramianSink, step: Step, micro_batches: Sequence[Any], losses_of: LossFunction
+) -> SurgeryInfo:
+    """Run one optimizer step in two passes. Raises UserError for a loss function without `task_grads`."""
     if not losses_of.takes_sink:
         raise UserError(
             "storage='replay' (ZeRO 3, offload) needs a model whose layers write into task_grads: DeepSpeed holds the "
             "weights of other models only inside their forward. Use ZeRO 0 to 2 without offload."
         )
-    target, sink = parts.target, parts.sink
+    target = parts.target
     watch = Stopwatch(target.device)
     scale = target.loss_scale()
     sink.clear()
@@ -28,13 +33,13 @@ def replay(parts: Parts, step: Step, micro_batches: Sequence[Any], losses_of: Lo
     states = []
     for micro_batch in micro_batches:
         states.append(RandomState.capture(target.device))
-        with sink.armed("gramian", target.device, keep=len(micro_batches) > 1):
+        with sink.armed(target.device, accumulates=len(micro_batches) > 1):
             with profile_range("forward"):
-                losses = losses_of(micro_batch, training_pass=False)
+                losses = losses_of(micro_batch, sink)
             step.take(losses)
             sink.forward_done()
             with profile_range("backward"):
-                parts.one_pass(step.terms(losses, scale), own=())
+                sink.backward(step.terms(losses, scale), parts.shared, (), target.names)
     after = RandomState.capture(target.device)
     with profile_range("surgery"):
         info, weights = parts.solver.solve(sink.gramian() / scale**2, step, target)
@@ -42,12 +47,14 @@ def replay(parts: Parts, step: Step, micro_batches: Sequence[Any], losses_of: Lo
     sink.clear()
     if info.skipped is not None:
         return info
+    tables = [parameter for parameter in parts.shared if sink.is_sparse(parameter)]
+    weighted = WeightedSink(parts.shared, len(parts.tasks), weights, sparse=tables)
     with parts.own_watched() as bad_own:
         for number, (micro_batch, state) in enumerate(zip(micro_batches, states, strict=True), start=1):
             state.restore()  # the same dropout masks as in the first pass
-            with sink.armed("weighted", target.device, weights=weights):
+            with weighted.armed(target.device):
                 with profile_range("forward"):
-                    losses = losses_of(micro_batch, training_pass=True)
+                    losses = losses_of(micro_batch, weighted, training_pass=True)
                 with profile_range("backward"):
                     target.backward(step.total(losses), last=number == len(micro_batches))
     after.restore()

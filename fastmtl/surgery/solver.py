@@ -1,4 +1,4 @@
-"""From the Gramian of a step to its weights, and the steps that have to be skipped."""
+"""The weights of a step from its Gramian, and the decision to skip a step."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import TrainingError, UserError
-from fastmtl.surgery.methods.table import Method, draw_order
-from fastmtl.surgery.ranks.reduce import sum_over_ranks, world_size
+from fastmtl.surgery.methods.method import Method
+from fastmtl.surgery.methods.order import draw_order
+from fastmtl.surgery.ranks.collectives import sum_over_ranks, world_size
 from fastmtl.surgery.step import Step, SurgeryInfo
-from fastmtl.surgery.targets.target import Target
+from fastmtl.surgery.targets.protocol import Target
 
 log = logging.getLogger(__name__)
 
@@ -22,9 +23,9 @@ MAX_SKIPPED = 5
 
 
 class Solver:
-    """Holds the state of surgery: the step's number (with `seed` it fixes the order), skipped steps, the method's own.
+    """The state of surgery: the step's number (with `seed` it fixes the order), skipped steps, the method's state.
 
-    name: of the method. by_rank: whether the Gramians are each rank's own (`reduce: local`).
+    name: of the method. by_rank: each rank has a Gramian of its own (`reduce: local`).
     """
 
     def __init__(self, method: Method | None, name: str, tasks: list[str], seed: int, *, by_rank: bool) -> None:
@@ -34,23 +35,24 @@ class Solver:
 
     @property
     def step_seed(self) -> int:
-        """Of what is random in this step, the same on every rank."""
+        """The seed of this step, the same on every rank."""
         return (self._seed * 1_000_003 + self._step) % (1 << 31)
 
     def next_step(self) -> None:
         self._step += 1
 
     def order(self) -> Tensor:
-        """In which tasks meet in this step, int64 [T, T] on the host."""
+        """Return the projection order of this step, int64 [T, T] on the host."""
         return draw_order(len(self.tasks), self._seed, self._step)
 
     def weights(self, gram: Tensor, index: int | None = None) -> Tensor:
-        """Weights [T] for G [T, T], on its device."""
+        """Return weights [T] for G [T, T], on its device. index: of the parameter tensor that G is of, None for all."""
         assert self.method is not None
+        method = self.method if index is None else self.method.of_tensor(index)
         order = self.order()
         if gram.device.type == "cuda":
             order = order.pin_memory().to(gram.device, non_blocking=True)
-        return self.method.weights(gram, order, index)
+        return method.weights(gram, order)
 
     def solve(
         self,
@@ -61,7 +63,7 @@ class Solver:
         own_names: Sequence[str] = (),
         own_scale: float | None = None,
     ) -> tuple[SurgeryInfo, Tensor]:
-        """What a step tells, and its weights, NaN where the target has to see that they are not finite: `judge`."""
+        """Return the report of a step and its weights, NaN where the target has to see an overflow (see `judge`)."""
         weights = self.weights(gram)
         info, spoilt = self.judge(gram, weights, step, target, own, own_names, own_scale)
         return info, torch.full_like(weights, float("nan")) if spoilt else weights
@@ -76,11 +78,11 @@ class Solver:
         own_names: Sequence[str] = (),
         own_scale: float | None = None,
     ) -> tuple[SurgeryInfo, bool]:
-        """What a step with G and these weights tells, and whether the target has to see that it is not finite: by one
-        small reduction and one wait for the device.
+        """Check for gradients that are not finite and build the SurgeryInfo: one small reduction and one wait for the
+        device. Returns the report, and whether the target has to see an overflow in the gradients.
 
-        own: gradients of the tasks' own parameters, looked at for numbers that are not finite. own_scale: what they are
-        multiplied by, where they are the sums over ranks and their norm is asked for.
+        own: gradients of the tasks' own parameters, which are checked too. own_scale: the factor in them, where they
+        are sums over ranks and their norm is asked for.
         """
         num_tasks = len(self.tasks)
         norms = torch.stack(torch._foreach_norm(list(own))).double() if own else gram.new_zeros(0, dtype=torch.float64)
@@ -119,7 +121,7 @@ class Solver:
             raise TrainingError(f"the gradient of {name} was not finite in {MAX_SKIPPED} steps in a row: {_ADVICE}")
 
     def stop_at(self, what: str, name: str) -> None:
-        """For a step that cannot be skipped any more: what is not finite has gone into the target already."""
+        """Raise TrainingError for a step that cannot be skipped: the target has the gradient already."""
         raise TrainingError(f"the {what} of {name} is not finite at step {self._step}, before its update: {_ADVICE}")
 
     def state_dict(self) -> dict[str, Any]:
@@ -141,7 +143,7 @@ class Solver:
         self._seed, self._step = state["seed"], state["step"]
         self._skipped, self._skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         if self.method is not None:
-            self.method.load_state_dict(state["method_state"])
+            self.method.load_state_dict(dict(state["method_state"]))
 
 
 _ADVICE = "lower optimizer.lr, lengthen schedule.warmup, or look for broken rows of that task"

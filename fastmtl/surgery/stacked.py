@@ -1,116 +1,146 @@
-"""`storage: stacked` and `kept`: one backward for each micro-batch, and the merged gradient is handed to the target."""
+"""A step with `storage: stacked` or `kept`, on one screen: `StackedStep.run`, `backward` and `finish`.
+
+losses = model(batch, sink)                    one forward for all tasks
+sink.backward(losses)                          task gradients go to the sink
+weights = method(sink.gramian())               T x T numbers decide
+target.hand_over(sink.combine(weights))        one merged gradient
+engine.step()                                  by the caller
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
-from typing import TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastmtl.cuda_graphs.merging import RecordedStep
 from fastmtl.measure.ranges import profile_range
 from fastmtl.surgery.clipping import clip_gradients, known_clip, over_ranks, shared_norm
-from fastmtl.surgery.differentiate import differentiate, leaves_of
 from fastmtl.surgery.losses import Losses
 from fastmtl.surgery.merged import Merged
+from fastmtl.surgery.methods.method import Method
 from fastmtl.surgery.parts import Parts
-from fastmtl.surgery.step import Step, SurgeryInfo
+from fastmtl.surgery.per_task import backward_per_task
+from fastmtl.surgery.sinks.sink import Sink
+from fastmtl.surgery.sinks.source import MergingSink
+from fastmtl.surgery.sinks.stack import StackSink
+from fastmtl.surgery.step import LossFunction, Step, SurgeryInfo
 from fastmtl.surgery.stopwatch import Stopwatch
 from fastmtl.surgery.targets.adamw import TaskUpdate
+from fastmtl.surgery.targets.protocol import Target
 from fastmtl_kernels.cast import cast
-
-log = logging.getLogger(__name__)
-
-# What a step tells, the merged gradients of shared parameters by id, None where there are none to hand over, and their
-# norm where it is known: then they are clipped.
-_Merged = tuple[SurgeryInfo, Merged | None, float | None]
 
 _Value = TypeVar("_Value")
 
 
-class StackedStep:
-    """One step: `take` each micro-batch's losses, made while the sink was armed, then `finish`.
+class RecordedMerging(Protocol):
+    """Gramian, weights and merging as one recording that the host starts by one call.
 
-    recorded: what merges, None for launching each operation.
+    gram: float32 [T, T], G of the last `run`. weights: [T], the method's for it.
     """
 
-    def __init__(self, parts: Parts, step: Step, recorded: RecordedStep | None = None) -> None:
-        self._parts, self._step, self._recorded = parts, step, recorded
+    gram: Tensor
+    weights: Tensor
+
+    def run(self, order: Tensor, scale: float, factor: float) -> None:
+        """Make a step's G, weights and merged gradient.
+
+        order: int64 [T, T] on the CPU. scale: of the losses whose gradients are in J. factor: of the merged gradient.
+        """
+        ...
+
+    def scale(self, factor: float) -> None:
+        """Multiply the merged gradient; NaN makes it one that is not finite."""
+        ...
+
+    def gradients(self) -> Merged:
+        """Return the merged gradient by the parameter's id."""
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """Return what is kept from step to step, besides J."""
+        ...
+
+
+class RecordMerging(Protocol):
+    """Makes recordings of merging, such as `fastmtl.cuda_graphs.record_merging`."""
+
+    def __call__(
+        self, sink: Sink, method: Method, target: Target, storage: str
+    ) -> tuple[RecordedMerging | None, Sequence[str]]:
+        """Return what merges the steps of a sink, None where they cannot be recorded, and a list of reasons why steps
+        were not recorded, which grows during the run.
+        """
+        ...
+
+
+class _Solved(NamedTuple):
+    """merged: gradients of shared parameters by id, None where there are none to hand over. norm: of them before
+    clipping, where it is known; then they are clipped already.
+    """
+
+    info: SurgeryInfo
+    merged: Merged | None = None
+    norm: float | None = None
+
+
+class StackedStep:
+    """One optimizer step. recorded: merges in place of separate launches."""
+
+    def __init__(self, parts: Parts, sink: MergingSink, step: Step, recorded: RecordedMerging | None = None) -> None:
+        self._parts, self._sink, self._step, self._recorded = parts, sink, step, recorded
         parts.target.begin()
         self._scale = parts.target.loss_scale()
-        parts.sink.clear()
-        parts.sink.start_sketch(parts.solver.step_seed, parts.target.device)
+        sink.clear()
+        sink.start_sketch(parts.solver.step_seed, parts.target.device)
         self._own: list[Tensor | None] = [None] * len(parts.own)
 
-    def take(self, losses: Losses, *, takes_sink: bool, last: bool) -> None:
-        self._parts.target.check_forward()
-        self._step.take(losses)
+    def run(self, micro_batches: Sequence[Any], losses_of: LossFunction) -> SurgeryInfo:
+        """Leave one merged gradient in the target."""
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            with self._sink.armed(self._parts.target.device):
+                with profile_range("forward"):
+                    losses = losses_of(micro_batch, self._sink)
+                self.backward(losses, takes_sink=losses_of.takes_sink, last=number == len(micro_batches))
+                # The graph that losses hold would bring the default stream into the next forward's CUDA graphs.
+                del losses
+        return self.finish()
+
+    def backward(self, losses: Losses, *, takes_sink: bool, last: bool) -> None:
+        """Run one micro-batch's backward, whose forward ran while the sink was armed."""
+        parts, sink, step = self._parts, self._sink, self._step
+        parts.target.check_forward()
+        step.take(losses)
         with profile_range("backward"):
             if takes_sink:
-                self._parts.sink.forward_done(last=last)
-                self._add_own(self._parts.one_pass(self._step.terms(losses, self._scale), self._parts.own))
+                sink.forward_done(last=last)
+                terms = step.terms(losses, self._scale)
+                self._add_own(sink.backward(terms, parts.shared, parts.own, parts.target.names))
             else:
-                self._one_by_one(losses)
-
-    def _one_by_one(self, losses: Losses) -> None:
-        """The textbook way, for a model that is not made of fastmtl's layers: one backward per task."""
-        sink, shared = self._parts.sink, self._parts.shared
-        names = self._parts.target.names
-        for t, name in enumerate(self._parts.tasks):
-            if name not in losses:
-                continue
-            if losses[name][1] == 0:  # its zero reaches what it depends on: joint training gives that a zero, too
-                self._reach(leaves_of(losses[name][0]))
-                continue
-            term = losses[name][0], self._step.factor(name) * self._scale
-            gradients = differentiate([term], [*shared, *self._parts.own], names, again=True)
-            for parameter, gradient in zip(shared, gradients, strict=False):
-                if gradient is None:
-                    continue
-                if sink.is_sparse(parameter):
-                    ids = gradient.abs().sum(1).nonzero().squeeze(1)
-                    sink.add_rows(parameter, t, ids, gradient[ids])
-                else:
-                    sink.stack_of(parameter).add_task(parameter, t, gradient)
-            self._add_own(gradients[len(shared) :])
-
-    def _reach(self, leaves: set[int]) -> None:
-        for parameter in self._parts.shared:
-            if id(parameter) in leaves:
-                self._parts.sink.reach(parameter)
-        for k, parameter in enumerate(self._parts.own):
-            if id(parameter) in leaves and self._own[k] is None:
-                self._own[k] = torch.zeros_like(parameter, dtype=torch.float32)
-
-    def _add_own(self, gradients: Sequence[Tensor | None]) -> None:
-        for k, (total, gradient) in enumerate(zip(self._own, gradients, strict=True)):
-            if gradient is not None:  # not in place: autograd may have given one tensor for two parameters
-                self._own[k] = cast(gradient, torch.float32) if total is None else total + gradient
+                assert isinstance(sink, StackSink), "storage: kept needs layers that know the sink"
+                factor = self._factor_of
+                backward_per_task(parts, sink, losses, factor, self._add_own, self._reach_own)
 
     def finish(self) -> SurgeryInfo:
-        parts = self._parts
+        """Solve for the weights, merge, and hand the gradient over."""
+        parts, sink = self._parts, self._sink
         watch = Stopwatch(parts.target.device)
         with profile_range("surgery"):
-            names = [parts.target.names[id(p)] for p in parts.own]
+            # Every rank has the same tensors here; what no loss has reached is left out by targets that can.
+            reached = sink.reached()
+            reached |= {id(p) for p, gradient in zip(parts.own, self._own, strict=True) if gradient is not None}
             own = [
                 torch.zeros_like(p, dtype=torch.float32) if gradient is None else gradient
                 for p, gradient in zip(parts.own, self._own, strict=True)
             ]
-            # Every rank has the same tensors here; what no loss has reached is left out by targets that can.
-            reached = parts.sink.reached()
-            reached |= {id(p) for p, gradient in zip(parts.own, self._own, strict=True) if gradient is not None}
             factor = parts.target.factor / self._scale
-            watched = own if parts.max_norm is None else over_ranks(own)
-            launched = partial(self._launch, reached, own)
-            merge = launched if self._recorded is None else partial(self._replay, self._recorded)
-            info, merged, norm = merge(watched, names, factor)
-            nbytes = parts.sink.nbytes()
+            solved = self._launch(reached, own, factor) if self._recorded is None else self._replay(own, factor)
+            info, merged, norm = solved
+            nbytes = sink.nbytes()
             if info.skipped is not None:
-                parts.sink.clear()  # kept pairs would live through the next forward
+                sink.clear()  # kept pairs would live through the next forward
             if merged is not None:
                 info, clip = clip_gradients(info, norm, parts.max_norm, merged, parts.target.factor)
                 if own:
@@ -121,41 +151,58 @@ class StackedStep:
                 parts.target.hand_over(merged, reached)
         return dataclasses.replace(info, nbytes=nbytes, stopwatch=watch)
 
-    def _launch(
-        self, reached: set[int], own: list[Tensor], watched: list[Tensor], names: list[str], factor: float
-    ) -> _Merged:
-        parts = self._parts
-        gram = parts.sink.gramian() / self._scale**2
-        info, weights = parts.solver.solve(gram, self._step, parts.target, watched, names, self._own_scale())
+    def _launch(self, reached: set[int], own: list[Tensor], factor: float) -> _Solved:
+        """Solve and merge by separate launches."""
+        parts, sink = self._parts, self._sink
+        gram = sink.gramian() / self._scale**2
+        info, weights = parts.solver.solve(gram, self._step, parts.target, *self._watched(own))
         if info.skipped is not None:
-            return info, None, None
-        norm = None if parts.sink.sketches else shared_norm(info)
-        optimizer = parts.target.merging_optimizer(norm) if parts.sink.stacks else None
-        if optimizer is None:
+            return _Solved(info)
+        norm = None if sink.sketches else shared_norm(info)
+        optimizer = parts.target.merging_optimizer(norm) if isinstance(sink, StackSink) else None
+        if optimizer is None or not isinstance(sink, StackSink):
             clip = known_clip(info, norm, parts.max_norm)
             scaled = weights * (factor if clip is None else factor * clip)
-            return info, parts.sink.combine(scaled, narrow=not parts.target.scales()), norm
+            return _Solved(info, sink.combine(scaled, narrow=not parts.target.scales()), norm)
         found = dict(zip(map(id, parts.own), own, strict=True))  # this one has no scale and no number of ranks
-        dense, tables = parts.sink.unmerged(weights)
+        dense, tables = sink.unmerged(weights)
         parts_of = _only(dense, reached), _only(tables, reached), _only(found, reached)
         optimizer.take(TaskUpdate(weights, *parts_of, norm or 0.0))
-        return info, None, None
+        return _Solved(info)
 
-    def _replay(self, recorded: RecordedStep, watched: list[Tensor], names: list[str], factor: float) -> _Merged:
-        solver, target = self._parts.solver, self._parts.target
-        recorded.run(solver.order(), self._scale, factor)
+    def _replay(self, own: list[Tensor], factor: float) -> _Solved:
+        """Solve and merge by the recording; a step that is skipped is merged in vain."""
+        parts, recorded = self._parts, self._recorded
+        assert recorded is not None
+        recorded.run(parts.solver.order(), self._scale, factor)
         gram, weights = recorded.gram, recorded.weights
-        info, spoilt = solver.judge(gram, weights, self._step, target, watched, names, self._own_scale())
+        info, spoilt = parts.solver.judge(gram, weights, self._step, parts.target, *self._watched(own))
         if info.skipped is not None:
-            return info, None, None
+            return _Solved(info)
         norm = shared_norm(info)
-        clip = float("nan") if spoilt else known_clip(info, norm, self._parts.max_norm)
+        clip = float("nan") if spoilt else known_clip(info, norm, parts.max_norm)
         if clip is not None and clip != 1.0:
             recorded.scale(clip)
-        return info, recorded.gradients(), norm
+        return _Solved(info, recorded.gradients(), norm)
 
-    def _own_scale(self) -> float | None:
-        return None if self._parts.max_norm is None else self._scale
+    def _watched(self, own: list[Tensor]) -> tuple[list[Tensor], list[str], float | None]:
+        """Return the gradients of own parameters that are checked, their names, and the factor in them."""
+        parts = self._parts
+        names = [parts.target.names[id(p)] for p in parts.own]
+        return (own, names, None) if parts.max_norm is None else (over_ranks(own), names, self._scale)
+
+    def _factor_of(self, name: str) -> float:
+        return self._step.factor(name) * self._scale
+
+    def _add_own(self, gradients: Sequence[Tensor | None]) -> None:
+        for k, (total, gradient) in enumerate(zip(self._own, gradients, strict=True)):
+            if gradient is not None:  # not in place: autograd may have given one tensor for two parameters
+                self._own[k] = cast(gradient, torch.float32) if total is None else total + gradient
+
+    def _reach_own(self, leaves: set[int]) -> None:
+        for k, parameter in enumerate(self._parts.own):
+            if id(parameter) in leaves and self._own[k] is None:
+                self._own[k] = torch.zeros_like(parameter, dtype=torch.float32)
 
 
 def _only(by_id: Mapping[int, _Value], reached: Collection[int]) -> dict[int, _Value]:

@@ -1,4 +1,4 @@
-"""The losses of one optimiser step, and what is told about it afterwards."""
+"""The losses of one optimizer step, and the report about it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor
 from fastmtl.errors import UserError
 from fastmtl.surgery.differentiate import Term
 from fastmtl.surgery.losses import Losses, check_counts, check_losses
-from fastmtl.surgery.ranks.reduce import sum_over_ranks, world_size
-from fastmtl.surgery.sinks.task_gradients import TaskGradients
+from fastmtl.surgery.ranks.collectives import sum_over_ranks, world_size
+from fastmtl.surgery.sinks.sink import Sink
 from fastmtl.surgery.stopwatch import Stopwatch
-from fastmtl.surgery.targets.target import Target
+from fastmtl.surgery.targets.protocol import Target
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,9 @@ class SurgeryInfo:
 
     @property
     def seconds(self) -> float:
-        """Added by surgery on this rank: Gramian, reductions, weights and merging; with `replay` the first pass too.
-        0 with `scope="tensor"`, which does not set it apart. Waits for the device.
+        """Seconds that surgery added on this rank: Gramian, reductions, weights and merging; with
+        `replay` the first pass too. 0 with `scope="tensor"`, which does not set it apart. Waits for
+        the device.
         """
         return 0.0 if self.stopwatch is None else self.stopwatch.seconds()
 
@@ -65,8 +66,8 @@ class SurgeryInfo:
         merged_square: float | None,
         **more: Any,
     ) -> SurgeryInfo:
-        """From G [T, T] and the weights [T], float32. merged_square: the shared update's norm squared. In numpy: torch
-        would call a hundred operators for a few numbers.
+        """Return the report for G [T, T] and the weights [T], float32. merged_square: the squared norm of the shared
+        update. In numpy: torch would call a hundred operators for a few numbers.
         """
         norms = np.sqrt(gram.diagonal().clip(min=0))
         with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
@@ -111,7 +112,7 @@ class Step:
             self.sums[-1] = 1
 
     def take(self, losses: Losses) -> None:
-        """Checks a micro-batch's losses and adds them up."""
+        """Check a micro-batch's losses and add them up."""
         check_losses(losses, self._tasks, constants=self._constants)
         if self._counts is None:
             rows = [losses[name][1] if name in losses else 0 for name in self._tasks]
@@ -129,13 +130,13 @@ class Step:
             self.sums[:-1] += torch.stack([losses[name][0] if name in losses else absent[0] for name in self._tasks])
 
     def factor(self, name: str) -> float:
-        """Makes a sum of losses of the task this micro-batch's part of its weighted mean loss."""
+        """Return the number that makes a sum of the task's losses its part of the weighted mean loss of the step."""
         assert self._counts is not None
         return self._task_weights[self._tasks.index(name)] / max(self._counts.get(name, 0), 1)
 
     def terms(self, losses: Losses, scale: float = 1.0) -> list[Term]:
-        """Of this micro-batch's part of the step's loss, times a scale. Raises UserError where nothing could be
-        differentiated.
+        """Return the terms of this micro-batch's part of the step's loss, times a scale. Raises UserError where nothing
+        could be differentiated.
         """
         found = [(loss, self.factor(name) * scale) for name, (loss, _) in losses.items() if loss.requires_grad]
         if not found:
@@ -146,12 +147,12 @@ class Step:
         return found
 
     def total(self, losses: Losses) -> Tensor:
-        """This micro-batch's part of the step's loss. Raises UserError where nothing could be differentiated."""
+        """Return this micro-batch's part of the step's loss. Raises UserError where nothing could be differentiated."""
         self.terms(losses)
         return torch.stack([loss * self.factor(name) for name, (loss, _) in losses.items()]).sum()
 
     def summarize(self, sums: Sequence[float]) -> tuple[dict[str, float], bool]:
-        """From `sums` over all ranks: the unweighted mean loss of each task, and whether a rank asks for an end."""
+        """Return each task's unweighted mean loss, and whether a rank asks for an end. sums: `sums` over all ranks."""
         assert self._counts is not None
         *losses, stops = sums
         values = zip(self._tasks, losses, strict=True)
@@ -159,17 +160,17 @@ class Step:
 
 
 class LossFunction:
-    """The user's loss_fn, given by keyword what it declares."""
+    """The user's loss_fn, called with the keywords that it declares."""
 
-    def __init__(self, loss_fn: Callable[..., Losses], target: Target, sink: TaskGradients) -> None:
-        self._loss_fn, self._target, self._sink = loss_fn, target, sink
+    def __init__(self, loss_fn: Callable[..., Losses], target: Target) -> None:
+        self._loss_fn, self._target = loss_fn, target
         declared = inspect.signature(loss_fn).parameters
         self.takes_sink = "task_grads" in declared
         self._takes_model = "model" in declared
 
-    def __call__(self, micro_batch: Any, *, training_pass: bool) -> Losses:
-        """training_pass: whether a backward of the target follows, so that `model` is the engine."""
-        keywords: dict[str, Any] = {"task_grads": self._sink} if self.takes_sink else {}
+    def __call__(self, micro_batch: Any, sink: Sink, *, training_pass: bool = False) -> Losses:
+        """Return a micro-batch's losses. training_pass: a backward of the target follows, so `model` is the engine."""
+        keywords: dict[str, Any] = {"task_grads": sink} if self.takes_sink else {}
         if self._takes_model:
             keywords["model"] = self._target.model(training_pass)
         with self._target.autocast(training_pass and self._takes_model):

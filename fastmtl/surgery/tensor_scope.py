@@ -1,4 +1,4 @@
-"""`scope: tensor`: every parameter's T gradients meet inside the target's own backward and go on merged."""
+"""`scope: tensor`: every parameter's T gradients are merged inside the target's own backward."""
 
 from __future__ import annotations
 
@@ -11,20 +11,27 @@ from torch import Tensor
 from fastmtl.errors import UserError
 from fastmtl.measure.ranges import profile_range
 from fastmtl.surgery.parts import Parts
-from fastmtl.surgery.ranks.reduce import sum_over_ranks, world_size
+from fastmtl.surgery.ranks.collectives import sum_over_ranks, world_size
+from fastmtl.surgery.sinks.tensor import TensorSink
 from fastmtl.surgery.step import LossFunction, Step, SurgeryInfo
 
 
 def tensor_scope(
-    parts: Parts, step: Step, micro_batches: Sequence[Any], losses_of: LossFunction, *, by_rank: bool
+    parts: Parts,
+    sink: TensorSink,
+    step: Step,
+    micro_batches: Sequence[Any],
+    losses_of: LossFunction,
+    *,
+    by_rank: bool,
 ) -> SurgeryInfo:
-    """by_rank: whether each rank's Gramians are its own (`reduce: local`)."""
+    """Run one optimizer step. by_rank: each rank has Gramians of its own (`reduce: local`)."""
     if not losses_of.takes_sink:
         raise UserError(
             "scope='tensor' needs a model whose layers write into task_grads: one backward per task has no place where "
             "a tensor's gradients meet. Use scope='global'."
         )
-    target, sink = parts.target, parts.sink
+    target = parts.target
     num_tasks = len(parts.tasks)
     total = torch.zeros(num_tasks, num_tasks, device=target.device)
     merged_square = torch.zeros((), device=target.device)
@@ -36,12 +43,13 @@ def tensor_scope(
         return weights
 
     sink.clear()
+    sink.solve = solve
     factor = target.loss_scale() * target.factor
     with parts.own_watched() as bad_own:
         for number, micro_batch in enumerate(micro_batches, start=1):
-            with sink.armed("tensor", target.device, solve=solve):
+            with sink.armed(target.device):
                 with profile_range("forward"):
-                    losses = losses_of(micro_batch, training_pass=True)
+                    losses = losses_of(micro_batch, sink, training_pass=True)
                 step.take(losses)
                 sink.forward_done()
                 with profile_range("backward"):

@@ -48,7 +48,7 @@ def phases_of(recipe: Recipe) -> list[Phase]:
     Raises UserError, naming the phase, for unknown names, for what excludes each other, and for a
     phase that has nothing to train.
     """
-    from fastmtl.surgery.methods.table import find_method  # imports torch, which `split` does without
+    from fastmtl.surgery.methods.table import find_method
 
     phases = split(recipe)
     for phase in phases:

@@ -34,7 +34,7 @@ from fastmtl.measure.harness import (
     interleave,
     summary,
 )
-from fastmtl.surgery.methods.table import draw_order
+from fastmtl.surgery.methods.order import draw_order
 
 TINY = Shape("tiny", hidden=32, layers=2, heads=2, intermediate=64, rows=4, vocabulary=100, positions=128)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from fastmtl.cuda_graphs.recorder import Unrecorded
 from fastmtl.cuda_graphs.writes import RecordedWrites
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.model.encoder.context import ForwardContext
-from fastmtl.surgery.sinks.task_gradients import TaskGradients
+from fastmtl.surgery.sinks.stack import StackSink
 from fastmtl_kernels._native import why_unavailable
 from fastmtl_kernels.varlen_attention.plan import AttentionPlan
 
@@ -61,7 +62,7 @@ def test_the_embeddings_are_in_unless_one_is_frozen(make_batch: MakeBatch) -> No
         ran: list[None] = []
         encoder.embeddings.register_forward_hook(lambda *_, ran=ran: ran.append(None))
         sink, plain_sink = (
-            TaskGradients(
+            StackSink(
                 [p for p in one.parameters() if p.requires_grad], 3, sparse=[one.embeddings.word_embeddings.weight]
             )
             for one in (encoder, plain)
@@ -134,12 +135,15 @@ def test_a_seed_from_the_host_does_not_go_unnoticed(make_batch: MakeBatch, monke
 
 
 def test_offsets_from_the_host_do_not_go_unnoticed(make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch) -> None:
-    def baked(writes: RecordedWrites, weight: nn.Parameter, bias: nn.Parameter | None, dy: Tensor, x: Tensor) -> None:
+    def baked(
+        writes: RecordedWrites, weight: nn.Parameter, bias: nn.Parameter | None, dy: Tensor, x: Tensor, *_: Any
+    ) -> tuple[None, None]:
         offsets = writes._offsets.tolist()
         rows = [slice(*pair) for pair in zip(offsets, offsets[1:], strict=False)]
         writes._write(weight, torch.stack([dy[part].t() @ x[part] for part in rows]))
         if bias is not None:
             writes._write(bias, torch.stack([dy[part].sum(0) for part in rows]))
+        return None, None
 
     monkeypatch.setattr(RecordedWrites, "linear", baked)
     assert _differs(make_batch)
@@ -156,7 +160,7 @@ def test_what_is_not_finite_stays_in_its_task(make_batch: MakeBatch) -> None:
     encoder = make_encoder(OpRecorder())
     sink = make_sink(encoder, 3)
     for _ in range(2):  # stored, then added
-        with sink.armed("stack", torch.device("cpu")):
+        with sink.armed(torch.device("cpu")):
             hidden = encoder(batch, task_grads=sink)
             dy = torch.ones_like(hidden)
             dy[batch.host.token_offsets[1]] = torch.nan

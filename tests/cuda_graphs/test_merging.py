@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import deepspeed_cases as cases
@@ -15,15 +16,16 @@ from written_rows import make_parameters, steps_of
 
 from fastmtl.cuda_graphs import merging as recorded_step
 from fastmtl.cuda_graphs.buffers import tables as static_tables
-from fastmtl.cuda_graphs.merging import RecordedStep
+from fastmtl.cuda_graphs.merging import RecordedStep, record_merging
 from fastmtl.cuda_graphs.recorder import Recorder, Recordings, Unrecorded
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.engine.build import build_surgery
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery, SurgeryAdamW, SurgeryInfo, gradient_surgery
-from fastmtl.surgery.methods.table import draw_order, find_method
-from fastmtl.surgery.sinks.task_gradients import TaskGradients
-from fastmtl.surgery.targets.target import OptimizerTarget
+from fastmtl.surgery.methods.order import draw_order
+from fastmtl.surgery.methods.table import find_method
+from fastmtl.surgery.sinks.stack import StackSink
+from fastmtl.surgery.targets.optimizer import OptimizerTarget
 from fastmtl_kernels._native import why_unavailable
 
 pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable() or "built")
@@ -69,7 +71,7 @@ def surgery_of(model: MultiTaskModel, recorder: Recorder | None = None, **option
         **options,
     )
     if recorder is not None:
-        surgery.record_with(recorder)
+        surgery.record_with(partial(record_merging, recorder=recorder))
     return surgery
 
 
@@ -236,7 +238,7 @@ def test_a_state_that_is_loaded_is_the_recordings(model: MultiTaskModel) -> None
 @pytest.mark.parametrize("num_tasks", [1, 2, 3])
 def test_any_rows_of_any_tables(num_tasks: int) -> None:
     parameters = make_parameters()
-    sink = TaskGradients(parameters, num_tasks, sparse=parameters[1:])
+    sink = StackSink(parameters, num_tasks, sparse=parameters[1:])
     method = find_method("pcgrad")
     assert method is not None
     recorder = OpRecorder()
@@ -246,7 +248,7 @@ def test_any_rows_of_any_tables(num_tasks: int) -> None:
         step.run(order, 1.0, 2.0)
         expected = sink.gramian()
         assert (step.gram - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
-        weights = method.weights(expected, order, None)
+        weights = method.weights(expected, order)
         assert (step.weights - weights).abs().max() <= 1e-5
         found, merged = step.gradients(), sink.combine(2 * weights)
         assert found.keys() == merged.keys() == {id(parameter) for parameter in parameters}
@@ -270,7 +272,7 @@ def test_any_rows_of_any_tables(num_tasks: int) -> None:
 def test_what_is_not_recorded_is_told(
     options: dict[str, Any], reason: str | None, model: MultiTaskModel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    surgery = surgery_of(model, **options, cuda_graphs=True)
+    surgery = surgery_of(model, **options, cuda_graphs=record_merging)
     lines = [record.message for record in caplog.records]
     assert len(lines) == (reason is not None) and all("launches each operation" in line for line in lines)
     assert reason is None or reason in lines[0]
@@ -290,7 +292,7 @@ def test_a_recipe_asks_for_it(model: MultiTaskModel, caplog: pytest.LogCaptureFi
 def test_an_optimizer_that_merges_itself_does_so(model: MultiTaskModel, caplog: pytest.LogCaptureFixture) -> None:
     trained = copy.deepcopy(model)
     optimizer = SurgeryAdamW(trained.parameters())
-    surgery = GradientSurgery(optimizer, tasks=TASKS, shared=trained.shared_parameters(), cuda_graphs=True)
+    surgery = GradientSurgery(optimizer, tasks=TASKS, shared=trained.shared_parameters(), cuda_graphs=record_merging)
     assert "SurgeryAdamW merges task gradients itself" in caplog.text
     _, handed_over = run(surgery, trained, STEPS[1])
     assert not handed_over

@@ -9,8 +9,9 @@ from written_rows import make_parameters, steps_of
 from fastmtl.cuda_graphs.buffers import tables as static_tables
 from fastmtl.cuda_graphs.merging import RecordedStep
 from fastmtl.cuda_graphs.recorder import CudaRecorder, Recordings, Unrecorded
-from fastmtl.surgery.methods.table import draw_order, find_method
-from fastmtl.surgery.sinks.task_gradients import TaskGradients
+from fastmtl.surgery.methods.order import draw_order
+from fastmtl.surgery.methods.table import find_method
+from fastmtl.surgery.sinks.stack import StackSink
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -22,7 +23,7 @@ def test_graphs_equal_the_operations_bit_for_bit(
 ) -> None:
     monkeypatch.setattr(static_tables, "STEP", 16)
     device, parameters = torch.device("cuda"), make_parameters("cuda")
-    sinks = [TaskGradients(parameters, 3, sparse=parameters[1:], dtype=kept) for _ in range(2)]
+    sinks = [StackSink(parameters, 3, sparse=parameters[1:], dtype=kept) for _ in range(2)]
     both = [Recordings(), Recordings(Unrecorded())]
     methods = [find_method(method) for _ in both]
     steps = [

@@ -93,7 +93,7 @@ def test_the_host_starts_the_same_for_every_batch(make_batch: MakeBatch, started
     bucket = Bucket.of(batches[0].num_tokens, plans[0])
     assert bucket.rows == rows_of(batches[1].num_tokens)
     bucket = dataclasses.replace(bucket, tiles=4, blocks=8)
-    with sink.armed("stack", META):
+    with sink.armed(META):
         static = StaticLayers(layers, embeddings, parameters, bucket, 3, words, sink, None)
         found = []
         # The first forward makes views of seeds and plan that stay; warming up does so before recording.

@@ -12,7 +12,7 @@ from fastmtl.config import OptimizerConfig
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.surgery.sinks.task_gradients import TaskGradients
+from fastmtl.surgery.sinks.stack import StackSink
 
 MakeBatch = Callable[..., PackedBatch]
 MakeModel = Callable[..., MultiTaskModel]
@@ -175,8 +175,8 @@ def test_one_backward_gives_every_tasks_gradient(recompute: str, make_model: Mak
     model = make_model(encoder=encoder, adapter={"name": "pal", "size": 12, "heads": 4}).eval().double()
     batch = make_batch(LENGTHS, pairs=PAIRS)
     shared = model.shared_parameters()
-    sink = TaskGradients(shared, 3, dtype=torch.float64)
-    with sink.armed("stack", torch.device("cpu")):
+    sink = StackSink(shared, 3, dtype=torch.float64)
+    with sink.armed(torch.device("cpu")):
         losses = model(batch, task_grads=sink)
         torch.autograd.grad(sum(loss for loss, _ in losses.values()), [sink.anchor])
     for task, name in enumerate(losses):

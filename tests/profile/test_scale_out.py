@@ -18,7 +18,8 @@ from fastmtl.profile.links import CLUSTERS, Cluster, Kind, Link, find_cluster, s
 from fastmtl.profile.scale_out import TASKS, WORLDS, Parts, passes, scale_out, step, ways
 from fastmtl.profile.shape import Load, Shape
 from fastmtl.profile.traffic import traffic
-from fastmtl.surgery.ranks.reduce import BUCKET, Together
+from fastmtl.surgery.ranks.collectives import BUCKET
+from fastmtl.surgery.ranks.together import Together
 
 SECONDS = {
     "data": 0.0,

@@ -12,7 +12,7 @@ from fastmtl.engine.gradient_norm import max_norm
 from fastmtl.model.losses.cached_pairs import cache_pairs
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery.gradient_surgery import GradientSurgery
-from fastmtl.surgery.ranks.reduce import world_size
+from fastmtl.surgery.ranks.collectives import world_size
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -20,6 +21,7 @@ from transformers import BertConfig
 from fastmtl.bench.waits import host_waits
 from fastmtl.config import Recipe, parse_recipe
 from fastmtl.cuda_graphs.install import record_encoder, record_heads
+from fastmtl.cuda_graphs.merging import record_merging
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.packing import pack
 from fastmtl.data.tokenized import TokenizedDataset
@@ -28,7 +30,7 @@ from fastmtl.errors import UserError
 from fastmtl.model.encoder.bert import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery.gradient_surgery import GradientSurgery
-from fastmtl.surgery.ranks import reduce
+from fastmtl.surgery.ranks import collectives
 from fastmtl.surgery.sinks.early_scatter import EarlyScatter
 
 STEPS, ROWS = 3, 8
@@ -224,7 +226,7 @@ def make_surgery(target, model: MultiTaskModel, recipe: Recipe) -> GradientSurge
         sketch_size=recipe.gradient.sketch_size,
         task_weights=model.task_weights,
         seed=3,
-        max_norm=gradient_norm.max_norm(recipe, model, reduce.world_size()) if hasattr(target, "module") else None,
+        max_norm=gradient_norm.max_norm(recipe, model, collectives.world_size()) if hasattr(target, "module") else None,
     )
 
 
@@ -273,7 +275,7 @@ def pieces(case: Case, directory: Path, rank: int) -> contextlib.ExitStack:
     """A step's columns of J in many pieces; how many of them were sent early is kept, a line for each step."""
     stack = contextlib.ExitStack()
     if case.variant.endswith(("pieces", "late")):
-        stack.enter_context(mock.patch.object(reduce, "BUCKET", PIECE))
+        stack.enter_context(mock.patch.object(collectives, "BUCKET", PIECE))
         file = stack.enter_context((directory / f"{case.name}-{rank}.txt").open("w"))
         shares = EarlyScatter.shares
 
@@ -314,7 +316,7 @@ def main(directory: Path) -> None:
         engine = build_engine(recipe, model, ranks.world, STEPS)
         surgery = make_surgery(engine, model, recipe)
         if "graphs" in case.variant:
-            surgery.record_with(merging)
+            surgery.record_with(partial(record_merging, recorder=merging))
         acc = case.accumulation
         parts = [ranks.rank * acc + a for a in range(acc)]
         backward_on = model if case.variant.startswith("backward") else None

@@ -13,7 +13,7 @@ from fastmtl.cuda_graphs.install import record_encoder
 from fastmtl.cuda_graphs.recorder import Recorder
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.model.encoder.bert import PackedBert
-from fastmtl.surgery.sinks.task_gradients import TaskGradients
+from fastmtl.surgery.sinks.stack import StackSink
 
 # Micro-batches by tokens of each sequence of each task: absent tasks, one token, more than one bucket of rows.
 MICRO_BATCHES = {
@@ -53,18 +53,18 @@ def graphs_of(encoder: PackedBert) -> EncoderGraphs:
     return encoder.recorded
 
 
-def make_sink(encoder: PackedBert, num_tasks: int, dtype: torch.dtype = torch.float32) -> TaskGradients:
+def make_sink(encoder: PackedBert, num_tasks: int, dtype: torch.dtype = torch.float32) -> StackSink:
     words = encoder.embeddings.word_embeddings.weight
-    return TaskGradients(list(encoder.parameters()), num_tasks, sparse=[words], dtype=dtype)
+    return StackSink(list(encoder.parameters()), num_tasks, sparse=[words], dtype=dtype)
 
 
-def step(encoder: PackedBert, sink: TaskGradients, batches: Sequence[PackedBatch], seed: int) -> list[Tensor]:
+def step(encoder: PackedBert, sink: StackSink, batches: Sequence[PackedBatch], seed: int) -> list[Tensor]:
     """Hidden states of each micro-batch, then J and the words' rows."""
     sink.clear()
     torch.manual_seed(seed)
     found = []
     for batch in batches:
-        with sink.armed("stack", encoder.embeddings.word_embeddings.weight.device):
+        with sink.armed(encoder.embeddings.word_embeddings.weight.device):
             hidden = encoder(batch, task_grads=sink)
             dy = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed)).to(hidden)
             torch.autograd.grad(hidden, [sink.anchor], dy)

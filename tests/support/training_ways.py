@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,6 +26,7 @@ from transformers import BertConfig
 from fastmtl.bench.textbook import pcgrad
 from fastmtl.config import Recipe, Recompute, parse_recipe
 from fastmtl.cuda_graphs.install import install_cuda_graphs, not_recorded
+from fastmtl.cuda_graphs.merging import record_merging
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.packing import pack
 from fastmtl.data.prefetch import ahead
@@ -35,7 +37,7 @@ from fastmtl.engine.distributed import start
 from fastmtl.model.encoder.bert import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery, SurgeryAdamW
-from fastmtl.surgery.methods.table import draw_order
+from fastmtl.surgery.methods.order import draw_order
 from fastmtl_kernels import dispatch
 from fastmtl_kernels.task_gradients import api
 from fastmtl_kernels.task_maps import common as low_rank_maps
@@ -170,7 +172,7 @@ def make_step(way: Way, recipe: Recipe, model: MultiTaskModel) -> Step:
 
 def recording(way: Way, surgery: GradientSurgery) -> GradientSurgery:
     if way.recorded:
-        surgery.record_with(OpRecorder())
+        surgery.record_with(partial(record_merging, recorder=OpRecorder()))
     return surgery
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from fastmtl.surgery.sinks.task_gradients import TaskGradients
+from fastmtl.surgery.sinks.stack import StackSink
 
 V = 30
 # Rows of each task's first piece: few, none at all, more than in any step before, of one task alone.
@@ -19,7 +19,7 @@ def make_parameters(device: str = "cpu") -> list[nn.Parameter]:
     return [nn.Parameter(torch.zeros(size, device=device)) for size in ((4, 5), (V, 3), (6, 2))]
 
 
-def steps_of(sinks: list[TaskGradients], parameters: list[nn.Parameter]) -> Iterator[int]:
+def steps_of(sinks: list[StackSink], parameters: list[nn.Parameter]) -> Iterator[int]:
     """The same steps in each of the sinks, with equal ids in several tasks and two pieces of each; their numbers."""
     weight, table, _ = parameters
     device = weight.device
@@ -31,7 +31,7 @@ def steps_of(sinks: list[TaskGradients], parameters: list[nn.Parameter]) -> Iter
     for number, sizes in enumerate(SIZES):
         for sink in sinks:
             sink.clear()
-            sink.arm("stack", device)
+            sink.arm(device)
         for task in range(sinks[0].num_tasks):
             gradient = draw(4, 5)
             for sink in sinks:

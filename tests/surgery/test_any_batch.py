@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery
-from fastmtl.surgery.methods.table import draw_order
+from fastmtl.surgery.methods.order import draw_order
 
 LOADS = st.builds(
     Load,

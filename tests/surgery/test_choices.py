@@ -10,7 +10,7 @@ from torch import nn
 
 from fastmtl.model.losses.cached_pairs import cache_pairs
 from fastmtl.surgery import GradientSurgery
-from fastmtl.surgery.methods.table import draw_order
+from fastmtl.surgery.methods.order import draw_order
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import deepspeed_cases as cases
@@ -11,6 +12,7 @@ import torch
 from op_recorder import OpRecorder
 from torch import Tensor, nn
 
+from fastmtl.cuda_graphs.merging import record_merging
 from fastmtl.errors import TrainingError, UserError
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery, SurgeryAdamW, SurgeryInfo
@@ -34,7 +36,7 @@ def step(
         **{"tasks": TASKS, "shared": model.shared_parameters(), "sparse": model.sparse_parameters(), "seed": 3, **more},
     )
     if recorder is not None:
-        surgery.record_with(recorder)
+        surgery.record_with(partial(record_merging, recorder=recorder))
     info = surgery.run(BATCHES, lambda batch, task_grads: model(batch, task_grads), COUNTS)
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()

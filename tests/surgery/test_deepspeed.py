@@ -16,7 +16,7 @@ import torch
 from launch import cpu_environment, two_processes
 from safetensors.torch import load_file
 
-from fastmtl.surgery.methods.table import draw_order
+from fastmtl.surgery.methods.order import draw_order
 
 pytestmark = pytest.mark.slow(70)
 

@@ -11,29 +11,30 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fastmtl.surgery.ranks import reduce
+from fastmtl.surgery.ranks import collectives
+from fastmtl.surgery.ranks.together import Together
 from fastmtl.surgery.sinks import early_scatter
-from fastmtl.surgery.sinks.task_gradients import TaskGradients
+from fastmtl.surgery.sinks.stack import StackSink
 
 TASKS, SIZE, NUMBER = 2, 6, 5
 
 
 @pytest.fixture
-def sink(monkeypatch: pytest.MonkeyPatch) -> Iterator[TaskGradients]:
+def sink(monkeypatch: pytest.MonkeyPatch) -> Iterator[StackSink]:
     """Five parameters, a piece of J for each, and a first step that was complete from the last to the first."""
-    monkeypatch.setattr(reduce, "BUCKET", TASKS * SIZE)
+    monkeypatch.setattr(collectives, "BUCKET", TASKS * SIZE)
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
     parameters = [nn.Parameter(torch.zeros(SIZE)) for _ in range(NUMBER)]
-    sink = TaskGradients(parameters, TASKS, ranks=reduce.Together())
+    sink = StackSink(parameters, TASKS, ranks=Together())
     step(sink, parameters, parameters[::-1])
     yield sink
     dist.destroy_process_group()
 
 
-def step(sink: TaskGradients, used: list[nn.Parameter], written: list[nn.Parameter], *, last: bool = True) -> None:
+def step(sink: StackSink, used: list[nn.Parameter], written: list[nn.Parameter], *, last: bool = True) -> None:
     sink.clear()
-    with sink.armed("stack", torch.device("cpu")):
+    with sink.armed(torch.device("cpu")):
         sink.expect(*used)
         sink.forward_done(last=last)
         for parameter in written:
@@ -41,12 +42,12 @@ def step(sink: TaskGradients, used: list[nn.Parameter], written: list[nn.Paramet
     sink.gramian()
 
 
-def sent_early(sink: TaskGradients) -> int:
+def sent_early(sink: StackSink) -> int:
     assert sink.early is not None
     return sink.early.sent_early
 
 
-def test_nothing_goes_before_the_order_is_known(sink: TaskGradients) -> None:
+def test_nothing_goes_before_the_order_is_known(sink: StackSink) -> None:
     assert sent_early(sink) == 0
 
 
@@ -62,40 +63,40 @@ def test_nothing_goes_before_the_order_is_known(sink: TaskGradients) -> None:
     ],
 )
 def test_a_piece_goes_when_it_is_complete_and_its_turn(
-    sink: TaskGradients, used: list[int], written: list[int], sent: int
+    sink: StackSink, used: list[int], written: list[int], sent: int
 ) -> None:
     parameters = sink.dense
     step(sink, [parameters[k] for k in used], [parameters[k] for k in written])
     assert sent_early(sink) == sent
 
 
-def test_micro_batches_before_the_last_send_nothing(sink: TaskGradients) -> None:
+def test_micro_batches_before_the_last_send_nothing(sink: StackSink) -> None:
     step(sink, sink.dense, sink.dense[::-1], last=False)
     assert sent_early(sink) == 0
 
 
-def test_no_more_than_two_are_on_their_way(sink: TaskGradients, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_than_two_are_on_their_way(sink: StackSink, monkeypatch: pytest.MonkeyPatch) -> None:
     under_way, most = 0, 0
-    start, share = early_scatter.start_scatter, reduce.Scattering.share
+    start, share = early_scatter.start_scatter, collectives.Scattering.share
 
-    def started(piece: Tensor) -> reduce.Scattering:
+    def started(piece: Tensor) -> collectives.Scattering:
         nonlocal under_way, most
         under_way += 1
         most = max(most, under_way)
         return start(piece)
 
-    def shared(self: reduce.Scattering) -> Tensor:
+    def shared(self: collectives.Scattering) -> Tensor:
         nonlocal under_way
         under_way -= self._work is not None
         return share(self)
 
     monkeypatch.setattr(early_scatter, "start_scatter", started)
-    monkeypatch.setattr(reduce.Scattering, "share", shared)
+    monkeypatch.setattr(collectives.Scattering, "share", shared)
     step(sink, sink.dense, sink.dense[::-1])
     assert (sent_early(sink), most, under_way) == (NUMBER, early_scatter.IN_FLIGHT, 0)
 
 
-def test_a_write_that_comes_too_late_is_an_error(sink: TaskGradients) -> None:
+def test_a_write_that_comes_too_late_is_an_error(sink: StackSink) -> None:
     *others, last = sink.dense
     with pytest.raises(RuntimeError, match="before its last use had written"):
         step(sink, [*others, last], [last, last])
@@ -103,12 +104,12 @@ def test_a_write_that_comes_too_late_is_an_error(sink: TaskGradients) -> None:
     assert sent_early(sink) == NUMBER
 
 
-def test_what_goes_is_the_sum_over_uses(sink: TaskGradients) -> None:
+def test_what_goes_is_the_sum_over_uses(sink: StackSink) -> None:
     """With ranks that send nothing back a share is this rank's own half of the columns."""
     *others, last = sink.dense
     step(sink, [*others, last, last], [last, last, *others[::-1]])
     sink.clear()
-    with sink.armed("stack", torch.device("cpu")):
+    with sink.armed(torch.device("cpu")):
         sink.expect(*others, last, last)
         sink.forward_done(last=True)
         for parameter in (last, last, *others[::-1]):
@@ -127,5 +128,5 @@ def test_what_is_sent_is_a_copy(tasks: int, columns: int, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     piece = torch.zeros(tasks, columns)
-    assert reduce.start_scatter(piece).share().tolist() == [[1.0] * -(-columns // 2)] * tasks
+    assert collectives.start_scatter(piece).share().tolist() == [[1.0] * -(-columns // 2)] * tasks
     assert not piece.any()

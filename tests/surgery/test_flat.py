@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from fastmtl.config import parse_recipe
 from fastmtl.engine.settings import deepspeed_config
 from fastmtl.errors import UserError
-from fastmtl.surgery.merged import Merged
+from fastmtl.surgery.merged import Merged, unshared
 from fastmtl.surgery.targets.flat import FlatParameters
-from fastmtl.surgery.targets.target import unshared
 
 
 class Small(nn.Module):

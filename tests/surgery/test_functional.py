@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sinks import Mode, sink_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,9 +16,10 @@ from fastmtl.bench.waits import host_waits
 from fastmtl.errors import UserError
 from fastmtl.surgery import functional
 from fastmtl.surgery.jacobian.compact_rows import Rows
-from fastmtl.surgery.ranks.reduce import Alone
+from fastmtl.surgery.ranks.alone import Alone
 from fastmtl.surgery.segments import Segments
-from fastmtl.surgery.sinks.task_gradients import Mode, TaskGradients
+from fastmtl.surgery.sinks.sink import Sink
+from fastmtl.surgery.sinks.stack import StackSink
 
 SIZES = st.lists(st.integers(0, 5), min_size=1, max_size=8).filter(any)
 
@@ -36,7 +38,7 @@ class Net(nn.Module):
         self.shift = nn.Parameter(torch.randn(5, dtype=dtype))
         self.last = nn.Parameter(torch.randn(4, 5, dtype=dtype))
 
-    def forward(self, ids: Tensor, segments: Segments, sink: TaskGradients | None) -> Tensor:
+    def forward(self, ids: Tensor, segments: Segments, sink: Sink | None) -> Tensor:
         x = functional.embedding(ids, self.words, segments, sink)
         x = x + functional.embedding(ids % 3, self.places, segments, sink)
         x = functional.linear(x, self.weight, self.bias, segments, sink)
@@ -75,8 +77,10 @@ def test_nothing_waits_for_the_device(mode: Mode) -> None:
     """From backward to the merged gradient, with an absent task, a table as compact rows and another dense."""
     sizes = [4, 0, 3]
     net, ids, weights = Net(), rows(sizes), torch.tensor([1.0, 2.0, 3.0])
-    sink = TaskGradients(list(net.parameters()), len(sizes), sparse=[net.words])
-    with sink.armed(mode, ids.device, keep=False, solve=lambda index, gram: weights):
+    solve = {"solve": lambda index, gram: weights} if mode == "tensor" else {}
+    sink = sink_of(mode, list(net.parameters()), len(sizes), sparse=[net.words], **solve)
+    at_once = {"accumulates": False} if mode == "gramian" else {}
+    with sink.armed(ids.device, **at_once):
         loss = net(ids, segments(sizes), sink).sum()
         sink.forward_done()
 
@@ -95,8 +99,8 @@ def test_nothing_waits_for_the_device(mode: Mode) -> None:
 @settings(max_examples=30, deadline=None)
 def test_stacked_gradients_and_gramian(sizes: list[int]) -> None:
     net, ids = Net(), rows(sizes)
-    sink = TaskGradients(list(net.parameters()), len(sizes), sparse=[net.words])
-    with sink.armed("stack", ids.device):
+    sink = StackSink(list(net.parameters()), len(sizes), sparse=[net.words])
+    with sink.armed(ids.device):
         torch.autograd.grad(net(ids, segments(sizes), sink).sum(), [sink.anchor])
     expected = expected_jacobian(net, ids, sizes)
     gram = (sink.gramian()).double()
@@ -112,8 +116,8 @@ def test_stacked_gradients_and_gramian(sizes: list[int]) -> None:
 @settings(max_examples=30, deadline=None)
 def test_gramian_without_keeping_the_gradients(sizes: list[int], keep: bool) -> None:
     net, ids = Net(), rows(sizes)
-    sink = TaskGradients(list(net.parameters()), len(sizes), sparse=[net.words])
-    with sink.armed("gramian", ids.device, keep=keep):
+    sink = sink_of("gramian", list(net.parameters()), len(sizes), sparse=[net.words])
+    with sink.armed(ids.device, accumulates=keep):
         loss = net(ids, segments(sizes), sink).sum()
         sink.forward_done()
         torch.autograd.grad(loss, [sink.anchor])
@@ -127,8 +131,8 @@ def test_gramian_without_keeping_the_gradients(sizes: list[int], keep: bool) -> 
 def test_weighted_gradients(sizes: list[int]) -> None:
     net, ids = Net(), rows(sizes)
     weights = torch.linspace(-1, 2, len(sizes))
-    sink = TaskGradients(list(net.parameters()), len(sizes), sparse=[net.words])
-    with sink.armed("weighted", ids.device, weights=weights):
+    sink = sink_of("weighted", list(net.parameters()), len(sizes), sparse=[net.words], weights=weights)
+    with sink.armed(ids.device):
         net(ids, segments(sizes), sink).sum().backward()
     expected = expected_jacobian(net, ids, sizes)
     found = torch.cat([p.grad.flatten() for p in net.parameters()])
@@ -139,8 +143,8 @@ def test_weighted_gradients(sizes: list[int]) -> None:
 def test_thousands_of_rows_add_up_in_sixteen_bits() -> None:
     """One of two token types has them; a bfloat16 sum of ones would stop at 256."""
     table, ids = nn.Parameter(torch.zeros(2, 4, dtype=torch.bfloat16)), torch.tensor([0] * 3000 + [1] * 1096)
-    sink = TaskGradients([table], 2)
-    with sink.armed("weighted", ids.device, weights=torch.tensor([1.0, 0.5])):
+    sink = sink_of("weighted", [table], 2, weights=torch.tensor([1.0, 0.5]))
+    with sink.armed(ids.device):
         functional.embedding(ids, table, segments([2000, 2096]), sink).sum().backward()
     assert table.grad is not None and table.grad.dtype == torch.bfloat16
     assert table.grad[:, 0].tolist() == torch.tensor([2500, 548]).bfloat16().tolist()
@@ -149,8 +153,8 @@ def test_thousands_of_rows_add_up_in_sixteen_bits() -> None:
 def test_inputs_gradient_is_never_weighted() -> None:
     x = torch.randn(6, 4, requires_grad=True)
     weight, bias = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3))
-    sink = TaskGradients([weight, bias], 2)
-    with sink.armed("weighted", x.device, weights=torch.tensor([0.0, 5.0])):
+    sink = sink_of("weighted", [weight, bias], 2, weights=torch.tensor([0.0, 5.0]))
+    with sink.armed(x.device):
         functional.linear(x, weight, bias, segments([3, 3]), sink).sum().backward()
     torch.testing.assert_close(x.grad, weight.detach().sum(0).expand(6, 4))
     assert bias.grad is not None and bias.grad.tolist() == [15.0] * 3
@@ -159,7 +163,7 @@ def test_inputs_gradient_is_never_weighted() -> None:
 @pytest.mark.parametrize("sink", [None, "unarmed"])
 def test_without_an_armed_sink_it_is_plain_torch(sink: str | None) -> None:
     net, ids = Net(), rows([4, 3])
-    held = None if sink is None else TaskGradients(list(net.parameters()), 2, sparse=[net.words])
+    held = None if sink is None else StackSink(list(net.parameters()), 2, sparse=[net.words])
     net(ids, segments([4, 3]), held).sum().backward()
     expected = expected_jacobian(net, ids, [4, 3]).sum(0)
     found = torch.cat([p.grad.flatten() for p in net.parameters()])
@@ -172,9 +176,9 @@ def test_writes_add_up() -> None:
     net, ids = Net(), rows([4, 3])
     expected = expected_jacobian(net, ids, [4, 3]) * 2
     for mode in ("stack", "gramian"):
-        sink = TaskGradients(list(net.parameters()), 2, sparse=[net.words])
+        sink = sink_of(mode, list(net.parameters()), 2, sparse=[net.words])  # type: ignore[arg-type]
         for _ in range(2):
-            with sink.armed(mode, ids.device):
+            with sink.armed(ids.device):
                 torch.autograd.grad(net(ids, segments([4, 3]), sink).sum(), [sink.anchor])
         gram = (sink.gramian()).double()
         assert ((gram - expected @ expected.T).abs() <= 1e-5 * scale(expected)).all()
@@ -188,7 +192,7 @@ def test_a_weight_used_twice_adds_up_before_it_meets_the_gramian(keep: bool, che
     sizes, x = [3, 2], torch.randn(5, 4, requires_grad=True)
     weight, bias = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
 
-    def forward(sink: TaskGradients | None) -> Tensor:
+    def forward(sink: Sink | None) -> Tensor:
         def layer(x: Tensor) -> Tensor:
             return functional.linear(x, weight, bias, segments(sizes), sink).tanh()
 
@@ -197,8 +201,8 @@ def test_a_weight_used_twice_adds_up_before_it_meets_the_gramian(keep: bool, che
             hidden = checkpoint(layer, hidden, use_reentrant=False) if checkpointing else layer(hidden)
         return hidden.square().sum(1)
 
-    sink = TaskGradients([weight, bias], 2)
-    with sink.armed("gramian", x.device, keep=keep):
+    sink = sink_of("gramian", [weight, bias], 2)
+    with sink.armed(x.device, accumulates=keep):
         loss = forward(sink).sum()
         sink.forward_done()
         torch.autograd.grad(loss, [x])
@@ -215,8 +219,8 @@ def test_a_parameter_that_is_not_shared_keeps_its_own_gradient(mode: Mode) -> No
     net, ids = Net(), rows([4, 3])
     own = [net.places, net.last, net.gain, net.shift]
     shared = [net.words, net.weight, net.bias]
-    sink = TaskGradients(shared, 2, sparse=[net.words])
-    with sink.armed(mode, ids.device, weights=torch.tensor([0.0, 3.0])):
+    sink = sink_of(mode, shared, 2, sparse=[net.words], weights=torch.tensor([0.0, 3.0]))
+    with sink.armed(ids.device):
         found = torch.autograd.grad(net(ids, segments([4, 3]), sink).sum(), [sink.anchor, *own])[1:]
     expected = torch.autograd.grad(net(ids, segments([4, 3]), None).sum(), own)
     for ours, theirs in zip(found, expected, strict=True):
@@ -227,8 +231,8 @@ def test_bfloat16_is_as_exact_as_torch() -> None:
     """Every parameter's task gradients against float64, next to what plain bfloat16 autograd makes of them."""
     sizes = [40, 0, 25]
     net, ids = Net(torch.bfloat16), rows(sizes)
-    sink = TaskGradients(list(net.parameters()), 3, sparse=[net.words])
-    with sink.armed("stack", ids.device):
+    sink = StackSink(list(net.parameters()), 3, sparse=[net.words])
+    with sink.armed(ids.device):
         torch.autograd.grad(net(ids, segments(sizes), sink).sum(), [sink.anchor])
     expected = expected_jacobian(net, ids, sizes)
     for t in (0, 2):
@@ -242,8 +246,8 @@ def test_bfloat16_is_as_exact_as_torch() -> None:
 
 def test_autocast() -> None:
     net, ids = Net(), rows([4, 3])
-    sink = TaskGradients(list(net.parameters()), 2, sparse=[net.words])
-    with sink.armed("stack", ids.device):
+    sink = StackSink(list(net.parameters()), 2, sparse=[net.words])
+    with sink.armed(ids.device):
         with torch.autocast("cpu", torch.bfloat16):
             loss = net(ids, segments([4, 3]), sink).sum()
         torch.autograd.grad(loss, [sink.anchor])
@@ -255,8 +259,8 @@ def test_autocast() -> None:
 
 def test_a_sink_armed_in_forward_only_is_an_error() -> None:
     net, ids = Net(), rows([4, 3])
-    sink = TaskGradients(list(net.parameters()), 2)
-    with sink.armed("stack", ids.device):
+    sink = StackSink(list(net.parameters()), 2)
+    with sink.armed(ids.device):
         loss = net(ids, segments([4, 3]), sink).sum()
     with pytest.raises(RuntimeError, match="armed in forward but not in backward"):
         loss.backward()
@@ -265,8 +269,8 @@ def test_a_sink_armed_in_forward_only_is_an_error() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merged_gradients_of_16_bits_are_rounded_once(dtype: torch.dtype) -> None:
     net, ids, weights = Net(torch.bfloat16), rows([4, 3]), torch.tensor([0.3, 1.7])
-    sink = TaskGradients(list(net.parameters()), 2, sparse=[net.words], dtype=dtype)
-    with sink.armed("stack", ids.device):
+    sink = StackSink(list(net.parameters()), 2, sparse=[net.words], dtype=dtype)
+    with sink.armed(ids.device):
         torch.autograd.grad(net(ids, segments([4, 3]), sink).sum(), [sink.anchor])
     wide, narrow = sink.combine(weights), sink.combine(weights, narrow=True)
     assert wide.keys() == narrow.keys() == {id(parameter) for parameter in net.parameters()}
@@ -286,7 +290,7 @@ def test_a_rank_without_rows_still_takes_part_in_the_gathering() -> None:
             return list(tables)
 
     net = Net()
-    sink = TaskGradients(list(net.parameters()), 2, sparse=[net.words], ranks=Ranks())
+    sink = StackSink(list(net.parameters()), 2, sparse=[net.words], ranks=Ranks())
     assert (sink.gramian() == 0).all()
     assert gathered == [(0, (0, 6))] * 2
 
@@ -295,8 +299,8 @@ def test_frozen_parameters_are_left_alone() -> None:
     net, ids = Net(), rows([4, 3])
     net.weight.requires_grad_(False)
     trainable = [p for p in net.parameters() if p.requires_grad]
-    sink = TaskGradients(trainable, 2, sparse=[net.words])
-    with sink.armed("stack", ids.device):
+    sink = StackSink(trainable, 2, sparse=[net.words])
+    with sink.armed(ids.device):
         torch.autograd.grad(net(ids, segments([4, 3]), sink).sum(), [sink.anchor])
     assert id(net.weight) not in sink.combine(torch.ones(2))
 
@@ -308,15 +312,15 @@ def test_a_layer_norm_without_weight_or_bias(mode: Mode, affine: bool, bias: boo
     norm = nn.LayerNorm(6, elementwise_affine=affine, bias=bias)
     words, parts, ids = nn.Parameter(torch.randn(11, 6)), segments([2, 3]), rows([2, 3])
     parameters = [words, *norm.parameters()]
-    sink = TaskGradients(parameters, 2)
+    weights = torch.tensor([2.0, -1.0])
+    sink = sink_of(mode, parameters, 2, weights=weights)
 
-    def losses(sink: TaskGradients | None) -> Tensor:
+    def losses(sink: Sink | None) -> Tensor:
         x = functional.embedding(ids, words, parts, sink)
         return functional.layer_norm(x, norm.weight, norm.bias, norm.eps, parts, sink).pow(3).sum(1)
 
     expected = [torch.autograd.grad(norm(words[ids]).pow(3).split([2, 3])[t].sum(), parameters) for t in range(2)]
-    weights = torch.tensor([2.0, -1.0])
-    with sink.armed(mode, ids.device, weights=weights):
+    with sink.armed(ids.device):
         loss = losses(sink).sum()
         sink.forward_done()
         loss.backward()
@@ -332,10 +336,10 @@ def test_a_layer_norm_without_weight_or_bias(mode: Mode, affine: bool, bias: boo
 def test_rows_of_three_dimensions_are_refused() -> None:
     """Where the sink is armed, for it could not tell a row's task; else the operations are torch's."""
     net, sizes = Net(), [2, 3]
-    sink, parts, ids = TaskGradients(list(net.parameters()), 2), segments(sizes), rows(sizes)
+    sink, parts, ids = StackSink(list(net.parameters()), 2), segments(sizes), rows(sizes)
     flat, deep = torch.randn(5, 6), torch.randn(5, 2, 6)
     torch.testing.assert_close(functional.linear(deep, net.weight, net.bias, parts), deep @ net.weight.T + net.bias)
-    with sink.armed("stack", ids.device):
+    with sink.armed(ids.device):
         with pytest.raises(UserError, match=r"linear: an input of shape \(5, 2, 6\) .*x.flatten\(0, -2\)"):
             functional.linear(deep, net.weight, net.bias, parts, sink)
         with pytest.raises(UserError, match=r"layer_norm: an input of shape \(5, 2, 5\)"):

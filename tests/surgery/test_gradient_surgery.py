@@ -19,10 +19,11 @@ from fastmtl.errors import TrainingError, UserError
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery, SurgeryInfo, gradient_surgery
 from fastmtl.surgery.losses import Losses
-from fastmtl.surgery.methods.table import draw_order
-from fastmtl.surgery.sinks.task_gradients import TaskGradients
+from fastmtl.surgery.methods.order import draw_order
+from fastmtl.surgery.sinks.sink import Sink
+from fastmtl.surgery.targets.engine import EngineTarget
+from fastmtl.surgery.targets.optimizer import OptimizerTarget
 from fastmtl.surgery.targets.surrogate import Surrogate
-from fastmtl.surgery.targets.target import EngineTarget, OptimizerTarget
 from fastmtl_kernels import gradvac_weights
 
 TASKS = ["kind", "same", "degree"]
@@ -161,7 +162,7 @@ def test_a_forward_begins_without_the_graph_of_the_one_before(method: str) -> No
     """It would bring nodes of the default stream into a capture."""
     model, seen = make(), []
 
-    def loss_fn(micro_batch: PackedBatch, task_grads: TaskGradients) -> Losses:
+    def loss_fn(micro_batch: PackedBatch, task_grads: Sink) -> Losses:
         assert all(loss() is None for loss in seen)
         losses = model(micro_batch, task_grads)
         seen.extend(ref(loss) for loss, _ in losses.values())

@@ -93,9 +93,9 @@ def test_a_task_without_a_gradient_takes_no_part(method: str) -> None:
     rows[2] = 0
     gram = rows @ rows.T
     options = NEEDED.get(method, {})
-    weights = find_method(method, options=options).weights(gram, torch.zeros(0), None)
+    weights = find_method(method, options=options).weights(gram, torch.zeros(0))
     present = [0, 1, 3, 4]
-    expected = find_method(method, options=options).weights(gram[present][:, present], torch.zeros(0), None)
+    expected = find_method(method, options=options).weights(gram[present][:, present], torch.zeros(0))
     assert weights[2] == 0
     torch.testing.assert_close(weights[present], expected, rtol=1e-3, atol=1e-3)
     assert expected.abs().sum() > 0
@@ -108,7 +108,7 @@ def test_preferences_are_of_the_tasks_that_are_there() -> None:
         rows @ rows.T, torch.zeros(0), None
     )
     pair = rows[[0, 2]]
-    expected = find_method("upgrad", options={"pref_vector": [1.0, 2.0]}).weights(pair @ pair.T, torch.zeros(0), None)
+    expected = find_method("upgrad", options={"pref_vector": [1.0, 2.0]}).weights(pair @ pair.T, torch.zeros(0))
     torch.testing.assert_close(weights[[0, 2]], expected)
 
 
@@ -116,7 +116,7 @@ def test_too_few_tasks_for_a_solver_is_a_sentence() -> None:
     rows = torch.randn(4, 40)
     rows[1] = 0
     with pytest.raises(UserError, match="gradient method krum cannot solve this step's tasks"):
-        find_method("krum", options={"n_byzantine": 1}).weights(rows @ rows.T, torch.zeros(0), None)
+        find_method("krum", options={"n_byzantine": 1}).weights(rows @ rows.T, torch.zeros(0))
 
 
 @pytest.mark.parametrize(("saved", "other"), list(itertools.permutations(["pcgrad", "gradvac", "upgrad", "sum"], 2)))

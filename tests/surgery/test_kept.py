@@ -14,8 +14,8 @@ from fastmtl.surgery import GradientSurgery, SurgeryInfo
 from fastmtl.surgery.functional import embedding, layer_norm, linear
 from fastmtl.surgery.merged import Merged
 from fastmtl.surgery.segments import Segments
-from fastmtl.surgery.sinks.kept import KeptGradients
-from fastmtl.surgery.sinks.task_gradients import TaskGradients
+from fastmtl.surgery.sinks.keep import KeepSink
+from fastmtl.surgery.sinks.sink import Sink
 
 TASKS, ROWS = ["a", "b", "c"], (5, 0, 7)  # b is absent
 NUM_ROWS = sum(ROWS) + 2  # two rows belong to no task
@@ -31,7 +31,7 @@ class Net(nn.Module):
         self.norm, self.twice, self.wide = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 16, bias=False)
         self.heads = nn.ModuleList([nn.Linear(16, 1) for _ in TASKS])
 
-    def forward(self, seed: int, sink: TaskGradients | None) -> dict[str, tuple[Tensor, int]]:
+    def forward(self, seed: int, sink: Sink | None) -> dict[str, tuple[Tensor, int]]:
         ids = torch.randint(0, 8, (NUM_ROWS,), generator=torch.Generator().manual_seed(seed))
         host = (0, 5, 5, 12)
         segments = Segments(torch.tensor(host, dtype=torch.int32), host)
@@ -110,7 +110,7 @@ def test_what_is_kept() -> None:
     net = Net()
     surgery = surgery_on(net, "kept")
     sink = surgery._sink
-    assert isinstance(sink, KeptGradients)
+    assert isinstance(sink, KeepSink)
     made: list[int] = []
     merge = sink.combine
 
@@ -144,12 +144,12 @@ def test_a_step_that_is_skipped_keeps_nothing() -> None:
 def test_float16_with_a_large_loss_scale() -> None:
     """Weights that hold its inverse are too small for float16, and rows times them would be zeros."""
     net = Net()
-    sink = KeptGradients([net.wide.weight], 2)
+    sink = KeepSink([net.wide.weight], 2)
     torch.manual_seed(1)
     dy, x = torch.randn(6, 16).half() * 100, torch.randn(6, 8).half()
     segments = Segments(torch.tensor([0, 2, 6], dtype=torch.int32), (0, 2, 6))
-    with sink.armed("keep", dy.device):
-        sink.keep(net.wide.weight, dy, x, segments)
+    with sink.armed(dy.device):
+        sink.linear(net.wide.weight, None, dy, x, segments, (True, False))
     weights = torch.tensor([3.0, -1.0])
     (merged,) = sink.combine(weights / 2**24).values()
     expected = (dy.double() * segments.per_row(weights.double())[:, None]).T @ x.double()

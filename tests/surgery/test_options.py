@@ -9,9 +9,12 @@ from torch import Tensor
 
 from fastmtl.errors import TrainingError, UserError
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.surgery import GradientSurgery, options
+from fastmtl.surgery import GradientSurgery, checks
 from fastmtl.surgery.methods import torchjd as torchjd_methods
-from fastmtl.surgery.methods.table import GradVac, PCGrad, draw_order, find_method
+from fastmtl.surgery.methods.gradvac import GradVac
+from fastmtl.surgery.methods.order import draw_order
+from fastmtl.surgery.methods.pcgrad import PCGrad
+from fastmtl.surgery.methods.table import find_method
 from fastmtl_kernels import pcgrad_weights
 
 
@@ -162,7 +165,7 @@ def test_refused(more: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize("method", ["gradvac", "upgrad"])
 def test_local_is_refused_where_ranks_would_part(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     surgery_on(make(), method, reduce="local")  # one process: the same as exact
-    monkeypatch.setattr(options, "world_size", lambda: 2)
+    monkeypatch.setattr(checks, "world_size", lambda: 2)
     with pytest.raises(UserError, match="use reduce='exact', or method='pcgrad'"):
         surgery_on(make(), method, reduce="local")
 
@@ -208,10 +211,10 @@ def test_small_gradients_are_no_zeros(name: str) -> None:
     rows = torch.randn(4, 40, generator=torch.Generator().manual_seed(0)) / 10
     rows[1] -= 0.5 * rows[0]
     gram, given = rows @ rows.T, NEEDED.get(name, {})
-    expected = find_method(name, options=given).weights(gram, torch.zeros(0), None)
+    expected = find_method(name, options=given).weights(gram, torch.zeros(0))
     assert expected.abs().sum() > 0.1
     for scale in SMALL:
-        found = find_method(name, options=given).weights(gram * scale, torch.zeros(0), None)
+        found = find_method(name, options=given).weights(gram * scale, torch.zeros(0))
         factor = scale**0.5 if name == "fairgrad" else 1.0
         torch.testing.assert_close(found * factor, expected, rtol=1e-3, atol=1e-4)
 
@@ -219,13 +222,13 @@ def test_small_gradients_are_no_zeros(name: str) -> None:
 @pytest.mark.parametrize("scale", SMALL)
 def test_small_gradients_beside_a_task_without_one(scale: float) -> None:
     gram = torch.diag(torch.tensor([1.0, 0.0, 1.0])) * scale
-    found = find_method("cagrad", options={"c": 0.4}).weights(gram, torch.zeros(0), None)
+    found = find_method("cagrad", options={"c": 0.4}).weights(gram, torch.zeros(0))
     torch.testing.assert_close(found, torch.tensor([0.7, 0.0, 0.7]), rtol=1e-3, atol=1e-4)
 
 
 def test_a_bound_that_the_user_gives_is_kept() -> None:
     method = find_method("cagrad", options={"c": 0.4, "norm_eps": 1e-2})
-    assert method.weights(torch.eye(2) * 1e-3, torch.zeros(0), None).tolist() == [0, 0]
+    assert method.weights(torch.eye(2) * 1e-3, torch.zeros(0)).tolist() == [0, 0]
 
 
 def test_torchjd_names_are_the_gramian_ones() -> None:
@@ -241,12 +244,12 @@ def test_state_of_a_torchjd_method_survives_a_checkpoint() -> None:
     going = find_method("pcd")
     assert going is not None
     for gram in grams[:2]:
-        going.weights(gram, order, None)
+        going.weights(gram, order)
     resumed = find_method("pcd")
     assert resumed is not None
     resumed.load_state_dict(going.state_dict())
     for gram in grams[2:]:
-        assert torch.equal(going.weights(gram, order, None), resumed.weights(gram, order, None))
+        assert torch.equal(going.weights(gram, order, None), resumed.weights(gram, order))
     assert resumed.state_dict() == going.state_dict()
     assert resumed.state_dict() != find_method("pcd").state_dict()
 

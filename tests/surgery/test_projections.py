@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from sinks import Mode, sink_of
 from torch import Tensor, nn
 
 from fastmtl.bench.calls import operators
@@ -13,7 +15,8 @@ from fastmtl.errors import UserError
 from fastmtl.surgery import functional
 from fastmtl.surgery.rules.projections import projections
 from fastmtl.surgery.segments import Segments
-from fastmtl.surgery.sinks.task_gradients import Mode, TaskGradients
+from fastmtl.surgery.sinks.sink import Sink
+from fastmtl.surgery.sinks.stack import StackSink
 
 NUMBER, IN, OUT = 3, 6, 5
 HOST = (0, 4, 4, 7)
@@ -32,7 +35,7 @@ def parameters(*, beside: bool, dtype: torch.dtype = torch.float32) -> tuple[lis
 
 
 def one_by_one(
-    x: Tensor, weights: list[nn.Parameter], biases: list[nn.Parameter], parts: Segments, sink: TaskGradients | None
+    x: Tensor, weights: list[nn.Parameter], biases: list[nn.Parameter], parts: Segments, sink: Sink | None
 ) -> Tensor:
     found = [functional.linear(x, *pair, parts, sink) for pair in zip(weights, biases, strict=True)]
     return torch.stack(found, dim=1)
@@ -51,7 +54,14 @@ def results(
     in_j = every if beside else [parameter for pair in zip(weights, biases, strict=True) for parameter in pair]
     weights[1].requires_grad_(not frozen)
     x = torch.randn(7, IN, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
-    sink = None if mode is None else TaskGradients([p for p in in_j if p.requires_grad], 3, dtype=dtype)
+    sink: Any = None
+    if mode is not None:
+        options: dict[str, Any] = {
+            "stack": {"dtype": dtype},
+            "weighted": {"weights": WEIGHTS},
+            "tensor": {"solve": solve},
+        }
+        sink = sink_of(mode, [p for p in in_j if p.requires_grad], 3, **options.get(mode, {}))
 
     def run() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -64,9 +74,10 @@ def results(
     if sink is None:
         found = [run()]
     else:
-        with sink.armed(mode, x.device, weights=WEIGHTS, keep=False, solve=solve):
+        with sink.armed(x.device, **({"accumulates": False} if mode == "gramian" else {})):
             found = [run()]
-        found.append(sink.gramian())
+        if mode in ("stack", "gramian"):
+            found.append(sink.gramian())
         if mode == "stack":
             merged = sink.combine(WEIGHTS)
             found += [merged[id(parameter)] for parameter in every if parameter.requires_grad]
@@ -120,8 +131,8 @@ def test_task_gradients_are_one_product_where_their_columns_are_side_by_side() -
     weights, biases = parameters(beside=False)
     x, calls, found = torch.randn(7, IN, requires_grad=True), {}, []
     for order in ([*weights, *biases], [p for pair in zip(weights, biases, strict=True) for p in pair]):
-        sink = TaskGradients(order, 3)
-        with sink.armed("stack", x.device):
+        sink = StackSink(order, 3)
+        with sink.armed(x.device):
             sink.stack_of(weights[1]).add_task(weights[1], 0, torch.ones(OUT, IN))
             for _ in range(2):
                 y = projections(x, weights, biases, PARTS, sink)
@@ -136,11 +147,11 @@ def test_task_gradients_are_one_product_where_their_columns_are_side_by_side() -
 
 def test_a_row_beyond_the_segments_is_of_no_task() -> None:
     weights, biases = parameters(beside=False)
-    x, sink = torch.randn(9, IN), TaskGradients([*weights, *biases], 3)
+    x, sink = torch.randn(9, IN), sink_of("weighted", [*weights, *biases], 3, weights=WEIGHTS)
     for op in (projections, one_by_one):
         found = []
         for rows in (x, x[:7]):
-            with sink.armed("weighted", x.device, weights=WEIGHTS):
+            with sink.armed(x.device):
                 found.append(torch.autograd.grad(op(rows, weights, biases, PARTS, sink).sum(), [*weights, *biases]))
         for whole, without in zip(*found, strict=True):
             assert torch.equal(whole, without)
@@ -148,6 +159,6 @@ def test_a_row_beyond_the_segments_is_of_no_task() -> None:
 
 def test_an_input_that_does_not_fit_is_refused() -> None:
     weights, biases = parameters(beside=False)
-    sink = TaskGradients([*weights, *biases], 3)
-    with sink.armed("stack", torch.device("cpu")), pytest.raises(UserError, match="the segments end at row 7"):
+    sink = StackSink([*weights, *biases], 3)
+    with sink.armed(torch.device("cpu")), pytest.raises(UserError, match="the segments end at row 7"):
         projections(torch.randn(6, IN), weights, biases, PARTS, sink)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +14,10 @@ from op_recorder import OpRecorder
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
+from fastmtl.cuda_graphs.merging import record_merging
 from fastmtl.errors import UserError
 from fastmtl.surgery import FlatParameters, GradientSurgery, SurgeryAdamW
-from fastmtl.surgery.targets.target import find_target
+from fastmtl.surgery.targets.find import find_target
 
 Optimizer = Callable[[Any], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Optimizer] = {
@@ -114,7 +116,7 @@ def test_with_one_backward_for_all_tasks(name: str, options: dict[str, Any]) -> 
         **{key: value for key, value in options.items() if key != "recorded"},
     )
     if "recorded" in options:
-        surgery.record_with(OpRecorder())
+        surgery.record_with(partial(record_merging, recorder=OpRecorder()))
     data = cases.make_data()
     batches = [cases.step_batches(data, 0, part, 2) for part in (0, 1)]
     counts = {"kind": 8, "same": 3, "degree": 8}

@@ -163,7 +163,8 @@ def test_an_oversampling_beyond_all_numbers_takes_the_largest_size() -> None:
 
 def test_an_error_of_a_solver_names_the_method(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchjd")
-    from fastmtl.surgery.methods.table import draw_order, find_method
+    from fastmtl.surgery.methods.order import draw_order
+    from fastmtl.surgery.methods.table import find_method
 
     def fail(gram: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("the solver found nothing")
@@ -171,4 +172,4 @@ def test_an_error_of_a_solver_names_the_method(monkeypatch: pytest.MonkeyPatch) 
     method: Any = find_method("cagrad", options={"c": 0.4})
     monkeypatch.setattr(method, "_solve", fail)
     with pytest.raises(UserError, match="gradient method cagrad cannot .*: the solver found nothing"):
-        method.weights(torch.eye(2), draw_order(2, 0, 0), None)
+        method.weights(torch.eye(2), draw_order(2, 0, 0))

@@ -13,7 +13,7 @@ from fastmtl.cuda_graphs.buffers.batch import Bucket, StaticBatch
 from fastmtl.cuda_graphs.writes import RecordedWrites
 from fastmtl.data.packed_batch import HostOffsets
 from fastmtl.model.encoder.context import ForwardContext, place
-from fastmtl.surgery.sinks.task_gradients import TaskGradients
+from fastmtl.surgery.sinks.stack import StackSink
 from fastmtl_kernels.varlen_attention.plan import TILE, AttentionPlan
 
 
@@ -38,7 +38,7 @@ class StaticLayers:
         bucket: Bucket,
         num_tasks: int,
         words: nn.Parameter,
-        sink: TaskGradients | None,
+        sink: StackSink | None,
         gradients: Tensor | None,
     ) -> None:
         rows, width, dtype, device = bucket.rows, words.shape[1], words.dtype, words.device

@@ -26,7 +26,7 @@ from fastmtl.surgery.segments import Segments
 from fastmtl_kernels import dropout, embed_layer_norm
 
 if TYPE_CHECKING:
-    from fastmtl.surgery.sinks.task_gradients import TaskGradients
+    from fastmtl.surgery.sinks.sink import Sink
 
 
 class PackedBert(nn.Module):
@@ -83,7 +83,7 @@ class PackedBert(nn.Module):
         self,
         batch: PackedBatch,
         adapter: LayerAdapter | None = None,
-        task_grads: TaskGradients | None = None,
+        task_grads: Sink | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
         """Return the hidden states [N, d] of the last layer, or of the adapter's top.
@@ -189,7 +189,7 @@ class Pooler(nn.Module):
         super().__init__()
         self.dense = TaskLinear(hidden_size, hidden_size)
 
-    def forward(self, first: Tensor, batch: PackedBatch, task_grads: TaskGradients | None) -> Tensor:
+    def forward(self, first: Tensor, batch: PackedBatch, task_grads: Sink | None) -> Tensor:
         """Map [B, d] to [B, d]. Rows are sequences, so `seq_offsets` bounds the rows of a task."""
         sequences = Segments(batch.seq_offsets, batch.host.seq_offsets)
         return self.dense(first, SegmentContext(sequences, task_grads)).tanh()

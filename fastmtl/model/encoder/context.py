@@ -16,7 +16,7 @@ from fastmtl_kernels import varlen_attention
 from fastmtl_kernels.varlen_attention.plan import AttentionPlan
 
 if TYPE_CHECKING:
-    from fastmtl.surgery.sinks.task_gradients import TaskGradients
+    from fastmtl.surgery.sinks.sink import Sink
 
 # Places: indices of dropout seeds. Place 0 is that of the embeddings; each layer has four more.
 EMBEDDINGS = 0
@@ -38,7 +38,7 @@ class SegmentContext:
     """
 
     segments: Segments
-    task_grads: TaskGradients | None
+    task_grads: Sink | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ class ForwardContext(SegmentContext):
         num_layers: int,
         *,
         training: bool,
-        task_grads: TaskGradients | None = None,
+        task_grads: Sink | None = None,
         recomputed: RecomputedResults | None = None,
         plan: bool = True,
     ) -> ForwardContext:
@@ -107,9 +107,9 @@ class ForwardContext(SegmentContext):
         return None if self.seeds is None else self.seeds.split([1] * len(self.seeds))
 
     @property
-    def armed(self) -> TaskGradients | None:
+    def armed(self) -> Sink | None:
         """The sink while it accepts writes, else None."""
-        return None if self.task_grads is None or self.task_grads.mode is None else self.task_grads
+        return None if self.task_grads is None or not self.task_grads.active else self.task_grads
 
     def attend(self, qkv: Tensor, num_heads: int, dropout: float, at: int) -> Tensor:
         """Attend within each sequence: qkv [N, 3, heads * size] -> [N, heads * size].

@@ -11,7 +11,7 @@ from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.model.encoder.context import ForwardContext
 
 if TYPE_CHECKING:
-    from fastmtl.surgery.sinks.task_gradients import TaskGradients
+    from fastmtl.surgery.sinks.sink import Sink
 
 
 class TopModule(Protocol):
@@ -41,7 +41,7 @@ class LayerAdapter(Protocol):
 class RecordedEncoder(Protocol):
     """A recording of the encoder's forward and backward in training."""
 
-    def embeds(self, sink: TaskGradients | None) -> bool:
+    def embeds(self, sink: Sink | None) -> bool:
         """Return whether the recording includes the embeddings, for a forward with this sink."""
 
     def run(

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastmtl.surgery.ranks.reduce import world_size
+from fastmtl.surgery.ranks.collectives import world_size
 
 
 def gather_rows(x: Tensor) -> Tensor:

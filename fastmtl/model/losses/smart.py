@@ -29,7 +29,7 @@ from fastmtl.surgery.random_state import RandomState
 from fastmtl_kernels import pool
 
 if TYPE_CHECKING:
-    from fastmtl.surgery.sinks.task_gradients import TaskGradients
+    from fastmtl.surgery.sinks.sink import Sink
 
 # The numbers that half precision rounds those around 1 to are this far apart.
 _SPACING = {"bf16": 2**-7, "fp16": 2**-10}
@@ -89,7 +89,7 @@ class Smart:
         self,
         model: SmartModel,
         batch: PackedBatch,
-        task_grads: TaskGradients | None,
+        task_grads: Sink | None,
         found: list[Examples],
         begun: RandomState,
     ) -> list[Tensor]:
@@ -174,7 +174,7 @@ class SmartModel(nn.Module):
         raise NotImplementedError
 
     def examples(
-        self, batch: PackedBatch, task_grads: TaskGradients | None = None, noise: Tensor | None = None
+        self, batch: PackedBatch, task_grads: Sink | None = None, noise: Tensor | None = None
     ) -> list[Examples]:
         """Return each task's examples. noise [N, d]: added to the embedded tokens."""
         raise NotImplementedError

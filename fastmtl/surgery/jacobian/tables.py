@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.surgery.jacobian.compact_rows import Rows, coalesce, rows_gramian, weighted_rows, weighted_table
-from fastmtl.surgery.ranks.reduce import Ranks
+from fastmtl.surgery.ranks.protocol import Ranks
 
 
 class Tables:

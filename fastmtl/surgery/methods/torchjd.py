@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastmtl.errors import UserError, unknown_name
-from fastmtl.surgery.ranks.reduce import world_size
+from fastmtl.surgery.methods.method import Method
+from fastmtl.surgery.ranks.collectives import world_size
 
 _OURS = {"pcgrad", "gradvac"}
 # Those that depend on G's scale by nothing but a bound (TorchJD's `norm_eps` of 1e-4 for the trace).
@@ -82,7 +83,9 @@ class TorchJDMethod:
         except (ImportError, ValueError, TypeError) as error:
             raise UserError(f"gradient method {name}: {error}") from None
 
-    def weights(self, gram: Tensor, order: Tensor, index: int | None) -> Tensor:
+    def weights(self, gramian: Tensor, order: Tensor) -> Tensor:
+        """Return weights [T]; every rank takes those of rank 0. order is not used."""
+        gram = gramian
         result = torch.zeros(len(gram) + 1, device=gram.device)  # the last number: whether rank 0 failed
         failure = ""
         if world_size() == 1 or dist.get_rank() == 0:
@@ -125,6 +128,10 @@ class TorchJDMethod:
             return gram, 1.0
         return (gram.double() * 2.0**exponent).to(gram.dtype), factor
 
+    def of_tensor(self, index: int) -> Method:
+        """Raise AssertionError: a solver on the host does not run inside backward."""
+        raise AssertionError(f"{self._name} solves on the host")
+
     def state_dict(self) -> dict[str, Any]:
         """Moving averages and counters of a stateful weighting, as numbers and lists."""
         plain = set(vars(nn.Module()))
@@ -137,7 +144,7 @@ class TorchJDMethod:
             },
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state["attributes"].items():
             setattr(self._weighting, name, value)
         for name, value in state["buffers"].items():

@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastmtl.cuda_graphs.writes import RecordedWrites
-from fastmtl.surgery.functional import check_rows, linear_gradients, weighted_rows
+from fastmtl.surgery.rules.rows import check_rows
 from fastmtl.surgery.segments import Segments
-from fastmtl.surgery.sinks.task_gradients import TaskGradients
+from fastmtl.surgery.sinks.sink import Sink
 from fastmtl_kernels.cast import cast
 
 
@@ -30,13 +29,13 @@ def projections(
     weights: Sequence[nn.Parameter],
     biases: Sequence[nn.Parameter],
     segments: Segments,
-    task_grads: TaskGradients | None = None,
+    task_grads: Sink | None = None,
 ) -> Tensor:
     """x [N, in], k weights [out, in], k biases [out] -> [N, k, out], as k of functional.linear put side by side.
 
     Raises UserError for an x of other dimensions, and for one with fewer rows than the segments have.
     """
-    if task_grads is not None and task_grads.mode is None:
+    if task_grads is not None and not task_grads.active:
         task_grads = None
     if task_grads is not None:
         check_rows("projections", x, 2, segments)
@@ -47,9 +46,7 @@ def projections(
 
 class _Projections(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, segments: Segments, task_grads: TaskGradients | None, *parameters: nn.Parameter
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, segments: Segments, task_grads: Sink | None, *parameters: nn.Parameter) -> Tensor:
         number = len(parameters) // 2
         weights, biases = parameters[:number], parameters[number:]
         # As in functional.py: ZeRO 3 has gathered the weights again in backward, and the sink knows the originals.
@@ -71,44 +68,15 @@ class _Projections(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, dy: Tensor, rows: Tensor, x: Tensor) -> list[Tensor | None]:
-    """Those of the weights and the biases for autograd. rows [N, k out]: of dy."""
+    """Return those of the weights and the biases for autograd. rows [N, k out]: of dy."""
     sink, parameters, needed = ctx.task_grads, ctx.parameters, ctx.needs_input_grad[3:]
     if not any(needed):
         return [None] * len(parameters)
     number = len(parameters) // 2
-    weights, biases = parameters[:number], parameters[number:]
     if sink is not None:
-        mode, all_shared = sink.armed_mode(), all(map(sink.wants, parameters))
-        if isinstance(sink, RecordedWrites):
-            sink.linears(weights, biases, rows, x)
-            return [None] * len(parameters)
-        if mode == "stack" and sink.dtype == dy.dtype and all_shared:
-            _stack(sink, weights, biases, ctx.segments.split(rows.t(), dim=1), ctx.segments.split(x))
-            return [None] * len(parameters)
-        if mode != "weighted" or not all_shared:
-            pairs = enumerate(zip(weights, biases, strict=True))
-            found = [linear_gradients(ctx, (3 + i, 3 + number + i), *pair, dy[:, i], x) for i, pair in pairs]
-            return [dw for dw, _ in found] + [db for _, db in found]
-        rows, x = weighted_rows(rows, sink, ctx.segments), x[: ctx.segments.host[-1]]
+        return sink.linears(parameters[:number], parameters[number:], dy, x, ctx.segments, needed)
     gradients = [*rows.t().mm(x).chunk(number), *rows.sum(0).chunk(number)]
     return [gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=True)]
-
-
-def _stack(
-    sink: TaskGradients,
-    weights: Sequence[nn.Parameter],
-    biases: Sequence[nn.Parameter],
-    dy: Sequence[Tensor],
-    x: Sequence[Tensor],
-) -> None:
-    """dy [k out, n] and x [n, in] of each task: made inside J, as in functional.py."""
-    of_weights, of_biases = sink.stack_of(weights[0]), sink.stack_of(biases[0])
-    for task, (left, right) in enumerate(zip(dy, x, strict=True)):
-        if len(right):
-            of_weights.add_products(weights, task, left, right)
-            of_biases.add_sums(biases, task, left)
-    for parameter in (*weights, *biases):
-        sink.written(parameter)
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:

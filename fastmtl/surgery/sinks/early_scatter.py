@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastmtl.measure.ranges import profile_range
 from fastmtl.surgery.jacobian.dense import Jacobian
-from fastmtl.surgery.ranks.reduce import Scattering, column_pieces, start_scatter
+from fastmtl.surgery.ranks.collectives import Scattering, column_pieces, start_scatter
 from fastmtl_kernels.upload import upload
 
 IN_FLIGHT = 2

@@ -1,20 +1,23 @@
-"""`storage: kept`: the factors of the shared weights' task gradients outlive backward, their products do not.
+"""`storage: kept`: the sink that keeps the factors of task gradients in place of their products.
 
-A Linear's task gradients are dW_t = dY[rows of t]^T X[rows of t]. The T products of one weight at a time meet in the
-Gramian. With the weights c, the merged gradient is one product more: (c[task of row] * dY)^T X. So X and dY are kept,
-N (in + out) numbers for N rows, in place of T x out x in.
+A Linear's task gradients are dW_t = dY[rows of t]^T X[rows of t]. After backward the T products of
+one weight at a time make its part of the Gramian. With the weights c, the merged gradient is one
+product more: (c[task of row] * dY)^T X. So X and dY are kept, N (in + out) numbers for N rows, in
+place of T x out x in.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastmtl.surgery.merged import Merged
+from fastmtl.surgery.ranks.protocol import Ranks
 from fastmtl.surgery.segments import Segments
-from fastmtl.surgery.sinks.task_gradients import TaskGradients
+from fastmtl.surgery.sinks.source import MergingSink
 from fastmtl_kernels import combine, gramian
 from fastmtl_kernels.cast import cast
 
@@ -27,39 +30,57 @@ class Pair(NamedTuple):
     segments: Segments
 
 
-class KeptGradients(TaskGradients):
-    """The sink in mode `keep`.
-
-    Weights of Linears are kept as pairs, one for each use and micro-batch. What other operations deliver, [T, *shape],
-    is kept as it is: biases, norms and the maps of adapters are small. Autograd gets no gradient.
+class KeepSink(MergingSink):
+    """Weights of Linears are kept as pairs, one for each use and micro-batch. What other operations deliver,
+    [T, *shape], is kept as it is: biases, norms and the maps of adapters are small. Autograd gets no gradient.
     """
 
-    stacks = False
-
-    def __init__(self, *args: Any, **keywords: Any) -> None:
-        super().__init__(*args, **keywords)
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        num_tasks: int,
+        *,
+        sparse: Sequence[nn.Parameter] = (),
+        ranks: Ranks | None = None,
+        sketch_size: int | None = None,
+    ) -> None:
+        super().__init__(parameters, num_tasks, sparse=sparse, ranks=ranks, sketch_size=sketch_size)
         self._pairs: dict[int, list[Pair]] = {}
         self._delivered: dict[int, Tensor] = {}
         self._most = 0
 
-    def keep(self, weight: nn.Parameter, dy: Tensor, x: Tensor, segments: Segments) -> None:
-        """dy [N, out], x [N, in]. Detached: their graphs would hold what backward has done with."""
-        self.armed_mode()
+    def linear(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        dy: Tensor,
+        x: Tensor,
+        segments: Segments,
+        needed: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if not self.wants(weight):
+            return super().linear(weight, bias, dy, x, segments, needed)
+        self.check_active()
         rows = segments.host[-1]
+        # Detached: their graphs would hold what backward has done with.
         self._pairs.setdefault(id(weight), []).append(Pair(dy.detach()[:rows], x.detach()[:rows], segments))
+        db = None
+        if bias is not None and needed[1]:
+            db = self.products(bias, dy, lambda dy, rows: dy[rows].sum(0), segments)
+        return None, db
 
     def deliver(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
         if not self.wants(parameter):
-            return super().deliver(parameter, gradients)
-        self.armed_mode()
+            return gradients.sum(0)
+        self.check_active()
         gradients, before = cast(gradients, torch.float32), self._delivered.get(id(parameter))
         self._delivered[id(parameter)] = gradients if before is None else before + gradients
         return None
 
     @torch.no_grad()
     def gramian(self) -> Tensor:
-        """Return G as the base class does. The T products of every weight are made in one buffer, one weight after the
-        other: on CPUs fresh memory costs as much as the products that fill it.
+        """Return G. The T products of every weight are made in one buffer, one weight after the other: on CPUs fresh
+        memory costs as much as the products that fill it.
         """
         device = self.anchor.device
         total = torch.zeros(self.num_tasks, self.num_tasks, device=device)
@@ -86,16 +107,15 @@ class KeptGradients(TaskGradients):
         inputs = (pair.x for pairs in self._pairs.values() for pair in pairs)
         self._most = buffer.nbytes + sum({t.data_ptr(): t.nbytes for t in (*self.tensors(), *inputs)}.values())
         if self._sketch is not None:
-            self._ranks.total(self._sketch.values)
-            return self._sketch.gramian()
+            return self._sketched_gramian(self._sketch)
         if vectors:
             total += self._share(torch.cat(vectors, 1))
         return self._ranks.total(total) + self._tables.gramian(device)
 
     @torch.no_grad()
     def combine(self, weights: Tensor, *, narrow: bool = False) -> Merged:
-        """Merge as the base class does, but products have the rows' dtype in either case. Pairs are dropped one by one
-        as their product is made.
+        """As the base class does, but products have the rows' dtype in either case. Pairs are dropped one by one as
+        their product is made.
         """
         merged = self._merge_delivered(weights, narrow=narrow)
         by_segments: dict[Segments, Tensor] = {}
@@ -110,7 +130,7 @@ class KeptGradients(TaskGradients):
         return merged
 
     def reached(self) -> set[int]:
-        return self._reached | set(self._pairs) | set(self._delivered) | self._tables.reached()
+        return super().reached() | set(self._pairs) | set(self._delivered)
 
     def clear(self) -> None:
         super().clear()

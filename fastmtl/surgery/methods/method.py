@@ -1,0 +1,38 @@
+"""A gradient method: from the Gramian of task gradients to the weight of each."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+Reduction = Literal["sum", "mean"]
+
+
+class Method(Protocol):
+    """Weights of one step after another.
+
+    by_rank: each rank may solve for itself. by_tensor: the method solves on the device without reading a number on the
+    host and keeps its state at fixed addresses, so it can run inside backward for each tensor, and be recorded.
+    """
+
+    by_rank: bool
+    by_tensor: bool
+
+    def weights(self, gramian: Tensor, order: Tensor) -> Tensor:
+        """Return the weights [T] of the task gradients.
+
+        gramian: float32 [T, T]. One that is not finite changes no state, as its step is skipped. order: int64 [T, T] on
+        the Gramian's device, from `draw_order`.
+        """
+        ...
+
+    def of_tensor(self, index: int) -> Method:
+        """Return the method for the Gramians of one parameter tensor, with a state of its own (`by_tensor`)."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is carried from step to step, JSON-ready."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

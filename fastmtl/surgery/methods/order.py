@@ -1,0 +1,15 @@
+"""The random order in which PCGrad and GradVac project task gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def draw_order(num_tasks: int, seed: int, step: int) -> Tensor:
+    """Return a permutation of the tasks for each row, int64 [T, T].
+
+    It is drawn on the host from (seed, step), so every rank has the same.
+    """
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 63))
+    return torch.stack([torch.randperm(num_tasks, generator=generator) for _ in range(num_tasks)])

@@ -1,0 +1,76 @@
+"""`reduce: exact`: one Gramian of all ranks' gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastmtl.measure.ranges import profile_range
+from fastmtl.surgery.jacobian.compact_rows import Rows, coalesce, is_first
+from fastmtl.surgery.ranks.collectives import column_pieces, start_scatter, sum_over_ranks, world_size
+
+
+class Together:
+    """J is the sum over ranks, each of which keeps some of its columns (`reduce: exact`)."""
+
+    @property
+    def many(self) -> bool:
+        return world_size() > 1
+
+    def scatter(self, piece: Tensor) -> Tensor:
+        """[T, ceil(n / world)], zeros at the end."""
+        if not self.many:
+            return piece
+        with profile_range("communication"):
+            return torch.cat([start_scatter(piece[:, columns]).share() for columns in column_pieces(*piece.shape)], 1)
+
+    def gather_rows(self, tables: Sequence[list[Rows]], shapes: Sequence[torch.Size]) -> list[list[Rows]]:
+        """The sums of all ranks' rows over equal ids. The host waits once, for the numbers of all ranks' rows."""
+        if not self.many or not tables:
+            return list(tables)
+        firsts = [is_first(ids) for tasks in tables for ids, _ in tasks]
+        sizes = torch.stack([first.sum() for first in firsts])
+        with profile_range("communication"):
+            of_ranks = torch.stack(_all_gather(sizes)).tolist()
+            found, begin = [], 0
+            for tasks, shape in zip(tables, shapes, strict=True):
+                of_table = slice(begin, begin + len(tasks))
+                parts = zip(tasks, firsts[of_table], of_ranks[dist.get_rank()][of_table], strict=True)
+                packed = [_pack(rows, first, size) for rows, first, size in parts]
+                ranks = _gather_rows(packed, [sizes_of_rank[of_table] for sizes_of_rank in of_ranks])
+                found.append(coalesce(list(zip(*ranks, strict=True)), shape, packed[0][1]))
+                begin = of_table.stop
+            return found
+
+    def total(self, value: Tensor) -> Tensor:
+        return sum_over_ranks(value)
+
+
+def _pack(rows: Rows, first: Tensor, size: int) -> Rows:
+    """The `size` rows of `coalesce` that have sums."""
+    places = (~first).byte().sort(stable=True).indices[:size]
+    return rows[0][places], rows[1][places]
+
+
+def _gather_rows(tasks: Sequence[Rows], sizes: Sequence[Sequence[int]]) -> list[list[Rows]]:
+    """T tasks' rows of this rank, and the numbers of every rank's -> the T tasks' rows of every rank."""
+    longest = max(map(sum, sizes))
+
+    def gathered(mine: Sequence[Tensor]) -> list[Tensor]:
+        joined = torch.cat(list(mine))
+        return _all_gather(torch.cat([joined, joined.new_zeros(longest - len(joined), *joined.shape[1:])]))
+
+    ids, rows = map(gathered, zip(*tasks, strict=True))
+    return [
+        list(zip(its_ids[: sum(its)].split(its), its_rows[: sum(its)].split(its), strict=True))
+        for its_ids, its_rows, its in zip(ids, rows, sizes, strict=True)
+    ]
+
+
+def _all_gather(value: Tensor) -> list[Tensor]:
+    found = [torch.empty_like(value) for _ in range(world_size())]
+    dist.all_gather(found, value)
+    return found

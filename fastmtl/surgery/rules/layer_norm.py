@@ -1,0 +1,72 @@
+"""LayerNorm with one gradient per task.
+
+    Y = H W + b,  H = (X - mean(X)) rstd      dW_t = sum of dY H over the rows of t,  db_t = sum of dY
+
+Shapes: X, Y, dY [N, d]; W, b [d]. Sums in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmtl.surgery.rules.rows import check_rows
+from fastmtl.surgery.segments import Segments
+from fastmtl.surgery.sinks.sink import Sink
+
+
+def layer_norm(
+    x: Tensor,
+    weight: nn.Parameter | None,
+    bias: nn.Parameter | None,
+    eps: float,
+    segments: Segments,
+    task_grads: Sink | None = None,
+) -> Tensor:
+    """Return x [N, d], weight [d], bias [d] -> [N, d], as torch.nn.functional.layer_norm over the last dimension.
+
+    weight, bias: None as in torch.nn.LayerNorm(elementwise_affine=False) and LayerNorm(bias=False).
+    Raises UserError for an x of other dimensions, and for one with fewer rows than the segments have.
+    """
+    if weight is None or task_grads is None or not task_grads.active:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    check_rows("layer_norm", x, 2, segments)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(weight.dtype)
+    return _LayerNorm.apply(x, weight, bias, eps, segments, task_grads)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        eps: float,
+        segments: Segments,
+        task_grads: Sink,
+    ) -> Tensor:
+        y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.parameters = weight, bias
+        ctx.segments, ctx.task_grads = segments, task_grads
+        task_grads.expect(weight, bias)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, *gathered, mean, rstd = ctx.saved_tensors
+        sink, segments, (weight, bias) = ctx.task_grads, ctx.segments, ctx.parameters
+        mask = [ctx.needs_input_grad[0], False, False]
+        dx, _, _ = torch.ops.aten.native_layer_norm_backward(dy, x, gathered[0].shape, mean, rstd, *gathered, mask)
+        dw = db = None
+        if ctx.needs_input_grad[1]:
+            normalised = (x.float() - mean) * rstd
+            dw = sink.products(weight, dy, lambda dy, rows: (dy[rows].float() * normalised[rows]).sum(0), segments)
+        if bias is not None and ctx.needs_input_grad[2]:
+            db = sink.products(bias, dy, lambda dy, rows: dy[rows].sum(0, dtype=torch.float32), segments)
+        return dx, dw, db, None, None, None

@@ -1,0 +1,94 @@
+"""`storage: replay`, first pass: the sink that adds task gradients to the Gramian and drops them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.surgery.ranks.protocol import Ranks
+from fastmtl.surgery.sinks.source import GramianSource
+from fastmtl_kernels import gramian
+
+
+class GramianSink(GramianSource):
+    """G of a step.
+
+    accumulates: several micro-batches add up, so this rank keeps its share of J's columns until `gramian`. Else a
+    gradient goes into G and is dropped as soon as every use of its weight in the forward has delivered; then there is
+    one forward until `clear`, with `forward_done` between forward and backward.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        num_tasks: int,
+        *,
+        sparse: Sequence[nn.Parameter] = (),
+        ranks: Ranks | None = None,
+        sketch_size: int | None = None,
+    ) -> None:
+        super().__init__(parameters, num_tasks, sparse=sparse, ranks=ranks, sketch_size=sketch_size)
+        self.accumulates = True
+        self._shares: dict[int, Tensor] = {}
+        self._parts: dict[int, Tensor] = {}
+        self._largest = 0
+
+    @contextmanager
+    def armed(self, device: torch.device, *, accumulates: bool = True) -> Iterator[None]:
+        self.accumulates = accumulates
+        self._uses.counting = not accumulates and self._sketch is None
+        with super().armed(device):
+            yield
+
+    def deliver(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
+        if not self.wants(parameter):
+            return gradients.sum(0)
+        self.check_active()
+        gradients, key = gradients.reshape(self.num_tasks, -1), id(parameter)
+        self._largest = max(self._largest, gradients.nbytes)
+        if self._sketch is not None:
+            self._sketch.add(self._index[key], gradients)
+        elif self.accumulates:
+            share = self._ranks.scatter(gradients).to(torch.float32)
+            before = self._shares.get(key)
+            self._shares[key] = share if before is None else before.add_(share)
+        elif key in self._parts:
+            raise RuntimeError("a weight's task gradients met in the Gramian before its last use had written")
+        else:
+            complete = self._uses.complete(key, gradients)
+            if complete is not None:
+                self._parts[key] = gramian(self._ranks.scatter(complete).to(torch.float32))
+        return None
+
+    def add_rows(self, table: nn.Parameter, task: int, ids: Tensor, rows: Tensor) -> None:
+        if self._sketch is not None:  # the rows themselves are not needed again
+            self._sketch.add_rows(self._index[id(table)], task, ids, rows)
+        else:
+            self._tables.add(table, task, ids, rows)
+
+    def gramian(self) -> Tensor:
+        if self._sketch is not None:
+            return self._sketched_gramian(self._sketch)
+        total = torch.zeros(self.num_tasks, self.num_tasks, device=self.anchor.device)
+        for share in self._shares.values():
+            total += gramian(share)
+        for part in self._parts.values():
+            total += part
+        for held in self._uses.held.values():  # a use that the loss does not depend on never delivers
+            total += gramian(self._ranks.scatter(held).to(torch.float32))
+        return self._ranks.total(total) + self._tables.gramian(total.device)
+
+    def clear(self) -> None:
+        super().clear()
+        self._shares.clear()
+        self._parts.clear()
+        self._largest = 0
+
+    def nbytes(self) -> int:
+        return self._largest + super().nbytes()
+
+    def tensors(self) -> list[Tensor]:
+        return [*self._shares.values(), *self._uses.held.values(), *super().tensors()]

@@ -1,0 +1,233 @@
+"""The sink that shared layers hand their T task gradients to, during one backward pass.
+
+A layer's backward asks the sink for the gradients that autograd gets. There is one sink for each
+way to use task gradients, and a layer never asks which one it has:
+
+| sink | use of the T gradients | autograd gets |
+|---|---|---|
+| `StackSink` | stored in J, one buffer `[T, P]` | nothing |
+| `KeepSink` | not made; the factors of a Linear's products are kept | nothing |
+| `GramianSink` | added to the Gramian and dropped | nothing |
+| `WeightedSink` | not made; rows are multiplied by their task's weight | the merged gradient |
+| `TensorSink` | merged parameter by parameter | the merged gradient |
+
+Shapes: T tasks, P numbers in the dense shared parameters, N rows, V x d an embedding table.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.errors import UserError
+from fastmtl.surgery.differentiate import Term, differentiate
+from fastmtl.surgery.jacobian.tables import whole_shape
+from fastmtl.surgery.segments import Segments
+from fastmtl.surgery.sinks.uses import Uses
+from fastmtl_kernels.cast import cast
+
+NOT_ARMED = "the sink was armed in forward but not in backward: keep both inside one `armed` block"
+# (output gradient, rows) -> the parameter's gradient from these rows
+Product = Callable[[Tensor, slice], Tensor]
+
+
+class Sink(ABC):
+    """Task gradients of `parameters`, taken while the sink is active.
+
+    parameters: the trainable shared ones. sparse: those among them whose gradient is compact rows
+    (word embeddings); `dense` are the others.
+
+    `anchor` is a zero scalar that requires a gradient. The embedding takes `anchor` into the graph,
+    so a backward that differentiates a loss for it runs through every layer without asking autograd
+    for a shared parameter, and no hook of such a parameter fires.
+    """
+
+    stacks = False  # True where J is stored
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], num_tasks: int, *, sparse: Sequence[nn.Parameter] = ()
+    ) -> None:
+        self.num_tasks = num_tasks
+        self.active = False
+        self.anchor = torch.zeros((), requires_grad=True)
+        self._sparse = {id(parameter) for parameter in sparse}
+        self.dense = [parameter for parameter in parameters if id(parameter) not in self._sparse]
+        self._tables_of = [parameter for parameter in parameters if id(parameter) in self._sparse]
+        self._index = {id(parameter): k for k, parameter in enumerate(parameters)}
+        self._uses = Uses()
+
+    @contextmanager
+    def armed(self, device: torch.device) -> Iterator[None]:
+        """Take gradients inside the block, which holds a forward and its backward."""
+        self.arm(device)
+        try:
+            yield
+        finally:
+            self.disarm()
+
+    def arm(self, device: torch.device) -> None:
+        """Take gradients until `disarm`."""
+        if self.anchor.device != device:
+            self.anchor = torch.zeros((), device=device, requires_grad=True)
+        self.active = True
+
+    def disarm(self) -> None:
+        self.active = False
+        self._uses.forget()
+
+    def check_active(self) -> None:
+        """Raise RuntimeError in a backward whose forward was inside `armed` and that is not."""
+        if not self.active:
+            raise RuntimeError(NOT_ARMED)
+
+    def wants(self, parameter: nn.Parameter | None) -> bool:
+        """Return whether the parameter's gradient goes to the sink."""
+        return parameter is not None and parameter.requires_grad and id(parameter) in self._index
+
+    def is_sparse(self, parameter: nn.Parameter) -> bool:
+        return id(parameter) in self._sparse
+
+    def expect(self, *parameters: nn.Parameter | None) -> None:
+        """Note that a forward uses these parameters, so as many gradients will come."""
+        self._uses.expect(*parameters)
+
+    def forward_done(self, *, last: bool = False) -> None:
+        """End the counting of uses: layers that run again in backward (checkpointing) are no use of
+        their own. last: the backward that follows is the step's last.
+        """
+        self._uses.counting = False
+
+    def backward(
+        self,
+        terms: Sequence[Term],
+        shared: Sequence[nn.Parameter],
+        own: Sequence[nn.Parameter],
+        names: Mapping[int, str],
+    ) -> Sequence[Tensor | None]:
+        """Differentiate a loss: shared layers hand their task gradients to this sink.
+
+        Returns the gradients of `own`. names: of parameters by id, for messages.
+        Raises UserError where a shared parameter's gradient goes past the sink.
+        """
+        # Shared parameters are asked for only to see that autograd has nothing for them: layers that know the sink
+        # give None, any other op's gradient would be lost.
+        anchor, *rest = differentiate(terms, [self.anchor, *own, *shared], names)
+        if anchor is None:
+            raise UserError(
+                "loss_fn takes task_grads but the model does not use it: pass it to the layers, embedding included, or "
+                "leave it out for one backward pass per task"
+            )
+        for parameter, gradient in zip(shared, rest[len(own) :], strict=True):
+            if gradient is not None:
+                raise UserError(
+                    f"shared parameter {names[id(parameter)]} is used by an op that does not write into "
+                    "task_grads: use the ops of fastmtl.surgery.functional for it, or leave it out of `shared`"
+                )
+        return rest[: len(own)]
+
+    @abstractmethod
+    def deliver(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
+        """Take [T, *shape] task gradients of a dense parameter; return its gradient for autograd, None where the sink
+        keeps them.
+        """
+
+    def products(self, parameter: nn.Parameter, dy: Tensor, product: Product, segments: Segments) -> Tensor | None:
+        """Take a dense parameter's T gradients, `product(dy, rows of a task)` each; return the one for autograd."""
+        if not self.wants(parameter):
+            return product(dy, segments.all_rows())
+        return self.deliver(parameter, torch.stack([product(dy, rows) for rows in segments.rows()]))
+
+    def linear(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        dy: Tensor,
+        x: Tensor,
+        segments: Segments,
+        needed: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Take the task gradients of a Linear; return those of its weight and bias for autograd.
+
+        dy [N, out], rows of any stride; x [N, in]. needed: whether autograd asks for the weight's and the bias's.
+        """
+        self.check_active()
+        dw = self.products(weight, dy, lambda dy, rows: dy[rows].t() @ x[rows], segments) if needed[0] else None
+        db = None
+        if bias is not None and needed[1]:
+            db = self.products(bias, dy, lambda dy, rows: dy[rows].sum(0), segments)
+        return dw, db
+
+    def linears(
+        self,
+        weights: Sequence[nn.Parameter],
+        biases: Sequence[nn.Parameter],
+        dy: Tensor,
+        x: Tensor,
+        segments: Segments,
+        needed: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Take the task gradients of k Linears of one input; return those of the weights, then the biases.
+
+        dy [N, k, out], x [N, in]. needed: whether autograd asks for each of the 2 k.
+        """
+        number = len(weights)
+        found = [
+            self.linear(weight, bias, dy[:, i], x, segments, (needed[i], needed[number + i]))
+            for i, (weight, bias) in enumerate(zip(weights, biases, strict=True))
+        ]
+        return [dw for dw, _ in found] + [db for _, db in found]
+
+    def deliver_rows(
+        self, table: nn.Parameter, ids: Tensor, rows: Tensor, token_offsets: tuple[int, ...]
+    ) -> Tensor | None:
+        """Take the gradients `rows` [N, d] of an embedding table's rows `ids` [N].
+
+        Returns the table's gradient for autograd, in float32 at least, None where the sink keeps it. token_offsets: of
+        the tasks among the N, on the host.
+        """
+        self.check_active()
+        if not self.wants(table):
+            return table_gradient(table, ids, rows)
+        sizes = [stop - start for start, stop in pairwise(token_offsets)]
+        sizes.append(len(ids) - token_offsets[-1])  # a masked tail
+        pairs = list(zip(ids.split(sizes)[:-1], rows.split(sizes)[:-1], strict=True))
+        return (self.sparse_table if self.is_sparse(table) else self.dense_table)(table, pairs)
+
+    @abstractmethod
+    def sparse_table(self, table: nn.Parameter, pairs: list[tuple[Tensor, Tensor]]) -> Tensor | None:
+        """Take T tasks' (ids [n], rows [n, d]) of a table in `sparse`; return as `deliver_rows`."""
+
+    def dense_table(self, table: nn.Parameter, pairs: list[tuple[Tensor, Tensor]]) -> Tensor | None:
+        """Take T tasks' (ids [n], rows [n, d]) of a table that is not in `sparse`; return as `deliver_rows`."""
+        shape = whole_shape(table)
+
+        def dense(ids: Tensor, rows: Tensor) -> Tensor:  # float32: two rows (token types) add up thousands
+            zeros = rows.new_zeros(shape, dtype=torch.float32)
+            return zeros.index_add_(0, ids, cast(rows, torch.float32))
+
+        return self.deliver(table, torch.stack([dense(*pair) for pair in pairs]))
+
+    def clear(self) -> None:
+        """Forget what was taken; buffers stay."""
+        self._uses.clear()
+
+    def nbytes(self) -> int:
+        """Return the bytes of what is kept of task gradients now, and of the largest piece in passing."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """Return what is kept of task gradients now."""
+        return []
+
+
+def table_gradient(table: nn.Parameter, ids: Tensor, rows: Tensor) -> Tensor:
+    """Return the dense gradient [V, d] of a table, float32 at least: one of two token types adds up thousands of
+    rows, and in bfloat16 all after the first 256 could be lost.
+    """
+    rows = cast(rows, torch.promote_types(rows.dtype, torch.float32))
+    return torch.ops.aten.embedding_dense_backward(rows, ids, whole_shape(table)[0], -1, False)

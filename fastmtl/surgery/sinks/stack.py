@@ -1,0 +1,206 @@
+"""`storage: stacked`: the sink that stores J."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.errors import UserError
+from fastmtl.surgery.jacobian.compact_rows import Rows
+from fastmtl.surgery.jacobian.dense import Jacobian
+from fastmtl.surgery.jacobian.tables import Tables, whole_shape
+from fastmtl.surgery.merged import Merged
+from fastmtl.surgery.ranks.protocol import Ranks
+from fastmtl.surgery.segments import Segments
+from fastmtl.surgery.sinks.early_scatter import EarlyScatter
+from fastmtl.surgery.sinks.sink import Product
+from fastmtl.surgery.sinks.source import MergingSink
+from fastmtl_kernels import gramian
+
+
+class StackSink(MergingSink):
+    """J: dense parameters in a `Jacobian`, embedding rows as (ids, rows) per task. Every gradient adds, as a weight
+    may be used twice and micro-batches accumulate.
+
+    dtype: of J. early: sends J's columns to other ranks during backward, None where no rank wants them.
+    """
+
+    stacks = True
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        num_tasks: int,
+        *,
+        sparse: Sequence[nn.Parameter] = (),
+        dtype: torch.dtype = torch.float32,
+        ranks: Ranks | None = None,
+        sketch_size: int | None = None,
+    ) -> None:
+        super().__init__(parameters, num_tasks, sparse=sparse, ranks=ranks, sketch_size=sketch_size)
+        self.dtype = dtype
+        self.early: EarlyScatter | None = None
+        self._jacobian: Jacobian | None = None
+
+    def arm(self, device: torch.device) -> None:
+        super().arm(device)
+        if self._jacobian is None:
+            self._jacobian = Jacobian(self.dense, self.num_tasks, self.dtype, device)
+            if self.dense and self.scatters and not self.sketches:
+                self.early = EarlyScatter(self._jacobian)
+        self._uses.counting = self.early is not None
+
+    def forward_done(self, *, last: bool = False) -> None:
+        """As the base class does. What the last backward completes of J may go to the other ranks."""
+        super().forward_done(last=last)
+        if last and self.early is not None:
+            self.early.begin(self._uses.left)
+
+    def written(self, parameter: nn.Parameter) -> None:
+        """Note that a use of a dense parameter has written into `stack_of` it."""
+        if self.early is None:
+            return
+        key = id(parameter)
+        if self.early.is_sent(key):
+            raise RuntimeError("a weight's task gradients went to the other ranks before its last use had written")
+        if self._uses.one_less(key):
+            self.early.complete(key)
+
+    @property
+    def jacobian(self) -> Jacobian:
+        """J of the dense parameters."""
+        assert self._jacobian is not None, "J is made when the sink is armed"
+        return self._jacobian
+
+    def stack_of(self, parameter: nn.Parameter) -> Jacobian:
+        """Return what takes a dense parameter's gradients. Raises UserError for one of `sparse`."""
+        if id(parameter) in self._sparse:
+            raise UserError(
+                f"sparse: the parameter of shape {tuple(whole_shape(parameter))} is used by an op with a dense "
+                "gradient: leave it out of `sparse`, which is for embedding tables alone"
+            )
+        return self.jacobian
+
+    def stacked(self) -> tuple[Jacobian, Tables]:
+        """Return J: of the dense parameters, and rows of the sparse ones."""
+        return self.jacobian, self._tables
+
+    def deliver(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
+        if not self.wants(parameter):
+            return gradients.sum(0)
+        self.check_active()
+        self.stack_of(parameter).add(parameter, gradients)
+        self.written(parameter)
+        return None
+
+    def products(self, parameter: nn.Parameter, dy: Tensor, product: Product, segments: Segments) -> Tensor | None:
+        """As the base class does, one task at a time: T gradients at once are a temporary as large as the parameter's
+        part of J.
+        """
+        if not self.wants(parameter):
+            return product(dy, segments.all_rows())
+        self.check_active()
+        stack = self.stack_of(parameter)
+        for task, rows in enumerate(segments.rows()):
+            if rows.stop > rows.start:
+                stack.add_task(parameter, task, product(dy, rows))
+        self.written(parameter)
+        return None
+
+    def linear(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        dy: Tensor,
+        x: Tensor,
+        segments: Segments,
+        needed: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """As the base class does. Where dtypes agree the products are made inside J: no T x out x in temporary, and
+        three calls a task.
+        """
+        if self.dtype != dy.dtype or not self.wants(weight) or not (bias is None or self.wants(bias)):
+            return super().linear(weight, bias, dy, x, segments, needed)
+        self.check_active()
+        stack = self.stack_of(weight)
+        left, right = segments.split(dy.t(), dim=1), segments.split(x)
+        for task, (columns, rows) in enumerate(zip(left, right, strict=True)):
+            if len(rows):
+                stack.add_product(weight, task, columns, rows)
+                if bias is not None:
+                    stack.add_sum(bias, task, columns)
+        self.written(weight)
+        if bias is not None:
+            self.written(bias)
+        return None, None
+
+    def linears(
+        self,
+        weights: Sequence[nn.Parameter],
+        biases: Sequence[nn.Parameter],
+        dy: Tensor,
+        x: Tensor,
+        segments: Segments,
+        needed: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """As the base class does, with one product for k weights whose parts of J lie side by side."""
+        parameters = [*weights, *biases]
+        if self.dtype != dy.dtype or not all(map(self.wants, parameters)):
+            return super().linears(weights, biases, dy, x, segments, needed)
+        self.check_active()
+        of_weights, of_biases = self.stack_of(weights[0]), self.stack_of(biases[0])
+        left, right = segments.split(dy.flatten(1).t(), dim=1), segments.split(x)
+        for task, (columns, rows) in enumerate(zip(left, right, strict=True)):
+            if len(rows):
+                of_weights.add_products(weights, task, columns, rows)
+                of_biases.add_sums(biases, task, columns)
+        for parameter in parameters:
+            self.written(parameter)
+        return [None] * len(parameters)
+
+    def dense_table(self, table: nn.Parameter, pairs: list[tuple[Tensor, Tensor]]) -> Tensor | None:
+        for task, (ids, rows) in enumerate(pairs):
+            if len(ids):
+                self.stack_of(table).add_rows(table, task, ids, rows)
+        self.written(table)
+        return None
+
+    def gramian(self) -> Tensor:
+        jacobian = self._jacobian
+        if self._sketch is not None:
+            for parameter in self.dense if jacobian is not None else ():
+                self._sketch.add(self._index[id(parameter)], self.jacobian.of(parameter).flatten(1))
+            return self._sketched_gramian(self._sketch)
+        total = torch.zeros(self.num_tasks, self.num_tasks, device=self.anchor.device)
+        if jacobian is not None:
+            total += gramian(jacobian.complete() if self.early is None else self.early.shares())
+        return self._ranks.total(total) + self._tables.gramian(total.device)
+
+    def combine(self, weights: Tensor, *, narrow: bool = False) -> Merged:
+        self.jacobian.complete()
+        dtype = self.jacobian.narrow if narrow else torch.float32
+        merged = self.jacobian.split(self.jacobian.merge(weights, dtype))
+        merged.update(self._tables.merged(weights))
+        return merged
+
+    def unmerged(self, weights: Tensor) -> tuple[dict[int, list[Tensor]], dict[int, Rows]]:
+        """Return task gradients for an optimizer that merges them itself, by the parameter's id: T gradients of dense
+        parameters, views of J that the next write overwrites, and of tables the rows that occur, already merged with
+        `weights`.
+        """
+        return self.jacobian.rows(), self._tables.merged_rows(weights)
+
+    def reached(self) -> set[int]:
+        return super().reached() | self.jacobian.reached
+
+    def clear(self) -> None:
+        super().clear()
+        if self._jacobian is not None:
+            self._jacobian.clear()
+        if self.early is not None:
+            self.early.reset()
+
+    def tensors(self) -> list[Tensor]:
+        return [*([] if self._jacobian is None else [self._jacobian.buffer]), *super().tensors()]

@@ -1,0 +1,81 @@
+"""`storage: replay`, second pass: the sink that makes the merged gradient in one backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.surgery.segments import Segments
+from fastmtl.surgery.sinks.sink import Product, Sink, table_gradient
+from fastmtl_kernels.cast import cast
+from fastmtl_kernels.upload import upload
+
+
+class WeightedSink(Sink):
+    """Autograd gets sum_t weights[t] g_t for shared parameters. The gradients of the layers' inputs stay unweighted.
+
+    weights: [T].
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        num_tasks: int,
+        weights: Tensor,
+        *,
+        sparse: Sequence[nn.Parameter] = (),
+    ) -> None:
+        super().__init__(parameters, num_tasks, sparse=sparse)
+        self._weights = weights.float()
+
+    def deliver(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
+        if not self.wants(parameter):
+            return gradients.sum(0)
+        self.check_active()
+        return torch.einsum("t,t...->...", self._weights, gradients)
+
+    def products(self, parameter: nn.Parameter, dy: Tensor, product: Product, segments: Segments) -> Tensor | None:
+        if not self.wants(parameter):
+            return product(dy, segments.all_rows())
+        self.check_active()
+        return product(self._weighted(dy, segments), segments.all_rows())
+
+    def linears(
+        self,
+        weights: Sequence[nn.Parameter],
+        biases: Sequence[nn.Parameter],
+        dy: Tensor,
+        x: Tensor,
+        segments: Segments,
+        needed: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """As the base class does, by one product where all are shared."""
+        if not all(map(self.wants, [*weights, *biases])):
+            return super().linears(weights, biases, dy, x, segments, needed)
+        self.check_active()
+        rows, x, number = self._weighted(dy.flatten(1), segments), x[segments.all_rows()], len(weights)
+        gradients = [*rows.t().mm(x).chunk(number), *rows.sum(0).chunk(number)]
+        return [gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=True)]
+
+    def deliver_rows(
+        self, table: nn.Parameter, ids: Tensor, rows: Tensor, token_offsets: tuple[int, ...]
+    ) -> Tensor | None:
+        self.check_active()
+        if not self.wants(table):
+            return table_gradient(table, ids, rows)
+        rows = cast(rows, torch.promote_types(rows.dtype, torch.float32))
+        counts = upload(torch.tensor([stop - start for start, stop in pairwise(token_offsets)]), rows.device)
+        per_row = self._weights.repeat_interleave(counts, output_size=token_offsets[-1])
+        return table_gradient(table, ids[: token_offsets[-1]], rows[: token_offsets[-1]] * per_row[:, None])
+
+    def sparse_table(self, table: nn.Parameter, pairs: list[tuple[Tensor, Tensor]]) -> Tensor | None:
+        raise AssertionError("deliver_rows takes every table")
+
+    def _weighted(self, dy: Tensor, segments: Segments) -> Tensor:
+        """Return the tasks' rows of dy times weights[task of row], multiplied in float32: a weight rounded to bf16
+        would be off in every row.
+        """
+        return (dy[segments.all_rows()] * segments.per_row(self._weights).unsqueeze(1)).to(dy.dtype)

@@ -1,0 +1,121 @@
+"""A DeepSpeed engine as a target, by its public calls."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.errors import UserError
+from fastmtl.surgery.merged import Merged
+from fastmtl.surgery.ranks.collectives import world_size
+from fastmtl.surgery.targets.adamw import SurgeryAdamW
+from fastmtl.surgery.targets.surrogate import Surrogate
+from fastmtl.surgery.targets.trained import changed
+
+
+class EngineTarget:
+    """DeepSpeed averages over ranks, so gradients are handed over times the number of ranks."""
+
+    merges = False
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.device = torch.device(engine.device)
+        self._every = list(engine.module.named_parameters())
+        self.names = {id(p): name for name, p in self._every if p.requires_grad}
+        self.parameters = [p for _, p in self._every if p.requires_grad]
+        self.factor = float(world_size())
+        if isinstance(getattr(engine, "basic_optimizer", None), SurgeryAdamW):
+            raise UserError(
+                "SurgeryAdamW is for a plain torch loop, under DeepSpeed the master weights are DeepSpeed's: give the "
+                "engine torch.optim.AdamW or its own AdamW, and gradient_clipping in its config for max_norm"
+            )
+        stage = engine.zero_optimization_stage()
+        if engine.fp16_enabled() and stage == 0:
+            raise UserError(
+                "fp16 with ZeRO 0: DeepSpeed does not scale that loss while its optimiser divides; use ZeRO 1"
+            )
+        if engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16:
+            raise UserError(
+                "torch_autocast with float16: its gradient scaler is out of surgery's reach; use bfloat16, or fp16 "
+                "with ZeRO 1"
+            )
+        self.stacks = stage < 3 and not engine.zero_use_cpu_optimizer()
+        self.takes_back = self.stacks and hasattr(getattr(engine, "optimizer", None), "check_grad_overflow")
+        self._own_forward = False
+        engine.register_forward_pre_hook(self._saw_forward)
+
+    def _saw_forward(self, *_: Any) -> None:
+        self._own_forward = torch.is_grad_enabled()
+
+    def arranged(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        return parameters
+
+    def model(self, training_pass: bool) -> Any:
+        # engine(...) prepares DeepSpeed for a backward of its own: only for a forward that engine.backward follows.
+        return self.engine if training_pass else self.engine.module
+
+    def autocast(self, training_pass: bool) -> AbstractContextManager[Any]:
+        """What engine(...) runs its forward in, and engine.module(...) does not."""
+        if training_pass or not self.engine.torch_autocast_enabled():
+            return nullcontext()
+        return torch.autocast(self.device.type, self.engine.torch_autocast_dtype())
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self._own_forward = False
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * self.factor, scale_wrt_gas=False)
+
+    def scales(self) -> bool:
+        """Whether a loss scale may come with the surrogate's backward: that of fp16, or one of the user's own."""
+        return self.engine.fp16_enabled() or bool(getattr(self.engine.optimizer, "custom_loss_scaler", False))
+
+    def hand_over(self, gradients: Merged, reached: Collection[int]) -> None:
+        """Hand over all of them: DeepSpeed puts zeros in place of a gradient that is missing, in every stage."""
+        self._carry([gradients.pop(id(parameter)) for parameter in self.parameters], self.parameters)
+
+    def check_trained(self) -> None:
+        for name, parameter in self._every:
+            if parameter.requires_grad != (id(parameter) in self.names):
+                raise changed(name, parameter, "the engine (deepspeed.initialize) and GradientSurgery")
+
+    def _carry(self, merged: list[Tensor], parameters: list[nn.Parameter], scaled_by: float = 1.0) -> None:
+        """Takes gradients of DeepSpeed's parameters through its backward. Takes them out of the list."""
+        self.engine.set_gradient_accumulation_boundary(True)
+        scale = scaled_by if self.scales() else None
+        self.engine.backward(Surrogate.apply(merged, scale, *parameters), scale_wrt_gas=False)
+
+    def merging_optimizer(self, norm: float | None) -> SurgeryAdamW | None:
+        return None
+
+    def begin(self) -> None:
+        pass
+
+    def check_forward(self) -> None:
+        if self._own_forward:
+            raise UserError(
+                "the losses come from engine(...), which prepares DeepSpeed for a backward of its own: call "
+                "engine.module(...) in their place"
+            )
+
+    def loss_scale(self) -> float:
+        return float(self.engine.optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0
+
+    def backs_off(self) -> bool:
+        """Whether DeepSpeed answers an overflow with a smaller loss scale, so that it is no failure of the step."""
+        if not self.engine.fp16_enabled() or not self.engine.optimizer.dynamic_loss_scale:
+            return False
+        return self.loss_scale() > self.engine.optimizer.loss_scaler.min_scale
+
+    def take_back(self) -> None:
+        """By DeepSpeed's own check for overflows: what it holds of the step is gone, and nothing is updated."""
+        optimizer = self.engine.optimizer
+        before, optimizer.check_grad_overflow = optimizer.check_grad_overflow, True
+        try:
+            self.engine.step()
+        finally:
+            optimizer.check_grad_overflow = before

@@ -1,0 +1,23 @@
+"""The target of what a user gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastmtl.errors import UserError
+from fastmtl.surgery.targets.engine import EngineTarget
+from fastmtl.surgery.targets.flat import FlatParameters
+from fastmtl.surgery.targets.flat_engine import FlatTarget
+from fastmtl.surgery.targets.optimizer import OptimizerTarget
+from fastmtl.surgery.targets.protocol import Target
+
+
+def find_target(target: Any) -> Target:
+    """Return the target of a DeepSpeed engine or a torch optimizer. Raises UserError for anything else."""
+    if isinstance(target, torch.optim.Optimizer):
+        return OptimizerTarget(target)
+    if hasattr(target, "zero_optimization_stage") and hasattr(target, "module"):
+        return FlatTarget(target) if isinstance(target.module, FlatParameters) else EngineTarget(target)
+    raise UserError(f"target: expected a DeepSpeed engine or a torch optimiser, got {type(target).__name__}")

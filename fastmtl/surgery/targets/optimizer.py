@@ -1,0 +1,93 @@
+"""A torch optimizer as a target, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.errors import UserError
+from fastmtl.surgery.merged import Merged
+from fastmtl.surgery.ranks.collectives import world_size
+from fastmtl.surgery.targets.adamw import SurgeryAdamW
+from fastmtl.surgery.targets.trained import changed
+from fastmtl_kernels.cast import cast
+
+
+class OptimizerTarget:
+    """A torch optimiser in one process: merged gradients go into `.grad`, or SurgeryAdamW merges them itself."""
+
+    stacks = True
+    factor = 1.0
+    takes_back = False
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        if world_size() > 1:
+            raise UserError(
+                "target: with several processes use a DeepSpeed engine, a torch optimiser does not reduce gradients"
+            )
+        self._merging = optimizer if isinstance(optimizer, SurgeryAdamW) else None
+        self.merges = self._merging is not None
+        self._groups = optimizer.param_groups
+        every = {id(p): p for p in self._every()}  # torch lets a parameter be in a group twice
+        self.parameters = [p for p in every.values() if p.requires_grad]
+        if not self.parameters:
+            raise UserError("target: no parameter of the optimiser requires a gradient")
+        self.names = {
+            key: f"number {k} of the optimiser" for k, (key, p) in enumerate(every.items()) if p.requires_grad
+        }
+        self.device = self.parameters[0].device
+
+    def arranged(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        return parameters
+
+    def model(self, training_pass: bool) -> None:
+        """The user's loss function knows its model."""
+
+    def autocast(self, training_pass: bool) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+
+    def scales(self) -> bool:
+        return False
+
+    def hand_over(self, gradients: Merged, reached: Collection[int]) -> None:
+        for parameter in self.parameters:
+            gradient = cast(gradients.pop(id(parameter)), parameter.dtype)
+            if id(parameter) in reached:  # else no gradient, so that no weight decay and no momentum move it either
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+    def check_trained(self) -> None:
+        for k, parameter in enumerate(self._every()):
+            if parameter.requires_grad != (id(parameter) in self.names):
+                raise changed(f"number {k} of the optimiser", parameter, "GradientSurgery")
+
+    def _every(self) -> Iterator[nn.Parameter]:
+        return (p for group in self._groups for p in group["params"])
+
+    def merging_optimizer(self, norm: float | None) -> SurgeryAdamW | None:
+        if self._merging is None or (self._merging.max_norm is not None and norm is None):
+            return None
+        # What is in `.grad` already is to be added to, as every torch optimiser's user expects.
+        return self._merging if all(parameter.grad is None for parameter in self.parameters) else None
+
+    def begin(self) -> None:
+        if self._merging is not None:
+            self._merging.check_taken()
+
+    def check_forward(self) -> None:
+        pass
+
+    def loss_scale(self) -> float:
+        return 1.0
+
+    def backs_off(self) -> bool:
+        return False
+
+    def take_back(self) -> None:
+        raise NotImplementedError("gradients in `.grad` are the user's")
