@@ -43,13 +43,7 @@ KNOWN_CIRCLES = {
     "fastmtl_kernels.task_maps.common, fastmtl_kernels.task_maps.reference, fastmtl_kernels.task_maps.torch, "
     "fastmtl_kernels.task_maps.triton.rows, fastmtl_kernels.task_maps.triton.weights",
 }
-KNOWN_UPWARD = {
-    "fastmtl.surgery.functional -> fastmtl.cuda_graphs.writes (normal)",
-    "fastmtl.surgery.gradient_surgery -> fastmtl.cuda_graphs.merging (normal)",
-    "fastmtl.surgery.gradient_surgery -> fastmtl.cuda_graphs.recorder (normal)",
-    "fastmtl.surgery.rules.projections -> fastmtl.cuda_graphs.writes (normal)",
-    "fastmtl.surgery.stacked -> fastmtl.cuda_graphs.merging (normal)",
-}
+KNOWN_UPWARD: set[str] = set()
 
 Graph = dict[str, dict[str, str]]  # module -> imported module -> kind: "normal", "type-only" or "late"
 

@@ -21,7 +21,7 @@ DeepSpeed's own backward are sent while it computes if they fill more than one b
 bucket holds all of them unless the recipe says otherwise. The last piece or bucket is complete when
 backward ends. Merged gradients are sent all at once.
 
-Sources: fastmtl/surgery/ranks/reduce.py, sinks/early_scatter.py;
+Sources: fastmtl/surgery/ranks/collectives.py, sinks/early_scatter.py;
 deepspeed/runtime/zero/stage_1_and_2.py (`average_tensor` reduces to all ranks), stage3.py,
 engine.py of DeepSpeed 0.19.
 """

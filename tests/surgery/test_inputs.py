@@ -104,9 +104,7 @@ def test_a_task_without_a_gradient_takes_no_part(method: str) -> None:
 def test_preferences_are_of_the_tasks_that_are_there() -> None:
     rows = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
     rows[1] = 0
-    weights = find_method("upgrad", options={"pref_vector": [1.0, 5.0, 2.0]}).weights(
-        rows @ rows.T, torch.zeros(0), None
-    )
+    weights = find_method("upgrad", options={"pref_vector": [1.0, 5.0, 2.0]}).weights(rows @ rows.T, torch.zeros(0))
     pair = rows[[0, 2]]
     expected = find_method("upgrad", options={"pref_vector": [1.0, 2.0]}).weights(pair @ pair.T, torch.zeros(0))
     torch.testing.assert_close(weights[[0, 2]], expected)

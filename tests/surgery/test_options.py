@@ -49,7 +49,7 @@ def test_tensor_scope_is_surgery_on_each_parameter(method: str) -> None:
         if any(parameter is shared for shared in model.shared_parameters()):
             total += gram
             solve = PCGrad() if method == "pcgrad" else GradVac()
-            weights = solve.weights(gram, order, 0)
+            weights = solve.weights(gram, order)
             changed += not torch.equal(weights, torch.ones(3))
         else:
             weights = torch.ones(3)
@@ -249,7 +249,7 @@ def test_state_of_a_torchjd_method_survives_a_checkpoint() -> None:
     assert resumed is not None
     resumed.load_state_dict(going.state_dict())
     for gram in grams[2:]:
-        assert torch.equal(going.weights(gram, order, None), resumed.weights(gram, order))
+        assert torch.equal(going.weights(gram, order), resumed.weights(gram, order))
     assert resumed.state_dict() == going.state_dict()
     assert resumed.state_dict() != find_method("pcd").state_dict()
 
