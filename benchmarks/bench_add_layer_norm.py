@@ -1,4 +1,4 @@
-"""add_layer_norm and what it replaces, through pytest-benchmark: fastmtl/bench/ops/add_layer_norm.py."""
+"""add_layer_norm and its alternatives: pytest-benchmark of fastmtl/bench/ops/add_layer_norm.py."""
 
 from __future__ import annotations
 

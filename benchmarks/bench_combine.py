@@ -1,4 +1,4 @@
-"""combine and what it replaces, through pytest-benchmark: fastmtl/bench/ops/combine.py."""
+"""combine and its alternatives: pytest-benchmark of fastmtl/bench/ops/combine.py."""
 
 from __future__ import annotations
 

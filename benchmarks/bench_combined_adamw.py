@@ -1,4 +1,4 @@
-"""combined_adamw and what it replaces, through pytest-benchmark: fastmtl/bench/ops/combined_adamw.py."""
+"""combined_adamw and its alternatives: pytest-benchmark of fastmtl/bench/ops/combined_adamw.py."""
 
 from __future__ import annotations
 

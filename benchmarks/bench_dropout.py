@@ -1,4 +1,4 @@
-"""dropout and what it replaces, through pytest-benchmark: fastmtl/bench/ops/dropout.py."""
+"""dropout and its alternatives: pytest-benchmark of fastmtl/bench/ops/dropout.py."""
 
 from __future__ import annotations
 

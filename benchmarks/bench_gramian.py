@@ -1,4 +1,4 @@
-"""gramian and what it replaces, through pytest-benchmark: fastmtl/bench/ops/gramian.py."""
+"""gramian and its alternatives: pytest-benchmark of fastmtl/bench/ops/gramian.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lora and what it replaces, through pytest-benchmark: fastmtl/bench/ops/lora.py."""
+"""lora and its alternatives: pytest-benchmark of fastmtl/bench/ops/lora.py."""
 
 from __future__ import annotations
 

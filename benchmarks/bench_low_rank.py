@@ -1,4 +1,4 @@
-"""low_rank and what it replaces, through pytest-benchmark: fastmtl/bench/ops/low_rank.py."""
+"""low_rank and its alternatives: pytest-benchmark of fastmtl/bench/ops/low_rank.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pal and what it replaces, through pytest-benchmark: fastmtl/bench/ops/pal.py."""
+"""pal and its alternatives: pytest-benchmark of fastmtl/bench/ops/pal.py."""
 
 from __future__ import annotations
 

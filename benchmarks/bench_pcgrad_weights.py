@@ -1,4 +1,4 @@
-"""pcgrad_weights and what it replaces, through pytest-benchmark: fastmtl/bench/ops/pcgrad_weights.py."""
+"""pcgrad_weights and its alternatives: pytest-benchmark of fastmtl/bench/ops/pcgrad_weights.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pool and what it replaces, through pytest-benchmark: fastmtl/bench/ops/pool.py."""
+"""pool and its alternatives: pytest-benchmark of fastmtl/bench/ops/pool.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole training step beside transformers' and its products, through pytest-benchmark: fastmtl/bench/step.py."""
+"""A whole training step of each way, through pytest-benchmark: fastmtl/bench/step.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ _workload = lru_cache(maxsize=1)(Workload)
 def test_step(way: str, bench_size: Callable[[float], Size], timed: Timed) -> None:
     workload = _workload(bench_size(DROPOUT))
     try:
-        # Anew for each way: the one before has trained the weights, which both models share.
+        # A new check for each way: the previous way has trained the weights, which both models
+        # share.
         step, _ = checked(way, workload, padded_losses(workload, workload.padded))
     except Skipped as reason:
         pytest.skip(str(reason))

@@ -1,4 +1,6 @@
-"""A step's gradients by every variant of gradient surgery, through pytest-benchmark: fastmtl/bench/surgery.py."""
+"""A step's gradients by each variant of surgery, through pytest-benchmark:
+fastmtl/bench/surgery.py.
+"""
 
 from __future__ import annotations
 

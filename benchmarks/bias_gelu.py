@@ -1,8 +1,11 @@
-"""What one operation for bias and GELU could save at most on this machine: `python benchmarks/bias_gelu.py`.
+"""The most that a fused bias and GELU could save on this machine.
 
-Forward, the library's product takes in the bias: `linear + gelu` against the same without any bias bounds what adding
-it elsewhere can save. Backward, `bias sums` are all that a fused operation would not read dy again for. Both are given
-as a share of the layer's whole work, three products included. float32, three tasks, medians of interleaved rounds.
+    python benchmarks/bias_gelu.py
+
+In forward, the library's product includes the bias: `linear + gelu` minus the same without a bias
+bounds the saving. In backward, a fused operation would only save the second read of dy for the
+`bias sums`. Both are shares of the layer's whole work, including three products. float32, three
+tasks, medians of interleaved rounds.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ TASKS = 3
 
 
 def measured(tokens: int, hidden: int, rounds: int) -> dict[str, float]:
-    """Seconds of each part of Linear(hidden, 4 hidden) and GELU on `tokens` rows."""
+    """Return the seconds of each part of Linear(hidden, 4 hidden) and GELU on `tokens` rows."""
     x, w, b = torch.randn(tokens, hidden), torch.randn(4 * hidden, hidden), torch.randn(4 * hidden)
     z, dy = torch.randn(tokens, 4 * hidden), torch.randn(tokens, 4 * hidden)
     parts: dict[str, Callable[[], object]] = {

@@ -1,10 +1,11 @@
-"""pytest-benchmark over the cases of fastmtl.bench.ops: one test for each way and pass of the operation in a file's OP.
+"""pytest-benchmark over fastmtl.bench.ops: a test for each way and pass of a file's operation OP.
 
     pytest benchmarks/bench_pool.py                      # MiniLM's size
     pytest benchmarks -k "eager or cpp" --bench-shape bert-base --benchmark-autosave
 
-Inputs, implementations, check and clock are those of `fastmtl bench kernels`; pytest-benchmark repeats, groups, keeps
-and compares. With --benchmark-disable, and under xdist, everything runs once in a tiny size.
+Inputs, implementations, check and clock are those of `fastmtl bench kernels`; pytest-benchmark
+repeats, groups, saves and compares. With --benchmark-disable, and under xdist, everything runs once
+in a tiny size.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "measured" in metafunc.fixturenames:
-        # Tiny cases have the names of those that are measured, which are made when their turn comes.
+        # Tiny cases have the same names as the measured ones, which are built later, one by one.
         device = metafunc.config.getoption("--bench-device")
         cases = ops.cases(metafunc.module.OP, Size(ops.TINY, device=device, dropout=DROPOUT))
-        last = _tiny(metafunc.config)  # it runs forward and backward, whatever pass is asked for
+        last = _tiny(metafunc.config)  # a tiny run does forward and backward for every pass
         passes = {case.name: _passes(case)[-1:] if last else _passes(case) for case in cases}
         names = [(case.name, way.name, link) for case in cases for way in case.ways for link in passes[case.name]]
         metafunc.parametrize("measured", names, indirect=True, ids=["-".join(name) for name in names])
@@ -56,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Watch:
-    """What pytest-benchmark takes for its timer: the sum of the laps that the harness's clock has timed."""
+    """The timer of pytest-benchmark: the sum of the laps that the harness's clock has timed."""
 
     total = 0.0
 
@@ -67,12 +68,12 @@ class Watch:
 
 @pytest.fixture
 def measured(request: pytest.FixtureRequest) -> Callable[[], None]:
-    """Checks a way and measures a pass of it."""
+    """Check a way and measure a pass of it."""
     case_name, way, link = request.param
     operation, option = request.module.OP, request.config.getoption
     tiny = _tiny(request.config)
     if tiny and way == COMPILED:
-        pytest.skip("torch.compile takes many seconds: only where something is measured")
+        pytest.skip("torch.compile takes many seconds: skipped unless times are measured")
     size = _size(request.config, DROPOUT)
     case = _cases(operation, size)[case_name]
     try:
@@ -99,13 +100,13 @@ def measured(request: pytest.FixtureRequest) -> Callable[[], None]:
 
 @pytest.fixture
 def bench_size(request: pytest.FixtureRequest) -> Callable[[float], Size]:
-    """From a probability of dropout to the size of a step."""
+    """Return a function from a dropout probability to the size of a step."""
     return lambda dropout: _size(request.config, dropout)
 
 
 @pytest.fixture
 def timed(request: pytest.FixtureRequest) -> Callable[[Callable[[], object]], None]:
-    """Measures a step that needs no other clock than a plain one."""
+    """Return a function that measures a step by the harness's plain clock."""
 
     def measure(step: Callable[[], object]) -> None:
         device, rounds = (request.config.getoption(f"--bench-{name}") for name in ("device", "rounds"))
@@ -126,7 +127,7 @@ def _size(config: pytest.Config, dropout: float) -> Size:
 
 
 def _tiny(config: pytest.Config) -> bool:
-    """Whether everything is only tried: pytest-benchmark measures nothing in xdist's workers."""
+    """Return whether nothing is measured: with --benchmark-disable, or in a worker of xdist."""
     return bool(config.getoption("benchmark_disable")) or hasattr(config, "workerinput")
 
 
@@ -141,7 +142,7 @@ def _cases(operation: str, size: Size) -> dict[str, Case]:
 
 @lru_cache(maxsize=1)
 def _checked(operation: str, size: Size, case_name: str, way_name: str) -> Chain:
-    """Forward and backward of a way, compared with the oracle."""
+    """Return forward and backward of a way, after a check against the oracle."""
     case = _cases(operation, size)[case_name]
     way = case.way(way_name)
     run = way.build()

@@ -1,9 +1,12 @@
-"""Whether the gradients of pal's shared V_E should be one product per step: `python benchmarks/deferred_gradients.py`.
+"""Three ways to compute the gradient of pal's shared V_E, and their times.
 
-dV_E is the sum of de_l^T x_l over the layers. `each layer` forms every product and adds it up, as autograd does;
-`in place` lets the product add; `deferred` keeps all x_l and de_l and multiplies their concatenations once; `deferred,
-product alone` has them side by side already, which no implementation can have for less than the copies. 12 layers,
-d_s 204, three tasks of 909 tokens, float32, medians of interleaved rounds.
+    python benchmarks/deferred_gradients.py
+
+dV_E is the sum of de_l^T x_l over the layers. `each layer` forms every product and adds it, as
+autograd does; `in place` lets the product add; `deferred` keeps all x_l and de_l and multiplies
+their concatenations once. `deferred, product alone` starts from concatenated inputs, a lower bound
+that no implementation reaches, as the copies are missing. 12 layers, d_s 204, three tasks of 909
+tokens, float32, medians of interleaved rounds.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor
 
 LAYERS, TASKS, TOKENS, SIZE = 12, 3, 909, 204
-Rows = list[list[Tensor]]  # of every task in every layer
+Rows = list[list[Tensor]]  # by layer and task
 
 
 def each_layer(x: Rows, de: Rows) -> Tensor:
@@ -40,14 +43,14 @@ def in_place(x: Rows, de: Rows) -> Tensor:
 
 
 def deferred(x: Rows, de: Rows) -> Tensor:
-    return side_by_side(joined(x), joined(de))
+    return product(joined(x), joined(de))
 
 
 def joined(rows: Rows) -> list[Tensor]:
     return [torch.cat(of_task) for of_task in zip(*rows, strict=True)]
 
 
-def side_by_side(x: list[Tensor], de: list[Tensor]) -> Tensor:
+def product(x: list[Tensor], de: list[Tensor]) -> Tensor:
     return torch.stack([de_task.T @ x_task for x_task, de_task in zip(x, de, strict=True)])
 
 
@@ -66,7 +69,7 @@ def main() -> None:
         "each layer": partial(each_layer, x, de),
         "in place": partial(in_place, x, de),
         "deferred": partial(deferred, x, de),
-        "deferred, product alone": partial(side_by_side, joined(x), joined(de)),
+        "deferred, product alone": partial(product, joined(x), joined(de)),
     }
     expected = each_layer(x, de)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -81,7 +84,7 @@ def main() -> None:
     for name, samples in seconds.items():
         print(f"{name:24} {1e3 * statistics.median(samples):6.1f} ms")
     held = sum(part.numel() for of_layer in (*x, *de) for part in of_layer) * 4
-    print(f"x and de of all layers, which `deferred` holds to the end of backward: {held / 1e6:.0f} MB")
+    print(f"x and de of all layers, held by `deferred` until the end of backward: {held / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""What it saves to send J's columns during backward: `unshare -n python benchmarks/early_scatter.py`.
+"""The time saved by sending J's columns during backward.
 
-Steps of PCGrad with `reduce: exact` on two ranks over a throttled loopback, in a network namespace of its own as
-in benchmarks/scale_out.py; every other step sends the columns after backward instead. MiniLM's layers, random weights.
+    unshare -n python benchmarks/early_scatter.py
+
+Steps of PCGrad with `reduce: exact` run on two ranks over a throttled loopback, in a separate
+network namespace as in benchmarks/scale_out.py. Every other step sends the columns after backward
+instead. MiniLM's layers, random weights.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ TASKS, ROWS, TOKENS = 3, 16, 20
 
 
 def run_rank(arguments: argparse.Namespace) -> None:
-    """One of the processes; the first prints a line for each rate."""
+    """Run one of the processes; the first prints a line for each rate."""
     import torch
     import torch.distributed as dist
     from transformers import BertConfig
@@ -41,11 +44,11 @@ def run_rank(arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
     steps = Steps(recipe, MultiTaskModel(recipe, PackedBert(config)), ranks.world, ranks.device)
     batch = rows(ranks.world, ROWS, TOKENS)
-    steps.step([batch])  # makes the optimiser's state, and learns the pieces' order
+    steps.step([batch])  # allocates the optimiser's state, and records the order of the pieces
     begin = EarlyScatter.begin
 
     def seconds(early: bool) -> float:
-        EarlyScatter.begin = begin if early else _never  # type: ignore[method-assign]
+        EarlyScatter.begin = begin if early else _send_nothing  # type: ignore[method-assign]
         dist.barrier()
         begun = time.perf_counter()
         steps.step([batch])
@@ -63,22 +66,22 @@ def run_rank(arguments: argparse.Namespace) -> None:
             early, late = np.transpose(pairs)
             ratios = sorted(early / late)
             print(
-                f"{'not throttled' if rate is None else f'{rate:.0f} Mbit/s'}: {statistics.median(early):.3f} s early, "
-                f"{statistics.median(late):.3f} s after backward, ratio {statistics.median(ratios):.2f} "
-                f"({ratios[0]:.2f} to {ratios[-1]:.2f})",
+                f"{'not throttled' if rate is None else f'{rate:.0f} Mbit/s'}: sent in backward "
+                f"{statistics.median(early):.3f} s, sent after backward {statistics.median(late):.3f} s, "
+                f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
                 flush=True,
             )
         dist.barrier()
 
 
-def _never(*_: Any) -> None:
-    """In place of EarlyScatter.begin: nothing is complete before the end."""
+def _send_nothing(*_: Any) -> None:
+    """Replace EarlyScatter.begin, so that nothing is sent before the end of backward."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", type=float, nargs="+", default=[5000, 2000, 600], help="Mbit/s")
-    parser.add_argument("--rounds", type=int, default=4, help="pairs of steps are twice as many")
+    parser.add_argument("--rounds", type=int, default=4, help="half the number of pairs of steps")
     arguments = parser.parse_args()
     sys.exit(in_namespace(parser, 2, lambda: run_rank(arguments)))
 

@@ -1,9 +1,10 @@
-"""Operators, host time and host waits of each part of a step under DeepSpeed, one process, on the CPU.
+"""Operators, host time and host waits of each part of a step under DeepSpeed, on the CPU.
 
-    python benchmarks/engine_calls.py [--method sum] [--zero 1] [--layers 6] [--precision bf16] [--no-overflow-check]
-                                      [--flat] [--graphs]
+    python benchmarks/engine_calls.py [--method sum] [--zero 1] [--layers 6] [--precision bf16]
+                                      [--no-overflow-check] [--flat] [--graphs]
 
-See fastmtl/bench/step_calls.py. What a GPU would have to be waited for is listed at the end.
+One process; see fastmtl/bench/step_calls.py. The last lines list the places where the host would
+wait for a GPU.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""What malloc has in use, holds free, and what is resident, as a run on a CPU goes on: does memory in use grow?
+r"""Malloc's used and free memory, and the resident set, over the steps of a run on a CPU.
 
-    python benchmarks/heap_in_use.py train cs224n data.dir=DIR train.max_steps=700 train.epochs=100 --output runs/heap
+    python benchmarks/heap_in_use.py train cs224n data.dir=DIR train.max_steps=700 \
+        train.epochs=100 --output runs/heap
 
-A line for every 50 steps of any `fastmtl train`, in one process, right after the heap has been trimmed. With glibc.
+It shows whether used memory grows. It prints a line after every 50 steps of any `fastmtl train` in
+one process, right after the heap was trimmed. Needs glibc.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from fastmtl.measure.harness import MIB, heap_bytes, resident_bytes
 EVERY = 50
 
 
-def telling(trim: Callable[[], None]) -> Callable[[], None]:
+def printing(trim: Callable[[], None]) -> Callable[[], None]:
     steps = 0
 
-    def trim_and_tell() -> None:
+    def trim_and_print() -> None:
         nonlocal steps
         trim()
         steps += 1
@@ -27,9 +29,9 @@ def telling(trim: Callable[[], None]) -> Callable[[], None]:
             used, free, mapped, resident = (f"{size / MIB:.1f}" for size in (*heap_bytes(), resident_bytes() or 0))
             print(f"step {steps}: {used} MiB in use, {free} free, {mapped} mapped; {resident} resident", flush=True)
 
-    return trim_and_tell
+    return trim_and_print
 
 
 if __name__ == "__main__":
-    heap.trim = telling(heap.trim)
+    heap.trim = printing(heap.trim)
     main()

@@ -2,11 +2,12 @@
 
     python benchmarks/jacobian_dtype.py [--hidden 128] [--layers 4] [--seeds 3]
 
-The yardstick is one backward pass per task in float64, with the same weights (rounded to bfloat16 before). `torch` is
-one backward pass per task in bfloat16 whose gradients add up in `.grad`, merged in float64. The error of G is the
-largest of |G_ij - exact| / (|g_i| |g_j|); its bound is twice torch's and 2^-6 (tests/surgery/test_any_batch.py). The
-error of the merged gradient is that of its direction and length, |u - exact| / |exact|. In strong conflict two of the
-three tasks have the same rows, opposite labels and nearly the same head: the update is small against its parts.
+The reference is one backward pass per task in float64, with the same weights (rounded to bfloat16
+before). `torch` is one backward pass per task in bfloat16 whose gradients are added in `.grad`,
+merged in float64. The error of G is the largest of |G_ij - exact| / (|g_i| |g_j|); its bound is
+twice torch's and 2^-6 (tests/surgery/test_any_batch.py). The error of the merged gradient is |u -
+exact| / |exact|, of direction and length. In strong conflict two of the three tasks have the same
+rows, opposite labels and nearly equal heads: the update is small compared with its terms.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from fastmtl.surgery import GradientSurgery
 from fastmtl.surgery.methods.order import draw_order
 
 TASKS = ("up", "down", "other")
-ROWS, VOCABULARY = 8, 1000  # rows of a task in a micro-batch
+ROWS, VOCABULARY = 8, 1000  # rows per task and micro-batch
 
 
 def make_model(hidden: int, layers: int, seed: int, strong: bool) -> MultiTaskModel:
@@ -78,7 +79,10 @@ def make_batches(parts: int, seed: int, strong: bool) -> list[PackedBatch]:
 
 
 def by_torch(model: MultiTaskModel, batches: list[PackedBatch]) -> Tensor:
-    """J [T, P] float64 of the shared parameters, one backward pass per task and micro-batch, added up in `.grad`."""
+    """Return J [T, P] float64 of the shared parameters, one backward pass per task and micro-batch.
+
+    Micro-batches are added in `.grad`.
+    """
     rows = []
     for task in TASKS:
         model.zero_grad()
@@ -89,7 +93,7 @@ def by_torch(model: MultiTaskModel, batches: list[PackedBatch]) -> Tensor:
 
 
 def by_surgery(model: MultiTaskModel, batches: list[PackedBatch], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """G [T, T] and the merged gradient [P] in float64."""
+    """Return G [T, T] and the merged gradient [P] in float64."""
     model.zero_grad()
     surgery = GradientSurgery(
         torch.optim.SGD(model.parameters(), lr=0.1),
@@ -107,7 +111,7 @@ def by_surgery(model: MultiTaskModel, batches: list[PackedBatch], dtype: torch.d
 
 
 def merged(rows: Tensor) -> Tensor:
-    """PCGrad pair by pair, in the first step's order."""
+    """Return PCGrad pair by pair, in the first step's order."""
     order, total = draw_order(len(rows), 0, 1).tolist(), torch.zeros_like(rows[0])
     for i, row in enumerate(rows):
         for j in order[i]:
@@ -140,9 +144,9 @@ def errors(hidden: int, layers: int, seed: int, parts: int, strong: bool) -> lis
     of_gram = [float(((plain @ plain.T - gram) / sizes).abs().max())]
     of_update = [float((merged(plain) - update).norm() / update.norm())]
     for dtype in (torch.float32, torch.bfloat16):
-        its_gram, its_update = by_surgery(model, batches, dtype)
-        of_gram.append(float(((its_gram - gram) / sizes).abs().max()))
-        of_update.append(float((its_update - update).norm() / update.norm()))
+        surgery_gram, surgery_update = by_surgery(model, batches, dtype)
+        of_gram.append(float(((surgery_gram - gram) / sizes).abs().max()))
+        of_update.append(float((surgery_update - update).norm() / update.norm()))
     return [float((gram / sizes).min()), float(update.norm() / norms.sum()), *of_gram, *of_update]
 
 

@@ -1,20 +1,22 @@
-"""A long run on real data through DeepSpeed's launcher: do loss, memory and speed hold, and does a stopped run go on?
+"""A long run on real data through DeepSpeed's launcher, with checks of loss, memory, speed and
+resume.
 
-    python benchmarks/long_run.py --data DIR --output DIR [--precision bf16] [--stop-at 1000] [--json FILE]
+    python benchmarks/long_run.py --data DIR --output DIR [--precision bf16] [--stop-at 1000]
+                                  [--json FILE]
 
-Recipe cs224n (its files are in --data; without it recipe demo on the bundled corpus) with PCGrad, stacked task
-gradients and ZeRO-1 on processes of the CPU.
-`straight` is a run of --steps optimiser steps. `stopped` is the same, but its processes get SIGTERM at --stop-at, go on
-by --resume and are stopped at twice that step, if there is one: what both have logged must be equal bit for bit. A part
-that is finished is not made again.
+Recipe cs224n (its files are in --data; without it recipe demo on the bundled corpus) with PCGrad,
+stacked task gradients and ZeRO-1 on processes of the CPU. `straight` is a run of --steps optimiser
+steps. `stopped` is the same, but its processes get SIGTERM at --stop-at, continue by --resume and
+are stopped again at twice that step, if there is one. The logs of both must be equal bit for bit. A
+finished part is not repeated.
 
-Processes are watched from outside, ten times a second. A step's resident memory is the highest (VmHWM, which the kernel
-keeps, set back at each look) while it was the newest in metrics.jsonl; medians of 50 steps are compared. CPU seconds
-stand beside tokens/s, as on a machine that others share only they tell what a step costs: where tokens/s have fallen,
-they decide.
+Processes are watched from outside, ten times per second. A step's resident memory is the highest
+one (the kernel's VmHWM, reset at each sample) while the step was the newest in metrics.jsonl;
+medians of 50 steps are compared. CPU seconds supplement tokens/s, because on a shared machine only
+CPU seconds show the cost of a step: if tokens/s fall, they decide.
 
-A run maps large blocks of memory and has huge pages for them where Linux gives any
-(fastmtl/measure/heap.py). With MALLOC_* variables before the command it is malloc as they set it.
+A run maps large blocks of memory, in huge pages if Linux provides them (fastmtl/measure/heap.py).
+MALLOC_* variables before the command override this.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ from fastmtl.measure.harness import MIB, peak_bytes, reset_peak_bytes
 from fastmtl.tracking.metrics_file import read_metrics
 
 WINDOW = 50  # steps; memory is compared with the window after the first one
-MEMORY = 1.02  # of any later window, as a share of that one
-SPEED = 0.85  # tokens/s of the last quarter as a share of the first's; CPU seconds the other way round
+MEMORY = 1.02  # largest ratio of a later window to the first
+SPEED = 0.85  # least ratio of tokens/s, last to first quarter; of CPU seconds, first to last
 CLOCKS = ("time", "tokens_per_second", "surgery_seconds")
 
 
@@ -48,7 +50,7 @@ def step_lines(run: Path) -> list[dict[str, Any]]:
 
 
 def losses(lines: list[dict[str, Any]], steps: int) -> tuple[dict[str, Any], list[str]]:
-    """metrics.jsonl has null for a number that is not finite."""
+    """Return the losses and complaints. metrics.jsonl has null for a number that is not finite."""
     found = [line["step"] for line in lines]
     bad = [n["step"] for n in lines if n["skipped"] or None in (*n["loss"].values(), n["merged_norm"])]
     complaints = [] if found == list(range(1, steps + 1)) else [f"{len(found)} steps were logged, not 1 to {steps}"]
@@ -58,7 +60,10 @@ def losses(lines: list[dict[str, Any]], steps: int) -> tuple[dict[str, Any], lis
 
 
 def memory(samples: list[dict[str, Any]], steps: int) -> tuple[dict[str, Any], list[str]]:
-    """MiB of each rank. What follows the last step (evaluation, saving) is left out, what lies between steps is not."""
+    """Return MiB of each rank, and complaints.
+
+    Memory after the last step (evaluation, saving) is left out, memory between steps is not.
+    """
     highest: dict[int, list[float]] = {}
     for sample in samples:
         if WINDOW <= sample["step"] < steps:
@@ -82,8 +87,12 @@ def memory(samples: list[dict[str, Any]], steps: int) -> tuple[dict[str, Any], l
 
 
 def speed(lines: list[dict[str, Any]], samples: list[dict[str, Any]], steps: int) -> tuple[dict[str, Any], list[str]]:
-    """Medians of the quarters: tokens/s of all ranks, and CPU seconds of a step of the mean rank."""
-    at = {sample["step"]: statistics.mean(sample["cpu"]) for sample in reversed(samples)}  # the first of each step
+    """Return medians by quarter, and complaints: tokens/s of all ranks, CPU seconds per step and
+    rank.
+    """
+    at = {
+        sample["step"]: statistics.mean(sample["cpu"]) for sample in reversed(samples)
+    }  # the first sample of each step
     spent = {step: at[step] - at[step - 1] for step in at if step - 1 in at and step > 1}
     quarters = [(round(steps * q / 4), round(steps * (q + 1) / 4)) for q in range(4)]
     tokens = [_median([n["tokens_per_second"] for n in lines if a < n["step"] <= b]) for a, b in quarters]
@@ -99,7 +108,11 @@ def speed(lines: list[dict[str, Any]], samples: list[dict[str, Any]], steps: int
 def resumed(
     straight: list[dict[str, Any]], stopped: list[dict[str, Any]], stops: list[int], end: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """Equal lines are equal losses, cosines, norms and learning rates: so weights, data, dropout and the schedule."""
+    """Return the comparison of both runs, and complaints.
+
+    Equal lines are equal losses, cosines, norms and learning rates, hence equal weights, data,
+    dropout and schedule.
+    """
     both = [[{k: v for k, v in line.items() if k not in CLOCKS} for line in run] for run in (straight, stopped)]
     pairs = list(zip(*both, strict=False))
     differs = [a["step"] for a, b in pairs if a != b]
@@ -113,20 +126,22 @@ def _median(values: list[float]) -> float:
 
 
 class Watched:
-    """One `fastmtl train` under the launcher, its output beside it, and what was seen of its processes."""
+    """One `fastmtl train` under the launcher, with its log and the samples of its processes."""
 
     def __init__(self, command: list[str], run: Path) -> None:
         self.command, self.run, self.samples, self.stops = command, run, [], []
 
     def go(self, stop_at: int | None = None) -> None:
-        """To its end, or until it has stopped after a SIGTERM at step `stop_at`. Ends the script where it fails."""
+        """Run to the end, or until the stop after a SIGTERM at step `stop_at`. Exit if the run
+        fails.
+        """
         more = ["--resume"] if self.run.exists() else []
         path = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "PATH": path, "DS_ACCELERATOR": "cpu"}
         with self.run.with_suffix(".log").open("a") as log:
             process = subprocess.Popen([*self.command, *more], stdout=log, stderr=log, env=environment)
         ranks: list[psutil.Process] = []
-        steps, told = self.steps(), False
+        steps, signalled = self.steps(), False
         while process.poll() is None:
             time.sleep(0.1)
             try:
@@ -134,23 +149,23 @@ class Watched:
                     everything = psutil.Process(process.pid).children(recursive=True)
                     ranks = [one for one in everything if "train" in one.cmdline() and "RANK" in one.environ()]
                     ranks.sort(key=lambda one: one.environ()["RANK"])
-                if ranks and not told:
+                if ranks and not signalled:
                     sample = self._sample(ranks)
-                    if all(sample["rss"]):  # one that has ended has none until it is waited for
+                    if all(sample["rss"]):  # an ended process has none
                         self.samples.append(sample)
             except psutil.NoSuchProcess:
                 continue
-            if ranks and stop_at is not None and not told and self.steps() >= stop_at:
-                told = True
+            if ranks and stop_at is not None and not signalled and self.steps() >= stop_at:
+                signalled = True
                 for rank in ranks:
                     rank.send_signal(signal.SIGTERM)
         if process.returncode:
             sys.exit(f"exit status {process.returncode}: see {self.run.with_suffix('.log')}")
-        if told:
+        if signalled:
             self.stops.append(self.steps())
 
     def steps(self) -> int:
-        """Optimiser steps in metrics.jsonl."""
+        """Return the number of optimiser steps in metrics.jsonl."""
         file = self.run / "metrics.jsonl"
         return file.read_bytes().count(b'"loss":') if file.exists() else 0
 
@@ -160,8 +175,10 @@ class Watched:
 
 
 def highest_resident(pid: int) -> float:
-    """MiB since the last look, 0 of a process that has ended. What is resident now and then would miss the peaks of
-    short steps more often than those of long ones.
+    """Return the peak MiB since the last sample; 0 for a process that has ended.
+
+    Samples of the current resident memory would miss the peaks of short steps more often than those
+    of long ones.
     """
     peak = peak_bytes(pid)
     reset_peak_bytes(pid)
@@ -169,7 +186,7 @@ def highest_resident(pid: int) -> float:
 
 
 def small_encoder(layers: int, hidden: int, folder: Path) -> Path:
-    """A random BERT with MiniLM's tokenizer."""
+    """Save a random BERT with MiniLM's tokenizer."""
     import torch
     from transformers import AutoTokenizer, BertConfig, BertModel
 
@@ -188,7 +205,7 @@ def small_encoder(layers: int, hidden: int, folder: Path) -> Path:
 
 
 def make(part: Path, command: list[str], stops: list[int | None]) -> dict[str, Any]:
-    """Runs a part from stop to stop (None: its end), or reads what is known of it."""
+    """Run a part from stop to stop (None: its end), or read its saved result."""
     import torch
 
     from fastmtl.measure.environment import environment
@@ -206,8 +223,8 @@ def make(part: Path, command: list[str], stops: list[int | None]) -> dict[str, A
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """Rows of a Markdown table."""
-    loss, mem, fast, again = found["losses"], found["memory"], found["speed"], found["resumed"]
+    """Return the rows of a Markdown table."""
+    loss, mem, fast, resume = found["losses"], found["memory"], found["speed"], found["resumed"]
 
     def row(values: list[float], digits: int) -> str:
         return ", ".join(f"{value:.{digits}f}" for value in values)
@@ -222,8 +239,8 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         "tokens/s by quarter": row(fast["tokens_per_second"], 0),
         "tokens/s, 10 % and 90 % of the steps": row(fast["from_10_to_90_percent"], 0),
         "CPU seconds of a step and rank by quarter": row(fast["cpu_seconds"], 2),
-        "stopped at": row(again["stopped_at"], 0),
-        "steps equal to the bit, of": f"{again['equal_steps']:,} of {again['steps']:,}",
+        "stopped at": row(resume["stopped_at"], 0),
+        "steps equal bit for bit": f"{resume['equal_steps']:,} of {resume['steps']:,}",
     }
     return "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
@@ -231,14 +248,14 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with the files of recipe cs224n; default: recipe demo")
-    parser.add_argument("--output", type=Path, required=True, help="where both runs go")
+    parser.add_argument("--output", type=Path, required=True, help="folder of both runs")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--rows", type=int, default=4, help="of a task, process and step, on the mean")
+    parser.add_argument("--rows", type=int, default=4, help="rows per task, process and step, on average")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--small", type=int, nargs=2, metavar=("LAYERS", "HIDDEN"), help="a random BERT, not MiniLM")
     parser.add_argument("--stop-at", type=int, default=60, help="step of the SIGTERM")
-    parser.add_argument("--json", type=Path, help="keep the result in this file")
+    parser.add_argument("--json", type=Path, help="save the result in this file")
     options = parser.parse_args()
     if options.steps < 4 * WINDOW or not 0 < options.stop_at < options.steps:
         parser.error(f"--steps must be {4 * WINDOW} or more, and --stop-at less than --steps")
@@ -257,22 +274,22 @@ def main() -> None:
     straight, stopped = options.output / "straight", options.output / "stopped"
     end = min(2 * options.stop_at, options.steps)
     whole = make(straight, [*command, *settings, *more], [None])
-    again = make(stopped, [*command, *settings, *more], [options.stop_at, end if end < options.steps else None])
+    interrupted = make(stopped, [*command, *settings, *more], [options.stop_at, end if end < options.steps else None])
 
     lines, samples = step_lines(straight), whole.pop("samples")
-    again.pop("samples")
+    interrupted.pop("samples")
     judged = {
         "losses": losses(lines, options.steps),
         "memory": memory(samples, options.steps),
         "speed": speed(lines, samples, options.steps),
-        "resumed": resumed(lines, step_lines(stopped), again["stops"], end),
+        "resumed": resumed(lines, step_lines(stopped), interrupted["stops"], end),
     }
     found = {name: numbers for name, (numbers, _) in judged.items()}
     complaints = [text for _, more in judged.values() for text in more]
     print(table(found))
     if options.json is not None:
         result = {"benchmark": "long_run", "settings": settings, "small": options.small, "straight": whole}
-        result |= {"stopped": again, **found, "complaints": complaints}
+        result |= {"stopped": interrupted, **found, "complaints": complaints}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     if complaints:
         sys.exit("\n".join(complaints))

@@ -1,9 +1,12 @@
-"""The scale-out model against ranks that talk over a slow loopback: `unshare -n python benchmarks/scale_out.py`.
+"""The scale-out model, compared with ranks on a slow loopback.
 
-In a network namespace of its own (root, or `unshare -rn`), which has nothing but a loopback that this script brings up
-and throttles by `tc`: the host's own stays as it is. Each way runs a few steps at full speed and a few throttled. The
-loopback is one wire for all ranks, so throttling should add what all of them send, divided by the rate. Bytes are those
-that the interface has counted, packets' heads and acknowledgements included.
+    unshare -n python benchmarks/scale_out.py
+
+It runs in a separate network namespace (as root, or by `unshare -rn`), whose only interface is a
+loopback that this script brings up and throttles by `tc`; the host's interfaces stay unchanged.
+Each way runs a few steps at full speed and a few throttled. The loopback is one wire for all ranks,
+so throttling should add the bytes that all ranks send, divided by the rate. The interface counts
+the bytes, including packet headers and acknowledgements.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ TASKS, ROWS, TOKENS = 3, 4, 12
 
 
 def run_rank(arguments: argparse.Namespace) -> None:
-    """One of the processes; the first prints a line of JSON for each way."""
+    """Run one of the processes; the first prints a line of JSON for each way."""
     import torch
     import torch.distributed as dist
     from transformers import BertConfig
@@ -63,10 +66,10 @@ def run_rank(arguments: argparse.Namespace) -> None:
         on_meta = copy.deepcopy(model).to("meta")
         steps = Steps(recipe, model, ranks.world, ranks.device)
         shape = Shape.of(recipe, on_meta, [Load.of(batch)], steps.storage, ranks.world, on_gpu=False)
-        steps.step([batch])  # makes the optimiser's state
+        steps.step([batch])  # allocates the optimiser's state
 
         def run(steps: Steps = steps) -> tuple[float, float]:
-            """Seconds and bytes of a step, by the first rank's clock."""
+            """Return seconds and bytes of a step, by the first rank's clock."""
             samples = []
             dist.barrier()
             before = bytes_so_far()
@@ -92,7 +95,10 @@ def run_rank(arguments: argparse.Namespace) -> None:
 
 
 def bytes_so_far() -> int:
-    """What this namespace's loopback has sent. Not from /sys, which shows the namespace that it was mounted in."""
+    """Return the bytes that this namespace's loopback has sent.
+
+    /sys would show the namespace in which it was mounted.
+    """
     lines = Path("/proc/self/net/dev").read_text().splitlines()
     (counters,) = (line.partition(":")[2].split() for line in lines if line.strip().startswith("lo:"))
     return int(counters[8])
@@ -142,12 +148,12 @@ def main() -> None:
 
 
 def in_namespace(parser: argparse.ArgumentParser, ranks: int, run: Callable[[], None]) -> int:
-    """Runs this script once for each rank, in which `run` is called; the largest exit code of them."""
+    """Run this script once for each rank, where it calls `run`; return the largest exit code."""
     if "RANK" in os.environ:
         run()
         return 0
     if [name for _, name in socket.if_nameindex()] != ["lo"]:
-        parser.error("there are other interfaces than a loopback here: run it under `unshare -n`")
+        parser.error("this network namespace has more than a loopback: run this script under `unshare -n`")
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     common |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

@@ -1,8 +1,9 @@
-"""gramian and combine of a few small sizes: what `make gpu-check` runs under compute-sanitizer.
+"""gramian and combine in a few small sizes, for `make gpu-check` under compute-sanitizer.
 
     python benchmarks/small_gradients.py cuda
 
-Sizes end inside a vector, a step and a piece of the kernels; tensors begin on and off 16 bytes.
+Sizes end inside a vector, a step and a piece of the kernels; tensors are aligned to 16 bytes or
+not.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from fastmtl_kernels import combine, gramian, implementations
 from fastmtl_kernels.task_gradients import reference
 
 SIZES = ([1], [4_096], [40_001])
-SEVERAL = [63, 4_096, 5, 1, 20_003]  # tensors of a list
+SEVERAL = [63, 4_096, 5, 1, 20_003]  # sizes of a list of tensors
 
 
 def main(device: str) -> None:
@@ -33,7 +34,7 @@ def main(device: str) -> None:
 
 
 def _compare(impl: str, device: str, dtype: torch.dtype, tasks: int, sizes: list[int], shift: int) -> None:
-    # On the host, so that nothing but the kernels is instrumented.
+    # The reference runs on the host, so that only the kernels are instrumented.
     host = [[torch.randn(size + shift).to(dtype) for size in sizes] for _ in range(tasks)]
     grads = [[tensor.to(device)[shift:] for tensor in task] for task in host]
     host = [[tensor[shift:].clone() for tensor in task] for task in host]

@@ -1,7 +1,10 @@
-"""What comes after the weights of a PCGrad step, on one CPU thread: `python benchmarks/surgery_adamw.py`.
+"""The end of a PCGrad step, after the weights, on one CPU thread.
 
-`SurgeryAdamW` merges, clips and updates at once; beside it the merged gradient, clip_grad_norm_ and torch's fused
-AdamW. MiniLM's parameters, three tasks of 909 tokens, float32, CPU seconds of interleaved rounds.
+    python benchmarks/surgery_adamw.py
+
+`SurgeryAdamW` merges, clips and updates at once. It is compared with the merged gradient,
+clip_grad_norm_ and torch's fused AdamW. MiniLM's parameters, three tasks of 909 tokens, float32,
+CPU seconds of interleaved rounds.
 """
 
 from __future__ import annotations
@@ -18,12 +21,12 @@ from fastmtl.surgery.sinks.stack import StackSink
 from fastmtl.surgery.targets.adamw import SurgeryAdamW, TaskUpdate
 
 TASKS, TOKENS, VOCABULARY = 3, 909, 30522
-# Of the merged gradient, as the Gramian would give it; any number takes as long.
+# Norm of the merged gradient, as from the Gramian; its value does not change the time.
 NORM = 1e4
 
 
 def parameters(hidden: int, layers: int) -> list[nn.Parameter]:
-    """Of BERT without its pooler; the table of words comes first."""
+    """Return BERT's parameters without the pooler; the table of words comes first."""
     wide, square, column = 4 * hidden, (hidden, hidden), (hidden,)
     layer = [*(4 * [square, column]), (wide, hidden), (wide,), (hidden, wide), *(5 * [column])]
     shapes = [(VOCABULARY, hidden), (512, hidden), (2, hidden), column, column, *(layers * layer)]
@@ -53,7 +56,7 @@ def main() -> None:
         fed.take(TaskUpdate(weights, *sink.unmerged(weights), {}, NORM))
         fed.step()
 
-    def one_after_the_other() -> None:
+    def separately() -> None:
         merged = sink.combine(weights)
         for mine, other in zip(ours, theirs, strict=True):
             other.grad = merged[id(mine)]
@@ -61,13 +64,13 @@ def main() -> None:
         fused.step()
         fused.zero_grad()
 
-    ways: dict[str, Callable[[], None]] = {"SurgeryAdamW": at_once, "merge, clip, AdamW": one_after_the_other}
+    ways: dict[str, Callable[[], None]] = {"SurgeryAdamW": at_once, "merge, clip, AdamW": separately}
     samples: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(options.rounds + 1):
         for name, step in ways.items():
             begun = time.process_time()
             step()
-            if number:  # the first one makes the moments
+            if number:  # the first step allocates the moments
                 samples[name].append(time.process_time() - begun)
     for name, found in samples.items():
         print(f"{name:20} {1e3 * statistics.median(found):7.1f} ms")
