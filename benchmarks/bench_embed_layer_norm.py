@@ -1,4 +1,4 @@
-"""embed_layer_norm and its alternatives: pytest-benchmark of fastmtl/bench/ops/embed_layer_norm.py."""
+"""embed_layer_norm and its alternatives: pytest-benchmark of fastmtl/bench/ops."""
 
 from __future__ import annotations
 

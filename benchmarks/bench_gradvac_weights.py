@@ -1,4 +1,4 @@
-"""gradvac_weights and its alternatives: pytest-benchmark of fastmtl/bench/ops/gradvac_weights.py."""
+"""gradvac_weights and its alternatives: pytest-benchmark of fastmtl/bench/ops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""varlen_attention and its alternatives: pytest-benchmark of fastmtl/bench/ops/varlen_attention.py."""
+"""varlen_attention and its alternatives: pytest-benchmark of fastmtl/bench/ops."""
 
 from __future__ import annotations
 

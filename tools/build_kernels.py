@@ -1,10 +1,10 @@
-"""The build of the native kernels, for setup.py: fastmtl_kernels._C of csrc/*.cpp and beside it _CUDA of csrc/*.cu.
+"""The build of the native kernels: fastmtl_kernels._C from csrc/*.cpp, and _CUDA from csrc/*.cu.
 
-They are two libraries so that nothing about CUDA can cost the C++ kernels, neither in the build nor when they are
-loaded. The C++ one is an ordinary extension of torch's; the CUDA one is a single call of nvcc, whose failure is caught
-and whose output says why. What is left out gets a text file in its library's place (_C.txt, _CUDA.txt) with the reason
-that was printed: pip shows nothing of a build that succeeds, and the compiler that failed may be gone, or be on another
-machine, when `fastmtl doctor` is asked days later.
+They are two libraries, so that a problem with CUDA cannot affect the C++ kernels, neither at build
+time nor at load time. The C++ library is an ordinary torch extension. The CUDA library is a single
+call of nvcc, whose failure is caught and reported. A library that is not built is replaced by a
+text file (_C.txt, _CUDA.txt) with the reason. pip shows no output of a successful build, so
+`fastmtl doctor` reads the reason from there, even if the compiler is gone or on another machine.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from setuptools.command.build_py import build_py
 
 from cuda_toolkit import LeftOut, Toolkit, find_toolkit, run
 
-# PyTorch's stable ABI of 2.11, the oldest torch we support: the libraries then also load in every later one.
+# PyTorch's stable ABI of 2.11, the oldest supported torch. The libraries load in all later ones.
 OLDEST_TORCH = "2.11"
 TORCH_TARGET_VERSION = "0x020b000000000000"
 FLAGS = ["-O3", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
-# A square root that reports nothing in errno is one instruction for several lanes.
+# Without errno, a square root is one instruction for several lanes.
 CXX_FLAGS = [*FLAGS, "-g0", "-Wno-psabi", "-fno-math-errno"]
 NVCC_FLAGS = [
     *FLAGS,
     "-std=c++20",
-    # As torch compiles its own: only its types convert.
+    # Torch's own flags: only its types convert.
     "-D__CUDA_NO_HALF_OPERATORS__",
     "-D__CUDA_NO_HALF_CONVERSIONS__",
     "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
     "-D__CUDA_NO_HALF2_OPERATORS__",
     "--expt-relaxed-constexpr",
 ]
-# A100 and H100; PTX serves what is newer. Users may choose otherwise by torch's TORCH_CUDA_ARCH_LIST.
+# A100 and H100; PTX serves newer GPUs. Torch's TORCH_CUDA_ARCH_LIST overrides this.
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 BUILDS = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install"}
 
 
 def native_extension() -> dict[str, Any]:
-    """Return setup()'s arguments that build the kernels; without a compiler those that leave the reason instead."""
+    """Return setup()'s arguments that build the kernels, or that write the reason for no build."""
     try:
         check_cpp(os.environ)
     except LeftOut as reason:
@@ -53,7 +53,7 @@ def native_extension() -> dict[str, Any]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class BuildKernels(BuildExtension):
-        """Builds _C as torch does, then _CUDA beside it."""
+        """Build _C as torch does, then _CUDA beside it."""
 
         def run(self) -> None:
             super().run()
@@ -69,7 +69,7 @@ def native_extension() -> dict[str, Any]:
         sources=sorted(glob("csrc/*.cpp")),
         depends=sorted(glob("csrc/*.h")),
         extra_compile_args={"cxx": CXX_FLAGS},
-        # Neither Python's nor torch's unstable ABI is used, so one wheel serves every Python and torch we support.
+        # No unstable ABI of Python or torch is used, so one wheel serves all supported versions.
         py_limited_api=True,
     )
     return {
@@ -80,7 +80,7 @@ def native_extension() -> dict[str, Any]:
 
 
 def check_cpp(environment: Mapping[str, str]) -> None:
-    """Raise LeftOut where the C++ kernels cannot be built: torch and a compiler of C++20 are needed."""
+    """Raise LeftOut if the C++ kernels cannot be built: torch and a C++20 compiler are needed."""
     try:
         import torch
     except ImportError:
@@ -103,7 +103,7 @@ def check_cpp(environment: Mapping[str, str]) -> None:
 
 
 def build_cuda(folder: Path, environment: Mapping[str, str]) -> str:
-    """Build the CUDA kernels into a folder; return what they were built for.
+    """Build the CUDA kernels into a folder; return a description of their targets and the compiler.
 
     Raises:
         LeftOut: there is no toolkit for this torch, or its nvcc fails.
@@ -125,7 +125,7 @@ def build_cuda(folder: Path, environment: Mapping[str, str]) -> str:
 
 
 def cuda_architectures(architectures: str) -> list[str]:
-    """Return nvcc's options for a list such as "8.0;9.0+PTX", in torch's own reading of it."""
+    """Return nvcc's options for a list such as "8.0;9.0+PTX", as torch parses it."""
     from torch.utils import cpp_extension
 
     os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
@@ -136,7 +136,7 @@ def cuda_architectures(architectures: str) -> list[str]:
 
 
 def wheel_of(torch_cuda: str | None, home: Path) -> Path | None:
-    """Return the folder of NVIDIA's packages beside torch that have its cudart, None where there is none."""
+    """Return the folder of NVIDIA's packages beside torch that has cudart, or None."""
     major = (torch_cuda or "").split(".")[0]
     folders = [home.parent / "nvidia" / name for name in (f"cu{major}", "cuda_runtime")]
     return next((folder for folder in folders if list((folder / "lib").glob("libcudart.so.*"))), None)
@@ -145,7 +145,10 @@ def wheel_of(torch_cuda: str | None, home: Path) -> Path | None:
 def compile_cuda(
     toolkit: Toolkit, home: Path, sources: list[str], library: Path, environment: Mapping[str, str]
 ) -> None:
-    """Compile and link the CUDA kernels against torch's headers and libraries in `home`; raises LeftOut."""
+    """Compile and link the CUDA kernels against torch's headers and libraries in `home`.
+
+    Raises LeftOut.
+    """
     command = [toolkit.nvcc, "-shared", "-Xcompiler=-fPIC,-g0", *NVCC_FLAGS, "-isystem", str(home / "include")]
     link = [f"-L{home / 'lib'}", "-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_cuda"]
     try:
@@ -156,7 +159,9 @@ def compile_cuda(
 
 
 def leave_out(folder: Path, library: str, kernels: str, reason: str) -> None:
-    """Say what is left out, put the reason in the library's place and remove what an earlier build left there."""
+    """Print the reason for missing kernels, save it in the library's place, and remove older
+    builds.
+    """
     say(f"building without the {kernels} kernels: {reason}")
     for path in folder.glob(f"{library}.*so"):
         path.unlink()
@@ -164,7 +169,7 @@ def leave_out(folder: Path, library: str, kernels: str, reason: str) -> None:
 
 
 def say(line: str) -> None:
-    """Print in builds only: pip runs setup.py for the metadata too."""
+    """Print during builds only: pip also runs setup.py for the metadata."""
     if BUILDS & set(sys.argv):
         print(f"fastmtl: {line}.")
 
@@ -175,7 +180,9 @@ def _built(folder: Path, library: str) -> None:
 
 def _without_cpp(reason: str) -> dict[str, Any]:
     class LeaveReason(build_py):
-        """Puts the reason beside the packages' files, those of the checkout in an editable installation."""
+        """Save the reason beside the package's files; in the checkout, for an editable
+        installation.
+        """
 
         def run(self) -> None:
             super().run()

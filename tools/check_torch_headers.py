@@ -1,8 +1,11 @@
-"""Compiles csrc/ against the headers of other versions of torch: python tools/check_torch_headers.py 2.11.0 newest
+"""Compile csrc/ against the headers of other versions of torch.
 
-The headers come from the wheel for macOS on arm64, which has every one that csrc/ includes, those for CUDA too, at a
-tenth of the size. pip downloads it once, and the headers stay in .cache/torch-headers. csrc/*.cu need nvcc; without one
-the page says so and the C++ files are compiled alone.
+    python tools/check_torch_headers.py 2.11.0 newest
+
+The headers come from the wheel for macOS on arm64, which has all headers that csrc/ includes,
+CUDA's too, at a tenth of the size. pip downloads it once, and the headers stay in
+.cache/torch-headers. csrc/*.cu need nvcc; without it the output says so, and only the C++ files are
+compiled.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from build_kernels import CXX_FLAGS, NVCC_FLAGS
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".cache" / "torch-headers"
-# All that torch's wheels for macOS were tagged with since 2.11; Python's version makes no difference to the headers.
+# All tags of torch's wheels for macOS since 2.11. The headers do not depend on Python's version.
 PLATFORMS = ("macosx_11_0_arm64", "macosx_12_0_arm64", "macosx_13_0_arm64", "macosx_14_0_arm64")
 WHEEL = ["--no-deps", "--only-binary=:all:", "--python-version=3.12", *(f"--platform={name}" for name in PLATFORMS)]
 
@@ -41,7 +44,7 @@ def main(versions: list[str]) -> None:
 
 
 def exact(version: str) -> str:
-    """The version itself, for `newest` the one that pip would install."""
+    """Return the version; for `newest`, the one that pip would install."""
     if version != "newest":
         return version
     found = json.loads(pip("install", "--dry-run", "--quiet", "--report=-", "--target=unused", *WHEEL, "torch"))
@@ -49,7 +52,7 @@ def exact(version: str) -> str:
 
 
 def headers(version: str) -> Path:
-    """The folder of torch's headers, downloaded and unpacked where they are not yet."""
+    """Return the folder of torch's headers; download and unpack them on first use."""
     folder = CACHE / version
     if not folder.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -59,7 +62,7 @@ def headers(version: str) -> Path:
             with zipfile.ZipFile(wheel) as archive:
                 members = [member for member in archive.namelist() if member.startswith("torch/include/torch/")]
                 archive.extractall(Path(name) / "unpacked", members)
-            # Whole or not at all: an interrupted run leaves no half of the headers.
+            # The rename is atomic: an interrupted run leaves no partial headers.
             (Path(name) / "unpacked").rename(folder)
     return folder / "torch" / "include"
 
@@ -77,7 +80,10 @@ def sources(with_cuda: bool) -> list[Path]:
 
 
 def command(source: Path, include: Path) -> list[str]:
-    """Compile without a result. The optimiser is left out: what a header lacks is found before it runs."""
+    """Return the command that compiles without a result.
+
+    Optimisation is off, because errors in headers are found before it.
+    """
     if source.suffix == ".cu":
         return ["nvcc", "-c", "-arch=sm_80", *NVCC_FLAGS, "-isystem", str(include), str(source), "-o", os.devnull]
     compiler = os.environ.get("CXX", "c++").split()
@@ -85,7 +91,7 @@ def command(source: Path, include: Path) -> list[str]:
 
 
 def compile_problem(command: list[str]) -> str:
-    """What the compiler prints where it fails, "" where it does not."""
+    """Return the compiler's output if it fails, else ""."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     except OSError as error:

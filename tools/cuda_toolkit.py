@@ -1,8 +1,8 @@
-"""The nvcc that builds the CUDA kernels for an installed torch: where it is, and proof that it can link.
+"""Find the nvcc that builds the CUDA kernels for an installed torch, and check that it can link.
 
-setup.py imports this module before anything is installed, so it needs the standard library alone. nvcc is always called
-as the program that was found: it knows its own toolkit, even where a wrapper script stands in for it, while the folder
-above a wrapper (what torch takes for CUDA_HOME) holds none.
+setup.py imports this module before anything is installed, so it needs only the standard library.
+nvcc is always called by the path that was found: it finds its own toolkit, even if the path is a
+wrapper script. The folder above a wrapper, which torch takes for CUDA_HOME, has no toolkit.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 USUAL = Path("/usr/local/cuda")
-TELLING = re.compile(r"error|fatal|cannot find|undefined reference|not found", re.IGNORECASE)
-# Every header that csrc/*.cu take from CUDA, a kernel, a launch and a call of the runtime.
+ERROR_LINE = re.compile(r"error|fatal|cannot find|undefined reference|not found", re.IGNORECASE)
+# All CUDA headers of csrc/*.cu, a kernel, a launch and a call of the runtime.
 PROBE = """
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -31,12 +31,12 @@ int main() {
 
 
 class LeftOut(Exception):
-    """Why a part of the library cannot be built here, and how to change that, in one line."""
+    """Raised for a part that cannot be built. The message is one line with reason and remedy."""
 
 
 @dataclass(frozen=True)
 class Toolkit:
-    """A checked nvcc: the command with the options that every call of it takes."""
+    """A checked nvcc: the command, and the options for every call."""
 
     nvcc: str
     release: str
@@ -53,18 +53,18 @@ def find_toolkit(
 ) -> Toolkit:
     """Return the first nvcc that has torch's major version of CUDA and links a program with cudart.
 
-    A CUDA_HOME or CUDA_PATH of the user is the only place searched; otherwise PATH, `usual` and `wheel` are, in this
-    order.
+    If the user sets CUDA_HOME or CUDA_PATH, only this folder is searched; otherwise PATH, `usual`
+    and `wheel`, in this order.
 
     Args:
         torch_cuda: torch.version.cuda, such as "13.0"; None for a torch without CUDA.
-        environment: as os.environ; PATH, CUDA_HOME, CUDA_PATH and CXX are read.
-        wheel: the folder of NVIDIA's packages that torch's wheel came with, which has cudart (bin, include, lib).
-        scratch: a folder for what is tried; the toolkit's options may name files in it.
+        environment: like os.environ; PATH, CUDA_HOME, CUDA_PATH and CXX are read.
+        wheel: the folder of NVIDIA's packages beside torch's wheel, which has cudart.
+        scratch: a folder for trial builds; the toolkit's options may name files in it.
         architectures: nvcc's options for the GPUs to build for.
 
     Raises:
-        LeftOut: no nvcc can be used; the message names each that was found and says why not.
+        LeftOut: no nvcc can be used; the message names each one found and the reason.
     """
     if torch_cuda is None:
         raise LeftOut("torch is built without CUDA; for an NVIDIA GPU install a CUDA build of torch")
@@ -80,10 +80,10 @@ def find_toolkit(
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], timeout: float = 600) -> str:
-    """Return what a command prints.
+    """Return the output of a command.
 
     Raises:
-        LeftOut: it fails or cannot be started; the message has its first line that tells of an error.
+        LeftOut: the command fails or cannot start; the message is the first error line.
     """
     try:
         done = subprocess.run(
@@ -93,24 +93,25 @@ def run(command: Sequence[str], environment: Mapping[str, str], timeout: float =
         raise LeftOut(str(error)) from None
     if done.returncode:
         lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        telling = [line for line in lines if TELLING.search(line)]
-        # What setuptools prints is the build's log; the one line has only the first.
+        error_lines = [line for line in lines if ERROR_LINE.search(line)]
+        # setuptools prints the build's log; the message has only its first error.
         print("\n".join(lines))
-        raise LeftOut([*telling, *lines[-1:], f"exit status {done.returncode}"][0].rstrip("."))
+        raise LeftOut([*error_lines, *lines[-1:], f"exit status {done.returncode}"][0].rstrip("."))
     return done.stdout
 
 
 def host_compiler(environment: Mapping[str, str]) -> list[str]:
-    """Return nvcc's option for the compiler of the C++ part, [] where the user chose none.
+    """Return nvcc's option for the compiler of the C++ part, [] if the user did not choose one.
 
-    CXX may hold options or a launcher such as ccache, for which nvcc has no place; then nvcc takes its own default.
+    CXX may hold options or a launcher such as ccache, which nvcc does not accept. nvcc then uses
+    its default.
     """
     words = shlex.split(environment.get("CXX", ""))
     return ["-ccbin", words[0]] if len(words) == 1 else []
 
 
 def _chosen(environment: Mapping[str, str]) -> str | None:
-    """The variable by which the user names a toolkit; torch reads the same two in the same order."""
+    """Return the variable that names the user's toolkit; torch reads the same two in this order."""
     return next((name for name in ("CUDA_HOME", "CUDA_PATH") if environment.get(name)), None)
 
 
@@ -146,7 +147,7 @@ def _checked(
         raise LeftOut(f"{nvcc} --version names no release")
     if release[1].split(".")[0] != torch_cuda.split(".")[0]:
         raise LeftOut(f"torch is built for CUDA {torch_cuda} and {nvcc} is CUDA {release[1]}")
-    # No kernel launches others, so the runtime for that need not be there.
+    # No kernel launches other kernels, so the device runtime is not needed.
     own = ("-cudart=shared", "-cudadevrt=none", *host_compiler(environment), *architectures)
     source = scratch / "probe.cu"
     source.write_text(PROBE)
@@ -157,7 +158,7 @@ def _checked(
             return Toolkit(nvcc, release[1], options)
         except LeftOut as reason:
             reasons.append(str(reason))
-    # The first is what the toolkit itself lacks; the runtime of torch's wheel is only a second try.
+    # The first reason is a fault of the toolkit itself; torch's runtime is only a second attempt.
     raise LeftOut(f"{nvcc} ({_place(nvcc, environment)}) cannot build a program with CUDA's runtime: {reasons[0]}")
 
 
@@ -169,7 +170,7 @@ def _asked(nvcc: str, option: str, environment: Mapping[str, str]) -> str:
 
 
 def _runtime_of(wheel: Path, scratch: Path) -> tuple[str, ...]:
-    """Options for the headers and the cudart that torch itself loads, under the name that linkers look for."""
+    """Return options for torch's own headers and cudart, under the name that linkers expect."""
     link = scratch / "libcudart.so"
     if not link.is_symlink():
         link.symlink_to(sorted((wheel / "lib").glob("libcudart.so.*"))[0])
@@ -177,7 +178,7 @@ def _runtime_of(wheel: Path, scratch: Path) -> tuple[str, ...]:
 
 
 def _place(nvcc: str, environment: Mapping[str, str]) -> str:
-    """The toolkit that nvcc takes for its own, for the message: behind a wrapper nobody would look there."""
+    """Return the toolkit that nvcc uses, for the message: behind a wrapper it is hard to find."""
     try:
         done = subprocess.run(
             [nvcc, "--dryrun", "probe.cu"], env=dict(environment), capture_output=True, text=True, timeout=60

@@ -1,12 +1,12 @@
-"""Write the sources that Sphinx builds the site from: python tools/docs_site.py FOLDER
+"""Write the sources from which Sphinx builds the site: python tools/docs_site.py FOLDER
 
-The pages are written for GitHub, and the site has them as they are but for their links:
+The pages are written for GitHub. The site has the same text with other links:
 
 - The pages outside docs/ become pages of the site: PAGES. The README is the front page.
 - A link to another file of the checkout leads to a page that shows this file, and a link to a
-  folder to a list of its files, so that the site needs no other site.
+  folder to a list of its files. The site therefore works on its own.
 
-NAV groups the pages; every page of docs/ has to be in it.
+NAV groups the pages; every page of docs/ must be in it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NAV = {
     "Project": ["contributing", "changelog", "security", "code-of-conduct"],
 }
 SOURCES = "source"
-HTML_ANCHOR = re.compile(r"""^<a id="([^"]+)"></a>$""", re.MULTILINE)  # Sphinx wants a target of its own kind
+HTML_ANCHOR = re.compile(r"""^<a id="([^"]+)"></a>$""", re.MULTILINE)  # Sphinx needs its own kind of target
 LINK = re.compile(r"""(?<=\]\()[^()\s]+|(?<=\]: )\S+|(?<=\bhref=")[^"]+|(?<=\bsrc=")[^"]+""")
 
 
@@ -63,7 +63,7 @@ def write(file: Path, text: str) -> None:
 
 
 def navigation() -> str:
-    """Return the Markdown by which Sphinx groups the pages."""
+    """Return the Markdown that groups the pages in Sphinx."""
     return "".join(
         "\n\n```{toctree}\n:hidden:\n:glob:\n:caption: " + caption + "\n\n" + "\n".join(pages) + "\n```\n"
         for caption, pages in NAV.items()
@@ -71,7 +71,7 @@ def navigation() -> str:
 
 
 def site_links(page: str, markdown: str) -> tuple[str, set[str]]:
-    """Return the Markdown of a page with the links of the site, and the targets of the links."""
+    """Return a page's Markdown with links for the site, and the targets of the links."""
     here = posixpath.dirname(site_path(page))
     targets: set[str] = set()
 
@@ -79,10 +79,10 @@ def site_links(page: str, markdown: str) -> tuple[str, set[str]]:
         link = found[0]
         target, anchor = target_of(page, link)
         if not is_relative(link) or not (ROOT / target).exists():
-            return link  # leads to another site, or is code that looks like a link
+            return link  # a link to another site, or code that looks like a link
         targets.add(target)
         path = site_path(target)
-        if markdown[found.start() - 1] == '"':  # Sphinx does not look into HTML: the link has to be that of the result
+        if markdown[found.start() - 1] == '"':  # Sphinx does not change links in HTML
             path = re.sub(r"\.md$", ".html", path)
         return posixpath.relpath(path, here) + (f"#{anchor}" if anchor and not path.startswith(SOURCES) else "")
 

@@ -1,10 +1,11 @@
-"""Makes the demo corpus: fastmtl/data/demo/<task>-<split>.csv, the same bytes at every run.
+"""Write the demo corpus fastmtl/data/demo/<task>-<split>.csv, the same bytes in every run.
 
 Usage: python tools/make_demo_corpus.py [DIR]
 
-Three tasks on sentences of our own, which nobody else's licence covers. Train and dev share words but no template and
-no sentence. A bag of words does not solve them: what counts is which of two opinions is the writer's (sentiment), who
-did what to whom (paraphrase), and which parts of two statements mean the same in other words (similarity).
+There are three tasks on sentences written for this project, without third-party licences. Train and
+dev share words, but no template and no sentence. A bag of words does not solve the tasks: they
+depend on which of two opinions is the writer's (sentiment), who did what to whom (paraphrase), and
+which parts of two statements mean the same in other words (similarity).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ ROWS = {
     "similarity": {"train": 1600, "dev": 400},
 }
 
-# Opinions by class, worst to best. The last two of each are for dev only.
+# Opinions by class, worst to best. The last two of each class are for dev only.
 OPINIONS = [
     ["awful", "dreadful", "terrible", "horrible", "atrocious", "disastrous", "appalling", "abysmal"],
     ["dull", "weak", "tedious", "bland", "clumsy", "disappointing", "tiresome", "feeble"],
@@ -33,7 +34,7 @@ THINGS = (
 )
 SOURCES = ["critics", "reviewers", "friends", "neighbours", "colleagues", "the papers"]
 
-# {t} the thing, {x} somebody else's opinion, {y} the writer's, {s} who was wrong.
+# {t} the thing, {x} someone else's opinion, {y} the writer's opinion, {s} who was wrong.
 SENTIMENT = {
     "train": [
         "I was told the {t} would be {x}, yet I found it {y}.",
@@ -64,7 +65,7 @@ SENTIMENT = {
     ],
 }
 
-# Pairs of words that mean the same here.
+# Pairs of words with the same meaning here.
 PEOPLE = """man/gentleman woman/lady boy/lad child/kid doctor/physician lawyer/attorney teacher/instructor policeman/cop
 singer/vocalist writer/author sailor/seaman soldier/trooper thief/burglar boss/manager drunk/alcoholic tourist/traveller
 priest/clergyman pilot/aviator""".split()
@@ -87,7 +88,7 @@ PLACES = [
     "in the cellar/in the basement",
 ]
 
-# {a} did {d} to {b} in place {p}: ways to say the same.
+# Templates for one meaning: {a} did {d} to {b} in place {p}.
 CLAIMS = {
     "train": [
         "The {a} {d} the {b} {p}.",
@@ -119,7 +120,7 @@ STATEMENTS = {
 
 
 def sentiment(draw: random.Random, split: str) -> tuple[int, tuple[str, ...], str]:
-    """(template, texts, label)"""
+    """Return (template, texts, label)."""
     template = draw.randrange(len(SENTIMENT[split]))
     label = draw.randrange(5)
     other = draw.choice([grade for grade in range(5) if grade != label])
@@ -131,7 +132,10 @@ def sentiment(draw: random.Random, split: str) -> tuple[int, tuple[str, ...], st
 
 
 def paraphrase(draw: random.Random, split: str) -> tuple[int, tuple[str, ...], str]:
-    """Half say the same in other words; the others change one or two parts as well, or swap who and whom."""
+    """Return a pair of texts; half of the pairs have the same meaning in other words.
+
+    The others also change one or two parts, or swap subject and object.
+    """
     first, second = draw.sample(range(len(CLAIMS[split])), 2)
     one, two = draw.sample(PEOPLE, 2)
     parts = {"a": one, "d": draw.choice(DEEDS), "b": two, "p": draw.choice(PLACES)}
@@ -148,7 +152,11 @@ def paraphrase(draw: random.Random, split: str) -> tuple[int, tuple[str, ...], s
 
 
 def similarity(draw: random.Random, split: str) -> tuple[int, tuple[str, ...], str]:
-    """5 for the same statement in other words, 1.25 less for each of its four parts that differs."""
+    """Return a pair of texts with its score.
+
+    The score is 5 for the same statement in other words, less 1.25 for each of its four parts that
+    differs.
+    """
     first, second = draw.randrange(len(STATEMENTS[split])), draw.randrange(len(STATEMENTS[split]))
     pools = {"a": PEOPLE, "v": ACTIONS, "o": OBJECTS, "p": PLACES}
     parts = {role: draw.choice(pool) for role, pool in pools.items()}
@@ -180,7 +188,7 @@ TASKS: dict[str, tuple[Callable[..., tuple[int, tuple[str, ...], str]], str]] = 
 
 
 def make(directory: Path) -> None:
-    """Writes the six files."""
+    """Write the six files."""
     directory.mkdir(parents=True, exist_ok=True)
     for task, (draw_row, header) in TASKS.items():
         seen: set[str] = set()

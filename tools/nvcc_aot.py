@@ -1,4 +1,7 @@
-"""Compiles csrc/*.cu to device code with nvcc and reads what the assembler says of each kernel; needs no GPU."""
+"""Compile csrc/*.cu to device code with nvcc and read the assembler's report of each kernel.
+
+No GPU is needed.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ def sources() -> list[Path]:
 
 
 def why_no_nvcc() -> str:
-    """The reason why nothing can be compiled here, "" where it can."""
+    """Return the reason why nothing can be compiled here, "" if nvcc works."""
     if shutil.which("nvcc") is None:
         return "no nvcc"
     release = re.search(
@@ -28,11 +31,11 @@ def why_no_nvcc() -> str:
 
 
 def compile_source(source: Path, capability: int) -> dict[str, dict[str, int]]:
-    """For each kernel, by its mangled name without the unnamed namespace, bytes spilled, registers and bytes of static
-    shared memory.
+    """Return {kernel: bytes spilled, registers, bytes of static shared memory} for a source.
 
-    Device code alone is made, which checks the host's part too but saves half of the time.
-    Raises RuntimeError with nvcc's output where the file does not compile.
+    A kernel's key is its mangled name without the unnamed namespace. Only device code is generated;
+    the host part is still checked, in half the time. Raises RuntimeError with nvcc's output if the
+    file does not compile.
     """
     import torch
 
@@ -56,7 +59,7 @@ def compile_source(source: Path, capability: int) -> dict[str, dict[str, int]]:
 
 
 def _resources(report: str) -> dict[str, dict[str, int]]:
-    """Of what ptxas -v prints."""
+    """Parse the output of ptxas -v."""
     found = {}
     for part in report.split("Compiling entry function ")[1:]:
         shared = re.search(r"(\d+) bytes smem", part)
@@ -69,6 +72,6 @@ def _resources(report: str) -> dict[str, dict[str, int]]:
 
 
 def _without_namespace(mangled: str) -> str:
-    """Without the unnamed namespace, whose name is another in every compilation."""
+    """Remove the unnamed namespace, whose name differs in every compilation."""
     found = re.search(r"(\d+)(?=_GLOBAL__N_)", mangled)
     return mangled if found is None else mangled[: found.start()] + mangled[found.end() + int(found[1]) :]
