@@ -15,12 +15,15 @@ from torch.nn import functional
 from fastmtl.config import TaskConfig
 from fastmtl.data import samplers
 from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.errors import UserError
 from fastmtl.model import adapters
 from fastmtl.model.heads import HEADS, pooling
 from fastmtl.model.heads.features import features, num_features
 from fastmtl.model.heads.outputs import num_outputs
 from fastmtl.model.losses import task_loss as losses
 from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.surgery import GradientSurgery
+from fastmtl.surgery.methods.table import METHODS
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 
@@ -29,6 +32,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 def examples() -> dict[str, object]:
     names: dict[str, object] = {
         "np": np,
+        "torch": torch,
         "nn": nn,
         "Tensor": Tensor,
         "functional": functional,
@@ -65,6 +69,20 @@ def test_the_examples_train(
     sum(loss for loss, _ in results.values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
     assert all(p.grad.any() for p in model.adapter.parameters())
+
+
+def test_the_method_weighs(examples: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "equal_norms", examples["EqualNorms"])
+    net = nn.Linear(3, 2)
+    surgery = GradientSurgery(torch.optim.SGD(net.parameters()), "equal_norms", tasks=["a", "b", "c"])
+    x = torch.tensor([[1.0, 2.0, 3.0], [-4.0, 0.0, 1.0]])
+    info = surgery.run([x], lambda x: {"a": (net(x[:1]).sum(), 1), "b": (3 * net(x[1:]).sum(), 1)})
+    assert info.weights is not None and info.task_norms is not None
+    first, second, absent = info.task_norms.tolist()
+    mean = (first + second) / 3
+    assert absent == 0 and info.weights.tolist() == pytest.approx([mean / first, mean / second, 0.0])
+    with pytest.raises(UserError, match="reduction='mean' is not for equal_norms"):
+        GradientSurgery(torch.optim.SGD(net.parameters()), "equal_norms", tasks=["a"], reduction="mean")
 
 
 def test_the_sampler_gives_shares(examples: dict, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,11 +38,16 @@ def find_method(name: str, reduction: Reduction = "sum", options: Mapping[str, A
             raise UserError(f"gradient method sum takes no options, got {', '.join(options)}")
         return None
     if name in METHODS:
-        allowed = [key for key in inspect.signature(METHODS[name]).parameters if key != "reduction"]
+        takes = inspect.signature(METHODS[name]).parameters
+        allowed = [key for key in takes if key != "reduction"]
         for key in options:
             if key not in allowed:
                 raise unknown_name(f"option of {name}", key, allowed)
-        return METHODS[name](reduction=reduction, **options)
+        if "reduction" in takes:
+            options["reduction"] = reduction
+        elif reduction != "sum":
+            raise UserError(f"reduction={reduction!r} is not for {name}, which scales its weights itself")
+        return METHODS[name](**options)
     if torchjd.knows(name):
         if reduction != "sum":
             raise UserError(f"reduction={reduction!r} is for pcgrad and gradvac; {name} scales its weights itself")
