@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from fastmtl_kernels.add_layer_norm import triton as add_layer_norm_triton
-from fastmtl_kernels.add_layer_norm.api import RowNorm
 from fastmtl_kernels.combined_adamw import triton as combined_adamw_triton
 from fastmtl_kernels.combined_adamw.reference import Update, Written
+from fastmtl_kernels.dispatch import MAX_RANK
 from fastmtl_kernels.dropout import triton as dropout_triton
 from fastmtl_kernels.embed_layer_norm import triton as embed_layer_norm_triton
+from fastmtl_kernels.layer_norm.common import RowNorm
 from fastmtl_kernels.pool import triton as pool_triton
 from fastmtl_kernels.task_gradients import triton as gradients_triton
-from fastmtl_kernels.task_maps.common import MAX_RANK, Maps, Wants
-from fastmtl_kernels.task_maps.triton import rows as low_rank_triton
+from fastmtl_kernels.task_maps.common import Maps, Wants
+from fastmtl_kernels.task_maps.triton import launch as low_rank_triton
 from fastmtl_kernels.task_sink import TaskRows
 from fastmtl_kernels.varlen_attention.plan import AttentionPlan
 from fastmtl_kernels.varlen_attention.triton import launch as varlen_attention_triton
@@ -59,19 +60,18 @@ def tasks(count: int = 3) -> TaskRows:
 
 
 def add_layer_norm() -> None:
-    parts = (), ("ts", "x_bias", "dropout")
+    parts = (), ("ts", "dropout")
     cases = [(dtype, width, on) for dtype, width in with_widths() for on in parts]
-    cases += [(torch.bfloat16, 768, on) for on in (("ts",), ("x_bias",), ("dropout",), ("ts", "dropout"))]
+    cases += [(torch.bfloat16, 768, on) for on in (("ts",), ("dropout",))]
     for dtype, width, on in cases:
         rows, column = meta(ROWS, width, dtype=dtype), meta(width, dtype=dtype)
-        ts, x_bias = rows if "ts" in on else None, column if "x_bias" in on else None
+        ts = rows if "ts" in on else None
         rate = 0.1 if "dropout" in on else 0.0
         call = RowNorm(add_layer_norm_triton, rate, 1e-12, tasks(), None, True)
         drawn = seed() if rate else None
-        _, z, mean, rstd, _ = add_layer_norm_triton.forward(rows, rows, ts, x_bias, column, column, drawn, call)
-        sums = 3 if x_bias is not None else 2
+        _, z, mean, rstd, _ = add_layer_norm_triton.forward(rows, rows, ts, column, column, drawn, call)
         for kept in (call, call._replace(sums_dtype=dtype)):  # sums for a sink are float32
-            add_layer_norm_triton.backward(rows, z, mean, rstd, column, drawn, kept, dx_dtype=dtype, num_sums=sums)
+            add_layer_norm_triton.backward(rows, z, mean, rstd, column, drawn, kept, dx_dtype=dtype, want_sums=True)
         add_layer_norm_triton.recompute(z, mean, rstd, column, column, call)
 
 
@@ -85,13 +85,13 @@ def add_layer_norm_in_part() -> None:
         )
         call = RowNorm(add_layer_norm_triton, 0.1, 1e-12, tasks(), None, True)
         for drawn, x_dtype, sums in (
-            (seed(), dtype, 0),
-            (seed(), None, 2),
-            (None, None, 0),
-            (None, torch.bfloat16 if dtype == torch.float32 else torch.float32, 2),
+            (seed(), dtype, False),
+            (seed(), None, True),
+            (None, None, False),
+            (None, torch.bfloat16 if dtype == torch.float32 else torch.float32, True),
         ):
             add_layer_norm_triton.backward(
-                rows, rows, numbers, numbers, column, drawn, call, dx_dtype=x_dtype, num_sums=sums
+                rows, rows, numbers, numbers, column, drawn, call, dx_dtype=x_dtype, want_sums=sums
             )
 
 

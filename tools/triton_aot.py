@@ -8,6 +8,7 @@ tests/kernels/conftest.py reads them; compile_table.py imports this file.
 
 from __future__ import annotations
 
+import ast
 import collections
 import hashlib
 import importlib.util
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
+import triton.language
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -58,6 +60,32 @@ class Launch(NamedTuple):
         return _run(self.kernel, grid=None, warmup=True, **self.arguments)
 
 
+def code(kernel: JITFunction) -> str:
+    """Return the code of a kernel, of all functions it calls and the constants they use, without docstrings.
+
+    Triton's own cache key also has line numbers, so a changed comment would compile everything again.
+    """
+    found: dict[str, str] = {}
+
+    def visit(function: JITFunction) -> None:
+        name = f"{function.__module__}.{function.__name__}"
+        if name in found:
+            return
+        (definition,) = function.parse().body
+        if ast.get_docstring(definition) is not None:
+            definition.body = definition.body[1:]
+        found[name] = ast.unparse(definition)
+        for node in ast.walk(definition):
+            value = function.__globals__.get(node.id) if isinstance(node, ast.Name) else None
+            if isinstance(value, JITFunction):
+                visit(value)
+            elif isinstance(value, triton.language.constexpr):
+                found[f"{name} {node.id}"] = repr(value)
+
+    visit(kernel)
+    return "\n".join(found.values())
+
+
 def launches(function: Callable[[], None], capability: int) -> list[Launch]:
     """The launches in a call that need kernels of their own, each once, without compiling any.
 
@@ -67,7 +95,7 @@ def launches(function: Callable[[], None], capability: int) -> list[Launch]:
 
     def note(self: JITFunction, *, grid: Any, warmup: bool, **arguments: Any) -> None:
         def skip_compilation(*, key: str, **_: Any) -> bool:
-            digest = hashlib.sha256(f"{self.cache_key} {key}".encode()).hexdigest()
+            digest = hashlib.sha256(f"{code(self)} {key}".encode()).hexdigest()
             found.setdefault(digest, Launch(self, arguments, digest))
             return True
 

@@ -48,12 +48,10 @@ def unsupported_reason(hidden: Tensor, head_dim: int, *, grouped: bool) -> str:
     device, dtype = hidden.device, hidden.dtype
     if device.type != "cuda":
         return f"CUDA graphs need an NVIDIA GPU, the model is on {device.type}"
-    without = dispatch.unsupported_reason("triton", device, {dtype})
+    without = dispatch.unsupported_reason("add_layer_norm", "triton", device, {dtype})
     if without:
         return without
-    from fastmtl_kernels.varlen_attention.triton.launch import MAX_HEAD_DIM
-
-    if head_dim > MAX_HEAD_DIM[dtype]:
+    if head_dim > dispatch.MAX_HEAD_DIM[dtype]:
         return f"attention heads of {head_dim} columns in {dtype} have no kernel of their own"
     if grouped and dtype != torch.bfloat16:
         return f"per-task matrix products need bf16, the model is in {dtype}"

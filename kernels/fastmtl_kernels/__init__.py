@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from fastmtl_kernels.add_layer_norm.api import add_layer_norm
 from fastmtl_kernels.combined_adamw.api import combined_adamw
+from fastmtl_kernels.dispatch import Implementation, implementations
 from fastmtl_kernels.dropout.api import dropout
 from fastmtl_kernels.embed_layer_norm.api import embed_layer_norm
 from fastmtl_kernels.pool.api import pool
-from fastmtl_kernels.task_gradients.api import Implementation, combine, gramian, implementations
+from fastmtl_kernels.task_gradients.api import combine, gramian
 from fastmtl_kernels.task_maps.low_rank import lora, low_rank
 from fastmtl_kernels.task_maps.pal import pal
 from fastmtl_kernels.varlen_attention.api import varlen_attention

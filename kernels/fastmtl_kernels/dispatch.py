@@ -1,64 +1,250 @@
-"""Which implementation of a row-wise operation a call takes."""
+"""The implementations of every operation, and the choice of one for a call.
+
+`OPERATIONS` lists them, fastest first. impl="auto" takes the first that supports the call; an
+explicit implementation never falls back to another. The module of an implementation is imported by
+its operation, when it is chosen: not every machine has Triton.
+"""
 
 from __future__ import annotations
 
 import importlib
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
-from types import ModuleType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmtl_kernels._native import why_unavailable
+from fastmtl_kernels import _native
 
 RowImpl = Literal["auto", "reference", "triton", "cpp"]
-# Fastest first: "auto" takes the first that can be used.
-IMPLS = ("cpp", "triton", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Columns of an attention head. A program of the Triton kernels holds a whole head; float32 of 128
+# columns would exceed the shared memory of an A100.
+MAX_HEAD_DIM = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 64}
+# Columns between two linear maps. A program of the Triton kernels holds whole rows of this width;
+# the products that make float32 exact take two registers per number.
+MAX_RANK = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 64}
+MAX_CUDA_TASKS = 64
 
 
-def select(impl: str, rows: Tensor, *others: Tensor | None) -> str:
-    """The implementation for these tensors, which are on one device.
+class Limit(NamedTuple):
+    """The largest value of a size of the call that an implementation supports, per dtype.
+
+    size: its name among the sizes of `select`. message: the reason, a format string of `largest`,
+    `value` and `dtype`. names_argument: the message names the argument that is too large, so that
+    the error is a ValueError.
+    """
+
+    size: str
+    largest: Mapping[torch.dtype, int]
+    message: str
+    names_argument: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One implementation of an operation.
+
+    kernels: its name in messages. device: the type of device that it needs, "" for any; any device
+    also means any dtype.
+    """
+
+    impl: str
+    description: str
+    kernels: str = ""
+    device: str = ""
+    dtypes: Collection[torch.dtype] = DTYPES
+    limits: tuple[Limit, ...] = ()
+
+
+class Implementation(NamedTuple):
+    """One implementation of an operation, on one kind of device.
+
+    impl: the name for `impl=`. available: whether it can be used. reason: the reason why it cannot,
+    or its description. auto: whether `impl="auto"` takes it.
+    """
+
+    impl: str
+    available: bool
+    reason: str
+    auto: bool
+
+
+_CPP = Candidate("cpp", "C++, vectorised and threaded", "the C++ kernels", "cpu")
+_CUDA = Candidate(
+    "cuda",
+    f"CUDA, tensor lists, up to {MAX_CUDA_TASKS} tasks",
+    "the CUDA kernels",
+    "cuda",
+    limits=(
+        Limit(
+            "tasks",
+            dict.fromkeys(DTYPES, MAX_CUDA_TASKS),
+            "the CUDA kernels take up to {largest} tasks, not {value}",
+        ),
+    ),
+)
+_TRITON = Candidate("triton", "Triton", "the Triton kernels", "cuda")
+_TORCH = Candidate("torch", "matrix products by torch")
+_REFERENCE = Candidate("reference", "plain torch")
+
+_ONE_TENSOR = Limit(
+    "tensors",
+    dict.fromkeys(DTYPES, 1),
+    "the Triton kernels take a [T, P] tensor or lists of one tensor, not lists of {value}",
+)
+_HEAD_DIM = Limit(
+    "head_dim",
+    MAX_HEAD_DIM,
+    "qkv must have head_dim <= {largest} in {dtype} for impl='triton', got {value}",
+    names_argument=True,
+)
+_PAL_HEAD_DIM = _HEAD_DIM._replace(
+    message="num_heads must give heads of at most {largest} columns in {dtype} for impl='triton', got {value}"
+)
+_RANK = Limit(
+    "rank",
+    MAX_RANK,
+    "down must have a rank of at most {largest} in {dtype} for impl='triton', got {value}",
+    names_argument=True,
+)
+
+_TASK_GRADIENTS = (
+    _CPP,
+    _CUDA,
+    replace(_TRITON, description="Triton, one tensor for each task", limits=(_ONE_TENSOR,)),
+    _REFERENCE,
+)
+_ROWS = (_CPP, _TRITON, _REFERENCE)
+_MAPS_TRITON = replace(
+    _TRITON,
+    description=f"Triton, ranks up to {MAX_RANK[torch.bfloat16]}, in float32 {MAX_RANK[torch.float32]}",
+    limits=(_RANK,),
+)
+_MAPS = (_MAPS_TRITON, _TORCH, _REFERENCE)
+_WEIGHTS = (Candidate("reference", "plain torch, stays on the device"),)
+
+OPERATIONS: dict[str, tuple[Candidate, ...]] = {
+    "gramian": _TASK_GRADIENTS,
+    "combine": _TASK_GRADIENTS,
+    "combined_adamw": _ROWS,
+    "pcgrad_weights": _WEIGHTS,
+    "gradvac_weights": _WEIGHTS,
+    "varlen_attention": (_CPP, replace(_TRITON, limits=(_HEAD_DIM,)), _REFERENCE),
+    "add_layer_norm": _ROWS,
+    "embed_layer_norm": _ROWS,
+    "dropout": _ROWS,
+    "pool": _ROWS,
+    "low_rank": _MAPS,
+    "lora": _MAPS,
+    "pal": (replace(_MAPS_TRITON, limits=(_RANK, _PAL_HEAD_DIM)), _TORCH, _REFERENCE),
+}
+
+
+class Refusal(NamedTuple):
+    """The reason why a candidate does not support a call. names_argument: as of `Limit`."""
+
+    reason: str
+    names_argument: bool = False
+
+
+def select(operation: str, impl: str, *tensors: Tensor | None, **sizes: int) -> str:
+    """Return the implementation for these tensors, which are on one device.
+
+    sizes: what the limits of the operation are compared with. Without tensors the device is the CPU.
 
     Raises:
-        ValueError: impl is no implementation.
-        RuntimeError: the implementation asked for cannot be used here; the message says why.
+        ValueError: impl is no implementation of the operation, or an argument is too large for it.
+        RuntimeError: the implementation cannot be used here; the message gives the reason.
     """
-    dtypes = {tensor.dtype for tensor in (rows, *others) if tensor is not None}
+    given = [tensor for tensor in tensors if tensor is not None]
+    device = given[0].device if given else torch.device("cpu")
+    dtypes = {tensor.dtype for tensor in given}
+    candidates = OPERATIONS[operation]
     if impl == "auto":
-        return next(name for name in IMPLS if not unsupported_reason(name, rows.device, dtypes))
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be 'auto', {', '.join(map(repr, IMPLS))}, got {impl!r}")
-    reason = unsupported_reason(impl, rows.device, dtypes)
-    if reason:
-        raise RuntimeError(f"impl={impl!r} cannot be used here: {reason}")
-    return impl
+        return next(candidate.impl for candidate in candidates if not refusal(candidate, device, dtypes, sizes))
+    refused = refusal(_candidate(operation, impl), device, dtypes, sizes)
+    if refused is None:
+        return impl
+    if refused.names_argument:
+        raise ValueError(refused.reason)
+    raise RuntimeError(f"impl={impl!r} cannot be used here: {refused.reason}")
 
 
-def backend(operation: str, impl: str) -> ModuleType | None:
-    """The module of an implementation, None for the reference, which needs no functions of its own for backward."""
-    return None if impl == "reference" else importlib.import_module(f"fastmtl_kernels.{operation}.{impl}")
+def unsupported_reason(
+    operation: str, impl: str, device: torch.device, dtypes: Collection[torch.dtype] = (), **sizes: int
+) -> str:
+    """Return the reason why an implementation does not support such tensors and sizes, "" where it does."""
+    refused = refusal(_candidate(operation, impl), device, dtypes, sizes)
+    return "" if refused is None else refused.reason
 
 
-def unsupported_reason(impl: str, device: torch.device, dtypes: Collection[torch.dtype] = ()) -> str:
-    """The reason why an implementation cannot be used on a device and with these dtypes, "" where it can."""
-    if impl == "reference":
-        return ""
-    kernels, wanted = ("the C++ kernels", "cpu") if impl == "cpp" else ("the Triton kernels", "cuda")
-    if device.type != wanted:
-        return f"{kernels} take {wanted.upper()} tensors, not {device.type}"
-    wrong = [dtype for dtype in dtypes if dtype not in DTYPES]
-    if wrong:
-        return f"{kernels} take float32, bfloat16 and float16, not {wrong[0]}"
-    return why_unavailable() if impl == "cpp" else why_no_triton()
+def implementations(device: str | torch.device = "cpu") -> dict[str, list[Implementation]]:
+    """List every implementation of every operation for float32, bfloat16 and float16 on a device.
+
+    Returns:
+        The implementations of each operation, fastest first.
+    """
+    on = torch.device(device)
+    listed = {}
+    for operation, candidates in OPERATIONS.items():
+        refused = {candidate: refusal(candidate, on, (), {}) for candidate in candidates}
+        auto = next(candidate for candidate in candidates if refused[candidate] is None)
+        listed[operation] = [
+            Implementation(c.impl, reason is None, c.description if reason is None else reason.reason, c is auto)
+            for c, reason in refused.items()
+        ]
+    return listed
+
+
+def refusal(
+    candidate: Candidate, device: torch.device, dtypes: Collection[torch.dtype], sizes: Mapping[str, int]
+) -> Refusal | None:
+    """Return the reason why a candidate does not support a call, None where it does."""
+    kernels = candidate.kernels
+    if not candidate.device:
+        return None
+    if device.type != candidate.device:
+        return Refusal(f"{kernels} take {candidate.device.upper()} tensors, not {device.type}")
+    for dtype in dtypes:
+        if dtype not in candidate.dtypes:
+            return Refusal(f"{kernels} take float32, bfloat16 and float16, not {dtype}")
+        for limit in candidate.limits:
+            value, largest = sizes.get(limit.size, 0), limit.largest[dtype]
+            if value > largest:
+                reason = limit.message.format(largest=largest, value=value, dtype=dtype)
+                return Refusal(reason, limit.names_argument)
+    missing = _missing(candidate.impl, device)
+    return Refusal(missing) if missing else None
+
+
+def _candidate(operation: str, impl: str) -> Candidate:
+    candidates = OPERATIONS[operation]
+    for candidate in candidates:
+        if candidate.impl == impl:
+            return candidate
+    names = ", ".join(repr(candidate.impl) for candidate in candidates)
+    raise ValueError(f"impl must be 'auto', {names}, got {impl!r}")
+
+
+def _missing(impl: str, device: torch.device) -> str:
+    """Return the reason why the library of an implementation cannot be used, "" where it can."""
+    match impl:
+        case "cpp":
+            return _native.why_unavailable()
+        case "cuda":
+            return _native.why_no_cuda(device)
+        case _:
+            return why_no_triton()
 
 
 @cache
 def why_no_triton() -> str:
+    """Return the reason why Triton cannot be used here, "" where it can."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     try:

@@ -48,22 +48,3 @@ def keep_mask(seed: Tensor, num_rows: int, num_columns: int, dropout_p: float) -
     words = torch.stack(philox(seed.reshape(()), groups, rows, zero, zero + 1), dim=-1)
     signed = words - ((words >> 31) << 32)
     return signed.flatten(-2)[:, :num_columns] >= keep_threshold(dropout_p)
-
-
-def check_dropout(dropout_p: float, seed: Tensor | None, device: torch.device) -> None:
-    """Raises a ValueError that names the argument that is wrong; reads no value on a device."""
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if seed is None:
-        if dropout_p > 0:
-            raise ValueError("seed must be an int64 tensor of one element where dropout_p > 0, got None")
-        return
-    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
-        raise ValueError(f"seed must be an int64 tensor of one element, got {describe(seed)}")
-    if seed.device != device:
-        raise ValueError(f"seed must be on {device} like the rows, got {seed.device}")
-
-
-def describe(value: object) -> str:
-    """A tensor's dtype and shape, for messages; anything else as it prints."""
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)

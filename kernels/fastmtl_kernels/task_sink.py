@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastmtl_kernels.cast import cast
-from fastmtl_kernels.philox import describe
+from fastmtl_kernels.checks import describe
 from fastmtl_kernels.upload import upload
 
 

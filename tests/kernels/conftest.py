@@ -6,15 +6,18 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from triton_interpreter import repair
+
+from fastmtl_kernels import dispatch
 
 if os.environ.get("TRITON_INTERPRET") == "1":  # in the process that `interpret` starts
     repair()
@@ -42,18 +45,27 @@ class Compiled:
 
 
 @pytest.fixture
-def interpret() -> Callable[[str], None]:
-    """interpret(__file__): runs a file's tests, in a process of its own, with TRITON_INTERPRET=1 in the environment."""
+def interpret() -> Callable[..., None]:
+    """interpret(file, ...): run the tests of files in one process with TRITON_INTERPRET=1 in the environment."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
 
-    def run_file(file: str) -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    def run_files(*files: str | Path) -> None:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)]
         environment = os.environ | {"TRITON_INTERPRET": "1"}
         ran = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-        assert ran.returncode == 0 and " passed" in ran.stdout, ran.stdout + ran.stderr
+        passed = re.findall(r"\b(\d+) passed", ran.stdout)
+        assert ran.returncode == 0 and passed and int(passed[0]) >= len(files), ran.stdout + ran.stderr
 
-    return run_file
+    return run_files
+
+
+@pytest.fixture(scope="module")
+def on_cpu_tensors() -> Iterator[None]:
+    """Let impl="triton" take CPU tensors, as the interpreter does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "refusal", lambda *_: None)
+        yield
 
 
 @pytest.fixture
@@ -70,6 +82,7 @@ def compile_ahead(tmp_path: Path) -> Callable[[Callable[[], None], int], list[Co
         command = [sys.executable, str(script), inspect.getfile(function), function.__name__, str(capability)]
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment["TRITON_CACHE_DIR"] = str(tmp_path)
+        environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # the modules that the test's file imports
         ran = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
         return [Compiled(**json.loads(line)) for line in ran.stdout.splitlines()]

@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastmtl_kernels
 from fastmtl_kernels import _native, combine, dispatch, gradvac_weights, gramian, implementations, pcgrad_weights
-from fastmtl_kernels.task_gradients import api
 
 ROWS = torch.ones(2, 3)
 ORDER = torch.tensor([0, 1])
@@ -153,19 +152,23 @@ def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, cuda: str, triton: str, 
     monkeypatch.setattr(dispatch, "why_no_triton", lambda: triton)
     with FakeTensorMode():
         row = torch.empty(3, device="cuda")
-        lists = [[row]] * 2 if flat else [[row, row]] * 2
-        assert api._select("auto", lists) == chosen
-        assert api._select("auto", [[row.double()]] * 2) == "reference"
-        assert api._select("auto", [[row]] * 65) == ("reference" if triton else "triton")
+        rows = [row] if flat else [row, row]
+
+        def select(impl: str, *tensors: torch.Tensor, tasks: int = 2) -> str:
+            return dispatch.select("gramian", impl, *tensors, tasks=tasks, tensors=len(tensors))
+
+        assert select("auto", *rows) == chosen
+        assert select("auto", row.double()) == "reference"
+        assert select("auto", row, tasks=65) == ("reference" if triton else "triton")
         reasons = {"cuda": cuda, "triton": triton or ("" if flat else "lists of 2")}
         for impl, reason in reasons.items():
             if reason:
                 with pytest.raises(RuntimeError, match=f"impl='{impl}' .*{reason}"):
-                    api._select(impl, lists)
+                    select(impl, *rows)
             else:
-                assert api._select(impl, lists) == impl
+                assert select(impl, *rows) == impl
         with pytest.raises(RuntimeError, match="up to 64 tasks, not 65"):
-            api._select("cuda", [[row]] * 65)
+            select("cuda", row, tasks=65)
     assert next(impl for impl in implementations("cuda")["combine"] if impl.auto).impl == (
         "triton" if chosen == "reference" and not triton else chosen
     )

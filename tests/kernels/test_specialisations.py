@@ -23,15 +23,15 @@ import triton  # noqa: E402
 
 import triton_aot  # noqa: E402
 from fastmtl_kernels.add_layer_norm import triton as add_layer_norm_triton
-from fastmtl_kernels.add_layer_norm.api import RowNorm  # noqa: E402
 from fastmtl_kernels.combined_adamw import triton as combined_adamw_triton
 from fastmtl_kernels.combined_adamw.reference import Update, Written  # noqa: E402
 from fastmtl_kernels.dropout import triton as dropout_triton
 from fastmtl_kernels.embed_layer_norm import triton as embed_layer_norm_triton
+from fastmtl_kernels.layer_norm.common import RowNorm  # noqa: E402
 from fastmtl_kernels.pool import triton as pool_triton
 from fastmtl_kernels.task_gradients import triton as gradients_triton
 from fastmtl_kernels.task_maps.common import Maps, Wants  # noqa: E402
-from fastmtl_kernels.task_maps.triton import rows as low_rank_triton
+from fastmtl_kernels.task_maps.triton import launch as low_rank_triton
 from fastmtl_kernels.task_sink import TaskRows  # noqa: E402
 from fastmtl_kernels.varlen_attention.plan import AttentionPlan  # noqa: E402
 from fastmtl_kernels.varlen_attention.triton import launch as varlen_attention_triton
@@ -65,9 +65,9 @@ def add_layer_norm() -> None:
     for _, where, ids, seed in batches():
         rows, column = rows_of(len(ids))
         call = RowNorm(add_layer_norm_triton, 0.1, 1e-12, TaskRows.make(where, len(ids), where.device), None, True)
-        _, z, mean, rstd, _ = add_layer_norm_triton.forward(rows, rows, rows, column, column, column, seed, call)
+        _, z, mean, rstd, _ = add_layer_norm_triton.forward(rows, rows, rows, column, column, seed, call)
         add_layer_norm_triton.recompute(z, mean, rstd, column, column, call)
-        add_layer_norm_triton.backward(rows, z, mean, rstd, column, seed, call, dx_dtype=rows.dtype, num_sums=3)
+        add_layer_norm_triton.backward(rows, z, mean, rstd, column, seed, call, dx_dtype=rows.dtype, want_sums=True)
 
 
 def embed_layer_norm() -> None:

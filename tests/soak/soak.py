@@ -36,7 +36,8 @@ PARTS: dict[str, tuple[list[str], list[str]]] = {
 def run_part(name: str, *, quick: bool) -> dict[str, Any]:
     """Seconds, figures and, where the part failed, the reason."""
     command, less = PARTS[name]
-    paths = [str(ROOT / folder) for folder in (".", "kernels", "tests/support", "tests/kernels")]
+    folders = (".", "kernels", "tests/support", "tests/kernels", "tests/kernels/cases")
+    paths = [str(ROOT / folder) for folder in folders]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     known = os.environ.get("PYTHONPATH")
     environment = {

@@ -39,8 +39,6 @@ from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery, SurgeryAdamW
 from fastmtl.surgery.methods.order import draw_order
 from fastmtl_kernels import dispatch
-from fastmtl_kernels.task_gradients import api
-from fastmtl_kernels.task_maps import common as low_rank_maps
 from fastmtl_kernels.varlen_attention import reference as varlen_attention_reference
 from fastmtl_kernels.varlen_attention.reference import keep_mask
 
@@ -236,11 +234,10 @@ def make_optimizer(way: Way, recipe: Recipe, model: MultiTaskModel) -> torch.opt
 @contextmanager
 def reference_kernels() -> Iterator[None]:
     """Makes the oracles what `impl="auto"` takes."""
-    only = ("reference",)
+    oracles = {operation: candidates[-1:] for operation, candidates in dispatch.OPERATIONS.items()}
+    assert all(candidate.impl == "reference" for (candidate,) in oracles.values())
     with (
-        mock.patch.object(dispatch, "IMPLS", only),
-        mock.patch.object(low_rank_maps, "IMPLS", only),
-        mock.patch.object(api, "_FASTEST_FIRST", dict.fromkeys(only, "")),
+        mock.patch.dict(dispatch.OPERATIONS, oracles),
         mock.patch.object(varlen_attention_reference, "keep_mask", _keep_mask),
     ):
         yield

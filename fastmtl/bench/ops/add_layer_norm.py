@@ -1,4 +1,4 @@
-"""add_layer_norm: LN(residual + dropout(x + x_bias)), beside F.layer_norm and Liger's."""
+"""add_layer_norm: LN(residual + dropout(x)), beside F.layer_norm and Liger's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastmtl.measure.harness import Skipped
 from fastmtl_kernels import add_layer_norm
 
 EPS = 1e-12
-PARAMETERS = ("weight", "bias", "x_bias")
+PARAMETERS = ("weight", "bias")
 
 
 def cases(size: Size) -> list[Case]:
@@ -50,7 +50,7 @@ def cases(size: Size) -> list[Case]:
 
 
 def _eager(t: Tensors, dropout: float) -> Tensor:
-    z = t["residual"] + F.dropout(t["x"] + t["x_bias"], dropout)
+    z = t["residual"] + F.dropout(t["x"], dropout)
     return F.layer_norm(z, z.shape[1:], t["weight"], t["bias"], EPS)
 
 
@@ -63,7 +63,7 @@ def _liger(rows: Rows) -> Run:
         raise Skipped(f"{error}: pip install 'fastmtl-torch[bench]'") from None
 
     def run(t: Tensors, dropout: float) -> Tensor:
-        z = t["residual"] + F.dropout(t["x"] + t["x_bias"], dropout)
+        z = t["residual"] + F.dropout(t["x"], dropout)
         found: Tensor = LigerLayerNormFunction.apply(z, t["weight"], t["bias"], EPS)
         return found
 

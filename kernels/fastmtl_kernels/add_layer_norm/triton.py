@@ -1,45 +1,28 @@
-"""Residual LayerNorm by Triton; the formulas are in fastmtl_kernels.add_layer_norm.
+"""Residual LayerNorm by Triton.
 
-residual, x, ts, y, z [num_rows, D] contiguous; float32, float16 or bfloat16 each; weight, bias, x_bias [D]; mean, rstd
-[num_rows] float32; token_offsets [num_tasks + 1] int32. Everything is float32 in registers. A program holds whole rows,
-so each tensor is read and written once. Backward: add_layer_norm_backward_triton.
+    z = residual + dropout(x) + ts       y = (z - mean(z)) / sqrt(var(z) + eps) * weight + bias
+
+residual, x, ts, y, z [num_rows, D] contiguous, each float32, float16 or bfloat16; weight, bias [D];
+mean, rstd [num_rows] float32; token_offsets [num_tasks + 1] int32. Arithmetic in float32. A program
+holds whole rows, so each tensor is read and written once. Backward is fastmtl_kernels.layer_norm.triton's.
 
 Source: as fastmtl_kernels.add_layer_norm.reference.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmtl_kernels.add_layer_norm.triton_backward import backward
 from fastmtl_kernels.dropout.triton import keep_rows
+from fastmtl_kernels.layer_norm.common import RowNorm
+from fastmtl_kernels.layer_norm.triton import backward, normalise
 from fastmtl_kernels.philox import keep_threshold
 from fastmtl_kernels.row_blocks import block_shape, load_rows
 
-if TYPE_CHECKING:
-    from fastmtl_kernels.add_layer_norm.api import RowNorm
-
-__all__ = ["recompute", "backward", "forward", "normalise"]
-
-
-@triton.jit
-def normalise(
-    z: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor, eps: tl.tensor, D: tl.constexpr, BLOCK_D: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """LayerNorm of z [BLOCK_M, BLOCK_D], zeros past its D columns; the rows' mean and 1 / sqrt(variance + eps)."""
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
-    mean = tl.sum(z, 1) / D
-    centred = tl.where(mask_d[None, :], z - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
-    weight = load_rows(weight_ptr, offs_d, mask_d)
-    bias = load_rows(bias_ptr, offs_d, mask_d)
-    return centred * rstd[:, None] * weight[None, :] + bias[None, :], mean, rstd
+__all__ = ["backward", "forward", "recompute"]
 
 
 @triton.jit(
@@ -50,7 +33,6 @@ def _add_layer_norm_fwd_kernel(
     residual_ptr: tl.tensor,
     x_ptr: tl.tensor,
     ts_ptr: tl.tensor,
-    x_bias_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     seed_ptr: tl.tensor,
@@ -68,7 +50,6 @@ def _add_layer_norm_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_TS: tl.constexpr,
-    HAS_X_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
 ) -> None:
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -78,8 +59,6 @@ def _add_layer_norm_fwd_kernel(
     mask = mask_m[:, None] & mask_d[None, :]
     offs = rows.to(tl.int64)[:, None] * D + offs_d[None, :]
     x = load_rows(x_ptr, offs, mask)
-    if HAS_X_BIAS:
-        x += load_rows(x_bias_ptr, offs_d, mask_d)[None, :]
     if DROPOUT:
         x = tl.where(keep_rows(seed_ptr, rows, 0, threshold, BLOCK_D), x * keep_scale, 0.0)
     z = load_rows(residual_ptr, offs, mask) + x
@@ -97,7 +76,7 @@ def _add_layer_norm_fwd_kernel(
     do_not_specialize=["num_rows", "num_tasks"],
     do_not_specialize_on_alignment=["token_offsets_ptr", "mean_ptr", "rstd_ptr"],
 )
-def _layer_norm_again_kernel(
+def _layer_norm_recompute_kernel(
     z_ptr: tl.tensor,
     mean_ptr: tl.tensor,
     rstd_ptr: tl.tensor,
@@ -121,7 +100,7 @@ def _layer_norm_again_kernel(
     rstd = tl.load(rstd_ptr + rows, mask=mask_m, other=0.0)
     weight = load_rows(weight_ptr, offs_d, mask_d)
     bias = load_rows(bias_ptr, offs_d, mask_d)
-    # The same expression as in `normalise`: what is made again has the bits that it had.
+    # The expression of `normalise`, so that y has the same bits.
     y = (z - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
     y = tl.where(mask_m[:, None], y, 0.0).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + offs, y, mask=(rows < num_rows)[:, None] & mask_d[None, :])
@@ -131,14 +110,15 @@ def forward(
     residual: Tensor,
     x: Tensor,
     ts: Tensor | None,
-    x_bias: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     seed: Tensor | None,
     call: RowNorm,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """y and z [N, d] of residual's dtype, mean and rstd [N] float32, and the seed, from which backward draws again; z,
-    mean and rstd only as far as rows have tasks.
+    """Return y and z [N, d] of residual's dtype, mean and rstd [N] float32, and the seed.
+
+    z, mean and rstd are written for rows that have tasks only. Backward draws dropout again from
+    the seed.
     """
     num_rows, num_columns = residual.shape
     y, z = (torch.empty(num_rows, num_columns, dtype=residual.dtype, device=residual.device) for _ in range(2))
@@ -150,7 +130,6 @@ def forward(
                 residual_ptr=residual.contiguous(),
                 x_ptr=x.contiguous(),
                 ts_ptr=None if ts is None else ts.contiguous(),
-                x_bias_ptr=None if x_bias is None else x_bias.contiguous(),
                 weight_ptr=weight.contiguous(),
                 bias_ptr=bias.contiguous(),
                 seed_ptr=seed,
@@ -166,7 +145,6 @@ def forward(
                 eps=call.eps,
                 D=num_columns,
                 HAS_TS=ts is not None,
-                HAS_X_BIAS=x_bias is not None,
                 DROPOUT=seed is not None,
                 **shape,
             )
@@ -174,13 +152,13 @@ def forward(
 
 
 def recompute(z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, call: RowNorm) -> Tensor:
-    """y [N, d] of forward, bit for bit, from what it kept."""
+    """Return forward's y [N, d], bit for bit, from the tensors that it kept."""
     num_rows, num_columns = z.shape
     y = torch.empty_like(z)
     shape = block_shape(num_columns)
     if num_rows:
         with torch.cuda.device_of(z):
-            _layer_norm_again_kernel[(triton.cdiv(num_rows, shape["BLOCK_M"]),)](
+            _layer_norm_recompute_kernel[(triton.cdiv(num_rows, shape["BLOCK_M"]),)](
                 z_ptr=z,
                 mean_ptr=mean,
                 rstd_ptr=rstd,

@@ -1,11 +1,11 @@
 """AdamW's update from task gradients: their weighted sum, weights, moments and a 16-bit copy in one pass.
 
-    g = sum_t weights[t] J[t], then AdamW's step with the gradient g (see combined_adamw_reference).
+    g = sum_t weights[t] J[t], then AdamW's step with the gradient g
 
-J [T, P] is read once, weights and moments are read and written once, and g never exists in memory: (4 T + 24) P bytes
-in float32, where combine and an optimiser after it move (4 T + 32) P, and clipping in between 12 P more. A factor that
-clips goes into `weights`. float32 arithmetic; J float32, bfloat16 or float16. Every element by itself: equal inputs
-give equal bits.
+J [T, P] is read once, weights and moments are read and written once, and g never exists in memory.
+That moves (4 T + 24) P bytes in float32, where combine followed by an optimizer moves (4 T + 32) P,
+and clipping between them 12 P more. A factor that clips goes into `weights`. Arithmetic in float32;
+J float32, bfloat16 or float16. Elements do not depend on each other: equal inputs give equal bits.
 
 Source: as fastmtl_kernels.combined_adamw.reference.
 """
@@ -18,11 +18,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastmtl_kernels.combined_adamw import reference
+from fastmtl_kernels.checks import describe
+from fastmtl_kernels.combined_adamw import cpp, reference
 from fastmtl_kernels.combined_adamw.reference import Update, Written
-from fastmtl_kernels.dispatch import RowImpl, backend, select
-from fastmtl_kernels.philox import describe
-from fastmtl_kernels.task_gradients.api import Grads, task_lists
+from fastmtl_kernels.dispatch import RowImpl, select
+from fastmtl_kernels.task_lists import Grads, task_lists
 
 Tensors = Tensor | Sequence[Tensor]
 
@@ -44,24 +44,28 @@ def combined_adamw(
     slots: Tensor | None = None,
     impl: RowImpl = "auto",
 ) -> None:
-    """One step of AdamW with the gradient sum_t weights[t] J[t], in place.
+    """Take one step of AdamW with the gradient sum_t weights[t] J[t], in place.
 
     Args:
-        grads: J as [T, P] or T lists of K tensors (see fastmtl_kernels.task_gradients.api); T >= 1, P and K may
-            be 0. Tensors that are not contiguous are copied.
-        weights: [T], floating point, on the gradients' device; used in the dtype of the weights.
-        params, exp_avgs, exp_avg_sqs: the model's weights and their moments: [P] each for a tensor, K tensors each for
-            lists; of the gradients' shapes, contiguous, float32 (by the reference float64 as well).
-        step: number of this step, from 1; lr, betas, eps, weight_decay: as of torch.optim.AdamW.
-        copies: where to write `params` rounded to bfloat16 or float16, shaped as these; none by default.
-        slots: for one embedding table (lists of one tensor): int32 [V] on the gradients' device. Row v of the table
-            [V, d] has the gradients grads[t][0][slots[v]] of [n, d] and, where slots[v] < 0, zero: it decays, and so do
-            its moments. Values are checked on CPUs only, as looking at them would wait for a GPU.
+        grads: J as [T, P] or T lists of K tensors (see fastmtl_kernels.task_gradients.api);
+            T >= 1, P and K may be 0. Tensors that are not contiguous are copied.
+        weights: [T], floating point, on the gradients' device; used in the dtype of `params`.
+        params, exp_avgs, exp_avg_sqs: the model's weights and their moments: [P] each for a tensor,
+            K tensors each for lists; contiguous, of the gradients' shapes, float32 (with the
+            reference float64 as well).
+        step: number of this step, from 1.
+        lr, betas, eps, weight_decay: as of torch.optim.AdamW.
+        copies: bfloat16 or float16 tensors shaped as `params`, which receive `params` rounded; none
+            by default.
+        slots: for one embedding table (lists of one tensor): int32 [V] on the gradients' device.
+            Row v of the table [V, d] has the gradients grads[t][0][slots[v]] of [n, d], and zero
+            where slots[v] < 0: such a row and its moments decay. Values are checked on CPUs only,
+            as reading them would wait for a GPU.
         impl: "auto", "reference", "triton" (CUDA tensors) or "cpp" (CPU tensors).
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value; the message names it.
-        RuntimeError: the implementation asked for is not available here; the message says why.
+        RuntimeError: the implementation is not available here; the message gives the reason.
     """
     lists = task_lists(grads)
     flat = isinstance(grads, Tensor)
@@ -88,9 +92,21 @@ def combined_adamw(
     if slots is not None and device.type == "cpu" and len(slots) and int(slots.max()) >= len(lists[0][0]):
         raise ValueError(f"slots must be below the {len(lists[0][0])} rows of grads, got {int(slots.max())}")
     if targets:
-        chosen = select(impl, *lists[0], *(tensor for target in targets for tensor in target))
-        kernels: ModuleType = backend("combined_adamw", chosen) or reference
+        written_tensors = (tensor for target in targets for tensor in target)
+        kernels = _kernels(select("combined_adamw", impl, *lists[0], *written_tensors))
         kernels.combined_adamw(lists, weights, targets, update, slots)
+
+
+def _kernels(impl: str) -> ModuleType:
+    match impl:
+        case "cpp":
+            return cpp
+        case "triton":
+            from fastmtl_kernels.combined_adamw import triton
+
+            return triton
+        case _:
+            return reference
 
 
 def _listed(name: str, value: Tensors, like: list[Tensor], flat: bool) -> list[Tensor]:

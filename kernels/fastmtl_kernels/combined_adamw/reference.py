@@ -1,12 +1,14 @@
-"""The plain-torch oracle of combined_adamw: it defines what the operation means, and is the portable path.
+"""Plain-torch oracle of combined_adamw: it defines the result, and is the portable path.
 
     g = sum_t weights[t] J[t]
     m += (1 - beta1) (g - m)        v = beta2 v + (1 - beta2) g^2
     p = (1 - lr weight_decay) p - lr / (1 - beta1^step) m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
 
-J comes as T lists of K tensors; p, m and v are K tensors each, float32 or float64, and g is formed in their dtype, some
-columns at a time. Limits: none on T, K and P. Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization,
-2019, algorithm 2, as torch.optim.AdamW has it.
+J is T lists of K tensors; p, m and v are K tensors each, float32 or float64; g is formed in their
+dtype, some columns at a time. Limits: none on T, K and P.
+
+Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2, as
+torch.optim.AdamW implements it.
 """
 
 from __future__ import annotations
@@ -17,13 +19,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Columns handled at once, so that the merged gradient stays small beside J.
+# Columns per step, so that the merged gradient stays small beside J.
 _CHUNK = 1 << 18
 
 
 class Update(NamedTuple):
-    """A step's numbers: decay = 1 - lr weight_decay, beta1_left = 1 - beta1, step_size = lr / (1 - beta1^step),
-    root = 1 / sqrt(1 - beta2^step).
+    """The numbers of a step.
+
+    decay = 1 - lr weight_decay, beta1_left = 1 - beta1, beta2_left = 1 - beta2,
+    step_size = lr / (1 - beta1^step), root = 1 / sqrt(1 - beta2^step).
     """
 
     decay: float
@@ -42,7 +46,7 @@ class Update(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What is written of one tensor: weights and moments of one dtype, and the copy of the weights if one is kept."""
+    """The tensors that are written: weights and moments of one dtype, and the copy of the weights if one is kept."""
 
     param: Tensor
     exp_avg: Tensor
@@ -57,7 +61,11 @@ def combined_adamw(
     update: Update,
     slots: Tensor | None,
 ) -> None:
-    """slots [V]: of one table, whose row v has the gradients grads[t][0][slots[v]], and none where that is negative."""
+    """Update every target.
+
+    slots [V]: for one table, whose row v has the gradients grads[t][0][slots[v]]; a negative slot
+    has none.
+    """
     for target, *same in zip(targets, *grads, strict=True):
         param = target.param
         factors = weights.to(param.dtype).unbind()

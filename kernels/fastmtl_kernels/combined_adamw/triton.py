@@ -1,14 +1,17 @@
 """combined_adamw in Triton, for NVIDIA GPUs.
 
-    g = sum_t weights[t] J[t], then AdamW's step with the gradient g (see combined_adamw_reference)
+    g = sum_t weights[t] J[t], then AdamW's step with g (fastmtl_kernels.combined_adamw.reference)
 
-J [T, P] comes as T lists of K tensors in float32, bfloat16 or float16, at any addresses; weights and moments float32,
-the copy of the weights bfloat16 or float16. All arithmetic float32, root and division rounded as torch rounds them.
+J [T, P] is T lists of K tensors in float32, bfloat16 or float16, at any address; weights and
+moments are float32, the copy of the weights is bfloat16 or float16. Arithmetic in float32; square
+root and division round as torch rounds them.
 
-Hundreds of tensors take one launch for each combination of dtypes: a table on the device holds their addresses and
-another one the pieces that the programs work on. Both are functions of the addresses and are kept, so that a step at
-the same addresses copies nothing to the device. Tensors that are aligned to 16 bytes are read and written by vectors.
-Limits: none on T, K and P. Source: as fastmtl_kernels.combined_adamw.reference.
+Hundreds of tensors need one launch for each combination of dtypes. A table on the device holds
+their addresses, and another one holds the pieces that the programs work on. Both are functions of
+the addresses and are cached, so that a step at the same addresses copies nothing to the device.
+Tensors that are aligned to 16 bytes are read and written by vectors. Limits: none on T, K and P.
+
+Source: as fastmtl_kernels.combined_adamw.reference.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ NUM_WARPS = 4
 BLOCK = 1024
 VECTOR_BYTES = 16
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-# Of the arguments that differ from step to step, Triton is to make no constants.
+# Arguments that differ from step to step, which Triton must not make constants.
 CHANGING = ["decay", "beta1_left", "beta2", "beta2_left", "step_size", "root", "eps"]
 
 
@@ -48,7 +51,7 @@ def _update(
     root: tl.tensor,
     eps: tl.tensor,
 ) -> tl.tensor:
-    """AdamW's step of one block; the new weights, for a copy."""
+    """Take AdamW's step of one block; return the new weights, for a copy."""
     m = tl.load(exp_avg_ptrs, mask=mask)
     v = tl.load(exp_avg_sq_ptrs, mask=mask)
     p = tl.load(param_ptrs, mask=mask)
@@ -63,7 +66,7 @@ def _update(
 
 @triton.jit
 def _pointer(entry_ptr: tl.tensor, begin: tl.tensor, TYPE: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
-    """To element `begin` of the tensor whose address is in the table."""
+    """Return a pointer to element `begin` of the tensor whose address is in the table."""
     pointer = tl.load(entry_ptr).to(tl.pointer_type(TYPE)) + begin
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
@@ -133,14 +136,16 @@ def _combined_adamw_kernel(
     MAX_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """BLOCK columns of one tensor. table int64 [K, NUM_ROWS + 5]: addresses of the gradients, weights, moments and
-    copy, then the number of elements. pieces int64 [programs, 2]: the tensor and its first column.
+    """Update BLOCK columns of one tensor.
+
+    table int64 [K, NUM_ROWS + 5]: addresses of the gradients, weights, moments and copy, then the
+    number of elements. pieces int64 [programs, 2]: the tensor and its first column.
     """
     piece = tl.program_id(0)
     begin = tl.load(pieces_ptr + 2 * piece + 1)
     entry_ptr = table_ptr + tl.load(pieces_ptr + 2 * piece) * (NUM_ROWS + 5)
     left = tl.load(entry_ptr + NUM_ROWS + 4) - begin
-    # A mask that the compiler knows nothing of keeps it from loading vectors.
+    # A mask that the compiler knows nothing about prevents loads by vectors.
     if left >= BLOCK:
         _update_block(
             entry_ptr,
@@ -203,7 +208,7 @@ def _combined_adamw_rows_kernel(
     NUM_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """BLOCK columns of one row of a table."""
+    """Update BLOCK columns of one row of a table."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -278,7 +283,7 @@ def _addresses(gradients: Sequence[Tensor], target: Written) -> tuple[int, ...]:
 
 @lru_cache(maxsize=64)
 def _tables(rows: tuple[tuple[int, ...], ...], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The addresses of tensors and the pieces that they are cut into, on the device."""
+    """Return the addresses of tensors and the pieces that they are cut into, on the device."""
     pieces = [(k, begin) for k, row in enumerate(rows) for begin in range(0, row[-1], block)]
     table, parts = (torch.tensor(numbers, dtype=torch.int64) for numbers in (rows, pieces))
     if device.type == "cuda":

@@ -1,9 +1,11 @@
-"""Row-wise dropout whose mask is a pure function of a seed.
+"""Row-wise dropout whose mask is a function of a seed.
 
     y = keep x / (1 - dropout_p)      dx = keep dy / (1 - dropout_p)
 
-x, y [N, d]; keep by fastmtl_kernels.philox, the same that add_layer_norm drops with the same seed. Nothing is kept for
-backward but the seed. Source: Srivastava et al., Dropout, 2014.
+x, y [N, d]; keep as defined by fastmtl_kernels.philox: add_layer_norm drops the same elements with
+the same seed. Backward keeps the seed only. An implementation is a module with `dropout`.
+
+Source: as fastmtl_kernels.dropout.reference.
 """
 
 from __future__ import annotations
@@ -15,18 +17,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmtl_kernels.add_layer_norm import reference
-from fastmtl_kernels.dispatch import RowImpl, backend, select
-from fastmtl_kernels.philox import check_dropout, describe
+from fastmtl_kernels.checks import check_dropout, describe
+from fastmtl_kernels.dispatch import RowImpl, select
+from fastmtl_kernels.dropout import cpp, reference
 
 
 def dropout(x: Tensor, dropout_p: float, seed: Tensor | None, *, impl: RowImpl = "auto") -> Tensor:
-    """Drops elements of rows.
+    """Drop elements of rows.
 
     Args:
-        x: [..., d], floating point, any strides; the row of an element is counted over all leading dimensions.
+        x: [..., d], floating point, any strides; rows are counted over all leading dimensions.
         dropout_p: the probability of dropping an element, in [0, 1); 0 returns x.
-        seed: int64 of one element on x's device, one for each call in a step; needed where dropout_p > 0.
+        seed: int64 of one element on x's device, one for each call in a step; needed where
+            dropout_p > 0.
         impl: "auto", "reference", "triton" (CUDA tensors) or "cpp" (CPU tensors).
 
     Returns:
@@ -34,18 +37,38 @@ def dropout(x: Tensor, dropout_p: float, seed: Tensor | None, *, impl: RowImpl =
 
     Raises:
         ValueError: an argument has the wrong shape, dtype or device; the message names it.
-        RuntimeError: the implementation asked for is not available here; the message says why.
+        RuntimeError: the implementation is not available here; the message gives the reason.
     """
     if not isinstance(x, Tensor) or x.dim() == 0 or not x.is_floating_point():
         raise ValueError(f"x must be floating point of shape [..., d], got {describe(x)}")
     check_dropout(dropout_p, seed, x.device)
-    kernels = backend("dropout", select(impl, x))
+    kernels = _kernels(select("dropout", impl, x))
     if dropout_p == 0 or x.numel() == 0:
         return x
     rows = x.reshape(-1, x.shape[-1])
     if kernels is None:
         return reference.dropout(rows, dropout_p, seed).view(x.shape)
     return _Dropout.apply(rows, dropout_p, seed, kernels).view(x.shape)
+
+
+def dropout_into(out: Tensor, rows: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
+    """Write rows [N, d], dropped out, into `out`, which may be rows; not differentiable."""
+    if select("dropout", "auto", rows) == "cpp":
+        return cpp.dropout(rows, dropout_p, seed, out=out)
+    return out.copy_(dropout(rows, dropout_p, seed))
+
+
+def _kernels(impl: str) -> ModuleType | None:
+    """Return the module of an implementation, None for the reference."""
+    match impl:
+        case "cpp":
+            return cpp
+        case "triton":
+            from fastmtl_kernels.dropout import triton
+
+            return triton
+        case _:
+            return None
 
 
 class _Dropout(torch.autograd.Function):

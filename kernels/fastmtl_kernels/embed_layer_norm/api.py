@@ -1,29 +1,31 @@
 """A BERT's embeddings on packed rows: three tables' rows, LayerNorm and dropout.
 
     z = words[input_ids] + positions[position_ids] + types[token_type_ids]
-    h = (z - mean(z)) rstd,  rstd = 1 / sqrt(var + eps)      y = dropout(h weight + bias)
-    dh = keep dy / (1 - dropout_p)                           dz from dh, dweight and dbias as in add_layer_norm
-    each table's gradient: row v is the sum of dz's rows whose id is v
+    h = (z - mean(z)) rstd,  rstd = 1 / sqrt(var + eps)    y = dropout(h weight + bias)
+    dh = keep dy / (1 - dropout_p)                         dz, dweight, dbias as in add_layer_norm
+    gradient of row v of a table: the sum of dz's rows whose id is v
 
-ids [N]; words [V, d], positions [M, d], types [K, d]; weight, bias [d]; y [N, d]. Statistics and sums are float32; z is
-kept for backward in words' dtype, dropout is drawn again. A sink gets a table's gradient compactly, as ids [N] and rows
-[N, d]: no T tables are made of it here. Equal inputs give equal bits. Not differentiable twice.
+ids [N]; words [V, d], positions [M, d], types [K, d]; weight, bias [d]; y [N, d]. Statistics and
+sums are float32; z is kept for backward in words' dtype; dropout is drawn again. A sink receives a
+table's gradient as ids [N] and rows [N, d], so that T tables never exist here. An implementation is
+a module with `forward` and `backward`. Equal inputs give equal bits. Not differentiable twice.
 
 Source: as fastmtl_kernels.embed_layer_norm.reference.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmtl_kernels.add_layer_norm.api import RowNorm, check_columns
-from fastmtl_kernels.dispatch import RowImpl, backend, select
-from fastmtl_kernels.embed_layer_norm import reference
-from fastmtl_kernels.philox import check_dropout, describe
+from fastmtl_kernels.checks import check_columns, check_dropout, describe
+from fastmtl_kernels.dispatch import RowImpl, select
+from fastmtl_kernels.embed_layer_norm import cpp, reference
+from fastmtl_kernels.layer_norm.common import RowNorm
 from fastmtl_kernels.task_sink import (
     TaskRows,
     TaskSink,
@@ -55,7 +57,8 @@ def embed_layer_norm(
     """dropout(LayerNorm(words[input_ids] + positions[position_ids] + types[token_type_ids])).
 
     Args:
-        input_ids: [N], int64 or int32 like the next two; each id is a row of its table, in the masked tail too.
+        input_ids: [N], int64 or int32 like the next two; each id is a row of its table, in the
+            masked tail too.
         position_ids: [N].
         token_type_ids: [N].
         words: [V, d], floating point.
@@ -65,9 +68,11 @@ def embed_layer_norm(
         bias: [d].
         dropout_p: the probability of dropping an element of the result, in [0, 1).
         eps: added to the variance.
-        seed: int64 of one element on the tables' device, one for each call in a step; needed where dropout_p > 0.
+        seed: int64 of one element on the tables' device, one for each call in a step; needed where
+            dropout_p > 0.
         token_offsets: as in fastmtl_kernels.add_layer_norm; rows past the last are zeros.
-        task_grads: the sink of all gradients; its anchor becomes an input. None for autograd's dense gradients.
+        task_grads: the sink of all gradients; its anchor becomes an input. None for autograd's
+            dense gradients.
         impl: "auto", "reference", "triton" (CUDA tensors) or "cpp" (CPU tensors).
 
     Returns:
@@ -75,7 +80,7 @@ def embed_layer_norm(
 
     Raises:
         ValueError: an argument has the wrong shape, dtype or device; the message names it.
-        RuntimeError: the implementation asked for is not available here; the message says why.
+        RuntimeError: the implementation is not available here; the message gives the reason.
     """
     tables = {"words": words, "positions": positions, "types": types}
     ids = {"input_ids": input_ids, "position_ids": position_ids, "token_type_ids": token_type_ids}
@@ -84,7 +89,7 @@ def embed_layer_norm(
     check_dropout(dropout_p, seed, words.device)
     check_sink(token_offsets, task_grads)
     tasks = TaskRows.make(token_offsets, input_ids.shape[0], words.device)
-    kernels = backend("embed_layer_norm", select(impl, words, positions, types, weight, bias))
+    kernels = _kernels(select("embed_layer_norm", impl, words, positions, types, weight, bias))
     if kernels is None:
         return reference.embed_layer_norm(
             (input_ids, position_ids, token_type_ids), (words, positions, types), weight, bias, dropout_p=dropout_p,
@@ -97,6 +102,19 @@ def embed_layer_norm(
     return _EmbedLayerNorm.apply(
         anchor, input_ids, position_ids, token_type_ids, words, positions, types, weight, bias, used, call
     )
+
+
+def _kernels(impl: str) -> ModuleType | None:
+    """Return the module of an implementation, None for the reference."""
+    match impl:
+        case "cpp":
+            return cpp
+        case "triton":
+            from fastmtl_kernels.embed_layer_norm import triton
+
+            return triton
+        case _:
+            return None
 
 
 class _EmbedLayerNorm(torch.autograd.Function):
@@ -120,7 +138,7 @@ class _EmbedLayerNorm(torch.autograd.Function):
         ctx.save_for_backward(*ids, z, mean, rstd, weight, seed, anchor)
         # A sink knows parameters by identity, and under checkpointing saved tensors come back as other objects.
         ctx.parameters = words, positions, types, weight, bias
-        ctx.table_rows = [len(table) for table in ctx.parameters[:3]]  # ZeRO 3 has taken the tables' shapes in backward
+        ctx.table_rows = [len(table) for table in ctx.parameters[:3]]  # in backward ZeRO 3 has changed their shapes
         ctx.call = call
         if call.sink is not None:
             call.sink.expect(*ctx.parameters)

@@ -1,11 +1,13 @@
-"""Plain-torch oracle of a BERT's embeddings: it defines the meaning, and is the portable path.
+"""Plain-torch oracle of a BERT's embeddings: it defines the result, and is the portable path.
 
     z = words[input_ids] + positions[position_ids] + types[token_type_ids]
     y = dropout(LayerNorm(z) * weight + bias)
 
-ids int64 or int32 [N]; words [V, d], positions [M, d], types [K, d], weight and bias [d], any floating dtypes; float32
-inside, float64 where words are float64; z and y [N, d] have words' dtype. LayerNorm, dropout and the masked tail as
-fastmtl_kernels.add_layer_norm.reference defines them. Gradients by autograd; a table's go to the sink as its rows.
+ids int64 or int32 [N]; words [V, d], positions [M, d], types [K, d], weight and bias [d], any
+floating dtypes; arithmetic in float32, in float64 where words are float64; z and y [N, d] have
+words' dtype. LayerNorm, dropout and the masked tail are those of
+fastmtl_kernels.add_layer_norm.reference. Gradients by autograd; a sink receives a table's gradient
+as its rows.
 
 Source: Devlin et al., BERT, 2019.
 """
@@ -18,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmtl_kernels.add_layer_norm.reference import dropout, layer_norm, zeros_like_tail
+from fastmtl_kernels.dropout.reference import dropout
+from fastmtl_kernels.layer_norm.reference import layer_norm, zeros_like_tail
 from fastmtl_kernels.task_sink import TaskRows, TaskSink, table_gradient
 
 
@@ -34,7 +37,11 @@ def embed_layer_norm(
     tasks: TaskRows,
     task_grads: TaskSink | None,
 ) -> Tensor:
-    """y [N, d]; ids and tables in the order word, position, type; the rest as fastmtl_kernels.embed_layer_norm."""
+    """Return y [N, d].
+
+    ids and tables are in the order word, position, type; the other arguments are those of
+    fastmtl_kernels.embed_layer_norm, checked.
+    """
     dtype = torch.promote_types(tables[0].dtype, torch.float32)
     stop = tasks.host[-1]
     anchor = None if task_grads is None else task_grads.anchor

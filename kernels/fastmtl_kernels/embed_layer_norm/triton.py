@@ -1,28 +1,28 @@
-"""A BERT's embeddings by Triton; the formulas are in fastmtl_kernels.embed_layer_norm.
+"""A BERT's embeddings by Triton.
 
-ids int32 or int64 [num_rows]; tables [rows, D] contiguous, float32, float16 or bfloat16 each; y, z [num_rows, D];
-everything is float32 in registers. Backward is add_layer_norm's, with dropout on dy.
+    z = words[input_ids] + positions[position_ids] + types[token_type_ids]
+    y = dropout((z - mean(z)) / sqrt(var(z) + eps) * weight + bias)
+
+ids int32 or int64 [num_rows]; tables [rows, D] contiguous, each float32, float16 or bfloat16; y, z
+[num_rows, D]. Arithmetic in float32. Backward is fastmtl_kernels.layer_norm.triton's, with dropout
+of dy.
 
 Source: as fastmtl_kernels.embed_layer_norm.reference.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmtl_kernels.add_layer_norm import triton as add_layer_norm_triton
-from fastmtl_kernels.add_layer_norm.triton import normalise
 from fastmtl_kernels.dropout.triton import keep_rows
+from fastmtl_kernels.layer_norm import triton as layer_norm
+from fastmtl_kernels.layer_norm.common import RowNorm
+from fastmtl_kernels.layer_norm.triton import normalise
 from fastmtl_kernels.philox import keep_threshold
 from fastmtl_kernels.row_blocks import block_shape, load_rows
-
-if TYPE_CHECKING:
-    from fastmtl_kernels.add_layer_norm.api import RowNorm
 
 
 @triton.jit(
@@ -87,7 +87,10 @@ def forward(
     seed: Tensor | None,
     call: RowNorm,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y and z [N, d] of words' dtype, mean and rstd [N] float32; ids and tables in the order word, position, type."""
+    """Return y and z [N, d] of words' dtype, and mean and rstd [N] float32.
+
+    ids and tables are in the order word, position, type.
+    """
     num_rows, num_columns, words = ids[0].shape[0], tables[0].shape[1], tables[0]
     y, z = (torch.empty(num_rows, num_columns, dtype=words.dtype, device=words.device) for _ in range(2))
     mean, rstd = torch.empty(2, num_rows, dtype=torch.float32, device=words.device)
@@ -124,8 +127,6 @@ def forward(
 def backward(
     dy: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, seed: Tensor | None, call: RowNorm
 ) -> tuple[Tensor, Tensor]:
-    """dz [N, d] and the gradients of weight and bias, [2, T or 1, d] as of add_layer_norm_triton.backward."""
-    dz, _, sums = add_layer_norm_triton.backward(
-        dy, z, mean, rstd, weight, seed, call, dx_dtype=None, num_sums=2, drop_y=True
-    )
+    """Return dz [N, d] and the gradients of weight and bias, as of layer_norm.triton.backward."""
+    dz, _, sums = layer_norm.backward(dy, z, mean, rstd, weight, seed, call, dx_dtype=None, want_sums=True, drop_y=True)
     return dz, sums

@@ -9,7 +9,7 @@ _MODES = ("cls", "mean", "max")
 
 
 def forward(x: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Tensor | None]:
-    """out [B, d] of x's dtype and, for max, the row int32 [B, d] that each of its elements comes from."""
+    """Return out [B, d] of x's dtype and, for max, the row of each of its elements, int32 [B, d]."""
     shape = len(cu_seqlens) - 1, x.shape[1]
     out = torch.empty(shape, dtype=x.dtype, device=x.device)
     winners = torch.empty(shape, dtype=torch.int32, device=x.device) if mode == "max" else None
@@ -18,7 +18,7 @@ def forward(x: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Tensor | 
 
 
 def backward(dout: Tensor, cu_seqlens: Tensor, winners: Tensor | None, mode: str, num_rows: int) -> Tensor:
-    """dx [num_rows, d] of dout's dtype."""
+    """Return dx [num_rows, d] of dout's dtype."""
     dx = torch.empty(num_rows, dout.shape[1], dtype=dout.dtype, device=dout.device)
     torch.ops.fastmtl.pool_backward_out(dout.contiguous(), cu_seqlens.contiguous(), _MODES.index(mode), winners, dx)
     return dx

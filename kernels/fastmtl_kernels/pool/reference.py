@@ -1,11 +1,12 @@
-"""Plain-torch oracle of pooling over packed sequences: it defines the meaning, and is the portable path.
+"""Plain-torch oracle of pooling over packed sequences: it defines the result, and is the portable path.
 
-    cls   out[b] = x[first row of b]        mean   out[b] = sum of the rows of b / their number
-    max   out[b] = the largest of each column; its gradient goes to the first row that has it
+    cls   out[b] = x[first row of b]
+    mean  out[b] = sum of the rows of b / their number
+    max   out[b] = the largest value of each column; its gradient goes to the first row that has it
 
-Sequence b is rows cu_seqlens[b]:cu_seqlens[b + 1] of x [N, d]; an empty one gives zeros. Any floating dtype; float32
-inside, float64 for float64. Rows past cu_seqlens[-1] belong to no sequence: they have no part and gradients of zero.
-Gradients by autograd.
+Sequence b is rows cu_seqlens[b]:cu_seqlens[b + 1] of x [N, d]; an empty one gives zeros. Any
+floating dtype; arithmetic in float32, in float64 for float64. Rows past cu_seqlens[-1] belong to no
+sequence: their gradients are zero. Gradients by autograd.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from torch import Tensor
 
 
 def pool(x: Tensor, offsets: list[int], mode: str) -> Tensor:
-    """[B, d] of x's dtype. offsets: cu_seqlens as integers."""
+    """Return out [B, d] of x's dtype. offsets: cu_seqlens as integers."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     chunks = wide[: offsets[-1]].split([b - a for a, b in zip(offsets, offsets[1:], strict=False)])
-    # Filled rather than made anew, so that the result has a gradient where there is no row at all.
+    # Part of x, so that the result has a gradient where there is no row at all.
     pooled = [wide[:0].sum(0, keepdim=True)[:0]]
     for chunk in chunks:
         if not len(chunk):

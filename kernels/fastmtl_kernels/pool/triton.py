@@ -1,8 +1,9 @@
-"""Pooling over packed sequences by Triton; the formulas are in fastmtl_kernels.pool.
+"""Pooling over packed sequences by Triton; fastmtl_kernels.pool.api has the formulas.
 
-x, dx [num_rows, D], out, dout [num_sequences, D] contiguous, float32, float16 or bfloat16; cu_seqlens int32
-[num_sequences + 1]; winners int32 [num_sequences, D], the row that a maximum comes from. Sums float32. A program owns
-a sequence and BLOCK_D columns; in backward one more writes the zeros of the rows past the last sequence.
+x, dx [num_rows, D], out, dout [num_sequences, D] contiguous, float32, float16 or bfloat16;
+cu_seqlens int32 [num_sequences + 1]; winners int32 [num_sequences, D], the row of each maximum.
+Sums float32. A program owns a sequence and BLOCK_D columns; in backward one more program writes the
+zeros of the rows past the last sequence.
 
 Source: as fastmtl_kernels.pool.reference.
 """
@@ -23,7 +24,7 @@ _NO_ROW = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _first_largest(a: tl.tensor, a_row: tl.tensor, b: tl.tensor, b_row: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """The larger of two values, NaN over everything, and its row; of equals the first."""
+    """Return the larger of two values and its row; NaN is largest, and of equal values the first wins."""
     a_nan = a != a
     b_nan = b != b
     equal = (a == b) | (a_nan & b_nan)
@@ -118,7 +119,7 @@ def _block_d(num_columns: int) -> int:
 
 
 def forward(x: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Tensor | None]:
-    """out [B, d] of x's dtype and, for max, the row int32 [B, d] that each of its elements comes from."""
+    """Return out [B, d] of x's dtype and, for max, the row of each of its elements, int32 [B, d]."""
     num_sequences, num_columns = len(cu_seqlens) - 1, x.shape[1]
     out = torch.empty(num_sequences, num_columns, dtype=x.dtype, device=x.device)
     winners = torch.empty(out.shape, dtype=torch.int32, device=x.device) if mode == "max" else None
@@ -141,7 +142,7 @@ def forward(x: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Tensor | 
 
 
 def backward(dout: Tensor, cu_seqlens: Tensor, winners: Tensor | None, mode: str, num_rows: int) -> Tensor:
-    """dx [num_rows, d] of dout's dtype."""
+    """Return dx [num_rows, d] of dout's dtype."""
     num_sequences, num_columns = dout.shape
     dx = torch.empty(num_rows, num_columns, dtype=dout.dtype, device=dout.device)
     block_d = _block_d(num_columns)

@@ -1,12 +1,14 @@
-"""Gramian and combination of task gradients by the C++ kernels of csrc/gradients_cpu.cpp and the CUDA ones beside it.
+"""Gramian and combination of task gradients by C++ and CUDA: csrc/gradients_cpu.cpp and csrc/gradients.cu.
 
     gramian  G[i, j] = sum_p J[i, p] J[j, p]
     combine  out[p]  = sum_t weights[t] J[t, p]
 
-J [T, P] comes as T lists of K tensors, all on one device. float32, bfloat16 and float16; float32 inner products over
-blocks of columns, float64 over blocks; combine in float32. No flat copy is made, J is read once by each operation (on
-GPUs for up to 8 tasks), and the result has the same bits for any number of threads and in every run. Limits: up to
-MAX_CUDA_TASKS tasks on GPUs. Source: as fastmtl_kernels.task_gradients.reference.
+J [T, P] is T lists of K tensors on one device, float32, bfloat16 or float16. Inner products are
+float32 within blocks of columns and float64 across blocks; combine is float32. No flat copy is made,
+each operation reads J once (gramian on GPUs: for up to 8 tasks), and the result has the same bits
+for any number of threads and in every run. Limits: on GPUs dispatch.MAX_CUDA_TASKS tasks.
+
+Source: as fastmtl_kernels.task_gradients.reference.
 """
 
 from __future__ import annotations
@@ -16,19 +18,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_CUDA_TASKS = 64
-
 
 def gramian(grads: Sequence[Sequence[Tensor]]) -> Tensor:
-    """G [T, T] float32 on the device of the gradients."""
+    """Return G [T, T] float32 on the device of the gradients."""
     tensors = [tensor for task in grads for tensor in task]
-    # Without a tensor the dispatcher has no device to go by.
+    # Without a tensor torch's dispatcher knows no device.
     return torch.ops.fastmtl.gramian(tensors, len(grads)) if tensors else torch.zeros(len(grads), len(grads))
 
 
 def combine(grads: Sequence[Sequence[Tensor]], weights: Tensor, out: Sequence[Tensor]) -> None:
-    """Writes the weighted sum over tasks into `out`, K contiguous tensors, float32 or of the dtype of the gradients."""
+    """Write the weighted sum over tasks into `out`: K contiguous tensors, float32 or of the gradients' dtype."""
     tensors = [tensor for task in grads for tensor in task]
     if tensors:
         torch.ops.fastmtl.combine_out(tensors, weights.float().contiguous(), out)

@@ -1,11 +1,13 @@
-"""Plain-torch oracles: they define what each operation means, and are the portable path on any device.
+"""Plain-torch oracles of gramian and combine: they define the results, and are the portable path.
 
     gramian  G[i, j] = sum_p J[i, p] J[j, p]
     combine  out[p]  = sum_t weights[t] J[t, p]
 
-J [T, P] comes as T lists of K tensors, contiguous, tensor k of the same shape and dtype in all of them. gramian
-accumulates in float64; combine in float32 (float64 for float64 inputs), task after task. Limits: none on T, K and P;
-any floating dtype. Source: Yu et al., Gradient Surgery for Multi-Task Learning, 2020, in Gramian form.
+J [T, P] is T lists of K contiguous tensors; tensor k has the same shape and dtype in all of them.
+gramian accumulates in float64; combine in float32 (float64 for float64 inputs), task after task.
+Limits: none on T, K and P; any floating dtype.
+
+Source: Yu et al., Gradient Surgery for Multi-Task Learning, 2020, in Gramian form.
 """
 
 from __future__ import annotations
@@ -15,12 +17,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Columns handled at once, so that the float copies stay small beside J.
+# Columns per step, so that the float copies stay small beside J.
 _CHUNK = 1 << 18
 
 
 def gramian(grads: Sequence[Sequence[Tensor]]) -> Tensor:
-    """G [T, T], float32, or float64 where every tensor is float64."""
+    """Return G [T, T], float32, or float64 where every tensor is float64."""
     tensors = [tensor for task in grads for tensor in task]
     device = tensors[0].device if tensors else torch.device("cpu")
     gram = torch.zeros(len(grads), len(grads), dtype=torch.float64, device=device)
@@ -33,7 +35,7 @@ def gramian(grads: Sequence[Sequence[Tensor]]) -> Tensor:
 
 
 def combine(grads: Sequence[Sequence[Tensor]], weights: Tensor, out: Sequence[Tensor]) -> None:
-    """Writes the weighted sum over tasks into `out`, K contiguous tensors, rounding once to their dtype."""
+    """Write the weighted sum over tasks into `out`, K contiguous tensors, rounding once to their dtype."""
     for target, *same in zip(out, *grads, strict=True):
         dtype = torch.promote_types(same[0].dtype, torch.float32)
         columns = [tensor.reshape(-1).split(_CHUNK) for tensor in same]

@@ -1,13 +1,15 @@
 """Gramian and combination of task gradients in Triton, for NVIDIA GPUs without the CUDA kernels of csrc/.
 
-    gramian  G[i, j] = sum_p J[i, p] J[j, p]        fp32 within a piece, fp64 across pieces
-    combine  out[p]  = sum_t weights[t] J[t, p]     fp32
+    gramian  G[i, j] = sum_p J[i, p] J[j, p]        float32 within a piece, float64 across pieces
+    combine  out[p]  = sum_t weights[t] J[t, p]     float32
 
-J [T, P] comes as T lists of one tensor each, contiguous, of P numbers in float32, bfloat16 or float16, at any
-addresses: the rows of a flat buffer, say. Rows aligned to 16 bytes are read by vectors. A program adds up one piece of
-the columns, a second kernel the pieces in a fixed order, without atomics: equal inputs give equal bits. gramian reads J
-once for up to MAX_ROWS tasks; more are taken by pairs of groups. Limits: none on T and P. Source: as
-fastmtl_kernels.task_gradients.reference.
+J [T, P] is T lists of one contiguous tensor each, of P numbers in float32, bfloat16 or float16, at
+any address, such as the rows of a flat buffer. Rows that are aligned to 16 bytes are read by
+vectors. A program adds up one piece of the columns, and a second kernel adds up the pieces in a
+fixed order, without atomics: equal inputs give equal bits. gramian reads J once for up to MAX_ROWS
+tasks; more tasks are processed by pairs of groups. Limits: none on T and P.
+
+Source: as fastmtl_kernels.task_gradients.reference.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ MAX_ROWS = 8
 GROUP = MAX_ROWS // 2
 NUM_WARPS = 4
 LANES = 32 * NUM_WARPS
-# Steps of LANES vectors that make up a piece.
+# Steps of LANES vectors in a piece.
 STEPS = 64
 BLOCK_PIECES = 256
 
@@ -40,7 +42,7 @@ def _add_products(
     NUM_ROWS: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ) -> tl.tuple:
-    """The sums of the pairs of rows, i <= j, each [LANES], with one step's products added."""
+    """Return the sums of the pairs of rows i <= j, each [LANES], plus the products of one step."""
     rows: tl.tuple = ()
     for i in tl.static_range(NUM_ROWS):
         if HAS_MASK:
@@ -67,7 +69,10 @@ def _gramian_kernel(
     VECTOR: tl.constexpr,
     STEPS: tl.constexpr,
 ) -> None:
-    """Partial sums [NUM_ROWS (NUM_ROWS + 1) / 2, num_pieces] float32: the upper triangle of G, row by row."""
+    """Store partial sums of G's upper triangle, row by row.
+
+    partials: float32 [NUM_ROWS (NUM_ROWS + 1) / 2, num_pieces].
+    """
     STEP: tl.constexpr = LANES * VECTOR
     piece = tl.program_id(0)
     begin = piece.to(tl.int64) * (STEPS * STEP)
@@ -76,7 +81,7 @@ def _gramian_kernel(
     sums: tl.tuple = ()
     for _ in tl.static_range(NUM_ROWS * (NUM_ROWS + 1) // 2):
         sums = sums + (tl.zeros([LANES], tl.float32),)
-    # Only the last step has a mask: with one, loads are not vectorised unless num_columns is a multiple of VECTOR.
+    # Only the last step has a mask: masked loads are vectors only where num_columns is a multiple of VECTOR.
     whole = count // STEP
     for step in range(whole):
         sums = _add_products(sums, row_ptrs, begin, step * STEP + offs, None, NUM_ROWS, False)
@@ -95,7 +100,7 @@ def _sum_partials_kernel(
     NUM_ROWS: tl.constexpr,
     BLOCK_PIECES: tl.constexpr,
 ) -> None:
-    """G[i, j] and G[j, i] from the partial sums of their pieces."""
+    """Store G[i, j] and G[j, i], the sums of their partial sums."""
     i = tl.program_id(0)
     j = tl.program_id(1)
     if i <= j:
@@ -140,8 +145,8 @@ def _combine_kernel(
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ) -> None:
-    """BLOCK columns of the merged gradient."""
-    # From the last block to the first, so that the incomplete one, which is slow, does not come after all others.
+    """Store BLOCK columns of the merged gradient."""
+    # From the last block to the first: the incomplete block is slow, and must not run last.
     begin = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * BLOCK
     if begin + BLOCK <= num_columns:
         _combine_block(row_ptrs, weights_ptr, out_ptr, begin + tl.arange(0, BLOCK), None, NUM_ROWS, MAX_ROWS)
@@ -152,7 +157,7 @@ def _combine_kernel(
 
 
 def _gramian_of_rows(rows: Sequence[Tensor]) -> Tensor:
-    """G of up to MAX_ROWS rows."""
+    """Return G of up to MAX_ROWS rows."""
     num_rows, num_columns, vector = len(rows), rows[0].numel(), 16 // rows[0].element_size()
     num_pieces = triton.cdiv(num_columns, STEPS * LANES * vector)
     partials = rows[0].new_empty(num_rows * (num_rows + 1) // 2, num_pieces, dtype=torch.float32)
@@ -182,7 +187,7 @@ def _gramian_of_rows(rows: Sequence[Tensor]) -> Tensor:
 
 
 def gramian(grads: Sequence[Sequence[Tensor]]) -> Tensor:
-    """G [T, T] float32 on the device of the gradients."""
+    """Return G [T, T] float32 on the device of the gradients."""
     rows = [row for (row,) in grads]
     num_tasks = len(rows)
     if rows[0].numel() == 0:
@@ -200,7 +205,7 @@ def gramian(grads: Sequence[Sequence[Tensor]]) -> Tensor:
 
 
 def combine(grads: Sequence[Sequence[Tensor]], weights: Tensor, out: Sequence[Tensor]) -> None:
-    """Writes the weighted sum over tasks into `out`, one contiguous tensor, float32 or of the gradients' dtype."""
+    """Write the weighted sum over tasks into `out`: one contiguous tensor, float32 or of the gradients' dtype."""
     rows, (target,) = [row for (row,) in grads], out
     if target.numel() == 0:
         return

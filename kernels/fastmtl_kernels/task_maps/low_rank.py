@@ -2,9 +2,9 @@
 
     y = dropout(activation(x down_t + down_bias_t) up_t + up_bias_t)      for the rows of task t
 
-x, y [N, d]; down [T, d, r], up [T, r, d], down_bias [T, r], up_bias [T, d]. Dropout has a probability for each task and
-keeps by fastmtl_kernels.philox. Implementations: low_rank_triton, one launch forward and three backward (the rows, the
-weights' partial gradients, their sums); low_rank_torch; the oracle low_rank_reference, which defines every value.
+x, y [N, d]; down [T, d, r], up [T, r, d], down_bias [T, r], up_bias [T, d]. Dropout has a
+probability for each task and keeps elements by fastmtl_kernels.philox. Triton takes one launch
+forward and three backward: rows, partial gradients of the weights, their sums.
 
 Source: Stickland & Murray, BERT and PALs, 2019, section 3.1; Hu et al., LoRA, 2021.
 """
@@ -15,17 +15,17 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fastmtl_kernels.dispatch import select
 from fastmtl_kernels.task_maps.common import (
     Activation,
     Impl,
     check_activation,
     check_parameter,
     check_rows,
-    maps,
-    select,
     task_rates,
     to_autocast,
 )
+from fastmtl_kernels.task_maps.function import maps
 from fastmtl_kernels.task_sink import TaskRows, TokenOffsets
 
 
@@ -46,25 +46,29 @@ def low_rank(
 
     Args:
         x: [N, d], floating point, any strides.
-        down: [T, d, r]. Parameters of another dtype than x's are converted. A transposed view of [T, r, d] is as good.
+        down: [T, d, r]. Parameters of another dtype than x's are converted. A transposed view of
+            [T, r, d] costs nothing more.
         up: [T, r, d], or a transposed view of [T, d, r].
-        token_offsets: task t's rows are token_offsets[t]:token_offsets[t + 1]: int32 [T + 1] on x's device, or the
-            numbers on the host, or an object with both as `offsets` and `host`. impl "torch" and "reference" need them
-            on the host and wait for a GPU where they are not. Tasks may have no rows: their gradients are zero. Rows
-            past the last are a masked tail: zeros in y and in x's gradient.
+        token_offsets: task t's rows are token_offsets[t]:token_offsets[t + 1]: int32 [T + 1] on x's
+            device, or the numbers on the host, or an object with both as `offsets` and `host`. impl
+            "torch" and "reference" need them on the host, and wait for a GPU where they are not.
+            Tasks may have no rows: their gradients are zero. Rows past the last are a masked tail:
+            zeros in y and in x's gradient.
         down_bias: [T, r].
         up_bias: [T, d].
         activation: "identity", "gelu" (by erf) or "relu".
-        dropout_p: the probability of dropping an element of y, in [0, 1): one number, or one for each task.
-        seed: int64 of one element on x's device, one for each call in a step; needed where a dropout_p > 0.
-        impl: "auto", "reference", "torch" or "triton" (CUDA tensors, r <= 256, of float32 64).
+        dropout_p: the probability of dropping an element of y, in [0, 1): one number, or one for
+            each task.
+        seed: int64 of one element on x's device, one for each call in a step; needed where a
+            dropout_p > 0.
+        impl: "auto", "reference", "torch" or "triton" (CUDA tensors, r <= 256, in float32 r <= 64).
 
     Returns:
         y [N, d] of x's dtype.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value; the message names it.
-        RuntimeError: the implementation asked for is not available here; the message says why.
+        RuntimeError: the implementation is not available here; the message gives the reason.
     """
     check_rows(x)
     tasks = TaskRows.make(token_offsets, x.shape[0], x.device)
@@ -79,7 +83,7 @@ def low_rank(
     check_activation(activation)
     rates = task_rates("dropout_p", dropout_p, num_tasks, seed, x.device)
     x = to_autocast(x)
-    chosen = select(impl, x, rank, "down")
+    chosen = select("low_rank", impl, x, rank=rank)
     return maps(x, down, down_bias, up, up_bias, tasks=tasks, impl=chosen, middle=activation, rates=rates, seed=seed)
 
 

@@ -5,9 +5,10 @@
     z = softmax(Q K^T / sqrt(s / heads)) V           within each sequence; dropout of the probabilities
     y = dropout(activation(z up_t + up_bias_t))
 
-x, y [N, d]; down [T, d, s], qkv [T, s, 3 s], up [T, s, d]. Three operations: the two maps down and to Q, K and V, of
-which e is kept for backward (task_maps.common), attention (fastmtl_kernels.varlen_attention), and the map up with what
-follows it. By Triton each is one launch forward. pal_reference defines every value.
+x, y [N, d]; down [T, d, s], qkv [T, s, 3 s], up [T, s, d]. Three operations: the maps down and to
+Q, K and V, of which e is kept for backward (fastmtl_kernels.task_maps.function); attention
+(fastmtl_kernels.varlen_attention); the map up with activation and dropout. By Triton each is one
+launch forward. fastmtl_kernels.task_maps.reference defines every value.
 
 Source: Stickland & Murray, BERT and PALs, 2019, equations 2 and 3.
 """
@@ -19,19 +20,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmtl_kernels.philox import check_dropout, describe
-from fastmtl_kernels.task_maps import pal_reference
+from fastmtl_kernels.checks import check_dropout, describe
+from fastmtl_kernels.dispatch import select
+from fastmtl_kernels.task_maps import reference
 from fastmtl_kernels.task_maps.common import (
     Activation,
     Impl,
     check_activation,
     check_parameter,
     check_rows,
-    maps,
-    select,
     task_rates,
     to_autocast,
 )
+from fastmtl_kernels.task_maps.function import maps
 from fastmtl_kernels.task_sink import TaskRows, TokenOffsets
 from fastmtl_kernels.varlen_attention.api import varlen_attention
 from fastmtl_kernels.varlen_attention.plan import AttentionPlan, check_cu_seqlens
@@ -60,22 +61,29 @@ def pal(
 
     Args:
         x: [N, d], floating point, any strides.
-        down: [T, d, s]. Parameters of another dtype than x's are converted. A transposed view of [T, s, d] is as good,
-            and its gradient has the same strides; so for the other two.
-        qkv: [T, s, 3 s]: s columns each for queries, keys and values, in these the heads one after the other.
+        down: [T, d, s]. Parameters of another dtype than x's are converted. A transposed view of
+            [T, s, d] costs nothing more, and its gradient has the same strides; likewise for the
+            other two.
+        qkv: [T, s, 3 s]: s columns each for queries, keys and values, each with one head after the
+            other.
         up: [T, s, d].
-        cu_seqlens: [B + 1] int32 on x's device: the sequences, each within one task, as in varlen_attention.
-        token_offsets: task t's rows, as in low_rank. Rows past the last are zeros in y and in x's gradient.
+        cu_seqlens: [B + 1] int32 on x's device: the sequences, each within one task, as in
+            varlen_attention.
+        token_offsets: task t's rows, as in low_rank. Rows past the last are zeros in y and in x's
+            gradient.
         num_heads: s must be a multiple of it.
         down_bias: [T, s].
         qkv_bias: [T, 3 s].
         up_bias: [T, d].
         activation: "identity", "gelu" (by erf) or "relu", after the map up.
         dropout_p: the probability of dropping an attention probability, in [0, 1).
-        out_dropout_p: the probability of dropping an element of y, in [0, 1): one number, or one for each task.
-        seed: int64 of one element on x's device, one for each call in a step; needed where anything is dropped.
-        impl: "auto", "reference", "torch" (matrix products by torch, attention by what varlen_attention's "auto" takes)
-            or "triton" (CUDA tensors, s <= 256, of float32 64; head sizes as in varlen_attention).
+        out_dropout_p: the probability of dropping an element of y, in [0, 1): one number, or one
+            for each task.
+        seed: int64 of one element on x's device, one for each call in a step; needed where anything
+            is dropped.
+        impl: "auto", "reference", "torch" (matrix products by torch, attention by the
+            implementation that "auto" gives varlen_attention) or "triton" (CUDA tensors, s <= 256,
+            in float32 s <= 64; head sizes as in varlen_attention).
         plan: for the Triton kernels of attention, as in varlen_attention.
 
     Returns:
@@ -83,7 +91,7 @@ def pal(
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value; the message names it.
-        RuntimeError: the implementation asked for is not available here; the message says why.
+        RuntimeError: the implementation is not available here; the message gives the reason.
     """
     check_rows(x)
     tasks = TaskRows.make(token_offsets, x.shape[0], x.device)
@@ -105,14 +113,14 @@ def pal(
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1:
         raise ValueError(f"cu_seqlens must be an int32 tensor of shape [B + 1], got {describe(cu_seqlens)}")
     x = to_autocast(x)
-    chosen = _select(impl, x, size, size // num_heads)
+    chosen = select("pal", impl, x, rank=size, head_dim=size // num_heads)
     down, qkv, up = (parameter.to(x.dtype) for parameter in (down, qkv, up))
     down_bias, qkv_bias, up_bias = (None if b is None else b.to(x.dtype) for b in (down_bias, qkv_bias, up_bias))
     if chosen == "reference":
         offsets = cu_seqlens.tolist()
         check_cu_seqlens(offsets, x.shape[0])
         with torch.autocast(x.device.type, enabled=False):
-            return pal_reference.pal(
+            return reference.pal(
                 x, down, qkv, up, offsets, tasks, num_heads=num_heads, down_bias=down_bias, qkv_bias=qkv_bias,
                 up_bias=up_bias, activation=activation, dropout_p=dropout_p, rates=rates, seed=seed,
             )  # fmt: skip
@@ -126,18 +134,3 @@ def pal(
         plan=plan,
     ).flatten(1)
     return maps(z, None, None, up, up_bias, tasks=tasks, impl=chosen, last=activation, rates=rates, seed=seed)
-
-
-def _select(impl: str, x: Tensor, size: int, head_dim: int) -> str:
-    chosen = select(impl, x, size, "down")
-    if chosen == "triton":
-        from fastmtl_kernels.varlen_attention.triton.launch import MAX_HEAD_DIM
-
-        widest = MAX_HEAD_DIM[x.dtype]
-        if head_dim > widest:
-            if impl == "auto":
-                return "torch"
-            raise ValueError(
-                f"num_heads must give heads of at most {widest} columns in {x.dtype} for impl='triton', got {head_dim}"
-            )
-    return chosen

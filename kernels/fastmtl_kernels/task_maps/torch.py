@@ -1,26 +1,24 @@
-"""One or two linear maps per task by torch's matrix products; the formulas are in fastmtl_kernels.task_maps.common.
+"""One or two linear maps per task by torch's matrix products; fastmtl_kernels.task_maps.function has the formulas.
 
-A product for each task that has rows, written straight into its rows of the result: nothing is split, padded or
-concatenated, and an absent task's parameters are not touched. Any device and floating dtype, accumulated as torch
-does. What is kept for backward besides the inputs: what comes before and after `middle`, and what comes before `last`.
+One product for each task that has rows, written straight into the task's rows of the result:
+nothing is split, padded or concatenated, and the parameters of an absent task are not read. Any
+device and floating dtype, accumulated as torch does. Besides the inputs, backward needs the rows
+before and after `middle`, and those before `last`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastmtl_kernels.dispatch import backend, select
-from fastmtl_kernels.dropout.api import dropout
+from fastmtl_kernels.dropout.api import dropout, dropout_into
+from fastmtl_kernels.task_maps.common import Maps, Wants
 
-if TYPE_CHECKING:
-    from fastmtl_kernels.task_maps.common import Maps, Wants
-
-# Below, products with a matrix whose memory runs along its shorter axis are slow on CPUs: up to 7 times at 8.
+# Below this size, products with a matrix whose memory runs along its shorter axis are slow on CPUs:
+# up to 7 times at a size of 8.
 NARROW = 64
 
 
@@ -33,8 +31,9 @@ def forward(
     seed: Tensor | None,
     call: Maps,
 ) -> tuple[Tensor | None, ...]:
-    """y [N, d_out]; h and z [n, r] of the n rows that have tasks, None without a first map; y before `last`, None where
-    that is y.
+    """Return y [N, d_out], h and z [n, r] of the n rows that have tasks, and y before `last`.
+
+    h and z are None without a first map, y before `last` where that is y.
     """
     offsets = call.tasks.host
     h = z = before_last = None
@@ -67,7 +66,7 @@ def backward(
     call: Maps,
     wants: Wants,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x, first, first_bias, second and second_bias, None where not wanted."""
+    """Return the gradients of x, first, first_bias, second and second_bias, None where not wanted."""
     offsets = call.tasks.host
     if seed is not None:
         dy = _drop(dy, x.new_empty(dy.shape), seed, call)
@@ -86,7 +85,7 @@ def backward(
 
 
 def _maps(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, offsets: Sequence[int]) -> Tensor:
-    """Every task's rows times its weight, plus its bias, in `out`; rows of no task are left as they are."""
+    """Write every task's rows times its weight, plus its bias, into `out`; rows of no task stay unchanged."""
     for task, (start, stop) in enumerate(pairwise(offsets)):
         if start == stop:
             continue
@@ -98,7 +97,7 @@ def _maps(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, offset
 
 
 def _row_gradients(gradients: Tensor, weight: Tensor, rows: Tensor, offsets: Sequence[int]) -> Tensor:
-    """The gradient of `rows`, zeros for those of no task."""
+    """Return the gradient of `rows`, zeros for rows of no task."""
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
     _maps(gradients, _along_longer_axis(weight).mT, None, out, offsets)
     out[offsets[-1] :] = 0
@@ -106,14 +105,14 @@ def _row_gradients(gradients: Tensor, weight: Tensor, rows: Tensor, offsets: Seq
 
 
 def _along_longer_axis(weight: Tensor) -> Tensor:
-    """weight [T, in, out], copied where it is narrow and its memory runs along the shorter axis."""
+    """Return weight [T, in, out], copied where it is narrow and its memory runs along the shorter axis."""
     if min(weight.shape[1:]) > NARROW:
         return weight
     return weight.mT.contiguous().mT if weight.shape[1] > weight.shape[2] else weight.contiguous()
 
 
 def _outer(rows: Tensor, gradients: Tensor, like: Tensor, offsets: Sequence[int]) -> Tensor:
-    """rows^T gradients of every task, in the memory layout of the parameter, in which autograd takes it uncopied."""
+    """Return rows^T gradients of every task, in the parameter's memory layout: autograd then copies nothing."""
     out = torch.empty_like(like)
     fast = _along_longer_axis(out)
     for task, (start, stop) in enumerate(pairwise(offsets)):
@@ -139,7 +138,7 @@ def _activate(rows: Tensor, activation: str) -> Tensor:
 
 
 def _derive(gradients: Tensor, before: Tensor, activation: str) -> Tensor:
-    """The gradient of what an activation was given, `before`."""
+    """Return the gradient of `before`, the rows before an activation."""
     match activation:
         case "gelu":
             return torch.ops.aten.gelu_backward(gradients, before)
@@ -150,12 +149,9 @@ def _derive(gradients: Tensor, before: Tensor, activation: str) -> Tensor:
 
 
 def _drop(rows: Tensor, out: Tensor, seed: Tensor, call: Maps) -> Tensor:
-    """rows [N, d] dropped out, in `out`, which may be rows; those of no task are left as they are."""
-    kernels = backend("dropout", select("auto", rows))
+    """Write rows [N, d], dropped out, into `out`, which may be rows; rows of no task stay unchanged."""
     if len(set(call.rates)) == 1:
-        if kernels is not None and rows.device.type == "cpu":
-            return kernels.dropout(rows, call.rates[0], seed, out=out)
-        return out.copy_(dropout(rows, call.rates[0], seed))
+        return dropout_into(out, rows, call.rates[0], seed)
     for rate, (start, stop) in zip(call.rates, pairwise(call.tasks.host), strict=True):
         # Places are counted from the first of all rows, so those before the task are drawn too.
         out[start:stop] = dropout(rows[:stop], rate, seed)[start:]

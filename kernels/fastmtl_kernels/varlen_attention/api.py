@@ -1,25 +1,21 @@
-"""Attention over packed sequences: the public operation, which validates, picks an implementation and calls it.
+"""Attention over packed sequences: the public operation, which validates, selects an implementation and calls it.
 
     P = softmax(softmax_scale * Q K^T)    over the keys of the query's own sequence
     O = (keep * P / (1 - dropout_p)) V    keep[query, key] drawn by a counter generator from `seed`
 
-qkv [N, 3, heads, head_dim]; cu_seqlens [B + 1]. varlen_attention_reference defines every value, which entries dropout
-keeps among them: all implementations drop the same ones.
+qkv [N, 3, heads, head_dim]; cu_seqlens [B + 1]. fastmtl_kernels.varlen_attention.reference defines
+every value, and the entries that dropout keeps: all implementations drop the same ones.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from fastmtl_kernels.dispatch import select
-from fastmtl_kernels.philox import check_dropout, describe
+from fastmtl_kernels.checks import check_dropout, describe
+from fastmtl_kernels.dispatch import RowImpl, select
 from fastmtl_kernels.varlen_attention import cpp, reference
 from fastmtl_kernels.varlen_attention.plan import AttentionPlan, check_cu_seqlens
-
-Impl = Literal["auto", "reference", "triton", "cpp"]
 
 
 def varlen_attention(
@@ -29,39 +25,43 @@ def varlen_attention(
     softmax_scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    impl: Impl = "auto",
+    impl: RowImpl = "auto",
     plan: AttentionPlan | None = None,
 ) -> Tensor:
     """Attention of every token over its own sequence, differentiable in qkv.
 
     Args:
-        qkv: [N, 3, heads, head_dim], floating point, any strides. Rows past cu_seqlens[-1] belong to no sequence:
-            output and gradient are zero there, whatever they hold.
-        cu_seqlens: [B + 1] int32 on qkv's device, from 0 ascending to at most N; sequences may be empty.
-        softmax_scale: what the scores are multiplied with; None means head_dim ** -0.5.
+        qkv: [N, 3, heads, head_dim], floating point, any strides. Rows past cu_seqlens[-1] belong
+            to no sequence: output and gradient are zero there, whatever values they hold.
+        cu_seqlens: [B + 1] int32 on qkv's device, ascending from 0 to at most N; sequences may be
+            empty.
+        softmax_scale: the factor of the scores; None means head_dim ** -0.5.
         dropout_p: the probability of dropping an entry of P, in [0, 1).
-        seed: int64 of one element on qkv's device; needed where dropout_p > 0. Equal seeds drop equal entries.
-        impl: "auto", "reference" (plain torch, reads cu_seqlens on the host), "cpp" (CPU tensors) or "triton" (CUDA
-            tensors; float16 and bfloat16 with head_dim up to 128, float32 up to 64).
-        plan: AttentionPlan.make of cu_seqlens for qkv's rows and device, which serves every layer of a batch. The
-            Triton kernels need one; where it is None they read cu_seqlens on the host, which waits for the GPU.
+        seed: int64 of one element on qkv's device; needed where dropout_p > 0. Equal seeds drop
+            equal entries.
+        impl: "auto", "reference" (plain torch, reads cu_seqlens on the host), "cpp" (CPU tensors)
+            or "triton" (CUDA tensors; float16 and bfloat16 with head_dim up to 128, float32 up to
+            64).
+        plan: AttentionPlan.make of cu_seqlens for qkv's rows and device, which serves every layer
+            of a batch. The Triton kernels need one; where it is None they read cu_seqlens on the
+            host, which waits for the GPU.
 
     Returns:
         [N, heads, head_dim] of qkv's dtype.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or values; the message names it.
-        RuntimeError: the implementation asked for is not available here; the message says why.
+        RuntimeError: the implementation is not available here; the message gives the reason.
     """
     _check(qkv, cu_seqlens, softmax_scale, plan)
     check_dropout(dropout_p, seed, qkv.device)
-    chosen = _select(impl, qkv)
     scale = qkv.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    chosen = select("varlen_attention", impl, qkv, head_dim=qkv.shape[-1])
     if chosen == "triton":
-        from fastmtl_kernels.varlen_attention.triton import launch as varlen_attention_triton
+        from fastmtl_kernels.varlen_attention.triton import launch
 
         plan = plan or AttentionPlan.make(cu_seqlens.tolist(), qkv.shape[0], qkv.device)
-        return varlen_attention_triton.varlen_attention(qkv, plan, scale, dropout_p, seed)
+        return launch.varlen_attention(qkv, plan, scale, dropout_p, seed)
     offsets = cu_seqlens.tolist()
     check_cu_seqlens(offsets, qkv.shape[0])
     if chosen == "cpp":
@@ -69,23 +69,8 @@ def varlen_attention(
     return reference.varlen_attention(qkv, offsets, scale, dropout_p, seed)
 
 
-def _select(impl: str, qkv: Tensor) -> str:
-    chosen = select(impl, qkv)
-    if chosen == "triton":
-        from fastmtl_kernels.varlen_attention.triton.launch import MAX_HEAD_DIM
-
-        if qkv.shape[3] > MAX_HEAD_DIM[qkv.dtype]:
-            if impl == "auto":
-                return "reference"
-            raise ValueError(
-                f"qkv must have head_dim <= {MAX_HEAD_DIM[qkv.dtype]} in {qkv.dtype} for impl='triton', "
-                f"got {qkv.shape[3]}"
-            )
-    return chosen
-
-
 def _check(qkv: Tensor, cu_seqlens: Tensor, softmax_scale: float | None, plan: AttentionPlan | None) -> None:
-    """Raises a ValueError that names the argument whose type, shape, dtype or device is wrong; reads no tensor."""
+    """Check types, shapes, dtypes and devices. The ValueError names the wrong argument; no tensor is read."""
     if not isinstance(qkv, Tensor) or qkv.dim() != 4 or qkv.shape[1] != 3 or not qkv.is_floating_point():
         raise ValueError(f"qkv must be floating point of shape [N, 3, heads, head_dim], got {describe(qkv)}")
     if qkv.shape[2] == 0 or qkv.shape[3] == 0:

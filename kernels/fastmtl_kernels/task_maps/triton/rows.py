@@ -1,51 +1,26 @@
-"""One or two linear maps per task by Triton; the formulas are in fastmtl_kernels.task_maps.common.
+"""One or two linear maps per task by Triton: the kernels of the rows, forward and backward.
 
-x [num_rows, D_IN], h [num_rows, RANK], y [num_rows, D_OUT] contiguous; first [T, D_IN, RANK] and second [T, RANK,
-D_OUT] dense in either order of their two axes; token_offsets [T + 1] int32. float32, float16 or bfloat16, all the same;
-sums are float32, operands of the dots have the rows' dtype. RANK is padded with zeros to a power of two, 16 at least.
+x [num_rows, D_IN], h [num_rows, RANK], y [num_rows, D_OUT] contiguous; first [T, D_IN, RANK] and
+second [T, RANK, D_OUT] dense in either order of their last two axes; token_offsets [T + 1] int32.
+All tensors are float32, float16 or bfloat16; sums are float32, operands of the dots have the rows'
+dtype. RANK is padded with zeros to a power of two, at least 16. fastmtl_kernels.task_maps.function
+has the formulas.
 
-A program owns a block of rows of one task, which it finds from the offsets on the device: no table is made on the
-host, nothing waits. It keeps its z [BLOCK_M, RANK] in registers between the two maps, so that x and y are moved once.
-What is kept for backward is h, in the rows' dtype; y before `last` is computed again. Rows of no task are one more
-segment, whose y and dx are zeros. Weight gradients: low_rank_weights_triton.
+A program owns a block of rows of one task, which it finds from the offsets on the device: the host
+makes no table and waits for nothing. z [BLOCK_M, RANK] stays in registers between the two maps, so
+that x and y are moved once. Rows of no task are one more segment, whose y and dx are zeros.
 
-Limits: RANK up to 256, of float32 up to 64. Equal inputs give equal bits. Source: as
-fastmtl_kernels.task_maps.reference.
+Limits: RANK up to 256, in float32 up to 64. Equal inputs give equal bits.
+Source: as fastmtl_kernels.task_maps.reference.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from fastmtl_kernels.dropout.triton import keep_rows
-from fastmtl_kernels.task_maps.common import dropout_table
-
-if TYPE_CHECKING:
-    from fastmtl_kernels.task_maps.common import Maps, Wants
-
-
-@triton.jit
-def activate(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
-    if ACTIVATION == "gelu":
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    if ACTIVATION == "relu":
-        x = tl.where(x < 0, 0.0, x)
-    return x
-
-
-@triton.jit
-def derive(gradient: tl.tensor, x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
-    """gradient times the derivative of the activation at x."""
-    if ACTIVATION == "gelu":
-        gradient *= 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + 0.3989422804014327 * x * tl.exp(-0.5 * x * x)
-    if ACTIVATION == "relu":
-        gradient = tl.where(x > 0, gradient, 0.0)
-    return gradient
+from fastmtl_kernels.task_maps.triton.common import activate, derive
 
 
 @triton.jit
@@ -56,9 +31,10 @@ def _block_of_task(
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """The task of this program, num_tasks for rows of none, its first row, and the row past the task's last.
+    """Return the task of this program, its first row, and the row past the task's last row.
 
-    Without rows left for it, the two are equal.
+    The task is num_tasks for rows of no task. A program without rows gets a first row past the
+    last.
     """
     offs_t = tl.arange(0, BLOCK_T)
     begins = tl.load(token_offsets_ptr + offs_t, mask=offs_t <= num_tasks, other=num_rows)
@@ -92,7 +68,7 @@ def _store_zeros(
 @triton.jit(
     do_not_specialize=["num_rows", "num_tasks"], do_not_specialize_on_alignment=["seed_ptr", "token_offsets_ptr"]
 )
-def _maps_fwd_kernel(
+def maps_fwd_kernel(
     x_ptr: tl.tensor,
     first_ptr: tl.tensor,
     first_bias_ptr: tl.tensor,
@@ -109,7 +85,7 @@ def _maps_fwd_kernel(
     D_IN: tl.constexpr,
     RANK: tl.constexpr,
     D_OUT: tl.constexpr,
-    FIRST_IN: tl.constexpr,  # strides of first and second along their columns of x, z and y
+    FIRST_IN: tl.constexpr,  # strides of first and second along the columns of x, z and y
     FIRST_RANK: tl.constexpr,
     SECOND_RANK: tl.constexpr,
     SECOND_OUT: tl.constexpr,
@@ -173,7 +149,7 @@ def _maps_fwd_kernel(
 @triton.jit(
     do_not_specialize=["num_rows", "num_tasks"], do_not_specialize_on_alignment=["seed_ptr", "token_offsets_ptr"]
 )
-def _maps_bwd_kernel(
+def maps_bwd_kernel(
     dy_ptr: tl.tensor,
     h_ptr: tl.tensor,
     first_ptr: tl.tensor,
@@ -208,8 +184,10 @@ def _maps_bwd_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """dx; dh, the gradient of h; where `middle` does anything, z; where `last` does, dlast, the gradient of what it is
-    given.
+    """Store dx and dh, the gradient of h.
+
+    With an activation `middle`, also store z; with an activation `last`, also store dlast, the
+    gradient of its input.
     """
     task, first_row, end = _block_of_task(token_offsets_ptr, num_rows, num_tasks, BLOCK_M, BLOCK_T)
     rows = first_row + tl.arange(0, BLOCK_M)
@@ -221,7 +199,7 @@ def _maps_bwd_kernel(
         mask_h = mask_m[:, None] & mask_r[None, :]
         offs_h = rows_wide * RANK + offs_r[None, :]
         second_ptr += task.to(tl.int64) * (RANK * D_OUT)
-        # Before dh takes its registers.
+        # Stored before dh occupies registers.
         if MIDDLE != "identity":
             h = tl.load(h_ptr + offs_h, mask_h, 0.0).to(tl.float32)
             z = activate(h, MIDDLE).to(h_ptr.dtype.element_ty)
@@ -265,153 +243,3 @@ def _maps_bwd_kernel(
             tl.store(dx_ptr + offs_h, dh.to(dx_ptr.dtype.element_ty), mask_h)
     elif STORE_DX:
         _store_zeros(dx_ptr, rows, mask_m, D_IN, BLOCK_M, BLOCK_D)
-
-
-def dense(weight: Tensor) -> Tensor:
-    """The weight [T, a, b] itself where its memory is [T, a, b] or [T, b, a] without gaps, else a copy."""
-    return weight if weight.is_contiguous() or weight.mT.is_contiguous() else weight.contiguous()
-
-
-def constants(x: Tensor, first: Tensor | None, second: Tensor, dropout: bool) -> dict[str, Any]:
-    """What all kernels are compiled with, but for the shapes of their blocks."""
-    rank, d_out = second.shape[1:]
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return {
-        "D_IN": x.shape[1],
-        "RANK": rank,
-        "D_OUT": d_out,
-        "FIRST_IN": 0 if first is None else first.stride(1),
-        "FIRST_RANK": 0 if first is None else first.stride(2),
-        "SECOND_RANK": second.stride(1),
-        "SECOND_OUT": second.stride(2),
-        "HAS_FIRST": first is not None,
-        "DROPOUT": dropout,
-        # Three tensor core products in place of one give float32 back its digits.
-        "PRECISION": "tf32x3" if x.dtype == torch.float32 and not allowed else "tf32",
-        "BLOCK_R": max(16, triton.next_power_of_2(rank)),
-        "enable_fp_fusion": True,
-    }
-
-
-def dropout_pointers(seed: Tensor | None, call: Maps, device: torch.device) -> dict[str, Tensor | None]:
-    thresholds, scales = (None, None) if seed is None else dropout_table(call.rates, device)
-    return {"seed_ptr": seed, "thresholds_ptr": thresholds, "scales_ptr": scales}
-
-
-def _blocks(x: Tensor, rank: int, call: Maps, derives_last: bool = False) -> dict[str, Any]:
-    """Shapes of the blocks that keep the kernels within registers and shared memory.
-
-    derives_last: for backward, which then holds z and dh at once.
-    """
-    shape: dict[str, Any] = {"num_warps": 4 if rank <= 64 else 8}
-    if x.dtype == torch.float32:
-        shape |= {"BLOCK_M": 32, "BLOCK_D": 32, "num_stages": 2}
-    elif derives_last and rank > 128:
-        shape |= {"BLOCK_M": 64, "BLOCK_D": 32, "num_stages": 3}
-    else:
-        shape |= {"BLOCK_M": 64, "BLOCK_D": 64, "num_stages": 3 if rank <= 128 else 2}
-    return shape | {"BLOCK_T": triton.next_power_of_2(call.tasks.num_tasks + 1)}
-
-
-def _grid(num_rows: int, num_tasks: int, block_m: int) -> tuple[int]:
-    """As many programs as the tasks and the rest can have blocks, however the rows are shared out."""
-    return (num_rows // block_m + num_tasks + 1,)
-
-
-def forward(
-    x: Tensor,
-    first: Tensor | None,
-    first_bias: Tensor | None,
-    second: Tensor,
-    second_bias: Tensor | None,
-    seed: Tensor | None,
-    call: Maps,
-) -> tuple[Tensor | None, ...]:
-    """y [N, d_out]; h [N, r], None without a first map and where no backward may come."""
-    num_rows, num_tasks = x.shape[0], call.tasks.num_tasks
-    rank, d_out = second.shape[1:]
-    y = torch.empty(num_rows, d_out, dtype=x.dtype, device=x.device)
-    store_h = first is not None and call.saves
-    h = torch.empty(num_rows, rank, dtype=x.dtype, device=x.device) if store_h else None
-    first, second = None if first is None else dense(first), dense(second)
-    shape = _blocks(x, rank, call)
-    if num_rows:
-        with torch.cuda.device_of(x):
-            _maps_fwd_kernel[_grid(num_rows, num_tasks, shape["BLOCK_M"])](
-                x_ptr=x.contiguous(),
-                first_ptr=first,
-                first_bias_ptr=None if first_bias is None else first_bias.contiguous(),
-                second_ptr=second,
-                second_bias_ptr=None if second_bias is None else second_bias.contiguous(),
-                token_offsets_ptr=call.tasks.offsets,
-                h_ptr=h,
-                y_ptr=y,
-                num_rows=num_rows,
-                num_tasks=num_tasks,
-                HAS_FIRST_BIAS=first_bias is not None,
-                HAS_SECOND_BIAS=second_bias is not None,
-                STORE_H=store_h,
-                MIDDLE=call.middle,
-                LAST=call.last,
-                **dropout_pointers(seed, call, x.device),
-                **constants(x, first, second, seed is not None),
-                **shape,
-            )
-    return y, h
-
-
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    first: Tensor | None,
-    second: Tensor,
-    second_bias: Tensor | None,
-    seed: Tensor | None,
-    h: Tensor | None,
-    *,
-    call: Maps,
-    wants: Wants,
-) -> tuple[Tensor | None, ...]:
-    """The gradients of x, first, first_bias, second and second_bias, None where not wanted."""
-    from fastmtl_kernels.task_maps.triton.weights import weight_gradients
-
-    num_rows, num_tasks = x.shape[0], call.tasks.num_tasks
-    x, dy = x.contiguous(), dy.contiguous()
-    store_dx = wants.x or first is None
-    dx = torch.empty_like(x) if store_dx else None
-    dh = None if h is None else torch.empty_like(h)
-    z = None if h is None or call.middle == "identity" else torch.empty_like(h)
-    dlast = None if call.last == "identity" else torch.empty_like(dy)
-    dense_first, dense_second = None if first is None else dense(first), dense(second)
-    shape = _blocks(x, second.shape[1], call, derives_last=call.last != "identity")
-    if num_rows:
-        with torch.cuda.device_of(x):
-            _maps_bwd_kernel[_grid(num_rows, num_tasks, shape["BLOCK_M"])](
-                dy_ptr=dy,
-                h_ptr=x if h is None else h,
-                first_ptr=dense_first,
-                second_ptr=dense_second,
-                second_bias_ptr=None if second_bias is None else second_bias.contiguous(),
-                token_offsets_ptr=call.tasks.offsets,
-                z_ptr=z,
-                dlast_ptr=dlast,
-                dh_ptr=dh,
-                dx_ptr=dx,
-                num_rows=num_rows,
-                num_tasks=num_tasks,
-                HAS_SECOND_BIAS=second_bias is not None,
-                STORE_DX=store_dx,
-                MIDDLE=call.middle,
-                LAST=call.last,
-                **dropout_pointers(seed, call, x.device),
-                **constants(x, dense_first, dense_second, seed is not None),
-                **shape,
-            )
-    if not any(wants[1:]):
-        return dx, None, None, None, None
-    if dlast is not None:  # in which dropout is done
-        dy, seed = dlast, None
-    if z is None:
-        z = x if h is None else h
-    gradients = weight_gradients(x, dy, z, dh, dense_first, dense_second, seed, call, wants)
-    return dx if wants.x else None, *gradients

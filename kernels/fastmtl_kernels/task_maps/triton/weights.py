@@ -3,20 +3,22 @@
     dsecond_t = z^T dy    dsecond_bias_t = sum dy    over the rows of task t; z = x without a first map
     dfirst_t  = x^T dh    dfirst_bias_t  = sum dh
 
-x [num_rows, D_IN], dy [num_rows, D_OUT], z and dh [num_rows, RANK] contiguous, of one dtype; dy is dropped out here
-where there is a seed. Sums are float32; results have the dtype and the strides of the parameters.
+x [num_rows, D_IN], dy [num_rows, D_OUT], z and dh [num_rows, RANK] contiguous, of one dtype; where
+there is a seed, dropout is applied to dy here. Sums are float32; results have the dtype and the
+strides of the parameters.
 
-Programs own equal chunks of consecutive rows and BLOCK_D columns of dy or of x, so tasks of unequal size cost no
-balance. A chunk's part of task t is slot chunk + t of the partial sums, since along the rows one of the two grows with
-every part. A slot is laid out as the parameters' memory, one after the other. A second kernel adds up the slots of each
-task in their order: no atomics, equal inputs give equal bits.
+Programs own equal chunks of consecutive rows and BLOCK_D columns of dy or of x, so tasks of unequal
+size do not unbalance them. A chunk's part of task t is slot chunk + t of the partial sums, since
+along the rows one of the two increases with every part. A slot has the memory layout of the
+parameters, one after the other. A second kernel adds up the slots of each task in order, without
+atomics: equal inputs give equal bits.
 
 Source: as fastmtl_kernels.task_maps.reference.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -24,14 +26,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmtl_kernels.dropout.triton import keep_rows
-from fastmtl_kernels.task_maps.triton.rows import constants, dropout_pointers
-
-if TYPE_CHECKING:
-    from fastmtl_kernels.task_maps.common import Maps, Wants
+from fastmtl_kernels.task_maps.common import Maps, Wants
+from fastmtl_kernels.task_maps.triton.common import constants, dropout_pointers
 
 # Enough to fill the device; more chunks would write more partial sums.
 PROGRAMS_PER_MULTIPROCESSOR = 2
-# Rows below which a chunk is not worth its partial sums.
+# Rows below which a chunk costs less than its partial sums would.
 MIN_CHUNK = 256
 BLOCK_SLOTS = 16
 BLOCK_COLUMNS = 256
@@ -57,7 +57,7 @@ def _outer_product(
     SUM_NARROW: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """wide^T narrow [BLOCK_D, BLOCK_R] over rows begin:end, and the sums of wide and narrow if wanted."""
+    """Return wide^T narrow [BLOCK_D, BLOCK_R] over rows begin:end, and the sums of wide and narrow if wanted."""
     offs_d = column + tl.arange(0, BLOCK_D)
     offs_r = tl.arange(0, BLOCK_R)
     mask_d = offs_d < D
@@ -109,7 +109,7 @@ def _weights_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SLOT: tl.constexpr,  # the size of a slot, and where in it the parameters begin
+    SLOT: tl.constexpr,  # the size of a slot, and the first element of each parameter in it
     SECOND_BIAS: tl.constexpr,
     FIRST: tl.constexpr,
     FIRST_BIAS: tl.constexpr,
@@ -213,10 +213,10 @@ def weight_gradients(
     call: Maps,
     wants: Wants,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of first, first_bias, second and second_bias, None where not wanted.
+    """Return the gradients of first, first_bias, second and second_bias, None where not wanted.
 
-    x, dy contiguous, first and second dense; dh None without a first map; seed: that of the dropout still to be done
-    on dy.
+    x and dy are contiguous, first and second dense; dh is None without a first map. seed: None
+    where dropout is applied to dy already.
     """
     num_rows, num_tasks = x.shape[0], call.tasks.num_tasks
     rank, d_out = second.shape[1:]
@@ -267,7 +267,7 @@ def weight_gradients(
 
 
 def _slot(d_in: int, rank: int, d_out: int, wants: Wants) -> dict[str, int]:
-    """The size of a slot of partial sums and where in it the parameters begin: second, its bias, first, its bias."""
+    """Return the size of a slot and the first element of second, its bias, first and its bias in it."""
     second_bias = d_out * rank
     first = second_bias + (d_out if wants.second_bias else 0)
     first_bias = first + d_in * rank
@@ -276,13 +276,13 @@ def _slot(d_in: int, rank: int, d_out: int, wants: Wants) -> dict[str, int]:
 
 
 def _blocks(x: Tensor, rank: int) -> dict[str, Any]:
-    """Shapes of the blocks that keep the kernel within registers and shared memory of sm_80."""
+    """Return shapes of blocks that keep the kernel within registers and shared memory of sm_80."""
     if x.dtype == torch.float32:
         return {"BLOCK_K": 32, "BLOCK_D": 32, "num_warps": 4 if rank <= 64 else 8, "num_stages": 2}
-    # Rows of the widest ranks come by 32: with 64 of them triton 3.6 spills on sm_90 where there is dropout.
+    # With 64 rows of the widest ranks, Triton 3.6 spills on sm_90 where there is dropout.
     return {"BLOCK_K": 64 if rank <= 128 else 32, "BLOCK_D": 64, "num_warps": 4 if rank <= 64 else 8, "num_stages": 3}
 
 
 def _num_multiprocessors(device: torch.device) -> int:
-    """A few where there is no GPU: in the interpreter and in compilation ahead of time."""
+    """Return 2 where there is no GPU: in the interpreter and in compilation ahead of time."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

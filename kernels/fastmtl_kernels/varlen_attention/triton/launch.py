@@ -36,8 +36,6 @@ from fastmtl_kernels.varlen_attention.plan import AttentionPlan
 from fastmtl_kernels.varlen_attention.triton.long import long_bwd_kernel, long_fwd_kernel
 from fastmtl_kernels.varlen_attention.triton.short import tile_bwd_kernel, tile_fwd_kernel
 
-# One program holds a whole head; float32 of 128 would pass the shared memory of an A100.
-MAX_HEAD_DIM = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 64}
 _LOG2_E = 1.4426950408889634
 
 

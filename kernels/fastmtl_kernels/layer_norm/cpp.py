@@ -1,0 +1,85 @@
+"""LayerNorm over sums of rows by the C++ kernels of csrc/add_layer_norm_cpu.cpp.
+
+float32, bfloat16 and float16 rows; arithmetic in float32. Rows of another dtype than the first's
+are converted before the kernel runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl_kernels.cast import cast
+from fastmtl_kernels.layer_norm.common import RowNorm
+from fastmtl_kernels.philox import keep_threshold
+
+
+def forward(
+    residual: Tensor,
+    x: Tensor,
+    ts: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor | None,
+    mask: Tensor | None,
+    call: RowNorm,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return y and z [N, d] of residual's dtype, and mean and rstd [N] float32.
+
+    z, mean and rstd are written for rows that have tasks only. mask uint8 [N, 8 ceil(d / 64)], if
+    given, receives one bit per element: whether it is dropped.
+    """
+    num_rows = residual.shape[0]
+    y = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    # A row of z is read before y's is written, so z can share y's memory where no backward comes.
+    z = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device) if call.saves else y
+    mean, rstd = (torch.empty(num_rows, dtype=torch.float32, device=residual.device) for _ in range(2))
+    torch.ops.fastmtl.add_layer_norm_out(
+        residual.contiguous(),
+        cast(x, residual.dtype).contiguous(),
+        None if ts is None else cast(ts, residual.dtype).contiguous(),
+        None,
+        cast(weight, torch.float32).contiguous(),
+        cast(bias, torch.float32).contiguous(),
+        seed,
+        keep_threshold(call.dropout_p),
+        1 / (1 - call.dropout_p),
+        call.eps,
+        call.tasks.host[-1],
+        y,
+        z,
+        mean,
+        rstd,
+        mask,
+    )
+    return y, z, mean, rstd
+
+
+def backward(
+    dy: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, mask: Tensor | None, call: RowNorm
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return dz and dx [N, d] and the gradients of weight and bias.
+
+    dx: None without a mask, where it equals dz. The gradients of weight and bias are float32
+    [2, T, d] for a sink, and [2, 1, d] over all tasks without one.
+    """
+    dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    dx = None if mask is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    totals = torch.empty(3, call.tasks.num_tasks, z.shape[1], dtype=torch.float32, device=z.device)
+    torch.ops.fastmtl.add_layer_norm_backward_out(
+        cast(dy, z.dtype).contiguous(),
+        z,
+        mean,
+        rstd,
+        cast(weight, torch.float32).contiguous(),
+        mask,
+        1 / (1 - call.dropout_p),
+        call.tasks.offsets,
+        dz,
+        dx,
+        totals,
+    )
+    totals = totals[:2]
+    if call.sink is None and call.tasks.num_tasks > 1:
+        totals = totals.sum(1, keepdim=True)  # both at once
+    return dz, dx, totals

@@ -1,0 +1,41 @@
+"""Plain-torch oracle of LayerNorm over the rows of tasks, for add_layer_norm and embed_layer_norm.
+
+    y = (z - mean(z)) / sqrt(var(z) + eps) * weight + bias    mean and biased variance over columns
+
+z [n, d] has the n rows that belong to tasks; weight, bias [d]. Every task gets its own copy of the
+parameters, so that the gradients of its rows go to the sink on their own.
+
+Source: Ba et al., Layer Normalization, 2016.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl_kernels.task_sink import TaskRows, TaskSink, per_task
+
+
+def layer_norm(
+    z: Tensor, weight: Tensor, bias: Tensor, eps: float, tasks: TaskRows, task_grads: TaskSink | None
+) -> Tensor:
+    """Return y [n, d] in the dtype of z."""
+    task_of_row = task_index(tasks)
+    centred = z - z.mean(-1, keepdim=True)
+    normalised = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    weights, biases = (per_task(parameter, tasks.num_tasks, z.dtype, task_grads) for parameter in (weight, bias))
+    return normalised * weights[task_of_row] + biases[task_of_row]
+
+
+def task_index(tasks: TaskRows) -> Tensor:
+    """Return the task of every row that has one, int64 [token_offsets[-1]]."""
+    sizes = tasks.offsets.diff()
+    return torch.arange(tasks.num_tasks, device=sizes.device).repeat_interleave(sizes, output_size=tasks.host[-1])
+
+
+def zeros_like_tail(rows: Tensor, stop: int) -> Tensor:
+    """Return zeros [N - stop, d] for the rows from `stop` on.
+
+    The rows are filled, not created, so that a result without any row has a gradient.
+    """
+    return rows[stop:].masked_fill(torch.ones((), dtype=torch.bool, device=rows.device), 0.0)

@@ -1,0 +1,24 @@
+"""The Triton kernels of pool on a GPU, against the oracle: outputs and gradients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pool_cases import Case, cases, check
+
+from fastmtl_kernels.dispatch import unsupported_reason
+
+NO_GPU = unsupported_reason("pool", "triton", torch.device("cuda"))
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)]
+# Few widths: each is a compilation.
+WIDTHS = [1, 33, 384, 768]
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases(max_length=512), columns=st.sampled_from(WIDTHS))
+def test_any_case(case: Case, columns: int) -> None:
+    check(replace(case, columns=columns), "triton", "cuda")
