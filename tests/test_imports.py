@@ -39,10 +39,7 @@ FORBIDDEN = {
 }
 
 # Circles and upward imports that are being removed. A line goes as soon as its import is gone.
-KNOWN_CIRCLES = {
-    "fastmtl_kernels.task_maps.common, fastmtl_kernels.task_maps.reference, fastmtl_kernels.task_maps.torch, "
-    "fastmtl_kernels.task_maps.triton.rows, fastmtl_kernels.task_maps.triton.weights",
-}
+KNOWN_CIRCLES: set[str] = set()
 KNOWN_UPWARD: set[str] = set()
 
 Graph = dict[str, dict[str, str]]  # module -> imported module -> kind: "normal", "type-only" or "late"

@@ -1,7 +1,8 @@
-"""Kernels of multi-task training behind one public interface; they need torch and nothing else of fastmtl.
+"""Kernels of multi-task training behind one public interface; they need torch and no other part of fastmtl.
 
-Every operation takes `impl`: "auto" picks by device and dtype what is fastest there, a name asks for that one and never
-gets another. `implementations()` lists what there is, what is missing and why.
+Every operation takes `impl`: "auto" selects the fastest implementation for the device and dtypes; a
+named implementation never falls back to another. `implementations()` lists all of them, with the
+reason where one is not available.
 """
 
 from __future__ import annotations

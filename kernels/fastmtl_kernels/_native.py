@@ -1,4 +1,4 @@
-"""The compiled libraries: _C of csrc/*.cpp and _CUDA of csrc/*.cu, which lie beside this file."""
+"""The compiled libraries beside this file: _C of csrc/*.cpp and _CUDA of csrc/*.cu."""
 
 from __future__ import annotations
 
@@ -10,25 +10,28 @@ import torch
 
 @cache
 def why_unavailable() -> str:
-    """Loads the library of the C++ kernels: the reason why it cannot be used here, "" where it can."""
+    """Load the library of the C++ kernels; return the reason why it cannot be used here, "" where it can."""
     return _load("_C", "C++", "with a C++ compiler and torch installed")
 
 
 @cache
 def why_no_cuda_library() -> str:
-    """Loads the library of the CUDA kernels: the reason why there is none, "" where there is. Needs no GPU."""
-    # The operators are defined in the C++ library, which this one only adds to.
+    """Load the library of the CUDA kernels; return the reason why there is none, "" where there is.
+
+    Needs no GPU.
+    """
+    # The C++ library defines the operators, to which this one only adds implementations.
     return why_unavailable() or _load("_CUDA", "CUDA", "with nvcc and a CUDA build of torch installed")
 
 
 @cache
 def why_no_cuda(device: torch.device) -> str:
-    """The reason why the CUDA kernels cannot be used on a GPU, "" where they can."""
+    """Return the reason why the CUDA kernels cannot be used on a GPU, "" where they can."""
     reason = why_no_cuda_library()
     if reason:
         return reason
     try:
-        # Only a launch shows whether they were built for this GPU and its driver takes them.
+        # Only a launch shows whether they are built for this GPU and its driver.
         torch.ops.fastmtl.gramian([torch.zeros(1, device=device)], 1)
     except RuntimeError as error:
         return f"the CUDA kernels do not run on {device}: {str(error).splitlines()[0]}"
@@ -36,9 +39,9 @@ def why_no_cuda(device: torch.device) -> str:
 
 
 def _load(library: str, kernels: str, needs: str) -> str:
-    """The reason why a library cannot be loaded, "" once it is.
+    """Load a library; return the reason why it cannot be loaded, "" where it is.
 
-    A build that makes no library puts its reason in the place of it: it saw the compiler and the torch that were there.
+    A build that makes no library writes the reason in its place: it knows the compiler and torch.
     """
     folder = Path(__file__).parent
     libraries = sorted(folder.glob(f"{library}.*so"))

@@ -1,4 +1,4 @@
-"""A tensor in another dtype."""
+"""Conversion of a tensor to another dtype."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x.to(dtype), and x itself where it has it: `to` is a call of an operator even then, of several in each layer."""
+    """Return x.to(dtype), without calling an operator where x has the dtype already."""
     return x if x.dtype == dtype else x.to(dtype)

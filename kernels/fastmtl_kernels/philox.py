@@ -1,16 +1,17 @@
-"""Philox4x32-10 in plain torch, and which elements of a matrix dropout keeps by it.
+"""Philox4x32-10 in plain torch, and the mask of row-wise dropout.
 
-Whether an element is kept is a pure function of the seed and of its place, so that backward draws it again and every
-implementation draws the same. In a matrix whose rows are tokens:
+The mask is a function of the seed and of an element's place, so that backward draws it again and
+every implementation draws the same. In a matrix whose rows are tokens:
 
     words = Philox4x32-10(key = seed, counter = (column // 4, row, 0, 1))
     keep[row, column] = int32(words[column % 4]) >= round(2^32 dropout_p) - 2^31
 
-A fair 32-bit word makes the probability exact to 2^-33. The counter's last word is 0 for attention's dropout
-(fastmtl_kernels.varlen_attention.reference), so one seed may serve both; two calls with the same seed drop the same
-places, so every row-wise dropout of a step needs a seed of its own.
+The probability is exact to 2^-33. The counter's last word is 0 for attention's dropout
+(fastmtl_kernels.varlen_attention.reference), so one seed may serve both. Two calls with the same
+seed drop the same places, so every row-wise dropout of a step needs its own seed.
 
-Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011 (the generator behind Triton's `tl.rand` too).
+Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011 (also the generator of
+Triton's `tl.rand`).
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ _WORD = 0xFFFFFFFF
 
 
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 with the 64-bit key `seed`: four words in [0, 2^32) for each counter, all of them int64 tensors.
+    """Philox4x32-10 with the 64-bit key `seed`: four words in [0, 2^32) for each counter, int64 tensors.
 
-    A product of two words passes 2^63, but its bits are right, which is all that is used of it.
+    A product of two words may overflow int64; only its bits are used, and they are right.
     """
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(10):
@@ -36,12 +37,12 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tupl
 
 
 def keep_threshold(dropout_p: float) -> int:
-    """The smallest signed 32-bit word that is kept."""
+    """Return the smallest signed 32-bit word whose element is kept."""
     return min(round(dropout_p * 2**32), 2**32 - 1) - 2**31
 
 
 def keep_mask(seed: Tensor, num_rows: int, num_columns: int, dropout_p: float) -> Tensor:
-    """What row-wise dropout keeps: bool [num_rows, num_columns] on the seed's device."""
+    """Return the mask of kept elements, bool [num_rows, num_columns] on the seed's device."""
     groups = torch.arange((num_columns + 3) // 4, device=seed.device)
     rows = torch.arange(num_rows, device=seed.device)[:, None]
     zero = torch.zeros_like(groups)

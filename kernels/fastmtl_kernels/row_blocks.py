@@ -1,21 +1,22 @@
-"""Blocks of whole rows, for the row-wise Triton kernels: their shapes and how they are loaded."""
+"""Blocks of whole rows for the row-wise Triton kernels: their shapes, and loads of them."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-# Elements of a thread: two 16-byte vectors of the half types.
+# Elements per thread: two 16-byte vectors of the half types.
 PER_THREAD = 16
 
 
 @triton.jit
 def load_rows(ptr: tl.tensor, offs: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """Load elements in float32, zeros where the mask is false."""
     return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
 
 
 def block_shape(num_columns: int, per_thread: int = PER_THREAD) -> dict[str, int]:
-    """BLOCK_M, BLOCK_D and launch options for whole rows of this many columns, `per_thread` elements to a thread."""
+    """Return BLOCK_M, BLOCK_D and launch options for whole rows of this many columns."""
     block_d = max(16, triton.next_power_of_2(num_columns))
     num_warps = min(max(block_d // 128, 1), 16)
     block_m = max(per_thread * 32 * num_warps // block_d, 1)

@@ -1,8 +1,8 @@
-"""Where operations with shared parameters send one gradient per task, and which rows belong to which task.
+"""The destination of gradients per task, and the rows that belong to each task.
 
-An operation is handed a sink only for a forward and backward that should write task gradients. Its backward computes
-the T gradients of a parameter, since rows of different tasks never mix, and asks the sink what autograd gets. The sink
-is known by what it does (`TaskSink`), not by its class: the layers above implement it.
+A forward that should write task gradients receives a sink. Rows of different tasks never mix, so
+its backward computes the T gradients of a parameter and asks the sink for the gradient that autograd
+gets. `TaskSink` is a protocol: the layers above implement it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastmtl_kernels.upload import upload
 
 
 class Offsets(Protocol):
-    """Token offsets on both sides, so that nothing has to be copied."""
+    """Token offsets on the device and on the host, so that no copy is needed."""
 
     @property
     def offsets(self) -> Tensor: ...
@@ -35,32 +35,37 @@ TokenOffsets = Tensor | Sequence[int] | Offsets
 
 
 class TaskSink(Protocol):
-    """What takes task gradients.
+    """A destination of task gradients.
 
-    anchor: a scalar that requires a gradient and that embeddings take into the graph, so that a backward that asks for
-        no parameter still runs through them.
+    anchor: a scalar that requires a gradient. Embeddings take it into the graph, so that a backward
+    that asks for no parameter still runs through them.
     """
 
     anchor: Tensor
 
     def expect(self, *parameters: Any) -> None:
-        """A forward uses these parameters: as many deliveries will come."""
+        """Announce parameters that a forward uses; each will be delivered once."""
 
     def deliver(self, parameter: Any, gradients: Tensor) -> Tensor | None:
-        """The gradient of `parameter` for autograd, None where the sink keeps `gradients`, float32 [T, *shape].
+        """Take `gradients`, float32 [T, *shape]; return the parameter's gradient for autograd.
 
-        `parameter` is the object that forward was given, since saved tensors come back as others.
+        None: the sink keeps the gradients. `parameter` is the object that forward received, since
+        saved tensors come back as other objects.
         """
 
     def deliver_rows(self, table: Any, ids: Tensor, rows: Tensor, token_offsets: tuple[int, ...]) -> Tensor | None:
-        """As `deliver`, of an embedding table [V, d] that gave its rows `ids` [N], int64, which have the gradients
-        `rows` [N, d]; token_offsets: those of the tasks among the N.
+        """Take the gradients `rows` [N, d] of the rows `ids` [N], int64, of an embedding table [V, d].
+
+        token_offsets: the offsets of the tasks among the N. The result is that of `deliver`.
         """
 
 
 @dataclass(frozen=True, eq=False)
 class TaskRows:
-    """The rows of T tasks: task t owns rows offsets[t]:offsets[t + 1] of num_rows, the rest belongs to none."""
+    """The rows of T tasks: task t owns rows offsets[t]:offsets[t + 1] of num_rows.
+
+    Rows past the last offset belong to no task. known: the offsets, where the host knows them.
+    """
 
     offsets: Tensor
     num_rows: int
@@ -72,19 +77,19 @@ class TaskRows:
 
     @property
     def host(self) -> tuple[int, ...]:
-        """The offsets as integers; waits for the device where the caller gave only a tensor on it."""
+        """The offsets as integers; waits for the device where they are only there."""
         return tuple(self.offsets.tolist()) if self.known is None else self.known
 
     @classmethod
     def make(cls, token_offsets: TokenOffsets | None, num_rows: int, device: torch.device) -> TaskRows:
-        """None: one task that owns every row.
+        """Return the rows of these offsets; None stands for one task that owns every row.
 
         Raises:
-            ValueError: token_offsets is not int32 [T + 1] on `device`, or values known on the host do not ascend from 0
-                to at most num_rows.
+            ValueError: token_offsets is not int32 [T + 1] on `device`, or values known on the host
+                do not ascend from 0 to at most num_rows.
         """
         known: tuple[int, ...] | None = None
-        if token_offsets is None:  # made on the device: a copy from the host would wait for it
+        if token_offsets is None:  # made on the device, since a copy from the host would wait for it
             offsets, known = torch.arange(2, dtype=torch.int32, device=device) * num_rows, (0, num_rows)
         elif isinstance(token_offsets, Tensor):
             offsets = token_offsets
@@ -104,14 +109,15 @@ class TaskRows:
 
 
 def check_sink(token_offsets: TokenOffsets | None, task_grads: TaskSink | None) -> None:
+    """Check that a sink comes with offsets."""
     if task_grads is not None and token_offsets is None:
         raise ValueError("token_offsets must be given with task_grads: they say which rows belong to which task")
 
 
 def gradient(sink: TaskSink | None, parameter: Any, gradients: Tensor) -> Tensor | None:
-    """What autograd gets for a parameter, of its dtype, from `gradients` [T, *shape].
+    """Return autograd's gradient of a parameter, in its dtype, from `gradients` [T, *shape].
 
-    Without a sink the first axis may have the length 1, for what an implementation has added up already.
+    Without a sink the first axis may have the length 1, where an implementation has summed already.
     """
     if sink is None:
         merged: Tensor | None = gradients[0] if len(gradients) == 1 else gradients.sum(0)
@@ -121,7 +127,7 @@ def gradient(sink: TaskSink | None, parameter: Any, gradients: Tensor) -> Tensor
 
 
 def common_dtype(*parameters: Tensor | None) -> torch.dtype:
-    """The dtype of all parameters, float32 where they differ."""
+    """Return the dtype of all parameters, float32 where they differ."""
     dtypes = {parameter.dtype for parameter in parameters if parameter is not None}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
@@ -129,9 +135,9 @@ def common_dtype(*parameters: Tensor | None) -> torch.dtype:
 def table_gradient(
     sink: TaskSink | None, table: Any, table_rows: int, ids: Tensor, rows: Tensor, tasks: TaskRows
 ) -> Tensor | None:
-    """What autograd gets for an embedding table [table_rows, d] whose rows `ids` [N] have the gradients `rows` [N, d].
+    """Return autograd's gradient of a table [table_rows, d] whose rows `ids` [N] have gradients `rows` [N, d].
 
-    Without a sink a dense table of its dtype, added up in float32 at least.
+    Without a sink it is a dense table of the table's dtype, summed in float32 or wider.
     """
     ids = cast(ids, torch.int64)
     if sink is not None:
@@ -143,14 +149,15 @@ def table_gradient(
 
 
 def per_task(parameter: Tensor, num_tasks: int, dtype: torch.dtype, sink: TaskSink | None) -> Tensor:
-    """The parameter once for each task, [T, *shape] of `dtype`, with a gradient that goes through the sink (for the
-    oracles).
+    """Return the parameter once per task, [T, *shape] of `dtype`, for the oracles.
+
+    Its gradient goes through the sink.
     """
     return _PerTask.apply(None if sink is None else sink.anchor, parameter, num_tasks, dtype, sink)
 
 
 class _PerTask(torch.autograd.Function):
-    """Takes the anchor, as otherwise a backward that asks for the anchor alone would not come by here."""
+    """Takes the anchor, so that a backward that asks for the anchor alone runs through here."""
 
     @staticmethod
     def forward(

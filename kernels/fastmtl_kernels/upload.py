@@ -1,4 +1,4 @@
-"""Copies from the host to a device that nobody waits for."""
+"""Copies from the host to a device that the host does not wait for."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on `device`, itself where it is there already.
+    """Return the tensor on `device`, itself where it is there already.
 
-    A copy to a GPU reads pinned memory, so the host goes on at once. From pageable memory it would wait until the
-    driver has staged the bytes, behind everything that the GPU still has to do.
+    A copy to a GPU reads pinned memory, so the host does not wait. From pageable memory it would
+    wait until the driver has staged the bytes, after all work that the GPU has queued.
     """
     device = torch.device(device)
     if tensor.device.type == "cpu" and device.type == "cuda":
@@ -19,5 +19,5 @@ def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 def upload_into(buffer: Tensor, tensor: Tensor) -> None:
-    """Copies a tensor of the CPU into a buffer of its shape on any device; the host goes on as with `upload`."""
+    """Copy a CPU tensor into a buffer of its shape on any device; the host does not wait, as with `upload`."""
     buffer.copy_(tensor.pin_memory() if buffer.is_cuda else tensor, non_blocking=True)

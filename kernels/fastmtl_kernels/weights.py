@@ -2,17 +2,18 @@
 
     Row i of C [T, T] starts as e_i and stands for the modified gradient g_i' = sum_k C[i, k] g_k, with
         g_i' . g_j = (C G)[i, j]        |g_i'|^2 = (C G C^T)[i, i].
-    Rows meet the tasks j != i one after another in a random order:
+    Each row visits the tasks j != i in a random order:
         PCGrad   where g_i' . g_j < 0:      C[i, j] -= (g_i' . g_j) / |g_j|^2
         GradVac  where phi < phi_T[i, j]:   C[i, j] += |g_i'| (phi_T sqrt(1 - phi^2) - phi sqrt(1 - phi_T^2))
                                                        / (|g_j| sqrt(1 - phi_T^2)),    phi = cos(g_i', g_j)
     weights = sum_i C[i], so that sum_t weights[t] g_t is the sum of the modified gradients.
 
-    gram [T, T] symmetric, float32 or float64; arithmetic in float64; weights [T] in gram's dtype, on its device. All
-    rows advance together, so the loop is T steps of a few small operations on the device, without a host sync.
+    gram [T, T] symmetric, float32 or float64; arithmetic in float64; weights [T] in gram's dtype, on
+    its device. All rows advance together: T steps of a few small operations on the device, which the
+    host does not wait for.
 
-Sources: Yu et al., Gradient Surgery for Multi-Task Learning, 2020, algorithm 1 (every projection is on the original
-g_j); Wang et al., Gradient Vaccine, 2021, equation 2 and algorithm 1.
+Sources: Yu et al., Gradient Surgery for Multi-Task Learning, 2020, algorithm 1 (every projection is
+on the original g_j); Wang et al., Gradient Vaccine, 2021, equation 2 and algorithm 1.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from fastmtl_kernels.upload import upload
 
 Reduction = Literal["sum", "mean"]
 
-# A target cosine of 1 is out of reach by adding a finite multiple of g_j.
+# No finite multiple of g_j reaches a target cosine of 1.
 _LARGEST_TARGET = 1.0 - 1e-6
 
 
@@ -38,15 +39,17 @@ def pcgrad_weights(
     *,
     check_order: bool = True,
 ) -> Tensor:
-    """Weights of PCGrad for one Gramian.
+    """Compute the weights of PCGrad for one Gramian.
 
     Args:
-        gram: [T, T] float32 or float64, symmetric. A zero gradient (gram[j, j] == 0) is projected on by nobody.
-        order: the order in which row i meets the tasks, its own index being passed over: an integer permutation [T]
-            used for every row, or [T, T], one per row. None draws one per row, on the host.
-        generator: the CPU generator to draw the order from, the global one by default.
+        gram: [T, T] float32 or float64, symmetric. No gradient is projected on a zero gradient
+            (gram[j, j] == 0).
+        order: the order in which row i visits the tasks, skipping its own index: an integer
+            permutation [T] used for every row, or [T, T], one per row. None draws one per row, on
+            the host.
+        generator: the CPU generator that draws the order, the global one by default.
         reduction: "sum" of the projected gradients, as in the paper, or their "mean".
-        check_order: whether to look at an order's values. On a GPU they are taken on trust.
+        check_order: whether to check an order's values. On a GPU they are not checked.
 
     Returns:
         weights [T], of gram's dtype and on its device.
@@ -76,21 +79,21 @@ def gradvac_weights(
     *,
     check_order: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Weights of GradVac for one Gramian, and the cosines with which the caller moves its targets.
+    """Compute the weights of GradVac for one Gramian, and the cosines that update the targets.
 
-    The targets' moving average is the caller's state: `target.lerp_(cosines, beta)` after each call (the paper's beta
-    is 0.01, its targets start at 0).
+    The targets' moving average is the caller's state: `target.lerp_(cosines, beta)` after each call.
+    The paper's beta is 0.01, and its targets start at 0.
 
     Args:
         gram: [T, T] float32 or float64, symmetric.
-        target: [T, T] cosines phi_T, on gram's device; target[i, j] is what g_i is to reach with g_j. Values are
-            limited to 1 - 1e-6 in size, the diagonal is not used.
+        target: [T, T] cosines phi_T, on gram's device; target[i, j] is the goal of g_i with g_j.
+            Values are clamped to 1 - 1e-6 in size; the diagonal is not used.
         order, generator, reduction, check_order: as for `pcgrad_weights`.
 
     Returns:
-        weights [T] and cosines [T, T], of gram's dtype and on its device. cosines[i, j] is phi when row i met task j,
-        before the correction; target[i, j] itself where g_i or g_j is zero, so that a task absent from the batch
-        leaves its averages alone; 1 on the diagonal.
+        weights [T] and cosines [T, T], of gram's dtype and on its device. cosines[i, j] is phi when
+        row i visits task j, before the correction. It is target[i, j] where g_i or g_j is zero, so
+        that a task absent from the batch keeps its averages, and 1 on the diagonal.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value; the message names it.
@@ -143,7 +146,7 @@ def _check(gram: Tensor, reduction: str) -> None:
 
 
 def _order(gram: Tensor, order: Tensor | None, generator: Generator | None, check: bool) -> Tensor:
-    """The order as int64 [T, T] on gram's device."""
+    """Return the order as int64 [T, T] on gram's device."""
     num_tasks = gram.shape[0]
     if order is None:
         if generator is not None and generator.device.type != "cpu":
@@ -155,7 +158,7 @@ def _order(gram: Tensor, order: Tensor | None, generator: Generator | None, chec
         raise ValueError(
             f"order must have the shape [{num_tasks}] or [{num_tasks}, {num_tasks}], got {list(order.shape)}"
         )
-    # On another device the values are taken on trust: reading them would wait for it.
+    # On another device the values are not checked: reading them would wait for it.
     elif check and order.device.type == "cpu" and not (order.sort(-1).values == torch.arange(num_tasks)).all():
         raise ValueError(f"order must hold permutations of 0..{num_tasks - 1}, got {order.tolist()}")
     return upload(order.to(torch.int64), gram.device).expand(num_tasks, num_tasks)

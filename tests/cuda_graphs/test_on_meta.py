@@ -73,7 +73,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Started]]:
         return Kernel()
 
     for operation in ("embed_layer_norm", "add_layer_norm", "varlen_attention"):
-        monkeypatch.setattr(import_module(f"fastmtl_kernels.{operation}.api"), "select", lambda *_: "triton")
+        monkeypatch.setattr(import_module(f"fastmtl_kernels.{operation}.api"), "select", lambda *_, **__: "triton")
     for module, names in KERNELS.items():
         for name in names:
             monkeypatch.setattr(import_module(f"fastmtl_kernels.{module}"), name, noting(name))

@@ -79,6 +79,7 @@ class _PerTaskMaps(torch.autograd.Function):
         seed: Tensor | None,
         call: Maps,
     ) -> Tensor:
+        assert call.kernels is not None
         y, *kept = call.kernels.forward(x, first, first_bias, second, second_bias, seed, call)
         ctx.save_for_backward(x, first, second, second_bias, seed, *kept)
         ctx.call = call

@@ -5,9 +5,11 @@
     O = (Z P) V, Z = keep / (1 - dropout_p)                dS = P (dP - rowsum(P dP))
                                                            dQ = softmax_scale * dS K,  dK = softmax_scale * dS^T Q
 
-qkv [N, 3, heads, head_dim], float32, bfloat16 or float16 of any head_dim; float32 inside. No token is padded. Forward
-keeps the score of every row's largest share and one over the row's sum, [N, heads, 2]; P and what dropout drops are
-made again in backward. Equal inputs give equal bits for any number of threads. Not differentiable twice.
+qkv [N, 3, heads, head_dim], float32, bfloat16 or float16, any head_dim; arithmetic in float32. No
+token is padded. Forward keeps each row's largest score and the inverse of its sum, [N, heads, 2]; P
+and the dropout mask are recomputed in backward. Equal inputs give equal bits for any number of
+threads. Not differentiable twice.
+
 Source: as fastmtl_kernels.varlen_attention.reference.
 """
 
@@ -49,7 +51,7 @@ class _VarlenAttention(torch.autograd.Function):
 def varlen_attention(
     qkv: Tensor, cu_seqlens: Tensor, softmax_scale: float, dropout_p: float, seed: Tensor | None
 ) -> Tensor:
-    """O [N, heads, head_dim] of qkv's dtype."""
+    """Return O [N, heads, head_dim] of qkv's dtype."""
     seed = seed if dropout_p > 0 else None
     return _VarlenAttention.apply(_with_unit_stride(qkv), cu_seqlens.contiguous(), softmax_scale, dropout_p, seed)
 

@@ -1,10 +1,10 @@
-"""Which rows of a packed batch each program of the attention kernels works on, decided once per batch on the host.
+"""The rows of a packed batch that each program of the attention kernels processes, planned once per batch on the host.
 
-Sequences of at most 64 tokens share tiles of 64 slots, packed best-fit in decreasing length, since a tile of one
-sequence of the usual 25 tokens would be 84 % waste. A sequence starts at a multiple of 4 slots: four neighbouring keys
-share one call of the random number generator, which would otherwise be most of the kernels' arithmetic. Longer
-sequences are cut into blocks of 64 queries. Rows past the last sequence fill empty slots, so that the kernels write
-their zeros too.
+Sequences of at most 64 tokens share tiles of 64 slots, packed best-fit in decreasing length, since
+one sequence of typical 25 tokens uses only 16 % of a tile's scores. A sequence starts at a multiple
+of 4 slots: four neighbouring keys share one call of the random number generator, which would
+otherwise be most of the kernels' arithmetic. Longer sequences are cut into blocks of 64 queries.
+Rows past the last sequence fill empty slots, so that the kernels write their zeros too.
 
 Source: Krell et al., Efficient Sequence Packing without Cross-contamination, 2021.
 """
@@ -28,10 +28,10 @@ GROUP = 4
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """The work of one packed batch; make it once, use it for every layer and in backward.
+    """The work of one packed batch, made once for all layers and for backward.
 
-    numbers: int32, tile_rows, tile_starts and blocks one after the other, so that they go to a device by one copy.
-    num_tiles: of the first two. num_rows: N, the rows of qkv.
+    numbers: int32, tile_rows, tile_starts and blocks one after the other, so that one copy moves
+    them to a device. num_tiles: the number of tiles. num_rows: N, the rows of qkv.
     """
 
     numbers: Tensor
@@ -40,10 +40,10 @@ class AttentionPlan:
 
     @classmethod
     def make(cls, cu_seqlens: Sequence[int], num_rows: int, device: torch.device | str = "cpu") -> AttentionPlan:
-        """The plan of the sequences `cu_seqlens[b]:cu_seqlens[b + 1]` of the `num_rows` rows of qkv, on `device`.
+        """Plan the sequences `cu_seqlens[b]:cu_seqlens[b + 1]` of the `num_rows` rows of qkv, on `device`.
 
         Raises:
-            ValueError: cu_seqlens does not begin with 0, descends or passes num_rows.
+            ValueError: cu_seqlens does not begin with 0, descends or exceeds num_rows.
         """
         check_cu_seqlens(cu_seqlens, num_rows)
         offsets = np.asarray(cu_seqlens, dtype=np.int64)
@@ -75,8 +75,9 @@ class AttentionPlan:
 
     @cached_property
     def blocks(self) -> Tensor:
-        """int32 [blocks, 3], longest sequences first: the first row of the sequence, the row past its last, and the
-        first of the block's 64 rows.
+        """int32 [blocks, 3], longest sequences first.
+
+        The columns are the sequence's first row, the row past its last, and the block's first row.
         """
         return self.numbers[2 * TILE * self.num_tiles :].view(-1, 3)
 
@@ -85,23 +86,23 @@ class AttentionPlan:
         return self.numbers[: 2 * TILE * self.num_tiles].view(2, self.num_tiles, TILE).unbind()
 
     def map(self, function: Callable[[Tensor], Tensor]) -> AttentionPlan:
-        """The plan with function(numbers) in the place of its numbers, which are the same ones elsewhere."""
+        """Return the plan with function(numbers), the same values in other memory."""
         return replace(self, numbers=function(self.numbers))
 
     def with_rows(self, num_rows: int) -> AttentionPlan:
-        """Of as many rows or more: what `make` gives for the same sequences. For a plan on the CPU."""
+        """Return the plan that `make` gives for the same sequences and at least as many rows; CPU only."""
         numbers, slots = self.numbers.numpy(), TILE * self.num_tiles
         rows, starts = _add_tail(numbers[:slots], numbers[slots : 2 * slots], self.num_rows, num_rows)
         return self._of(rows, starts, numbers[2 * slots :], num_rows)
 
 
 def needs_plan(device: torch.device) -> bool:
-    """Whether the attention kernels of the device work by a plan."""
+    """Return True if the attention kernels of the device need a plan."""
     return device.type == "cuda"
 
 
 def check_cu_seqlens(cu_seqlens: Sequence[int], num_rows: int) -> None:
-    """Raises a ValueError where the host's offsets are not those of sequences within `num_rows` rows."""
+    """Check that the host's offsets are those of sequences within `num_rows` rows; raise ValueError."""
     if not cu_seqlens or cu_seqlens[0] != 0:
         raise ValueError(f"cu_seqlens must begin with 0, got {list(cu_seqlens[:1])}")
     for b, (start, stop) in enumerate(pairwise(cu_seqlens)):
@@ -112,7 +113,7 @@ def check_cu_seqlens(cu_seqlens: Sequence[int], num_rows: int) -> None:
 
 
 def _tiles(first_rows: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and starts of the slots, flat, for sequences that fit a tile."""
+    """Return rows and starts of the slots, flat, for sequences that fit a tile."""
     longest_first = np.argsort(-lengths, kind="stable")
     first_rows, lengths = first_rows[longest_first], lengths[longest_first]
     tiles_by_room: list[list[int]] = [[] for _ in range(TILE + 1)]
@@ -138,7 +139,7 @@ def _tiles(first_rows: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _add_tail(rows: np.ndarray, starts: np.ndarray, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """With the rows first:stop, which are of no sequence, in empty slots and in as many further tiles as they need."""
+    """Add the rows first:stop, which are of no sequence, in empty slots and in further tiles as needed."""
     empty = np.count_nonzero(rows < 0)
     further = max(0, -(-(stop - first - empty) // TILE)) * TILE
     blank = np.full(further, -1, dtype=np.int32)
@@ -148,7 +149,7 @@ def _add_tail(rows: np.ndarray, starts: np.ndarray, first: int, stop: int) -> tu
 
 
 def _blocks(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """[blocks, 3] of the sequences that fit no tile, the longest first."""
+    """Return the blocks [blocks, 3] of the sequences that fit no tile, the longest first."""
     longest_first = np.argsort(-lengths, kind="stable")
     longest_first = longest_first[lengths[longest_first] > TILE]
     starts, lengths = starts[longest_first], lengths[longest_first]

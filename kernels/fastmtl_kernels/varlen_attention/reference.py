@@ -1,20 +1,21 @@
-"""Plain-torch oracle of attention over packed sequences: it defines the meaning, and is the portable path.
+"""Plain-torch oracle of attention over packed sequences: it defines the result, and is the portable path.
 
     P = softmax(softmax_scale * Q K^T)    over the keys of the query's own sequence
     O = (keep * P / (1 - dropout_p)) V    keep[query, key] in {0, 1}, all ones where dropout_p is 0
 
-qkv [N, 3, heads, head_dim] holds Q, K and V of N packed tokens; sequence b is rows cu_seqlens[b]:cu_seqlens[b + 1].
-Rows past cu_seqlens[-1] belong to no sequence: output and gradient are zero there, whatever they hold. Any floating
-dtype; float32 inside, float64 for float64. Gradients by autograd.
+qkv [N, 3, heads, head_dim] holds Q, K and V of N packed tokens; sequence b is rows
+cu_seqlens[b]:cu_seqlens[b + 1]. Rows past cu_seqlens[-1] belong to no sequence: output and gradient
+are zero there, whatever values they hold. Any floating dtype; arithmetic in float32, in float64 for
+float64. Gradients by autograd.
 
-Whether an entry of P is kept is a pure function of the seed and of its place, so that backward can draw it again and
-every implementation draws the same:
+The dropout mask is a function of the seed and of an entry's place, so that backward can draw it
+again and every implementation draws the same:
 
     words = Philox4x32-10(key = seed, counter = (key // 4, row, head, 0))
     keep[row, key] = int32(words[key % 4]) >= round(2^32 dropout_p) - 2^31
 
-`row` is the query's row of qkv, `key` the key's position in its sequence: one call of fastmtl_kernels.philox serves
-four keys.
+`row` is the query's row of qkv, `key` the key's position in its sequence: one call of
+fastmtl_kernels.philox serves four keys.
 
 Source: Vaswani et al., Attention Is All You Need, 2017, equation 1.
 """
@@ -33,7 +34,7 @@ from fastmtl_kernels.philox import keep_threshold, philox
 def varlen_attention(
     qkv: Tensor, offsets: Sequence[int], softmax_scale: float, dropout_p: float, seed: Tensor | None
 ) -> Tensor:
-    """O [N, heads, head_dim] of qkv's dtype, for the host's cu_seqlens `offsets` and a `seed` of one element."""
+    """Return O [N, heads, head_dim] of qkv's dtype, for the host's cu_seqlens `offsets` and a `seed` of one element."""
     wide = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
     mixed = []
     for start, stop in pairwise(offsets):
@@ -43,13 +44,17 @@ def varlen_attention(
             keep = keep_mask(seed, start, stop - start, qkv.shape[2], dropout_p)
             probabilities = probabilities * keep / (1 - dropout_p)
         mixed.append((probabilities @ v).transpose(0, 1))
-    # Filled rather than made anew, so that the result has a gradient where there is no sequence at all.
+    # Part of qkv, so that the result has a gradient where there is no sequence at all.
     tail = wide[offsets[-1] :, 0].masked_fill(torch.ones((), dtype=torch.bool, device=qkv.device), 0.0)
     return torch.cat([*mixed, tail]).to(qkv.dtype)
 
 
 def keep_mask(seed: Tensor, first_row: int, length: int, num_heads: int, dropout_p: float) -> Tensor:
-    """What dropout keeps of the sequence of `length` tokens at row `first_row`: bool [heads, query, key]."""
+    """Return the mask of kept entries of one sequence, at rows first_row:first_row + length.
+
+    Returns:
+        bool [heads, query, key].
+    """
     groups = torch.arange((length + 3) // 4, device=seed.device)
     rows = torch.arange(first_row, first_row + length, device=seed.device)[:, None]
     heads = torch.arange(num_heads, device=seed.device)[:, None, None]

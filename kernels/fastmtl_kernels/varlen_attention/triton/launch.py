@@ -1,25 +1,27 @@
-"""Attention over packed sequences by Triton.
+"""Attention over packed sequences by Triton: the launches, forward and backward.
 
     S = softmax_scale * Q K^T, only within a sequence      dV = (Z P)^T dO
     P = softmax(S)                                         dP = Z (dO V^T)
     O = (Z P) V, Z = keep / (1 - dropout_p)                dS = P (dP - rowsum(P dP))
                                                            dQ = softmax_scale * dS K,  dK = softmax_scale * dS^T Q
 
-qkv [N, 3, heads, head_dim], float16 or bfloat16 with head_dim up to 128, float32 up to 64, all padded to a power of
-two. Scores, softmax and sums are float32, the operands of the dots have qkv's dtype. P is recomputed in backward, by
-one kernel for each kind of sequence. A row is written by one program, without atomics: equal inputs give equal bits.
+qkv [N, 3, heads, head_dim], float16 or bfloat16 with head_dim up to 128, float32 up to 64, padded to
+a power of two. Scores, softmax and sums are float32; the operands of the dots have qkv's dtype. P
+is recomputed in backward, by one kernel for each kind of sequence. One program writes a row, without
+atomics: equal inputs give equal bits.
 
-- Sequences of at most 64 tokens (varlen_attention_tile): a program holds a tile of 64 rows, which may be several
-  sequences, and the whole rows of P; rowsum(P dP) never leaves its registers.
-- Longer ones (varlen_attention_long): a program loops over the 64-row blocks of its sequence. Forward keeps the
-  maximum and sum of the rows; backward's programs own a block of keys (dK, dV) or a block of queries (dQ) and take
-  rowsum(P dP) as rowsum(O dO), which programs of the tiles' launch leave for every row.
+- Sequences of at most 64 tokens (short.py): a program holds a tile of 64 rows, of one or more
+  sequences, and the whole rows of P; rowsum(P dP) stays in its registers.
+- Longer sequences (long.py): a program loops over the 64-row blocks of its sequence. Forward keeps
+  the maximum and the sum of each row. Programs of backward own a block of keys (dK, dV) or a block
+  of queries (dQ). They take rowsum(P dP) as rowsum(O dO), which the tiles' launch computes.
 
-The two kinds are two launches: in one grid, a tile would be given the registers and the shared memory of a loop.
+The two kinds are two launches: in one grid a tile would get the registers and the shared memory of
+a loop.
 
-Limits: a value that is not finite makes its whole tile so, also where the tile holds other sequences. float32 spills
-registers: it is for checks rather than speed. Not differentiable twice.
-Sources: Dao, FlashAttention-2, 2023; dropout as fastmtl_kernels.varlen_attention.reference defines it.
+Limits: a value that is not finite makes its whole tile not finite, including other sequences of the
+tile. float32 spills registers: it is for checks, not for speed. Not differentiable twice.
+Sources: Dao, FlashAttention-2, 2023; dropout as of fastmtl_kernels.varlen_attention.reference.
 """
 
 from __future__ import annotations
@@ -40,13 +42,13 @@ _LOG2_E = 1.4426950408889634
 
 
 def _constants(qkv: Tensor, dropout_p: float) -> dict[str, Any]:
-    """What all kernels are compiled with."""
+    """Return the constants of all kernels."""
     head_dim = qkv.shape[3]
     return {
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "DROPOUT": dropout_p > 0,
-        # Three tensor core products in place of one give float32 back its digits.
+        # Three tensor-core products instead of one keep the digits of float32.
         "PRECISION": "tf32x3" if qkv.dtype == torch.float32 else "tf32",
         "num_warps": 4,
         "num_stages": 2,
@@ -54,23 +56,30 @@ def _constants(qkv: Tensor, dropout_p: float) -> dict[str, Any]:
 
 
 def _tile_bwd_options(qkv: Tensor) -> dict[str, Any]:
-    """What keeps tile_bwd_kernel within the registers of sm_90: dQ, dK and dV by a program each if one has no room."""
+    """Return options that keep tile_bwd_kernel within the registers of sm_90.
+
+    dQ, dK and dV are left to one program each where one program would not hold all three.
+    """
     head_dim = qkv.shape[3]
     split = qkv.dtype == torch.float32 and head_dim > 16 and head_dim != 32
     return {"SPLIT": split, "num_warps": 8 if split or head_dim > 64 else 4}
 
 
 def _long_fwd_options(qkv: Tensor) -> dict[str, Any]:
-    """What keeps long_fwd_kernel within the registers of sm_90: heads that no vector loads want more warps."""
+    """Return options that keep long_fwd_kernel within the registers of sm_90.
+
+    Heads that are not loaded by vectors need more warps.
+    """
     wide = qkv.dtype == torch.float32 and 16 < qkv.shape[3] < 32
     return ({"num_warps": 8, "num_stages": 1} if wide else {}) | _register_bound(qkv)
 
 
 def _long_bwd_options(qkv: Tensor, dropout_p: float) -> dict[str, Any]:
-    """What keeps long_bwd_kernel within the registers of sm_90.
+    """Return options that keep long_bwd_kernel within the registers of sm_90.
 
-    Heads that are not loaded by vectors need a register for every address: more warps, and no loads ahead. dK and dV
-    are left to two programs where one would not hold both. Without dropout the compiler keeps more of the next block.
+    Heads that are not loaded by vectors need a register per address: more warps, and no loads
+    ahead. dK and dV are left to two programs where one would not hold both. Without dropout the
+    compiler keeps more of the next block.
     """
     head_dim, is_float = qkv.shape[3], qkv.dtype == torch.float32
     vectors = head_dim in (16, 32, 64) and not is_float
@@ -81,10 +90,11 @@ def _long_bwd_options(qkv: Tensor, dropout_p: float) -> dict[str, Any]:
 
 
 def _register_bound(qkv: Tensor) -> dict[str, Any]:
-    """What keeps the assembler for GPUs before sm_90 from a fallback to 32 or 168 registers, which spills more.
+    """Return a bound that keeps the assembler for GPUs before sm_90 from a fallback to 32 or 168 registers.
 
-    It falls back where registers are far too few, in float32 with wide heads, unless a bound is given. On sm_90 it
-    does not, and a bound would cost a few bytes. The interpreter has no target.
+    The fallback spills more. It occurs where registers are far too few, in float32 with wide heads,
+    unless a bound is given. On sm_90 it does not occur, and a bound would cost a few bytes. The
+    interpreter has no target.
     """
     if qkv.dtype != torch.float32 or qkv.shape[3] <= 32 or triton.knobs.runtime.interpret:
         return {}
@@ -94,7 +104,7 @@ def _register_bound(qkv: Tensor) -> dict[str, Any]:
 def _common(qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None) -> dict[str, Any]:
     return {
         "qkv_ptr": qkv,
-        # Without dropout it is not read, but a kernel needs a pointer.
+        # Without dropout the seed is not read, but the kernel needs a pointer.
         "seed_ptr": qkv if seed is None else seed,
         "stride_qkv_row": qkv.stride(0),
         "stride_qkv_part": qkv.stride(1),
@@ -110,7 +120,10 @@ def _common(qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None) ->
 def forward(
     qkv: Tensor, plan: AttentionPlan, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """O [N, heads, head_dim], and the stats [N, heads, 2] float32 of the rows of long sequences, if there are."""
+    """Return O [N, heads, head_dim], and stats [N, heads, 2] float32 for rows of long sequences.
+
+    Without long sequences, stats is [0, heads, 2].
+    """
     num_rows, _, num_heads, head_dim = qkv.shape
     out = torch.empty(num_rows, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     stats = torch.empty(num_rows if len(plan.blocks) else 0, num_heads, 2, dtype=torch.float32, device=qkv.device)
@@ -137,7 +150,7 @@ def backward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """dqkv [N, 3, heads, head_dim]."""
+    """Return dqkv [N, 3, heads, head_dim]."""
     num_rows, num_heads = qkv.shape[0], qkv.shape[2]
     num_tiles, num_blocks = len(plan.tile_rows), len(plan.blocks)
     delta = torch.empty(num_rows if num_blocks else 0, num_heads, dtype=torch.float32, device=qkv.device)
@@ -173,7 +186,7 @@ class _VarlenAttention(torch.autograd.Function):
         ctx: Any, qkv: Tensor, plan: AttentionPlan, scale: float, dropout_p: float, seed: Tensor | None
     ) -> Tensor:
         out, stats = forward(qkv, plan, scale, dropout_p, seed)
-        # The tiles need no output in backward, and what nobody needs is not kept alive.
+        # The tiles need no output in backward, so its memory is freed where there are tiles only.
         ctx.save_for_backward(qkv, seed, stats, *([out] if len(stats) else []))
         ctx.plan, ctx.scale, ctx.dropout_p = plan, scale, dropout_p
         return out
@@ -190,7 +203,7 @@ class _VarlenAttention(torch.autograd.Function):
 def varlen_attention(
     qkv: Tensor, plan: AttentionPlan, softmax_scale: float, dropout_p: float, seed: Tensor | None
 ) -> Tensor:
-    """O [N, heads, head_dim] of qkv's dtype."""
+    """Return O [N, heads, head_dim] of qkv's dtype."""
     seed = seed if dropout_p > 0 else None
     return _VarlenAttention.apply(_with_unit_stride(qkv), plan, softmax_scale, dropout_p, seed)
 

@@ -1,12 +1,13 @@
-"""Triton kernels of attention over packed sequences of more than 64 tokens; varlen_attention.py has the formulas.
+"""Triton kernels of attention over packed sequences of more than 64 tokens; launch.py has the formulas.
 
-A program holds one head of a block of 64 rows and loops over the blocks of its sequence. Forward keeps the running
-maximum and sum of FlashAttention-2 and leaves both for every row, from which backward has P at once; rowsum(P dP) is
-taken as rowsum(O dO), which the launch of tile_bwd_kernel has left. Score tiles, dtypes and padding as in
-varlen_attention_tile.
+A program holds one head of a block of 64 rows and loops over the blocks of its sequence. Forward
+keeps the running maximum and sum of FlashAttention-2 and stores both for every row, from which
+backward computes P directly. rowsum(P dP) is taken as rowsum(O dO), which the launch of
+tile_bwd_kernel stores. Score tiles, dtypes and padding are those of short.py.
 
-The maximum and log2(sum) stay apart, and forward and backward subtract the maximum by the same fused instruction: of a
-score of 2,000 a float32 knows no more than 1e-4, and an error of that size in P would reach dV.
+Maximum and log2(sum) stay separate, and forward and backward subtract the maximum by the same fused
+instruction: at a score of 2,000 float32 is exact to 1e-4 only, and an error of that size in P would
+reach dV.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def long_fwd_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """O, and the stats [2] of _load_stats, of the queries of block tl.program_id(0) // num_heads."""
+    """Store O and the stats of _load_stats for the queries of block tl.program_id(0) // num_heads."""
     head = tl.program_id(0) % num_heads
     block_ptr = blocks_ptr + tl.program_id(0) // num_heads * 3
     start = tl.load(block_ptr)
@@ -80,7 +81,10 @@ def long_fwd_kernel(
 def _load_stats(
     stats_ptr: tl.tensor, rows: tl.tensor, num_heads: tl.tensor, mask: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Each row's largest score and log2(sum(exp2(scores - largest))), scores times scale_log2: float32 [64] both."""
+    """Return each row's largest score and log2(sum(exp2(scores - largest))), float32 [64] both.
+
+    Scores are multiplied with scale_log2.
+    """
     stats_ptr += rows.to(tl.int64) * num_heads * 2
     return tl.load(stats_ptr, mask=mask, other=0.0), tl.load(stats_ptr + 1, mask=mask, other=0.0)
 
@@ -105,7 +109,7 @@ def _block_grads(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Z P and dS of 64 queries and 64 keys, as operands of dots."""
+    """Return Z P and dS of 64 queries and 64 keys, as operands of dots."""
     scores = tl.dot(q, k.T, input_precision=PRECISION)
     below = tl.fma(scores, scale_log2, -peak[:, None])
     p = tl.where(mask_n[None, :], tl.exp2(below - log2_total[:, None]), 0.0)
@@ -146,7 +150,7 @@ def _key_grads(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """dK and dV of the keys first:first + 64, whose four neighbours in the order of key_slots share random words."""
+    """Store dK and dV of the keys first:first + 64, in the order of key_slots: four neighbours share random words."""
     part = num_heads * HEAD_DIM
     rows_n = first + key_slots()
     mask_n = rows_n < stop
@@ -201,7 +205,7 @@ def long_bwd_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Of a block: dQ where tl.program_id(1) is 0; dK and dV by 1, or dK by 1 and dV by 2 where they are SPLIT."""
+    """Store dQ (tl.program_id(1) is 0) or dK and dV (1) of a block; with SPLIT, dK (1) or dV (2)."""
     head = tl.program_id(0) % num_heads
     block_ptr = blocks_ptr + tl.program_id(0) // num_heads * 3
     start = tl.load(block_ptr)

@@ -1,9 +1,10 @@
-"""Triton kernels of attention over packed sequences of at most 64 tokens; varlen_attention.py has the formulas.
+"""Triton kernels of attention over packed sequences of at most 64 tokens; launch.py has the formulas.
 
-A program holds one head of a tile of 64 slots, in which varlen_attention_plan put one or more sequences, and the whole
-rows of P; rowsum(P dP) never leaves its registers. Of a score tile [64, 64], rows are queries in the order of the
-slots, columns are keys in the order of key_slots(). Loads, stores and operands of dots have qkv's dtype, all else is
-float32. Heads are padded with zeros from HEAD_DIM to BLOCK_D, a power of two.
+A program holds one head of a tile of 64 slots, in which the plan (fastmtl_kernels.varlen_attention.plan)
+placed one or more sequences, and the whole rows of P; rowsum(P dP) stays in its registers. In a score
+tile [64, 64], rows are queries in the order of the slots, columns are keys in the order of
+key_slots(). Loads, stores and operands of dots have qkv's dtype, all other values are float32. Heads
+are padded with zeros from HEAD_DIM to BLOCK_D, a power of two.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ _TILE = tl.constexpr(TILE)
 
 @triton.jit
 def key_slots() -> tl.tensor:
-    """The slot of each column of a score tile, int32 [64].
+    """Return the slot of each column of a score tile, int32 [64].
 
-    A thread holds columns 2t, 2t + 1, 2t + 8 and 2t + 9 of every 16 of a tensor core's result. These are given four
-    neighbouring keys, so that the four words of a random number call are used by the thread that drew them.
+    A thread holds columns 2t, 2t + 1, 2t + 8 and 2t + 9 of every 16 of a tensor core's result. They
+    get four neighbouring keys, so that the thread which draws four random words also uses them.
     """
     column = tl.arange(0, _TILE)
     return (column & 0x31) | ((column & 6) << 1) | ((column & 8) >> 2)
@@ -29,7 +30,10 @@ def key_slots() -> tl.tensor:
 
 @triton.jit
 def keep(seed: tl.tensor, groups: tl.tensor, rows: tl.tensor, head: tl.tensor, threshold: tl.tensor) -> tl.tensor:
-    """What dropout keeps, bool [64, 64]; `groups` [16] are the keys' positions over 4, `rows` [64] the queries."""
+    """Return the mask of kept entries, bool [64, 64].
+
+    groups [16]: the keys' positions divided by 4. rows [64]: the queries' rows.
+    """
     w0, w1, w2, w3 = tl.philox(seed, groups[None, :], rows[:, None], head, 0)
     k0 = w0.to(tl.int32, bitcast=True) >= threshold
     k1 = w1.to(tl.int32, bitcast=True) >= threshold
@@ -49,7 +53,7 @@ def load_rows(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> tl.tensor:
-    """One head of 64 rows, [64, BLOCK_D], zeros where `mask` [64] is false."""
+    """Load one head of 64 rows, [64, BLOCK_D], zeros where `mask` [64] is false."""
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
     offs = rows.to(tl.int64)[:, None] * stride_row + offs_d[None, :]
@@ -66,7 +70,7 @@ def store_rows(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """Writes one head of 64 rows where `mask` [64] is true."""
+    """Store one head of 64 rows where `mask` [64] is true."""
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
     offs = rows.to(tl.int64)[:, None] * stride_row + offs_d[None, :]
@@ -82,9 +86,9 @@ def _probabilities(
     scale_log2: tl.tensor,
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """exp2(scores - their maximum) [64, 64], and one over its row sums [64]."""
+    """Return exp2(scores - their maximum) [64, 64], and the inverse of its row sums [64]."""
     scores = tl.dot(q, k.T, input_precision=PRECISION) * scale_log2
-    # Slots of no sequence see each other, so that no row is without a key; their q, k and v are zeros.
+    # Slots of no sequence attend to each other, so that every row has a key; their q, k and v are zeros.
     scores = tl.where(starts_m[:, None] == starts_n[None, :], scores, float("-inf"))
     p = tl.exp2(scores - tl.max(scores, 1)[:, None])
     return p, 1.0 / tl.sum(p, 1)
@@ -115,7 +119,7 @@ def tile_fwd_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """O of the tile tl.program_id(0) // num_heads."""
+    """Store O of the tile tl.program_id(0) // num_heads."""
     head = tl.program_id(0) % num_heads
     first_slot = tl.program_id(0) // num_heads * _TILE
     slots_m = first_slot + tl.arange(0, _TILE)
@@ -167,7 +171,7 @@ def _tile_grads(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """What is wanted of dQ, dK and dV of the tile whose slots begin with first_slot."""
+    """Store those of dQ, dK and dV that are wanted, for the tile whose slots begin with first_slot."""
     slots_m = first_slot + tl.arange(0, _TILE)
     slots_n = first_slot + key_slots()
     rows_m = tl.load(rows_ptr + slots_m)
@@ -213,7 +217,7 @@ def _store_delta(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """Writes rowsum(O dO) of the rows of a block, float32."""
+    """Store rowsum(O dO) of the rows of a block, float32."""
     stop = tl.load(block_ptr + 1)
     rows = tl.load(block_ptr + 2) + tl.arange(0, _TILE)
     mask = rows < stop
@@ -254,9 +258,10 @@ def tile_bwd_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """dQ, dK and dV of the tile tl.program_id(0) // num_heads, by a program each where they are SPLIT.
+    """Store dQ, dK and dV of the tile tl.program_id(0) // num_heads; with SPLIT, one program each.
 
-    The programs past the tiles write what long_bwd_kernel, which comes next, needs of each block: a launch less.
+    The programs past the tiles store rowsum(O dO) of each block for long_bwd_kernel, which saves a
+    launch.
     """
     head = tl.program_id(0) % num_heads
     tile = tl.program_id(0) // num_heads
