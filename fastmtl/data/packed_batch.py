@@ -153,7 +153,3 @@ class HostOffsets:
         if self.plan is not None:
             return self.plan.with_rows(num_rows)
         return AttentionPlan.make(self.cu_seqlens, num_rows)
-
-    @property
-    def max_seqlen(self) -> int:
-        return max((b - a for a, b in zip(self.cu_seqlens, self.cu_seqlens[1:], strict=False)), default=0)

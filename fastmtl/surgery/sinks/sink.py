@@ -47,8 +47,6 @@ class Sink(ABC):
     for a shared parameter, and no hook of such a parameter fires.
     """
 
-    stacks = False  # True where J is stored
-
     def __init__(
         self, parameters: Sequence[nn.Parameter], num_tasks: int, *, sparse: Sequence[nn.Parameter] = ()
     ) -> None:

@@ -27,8 +27,6 @@ class StackSink(MergingSink):
     dtype: of J. early: sends J's columns to other ranks during backward, None where no rank wants them.
     """
 
-    stacks = True
-
     def __init__(
         self,
         parameters: Sequence[nn.Parameter],
