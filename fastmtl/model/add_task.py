@@ -17,9 +17,9 @@ from torch import Tensor
 from fastmtl.config import Recipe
 from fastmtl.errors import UserError
 from fastmtl.files.user_path import user_path
-from fastmtl.model.encoder.pretrained import model_directory, read_about
 from fastmtl.model.merge import TrainedModel, join, origin
 from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.model.saved_model import model_directory, read_about
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

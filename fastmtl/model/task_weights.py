@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastmtl.config import Recipe
-from fastmtl.model.encoder.pretrained import load_model
 from fastmtl.model.merge import ONE_TASKS
 from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.model.saved_model import load_model
 
 Tensors = dict[str, Tensor]
 ANY = "*"  # where a name has the task's index
