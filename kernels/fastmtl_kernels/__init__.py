@@ -1,4 +1,6 @@
-"""Kernels of multi-task training behind one public interface; they need torch and no other part of fastmtl.
+"""Kernels of multi-task training behind one public interface.
+
+They need torch and no other part of fastmtl.
 
 Every operation takes `impl`: "auto" selects the fastest implementation for the device and dtypes; a
 named implementation never falls back to another. `implementations()` lists all of them, with the

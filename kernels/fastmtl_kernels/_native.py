@@ -10,7 +10,11 @@ import torch
 
 @cache
 def why_unavailable() -> str:
-    """Load the library of the C++ kernels; return the reason why it cannot be used here, "" where it can."""
+    """Load the library of the C++ kernels.
+
+    Returns:
+        The reason why it cannot be used here, "" where it can.
+    """
     return _load("_C", "C++", "with a C++ compiler and torch installed")
 
 

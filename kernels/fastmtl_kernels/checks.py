@@ -1,4 +1,7 @@
-"""Checks of arguments that several operations share. Each raises a ValueError that names the wrong argument."""
+"""Checks of arguments that several operations share.
+
+Each raises a ValueError that names the wrong argument.
+"""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ class Refusal(NamedTuple):
 def select(operation: str, impl: str, *tensors: Tensor | None, **sizes: int) -> str:
     """Return the implementation for these tensors, which are on one device.
 
-    sizes: what the limits of the operation are compared with. Without tensors the device is the CPU.
+    sizes: the sizes that the limits of the operation check. Without tensors the device is the CPU.
 
     Raises:
         ValueError: impl is no implementation of the operation, or an argument is too large for it.
@@ -178,7 +178,10 @@ def select(operation: str, impl: str, *tensors: Tensor | None, **sizes: int) -> 
 def unsupported_reason(
     operation: str, impl: str, device: torch.device, dtypes: Collection[torch.dtype] = (), **sizes: int
 ) -> str:
-    """Return the reason why an implementation does not support such tensors and sizes, "" where it does."""
+    """Return the reason why an implementation does not support such tensors and sizes.
+
+    "" where it does.
+    """
     refused = refusal(_candidate(operation, impl), device, dtypes, sizes)
     return "" if refused is None else refused.reason
 

@@ -23,7 +23,9 @@ _WORD = 0xFFFFFFFF
 
 
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 with the 64-bit key `seed`: four words in [0, 2^32) for each counter, int64 tensors.
+    """Philox4x32-10 with the 64-bit key `seed`.
+
+    Each counter gives four words in [0, 2^32). All tensors are int64.
 
     A product of two words may overflow int64; only its bits are used, and they are right.
     """

@@ -1,8 +1,8 @@
 """The destination of gradients per task, and the rows that belong to each task.
 
 A forward that should write task gradients receives a sink. Rows of different tasks never mix, so
-its backward computes the T gradients of a parameter and asks the sink for the gradient that autograd
-gets. `TaskSink` is a protocol: the layers above implement it.
+its backward computes the T gradients of a parameter and asks the sink for the gradient that
+autograd gets. `TaskSink` is a protocol: the layers above implement it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class TaskSink(Protocol):
         """
 
     def deliver_rows(self, table: Any, ids: Tensor, rows: Tensor, token_offsets: tuple[int, ...]) -> Tensor | None:
-        """Take the gradients `rows` [N, d] of the rows `ids` [N], int64, of an embedding table [V, d].
+        """Take the gradients `rows` [N, d] of the rows `ids` [N] of an embedding table [V, d].
+
+        ids: int64.
 
         token_offsets: the offsets of the tasks among the N. The result is that of `deliver`.
         """
@@ -135,7 +137,9 @@ def common_dtype(*parameters: Tensor | None) -> torch.dtype:
 def table_gradient(
     sink: TaskSink | None, table: Any, table_rows: int, ids: Tensor, rows: Tensor, tasks: TaskRows
 ) -> Tensor | None:
-    """Return autograd's gradient of a table [table_rows, d] whose rows `ids` [N] have gradients `rows` [N, d].
+    """Return autograd's gradient of an embedding table [table_rows, d].
+
+    The rows `ids` [N] of the table have the gradients `rows` [N, d].
 
     Without a sink it is a dense table of the table's dtype, summed in float32 or wider.
     """

@@ -19,5 +19,8 @@ def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 def upload_into(buffer: Tensor, tensor: Tensor) -> None:
-    """Copy a CPU tensor into a buffer of its shape on any device; the host does not wait, as with `upload`."""
+    """Copy a CPU tensor into a buffer of its shape on any device.
+
+    The host does not wait, as with `upload`.
+    """
     buffer.copy_(tensor.pin_memory() if buffer.is_cuda else tensor, non_blocking=True)

@@ -1,16 +1,20 @@
 """Task weights from a Gramian: PCGrad and GradVac in coefficient form.
 
-    Row i of C [T, T] starts as e_i and stands for the modified gradient g_i' = sum_k C[i, k] g_k, with
-        g_i' . g_j = (C G)[i, j]        |g_i'|^2 = (C G C^T)[i, i].
-    Each row visits the tasks j != i in a random order:
-        PCGrad   where g_i' . g_j < 0:      C[i, j] -= (g_i' . g_j) / |g_j|^2
-        GradVac  where phi < phi_T[i, j]:   C[i, j] += |g_i'| (phi_T sqrt(1 - phi^2) - phi sqrt(1 - phi_T^2))
-                                                       / (|g_j| sqrt(1 - phi_T^2)),    phi = cos(g_i', g_j)
-    weights = sum_i C[i], so that sum_t weights[t] g_t is the sum of the modified gradients.
+Row i of C [T, T] starts as e_i and stands for the modified gradient g_i' = sum_k C[i, k] g_k, with
 
-    gram [T, T] symmetric, float32 or float64; arithmetic in float64; weights [T] in gram's dtype, on
-    its device. All rows advance together: T steps of a few small operations on the device, which the
-    host does not wait for.
+    g_i' . g_j = (C G)[i, j]        |g_i'|^2 = (C G C^T)[i, i]
+
+Each row visits the tasks j != i in a random order. With phi = cos(g_i', g_j):
+
+    PCGrad   where g_i' . g_j < 0:      C[i, j] -= (g_i' . g_j) / |g_j|^2
+    GradVac  where phi < phi_T[i, j]:   C[i, j] += |g_i'| / (|g_j| sqrt(1 - phi_T^2))
+                                                   (phi_T sqrt(1 - phi^2) - phi sqrt(1 - phi_T^2))
+
+weights = sum_i C[i], so that sum_t weights[t] g_t is the sum of the modified gradients.
+
+gram [T, T] symmetric, float32 or float64; arithmetic in float64; weights [T] in gram's dtype, on
+its device. All rows advance together: T steps of a few small operations on the device, which the
+host does not wait for.
 
 Sources: Yu et al., Gradient Surgery for Multi-Task Learning, 2020, algorithm 1 (every projection is
 on the original g_j); Wang et al., Gradient Vaccine, 2021, equation 2 and algorithm 1.
@@ -81,8 +85,8 @@ def gradvac_weights(
 ) -> tuple[Tensor, Tensor]:
     """Compute the weights of GradVac for one Gramian, and the cosines that update the targets.
 
-    The targets' moving average is the caller's state: `target.lerp_(cosines, beta)` after each call.
-    The paper's beta is 0.01, and its targets start at 0.
+    The targets' moving average is the caller's state: `target.lerp_(cosines, beta)` after each
+    call. The paper's beta is 0.01, and its targets start at 0.
 
     Args:
         gram: [T, T] float32 or float64, symmetric.

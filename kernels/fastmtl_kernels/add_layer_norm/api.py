@@ -1,14 +1,14 @@
 """Residual LayerNorm with dropout and a task-specific summand, on packed rows.
 
-    z = residual + dropout(x) + ts               dz = rstd (g - mean(g) - h mean(g h)),  g = dy weight
-    h = (z - mean(z)) rstd                       dx = keep dz / (1 - dropout_p)
-    y = h weight + bias                          dweight = sum dy h,  dbias = sum dy
+    z = residual + dropout(x) + ts      dz = rstd (g - mean(g) - h mean(g h)),  g = dy weight
+    h = (z - mean(z)) rstd              dx = keep dz / (1 - dropout_p)
+    y = h weight + bias                 dweight = sum dy h,  dbias = sum dy
 
 rstd = 1 / sqrt(var + eps). residual, x, ts, y [N, d]; weight, bias [d]; the sums are over the rows
 of one task. Statistics and sums are float32; z has residual's dtype, in which it is kept for
-backward. An implementation is a module with `forward`, `backward` and `recompute`; the last tensor
-that `forward` returns tells its `backward` which elements were dropped. Equal inputs give equal
-bits. Not differentiable twice.
+backward. An implementation is a module with `forward`, `backward` and `recompute`; from the last
+result of its `forward`, its `backward` knows the dropped elements. Equal inputs give equal bits.
+Not differentiable twice.
 
 Source: as fastmtl_kernels.add_layer_norm.reference.
 """
@@ -114,9 +114,11 @@ class _AddLayerNorm(torch.autograd.Function):
         call: RowNorm,
     ) -> Tensor:
         y, z, mean, rstd, dropped = call.kernels.forward(residual, x, ts, weight, bias, seed, call)
-        # The parameters themselves are saved: under ZeRO 3 their storage is gathered again for backward.
+        # The parameters are saved, not copies: under ZeRO 3 their storage is gathered again for
+        # backward.
         ctx.save_for_backward(z, mean, rstd, weight, dropped)
-        # A sink knows parameters by identity, and under checkpointing saved tensors come back as other objects.
+        # A sink knows parameters by identity, and under checkpointing saved tensors come back as
+        # other objects.
         ctx.parameters = weight, bias
         ctx.call = call
         ctx.dtypes = x.dtype, None if ts is None else ts.dtype

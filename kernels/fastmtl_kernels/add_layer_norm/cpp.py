@@ -56,7 +56,7 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return dz and dx [N, d] and the gradients of weight and bias, as of layer_norm.cpp.backward.
 
-    dx_dtype: None where dx is not wanted. want_sums: without effect, the kernel computes them anyway.
+    dx_dtype: None where dx is not wanted. want_sums: no effect, as the kernel always computes them.
     """
     dz, dx, sums = layer_norm.backward(dy, z, mean, rstd, weight, mask, call)
     if dx_dtype is not None:

@@ -4,7 +4,8 @@
 
 residual, x, ts, y, z [num_rows, D] contiguous, each float32, float16 or bfloat16; weight, bias [D];
 mean, rstd [num_rows] float32; token_offsets [num_tasks + 1] int32. Arithmetic in float32. A program
-holds whole rows, so each tensor is read and written once. Backward is fastmtl_kernels.layer_norm.triton's.
+holds whole rows, so each tensor is read and written once. Backward is that of
+fastmtl_kernels.layer_norm.triton.
 
 Source: as fastmtl_kernels.add_layer_norm.reference.
 """

@@ -1,4 +1,7 @@
-"""AdamW's update from task gradients: their weighted sum, weights, moments and a 16-bit copy in one pass.
+"""AdamW's update from task gradients, in one pass.
+
+The pass forms the weighted sum of the task gradients, and updates weights, moments and a 16-bit
+copy.
 
     g = sum_t weights[t] J[t], then AdamW's step with the gradient g
 

@@ -46,7 +46,10 @@ class Update(NamedTuple):
 
 
 class Written(NamedTuple):
-    """The tensors that are written: weights and moments of one dtype, and the copy of the weights if one is kept."""
+    """The tensors that are written.
+
+    param, exp_avg, exp_avg_sq: of one dtype. copy: of param, None where no copy is kept.
+    """
 
     param: Tensor
     exp_avg: Tensor

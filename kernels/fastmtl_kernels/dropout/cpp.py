@@ -1,4 +1,7 @@
-"""Row-wise dropout by the C++ kernel in csrc/add_layer_norm_cpu.cpp, also for the operations that drop."""
+"""Row-wise dropout by the C++ kernel in csrc/add_layer_norm_cpu.cpp.
+
+Other operations that drop use it too.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ from fastmtl_kernels.philox import keep_threshold
 
 
 def dropout(x: Tensor, dropout_p: float, seed: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return y [N, d], written into `out` where given, which may be x; also the operation's own backward."""
+    """Return y [N, d], written into `out` where given, which may be x.
+
+    Also the operation's own backward.
+    """
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     threshold, scale = keep_threshold(dropout_p), 1 / (1 - dropout_p)

@@ -136,7 +136,8 @@ class _EmbedLayerNorm(torch.autograd.Function):
         ids = input_ids, position_ids, token_type_ids
         y, z, mean, rstd = call.kernels.forward(ids, (words, positions, types), weight, bias, seed, call)
         ctx.save_for_backward(*ids, z, mean, rstd, weight, seed, anchor)
-        # A sink knows parameters by identity, and under checkpointing saved tensors come back as other objects.
+        # A sink knows parameters by identity, and under checkpointing saved tensors come back as
+        # other objects.
         ctx.parameters = words, positions, types, weight, bias
         ctx.table_rows = [len(table) for table in ctx.parameters[:3]]  # in backward ZeRO 3 has changed their shapes
         ctx.call = call

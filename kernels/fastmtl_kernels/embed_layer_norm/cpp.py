@@ -1,4 +1,6 @@
-"""A BERT's embeddings on CPUs: torch gathers, the C++ kernels of csrc/add_layer_norm_cpu.cpp do the rest.
+"""A BERT's embeddings on CPUs.
+
+torch gathers the rows, the C++ kernels of csrc/add_layer_norm_cpu.cpp do the rest.
 
 The sum of the three rows is that of a residual, an input and a summand, in one pass over memory.
 """

@@ -1,4 +1,4 @@
-"""Settings of a LayerNorm call, shared by forward and backward of add_layer_norm and embed_layer_norm."""
+"""Settings that forward and backward of add_layer_norm and embed_layer_norm share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastmtl_kernels.task_sink import TaskRows, TaskSink
 
-# Called with a result and a function that recomputes it, bit for bit, from what backward keeps anyway.
+# Called with a result and a function that recomputes it, bit for bit, from tensors that backward
+# needs anyway.
 Register = Callable[[Tensor, Callable[[], Tensor]], None]
 
 

@@ -1,4 +1,6 @@
-"""LayerNorm over blocks of rows by Triton, and its backward, for add_layer_norm and embed_layer_norm.
+"""LayerNorm over blocks of rows and its backward by Triton, for two operations.
+
+add_layer_norm and embed_layer_norm share them.
 
     h = (z - mean(z)) rstd,  rstd = 1 / sqrt(var + eps)     y = h weight + bias
     dz = rstd (g - mean(g) - h mean(g h)),  g = dy weight    dweight = sum dy h, dbias = sum dy

@@ -1,4 +1,4 @@
-"""One vector for each sequence of a packed batch: its first row, the mean of its rows, or their maximum.
+"""One vector for each sequence of a packed batch: first row, mean or maximum of its rows.
 
     cls   out[b] = x[s]                     dx[s] = dout[b]
     mean  out[b] = sum_r x[r] / (e - s)     dx[r] = dout[b] / (e - s)

@@ -9,7 +9,10 @@ _MODES = ("cls", "mean", "max")
 
 
 def forward(x: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Tensor | None]:
-    """Return out [B, d] of x's dtype and, for max, the row of each of its elements, int32 [B, d]."""
+    """Return out [B, d] of x's dtype, and the row of each maximum.
+
+    The rows are int32 [B, d], None for the other modes.
+    """
     shape = len(cu_seqlens) - 1, x.shape[1]
     out = torch.empty(shape, dtype=x.dtype, device=x.device)
     winners = torch.empty(shape, dtype=torch.int32, device=x.device) if mode == "max" else None

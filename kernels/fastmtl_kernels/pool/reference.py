@@ -1,4 +1,6 @@
-"""Plain-torch oracle of pooling over packed sequences: it defines the result, and is the portable path.
+"""Plain-torch oracle of pooling over packed sequences.
+
+It defines the result, and is the portable path.
 
     cls   out[b] = x[first row of b]
     mean  out[b] = sum of the rows of b / their number

@@ -24,7 +24,10 @@ _NO_ROW = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _first_largest(a: tl.tensor, a_row: tl.tensor, b: tl.tensor, b_row: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Return the larger of two values and its row; NaN is largest, and of equal values the first wins."""
+    """Return the larger of two values and its row.
+
+    NaN is larger than all numbers; of equal values the first row wins.
+    """
     a_nan = a != a
     b_nan = b != b
     equal = (a == b) | (a_nan & b_nan)
@@ -119,7 +122,10 @@ def _block_d(num_columns: int) -> int:
 
 
 def forward(x: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Tensor | None]:
-    """Return out [B, d] of x's dtype and, for max, the row of each of its elements, int32 [B, d]."""
+    """Return out [B, d] of x's dtype, and the row of each maximum.
+
+    The rows are int32 [B, d], None for the other modes.
+    """
     num_sequences, num_columns = len(cu_seqlens) - 1, x.shape[1]
     out = torch.empty(num_sequences, num_columns, dtype=x.dtype, device=x.device)
     winners = torch.empty(out.shape, dtype=torch.int32, device=x.device) if mode == "max" else None

@@ -3,9 +3,9 @@
     gramian  G[i, j] = sum_p J[i, p] J[j, p]
     combine  out[p]  = sum_t weights[t] J[t, p]
 
-Task gradients J are a tensor [T, P], or T lists of K tensors; tensor k has the same shape, dtype and
-device in every list. No flat copy is made of lists. float32, bfloat16 and float16, accumulated in
-float32 or better; float64 (for tests) by the reference only. No operation is differentiable.
+Task gradients J are a tensor [T, P], or T lists of K tensors; tensor k has the same shape, dtype
+and device in every list. No flat copy is made of lists. float32, bfloat16 and float16, accumulated
+in float32 or better; float64 (for tests) by the reference only. No operation is differentiable.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""Gramian and combination of task gradients by C++ and CUDA: csrc/gradients_cpu.cpp and csrc/gradients.cu.
+"""Gramian and combination of task gradients by C++ and CUDA.
+
+The kernels are those of csrc/gradients_cpu.cpp and csrc/gradients.cu.
 
     gramian  G[i, j] = sum_p J[i, p] J[j, p]
     combine  out[p]  = sum_t weights[t] J[t, p]
 
 J [T, P] is T lists of K tensors on one device, float32, bfloat16 or float16. Inner products are
-float32 within blocks of columns and float64 across blocks; combine is float32. No flat copy is made,
-each operation reads J once (gramian on GPUs: for up to 8 tasks), and the result has the same bits
-for any number of threads and in every run. Limits: on GPUs dispatch.MAX_CUDA_TASKS tasks.
+float32 within blocks of columns and float64 across blocks; combine is float32. No flat copy is
+made, each operation reads J once (gramian on GPUs: for up to 8 tasks), and the result has the same
+bits for any number of threads and in every run. Limits: on GPUs dispatch.MAX_CUDA_TASKS tasks.
 
 Source: as fastmtl_kernels.task_gradients.reference.
 """
@@ -27,7 +29,10 @@ def gramian(grads: Sequence[Sequence[Tensor]]) -> Tensor:
 
 
 def combine(grads: Sequence[Sequence[Tensor]], weights: Tensor, out: Sequence[Tensor]) -> None:
-    """Write the weighted sum over tasks into `out`: K contiguous tensors, float32 or of the gradients' dtype."""
+    """Write the weighted sum over tasks into `out`.
+
+    out: K contiguous tensors, float32 or of the gradients' dtype.
+    """
     tensors = [tensor for task in grads for tensor in task]
     if tensors:
         torch.ops.fastmtl.combine_out(tensors, weights.float().contiguous(), out)

@@ -35,7 +35,10 @@ def gramian(grads: Sequence[Sequence[Tensor]]) -> Tensor:
 
 
 def combine(grads: Sequence[Sequence[Tensor]], weights: Tensor, out: Sequence[Tensor]) -> None:
-    """Write the weighted sum over tasks into `out`, K contiguous tensors, rounding once to their dtype."""
+    """Write the weighted sum over tasks into `out`.
+
+    out: K contiguous tensors. The sum is rounded once, to their dtype.
+    """
     for target, *same in zip(out, *grads, strict=True):
         dtype = torch.promote_types(same[0].dtype, torch.float32)
         columns = [tensor.reshape(-1).split(_CHUNK) for tensor in same]

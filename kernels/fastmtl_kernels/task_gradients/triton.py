@@ -1,4 +1,6 @@
-"""Gramian and combination of task gradients in Triton, for NVIDIA GPUs without the CUDA kernels of csrc/.
+"""Gramian and combination of task gradients in Triton.
+
+For NVIDIA GPUs without the CUDA kernels of csrc/.
 
     gramian  G[i, j] = sum_p J[i, p] J[j, p]        float32 within a piece, float64 across pieces
     combine  out[p]  = sum_t weights[t] J[t, p]     float32
@@ -81,7 +83,8 @@ def _gramian_kernel(
     sums: tl.tuple = ()
     for _ in tl.static_range(NUM_ROWS * (NUM_ROWS + 1) // 2):
         sums = sums + (tl.zeros([LANES], tl.float32),)
-    # Only the last step has a mask: masked loads are vectors only where num_columns is a multiple of VECTOR.
+    # Only the last step has a mask: masked loads are vectors only where num_columns is a multiple
+    # of VECTOR.
     whole = count // STEP
     for step in range(whole):
         sums = _add_products(sums, row_ptrs, begin, step * STEP + offs, None, NUM_ROWS, False)
@@ -205,7 +208,10 @@ def gramian(grads: Sequence[Sequence[Tensor]]) -> Tensor:
 
 
 def combine(grads: Sequence[Sequence[Tensor]], weights: Tensor, out: Sequence[Tensor]) -> None:
-    """Write the weighted sum over tasks into `out`: one contiguous tensor, float32 or of the gradients' dtype."""
+    """Write the weighted sum over tasks into `out`.
+
+    out: one contiguous tensor, float32 or of the gradients' dtype.
+    """
     rows, (target,) = [row for (row,) in grads], out
     if target.numel() == 0:
         return

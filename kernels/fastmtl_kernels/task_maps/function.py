@@ -1,9 +1,10 @@
 """One or two linear maps per task on packed rows: the core of low_rank, lora and pal.
 
-    z = middle(x first_t + first_bias_t)               dz = dy' second_t^T, dy' = last'(...) dropout'(dy)
-    y = dropout(last(z second_t + second_bias_t))      dx = dh first_t^T,   dh  = middle'(...) dz
-                                                       dsecond_t = z^T dy', dfirst_t = x^T dh
-                                                       biases: sums over rows
+    z = middle(x first_t + first_bias_t)            dz = dy' second_t^T
+    y = dropout(last(z second_t + second_bias_t))   dy' = last'(...) dropout'(dy)
+                                                    dx = dh first_t^T,  dh = middle'(...) dz
+                                                    dsecond_t = z^T dy', dfirst_t = x^T dh
+                                                    biases: sums over rows
 
 Shapes as in fastmtl_kernels.task_maps.reference, which defines every value. An implementation is a
 module with `forward` and `backward`; the tensors that the first returns besides y are given to the

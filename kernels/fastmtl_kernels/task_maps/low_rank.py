@@ -99,7 +99,10 @@ def lora(
     seed: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """dropout((x down_t + down_bias_t) up_t + up_bias_t): low_rank with both biases and without an activation."""
+    """low_rank with both biases and without an activation.
+
+    y = dropout((x down_t + down_bias_t) up_t + up_bias_t)
+    """
     for name, bias in (("down_bias", down_bias), ("up_bias", up_bias)):
         if bias is None:
             raise ValueError(f"{name} must be given: lora has both biases; low_rank takes any of them or none")

@@ -2,7 +2,7 @@
 
     e = x down_t + down_bias_t                       for the rows of task t
     [Q, K, V] = e qkv_t + qkv_bias_t                 each [N, heads, s / heads]
-    z = softmax(Q K^T / sqrt(s / heads)) V           within each sequence; dropout of the probabilities
+    z = softmax(Q K^T / sqrt(s / heads)) V           within each sequence; dropout of softmax
     y = dropout(activation(z up_t + up_bias_t))
 
 x, y [N, d]; down [T, d, s], qkv [T, s, 3 s], up [T, s, d]. Three operations: the maps down and to

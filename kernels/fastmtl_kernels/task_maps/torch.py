@@ -1,4 +1,6 @@
-"""One or two linear maps per task by torch's matrix products; fastmtl_kernels.task_maps.function has the formulas.
+"""One or two linear maps per task by torch's matrix products.
+
+fastmtl_kernels.task_maps.function has the formulas.
 
 One product for each task that has rows, written straight into the task's rows of the result:
 nothing is split, padded or concatenated, and the parameters of an absent task are not read. Any
@@ -66,7 +68,10 @@ def backward(
     call: Maps,
     wants: Wants,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, first, first_bias, second and second_bias, None where not wanted."""
+    """Return the gradients of x, first, first_bias, second and second_bias.
+
+    None stands for a gradient that is not wanted.
+    """
     offsets = call.tasks.host
     if seed is not None:
         dy = _drop(dy, x.new_empty(dy.shape), seed, call)
@@ -85,7 +90,10 @@ def backward(
 
 
 def _maps(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, offsets: Sequence[int]) -> Tensor:
-    """Write every task's rows times its weight, plus its bias, into `out`; rows of no task stay unchanged."""
+    """Write every task's rows times its weight, plus its bias, into `out`.
+
+    Rows of no task stay unchanged.
+    """
     for task, (start, stop) in enumerate(pairwise(offsets)):
         if start == stop:
             continue
@@ -105,14 +113,20 @@ def _row_gradients(gradients: Tensor, weight: Tensor, rows: Tensor, offsets: Seq
 
 
 def _along_longer_axis(weight: Tensor) -> Tensor:
-    """Return weight [T, in, out], copied where it is narrow and its memory runs along the shorter axis."""
+    """Return weight [T, in, out] in memory that products read fast.
+
+    It is copied where it is narrow and its memory runs along the shorter axis.
+    """
     if min(weight.shape[1:]) > NARROW:
         return weight
     return weight.mT.contiguous().mT if weight.shape[1] > weight.shape[2] else weight.contiguous()
 
 
 def _outer(rows: Tensor, gradients: Tensor, like: Tensor, offsets: Sequence[int]) -> Tensor:
-    """Return rows^T gradients of every task, in the parameter's memory layout: autograd then copies nothing."""
+    """Return rows^T gradients of every task.
+
+    The result has the parameter's memory layout, so that autograd copies nothing.
+    """
     out = torch.empty_like(like)
     fast = _along_longer_axis(out)
     for task, (start, stop) in enumerate(pairwise(offsets)):
@@ -149,7 +163,10 @@ def _derive(gradients: Tensor, before: Tensor, activation: str) -> Tensor:
 
 
 def _drop(rows: Tensor, out: Tensor, seed: Tensor, call: Maps) -> Tensor:
-    """Write rows [N, d], dropped out, into `out`, which may be rows; rows of no task stay unchanged."""
+    """Write rows [N, d], dropped out, into `out`, which may be rows.
+
+    Rows of no task stay unchanged.
+    """
     if len(set(call.rates)) == 1:
         return dropout_into(out, rows, call.rates[0], seed)
     for rate, (start, stop) in zip(call.rates, pairwise(call.tasks.host), strict=True):

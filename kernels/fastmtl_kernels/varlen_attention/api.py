@@ -1,4 +1,6 @@
-"""Attention over packed sequences: the public operation, which validates, selects an implementation and calls it.
+"""Attention over packed sequences: the public operation.
+
+It validates, selects an implementation and calls it.
 
     P = softmax(softmax_scale * Q K^T)    over the keys of the query's own sequence
     O = (keep * P / (1 - dropout_p)) V    keep[query, key] drawn by a counter generator from `seed`
@@ -70,7 +72,11 @@ def varlen_attention(
 
 
 def _check(qkv: Tensor, cu_seqlens: Tensor, softmax_scale: float | None, plan: AttentionPlan | None) -> None:
-    """Check types, shapes, dtypes and devices. The ValueError names the wrong argument; no tensor is read."""
+    """Check types, shapes, dtypes and devices, without reading a tensor.
+
+    Raises:
+        ValueError: names the wrong argument.
+    """
     if not isinstance(qkv, Tensor) or qkv.dim() != 4 or qkv.shape[1] != 3 or not qkv.is_floating_point():
         raise ValueError(f"qkv must be floating point of shape [N, 3, heads, head_dim], got {describe(qkv)}")
     if qkv.shape[2] == 0 or qkv.shape[3] == 0:

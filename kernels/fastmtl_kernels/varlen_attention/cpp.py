@@ -3,7 +3,8 @@
     S = softmax_scale * Q K^T, only within a sequence      dV = (Z P)^T dO
     P = softmax(S)                                         dP = Z (dO V^T)
     O = (Z P) V, Z = keep / (1 - dropout_p)                dS = P (dP - rowsum(P dP))
-                                                           dQ = softmax_scale * dS K,  dK = softmax_scale * dS^T Q
+                                                           dQ = softmax_scale * dS K
+                                                           dK = softmax_scale * dS^T Q
 
 qkv [N, 3, heads, head_dim], float32, bfloat16 or float16, any head_dim; arithmetic in float32. No
 token is padded. Forward keeps each row's largest score and the inverse of its sum, [N, heads, 2]; P

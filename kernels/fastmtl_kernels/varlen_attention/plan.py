@@ -1,4 +1,6 @@
-"""The rows of a packed batch that each program of the attention kernels processes, planned once per batch on the host.
+"""The rows of a packed batch that each program of the attention kernels processes.
+
+The plan is made once per batch, on the host.
 
 Sequences of at most 64 tokens share tiles of 64 slots, packed best-fit in decreasing length, since
 one sequence of typical 25 tokens uses only 16 % of a tile's scores. A sequence starts at a multiple
@@ -40,7 +42,7 @@ class AttentionPlan:
 
     @classmethod
     def make(cls, cu_seqlens: Sequence[int], num_rows: int, device: torch.device | str = "cpu") -> AttentionPlan:
-        """Plan the sequences `cu_seqlens[b]:cu_seqlens[b + 1]` of the `num_rows` rows of qkv, on `device`.
+        """Plan the sequences `cu_seqlens[b]:cu_seqlens[b + 1]` of qkv's `num_rows` rows.
 
         Raises:
             ValueError: cu_seqlens does not begin with 0, descends or exceeds num_rows.
@@ -70,7 +72,10 @@ class AttentionPlan:
 
     @property
     def tile_starts(self) -> Tensor:
-        """int32 [tiles, 64], the first row of the slot's sequence, -1 in an empty slot and for rows of none."""
+        """int32 [tiles, 64], the first row of the slot's sequence.
+
+        -1 in an empty slot, and for rows of no sequence.
+        """
         return self._tiles[1]
 
     @cached_property
@@ -90,7 +95,10 @@ class AttentionPlan:
         return replace(self, numbers=function(self.numbers))
 
     def with_rows(self, num_rows: int) -> AttentionPlan:
-        """Return the plan that `make` gives for the same sequences and at least as many rows; CPU only."""
+        """Return the plan of the same sequences with at least as many rows.
+
+        The result equals that of `make`. For a plan on the CPU.
+        """
         numbers, slots = self.numbers.numpy(), TILE * self.num_tiles
         rows, starts = _add_tail(numbers[:slots], numbers[slots : 2 * slots], self.num_rows, num_rows)
         return self._of(rows, starts, numbers[2 * slots :], num_rows)
@@ -102,7 +110,11 @@ def needs_plan(device: torch.device) -> bool:
 
 
 def check_cu_seqlens(cu_seqlens: Sequence[int], num_rows: int) -> None:
-    """Check that the host's offsets are those of sequences within `num_rows` rows; raise ValueError."""
+    """Check that the host's offsets are those of sequences within `num_rows` rows.
+
+    Raises:
+        ValueError: they are not; the message gives the offsets.
+    """
     if not cu_seqlens or cu_seqlens[0] != 0:
         raise ValueError(f"cu_seqlens must begin with 0, got {list(cu_seqlens[:1])}")
     for b, (start, stop) in enumerate(pairwise(cu_seqlens)):
@@ -139,7 +151,10 @@ def _tiles(first_rows: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _add_tail(rows: np.ndarray, starts: np.ndarray, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Add the rows first:stop, which are of no sequence, in empty slots and in further tiles as needed."""
+    """Add the rows first:stop, which are of no sequence.
+
+    They fill empty slots first, then further tiles.
+    """
     empty = np.count_nonzero(rows < 0)
     further = max(0, -(-(stop - first - empty) // TILE)) * TILE
     blank = np.full(further, -1, dtype=np.int32)

@@ -1,4 +1,6 @@
-"""Plain-torch oracle of attention over packed sequences: it defines the result, and is the portable path.
+"""Plain-torch oracle of attention over packed sequences.
+
+It defines the result, and is the portable path.
 
     P = softmax(softmax_scale * Q K^T)    over the keys of the query's own sequence
     O = (keep * P / (1 - dropout_p)) V    keep[query, key] in {0, 1}, all ones where dropout_p is 0
@@ -34,7 +36,10 @@ from fastmtl_kernels.philox import keep_threshold, philox
 def varlen_attention(
     qkv: Tensor, offsets: Sequence[int], softmax_scale: float, dropout_p: float, seed: Tensor | None
 ) -> Tensor:
-    """Return O [N, heads, head_dim] of qkv's dtype, for the host's cu_seqlens `offsets` and a `seed` of one element."""
+    """Return O [N, heads, head_dim] of qkv's dtype.
+
+    offsets: cu_seqlens on the host. seed: of one element.
+    """
     wide = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
     mixed = []
     for start, stop in pairwise(offsets):

@@ -1,4 +1,7 @@
-"""Functions that the Triton kernels of the maps per task share: activations, and arguments of the launches."""
+"""Functions that the Triton kernels of the maps per task share.
+
+Activations, and arguments of the launches.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,10 @@ def derive(gradient: tl.tensor, x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.te
 
 
 def dense(weight: Tensor) -> Tensor:
-    """Return the weight [T, a, b], copied unless its memory is [T, a, b] or [T, b, a] without gaps."""
+    """Return the weight [T, a, b] in dense memory.
+
+    It is copied unless its memory is [T, a, b] or [T, b, a] without gaps.
+    """
     return weight if weight.is_contiguous() or weight.mT.is_contiguous() else weight.contiguous()
 
 

@@ -1,7 +1,7 @@
 """The launches of the Triton kernels of one or two linear maps per task, forward and backward.
 
-Backward launches the rows' kernel, then the two of the weights' gradients. h is kept for backward in
-the rows' dtype; y before `last` is recomputed.
+Backward launches the rows' kernel, then the two of the weights' gradients. h is kept for backward
+in the rows' dtype; y before `last` is recomputed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ def forward(
     seed: Tensor | None,
     call: Maps,
 ) -> tuple[Tensor | None, ...]:
-    """Return y [N, d_out] and h [N, r]; h is None without a first map and where no backward may come."""
+    """Return y [N, d_out] and h [N, r].
+
+    h is None without a first map and where no backward may come.
+    """
     num_rows, num_tasks = x.shape[0], call.tasks.num_tasks
     rank, d_out = second.shape[1:]
     y = torch.empty(num_rows, d_out, dtype=x.dtype, device=x.device)
@@ -72,7 +75,10 @@ def backward(
     call: Maps,
     wants: Wants,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, first, first_bias, second and second_bias, None where not wanted."""
+    """Return the gradients of x, first, first_bias, second and second_bias.
+
+    None stands for a gradient that is not wanted.
+    """
     num_rows, num_tasks = x.shape[0], call.tasks.num_tasks
     x, dy = x.contiguous(), dy.contiguous()
     store_dx = wants.x or first is None
@@ -131,5 +137,8 @@ def _blocks(x: Tensor, rank: int, call: Maps, derives_last: bool = False) -> dic
 
 
 def _grid(num_rows: int, num_tasks: int, block_m: int) -> tuple[int]:
-    """Return as many programs as tasks and tail can have blocks, for any distribution of the rows."""
+    """Return as many programs as tasks and tail can have blocks.
+
+    The number holds for any distribution of the rows.
+    """
     return (num_rows // block_m + num_tasks + 1,)

@@ -1,7 +1,7 @@
 """Gradients of the weights and biases of one or two linear maps per task, by Triton.
 
-    dsecond_t = z^T dy    dsecond_bias_t = sum dy    over the rows of task t; z = x without a first map
-    dfirst_t  = x^T dh    dfirst_bias_t  = sum dh
+    dsecond_t = z^T dy    dsecond_bias_t = sum dy    over the rows of task t
+    dfirst_t  = x^T dh    dfirst_bias_t  = sum dh    z = x without a first map
 
 x [num_rows, D_IN], dy [num_rows, D_OUT], z and dh [num_rows, RANK] contiguous, of one dtype; where
 there is a seed, dropout is applied to dy here. Sums are float32; results have the dtype and the
@@ -57,7 +57,10 @@ def _outer_product(
     SUM_NARROW: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return wide^T narrow [BLOCK_D, BLOCK_R] over rows begin:end, and the sums of wide and narrow if wanted."""
+    """Return wide^T narrow [BLOCK_D, BLOCK_R] over rows begin:end.
+
+    Also return the sums of wide and of narrow, zeros where not wanted.
+    """
     offs_d = column + tl.arange(0, BLOCK_D)
     offs_r = tl.arange(0, BLOCK_R)
     mask_d = offs_d < D
@@ -267,7 +270,10 @@ def weight_gradients(
 
 
 def _slot(d_in: int, rank: int, d_out: int, wants: Wants) -> dict[str, int]:
-    """Return the size of a slot and the first element of second, its bias, first and its bias in it."""
+    """Return the size of a slot and the first element of its parts.
+
+    The parts are the gradients of second, its bias, first and its bias.
+    """
     second_bias = d_out * rank
     first = second_bias + (d_out if wants.second_bias else 0)
     first_bias = first + d_in * rank

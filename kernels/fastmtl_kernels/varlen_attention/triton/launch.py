@@ -3,12 +3,13 @@
     S = softmax_scale * Q K^T, only within a sequence      dV = (Z P)^T dO
     P = softmax(S)                                         dP = Z (dO V^T)
     O = (Z P) V, Z = keep / (1 - dropout_p)                dS = P (dP - rowsum(P dP))
-                                                           dQ = softmax_scale * dS K,  dK = softmax_scale * dS^T Q
+                                                           dQ = softmax_scale * dS K
+                                                           dK = softmax_scale * dS^T Q
 
-qkv [N, 3, heads, head_dim], float16 or bfloat16 with head_dim up to 128, float32 up to 64, padded to
-a power of two. Scores, softmax and sums are float32; the operands of the dots have qkv's dtype. P
-is recomputed in backward, by one kernel for each kind of sequence. One program writes a row, without
-atomics: equal inputs give equal bits.
+qkv [N, 3, heads, head_dim], float16 or bfloat16 with head_dim up to 128, float32 up to 64, padded
+to a power of two. Scores, softmax and sums are float32; the operands of the dots have qkv's dtype.
+P is recomputed in backward, by one kernel for each kind of sequence. One program writes a row,
+without atomics: equal inputs give equal bits.
 
 - Sequences of at most 64 tokens (short.py): a program holds a tile of 64 rows, of one or more
   sequences, and the whole rows of P; rowsum(P dP) stays in its registers.
@@ -90,7 +91,7 @@ def _long_bwd_options(qkv: Tensor, dropout_p: float) -> dict[str, Any]:
 
 
 def _register_bound(qkv: Tensor) -> dict[str, Any]:
-    """Return a bound that keeps the assembler for GPUs before sm_90 from a fallback to 32 or 168 registers.
+    """Return a bound that avoids a fallback of the assembler for GPUs before sm_90.
 
     The fallback spills more. It occurs where registers are far too few, in float32 with wide heads,
     unless a bound is given. On sm_90 it does not occur, and a bound would cost a few bytes. The

@@ -1,4 +1,6 @@
-"""Triton kernels of attention over packed sequences of more than 64 tokens; launch.py has the formulas.
+"""Triton kernels of attention over packed sequences of more than 64 tokens.
+
+launch.py has the formulas.
 
 A program holds one head of a block of 64 rows and loops over the blocks of its sequence. Forward
 keeps the running maximum and sum of FlashAttention-2 and stores both for every row, from which
@@ -40,7 +42,10 @@ def long_fwd_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Store O and the stats of _load_stats for the queries of block tl.program_id(0) // num_heads."""
+    """Store O and the stats of _load_stats for the queries of a block.
+
+    The block is tl.program_id(0) // num_heads.
+    """
     head = tl.program_id(0) % num_heads
     block_ptr = blocks_ptr + tl.program_id(0) // num_heads * 3
     start = tl.load(block_ptr)
@@ -150,7 +155,10 @@ def _key_grads(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Store dK and dV of the keys first:first + 64, in the order of key_slots: four neighbours share random words."""
+    """Store dK and dV of the keys first:first + 64.
+
+    The keys are in the order of key_slots: four neighbours share random words.
+    """
     part = num_heads * HEAD_DIM
     rows_n = first + key_slots()
     mask_n = rows_n < stop
@@ -205,7 +213,10 @@ def long_bwd_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Store dQ (tl.program_id(1) is 0) or dK and dV (1) of a block; with SPLIT, dK (1) or dV (2)."""
+    """Store dQ, dK or dV of a block.
+
+    tl.program_id(1) is 0 for dQ and 1 for dK and dV; with SPLIT it is 1 for dK and 2 for dV.
+    """
     head = tl.program_id(0) % num_heads
     block_ptr = blocks_ptr + tl.program_id(0) // num_heads * 3
     start = tl.load(block_ptr)

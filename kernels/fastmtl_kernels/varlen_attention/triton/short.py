@@ -1,10 +1,12 @@
-"""Triton kernels of attention over packed sequences of at most 64 tokens; launch.py has the formulas.
+"""Triton kernels of attention over packed sequences of at most 64 tokens.
 
-A program holds one head of a tile of 64 slots, in which the plan (fastmtl_kernels.varlen_attention.plan)
-placed one or more sequences, and the whole rows of P; rowsum(P dP) stays in its registers. In a score
-tile [64, 64], rows are queries in the order of the slots, columns are keys in the order of
-key_slots(). Loads, stores and operands of dots have qkv's dtype, all other values are float32. Heads
-are padded with zeros from HEAD_DIM to BLOCK_D, a power of two.
+launch.py has the formulas.
+
+A program holds one head of a tile of 64 slots, in which fastmtl_kernels.varlen_attention.plan
+placed one or more sequences, and the whole rows of P; rowsum(P dP) stays in its registers. In a
+score tile [64, 64], rows are queries in the order of the slots, columns are keys in the order of
+key_slots(). Loads, stores and operands of dots have qkv's dtype, all other values are float32.
+Heads are padded with zeros from HEAD_DIM to BLOCK_D, a power of two.
 """
 
 from __future__ import annotations
@@ -88,7 +90,8 @@ def _probabilities(
 ) -> tuple[tl.tensor, tl.tensor]:
     """Return exp2(scores - their maximum) [64, 64], and the inverse of its row sums [64]."""
     scores = tl.dot(q, k.T, input_precision=PRECISION) * scale_log2
-    # Slots of no sequence attend to each other, so that every row has a key; their q, k and v are zeros.
+    # Slots of no sequence attend to each other, so that every row has a key; their q, k and v are
+    # zeros.
     scores = tl.where(starts_m[:, None] == starts_n[None, :], scores, float("-inf"))
     p = tl.exp2(scores - tl.max(scores, 1)[:, None])
     return p, 1.0 / tl.sum(p, 1)
@@ -171,7 +174,10 @@ def _tile_grads(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Store those of dQ, dK and dV that are wanted, for the tile whose slots begin with first_slot."""
+    """Store those of dQ, dK and dV that are wanted.
+
+    The tile is the one whose slots begin with first_slot.
+    """
     slots_m = first_slot + tl.arange(0, _TILE)
     slots_n = first_slot + key_slots()
     rows_m = tl.load(rows_ptr + slots_m)
