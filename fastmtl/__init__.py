@@ -18,6 +18,6 @@ def load(model_dir: str | Path, device: str | None = None) -> Predictor:
     """Open the `model/` directory of a run, or the run's directory; see
     `fastmtl.inference.predict.Predictor`.
     """
-    from fastmtl.inference.predict import load as load_predictor  # torch takes seconds to import
+    from fastmtl.inference.predict import load as load_predictor  # importing torch takes seconds
 
     return load_predictor(model_dir, device)

@@ -1,4 +1,4 @@
-"""The commands. What they need is imported inside them: `fastmtl --help` must not wait for torch."""
+"""The command line. Commands import what they need when they run, so help needs no torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXIT_FAILURE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
 
 class Commands(TyperGroup):
-    """Ctrl-C ends with 130, as in a shell."""
+    """The group of commands; Ctrl-C ends a command with status 130, as in a shell."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -67,9 +67,7 @@ def common(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Fine-tune one BERT-style encoder on many tasks at once, with task adapters and gradient
-    surgery.
-    """
+    """Fine-tune one BERT-style encoder on many tasks, with task adapters and gradient surgery."""
     _set_debug(debug)
     context.obj = local_rank
 
@@ -80,17 +78,19 @@ def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A bundled recipe (fastmtl recipes) or a YAML file.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="section.key=value", help="Settings that replace the recipe's.", show_default=False),
+        typer.Argument(metavar="section.key=value", help="Settings that override the recipe's.", show_default=False),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where the run is kept. Default: runs/RECIPE.", show_default=False),
+        typer.Option(metavar="DIR", help="The folder of the run. Default: runs/RECIPE.", show_default=False),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in DIR.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in DIR.")] = False,
     accept_changes: Annotated[
-        bool, typer.Option("--accept-changes", help="With --resume: go on with other settings or other training files.")
+        bool, typer.Option("--accept-changes", help="With --resume: allow other settings or other training files.")
     ] = False,
-    check: Annotated[bool, typer.Option("--check", help="Check all that a run needs, and train nothing.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Check everything that a run needs, without training.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Train a recipe.
@@ -100,7 +100,7 @@ def train(
     One process, on the first GPU or the CPU:
       [cyan]fastmtl train demo[/cyan]
 
-    Other settings, another place:
+    Other settings, another folder:
       [cyan]fastmtl train demo train.epochs=1 gradient.method=sum --output runs/joint[/cyan]
 
     Your own files:
@@ -110,17 +110,17 @@ def train(
       [cyan]deepspeed --no_python fastmtl train demo[/cyan]
       [cyan]DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 --no_python fastmtl train demo[/cyan]
 
-    Go on after a stop:
+    Continue after a stop:
       [cyan]fastmtl train demo --resume[/cyan]
 
-    Everything that a start checks, in seconds, before a place in a queue is taken:
+    All checks of a start in seconds, before the job waits in a queue:
       [cyan]fastmtl train my.yaml --check[/cyan]
 
-    New tasks for a trained model, whose own tasks stay as they are:
+    New tasks for a trained model; its own tasks stay as they are:
       [cyan]fastmtl train new-task.yaml add_to=runs/demo/model[/cyan]
 
-    DIR gets config.yaml, metrics.jsonl, tensorboard/, checkpoints/, model/, predictions/ and
-    report.html.
+    DIR gets config.yaml, metrics.jsonl, tensorboard/, checkpoints/, model/,
+    predictions/ and report.html.
     """
     from fastmtl.config import load_recipe
     from fastmtl.engine.early_errors import errors_reach_rank_0
@@ -129,7 +129,7 @@ def train(
     _set_debug(debug)
     directory = output or Path("runs") / Path(recipe).stem
     if accept_changes and not resume:
-        raise UserError("--accept-changes goes with --resume: a run that begins has nothing to differ from")
+        raise UserError("--accept-changes needs --resume: a new run has no earlier settings to differ from")
     folder = None
     with errors_reach_rank_0():
         settings = load_recipe(recipe, overrides or [])
@@ -163,9 +163,9 @@ def evaluate(
         Path | None, typer.Option(metavar="F", help="Labelled rows of task T, in its format.", show_default=False)
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where the recipe's files are. Default: as in training.")
+        Path | None, typer.Option(metavar="DIR", help="The folder of the recipe's files. Default: as in training.")
     ] = None,
-    split: Annotated[Literal["train", "dev", "test"], typer.Option(help="Which files of the recipe.")] = "dev",
+    split: Annotated[Literal["train", "dev", "test"], typer.Option(help="The recipe's files to use.")] = "dev",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -179,12 +179,12 @@ def evaluate(
     The same files elsewhere, and their test split:
       [cyan]fastmtl evaluate runs/demo/model --data data/cs224n --split test[/cyan]
 
-    One file, for a program to read:
+    One file, with output for a program:
       [cyan]fastmtl evaluate runs/demo/model --task paraphrase --file pairs.csv --json[/cyan]
     """
     _set_debug(debug)
     if file is not None and task is None:
-        raise UserError("--file needs --task: which task are its rows of?")
+        raise UserError("--file needs --task, the task of its rows")
     if file is not None and data is not None:
         raise UserError("--file and --data exclude each other: one file of one task, or the files of the recipe")
     from fastmtl.inference.predict import evaluate_file, evaluate_split, load
@@ -224,17 +224,18 @@ def predict(
 ) -> None:
     """Predict labels for a file.
 
-    The file is read like the task's training files, but labels may be missing. A table has the
-    columns id, predicted and the probabilities of the classes (regression: id, predicted).
+    The file is read like the task's training files, but labels may be missing.
+    A table has the columns id, predicted and the probabilities of the classes
+    (regression: id, predicted).
 
     [bold]Examples[/bold]
 
-      [cyan]fastmtl predict runs/demo/model --task sentiment --input reviews.csv --output
-      reviews-predicted.csv[/cyan]
+      [cyan]fastmtl predict runs/demo/model --task sentiment --input reviews.csv \\
+        --output reviews-predicted.csv[/cyan]
 
     A file to hand in for CS224N:
-      [cyan]fastmtl predict runs/cs224n/model --task sst --input test.csv --output sst-out.csv
-      --format cs224n[/cyan]
+      [cyan]fastmtl predict runs/cs224n/model --task sst --input test.csv \\
+        --output sst-out.csv --format cs224n[/cyan]
     """
     _set_debug(debug)
     from fastmtl.inference.predict import load, predict_file
@@ -252,10 +253,9 @@ recipes.register(app, _set_debug)
 
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, debug: Debug = False) -> None:
-    """Show what this machine offers: versions, GPUs, and which implementation every kernel uses and
-    why.
+    """Show versions, GPUs, and the implementation of every kernel with the reason.
 
-    Exit status 1 where something that training needs is missing or broken.
+    The exit status is 1 if something that training needs is missing or broken.
     """
     _set_debug(debug)
     import dataclasses
@@ -280,8 +280,8 @@ sweep.register(app, _set_debug)
 def main() -> None:
     """The console script.
 
-    A UserError is one message and status 2, a TrainingError one message and status 1; anything
-    unexpected is a short message and status 1.
+    A UserError prints one message and gives status 2, a TrainingError one message and status 1. Any
+    other exception prints a short message and gives status 1.
     """
     secure()
     hide_stored_exceptions()
@@ -300,8 +300,9 @@ def main() -> None:
 
 
 def _fail(message: str, status: int, *, everywhere: bool) -> NoReturn:
-    """Ends the process inside an `except` block. Under a launcher every process meets a user's
-    error: one tells it.
+    """End the process inside an `except` block.
+
+    everywhere: print on all ranks. Otherwise only rank 0 prints, since a UserError ends all ranks.
     """
     if _debug:
         traceback.print_exc()

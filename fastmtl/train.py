@@ -1,9 +1,9 @@
 """The training loop: from a recipe to a model directory.
 
-A run is one phase after the other, most often only one. Order of a step: `BatchStream` draws this
-rank's micro-batches, `GradientSurgery.run` turns them into one merged gradient inside the DeepSpeed
-engine, `engine.step` applies it. Evaluation, checkpoints and tracking hang off that loop and change
-nothing in it.
+A run is a sequence of phases, usually only one. In a step, `BatchStream` draws this rank's
+micro-batches, `GradientSurgery.run` turns them into one merged gradient inside the DeepSpeed
+engine, and `engine.step` applies it. Evaluation, checkpoints and tracking are called from the loop
+and do not change its results.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from fastmtl.training.run_files import RunFiles
 
 @dataclass
 class Run:
-    """What the phases of a run share."""
+    """The objects that the phases of a run share."""
 
     ranks: Ranks
     stop: StopFlag
@@ -65,14 +65,15 @@ def train(
     local_rank: int | None = None,
     rows: CorpusRows | None = None,
 ) -> None:
-    """Run a recipe; every rank calls it.
+    """Train a recipe. Every rank calls it.
 
-    Leaves config.yaml, metrics.jsonl, tensorboard/, checkpoints/, model/ (of the best epoch),
-    predictions/ and report.html in `output`.
-    accept_changes: resume although settings or training rows differ from those that the checkpoint
-    was saved with. rows: those of the recipe's files, where they have been read.
-    Raises UserError for what the user can mend. After SIGTERM it trains one step more at most,
-    saves, and returns.
+    It writes config.yaml, metrics.jsonl, tensorboard/, checkpoints/, model/ (of the best epoch),
+    predictions/ and report.html to `output`. After SIGTERM it trains at most one more step, saves a
+    checkpoint and returns.
+
+    accept_changes: resume even if settings or training rows differ from those of the checkpoint.
+    rows: the rows of the recipe's files, if they have been read already.
+    Raises UserError for errors that the user can fix.
     """
     if not torch.cuda.is_available():
         heap.map_large_blocks()
@@ -88,7 +89,7 @@ def train(
             at, found = at.next_phase(), None
         else:
             notes.append(
-                f"nothing is left to train after step {at.step}: raise train.epochs or train.max_steps to go on"
+                f"nothing is left to train after step {at.step}: raise train.epochs or train.max_steps to continue"
             )
     load_libraries()
     run: Run | None = None
@@ -104,7 +105,7 @@ def train(
         number = job.last_step(here) - here.first_step
         engine = build_engine(phase.recipe, model.trained, ranks.world, number, universal=universal)
         surgery = build_surgery(phase.recipe, engine, model.trained, phase.loss_names)
-        torch.manual_seed(phase.recipe.seed + 1 + ranks.rank)  # other dropout masks on every rank
+        torch.manual_seed(phase.recipe.seed + 1 + ranks.rank)  # different dropout masks on every rank
         if found is not None:
             checkpoints.restore(engine, found)
             surgery.load_state_dict(at.surgery)
@@ -131,14 +132,14 @@ def train(
         with ahead(rest, phase.recipe.data.prefetch, ranks.device) as steps:
             ended = run_phase(run, job, steps, model, engine, surgery, objectives)
         if not ended:
-            run.tracker.message(f"stopped at step {run.at.step}; go on with --resume")
+            run.tracker.message(f"stopped at step {run.at.step}; continue with --resume")
             with writing(output):
                 run.tracker.close()
             return
         if job is not jobs[-1]:
             run.at = run.at.next_phase()
             engine.destroy()
-            # They refer to each other, and hold CUDA graphs with memory of their own.
+            # They are in reference cycles and own CUDA graphs with private memory.
             del model, engine, surgery, objectives
             gc.collect()
     assert run is not None
@@ -163,10 +164,10 @@ def run_phase(
     surgery: GradientSurgery,
     objectives: Objectives,
 ) -> bool:
-    """The loop, from where the run is to the end of the phase. False where the run was stopped; it
-    is saved then.
+    """Train from the position of the run to the end of the phase.
 
-    steps: their micro-batches on the device, from there on.
+    steps: the micro-batches of the remaining steps, on the device. Returns False if the run was
+    stopped; a checkpoint has been saved then.
     """
     phase, recipe, stream = job.phase, job.phase.recipe, job.stream
     ranks, tracker, at = run.ranks, run.tracker, run.at
@@ -179,7 +180,7 @@ def run_phase(
         at.surgery, at.objectives = surgery.state_dict(), objectives.state_dict()
         with writing(run.files.output / "metrics.jsonl"):
             tracker.flush()
-        advice = "Make room and go on from the last checkpoint with --resume."
+        advice = "Make room and continue from the last checkpoint with --resume."
         with writing(run.checkpoints.path(at.step), advice):
             run.checkpoints.save(engine, at.step, asdict(at), value, phase.name, objectives.tensors())
 
@@ -205,7 +206,7 @@ def run_phase(
             tokens = ranks.world * sum(batch.num_tokens for batch in micro_batches)
             with writing(run.files.output / "metrics.jsonl"):
                 tracker.step(at.step, at.epoch, info, _learning_rates(engine), tokens)
-            if ranks.device.type == "cpu":  # batches differ in size, so each leaves other holes in the heap
+            if ranks.device.type == "cpu":  # batches of different sizes fragment the heap
                 heap.trim()
             if at.step == last_step:
                 break
@@ -217,7 +218,7 @@ def run_phase(
         cut = at.step_in_epoch < at.epoch_steps  # train.max_steps ends the phase within an epoch
         if cut:
             if left:
-                save()  # before what a run that goes on from here would not do
+                save()  # before the evaluation, which a longer run skips here
             with writing(run.files.output / "model"):
                 run.files.set_aside()
         at.epoch, at.step_in_epoch = at.epoch + 1, 0
@@ -252,7 +253,7 @@ def run_phase(
 
 @heap.mapping_small_blocks()
 def evaluate(recipe: Recipe, engine: Any, corpus: Corpus, ranks: Ranks) -> dict[str, Scores]:
-    """Scores of every task that has a dev file, the same on every rank."""
+    """Return the scores of every task with a dev file, equal on all ranks."""
     engine.eval()
     datasets = {name: data for name, data in zip(recipe.task_names, corpus.dev, strict=True) if data is not None}
 

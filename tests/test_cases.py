@@ -95,8 +95,8 @@ def recipe(values: str, *overrides: str, folder: Path) -> Recipe:
 
 @case("A17")
 def a_key_twice(folder: Path, _: Path) -> None:
-    refused(lambda: recipe("train: {epochs: 1}\ntrain: {epochs: 2}\n", folder=folder), "the key 'train' stands twice")
-    refused(lambda: recipe("sampler: {batch_size: {mood: 1, mood: 2}}\n", folder=folder), "the key 'mood' stands twice")
+    refused(lambda: recipe("train: {epochs: 1}\ntrain: {epochs: 2}\n", folder=folder), "the key 'train' occurs twice")
+    refused(lambda: recipe("sampler: {batch_size: {mood: 1, mood: 2}}\n", folder=folder), "the key 'mood' occurs twice")
 
 
 @case("C37", "A14")

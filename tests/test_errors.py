@@ -31,10 +31,10 @@ def test_quoted_input_is_one_short_printable_line(text: str) -> None:
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_an_error_is_one_printable_line_wherever_input_stands_in_it(text: str) -> None:
-    for error in (UserError(f"{text}: no such file. Mend it."), unknown_name("key", text, ["a", text])):
+    for error in (UserError(f"{text}: no such file. Fix it."), unknown_name("key", text, ["a", text])):
         assert str(error).isprintable()
         assert len(str(error)) < LINE_CHARACTERS + 10
-    assert str(UserError(f"the label {text} is wrong. Mend the row.")).endswith("Mend the row.")
+    assert str(UserError(f"the label {text} is wrong. Fix the row.")).endswith("Fix the row.")
 
 
 def test_ordinary_input_stays_as_it_is() -> None:

@@ -1,6 +1,4 @@
-"""`fastmtl bench ...`. What the commands need is imported inside them: help must not wait for
-torch.
-"""
+"""The commands `fastmtl bench ...`. They import what they need when they run, like cli.py."""
 
 from __future__ import annotations
 
@@ -18,53 +16,52 @@ EXIT_SLOWER = 1
 
 ShapeName = Annotated[
     Literal["minilm", "bert-base", "tiny"],
-    typer.Option("--shape", help="The encoder's size; tiny is to try a command."),
+    typer.Option("--shape", help="The encoder's size; tiny is for trying a command."),
 ]
 Tokens = Annotated[
     int | None,
     typer.Option(min=1024, metavar="N", help="Tokens of a step. Default: the shape's texts.", show_default=False),
 ]
-Rounds = Annotated[int, typer.Option(min=1, metavar="N", help="Times that each takes its turn.")]
-Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to measure; cuda is the first GPU.")]
-Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="Of weights and activations.")]
+Rounds = Annotated[int, typer.Option(min=1, metavar="N", help="Number of turns of each implementation.")]
+Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Device to measure; cuda is the first GPU.")]
+Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of weights and activations.")]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="Threads of torch. Default: as torch chooses.", show_default=False),
+    typer.Option(min=1, metavar="N", help="Threads of torch. Default: torch's choice.", show_default=False),
 ]
 JsonFile = Annotated[
     Path | None,
     typer.Option(
-        "--json", metavar="FILE", help="Keep the result, all samples included, as it grows.", show_default=False
+        "--json", metavar="FILE", help="Save the result with all samples, also while it grows.", show_default=False
     ),
 ]
 PlotDir = Annotated[
-    Path | None, typer.Option("--plot", metavar="DIR", help="Draw the result there, as SVG.", show_default=False)
+    Path | None,
+    typer.Option("--plot", metavar="DIR", help="Draw the result into this folder, as SVG.", show_default=False),
 ]
 Compare = Annotated[
     Path | None,
-    typer.Option(
-        "--compare", metavar="OLD.json", help="Say what is slower or faster than in a kept result.", show_default=False
-    ),
+    typer.Option("--compare", metavar="OLD.json", help="Show changes against a saved result.", show_default=False),
 ]
 FailSlower = Annotated[
-    bool, typer.Option("--fail-slower", help="With --compare: exit status 1 where something is slower than noise.")
+    bool, typer.Option("--fail-slower", help="With --compare: exit status 1 if anything is slower than noise.")
 ]
 Commit = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="git describe --always --dirty of a copy that has no .git.", show_default=False),
+    typer.Option(metavar="NAME", help="`git describe --always --dirty` of a copy without .git.", show_default=False),
 ]
 
 
 def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
-    """Adds the commands to the app."""
+    """Add the commands to the app."""
     bench = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
     app.add_typer(bench, name="bench")
 
     @bench.callback()
     def about() -> None:
-        """Measure fastmtl on this machine against what it replaces.
+        """Measure fastmtl on this machine against its alternatives.
 
-        Nothing is timed before its results have been compared with the oracle's.
+        Results are compared with the oracle's before anything is timed.
 
         [bold]Examples[/bold]
 
@@ -94,7 +91,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         shape: ShapeName = "minilm",
         tasks: Annotated[int, typer.Option(min=1, metavar="N", help="Tasks of a step.")] = 3,
         tokens: Tokens = None,
-        dropout: Annotated[float, typer.Option(min=0, max=0.9, help="Where the operation has one.")] = 0.1,
+        dropout: Annotated[float, typer.Option(min=0, max=0.9, help="Dropout, if the operation has one.")] = 0.1,
         rounds: Rounds = 7,
         device: Device = "cpu",
         precision: Precision = "fp32",
@@ -106,20 +103,21 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         commit: Commit = None,
         debug: Debug = False,
     ) -> None:
-        """Every operation of fastmtl_kernels, forward and backward, beside eager torch,
-        torch.compile and libraries.
+        """Time the operations of fastmtl_kernels beside eager torch, torch.compile and libraries.
 
-        Bytes and operations per second, as shares of a copy and of a matrix product measured in the
-        same run. An implementation whose output or gradients are not the oracle's is not timed.
-        docs/benchmarks.md says how to read it.
+        The table has forward and backward, with bytes and operations per second as
+        shares of a copy and of a matrix product measured in the same run. An
+        implementation with another output or gradient than the oracle is not timed.
+        docs/benchmarks.md explains the table.
 
         [bold]Examples[/bold]
 
           [cyan]fastmtl bench kernels[/cyan]
-          [cyan]fastmtl bench kernels --op varlen_attention --op pool --impl fastmtl --impl
-          eager[/cyan] [cyan]fastmtl bench kernels --device cuda --precision bf16 --shape bert-base
-          --tokens 8192[/cyan] [cyan]fastmtl bench kernels --json new.json --plot plots --compare
-          old.json[/cyan]
+          [cyan]fastmtl bench kernels --op pool --impl fastmtl --impl eager[/cyan]
+          [cyan]fastmtl bench kernels --device cuda --precision bf16 \\
+            --shape bert-base --tokens 8192[/cyan]
+          [cyan]fastmtl bench kernels --json new.json --plot plots \\
+            --compare old.json[/cyan]
         """
         set_debug(debug)
         old = _prepare(device, threads, json_file, compare)
@@ -133,7 +131,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         check_impls([*(impl or []), *(without or [])], size, operations)
         with progress() as say:
             result = bench_kernels(size, rounds, say, operations, impl or [], commit, without or [], keeper(json_file))
-        _tell(result, json_file, plot_dir, old, fail_slower)
+        _show(result, json_file, plot_dir, old, fail_slower)
 
     @bench.command("surgery")
     def surgery(
@@ -162,24 +160,24 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         commit: Commit = None,
         debug: Debug = False,
     ) -> None:
-        """What gradient surgery costs over joint training: time and memory of a step without the
-        optimiser's update.
+        """Measure the cost of gradient surgery over joint training, in time and memory.
 
-        Beside fastmtl's variants run the textbook PCGrad loop on a padded BertModel, and TorchJD
-        where it is installed. Random weights. Every variant's gradient is compared with the
-        textbook's first; a wrong one is an error. docs/benchmarks.md says how to read the table.
+        A step has no optimiser update and random weights. The table compares fastmtl's
+        variants, the textbook PCGrad loop on a padded BertModel, and TorchJD if it is
+        installed. Every variant's gradient is compared with the textbook's first; a
+        wrong one is an error. docs/benchmarks.md explains the table.
 
         [bold]Examples[/bold]
 
         A few minutes on two cores:
           [cyan]fastmtl bench surgery[/cyan]
 
-        A larger encoder, and a file for a program to read:
+        A larger encoder, with output for a program:
           [cyan]fastmtl bench surgery --shape bert-base --threads 2 --json bert-base.json[/cyan]
 
         On a GPU:
-          [cyan]fastmtl bench surgery --device cuda --precision bf16 --shape bert-base --tasks 8
-          --tokens 8192[/cyan]
+          [cyan]fastmtl bench surgery --device cuda --precision bf16 \\
+            --shape bert-base --tasks 8 --tokens 8192[/cyan]
 
         The cost of more tasks, quickly:
           [cyan]fastmtl bench surgery --sweep --tokens 2048 --rounds 3[/cyan]
@@ -198,7 +196,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
                 result = bench_tasks(size, rounds, say, commit=commit)
             else:
                 result = bench_variants(size, rounds, say, commit=commit, keep=keeper(json_file))
-        _tell(result, json_file, plot_dir, old, fail_slower)
+        _show(result, json_file, plot_dir, old, fail_slower)
 
     @bench.command("step")
     def step(
@@ -211,10 +209,10 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         tokens: Tokens = None,
         sweep: Annotated[
             Literal["tokens", "tasks", "adapters", "methods", "precisions", "recompute", "graphs"] | None,
-            typer.Option(help="Instead of one step: several that differ in this.", show_default=False),
+            typer.Option(help="Compare several steps that differ in this.", show_default=False),
         ] = None,
         compiled: Annotated[
-            bool, typer.Option("--compiled", help="transformers through torch.compile too: minutes of compiling.")
+            bool, typer.Option("--compiled", help="Also transformers with torch.compile, which compiles for minutes.")
         ] = False,
         rounds: Rounds = 7,
         device: Device = "cpu",
@@ -227,8 +225,9 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         commit: Commit = None,
         debug: Debug = False,
     ) -> None:
-        """A whole training step, dropout and AdamW included, beside transformers' and the matrix
-        products alone.
+        """Time a whole training step beside that of transformers and the matrix products alone.
+
+        The step includes dropout and AdamW.
 
         [bold]Examples[/bold]
 
@@ -256,7 +255,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
             else:
                 ways = (*DEFAULT, *COMPILED) if compiled else DEFAULT
                 result = bench_step(size, rounds, say, commit, ways, keeper(json_file))
-        _tell(result, json_file, plot_dir, old, fail_slower)
+        _show(result, json_file, plot_dir, old, fail_slower)
 
     @bench.command("peers")
     def peers(
@@ -267,7 +266,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
             typer.Option(min=1, metavar="N", help="Texts of each task. Default: the shape's.", show_default=False),
         ] = None,
         memory_limit: Annotated[
-            float, typer.Option(min=0.1, metavar="GIB", help="Of the GPU that the largest batch is to fit.")
+            float, typer.Option(min=0.1, metavar="GIB", help="GPU memory for the largest batch.")
         ] = 24,
         rounds: Rounds = 5,
         device: Device = "cpu",
@@ -280,17 +279,17 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         commit: Commit = None,
         debug: Debug = False,
     ) -> None:
-        """PCGrad by fastmtl, the textbook loop and TorchJD: time, memory and the largest batch,
-        over a joint step.
+        """Compare PCGrad in fastmtl, the textbook loop and TorchJD with a joint step.
 
-        All make the same gradients, which is checked first. Without a GPU the largest batch is
-        predicted from peaks at two batch sizes.
+        The table has time, memory and the largest batch. All compute the same gradients,
+        which is checked first. Without a GPU the largest batch is predicted from peaks at
+        two batch sizes.
 
         [bold]Examples[/bold]
 
           [cyan]fastmtl bench peers[/cyan]
-          [cyan]fastmtl bench peers --shape bert-base --device cuda --precision bf16 --rows
-          32[/cyan]
+          [cyan]fastmtl bench peers --shape bert-base --device cuda \\
+            --precision bf16 --rows 32[/cyan]
         """
         set_debug(debug)
         old = _prepare(device, threads, json_file, compare)
@@ -302,7 +301,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         size = Size(chosen, tasks, None, device, precision)
         with progress() as say:
             result = bench_peers(size, rounds, say, memory_limit, commit, keeper(json_file))
-        _tell(result, json_file, plot_dir, old, fail_slower)
+        _show(result, json_file, plot_dir, old, fail_slower)
 
     @bench.command("engine")
     def engine(
@@ -314,9 +313,9 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         ] = None,
         way: Annotated[
             list[str] | None,
-            typer.Option(metavar="NAME", help="One of the ways the table names; may be repeated.", show_default=False),
+            typer.Option(metavar="NAME", help="A way in the table; may be repeated.", show_default=False),
         ] = None,
-        steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps of a round.")] = 10,
+        steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps per round.")] = 10,
         rounds: Rounds = 5,
         device: Device = "cpu",
         precision: Precision = "fp32",
@@ -328,18 +327,18 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         commit: Commit = None,
         debug: Debug = False,
     ) -> None:
-        """Whole steps of the DeepSpeed engine (ZeRO 1, one process): plain, with flat parameters,
-        as CUDA graphs.
+        """Time whole steps of the DeepSpeed engine (ZeRO 1, one process) in several ways.
 
-        `sum` and `pcgrad` with each, PCGrad with J in bfloat16, and without DeepSpeed's overflow
-        check and overlap. Each way trains alone, one after the other, because each needs an engine
-        of its own.
+        The ways are plain, with flat parameters and as CUDA graphs, each with `sum` and
+        `pcgrad`; PCGrad with J in bfloat16; and without DeepSpeed's overflow check and
+        overlap. Each way has a separate engine and trains alone, one after the other.
 
         [bold]Examples[/bold]
 
           [cyan]fastmtl bench engine[/cyan]
-          [cyan]fastmtl bench engine --shape bert-base --device cuda --precision bf16 --tokens
-          8192[/cyan] [cyan]fastmtl bench engine --way sum --way "sum, flat"[/cyan]
+          [cyan]fastmtl bench engine --shape bert-base --device cuda \\
+            --precision bf16 --tokens 8192[/cyan]
+          [cyan]fastmtl bench engine --way sum --way "sum, flat"[/cyan]
         """
         set_debug(debug)
         old = _prepare(device, threads, json_file, compare)
@@ -351,17 +350,17 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         size = Size(SHAPES[shape], tasks, tokens, device, precision, 0.1)
         with progress() as say:
             result = bench_engine(size, rounds, say, ways, steps, commit, keeper(json_file))
-        _tell(result, json_file, plot_dir, old, fail_slower)
+        _show(result, json_file, plot_dir, old, fail_slower)
 
     @bench.command("plot", no_args_is_help=True)
     def plot(
-        file: Annotated[Path, typer.Argument(metavar="RESULT.json", help="What --json kept.")],
-        directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the pictures go.")],
+        file: Annotated[Path, typer.Argument(metavar="RESULT.json", help="A file of --json.")],
+        directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the pictures.")],
         debug: Debug = False,
     ) -> None:
-        """Draw a kept result: a roofline for kernels, bars for a step and surgery.
+        """Draw a saved result: a roofline for kernels, bars for a step and surgery.
 
-        A result that does not name its device, driver, versions and commit is refused.
+        A result without its device, driver, versions and commit is rejected.
 
         [bold]Example[/bold]
 
@@ -376,9 +375,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
 
 
 def _prepare(device: str, threads: int | None, json_file: Path | None, old: Path | None) -> dict[str, Any] | None:
-    """Says before minutes of measuring what cannot be done after them. Returns the result to
-    compare with.
-    """
+    """Check the options before minutes of measuring; return the result to compare with."""
     import torch
 
     from fastmtl.bench import compare
@@ -393,7 +390,7 @@ def _prepare(device: str, threads: int | None, json_file: Path | None, old: Path
     return found
 
 
-def _tell(
+def _show(
     result: dict[str, Any], json_file: Path | None, plot_dir: Path | None, old: dict[str, Any] | None, fail: bool
 ) -> None:
     from fastmtl.bench import compare

@@ -1,4 +1,4 @@
-"""What this machine offers to fastmtl. Every probe answers with a finding, whatever is broken."""
+"""The command `fastmtl doctor`: findings on this machine. Every probe returns a finding."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Status = Literal["ok", "missing", "broken"]
 
 @dataclass(frozen=True)
 class Finding:
-    """`required`: fastmtl cannot train while this is not ok."""
+    """A finding of a probe. required: fastmtl cannot train unless it is ok."""
 
     section: str
     name: str
@@ -38,8 +38,9 @@ class Finding:
 
 
 def diagnose() -> list[Finding]:
-    """All findings, in the order of the sections. Imports that may crash or print run in processes
-    of their own.
+    """Return all findings, in the order of the sections.
+
+    Imports that may crash or print run in separate processes.
     """
     with ThreadPoolExecutor() as pool:
         imported = {name: pool.submit(_try_import, name) for name in ("deepspeed", "transformers", "triton")}
@@ -67,7 +68,7 @@ def diagnose() -> list[Finding]:
 
 
 def show(findings: list[Finding], console: Console) -> None:
-    """One table per section."""
+    """Print a table for each section."""
     style = {"ok": "green", "missing": "yellow", "broken": "red"}
     for section in dict.fromkeys(finding.section for finding in findings):
         table = Table(title=section, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -86,7 +87,7 @@ def _guard(
 ) -> list[Finding]:
     try:
         return [Finding(section, *found, required=required) for found in probe()]
-    except Exception as error:  # a broken package may raise anything; what it raised is the finding
+    except Exception as error:  # a broken package may raise any error, which is the finding
         return [Finding(section, name, "broken", f"{type(error).__name__}: {error}", required)]
 
 
@@ -98,7 +99,7 @@ def _installed(name: str, advice: str = "not installed") -> list[tuple[str, Stat
 
 
 def _try_import(name: str) -> str | None:
-    """None where the import works, else the last line that it printed."""
+    """Return None if the import works, else the last line that it printed."""
     if importlib.util.find_spec(name) is None:
         return None
     try:
@@ -118,8 +119,9 @@ def _package(name: str, failure: str | None, required: bool) -> list[Finding]:
 
 
 def _fastmtl() -> list[tuple[str, Status, str]]:
-    """Knows the other project by its metadata: it has the name of our package, and no command as
-    ours has.
+    """Check for the unrelated distribution `fastmtl`, which has the name of our package.
+
+    Its metadata list no command `fastmtl`, which ours do.
     """
     try:
         other = importlib.metadata.distribution("fastmtl")
@@ -192,7 +194,7 @@ def _kernels() -> list[tuple[str, Status, str]]:
 
 
 def _native() -> list[tuple[str, Status, str]]:
-    """What the build left out, in the words that it printed then: pip hides what a build prints."""
+    """Report missing native kernels with the build's messages, which pip hides."""
     from fastmtl_kernels._native import why_no_cuda_library, why_unavailable
 
     reasons = {"C++ kernels": why_unavailable(), "CUDA kernels": why_no_cuda_library()}

@@ -1,4 +1,4 @@
-"""Commands on trained models as a whole: export and merge."""
+"""The commands `export` and `merge`, on whole trained models."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ OutDir = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to wr
 
 
 def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
-    """Adds the commands to the app."""
+    """Add the commands to the app."""
 
     @app.command(no_args_is_help=True)
     def export(
         model_dir: ModelDir,
         out: OutDir,
         layout: Annotated[
-            Literal["sentence-transformers", "transformers"], typer.Option("--format", help="The library to load it.")
+            Literal["sentence-transformers", "transformers"],
+            typer.Option("--format", help="The library that loads it."),
         ] = "sentence-transformers",
         pooling: Annotated[
             Literal["mean", "cls", "max", "pooler"] | None,
             typer.Option(
-                help="How tokens become one vector. Default: as the tasks do, where all do the same.",
+                help="Pooling of tokens to one vector. Default: the tasks' pooling, if all have the same.",
                 show_default=False,
             ),
         ] = None,
         task: Annotated[
             str | None,
             typer.Option(
-                metavar="T", help="The vectors that this task sees. Not for models with adapters.", show_default=False
+                metavar="T", help="Export the vectors of this task. Not for models with adapters.", show_default=False
             ),
         ] = None,
         debug: Debug = False,
@@ -49,7 +50,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         For transformers.AutoModel.from_pretrained("encoder"):
           [cyan]fastmtl export runs/demo/model encoder --format transformers[/cyan]
 
-        Adapters stand beside the encoder and are not in it; neither are heads.
+        Adapters and heads are not part of the encoder and are not exported.
         """
         set_debug(debug)
         if layout == "transformers" and (pooling is not None or task is not None):
@@ -76,16 +77,16 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
     ) -> None:
         """Put several models' tasks into one model.
 
-        Their encoders have to be equal bit for bit, as frozen ones are, and their adapters of one
-        kind and size. Every task then predicts what it did.
+        The encoders have to be equal bit for bit, for example frozen ones, and the
+        adapters of the same kind and size. The tasks' predictions do not change.
 
         [bold]Examples[/bold]
 
           [cyan]fastmtl merge both/model runs/reviews/model runs/questions/model[/cyan]
 
-        Where both have a task of that name:
-          [cyan]fastmtl merge both/model runs/a/model runs/b/model --rename
-          runs/b/model:sentiment=tone[/cyan]
+        If both have a task of the same name:
+          [cyan]fastmtl merge both/model runs/a/model runs/b/model \\
+            --rename runs/b/model:sentiment=tone[/cyan]
         """
         set_debug(debug)
         if len(model_dirs) < 2:
@@ -111,7 +112,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
 
 
 def _renamed(given: list[str], model_dirs: list[Path]) -> dict[Path, dict[str, str]]:
-    """--rename's values as {model: {old: new}}."""
+    """Return the values of --rename as {model: {old: new}}."""
     result: dict[Path, dict[str, str]] = {}
     for item in given:
         model, colon, names = item.rpartition(":")
@@ -125,9 +126,7 @@ def _renamed(given: list[str], model_dirs: list[Path]) -> dict[Path, dict[str, s
 
 
 def _check_new(directory: Path) -> None:
-    """Refuses a place that holds something or cannot hold anything, before a model is loaded for
-    it.
-    """
+    """Raise UserError for a folder that is not empty or not writable, before a model is loaded."""
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         used = directory.exists() and any(directory.iterdir())

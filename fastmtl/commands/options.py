@@ -1,4 +1,4 @@
-"""What several commands share. As in cli.py, nothing heavy is imported."""
+"""Options of several commands. Imports no heavy module, like cli.py."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from fastmtl.errors import UserError
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 ModelDir = Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A run's model directory, or the run's directory.")]
-Launcher = Annotated[str, typer.Option(metavar="COMMAND", help="Put in front of fastmtl train.", show_default=False)]
+Launcher = Annotated[
+    str, typer.Option(metavar="COMMAND", help="A command in front of fastmtl train.", show_default=False)
+]
 
 
 def launcher_words(launcher: str) -> list[str]:
-    """The words of a `Launcher`, as a shell splits them. Raises UserError for a quote that does not
-    end.
+    """Return the words of a `Launcher`, split like a shell does.
+
+    Raises UserError for a quote that is not closed.
     """
     try:
         return shlex.split(launcher)

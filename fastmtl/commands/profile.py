@@ -1,4 +1,4 @@
-"""`fastmtl profile`: memory and speed of a recipe before it is trained."""
+"""The command `fastmtl profile`: memory and speed of a recipe before training."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "G
 
 
 def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
-    """Adds the command to the app."""
+    """Add the command to the app."""
 
     @app.command(no_args_is_help=True)
     def profile(
         recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A bundled recipe or a YAML file.")],
         overrides: Annotated[
             list[str] | None,
-            typer.Argument(metavar="section.key=value", help="Settings that replace the recipe's.", show_default=False),
+            typer.Argument(
+                metavar="section.key=value", help="Settings that override the recipe's.", show_default=False
+            ),
         ] = None,
         batch_sizes: Annotated[
             str, typer.Option(metavar="N,N,...", help="Rows of each task in a micro-batch.")
@@ -41,23 +43,25 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         storages: Annotated[
             str | None,
             typer.Option(
-                metavar="S,S,...", help="Of stacked, kept and replay. Default: the recipe's.", show_default=False
+                metavar="S,S,...", help="Any of stacked, kept, replay. Default: the recipe's.", show_default=False
             ),
         ] = None,
         phase: Annotated[
             str | None,
             typer.Option(
-                metavar="NAME", help="Of a recipe with phases. Default: the first of the encoder.", show_default=False
+                metavar="NAME",
+                help="A phase of the recipe. Default: the first that trains the encoder.",
+                show_default=False,
             ),
         ] = None,
-        search: Annotated[bool, typer.Option("--find-max", help="Try how large a batch fits.")] = False,
+        search: Annotated[bool, typer.Option("--find-max", help="Search the largest batch that fits.")] = False,
         memory_limit: Annotated[
             str | None,
             typer.Option(
-                metavar="SIZE", help="As 24GiB: what there is to fit in. Default: this machine's.", show_default=False
+                metavar="SIZE", help="Available memory, for example 24GiB. Default: this machine's.", show_default=False
             ),
         ] = None,
-        trace: Annotated[bool, typer.Option("--trace", help="Also trace a few steps, for Perfetto.")] = False,
+        trace: Annotated[bool, typer.Option("--trace", help="Also trace a few steps for Perfetto.")] = False,
         scale_out: Annotated[
             bool, typer.Option("--scale-out", help="Predict steps of up to 1,024 ranks instead.")
         ] = False,
@@ -73,55 +77,58 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
             str | None,
             typer.Option(
                 metavar="DEVICE",
-                help="--scale-out: h200 or a100, by its data sheet instead of measuring.",
+                help="--scale-out: use the data sheet of h200 or a100 instead of measuring.",
                 show_default=False,
             ),
         ] = None,
         output: Annotated[
             Path | None,
-            typer.Option(metavar="DIR", help="Where results go. Default: profiles/RECIPE.", show_default=False),
+            typer.Option(
+                metavar="DIR", help="The folder of the results. Default: profiles/RECIPE.", show_default=False
+            ),
         ] = None,
         commit: Annotated[
             str | None,
             typer.Option(
                 metavar="COMMIT",
-                help="As `git describe --always --dirty` gives it, without a .git.",
+                help="`git describe --always --dirty` of a copy without .git.",
                 show_default=False,
             ),
         ] = None,
         debug: Debug = False,
     ) -> None:
-        """Measure a recipe's memory and speed by batch size and gradient method, beside what a
-        model predicts.
+        """Measure a recipe's memory and speed by batch size and method, beside a model's
+        prediction.
 
-        Every point runs real training steps in a process of its own: the first GPU, or the CPU.
+        Every point runs real training steps in a separate process, on the first GPU or
+        the CPU.
 
         [bold]Examples[/bold]
 
-        Two ways side by side, in three minutes on two cores:
+        Two methods side by side, in three minutes on two cores:
           [cyan]fastmtl profile demo --batch-sizes 4,8,16 --methods sum,pcgrad[/cyan]
 
-        How large a batch fits a card, by J's storage:
-          [cyan]fastmtl profile demo --methods pcgrad --storages stacked,kept --find-max
-          --memory-limit 24GiB[/cyan]
+        The largest batch that fits a card, by the storage of J:
+          [cyan]fastmtl profile demo --methods pcgrad --storages stacked,kept \\
+            --find-max --memory-limit 24GiB[/cyan]
 
-        Where the time goes, with other settings:
-          [cyan]fastmtl profile demo --batch-sizes 16 --trace engine.zero=2
-          engine.precision=bf16[/cyan]
+        A trace of the time, with other settings:
+          [cyan]fastmtl profile demo --batch-sizes 16 --trace engine.zero=2 \\
+            engine.precision=bf16[/cyan]
 
-        What more ranks bring, over 100 Gbit/s between machines:
-          [cyan]fastmtl profile demo --batch-sizes 16 --methods sum,pcgrad --scale-out --link
-          ethernet[/cyan]
+        The gain of more ranks, with 100 Gbit/s between machines:
+          [cyan]fastmtl profile demo --batch-sizes 16 --methods sum,pcgrad \\
+            --scale-out --link ethernet[/cyan]
 
-        DIR gets profile.json (after every point), plots, and traces. docs/profiling.md says how to
-        read them.
+        DIR gets profile.json (after every point), plots and traces. docs/profiling.md
+        explains them.
         """
         set_debug(debug)
         sizes = _batch_sizes(batch_sizes)
         if not scale_out and (floors is not None or link is not None):
-            raise UserError("--link and --floors go with --scale-out")
+            raise UserError("--link and --floors need --scale-out")
         if scale_out and (search or trace or memory_limit is not None):
-            raise UserError("--scale-out is a run of its own: leave out --find-max, --memory-limit and --trace")
+            raise UserError("--scale-out only predicts: leave out --find-max, --memory-limit and --trace")
         limit = _bytes(memory_limit) if memory_limit is not None else None
         from fastmtl.config import load_recipe
 
@@ -153,7 +160,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         print(f"results: {directory / 'profile.json'}")
         _show_plots(lambda: plots.draw(result, directory))
         if all(point["measured"] is None for point in result["points"]):
-            raise UserError("no point could be measured; the reasons stand above")
+            raise UserError("no point could be measured; see the reasons above")
 
 
 def _scale_out(
@@ -181,7 +188,7 @@ def _scale_out(
 
 
 def _show_plots(draw: Callable[[], list[Path]]) -> None:
-    """Names the files. A result without an origin gets none, and the reason is told."""
+    """Draw and print the names of the files, or the reason if the result has no origin."""
     from fastmtl.profile.plots import NoOrigin
 
     try:
@@ -205,7 +212,7 @@ def _names(text: str | None) -> list[str]:
 
 
 def _bytes(text: str) -> int:
-    """24GiB, 24GB, 24G (as GB), 500MiB, or bytes."""
+    """Return the bytes of 24GiB, 24GB, 24G (meaning GB), 500MiB or a plain number."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?)?B?\s*", text.upper())
     if match is None or float(match[1]) == 0:
         raise UserError(f"--memory-limit: '{text}' is no size: write it as 24GiB or 500MiB")

@@ -1,4 +1,4 @@
-"""Commands on the bundled recipes: their list, and the reports that they repeat."""
+"""The commands `recipes` and `reproduce`: the bundled recipes, and the reports that they repeat."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from fastmtl.errors import UserError, unknown_name
 
 
 def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
-    """Adds the commands to the app."""
+    """Add the commands to the app."""
 
     @app.command()
     def recipes(
         folder: Annotated[
-            str | None, typer.Argument(metavar="FOLDER", help="Default: those outside of folders.", show_default=False)
+            str | None,
+            typer.Argument(
+                metavar="FOLDER", help="A folder of recipes. Default: recipes outside of folders.", show_default=False
+            ),
         ] = None,
         debug: Debug = False,
     ) -> None:
         """List the bundled recipes.
 
-        Copy one to begin your own: [cyan]fastmtl train my.yaml[/cyan].
+        Copy a recipe to start your own: [cyan]fastmtl train my.yaml[/cyan].
 
         [bold]Examples[/bold]
 
@@ -55,14 +58,14 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         console.print(table)
         if not chosen:
             lines = [f"fastmtl recipes {name}  ({len(names)})" for name, names in folders.items() if name]
-            console.print("\nMore are in folders:\n" + "\n".join(lines), highlight=False, markup=False)
+            console.print("\nFolders with more recipes:\n" + "\n".join(lines), highlight=False, markup=False)
         console.print(
-            f"\nTheir files are in {found[folders[chosen][0]].parent}", highlight=False, markup=False, soft_wrap=True
+            f"\nThe files are in {found[folders[chosen][0]].parent}", highlight=False, markup=False, soft_wrap=True
         )
 
     @app.command(no_args_is_help=True)
     def reproduce(
-        report: Annotated[str, typer.Argument(metavar="REPORT", help="A folder of the bundled recipes papers/.")],
+        report: Annotated[str, typer.Argument(metavar="REPORT", help="A folder of the bundled recipes in papers/.")],
         overrides: Annotated[
             list[str] | None,
             typer.Argument(metavar="section.key=value", help="Settings for every run.", show_default=False),
@@ -80,34 +83,35 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
             str | None, typer.Option(metavar="A,B", help="Recipes of the report. Default: all.", show_default=False)
         ] = None,
         epochs: Annotated[
-            int | None, typer.Option(min=1, metavar="N", help="No phase of a run is longer.", show_default=False)
+            int | None, typer.Option(min=1, metavar="N", help="The longest phase of a run.", show_default=False)
         ] = None,
-        seeds: Annotated[str, typer.Option(metavar="1,2,3", help="A run for each.")] = "1",
+        seeds: Annotated[str, typer.Option(metavar="1,2,3", help="Seeds, with a run for each.")] = "1",
         launcher: Launcher = "",
         output: Annotated[
             Path | None,
             typer.Option(
-                metavar="DIR", help="Where the runs are kept. Default: runs/papers/REPORT.", show_default=False
+                metavar="DIR", help="The folder of the runs. Default: runs/papers/REPORT.", show_default=False
             ),
         ] = None,
         debug: Debug = False,
     ) -> None:
         """Run the experiments of a report and show its tables beside ours.
 
-        docs/papers.md lists the reports and their rows. A finished run is not made again: the same
-        command goes on after a stop. DIR gets results.md, results.json and a folder for each run.
+        docs/papers.md lists the reports and their rows. A finished run is not repeated:
+        the same command continues after a stop. DIR gets results.md, results.json and
+        a folder for each run.
 
         [bold]Examples[/bold]
 
         Two rows with three seeds, three epochs:
-          [cyan]fastmtl reproduce pal-lora --data data --rows sts_full,sts_pal_lora --seeds 1,2,3
-          --epochs 3[/cyan]
+          [cyan]fastmtl reproduce pal-lora --data data --rows sts_full,sts_pal_lora \\
+            --seeds 1,2,3 --epochs 3[/cyan]
 
         A whole report with its own encoder, on all GPUs of the machine:
-          [cyan]fastmtl reproduce pals-and-mnrl --data data --encoder bert --launcher "deepspeed
-          --no_python"[/cyan]
+          [cyan]fastmtl reproduce pals-and-mnrl --data data --encoder bert \\
+            --launcher "deepspeed --no_python"[/cyan]
 
-        Whether everything runs, on the demo corpus:
+        A quick test of all runs, on the demo corpus:
           [cyan]fastmtl reproduce master-of-all-trades train.max_steps=5[/cyan]
         """
         set_debug(debug)

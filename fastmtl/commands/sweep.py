@@ -1,4 +1,4 @@
-"""The command that trains one recipe with many settings."""
+"""The command `fastmtl sweep`, which trains one recipe with many settings."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fastmtl.commands.options import Debug, Launcher, launcher_words
 
 
 def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
-    """Adds the command to the app."""
+    """Add the command to the app."""
 
     @app.command(no_args_is_help=True)
     def sweep(
-        recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="As of fastmtl train.")],
+        recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A bundled recipe or a YAML file.")],
         grid: Annotated[Path, typer.Argument(metavar="GRID.yaml", help="Settings and their values.")],
         overrides: Annotated[
             list[str] | None,
@@ -24,23 +24,26 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         ] = None,
         output: Annotated[
             Path | None,
-            typer.Option(metavar="DIR", help="Where it is kept. Default: runs/sweeps/RECIPE-GRID.", show_default=False),
+            typer.Option(
+                metavar="DIR", help="The folder of the sweep. Default: runs/sweeps/RECIPE-GRID.", show_default=False
+            ),
         ] = None,
         launcher: Launcher = "",
         debug: Debug = False,
     ) -> None:
-        """Train a recipe with many settings, one after the other, and show what they reach in one
-        table.
+        """Train a recipe with many settings, one after the other, and show the scores in a table.
 
-        GRID.yaml maps settings to lists of values (every combination is a point), or is a list of
-        points. A finished point is not made again: the same command goes on after a stop, and with
-        more values in the grid. A point that fails is noted, and the next one begins. DIR gets
-        sweep.csv, sweep.md, sweep.svg and a folder for each point.
+        GRID.yaml maps settings to lists of values (every combination is a point),
+        or is a list of points. A finished point is not run again: the same command
+        continues after a stop, also with more values in the grid. A failed point is
+        listed, and the next one begins. DIR gets sweep.csv, sweep.md, sweep.svg and
+        a folder for each point.
 
         [bold]Examples[/bold]
 
-        With the grid `optimizer.lr: [1e-5, 3e-5]` and, in a second line, `engine.clip: [0.5, 1.0]`,
-          four points: [cyan]fastmtl sweep cs224n grid.yaml data.dir=data/cs224n[/cyan]
+        Four points, with a grid of the two lines
+        `optimizer.lr: [1e-5, 3e-5]` and `engine.clip: [0.5, 1.0]`:
+          [cyan]fastmtl sweep cs224n grid.yaml data.dir=data/cs224n[/cyan]
 
         On all GPUs of the machine:
           [cyan]fastmtl sweep demo grid.yaml --launcher "deepspeed --no_python"[/cyan]

@@ -91,7 +91,7 @@ def read_file(
 
     def report(bad: BadRow) -> None:
         if on_bad_row == "error":
-            raise UserError(f"{path}, {bad}. Mend the row, or set data.on_bad_row=skip to leave such rows out.")
+            raise UserError(f"{path}, {bad}. Fix the row, or set data.on_bad_row=skip to leave such rows out.")
         skipped.append(bad)
 
     files = task.data

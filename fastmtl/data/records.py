@@ -163,7 +163,7 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
-        raise ValueError(f"the key '{shortened(twice)}' stands twice in the JSON object")
+        raise ValueError(f"the key '{shortened(twice)}' occurs twice in the JSON object")
     return found
 
 

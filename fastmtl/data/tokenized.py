@@ -202,7 +202,7 @@ def _encode(
     if any(kind != sorted(kind) or kind[-1:] > [1] for kind in types):
         raise UserError(
             f"{rows.path}: the encoder's tokenizer gives token types other than 0 for a first text and 1 for a second; "
-            "mend the post_processor of its tokenizer.json"
+            "fix the post_processor of its tokenizer.json"
         )
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     arrays = {

@@ -50,7 +50,7 @@ def changes_since(saved: Mapping[str, Any], now: Recipe, source: str) -> Changes
     try:
         return differences(parse_recipe(dict(saved), source), now)
     except UserError as error:
-        raise UserError(f"{error}. It was saved by another version of fastmtl; go on with that one") from None
+        raise UserError(f"{error}. It was saved by another version of fastmtl; continue with that version") from None
 
 
 def refuse(path: str, changes: Changes, accept: bool) -> None:
@@ -59,7 +59,7 @@ def refuse(path: str, changes: Changes, accept: bool) -> None:
     if refused and not accept:
         raise UserError(
             f"{path} was saved by a run with other settings: {listed(refused)}. Resume with the former ones, or add "
-            "--accept-changes to go on with these"
+            "--accept-changes to continue with these"
         )
 
 

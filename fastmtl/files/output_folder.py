@@ -102,7 +102,7 @@ def _unwritable(directory: Path, error: OSError) -> UserError:
 def _check_unused(directory: Path, resume: bool) -> None:
     if not resume and any(path.name not in NO_RUN for path in directory.iterdir()):
         raise UserError(
-            f"{directory} already holds a run: go on with it by --resume, or choose another place by --output DIR"
+            f"{directory} already contains a run: continue it with --resume, or choose another place with --output DIR"
         )
 
 

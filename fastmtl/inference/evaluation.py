@@ -1,4 +1,4 @@
-"""Scores of a model on data sets, sharded over ranks, every row once."""
+"""Scores of a model on data sets, sharded over ranks, with every row once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.stream import evaluation_batches
 from fastmtl.data.tokenized import TokenizedDataset
 
-# Runs the model on a batch in evaluation mode: {task: scores [E_t, ...]}.
+# Runs the model on a batch in evaluation mode; returns {task: scores [E_t, ...]}.
 Predict = Callable[[PackedBatch], dict[str, torch.Tensor]]
 Gather = Callable[[object], list]
 
@@ -41,12 +41,10 @@ def score(
     world: int = 1,
     all_gather: Gather = lambda value: [value],
 ) -> dict[str, Scores]:
-    """Runs `predict` over every row of every data set, this rank's share here, and returns all
-    rows' scores on every rank.
+    """Run `predict` on this rank's share of every data set; return all rows' scores on every rank.
 
-    Every rank runs the same number of batches per task, for ZeRO 3 gathers parameters collectively:
-    a rank that has fewer repeats its
-    last one, or another rank's first, and drops the result.
+    Every rank runs the same number of batches per task, since ZeRO 3 gathers parameters
+    collectively. A rank with fewer batches repeats one and drops its result.
     """
     result = {}
     for name, dataset in datasets.items():

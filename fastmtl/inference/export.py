@@ -1,4 +1,4 @@
-"""A trained model's encoder in the layouts of other libraries."""
+"""Export of a trained model's encoder to the file layouts of other libraries."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from fastmtl.model.saved_model import load_model
 from fastmtl.version import __version__
 
 Layout = Literal["sentence-transformers", "transformers"]
-# fastmtl's name -> sentence-transformers'. BERT's pooler is a dense layer on [CLS] there.
+# fastmtl's name -> the one in sentence-transformers, where BERT's pooler is a dense layer on [CLS].
 _POOLINGS = {"mean": "mean_tokens", "cls": "cls_token", "max": "max_tokens", "pooler": "cls_token"}
 
 
 def export(
     source: Path, target: Path, layout: Layout, pooling: str | None = None, task: str | None = None
 ) -> list[str]:
-    """Writes the encoder of the `model/` directory `source`, float32, to `target`, whole or not at
-    all.
+    """Write the encoder of the `model/` directory `source` in float32 to `target`, completely or
+    not at all.
 
-    transformers: config.json, model.safetensors and the tokenizer, as a BertModel.
-    sentence-transformers: these, and the files that make `SentenceTransformer(target)` cut texts at
-    the model's length and pool by `pooling` (default: the task's own, or the one that all tasks
-    have).
-    Returns notes for the user. Raises UserError for a task whose vectors an encoder alone cannot
-    give, and where there is no pooling to choose.
+    layout: "transformers" writes config.json, model.safetensors and the tokenizer of a BertModel.
+    "sentence-transformers" adds the files that make `SentenceTransformer(target)` cut texts at the
+    model's length and pool by `pooling` (default: the pooling of the task, or the one that all
+    tasks have).
+
+    Returns lines for the user. Raises UserError for a task whose vectors need more than the
+    encoder, and if no pooling can be chosen.
     """
     model, recipe, tokenizer = load_model(source)
     if task is not None:

@@ -1,8 +1,8 @@
-"""What a task's predictions are worth: accuracy, macro precision, recall and F1, Pearson, Spearman,
-mean squared error.
+"""Metrics: accuracy, macro precision, recall and F1, Pearson, Spearman and mean squared error.
 
-Scores are what `MultiTaskModel.predict` gives: class probabilities float [E, C] (classification),
-the probability of class 1 float [E] (binary), the score itself float [E] (regression).
+Scores are the output of `MultiTaskModel.predict`: class probabilities float [E, C]
+(classification), the probability of class 1 float [E] (binary), the predicted value float [E]
+(regression).
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from fastmtl.errors import UserError, unknown_name
 
 
 def load_libraries() -> None:
-    """What metrics are computed with. Some 70 MiB, which a process of training has best before its
-    first step.
+    """Import the libraries of the metrics.
+
+    They take about 70 MiB, which a training process should allocate before its first step.
     """
     for name in ("scipy.stats", "sklearn.metrics"):
         importlib.import_module(name)
@@ -31,12 +32,12 @@ LOWER_IS_BETTER = ("mse",)
 
 
 def metric_names(task: TaskConfig) -> tuple[str, ...]:
-    """The metrics of a task of this type, in the order in which tables show them."""
+    """Return the names of the task's metrics, in the order of tables."""
     return REGRESSION_METRICS if task.type == "regression" else CLASS_METRICS
 
 
 def check_metrics(recipe: Recipe) -> None:
-    """Refuses metrics that the recipe's tasks do not have, before anything is trained for them.
+    """Check before training that the recipe's tasks have the metrics it names.
 
     Raises UserError naming the key and the nearest valid name.
     """
@@ -52,7 +53,7 @@ def check_metrics(recipe: Recipe) -> None:
 
 
 def check_early_stopping(recipe: Recipe) -> None:
-    """Refuse early stopping by a metric that no dev file gives, before anything is trained for it.
+    """Check before training that a dev file gives the metric for early stopping.
 
     Raises UserError naming the key.
     """
@@ -74,8 +75,9 @@ def check_early_stopping(recipe: Recipe) -> None:
 
 
 def predicted_labels(task: TaskConfig, scores: np.ndarray) -> np.ndarray:
-    """Class ids int64 [E], or the scores themselves for regression. A binary probability of exactly
-    0.5 is class 1.
+    """Return class ids int64 [E], or the scores themselves for regression.
+
+    A binary probability of exactly 0.5 is class 1.
     """
     if task.type == "classification":
         return scores.argmax(axis=1).astype(np.int64)
@@ -85,12 +87,12 @@ def predicted_labels(task: TaskConfig, scores: np.ndarray) -> np.ndarray:
 
 
 def evaluate_predictions(task: TaskConfig, scores: np.ndarray, labels: Any) -> dict[str, float]:
-    """Every metric of the task's type.
+    """Return all metrics of the task's type.
 
-    Classes that occur neither in the labels nor in the predictions do not count in the macro
-    averages; a class that is never predicted has precision 0. Constant predictions or labels have
+    Classes that are neither in the labels nor in the predictions do not count in macro averages. A
+    class that is never predicted has precision 0. Constant predictions or labels have
     correlation 0. The mse is in squared label units.
-    Raises UserError where there is no row, or where a score is not finite.
+    Raises UserError if there are no rows or a score is not finite.
     """
     labels = np.asarray(labels)
     if len(labels) == 0:
@@ -109,8 +111,9 @@ def evaluate_predictions(task: TaskConfig, scores: np.ndarray, labels: Any) -> d
 
 
 def confusion(task: TaskConfig, scores: np.ndarray, labels: Any) -> np.ndarray:
-    """int64 [C, C]: rows are the true classes, columns the predicted ones (classification and
-    binary tasks).
+    """Return the confusion matrix int64 [C, C] of a classification or binary task.
+
+    Rows are the true classes, columns the predicted ones.
     """
     from sklearn.metrics import confusion_matrix
 
@@ -119,8 +122,10 @@ def confusion(task: TaskConfig, scores: np.ndarray, labels: Any) -> np.ndarray:
 
 
 def label_statistics(task: TaskConfig, labels: Any) -> dict[str, float]:
-    """Rows of each class under its id, or mean, deviation, smallest and largest label of a
-    regression task.
+    """Return statistics of the labels.
+
+    They are the number of rows by class id, or for regression the mean, the standard deviation and
+    the smallest and largest label.
     """
     labels = np.asarray(labels)
     if task.type != "regression":
@@ -131,8 +136,9 @@ def label_statistics(task: TaskConfig, labels: Any) -> dict[str, float]:
 
 
 def mean_score(metrics: dict[str, dict[str, float]], recipe: Recipe) -> float:
-    """The mean of every task's own metric (`tasks.<task>.metric`) over the tasks that were
-    evaluated.
+    """Return the mean of the evaluated tasks' own metrics (`tasks.<task>.metric`).
+
+    Raises UserError if no task was evaluated.
     """
     values = [metrics[name][task.metric_name] for name, task in recipe.tasks.items() if name in metrics]
     if not values:
@@ -141,10 +147,9 @@ def mean_score(metrics: dict[str, dict[str, float]], recipe: Recipe) -> float:
 
 
 def selected_score(metrics: dict[str, dict[str, float]], recipe: Recipe) -> float:
-    """The value of `early_stopping.metric`, negated where less is better: the greater one is always
-    the better one.
+    """Return the value of `early_stopping.metric`, negated if lower is better.
 
-    Raises UserError where it asks for a task without a dev file.
+    So the greater value is always better. Raises UserError for a task without a dev file.
     """
     wanted = recipe.early_stopping.metric
     if wanted == "mean":

@@ -1,4 +1,4 @@
-"""A trained model, from Python and for the commands `evaluate` and `predict`."""
+"""A trained model, for Python users and for the commands `evaluate` and `predict`."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ Text = str | tuple[str, str]
 
 @dataclass(frozen=True)
 class Prediction:
-    """One row's answer.
+    """The prediction for one row.
 
-    label: the class id (or the name, where the recipe has label_names), or the score of a
-    regression task. probabilities: of every class, in the order of their ids (binary: of 0 and 1);
-    None for a regression task.
+    label: the class id, the class name if the recipe has label_names, or the value of a regression
+    task.
+    probabilities: those of all classes in the order of their ids (binary: 0 and 1); None for
+    regression.
     """
 
     label: int | str | float
@@ -42,8 +43,10 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: {task: {metric: value}}; rows: {task: rows scored}; mean: of the tasks' own metrics
-    over `metrics`.
+    """The result of an evaluation.
+
+    metrics: {task: {metric: value}}. mean: the mean of the tasks' own metrics. rows: {task: number
+    of rows}. notes: lines for the user.
     """
 
     metrics: dict[str, dict[str, float]]
@@ -65,10 +68,10 @@ class Predictor:
         self._tokenizer = tokenizer
 
     def predict(self, task: str, texts: Sequence[Text]) -> list[Prediction]:
-        """Answers in the order of `texts`: strings, or pairs (text, other text) for tasks of two
-        sentences.
+        """Return a prediction per text, in order.
 
-        Raises UserError for an unknown task and for anything but strings or pairs.
+        texts: strings, or pairs (text, other text) for tasks of two sentences. Raises UserError for
+        an unknown task and for other values.
         """
         config = self.task(task)
         if not texts:
@@ -77,14 +80,19 @@ class Predictor:
         return [_prediction(config, row) for row in scores]
 
     def evaluate(self, task: str, rows: Rows) -> dict[str, float]:
-        """The task's metrics on labelled rows (`fastmtl.data.readers.read_file` reads them)."""
+        """Return the task's metrics on labelled rows (from `fastmtl.data.readers.read_file`).
+
+        Raises UserError for an unknown task and for rows without labels.
+        """
         if rows.labels is None:
             raise UserError(f"{rows.path}: there are no labels to evaluate against")
         return evaluate_predictions(self.task(task), self.scores(task, rows), rows.labels)
 
     def scores(self, task: str, rows: Rows) -> np.ndarray:
-        """float32 [n, classes] probabilities, [n] probabilities of class 1, or [n] scores, by the
-        task's type.
+        """Return the model's output for the rows, float32.
+
+        By the task's type it is [n, classes] probabilities (classification), [n] probabilities of
+        class 1 (binary) or [n] values (regression).
         """
         config = self.task(task)
         with tempfile.TemporaryDirectory(prefix="fastmtl-") as cache:
@@ -102,10 +110,10 @@ class Predictor:
 
 
 def load(model_dir: str | Path, device: str | None = None) -> Predictor:
-    """Opens a `model/` directory, or the run's directory around it.
+    """Open a `model/` directory, or the run's directory around it.
 
-    device: as in torch, default the first GPU where there is one. Raises UserError for a directory
-    without a model.
+    device: a torch device; default: the first GPU if there is one, else the CPU. Raises UserError
+    for a directory without a model.
     """
     model, recipe, tokenizer = load_model(model_directory(model_dir))
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -113,7 +121,7 @@ def load(model_dir: str | Path, device: str | None = None) -> Predictor:
 
 
 def evaluate_file(predictor: Predictor, task: str, file: Path) -> Evaluation:
-    """Metrics of one task on one file in the task's format."""
+    """Return the metrics of one task on one file in the task's format."""
     rows = read_file(file, predictor.task(task), on_bad_row=predictor.recipe.data.on_bad_row, require_labels=True)
     return _evaluate(predictor, {task: rows}, [])
 
@@ -121,8 +129,10 @@ def evaluate_file(predictor: Predictor, task: str, file: Path) -> Evaluation:
 def evaluate_split(
     predictor: Predictor, split: Literal["train", "dev", "test"], data_dir: Path | None, tasks: list[str] | None
 ) -> Evaluation:
-    """Metrics on the recipe's files of a split, in `data_dir` where given; tasks without such a
-    file are noted.
+    """Return the metrics on the recipe's files of a split.
+
+    data_dir: the folder of the files; default: the recipe's. tasks: default: all. Tasks without
+    such a file are listed in `notes`. Raises UserError if no task has one.
     """
     recipe = predictor.recipe
     data = recipe.data.model_copy(update={"dir": str(data_dir or recipe.data.dir or demo_directory())})
@@ -140,9 +150,7 @@ def evaluate_split(
 
 
 def _check_there(data: DataConfig, file: str, *, given: bool) -> None:
-    """Say how to find a file that is not there: a relative `data.dir` counts from the working
-    directory.
-    """
+    """Raise UserError for a missing file, with advice on `data.dir`."""
     path = user_path(data.dir or ".") / file
     if path.exists():
         return
@@ -153,8 +161,9 @@ def _check_there(data: DataConfig, file: str, *, given: bool) -> None:
 def predict_file(
     predictor: Predictor, task: str, source: Path, target: Path, layout: Literal["table", "cs224n"]
 ) -> tuple[int, list[str]]:
-    """Writes predictions for a file, which may lack labels; returns how many, and notes on what was
-    left out.
+    """Write predictions for a file, with or without labels.
+
+    Returns the number of rows and lines for the user about skipped rows.
     """
     config = predictor.task(task)
     if not target.parent.is_dir():
@@ -207,7 +216,7 @@ def _check_unicode(position: int, text: str) -> None:
     except UnicodeEncodeError as error:
         found = quoted(text[error.start])
         raise UserError(
-            f"texts[{position}], character {error.start + 1}: {found} is half of a surrogate pair, no character; mend "
+            f"texts[{position}], character {error.start + 1}: {found} is half of a surrogate pair, no character; fix "
             "or replace it"
         ) from None
 

@@ -1,6 +1,4 @@
-"""Files of predictions: a table with probabilities, and the format in which CS224N's project hands
-them in.
-"""
+"""Files of predictions: a table with probabilities, and the hand-in format of CS224N."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from fastmtl.errors import UserError
 from fastmtl.files.writing import replace_text
 from fastmtl.inference.metrics import predicted_labels
 
-# The headers of the project's own files, its spelling included.
+# The headers of the project's own files, with its spelling.
 CS224N_COLUMN = {
     "classification": "Predicted_Sentiment",
     "binary": "Predicted_Is_Paraphrase",
@@ -25,10 +23,11 @@ CS224N_COLUMN = {
 
 
 def write_table(path: Path, task: TaskConfig, ids: Sequence[str], scores: np.ndarray) -> None:
-    """CSV with the columns id, predicted and, for classes, p_<class> with its probability.
+    """Write a CSV file with the columns id, predicted and, for classes, the probabilities
+    p_<class>.
 
-    scores: as of `MultiTaskModel.predict`. Class names are the recipe's label_names where it has
-    them, else the ids.
+    scores: the output of `MultiTaskModel.predict`. Class names are the recipe's label_names, or the
+    class ids if it has none. Raises UserError if the file cannot be written.
     """
     rows = io.StringIO()
     writer = csv.writer(rows, lineterminator="\n")
@@ -41,8 +40,10 @@ def write_table(path: Path, task: TaskConfig, ids: Sequence[str], scores: np.nda
 
 
 def write_cs224n(path: Path, task: TaskConfig, ids: Sequence[str], scores: np.ndarray) -> None:
-    """The hand-in format of CS224N's default project (minBERT): a header `id \\t Predicted_...`,
-    lines `id , value`.
+    """Write the hand-in format of CS224N's default project (minBERT).
+
+    It has a header `id \\t Predicted_...` and lines `id , value`. Raises UserError if the file
+    cannot be written.
     """
     lines = [f"id \t {CS224N_COLUMN[task.type]} \n"]
     lines.extend(f"{row_id} , {value} \n" for row_id, value in zip(ids, _texts(task, scores), strict=True))
@@ -60,7 +61,7 @@ def _name(task: TaskConfig, label: int) -> str:
 
 
 def _probabilities(task: TaskConfig, scores: np.ndarray) -> np.ndarray:
-    """float [n, classes]; no column for regression."""
+    """Return float [n, classes], without columns for regression."""
     if task.type == "regression":
         return np.empty((len(scores), 0))
     return np.stack([1 - scores, scores], axis=1) if task.type == "binary" else scores

@@ -53,7 +53,7 @@ class Loader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node)
             if key in seen:
-                problem = f"the key {key!r} stands twice, first in line {seen[key].line + 1}: keep one of them"
+                problem = f"the key {key!r} occurs twice, first in line {seen[key].line + 1}: keep one of them"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen[key] = key_node.start_mark
         return super().construct_mapping(node, deep)
@@ -68,7 +68,7 @@ class Dumper(yaml.SafeDumper):
 
 
 def _own_numbers() -> None:
-    """Give both classes YAML 1.2's numbers. The dumper keeps those of 1.1 too, for other programs."""
+    """Give both classes YAML 1.2's numbers; the dumper keeps 1.1's too, for other programs."""
     others = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()

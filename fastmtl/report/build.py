@@ -1,4 +1,4 @@
-"""From a run's config.yaml, metrics.jsonl and results.json to report.html."""
+"""Building of report.html from a run's config.yaml, metrics.jsonl and results.json."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ TITLES = {
 
 
 def write_report(output: Path, results: dict[str, Any] | None = None) -> Path:
-    """Writes report.html into a run's directory and returns its path.
+    """Write report.html to a run's directory and return its path.
 
-    results: of `collect_results`; it is kept as results.json, so that a later call without it
-    builds the report again. Raises UserError where the directory holds no finished run.
+    results: the result of `collect_results`. It is saved as results.json, from which a later call
+    without it rebuilds the report. Raises UserError if the directory has no finished run.
     """
     kept = output / "results.json"
     if results is not None:
@@ -202,15 +202,15 @@ def _gradients(recipe: Recipe, steps: list[dict[str, Any]]) -> list[str]:
 
 
 def _surgery(steps: list[dict[str, Any]]) -> str:
-    """What surgery cost, and the steps that it skipped."""
+    """Return the time and memory of surgery, and the skipped steps."""
     skipped = collections.Counter(line["skipped"] for line in steps if line["skipped"])
-    told = ", ".join(f"{name} {count:,}" for name, count in skipped.items())
+    reasons = ", ".join(f"{name} {count:,}" for name, count in skipped.items())
     seconds = statistics.median(line["surgery_seconds"] for line in steps)
     return page.facts(
         {
             "time in surgery, median step": f"{1e3 * seconds:.1f} ms",
             "task gradients held": f"{max(line['surgery_bytes'] for line in steps) / 2**20:.1f} MiB",
-            "steps skipped, gradient not finite": f"{sum(skipped.values()):,}{f' ({told})' if told else ''}",
+            "steps skipped, gradient not finite": f"{sum(skipped.values()):,}{f' ({reasons})' if reasons else ''}",
         }
     )
 
@@ -256,7 +256,7 @@ def _changes(output: Path) -> list[str]:
         for key, (before, now) in line["changes"].items()
     ]
     return [
-        page.table("What changed when the run went on", ["setting", "after step", "before", "now"], rows, frozenset())
+        page.table("Changes when the run was resumed", ["setting", "after step", "before", "now"], rows, frozenset())
     ]
 
 

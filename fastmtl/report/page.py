@@ -1,4 +1,4 @@
-"""The HTML around the plots: sections, tables, the style sheet."""
+"""The HTML around the plots: sections, tables and the style sheet."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ pre { background: var(--panel); border: 1px solid var(--rule); border-radius: 8p
 
 
 def page(title: str, body: Sequence[str]) -> str:
-    """The whole document; `body` is HTML."""
+    """Return the whole document; `body` is HTML."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -58,9 +58,7 @@ def facts(values: dict[str, str]) -> str:
 
 
 def section(title: str, explanation: str, content: Sequence[str]) -> str:
-    """A heading, a sentence, its tables and figures side by side as far as they fit; '' where there
-    is no content.
-    """
+    """Return a heading, a sentence and a row of tables and figures, '' without content."""
     if not content:
         return ""
     text = f"<p>{escape(explanation)}</p>" if explanation else ""
@@ -72,7 +70,7 @@ def figure(caption: str, svg: str) -> str:
 
 
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], own: frozenset[tuple[int, int]]) -> str:
-    """The first cell of a row is its heading; `own`: (row, column) of the cells to stress."""
+    """Return a table. The first cell of a row is its heading; own: (row, column) of bold cells."""
     columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     lines = []
     for number, (name, *cells) in enumerate(rows):
@@ -86,7 +84,7 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], own:
 
 
 def matrix(caption: str, names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
-    """A confusion matrix: rows are true classes, the shade is the share of the row."""
+    """Return a confusion matrix. Rows are true classes; the shade is the share of the row."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
     lines = []
     for name, row in zip(names, counts, strict=True):

@@ -1,4 +1,4 @@
-"""What each phase of a run did, from its metrics.jsonl."""
+"""The table of a run's phases, from its metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastmtl.training.phases import phases_of
 
 
 def phase_table(recipe: Recipe, steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> list[str]:
-    """One row for each phase that has begun; nothing for a run without phases."""
+    """Return a table with a row for each phase that has begun, [] for a run without phases."""
     rows = []
     for phase in phases_of(recipe) if recipe.phases else []:
         mine = [line for line in steps if line.get("phase") == phase.name]

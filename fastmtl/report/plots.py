@@ -1,6 +1,4 @@
-"""Inline SVG plots. Their colours are CSS variables, so that one plot serves the light and the dark
-page.
-"""
+"""Inline SVG plots. Their colours are CSS variables, for the light and the dark page."""
 
 from __future__ import annotations
 
@@ -15,19 +13,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Placeholders that matplotlib writes into the SVG; `_svg` puts the page's variables there.
+# Placeholders that matplotlib writes into the SVG; `_svg` replaces them by the page's variables.
 TEXT, GRID = "#010203", "#010204"
 SERIES = tuple(f"#0102{10 + index:02x}" for index in range(8))
 BINS = 300
-SMALL, TALL, WIDE = (3.3, 2.2), (3.3, 2.7), (6.9, 2.8)  # inches; three small ones fill a line of the page
+SMALL, TALL, WIDE = (3.3, 2.2), (3.3, 2.7), (6.9, 2.8)  # inches; three small plots fill a line of the page
 
 Curve = tuple[Sequence[float], Sequence[float | None]]
 
 
 def plain(text: str) -> str:
-    """Return a label that matplotlib shows as it is: a dollar begins no formula, and `_` in front
-    hides no curve.
-    """
+    """Return a label that matplotlib shows literally, without a `$` formula or hiding by `_`."""
     escaped = text.replace("$", r"\$")
     return f"\u200b{escaped}" if escaped.startswith("_") else escaped
 
@@ -45,7 +41,7 @@ def curves(
     markers: bool = False,
     first_color: int = 0,
 ) -> str:
-    """Curves over the optimiser step. `smooth`: the values faint, their moving average strong."""
+    """Plot curves over the optimiser step. smooth: faint values and a strong moving average."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     def draw(axes: Axes) -> None:
@@ -80,7 +76,7 @@ def curves(
 
 
 def scatter(labels: Sequence[float], scores: Sequence[float], limits: tuple[float, float], *, name: str) -> str:
-    """Predicted against true scores, with the line where they are equal."""
+    """Plot predictions over labels, with the line of equality."""
 
     def draw(axes: Axes) -> None:
         margin = 0.04 * (limits[1] - limits[0])
@@ -102,7 +98,7 @@ def _plot(name: str, size: tuple[float, float], draw: Callable[[Axes], None]) ->
 
     style: Any = {
         "svg.fonttype": "none",
-        "svg.hashsalt": name,  # ids differ between the plots of one page and not between two builds
+        "svg.hashsalt": name,  # ids differ between plots of a page but not between builds
         "font.family": "sans-serif",
         "font.size": 9,
         "text.color": TEXT,
@@ -134,7 +130,7 @@ def _svg(figure: Figure, name: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
-    # matplotlib numbers its groups anew in each figure
+    # matplotlib's ids of groups are unique only within a figure
     text = re.sub(r'\bid="((?:figure|axes|patch|line2d|text|xtick|ytick|legend|matplotlib)[^"]*)"', "", text)
     text = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", text)
     for placeholder, variable in [(TEXT, "ink"), (GRID, "rule"), *((c, f"s{i}") for i, c in enumerate(SERIES))]:
@@ -143,7 +139,7 @@ def _svg(figure: Figure, name: str) -> str:
 
 
 def _binned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means over at most BINS runs of neighbouring points; a run without a finite value is a gap."""
+    """Return means over at most BINS groups of neighbours; a group without finite values is NaN."""
     if len(x) <= BINS:
         return x, y
     parts = np.array_split(np.arange(len(x)), BINS)
@@ -152,7 +148,7 @@ def _binned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _moving_average(y: np.ndarray) -> np.ndarray:
-    """Centred, over a twentieth of the points, gaps left out."""
+    """Return the centred average over a twentieth of the points, without gaps."""
     window = max(3, len(y) // 20) | 1
     kernel = np.ones(window)
     valid = np.isfinite(y)

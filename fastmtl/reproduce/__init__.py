@@ -1,1 +1,1 @@
-"""`fastmtl reproduce`: the runs of a report, and its tables beside ours."""
+"""The command `fastmtl reproduce`: the runs of a published report, and its tables beside ours."""

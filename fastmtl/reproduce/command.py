@@ -1,4 +1,4 @@
-"""What `fastmtl reproduce` does, from the report's name to the written tables."""
+"""The steps of `fastmtl reproduce`, from the report's name to the written tables."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ OK, FAILED, INTERRUPTED = 0, 1, 130
 
 
 def run_report(report: str, rows: Sequence[str], options: Options, output: Path, launcher: Sequence[str] = ()) -> int:
-    """The exit status: 1 where a run failed, 130 after a stop.
+    """Run a report and return the exit status: 0, 1 if a run failed, 130 after a stop.
 
-    Raises UserError for unknown names, options that do not fit, and an output directory of other
-    runs.
+    Raises UserError for unknown names, invalid options, and an output directory of other runs.
     """
     if not 0 < options.fraction <= 1:
         raise UserError(f"--fraction {options.fraction:g}: a share of the training rows, above 0 and at most 1")
@@ -59,5 +58,5 @@ def run_report(report: str, rows: Sequence[str], options: Options, output: Path,
     pages.write(output, report, paper, notes, asked)
     say(f"{output / 'results.md'}\n{output / 'results.json'}")
     if status == INTERRUPTED:
-        say("stopped; the same command goes on")
+        say("stopped; run the same command to continue")
     return status

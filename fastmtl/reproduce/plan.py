@@ -1,4 +1,4 @@
-"""Which runs a report asks for, as complete recipes."""
+"""The runs of a report as complete recipes."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from fastmtl.config import Recipe, load_recipe
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.reproduce.tables import PaperResults, Variant
 
-# The demo corpus in place of the reports' data. It has no films to like or not, so CFIMDB gets the
-# five degrees.
+# The demo corpus in place of the reports' data. It has no binary sentiment, so CFIMDB gets five
+# classes.
 DEMO_TASKS = {"sst": "sentiment", "cfimdb": "sentiment", "para": "paraphrase", "sts": "similarity"}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a reproduction may change of the recipes.
+    """Changes of a report's recipes.
 
     data: folder with the CS224N files, None for the demo corpus. fraction: share of each training
-    set. encoder: a model directory, None for the recipes' own. epochs: no phase of a run is longer.
+    set. encoder: a model directory, None for the recipes' own. epochs: the longest phase of a run.
     overrides: `section.key=value`.
     """
 
@@ -35,7 +35,7 @@ class Options:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One training run. missing: files that are not in the data folder; such a run is not made."""
+    """One training run. missing: files that the data folder lacks; such a run is skipped."""
 
     variant: Variant
     seed: int
@@ -44,15 +44,14 @@ class PlannedRun:
 
     @property
     def folder(self) -> Path:
-        """Where the run is kept, below the output directory."""
+        """The folder of the run, below the output directory."""
         return Path(self.variant.name) / f"seed-{self.seed}"
 
 
 def plan(report: str, paper: PaperResults, rows: Sequence[str], options: Options) -> list[PlannedRun]:
-    """The runs of the named rows (none: of all), seed by seed, so that a first answer comes early.
+    """Return the runs of `rows` (default: all), seed by seed, so that first results come early.
 
-    Raises UserError for an unknown row and for recipes that the options do not fit, before anything
-    has been run.
+    Raises UserError for an unknown row, and for options that do not fit a recipe.
     """
     variants = paper.variants()
     for row in rows:
@@ -83,16 +82,14 @@ def _planned(report: str, variant: Variant, seed: int, options: Options) -> Plan
 
 
 def demo_overrides(task: str) -> list[str]:
-    """Settings that give a task of the reports (`sst`, `cfimdb`, `para`, `sts`) the demo corpus's
-    files.
-    """
+    """Return overrides for a report's task (`sst`, `cfimdb`, `para`, `sts`) on the demo corpus."""
     files = {split: f"{DEMO_TASKS[task]}-{split}.csv" for split in ("train", "dev")}
     settings = [_override(f"tasks.{task}.data.{split}", file) for split, file in files.items()]
     return [*settings, "tasks.cfimdb.num_labels=5"] if task == "cfimdb" else settings
 
 
 def shorten(recipe: Recipe, epochs: int) -> None:
-    """No phase has more than `epochs` epochs; a curriculum keeps its share of them."""
+    """Limit all phases to `epochs` epochs, in place; a curriculum keeps its share of them."""
     whole = recipe.train.epochs
     parts = [(recipe.train, recipe.sampler), *((phase.train, phase.sampler) for phase in recipe.phases)]
     for train, sampler in parts:
@@ -115,7 +112,7 @@ def _missing_files(recipe: Recipe) -> tuple[str, ...]:
 
 
 def describe(options: Options, paper: PaperResults, runs: Sequence[PlannedRun]) -> list[str]:
-    """What of these runs differs from the report's, one sentence each."""
+    """Return sentences on the differences between these runs and the report's."""
     encoders = {run.recipe.encoder.path for run in runs}
     notes = []
     if options.data is None:

@@ -1,4 +1,4 @@
-"""A report's tables beside ours: for the terminal, as Markdown and as JSON."""
+"""A report's tables beside ours, for the terminal, as Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastmtl.reproduce.tables import PaperResults, Table, value_of
 
 @dataclass(frozen=True)
 class Cell:
-    """A column of a row: the report's number; ours, one for each finished seed."""
+    """A column of a row. paper: the report's number. ours: one number per finished seed."""
 
     paper: float | None
     ours: tuple[float, ...]
@@ -31,13 +31,13 @@ class Cell:
 
     @property
     def deviation(self) -> float | None:
-        """The sample standard deviation over seeds, None for fewer than two."""
+        """Sample standard deviation over seeds, None for fewer than two."""
         return statistics.stdev(self.ours) if len(self.ours) > 1 else None
 
 
 @dataclass(frozen=True)
 class Line:
-    """A row of a table. note: why there are no numbers of ours, empty where there are."""
+    """A row of a table. note: the reason if we have no numbers, else empty."""
 
     name: str
     run: str | None
@@ -49,7 +49,7 @@ class Line:
 def lines_of(
     table: Table, runs: Sequence[PlannedRun], outcomes: Mapping[Path, Outcome], failures: Mapping[Path, str]
 ) -> Iterator[Line]:
-    """The rows of a table of the report that `runs` asks for, and those without a recipe."""
+    """Yield the rows of a report's table that `runs` contains, and those without a recipe."""
     for row in table.rows:
         paper = row.values or (None,) * len(table.columns)
         if row.reason is not None:
@@ -67,7 +67,7 @@ def lines_of(
 
 
 def show(title: str, tables: Sequence[tuple[Table, list[Line]]], console: Console) -> None:
-    """Prints the tables; in each row the report's numbers and below them ours."""
+    """Print the tables, in each row the report's numbers and below them ours."""
     console.print(title, style="bold", highlight=False, markup=False)
     for table, lines in tables:
         shown = rich.table.Table(title=f"{table.name}: {table.title}", title_justify="left", show_lines=True)
@@ -85,7 +85,7 @@ def show(title: str, tables: Sequence[tuple[Table, list[Line]]], console: Consol
 
 
 def markdown(title: str, notes: Sequence[str], tables: Sequence[tuple[Table, list[Line]]]) -> str:
-    """The same as a page."""
+    """Return the tables and a list of runs as a Markdown page."""
     parts = [f"# {title}", *notes]
     for table, lines in tables:
         headers = _headers(table)
@@ -106,7 +106,7 @@ def markdown(title: str, notes: Sequence[str], tables: Sequence[tuple[Table, lis
 def as_json(
     report: str, paper: PaperResults, notes: Sequence[str], tables: Sequence[tuple[Table, list[Line]]]
 ) -> dict[str, Any]:
-    """The same for a program: every run's numbers, seeds, seconds and commit."""
+    """Return the tables as JSON values, with every run's numbers, seed, seconds and commit."""
 
     def value(line: Line, columns: Mapping[str, str]) -> dict[str, Any]:
         cells = dict(zip(columns, line.cells, strict=True))
@@ -134,7 +134,7 @@ def as_json(
 def write(
     output: Path, report: str, paper: PaperResults, notes: Sequence[str], tables: Sequence[tuple[Table, list[Line]]]
 ) -> None:
-    """results.md and results.json."""
+    """Write results.md and results.json."""
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(as_json(report, paper, notes, tables), indent=2)
     (output / "results.json").write_text(text + "\n", encoding="utf-8")
@@ -150,7 +150,7 @@ def _texts(line: Line) -> list[str]:
 
 
 def _pair(cell: Cell) -> tuple[str, str]:
-    """The report's number and ours."""
+    """Return the report's number and ours as text."""
     spread = "" if cell.deviation is None else f" ± {cell.deviation:.3f}"
     return (
         "" if cell.paper is None else f"{cell.paper:.3f}",

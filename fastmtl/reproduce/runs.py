@@ -1,8 +1,8 @@
-"""Runs a plan, each run a process of `fastmtl train`, and reads back what they reached.
+"""The runs of a plan: a process of `fastmtl train` for each, and the reading of their results.
 
-A finished run is not made again, a stopped one goes on from its newest checkpoint. Output
-directory: `RECIPE/seed-N/` (a run's own files without its checkpoints, recipe.yaml, outcome.json),
-results.json, results.md.
+A finished run is not repeated; a stopped one resumes from its newest checkpoint. Output directory:
+`RECIPE/seed-N/` (a run's files without its checkpoints, recipe.yaml, outcome.json), results.json,
+results.md.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ OUTCOME = "outcome.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run reached: {task: {metric: value}} of the kept model on the dev rows and,
-    where a table asks for it, on the training rows; seconds of training; the checkout's commit and
-    whether it was clean.
+    """The results of a finished run.
+
+    dev, train: {task: {metric: value}} of the kept model on the dev rows and, if a table needs it,
+    on the training rows. seconds: training time. commit, clean: the checkout's commit and whether
+    it had no changes.
     """
 
     seed: int
@@ -42,9 +44,7 @@ class Outcome:
 
 
 def check_directory(output: Path, runs: list[PlannedRun]) -> None:
-    """Raises UserError where the directory holds a run of other settings, and names the first key
-    that differs.
-    """
+    """Raise UserError if the directory has a run with other settings; it names the first one."""
     for run in runs:
         file = output / run.folder / "recipe.yaml"
         if not file.is_file():
@@ -52,7 +52,7 @@ def check_directory(output: Path, runs: list[PlannedRun]) -> None:
         changed = difference(load_recipe(str(file)), run.recipe)
         if changed is not None:
             raise UserError(
-                f"{file.parent} is a run with {changed}: choose another place by --output, or the settings of before"
+                f"{file.parent} is a run with {changed}: choose another place by --output, or the former settings"
             )
 
 
@@ -64,12 +64,11 @@ def run_all(
     say: Callable[[str], None],
     launcher: Sequence[str] = (),
 ) -> tuple[dict[Path, Outcome], dict[Path, str]]:
-    """Makes the runs that are not finished. Returns outcomes, and reasons of those that failed, by
-    `PlannedRun.folder`.
+    """Run the runs that are not finished; return outcomes and reasons of failures.
 
-    launcher: a command that is put in front of `fastmtl train` (deepspeed --no_python); default:
-    one process. Raises Interrupted after SIGINT or SIGTERM; the run at hand has then saved where it
-    is.
+    Both are keyed by `PlannedRun.folder`. launcher: a command in front of `fastmtl train`
+    (deepspeed --no_python); default: one process. Raises Interrupted after SIGINT or SIGTERM; the
+    current run has then saved a checkpoint.
     """
     outcomes: dict[Path, Outcome] = {}
     failures: dict[Path, str] = {}
@@ -86,12 +85,12 @@ def run_all(
             outcomes[run.folder] = _finish(directory, run, train_scores)
         else:
             failures[run.folder] = f"failed with status {status}" if status else "stopped before its end"
-            say(f"{run.variant.name}, seed {run.seed}: {failures[run.folder]}; going on with the next run")
+            say(f"{run.variant.name}, seed {run.seed}: {failures[run.folder]}; continuing with the next run")
     return outcomes, failures
 
 
 def read_outcomes(output: Path, runs: list[PlannedRun]) -> dict[Path, Outcome]:
-    """Of the runs that are finished, by `PlannedRun.folder`."""
+    """Return the outcomes of the finished runs by `PlannedRun.folder`."""
     finished = (run.folder for run in runs if (output / run.folder / OUTCOME).is_file())
     return {folder: _read_outcome(output / folder) for folder in finished}
 
@@ -116,7 +115,7 @@ def _finish(directory: Path, run: PlannedRun, train_scores: bool) -> Outcome:
         **checkout(),
     )
     (directory / OUTCOME).write_text(json.dumps(asdict(outcome), indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(directory / "checkpoints", ignore_errors=True)  # the largest part of a run; nothing goes on from here
+    shutil.rmtree(directory / "checkpoints", ignore_errors=True)  # the largest part of a run; not needed any more
     return outcome
 
 

@@ -1,8 +1,8 @@
-"""The result tables of the reports, as printed: `recipes/papers/REPORT/table.yaml`.
+"""The published result tables of the reports: `recipes/papers/REPORT/table.yaml`.
 
-A row names the recipe beside it, or says why there is none. A row with a sweep is a family: one run
-for each label, the recipe with that label's settings. A column names what of a run stands under it,
-see `value_of`.
+A row names a recipe in the same folder, or gives the reason why there is none. A row with a sweep
+is a family with one run per label, the recipe with that label's settings. A column names a value of
+a run, see `value_of`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Row(_Part):
     name: str
     recipe: str | None = None
     reason: str | None = None  # why there is no recipe
-    values: tuple[float | None, ...] | None = None  # by column; None: the report has no number there
+    values: tuple[float | None, ...] | None = None  # by column; None: the report has no number
     sweep: dict[str, dict[str, Any]] = {}
 
     @model_validator(mode="after")
@@ -38,14 +38,14 @@ class Row(_Part):
         return self
 
     def variants(self) -> Iterator[tuple[str, Variant]]:
-        """(the row's name in a table, what is run) of each run; none for a row without a recipe."""
+        """Yield (name in a table, variant) of each run, nothing for a row without a recipe."""
         if self.recipe is None:
             return
         if not self.sweep:
             yield self.name, Variant(self.recipe, self.recipe, {})
         for label, settings in self.sweep.items():
             slug = re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-")
-            name = f"{self.recipe}@{slug}" if settings else self.recipe  # no settings: the member is the recipe itself
+            name = f"{self.recipe}@{slug}" if settings else self.recipe  # without settings: the recipe itself
             yield f"{self.name}: {label}", Variant(name, self.recipe, settings)
 
 
@@ -64,14 +64,14 @@ class Table(_Part):
 
 
 class PaperResults(_Part):
-    """title, encoder: of the report; tables: in its order."""
+    """The published results. title, encoder: those of the report. tables: in its order."""
 
     title: str
     encoder: str
     tables: tuple[Table, ...]
 
     def variants(self) -> dict[str, Variant]:
-        """Every run of the report by its name, each once though it may stand in several tables."""
+        """Return all runs of the report by name, without repetitions of runs in several tables."""
         rows = (row for table in self.tables for row in table.rows)
         return {variant.name: variant for row in rows for _, variant in row.variants()}
 
@@ -82,8 +82,10 @@ class PaperResults(_Part):
 
 @dataclass(frozen=True)
 class Variant:
-    """name: of its folder and for --rows; recipe: file name beside the table; settings: what
-    replaces the recipe's.
+    """A recipe with settings.
+
+    name: the folder's name, also for --rows. recipe: file name in the table's folder. settings:
+    overrides of the recipe.
     """
 
     name: str
@@ -92,12 +94,12 @@ class Variant:
 
 
 def reports() -> list[str]:
-    """The reports that have a table."""
+    """Return the names of the reports with a table."""
     return sorted(path.parent.name for path in (recipes_root() / "papers").glob(f"*/{TABLE}"))
 
 
 def load_results(report: str) -> PaperResults:
-    """Raises UserError for an unknown report."""
+    """Return a report's results. Raises UserError for an unknown report."""
     if report not in reports():
         raise unknown_name("report", report, reports())
     path = recipes_root() / "papers" / report / TABLE
@@ -110,12 +112,12 @@ def load_results(report: str) -> PaperResults:
 def value_of(
     column: str, dev: Mapping[str, Mapping[str, float]], train: Mapping[str, Mapping[str, float]]
 ) -> float | None:
-    """A column's value from {task: {metric: value}} of the dev and the train rows; None where the
-    run has no such task.
+    """Return a column's value, None if the run has no such task.
 
-    `sst/accuracy`: of the dev rows, `train:sst/accuracy`: of the training rows. `mean`: of the
-    accuracies of SST and paraphrases and the correlation r of STS; `leaderboard`: the same with (r
-    + 1) / 2, as CS224N's leaderboard has it.
+    dev, train: {task: {metric: value}}. column: `sst/accuracy` is on the dev rows,
+    `train:sst/accuracy` on the training rows. `mean` is the mean of the accuracies of SST and
+    paraphrases and the correlation r of STS. `leaderboard` is the same with (r + 1) / 2, like
+    CS224N's leaderboard.
     """
     if column in ("mean", "leaderboard"):
         parts = [value_of(name, dev, train) for name in ("sst/accuracy", "para/accuracy", "sts/pearson")]

@@ -1,1 +1,1 @@
-"""`fastmtl sweep`: one recipe with many settings."""
+"""The command `fastmtl sweep`: a recipe with many settings."""

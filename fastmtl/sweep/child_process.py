@@ -1,4 +1,4 @@
-"""`fastmtl` commands in processes of their own, for commands that make many runs."""
+"""Child processes of `fastmtl`, for commands that make many runs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ FASTMTL = (sys.executable, "-c", "from fastmtl.cli import main; main()")
 
 
 class Interrupted(Exception):
-    """A run was stopped; those before it are finished."""
+    """A run was stopped; the runs before it are finished."""
 
 
 def run_fastmtl(*arguments: str, command: Sequence[str] = FASTMTL, log: Path | None = None) -> int:
-    """The exit status of a command. A stop (SIGTERM, Ctrl-C) is passed on and waited for, then
-    Interrupted is raised.
+    """Run a command and return its exit status.
 
-    log: a file that gets what it prints, anew; default: the terminal.
+    A stop (SIGTERM, Ctrl-C) is forwarded to the command. After the end of the command, Interrupted
+    is raised. log: a file for the command's output, which is overwritten; default: the terminal.
     """
     stopped: list[int] = []
     process: subprocess.Popen[bytes] | None = None
@@ -44,7 +44,7 @@ def run_fastmtl(*arguments: str, command: Sequence[str] = FASTMTL, log: Path | N
                 try:
                     status = process.wait()
                     break
-                except KeyboardInterrupt:  # the terminal has sent it to the process, too
+                except KeyboardInterrupt:  # the terminal has sent it to the child as well
                     stopped.append(signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -54,7 +54,7 @@ def run_fastmtl(*arguments: str, command: Sequence[str] = FASTMTL, log: Path | N
 
 
 def difference(before: Recipe, now: Recipe) -> str | None:
-    """`data.fraction: 0.5, now 1.0` of the first key that differs."""
+    """Return the first difference as text, for example `data.fraction: 0.5, now 1.0`, or None."""
     for key, (old, new) in differences(before, now).items():
         if key != "description":
             return f"{key}: {old}, now {new}"

@@ -1,4 +1,4 @@
-"""What `fastmtl sweep` does, from the grid to the written tables."""
+"""The steps of `fastmtl sweep`, from the grid to the written tables."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from fastmtl.sweep.table import rows_of, write_plot, write_tables
 
 
 def run_sweep(recipe: str, grid: Path, overrides: Sequence[str], output: Path, launcher: Sequence[str] = ()) -> int:
-    """The exit status: 1 where a point failed, 130 after a stop.
+    """Run a sweep and return the exit status: 0, 1 if a point failed, 130 after a stop.
 
-    Raises UserError for a grid or settings that are wrong, and for an output directory of another
-    sweep.
+    Raises UserError for an invalid grid or settings, and for an output directory of another sweep.
     """
     if "RANK" in os.environ:
         raise UserError("sweep starts processes of its own: run it without a launcher, and name that by --launcher")
@@ -48,5 +47,5 @@ def run_sweep(recipe: str, grid: Path, overrides: Sequence[str], output: Path, l
     console.print(table, markup=False)
     say(f"{output / 'sweep.md'}\n{output / 'sweep.csv'}")
     if status == INTERRUPTED:
-        say("stopped; the same command goes on")
+        say("stopped; run the same command to continue")
     return status

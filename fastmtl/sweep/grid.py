@@ -1,7 +1,7 @@
-"""A grid file: which settings a sweep goes through.
+"""Grid files: the settings of a sweep.
 
-A mapping of settings to lists of values is every combination of them; a list of mappings is these
-points alone.
+A mapping of settings to lists of values means all combinations. A list of mappings means these
+points only.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from fastmtl.recipes import yaml_reader as recipe_yaml
 
 @dataclass(frozen=True)
 class Point:
-    """settings: {section.key: value}. folder: its name below the sweep's directory."""
+    """A point of a sweep. settings: {section.key: value}. folder: name in the sweep's directory."""
 
     settings: dict[str, Any]
     recipe: Recipe
 
     @property
     def folder(self) -> str:
-        """Readable as far as it goes, and unique."""
+        """A unique name: the beginning of the settings and a digest."""
         text = "_".join(f"{key.rpartition('.')[2]}={_short(value)}" for key, value in self.settings.items())
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode("utf-8")).hexdigest()
         return f"{text[:60]}-{digest[:8]}"
@@ -40,10 +40,11 @@ class Point:
 
 
 def read_grid(file: Path, recipe: str, overrides: Sequence[str] = ()) -> list[Point]:
-    """The points of a sweep, every one checked.
+    """Return the points of a sweep, all checked.
 
-    recipe, overrides: as of `fastmtl train`; the grid's settings come after the overrides. Raises
-    UserError naming the file for what is no grid, and the point for settings that are no recipe.
+    recipe, overrides: those of `fastmtl train`; the grid's settings are applied after the
+    overrides. Raises UserError naming the file if it is not a grid, and the point for invalid
+    settings.
     """
     try:
         values = recipe_yaml.load(file.read_text(encoding="utf-8"))
@@ -82,7 +83,7 @@ def _settings(file: Path, values: Any) -> list[dict[str, Any]]:
 def _json(file: Path, key: str, value: Any) -> str:
     try:
         return json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):  # dates, sets, binary data, .inf, anchors within themselves
+    except (TypeError, ValueError, RecursionError):  # dates, sets, binary data, .inf, recursive anchors
         raise UserError(
             f"{file}: {shortened(key)}: {quoted(value)} is no setting: give numbers, text, true, false, null, or lists "
             "and mappings of these (a date as text stands in quotes)"

@@ -1,7 +1,7 @@
-"""Runs the points of a sweep, each a process of `fastmtl train`, and reads back what they reached.
+"""The runs of a sweep: a process of `fastmtl train` for each point, and the reading of results.
 
-Directory: `points/POINT/` (the run's own files without checkpoints, recipe.yaml, log.txt),
-sweep.csv, .md and .svg.
+Directory: `points/POINT/` (the run's files without checkpoints, recipe.yaml, log.txt), sweep.csv,
+.md and .svg.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ OK, FAILED, INTERRUPTED = 0, 1, 130
 
 @dataclass(frozen=True)
 class Result:
-    """results: of a finished run (`results.json`), None with the reason in `error` for one that
-    failed, and without one for a point whose turn has not come.
+    """The result of a point.
+
+    results: those of a finished run (`results.json`), else None. error: the reason of a failed run;
+    "" for a finished run and for one that has not started.
     """
 
     point: Point
@@ -35,11 +37,11 @@ class Result:
 def run_points(
     directory: Path, points: Sequence[Point], say: Callable[[str], None], launcher: Sequence[str] = ()
 ) -> tuple[list[Result], int]:
-    """Makes the runs that are not finished; those that failed before are tried again. Returns all
-    and a status: 1 where one failed, 130 after a stop.
+    """Run the points that are not finished; earlier failures are tried again.
 
-    launcher: a command that is put in front of `fastmtl train` (deepspeed --no_python); default:
-    one process. Raises UserError where the directory holds a point's run with other settings.
+    Returns all results and a status: 0, 1 if a point failed, 130 after a stop. launcher: a command
+    in front of `fastmtl train` (deepspeed --no_python); default: one process. Raises UserError if
+    the directory has a point's run with other settings.
     """
     _check(directory, points)
     results: list[Result] = []
@@ -76,7 +78,7 @@ def _check(directory: Path, points: Sequence[Point]) -> None:
 
 
 def _run(place: Path, point: Point, launcher: Sequence[str]) -> str:
-    """Why the run failed, "" where it did not."""
+    """Run a point and return the reason of its failure, "" if it succeeded."""
     place.mkdir(parents=True, exist_ok=True)
     file = place / "recipe.yaml"
     file.write_text(point.recipe.dump(), encoding="utf-8")
@@ -84,11 +86,11 @@ def _run(place: Path, point: Point, launcher: Sequence[str]) -> str:
     log = place / "log.txt"
     status = run_fastmtl("train", str(file), "--output", str(place), "--resume", command=command, log=log)
     if status == 0 and _finished(place) is not None:
-        shutil.rmtree(place / "checkpoints", ignore_errors=True)  # the largest part of a run; nothing goes on from here
+        shutil.rmtree(place / "checkpoints", ignore_errors=True)  # the largest part of a run; not needed any more
         return ""
-    told = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    mistakes = [line for line in told if line.startswith("fastmtl")]
-    reason = (mistakes or told or ["no output"])[-1].removeprefix("fastmtl: ")
+    printed = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    mistakes = [line for line in printed if line.startswith("fastmtl")]
+    reason = (mistakes or printed or ["no output"])[-1].removeprefix("fastmtl: ")
     return f"failed with status {status}: {reason}" if status else f"stopped before its end: {reason}"
 
 

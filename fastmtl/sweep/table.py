@@ -1,4 +1,4 @@
-"""What a sweep has found: a table (sweep.csv, sweep.md) and a plot (sweep.svg)."""
+"""The results of a sweep as a table (sweep.csv, sweep.md) and a plot (sweep.svg)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from fastmtl.sweep.runs import Result
 
 
 def rows_of(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: settings, each task's own metric, their mean, steps, seconds, error. The
-    best mean comes first, points without one last.
+    """Return header and rows: settings, each task's own metric, their mean, steps, seconds, error.
+
+    The best mean comes first; points without a mean come last.
     """
     keys = list(results[0].point.settings)
     recipe = results[0].point.recipe
@@ -43,9 +44,7 @@ def write_tables(directory: Path, results: Sequence[Result]) -> None:
 
 
 def write_plot(directory: Path, results: Sequence[Result]) -> None:
-    """A panel for each setting: the mean of every finished point over its value; a line joins each
-    value's best.
-    """
+    """Plot the means of finished points over each setting; a line joins the best of each value."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -73,9 +72,7 @@ def write_plot(directory: Path, results: Sequence[Result]) -> None:
 
 
 def _places(values: list[Any]) -> tuple[list[float], list[str] | None, bool]:
-    """Where values stand, the names of these places where they are no numbers, and whether the axis
-    is logarithmic.
-    """
+    """Return positions of values, names if they are not numbers, and whether the axis is log."""
     if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
         numbers = [float(value) for value in values]
         return numbers, None, min(numbers) > 0 and max(numbers) / min(numbers) >= 10

@@ -25,7 +25,7 @@ _DISK = re.compile(r"PytorchStreamWriter|inline_container|file write failed|\(os
 
 
 def explained(error: BaseException) -> str | None:
-    """Return one line on a failure caused by input or the machine, with what to do. None for a bug."""
+    """Return a line on a failure caused by input or the machine, with advice; None for a bug."""
     text = one_line(str(error) or type(error).__name__)
     name, number = type(error).__name__, f" ({text})" if str(error) else ""
     if isinstance(error, TrainingError):

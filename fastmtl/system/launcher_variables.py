@@ -1,4 +1,4 @@
-"""The environment variables with which a launcher sets a process's rank. Imports no heavy module."""
+"""The environment variables of launchers for a process's rank. Imports no heavy module."""
 
 from __future__ import annotations
 

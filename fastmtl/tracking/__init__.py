@@ -1,6 +1,4 @@
-"""What a run shows while it trains and writes down as it goes: progress, metrics.jsonl,
-TensorBoard.
-"""
+"""Tracking of a run: progress on the terminal, metrics.jsonl and TensorBoard."""
 
 from fastmtl.tracking.tracker import Tracker
 

@@ -1,6 +1,4 @@
-"""The progress of a run, as a bar on a terminal or as a line every few seconds in a log, and the
-table of scores.
-"""
+"""The progress of a run, as a bar on a terminal or as lines in a log, and the table of scores."""
 
 from __future__ import annotations
 
@@ -21,8 +19,9 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class LastingConsole(Console):
-    """A console that falls silent when its reader is gone (`fastmtl train ... | head`); rich's own
-    ends the process.
+    """A console that becomes silent when its reader ends (`fastmtl train ... | head`).
+
+    Rich's own console would end the process.
     """
 
     def on_broken_pipe(self) -> None:
@@ -34,10 +33,10 @@ class LastingConsole(Console):
 
 class Display(Protocol):
     def update(self, step: int, epoch: int, summary: str | None) -> None:
-        """`step` is done; `summary` is its losses and rates, None where they were not computed."""
+        """Show that `step` is done. summary: its losses and rates, None if not computed."""
 
     def message(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
 
     def close(self) -> None: ...
 
@@ -72,7 +71,7 @@ class BarDisplay:
 
 
 class LineDisplay:
-    """Plain lines, the first and last step always, the others at most every SECONDS_BETWEEN_LINES."""
+    """Plain lines: the first and last step, others at most every SECONDS_BETWEEN_LINES."""
 
     def __init__(self, console: Console, total_steps: int) -> None:
         self._console = console
@@ -93,12 +92,12 @@ class LineDisplay:
 
 
 def open_display(console: Console, total_steps: int, first_step: int) -> Display:
-    """A bar where the console is a terminal, lines where it is a file or a pipe."""
+    """Return a bar for a terminal, lines for a file or a pipe."""
     return BarDisplay(console, total_steps, first_step) if console.is_terminal else LineDisplay(console, total_steps)
 
 
 def summarize(losses: dict[str, float], conflict_rate: float | None, tokens_per_second: float) -> str:
-    """`sst 1.204  para 0.502  conflicts 33 %  2.4k tokens/s`"""
+    """Return a line like `sst 1.204  para 0.502  conflicts 33 %  2.4k tokens/s`."""
     parts = [f"{name} {loss:.3f}" for name, loss in losses.items()]
     if conflict_rate is not None:
         parts.append(f"conflicts {conflict_rate:.0%}".replace("%", " %"))
@@ -110,8 +109,9 @@ SCORE_COLUMNS = {"accuracy": "accuracy", "macro_f1": "macro F1", "pearson": "Pea
 
 
 def scores_table(recipe: Recipe, metrics: dict[str, dict[str, float]], mean: float | None, title: str) -> Table:
-    """Accuracy, macro F1, Pearson and Spearman of every task; below it the mean of the tasks' own
-    metrics (in bold).
+    """Return a table of accuracy, macro F1, Pearson and Spearman of every task.
+
+    The tasks' own metrics are bold; the caption has their mean.
     """
     shown = [name for name in SCORE_COLUMNS if any(name in values for values in metrics.values())]
     own = ", ".join(f"{task} {recipe.tasks[task].metric_name}" for task in metrics)

@@ -1,5 +1,6 @@
-"""metrics.jsonl: one JSON object a line, floats in full precision so that two runs can be compared
-bit for bit.
+"""metrics.jsonl: a JSON object per line.
+
+Floats have full precision, so that two runs can be compared bit for bit.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from fastmtl.errors import UserError
 
 
 class MetricsFile:
-    """Appends lines to `path`. Lines after `resume_step` are cut off first; with resume_step 0 the
-    file starts empty. within_epoch: an evaluation at resume_step is cut off too, for it was made
-    because the run ended there.
+    """A writer that appends lines to `path`.
 
-    A line is handed to the operating system before `write` returns, so a killed run leaves at most
-    one torn line.
+    Lines after `resume_step` are removed first; with resume_step 0 the file starts empty.
+    within_epoch: remove an evaluation at resume_step too, which the run made only because it ended
+    there. `write` passes the line to the operating system before it returns, so a killed run leaves
+    at most one incomplete line.
     """
 
     def __init__(self, path: Path, resume_step: int, *, within_epoch: bool = False) -> None:
@@ -44,9 +45,9 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete lines, [] for a missing file. A torn last line is left out.
+    """Return all complete lines, [] for a missing file. An incomplete last line is left out.
 
-    Raises UserError for a line before the last one that is not a JSON object with a step.
+    Raises UserError for an earlier line that is not a JSON object with a step.
     """
     if not path.exists():
         return []
@@ -70,7 +71,7 @@ def _encode(line: dict[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: a loss that is not finite is null."""
+    """Replace non-finite numbers by None, since JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

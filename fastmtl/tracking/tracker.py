@@ -1,4 +1,4 @@
-"""The one object that the training loop tells what happened."""
+"""The object that records the progress of the training loop."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ SECONDS_BETWEEN_WRITES = 1.0
 
 
 class StepInfo(Protocol):
-    """What `GradientSurgery.run` returns, as far as it is tracked. T tasks in the recipe's order."""
+    """The tracked fields of the result of `GradientSurgery.run`. T tasks in the recipe's order."""
 
     @property
     def losses(self) -> Mapping[str, float | Tensor]:
-        """Mean loss of every task that the step had rows of."""
+        """Mean loss of every task with rows in the step."""
 
     @property
     def cosines(self) -> Tensor | None:
-        """float [T, T] between the tasks' shared gradients; NaN for an absent task, None where not
-        computed.
+        """Cosines between the tasks' shared gradients, float [T, T].
+
+        NaN for an absent task; None if not computed.
         """
 
     @property
@@ -44,24 +45,24 @@ class StepInfo(Protocol):
 
     @property
     def merged_norm(self) -> float | None:
-        """Norm of the shared update, None where not computed."""
+        """Norm of the merged gradient of the shared parameters, None if not computed."""
 
     @property
     def skipped(self) -> str | None:
-        """What had a gradient that is not finite, so that no update was made."""
+        """Name of the non-finite gradient that made the step skip its update, else None."""
 
     @property
     def seconds(self) -> float:
-        """Added to the step by surgery; may wait for the device."""
+        """Time that surgery added to the step; reading it may wait for the device."""
 
     @property
     def nbytes(self) -> int:
-        """Of J or what took its place."""
+        """Bytes of J or of its replacement."""
 
 
 @dataclass(frozen=True)
 class _Logged:
-    """A step whose line is to be written. time: Unix seconds."""
+    """A step whose line is not written yet. time: Unix seconds."""
 
     step: int
     epoch: int
@@ -72,23 +73,21 @@ class _Logged:
 
 
 class Tracker:
-    """Progress, metrics.jsonl and TensorBoard of the process with `is_main`; in every other process
-    it does nothing.
+    """Progress, metrics.jsonl and TensorBoard of a run. Without `is_main` all methods do nothing.
 
-    Of a step that is logged (`train.log_every`) the line is made at once, but read from the device
-    and written with those of other steps, about once a second, for a read waits until the device
-    has done the step. `flush` writes what is left; a killed run loses the lines of its last second.
-    When a run goes on from
-    `resume_step`, lines of later steps are dropped, so metrics.jsonl ends up as that of an
-    uninterrupted run. With within_epoch, so is an evaluation at that step: the run had ended there
-    before the end of the epoch.
+    Reading a step's values waits until the device has done the step. So the lines of logged steps
+    (`train.log_every`) are read and written together, about once per second. `flush` writes the
+    rest; a killed run loses the lines of its last second. When a run resumes from `resume_step`,
+    lines of later steps are removed, so that metrics.jsonl equals that of an uninterrupted run.
+    With within_epoch an evaluation at that step is removed too, since the run ended there before
+    the end of the epoch.
 
-    metrics.jsonl holds for a step: step, phase (its name, in a run of several), epoch (from 0, in
-    the phase), loss {task: mean}, lr, cosines {"a/b": cosine}, conflict_rate, task_norms {task:
-    norm}, merged_norm, skipped (what had a gradient that is not finite, or null), surgery_bytes and
-    surgery_seconds (of this step), tokens_per_second (over the steps since the last line,
-    evaluation not counted), time (Unix seconds); and for an evaluation: step, phase, epoch, dev
-    {task: {metric: value}}, mean, time. A number that is not finite is null.
+    Fields of a step in metrics.jsonl: step, phase (its name, in a run of several), epoch (from 0,
+    in the phase), loss {task: mean}, lr, cosines {"a/b": cosine}, conflict_rate, task_norms
+    {task: norm}, merged_norm, skipped (name of the non-finite gradient, or null), surgery_bytes and
+    surgery_seconds (of this step), tokens_per_second (over the steps since the last line, without
+    evaluation), time (Unix seconds). Fields of an evaluation: step, phase, epoch, dev
+    {task: {metric: value}}, mean, time. Non-finite numbers are null.
     """
 
     def __init__(
@@ -105,7 +104,7 @@ class Tracker:
         self._is_main = is_main
         if not is_main:
             return
-        from torch.utils.tensorboard import SummaryWriter  # seconds to import, and only this process needs it
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import; only this process needs it
 
         self._recipe = self._part = recipe
         self._phase: str | None = None
@@ -120,15 +119,16 @@ class Tracker:
         self._restart_clock()
 
     def begin_phase(self, name: str, recipe: Recipe) -> None:
-        """The lines that follow are of a phase of the run, with the tasks of its recipe."""
+        """Start a phase, with the tasks of its recipe; the following lines belong to the phase."""
         self.flush()
         if self._is_main:
             self._phase, self._part = name, recipe
             self._display.message(f"phase {name}: {', '.join(recipe.task_names)}")
 
     def step(self, step: int, epoch: int, info: StepInfo, lr: float | Mapping[str, float], tokens: int) -> None:
-        """Optimiser step `step` (from 1) of `epoch` (from 0) is done; `tokens`: of this step, over
-        all ranks.
+        """Record optimiser step `step` (from 1) of `epoch` (from 0).
+
+        tokens: the tokens of this step over all ranks.
         """
         if not self._is_main:
             return
@@ -178,8 +178,10 @@ class Tracker:
         return summarize(losses, conflict_rate, logged.tokens_per_second)
 
     def evaluation(self, step: int, epoch: int, dev: dict[str, dict[str, float]], mean: float) -> None:
-        """Dev metrics after `step`. What the file already holds (a resumed run may repeat it) is
-        not written twice.
+        """Record dev metrics after `step`.
+
+        A resumed run may repeat an evaluation; a line that the file already has is not written
+        again.
         """
         if not self._is_main:
             return
@@ -201,19 +203,19 @@ class Tracker:
         self._restart_clock()
 
     def message(self, text: str) -> None:
-        """A line above the progress bar, from the main process only."""
+        """Print a line above the progress bar."""
         if self._is_main:
             self._display.message(text)
 
     def scores(self, dev: dict[str, dict[str, float]], mean: float, title: str = "dev scores") -> None:
-        """Ends the progress bar and prints the final table."""
+        """End the progress bar and print the final table."""
         if self._is_main:
             self.flush()
             self._display.close()
             self._console.print(scores_table(self._recipe, dev, mean, title))
 
     def close(self) -> None:
-        """Flushes and closes everything; the tracker cannot be used afterwards."""
+        """Flush and close everything; the tracker cannot be used afterwards."""
         self.flush()
         if self._is_main:
             self._display.close()

@@ -1,4 +1,4 @@
-"""Checks of a run that need no torch: names, sizes, files, every row and label."""
+"""Checks of a run that need no torch: names, sizes, files, all rows and labels."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from fastmtl.training.phases import Phase, split
 
 
 def check_recipe(recipe: Recipe, world: int) -> CorpusRows:
-    """Check all that needs no torch, and return the rows that were read for it. world: number of
-    processes.
+    """Check everything that needs no torch and return the rows that were read.
 
-    Raises UserError naming the file, line or key.
+    world: number of processes. Raises UserError naming the file, line or key.
     """
     phases = split(recipe)
     rows = CorpusRows.read(recipe)
@@ -23,8 +22,9 @@ def check_recipe(recipe: Recipe, world: int) -> CorpusRows:
 
 
 def check_schedules(phases: Sequence[Phase], rows: CorpusRows, world: int) -> None:
-    """Refuse samplers that the files cannot fill. Augmented files are left out: their sizes are not
-    known yet.
+    """Raise UserError for samplers that need more rows than the files have.
+
+    Phases with augmentation are left out, since the sizes are not known yet.
     """
     for phase in phases:
         tasks = phase.recipe.tasks

@@ -1,5 +1,6 @@
-"""What of the tasks' losses changes in the course of a run: dynamic weights, SMART's teacher and
-strengths, and the losses of pairs that look at a whole step.
+"""Loss settings that change during a run.
+
+They are dynamic weights, SMART's teacher and strengths, and pair losses over a whole step.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ Metrics = Mapping[str, Mapping[str, float]]
 
 
 class Objectives:
-    """Of one model in training. It is called around a step and after an epoch, and does nothing
-    where the recipe asks for none of these, or the model has other losses than its tasks'.
+    """Loss settings of one model that change during a run.
 
-    Made before an engine takes the model: the teacher starts with its weights. Every rank makes one
-    and calls it, and all of them stay equal. corpus: for `after_epoch`.
+    The methods are called around each step and after each epoch. They do nothing if the recipe uses
+    no such setting, or if the model's losses are not its tasks' losses. Make the object before the
+    engine, since the teacher starts with the model's weights. All ranks make one and call it, and
+    the objects stay equal. corpus: used by `after_epoch`.
     """
 
     def __init__(self, recipe: Recipe, model: nn.Module, corpus: Corpus | None = None) -> None:
@@ -45,25 +47,26 @@ class Objectives:
             self._smart.start_teacher(self._model)
 
     def prepare(self, micro_batches: Sequence[PackedBatch]) -> list[PackedBatch]:
-        """A step's micro-batches, ready for its losses."""
+        """Return a step's micro-batches, prepared for its losses."""
         return list(micro_batches) if self._model is None else cache_pairs(self._model, micro_batches)
 
     def weights(self, of_step: Mapping[str, float] | None) -> Mapping[str, float] | None:
-        """The tasks' weights in the next step, times those that are given."""
+        """Return the tasks' weights in the next step, multiplied by `of_step`."""
         if self._average is None:
             return of_step
         return {name: weight * (of_step or {}).get(name, 1.0) for name, weight in self._average.weights().items()}
 
     def after_step(self, info: SurgeryInfo) -> None:
-        """After the optimiser's step, or in its place where it was skipped."""
+        """Update the settings after the optimiser's step, or after a skipped one."""
         if self._average is not None:
             self._average.after_step(info.losses)
         if self._model is not None and self._smart is not None and self._smart.teacher and info.skipped is None:
             self._smart.follow_model(self._model)
 
     def after_epoch(self, dev: Metrics, evaluate: Callable[[Corpus], Mapping[str, Scores]]) -> list[str]:
-        """dev: the tasks' metrics; evaluate: scores a corpus's dev rows. Returns what to tell of
-        the next epoch.
+        """Update the settings after an epoch; return lines for the user about the next one.
+
+        dev: the tasks' metrics. evaluate: scores the dev rows of a corpus.
         """
         notes = []
         if self._average is not None:
@@ -81,7 +84,7 @@ class Objectives:
         return notes
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-ready, without `tensors`."""
+        """Return the state without `tensors`, as JSON values."""
         state: dict[str, Any] = {}
         if self._average is not None:
             state["average"] = self._average.state_dict()
@@ -90,7 +93,7 @@ class Objectives:
         return state
 
     def tensors(self) -> dict[str, Tensor]:
-        """The teacher's."""
+        """Return the teacher's tensors."""
         return {} if self._smart is None or self._smart.teacher is None else dict(self._smart.teacher.state_dict())
 
     def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -102,8 +105,9 @@ class Objectives:
                 self._smart.teacher.load_state_dict(dict(tensors))
 
     def _sample(self, dev: Metrics) -> Corpus:
-        """Training rows in the place of dev rows, as many, evenly taken; of the tasks that have dev
-        rows.
+        """Return a corpus whose dev rows are training rows: equally many per task, evenly spaced.
+
+        Tasks without dev metrics have None.
         """
         assert self._corpus is not None
         samples: list[TokenizedDataset | None] = []

@@ -1,4 +1,4 @@
-"""The model of a phase: what it trains, and what it takes over from the phases before."""
+"""The model of a phase: its trained parts, and the weights of earlier phases."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from fastmtl.training.phases import Phase
 
 
 class PhaseModel:
-    """model: encoder, adapters and heads of the phase's tasks, on the CPU; new ones are drawn from
-    the phase's seed, so every rank has the same. trained: what the engine gets, the model or a
-    masked language model of its encoder. notes: what a user may want to know. Raises UserError for
-    choices that do not fit together, and where there is nothing to train.
+    """The model of a phase on the CPU.
+
+    model: encoder, adapters and heads of the phase's tasks. New weights are drawn from the phase's
+    seed, so they are equal on all ranks. trained: the module for the engine, `model` or a masked
+    language model of its encoder. notes: lines for the user. Raises UserError for settings that do
+    not fit together, and if nothing is trained.
     """
 
     def __init__(self, phase: Phase) -> None:
@@ -43,14 +45,15 @@ class PhaseModel:
 
     @property
     def least_saved(self) -> int:
-        """Bytes that a checkpoint and model/ take at least: weights of 16 and of 32 bits, and
-        Adam's two moments.
+        """The least size in bytes of a checkpoint and model/.
+
+        It is that of weights in 16 and in 32 bits and of Adam's two moments.
         """
         trained = sum(tensor.numel() for tensor in self.trained.parameters() if tensor.requires_grad)
         return (2 + 4) * sum(tensor.numel() for tensor in self.trained.parameters()) + 8 * trained
 
     def take_over(self, directory: Path, ranks: Ranks) -> None:
-        """What the earlier phases left in a `model/` directory; only the first rank reads it."""
+        """Load the weights of earlier phases from a `model/` directory, which only rank 0 reads."""
         new: list[str] = []
         if ranks.is_main:
             weights, _ = read_task_weights(directory)
@@ -61,7 +64,7 @@ class PhaseModel:
             self.notes.append(f"new in this phase: {', '.join(new)}")
 
     def whole(self, gathered: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-        """The model's state dict, from that of what was trained; None where that is None."""
+        """Return the state dict of `model` from that of `trained`, None for None."""
         if gathered is None or self.trained is self.model:
             return gathered
         return {name: gathered.get(name, tensor) for name, tensor in self.model.state_dict().items()}

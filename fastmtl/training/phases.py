@@ -1,7 +1,7 @@
-"""The phases of a run: what each trains, by which settings, and what it leaves to the next.
+"""The phases of a run: trained parts, settings and kept weights.
 
-Every phase is a recipe of its own, made of the run's recipe and the phase's sections, for its tasks
-only. A recipe without `phases` is one phase of that very recipe.
+Every phase has its own recipe, the run's recipe with the phase's sections and tasks. A recipe
+without `phases` is the recipe of its only phase.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from fastmtl.config import MLM, TRAINS, GradientConfig, PhaseConfig, Recipe, Sec
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.inference.metrics import check_early_stopping, check_metrics
 
-SEED_STEP = 10_000  # between the seeds of phases: rows come in another order, new weights are others
+SEED_STEP = 10_000  # between the seeds of phases, for other orders of rows and other new weights
 S = TypeVar("S", bound=Section)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """recipe: of this phase, without `phases`. parts: of "encoder", "adapters", "heads", those that
-    are trained.
+    """A phase of a run.
 
-    name: None for a run without phases. index: from 0.
+    index: from 0. name: None for a run without phases. recipe: the recipe of this phase, without
+    `phases`. parts: the trained ones of "encoder", "adapters" and "heads".
     """
 
     index: int
@@ -38,15 +38,15 @@ class Phase:
 
     @property
     def loss_names(self) -> list[str]:
-        """What has a loss in a step: the tasks, or `mlm`."""
+        """Names of the losses in a step: the tasks, or `mlm`."""
         return [MLM] if self.objective == MLM else self.recipe.task_names
 
 
 def phases_of(recipe: Recipe) -> list[Phase]:
-    """The phases in order.
+    """Return the phases in order.
 
-    Raises UserError, naming the phase, for unknown names, for what excludes each other, and for a
-    phase that has nothing to train.
+    Raises UserError naming the phase for unknown names, contradicting settings and a phase that
+    trains nothing.
     """
     from fastmtl.surgery.methods.table import find_method
 
@@ -58,9 +58,7 @@ def phases_of(recipe: Recipe) -> list[Phase]:
 
 
 def split(recipe: Recipe) -> list[Phase]:
-    """Return what `phases_of` does, without a look at the gradient methods: torch is not imported
-    for it.
-    """
+    """Return the phases without checking the gradient methods, which would import torch."""
     if not recipe.phases:
         phases = [Phase(0, None, recipe, ("encoder", "adapters", "heads"))]
     else:
@@ -152,8 +150,8 @@ _BY_TASK = {"sampler": ("batch_size", "subsample"), "adapter": ("dropout",), "sm
 
 
 def _merged(key: str, ours: S, given: S | None, tasks: Iterable[str]) -> S:
-    """The recipe's section with the settings that the phase gives; of numbers per task those of the
-    phase's tasks.
+    """Return the recipe's section with the phase's settings, and per-task numbers of its tasks
+    only.
     """
     values = {name: getattr(ours, name) for name in type(ours).model_fields}
     for name in _BY_TASK.get(key, ()):
@@ -182,8 +180,9 @@ def _tasks(recipe: Recipe, given: PhaseConfig) -> dict[str, Any]:
 
 
 def _check_adapters(phases: list[Phase]) -> None:
-    """A model has the same adapters for all its tasks, so a phase that changes them has every task
-    so far.
+    """Check that a phase with other adapters has every earlier task.
+
+    All tasks of a model have the same kind of adapter.
     """
     known: set[str] = set()
     before = phases[0].recipe.adapter

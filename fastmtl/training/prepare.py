@@ -1,8 +1,6 @@
-"""The start of a run: everything that is checked, loaded and compared before the first DeepSpeed
-engine is made.
+"""Preparation of a run: all checks and loading before the first DeepSpeed engine is made.
 
-`train` goes on from here, `train --check` stops here, so both refuse the same things with the same
-messages.
+`train` continues after it and `train --check` stops after it, so both give the same errors.
 """
 
 from __future__ import annotations
@@ -34,11 +32,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Start:
-    """A run that can begin.
+    """A run that is ready to begin.
 
-    recipe: complete. model: of the phase that `at` is in. jobs: one per phase. found: the
-    checkpoint to go on from, or None. changes: settings and rows that differ from those of `found`.
-    notes: what the user should know of the resume.
+    recipe: the complete recipe. found: the checkpoint to resume from, or None. changes: settings
+    and rows that differ from those of `found`. at: the position in the run. model: the model of the
+    phase at that position. jobs: one per phase. notes: lines for the user about the resume.
     """
 
     recipe: Recipe
@@ -62,15 +60,15 @@ def prepare(
     accept_changes: bool = False,
     rows: CorpusRows | None = None,
 ) -> Start:
-    """Check and load everything that a run needs; every rank calls it, and it joins the ranks.
+    """Check and load everything that a run needs, and connect the ranks. Every rank calls it.
 
-    Writes nothing into `output`; the tokens go into `data.cache_dir`. rows: those of the recipe's
-    files, where they have been read. Raises UserError for whatever a run of this recipe cannot
-    have.
+    Nothing is written to `output`; the tokens go to `data.cache_dir`. rows: the rows of the
+    recipe's files, if they have been read already. Raises UserError for anything that this run
+    cannot use.
     """
-    with errors_reach_rank_0():  # everything that can be refused, before DeepSpeed starts
+    with errors_reach_rank_0():  # all checks that are possible before DeepSpeed starts
         recipe = complete(recipe)
-        phases = phases_of(recipe)  # a wrong name costs no waiting for data
+        phases = phases_of(recipe)  # first, so that a wrong name is found before data are read
         for phase in phases:
             check_fused_optimizer(phase.recipe)
             check_engine(phase.recipe, ranks.world)
@@ -110,10 +108,9 @@ def check_run(
     local_rank: int | None = None,
     rows: CorpusRows | None = None,
 ) -> str | None:
-    """Return one line that says what of a run was checked, and None on every rank but the first.
+    """Check a run and return a line that lists what was checked; None on every rank but the first.
 
-    Arguments and errors are those of `train`. Nothing is trained, and nothing is written into
-    `output`.
+    Arguments and errors are those of `train`. Nothing is trained or written to `output`.
     """
     ranks = this_process(local_rank)
     start = prepare(recipe, output, ranks, resume=resume, accept_changes=accept_changes, rows=rows)
@@ -138,7 +135,5 @@ def _counted(number: int, one: str, many: str | None = None) -> str:
 
 
 def _checked_models(phases: list[Phase], first: int) -> PhaseModel:
-    """Return the model of phase `first`. The others are built, too: a mistake in them must not wait
-    for its turn.
-    """
+    """Return the model of phase `first`. The others are built too, to find their errors now."""
     return [model for model in map(PhaseModel, phases) if model.phase.index == first][0]

@@ -1,4 +1,4 @@
-"""The position of a run, as its checkpoints keep it, and how much of a phase is left from there."""
+"""The position of a run, which checkpoints save, and the remaining steps of a phase."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ from fastmtl.training.phases import Phase
 
 @dataclass
 class Progress:
-    """The position of a run, kept in every checkpoint. All but step, seconds and data belong to the
-    current phase.
+    """The position of a run, saved in every checkpoint.
 
-    A checkpoint within an epoch is saved before anything is evaluated there. So a run that
-    train.max_steps ended within an epoch goes on from it as if it had not stopped, and one that is
-    started again without going on evaluates again.
+    All fields except step, seconds and data belong to the current phase. A checkpoint within an
+    epoch is saved before the evaluation there. So a longer run resumes from it as if
+    train.max_steps had not ended the run, and a run of the same length only evaluates again.
     """
 
     step: int = 0  # optimiser steps done
     epoch: int = 0  # the current epoch, from 0
     step_in_epoch: int = 0
-    epoch_steps: int = 0  # optimiser steps of the current epoch, by the number of processes that saved
+    epoch_steps: int = 0  # optimiser steps of the current epoch with the saving number of processes
     best: float | None = None  # value of early_stopping.metric
     epochs_without_gain: int = 0
     seconds: float = 0.0
@@ -38,7 +37,7 @@ class Progress:
     phase: int = 0  # from 0
     first_step: int = 0  # optimiser steps before the phase
     early: bool = False  # early stopping has ended the phase
-    bests: dict[str, float] = field(default_factory=dict)  # keep: best_of_each: value of each task's own metric
+    bests: dict[str, float] = field(default_factory=dict)  # keep: best_of_each: best value of each task's metric
     data: dict[str, str] = field(default_factory=dict)  # digest of each task's rows, by task and split
 
     def next_phase(self) -> Progress:
@@ -47,9 +46,9 @@ class Progress:
         )
 
     def gained(self, phase: Phase, dev: dict[str, dict[str, float]], value: float | None) -> list[str]:
-        """Return the tasks whose weights are better than all before, by `value` all or none.
+        """Return the tasks whose weights are the best so far; by `value`, all tasks or none.
 
-        A task without dev rows is always one of them.
+        With keep: best_of_each, a task without dev rows is always among them.
         """
         tasks = phase.recipe.tasks
         if phase.keep == "best_of_each":
@@ -79,24 +78,23 @@ class Job:
         return cls(phase, corpus, stream)
 
     def last_step(self, at: Progress) -> int:
-        """Number of the optimiser step that ends the phase, counted through the whole run from
-        where it is.
-        """
+        """Return the optimiser step that ends the phase, counted from the start of the run."""
         train = self.phase.recipe.train
         steps = sum(self.stream.steps(epoch) for epoch in range(at.epoch, train.epochs)) - at.step_in_epoch
         last = at.step + max(steps, 0)
         return last if train.max_steps is None else min(last, at.first_step + train.max_steps)
 
     def is_over(self, at: Progress) -> bool:
-        """True where no step is left and the last epoch has been evaluated."""
+        """Return whether no step is left and the last epoch has been evaluated."""
         return at.early or at.epoch >= self.phase.recipe.train.epochs or self._is_cut(at)
 
     def _is_cut(self, at: Progress) -> bool:
         return at.step >= self.last_step(at) and at.step_in_epoch == 0
 
     def fit(self, at: Progress) -> str | None:
-        """Move `at` to the same share of the current epoch where that has another number of steps
-        now, because another number of processes saved it. Returns what to tell the user.
+        """Move `at` to the same share of the current epoch if its number of steps has changed.
+
+        It changes with the number of processes. Returns a line for the user, or None.
         """
         if not at.step_in_epoch or at.epoch >= self.phase.recipe.train.epochs:
             return None
@@ -109,9 +107,7 @@ class Job:
 
 
 def resumed(found: Found | None, phases: list[Phase]) -> Progress:
-    """Return where a found checkpoint leaves a run. Raises UserError where the recipe has no such
-    phase.
-    """
+    """Return the position in a checkpoint. Raises UserError if the recipe has no such phase."""
     if found is None:
         return Progress()
     at, name = Progress(**found.state), found.manifest.get("phase")

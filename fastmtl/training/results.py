@@ -1,6 +1,4 @@
-"""What the report shows beyond metrics.jsonl and config.yaml, as plain JSON (`results.json` beside
-them).
-"""
+"""The results of a run as JSON (`results.json`): the report's data besides metrics and recipe."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from fastmtl.inference.metrics import confusion, evaluate_predictions, mean_scor
 from fastmtl.version import __version__
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "numpy")
-SCATTER_POINTS = 800  # more would only make the file larger: the points overlap
+SCATTER_POINTS = 800  # more would overlap and only make the file larger
 
 
 def collect_results(
@@ -29,12 +27,12 @@ def collect_results(
     seconds: float,
     world_size: int,
 ) -> dict[str, Any]:
-    """The results of a run as JSON values.
+    """Return the results of a run as JSON values.
 
-    scored: {task: (scores, labels)} of the dev rows, as `MultiTaskModel.predict` and the data set
-    give them. data: {task: {"train" | "dev": {"rows": n, "skipped": n, "truncated": n, "labels": of
-    `label_statistics`}}}.
-    steps, seconds: optimiser steps of the whole run, and the time that they took.
+    scored: {task: (scores, labels)} of the dev rows, with the scores of `MultiTaskModel.predict`.
+    data: {task: {"train" | "dev": {"rows": n, "skipped": n, "truncated": n,
+    "labels": the result of `label_statistics`}}}.
+    steps, seconds: optimiser steps and training time of the whole run.
     """
     dev = {name: evaluate_predictions(recipe.tasks[name], *pair) for name, pair in scored.items()}
     regression = {name: pair for name, pair in scored.items() if recipe.tasks[name].type == "regression"}
@@ -57,7 +55,7 @@ def collect_results(
 
 
 def _sample(scores: np.ndarray, labels: np.ndarray) -> dict[str, list[float]]:
-    """At most SCATTER_POINTS rows, evenly taken."""
+    """Return at most SCATTER_POINTS rows, evenly spaced."""
     chosen = np.unique(np.linspace(0, len(scores) - 1, min(len(scores), SCATTER_POINTS)).astype(np.int64))
     return {
         "labels": [round(float(value), 4) for value in np.asarray(labels)[chosen]],
@@ -71,5 +69,5 @@ def _versions() -> dict[str, str]:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # run from its source tree
+            continue  # imported from a source tree
     return found

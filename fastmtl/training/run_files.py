@@ -1,6 +1,4 @@
-"""What a run leaves in its output directory besides metrics and checkpoints. Written by the main
-process.
-"""
+"""The files in a run's output directory besides metrics and checkpoints, written by rank 0."""
 
 from __future__ import annotations
 
@@ -38,9 +36,7 @@ KEPT = ("model", "predictions")
 
 
 class RunFiles:
-    """config.yaml at once; model/ and predictions/ of the best epoch so far; report.html at the
-    end.
-    """
+    """config.yaml, written at once; model/ and predictions/, written after the best epochs."""
 
     def __init__(
         self,
@@ -59,7 +55,7 @@ class RunFiles:
             replace_text(output / "config.yaml", recipe.dump())
 
     def notes(self) -> list[str]:
-        """What the user should know of the files before the run starts."""
+        """Return lines for the user about the data files and `add_to`, before the run starts."""
         notes = [] if self._addition is None else [self._addition.note]
         for name, split, dataset in self._datasets():
             notes.extend(f"{name} {split}: {note}" for note in dataset.notes)
@@ -79,10 +75,10 @@ class RunFiles:
         model: MultiTaskModel,
         tasks: list[str],
     ) -> None:
-        """Writes model/ and predictions/<task>-dev.csv of `tasks`, and remembers their scores for
-        the report.
+        """Write model/ and predictions/<task>-dev.csv of `tasks`, and their scores for the report.
 
-        In a run of several phases model/ has every task so far: the others keep what they have.
+        In a run of several phases, model/ has all tasks so far; tasks that are not in `tasks` keep
+        their weights.
         """
         if not self._ranks.is_main:
             return
@@ -97,16 +93,18 @@ class RunFiles:
         for name, task in scored.items():
             if name in tasks:
                 write_cs224n(folder / f"{name}-dev.csv", self._recipe.tasks[name], task.dataset.ids, task.scores)
-                np.save(folder / f".{name}-dev.npy", task.scores)  # the report's, after a resume too
+                np.save(folder / f".{name}-dev.npy", task.scores)  # for the report, also after a resume
         for name in [] if phase.recipe.encoder.freeze else self._recipe.task_names:
-            if name not in scored:  # of another encoder, if there are any
+            if name not in scored:  # any existing ones are of an older encoder
                 for file in (folder / f"{name}-dev.csv", folder / f".{name}-dev.npy"):
                     file.unlink(missing_ok=True)
 
     def set_aside(self) -> None:
-        """Copy model/ and predictions/ to where `take_back` finds them: what the end of a run
-        within an epoch keeps is no longer kept when the run goes on from there. A copy that is
-        there already is the right one: this end of the run was broken off before.
+        """Copy model/ and predictions/ aside, for `take_back`.
+
+        If train.max_steps ends a run within an epoch, the run's end may replace them. A longer run
+        that resumes from there needs the old ones. An existing copy is the right one: an earlier
+        attempt to end the run was interrupted.
         """
         aside = self.output / ASIDE
         if not self._ranks.is_main or aside.exists() or not (self.output / "model").is_dir():
@@ -118,20 +116,18 @@ class RunFiles:
         making.rename(aside)
 
     def take_back(self) -> None:
-        """Put what was set aside back in its place, where there is any."""
+        """Move the copies of `set_aside` back, if there are any."""
         aside = self.output / ASIDE
         if not self._ranks.is_main or not aside.is_dir():
             return
         for name in KEPT:
-            if (aside / name).is_dir():  # not those that a process which was killed has put back
+            if (aside / name).is_dir():  # a killed process may have moved one back
                 shutil.rmtree(self.output / name, ignore_errors=True)
                 (aside / name).rename(self.output / name)
         aside.rmdir()
 
     def record(self, step: int, changes: Changes) -> None:
-        """Append settings and rows with which the run was resumed, {key: (before, now)}, to
-        changes.jsonl.
-        """
+        """Append the changes of settings and rows on a resume to changes.jsonl."""
         if self._ranks.is_main and changes:
             line = {"step": step, "changes": changes, "time": round(time.time(), 3)}
             with (self.output / CHANGES_FILE).open("a", encoding="utf-8") as file:

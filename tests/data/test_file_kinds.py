@@ -188,7 +188,7 @@ def test_cells_that_are_no_text(tmp_path: Path, value: Any, found: str) -> None:
     ("line", "message"),
     [
         ('{"text": "good \\ud83d", "label": 1}', "half of a surrogate pair (U+D83D)"),
-        ('{"text": "a", "text": "b", "label": 1}', "the key 'text' stands twice"),
+        ('{"text": "a", "text": "b", "label": 1}', "the key 'text' occurs twice"),
         ('{"text": ' + "[" * 100_000, "column 1"),
         ('{"text": ' + "9" * 5000 + ', "label": 1}', "column 1"),
         ('{"text": NaN, "label": 1}', "expected a text, found none"),

@@ -40,9 +40,9 @@ def test_what_is_no_run_is_no_obstacle(tmp_path: Path, name: str) -> None:
 
 def test_a_run_is_an_obstacle_and_lets_go_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
-    with pytest.raises(UserError, match="already holds a run: go on with it by --resume"):
+    with pytest.raises(UserError, match="already contains a run: continue it with --resume"):
         OutputFolder(tmp_path, resume=False)
-    with pytest.raises(UserError, match="already holds a run"):
+    with pytest.raises(UserError, match="already contains a run"):
         check_output(tmp_path, resume=False)
     check_output(tmp_path, resume=True)
     OutputFolder(tmp_path, resume=True).release()

@@ -45,8 +45,8 @@ def test_what_is_written_is_read_back(value: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("train: {}\ntasks:\n  a: {}\n  a: {}\n", "line 4, column 3: the key 'a' stands twice, first in line 3"),
-        ("train: {}\ntrain: {}\n", "line 2, column 1: the key 'train' stands twice"),
+        ("train: {}\ntasks:\n  a: {}\n  a: {}\n", "line 4, column 3: the key 'a' occurs twice, first in line 3"),
+        ("train: {}\ntrain: {}\n", "line 2, column 1: the key 'train' occurs twice"),
         ("a: [1, 2\n", "line 2, column 1"),
         ("a: 2020-13-40\n", "month must be in 1..12"),
         ("[" * 5000, "nested too deeply"),

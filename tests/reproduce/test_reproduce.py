@@ -194,7 +194,7 @@ def test_stopped_runs_go_on_and_finished_ones_stay(tiny_bert: Path, tmp_path: Pa
         time.sleep(0.02)
     run.send_signal(signal.SIGTERM)
     text, _ = run.communicate(timeout=100)
-    assert run.returncode == 130 and "the same command goes on" in text, text
+    assert run.returncode == 130 and "run the same command to continue" in text, text
     assert not (directory / "outcome.json").exists()
 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)

@@ -160,7 +160,7 @@ def test_killed_stopped_and_resumed_run_is_bitwise_the_same(whole: Path, recipe:
     _wait_for_steps(run, output, killed + 3)
     run.terminate()  # the deepspeed command passes it to nobody
     text, _ = run.communicate(timeout=100)  # ends with the last process that writes there
-    assert run.returncode == -signal.SIGTERM and "go on with --resume" in text
+    assert run.returncode == -signal.SIGTERM and "continue with --resume" in text
     assert killed < _steps(output) < _steps(whole)
 
     _finish(_launch(recipe, output, "--resume", "data.prefetch=0"))  # batches that nobody made ahead are the same
