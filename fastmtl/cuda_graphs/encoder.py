@@ -1,10 +1,13 @@
-"""The encoder, forward and backward, as recordings that the host starts by one call each (CUDA graphs).
+"""CUDA graphs of the encoder: one launch each for its forward and its backward.
 
-With task gradients all of it, else the layers alone: what `sum` wants of the embeddings is a gradient of whole tables.
-A recording serves every batch of its bucket: rows in steps of 256, and the attention plan's sizes. It reads what is
-copied into its buffers before, and writes J at its fixed address. All recordings share their memory: a forward and its
-backward run before the next forward, else that one takes the ordinary path, as everything does that is not recorded;
-the log says so once for each reason.
+With task gradients the graphs contain layers and embeddings. With `sum` they contain the layers
+only: the gradient of an embedding table is then a whole table, which a graph would only copy.
+
+A recording serves all batches of a bucket: rows in steps of 256, and sizes of the attention plan.
+It reads buffers that are filled beforehand, and writes J at its fixed address. All recordings share
+their memory, so a recorded forward has to run its backward before the next forward is replayed.
+Otherwise that forward falls back to eager execution, like every forward that cannot be recorded;
+the log gives each reason once.
 """
 
 from __future__ import annotations
@@ -31,15 +34,16 @@ from fastmtl.surgery.sinks.sink import Sink
 from fastmtl.surgery.sinks.stack import StackSink
 from fastmtl_kernels.varlen_attention.plan import AttentionPlan
 
-# Recordings kept; with as many, a batch takes a larger one that holds it before one is dropped for a new one.
+# Number of recordings kept. Once there are this many, a batch of a new bucket uses a recording of a
+# larger bucket. Only where there is none, the least recently used recording is dropped.
 MOST = 16
 _WARM_UPS = 2
-# Of weights' addresses or the sink, after which recording anew would cost more than it saves.
+# Changes of the weights' addresses or of the sink after which recording again no longer pays.
 _CHANGES = 8
 
 
 class Recorded:
-    """The layers of one bucket, and what runs them. backward: by `stores`."""
+    """Recordings of one bucket: a forward, and a backward for each value of `stores`."""
 
     def __init__(self, static: StaticLayers, recordings: Recordings) -> None:
         self.static = static
@@ -59,8 +63,10 @@ def _run(*functions: Callable[[], None]) -> None:
 
 
 class EncoderGraphs:
-    """Of an encoder's layers, with attention heads of head_dim columns, and of its embeddings. recorder: None for CUDA
-    graphs, where they can be.
+    """Recordings of an encoder.
+
+    head_dim: columns of an attention head.
+    recorder: None for CUDA graphs, which need an NVIDIA GPU.
     """
 
     def __init__(
@@ -72,12 +78,12 @@ class EncoderGraphs:
         self._places: dict[nn.Module, list[tuple[dict[str, Any], str]]] = {}
         self._kept: OrderedDict[tuple[Bucket, int], Recorded] = OrderedDict()
         self._of: tuple[Any, ...] = ()
-        self._against = ""
+        self._unsupported = ""
         self._changes = 0
         self._gradients: Tensor | None = None
 
     def embeds(self, sink: Sink | None) -> bool:
-        """Whether the embeddings are recorded with the layers: where the words' gradient is kept as rows."""
+        """Return whether the embeddings are recorded too: the sink keeps only the words as rows."""
         if sink is None or overrides_norm(self._embeddings):
             return False
         parameters = self._trained(self._embeddings)
@@ -88,10 +94,11 @@ class EncoderGraphs:
     def run(
         self, hidden: Tensor | None, batch: PackedBatch, context: ForwardContext, extra: Sequence[str] = ()
     ) -> Tensor | None:
-        """The layers' result [n, d], or None: the ordinary path has to be taken.
+        """Return the last hidden states [n, d], or None for a forward that is not recorded.
 
-        hidden: what the layers get [n, d], None where the embeddings are in. context: of the batch, in training. extra:
-        what the forward has besides.
+        hidden: the layers' input [n, d]; None where the embeddings are recorded.
+        context: of the batch, in training.
+        extra: features of the forward that a recording does not support.
         """
         if not batch.num_tokens:
             return None
@@ -102,8 +109,8 @@ class EncoderGraphs:
         of = (sink, inside, words.dtype, *(parameter.data_ptr() for parameter in (words, *parameters)))
         if of != self._of:
             self._of = of
-            self._against = self._begin(words, parameters, sink)
-        reason = f"it uses {extra[0]}" if extra else self._against or self._against_this(hidden, words, sink)
+            self._unsupported = self._begin(words, parameters, sink)
+        reason = f"it uses {extra[0]}" if extra else self._unsupported or self._unsupported_forward(hidden, words, sink)
         if reason:
             self.recordings.warn_once(f"this forward falls back to eager execution: {reason}")
             return None
@@ -120,7 +127,7 @@ class EncoderGraphs:
         return self._embeddings.get_submodule("word_embeddings").weight  # type: ignore[return-value]
 
     def _trained(self, module: nn.Module) -> list[nn.Parameter]:
-        """Its trained parameters. Module.parameters takes a third of a millisecond for 12 layers."""
+        """Return the trained parameters; Module.parameters takes 0.3 ms for 12 layers."""
         if module not in self._places:
             parts = list(module.modules())
             self._places[module] = [(part._parameters, name) for part in parts for name in part._parameters]
@@ -128,7 +135,10 @@ class EncoderGraphs:
         return [parameter for parameter in found if parameter is not None and parameter.requires_grad]
 
     def _begin(self, words: nn.Parameter, parameters: list[nn.Parameter], sink: Sink | None) -> str:
-        """Drops what was recorded of other weights or for another sink; why nothing can be of these, "" if it can."""
+        """Drop recordings of other weights or another sink; return why these cannot be recorded.
+
+        "" means that they can.
+        """
         self._kept.clear()
         self._gradients = None
         self._changes += 1
@@ -156,7 +166,8 @@ class EncoderGraphs:
         self.recordings.begin(words.device)
         return ""
 
-    def _against_this(self, hidden: Tensor | None, words: nn.Parameter, sink: Sink | None) -> str:
+    def _unsupported_forward(self, hidden: Tensor | None, words: nn.Parameter, sink: Sink | None) -> str:
+        """Return why this forward cannot be replayed, "" where it can."""
         if sink is not None and not (sink.active and isinstance(sink, StackSink)):
             return "the task gradients are not stored in J"
         if torch.is_autocast_enabled(words.device.type):
@@ -168,8 +179,9 @@ class EncoderGraphs:
     def _find(
         self, batch: PackedBatch, parameters: list[nn.Parameter], sink: StackSink | None, inside: bool
     ) -> tuple[Recorded, AttentionPlan]:
-        """What is recorded for a bucket that holds the batch, and the batch's plan for its rows. inside: whether the
-        embeddings are.
+        """Return recordings of a bucket that holds the batch, and the plan for the bucket's rows.
+
+        inside: whether the embeddings are recorded.
         """
         plan = batch.host.plan_of(rows_of(batch.num_tokens))
         bucket = Bucket.of(batch.num_tokens, plan)
@@ -192,12 +204,12 @@ class EncoderGraphs:
         return self._kept[key], plan
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EncoderGraphs:
-        """Of a copied encoder, which records for itself."""
+        """Return new recordings for the copied encoder."""
         return EncoderGraphs(copy.deepcopy(self._embeddings, memo), copy.deepcopy(self._layers, memo), self._head_dim)
 
 
 class Pass(Turn):
-    """One forward and its backward. words: their table where the embeddings are in."""
+    """One forward and its backward. words: the table, where the embeddings are recorded."""
 
     def __init__(
         self,
@@ -219,10 +231,11 @@ class Pass(Turn):
         return self._recorded.static.result(self._offsets[-1])
 
     def backward(self, dy: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The gradient of the input, of the sink's anchor where that is none, and, without a sink, those of the
-        parameters.
+        """Return the gradient of the input and, without a sink, those of the parameters.
+
+        Where the embeddings are recorded, the input is the sink's anchor.
         """
-        self.end()
+        self.begin_backward()
         static, writes, stores = self._recorded.static, self._recorded.static.writes, True
         static.take(dy)
         if writes is not None:
@@ -243,7 +256,7 @@ class Pass(Turn):
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, begin: Tensor, one: Pass, *parameters: nn.Parameter) -> Tensor:
-        """begin: what the layers get, or the sink's anchor where the embeddings are in."""
+        """begin: the layers' input, or the sink's anchor where the embeddings are recorded."""
         ctx.one = one
         return one.forward()
 

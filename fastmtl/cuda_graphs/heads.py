@@ -1,8 +1,9 @@
-"""Heads and losses, forward and backward, as recordings that the host starts by one call each (CUDA graphs).
+"""CUDA graphs of heads and losses: one launch each for their forward and their backward.
 
-A recording begins at the sequences' vectors: what makes these, the pooling, reads the tokens' bounds, of which no two
-batches have the same. So it serves every batch with as many examples and sequences of each task, whatever its tokens.
-Dropout draws from torch's generator what it would draw unrecorded. One memory is shared, as by the layers (graphs.py).
+A recording begins at the vectors of the sequences: pooling reads the bounds of the tokens, which
+differ in every batch. One recording therefore serves all batches with the same numbers of examples
+and sequences per task, whatever their tokens. Dropout draws the same numbers from torch's generator
+as without a recording. All recordings share one memory, as those of the encoder (encoder.py).
 """
 
 from __future__ import annotations
@@ -24,23 +25,24 @@ from fastmtl.cuda_graphs.recorder import Recorder, Recordings, Turn
 from fastmtl.model.heads.batch import HeadBatch, Vectors
 from fastmtl.surgery.random_state import RandomState
 
-# Recordings kept. One that served none of so many batches gives way to a new one.
+# Number of recordings kept, and batches without use after which one can be replaced.
 MOST = 16
 IDLE = 500
-# Sizes that were seen and may come again; a recording for each that is seen once would cost more than it saves.
+# Number of remembered sizes. A size is recorded when it occurs again: one that occurs once costs
+# more to record than it saves.
 _SEEN = 256
-# Of so many batches in a row half without a recording are worth telling.
+# Warn once half of this many recent batches ran without a recording.
 _WINDOW = 100
 _WARM_UPS = 2
-# Of weights' addresses, after which recording anew would cost more than it saves.
+# Changes of the weights' addresses after which recording again no longer pays.
 _CHANGES = 8
 
 
 class Recorded:
-    """The heads for one key, and what runs them. used: the number of the last batch."""
+    """Recordings of one key. used: the number of the last batch that they ran."""
 
     def __init__(self, static: StaticHeads, recordings: Recordings, device: torch.device) -> None:
-        """static: filled; its batch is what warming up runs."""
+        """static: filled with the batch on which the warm-up runs."""
         self.static, self.used = static, 0
         random = RandomState.capture(device)
         functions = {"forward": static.forward, "backward": static.backward}
@@ -72,13 +74,13 @@ class HeadGraphs:
         self._kept: OrderedDict[Hashable, Recorded] = OrderedDict()
         self._seen: OrderedDict[Hashable, None] = OrderedDict()
         self._of: tuple[Any, ...] = ()
-        self._against = ""
+        self._unsupported = ""
         self._changes = self._number = 0
         self._missed: deque[int] = deque(maxlen=_WINDOW // 2)
 
     def run(self, vectors: Vectors, batch: HeadBatch) -> list[Tensor] | None:
-        """The tasks' losses, or None: the ordinary path has to be taken. With gradients."""
-        if not self._modules:  # walking through them takes longer than looking at them
+        """Return the losses of the T tasks, or None where they are not recorded."""
+        if not self._modules:  # a list is faster than the walk through the modules in each step
             self._modules = list(self._heads.modules())
         found = [parameter for module in self._modules for parameter in module._parameters.values()]
         parameters = list(dict.fromkeys(parameter for parameter in found if parameter is not None))
@@ -88,8 +90,8 @@ class HeadGraphs:
         )
         if of != self._of:
             self._of = of
-            self._against = self._begin(vectors, parameters)
-        reason = self._against or self._against_this(vectors, batch)
+            self._unsupported = self._begin(vectors, parameters)
+        reason = self._unsupported or self._unsupported_forward(vectors, batch)
         if reason:
             self.recordings.warn_once(f"heads and losses fall back to eager execution: {reason}")
             return None
@@ -101,7 +103,10 @@ class HeadGraphs:
         return list(_Replay.apply(one, *vectors.values(), *parameters).unbind())
 
     def _begin(self, vectors: Vectors, parameters: list[nn.Parameter]) -> str:
-        """Drops what was recorded of other weights; why nothing can be of these, "" if it can."""
+        """Drop recordings of other weights, and return why these cannot be recorded.
+
+        "" means that they can.
+        """
         self._kept.clear()
         self._changes += 1
         if self._changes > _CHANGES:
@@ -112,16 +117,17 @@ class HeadGraphs:
             return "they depend on no trained parameter"
         if len({x.dtype for x in (*vectors.values(), *parameters)}) > 1:
             return "their weights and the hidden states differ in dtype"
-        against = heads_unsupported_reason(self._recipe)
-        if against:
-            return against
+        reason = heads_unsupported_reason(self._recipe)
+        if reason:
+            return reason
         device = next(iter(vectors.values())).device
         if self._checks_device and device.type != "cuda":
             return f"CUDA graphs need an NVIDIA GPU, the model is on {device.type}"
         self.recordings.begin(device)
         return ""
 
-    def _against_this(self, vectors: Vectors, batch: HeadBatch) -> str:
+    def _unsupported_forward(self, vectors: Vectors, batch: HeadBatch) -> str:
+        """Return why this forward cannot be replayed, "" where it can."""
         if batch.cached is not None:
             return "the batch's pairs are cached"
         if torch.is_autocast_enabled(next(iter(vectors.values())).device.type):
@@ -129,7 +135,7 @@ class HeadGraphs:
         return "the previous forward has not run its backward yet" if self.recordings.taken else ""
 
     def _find(self, vectors: Vectors, batch: HeadBatch, parameters: list[nn.Parameter]) -> Recorded | None:
-        """What is recorded for batches of these sizes, filled with this one; None where recording would not pay."""
+        """Return recordings for the batch's sizes, filled with it; None where they do not pay."""
         key = batch.sizes, tuple(module.training for module in self._modules)
         self._number += 1
         if key not in self._kept and not self._pays(key):
@@ -147,7 +153,7 @@ class HeadGraphs:
         return found
 
     def _pays(self, key: Hashable) -> bool:
-        """Whether sizes come again, and there is room for one more recording."""
+        """Return whether these sizes occur again and there is room for one more recording."""
         idle = len(self._kept) >= MOST and self._number - next(iter(self._kept.values())).used > IDLE
         if key in self._seen and (idle or len(self._kept) < MOST):
             if idle:
@@ -181,8 +187,8 @@ class Pass(Turn):
         return self._recorded.static.losses()
 
     def backward(self, gradients: Tensor) -> list[Tensor | None]:
-        """Of the losses [T] -> of the vectors and the parameters."""
-        self.end()
+        """Map gradients of the losses [T] to those of the vectors and the parameters."""
+        self.begin_backward()
         static = self._recorded.static
         static.take(gradients)
         self._recorded.backward()

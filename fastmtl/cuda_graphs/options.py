@@ -1,4 +1,4 @@
-"""What `engine.cuda_graphs` cannot go with."""
+"""Settings, devices and tasks that `engine.cuda_graphs` does not support."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from fastmtl.errors import UserError
 from fastmtl.surgery.ranks.collectives import world_size
 from fastmtl_kernels import dispatch
 
-# Compute capabilities on which grouped_mm, in bf16, does not read the offsets on the host (torch 2.11 and 2.13).
+# Compute capabilities with a bf16 grouped_mm that does not copy the offsets to the host (torch 2.11
+# and 2.13).
 GROUPED_ON = (9, 10)
 
 
 def check_cuda_graphs(recipe: Recipe) -> None:
-    """Raises UserError, naming the other key. What depends on the machine is told by the run (`unsupported_reason`)."""
+    """Raise UserError, naming the other key, for settings that CUDA graphs do not support.
+
+    Reasons that depend on the machine appear in the log of the run (`unsupported_reason`).
+    """
     if not recipe.engine.cuda_graphs:
         return
     surgery = recipe.gradient.method != "sum" and not recipe.encoder.freeze
     gradient, engine = recipe.gradient, recipe.engine
-    against = {
+    others = {
         "smart": recipe.smart.used,
         f"encoder.recompute: {recipe.encoder.recompute}": recipe.encoder.recompute != "none",
         "encoder.layer_norm: apex": recipe.encoder.layer_norm == "apex",
@@ -30,7 +34,7 @@ def check_cuda_graphs(recipe: Recipe) -> None:
         "engine.offload, which makes gradient.storage replay": surgery and engine.offload,
         "gradient.scope: tensor": surgery and gradient.scope == "tensor",
     }
-    for key, given in against.items():
+    for key, given in others.items():
         if given:
             raise UserError(f"engine.cuda_graphs: true does not work with {key}: change one of the two")
     if surgery and engine.precision != "bf16":
@@ -41,9 +45,9 @@ def check_cuda_graphs(recipe: Recipe) -> None:
 
 
 def unsupported_reason(hidden: Tensor, head_dim: int, *, grouped: bool) -> str:
-    """The reason why the layers of these hidden states cannot be recorded there, "" where they can.
+    """Return why layers of hidden states like these cannot be recorded, "" where they can.
 
-    grouped: with products over tasks' rows.
+    grouped: with per-task matrix products.
     """
     device, dtype = hidden.device, hidden.dtype
     if device.type != "cuda":
@@ -62,7 +66,7 @@ def unsupported_reason(hidden: Tensor, head_dim: int, *, grouped: bool) -> str:
 
 
 def heads_unsupported_reason(recipe: Recipe) -> str:
-    """The reason why heads and losses of these tasks cannot be recorded, "" where they can."""
+    """Return why heads and losses of these tasks cannot be recorded, "" where they can."""
     for name, task in recipe.tasks.items():
         if "mnr" in task.losses and task.mnr.cached:
             return f"the loss of task '{name}' spans a whole step (mnr.cached)"

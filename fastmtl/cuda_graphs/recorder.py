@@ -1,4 +1,4 @@
-"""How a function on fixed buffers is recorded, to run again without its host code."""
+"""Recorders: record a function on fixed buffers, and run it again without its host code."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ K = TypeVar("K")
 
 
 class Recorder(Protocol):
+    """Records functions without arguments."""
+
     def warm_up(self, function: Callable[[], None]) -> None:
-        """Runs it, so that whatever is made or compiled at the first call is there."""
+        """Run the function, so that everything that its first call makes or compiles exists."""
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        """What runs it again, reading and writing the same memory. It may have run meanwhile or not; what was there
-        before it is left as it was.
+        """Return a function that runs the same operations again on the same memory.
+
+        Recording may run the function, but memory that existed before keeps its contents.
         """
 
 
 class CudaRecorder:
-    """CUDA graphs in one memory pool, so at most one recorded forward may wait for its backward."""
+    """CUDA graphs in one memory pool: at most one recorded forward can wait for its backward."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, _stream(device)
@@ -45,10 +48,11 @@ class CudaRecorder:
         try:
             self._capture(graph, function, pool=self._pool)
         except BaseException:
-            # Where ending a broken capture raises, torch leaves its stream the current one, and its pool open, for
-            # which the allocator would keep every block that another stream has used.
+            # If the end of a broken capture raises, torch leaves its stream as the current one
+            # and its pool open. For an open pool the allocator keeps every block that another
+            # stream has used.
             torch.cuda.set_stream(before)
-            with suppress(RuntimeError):  # it is closed already
+            with suppress(RuntimeError):  # the pool is closed already
                 torch._C._cuda_endAllocateToPool(before.device_index, self._pool)
             graph.reset()
             _failed.append(graph)
@@ -57,7 +61,7 @@ class CudaRecorder:
         return graph.replay
 
     def _capture(self, graph: torch.cuda.CUDAGraph, function: Callable[[], object], pool: Any = None) -> None:
-        # Not "global": another thread copies the next batches to the device meanwhile.
+        # Not "global": another thread copies the next batches to the device at the same time.
         with (
             torch.cuda.device(self._device),
             torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"),
@@ -65,35 +69,38 @@ class CudaRecorder:
             function()
 
     def _free_generator(self) -> None:
-        """Take the device's random generator out of the state in which a failed capture leaves it: capture anew.
+        """Reset the device's random generator after a failed capture, by capturing once more.
 
-        In torch 2.11 CUDAGraph::capture_begin (aten/src/ATen/cuda/CUDAGraph.cpp) calls capture_prologue of the
-        device's default generator (CUDAGeneratorImpl.cpp), which sets CUDAGeneratorState::capturing_. Only
-        capture_epilogue clears this flag. CUDAGraph::capture_end calls it after cudaStreamEndCapture, and the error of
-        a broken capture is raised in between; CUDAGraph::reset leaves the flag. While it is set,
-        CUDAGeneratorState::increase raises for every random number outside of a capture. A capture that succeeds on the
-        device sets and clears the flag and draws no number. Success on the same stream also shows that this stream can
-        be used again. torch 2.13 needs no help: a generator has a state for each capture, which reset removes.
+        In torch 2.11 CUDAGraph::capture_begin (aten/src/ATen/cuda/CUDAGraph.cpp) calls
+        capture_prologue of the device's default generator (CUDAGeneratorImpl.cpp), which sets
+        CUDAGeneratorState::capturing_. Only capture_epilogue clears this flag.
+        CUDAGraph::capture_end calls it after cudaStreamEndCapture, and the error of a broken
+        capture is raised in between; CUDAGraph::reset leaves the flag. While the flag is set,
+        CUDAGeneratorState::increase raises for every random number outside of a capture. A capture
+        that succeeds on the device sets and clears the flag and draws no number. Success on the
+        same stream also shows that this stream can be used again. torch 2.13 needs no help: there a
+        generator has a state for each capture, which reset removes.
         """
         number = torch.zeros(1, device=self._device)  # torch warns of an empty graph
         self._capture(torch.cuda.CUDAGraph(), number.zero_)
 
 
-# Graphs whose capture failed. The allocator of pinned memory keeps a reference to each and cannot be told to drop it
-# (CUDAGraph::capture_begin, begin_allocate_to_pool), so that a graph that is gone would be asked for its streams.
+# Graphs whose capture failed. They must stay alive: the allocator of pinned memory refers to each
+# (CUDAGraph::capture_begin, begin_allocate_to_pool) and later asks the graph for its streams.
 _failed: list[torch.cuda.CUDAGraph] = []
 
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for everything recorded on a device: autograd runs a backward on the stream of its forward, and torch gives
-    out streams a second time after 32.
+    """Return the one stream of everything recorded on a device.
+
+    Autograd runs a backward on the stream of its forward, and torch has 32 streams in turn.
     """
     return torch.cuda.Stream(device)
 
 
 class Unrecorded:
-    """Runs the function itself: the same operations, each launched by the host."""
+    """Recorder that runs the function itself: the host launches the same operations one by one."""
 
     def warm_up(self, function: Callable[[], None]) -> None:
         function()
@@ -103,18 +110,18 @@ class Unrecorded:
 
 
 class Turn:
-    """A recorded forward and its backward, which have the recordings' memory to themselves."""
+    """One recorded forward and its backward, which together own the memory of the recordings."""
 
     def __init__(self) -> None:
         self._done = False
 
     @property
     def waits(self) -> bool:
-        """Whether the backward is still to come."""
+        """True until the backward begins."""
         return not self._done
 
-    def end(self) -> None:
-        """At the beginning of the backward. Raises RuntimeError for a second one."""
+    def begin_backward(self) -> None:
+        """Begin the backward. Raises RuntimeError for a second one."""
         if self._done:
             raise RuntimeError(
                 "cuda_graphs: a recorded forward allows one backward, which overwrites its saved results; for one "
@@ -124,8 +131,10 @@ class Turn:
 
 
 class Recordings:
-    """Records for one user, by a recorder of its own: None for CUDA graphs, from `begin` on. told: why something was
-    not recorded.
+    """Recordings of one part of a step (encoder, heads, merging), which share one memory.
+
+    recorder: None for CUDA graphs, which `begin` sets up.
+    Attribute warned: reasons why something was not recorded.
     """
 
     def __init__(self, recorder: Recorder | None = None) -> None:
@@ -134,25 +143,26 @@ class Recordings:
         self._turn: ref[Turn] | None = None
 
     def take(self, turn: Turn) -> None:
-        """From a forward on."""
+        """Give the memory to a forward and its backward."""
         self._turn = ref(turn)
 
     @property
     def taken(self) -> bool:
-        """Whether a forward waits for its backward, and somebody can still ask for it."""
+        """True while a forward exists whose backward has not begun."""
         turn = None if self._turn is None else self._turn()
         return turn is not None and turn.waits
 
     def begin(self, device: torch.device) -> None:
-        """Before recordings that take the place of all there were: CUDA graphs on the device if none was given."""
+        """Start again without recordings; with CUDA graphs, on this device."""
         if self.recorder is None or isinstance(self.recorder, CudaRecorder):
-            self.recorder = CudaRecorder(device)  # a pool whose graphs are gone is not to be used again
+            self.recorder = CudaRecorder(device)  # a pool cannot be used again once its graphs are gone
 
     def record(
         self, functions: Mapping[K, Callable[[], None]], warm_ups: Sequence[Callable[[], None]]
     ) -> dict[K, Callable[[], None]]:
-        """What runs each of them again: the recordings, or, where one cannot be recorded, the functions themselves
-        from then on. warm_ups: run before, so that nothing is recorded the first time it runs.
+        """Return the recording of each function, or the function itself once a recording failed.
+
+        warm_ups: run before, so that no function is recorded in its first run.
         """
         assert self.recorder is not None
         try:
@@ -162,7 +172,7 @@ class Recordings:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            first: BaseException = error  # what ends a capture that has failed raises, too
+            first: BaseException = error  # the end of a failed capture raises an error of its own
             while first.__context__ is not None:
                 first = first.__context__
             self.warn_once(f"recording failed, each operation is launched separately: {str(first).splitlines()[0]}")
@@ -170,7 +180,7 @@ class Recordings:
             return dict(functions)
 
     def warn_once(self, what: str) -> None:
-        """In the log, once."""
+        """Write a warning to the log, unless it is there already."""
         if what not in self.warned:
             self.warned.append(what)
             log.warning("cuda_graphs: %s", what)

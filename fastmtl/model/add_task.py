@@ -1,8 +1,8 @@
-"""`add_to`: new tasks for a trained model, whose own tasks stay as they are.
+"""`add_to`: add new tasks to a trained model without changing its own tasks.
 
-The run trains a model of the new tasks only, on the trained model's encoder, frozen, with adapters of the same kind.
-No weight of an old task is in it, so neither an optimiser nor weight decay can reach one. What the run keeps is then
-joined with the trained model.
+The run trains a model of the new tasks alone, on the trained model's frozen encoder, with adapters
+of the same kind. This model holds no weight of an old task, so neither the optimiser nor weight
+decay can change one. Its result is then joined with the trained model.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ _FOR_TRAINING = {
 
 
 def complete(recipe: Recipe) -> Recipe:
-    """The recipe of the run: with `add_to`, its sections encoder and adapter are those of the trained model.
+    """Return the recipe with the sections encoder and adapter of the model that `add_to` names.
 
-    Raises UserError, naming the key, where the recipe wants something else of them or trains a task that is there.
+    Without `add_to`, return the recipe itself. Raises UserError, naming the key, where the recipe
+    sets another value there or trains a task that the model already has.
     """
     if recipe.add_to is None:
         return recipe
@@ -52,7 +53,7 @@ def complete(recipe: Recipe) -> Recipe:
 
 
 def _section(recipe: Recipe, name: str, base: Mapping[str, Any], directory: Path) -> Any:
-    """The trained model's section with this recipe's own settings for training."""
+    """Return the trained model's section with this recipe's settings for training."""
     section = getattr(recipe, name)
     values = {}
     for key, value in base.items():
@@ -72,7 +73,7 @@ def _same_model(path: str, directory: Path) -> bool:
 
 
 class Addition:
-    """The trained model that a run adds to. Made where the run's files are written."""
+    """The trained model that a run adds to, in the process that writes the run's files."""
 
     def __init__(self, recipe: Recipe) -> None:
         assert recipe.add_to is not None
@@ -80,7 +81,7 @@ class Addition:
 
     @property
     def note(self) -> str:
-        """What the user may want to know before the run."""
+        """A line for the user before the run."""
         return f"the model will also have the tasks of {self._base.name}: {', '.join(self._base.recipe.task_names)}"
 
     def save(
@@ -91,9 +92,9 @@ class Addition:
         tokenizer: PreTrainedTokenizerBase,
         state_dict: Mapping[str, Tensor],
     ) -> None:
-        """As `save_model`, with the trained model's tasks in front.
+        """Save the trained model with the new tasks after its own; arguments as of `save_model`.
 
-        Raises UserError where the trained model is no longer the one that the run began with.
+        Raises UserError if the trained model has changed since the run began.
         """
         name = str(directory)
         new = TrainedModel(name, model, recipe, tokenizer, state_dict, [origin(name, recipe)])

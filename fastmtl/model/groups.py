@@ -1,4 +1,4 @@
-"""Parameters for an optimiser."""
+"""Parameter groups of an optimiser."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from torch import nn
 
 
 def parameter_groups(parts: Iterable[tuple[str, nn.Module, float]], weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters of (name, module, learning rate), with and without weight decay.
+    """Return groups of the trainable parameters of parts (name, module, learning rate).
 
-    Biases (`bias` of a linear map, `bias_ih_l0` of an RNN) and the weights of LayerNorm do not decay. Keys: params, lr,
-    weight_decay, name.
+    Each part has up to two groups, with and without weight decay. Biases (`bias` of a linear map,
+    `bias_ih_l0` of an RNN) and the weights of LayerNorm do not decay.
+    Keys of a group: params, lr, weight_decay, name.
     """
     groups = []
     for name, module, lr in parts:

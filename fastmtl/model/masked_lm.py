@@ -1,6 +1,7 @@
-"""Masked language modelling on the encoder (Devlin et al. 2019), with the output layer of BertForMaskedLM.
+"""Masked language modelling (Devlin et al. 2019) with the output layer of BertForMaskedLM.
 
-logits = W LN(gelu(A h + a)) + b for the hidden states h of the masked tokens; W are the word embeddings themselves.
+logits = W LN(gelu(A h + a)) + b for the hidden states h of the masked tokens. W are the encoder's
+word embeddings.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ PREFIX = "cls.predictions."
 
 
 class MaskedLanguageModel(nn.Module):
-    """The encoder, shared with whoever gave it, and the output layer. All texts have one loss, `mlm`."""
+    """Encoder, shared with the model that it comes from, and output layer; one loss, `mlm`."""
 
     def __init__(self, encoder: PackedBert) -> None:
         super().__init__()
@@ -36,8 +37,10 @@ class MaskedLanguageModel(nn.Module):
         self.head = OutputLayer(encoder.config)
 
     def forward(self, batch: MaskedBatch, task_grads: Sink | None = None) -> dict[str, tuple[Tensor, int]]:
-        """{"mlm": (fp32 0-dim sum of the masked tokens' cross-entropies, their number)}. task_grads is left alone: the
-        word embeddings are used past it, and there is one loss only.
+        """Return {"mlm": (fp32 0-dim sum of the masked tokens' cross-entropies, their number)}.
+
+        task_grads is not used: there is one loss, and the output layer reads the word embeddings
+        without the sink.
         """
         hidden = self.encoder(batch.batch)
         words = self.encoder.embeddings.word_embeddings.weight
@@ -53,11 +56,11 @@ class MaskedLanguageModel(nn.Module):
         return [parameter for parameter in self.encoder.parameters() if parameter.requires_grad]
 
     def sparse_parameters(self) -> list[nn.Parameter]:
-        """None: the gradient of the word embeddings has no row that is zero here."""
+        """Return none: here the gradient of the word embeddings has no zero rows."""
         return []
 
     def parameter_groups(self, config: OptimizerConfig) -> list[dict[str, Any]]:
-        """Groups `encoder` and `heads`."""
+        """Return the optimiser's groups `encoder` and `heads`."""
         head_lr = config.lr if config.head_lr is None else config.head_lr
         return parameter_groups(
             [("encoder", self.encoder, config.lr), ("heads", self.head, head_lr)], config.weight_decay
@@ -65,7 +68,7 @@ class MaskedLanguageModel(nn.Module):
 
 
 class OutputLayer(nn.Module):
-    """Names are those below BertForMaskedLM's `cls.predictions`."""
+    """Output layer; parameters have their names below `cls.predictions` of BertForMaskedLM."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -73,11 +76,13 @@ class OutputLayer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden: Tensor, words: Tensor) -> Tensor:
-        """[M, d], [vocabulary, d] -> logits [M, vocabulary]."""
+        """Map hidden states [M, d] and word embeddings [V, d] to logits [M, V]."""
         return functional.linear(self.transform(hidden), words, self.bias)
 
 
 class Transform(nn.Module):
+    """LN(gelu(A h + a))."""
+
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
@@ -87,14 +92,14 @@ class Transform(nn.Module):
         nn.init.zeros_(self.dense.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[M, d] -> [M, d]."""
+        """Map [M, d] to [M, d]."""
         return self.LayerNorm(self.activation(self.dense(hidden)))
 
 
 def load_output_layer(head: OutputLayer, directory: Path) -> bool:
-    """Puts the `cls.predictions` of a directory's weights into the layer; False, and nothing done, where it has none.
+    """Load `cls.predictions` of a directory's weights; return False where there are none.
 
-    Raises UserError for a layer that is not whole.
+    Raises UserError where some of the tensors are missing.
     """
     tensors = {base_name(name): tensor for name, tensor in read_weights(directory).items()}
     ours = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX) and ".decoder." not in name}

@@ -1,8 +1,8 @@
-"""Trained models of one encoder, put together task by task: every task keeps its own weights, bit for bit.
+"""Join trained models of one encoder; every task keeps its own weights, bit for bit.
 
-Tasks share nothing but the encoder. Heads are their own; an adapter's parameters are stacked, [T, ...], or those of a
-module list `tasks` with a module for each task. So the joined model has the first one's encoder, all heads, and the
-adapters' slices and modules one after the other.
+Tasks share the encoder only. Each has its own head. The parameters of an adapter are stacked over
+the tasks, [T, ...], or belong to a module list `tasks` with one module per task. The joined model
+has the first model's encoder, all heads, and the adapters' slices and modules one after another.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastmtl.model.saved_model import load_model, read_about, save_model
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# How a model was trained. A joined model has no such settings: those of each run stand in its origins.
+# Settings of training. A joined model has none of its own: its origins hold those of each run.
 TRAINING_SECTIONS = {
     "seed",
     "sampler",
@@ -43,14 +43,18 @@ TRAINING_SECTIONS = {
     "deepspeed",
     "phases",
 }
-# Joined below; any other section has to be the same in all models.
+# Sections that `join` joins. Any other section has to be equal in all models.
 JOINED_SECTIONS = {"description", "add_to", "encoder", "adapter", "tasks", "data"}
-LEARNED_WEIGHT = ".uncertainty."  # of a task's loss: of the training, too
-ONE_TASKS = re.compile(r"(heads\.|adapter\.(?:.+\.)?tasks\.)(\d+)(\..+)")  # before, index of the task, after
+LEARNED_WEIGHT = ".uncertainty."  # weights of the tasks' losses, which only training needs
+# Name of a tensor of one task: the part before the task's index, the index, the part after it.
+ONE_TASKS = re.compile(r"(heads\.|adapter\.(?:.+\.)?tasks\.)(\d+)(\..+)")
 
 
 class Origin(BaseModel):
-    """One training run behind a joined model. tasks: {name here: name there}. recipe: the run's, complete."""
+    """Training run of some tasks of a joined model.
+
+    tasks: {name in the joined model: name in the run}. recipe: of the run, complete.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -61,7 +65,10 @@ class Origin(BaseModel):
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """name: where it is, for messages. tensors: all of the model, under the names of MultiTaskModel."""
+    """A trained model with its files.
+
+    name: its path, for messages. tensors: all of the model, by their names in MultiTaskModel.
+    """
 
     name: str
     model: MultiTaskModel
@@ -72,9 +79,9 @@ class TrainedModel:
 
     @classmethod
     def read(cls, directory: Path) -> TrainedModel:
-        """A `model/` directory, float32 on the CPU. Draws no random numbers that others would miss.
+        """Read a `model/` directory, float32 on the CPU, without a change of the random state.
 
-        Raises UserError as `load_model` does.
+        Raises UserError as `load_model`.
         """
         with torch.random.fork_rng(devices=[]):
             model, recipe, tokenizer = load_model(directory)
@@ -89,18 +96,21 @@ class TrainedModel:
         return cls(str(directory), model, recipe, tokenizer, model.state_dict(), origins)
 
     def save(self, directory: Path) -> None:
-        """Writes a `model/` directory, whole or not at all."""
+        """Write a `model/` directory, complete or not at all."""
         about = {"merged_from": [origin.model_dump() for origin in self.origins]}
         save_model(directory, self.model, self.recipe, self.tokenizer, self.tensors, about)
 
 
 def origin(name: str, recipe: Recipe) -> Origin:
-    """Of a model that one run trained."""
+    """Return the origin of a model that one run trained."""
     return Origin(model=name, tasks={task: task for task in recipe.task_names}, recipe=recipe.model_dump(mode="json"))
 
 
 def rename_tasks(source: TrainedModel, names: Mapping[str, str]) -> TrainedModel:
-    """names: {old: new}. Raises UserError for an unknown old name and for a new one that is taken."""
+    """Rename tasks by {old name: new name}.
+
+    Raises UserError for an unknown old name and for a new name that another task has.
+    """
     recipe = source.recipe
     for old in names:
         if old not in recipe.tasks:
@@ -121,11 +131,12 @@ def rename_tasks(source: TrainedModel, names: Mapping[str, str]) -> TrainedModel
 
 
 def join(first: TrainedModel, second: TrainedModel, *, rounded: torch.dtype = torch.float32) -> TrainedModel:
-    """Both models' tasks, the first's in front, on the first's encoder.
+    """Join the first model's tasks and then the second's, on the first model's encoder.
 
-    rounded: the second's encoder is the first's in this dtype, which is what training in bf16 or fp16 makes of it.
-    Raises UserError, naming the models, where their encoders, tokenizers or adapters differ or a task's name is in
-    both.
+    rounded: the second encoder equals the first one rounded to this dtype, as after training in
+    bf16 or fp16.
+    Raises UserError, naming the models, if their encoders, tokenizers or adapters differ, or if
+    both have a task of one name.
     """
     common = [name for name in first.recipe.tasks if name in second.recipe.tasks]
     if common:
@@ -153,7 +164,7 @@ def join(first: TrainedModel, second: TrainedModel, *, rounded: torch.dtype = to
 
 def _check_encoders(first: TrainedModel, second: TrainedModel, rounded: torch.dtype) -> None:
     between = f"{first.name} and {second.name}"
-    for key in ("num_attention_heads", "hidden_act", "layer_norm_eps"):  # what the weights do not show
+    for key in ("num_attention_heads", "hidden_act", "layer_norm_eps"):  # not visible in the weights
         ours, theirs = getattr(first.model.encoder.config, key), getattr(second.model.encoder.config, key)
         if ours != theirs:
             raise UserError(f"{between} have different encoders: {key} is {ours} and {theirs}")
@@ -183,7 +194,7 @@ def _check_adapters(first: TrainedModel, second: TrainedModel) -> None:
 
 
 def _adapter_settings(source: TrainedModel) -> dict[str, Any]:
-    """All but those that are for training only."""
+    """Return the adapter's settings without those that only training needs."""
     config = source.recipe.adapter
     everywhere = range(source.model.encoder.config.num_hidden_layers)
     layers = sorted(everywhere if config.layers is None else config.layers)
@@ -204,7 +215,7 @@ def _joined_recipe(first: TrainedModel, second: TrainedModel) -> Recipe:
 
 
 def _task_values(name: str, first: Recipe, second: Recipe) -> dict[str, Any]:
-    """A task of the second recipe, for the first's data.dir: its files stay where they are."""
+    """Return a task of the second recipe; its files are found from the first recipe's data.dir."""
     values = second.tasks[name].model_dump(mode="json")
     if first.data.dir != second.data.dir:
         folder = user_path(second.data.dir or demo_directory()).absolute()
@@ -224,5 +235,5 @@ def _encoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """float32 tensors; 0 and -0 differ, a NaN equals itself."""
+    """Compare float32 tensors bit by bit: 0 and -0 differ, a NaN equals itself."""
     return one.shape == other.shape and torch.equal(one.view(torch.int32), other.view(torch.int32))

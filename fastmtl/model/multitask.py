@@ -31,11 +31,12 @@ if TYPE_CHECKING:
 
 
 class MultiTaskModel(SmartModel):
-    """Modules `encoder`, `adapter` (None without one) and `heads` (in the order of the recipe's tasks).
+    """Modules `encoder`, `adapter` (None without one) and `heads`, in the order of the tasks.
 
-    Every module touches only its own parameters and all heads run on every batch, on no rows if need be, so that
-    under ZeRO 3 all ranks gather the same parameters in the same order. Raises UserError, naming the key, for choices
-    that do not fit together.
+    Every module uses only its own parameters, and all heads run on every batch, if need be on no
+    rows. Under ZeRO 3 all ranks therefore gather the same parameters in the same order.
+    Attribute recorded_heads: replays heads and losses where that is possible; None by default.
+    Raises UserError, naming the key, for settings that do not fit together.
     """
 
     def __init__(self, recipe: Recipe, encoder: PackedBert) -> None:
@@ -51,7 +52,7 @@ class MultiTaskModel(SmartModel):
                 self.losses.append(build_loss(task))
                 if task.mnr.cached and autocast:
                     raise UserError(
-                        "mnr.cached: its first pass is not under deepspeed.torch_autocast; use precision: bf16"
+                        "mnr.cached: its first pass runs without deepspeed.torch_autocast; use precision: bf16"
                     )
                 _check_trained(task, heads[-1], self.losses[-1])
                 pooling(task.pooling)
@@ -77,7 +78,7 @@ class MultiTaskModel(SmartModel):
 
     @property
     def task_weights(self) -> dict[str, float]:
-        """The recipe's fixed weights. The losses of `forward` are not multiplied by them."""
+        """Fixed weights of the tasks' losses; `forward` does not apply them."""
         return {name: task.weight for name, task in self.recipe.tasks.items()}
 
     def forward(
@@ -87,12 +88,13 @@ class MultiTaskModel(SmartModel):
         *,
         returns: Literal["losses", "predictions"] = "losses",
     ) -> dict[str, Any]:
-        """Losses of all tasks, (fp32 0-dim sum over the examples, their number), or predictions of the present ones.
+        """Return the losses of all tasks, or the predictions of the tasks that have examples.
 
-        A task without examples gives (0, 0), a zero that its head computed from no rows: every rank then has the same
-        graph, which ZeRO 3 needs to gather parameters collectively.
-        task_grads: where the encoder's layers write task gradients while it is armed.
-        Raises ValueError where losses are asked for and a task's examples have no labels.
+        A loss is (fp32 0-dim sum over the examples, number of examples). A task without examples
+        has (0, 0), a zero that its head computes from no rows: all ranks then have the same graph,
+        which ZeRO 3 needs to gather parameters collectively.
+        task_grads: takes the task gradients of the encoder's layers while it is armed.
+        Raises ValueError if a task's examples have no labels for the losses.
         """
         if batch.cached is not None:
             batch.cached.random.restore()
@@ -111,30 +113,30 @@ class MultiTaskModel(SmartModel):
         return dict(zip(self.recipe.task_names, zip(losses, batch.counts, strict=True), strict=True))
 
     def predict(self, batch: PackedBatch) -> dict[str, Tensor]:
-        """Per task that has examples, in the order of its example_ids, fp32.
+        """Return fp32 predictions of each task that has examples, in the order of its example_ids.
 
-        classification: probabilities [E, C]; binary: probability of class 1 [E]; regression: score [E] in label
-        units.
+        classification: probabilities [E, C]; binary: the probability of class 1 [E]; regression:
+        the score [E] in label units.
         """
         with torch.no_grad():
             return self(batch, returns="predictions")
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        """What gradient surgery merges: the encoder's parameters, none where it is frozen."""
+        """Return the parameters for gradient surgery: the encoder's, none if it is frozen."""
         return [parameter for parameter in self.encoder.parameters() if parameter.requires_grad]
 
     def sparse_parameters(self) -> list[nn.Parameter]:
-        """Those whose gradient has few rows that are not zero: the word embeddings."""
+        """Return the shared parameters with few non-zero gradient rows: the word embeddings."""
         weight = self.encoder.embeddings.word_embeddings.weight
         return [weight] if weight.requires_grad else []
 
     def task_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """What belongs to tasks and keeps its own gradient: "adapters" (stacked [T, ...]) and "heads"."""
+        """Return the parameters that belong to tasks: "adapters" (stacked [T, ...]) and "heads"."""
         adapters = [] if self.adapter is None else list(self.adapter.parameters())
         return {"adapters": adapters, "heads": list(self.heads.parameters())}
 
     def parameter_groups(self, config: OptimizerConfig) -> list[dict[str, Any]]:
-        """Trainable parameters for an optimiser: groups `encoder`, `adapters`, `heads` (see groups.py)."""
+        """Return the optimiser's groups `encoder`, `adapters` and `heads` (see groups.py)."""
         parts = [("encoder", self.encoder, config.lr), ("heads", self.heads, config.head_lr)]
         if self.adapter is not None:
             parts.insert(1, ("adapters", self.adapter, config.adapter_lr))
@@ -144,13 +146,19 @@ class MultiTaskModel(SmartModel):
     def examples(
         self, batch: PackedBatch, task_grads: Sink | None = None, noise: Tensor | None = None
     ) -> list[Examples]:
-        """What every task's head makes of its examples, of none too. noise [N, d] is added to the embedded tokens."""
+        """Return the examples of every task, also of tasks without any.
+
+        noise [N, d]: added to the embedded tokens.
+        """
         return self._examples(self._vectors(batch, task_grads, noise), HeadBatch.of(batch))
 
     def losses_of(
         self, vectors: Vectors, batch: HeadBatch, terms: Callable[[list[Examples]], list[Tensor]] | None = None
     ) -> list[Tensor]:
-        """The T tasks' losses as in `forward`. terms: what is added to them before they are weighted."""
+        """Return the losses of the T tasks as in `forward`.
+
+        terms: returns a summand of each loss, added before the losses are weighted.
+        """
         examples = self._examples(vectors, batch)
         losses = [self._loss(index, found, batch) for index, found in enumerate(examples)]
         if terms is not None:
@@ -190,7 +198,7 @@ class MultiTaskModel(SmartModel):
         return found
 
     def _loss(self, index: int, found: Examples, batch: HeadBatch) -> Tensor:
-        """The sum over a task's examples."""
+        """Return the loss of one task, summed over its examples."""
         name, task = list(self.recipe.tasks.items())[index]
         loss, labels, count = self.losses[index], batch.labels[index], batch.counts[index]
         if labels is None:
@@ -208,17 +216,17 @@ class MultiTaskModel(SmartModel):
         return total
 
     def _poolings(self) -> list[str]:
-        """Those that some task's head looks at."""
+        """Return the poolings that some head reads."""
         tasks = zip(self.recipe.tasks.values(), self.heads, strict=True)
         return list(dict.fromkeys(task.pooling for task, head in tasks if not isinstance(head.embed, Recurrent)))
 
 
 def _check_trained(task: TaskConfig, head: nn.Module, loss: TaskLoss) -> None:
-    """Refuses a head whose weights no loss would train."""
+    """Raise UserError for a head whose weights no loss trains."""
     own = [name for name, _ in head.named_parameters() if not name.startswith("embed.")]
     if own and not loss.reads_outputs:
         default = {"binary": "bce", "regression": "mse"}[task.type]
         raise UserError(
-            f"loss: {task.loss_name} is of u and v, so the weights of the {task.head.name} head would stay random: use "
-            f"head.name: cosine, or add a loss of the outputs, as in [{default}, {next(iter(task.losses))}]"
+            f"loss: {task.loss_name} reads u and v only, so the weights of the {task.head.name} head would stay "
+            f"random: use head.name: cosine, or add a loss of the outputs, as in [{default}, {next(iter(task.losses))}]"
         )

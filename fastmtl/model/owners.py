@@ -1,4 +1,4 @@
-"""Operations on the parameters of several modules at once."""
+"""Operations that read the parameters of several modules."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 
 class Owner(nn.Module):
-    """A module whose parameters `within` makes readable."""
+    """Module whose parameters an operation in `within` may read."""
 
     def forward(self, x: Tensor, *, call: Callable[[Tensor], Tensor]) -> Tensor:
         return call(x)
 
 
 def within(owners: Iterable[Owner], x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
-    """call(x), an operation on the parameters of several modules at once.
+    """Return call(x), where `call` reads the parameters of all owners.
 
-    Under ZeRO 3 a parameter has storage only while its own module runs. So each owner runs around the next, the rows
-    going in and out, and the last around `call`, which may then read the parameters of all.
+    Under ZeRO 3 a parameter has storage only while its own module runs. The forwards of the owners
+    are therefore nested: each calls the next with x, and the last one calls `call`.
     """
     for owner in owners:
         call = partial(owner, call=call)

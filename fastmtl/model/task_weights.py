@@ -1,4 +1,4 @@
-"""A model's tensors by task, so that models of other tasks of the same run can take them over."""
+"""Tensors of a model by task, to copy them into a model of other tasks in the same run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.model.saved_model import load_model
 
 Tensors = dict[str, Tensor]
-ANY = "*"  # where a name has the task's index
+ANY = "*"  # stands for the task's index in a name
 
 
 @dataclass
 class TaskWeights:
-    """encoder: by name in the state dict. own: {task: its tensors by name}; of an adapter that is stacked over the
-    tasks its slice, of a module list over them its module's, the index left out.
+    """Tensors of a model, split into those of the encoder and those of each task.
+
+    encoder: {name in the state dict: tensor}.
+    own: {task: {name: tensor}}. The tensor is the task's slice of an adapter that is stacked over
+        the tasks, or belongs to the task's module of a module list; its name is then without index.
     """
 
     encoder: Tensors
@@ -29,7 +32,7 @@ class TaskWeights:
 
     @classmethod
     def of(cls, state_dict: Mapping[str, Tensor], tasks: list[str]) -> TaskWeights:
-        """From the state dict of a `MultiTaskModel` of these tasks."""
+        """Split the state dict of a `MultiTaskModel` of these tasks."""
         weights = cls({}, {task: {} for task in tasks})
         for name, tensor in state_dict.items():
             if name.startswith("encoder."):
@@ -43,7 +46,7 @@ class TaskWeights:
         return weights
 
     def state_dict(self, tasks: list[str]) -> Tensors:
-        """The state dict of a `MultiTaskModel` of these tasks."""
+        """Join the tensors to the state dict of a `MultiTaskModel` of these tasks."""
         result = dict(self.encoder)
         for index, task in enumerate(tasks):
             for name, tensor in self.own[task].items():
@@ -54,7 +57,10 @@ class TaskWeights:
         return result
 
     def replace(self, newer: TaskWeights, tasks: Iterable[str]) -> None:
-        """Takes the encoder and what belongs to `tasks` from `newer`. Where that has no adapters, nobody has."""
+        """Take the encoder and the tensors of `tasks` from `newer`.
+
+        If `newer` has no adapters, the adapters of all tasks are dropped.
+        """
         self.encoder = {**self.encoder, **newer.encoder}
         self.own.update({task: newer.own[task] for task in tasks})
         if not any(_is_adapter(name) for tensors in newer.own.values() for name in tensors):
@@ -63,15 +69,16 @@ class TaskWeights:
 
 
 def read_task_weights(directory: Path) -> tuple[TaskWeights, Recipe]:
-    """Those of a `model/` directory, and its recipe. Raises UserError as `load_model` does."""
-    with torch.random.fork_rng(devices=[]):  # the model is built at random first, which must not change the run
+    """Read the tensors and the recipe of a `model/` directory. Raises UserError as `load_model`."""
+    with torch.random.fork_rng(devices=[]):  # building the model draws random numbers
         model, recipe, _ = load_model(directory)
     return TaskWeights.of(model.state_dict(), recipe.task_names), recipe
 
 
 def take_over(model: MultiTaskModel, weights: TaskWeights) -> list[str]:
-    """Copies into `model` what `weights` has for it, by task, name and shape; returns what stays as the model has it:
-    "head of sst", "adapter of sst".
+    """Copy `weights` into `model` by task, name and shape.
+
+    Return the parts that keep the model's own weights: "head of sst", "adapter of sst".
     """
     ours, new = TaskWeights.of(model.state_dict(), model.recipe.task_names), []
     with torch.no_grad():

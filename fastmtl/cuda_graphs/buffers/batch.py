@@ -1,4 +1,4 @@
-"""The bounds of a packed batch in buffers of fixed addresses and sizes, so that a recording serves many batches."""
+"""Bounds of a packed batch at fixed addresses and in fixed sizes: one recording, many batches."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from fastmtl_kernels.upload import upload_into
 from fastmtl_kernels.varlen_attention.plan import TILE, AttentionPlan
 
 ROWS = 256
-# Steps of tiles in a bucket: an empty tile costs the attention kernels what a full one costs.
+# Steps of tiles in a bucket: an empty tile costs the attention kernels as much as a full one.
 _TILE_STEPS = 8
-# Blocks are at most a 32nd of the rows (sequences of 65 tokens have two), and empty ones cost next to nothing.
+# At most a 32nd of the rows are blocks (sequences of 65 tokens have two); empty ones cost next to
+# nothing.
 _BLOCK_ROWS = 128
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """rows: N of the buffers. tiles, blocks: of the attention plan."""
+    """Sizes of a recording. rows: N of the buffers. tiles, blocks: of the attention plan."""
 
     rows: int
     tiles: int
@@ -30,7 +31,7 @@ class Bucket:
 
     @classmethod
     def of(cls, num_rows: int, plan: AttentionPlan) -> Bucket:
-        """The smallest for a batch; the plan is that of its `rows_of` rows."""
+        """Return the smallest bucket of a batch. plan: for `rows_of(num_rows)` rows."""
         rows = rows_of(num_rows)
         step = max(1, rows // TILE // _TILE_STEPS)
         return cls(rows, _up(plan.num_tiles, step), _up(plan.num_blocks, rows // _BLOCK_ROWS))
@@ -40,7 +41,10 @@ class Bucket:
 
 
 def rows_of(num_rows: int) -> int:
-    """Of the buffers for so many rows: one more at least, as grouped_mm's documentation has the last offset below N."""
+    """Return N of the buffers for a batch of num_rows rows.
+
+    N is larger than num_rows: by the documentation of grouped_mm the last offset is below N.
+    """
     return _up(num_rows + 1, ROWS)
 
 
@@ -49,15 +53,17 @@ def _up(number: int, step: int) -> int:
 
 
 class StaticBatch:
-    """What attention and sums over tasks read of a batch. Everything is in one tensor, so that `fill` is one copy.
+    """Numbers of a batch for attention and per-task sums, in one tensor: `fill` is one copy.
 
-    segments: its host numbers are those of the buffers, (0, ..., 0, N): nothing on the host may depend on a batch.
+    Attribute segments: its host numbers are those of the buffers, (0, ..., 0, N), because nothing
+    on the host may depend on the batch.
     """
 
     def __init__(self, bucket: Bucket, num_tasks: int, device: torch.device) -> None:
         slots = bucket.tiles * TILE
         sizes = [num_tasks + 1, bucket.rows + 1, 2 * slots + 3 * bucket.blocks]
-        # Each begins at 16 bytes, for which Triton compiles a kernel of its own, and so do the plan's parts.
+        # Each begins at a multiple of 16 bytes, and so do the parts of the plan: Triton compiles
+        # another kernel for other addresses.
         starts = list(accumulate((_up(size, 4) for size in sizes), initial=0))
         self._bounds = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
         self._slots = slots
@@ -68,7 +74,7 @@ class StaticBatch:
         self.segments = Segments(offsets, (0,) * num_tasks + (bucket.rows,))
 
     def fill(self, host: HostOffsets, plan: AttentionPlan) -> None:
-        """plan: on the CPU, of a bucket that this one's holds and of its rows."""
+        """plan: on the CPU, for this bucket's rows and of a bucket that this one holds."""
         numbers = np.zeros(len(self._numbers), dtype=np.int32)
         offsets, cu_seqlens, planned = (numbers[bounds] for bounds in self._bounds)
         offsets[:] = host.token_offsets

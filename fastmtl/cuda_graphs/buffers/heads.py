@@ -1,4 +1,4 @@
-"""Heads and losses on buffers of fixed addresses: a forward and a backward that can be recorded and run again."""
+"""Heads and losses on buffers of fixed addresses: a forward and a backward to record and replay."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ Losses = Callable[[Vectors, HeadBatch], list[Tensor]]
 
 
 class StaticHeads:
-    """`forward`, then `backward`, on what `fill` put into the buffers, for batches of the same sizes as these.
+    """Heads and losses for batches of one size: call `fill`, then `forward`, then `backward`.
 
-    losses: the T tasks' sums, 0-dim. parameters: what else gets a gradient, of the vectors' dtype.
+    losses: returns the sums of the T tasks, 0-dim.
+    parameters: those of the heads, of the vectors' dtype.
+    vectors, batch: give the sizes.
     """
 
     def __init__(self, losses: Losses, parameters: Sequence[nn.Parameter], vectors: Vectors, batch: HeadBatch) -> None:
@@ -26,7 +28,7 @@ class StaticHeads:
         }
         some = next(iter(vectors.values()))
         device = some.device
-        # One buffer for each dtype, so that `fill` is one copy of each.
+        # One buffer per dtype, so that `fill` is one copy per dtype.
         self._numbers = {
             dtype: torch.empty(sum(x.numel() for x in found), dtype=dtype, device=device)
             for dtype, found in _by_dtype(batch).items()
@@ -41,7 +43,7 @@ class StaticHeads:
 
         labels, pairs = (tuple(placed(x) for x in tensors) for tensors in (batch.labels, batch.pairs))
         self._batch = HeadBatch(batch.seq_offsets, batch.counts, labels, pairs)
-        # The losses, later their gradients.
+        # The losses, after `take` their gradients.
         self._row = torch.empty(len(batch.counts), dtype=torch.promote_types(some.dtype, torch.float32), device=device)
         self._wanted = [x for x in (*self._vectors.values(), *self._parameters) if x.requires_grad]
         total = sum(x.numel() for x in self._wanted)
@@ -69,16 +71,18 @@ class StaticHeads:
         torch.cat(flat, out=self._gradients[: sum(len(gradient) for gradient in flat)])
 
     def losses(self) -> Tensor:
-        """What `forward` left, a copy [T]."""
+        """Return a copy of the losses [T] of the last `forward`."""
         return self._row.clone()
 
     def take(self, gradients: Tensor) -> None:
-        """Of the losses [T], before `backward`."""
+        """Take the gradients of the losses [T] for `backward`."""
         self._row.copy_(gradients)
 
     def gradients(self) -> list[Tensor | None]:
-        """Of the vectors, then of the parameters: views of one copy, which may become their `.grad`. None for what
-        takes none and for what no loss depends on.
+        """Return the gradients of the vectors, then of the parameters.
+
+        They are views of one copy and may become `.grad`. None for a tensor that requires none, and
+        for one on which no loss depends.
         """
         sizes = [x.numel() for x, reached in zip(self._wanted, self._reached, strict=True) if reached]
         parts = iter(self._gradients[: sum(sizes)].clone().split(sizes))
@@ -87,12 +91,12 @@ class StaticHeads:
         return [next(parts).view(x.shape) if x.requires_grad and next(given) else None for x in places]
 
     def release(self) -> None:
-        """Drops what forward keeps for backward."""
+        """Drop the results that forward saved for backward."""
         self._out = None
 
 
 def _by_dtype(batch: HeadBatch) -> dict[torch.dtype, list[Tensor]]:
-    """The labels of all tasks, then their pairs, as one dimension."""
+    """Return the labels of all tasks, then their pairs, flattened, by dtype."""
     found: dict[torch.dtype, list[Tensor]] = {}
     for tensor in (*batch.labels, *batch.pairs):
         if tensor is not None:

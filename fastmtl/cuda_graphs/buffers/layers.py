@@ -1,6 +1,4 @@
-"""The encoder's layers, and its embeddings with them or not, on buffers of fixed addresses: a forward and a backward
-that can be recorded and run again.
-"""
+"""The encoder on buffers of fixed addresses: a forward and a backward to record and replay."""
 
 from __future__ import annotations
 
@@ -18,16 +16,18 @@ from fastmtl_kernels.varlen_attention.plan import TILE, AttentionPlan
 
 
 class StaticLayers:
-    """`forward`, then `backward`, on what `fill` put into the buffers; N rows of a bucket, hidden size d.
+    """Layers, with or without the embeddings: `fill` the buffers, then `forward`, then `backward`.
 
-    Two buffers of N rows are kept: the inputs, and one [N, d] in which forward leaves its result, and backward finds
-    that one's gradient and leaves the inputs'.
+    N rows of a bucket, hidden size d. There are two kinds of buffers of N rows: the inputs, and
+    `rows` [N, d]. Forward writes its result into `rows`; backward reads the result's gradient there
+    and writes the gradient of the inputs there.
 
-    embeddings: None where the inputs are hidden states [n, d]; else they are ids, three times [n] (of words, types,
-    positions), and what backward leaves are the gradients of the words' rows. parameters: the trained ones, without the
-    words.
-    sink: what their gradients go to, or None: then backward puts them into `gradients` [P], one after the other.
-    words: their table [V, d], of the hidden states' width, dtype and device.
+    embeddings: None where the inputs are hidden states [n, d]. Otherwise the inputs are three times
+        [n] ids (of words, types, positions), and backward leaves the gradients of the words' rows.
+    parameters: the trained ones, without the words.
+    words: their table [V, d]; it gives width, dtype and device.
+    sink: takes the gradients of the parameters. Without one, backward writes them into `gradients`
+        [P], one after another.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class StaticLayers:
         if sink is not None:
             table = None if embeddings is None else words
             self.writes = RecordedWrites(sink, parameters, table, self.batch.segments.offsets, rows, dtype)
-        # Of a backward, by `stores`.
+        # The values of `stores` that backward is recorded for.
         self.ways = (True,) if sink is None else (True, False)
         self._gradients = gradients
         context = self.batch.segments, self.writes, self.batch.cu_seqlens, self._seeds, self.batch.plan
@@ -63,30 +63,32 @@ class StaticLayers:
         self._out: Tensor | None = None
 
     def fill(self, inputs: Sequence[Tensor], host: HostOffsets, plan: AttentionPlan, seeds: Tensor) -> None:
-        """inputs: hidden states [n, d], or ids of words, types and positions, int64 [n] each, n <= N; the tail is
-        zeros. seeds: int64 [places].
+        """Fill the first n <= N rows of the inputs; the others are zeros.
+
+        inputs: hidden states [n, d], or ids of words, types and positions, int64 [n] each.
+        seeds: int64 [places].
         """
         number = len(inputs[0])
         with torch.no_grad():
             for buffer, rows in zip(self._inputs, inputs, strict=True):
                 buffer[:number] = rows
-                if number < self._filled:  # what the batch before has left
+                if number < self._filled:  # rows of the previous batch
                     buffer[number : self._filled].zero_()
             self._seeds.copy_(seeds)
         self._filled = number
         self.batch.fill(host, plan)
 
     def fill_empty(self) -> None:
-        """With a batch without sequences: its gradients are zeros."""
+        """Fill in a batch without sequences, whose gradients are zeros."""
         tasks = self.batch.segments.num_tasks
         host = HostOffsets((0,), (0,) * (tasks + 1), (0,) * (tasks + 1))
         bucket = self.batch.bucket
-        # Where there are blocks there may be fewer tiles than it takes to give attention's zeros to every row.
+        # A bucket with blocks can have too few tiles for attention to write zeros to every row.
         plan = AttentionPlan.make(host.cu_seqlens, min(bucket.rows, bucket.tiles * TILE))
         self.fill([buffer.detach()[:0] for buffer in self._inputs], host, plan, self._seeds.clone())
 
     def keeps(self, *, stores: bool) -> bool:
-        """Whether `backward` of an empty batch leaves J as it is: adding zeros does."""
+        """Return whether `backward` of an empty batch leaves J unchanged, as adding zeros does."""
         return self.writes is None or not stores or self.writes.jacobian.is_new(self._parameters)
 
     def forward(self) -> None:
@@ -100,7 +102,7 @@ class StaticLayers:
         self._rows.copy_(hidden.detach())
 
     def backward(self, *, stores: bool) -> None:
-        """stores: see RecordedWrites; without a sink it makes no difference."""
+        """Run backward. stores: see RecordedWrites; without a sink it has no effect."""
         wanted = list(self._inputs)
         if self.writes is None:
             wanted += self._parameters
@@ -120,20 +122,26 @@ class StaticLayers:
             torch._foreach_copy_(list(parts), flat)
 
     def result(self, num_rows: int) -> Tensor:
-        """A copy of what `forward`, or `backward`, made of the first rows: nobody knows for how long it is held."""
+        """Return a copy of the first rows of the result; the caller may keep it for any time."""
         return self._rows[:num_rows].clone()
 
     def take(self, dy: Tensor) -> None:
-        """For `backward`. The tail is left as it is: the last LayerNorm's backward gives zeros there."""
+        """Take the gradient [n, d] of the result for `backward`.
+
+        The other rows need no zeros: the backward of the last LayerNorm writes zeros there.
+        """
         self._rows[: len(dy)] = dy
 
     def parameter_gradients(self) -> list[Tensor]:
-        """Of `backward` without a sink: views of one copy, which may become their `.grad`."""
+        """Return the gradients of a `backward` without a sink.
+
+        They are views of one copy and may become `.grad`.
+        """
         if self._gradients is None:
             return []
         parts = self._gradients.clone().split([parameter.numel() for parameter in self._parameters])
         return [part.view(parameter.shape) for part, parameter in zip(parts, self._parameters, strict=True)]
 
     def release(self) -> None:
-        """Drops what forward keeps for backward."""
+        """Drop the results that forward saved for backward."""
         self._out = None

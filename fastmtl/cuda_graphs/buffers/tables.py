@@ -1,7 +1,7 @@
-"""Task gradients of an embedding table in buffers of fixed sizes and addresses, so that a recording serves every step.
+"""Task gradients of an embedding table at fixed addresses and in fixed sizes, to be recorded.
 
-Shapes: T tasks, a table [V, d], K rows of the buffers. Which ids are equal is found on the device, by sorting: nothing
-has a size that depends on it.
+Shapes: T tasks, a table [V, d], K rows of the buffers. The device finds equal ids by a sort, so no
+size depends on them.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ STEP = 1024
 
 
 def capacity_of(num_rows: int) -> int:
-    """K for so many rows: in steps of STEP, and of a quarter of a power of two where that is more."""
+    """Return K for num_rows rows: a multiple of STEP, or of a quarter of a power of two."""
     step = max(STEP, (1 << max(num_rows - 1, 1).bit_length()) // 8)
     return max(1, -(-num_rows // step)) * step
 
 
 class StaticRows:
-    """The rows of a step, one task's after the other's.
+    """Rows of a step, ordered by task.
 
-    ids: int64 [K]. rows: float32 [K, d].
+    Attributes ids: int64 [K]. rows: float32 [K, d].
     """
 
     def __init__(self, capacity: int, width: int, device: torch.device) -> None:
@@ -34,8 +34,9 @@ class StaticRows:
         self.rows = torch.zeros(capacity, width, device=device)
 
     def fill(self, per_task: Sequence[Sequence[Rows]], capacity: int) -> list[int]:
-        """What `Tables` keeps of a table -> the tasks' bounds among the rows, T + 1 numbers. capacity: how many rows of
-        the buffers are used.
+        """Copy the rows of a table in `Tables` into the buffers; return the tasks' T + 1 bounds.
+
+        capacity: number of rows of the buffers in use; those after the last bound become zeros.
         """
         parts = [part for task in per_task for part in task]
         bounds = list(accumulate((sum(len(ids) for ids, _ in task) for task in per_task), initial=0))
@@ -48,15 +49,15 @@ class StaticRows:
 
 
 def sums_by_id(ids: Tensor, rows: Tensor, bounds: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Sums over equal ids: float32 [T, K, d], and the id that each place [K] is of, V for none.
+    """Sum rows with equal ids: float32 [T, K, d], and the id of each place [K], V for no id.
 
-    ids [K], rows [K, d]: of StaticRows. bounds: int64 [T + 1] on their device. num_rows: V of the table.
-    Equal inputs give equal bits: `index_put_` sorts on a GPU, so equal ids of a task are added up one after another, by
-    one warp for some of the columns, where `index_add_` would add in the order of their arrival.
+    ids [K], rows [K, d]: of StaticRows. bounds: int64 [T + 1] on their device. num_rows: V.
+    Equal inputs give equal bits. On a GPU `index_put_` sorts: one warp per block of columns adds the
+    equal ids of a task one after another, where `index_add_` would add in the order of arrival.
     """
     capacity, num_tasks = len(ids), len(bounds) - 1
     at = torch.arange(capacity, device=ids.device)
-    # What is no row gets an id of its own, past the table: a place for each, so that none adds up hundreds of zeros.
+    # Unused rows get ids past the table, one each, so that no place adds up hundreds of zeros.
     ids = torch.where(at < bounds[-1], ids, at + num_rows)
     task = torch.searchsorted(bounds[1:], at, right=True).clamp_(max=num_tasks - 1)
     found, order = ids.sort()
@@ -71,5 +72,8 @@ def sums_by_id(ids: Tensor, rows: Tensor, bounds: Tensor, num_rows: int) -> tupl
 
 
 def spread(merged: Tensor, unique: Tensor, out: Tensor) -> None:
-    """merged [K, d] of the ids `unique` -> the table's gradient, float32 [V + 1, d], whose last row means nothing."""
+    """Write merged [K, d] of the ids `unique` into the table's gradient `out`, float32 [V + 1, d].
+
+    The last row of `out` is meaningless.
+    """
     out.zero_().index_copy_(0, unique, merged)

@@ -1,4 +1,4 @@
-"""Task-specific functions beside the encoder's layers, by name."""
+"""Adapters by name: task-specific functions beside the encoder's layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ ADAPTERS: dict[str, type[Adapter]] = {"pal": Pal, "low_rank": LowRank, "lora": L
 
 
 def build_adapter(config: AdapterConfig, bert: BertConfig, task_names: list[str]) -> Adapter | None:
-    """The recipe's adapter with its top, None without both. Raises UserError for settings that do not fit."""
+    """Build the recipe's adapter with its top; None if the recipe has neither.
+
+    Raises UserError for settings that do not fit.
+    """
     if config.name == "none" and config.top == "none":
         return None
     if config.name != "none" and config.name not in ADAPTERS:

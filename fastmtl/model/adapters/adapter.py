@@ -1,4 +1,4 @@
-"""What all adapters share: the layers they stand in, rates of dropout, initialisation."""
+"""Base classes of adapters and tops: layers, dropout rates, initialisation."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ class Top(nn.Module):
 
 
 class Adapter(nn.Module):
-    """TS_t(h) of Stickland & Murray (2019), added to a BERT layer: LN(h' + FFN(h') + TS_t(h)).
+    """TS_t(h) of Stickland & Murray (2019), added in a layer: LN(h' + FFN(h') + TS_t(h)).
 
-    A subclass makes its parameters, stacked over tasks [T, ...], calls `initialise` and defines `task_specific`. T
-    tasks, d_m the encoder's hidden size, d_s = config.size. top: what comes after the encoder's last layer.
+    A subclass creates its parameters, stacked over the tasks [T, ...], calls `initialise` and
+    defines `task_specific`. T tasks; d_m is the encoder's hidden size, d_s = config.size.
+    Attribute top: layers after the encoder's last one, or None.
     """
 
     def __init__(self, config: AdapterConfig, bert: BertConfig, task_names: list[str]) -> None:
@@ -38,24 +39,27 @@ class Adapter(nn.Module):
         self.dropout = _dropout(config, task_names)
 
     def task_specific(self, layer: int, hidden: Tensor, context: ForwardContext) -> Tensor:
-        """TS(h) of one layer, after dropout with `rates`: [N, d_m] -> [N, d_m]."""
+        """Return TS(h) [N, d_m] of one layer for hidden [N, d_m], after dropout with `rates`."""
         raise NotImplementedError
 
     @property
     def rates(self) -> list[float]:
-        """Each task's rate of dropout on TS(h), 0 outside training."""
+        """Dropout rate of TS(h) for each task, 0 outside training."""
         return self.dropout if self.training else [0.0] * len(self.dropout)
 
     def forward(self, layer: int, hidden: Tensor, context: ForwardContext) -> Tensor | None:
-        """What is added to layer `layer`, whose input is `hidden` [N, d_m]; None where it carries no adapter."""
+        """Return TS(h) [N, d_m] for the input `hidden` [N, d_m] of a layer.
+
+        None for a layer without an adapter.
+        """
         return self.task_specific(layer, hidden, context) if layer in self.layers else None
 
     def initialise(self, scheme: str, std: float, last: list[nn.Parameter]) -> None:
-        """Weights [T, ..., out, in]; biases stay zero.
+        """Initialise the weights [T, ..., out, in]; biases stay zero.
 
-        default: normal with the encoder's own standard deviation. xavier: uniform, by each matrix's own sizes.
-        no_influence: as default, but `last` (the maps that give TS) is zero: TS is exactly 0 at first, while the
-        gradient of `last` is not.
+        default: normal with the encoder's standard deviation. xavier: uniform, by the sizes of each
+        matrix. no_influence: as default, but `last` (the maps that return TS) is zero. TS is then
+        exactly 0 at first, while the gradient of `last` is not.
         """
         with torch.no_grad():
             for parameter in self.parameters():
@@ -67,7 +71,7 @@ class Adapter(nn.Module):
 
 
 class NoAdapter(Adapter):
-    """Nothing beside the layers: for a recipe that only has a top."""
+    """Adapter without layers, for a recipe that has a top only."""
 
     def __init__(self, config: AdapterConfig, bert: BertConfig, task_names: list[str]) -> None:
         super().__init__(config, bert, task_names)
@@ -75,7 +79,7 @@ class NoAdapter(Adapter):
 
 
 def fill(matrix: Tensor, scheme: str, std: float) -> None:
-    """One weight [out, in] as `Adapter.initialise` says."""
+    """Fill one weight [out, in] as `Adapter.initialise` describes."""
     if scheme == "xavier":
         nn.init.xavier_uniform_(matrix)
     else:

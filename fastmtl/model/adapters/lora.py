@@ -1,5 +1,6 @@
-"""PAL-LoRA: TS(h) = (h W_hr + b_1) W_rh + b_2 in each layer, rank `size`. Weights T L 2 d_m r, biases T L (r +
-d_m).
+"""PAL-LoRA: TS(h) = (h W_hr + b_1) W_rh + b_2 in each layer, with rank r = `size`.
+
+Weights: T L 2 d_m r. Biases: T L (r + d_m).
 """
 
 from __future__ import annotations

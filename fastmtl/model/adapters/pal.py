@@ -1,10 +1,12 @@
 """Projected attention layers (Stickland & Murray 2019): TS(h) = V_D MHA(V_E h).
 
-V_E [d_s, d_m] and V_D [d_m, d_s] are shared by all layers of a task; queries, keys and values [d_s, d_s] are each
-layer's own; there is no output projection and no bias. `activation` comes after V_D, as in the authors' code.
+All layers of a task share V_E [d_s, d_m] and V_D [d_m, d_s]. Each layer has its own queries, keys
+and values [d_s, d_s]. There is no output projection and no bias. `activation` comes after V_D, as
+in the authors' code.
 
-With `projections` p > 1, V_E and V_D are stacks of p linear maps without anything between, as tried by pals-and-mnrl.
-It leaves the sizes between open; here they are d_s, so that V_E is d_m -> d_s -> ... -> d_s and V_D the reverse.
+With `projections` p > 1, V_E and V_D are products of p linear maps, as tried by pals-and-mnrl,
+which leaves the inner sizes open. Here they are d_s: V_E is d_m -> d_s -> ... -> d_s, and V_D the
+reverse.
 Weights: T (2 d_m d_s + 2 (p - 1) d_s^2 + L 3 d_s^2).
 """
 
@@ -39,7 +41,7 @@ class Pal(Adapter):
         self.decode_inner = PerLayer(range(config.projections - 1), num_tasks, size, size)
         self.decode = PerTaskLinear(num_tasks, size, outer)
         self.initialise(config.init, bert.initializer_range, last=[self.decode.weight])
-        if config.init == "no_influence":  # V_D's last map then begins with averages of V_E h
+        if config.init == "no_influence":  # then the input of V_D starts as averages of V_E h
             for module in (self.attention, self.encode_inner, self.decode_inner):
                 for parameter in module.parameters():
                     parameter.data.copy_(torch.eye(size))
@@ -48,7 +50,8 @@ class Pal(Adapter):
         attention = cast(PalAttention, self.attention[str(layer)])
 
         def call(x: Tensor) -> Tensor:
-            # Without anything between, a stack is one map: their product is as much work as some T d_m rows.
+            # There is nothing between the maps, so their product is one map. It costs as much as
+            # some T d_m rows.
             down, up = self.encode.weight.mT, self.decode.weight.mT
             for inner in self.encode_inner.all():
                 down = down @ inner.weight.mT
@@ -74,7 +77,7 @@ class Pal(Adapter):
 
 
 class PalAttention(Owner):
-    """weight [T, 3, d_s, d_s]: queries, keys, values."""
+    """Weights [T, 3, d_s, d_s] of queries, keys and values."""
 
     def __init__(self, num_tasks: int, size: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Linear maps of which every task has its own."""
+"""Linear maps with a weight per task."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastmtl.model.owners import Owner
 
 
 class PerTaskLinear(Owner):
-    """y = x W_t^T + b_t. weight [T, out, in], bias [T, out]; both are zero until their owner initialises them."""
+    """y = x W_t^T + b_t. Attributes weight [T, out, in], bias [T, out]: zero until initialised."""
 
     def __init__(self, num_tasks: int, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class PerTaskLinear(Owner):
 
 
 class PerLayer(nn.ModuleDict):
-    """A PerTaskLinear for each of `layers`."""
+    """PerTaskLinear of each layer in `layers`."""
 
     def __init__(
         self, layers: Iterable[int], num_tasks: int, in_features: int, out_features: int, *, bias: bool = False

@@ -1,11 +1,11 @@
-"""A layer of each task's own on top of the shared encoder (pals-and-mnrl; Stickland & Murray 2019, section 3.3).
+"""Tops: a layer of each task after the encoder (pals-and-mnrl; Stickland & Murray 2019, 3.3).
 
-layer: one BERT layer, LN_t(h' + FFN_t(h')) with h' = LN_t(h + MHA_t(h)), of the encoder's sizes and dropout. Weights:
-    T (4 d_m^2 + 2 d_m d_ff), which is T 12 d_m^2 with d_ff = 4 d_m.
+layer: one BERT layer, LN_t(h' + FFN_t(h')) with h' = LN_t(h + MHA_t(h)), of the encoder's sizes and
+    dropout. Weights: T (4 d_m^2 + 2 d_m d_ff), which is T 12 d_m^2 with d_ff = 4 d_m.
 pal: h + V_D MHA(V_E h), a projected attention layer. Weights: T (2 d_m d_s + 3 d_s^2).
 
-With `init: no_influence` what is added to h, or to h and h', is exactly 0 at first. So `pal` changes nothing then,
-while a `layer` still normalises: LN(LN(h)).
+With `init: no_influence` the summand of h, or those of h and h', are exactly 0 at first. `pal` then
+changes nothing, while `layer` still normalises: LN(LN(h)).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastmtl.model.encoder.context import ForwardContext
 
 
 class LayerOnTop(Top):
-    """tasks: a Layer each, so that parameters have the names of transformers' BertLayer."""
+    """A BERT layer per task, in `tasks`; parameters have the names of transformers' BertLayer."""
 
     def __init__(self, config: AdapterConfig, bert: BertConfig, task_names: list[str]) -> None:
         super().__init__()
@@ -50,6 +50,8 @@ class LayerOnTop(Top):
 
 
 class PalOnTop(Top):
+    """A projected attention layer after the encoder's last layer."""
+
     num_layers = 1
 
     def __init__(self, config: AdapterConfig, bert: BertConfig, task_names: list[str]) -> None:

@@ -61,7 +61,7 @@ class PackedBert(nn.Module):
                 module.norm_override = norm
 
     def reserve_pooler(self) -> None:
-        """Make room for a pooler's weights: they are saved again, and trained after `use_pooler`."""
+        """Make room for a pooler's weights, which are saved again; `use_pooler` trains them."""
         self.pooler = UnusedPooler(self.config.hidden_size)
 
     def use_pooler(self) -> None:

@@ -20,7 +20,7 @@ from fastmtl.model.encoder.bert import PackedBert
 
 @dataclass(frozen=True)
 class Family:
-    """How to read, build and save the encoders of one `model_type`.
+    """Functions that read, build and save the encoders of one `model_type`.
 
     check_config(values of config.json, its path): the configuration, or UserError naming the path.
     encoder: the module. Its parameters have the names that they have in transformers' class

@@ -39,7 +39,8 @@ Norm = Callable[[Tensor, Tensor, Tensor, list[int], float], Tensor]
 class TaskLayerNorm(Owner, nn.LayerNorm):  # type: ignore[misc]
     """LayerNorm of the embeddings (see bert.py).
 
-    norm_override: the LayerNorm of another library in place of fastmtl's; it writes no gradient per task.
+    norm_override: the LayerNorm of another library, which replaces fastmtl's. It writes no gradient
+    per task.
     """
 
     norm_override: Norm | None = None

@@ -115,7 +115,7 @@ def save_encoder(
     tensors: by their names in the encoder.
     """
     config.architectures = [FAMILIES[config.model_type].architecture]
-    # Chunks change no result, but transformers refuses a text whose length is no multiple of theirs.
+    # Chunks change no result, but transformers refuses texts of a length that is no multiple.
     config.chunk_size_feed_forward = 0
     config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -1,4 +1,4 @@
-"""`recompute: cheap`: backward computes cheap results of the forward again instead of keeping them."""
+"""`recompute: cheap`: backward computes cheap results again instead of keeping them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What turns pooled sequences into a task's outputs, by name."""
+"""Heads by name. A head maps the pooled sequences of a task to its outputs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fastmtl.model.heads.mlp import MlpHead
 from fastmtl.model.heads.outputs import kind, num_outputs
 from fastmtl.model.heads.squash import Squashed
 
-# A head is made from (task, size of u and v, standard deviation of its last weights) and maps u, v [E, d] (v: None for
-# one sequence) to outputs [E, num_outputs], whose meaning stands in outputs.py.
+# A head is created with (task, size of u and v, standard deviation of its last weights). It maps u
+# and v [E, d] (v is None for one sequence) to outputs [E, num_outputs], described in outputs.py.
 HEADS: dict[str, Callable[[TaskConfig, int, float], nn.Module]] = {
     "linear": LinearHead,
     "mlp": MlpHead,
@@ -31,9 +31,10 @@ RECURRENT = ("rnn", "lstm")
 
 
 def build_head(task: TaskConfig, hidden_size: int, std: float) -> nn.Module:
-    """The task's head; its submodule `embed` makes u and v: of the pooled sequences [B, d], or, where it is
-    `Recurrent`, of the tokens and lengths of the task's sequences.
+    """Build the head of a task.
 
+    Its submodule `embed` computes u and v from the pooled sequences [B, d], or, if it is
+    `Recurrent`, from the tokens and lengths of the task's sequences.
     Raises UserError for an unknown name or a setting that does not fit.
     """
     config = task.head
@@ -51,7 +52,7 @@ def build_head(task: TaskConfig, hidden_size: int, std: float) -> nn.Module:
 
 
 def _embed(config: HeadConfig, hidden_size: int) -> tuple[nn.Module, int]:
-    """And the size of what it makes."""
+    """Return the submodule `embed` and the size of u and v."""
     if config.name in RECURRENT:
         return Recurrent(config, hidden_size), config.size + (hidden_size if config.cls else 0)
     if config.projection:

@@ -1,7 +1,7 @@
-"""Probabilities p of classes that resemble their neighbours, mapped by a learned matrix: p C.
+"""Learned map p C of class probabilities p, for classes that resemble their neighbours.
 
-C [C, C] is learned as the softmax of each of its rows, so that p C are probabilities again. It starts near the
-identity: 0.95 on the diagonal.
+C [C, C] is the softmax of each row of a parameter, so that p C are probabilities again. It starts
+near the identity, with 0.95 on the diagonal.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from fastmtl.model.heads.features import precise
 
 
 class Adjusted(nn.Module):
-    """Another head's logits [E, C] -> log (softmax(logits) C), which are logits as well."""
+    """Map another head's logits [E, C] to log (softmax(logits) C), which are logits as well."""
 
     def __init__(self, head: nn.Module, num_classes: int) -> None:
         super().__init__()
         self.head = head
-        # Called a bias so that weight decay leaves it alone: it would pull C towards equal entries.
+        # The name has "bias" in it to exclude the parameter from weight decay, which would pull C
+        # towards equal entries.
         diagonal = math.log(0.95 / 0.05 * (num_classes - 1))
         self.row_bias = nn.Parameter(diagonal * torch.eye(num_classes))
 

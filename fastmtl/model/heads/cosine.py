@@ -1,7 +1,8 @@
-"""A pair's score is its cosine: 0 is the smallest label, 1 the largest (Reimers & Gurevych 2019). No parameters.
+"""Score of a pair by its cosine, without parameters (Reimers & Gurevych 2019).
 
-`squash: relu` makes the smallest label the floor, `sigmoid` a smooth one of both ends. For a binary task the same
-number is the logit of class 1: pairs with a cosine of 0.5 or more are of class 1.
+A cosine of 0 gives the smallest label, 1 the largest. `squash: relu` limits the score to the
+smallest label, `sigmoid` smoothly to both ends of the range. For a binary task the same number is
+the logit of class 1: pairs with a cosine of at least 0.5 are of class 1.
 """
 
 from __future__ import annotations
@@ -33,5 +34,5 @@ class CosineHead(nn.Module):
 
 
 def cosine_of(u: Tensor, v: Tensor) -> Tensor:
-    """[E, d] each -> [E], float32 at least."""
+    """Return cos(u, v) [E] of u, v [E, d], float32 at least."""
     return functional.cosine_similarity(precise(u), precise(v), dim=1)

@@ -1,4 +1,4 @@
-"""What a task's u and v are: its pooled sequences, a projection of these, or the state of a recurrent network."""
+"""Modules that compute u and v: a projection of the pooled sequences, recurrent networks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastmtl.config import HeadConfig
 
 
 class Projection(nn.Module):
-    """W dropout(x) + b, [B, d] -> [B, head.projection]."""
+    """W dropout(x) + b, from [B, d] to [B, head.projection]."""
 
     def __init__(self, config: HeadConfig, hidden_size: int) -> None:
         super().__init__()
@@ -25,10 +25,10 @@ class Projection(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """The last state of an RNN or LSTM over the hidden states of each sequence's tokens.
+    """Last state of an RNN or LSTM over the hidden states of each sequence.
 
-    With `cls` the network reads all but the first token, [CLS], whose hidden state is put beside the last state. A
-    sequence of one token is read as it is.
+    With `cls` the network reads all tokens except the first one, [CLS], and [CLS]'s hidden state is
+    appended to the last state. A sequence of one token is read unchanged.
     """
 
     def __init__(self, config: HeadConfig, hidden_size: int) -> None:
@@ -38,8 +38,9 @@ class Recurrent(nn.Module):
         self.network = kind(hidden_size, config.size)
 
     def forward(self, tokens: Tensor, lengths: list[int]) -> Tensor:
-        """tokens [n, d], lengths of the B sequences that they are of -> [B, size] or, with `cls`, [B, size + d]."""
-        # A network has no meaning without rows, but under ZeRO 3 every rank has to run it, forward and backward.
+        """Map tokens [n, d] of B sequences to [B, size], or with `cls` to [B, size + d]."""
+        # Without rows the network computes nothing of use, but under ZeRO 3 every rank has to run
+        # its forward and backward.
         sequences = tokens.split(lengths) if lengths else [tokens.sum(0, keepdim=True)]
         read = [sequence[1:] if self.cls and len(sequence) > 1 else sequence for sequence in sequences]
         _, state = self.network(pack_sequence(read, enforce_sorted=False))
@@ -50,7 +51,7 @@ class Recurrent(nn.Module):
 
 
 class _Together(torch.autograd.Function):
-    """Hands weights on as they are, and their gradients back all at once."""
+    """Pass weights through unchanged, and all their gradients back in one call."""
 
     @staticmethod
     def forward(ctx: Any, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -62,9 +63,10 @@ class _Together(torch.autograd.Function):
 
 
 class _InOrder(nn.RNNBase):
-    """Gradients of the weights arrive in the same order whatever the lengths of the sequences.
+    """Recurrent network whose weights get their gradients in an order without regard to lengths.
 
-    torch's loop over time steps gives no such order on CPUs, and ZeRO 2 adds up over ranks what arrived as the n-th.
+    torch's loop over time steps gives no fixed order on CPUs, and ZeRO 2 sums over the ranks the
+    gradients that arrive as the n-th.
     """
 
     def forward(self, *inputs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a head sees of an example: u for one sequence, chosen combinations of u and v for two."""
+"""Features of an example for a head: u of one sequence, or combinations of u and v of a pair."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ PAIR_FEATURES = {
 
 
 def num_features(task: TaskConfig, hidden_size: int) -> int:
-    """Width of what `features` returns."""
+    """Return the width of the result of `features`."""
     return hidden_size * (len(task.head.features) if task.pairs == "bi" else 1)
 
 
 def features(task: TaskConfig, u: Tensor, v: Tensor | None) -> Tensor:
-    """u, v: [E, d], v None for examples of one sequence. Returns [E, num_features]."""
+    """Map u, v [E, d] to [E, num_features]; v is None for examples of one sequence."""
     return u if v is None else torch.cat([PAIR_FEATURES[name](u, v) for name in task.head.features], dim=1)
 
 
 def precise(x: Tensor) -> Tensor:
-    """In float32 at least: the rounding of a bf16 cosine near 1 is larger than most differences between pairs."""
+    """Return x in float32 at least.
+
+    The rounding of a bf16 cosine near 1 is larger than most differences between pairs.
+    """
     return x if x.dtype.itemsize >= 4 else x.float()

@@ -10,6 +10,8 @@ from fastmtl.model.heads.outputs import num_outputs
 
 
 class LinearHead(nn.Module):
+    """W dropout(features) + b."""
+
     def __init__(self, task: TaskConfig, hidden_size: int, std: float) -> None:
         super().__init__()
         self.task = task

@@ -1,16 +1,17 @@
-"""What a head's outputs mean. A task's type and its loss decide.
+"""Meaning of a head's outputs, by the task's type and loss.
 
 | task | loss | kind | outputs | predictions |
 |---|---|---|---|---|
 | classification | | classes | logits [E, C] | probabilities [E, C] |
-| classification | mse | score | score [E, 1] of the class id | shares [E, C] of the two nearest classes |
+| classification | mse | score | score [E, 1] of the class id | shares [E, C] of 2 nearest classes |
 | binary | | binary | logit of class 1 [E, 1] | its probability [E] |
 | regression | | score | score [E, 1] | score [E] in label units |
-| regression | cross_entropy | bins | logits [E, bins] | the bins' expected score [E] in label units |
+| regression | cross_entropy | bins | logits [E, bins] | expected score [E] in label units |
 
-A score is learned in fourths of the label range (of a classification task: 0 to C - 1), 0 at its middle. A fourth is
-about the standard deviation of labels that fill the range: an untrained head starts at the middle and a task's loss
-starts near 1, whatever its labels are measured in. A range of 0..100 would otherwise drown every other task's gradient.
+A score is learned in quarters of the label range (of a classification task: 0 to C - 1), with 0 at
+its middle. A quarter is about the standard deviation of labels that fill the range: an untrained
+head starts at the middle and a task's loss starts near 1, whatever the unit of its labels. A range
+of 0..100 would otherwise dominate the gradients of all other tasks.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def kind(task: TaskConfig) -> Kind:
 
 
 def num_outputs(task: TaskConfig) -> int:
-    """Columns of a head's outputs."""
+    """Return the number of columns of a head's outputs."""
     match kind(task):
         case "classes":
             assert task.num_labels is not None
@@ -50,7 +51,7 @@ def num_outputs(task: TaskConfig) -> int:
 
 
 def targets(task: TaskConfig, labels: Tensor) -> Tensor:
-    """Labels [E] in the units of the outputs: class ids and the nearest bins int64, the others float32."""
+    """Map labels [E] to the units of the outputs: int64 class ids and bins, else float32."""
     match kind(task):
         case "score":
             middle, unit = _units(task)
@@ -62,7 +63,10 @@ def targets(task: TaskConfig, labels: Tensor) -> Tensor:
 
 
 def predictions(task: TaskConfig, outputs: Tensor) -> Tensor:
-    """Outputs float32 [E, num_outputs] as the table above says. A score may lie outside the range."""
+    """Map outputs float32 [E, num_outputs] to the predictions of the table above.
+
+    A score can lie outside the label range.
+    """
     match kind(task):
         case "classes":
             return outputs.softmax(dim=1)
@@ -77,9 +81,10 @@ def predictions(task: TaskConfig, outputs: Tensor) -> Tensor:
 
 
 def _shares(score: Tensor, num_classes: int) -> Tensor:
-    """Scores [E] between two class ids as shares [E, C] of them: their mean is the score, the largest is the nearest.
+    """Map scores [E] to shares [E, C] of the two nearest classes, whose mean is the score.
 
-    Scores outside are moved to the first or last class.
+    The nearest class has the largest share. Scores outside the range become the first or last
+    class.
     """
     distance = score.clamp(0, num_classes - 1)[:, None] - torch.arange(num_classes, device=score.device)
     return functional.relu(1 - distance.abs())

@@ -1,4 +1,4 @@
-"""One vector per sequence, by name."""
+"""Poolings by name: one vector per sequence."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ Pooling = Callable[[Tensor, PackedBatch], Tensor]
 
 
 def cls(hidden: Tensor, batch: PackedBatch) -> Tensor:
-    """The first token's hidden state."""
+    """Return the hidden state of each first token."""
     return pool(hidden, batch.cu_seqlens, mode="cls")
 
 
 def mean(hidden: Tensor, batch: PackedBatch) -> Tensor:
-    """The mean over all tokens, special ones included; summed in fp32."""
+    """Return the mean over all tokens, including special ones, summed in fp32."""
     return pool(hidden, batch.cu_seqlens, mode="mean")
 
 
 def maximum(hidden: Tensor, batch: PackedBatch) -> Tensor:
-    """The largest value of each column over all tokens, special ones included."""
+    """Return the maximum of each column over all tokens, including special ones."""
     return pool(hidden, batch.cu_seqlens, mode="max")
 
 
-# What `pooler` gives is then mapped by the encoder's pooler, tanh(W x + b).
+# The encoder's pooler, tanh(W x + b), then maps the result of `pooler`.
 POOLINGS: dict[str, Pooling] = {"cls": cls, "mean": mean, "max": maximum, "pooler": cls}
 
 
 def pooling(name: str) -> Pooling:
-    """Raises UserError for an unknown name."""
+    """Return a pooling by name. Raises UserError for an unknown name."""
     if name not in POOLINGS:
         raise unknown_name("pooling", name, POOLINGS)
     return POOLINGS[name]

@@ -1,4 +1,4 @@
-"""A score that stays within the label range: low + (high - low) squash(x)."""
+"""Scores within the label range: low + (high - low) squash(x)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ SQUASHES = {"relu": Tensor.relu, "sigmoid": Tensor.sigmoid}
 
 
 class Squashed(nn.Module):
-    """Another head's outputs x [E, 1] as scores. relu has no upper limit: a cosine, which does, suits it better."""
+    """Map another head's outputs x [E, 1] to scores.
+
+    relu has no upper limit, so it suits a cosine, which has one.
+    """
 
     def __init__(self, head: nn.Module, squash: str) -> None:
         super().__init__()
@@ -22,5 +25,5 @@ class Squashed(nn.Module):
 
 
 def from_unit_range(share: Tensor) -> Tensor:
-    """0 for the smallest label and 1 for the largest -> the units of a score (see outputs.py)."""
+    """Map 0 (the smallest label) to 1 (the largest) to the units of a score (see outputs.py)."""
     return RANGE_WIDTH * (share - 0.5)

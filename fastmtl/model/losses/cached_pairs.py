@@ -1,8 +1,10 @@
-"""Losses of pairs over a whole optimiser step, at the memory of one micro-batch.
+"""Losses of pairs over a whole optimiser step, in the memory of one micro-batch.
 
-A first pass without a graph makes u and v of every micro-batch. The loss of them all gives their gradients, du and dv,
-and in the step itself the loss of a micro-batch is u . du + v . dv, whose gradient is the same.
-Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (GradCache).
+A first pass without a graph computes u and v of every micro-batch. The loss of all of them gives
+the gradients du and dv. In the step itself the loss of a micro-batch is u . du + v . dv, which has
+the same gradient.
+Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"
+(GradCache).
 """
 
 from __future__ import annotations
@@ -22,28 +24,35 @@ from fastmtl.surgery.random_state import RandomState
 
 @dataclass(frozen=True)
 class CachedTask:
-    """Of a task's examples in one micro-batch: du, dv [E, d] and the losses [E] that they are gradients of."""
+    """Losses [E] of a task's examples in one micro-batch, and their gradients du, dv [E, d]."""
 
     du: Tensor
     dv: Tensor
     losses: Tensor
 
     def of_pairs(self, u: Tensor, v: Tensor) -> Tensor:
-        """The losses [E], with the gradients of the whole step's."""
+        """Return the losses [E], with the gradients of the whole step's loss."""
         linear = (precise(u) * self.du).sum(1) + (precise(v) * self.dv).sum(1)
         return linear + (self.losses - linear).detach()
 
 
 @dataclass(frozen=True)
 class CachedPairs:
-    """random: the state that the micro-batch's forward began with: its dropout masks have to be the same again."""
+    """Cached gradients of one micro-batch.
+
+    random: the random state before its first forward; the second forward needs the same dropout
+    masks. tasks: by the task's index.
+    """
 
     random: RandomState
     tasks: dict[int, CachedTask]
 
 
 def cache_pairs(model: MultiTaskModel, micro_batches: Sequence[PackedBatch]) -> list[PackedBatch]:
-    """The same micro-batches, with `cached` where some task's loss has `mnr.cached`. Every rank calls it."""
+    """Return the micro-batches, with `cached` set if the loss of a task has `mnr.cached`.
+
+    Every rank calls it.
+    """
     indices = [
         index for index, task in enumerate(model.recipe.tasks.values()) if task.mnr.cached and "mnr" in task.losses
     ]

@@ -1,4 +1,4 @@
-"""Losses of a pair's vectors u and v, one value per example. They are for tasks with `pairs: bi`."""
+"""Losses of the vectors u and v of pairs, one value per example, for tasks with `pairs: bi`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from fastmtl.model.losses.rank_rows import gather_rows
 
 
 class PairLoss(Protocol):
-    """types: of the tasks that it fits."""
+    """A loss of u and v. types: the types of tasks that it supports."""
 
     types: tuple[str, ...]
 
     def __init__(self, task: TaskConfig) -> None: ...
 
     def __call__(self, u: Tensor, v: Tensor, labels: Tensor) -> Tensor:
-        """u, v [E, d], labels [E] -> losses [E], float32 at least."""
+        """Map u, v [E, d] and labels [E] to losses [E], float32 at least."""
         ...
 
 
 class CosineEmbedding(PairLoss):
-    """1 - cos(u, v) for pairs of class 1, max(0, cos(u, v) - margin) for the others."""
+    """1 - cos(u, v) for pairs of class 1, max(0, cos(u, v) - margin) for pairs of class 0."""
 
     types = ("binary",)
 
@@ -40,11 +40,12 @@ class CosineEmbedding(PairLoss):
 
 
 class MultipleNegatives(PairLoss):
-    """Multiple negatives ranking: - S(u_i, v_i) + log sum_j exp S(u_i, v_j), S = scale cos, over the similar pairs.
+    """Multiple negatives ranking: - S(u_i, v_i) + log sum_j exp S(u_i, v_j), with S = scale cos.
 
-    i and j run over the K similar pairs among the E of the batch on all ranks: those of class 1, or with a label of at
-    least low + similar (high - low). A similar pair's loss is multiplied by E / K and the others' is 0, so that the
-    mean over all rows is the formula's mean over similar pairs.
+    i and j run over the K similar pairs among the E pairs of the batch on all ranks. Similar are
+    pairs of class 1, or with a label of at least low + similar (high - low). The loss of a similar
+    pair is multiplied by E / K, that of another pair is 0. The mean over all rows is then the
+    formula's mean over similar pairs.
     Source: Henderson et al. 2017, equation 4.
     """
 
@@ -60,7 +61,7 @@ class MultipleNegatives(PairLoss):
         similar = labels >= self.least
         rows = gather_rows(torch.cat([v, similar[:, None].to(v.dtype)], dim=1))
         others, mask = rows[:, :-1], rows[:, -1] > 0.5
-        # Rows and columns of other pairs are taken out with numbers, not by indexing, which would wait for the device.
+        # Masks remove rows and columns of other pairs; indexing would wait for the device.
         scores = (self.scale * u @ others.T).masked_fill(~mask, -torch.inf).where(similar[:, None], 0.0)
         factor = len(rows) / mask.sum().clamp(min=1)
         losses = scores.logsumexp(dim=1) - self.scale * (u * v).sum(1)

@@ -1,4 +1,4 @@
-"""Rows of all ranks together, with a gradient that finds its way back."""
+"""All-gather of rows, with a gradient."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from fastmtl.surgery.ranks.collectives import world_size
 
 
 def gather_rows(x: Tensor) -> Tensor:
-    """x [n, d] of each rank, n its own -> [sum n, d], in the order of ranks, on every rank.
+    """Gather x [n, d] of each rank, where n may differ, to [sum n, d] in the order of the ranks.
 
-    The gradient of a row is the sum over the ranks' losses. Forward and backward are collective: every rank calls it
-    and lets its loss depend on the result, with no rows too. Waits for the device.
+    The gradient of a row is the sum over the losses of all ranks. Forward and backward are
+    collective: every rank calls this function, if need be with no rows, and its loss depends on the
+    result. Waits for the device.
     """
     if world_size() == 1:
         return x
     sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world_size())]
-    dist.all_gather(sizes, torch.full((1,), len(x), device=x.device))  # filled there, not copied from the host
+    dist.all_gather(sizes, torch.full((1,), len(x), device=x.device))  # filled on the device, not copied
     return _GatherRows.apply(x, torch.cat(sizes).tolist())
 
 

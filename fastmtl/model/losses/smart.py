@@ -1,14 +1,14 @@
-"""SMART: two terms that a task's loss gets so that the model does not fit its rows too closely.
+"""SMART: two terms of a task's loss that keep the model from fitting its rows too closely.
 
-    adversarial   strength * l(f(x + n), f(x)), n the perturbation of the embedded tokens, at most epsilon in every
-                  number, for which a few steps of gradient ascent make it large
-    proximal      proximal * l(f(x), f'(x)), f' the teacher: the moving average of the model's weights
+    adversarial   strength * l(f(x + n), f(x)). n is a perturbation of the embedded tokens, at most
+                  epsilon in every number; a few steps of gradient ascent make the term large.
+    proximal      proximal * l(f(x), f'(x)). f' is the teacher, a moving average of the weights.
 
-l is the symmetric KL divergence for classes, bins and binary tasks, and the squared difference for scores. Each is a
-mean over a task's rows and part of its loss. All passes draw the same dropout masks, so l tells of n, or of the
-teacher, alone.
-Source: Jiang et al. 2020, "SMART: Robust and Efficient Fine-Tuning for Pre-trained Natural Language Models through
-Principled Regularized Optimization", equations 1 to 4 and algorithm 1.
+l is the symmetric KL divergence for classes, bins and binary tasks, and the squared difference for
+scores. Each term is a mean over a task's rows and part of its loss. All passes draw the same
+dropout masks, so l measures only the effect of n, or of the teacher.
+Source: Jiang et al. 2020, "SMART: Robust and Efficient Fine-Tuning for Pre-trained Natural Language
+Models through Principled Regularized Optimization", equations 1 to 4 and algorithm 1.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fastmtl_kernels import pool
 if TYPE_CHECKING:
     from fastmtl.surgery.sinks.sink import Sink
 
-# The numbers that half precision rounds those around 1 to are this far apart.
+# Distance between neighbouring numbers above 1 in half precision.
 _SPACING = {"bf16": 2**-7, "fp16": 2**-10}
 
 
@@ -62,7 +62,7 @@ class Smart:
 
     @property
     def active(self) -> bool:
-        """Whether some task has a term now."""
+        """True while some task has a term."""
         return any(self.scale[name] * (self._adversarial[name] + self._proximal[name]) for name in self.scale)
 
     def start_teacher(self, model: SmartModel) -> None:
@@ -82,7 +82,10 @@ class Smart:
                 ours.lerp_(theirs.to(ours.device, ours.dtype), 1 - self._config.momentum)
 
     def follow(self, gaps: Mapping[str, float]) -> None:
-        """follows: gap. A task's scale becomes how much better its own metric is on training rows than on dev rows."""
+        """Set the scales for `follows: gap`.
+
+        gaps: by how much each task's metric is better on training rows than on dev rows.
+        """
         self.scale.update({name: max(0.0, gap) for name, gap in gaps.items()})
 
     def terms(
@@ -93,9 +96,9 @@ class Smart:
         found: list[Examples],
         begun: RandomState,
     ) -> list[Tensor]:
-        """Of every task, summed over its rows, 0-dim.
+        """Return the terms of every task, summed over its rows, 0-dim.
 
-        found: what the model made of the batch; begun: the random state in which it began.
+        found: the examples that the model computed. begun: the random state before that forward.
         """
         outputs = [examples.outputs for examples in found]
         terms = [output[:0].sum() for output in outputs]
@@ -115,13 +118,13 @@ class Smart:
             after.restore()
             for index, (name, task) in tasks:
                 strength, other = self.scale[name] * self._adversarial[name], perturbed[index].outputs
-                # Every output is in the graph: a layer's gradients of a forward come all or none.
+                # Every output is in the graph: a layer gets the gradients of all rows or of none.
                 term = strength * divergence(task, other, outputs[index]).sum() if strength else other[:0].sum()
                 terms[index] = terms[index] + term
         return terms
 
     def noise(self, batch: PackedBatch, device: torch.device, size: int) -> Tensor:
-        """Where the perturbation [N, size] starts."""
+        """Return the start of the perturbation [N, size]."""
         return self._config.noise * torch.randn(batch.num_tokens, size, device=device)
 
     def _any(self, strengths: Mapping[str, float]) -> bool:
@@ -141,7 +144,7 @@ class Smart:
     def _perturbation(
         self, model: SmartModel, batch: PackedBatch, outputs: list[Tensor], begun: RandomState, noise: Tensor
     ) -> Tensor:
-        """[N, d]. The model is run without the sink: these gradients are of nothing but the noise."""
+        """Return n [N, d]. The model runs without the sink: only the noise gets a gradient."""
         lengths = batch.cu_seqlens.diff()
         for _ in range(self._config.steps):
             noise.requires_grad_()
@@ -181,13 +184,16 @@ class SmartModel(nn.Module):
 
 
 def divergence(task: TaskConfig, p: Tensor, q: Tensor) -> Tensor:
-    """l(p, q) [E] of outputs [E, num_outputs]: KL(p, q) + KL(q, p), or the squared difference of scores."""
+    """Return l(p, q) [E] of outputs [E, num_outputs].
+
+    It is KL(p, q) + KL(q, p), or the squared difference of scores.
+    """
     match kind(task):
         case "score":
             return (p - q).square().sum(1)
         case "binary":
             return ((p.sigmoid() - q.sigmoid()) * (p - q)).sum(1)
-    # As one product of differences, not as the difference of two divergences, which would be rounding alone.
+    # One product of differences: a sum of two divergences would consist of rounding errors.
     log_p, log_q = p.log_softmax(1), q.log_softmax(1)
     return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1)
 

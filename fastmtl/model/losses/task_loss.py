@@ -1,4 +1,4 @@
-"""Losses of a head's outputs by name, one value per example, and a task's weighted sum of all its losses."""
+"""Losses of a head's outputs, by name, and the weighted sum of all losses of a task."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ Function = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Loss:
-    """function: outputs float32 [E, num_outputs], targets [E] -> losses [E]; types: task types that it fits.
+    """A loss of the outputs.
 
-    What outputs and targets mean for a type and loss stands in outputs.py.
+    function: maps outputs float32 [E, num_outputs] and targets [E] to losses [E].
+    types: the task types that it supports. outputs.py gives the meaning of outputs and targets.
     """
 
     function: Function
@@ -28,17 +29,17 @@ class Loss:
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """- log softmax(outputs)[target]."""
+    """Return - log softmax(outputs)[target]."""
     return functional.cross_entropy(outputs, targets, reduction="none")
 
 
 def bce(outputs: Tensor, targets: Tensor) -> Tensor:
-    """- log sigmoid(output) for class 1, - log(1 - sigmoid(output)) for class 0."""
+    """Return - log sigmoid(output) for class 1, - log(1 - sigmoid(output)) for class 0."""
     return functional.binary_cross_entropy_with_logits(outputs.squeeze(1), targets.float(), reduction="none")
 
 
 def mse(outputs: Tensor, targets: Tensor) -> Tensor:
-    """(output - target)^2, in squared fourths of the label range (see outputs.py)."""
+    """Return (output - target)^2 in squared quarters of the label range (see outputs.py)."""
     return functional.mse_loss(outputs.squeeze(1), targets.float(), reduction="none")
 
 
@@ -50,7 +51,11 @@ LOSSES = {
 
 
 class TaskLoss:
-    """pairs: (weight, loss) of the pair's vectors; see pair_losses.py. The others are of the outputs."""
+    """Weighted sum of the losses of one task.
+
+    outputs: (weight, function) of the head's outputs.
+    pairs: (weight, loss) of u and v; see pairs.py.
+    """
 
     def __init__(self, outputs: list[tuple[float, Function]], pairs: list[tuple[float, PairLoss]]) -> None:
         self._outputs, self.pairs = outputs, pairs
@@ -60,17 +65,24 @@ class TaskLoss:
         return bool(self._outputs)
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The weighted sum [E] of the losses of the outputs; without one zeros that depend on them."""
+        """Return the weighted sum [E] of the losses of the outputs.
+
+        Without such a loss, return zeros that depend on the outputs.
+        """
         terms = [weight * function(outputs, targets) for weight, function in self._outputs]
         return torch.stack(terms or [0.0 * outputs.sum(1)]).sum(0)
 
     def of_pairs(self, u: Tensor, v: Tensor, labels: Tensor) -> Tensor:
-        """The weighted sum [E] of the losses of u, v [E, d]."""
+        """Return the weighted sum [E] of the losses of u, v [E, d]."""
         return torch.stack([weight * loss(u, v, labels) for weight, loss in self.pairs]).sum(0)
 
 
 def build_loss(task: TaskConfig) -> TaskLoss:
-    """Raises UserError for an unknown name, one that does not fit the task, and two that read outputs differently."""
+    """Build the loss of a task.
+
+    Raises UserError for an unknown name, for a loss that does not support the task, and for two
+    losses that read the outputs differently.
+    """
     types = {name: loss.types for name, loss in LOSSES.items()}
     types.update({name: loss.types for name, loss in PAIR_LOSSES.items()})
     for name in task.losses:
@@ -86,7 +98,9 @@ def build_loss(task: TaskConfig) -> TaskLoss:
     for key, name in (("mnr", "mnr"), ("margin", "cosine_embedding")):
         default = TaskConfig.model_fields[key].get_default(call_default_factory=True)
         if name not in task.losses and getattr(task, key) != default:
-            raise UserError(f"{key}: a setting of the loss {name}, which is not among this task's: {task.loss_name}")
+            raise UserError(
+                f"{key}: a setting of the loss {name}, which this task does not have; its loss is {task.loss_name}"
+            )
     return TaskLoss(
         [(weight, LOSSES[name].function) for name, weight in task.losses.items() if name in LOSSES],
         [(weight, PAIR_LOSSES[name](task)) for name, weight in task.losses.items() if name in PAIR_LOSSES],

@@ -1,4 +1,4 @@
-"""Weights of the tasks' losses that the run finds itself, in place of fixed ones."""
+"""Weights of the tasks' losses that change during a run."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ from torch import Tensor, nn
 
 
 class Uncertainty(nn.Module):
-    """exp(-s) L + s / 2 for a task's mean loss L, half of exp(-s) L where it is a squared error; s = log sigma^2 is
-    learned, from 0 on.
+    """exp(-s) L + s / 2 for a task's mean loss L, or exp(-s) L / 2 + s / 2 for a squared error.
 
-    Source: Kendall, Gal and Cipolla 2018, "Multi-Task Learning Using Uncertainty to Weigh Losses", equations 7 and 10.
+    s = log sigma^2 is learned and starts at 0.
+    Source: Kendall, Gal and Cipolla 2018, "Multi-Task Learning Using Uncertainty to Weigh Losses",
+    equations 7 and 10.
     """
 
     def __init__(self, *, squared_error: bool) -> None:
         super().__init__()
         self.factor = 0.5 if squared_error else 1.0
-        # Called a bias so that weight decay leaves it alone: it would pull the weight towards 1.
+        # The name has "bias" in it to exclude the parameter from weight decay, which would pull the
+        # weight towards 1.
         self.log_variance_bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, loss: Tensor, rows: int) -> Tensor:
-        """The sum of the losses of some rows -> the sum of their weighted ones, of which only the gradient counts: the
-        value stays the plain one, so that what a run tells of its losses can be compared.
+        """Map the loss summed over `rows` rows to a loss with the weighted sum's gradient.
+
+        The value stays that of the unweighted loss, so that the losses of runs can be compared.
         """
         s = self.log_variance_bias.to(loss.dtype).squeeze(0)
         weighted = self.factor * (-s).exp() * loss + 0.5 * rows * s
@@ -33,15 +36,16 @@ class Uncertainty(nn.Module):
 
 
 class DynamicWeightAverage:
-    """w_t = T softmax_t(r_t / temperature), r_t = L_t(e - 1) / L_t(e - 2) for the mean losses of the last two epochs.
+    """w_t = T softmax_t(r_t / temperature), with r_t = L_t(e - 1) / L_t(e - 2).
 
-    1 in the first two epochs, and r_t = 1 for a task without both losses. State for a checkpoint in the middle of an
-    epoch is JSON-ready. Source: Liu, Johns and Davison 2019, "End-to-End Multi-Task Learning with Attention", eq. 7.
+    L_t(e) is the mean loss of task t in epoch e. w_t = 1 in the first two epochs, and r_t = 1 for a
+    task without both losses. The state for a checkpoint within an epoch can be saved as JSON.
+    Source: Liu, Johns and Davison 2019, "End-to-End Multi-Task Learning with Attention", eq. 7.
     """
 
     def __init__(self, tasks: Sequence[str], temperature: float) -> None:
         self._tasks, self._temperature = list(tasks), temperature
-        self._epochs: list[dict[str, float]] = []  # mean losses of the last two epochs, the older one first
+        self._epochs: list[dict[str, float]] = []  # mean losses of the last two epochs, oldest first
         self._sums: dict[str, float] = {}
         self._steps: dict[str, int] = {}
 
@@ -54,7 +58,7 @@ class DynamicWeightAverage:
         return {name: len(powers) * power / sum(powers) for name, power in zip(self._tasks, powers, strict=True)}
 
     def after_step(self, losses: Mapping[str, float]) -> None:
-        """The step's mean loss of each task that had rows."""
+        """Add a step. losses: the mean loss of each task that had rows."""
         for name, loss in losses.items():
             if math.isfinite(loss):
                 self._sums[name] = self._sums.get(name, 0.0) + loss

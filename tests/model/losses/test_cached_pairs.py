@@ -70,7 +70,7 @@ def test_needs_the_step_and_one_dtype(make_model: MakeModel, make_batch: MakeBat
     model = make_model(tasks=tasks(cached=True))
     with pytest.raises(ValueError, match="task 'sts': mnr.cached: give the step's micro-batches to cache_pairs first"):
         model(make_batch(LENGTHS, pairs=[False, False, True]))
-    with pytest.raises(UserError, match="tasks.sts: mnr.cached: its first pass is not under deepspeed.torch_autocast"):
+    with pytest.raises(UserError, match="tasks.sts: mnr.cached: its first pass runs without deepspeed.torch_autocast"):
         make_model(tasks=tasks(cached=True), deepspeed={"torch_autocast": {"enabled": True}})
 
 

@@ -105,7 +105,7 @@ def test_sums_have_their_weights() -> None:
         ({"loss": "mnrl"}, "unknown loss 'mnrl'. Did you mean 'mnr'"),
         ({"loss": "mnr", "pairs": "cross"}, "mnr compares the vectors of two texts: it needs pairs: bi"),
         ({"type": "regression", "range": [0, 5], "loss": "cosine_embedding"}, "does not fit a regression task; use"),
-        ({"mnr": {"scale": 1.0}}, "mnr: a setting of the loss mnr, which is not among this task's: bce"),
+        ({"mnr": {"scale": 1.0}}, "mnr: a setting of the loss mnr, which this task does not have; its loss is bce"),
         ({"margin": 0.5}, "margin: a setting of the loss cosine_embedding"),
     ],
 )
