@@ -48,7 +48,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     begin = EarlyScatter.begin
 
     def seconds(early: bool) -> float:
-        EarlyScatter.begin = begin if early else _send_nothing  # type: ignore[method-assign]
+        EarlyScatter.begin = begin if early else _send_nothing  # type: ignore[method-assign, assignment]
         dist.barrier()
         begun = time.perf_counter()
         steps.step([batch])

@@ -129,7 +129,9 @@ class Watched:
     """One `fastmtl train` under the launcher, with its log and the samples of its processes."""
 
     def __init__(self, command: list[str], run: Path) -> None:
-        self.command, self.run, self.samples, self.stops = command, run, [], []
+        self.command, self.run = command, run
+        self.samples: list[Any] = []
+        self.stops: list[Any] = []
 
     def go(self, stop_at: int | None = None) -> None:
         """Run to the end, or until the stop after a SIGTERM at step `stop_at`. Exit if the run
@@ -192,7 +194,7 @@ def small_encoder(layers: int, hidden: int, folder: Path) -> Path:
 
     from fastmtl.model.encoder.pretrained import encoder_directory
 
-    sizes = {
+    sizes: dict[str, Any] = {
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "num_attention_heads": 2,
@@ -270,7 +272,7 @@ def main() -> None:
         "encoder.max_length=64",
     ]
     settings += [f"sampler.batch_size={options.rows}", f"train.max_steps={options.steps}", "train.epochs=100"]
-    more = [f"encoder.path={small_encoder(*options.small, options.output / 'encoder')}"] if options.small else []
+    more = [f"encoder.path={small_encoder(*options.small, folder=options.output / 'encoder')}"] if options.small else []
     straight, stopped = options.output / "straight", options.output / "stopped"
     end = min(2 * options.stop_at, options.steps)
     whole = make(straight, [*command, *settings, *more], [None])

@@ -57,7 +57,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     module = types.ModuleType("fastmtl.train")
 
-    def train(*_: object, **__: object) -> None:
+    def train(*_: object, **__: Any) -> None:
         raise error
 
     module.train = train  # type: ignore[attr-defined]

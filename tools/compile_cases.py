@@ -60,7 +60,7 @@ def tasks(count: int = 3) -> TaskRows:
 
 
 def add_layer_norm() -> None:
-    parts = (), ("ts", "dropout")
+    parts: tuple[tuple[str, ...], ...] = (), ("ts", "dropout")
     cases = [(dtype, width, on) for dtype, width in with_widths() for on in parts]
     cases += [(torch.bfloat16, 768, on) for on in (("ts",), ("dropout",))]
     for dtype, width, on in cases:
@@ -133,7 +133,7 @@ def gradients() -> None:
 
 def combined_adamw() -> None:
     """1 task, as the tasks' own gradients are, 3 and more; with a 16-bit copy and without; a table."""
-    cases = [(count, torch.float32, None) for count in (1, 3, 16)]
+    cases: list[tuple[int, torch.dtype, torch.dtype | None]] = [(n, torch.float32, None) for n in (1, 3, 16)]
     cases += [(3, torch.bfloat16, None), (3, torch.float16, torch.float16), (3, torch.bfloat16, torch.bfloat16)]
     for num_tasks, dtype, copied in cases:
         _update(num_tasks, (1 << 20,), (1 << 20,), dtype, copied)
@@ -145,7 +145,8 @@ def _update(
     num_tasks: int, shape: tuple[int, ...], of_rows: tuple[int, ...], dtype: torch.dtype, copied: torch.dtype | None
 ) -> None:
     copy = None if copied is None else meta(*shape, dtype=copied)
-    target = Written(*(meta(*shape, dtype=torch.float32) for _ in range(3)), copy)
+    p, m, v = (meta(*shape, dtype=torch.float32) for _ in range(3))
+    target = Written(p, m, v, copy)
     slots = None if len(shape) == 1 else meta(shape[0], dtype=torch.int32)
     rows, weights = [[meta(*of_rows, dtype=dtype)] for _ in range(num_tasks)], meta(num_tasks, dtype=torch.float32)
     update = Update.at(1, 1e-3, (0.9, 0.999), 1e-8, 0.01)
@@ -246,6 +247,7 @@ def _maps(
     y, h = low_rank_triton.forward(x, first, first_bias, second, second_bias, drawn, call)
     if not saves:
         return
+    assert y is not None
     asked = wants or Wants(True, first is not None, first_bias is not None, True, biases)
     low_rank_triton.backward(y, x, first, second, second_bias, drawn, h, call=call, wants=asked)
 

@@ -47,6 +47,9 @@ Compiled by Triton {version}{and_nvcc}.
 Triton {of_other}.
 """
 
+# The launches, their files and the capability, which forked children read.
+_work: tuple[list[Any], list[Path], int]
+
 
 @dataclass(frozen=True)
 class Line:
@@ -77,7 +80,7 @@ def _code(text: str) -> str:
             lines[row - 1] = lines[row - 1][:column]
     for node in ast.walk(ast.parse(text)):
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        if docstring or isinstance(node, ast.Import | ast.ImportFrom):
+        if isinstance(node, ast.stmt) and (docstring or isinstance(node, ast.Import | ast.ImportFrom)):
             first, last = node.lineno - 1, node.end_lineno or node.lineno
             lines[first:last] = [""] * (last - first)
     return "\n".join(line.rstrip() for line in lines if line.strip())

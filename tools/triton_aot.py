@@ -76,7 +76,9 @@ def code(kernel: JITFunction) -> str:
             definition.body = definition.body[1:]
         found[name] = ast.unparse(definition)
         for node in ast.walk(definition):
-            value = function.__globals__.get(node.id) if isinstance(node, ast.Name) else None
+            if not isinstance(node, ast.Name):
+                continue
+            value = function.__globals__.get(node.id)
             if isinstance(value, JITFunction):
                 visit(value)
             elif isinstance(value, triton.language.constexpr):
@@ -86,7 +88,7 @@ def code(kernel: JITFunction) -> str:
     return "\n".join(found.values())
 
 
-def launches(function: Callable[[], None], capability: int) -> list[Launch]:
+def launches(function: Callable[[], object], capability: int) -> list[Launch]:
     """The launches in a call that need kernels of their own, each once, without compiling any.
 
     capability: what launchers that ask Triton for its target are told.

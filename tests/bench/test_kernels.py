@@ -151,7 +151,7 @@ def test_on_a_gpu_the_cache_is_emptied_and_the_host_is_ahead(monkeypatch: pytest
         FakeGpu.now_ms += 2
         FakeGpu.swept += 1
 
-    def zeros(size: object, **_: object) -> object:
+    def zeros(size: object, **_: Any) -> object:
         return Buffer() if size == 100 * MIB // 4 else object() if size == () else pytest.fail("size")
 
     host = [0.0]

@@ -45,7 +45,7 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         if function is peers._idle:
             return 50 * MIB
         name, size, _ = arguments
-        return (150 + made_up[name] * size.shape.rows) * MIB  # type: ignore[index,attr-defined]
+        return (150 + made_up[name] * size.shape.rows) * MIB  # type: ignore[attr-defined]
 
     monkeypatch.setitem(sizes.SHAPES, "minilm", ops.TINY)
     monkeypatch.setattr(surgery, "in_own_process", peak)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_other_losses_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
     class Other(Workload):
         @property
-        def packed(self):  # noqa: ANN202
+        def packed(self) -> Any:
             model = super().packed
             model.encoder.encoder.layer[0].output.LayerNorm.eps = 1.0
             return model
@@ -81,7 +82,7 @@ def test_the_compiled_encoder_is_one_of_a_copy(monkeypatch: pytest.MonkeyPatch) 
     calls = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: calls.append((module, options)))
     work = Workload(Size(TINY))
-    model = WAYS[COMPILED[0]].model(work)
+    model: Any = WAYS[COMPILED[0]].model(work)
     assert calls == [(model.encoder, {"dynamic": True})]
     assert model.encoder is not work.padded.encoder
     assert step.padded_losses(work, model) == step.padded_losses(work, work.padded)

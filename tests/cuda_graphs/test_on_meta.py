@@ -121,7 +121,9 @@ def test_without_a_sink_the_kernels_add_up_the_tasks(started: list[Started]) -> 
     columns = [torch.zeros(64, dtype=torch.bfloat16, device=META, requires_grad=True) for _ in range(4)]
     table = torch.zeros(9, 64, dtype=torch.bfloat16, device=META)
     ids, seed = torch.zeros(30, dtype=torch.int64, device=META), torch.zeros(1, dtype=torch.int64, device=META)
-    shared = dict(dropout_p=0.1, seed=seed, token_offsets=torch.zeros(4, dtype=torch.int32, device=META))
+    shared: dict[str, Any] = dict(
+        dropout_p=0.1, seed=seed, token_offsets=torch.zeros(4, dtype=torch.int32, device=META)
+    )
     started.append(Started())
     with started[-1]:
         y = add_layer_norm(rows, rows, *columns[:2], **shared)

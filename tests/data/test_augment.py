@@ -14,7 +14,7 @@ from fastmtl.data.readers import Rows
 from fastmtl.data.wordnet import PARTS_OF_SPEECH, WordNet, find_wordnet
 from fastmtl.errors import UserError
 
-SYNSETS = {
+SYNSETS: dict[str, list[tuple[str, ...]]] = {
     "noun": [("film", "movie", "motion_picture"), ("film", "layer"), ("car", "auto")],
     "verb": [("film", "shoot")],
     "adj": [("big", "large(a)")],
@@ -28,7 +28,8 @@ def wordnet_files(tmp_path: Path) -> Path:
     folder = tmp_path / "wordnet"
     folder.mkdir()
     for part in PARTS_OF_SPEECH:
-        data, offsets = LICENCE, {}
+        data = LICENCE
+        offsets: dict[str, list[int]] = {}
         for words in SYNSETS[part]:
             for word in words:
                 offsets.setdefault(word.partition("(")[0], []).append(len(data))

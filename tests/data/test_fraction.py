@@ -17,7 +17,9 @@ def task(tmp_path: Path) -> TaskConfig:
         lines = ["id\ta\tb\tlabel", *(f"r{i}\tone {i}\ttwo {i}\t{i % 2}" for i in range(41))]
         (tmp_path / f"{split}.tsv").write_text("\n".join(lines) + "\n")
     columns = {"id": "id", "text": "a", "text_pair": "b", "label": "label"}
-    return TaskConfig(type="binary", data={"train": "train.tsv", "dev": "dev.tsv", "columns": columns})
+    return TaskConfig.model_validate(
+        {"type": "binary", "data": {"train": "train.tsv", "dev": "dev.tsv", "columns": columns}}
+    )
 
 
 def test_rows_stay_whole_and_in_order(task: TaskConfig, tmp_path: Path) -> None:
@@ -27,7 +29,7 @@ def test_rows_stay_whole_and_in_order(task: TaskConfig, tmp_path: Path) -> None:
     assert numbers == sorted(numbers) and numbers != list(range(20))
     assert rows.texts == [f"one {i}" for i in numbers]
     assert rows.pair_texts == [f"two {i}" for i in numbers]
-    assert np.array_equal(rows.labels, [i % 2 for i in numbers])
+    assert rows.labels is not None and np.array_equal(rows.labels, [i % 2 for i in numbers])
 
 
 def test_a_smaller_share_is_part_of_a_larger_one(task: TaskConfig, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def test_an_error_comes_in_its_place() -> None:
 def test_leaving_early_ends_the_thread(taken: int) -> None:
     ended = threading.Event()
 
-    def source() -> Iterator[list[PackedBatch]]:
+    def source() -> Generator[list[PackedBatch], None, None]:
         try:
             yield from itertools.repeat([])
         finally:

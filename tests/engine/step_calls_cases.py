@@ -17,7 +17,7 @@ from fastmtl.engine.build import build_engine, build_surgery
 from fastmtl.model.encoder.bert import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
 
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "pcgrad": {},
     "pcgrad, flat": {"flat": True},
     "pcgrad, flat, graphs": {"flat": True, "graphs": True},
@@ -26,7 +26,7 @@ WAYS = {
 SKIPS = {"zero 1": {"zero": 1}, "zero 0": {"zero": 0}, "zero 2, flat": {"zero": 2, "flat_parameters": True}}
 
 
-def told(found: StepCalls) -> dict[str, object]:
+def told(found: StepCalls) -> dict[str, Any]:
     return {"calls": found.calls.total(), "outside": found.outside_graphs, "waits": found.waits}
 
 
@@ -63,7 +63,7 @@ def weights_after(steps: str, settings: dict[str, Any]) -> tuple[dict[str, torch
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    results: dict[str, object] = {
+    results: dict[str, Any] = {
         name: told(count_step(name.split(",")[0], zero=1, layers=12, precision="bf16", **settings))
         for name, settings in WAYS.items()
     }

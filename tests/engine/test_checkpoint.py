@@ -9,7 +9,9 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,7 +113,7 @@ def test_a_save_that_breaks_off_leaves_the_previous_one(
 ) -> None:
     checkpoints.save(FakeEngine(), 1, {"epoch": 0})
 
-    def broken(*arguments: object, **keywords: object) -> None:
+    def broken(*arguments: object, **keywords: Any) -> None:
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
@@ -139,7 +141,9 @@ def test_a_save_that_breaks_off_leaves_the_previous_one(
         (lambda p: (p / "manifest.json").write_text("{"), "cannot be read"),
     ],
 )
-def test_damaged_checkpoint_is_refused_and_the_previous_offered(checkpoints: Checkpoints, damage, reason: str) -> None:  # noqa: ANN001
+def test_damaged_checkpoint_is_refused_and_the_previous_offered(
+    checkpoints: Checkpoints, damage: Callable[[Path], object], reason: str
+) -> None:
     checkpoints.save(FakeEngine(), 1, {})
     checkpoints.save(FakeEngine(), 2, {})
     found = checkpoints.find()

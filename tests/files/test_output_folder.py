@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,7 +68,7 @@ def test_a_link_to_a_folder_is_that_folder(tmp_path: Path) -> None:
 
 
 def test_a_read_only_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(**_: object) -> None:
+    def refuse(**_: Any) -> None:
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr("fastmtl.files.output_folder.tempfile.NamedTemporaryFile", refuse)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -25,7 +27,7 @@ BINARY = TaskConfig.model_validate({"type": "binary", "data": {}})
 REGRESSION = TaskConfig.model_validate({"type": "regression", "range": [0, 5], "data": {}})
 
 
-def recipe(**changes: object) -> Recipe:
+def recipe(**changes: Any) -> Recipe:
     tasks = {
         "sst": {"type": "classification", "num_labels": 3, "data": {}},
         "sts": {"type": "regression", "range": [0, 5], "data": {}},

@@ -112,7 +112,8 @@ def low_rank() -> None:
 def compact_rows() -> None:
     """The tasks' gradients of the rows of a table that a batch reads, and those rows' step."""
     weights, update = torch.zeros(TASKS), Update.at(1, 1e-3, (0.9, 0.999), 1e-8, 0.01)
-    target = Written(*(torch.zeros(200, WIDTH) for _ in range(3)), None)
+    p, m, v = (torch.zeros(200, WIDTH) for _ in range(3))
+    target = Written(p, m, v, None)
     for _, _, ids, _ in batches():
         rows = torch.zeros(TASKS, len(ids), WIDTH)
         gradients_triton.gramian([[row.view(-1)] for row in rows])
@@ -122,7 +123,7 @@ def compact_rows() -> None:
 
 
 def dense_step() -> None:
-    targets = [Written(*(torch.zeros(count) for _ in range(3)), None) for count in (64, 640)]
+    targets = [Written(torch.zeros(n), torch.zeros(n), torch.zeros(n), None) for n in (64, 640)]
     gradients = [[torch.zeros(64), torch.zeros(640)] for _ in range(TASKS)]
     for step in (1, 2, 1000):
         update = Update.at(step, 1e-3, (0.9, 0.999), 1e-8, 0.01)

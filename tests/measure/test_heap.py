@@ -4,6 +4,7 @@ import os
 import platform
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -93,7 +94,7 @@ def around_an_evaluation() -> tuple[int, int]:
     before it: blocks that fit into holes are never mapped).
     """
 
-    def stays(*_: object, **__: object) -> int:
+    def stays(*_: object, **__: Any) -> int:
         blocks = [torch.ones(MIB // 4) for _ in range(60)]
         held = resident_bytes()
         del blocks[::2]
@@ -102,11 +103,11 @@ def around_an_evaluation() -> tuple[int, int]:
         return 30 * MIB - (held - left)
 
     assert heap.map_large_blocks()
-    train.score = stays
+    train.score = stays  # type: ignore[assignment]
     recipe = load_recipe("demo")
     corpus = Corpus([], [None] * len(recipe.task_names))
     evaluate = partial(train.evaluate, recipe, Mock(), corpus, Mock())
-    return evaluate(), stays()
+    return evaluate(), stays()  # type: ignore[return-value]
 
 
 def test_a_run_maps_large_blocks_before_it_makes_anything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -50,7 +52,7 @@ def test_each_is_only_the_making_of_items() -> None:
         ("pcgrad", "stacked", ["forward", "backward", "surgery", "communication"]),
     ],
 )
-def test_a_profiler_sees_the_parts_of_a_step(method: str, storage: str, expected: list[str]) -> None:
+def test_a_profiler_sees_the_parts_of_a_step(method: str, storage: Any, expected: list[str]) -> None:
     model = nn.Linear(3, 2)
     surgery = GradientSurgery(torch.optim.SGD(model.parameters()), method, tasks=["a", "b"], storage=storage)
 

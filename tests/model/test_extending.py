@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,8 +30,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 
 
 @pytest.fixture
-def examples() -> dict[str, object]:
-    names: dict[str, object] = {
+def examples() -> dict[str, Any]:
+    names: dict[str, Any] = {
         "np": np,
         "torch": torch,
         "nn": nn,
@@ -67,7 +68,7 @@ def test_the_examples_train(
     model = make_model(adapter={"name": "scale_shift"}, tasks=tasks)
     results = model(make_batch([[5, 1, 9], [7, 12], [6, 3, 8, 8]], pairs=[False, False, True]))
     sum(loss for loss, _ in results.values()).backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())  # type: ignore[arg-type]
     assert all(p.grad.any() for p in model.adapter.parameters())
 
 

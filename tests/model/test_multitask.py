@@ -64,7 +64,7 @@ def test_losses_are_sums_over_the_examples(make_model: MakeModel, make_batch: Ma
     rows = torch.arange(3)
     expected = {
         "sst": -predicted["sst"][rows, batch.labels[0]].log().sum(),
-        "para": functional.binary_cross_entropy(predicted["para"], batch.labels[1], reduction="sum"),
+        "para": functional.binary_cross_entropy(predicted["para"], batch.labels[1], reduction="sum"),  # type: ignore[arg-type]
         "sts": ((predicted["sts"] - batch.labels[2]) / 1.25).square().sum(),
     }
     for name, (loss, _) in results.items():
@@ -202,7 +202,7 @@ def test_half_precision_parameters(
         assert loss.dtype == torch.float32
         assert abs(loss - expected[name][0]) < 0.05 * expected[name][0]
     sum(loss for loss, _ in found.values()).backward()
-    assert all(torch.isfinite(p.grad).all() and p.grad.dtype == dtype for p in rounded.parameters())
+    assert all(torch.isfinite(p.grad).all() and p.grad.dtype == dtype for p in rounded.parameters())  # type: ignore[arg-type]
 
 
 def test_parameters_are_shared_or_belong_to_tasks(make_model: MakeModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,7 +69,7 @@ def test_bundled_names(tmp_path: Path) -> None:
 
 def test_merge_follows_the_standard_and_changes_nothing() -> None:
     """Cases of the appendix of RFC 7396."""
-    for below, above, expected in [
+    cases: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         ({"a": "b"}, {"a": "c"}, {"a": "c"}),
         ({"a": "b"}, {"b": "c"}, {"a": "b", "b": "c"}),
         ({"a": "b", "b": "c"}, {"a": None}, {"b": "c"}),
@@ -77,7 +78,8 @@ def test_merge_follows_the_standard_and_changes_nothing() -> None:
         ({"a": [{"b": "c"}]}, {"a": [1]}, {"a": [1]}),
         ({"e": None}, {"a": 1}, {"e": None, "a": 1}),
         ({}, {"a": {"bb": {"ccc": None}}}, {"a": {"bb": {}}}),
-    ]:
+    ]
+    for below, above, expected in cases:
         before = repr((below, above))
         assert merge(below, above) == expected
         assert repr((below, above)) == before

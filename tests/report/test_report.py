@@ -7,6 +7,7 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ LABELS = {"0": 1092, "1": 2218, "2": 5234}
 DATA = {"sst": {"train": {"rows": 8544, "skipped": 2, "truncated": 7, "labels": LABELS}}}
 
 
-def step_line(step: int, **changes: object) -> dict:
+def step_line(step: int, **changes: Any) -> dict:
     line = {
         "step": step,
         "epoch": 0,
@@ -177,7 +178,7 @@ def test_without_results_the_directory_is_named(tmp_path: Path) -> None:
 
 
 def test_a_plain_sum_without_cosines_and_a_diverged_loss(tmp_path: Path) -> None:
-    nothing = {"cosines": {}, "conflict_rate": None, "task_norms": {}, "lr": 1e-4, "skipped": None}
+    nothing: dict[str, Any] = {"cosines": {}, "conflict_rate": None, "task_norms": {}, "lr": 1e-4, "skipped": None}
     lines = [step_line(step, **nothing) for step in range(1, 6)]
     lines[3]["loss"]["sst"] = None
     output = tmp_path / "sum"

@@ -19,7 +19,7 @@ from fastmtl.training.prepare import check_run
 
 
 def recipe_of(directory: Path, bert: Path, schedule: str = "constant", **train_section: Any) -> Recipe:
-    more = {"schedule": {"name": schedule, "warmup": 0}, "weighting": {"name": "dwa"}}
+    more: dict[str, Any] = {"schedule": {"name": schedule, "warmup": 0}, "weighting": {"name": "dwa"}}
     return make_recipe(directory, bert, [], train={"epochs": 2, **train_section}, **more)
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_weights_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     save_file({"a": torch.zeros(1)}, file)
     opened = Path.open
 
-    def refuse(self: Path, *arguments: object, **keywords: object) -> object:
+    def refuse(self: Path, *arguments: object, **keywords: Any) -> object:
         if self == file:  # a mode of 0 would not stop root
             raise PermissionError(13, "Permission denied")
         return opened(self, *arguments, **keywords)  # type: ignore[call-overload]

@@ -102,7 +102,8 @@ def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = _launch(recipe, output)
     text = _finish(run)
     assert "dev scores" in text
-    port = run.args[run.args.index("--master_port") + 1]  # type: ignore[union-attr, index]
+    command: Any = run.args
+    port = command[command.index("--master_port") + 1]
     assert not list(Path("/dev/shm").glob(f"*_{port}_*")), "memory that nobody gives back"
     return output
 

@@ -110,7 +110,7 @@ def main() -> None:
     directory = Path(tempfile.mkdtemp(prefix="fastmtl-soak-"))
     write_data(directory)
     bert = save_tiny_bert(directory / "bert", hidden=16, layers=1, heads=2)
-    sections = {"train": {"epochs": 12, "checkpoint_every": 2}, "sampler": {"batch_size": 4}}
+    sections: dict[str, Any] = {"train": {"epochs": 12, "checkpoint_every": 2}, "sampler": {"batch_size": 4}}
     recipe = make_recipe(directory, bert, [], **sections)
     file = directory / "recipe.yaml"
     file.write_text(recipe.dump(), encoding="utf-8")

@@ -99,13 +99,15 @@ def make_model(recipe: Recipe) -> MultiTaskModel:
         torch.nn.init.normal_(weight, std=0.3)
     model = MultiTaskModel(recipe, encoder).train()
     with torch.no_grad():
+        head: Any
         for index, head in enumerate(model.heads):
             head.uncertainty.log_variance_bias += 0.2 * (index % 5) - 0.5
     if model.smart is not None:
         model.smart.start_teacher(model)
+        assert model.smart.teacher is not None
         for parameter in model.smart.teacher.parameters():
-            parameter *= 0.9
-        model.smart.noise = _noise
+            parameter *= 0.9  # type: ignore[misc]
+        model.smart.noise = _noise  # type: ignore[method-assign]
     return model
 
 
@@ -160,7 +162,8 @@ def counts(recipe: Recipe) -> dict[str, int]:
 def jacobian(model: MultiTaskModel, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """[T, P] of the shared parameters by one backward per task, and the sum of the other parameters' gradients."""
     shared_ids = {id(p) for p in model.shared_parameters()}
-    rows, own, losses = [], {}, model(batch)
+    rows, losses = [], model(batch)
+    own: dict[str, Tensor] = {}
     for name, count in counts(model.recipe).items():
         loss, parameters = losses[name][0] / count, list(model.parameters())
         found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
@@ -168,5 +171,5 @@ def jacobian(model: MultiTaskModel, batch: PackedBatch) -> tuple[Tensor, dict[st
         rows.append(torch.cat([grad.flatten().double() for (_, p), grad in pairs if id(p) in shared_ids]))
         for (key, p), grad in pairs:
             if id(p) not in shared_ids:
-                own[key] = own.get(key, 0) + grad.double()
+                own[key] = own.get(key, torch.zeros(())) + grad.double()
     return torch.stack(rows), own

@@ -50,10 +50,10 @@ def run_steps(target: Any, model: MultiTaskModel, method: str, parts: list[int],
         max_norm=max_norm(recipe, model, world_size()) if hasattr(target, "module") else None,
     )
 
-    def loss_fn(batch, model, task_grads):  # noqa: ANN001, ANN202
+    def loss_fn(batch: Any, model: Any, task_grads: Any) -> Any:
         return model(batch, task_grads)
 
-    def plain(batch, task_grads):  # noqa: ANN001, ANN202
+    def plain(batch: Any, task_grads: Any) -> Any:
         return model(batch, task_grads)
 
     for step in range(choices.STEPS):

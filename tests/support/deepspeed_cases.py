@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import choices_cases
@@ -32,6 +33,7 @@ from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery.gradient_surgery import GradientSurgery
 from fastmtl.surgery.ranks import collectives
 from fastmtl.surgery.sinks.early_scatter import EarlyScatter
+from fastmtl.surgery.step import SurgeryInfo
 
 STEPS, ROWS = 3, 8
 RECOMPUTES = {"cheap": "cheap", "full": "full", "pieces": "full"}  # by variant
@@ -45,7 +47,7 @@ class Case:
     accumulation: int
     method: str
     precision: str = "fp32"
-    storage: str = "auto"
+    storage: Any = "auto"
     # "offload", "autocast", "one-step" (the engine is told of one micro-batch a step), "backward" (in place of run),
     # "pieces" (J goes to the ranks in many, during backward, with recompute full), "backward-pieces", "late" (in as
     # many, after it), "flat" (parameters), "flat-autocast", "graphs-pieces", "flat-graphs" (recorded layers and
@@ -193,17 +195,17 @@ def run_steps(
     """backward_on: the model to run for `backward` instead of `run`. left_out: of the variant."""
     data = make_data()
 
-    def loss_fn(batch: PackedBatch, model, task_grads):  # noqa: ANN001, ANN202
+    def loss_fn(batch: PackedBatch, model: Any, task_grads: Any) -> Any:
         return model(batch, task_grads)
 
-    def with_rows(batch: PackedBatch, model):  # noqa: ANN001, ANN202
+    def with_rows(batch: PackedBatch, model: Any) -> Any:
         return {name: entry for name, entry in model(batch).items() if entry[1]}
 
     for step in range(STEPS):
         batches = [step_batches(data, step, part, of) for part in parts]
-        counts = dict(zip(recipe.task_names, batches[0].group_counts, strict=True))
+        counts = dict(zip(recipe.task_names, batches[0].group_counts, strict=True))  # type: ignore[arg-type]
         if backward_on is None:
-            info = surgery.run(batches, with_rows if left_out else loss_fn, counts)
+            info: SurgeryInfo | None = surgery.run(batches, with_rows if left_out else loss_fn, counts)
         else:
             for number, batch in enumerate(batches, start=1):
                 losses = backward_on(batch, surgery.task_grads)
@@ -212,7 +214,7 @@ def run_steps(
         step_fn()
 
 
-def make_surgery(target, model: MultiTaskModel, recipe: Recipe) -> GradientSurgery:  # noqa: ANN001
+def make_surgery(target: Any, model: MultiTaskModel, recipe: Recipe) -> GradientSurgery:
     """On a DeepSpeed engine it clips where `build_engine` has left that to it."""
     return GradientSurgery(
         target,
@@ -260,7 +262,7 @@ def waits_of_a_step(zero: int, world: int, rank: int) -> list[str]:
 
     def step(number: int) -> None:
         batch = step_batches(data, number, rank, world)
-        counts = dict(zip(recipe.task_names, batch.group_counts, strict=True))
+        counts = dict(zip(recipe.task_names, batch.group_counts, strict=True))  # type: ignore[arg-type]
         surgery.run([batch], lambda batch, model, task_grads: model(batch, task_grads), counts)
         engine.step()
 
@@ -297,9 +299,9 @@ def main(directory: Path) -> None:
 
     ranks = start()
     # So that surgery clips over ranks, too: adapters and heads are a large part of these models.
-    gradient_norm._SMALL = 1.0  # type: ignore[misc]
+    gradient_norm._SMALL = 1.0
 
-    def keep(engine, path: Path) -> None:  # noqa: ANN001
+    def keep(engine: Any, path: Path) -> None:
         state = gathered_state_dict(engine)
         if ranks.is_main:
             assert state is not None

@@ -83,7 +83,7 @@ def make_batches(load: Load, parts: int) -> list[PackedBatch]:
     datasets = []
     for t, rows in enumerate(load.rows):
         kind = (t + load.seed) % 3
-        labels = [
+        labels: list[np.ndarray] = [
             random.integers(0, 3, rows),
             random.integers(0, 2, rows).astype(np.float32),
             random.uniform(0, 5, rows).astype(np.float32),
@@ -112,7 +112,8 @@ def jacobian(model: MultiTaskModel, load: Load) -> tuple[Tensor, dict[str, Tenso
     (joined,) = make_batches(load, 1)
     names = [name for name, _ in model.named_parameters()]
     shared_ids = {id(p) for p in model.shared_parameters()}
-    rows, own = [], {}
+    rows: list[Tensor] = []
+    own: dict[str, Tensor] = {}
     for task, count in load.counts().items():
         loss = model.task_weights[task] * model(joined)[task][0] / max(count, 1)
         found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
@@ -121,7 +122,7 @@ def jacobian(model: MultiTaskModel, load: Load) -> tuple[Tensor, dict[str, Tenso
         rows.append(torch.cat(shared))
         for name, parameter in model.named_parameters():
             if id(parameter) not in shared_ids:
-                own[name] = own.get(name, 0) + by_name[name].double()
+                own[name] = own.get(name, torch.zeros(())) + by_name[name].double()
     return torch.stack(rows), own
 
 

@@ -122,7 +122,7 @@ def train_until(recipe: Recipe, output: Path, step: int, *, resume: bool) -> Non
         if at == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    Tracker.step = stop  # type: ignore[method-assign]
+    Tracker.step = stop  # type: ignore[method-assign, assignment]
     try:
         train(recipe, output, resume=resume)
     finally:
@@ -194,7 +194,8 @@ def train_in_parts(directory: Path, bert: Path) -> None:
 if __name__ == "__main__":
     places = [Path(argument) for argument in sys.argv[1:] if not argument.startswith("--")]
     if "RANK" in os.environ:
+        directory, bert = places
         with results_only():
-            run_on_ranks(*places, world=int(os.environ["WORLD_SIZE"]))
+            run_on_ranks(directory, bert, int(os.environ["WORLD_SIZE"]))
     else:
         main(*places)

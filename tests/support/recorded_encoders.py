@@ -42,7 +42,7 @@ def make_encoder(
     with torch.no_grad():
         for parameter in encoder.parameters():
             if parameter.dim() == 1:
-                parameter += 0.1 * torch.randn(parameter.shape)
+                parameter += 0.1 * torch.randn(parameter.shape)  # type: ignore[misc]
     if recorder is not None:
         record_encoder(encoder, recorder)
     return encoder

@@ -16,7 +16,8 @@ def save_tiny_bert(directory: Path, *, hidden: int = 32, layers: int = 2, heads:
     import string
 
     import torch
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import BertConfig, BertModel
+    from transformers.models.bert.tokenization_bert import BertTokenizerFast
 
     pieces = [*WORDS, *string.ascii_lowercase, *("##" + c for c in string.ascii_lowercase), *string.digits, *".,!?'-"]
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces]

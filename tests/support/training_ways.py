@@ -297,7 +297,9 @@ def make_data() -> list[TokenizedDataset]:
     """Words are random but for the tasks' own, of which `kind` and `degree` want different things."""
     draw, datasets = np.random.default_rng(0), []
     for name in TASKS:
-        texts, seconds, labels = [], [], []
+        texts: list[Any] = []
+        seconds: list[Any] = []
+        labels: list[Any] = []
         for row in range(ROWS):
             sizes = draw.integers(3, POSITIONS // 2, 2)
             one, two = (draw.integers(10, VOCABULARY, size) for size in sizes)
@@ -338,4 +340,4 @@ if __name__ == "__main__":
     ranks = start()
     losses = {name: train(WAYS[name]).losses for name in names}
     if ranks.is_main:
-        np.savez(file, **losses)
+        np.savez(file, **losses)  # type: ignore[arg-type]

@@ -35,8 +35,8 @@ def model() -> Small:
 
 def flattened(model: Small) -> FlatParameters:
     matrices = [model.table.weight, model.first.weight, model.second.weight]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": [model.first.bias]}]
-    return FlatParameters(model, groups, alone=[model.table.weight])
+    groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": 0.1}, {"params": [model.first.bias]}]
+    return FlatParameters(model, groups, alone=[model.table.weight])  # type: ignore[list-item]
 
 
 IDS = torch.tensor([0, 3, 3])

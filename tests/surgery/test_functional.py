@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_nothing_waits_for_the_device(mode: Mode) -> None:
     """From backward to the merged gradient, with an absent task, a table as compact rows and another dense."""
     sizes = [4, 0, 3]
     net, ids, weights = Net(), rows(sizes), torch.tensor([1.0, 2.0, 3.0])
-    solve = {"solve": lambda index, gram: weights} if mode == "tensor" else {}
+    solve: Any = {"solve": lambda index, gram: weights} if mode == "tensor" else {}
     sink = sink_of(mode, list(net.parameters()), len(sizes), sparse=[net.words], **solve)
     at_once = {"accumulates": False} if mode == "gramian" else {}
     with sink.armed(ids.device, **at_once):
@@ -176,7 +177,7 @@ def test_writes_add_up() -> None:
     net, ids = Net(), rows([4, 3])
     expected = expected_jacobian(net, ids, [4, 3]) * 2
     for mode in ("stack", "gramian"):
-        sink = sink_of(mode, list(net.parameters()), 2, sparse=[net.words])  # type: ignore[arg-type]
+        sink = sink_of(mode, list(net.parameters()), 2, sparse=[net.words])
         for _ in range(2):
             with sink.armed(ids.device):
                 torch.autograd.grad(net(ids, segments([4, 3]), sink).sum(), [sink.anchor])

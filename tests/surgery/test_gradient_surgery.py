@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from types import SimpleNamespace
+from typing import Any
 from weakref import ref
 
 import deepspeed_cases as cases
@@ -19,6 +20,7 @@ from fastmtl.errors import TrainingError, UserError
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery, SurgeryInfo, gradient_surgery
 from fastmtl.surgery.losses import Losses
+from fastmtl.surgery.merged import Merged
 from fastmtl.surgery.methods.order import draw_order
 from fastmtl.surgery.sinks.sink import Sink
 from fastmtl.surgery.targets.engine import EngineTarget
@@ -50,7 +52,7 @@ COUNTS = {"kind": 8, "same": 3, "degree": 8}
 
 
 def gradients(
-    model: MultiTaskModel, batches: list[PackedBatch], sink: bool = True, **options: object
+    model: MultiTaskModel, batches: list[PackedBatch], sink: bool = True, **options: Any
 ) -> dict[str, Tensor]:
     """What `run` leaves in `.grad`."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -110,7 +112,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], bound: fl
 
 @pytest.mark.parametrize("adapter", ["none", "pal", "low_rank", "lora"])
 @pytest.mark.parametrize("storage", ["stacked", "kept", "replay"])
-def test_pcgrad_equals_the_textbook(adapter: str, storage: str) -> None:
+def test_pcgrad_equals_the_textbook(adapter: str, storage: Any) -> None:
     model = make(adapter)
     assert_same(gradients(model, [batch()], storage=storage), textbook(model, batch()))
 
@@ -124,7 +126,7 @@ def test_there_are_conflicts_to_resolve() -> None:
 
 @pytest.mark.parametrize("storage", ["stacked", "kept", "replay"])
 @pytest.mark.parametrize("method", ["sum", "pcgrad"])
-def test_accumulation_equals_the_joined_batch(storage: str, method: str) -> None:
+def test_accumulation_equals_the_joined_batch(storage: Any, method: str) -> None:
     model = make()
     joined = gradients(model, [batch()], method=method)
     parts = gradients(model, [batch(part, 4) for part in range(4)], storage=storage, method=method)
@@ -132,7 +134,7 @@ def test_accumulation_equals_the_joined_batch(storage: str, method: str) -> None
 
 
 @pytest.mark.parametrize("storage", ["none", "stacked", "kept", "replay"])
-def test_recomputation_changes_no_bit(storage: str) -> None:
+def test_recomputation_changes_no_bit(storage: Any) -> None:
     """Of joint training, and of PCGrad with every storage, where a weight's uses are counted in forward."""
     options = {"method": "sum"} if storage == "none" else {"storage": storage}
     found = []
@@ -160,7 +162,8 @@ def test_replay_repeats_the_dropout_masks(recompute: Recompute) -> None:
 @pytest.mark.parametrize("method", ["pcgrad", "sum"])
 def test_a_forward_begins_without_the_graph_of_the_one_before(method: str) -> None:
     """It would bring nodes of the default stream into a capture."""
-    model, seen = make(), []
+    model = make()
+    seen: list[Any] = []
 
     def loss_fn(micro_batch: PackedBatch, task_grads: Sink) -> Losses:
         assert all(loss() is None for loss in seen)
@@ -208,7 +211,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(UserError, match="Did you mean 'pcgrad'"):
         GradientSurgery(optimizer, "pcgrab", tasks=TASKS)
     with pytest.raises(ValueError, match="storage must be"):
-        GradientSurgery(optimizer, tasks=TASKS, storage="stack")
+        GradientSurgery(optimizer, tasks=TASKS, storage="stack")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="target"):
         GradientSurgery(model, tasks=TASKS)
     with pytest.raises(ValueError, match="counts"):
@@ -243,7 +246,7 @@ def test_a_gradient_that_is_not_finite_skips_and_five_stop() -> None:
 
 
 @pytest.mark.parametrize("storage", ["stacked", "kept", "replay"])
-def test_a_model_that_goes_past_the_sink_is_refused(storage: str) -> None:
+def test_a_model_that_goes_past_the_sink_is_refused(storage: Any) -> None:
     """Else its gradient would be lost without a word."""
     model = make()
     surgery = GradientSurgery(
@@ -281,7 +284,7 @@ class Scaled(OptimizerTarget):
             if parameter.grad is not None:
                 parameter.grad /= self.loss_scale()
 
-    def hand_over(self, gradients: dict[int, Tensor], reached: Collection[int]) -> None:
+    def hand_over(self, gradients: Merged, reached: Collection[int]) -> None:
         self.merged = dict(gradients)
         super().hand_over(gradients, reached)
 
@@ -312,7 +315,7 @@ def test_merged_gradients_become_grad_without_a_copy() -> None:
 
 
 @pytest.mark.parametrize("storage", ["stacked", "kept", "replay"])
-def test_a_loss_scale_changes_nothing(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_scale_changes_nothing(storage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
     expected = {name: value.double() for name, value in gradients(model, [batch()]).items()}
     monkeypatch.setattr(gradient_surgery, "find_target", Scaled)
@@ -320,7 +323,7 @@ def test_a_loss_scale_changes_nothing(storage: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("storage", ["stacked", "kept", "replay"])
-def test_an_overflow_reaches_the_loss_scaler(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_overflow_reaches_the_loss_scaler(storage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradient_surgery, "find_target", Scaled)
     model = make()
     surgery = GradientSurgery(
@@ -424,7 +427,7 @@ def test_a_hugging_face_model_equals_the_textbook(sparse: bool) -> None:
         torch.optim.SGD(model.parameters(), lr=0.1),
         tasks=["up", "down"],
         shared=list(model.encoder.parameters()),
-        sparse=[model.encoder.embeddings.word_embeddings.weight] if sparse else [],
+        sparse=[model.encoder.embeddings.word_embeddings.weight] if sparse else [],  # type: ignore[list-item]
     )
     info = surgery.run([ids], lambda ids: model(ids))
     assert info.conflict_rate == 1.0

@@ -17,7 +17,7 @@ from fastmtl.surgery import GradientSurgery
 from fastmtl.surgery.methods import torchjd as torchjd_methods
 from fastmtl.surgery.methods.table import find_method
 
-NEEDED = {"cagrad": {"c": 0.4}, "fairgrad": {"alpha": 1.0}, "krum": {"n_byzantine": 1}}
+NEEDED: dict[str, dict[str, Any]] = {"cagrad": {"c": 0.4}, "fairgrad": {"alpha": 1.0}, "krum": {"n_byzantine": 1}}
 
 
 def on(model: MultiTaskModel, **options: Any) -> GradientSurgery:
@@ -129,12 +129,12 @@ class Broken(torch.autograd.Function):
     """Identity whose parameter gets a gradient that is not finite."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, parameter: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(ctx: Any, x: Tensor, parameter: Tensor) -> Tensor:
         ctx.like = parameter
         return x.clone()
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN001
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         return dy, torch.full_like(ctx.like, float("nan"))
 
 
@@ -145,7 +145,7 @@ def test_an_own_gradient_that_is_not_finite_stops_before_the_update(options: dic
     surgery = on(model, sparse=model.sparse_parameters(), **options)
     number = next(k for k, p in enumerate(model.parameters()) if p is bias)
 
-    def loss_fn(b, task_grads):  # noqa: ANN001, ANN202
+    def loss_fn(b: Any, task_grads: Any) -> Any:
         losses = dict(model(b, task_grads))
         first = next(iter(losses))
         losses[first] = (Broken.apply(losses[first][0], bias), losses[first][1])
@@ -161,7 +161,7 @@ def test_stacked_skips_it() -> None:
     model = make()
     bias = next(p for n, p in model.named_parameters() if n.startswith("heads.") and n.endswith("bias"))
 
-    def loss_fn(b, task_grads):  # noqa: ANN001, ANN202
+    def loss_fn(b: Any, task_grads: Any) -> Any:
         losses = dict(model(b, task_grads))
         first = next(iter(losses))
         losses[first] = (Broken.apply(losses[first][0], bias), losses[first][1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import deepspeed_cases as cases
 import pytest
@@ -35,12 +35,12 @@ class Net(nn.Module):
         ids = torch.randint(0, 8, (NUM_ROWS,), generator=torch.Generator().manual_seed(seed))
         host = (0, 5, 5, 12)
         segments = Segments(torch.tensor(host, dtype=torch.int32), host)
-        x = embedding(ids, self.words.weight, segments, sink) + embedding(ids, self.types.weight, segments, sink)
+        x = embedding(ids, self.words.weight, segments, sink) + embedding(ids, self.types.weight, segments, sink)  # type: ignore[arg-type]
         x = layer_norm(x, self.norm.weight, self.norm.bias, 1e-5, segments, sink)
         for _ in range(2):
-            x = x + linear(x, self.twice.weight, self.twice.bias, segments, sink).tanh()
-        y = linear(x, self.wide.weight, None, segments, sink)
-        y = y + linear(x, self.types.weight, None, segments, sink).repeat(1, 2)
+            x = x + linear(x, self.twice.weight, self.twice.bias, segments, sink).tanh()  # type: ignore[arg-type]
+        y = linear(x, self.wide.weight, None, segments, sink)  # type: ignore[arg-type]
+        y = y + linear(x, self.types.weight, None, segments, sink).repeat(1, 2)  # type: ignore[arg-type]
         pieces = zip(TASKS, self.heads, segments.split(y), strict=True)
         return {name: (head(piece).square().sum(), len(piece)) for name, head, piece in pieces}
 
@@ -48,12 +48,12 @@ class Net(nn.Module):
         return [p for name, p in self.named_parameters() if not name.startswith("heads")]
 
 
-def surgery_on(net: Net, storage: str, **options: Any) -> GradientSurgery:
+def surgery_on(net: Net, storage: Any, **options: Any) -> GradientSurgery:
     options = {"sparse": [net.words.weight], "shared": net.shared(), "seed": 3, **options}
-    return GradientSurgery(torch.optim.SGD(net.parameters()), tasks=TASKS, storage=storage, **options)  # type: ignore[arg-type]
+    return GradientSurgery(torch.optim.SGD(net.parameters()), tasks=TASKS, storage=storage, **options)
 
 
-def step(net: Net, storage: str, micro_batches: int = 1, **options: Any) -> tuple[SurgeryInfo, dict[str, Tensor]]:
+def step(net: Net, storage: Any, micro_batches: int = 1, **options: Any) -> tuple[SurgeryInfo, dict[str, Tensor]]:
     surgery = surgery_on(net, storage, **options)
     counts = {name: rows * micro_batches for name, rows in zip(TASKS, ROWS, strict=True)}
     info = surgery.run(list(range(micro_batches)), lambda seed, task_grads: net(seed, task_grads), counts)
@@ -84,7 +84,7 @@ def test_dropout_and_recomputation_of_a_real_model() -> None:
     """Nothing that is kept is written over by what comes later in backward."""
     recipe = cases.make_recipe(cases.Case(1, 1, "pcgrad"))
     found = {}
-    for storage, recompute in (("stacked", "none"), ("kept", "none"), ("kept", "cheap"), ("kept", "full")):
+    for storage, recompute in cast(Any, (("stacked", "none"), ("kept", "none"), ("kept", "cheap"), ("kept", "full"))):
         model = cases.make_model(recipe).train()
         model.encoder.recompute = recompute
         for module in model.modules():
@@ -119,7 +119,7 @@ def test_what_is_kept() -> None:
         made.append(sum({t.data_ptr(): t.nbytes for t in [*sink.tensors(), *inputs]}.values()))
         return merge(weights, narrow=narrow)
 
-    sink.combine = combine  # type: ignore[method-assign]
+    sink.combine = combine  # type: ignore[method-assign, assignment]
     info = surgery.run([0], lambda seed, task_grads: net(seed, task_grads))
     rows = sum(ROWS)
     inputs_and_gradients = rows * 4 * (8 * (2 + 1) + 8 * (2 + 1) + 16)
@@ -144,12 +144,12 @@ def test_a_step_that_is_skipped_keeps_nothing() -> None:
 def test_float16_with_a_large_loss_scale() -> None:
     """Weights that hold its inverse are too small for float16, and rows times them would be zeros."""
     net = Net()
-    sink = KeepSink([net.wide.weight], 2)
+    sink = KeepSink([net.wide.weight], 2)  # type: ignore[list-item]
     torch.manual_seed(1)
     dy, x = torch.randn(6, 16).half() * 100, torch.randn(6, 8).half()
     segments = Segments(torch.tensor([0, 2, 6], dtype=torch.int32), (0, 2, 6))
     with sink.armed(dy.device):
-        sink.linear(net.wide.weight, None, dy, x, segments, (True, False))
+        sink.linear(net.wide.weight, None, dy, x, segments, (True, False))  # type: ignore[arg-type]
     weights = torch.tensor([3.0, -1.0])
     (merged,) = sink.combine(weights / 2**24).values()
     expected = (dy.double() * segments.per_row(weights.double())[:, None]).T @ x.double()

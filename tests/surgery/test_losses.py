@@ -119,7 +119,7 @@ def test_a_constant_of_a_task_without_rows_is_left_out() -> None:
     surgery_on(other).backward({"a": other(IDS)["a"]})
     assert net.heads[1].weight.grad is None
     for a, b in zip(net.parameters(), other.parameters(), strict=True):
-        assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad)
+        assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
 
 
 def test_a_task_with_nothing_to_train_beside_others_where_nothing_shared_is() -> None:
@@ -132,7 +132,7 @@ def test_a_task_with_nothing_to_train_beside_others_where_nothing_shared_is() ->
     other(IDS)["a"][0].div(3).backward()
     assert info.losses["b"] == 2
     for a, b in zip(net.parameters(), other.parameters(), strict=True):
-        assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad)
+        assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", ["pcgrad", "sum"])
@@ -159,7 +159,7 @@ def test_sparse_gradients() -> None:
     """Of a shared table, of a task's own, and of a sum into SurgeryAdamW, which is refused there."""
     for more in ({}, {"sparse": "words"}, {"shared": "dense"}):
         net = Net(sparse=True)
-        options = {key: list(getattr(net, part).parameters()) for key, part in more.items()}
+        options: dict[str, Any] = {key: list(getattr(net, part).parameters()) for key, part in more.items()}
         with pytest.raises(
             UserError, match=r"number 0 of the optimiser of shape \(7, 4\) gets a sparse.* sparse=False"
         ):
@@ -219,7 +219,7 @@ def test_a_parameter_twice_in_one_group() -> None:
     with pytest.warns(UserWarning, match="duplicate"):
         optimizer = torch.optim.SGD([*net.parameters(), net.dense.weight])
     GradientSurgery(optimizer, tasks=["a", "b"], shared=net.shared()).backward(net(IDS))
-    assert all(torch.equal(p.grad, other) for p, other in zip(net.parameters(), expected, strict=True))
+    assert all(torch.equal(p.grad, other) for p, other in zip(net.parameters(), expected, strict=True))  # type: ignore[arg-type]
     with (
         pytest.warns(UserWarning, match="duplicate"),
         pytest.raises(UserError, match=r"\(4, 4\) is twice in one group"),
@@ -232,9 +232,9 @@ def test_a_parameter_twice_in_one_group() -> None:
 def test_what_flat_parameters_are_made_of() -> None:
     """Generators, as torch's optimisers take them, and no names in place of parameters."""
     net = Net()
-    flat = FlatParameters(net, [{"params": net.parameters()}], alone=net.words.parameters())
+    flat = FlatParameters(net, [{"params": net.parameters()}], alone=list(net.words.parameters()))
     assert [p.numel() for p in flat.trained()] == [sum(p.numel() for p in net.parameters()) - 28, 28]
     with pytest.raises(UserError, match="alone has 'words.weight', which is no parameter"):
-        FlatParameters(Net(), [{"params": list(net.parameters())}], alone=["words.weight"])
+        FlatParameters(Net(), [{"params": list(net.parameters())}], alone=["words.weight"])  # type: ignore[list-item]
     with pytest.raises(UserError, match="params has pairs of names and parameters"):
         FlatParameters(Net(), [{"params": net.named_parameters()}])

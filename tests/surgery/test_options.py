@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from surgery_cases import COUNTS, TASKS, batch, make, surgery_on
@@ -78,7 +80,7 @@ def test_sketch_estimates_what_exact_computes() -> None:
 
 
 @pytest.mark.parametrize("storage", ["stacked", "kept", "replay"])
-def test_sketch_adds_up_over_micro_batches(storage: str) -> None:
+def test_sketch_adds_up_over_micro_batches(storage: Any) -> None:
     model = make()
     joined = surgery_on(model, reduce="sketch", sketch_size=256)
     one = joined.run([batch()], lambda b, task_grads: model(b, task_grads))
@@ -157,7 +159,7 @@ def test_a_backward_that_fails_leaves_a_fresh_start() -> None:
         ({"method": "upgrd"}, "Did you mean 'upgrad'"),
     ],
 )
-def test_refused(more: dict[str, object], message: str) -> None:
+def test_refused(more: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         surgery_on(make(), **more)
 
@@ -176,7 +178,7 @@ def test_tensor_scope_needs_the_sink() -> None:
         surgery_on(model, scope="tensor").run([batch()], lambda b: model(b))
 
 
-NEEDED = {"cagrad": {"c": 0.4}, "fairgrad": {"alpha": 1.0}, "krum": {"n_byzantine": 0}}
+NEEDED: dict[str, dict[str, Any]] = {"cagrad": {"c": 0.4}, "fairgrad": {"alpha": 1.0}, "krum": {"n_byzantine": 0}}
 
 
 @pytest.mark.parametrize("name", torchjd_methods.names())
@@ -264,7 +266,7 @@ def test_without_torchjd_its_names_say_what_to_install(monkeypatch: pytest.Monke
 def test_a_loss_that_is_not_finite_stops_plain_training_before_its_update() -> None:
     model = make()
 
-    def loss_fn(b):  # noqa: ANN001, ANN202
+    def loss_fn(b: Any) -> Any:
         losses = model(b)
         return {**losses, "same": (losses["same"][0] * float("nan"), 3)}
 
@@ -275,7 +277,7 @@ def test_a_loss_that_is_not_finite_stops_plain_training_before_its_update() -> N
 def test_a_gradient_that_is_not_finite_stops_tensor_scope_before_its_update() -> None:
     model = make()
 
-    def loss_fn(b, task_grads):  # noqa: ANN001, ANN202
+    def loss_fn(b: Any, task_grads: Any) -> Any:
         losses = model(b, task_grads)
         return {**losses, "same": (losses["same"][0] * float("inf"), 3)}
 
@@ -287,7 +289,7 @@ def test_a_tasks_own_gradient_that_is_not_finite_skips_the_step() -> None:
     model = make()
     bias = next(p for n, p in model.named_parameters() if not n.startswith("encoder.") and n.endswith("bias"))
 
-    def loss_fn(b, task_grads):  # noqa: ANN001, ANN202
+    def loss_fn(b: Any, task_grads: Any) -> Any:
         losses = model(b, task_grads)
         return {**losses, "kind": (losses["kind"][0] + (bias - bias).sum().sqrt(), 8)}  # finite, its slope is not
 
@@ -318,7 +320,7 @@ def test_fixed_weights_scale_task_gradients_before_the_gramian() -> None:
 
 
 @pytest.mark.parametrize(("method", "storage"), [("sum", "auto"), ("pcgrad", "stacked"), ("gradvac", "replay")])
-def test_weights_of_a_step_multiply_the_fixed_ones_for_that_step_alone(method: str, storage: str) -> None:
+def test_weights_of_a_step_multiply_the_fixed_ones_for_that_step_alone(method: str, storage: Any) -> None:
     def fresh(**fixed: float) -> tuple[GradientSurgery, MultiTaskModel]:
         model = make()
         return surgery_on(model, method, storage=storage, task_weights=fixed), model

@@ -71,7 +71,7 @@ def results(
         (y.float().square() * torch.arange(1, 1 + y.numel()).view_as(y)).sum().backward()
         return y.detach()
 
-    if sink is None:
+    if sink is None or mode is None:
         found = [run()]
     else:
         with sink.armed(x.device, **({"accumulates": False} if mode == "gramian" else {})):
@@ -98,7 +98,7 @@ def results(
 def test_it_is_what_the_linears_are(
     mode: Mode | None, beside: bool, dtype: torch.dtype, frozen: bool, autocast: bool
 ) -> None:
-    keywords = {"beside": beside, "dtype": dtype, "frozen": frozen, "autocast": autocast}
+    keywords: dict[str, Any] = {"beside": beside, "dtype": dtype, "frozen": frozen, "autocast": autocast}
     found, expected = (results(op, mode, **keywords) for op in (projections, one_by_one))
     assert len(found) == len(expected)
     rounding = 2**-7 if autocast or dtype == torch.bfloat16 else 2**-21
@@ -116,7 +116,7 @@ def test_all_of_them_are_one_product() -> None:
         x, (weights, biases) = torch.randn(7, IN, requires_grad=True), parameters(beside=beside)
         dy = torch.randn(7, NUMBER, OUT)
 
-        def run(x: Tensor = x, of: tuple[list[nn.Parameter], ...] = (weights, biases), dy: Tensor = dy) -> None:
+        def run(x: Tensor = x, of: tuple[list[Any], list[Any]] = (weights, biases), dy: Tensor = dy) -> None:
             projections(x, *of, PARTS).backward(dy)
 
         names[beside] = [event.name for event in operators(run)]
@@ -129,7 +129,8 @@ def test_all_of_them_are_one_product() -> None:
 def test_task_gradients_are_one_product_where_their_columns_are_side_by_side() -> None:
     """Also where one of the weights has a gradient already and the others have none."""
     weights, biases = parameters(beside=False)
-    x, calls, found = torch.randn(7, IN, requires_grad=True), {}, []
+    x, calls = torch.randn(7, IN, requires_grad=True), {}
+    found: list[list[Tensor]] = []
     for order in ([*weights, *biases], [p for pair in zip(weights, biases, strict=True) for p in pair]):
         sink = StackSink(order, 3)
         with sink.armed(x.device):

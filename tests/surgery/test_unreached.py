@@ -53,7 +53,7 @@ def ids(seed: int) -> Tensor:
 
 
 def surgery_on(net: Net, optimizer: torch.optim.Optimizer, method: str = "pcgrad", **more: Any) -> GradientSurgery:
-    shared = net.encoder.parameters()
+    shared = list(net.encoder.parameters())
     return GradientSurgery(optimizer, method, tasks=["kind", "degree"], shared=shared, **more)
 
 
@@ -195,7 +195,7 @@ def test_unfreezing_all_that_was_shared_is_refused() -> None:
 def test_a_group_added_later_is_refused() -> None:
     net = Net()
     optimizer = torch.optim.SGD([*net.encoder.encoder.parameters(), *net.kind.parameters(), *net.degree.parameters()])
-    surgery = GradientSurgery(optimizer, tasks=["kind", "degree"], shared=net.encoder.encoder.parameters())
+    surgery = GradientSurgery(optimizer, tasks=["kind", "degree"], shared=list(net.encoder.encoder.parameters()))
     surgery.backward(net(ids(0)))
     optimizer.add_param_group({"params": list(net.encoder.embeddings.parameters())})
     with pytest.raises(UserError, match="in no group of the optimiser, when GradientSurgery was made"):

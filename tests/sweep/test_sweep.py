@@ -110,7 +110,7 @@ def test_a_failed_point_is_noted_and_finished_ones_are_skipped(
     tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained, output = Trained(monkeypatch), tmp_path / "sweep"
-    values = {"seed": [10, 95, 30], "optimizer.lr": [0.0, 0.001]}
+    values: dict[str, list[Any]] = {"seed": [10, 95, 30], "optimizer.lr": [0.0, 0.001]}
     assert run_sweep(recipe, grid(tmp_path, values), [], output) == FAILED
     assert trained.seeds == [10, 10, 95, 95, 30, 30]
     rows = list(csv.DictReader((output / "sweep.csv").open(newline="")))

@@ -67,7 +67,7 @@ def test_anything_else_is_a_bug(error: Exception) -> None:
 
 
 def test_a_bug_is_told_on_printable_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def fail(**_: object) -> None:
+    def fail(**_: Any) -> None:
         raise KeyError("\x1b[2J" + "\n" * 10_000)
 
     monkeypatch.setattr(cli, "app", fail)

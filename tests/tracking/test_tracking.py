@@ -8,6 +8,7 @@ import math
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ DEV = {"sst": {"accuracy": 0.5, "macro_f1": 0.4}, "sts": {"pearson": 0.7, "spear
 
 @dataclass
 class Info:
-    losses: dict[str, object]
+    losses: dict[str, Any]
     cosines: torch.Tensor | None = None
     conflict_rate: float | None = None
     task_norms: object = field(default=None)
@@ -34,7 +35,7 @@ class Info:
     nbytes: int = 0
 
 
-def recipe(**train: object) -> Recipe:
+def recipe(**train: Any) -> Recipe:
     tasks = {
         "sst": {"type": "classification", "num_labels": 5, "data": {}},
         "sts": {"type": "regression", "range": [0, 5], "data": {}},
@@ -225,7 +226,7 @@ def test_lines_are_written_once_a_second(tmp_path: Path, monkeypatch: pytest.Mon
 
     class Late(Info):
         @property
-        def seconds(self) -> float:  # type: ignore[override]
+        def seconds(self) -> float:
             read.append(1)
             return 0.25
 

@@ -61,13 +61,13 @@ def test_task_gradients_of_the_oracle() -> None:
 @pytest.mark.parametrize("impl", IMPLS[1:])
 @settings(max_examples=60, deadline=None)
 @given(case=cases())
-def test_any_case(impl: str, case: Case) -> None:
+def test_any_case(impl: Any, case: Case) -> None:
     check(case, impl)
 
 
 @pytest.mark.parametrize("impl", IMPLS[1:])
 @pytest.mark.parametrize("columns", [384, 768, 1023])
-def test_widths_of_encoders(impl: str, columns: int) -> None:
+def test_widths_of_encoders(impl: Any, columns: int) -> None:
     check(Case(**{**PLAIN, "columns": columns, "sizes": (150, 64, 131)}), impl)
 
 
@@ -87,7 +87,7 @@ def test_bits_do_not_depend_on_threads() -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_forward_and_backward_drop_the_same(impl: str) -> None:
+def test_forward_and_backward_drop_the_same(impl: Any) -> None:
     """x's gradient is zero exactly where x did not reach y, and 1 / (1 - p) of the residual's elsewhere."""
     generator = torch.Generator().manual_seed(0)
     residual, x = (torch.randn(301, 96, generator=generator).requires_grad_() for _ in range(2))
@@ -102,7 +102,7 @@ def test_forward_and_backward_drop_the_same(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_frozen_parameters_and_inputs(impl: str) -> None:
+def test_frozen_parameters_and_inputs(impl: Any) -> None:
     """Only what asks for a gradient gets one, from the sink or not."""
     tensors, dy = Case(**PLAIN).tensors("cpu")
     tensors["x"].requires_grad_()
@@ -115,7 +115,7 @@ def test_frozen_parameters_and_inputs(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_offsets_of_any_kind(impl: str) -> None:
+def test_offsets_of_any_kind(impl: Any) -> None:
     class Both:
         offsets = torch.tensor([0, 3, 7], dtype=torch.int32)
         host = (0, 3, 7)

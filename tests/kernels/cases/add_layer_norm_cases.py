@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -78,7 +79,7 @@ Results = tuple[dict[str, Tensor], RecordingSink]
 EPS = 1e-5
 
 
-def run(case: Case, impl: str, device: str, wide: torch.dtype | None = None) -> Results:
+def run(case: Case, impl: Any, device: str, wide: torch.dtype | None = None) -> Results:
     """y, y made again and the gradients by name. A sink's are [T, d] where it is used, for the rest they are
     autograd's.
     """
@@ -92,14 +93,14 @@ def run(case: Case, impl: str, device: str, wide: torch.dtype | None = None) -> 
     use_sink = case.sink and offsets is not None
     makers: list[Callable[[], Tensor]] = []
     y = add_layer_norm(
-        **tensors,  # type: ignore[arg-type]
+        **tensors,
         dropout_p=case.dropout_p,
         eps=EPS,
         seed=torch.tensor([case.seed * 2**20 + 1], device=device),
         token_offsets=offsets,
         task_grads=sink if use_sink else None,
         register=lambda _, make: makers.append(make),
-        impl=impl,  # type: ignore[arg-type]
+        impl=impl,
     )
     results = {"y": y.detach()}
     if makers:
@@ -115,7 +116,7 @@ def run(case: Case, impl: str, device: str, wide: torch.dtype | None = None) -> 
     return results, sink
 
 
-def check(case: Case, impl: str, device: str = "cpu") -> None:
+def check(case: Case, impl: Any, device: str = "cpu") -> None:
     """y and every gradient against the oracle in float64, twice with equal bits, nothing left unwritten."""
     found, _ = nan_filled(lambda: run(case, impl, device))
     assert torch.equal(found["y"], found.pop("y again"))

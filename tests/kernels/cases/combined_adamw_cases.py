@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPTIONS = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
+OPTIONS: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
 UNIT = 2.0**-23
 
 
@@ -32,8 +32,12 @@ class Written:
 
     def on(self, device: str) -> Written:
         """A copy of its own."""
-        lists = [self.params, self.exp_avgs, self.exp_avg_sqs, self.copies]
-        return Written(*[None if ts is None else [t.clone().to(device) for t in ts] for ts in lists])
+
+        def moved(tensors: list[Tensor]) -> list[Tensor]:
+            return [tensor.clone().to(device) for tensor in tensors]
+
+        copies = None if self.copies is None else moved(self.copies)
+        return Written(moved(self.params), moved(self.exp_avgs), moved(self.exp_avg_sqs), copies)
 
     def arguments(self) -> dict[str, Any]:
         return vars(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -74,7 +75,7 @@ def cases(max_rows: int = 90, max_columns: int = 140) -> st.SearchStrategy[Case]
     )
 
 
-def run(case: Case, impl: str, device: str, wide: torch.dtype | None = None) -> dict[str, Tensor]:
+def run(case: Case, impl: Any, device: str, wide: torch.dtype | None = None) -> dict[str, Tensor]:
     """y and the gradients by name; those that a sink gets are [T, ...]."""
     ids, parameters, dy = case.tensors(device)
     if wide is not None:
@@ -92,7 +93,7 @@ def run(case: Case, impl: str, device: str, wide: torch.dtype | None = None) -> 
         seed=torch.tensor([case.seed * 2**20 + 1], device=device),
         token_offsets=offsets,
         task_grads=sink if use_sink else None,
-        impl=impl,  # type: ignore[arg-type]
+        impl=impl,
     )
     assert y.dtype == parameters["words"].dtype
     y.backward(dy)
@@ -110,7 +111,7 @@ def run(case: Case, impl: str, device: str, wide: torch.dtype | None = None) -> 
     return results
 
 
-def check(case: Case, impl: str, device: str = "cpu") -> None:
+def check(case: Case, impl: Any, device: str = "cpu") -> None:
     """y and every gradient against the oracle in float64, twice with equal bits, nothing left unwritten."""
     found = nan_filled(lambda: run(case, impl, device))
     again = run(case, impl, device)

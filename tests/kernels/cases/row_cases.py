@@ -61,7 +61,7 @@ LAYOUTS = ["dense", "columns", "transposed"]
 def nan_filled(run: Callable[[], Any]) -> Any:
     """Runs with every new uninitialised tensor full of NaN: an element that is not written shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
         return run()
     finally:

@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 COPIES = [None, torch.bfloat16, torch.float16]
 
 
-def unless_missing(impl: str) -> Any:
+def unless_missing(impl: Any) -> Any:
     found = next(found for found in implementations(DEVICES[impl])["combined_adamw"] if found.impl == impl)
     marks = [pytest.mark.skipif(not found.available, reason=found.reason)]
     return pytest.param(impl, marks=[*marks, pytest.mark.gpu] if DEVICES[impl] == "cuda" else marks)
@@ -40,7 +40,7 @@ needs_cpp = pytest.mark.skipif(bool(_native.why_unavailable()), reason=_native.w
     data=st.data(),
 )
 def test_lists(
-    impl: str, tasks: int, shapes: list[tuple[int, ...]], copy: Any, step: int, seed: int, data: st.DataObject
+    impl: Any, tasks: int, shapes: list[tuple[int, ...]], copy: Any, step: int, seed: int, data: st.DataObject
 ) -> None:
     dtypes = data.draw(st.lists(st.sampled_from(DTYPES), min_size=len(shapes), max_size=len(shapes)))
     generator, device = torch.Generator().manual_seed(seed), DEVICES[impl] if shapes else "cpu"
@@ -55,7 +55,7 @@ def test_lists(
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1, 1111, 131_111])
-def test_flat(impl: str, dtype: torch.dtype, size: int) -> None:
+def test_flat(impl: Any, dtype: torch.dtype, size: int) -> None:
     """[T, P]: less than a vector, more than a block, more than a piece; gradients need not be contiguous."""
     generator, device = torch.Generator().manual_seed(size), DEVICES[impl]
     ((memory,),), weights = lists_of([(6, size)], [dtype], 1, generator)[0], torch.tensor([0.5, -1.0, 2.0])
@@ -78,7 +78,7 @@ def test_flat(impl: str, dtype: torch.dtype, size: int) -> None:
     seed=st.integers(0, 1000),
 )
 def test_tables(
-    impl: str, tasks: int, size: tuple[int, int], rows: int, dtype: torch.dtype, copy: Any, seed: int
+    impl: Any, tasks: int, size: tuple[int, int], rows: int, dtype: torch.dtype, copy: Any, seed: int
 ) -> None:
     """Rows that occur get their gradients; the others decay, and so do their moments."""
     generator, device = torch.Generator().manual_seed(seed), DEVICES[impl]
@@ -93,7 +93,7 @@ def test_tables(
 
 
 @pytest.mark.parametrize("impl", [unless_missing("reference"), unless_missing("cpp")])
-def test_equals_torch_over_many_steps(impl: str) -> None:
+def test_equals_torch_over_many_steps(impl: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     theirs = torch.randn(300, dtype=torch.float64, generator=generator).requires_grad_()
     optimizer = torch.optim.AdamW([theirs], **OPTIONS)
@@ -102,7 +102,7 @@ def test_equals_torch_over_many_steps(impl: str) -> None:
         rows, weights = torch.randn(3, 300, generator=generator), torch.randn(3, generator=generator)
         theirs.grad = weights.double() @ rows.double()
         optimizer.step()
-        combined_adamw(rows, weights, ours, m, v, step=step, **OPTIONS, impl=impl)  # type: ignore[arg-type]
+        combined_adamw(rows, weights, ours, m, v, step=step, **OPTIONS, impl=impl)
     torch.testing.assert_close(ours.double(), theirs.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(m.double(), optimizer.state[theirs]["exp_avg"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(v.double(), optimizer.state[theirs]["exp_avg_sq"], rtol=1e-5, atol=1e-6)
@@ -112,18 +112,18 @@ def test_float64_is_exact_and_the_references() -> None:
     rows, p = torch.randn(2, 50, dtype=torch.float64), torch.randn(50, dtype=torch.float64)
     theirs = p.clone().requires_grad_()
     theirs.grad = rows.sum(0)
-    torch.optim.AdamW([theirs], **OPTIONS).step()  # type: ignore[arg-type]
-    combined_adamw(rows, torch.ones(2), p, *torch.zeros(2, 50).double().unbind(), step=1, **OPTIONS)  # type: ignore[arg-type]
+    torch.optim.AdamW([theirs], **OPTIONS).step()
+    combined_adamw(rows, torch.ones(2), p, *torch.zeros(2, 50).double().unbind(), step=1, **OPTIONS)
     torch.testing.assert_close(p, theirs.detach(), rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_non_finite_gradients_show(impl: str, bad: float) -> None:
+def test_non_finite_gradients_show(impl: Any, bad: float) -> None:
     rows = torch.ones(2, 20, device=DEVICES[impl])
     rows[1, 7] = bad
     p, m, v = (torch.ones(20, device=DEVICES[impl]) for _ in range(3))
-    combined_adamw(rows, torch.ones(2, device=rows.device), p, m, v, step=1, lr=0.1, impl=impl)  # type: ignore[arg-type]
+    combined_adamw(rows, torch.ones(2, device=rows.device), p, m, v, step=1, lr=0.1, impl=impl)
     assert (~torch.stack([p, m, v]).isfinite()).any(0).nonzero().tolist() == [[7]]
 
 
@@ -137,7 +137,7 @@ def test_equal_bits_for_any_number_of_threads() -> None:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             results.append(before.on("cpu"))
-            combined_adamw(grads, weights, **results[-1].arguments(), step=1, **OPTIONS, impl="cpp")  # type: ignore[arg-type]
+            combined_adamw(grads, weights, **results[-1].arguments(), step=1, **OPTIONS, impl="cpp")
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:

@@ -18,8 +18,9 @@ def launches() -> None:
     update = reference.Update.at(1, 1e-3, (0.9, 0.999), 1e-8, 0.01)
     for tasks, dtype, copy in CASES:
         for shape in ((1 << 20,), (1000, 384)):
-            three = (torch.empty(shape, device="meta") for _ in range(3))
-            target = reference.Written(*three, None if copy is None else torch.empty(shape, dtype=copy, device="meta"))
+            p, m, v = (torch.empty(shape, device="meta") for _ in range(3))
+            copied = None if copy is None else torch.empty(shape, dtype=copy, device="meta")
+            target = reference.Written(p, m, v, copied)
             slots = None if len(shape) == 1 else torch.empty(1000, dtype=torch.int32, device="meta")
             grads = [[torch.empty(shape, dtype=dtype, device="meta")] for _ in range(tasks)]
             combined_adamw_triton.combined_adamw(grads, torch.empty(tasks, device="meta"), [target], update, slots)

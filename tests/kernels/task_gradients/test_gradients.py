@@ -16,7 +16,7 @@ from fastmtl_kernels import _native, combine, gramian, implementations
 DEVICES = {"reference": "cpu", "cpp": "cpu", "cuda": "cuda", "triton": "cuda"}
 
 
-def unless_missing(impl: str) -> Any:
+def unless_missing(impl: Any) -> Any:
     """The implementation as a parameter, skipped with the reason where it cannot be used."""
     found = next(found for found in implementations(DEVICES[impl])["gramian"] if found.impl == impl)
     marks = [pytest.mark.skipif(not found.available, reason=found.reason)]
@@ -31,7 +31,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 7, 63, 1111, 9001, 131_111]
 
 
-def random_rows(num_tasks: int, size: int, dtype: torch.dtype, impl: str = "cpp", seed: int = 0) -> Tensor:
+def random_rows(num_tasks: int, size: int, dtype: torch.dtype, impl: Any = "cpp", seed: int = 0) -> Tensor:
     """[num_tasks, size] on the device of an implementation."""
     return torch.randn(num_tasks, size, generator=torch.Generator().manual_seed(seed)).to(DEVICES[impl], dtype)
 
@@ -62,7 +62,7 @@ def assert_combined(merged: Tensor, rows: Tensor, weights: Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("num_tasks", [1, 2, 3, 4, 5, 8])
-def test_flat(impl: str, dtype: torch.dtype, size: int, num_tasks: int) -> None:
+def test_flat(impl: Any, dtype: torch.dtype, size: int, num_tasks: int) -> None:
     rows = random_rows(num_tasks, size, dtype, impl)
     weights = torch.randn(num_tasks, generator=torch.Generator().manual_seed(1)).to(rows.device)
     assert_gramian(gramian(rows, impl), rows)
@@ -79,7 +79,7 @@ def test_flat(impl: str, dtype: torch.dtype, size: int, num_tasks: int) -> None:
     seed=st.integers(0, 1000),
     data=st.data(),
 )
-def test_lists(impl: str, num_tasks: int, shapes: list[list[int]], seed: int, data: st.DataObject) -> None:
+def test_lists(impl: Any, num_tasks: int, shapes: list[list[int]], seed: int, data: st.DataObject) -> None:
     """Tensors of any shapes and dtypes are one row per task; outputs have the tensors' shapes."""
     dtypes = data.draw(st.lists(st.sampled_from(DTYPES), min_size=len(shapes), max_size=len(shapes)))
     generator = torch.Generator().manual_seed(seed)
@@ -103,18 +103,18 @@ def test_lists(impl: str, num_tasks: int, shapes: list[list[int]], seed: int, da
 
 
 @pytest.mark.parametrize("impl", LIST_IMPLS)
-def test_large_lists_cross_pieces(impl: str) -> None:
+def test_large_lists_cross_pieces(impl: Any) -> None:
     """Tensors that begin and end inside the pieces that threads share out."""
     sizes = [40_000, 3, 0, 70_001, 1, 65_536, 128]
     rows = random_rows(3, sum(sizes), torch.float32, impl)
     grads = [list(row.split(sizes)) for row in rows]
     assert_gramian(gramian(grads, impl), rows)
     weights = torch.tensor([0.5, -1.0, 2.0], device=rows.device)
-    assert_combined(torch.cat(combine(grads, weights, impl=impl)), rows, weights)
+    assert_combined(torch.cat(combine(grads, weights, impl=impl)), rows, weights)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_not_contiguous(impl: str) -> None:
+def test_not_contiguous(impl: Any) -> None:
     rows = random_rows(6, 1001, torch.float32, impl)
     strided, weights = rows[::2, 1::3], torch.randn(3).to(rows.device)
     assert_gramian(gramian(strided, impl), strided)
@@ -131,7 +131,7 @@ def test_not_contiguous(impl: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("out_is_float", [False, True])
-def test_out_is_filled_and_returned(impl: str, dtype: torch.dtype, out_is_float: bool) -> None:
+def test_out_is_filled_and_returned(impl: Any, dtype: torch.dtype, out_is_float: bool) -> None:
     rows = random_rows(3, 1003, dtype, impl)
     weights = torch.tensor([1.0, 0.0, -0.25], device=rows.device)
     out = torch.full((1003,), math.nan, dtype=torch.float32 if out_is_float else dtype, device=rows.device)
@@ -140,7 +140,7 @@ def test_out_is_filled_and_returned(impl: str, dtype: torch.dtype, out_is_float:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_nothing_to_read(impl: str) -> None:
+def test_nothing_to_read(impl: Any) -> None:
     device = DEVICES[impl]
     assert torch.equal(gramian(torch.zeros(2, 0, device=device), impl), torch.zeros(2, 2, device=device))
     assert combine(torch.zeros(2, 0, device=device), torch.ones(2, device=device), impl=impl).shape == (0,)
@@ -151,23 +151,24 @@ def test_nothing_to_read(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_every_16_bit_number(impl: str, dtype: torch.dtype) -> None:
+def test_every_16_bit_number(impl: Any, dtype: torch.dtype) -> None:
     """Zeros, subnormals, infinities and NaNs are read and written, and sums are rounded, as by torch."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).to(DEVICES[impl])
     half, one = torch.tensor([[0.5], [1.0]], device=every.device)
     expected = torch.empty_like(every)
     expected.copy_(every.float() * 0.5)
     assert torch.equal(
-        torch.nan_to_num(combine(every[None], half, impl=impl), nan=7.0), torch.nan_to_num(expected, nan=7.0)
+        torch.nan_to_num(combine(every[None], half, impl=impl), nan=7.0),  # type: ignore[arg-type]
+        torch.nan_to_num(expected, nan=7.0),
     )
     as_float = combine(every[None], one, torch.empty(2**16, device=every.device), impl)
-    assert torch.equal(torch.nan_to_num(as_float, nan=7.0), torch.nan_to_num(every.float(), nan=7.0))
+    assert torch.equal(torch.nan_to_num(as_float, nan=7.0), torch.nan_to_num(every.float(), nan=7.0))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("where", [0, 500, 1000])
-def test_non_finite_gradients_show(impl: str, bad: float, where: int) -> None:
+def test_non_finite_gradients_show(impl: Any, bad: float, where: int) -> None:
     rows = random_rows(3, 1001, torch.float32, impl)
     rows[1, where] = bad
     finite = gramian(rows, impl).isfinite()
@@ -176,13 +177,13 @@ def test_non_finite_gradients_show(impl: str, bad: float, where: int) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
-def test_scales(impl: str, scale: float) -> None:
+def test_scales(impl: Any, scale: float) -> None:
     rows = random_rows(4, 5001, torch.float32, impl) * scale
     assert_gramian(gramian(rows, impl), rows)
 
 
 @pytest.mark.parametrize("impl", [unless_missing("reference"), unless_missing("cpp")])
-def test_equal_bits_for_any_number_of_threads(impl: str) -> None:
+def test_equal_bits_for_any_number_of_threads(impl: Any) -> None:
     rows, weights = random_rows(3, 500_003, torch.float32), torch.tensor([0.3, 0.3, -1.7])
     before = torch.get_num_threads()
     results = []
@@ -193,7 +194,7 @@ def test_equal_bits_for_any_number_of_threads(impl: str) -> None:
     finally:
         torch.set_num_threads(before)
     for gram, merged in results[1:]:
-        assert torch.equal(merged, results[0][1])
+        assert torch.equal(merged, results[0][1])  # type: ignore[arg-type]
         if impl == "cpp":  # the reference multiplies matrices with the vendor's library, which promises less
             assert torch.equal(gram, results[0][0])
 
@@ -201,7 +202,7 @@ def test_equal_bits_for_any_number_of_threads(impl: str) -> None:
 @pytest.mark.parametrize("op", [gramian, lambda rows: combine(rows, torch.ones(2))])
 def test_float64_is_exact_and_the_references(op: object) -> None:
     rows = torch.randn(2, 1001, dtype=torch.float64)
-    result = op(rows)  # type: ignore[operator]
+    result = op(rows)
     assert result.dtype == torch.float64
     torch.testing.assert_close(result, gramian64(rows) if op is gramian else rows.sum(0), rtol=1e-14, atol=1e-14)
 

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def unless_missing(impl: str) -> Any:
+def unless_missing(impl: Any) -> Any:
     found = next(found for found in implementations("cuda")["gramian"] if found.impl == impl)
     return pytest.param(impl, marks=pytest.mark.skipif(not found.available, reason=found.reason))
 
@@ -34,7 +34,7 @@ def random_lists(num_tasks: int, sizes: list[int], dtype: torch.dtype, shift: in
     ]
 
 
-def check(grads: list[list[Tensor]], impl: str) -> None:
+def check(grads: list[list[Tensor]], impl: Any) -> None:
     """Against the oracle, twice with equal bits."""
     gram, expected = gramian(grads, impl), reference.gramian(grads).double()
     norms = expected.diagonal().sqrt()
@@ -59,18 +59,18 @@ def check(grads: list[list[Tensor]], impl: str) -> None:
     dtype=st.sampled_from(DTYPES),
     shift=st.integers(0, 8),
 )
-def test_any_size_and_alignment(impl: str, num_tasks: int, size: int, dtype: torch.dtype, shift: int) -> None:
+def test_any_size_and_alignment(impl: Any, num_tasks: int, size: int, dtype: torch.dtype, shift: int) -> None:
     check(random_lists(num_tasks, [size], dtype, shift), impl)
 
 
 @pytest.mark.parametrize("impl", [CUDA, TRITON])
 @pytest.mark.parametrize("num_tasks", [16, 33, 64])
-def test_many_tasks(impl: str, num_tasks: int) -> None:
+def test_many_tasks(impl: Any, num_tasks: int) -> None:
     check(random_lists(num_tasks, [300_001], torch.bfloat16), impl)
 
 
 @pytest.mark.parametrize("impl", [CUDA])
-def test_more_tasks_than_cuda_takes_are_the_references(impl: str) -> None:
+def test_more_tasks_than_cuda_takes_are_the_references(impl: Any) -> None:
     grads = random_lists(65, [101], torch.float32)
     with pytest.raises(RuntimeError, match="up to 64 tasks, not 65"):
         gramian(grads, impl)
@@ -86,7 +86,7 @@ def kernels_of(call: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("impl", [CUDA])
-def test_hundreds_of_tensors_are_read_by_one_launch(impl: str) -> None:
+def test_hundreds_of_tensors_are_read_by_one_launch(impl: Any) -> None:
     grads = random_lists(3, [(k * 7919) % 3001 for k in range(200)], torch.bfloat16)
     check(grads, impl)
     weights = torch.ones(3, device="cuda")
@@ -96,7 +96,7 @@ def test_hundreds_of_tensors_are_read_by_one_launch(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", [CUDA, TRITON])
-def test_a_graph_captures_both(impl: str) -> None:
+def test_a_graph_captures_both(impl: Any) -> None:
     grads, weights = random_lists(3, [70_001], torch.float32), torch.ones(3, device="cuda")
     expected = gramian(grads, impl), combine(grads, weights, impl=impl)[0]
     graph = torch.cuda.CUDAGraph()
@@ -108,7 +108,7 @@ def test_a_graph_captures_both(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", [CUDA])
-def test_the_operators_on_a_gpu_pass_opcheck(impl: str) -> None:
+def test_the_operators_on_a_gpu_pass_opcheck(impl: Any) -> None:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     grads = [tensor for task in random_lists(3, [101], torch.float32) for tensor in task]
     torch.library.opcheck(torch.ops.fastmtl.gramian.default, (grads, 3), test_utils=checks)

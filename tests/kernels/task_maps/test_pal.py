@@ -133,7 +133,7 @@ def test_no_rows_at_all(impl: Any) -> None:
 
 
 X = torch.randn(6, 4)
-PARAMETERS = dict(down=torch.randn(2, 4, 6), qkv=torch.randn(2, 6, 18), up=torch.randn(2, 6, 4))
+PARAMETERS: dict[str, Any] = dict(down=torch.randn(2, 4, 6), qkv=torch.randn(2, 6, 18), up=torch.randn(2, 6, 4))
 WRONG: list[tuple[str, dict[str, Any]]] = [
     ("x", dict(x=torch.randn(6))),
     ("down", dict(down=torch.randn(2, 5, 6))),

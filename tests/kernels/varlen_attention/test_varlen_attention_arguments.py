@@ -56,7 +56,7 @@ CU_SEQLENS = torch.tensor([0, 4, 10], dtype=torch.int32)
     ],
     ids=str,
 )
-def test_bad_input_is_named(impl: str, wrong: dict[str, Any], message: str) -> None:
+def test_bad_input_is_named(impl: Any, wrong: dict[str, Any], message: str) -> None:
     arguments = {"qkv": QKV, "cu_seqlens": CU_SEQLENS, "impl": impl} | wrong
     with pytest.raises(ValueError, match=message):
         varlen_attention(**arguments)

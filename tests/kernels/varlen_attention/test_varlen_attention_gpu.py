@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -25,12 +26,12 @@ CASES = [
 
 
 def run(
-    qkv: Tensor, grad: Tensor, cu_seqlens: Tensor, dropout_p: float, impl: str, plan: AttentionPlan | None = None
+    qkv: Tensor, grad: Tensor, cu_seqlens: Tensor, dropout_p: float, impl: Any, plan: AttentionPlan | None = None
 ) -> list[Tensor]:
     """O and dqkv."""
     qkv = qkv.detach().requires_grad_()
     seed = torch.tensor([5], device=qkv.device)
-    out = varlen_attention(qkv, cu_seqlens, dropout_p=dropout_p, seed=seed, impl=impl, plan=plan)  # type: ignore[arg-type]
+    out = varlen_attention(qkv, cu_seqlens, dropout_p=dropout_p, seed=seed, impl=impl, plan=plan)
     return [out.detach(), *torch.autograd.grad(out, qkv, grad.to(out.dtype))]
 
 

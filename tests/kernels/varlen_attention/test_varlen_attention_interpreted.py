@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -25,14 +26,14 @@ pytestmark = interpreted
 SEED = torch.tensor([-77])
 
 
-def filled_with_nan(*args: object, **kwargs: object) -> Tensor:
+def filled_with_nan(*args: object, **kwargs: Any) -> Tensor:
     return EMPTY(*args, **kwargs).fill_(math.nan)  # type: ignore[call-overload]
 
 
 EMPTY = torch.empty
 
 
-def run(qkv: Tensor, grad: Tensor, offsets: list[int], scale: float, dropout_p: float, impl: str) -> list[Tensor]:
+def run(qkv: Tensor, grad: Tensor, offsets: list[int], scale: float, dropout_p: float, impl: Any) -> list[Tensor]:
     """O and dqkv; what a kernel leaves unwritten is NaN."""
     from fastmtl_kernels.varlen_attention.triton import launch as varlen_attention_triton
 

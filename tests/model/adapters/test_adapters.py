@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ every_formula = pytest.mark.parametrize(("name", "settings"), FORMULAS, ids=lamb
 BERT = BertConfig(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, attention_probs_dropout_prob=0.0)
 
 
-def build(name: str, bert: BertConfig = BERT, **settings: object) -> Adapter:
+def build(name: str, bert: BertConfig = BERT, **settings: Any) -> Adapter:
     torch.manual_seed(0)
     settings = {"size": 8, "heads": 4, **settings}
     adapter = build_adapter(AdapterConfig(name=name, **settings), bert, TASKS)

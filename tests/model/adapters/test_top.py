@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -27,11 +28,11 @@ TOPS = ["layer", "pal"]
 
 
 def sizes(dropout: float = 0.0, **others: int) -> BertConfig:
-    settings = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96, **others}
-    return BertConfig(**settings, attention_probs_dropout_prob=dropout, hidden_dropout_prob=dropout)
+    settings: dict[str, Any] = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96)
+    return BertConfig(**{**settings, **others}, attention_probs_dropout_prob=dropout, hidden_dropout_prob=dropout)
 
 
-def build(top: str, bert: BertConfig, **settings: object) -> Top:
+def build(top: Any, bert: BertConfig, **settings: Any) -> Top:
     torch.manual_seed(0)
     settings = {"name": "none", "size": 8, "heads": 2, **settings}
     adapter = build_adapter(AdapterConfig(top=top, **settings), bert, TASKS)
@@ -81,17 +82,18 @@ def test_a_layer_is_transformers_bert_layer_of_each_task(make_batch: MakeBatch) 
     bert._attn_implementation = "eager"
     top, batch = randomise(build("layer", bert)), make_batch(LENGTHS)
     layers = [BertLayer(bert).double().eval() for _ in TASKS]
-    copies = {}
+    copies: dict[str, Tensor] = {}
     for task, layer in enumerate(layers):
         layer.load_state_dict(top.tasks[task].state_dict(), strict=True)
         copies |= {f"tasks.{task}.{name}": p for name, p in layer.named_parameters()}
     assert copies.keys() == dict(top.named_parameters()).keys()
     copies = {name: copies[name] for name, _ in top.named_parameters()}
     x, copy, upstream = inputs(batch)
-    theirs = sum(
+    losses = (
         (first(layers[task](rows[None]))[0] * u).sum()
         for (task, rows), (_, u) in zip(per_sequence(copy), per_sequence(upstream), strict=True)
     )
+    theirs = sum(losses, start=torch.zeros((), dtype=torch.float64))
     check_gradients(top, (top(x, context_of(batch)) * upstream).sum(), theirs, x, copy, copies)
 
 

@@ -5,6 +5,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def bert(tiny_bert: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_bert, tmp_path / "bert"))
 
 
-def edit(path: Path, **changes: object) -> None:
+def edit(path: Path, **changes: Any) -> None:
     values = json.loads(path.read_text())
     for key, value in changes.items():
         values.pop(key, None) if value is None else values.update({key: value})
@@ -305,7 +306,7 @@ def test_the_pooler_of_the_source_is_used_trained_and_saved(
         for ids, types in zip(batch.input_ids.split([7, 3]), batch.token_type_ids.split([7, 3]), strict=True)
     ]
     torch.testing.assert_close(model.predict(batch)["a"], torch.stack(expected), rtol=1e-5, atol=1e-6)
-    weight = model.encoder.pooler.dense.weight
+    weight: Any = model.encoder.pooler.dense.weight
     assert any(parameter is weight for parameter in model.shared_parameters())
     assert [g["name"] for g in model.parameter_groups(OptimizerConfig()) if any(p is weight for p in g["params"])] == [
         "encoder"

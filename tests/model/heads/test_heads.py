@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional
@@ -11,7 +13,7 @@ from fastmtl.model.heads.outputs import predictions, targets
 from fastmtl.model.losses.task_loss import build_loss
 
 
-def task(**settings: object) -> TaskConfig:
+def task(**settings: Any) -> TaskConfig:
     settings = {"type": "classification", "data": {}, **settings}
     if settings["type"] == "classification":
         settings.setdefault("num_labels", 3)
@@ -25,15 +27,15 @@ U, V = torch.randn(4, 6), torch.randn(4, 6)
 
 def test_linear_sees_the_chosen_features_in_their_order() -> None:
     config = task(pairs="bi", head={"features": ["product", "v", "abs_diff"]})
-    head = build_head(config, 6, 0.02).eval()
+    head: Any = build_head(config, 6, 0.02).eval()
     x = torch.cat([U * V, V, (U - V).abs()], dim=1)
     torch.testing.assert_close(head(U, V), functional.linear(x, head.dense.weight, head.dense.bias))
-    single = build_head(task(type="binary"), 6, 0.02).eval()
+    single: Any = build_head(task(type="binary"), 6, 0.02).eval()
     torch.testing.assert_close(single(U, None), functional.linear(U, single.dense.weight, single.dense.bias))
 
 
 def test_mlp_has_the_declared_hidden_layers() -> None:
-    head = build_head(task(head={"name": "mlp", "hidden": [5, 7]}), 6, 0.02).eval()
+    head: Any = build_head(task(head={"name": "mlp", "hidden": [5, 7]}), 6, 0.02).eval()
     x = U
     for linear in head.hidden:
         x = functional.linear(x, linear.weight, linear.bias).clamp(min=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional
 
@@ -10,7 +12,7 @@ from fastmtl.model.heads.outputs import num_outputs, predictions, targets
 from fastmtl.model.losses.task_loss import build_loss
 
 
-def make_task(**settings: object) -> TaskConfig:
+def make_task(**settings: Any) -> TaskConfig:
     return TaskConfig.model_validate({"data": {}, **settings})
 
 

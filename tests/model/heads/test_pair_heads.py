@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from fastmtl.config import TaskConfig
 from fastmtl.model.heads import build_head
 from fastmtl.model.heads.outputs import predictions
 
-Formula = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
+Formula = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
 
 
-def pair_task(**settings: object) -> TaskConfig:
+def pair_task(**settings: Any) -> TaskConfig:
     kind = {"range": [0, 5]} if settings.get("type", "regression") == "regression" else {}
     return TaskConfig.model_validate({"type": "regression", "pairs": "bi", "data": {}, **kind, **settings})
 
@@ -29,7 +30,7 @@ def assert_follows(task: TaskConfig, formula: Formula, out: Callable[[Tensor], T
     upstream = torch.randn(5, dtype=torch.float64, generator=generator)
     leaves = [*pooled, *head.parameters()]
     found = out(head(*(head.embed(x) for x in pooled)))
-    expected = formula(*pooled, dict(head.named_parameters()))
+    expected = formula(pooled[0], pooled[1], dict(head.named_parameters()))
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, expected)
     grads = zip(

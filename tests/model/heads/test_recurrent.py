@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from fastmtl.config import TaskConfig
 from fastmtl.model.heads import build_head
 
 
-def make_task(name: str, *, cls: bool, **settings: object) -> TaskConfig:
+def make_task(name: str, *, cls: bool, **settings: Any) -> TaskConfig:
     head = {"name": name, "size": 3, "cls": cls, "hidden": [4]}
     return TaskConfig.model_validate({"type": "binary", "data": {}, "head": head, **settings})
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from fastmtl.errors import UserError
 from fastmtl.model.losses.task_loss import build_loss
 
 
-def make_task(**settings: object) -> TaskConfig:
+def make_task(**settings: Any) -> TaskConfig:
     return TaskConfig.model_validate(
         {"type": "binary", "pairs": "bi", "data": {}, "head": {"name": "cosine"}, **settings}
     )

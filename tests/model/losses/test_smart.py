@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from fastmtl.model.multitask import MultiTaskModel
 MakeBatch = Callable[..., PackedBatch]
 MakeModel = Callable[..., MultiTaskModel]
 
-TASKS = {
+TASKS: dict[str, dict[str, Any]] = {
     "sst": {"type": "classification", "num_labels": 5},
     "para": {"type": "binary", "pooling": "mean"},
     "sts": {"type": "regression", "range": [0, 5], "pairs": "bi", "pooling": "mean"},
@@ -62,8 +63,8 @@ def adversarial(model: MultiTaskModel, batch: PackedBatch, noise: Tensor) -> dic
     for _ in range(config.steps):
         leaf = noise.clone().requires_grad_()
         found = model.examples(batch, noise=leaf)
-        total = sum(divergence(t, f.outputs, c.detach()).sum() for t, f, c in zip(tasks, found, clean, strict=True))
-        (gradient,) = torch.autograd.grad(total, leaf)
+        terms = (divergence(t, f.outputs, c.detach()).sum() for t, f, c in zip(tasks, found, clean, strict=True))
+        (gradient,) = torch.autograd.grad(sum(terms, start=torch.zeros(())), leaf)
         for start, stop in zip(cu, cu[1:], strict=False):
             step = gradient[start:stop] / gradient[start:stop].abs().max()
             noise[start:stop] = (noise[start:stop] + config.step_size * step).clamp(-config.epsilon, config.epsilon)
@@ -101,7 +102,8 @@ def test_adversarial_term(steps: int, make_model: MakeModel, make_batch: MakeBat
         theirs.append(strength * terms[name])
         torch.testing.assert_close(ours[-1], theirs[-1], rtol=1e-4, atol=1e-6)
     mixed = zip(
-        *(torch.autograd.grad(x[0] + 3 * x[1] - 2 * x[2], model.parameters()) for x in (ours, theirs)), strict=True
+        *(torch.autograd.grad(x[0] + 3 * x[1] - 2 * x[2], list(model.parameters())) for x in (ours, theirs)),
+        strict=True,
     )
     for one, two in mixed:
         assert (one - two).norm() <= 1e-4 * two.norm() + 1e-6
@@ -161,8 +163,8 @@ def test_proximal_term_and_teacher(make_model: MakeModel, make_batch: MakeBatch)
     expected = plain_loss(model, batch, "sst") + 3 * symmetric_kl(p, q.detach()).sum()
     torch.testing.assert_close(found["sst"][0], expected)
     for ours, theirs in zip(
-        torch.autograd.grad(found["sst"][0], model.encoder.parameters()),
-        torch.autograd.grad(expected, model.encoder.parameters()),
+        torch.autograd.grad(found["sst"][0], list(model.encoder.parameters())),
+        torch.autograd.grad(expected, list(model.encoder.parameters())),
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
