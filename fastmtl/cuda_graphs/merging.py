@@ -1,8 +1,9 @@
-"""Gramian, weights and merging as one recording that the host starts by one call (CUDA graphs).
+"""CUDA graph of the merging: one launch for Gramian, weights and merged gradient.
 
-It reads J at its fixed address, rows of tables and a few numbers that are copied into buffers before, and leaves G,
-the weights and the merged gradient in buffers. So the host waits for the device once, after it, and a step that has to
-be skipped is merged in vain. With several ranks whose J is one sum, G is made of collectives and not recorded.
+The recording reads J at its fixed address, and buffers with rows of tables and a few numbers that
+are copied beforehand. It leaves G, the weights and the merged gradient in buffers. The host
+therefore waits for the device once, afterwards, and the merging of a skipped step is wasted. With
+several ranks whose J is one sum, G needs collectives and is not recorded.
 """
 
 from __future__ import annotations
@@ -30,24 +31,25 @@ from fastmtl_kernels.upload import upload_into
 def record_merging(
     sink: Sink, method: Method, target: Target, storage: str, *, recorder: Recorder | None = None
 ) -> tuple[RecordedStep | None, Sequence[str]]:
-    """Return what merges the steps of a sink, None where they cannot be recorded, and the growing list of reasons why
-    something was not recorded. recorder: in place of CUDA graphs, on any device.
+    """Return a recorded merging for the sink, or None, and the reasons for what is not recorded.
+
+    The list of reasons grows during the run. recorder: replaces CUDA graphs, on any device.
     """
     recordings = Recordings(recorder)
     reason = unsupported_reason(sink, method, target, storage)
     if not reason and recorder is None and target.device.type != "cuda":
         reason = f"CUDA graphs need an NVIDIA GPU, the model is on {target.device.type}"
     if reason or not isinstance(sink, StackSink):
-        recordings.warn_once(f"gradient surgery launches each operation: {reason}")
+        recordings.warn_once(f"gradient surgery falls back to eager execution: {reason}")
         return None, recordings.warned
     narrow = not target.scales()
     return RecordedStep(sink, method, sink.num_tasks, target.device, recordings, narrow=narrow), recordings.warned
 
 
 def unsupported_reason(sink: Sink, method: Method, target: Target, storage: str) -> str:
-    """The reason why the steps of these cannot be recorded on any device, "" where they can."""
+    """Return why the merging cannot be recorded on any device, "" where it can."""
     if storage != "stacked" or not isinstance(sink, StackSink):
-        return "storage: kept and replay and scope: tensor keep no J"
+        return "storage: kept, storage: replay and scope: tensor store no J"
     if sink.sketches:
         return "sketches change with every step"
     if not method.by_tensor:
@@ -56,11 +58,10 @@ def unsupported_reason(sink: Sink, method: Method, target: Target, storage: str)
 
 
 class RecordedStep:
-    """Recorded merging of a `StackSink`. Everything is recorded for the step's numbers of rows, in
-    steps (`capacity_of`).
+    """Recorded merging of a `StackSink`, one recording per step of row numbers (`capacity_of`).
 
-    method: one that solves on the device. num_tasks: T. narrow: as of `StackSink.combine`. gram: float32 [T, T], G
-    of the last step. weights: [T], the method's for it.
+    method: one that solves on the device. num_tasks: T. narrow: as in `StackSink.combine`.
+    Attributes of the last step, gram: G, float32 [T, T]. weights: [T].
     """
 
     def __init__(
@@ -82,9 +83,10 @@ class RecordedStep:
         self._kept: dict[tuple[int, ...], Callable[[], None]] = {}
 
     def run(self, order: Tensor, scale: float, factor: float) -> None:
-        """A step's G and weights, and the gradient merged with them.
+        """Compute G, the weights and the merged gradient of a step.
 
-        order: int64 [T, T] on the CPU. scale: of the losses whose gradients are in J. factor: of the merged gradient.
+        order: int64 [T, T] on the CPU. scale: of the losses whose gradients are in J. factor: of
+        the merged gradient.
         """
         jacobian, tables = self._sink.stacked()
         if self._buffers is None:
@@ -92,9 +94,9 @@ class RecordedStep:
             dtype = jacobian.narrow if self._narrow else torch.float32
             copied = any(parameter.dtype == dtype for parameter in self._sink.dense)
             self._buffers = _Buffers(jacobian, tables, self._num_tasks, self._device, dtype, copied=copied)
-        alone = not self._sink.scatters
+        with_gramian = not self._sink.scatters
         jacobian.complete()
-        if not alone:
+        if not with_gramian:
             self.gram.copy_(self._sink.gramian()).div_(scale**2)
         buffers = self._buffers
         if buffers.fill(scale, factor, order):
@@ -102,24 +104,26 @@ class RecordedStep:
             self._recordings.begin(self._device)
         key = buffers.key
         if key not in self._kept:
-            self._kept[key] = self._record(partial(self._merge, buffers, key, alone=alone))
+            self._kept[key] = self._record(partial(self._merge, buffers, key, with_gramian=with_gramian))
         self._kept[key]()
 
     def gradients(self) -> Merged:
-        """What `run` merged, by the parameter's id. Views of buffers that the next `run` overwrites, and copies for
-        parameters of the same dtype, whose `.grad` the gradient may become as it is.
+        """Return the merged gradients of the last `run` by the parameter's id.
+
+        They are views of buffers that the next `run` overwrites. A parameter of the same dtype,
+        whose `.grad` the gradient can become, gets a copy.
         """
         assert self._buffers is not None
         return self._buffers.gradients()
 
     def scale(self, factor: float) -> None:
-        """Multiply the merged gradient; NaN makes it one that is not finite."""
+        """Multiply the merged gradient; NaN makes it non-finite."""
         assert self._buffers is not None
         for tensor in (self._buffers.merged, *self._buffers.of_tables):
             tensor.mul_(factor)
 
     def tensors(self) -> list[Tensor]:
-        """What is kept from step to step, besides J."""
+        """Return the tensors that are kept between steps, besides J."""
         return [] if self._buffers is None else self._buffers.tensors()
 
     def _record(self, function: Callable[[], None]) -> Callable[[], None]:
@@ -128,19 +132,19 @@ class RecordedStep:
         def warm_up() -> None:
             try:
                 function()
-            finally:  # it was no step
+            finally:  # the warm-up is not a step
                 self._method.load_state_dict(state)
 
         return self._recordings.record({None: function}, [warm_up])[None]
 
     @torch.no_grad()
-    def _merge(self, buffers: _Buffers, key: tuple[int, ...], *, alone: bool) -> None:
-        """What is recorded. alone: G, too."""
+    def _merge(self, buffers: _Buffers, key: tuple[int, ...], *, with_gramian: bool) -> None:
+        """Merge; this is the function that is recorded."""
         scale, factor, order, bounds = buffers.numbers()
         tables = []
         for (table, rows), capacity, its_bounds in zip(buffers.rows, key, bounds, strict=True):
             tables.append(sums_by_id(rows.ids[:capacity], rows.rows[:capacity], its_bounds, table.shape[0]))
-        if alone:
+        if with_gramian:
             gram = gramian(buffers.jacobian.buffer)
             for sums, _ in tables:
                 gram += gramian(sums.flatten(1))
@@ -155,9 +159,12 @@ class RecordedStep:
 
 
 class _Buffers:
-    """merged: [P] of the dense parameters, of `dtype`. of_tables: float32 [V + 1, d] each, the last row means nothing.
-    rows: with the tables, by whose numbers of rows the step's `key` goes. copied: whether `gradients` gives copies of
-    `merged`.
+    """Inputs and results of the recordings.
+
+    Attributes merged: the gradient [P] of the dense parameters, of `dtype`. of_tables: a gradient
+    float32 [V + 1, d] per table, whose last row is meaningless. rows: the rows of each table; their
+    numbers give `key`, the key of the step's recording.
+    copied: whether `gradients` returns a copy of `merged`.
     """
 
     def __init__(
@@ -179,12 +186,12 @@ class _Buffers:
         self.of_tables = [torch.zeros(table.shape[0] + 1, table.shape[1], device=device) for table, _ in self.rows]
         sizes = [1, 1, num_tasks**2, *[num_tasks + 1 for _ in self.rows]]
         self._spans = [slice(*span) for span in pairwise(accumulate(sizes, initial=0))]
-        # Of one dtype that holds them all, so that they come by one copy.
+        # One dtype that holds all numbers, so that one copy transfers them.
         self._numbers = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
         self.key: tuple[int, ...] = ()
 
     def fill(self, scale: float, factor: float, order: Tensor) -> bool:
-        """For a step; whether addresses have changed."""
+        """Fill the buffers for a step; return whether addresses have changed."""
         lists = [per_task for _, per_task in self._tables.each()]
         self.key = tuple(capacity_of(sum(len(ids) for task in per_task for ids, _ in task)) for per_task in lists)
         grown = False
@@ -199,7 +206,10 @@ class _Buffers:
         return grown
 
     def numbers(self) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """On the device: scale, factor, order int64 [T, T], and of each table the tasks' bounds int64 [T + 1]."""
+        """Return scale, factor, order int64 [T, T] and the tasks' bounds int64 [T + 1] per table.
+
+        All are on the device.
+        """
         scale, factor, order, *bounds = (self._numbers[span] for span in self._spans)
         whole = [each.long() for each in (order, *bounds)]
         return scale[0].float(), factor[0].float(), whole[0].view(self._num_tasks, -1), whole[1:]

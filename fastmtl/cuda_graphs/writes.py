@@ -1,9 +1,9 @@
-"""The sink while the layers' backward is recorded, to be replayed on other numbers.
+"""Sink for a recorded backward of the layers, which is replayed on other numbers.
 
-A recording depends on no number that the host knows of a batch. So a weight's T gradients come
-from one product with the tasks' offsets on the device (`torch.nn.functional.grouped_mm`), into J's
-columns at their fixed address, and there are two recordings: one stores, one adds. `mark_written`
-updates what `Jacobian` and `StackSink` keep on the host, each time a recording runs.
+A recording depends on no number of a batch that the host knows. The T gradients of a weight are
+therefore one product with the tasks' offsets on the device (`torch.nn.functional.grouped_mm`),
+written into J's columns at their fixed address. Backward is recorded twice: one recording stores,
+one adds. After each replay `mark_written` updates the host state of `Jacobian` and `StackSink`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from fastmtl.surgery.segments import Segments
 from fastmtl.surgery.sinks.sink import Sink
 from fastmtl.surgery.sinks.stack import StackSink
 
-# Columns that grouped_mm takes come in this many, 16 bytes in bfloat16.
+# grouped_mm needs multiples of this many columns: 16 bytes in bfloat16.
 _COLUMNS = 8
 
 
 class RecordedWrites(Sink):
-    """Writes gradients of `parameters`, dense ones of `sink`, into its J. The rows of `table`, one of its sparse
-    parameters, are left in `rows` for `StackSink.deliver_rows`.
+    """Write task gradients of `parameters`, dense parameters of `sink`, into its J.
 
-    offsets: int32 [T + 1] on the device, rows of the tasks. num_rows: N >= offsets[T]. dtype: of the rows.
-    stores: result of `Jacobian.take` for the recording. Gradients of a task without rows are undefined where it stores,
-    zeros where it adds.
+    The rows of `table`, a sparse parameter, stay in `rows` for `StackSink.deliver_rows`.
+    offsets: int32 [T + 1] on the device, the rows of the tasks. num_rows: N >= offsets[T].
+    dtype: of the rows.
+    Attribute stores: the result of `Jacobian.take` for the recording. The gradients of a task
+    without rows are undefined in a recording that stores, and zeros in one that adds.
     """
 
     def __init__(
@@ -47,13 +48,13 @@ class RecordedWrites(Sink):
         self.rows: Tensor | None = None
         self.stores = False
         self.jacobian: Jacobian = sink.stack_of(parameters[0])
-        self.order: list[nn.Parameter] = []  # in which backward writes
+        self.order: list[nn.Parameter] = []  # in the order of backward's writes
         self._offsets = offsets
         self._ones = torch.ones(num_rows, _COLUMNS, dtype=dtype, device=offsets.device)
         self._absent = torch.empty(0)
 
     def begin(self, *, stores: bool) -> None:
-        """Begin a backward that is recorded."""
+        """Begin a recorded backward."""
         self.stores, self.order = stores, []
         self._absent = self._offsets.diff() == 0
 
@@ -84,8 +85,10 @@ class RecordedWrites(Sink):
     def _write_linears(
         self, weights: Sequence[nn.Parameter], biases: Sequence[nn.Parameter | None], dy: Tensor, x: Tensor
     ) -> None:
-        """Write the gradients of k Linears; dy [N, k out] and x [N, in] of one dtype. The sums of a bias are a product
-        with ones: one with the tasks' indicator would carry what is not finite from one task into the others.
+        """Write the gradients of k Linears; dy [N, k out] and x [N, in] have one dtype.
+
+        The sums for a bias are a product with ones. A product with the tasks' indicator matrix
+        would spread non-finite numbers of one task to the others.
         """
         for parameters, right in ((weights, x), (biases, self._ones)):
             wanted = [parameter for parameter in parameters if parameter is not None and self.wants(parameter)]
@@ -103,15 +106,17 @@ class RecordedWrites(Sink):
                     self._write(parameter, part)
 
     def deliver(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
-        """Write as the sink does, with zeros for tasks without rows."""
+        """Write gradients as the sink does, with zeros for tasks without rows."""
         self._write(parameter, gradients)
         return None
 
     def deliver_rows(
         self, table: nn.Parameter, ids: Tensor, rows: Tensor, token_offsets: tuple[int, ...]
     ) -> Tensor | None:
-        """A dense table's sums over equal ids are a product with their indicators: of a fixed order, unlike sums by
-        atomics. token_offsets is of the buffers.
+        """Keep the rows of a sparse table; sum those of a dense table by id and write the sums.
+
+        The sums are a product with the ids' indicators: its order of addition is fixed, unlike that
+        of atomics. token_offsets: of the buffers, not used.
         """
         if self.is_sparse(table):
             self.rows = rows
@@ -125,14 +130,14 @@ class RecordedWrites(Sink):
         raise AssertionError("deliver_rows takes every table")
 
     def mark_written(self, sink: StackSink) -> None:
-        """Tell the sink that the recorded backward has written into its J."""
+        """Mark the parameters as written in the sink, after the recorded backward wrote into J."""
         for parameter in self.order:
             sink.written(parameter)
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        """left [N, m], right [N, n] -> their product over each task's rows, [T, m, n]."""
+        """Return the products [T, m, n] of left [N, m] and right [N, n] over each task's rows."""
         found = grouped_mm(left.t(), right, offs=self._offsets[1:])
-        if not self.stores:  # in a float32 of its own it would be as large as J
+        if not self.stores:  # in place: a masked float32 copy would be as large as J
             found.masked_fill_(self._absent[:, None, None], 0)
         return found
 

@@ -137,8 +137,7 @@ class GradientSurgery:
         self._not_recorded: Sequence[str] = ()
         if cuda_graphs is True:
             raise UserError(
-                "cuda_graphs=True: give what records, cuda_graphs=fastmtl.cuda_graphs.record_merging, since surgery "
-                "itself knows no CUDA graphs"
+                "cuda_graphs=True: surgery itself records nothing: pass cuda_graphs=fastmtl.cuda_graphs.record_merging"
             )
         if cuda_graphs:
             self.record_with(cuda_graphs)

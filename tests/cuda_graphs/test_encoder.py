@@ -1,4 +1,4 @@
-"""Recorded layers without a GPU: a recorder of operators takes the place of CUDA's graphs."""
+"""Recorded layers without a GPU, by a recorder of operators instead of CUDA graphs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable(
 
 @pytest.mark.parametrize("num_tasks", [1, 2, 3, 4])
 def test_replays_equal_the_eager_layers_bit_for_bit(num_tasks: int, make_batch: MakeBatch) -> None:
-    """And the ordinary path within rounding, over steps of one and two micro-batches, dropout included."""
+    """They equal the unrecorded encoder within rounding, with dropout and one or two micro-batches."""
     batches = [make_batch(lengths, seed=k) for k, lengths in enumerate(MICRO_BATCHES[num_tasks])]
     recorder = OpRecorder()
     ways = [make_encoder(recorder), make_encoder(Unrecorded()), make_encoder()]
@@ -79,7 +79,7 @@ def _plan(batch: PackedBatch) -> AttentionPlan:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_sum_leaves_autograd_the_gradients_of_the_ordinary_path(dtype: torch.dtype, make_batch: MakeBatch) -> None:
+def test_a_sum_leaves_autograd_the_gradients_of_eager_execution(dtype: torch.dtype, make_batch: MakeBatch) -> None:
     recorder = OpRecorder()
     ways = [make_encoder(recorder, dtype=dtype), make_encoder(Unrecorded(), dtype=dtype), make_encoder(dtype=dtype)]
     for seed, lengths in enumerate(MICRO_BATCHES[3]):
@@ -93,7 +93,7 @@ def test_a_sum_leaves_autograd_the_gradients_of_the_ordinary_path(dtype: torch.d
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
 def test_bf16_rows_in_either_kind_of_j(kept: torch.dtype, make_batch: MakeBatch) -> None:
-    """What grouped products take on a GPU. Rounded at other places than in the ordinary path: within its own error."""
+    """Grouped products need bf16 on a GPU. They round at other places than the encoder does."""
     ways = [make_encoder(recorder, dtype=torch.bfloat16) for recorder in (OpRecorder(), Unrecorded(), None)]
     sinks = [make_sink(encoder, 3, kept) for encoder in ways]
     wide = make_encoder()
@@ -111,7 +111,7 @@ def test_bf16_rows_in_either_kind_of_j(kept: torch.dtype, make_batch: MakeBatch)
 
 
 def _differs(make_batch: MakeBatch) -> bool:
-    """Whether a replay on another batch gives other bits than the eager layers."""
+    """Return whether a replay on another batch has other bits than the eager layers."""
     encoders = [make_encoder(OpRecorder()), make_encoder(Unrecorded())]
     sinks = [make_sink(encoder, 3) for encoder in encoders]
     found = []
@@ -172,7 +172,7 @@ def test_what_is_not_finite_stays_in_its_task(make_batch: MakeBatch) -> None:
 
 
 def test_recording_leaves_no_trace(make_batch: MakeBatch) -> None:
-    """Not in J, where a second micro-batch of another bucket adds, nor in the random state."""
+    """Recording changes neither J, to which another bucket adds, nor the random state."""
     batches = [make_batch(lengths) for lengths in MICRO_BATCHES[3]]
     encoder = make_encoder(OpRecorder())
     sink = make_sink(encoder, 3)

@@ -1,4 +1,4 @@
-"""Captured layers on a GPU against the same layers launched by the host."""
+"""Captured layers on a GPU against the same layers run eagerly."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MakeBatch = Callable[..., PackedBatch]
 
 
 def encoders() -> list[PackedBert]:
-    """Captured, eager."""
+    """Return a captured encoder and an eager one."""
     found = [make_encoder(dtype=torch.bfloat16).to("cuda") for _ in range(2)]
     for encoder, recorder in zip(found, (None, Unrecorded()), strict=True):
         record_encoder(encoder, recorder)
@@ -34,7 +34,7 @@ def check_captured(encoder: PackedBert) -> None:
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
 def test_graphs_equal_the_eager_layers_bit_for_bit(kept: torch.dtype, make_batch: MakeBatch) -> None:
-    """J with the words' rows, and the hidden states, of batches of other lengths and buckets, two in each step."""
+    """In J, the words' rows and the hidden states, on batches of several buckets."""
     both = encoders()
     reason = unsupported_reason(torch.empty(0, dtype=torch.bfloat16, device="cuda"), 16, grouped=True)
     if reason:

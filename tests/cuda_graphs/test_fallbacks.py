@@ -1,4 +1,4 @@
-"""What recorded layers leave to the ordinary path, and what makes them record again."""
+"""Forwards of recorded layers that fall back to eager execution, and events that record again."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MakeModel = Callable[..., MultiTaskModel]
 pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable() or "built")
 
 
-def test_a_second_forward_takes_the_ordinary_path_until_the_first_is_done(
+def test_a_second_forward_falls_back_until_the_first_is_done(
     make_batch: MakeBatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorder = OpRecorder()
@@ -45,7 +45,7 @@ def test_a_second_forward_takes_the_ordinary_path_until_the_first_is_done(
         first = encoder(batch)
         replayed = recorder.replayed
         second = encoder(batch)
-        assert recorder.replayed == replayed  # once told, however often
+        assert recorder.replayed == replayed  # warned once
         assert_close([first.detach()], [second.detach()])
         (first.sum() + second.sum()).backward()
         assert recorder.replayed > replayed
@@ -56,7 +56,7 @@ def test_a_second_forward_takes_the_ordinary_path_until_the_first_is_done(
     del waiting
     gc.collect()
     replayed = recorder.replayed
-    hidden = encoder(batch)  # nobody can ask for the backward of what is gone
+    hidden = encoder(batch)  # the waiting forward is gone, and so is its backward
     assert recorder.replayed > replayed
     hidden.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="a recorded forward allows one backward"):
@@ -116,10 +116,10 @@ def test_where_enough_is_kept_a_larger_recording_serves(make_batch: MakeBatch, m
         assert len(recorder.recordings) == recordings
 
 
-def test_what_cannot_be_recorded_is_told_once(make_batch: MakeBatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_reasons_are_warned_once(make_batch: MakeBatch, caplog: pytest.LogCaptureFixture) -> None:
     batch = make_batch(MICRO_BATCHES[3][0])
 
-    def told(encoder: nn.Module, **options: Any) -> str:
+    def reason_of(encoder: nn.Module, **options: Any) -> str:
         caplog.clear()
         for _ in range(2):
             encoder(batch, **options)
@@ -127,33 +127,32 @@ def test_what_cannot_be_recorded_is_told_once(make_batch: MakeBatch, caplog: pyt
         return record.message.split(": ", 2)[2]
 
     encoder = make_encoder(OpRecorder())
-    assert told(encoder, noise=torch.zeros(1)) == "it uses noise"
+    assert reason_of(encoder, noise=torch.zeros(1)) == "it uses noise"
     encoder.recompute = "full"
-    assert told(encoder) == "it uses recompute"
+    assert reason_of(encoder) == "it uses recompute"
     sink = make_sink(make_encoder(), 3)
     with sink.armed(torch.device("cpu")):
-        assert (
-            told(make_encoder(OpRecorder()), task_grads=sink) == "some weights of the layers are not shared parameters"
-        )
+        reason = reason_of(make_encoder(OpRecorder()), task_grads=sink)
+        assert reason == "some weights of the layers are not shared parameters"
     modes: list[Mode] = ["gramian", "tensor", "keep"]
     for mode in modes:
         encoder = make_encoder(OpRecorder())
         other = sink_of(mode, list(encoder.parameters()), 3, sparse=[encoder.embeddings.word_embeddings.weight])
         with other.armed(torch.device("cpu")):
-            assert told(encoder, task_grads=other) == "the task gradients are not stored in J"
+            assert reason_of(encoder, task_grads=other) == "the task gradients are not stored in J"
     with torch.autocast("cpu", torch.bfloat16):
-        assert told(make_encoder(OpRecorder())) == "torch_autocast is on"
+        assert reason_of(make_encoder(OpRecorder())) == "torch_autocast is on"
     encoder = make_encoder(OpRecorder()).requires_grad_(False)
-    assert told(encoder) == "the encoder is frozen"
+    assert reason_of(encoder) == "the encoder is frozen"
     encoder = make_encoder(OpRecorder())
     encoder.embeddings.requires_grad_(False)
-    assert told(encoder) == "the embeddings are frozen"
+    assert reason_of(encoder) == "the embeddings are frozen"
     encoder = make_encoder(OpRecorder())
     encoder.use_layer_norm(lambda x, weight, bias, shape, eps: layer_norm(x, shape, weight, bias, eps))
-    assert told(encoder) == "LayerNorm is not fastmtl's"
+    assert reason_of(encoder) == "LayerNorm is not fastmtl's"
     encoder = make_encoder()
     record_encoder(encoder)
-    assert told(encoder) == "CUDA graphs need an NVIDIA GPU, the model is on cpu"
+    assert reason_of(encoder) == "CUDA graphs need an NVIDIA GPU, the model is on cpu"
     caplog.clear()
     with torch.no_grad():
         encoder(batch)
@@ -209,8 +208,8 @@ def test_a_failed_recording_leaves_the_same_operations(
     ]
 
 
-def test_the_other_ranks_are_told_of_every_weight(make_batch: MakeBatch) -> None:
-    """As by the ordinary path: each is expected by forward and complete in backward, once."""
+def test_the_sink_is_notified_of_every_weight(make_batch: MakeBatch) -> None:
+    """Forward expects each weight once and backward completes it once, as in eager execution."""
 
     class Early:
         def __init__(self) -> None:

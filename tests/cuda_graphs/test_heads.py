@@ -1,4 +1,4 @@
-"""Recorded heads and losses without a GPU: a recorder of operators takes the place of CUDA's graphs."""
+"""Recorded heads and losses without a GPU, by a recorder of operators instead of CUDA graphs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MakeModel = Callable[..., MultiTaskModel]
 CLASSES = {"type": "classification", "num_labels": 5, "data": {}}
 BINARY = {"type": "binary", "data": {}, "pooling": "mean"}
 SCORE = {"type": "regression", "range": [0, 5], "pairs": "bi", "pooling": "mean", "data": {}}
-# Heads of every kind and all losses are in one of these; labels and pairs as make_batch makes them.
+# Together they have heads of every kind and all losses; labels and pairs are those of make_batch.
 TASKS = {
     "projected": {
         "classes": {**CLASSES, "head": {"projection": 8, "projection_dropout": 0.2, "adjustment": True}},
@@ -61,7 +61,7 @@ TASKS = {
     },
 }
 PAIRS = {"projected": [False, False, True], "cosines": [False, True, True], "networks": [False, True, True]}
-# Other tokens at the same numbers of sequences, then other numbers: a task without examples, one alone.
+# Two batches with equal numbers of sequences; then a task without examples; then one task alone.
 LENGTHS = [[[5, 1, 9], [4, 2], [7, 8]], [[2, 30, 3], [9, 1], [12, 3]], [[8], [], [3, 3, 2, 9]], [[], [6, 5], []]]
 
 
@@ -73,7 +73,7 @@ def made(make_model: MakeModel, recorder: Recorder | None, **sections: Any) -> M
 
 
 def step(model: MultiTaskModel, batches: Sequence[PackedBatch], seed: int) -> list[Tensor]:
-    """Losses of each micro-batch, all gradients and the random state at the end."""
+    """Return the losses of each micro-batch, all gradients and the final random state."""
     model.zero_grad()
     torch.manual_seed(seed)
     found = []
@@ -98,10 +98,10 @@ def warned(model: MultiTaskModel) -> list[str]:
 @pytest.mark.parametrize(
     ("tasks", "weighting"), [("projected", "uncertainty"), ("cosines", "fixed"), ("networks", "fixed")]
 )
-def test_replays_have_the_bits_of_the_ordinary_path(
+def test_replays_have_the_bits_of_eager_execution(
     tasks: str, weighting: str, make_batch: MakeBatch, make_model: MakeModel
 ) -> None:
-    """Dropout included, over batches of the same and of other sizes, one and two in a step."""
+    """With dropout, on batches of equal and of other sizes, one or two in a step."""
     recorder = OpRecorder()
     sections = {"tasks": TASKS[tasks], "weighting": {"name": weighting}}
     ways = [made(make_model, one, **sections) for one in (recorder, Unrecorded(), None)]
@@ -113,12 +113,12 @@ def test_replays_have_the_bits_of_the_ordinary_path(
         recorded, eager, plain = (step(model, step_batches, seed) for model in ways)
         assert_equal(recorded, eager)
         assert_equal(recorded, plain)
-    assert len(recorder.recordings) == 2 * 3  # those of the three numbers of sequences
+    assert len(recorder.recordings) == 2 * 3  # for three different sizes
     assert warned(ways[0]) == []
 
 
 def test_other_weights_of_the_losses_and_other_labels(make_batch: MakeBatch, make_model: MakeModel) -> None:
-    """What a recording takes of the backward and of the batch is what is in the buffers then."""
+    """A replay reads the losses' gradients and the labels from the buffers."""
     ways = [made(make_model, one, tasks=TASKS["projected"]) for one in (OpRecorder(), None)]
     batch = make_batch(LENGTHS[0], pairs=PAIRS["projected"])
     for seed in range(4):
@@ -137,7 +137,7 @@ def test_other_weights_of_the_losses_and_other_labels(make_batch: MakeBatch, mak
 
 
 def _differs(make_batch: MakeBatch, make_model: MakeModel) -> bool:
-    """Whether a replay gives other bits than the heads launched by the host."""
+    """Return whether a replay has other bits than the heads run eagerly."""
     found = []
     for recorder in (OpRecorder(), Unrecorded()):
         model = made(make_model, recorder, tasks=TASKS["projected"])
@@ -161,7 +161,7 @@ def test_labels_from_the_host_do_not_go_unnoticed(
 
 
 class OnMeta(TorchDispatchMode):
-    """Raises where an operator takes a tensor of the host. Reading one without data raises by itself."""
+    """Mode that raises for a tensor of the host; reading a tensor without data raises by itself."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
@@ -173,7 +173,7 @@ class OnMeta(TorchDispatchMode):
 def test_the_host_reads_and_copies_nothing(
     tasks: str, make_batch: MakeBatch, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # knows no such device
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # does not know the device meta
     model = make_model(tasks=TASKS[tasks], weighting={"name": "uncertainty"}).train()
     batch = make_batch(LENGTHS[2], pairs=PAIRS[tasks])
     vectors = {name: x.detach().to("meta").requires_grad_() for name, x in model._vectors(batch, None).items()}
@@ -226,7 +226,7 @@ def test_one_backward_for_one_forward_and_one_forward_at_a_time(make_batch: Make
     waiting = model(batch)
     del waiting
     gc.collect()
-    losses = model(batch)  # nobody can ask for the backward of what is gone
+    losses = model(batch)  # the waiting forward is gone, and so is its backward
     assert recorder.replayed > replayed
     losses["score"][0].backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="a recorded forward allows one backward"):
@@ -279,17 +279,17 @@ def test_sizes_that_do_not_come_again_are_not_recorded(
 
     assert run(first) == (0, False)
     assert run(first, first) == (2, True)
-    assert run(second, second, first) == (2, True)  # the one that is kept is in use
+    assert run(second, second, first) == (2, True)  # the kept recording is in use
     assert warned(model) == []
     assert run(second, third) == (2, False)
     assert run(third, second) == (2, False)
     (message,) = warned(model)
     assert "differ too much" in message
-    assert run(second) == (4, True)  # no longer
+    assert run(second) == (4, True)  # it is idle now
     assert run(first) == (4, False)
 
 
-def test_what_cannot_be_recorded_is_told_once(
+def test_reasons_are_warned_once(
     make_batch: MakeBatch, make_model: MakeModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = make_batch(LENGTHS[0], pairs=PAIRS["cosines"])
@@ -348,7 +348,7 @@ def test_a_head_that_waits_for_the_device_is_launched_by_the_host(
     assert warned(ways[0]) == ["recording failed, each operation is launched separately: aten::_local_scalar_dense"]
 
 
-def test_mistakes_are_those_of_the_ordinary_path(make_batch: MakeBatch, make_model: MakeModel) -> None:
+def test_errors_are_those_of_eager_execution(make_batch: MakeBatch, make_model: MakeModel) -> None:
     model = made(make_model, OpRecorder(), tasks=TASKS["projected"])
     right = make_batch(LENGTHS[0], pairs=PAIRS["projected"])
     for batch, error in (
@@ -379,7 +379,7 @@ def test_the_option_reaches_encoder_and_heads(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("tasks", ["projected", "cosines", "networks"])
 def test_graphs_equal_what_the_host_launches(tasks: str, make_batch: MakeBatch, make_model: MakeModel) -> None:
-    """Losses, heads' gradients and the generator's state, dropout included, in bf16."""
+    """In losses, heads' gradients and the generator's state, with dropout, in bf16."""
     ways = [make_model(tasks=TASKS[tasks]).train().to("cuda", torch.bfloat16) for _ in range(2)]
     for model, recorder in zip(ways, (None, Unrecorded()), strict=True):
         record_heads(model, recorder)
@@ -400,7 +400,7 @@ def test_graphs_equal_what_the_host_launches(tasks: str, make_batch: MakeBatch, 
 def test_a_capture_that_fails_leaves_the_host_launching_the_same(
     make_batch: MakeBatch, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`.item()` between two heads: dropout draws before and after, and other captures succeed afterwards."""
+    """With `.item()` between two heads: dropout still draws, and later captures succeed."""
     right = MultiTaskModel._loss
 
     def waiting(model: MultiTaskModel, index: int, found: Any, batch: HeadBatch) -> Tensor:

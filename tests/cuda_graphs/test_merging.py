@@ -1,4 +1,4 @@
-"""Gramian, weights and merging as one recording: a recorder of operators takes the place of CUDA's graphs."""
+"""Recorded Gramian, weights and merging, by a recorder of operators instead of CUDA graphs."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fastmtl.cuda_graphs.merging import RecordedStep, record_merging
 from fastmtl.cuda_graphs.recorder import Recorder, Recordings, Unrecorded
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.engine.build import build_surgery
+from fastmtl.errors import UserError
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery, SurgeryAdamW, SurgeryInfo, gradient_surgery
 from fastmtl.surgery.methods.order import draw_order
@@ -37,7 +38,7 @@ LossFn = Callable[[PackedBatch, object], dict[str, tuple[Tensor, int]]]
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the numbers of rows, so that small batches need several recordings."""
+    """Use small steps of row numbers, so that small batches need several recordings."""
     monkeypatch.setattr(static_tables, "STEP", 16)
 
 
@@ -78,7 +79,7 @@ def surgery_of(model: MultiTaskModel, recorder: Recorder | None = None, **option
 def run(
     surgery: GradientSurgery, model: MultiTaskModel, batches: Sequence[PackedBatch], loss_fn: LossFn | None = None
 ) -> tuple[SurgeryInfo, list[Tensor]]:
-    """What a step tells, and the gradients that it leaves."""
+    """Return the report of a step and the gradients that it leaves."""
     model.zero_grad()
 
     def losses(batch: PackedBatch, task_grads: object) -> dict[str, tuple[Tensor, int]]:
@@ -89,7 +90,7 @@ def run(
 
 
 def assert_close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Within the rounding of sums in another order."""
+    """Compare within the rounding of sums in another order."""
     assert len(found) == len(expected) > 0
     total = torch.cat([value.flatten() for value in expected]).norm()
     for one, other in zip(found, expected, strict=True):
@@ -106,7 +107,7 @@ def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     ("method", "dtype"), [("pcgrad", torch.float32), ("pcgrad", torch.bfloat16), ("gradvac", torch.float32)]
 )
 def test_replays_equal_the_operations_bit_for_bit(method: str, dtype: torch.dtype, model: MultiTaskModel) -> None:
-    """And the ordinary path within rounding, gradients and what the steps tell."""
+    """They equal the unrecorded step within rounding, in gradients and reports."""
     recorder = OpRecorder()
     ways = [surgery_of(model, each, method=method, dtype=dtype) for each in (recorder, Unrecorded(), None)]
     replayed = 0
@@ -145,7 +146,7 @@ def test_numbers_from_the_host_do_not_go_unnoticed(model: MultiTaskModel, monkey
 
 
 def test_gradients_are_not_overwritten_by_the_next_step(model: MultiTaskModel) -> None:
-    """Those of the step before are kept by whoever has them, and added to where they are in `.grad`."""
+    """A caller may keep the gradients of the previous step; those in `.grad` accumulate."""
     surgery, plain = surgery_of(model, OpRecorder()), surgery_of(model)
     expected = [[gradient.clone() for gradient in run(plain, model, batches)[1]] for batches in STEPS[:2]]
     _, first = run(surgery, model, STEPS[0])
@@ -190,7 +191,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step(method: str, model: MultiT
 
 
 class _BacksOff(OptimizerTarget):
-    """As fp16 under DeepSpeed: a scale that changes, and an answer of its own to what is not finite."""
+    """A target like fp16 under DeepSpeed: the loss scale changes, and it handles overflows."""
 
     scale = 1024.0
 
@@ -260,24 +261,29 @@ def test_any_rows_of_any_tables(num_tasks: int) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"storage": "kept"}, "keep no J"),
-        ({"storage": "replay"}, "keep no J"),
-        ({"scope": "tensor"}, "keep no J"),
+        ({"storage": "kept"}, "store no J"),
+        ({"storage": "replay"}, "store no J"),
+        ({"scope": "tensor"}, "store no J"),
         ({"reduce": "sketch"}, "sketches"),
         ({"method": "upgrad"}, "on the host"),
         ({}, "need an NVIDIA GPU, the model is on cpu"),
         ({"method": "sum"}, None),
     ],
 )
-def test_what_is_not_recorded_is_told(
+def test_reasons_are_warned(
     options: dict[str, Any], reason: str | None, model: MultiTaskModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     surgery = surgery_of(model, **options, cuda_graphs=record_merging)
     lines = [record.message for record in caplog.records]
-    assert len(lines) == (reason is not None) and all("launches each operation" in line for line in lines)
+    assert len(lines) == (reason is not None) and all("falls back to eager execution" in line for line in lines)
     assert reason is None or reason in lines[0]
     (_, found), (_, plain) = (run(each, model, STEPS[1]) for each in (surgery, surgery_of(model, **options)))
     assert_same(found, plain)
+
+
+def test_true_names_the_function_to_pass(model: MultiTaskModel) -> None:
+    with pytest.raises(UserError, match="pass cuda_graphs=fastmtl.cuda_graphs.record_merging"):
+        surgery_of(model, cuda_graphs=True)
 
 
 def test_a_recipe_asks_for_it(model: MultiTaskModel, caplog: pytest.LogCaptureFixture) -> None:
@@ -286,7 +292,7 @@ def test_a_recipe_asks_for_it(model: MultiTaskModel, caplog: pytest.LogCaptureFi
         recipe = model.recipe.model_copy(deep=True)
         recipe.engine.cuda_graphs = asked
         build_surgery(recipe, optimizer, model)
-        assert ("gradient surgery launches each operation: CUDA graphs need" in caplog.text) == asked
+        assert ("gradient surgery falls back to eager execution: CUDA graphs need" in caplog.text) == asked
 
 
 def test_an_optimizer_that_merges_itself_does_so(model: MultiTaskModel, caplog: pytest.LogCaptureFixture) -> None:

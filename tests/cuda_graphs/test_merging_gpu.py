@@ -1,4 +1,4 @@
-"""Gramian, weights and merging captured on a GPU, against the same operations launched by the host."""
+"""Gramian, weights and merging captured on a GPU, against the same operations run eagerly."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What the host does in a forward and backward that a GPU would capture, on tensors without data.
+"""Work of the host in a forward and backward that a GPU would capture, on tensors without data.
 
-The Triton launchers run with kernels that only note how they are started. Reading a tensor on the host is an error
-there, and so is a copy from the host; what is started must be the same for every batch of a bucket.
+The Triton launchers run with kernels that only record their arguments. Reading a tensor on the host
+is an error, and so is a copy from the host. The launches must be equal for all batches of a bucket.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def described(value: Any) -> Any:
 
 
 class Started(TorchDispatchMode):
-    """What was started, kernels and torch's own operators, with everything that the host gave along."""
+    """Launches of kernels and of torch's operators, with all arguments that the host passed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Started(TorchDispatchMode):
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Started]]:
-    """A place for the mode that is active."""
+    """Replace the kernels; the last entry of the list is the active mode."""
     active: list[Started] = []
 
     def noting(name: str) -> Any:
@@ -78,7 +78,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Started]]:
         for name in names:
             monkeypatch.setattr(import_module(f"fastmtl_kernels.{module}"), name, noting(name))
     monkeypatch.setattr(torch.cuda, "device_of", lambda _: nullcontext())
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # knows no such device
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # does not know the device meta
     yield active
 
 
@@ -96,7 +96,7 @@ def test_the_host_starts_the_same_for_every_batch(make_batch: MakeBatch, started
     with sink.armed(META):
         static = StaticLayers(layers, embeddings, parameters, bucket, 3, words, sink, None)
         found = []
-        # The first forward makes views of seeds and plan that stay; warming up does so before recording.
+        # The first forward makes views of seeds and plan, which a warm-up makes before recording.
         for batch, plan in zip([batches[0], *batches], [plans[0], *plans], strict=True):
             ids = [torch.zeros(batch.num_tokens, dtype=torch.int64, device=META) for _ in range(3)]
             static.fill(ids, batch.host, plan, torch.arange(9).to(META))
@@ -110,13 +110,14 @@ def test_the_host_starts_the_same_for_every_batch(make_batch: MakeBatch, started
     assert found[1] == found[2]
     names = [entry[0] for entry in found[1] if isinstance(entry[0], str)]
     assert set(names) == {name for kernels in KERNELS.values() for name in kernels}
-    # A layer: attention of two kinds of sequences, two LayerNorms; backward twice, its LayerNorm two kernels, as those
-    # of the embeddings.
+    # In each layer attention has a kernel for short and one for long sequences, and there are two
+    # LayerNorms. Backward runs twice; the backward of a LayerNorm is two kernels, also in the
+    # embeddings.
     assert len(names) == 2 * (2 + 2 + 2 * (2 + 4)) + 1 + 2 * 2
 
 
 def test_without_a_sink_the_kernels_add_up_the_tasks(started: list[Started]) -> None:
-    """As in joint training: no operator sums or casts the gradient of a LayerNorm's parameter."""
+    """No operator sums or casts the gradient of a LayerNorm's parameter, as in joint training."""
     rows = torch.zeros(30, 64, dtype=torch.bfloat16, device=META, requires_grad=True)
     columns = [torch.zeros(64, dtype=torch.bfloat16, device=META, requires_grad=True) for _ in range(4)]
     table = torch.zeros(9, 64, dtype=torch.bfloat16, device=META)

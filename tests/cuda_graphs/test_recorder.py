@@ -1,7 +1,7 @@
-"""A capture that fails half way, without a GPU: torch's part is played by a model of its source.
+"""Captures that fail, without a GPU: a model of torch's source takes the place of torch.
 
-The flag of the generator, the current stream and the pools change as in CUDAGraph.cpp and CUDAGeneratorImpl.cpp of
-torch 2.11, where a capture that cannot be ended leaves all three as they are.
+The flag of the generator, the current stream and the pools change as in CUDAGraph.cpp and
+CUDAGeneratorImpl.cpp of torch 2.11, where a capture that cannot end leaves all three unchanged.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Stream:
 
 
 class Device:
-    """captures: stream, pool and end of each. draw: a random number outside of a capture."""
+    """captures: stream, pool and end of each. draw: draws a random number outside of a capture."""
 
     def __init__(self) -> None:
         self.default, self.side = Stream(), Stream()
@@ -39,7 +39,7 @@ class Device:
             raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
 
     def read(self) -> None:
-        """`.item()` while a stream captures."""
+        """Fail as `.item()` does while a stream captures."""
         self.broken = True
         raise RuntimeError("operation not permitted when stream is capturing")
 

@@ -23,7 +23,7 @@ def described(lengths: list[list[int]]) -> HostOffsets:
 
 @given(first=batches, second=batches)
 def test_a_batch_fits_its_bucket_and_leaves_nothing_behind(first: list[list[int]], second: list[list[int]]) -> None:
-    """Each row is in one slot or one block, whatever the buffers held before."""
+    """Each row is in one slot or one block, whatever the buffers contained before."""
     hosts = [described(lengths) for lengths in (first, second)]
     buckets = []
     for host in hosts:

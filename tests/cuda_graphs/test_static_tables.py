@@ -20,7 +20,7 @@ def test_capacities_grow_by_steps() -> None:
 
 
 def _lists(sizes: list[list[int]], seed: int) -> list[list[tuple[Tensor, Tensor]]]:
-    """Of each task, pieces of so many rows."""
+    """Make pieces of the given numbers of rows for each task."""
     random = torch.Generator().manual_seed(seed)
     return [
         [(torch.randint(V, (n,), generator=random), torch.randn(n, D, generator=random)) for n in pieces]
@@ -33,7 +33,7 @@ def _lists(sizes: list[list[int]], seed: int) -> list[list[tuple[Tensor, Tensor]
 def test_sums_are_those_over_equal_ids(sizes: list[list[int]], capacity: int) -> None:
     static = StaticRows(capacity + 4, D, torch.device("cpu"))
     static.ids.fill_(3)
-    static.rows.fill_(float("nan"))  # of a step before
+    static.rows.fill_(float("nan"))  # of an earlier step
     for seed in range(3):
         lists = _lists(sizes, seed)
         bounds = torch.tensor(static.fill(lists, capacity))

@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md run as they stand."""
+"""The examples of docs/extending.md run unchanged."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def examples() -> dict[str, Any]:
         "num_outputs": num_outputs,
     }
     for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S):
-        code = "\n".join(line for line in block.splitlines() if "{..., " not in line)  # the tables' lines
+        code = "\n".join(line for line in block.splitlines() if "{..., " not in line)  # lines of the tables
         exec(compile(code, PAGE, "exec"), names)
     return names
 

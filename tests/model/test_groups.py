@@ -1,4 +1,4 @@
-"""Weight decay: the parameters that have it."""
+"""Weight decay: the parameters that decay."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def recurrent(name: str) -> dict:
     ids=["lstm", "rnn", "layer on top", "pal on top"],
 )
 def test_only_matrices_decay(sections: dict, make_model: Callable[..., MultiTaskModel]) -> None:
-    """What an adapter stacks over its tasks has one dimension more; the matrix of an adjustment is called a bias."""
+    """Adapter parameters have a dimension for tasks; an adjustment's matrix is named a bias."""
     model = make_model(**sections)
     groups = model.parameter_groups(OptimizerConfig())
     decays = {id(parameter): group["weight_decay"] > 0 for group in groups for parameter in group["params"]}

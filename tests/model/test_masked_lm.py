@@ -1,4 +1,4 @@
-"""Masked language modelling against transformers.BertForMaskedLM: loss and every gradient, the tied weight's too."""
+"""Masked language modelling against BertForMaskedLM: loss and gradients, tied weight too."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEXTS = ["the cat sat on the old red house", "she was happy", "a slow car drives
 
 @pytest.fixture
 def directory(tmp_path: Path, tiny_bert: Path) -> Path:
-    """A BertForMaskedLM as transformers saves it."""
+    """Save a BertForMaskedLM of transformers; return its directory."""
     torch.manual_seed(1)
     model = BertForMaskedLM(BertConfig.from_pretrained(str(tiny_bert)))
     torch.nn.init.normal_(model.cls.predictions.bias, std=0.5)

@@ -115,7 +115,7 @@ def test_absent_tasks_have_no_predictions_and_zero_losses(make_model: MakeModel,
     }
     torch.testing.assert_close(model(alone)["sts"], model(full)["sts"])
     torch.testing.assert_close(model.predict(alone)["sts"], model.predict(full)["sts"])
-    no_pairs = dataclasses.replace(full.task(0), pairs=(None, None, None))  # as where the other tasks have no data set
+    no_pairs = dataclasses.replace(full.task(0), pairs=(None, None, None))  # as for a model without the other tasks
     torch.testing.assert_close(model.predict(no_pairs)["sst"], model.predict(full)["sst"])
     empty = make_batch([[], [], []], pairs=PAIRS)
     assert model.predict(empty) == {}
@@ -128,7 +128,7 @@ def test_absent_tasks_have_no_predictions_and_zero_losses(make_model: MakeModel,
 def test_everything_stays_in_the_graph_of_absent_tasks(
     lengths: list[list[int]], make_model: MakeModel, make_batch: MakeBatch
 ) -> None:
-    """Under ZeRO 3 another rank may have rows for them, and backward gathers parameters collectively."""
+    """Under ZeRO 3 other ranks can have rows of it: backward gathers parameters together."""
     model = make_model(adapter={"name": "pal", "size": 12, "heads": 4})
     results = model(make_batch(lengths, pairs=PAIRS))
     grads = gradients(model, sum(loss for loss, _ in results.values()))
@@ -140,7 +140,7 @@ def test_everything_stays_in_the_graph_of_absent_tasks(
 def test_every_module_touches_only_its_own_parameters(
     adapter: dict, make_model: MakeModel, make_batch: MakeBatch
 ) -> None:
-    """What ZeRO 3 relies on: a parameter has storage only while its own module runs forward or backward."""
+    """As under ZeRO 3, a parameter has storage only while its module runs forward or backward."""
     model = make_model(adapter=adapter).eval()
     batch = make_batch(LENGTHS, pairs=PAIRS)
     results = model(batch)
@@ -182,8 +182,8 @@ def test_one_backward_gives_every_tasks_gradient(recompute: str, make_model: Mak
     for task, name in enumerate(losses):
         expected = torch.autograd.grad(model(batch)[name][0], shared)
         for parameter, gradient in zip(shared, expected, strict=True):
-            # The sink adds rows up in float32: a budget for the tensor, not for elements that cancel. The keys' bias
-            # has a gradient of rounding alone.
+            # The sink adds rows in float32. The error budget is for the tensor, not for elements
+            # that cancel: the gradient of the keys' bias consists of rounding errors.
             error = (sink.stack_of(parameter).of(parameter)[task] - gradient).abs().max()
             assert error <= 1e-6 * gradient.abs().max() + 1e-12
 
@@ -259,7 +259,7 @@ def test_errors_name_the_task(settings: dict, message: str, make_model: MakeMode
 
 
 def test_the_model_learns(make_model: MakeModel, make_batch: MakeBatch) -> None:
-    """Every task's loss on one batch falls to a tenth, through its head, adapter and the encoder."""
+    """The loss of every task on one batch falls to a tenth: head, adapter and encoder learn."""
     model = make_model(
         encoder={"hidden_dropout": 0.0, "attention_dropout": 0.0}, adapter={"name": "pal", "size": 12, "heads": 4}
     )

@@ -1,4 +1,4 @@
-"""What a step copies to a device: by one pinned copy that the host does not wait for (`upload`)."""
+"""Copies of a step to a device: one pinned copy for which the host does not wait (`upload`)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from fastmtl.data.prefetch import ahead
 from fastmtl.model.encoder.context import ForwardContext
 from fastmtl_kernels.varlen_attention.plan import AttentionPlan
 
-# Made once and kept; the flag of several ranks, which is read on the host at once.
+# Made once and kept; and the flag of several ranks, which the host reads at once.
 WAIT = {("common.py", "dropout_table"), ("distributed.py", "any"), ("step.py", "take")}
 
 
 def _copies(path: Path) -> Iterator[tuple[str, str]]:
-    """The functions that make a tensor of the host's numbers on a device, which is a copy from pageable memory."""
+    """Return the functions that copy numbers of the host to a device from pageable memory."""
     for function in ast.walk(ast.parse(path.read_text())):
         if isinstance(function, ast.FunctionDef):
             for call in ast.walk(function):
@@ -43,7 +43,7 @@ def test_no_step_makes_a_tensor_of_numbers_on_a_device() -> None:
 
 
 class _Copies(TorchDispatchMode):
-    """Copies from the CPU to a device without memory, which stands for a GPU: whether the host may go on."""
+    """Copies from the CPU to the device meta, in place of a GPU: whether they are non-blocking."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class _Copies(TorchDispatchMode):
 
 
 def test_a_batch_brings_its_plan(make_batch: Callable[..., PackedBatch], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made by the thread that makes the batch, and copied with it; one made without gets its plan in forward."""
+    """The thread that makes a batch makes its plan and copies both; else forward makes the plan."""
     monkeypatch.setattr(packed_batch, "needs_plan", lambda device: device.type == "meta")
     batch, device = make_batch([[5, 70], [], [3, 30]]), torch.device("meta")
     host = AttentionPlan.make(batch.host.cu_seqlens, batch.num_tokens)
@@ -70,7 +70,7 @@ def test_a_batch_brings_its_plan(make_batch: Callable[..., PackedBatch], monkeyp
         assert made.plan is not None and made.plan.numbers.is_meta and made.host == batch.host
         assert made.host.plan is not None and torch.equal(made.host.plan.numbers, host.numbers)
         with monkeypatch.context() as patch:
-            patch.setattr(AttentionPlan, "make", None)  # nothing is planned any more
+            patch.setattr(AttentionPlan, "make", None)  # no plan is made any more
             assert ForwardContext.build(made, 1, training=False).plan is made.plan
             wider = made.host.plan_of(200)
         assert torch.equal(wider.numbers, AttentionPlan.make(batch.host.cu_seqlens, 200).numbers)

@@ -52,7 +52,7 @@ def sums_by_id(ids: Tensor, rows: Tensor, bounds: Tensor, num_rows: int) -> tupl
     """Sum rows with equal ids: float32 [T, K, d], and the id of each place [K], V for no id.
 
     ids [K], rows [K, d]: of StaticRows. bounds: int64 [T + 1] on their device. num_rows: V.
-    Equal inputs give equal bits. On a GPU `index_put_` sorts: one warp per block of columns adds the
+    Equal inputs give equal bits. On a GPU `index_put_` sorts: one warp per column block adds the
     equal ids of a task one after another, where `index_add_` would add in the order of arrival.
     """
     capacity, num_tasks = len(ids), len(bounds) - 1

@@ -62,7 +62,7 @@ def context_of(batch: PackedBatch, *, training: bool = False) -> ForwardContext:
 
 
 def attention(x: Tensor, weight: Tensor, heads: int) -> Tensor:
-    """One sequence; weight [3, d_s, d_s]."""
+    """Attend in one sequence; weight [3, d_s, d_s]."""
     size = x.shape[1] // heads
     query, key, value = (x @ w.T for w in weight)
     parts = []
@@ -74,7 +74,7 @@ def attention(x: Tensor, weight: Tensor, heads: int) -> Tensor:
 
 
 def naive(name: str, p: dict[str, Tensor], layer: int, task: int, x: Tensor, settings: dict) -> Tensor:
-    """TS_t(h) of one sequence, as the papers write it."""
+    """Return TS_t(h) of one sequence by the formulas of the papers."""
     activation = functional.gelu if settings.get("activation") == "gelu" else (lambda y: y)
     if name == "pal":
         between = range(settings.get("projections", 1) - 1)
@@ -193,7 +193,7 @@ def test_dropout_is_each_tasks_own_and_for_training_only(name: str, make_batch: 
     assert 0.4 < zeros.double().mean() < 0.6
     torch.testing.assert_close(dropped[:40][~zeros], 2 * exact[:40][~zeros])
     assert torch.equal(dropped[40:], exact[40:])
-    assert torch.equal(dropped, adapter(0, hidden, context))  # a pass that is computed again
+    assert torch.equal(dropped, adapter(0, hidden, context))  # a recomputed pass
     others = [adapter(1, hidden, context), adapter(0, hidden, context_of(batch, training=True))]
     assert all(((other[:40] == 0) != zeros).any() for other in others)
     uniform = build(name, dropout=0.5)(0, hidden.float(), context)
@@ -206,7 +206,7 @@ def test_dropout_on_attention_is_the_encoders(make_batch: MakeBatch) -> None:
     hidden = torch.randn(30, 24, dtype=torch.float64)
     first, second = (context_of(make_batch([[30], [], []]), training=True) for _ in range(2))
     assert not torch.equal(adapter(0, hidden, first), adapter(0, hidden, second))
-    assert torch.equal(adapter(0, hidden, first), adapter(0, hidden, first))  # a pass that is computed again
+    assert torch.equal(adapter(0, hidden, first), adapter(0, hidden, first))  # a recomputed pass
     adapter.eval()
     assert torch.equal(adapter(0, hidden, first), adapter(0, hidden, second))
 

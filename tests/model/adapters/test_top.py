@@ -1,4 +1,4 @@
-"""The layer on top of the encoder against transformers' BERT layer and the formula, task by task in float64."""
+"""Layers on top of the encoder against transformers' BERT layer and the formula, in float64."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def context_of(batch: PackedBatch, *, training: bool = False) -> ForwardContext:
 
 
 def per_sequence(x: Tensor) -> list[tuple[int, Tensor]]:
-    """The task and the rows of every sequence."""
+    """Yield the task and the rows of every sequence."""
     tasks = [task for task, own in enumerate(LENGTHS) for _ in own]
     return list(zip(tasks, x.split([length for own in LENGTHS for length in own]), strict=True))
 
 
 def check_gradients(top: Top, ours: Tensor, theirs: Tensor, x: Tensor, copy: Tensor, copies: dict[str, Tensor]) -> None:
-    """ours, theirs: scalars made of x and the top's parameters, and of their copies."""
+    """Compare gradients. ours, theirs: scalars of x and the top's parameters, and of copies."""
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
     names = ["hidden", *(name for name, _ in top.named_parameters())]
     found = torch.autograd.grad(ours, [x, *top.parameters()])
@@ -173,7 +173,7 @@ def test_dropout_is_each_tasks_own_and_for_training_only(top: str, make_batch: M
         module.tasks[1].load_state_dict(module.tasks[0].state_dict())
     context, other = context_of(batch, training=True), context_of(batch, training=True)
     y = module(hidden, context)
-    assert torch.equal(y, module(hidden, context))  # a pass that is computed again
+    assert torch.equal(y, module(hidden, context))  # a recomputed pass
     assert not torch.equal(y, module(hidden, other))
     assert not torch.equal(y[:20], y[20:])  # equal tasks and rows, other masks
     module.eval()
@@ -186,7 +186,7 @@ def test_dropout_is_each_tasks_own_and_for_training_only(top: str, make_batch: M
 def test_a_top_stands_after_the_last_layer(
     top: str, recompute: str, make_model: MakeModel, make_batch: MakeBatch
 ) -> None:
-    """In training, with the same masks: what the model gives is what the top makes of the hidden states below it."""
+    """The model returns the top's output for the hidden states below it, also in training."""
     batch = make_batch([[5, 1, 9], [7, 12], [6, 3, 8, 8]], pairs=[False, False, True])
     settings = {"name": "low_rank", "size": 6, "heads": 2, "top": top}
     model = make_model(adapter=settings, encoder={"recompute": recompute}).train()

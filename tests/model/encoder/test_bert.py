@@ -23,7 +23,7 @@ LENGTHS = [[5, 1, 17, 9], [], [3, 30, 30], [12]]
 
 
 def padded_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """transformers' hidden states of all sequences in one padded batch, real tokens only, in packed order."""
+    """Return transformers' hidden states of one padded batch: real tokens, in packed order."""
     bounds = batch.host.cu_seqlens
     lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
 
@@ -45,7 +45,7 @@ def no_dropout(directory: Path) -> EncoderConfig:
 def test_hidden_states_and_gradients_equal_transformers(
     chunk: int, tiny_bert: Path, make_batch: MakeBatch, tmp_path: Path
 ) -> None:
-    """Also of an encoder whose feed-forward layers transformers runs on 5 of the 30 padded positions at a time."""
+    """Also with chunks: transformers runs feed-forward layers on 5 of 30 positions at a time."""
     directory = shutil.copytree(tiny_bert, tmp_path / "bert")
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "chunk_size_feed_forward": chunk}))
@@ -84,14 +84,14 @@ def test_parameters_are_named_as_in_transformers(tiny_bert: Path) -> None:
 def test_recomputation_changes_no_bit(
     dtype: torch.dtype, recompute: Recompute, tiny_bert: Path, make_batch: MakeBatch
 ) -> None:
-    """Dropout included: what is computed again drops the same."""
+    """With dropout: recomputed results have the same masks."""
     batch = make_batch(LENGTHS)
     gradients = []
     for setting in ("none", recompute):
         encoder = load_encoder(EncoderConfig(path=str(tiny_bert), recompute=setting)).to(dtype)
         torch.manual_seed(5)
         hidden = encoder(batch)
-        hidden.square().sum().backward(retain_graph=True)  # and what was made once is made a second time
+        hidden.square().sum().backward(retain_graph=True)  # and each result is computed twice
         hidden.square().sum().backward()
         gradients.append([hidden.detach(), *(parameter.grad for parameter in encoder.parameters())])
     for plain, recomputed in zip(*gradients, strict=True):
@@ -99,7 +99,7 @@ def test_recomputation_changes_no_bit(
 
 
 def test_other_activations_are_made_again(tiny_bert: Path, make_batch: MakeBatch) -> None:
-    """Of one whose derivative reads its result nothing is gained, and nothing is lost."""
+    """An activation whose backward reads its result is not recomputed."""
     batch = make_batch(LENGTHS)
     for name in ("gelu_new", "relu"):
         gradients = []
@@ -159,10 +159,10 @@ def test_takes_a_batch_without_tokens(tiny_bert: Path, make_batch: MakeBatch) ->
 
 
 def test_a_layer_has_four_products_each_way(tiny_bert: Path, make_batch: MakeBatch) -> None:
-    """Queries, keys and values are one, and their outputs are put side by side by no copy."""
+    """Queries, keys and values are one product; their outputs lie side by side without a copy."""
     encoder, batch = load_encoder(no_dropout(tiny_bert)), make_batch(LENGTHS)
     dy, layers = torch.randn(batch.num_tokens, 32), encoder.config.num_hidden_layers
     names = [event.name for event in operators(lambda: encoder(batch).backward(dy))]
     assert names.count("aten::addmm") == 4 * layers and names.count("aten::mm") == 8 * layers
     assert "aten::stack" not in names and "aten::clone" not in names
-    assert names.count("aten::cat") == 3 * layers  # the weights, whose copies are smaller
+    assert names.count("aten::cat") == 3 * layers  # weights, whose copies are smaller

@@ -1,4 +1,4 @@
-"""encoder.layer_norm: another's LayerNorm in place of fastmtl's, and what is refused."""
+"""encoder.layer_norm: the LayerNorm of another library, and unsupported settings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LENGTHS = ((5, 1, 9), (3,), (4, 7))
 
 
 def of_torch(x: Tensor, weight: Tensor, bias: Tensor, shape: list[int], eps: float) -> Tensor:
-    """With the arguments of Apex's function, which needs a GPU."""
+    """LayerNorm with the arguments of Apex's function, which needs a GPU."""
     return F.layer_norm(x, shape, weight, bias, eps)
 
 
@@ -50,7 +50,7 @@ def test_every_layer_norm_is_replaced(make_model: MakeModel, make_batch: MakeBat
     calls = []
     model.encoder.use_layer_norm(lambda x, *rest: calls.append(x.shape) or of_torch(x, *rest))
     model.predict(make_batch(LENGTHS, pairs=(False, False, True)))
-    assert calls == [(29, 32)] * 5  # the embeddings' and two in each of two layers
+    assert calls == [(29, 32)] * 5  # one of the embeddings, two in each of two layers
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_every_layer_norm_is_replaced(make_model: MakeModel, make_batch: MakeBat
 def test_apex_is_refused_with_what_to_do(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str] | None, message: str
 ) -> None:
-    """By files where the real packages have theirs; nothing in them is called."""
+    """Packages are found by files at the real packages' places; their code is not called."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.syspath_prepend(str(tmp_path))
     for file in () if files is None else ("apex/__init__.py", *files):

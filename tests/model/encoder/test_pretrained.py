@@ -26,7 +26,7 @@ MakeModel = Callable[..., MultiTaskModel]
 
 @pytest.fixture
 def bert(tiny_bert: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny BERT to change."""
+    """Copy the tiny BERT for changes."""
     return Path(shutil.copytree(tiny_bert, tmp_path / "bert"))
 
 
@@ -72,7 +72,7 @@ def write_sharded_bin(directory: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def write_old_names(directory: Path, tensors: dict[str, Tensor]) -> None:
-    """As in the first BERT checkpoints: prefix, gamma and beta, the position buffer and a language model's head."""
+    """First BERT checkpoints have a prefix, gamma and beta, a position buffer and an LM head."""
     renamed = {
         "bert."
         + name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
@@ -213,7 +213,9 @@ def test_an_id_of_the_template_beyond_the_embeddings_is_refused(bert: Path) -> N
     values = json.loads((bert / "tokenizer.json").read_text("utf-8"))
     values["post_processor"]["special_tokens"]["[SEP]"]["ids"] = [9999]
     (bert / "tokenizer.json").write_text(json.dumps(values), "utf-8")
-    edit(bert / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")  # BERT's makes its own template
+    edit(
+        bert / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast"
+    )  # BERT's tokenizer makes its own template
     with pytest.raises(UserError, match="tokenizer.json: post_processor: id 9999, but vocab_size is"):
         load_tokenizer(EncoderConfig(path=str(bert)))
 
@@ -248,7 +250,7 @@ ADAPTERS = [
 
 def saved(model: MultiTaskModel, directory: Path, state_dict: dict[str, Tensor] | None = None) -> Path:
     with torch.no_grad():
-        for parameter in model.parameters():  # so that no freshly made model has these weights
+        for parameter in model.parameters():  # so that no new model has these weights
             parameter += 0.01 * torch.randn(parameter.shape)
     save_model(directory / "model", model, model.recipe, load_tokenizer(model.recipe.encoder), state_dict)
     return directory / "model"

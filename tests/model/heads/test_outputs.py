@@ -1,4 +1,4 @@
-"""What outputs mean where the loss is not the type's own: classes as a score, scores as classes."""
+"""Outputs for losses of another task type: classes as a score, scores as classes."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def pair_task(**settings: Any) -> TaskConfig:
 
 
 def assert_follows(task: TaskConfig, formula: Formula, out: Callable[[Tensor], Tensor] = lambda x: x) -> None:
-    """`out` of the head's outputs equals the formula of the pooled pair and the head's parameters."""
+    """Check out(outputs) against a formula of the pooled pair and the head's parameters."""
     head = build_head(task, 6, 0.3).eval().double()
     generator = torch.Generator().manual_seed(0)
     pooled = [torch.randn(5, 6, dtype=torch.float64, generator=generator, requires_grad=True) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""RNN and LSTM heads against a loop over tokens in float64, and what they do without rows."""
+"""RNN and LSTM heads against a loop over tokens in float64, also without rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def make_task(name: str, *, cls: bool, **settings: Any) -> TaskConfig:
 
 
 def last_state(name: str, tokens: Tensor, p: dict[str, Tensor]) -> Tensor:
-    """One sequence [n, d], token by token."""
+    """Run one sequence [n, d] token by token."""
     state = cell = tokens.new_zeros(3)
     for x in tokens:
         z = p["weight_ih_l0"] @ x + p["bias_ih_l0"] + p["weight_hh_l0"] @ state + p["bias_hh_l0"]
@@ -66,7 +66,7 @@ def test_no_rows_give_no_vectors_and_zero_gradients(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["rnn", "lstm"])
 def test_gradients_arrive_in_one_order_whatever_the_lengths(name: str) -> None:
-    """ZeRO 2 adds up over ranks what arrived as the n-th."""
+    """ZeRO 2 sums over the ranks the gradients that arrive as the n-th."""
     orders = []
     for lengths in ([1], [4, 1, 7], [2, 2], []):
         head = build_head(make_task(name, cls=False), 6, 0.3)

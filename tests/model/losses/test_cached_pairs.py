@@ -1,4 +1,4 @@
-"""Negatives of the whole step: the same losses and gradients as of one large batch, dropout masks included."""
+"""Negatives of a whole step: losses and gradients equal those of one large batch, with dropout."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_dropout_masks_repeat(make_model: MakeModel, make_batch: MakeBatch) -> N
         model = make_model(tasks=tasks(cached=cached))
         torch.manual_seed(5)
         (step,) = cache_pairs(model, [batch])
-        torch.rand(3)  # whatever is drawn between the passes changes nothing
+        torch.rand(3)  # random numbers between the passes change nothing
         if not cached:
             assert step is batch
             torch.manual_seed(5)
@@ -63,7 +63,7 @@ def test_micro_batches_see_each_others_pairs(make_model: MakeModel, make_batch: 
     other = dataclasses.replace(batch, labels=(*batch.labels[:2], batch.labels[2].flip(0)))
     alone = model(cache_pairs(model, [batch])[0])["sts"][0]
     together = model(cache_pairs(model, [batch, other])[0])["sts"][0]
-    assert together > alone + 0.1  # twice the negatives
+    assert together > alone + 0.1  # twice as many negatives
 
 
 def test_needs_the_step_and_one_dtype(make_model: MakeModel, make_batch: MakeBatch) -> None:

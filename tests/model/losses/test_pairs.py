@@ -35,7 +35,7 @@ def assert_same_gradients(found: Tensor, expected: Tensor, leaves: tuple[Tensor,
 
 
 def mnr_mean(u: Tensor, v: Tensor, similar: list[int], scale: float) -> Tensor:
-    """- 1/K sum_i (S(u_i, v_i) - log sum_j exp S(u_i, v_j)), term by term."""
+    """Return - 1/K sum_i (S(u_i, v_i) - log sum_j exp S(u_i, v_j)), term by term."""
     total = u.new_zeros(())
     for i in similar:
         denominator = sum((scale * cosine(u[i], v[j])).exp() for j in similar)

@@ -55,7 +55,7 @@ def test_small_divergences_are_not_rounding() -> None:
 
 
 def adversarial(model: MultiTaskModel, batch: PackedBatch, noise: Tensor) -> dict[str, Tensor]:
-    """Algorithm 1 with plain loops; the terms of every task."""
+    """Return the terms of every task by algorithm 1 in plain loops."""
     config, tasks = model.recipe.smart, list(model.recipe.tasks.values())
     clean = [found.outputs for found in model.examples(batch)]
     cu = batch.cu_seqlens.tolist()
@@ -77,7 +77,7 @@ SMART = {"noise": 0.05, "epsilon": 0.3, "step_size": 0.28}
 
 
 def larger(model: MultiTaskModel) -> MultiTaskModel:
-    """Weights that a perturbation makes a difference to."""
+    """Return a model whose outputs depend on the perturbation."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -128,7 +128,7 @@ def test_ascent_finds_more_than_chance(make_model: MakeModel, make_batch: MakeBa
 
 
 def test_the_dropout_masks_of_all_passes_are_the_same(make_model: MakeModel, make_batch: MakeBatch) -> None:
-    """A perturbation of nearly nothing costs nearly nothing, and what is drawn afterwards goes on as without it."""
+    """A tiny perturbation gives a tiny term, and later random numbers are unchanged."""
     batch = make_batch(LENGTHS, pairs=PAIRS)
     tiny = {"noise": 1e-6, "epsilon": 1e-6, "strength": 1.0, "proximal": 1.0}
     model, plain = make_model(smart=tiny), make_model()
@@ -177,7 +177,7 @@ def test_strength_follows_the_gap(make_model: MakeModel, make_batch: MakeBatch) 
     tasks = {name: {**task, "data": {"dev": "dev.tsv"}} for name, task in TASKS.items()}
     model = make_model(smart={**SMART, "strength": 1.0, "follows": "gap"}, tasks=tasks).eval()
     batch = make_batch(LENGTHS, pairs=PAIRS)
-    assert not model.smart.active  # nothing is known of the gap yet
+    assert not model.smart.active  # the gap is not known yet
     plain = {name: plain_loss(model, batch, name) for name in model.recipe.task_names}
     assert all(torch.equal(model(batch)[name][0], loss) for name, loss in plain.items())
     added = []

@@ -25,7 +25,7 @@ def test_uncertainty(squared_error: bool) -> None:
         module.log_variance_bias.fill_(math.log(0.25))
     loss = torch.tensor(6.0, dtype=torch.float64, requires_grad=True)
     found = module(loss, 3) / 3
-    assert found.item() == 2.0  # the plain mean
+    assert found.item() == 2.0  # the unweighted mean
     s = module.log_variance_bias
     mean = loss / 3
     expected = (0.5 if squared_error else 1.0) * (-s).exp() * mean + s / 2
@@ -71,4 +71,4 @@ def test_dynamic_weight_average() -> None:
     expected = [3 * power / sum(powers) for power in powers]
     assert list(average.weights().values()) == pytest.approx(expected)
     assert sum(average.weights().values()) == pytest.approx(3.0)
-    assert average.weights()["a"] < 1 < average.weights()["b"]  # what falls faster counts for less
+    assert average.weights()["a"] < 1 < average.weights()["b"]  # a loss that falls faster gets less weight
