@@ -139,7 +139,7 @@ def small_gradients_for_a_solver(_: Path, __: Path) -> None:
     large = torch.tensor([[4.0, -1.0], [-1.0, 2.0]])
     for name, options in (("cagrad", {"c": 0.4}), ("upgrad", {})):
         method: Any = find_method(name, options=options)
-        small, ordinary = (method.weights(scale * large, draw_order(2, 0, 0), None) for scale in (1e-8, 1.0))
+        small, ordinary = (method.weights(scale * large, draw_order(2, 0, 0)) for scale in (1e-8, 1.0))
         assert torch.allclose(small, ordinary, rtol=1e-3) and ordinary.abs().min() > 0
 
 
