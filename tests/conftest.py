@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from fastmtl.data.packed_batch import PackedBatch
     from fastmtl.model.multitask import MultiTaskModel
 
-# The same examples in every run: a commit passes or not. --hypothesis-profile=default draws new ones.
+# The same examples in every run, so that a commit either passes or fails.
+# --hypothesis-profile=default draws new ones.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
 
 def pytest_collection_finish() -> None:
-    """Leave out of garbage collection what the imports have made, millions of objects that stay anyway."""
+    """Exclude the objects made by imports, millions that stay alive, from garbage collection."""
     gc.collect()
     gc.freeze()
 
@@ -33,7 +34,7 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest tests first, so that two processes end at about the same time."""
+    """Put the longest tests first, so that two processes finish at about the same time."""
 
     def seconds(item: pytest.Item) -> float:
         slow = item.get_closest_marker("slow")
@@ -44,7 +45,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def own_environment() -> Iterator[None]:
-    """Undo what a test leaves in os.environ: a run in this process sets RANK, and later ones would believe it."""
+    """Restore os.environ after a test: a run in this process sets RANK, which would affect later
+    runs.
+    """
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -56,7 +59,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_bert(tmp_path_factory.mktemp("tiny") / "bert")
 
 
-# The GPU's tests of the kernels run without the packages of the models: imported late.
+# GPU tests of the kernels run without the models' packages, so these are imported late.
 @pytest.fixture(scope="session")
 def make_batch() -> Callable[..., PackedBatch]:
     from packed_batches import build_batch
@@ -66,7 +69,7 @@ def make_batch() -> Callable[..., PackedBatch]:
 
 @pytest.fixture
 def make_model(tiny_bert: Path) -> Callable[..., MultiTaskModel]:
-    """make_model(section={...}, ...): sections of the recipe besides the tasks of packed_batches.py."""
+    """Return make_model(section={...}, ...): recipe sections for the tasks of packed_batches.py."""
     from packed_batches import build_model
 
     return partial(build_model, tiny_bert)

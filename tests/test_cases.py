@@ -1,6 +1,6 @@
-"""Inputs that once failed, each by the name it has had since: here the right outcome of each is a test.
+"""Inputs that once failed, by name, with tests of their correct outcome.
 
-Cheap ones are run below. The others stand in ELSEWHERE with the tests that hold them.
+Cheap ones run below. ELSEWHERE lists the tests of the others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The commands as a user meets them: help, errors, exit codes, and what they hand to the training loop."""
+"""The commands as seen by a user: help, errors, exit codes, and arguments of the training loop."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Stands in for the training loop, which has tests of its own: records the calls."""
+    """Replace the training loop, which has its own tests: record the calls."""
     calls: list[dict[str, Any]] = []
 
     def train(
@@ -45,7 +45,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The console script's exit status."""
+    """Return the console script's exit status."""
     monkeypatch.setattr(sys, "argv", ["fastmtl", *arguments])
     try:
         cli.main()
@@ -76,7 +76,7 @@ def test_help_is_instant_and_teaches() -> None:
     command = [sys.executable, "-c", code, "--help"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     elapsed = time.perf_counter() - begin
-    assert result.stdout.splitlines()[-1] == "[]"  # what makes it slow is not imported
+    assert result.stdout.splitlines()[-1] == "[]"  # slow modules are not imported
     assert elapsed < 5  # on a busy machine; 0.3 s on an idle one
     for name in ("train", "evaluate", "predict", "export", "merge", "recipes", "doctor"):
         assert f" {name} " in result.stdout
@@ -148,7 +148,7 @@ def test_a_directory_with_a_run_is_refused_without_resume(
 def test_only_the_first_process_looks_at_the_output_directory(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trained: list[dict[str, Any]]
 ) -> None:
-    (tmp_path / "metrics.jsonl").write_text("")  # the first process has begun already
+    (tmp_path / "metrics.jsonl").write_text("")  # the first process has already started
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run(monkeypatch, "--local_rank=1", "train", "demo", "--output", str(tmp_path)) == 0

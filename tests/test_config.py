@@ -1,4 +1,4 @@
-"""Recipes: what is read is what is dumped, and every mistake is named with its key."""
+"""Recipes: the dump equals the input, and every mistake is reported with its key."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_defaults_by_type() -> None:
     ],
 )
 def test_the_dtype_of_task_gradients_follows_the_precision(overrides: str, dtype: str, tmp_path: Path) -> None:
-    """And a checkpoint is compared by it, however it was written."""
+    """Checkpoints are compared by it, however it was written."""
     path = save(tmp_path, {"tasks": TASKS, "gradient": {"method": "pcgrad"}, "engine": {"precision": "bf16"}})
     recipe = load_recipe(path, overrides.split())
     assert recipe.jacobian_dtype == dtype
@@ -207,7 +207,7 @@ def test_the_largest_seed_is_one_for_torch_and_the_gradient_methods(tmp_path: Pa
     from fastmtl.surgery.methods.order import draw_order
 
     seed = load_recipe(save(tmp_path, {"tasks": TASKS}), [f"seed={2**62}"]).seed
-    torch.manual_seed(seed + 100 * 10_000 + 1 + 4096)  # phases and ranks
+    torch.manual_seed(seed + 100 * 10_000 + 1 + 4096)  # seeds of phases and ranks
     assert draw_order(3, seed, 5).shape == (3, 3)
 
 

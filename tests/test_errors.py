@@ -1,4 +1,4 @@
-"""Input in messages: one printable line, whatever it holds."""
+"""Input in messages: one printable line, whatever its content."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def circles(graph: Graph) -> set[frozenset[str]]:
 
 
 def folder(module: str) -> str:
-    """Return the package of the kernels, or the folder or module of `fastmtl` that holds `module`."""
+    """Return the kernels' package, or the folder or module of `fastmtl` that holds `module`."""
     parts = module.split(".")
     return parts[0] if parts[0] == "fastmtl_kernels" else ".".join(parts[:2])
 

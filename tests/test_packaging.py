@@ -1,4 +1,6 @@
-"""What a built wheel holds, and that it can be imported from anywhere: with and without a C++ compiler."""
+"""The content of a built wheel, which can be imported from anywhere, with or without a C++
+compiler.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,9 @@ ROOT = Path(__file__).parents[1]
 COMPILER = os.environ.get("CXX", "c++").split()[0]
 
 
-# setup.py with a torch that says to be built for CUDA 13.
+# setup.py with a torch that claims to be built for CUDA 13.
 FOR_CUDA = "import runpy, torch; torch.version.cuda = '13.0'; runpy.run_path('setup.py', run_name='__main__')"
-# An nvcc that builds programs but not our kernels.
+# An nvcc that builds programs, but not fastmtl's kernels.
 NVCC = """#!/bin/sh
 case "$*" in
 *--version*) echo "Cuda compilation tools, release 13.0, V13.0.88";;
@@ -30,7 +32,9 @@ esac
 
 
 def build_wheel(tree: Path, *setup: str, **environment: str) -> tuple[Path, str]:
-    """Builds the wheel of a copy of the checkout, without index and isolation; returns it and what was printed."""
+    """Build the wheel of a copy of the checkout, without index and isolation; return it and the
+    output.
+    """
     skip = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__", "runs", "tests", "docs")
     shutil.copytree(ROOT, tree, ignore=skip)
     command = [sys.executable, *(setup or ["setup.py"]), "bdist_wheel", "--dist-dir", "out"]
@@ -43,7 +47,7 @@ def build_wheel(tree: Path, *setup: str, **environment: str) -> tuple[Path, str]
 
 
 def run_installed(wheel: Path, folder: Path, code: str) -> str:
-    """Unpacks the wheel, as pip does, and runs code with it, outside the checkout."""
+    """Unpack the wheel, as pip does, and run code with it, outside the checkout."""
     zipfile.ZipFile(wheel).extractall(folder / "site")
     environment = os.environ | {"PYTHONPATH": str(folder / "site")}
     ran = subprocess.run(
@@ -54,7 +58,7 @@ def run_installed(wheel: Path, folder: Path, code: str) -> str:
 
 
 def package_files(tree: Path) -> set[str]:
-    """Every file of the two packages that has to be in a wheel, by its path in there."""
+    """Return every file of the two packages that a wheel must have, by its path there."""
     kinds = {".py", ".yaml", ".csv", ".typed"}
     roots = {tree / "fastmtl": tree, tree / "kernels": tree / "kernels"}
     return {
@@ -88,7 +92,7 @@ def test_a_wheel_without_a_compiler_is_complete(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The tree of a build by the compiler, in which nvcc fails at the CUDA kernels, and what was printed."""
+    """Return the files of a compiled build, and its output; nvcc fails at the CUDA kernels."""
     folder = tmp_path_factory.mktemp("compiled")
     nvcc = folder / "cuda" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
@@ -124,7 +128,7 @@ def test_cuda_kernels_that_do_not_compile_cost_nothing_else(compiled: tuple[Path
     assert lines == [f"fastmtl: building without the CUDA kernels: {why}."]
     (wheel,) = (tree / "out").glob("*.whl")
     assert "fastmtl_kernels/_CUDA.abi3.so" not in zipfile.ZipFile(wheel).namelist()
-    # The installed library still knows, without the build's folders.
+    # The installed library still reports it without the build's folders.
     code = "from fastmtl_kernels import _native as g; print([g.why_unavailable()]); print(g.why_no_cuda_library())"
     cpp, cuda = run_installed(wheel, tmp_path, code).splitlines()
     assert cpp == "['']"
@@ -138,6 +142,6 @@ def test_kernels_is_not_a_package() -> None:
 
 def test_the_citation_is_of_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert {"cff-version", "message", "title", "authors"} <= set(citation)  # what the format requires
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)  # required by the format
     project = (ROOT / "pyproject.toml").read_text()
     assert citation["version"] == __version__ and f'\nlicense = "{citation["license"]}"\n' in project

@@ -1,4 +1,4 @@
-"""The surgery benchmark: its oracle, what it refuses, and a whole run on a tiny encoder."""
+"""The surgery benchmark: its oracle, its refusals, and a whole run on a tiny encoder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from fastmtl.surgery.methods.order import draw_order
 TINY = Shape("tiny", hidden=32, layers=2, heads=2, intermediate=64, rows=4, vocabulary=100, positions=128)
 
 
-# Without those that need a GPU: test_recorded_variants_replay_the_textbooks_first_step is for them.
+# Without variants that need a GPU; see test_recorded_variants_replay_the_textbooks_first_step.
 ANYWHERE = [name for name in BUILDERS if not name.endswith("CUDA graphs")]
 
 
@@ -72,9 +72,11 @@ def oracle_bf16(tiny_bf16: Workload) -> Oracle:
     [([[1, 2, 0], [0, 2, 1], [0, 1, 2]], [0.5, -0.5]), ([[2, 1, 0], [0, 2, 1], [1, 0, 2]], [1.0, 0.5])],
 )
 def test_the_textbook_loop_by_hand(order: list[list[int]], merged: list[float]) -> None:
-    """First order: (2, 0) -> (1, 1) -> (1, 0); (-1, 1) -> (0, 1) -> (0, 0); (0, -1) -> (-1/2, -1/2).
+    """The first order gives (2, 0) -> (1, 1) -> (1, 0); (-1, 1) -> (0, 1) -> (0, 0); (0, -1) ->
+    (-1/2, -1/2).
 
-    Second order: (2, 0) -> (1, 1); the second as before; (0, -1) -> (-1/2, -1/2) -> (0, -1/2).
+    The second order gives (2, 0) -> (1, 1); the second as before; (0, -1) -> (-1/2, -1/2) -> (0,
+    -1/2).
     """
     gradients = [torch.tensor(row, dtype=torch.float64) for row in ([2.0, 0.0], [-1.0, 1.0], [0.0, -1.0])]
     assert textbook.pcgrad(gradients, torch.tensor(order)).tolist() == merged
@@ -100,7 +102,7 @@ def test_the_textbook_step_equals_float64(tiny: Workload) -> None:
             if j != i:
                 row = row - min(float(row.dot(rows[j])), 0.0) / float(rows[j].dot(rows[j])) * rows[j]
         merged += row
-    assert (merged - torch.stack(rows).sum(0)).norm() > 0.1 * merged.norm()  # there is something to project
+    assert (merged - torch.stack(rows).sum(0)).norm() > 0.1 * merged.norm()  # some gradients conflict
 
     torch.manual_seed(7)
     textbook.step(tiny.padded, tiny.padded_batches)
@@ -148,7 +150,7 @@ def test_every_variant_passes_the_check(name: str, tiny: Workload, oracle: Oracl
 def test_every_variant_passes_the_check_in_bf16(name: str, tiny_bf16: Workload, oracle_bf16: Oracle) -> None:
     variant = variants.build(name, tiny_bf16)
     assert {parameter.dtype for parameter in variant.model.parameters()} == {torch.bfloat16}
-    assert 1e-3 < oracle_bf16.check(variant) < 0.1  # rounded, and no more than that
+    assert 1e-3 < oracle_bf16.check(variant) < 0.1  # rounding errors only
 
 
 @pytest.mark.parametrize("method", ["sum", "pcgrad"])
@@ -157,10 +159,10 @@ def test_recorded_variants_replay_the_textbooks_first_step(method: str, tiny: Wo
     variant = variants.recorded("recorded", tiny, method, recorder=recorder)
     recorded = len(recorder.recordings)
     assert oracle.check(variant) <= variant.tolerance
-    if method == "pcgrad":  # the steps that recorded do not count
+    if method == "pcgrad":  # the recording steps do not count
         second = dataclasses.replace(variant, order=draw_order(3, SEED, 2))
         assert oracle.check(second) <= variant.tolerance
-    assert len(recorder.recordings) == recorded > 0  # what is checked, and then timed, only replays
+    assert len(recorder.recordings) == recorded > 0  # the checked and timed step only replays
     heads = variant.model.recorded_heads
     assert isinstance(heads, HeadGraphs) and heads._kept
 
@@ -182,7 +184,9 @@ def test_a_step_that_falls_back_is_not_measured_as_cuda_graphs(tiny: Workload, m
     monkeypatch.setattr(graph_options, "heads_unsupported_reason", lambda _: "no heads today")
     monkeypatch.setattr(head_graphs, "heads_unsupported_reason", lambda _: "no heads today")
     with pytest.raises(Skipped, match="^heads and losses fall back to eager execution: no heads today$"):
-        variants.recorded("recorded", tiny, "pcgrad", recorder=Unrecorded())  # heads are recorded in the second step
+        variants.recorded(
+            "recorded", tiny, "pcgrad", recorder=Unrecorded()
+        )  # heads would be recorded in the second step
 
 
 def test_memory_of_graphs_is_that_of_their_private_pools(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +215,7 @@ def test_bf16_may_be_twice_as_far_off_as_torch_itself(tiny_bf16: Workload, oracl
     own = oracle_bf16._error(name, found[1].view_as(wanted[name]), wanted[name])
     allowed = oracle_bf16.allowed(joint)
     assert allowed[name] == pytest.approx(max(2 * own, min(allowed.values())), rel=1e-3)
-    assert oracle_bf16.allowed(variants.build("textbook", tiny_bf16))[name] > 1e-2  # peers merge in bf16 as well
+    assert oracle_bf16.allowed(variants.build("textbook", tiny_bf16))[name] > 1e-2  # peers merge in bf16, too
 
 
 def scale_a_bias(model: nn.Module) -> None:
@@ -308,7 +312,7 @@ def test_a_peer_that_cannot_run_is_skipped_with_its_reason(
     ours = variants.build("autograd", tiny)
     with pytest.raises(Skipped, match="^RuntimeError: no rule for this op$"):
         oracle.check(dataclasses.replace(ours, step=fail, optional=True))
-    with pytest.raises(RuntimeError, match="no rule"):  # our own failures are errors
+    with pytest.raises(RuntimeError, match="no rule"):  # failures of fastmtl's variants are errors
         oracle.check(dataclasses.replace(ours, step=fail))
     monkeypatch.setitem(sys.modules, "torchjd.autojac", None)
     with pytest.raises(Skipped, match=r"pip install 'fastmtl-torch\[torchjd\]'"):
@@ -334,7 +338,7 @@ def test_summary_holds_median_quantiles_and_samples() -> None:
 @pytest.mark.slow
 def test_peak_memory_is_that_of_one_variant() -> None:
     wide = dataclasses.replace(TINY, hidden=256, intermediate=1024, layers=4)
-    held = torch.ones(200 * MIB // 4)  # of this process, not of the ones that are measured
+    held = torch.ones(200 * MIB // 4)  # held by this process, not by the measured ones
     joint, stacked = (
         in_own_process(surgery.peak_of, name, Size(wide), 1, preload="fastmtl.bench.surgery")
         for name in ("autograd", "pcgrad stacked")
@@ -358,7 +362,7 @@ def test_more_tasks_in_the_same_number_of_tokens() -> None:
 def test_lengths_are_those_of_short_texts(task: int) -> None:
     lengths = sizes.lengths_of_rows(task, 32)
     assert lengths.mean() == pytest.approx((30, 28, 25)[task], abs=0.6)
-    assert lengths.max() >= 2 * lengths.mean()  # a padded batch is less than half real tokens
+    assert lengths.max() >= 2 * lengths.mean()  # under half of a padded batch is real tokens
     assert sizes.lengths_of_tokens(task, 256).sum() == 256
 
 
@@ -375,7 +379,7 @@ def test_the_command_prints_and_saves_ratios(
     file = tmp_path / "surgery.json"
     run(monkeypatch, "bench", "surgery", "--rounds", "2", "--json", str(file))
     printed, progress = capsys.readouterr()
-    assert "0 s  building models\n" in progress and "s  round 2 of 2\n" in progress  # no terminal
+    assert "0 s  building models\n" in progress and "s  round 2 of 2\n" in progress  # not on a terminal
     result = json.loads(file.read_text())
     assert set(result["variants"]) | set(result["skipped"]) == set(BUILDERS)
     assert set(BUILDERS) - set(ANYWHERE) <= set(result["skipped"]) <= {"torchjd", *BUILDERS} - set(ANYWHERE[:-1])
@@ -383,7 +387,9 @@ def test_the_command_prints_and_saves_ratios(
     joint = min(result["variants"][name]["median_s"] for name in ("autograd", "sum"))
     loop = result["variants"]["textbook"]["median_s"]
     for name, entry in result["variants"].items():
-        assert len(entry["samples_s"]) == (1 if name in ("textbook", "torchjd") else 2)  # peers: every other round
+        assert len(entry["samples_s"]) == (
+            1 if name in ("textbook", "torchjd") else 2
+        )  # peers run in every other round
         assert entry["ratio_to_joint"] == entry["median_s"] / joint
         assert entry["ratio_to_textbook"] == entry["median_s"] / loop
         assert entry["peak_mib"] > 0
@@ -410,7 +416,7 @@ def test_what_cannot_be_done_is_said_before_measuring(monkeypatch: pytest.Monkey
 
 
 class FakeEvent:
-    """A clock of the GPU that has advanced 5 ms with each step."""
+    """An event of a GPU whose clock advances by 5 ms per step."""
 
     steps = 0
 
@@ -421,7 +427,7 @@ class FakeEvent:
         self.at = FakeEvent.steps
 
     def synchronize(self) -> None:
-        assert self.at == FakeEvent.steps  # the last word, or the time would be that of launching
+        assert self.at == FakeEvent.steps  # synchronised last; otherwise only launches would be timed
 
     def elapsed_time(self, end: FakeEvent) -> float:
         return 5.0 * (end.at - self.at)

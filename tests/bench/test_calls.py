@@ -1,4 +1,4 @@
-"""The operators that a step calls: counted right, and held to a bound, or they grow unnoticed."""
+"""The number of operators that a step calls, compared with bounds."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_nodes_of_the_graph_are_no_operators() -> None:
 
 @pytest.fixture(scope="module")
 def calls() -> Callable[[str, int], OperatorCalls]:
-    """(way, layers) -> of the second step."""
+    """Return (way, layers) -> the calls of the second step."""
 
     def count(name: str, layers: int) -> OperatorCalls:
         shape = Shape("tiny", 32, layers, heads=2, intermediate=64, rows=4, vocabulary=100, positions=128)
@@ -59,7 +59,7 @@ def calls() -> Callable[[str, int], OperatorCalls]:
 def test_calls_of_a_step(
     name: str, in_a_layer: tuple[int, int], elsewhere: tuple[int, int], calls: Callable[[str, int], OperatorCalls]
 ) -> None:
-    """Three tasks; all operators, and those that no other calls; without the optimiser."""
+    """Three tasks: all operators and outermost ones, without the optimiser."""
     one, three = calls(name, 1)[1:], calls(name, 3)[1:]
     layer = [(more - less) / 2 for less, more in zip(one, three, strict=True)]
     rest = [less - each for less, each in zip(one, layer, strict=True)]
@@ -70,7 +70,9 @@ def test_calls_of_a_step(
 def test_a_pcgrad_step_makes_at_most_two_fifths_of_transformers_calls(
     calls: Callable[[str, int], OperatorCalls],
 ) -> None:
-    """With MiniLM's six layers, with the optimiser and without: neither depends on widths."""
+    """With MiniLM's six layers, with and without the optimiser; the numbers do not depend on
+    widths.
+    """
     ours, theirs = calls("fastmtl pcgrad", 6), calls(TRANSFORMERS, 6)
     assert ours.operators <= 0.4 * theirs.operators
     assert ours.without_optimizer <= 0.4 * theirs.without_optimizer

@@ -1,4 +1,4 @@
-"""Kept results: what became slower, and which may be drawn."""
+"""Comparison of saved results, and figures of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of the engine's steps: its settings and what it refuses. test_gpu_check.py runs it whole."""
+"""The benchmark of the engine's steps: settings and refusals. test_gpu_check.py runs all of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`make gpu-check`, tried on the CPU: real parts in a tiny size, and parts that fail, hang and crash."""
+"""`make gpu-check` on the CPU: real parts in a tiny size, and parts that fail, hang and crash."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ ENVIRONMENT = {"device": "A GPU", "driver": "1", "torch": "2", "triton": "3", "f
 
 
 def whole(folder: Path, *names: str, hidden: tuple[str, ...] = ()) -> tuple[int, str, dict[str, Any]]:
-    """Exit status, output and result of the command in its own process, with modules hidden from it and its parts."""
+    """Run the command in a process with hidden modules and these parts.
+
+    Return its exit status, output and result.
+    """
     site = folder / "site"
     site.mkdir(exist_ok=True)
     (site / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({hidden!r}))\n")
@@ -64,7 +67,7 @@ def test_real_parts_on_the_cpu(tmp_path: Path) -> None:
     pictures = {path.name for path in tmp_path.glob("*/*.svg")}
     assert {"step-tiny.svg", f"engine-3-tasks-{engine['tokens']}-tokens-tiny.svg"} <= pictures
 
-    # Without pydantic kernels and their tests are measured all the same, and added to what there is.
+    # Without pydantic, kernels and their tests still run, and are added to the existing result.
     names = ("surgery", "kernels-pool", "tests-kernels-api")
     status, printed, result = whole(tmp_path, *names, hidden=("pydantic",))
     assert status == 0, printed
@@ -111,7 +114,7 @@ def test_what_supervises_imports_nothing_that_can_kill_it() -> None:
 
 @pytest.fixture
 def scripts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, str]]:
-    """Parts by name that are lines of Python, in place of the table; `out` there is the file of the part's result."""
+    """Replace the table by parts that run lines of Python; `out` there is the result's file."""
     found: dict[str, str] = {}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
@@ -176,7 +179,7 @@ def test_no_part_costs_another_its_result(
         "silent",
     ]
     assert (tmp_path / "run" / "hangs.log").read_text() == "so far\n"
-    with pytest.raises(ProcessLookupError):  # its whole group is gone
+    with pytest.raises(ProcessLookupError):  # its whole process group was killed
         for _ in range(100):
             os.kill(int(child.read_text()), 0)
             time.sleep(0.02)
@@ -308,12 +311,12 @@ def test_targets_of_a_gpu() -> None:
     assert [bound["bound"] for bound in bounds(result)][0] == 5.5e5
     result["environment"] = {"device": "another"}
     assert len(bounds(result)) == 6
-    assert bounds({"surgery": [{"shape": shape, "tasks": 3, "tokens": 9, "variants": {}}]}) == []  # cut short
+    assert bounds({"surgery": [{"shape": shape, "tasks": 3, "tokens": 9, "variants": {}}]}) == []  # without variants
 
 
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Where a compute-sanitizer of our own goes, which is called with the tool's name as $2."""
+    """Return the path for a fake compute-sanitizer, which gets the tool's name as $2."""
     path = tmp_path / "bin" / "compute-sanitizer"
     path.parent.mkdir()
     monkeypatch.setattr(sanitizer.shutil, "which", lambda _: str(path) if path.exists() else None)
@@ -344,8 +347,8 @@ def test_what_a_sanitizer_may_say(program: Path) -> None:
         assert found == "found:\n========= Invalid __global__ read\n========= ERROR SUMMARY: 1 error"
     assert sanitizer.outcome(0, "== RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)") == "clean"
     assert sanitizer.outcome(0, "== RACECHECK SUMMARY: 2 hazards displayed").startswith("found")
-    assert sanitizer.outcome(1, "== ERROR SUMMARY: 0 errors").startswith("found")  # the run itself failed
-    assert sanitizer.outcome(0, "").startswith("found")  # no word of a summary
+    assert sanitizer.outcome(1, "== ERROR SUMMARY: 0 errors").startswith("found")  # the run failed
+    assert sanitizer.outcome(0, "").startswith("found")  # no summary
     assert sanitizer.outcome(1, "== Error: Device not supported.").startswith("not run")
 
 

@@ -1,4 +1,6 @@
-"""The benchmark of the kernels: what it checks, refuses and tells. Every way of every operation runs in benchmarks/."""
+"""The benchmark of the kernels: checks, refusals and output. benchmarks/ runs every way of every
+operation.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,7 @@ def test_a_wrong_result_is_not_timed(operation: str, harm: str) -> None:
     ):
         kernels.runnable(ours)
     if harm == "output":
-        return  # within what a peer may round
+        return  # within the rounding error of a peer
     peer = dataclasses.replace(case, ways=[Way("peer", build)])
     _, _, skipped = kernels.runnable(peer)
     assert skipped["peer"].startswith(f"{operation}, peer: the gradient of {case.wanted[0]} is off by ")
@@ -83,7 +85,7 @@ def test_peers_that_cannot_run_are_left_out_with_the_reason() -> None:
         {},
         {"one": "no such package", "two": "NotImplementedError: no rule for this"},
     )
-    with pytest.raises(NotImplementedError):  # our own failures are errors
+    with pytest.raises(NotImplementedError):  # failures of fastmtl's implementations are errors
         kernels.runnable(dataclasses.replace(case, ways=[Way("two", lambda: failing, ours=True)]))
 
 
@@ -124,7 +126,7 @@ def test_on_a_cpu_short_steps_are_repeated(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class FakeGpu:
-    """A clock of a GPU on which reading a buffer takes 2 ms and a link 5 ms."""
+    """A GPU clock: reading a buffer takes 2 ms, a link of the chain 5 ms."""
 
     now_ms = 0.0
     swept = 0
@@ -165,7 +167,7 @@ def test_on_a_gpu_the_cache_is_emptied_and_the_host_is_ahead(monkeypatch: pytest
 
     def link(value: object) -> str:
         FakeGpu.now_ms += 5
-        host[0] += 0.004  # of launching: two thirds of three sweeps
+        host[0] += 0.004  # launch time: two thirds of three sweeps
         return "value"
 
     FakeGpu.swept = 0
@@ -179,7 +181,7 @@ def command(*arguments: str) -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command on a tiny size, without a process for the peaks."""
+    """Run the command on a tiny size, without a separate process for the peaks."""
     monkeypatch.setitem(sizes.SHAPES, "minilm", ops.TINY)
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr(kernels, "in_own_process", lambda function, *arguments, preload: function(*arguments))
@@ -234,7 +236,7 @@ def test_a_copy_moves_as_many_bytes() -> None:
 
 
 def test_peak_memory_is_that_of_the_pass() -> None:
-    """In a process of its own, as the command measures: in this one malloc may hold memory that others have freed."""
+    """Measure in a separate process, like the command: here malloc may hold freed memory."""
     peak = in_own_process(peak_of_known_size, preload="fastmtl.bench.kernels")
     assert peak is not None and 127 * MIB <= peak <= 150 * MIB
 
@@ -249,11 +251,12 @@ def peak_of_known_size() -> int | None:
 
 @pytest.mark.slow
 def test_pytest_benchmark_repeats_groups_and_keeps(tmp_path: Path) -> None:
-    """Its times are those of the harness's clock."""
+    """The times of pytest-benchmark are those of the harness's clock."""
     file = tmp_path / "kept.json"
     options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--bench-rounds", "3", f"--benchmark-json={file}")
     chosen = ("benchmarks/bench_pcgrad_weights.py", "-k", "fastmtl or eager")
-    # As from a shell: pytest-benchmark measures nothing where xdist's worker has left its name.
+    # An environment as in a shell: pytest-benchmark measures nothing if xdist's worker variable is
+    # set.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["PYTHONPATH"] = python_path()
     run = [sys.executable, "-m", "pytest", *options, *chosen]

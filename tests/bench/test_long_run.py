@@ -1,4 +1,4 @@
-"""benchmarks/long_run.py: what it says of made metrics, and of processes that train nothing."""
+"""benchmarks/long_run.py on made-up metrics, and on processes that do not train."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "long_run.py"
 STEPS = 400
-# In place of the launcher: two ranks that write metrics, until there are 60 lines or a SIGTERM comes.
+# Instead of the launcher: two ranks that write metrics up to 60 lines or a SIGTERM.
 LAUNCHER = """
 import os, signal, subprocess, sys, time
 if "RANK" not in os.environ:
@@ -44,7 +44,7 @@ def long_run() -> ModuleType:
 
 
 def _lines(rate: Callable[[int], float] = lambda step: 500.0) -> list[dict[str, Any]]:
-    """Of metrics.jsonl, three in a hundred steps being disturbed."""
+    """Return lines of metrics.jsonl; three in a hundred steps are disturbed."""
     return [
         {
             "step": step,
@@ -61,7 +61,10 @@ def _lines(rate: Callable[[int], float] = lambda step: 500.0) -> list[dict[str, 
 def _samples(
     mib: Callable[[int], float] = lambda step: 1000.0, cpu: Callable[[int], float] = lambda step: 0.8
 ) -> list[dict[str, Any]]:
-    """Two of a step, the first lower in memory; two ranks. The first steps allocate, evaluation and saving too."""
+    """Return two samples per step for two ranks, the first lower in memory.
+
+    The first steps allocate, and so do evaluation and saving.
+    """
     found, spent = [], 10.0
     for step in range(1, STEPS + 1):
         spent += cpu(step)

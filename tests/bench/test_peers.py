@@ -1,4 +1,4 @@
-"""PCGrad four ways at equal work: the line through two peaks, and the whole command on a tiny encoder."""
+"""PCGrad in several ways at equal work: the line through two peaks, and the whole command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GIB = 1024 * MIB
 
 def test_a_line_through_two_peaks() -> None:
     assert peers.line({32: 100, 64: 164}) == (36, 2)
-    assert peers.line({32: 100, 128: 301, 64: 173}) == (45, 2)  # the two largest
+    assert peers.line({32: 100, 128: 301, 64: 173}) == (45, 2)  # of the two largest
     with pytest.raises(UserError, match="memory did not grow with the batch"):
         peers.line({32: 100, 64: 100})
 
@@ -38,7 +38,7 @@ def test_on_a_gpu_the_largest_batch_has_been_run() -> None:
 
 
 def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """With made-up peaks: a process for each takes seconds, and test_bench.py measures some."""
+    """Peaks are made up: a process for each takes seconds, and test_bench.py measures some."""
     made_up = {"autograd": 3, "sum": 3, "pcgrad stacked": 3, "pcgrad replay": 4, "textbook": 5, "torchjd": 6}
 
     def peak(function: object, *arguments: object, preload: str) -> int:

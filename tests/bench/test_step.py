@@ -1,4 +1,4 @@
-"""The benchmark of a whole step: equal losses first, then every step really trains."""
+"""The benchmark of a whole step: losses are equal, then every step trains."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def test_each_way_trains_with_dropout(name: str) -> None:
     way.build(work, model)()
     assert not torch.equal(drawn, torch.get_rng_state())
     same = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
-    # What no token of these rows looks up, and the keys' bias, which softmax does not see, move by decay alone.
+    # Embeddings that no token looks up, and the keys' bias, which does not affect softmax, change
+    # by weight decay alone.
     assert not [name for name in same if name.endswith(".weight")]
 
 

@@ -1,4 +1,4 @@
-"""The doctor, with packages that are absent, foreign or broken."""
+"""The doctor with packages that are missing, foreign or broken."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def package(root: Path, name: str, files: dict[str, str]) -> None:
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is searched for packages before all others, here and in child processes."""
+    """Return a folder that is searched for packages first, here and in child processes."""
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return tmp_path
@@ -77,7 +77,7 @@ def test_a_probe_that_raises_is_a_finding() -> None:
 
 
 def distribution(root: Path, version: str, entry_points: str) -> None:
-    """The metadata that pip leaves of a distribution named fastmtl."""
+    """Write the metadata that pip creates for a distribution named fastmtl."""
     folder = root / f"fastmtl-{version}.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: fastmtl\nVersion: {version}\n")

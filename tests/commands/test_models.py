@@ -1,4 +1,4 @@
-"""Trained models as a whole: merged, added to, exported."""
+"""Trained models as a whole: merged, extended, exported."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ Make = Callable[..., Path]
 
 @pytest.fixture
 def make(tiny_bert: Path, tmp_path: Path) -> Make:
-    """make(name, tasks, seed=0, section={...}, ...) -> a model directory with random adapters and heads."""
+    """Return make(name, tasks, seed=0, section={...}, ...) -> a model with random adapters and
+    heads.
+    """
 
     def make(name: str, tasks: list[str] | dict[str, dict], *, seed: int = 0, **sections: dict) -> Path:
         values = {
@@ -95,7 +97,7 @@ def scores(directory: Path, task: str) -> np.ndarray:
 def assert_same_predictions(joined: Path, source: Path, task: str, name: str | None = None) -> None:
     ours, theirs = scores(joined, name or task), scores(source, task)
     assert ours.tobytes() == theirs.tobytes()
-    assert np.ptp(ours, axis=0).max() > 1e-5  # they are about the texts
+    assert np.ptp(ours, axis=0).max() > 1e-5  # the vectors depend on the texts
 
 
 @pytest.mark.parametrize(
@@ -238,7 +240,9 @@ def write_rows(path: Path, count: int) -> None:
 
 @pytest.mark.slow(15)
 def test_a_task_is_added_without_touching_the_others(make: Make, tmp_path: Path) -> None:
-    """Trains for real, in bf16, so that the run's own encoder is not the trained model's to the last bit."""
+    """Train in bf16, so that the encoder of the run and of the trained model differ in the last
+    bits.
+    """
     base = make("base", ["same", "tone"])
     before = {path.name: path.read_bytes() for path in base.iterdir()}
     for split, count in (("train", 24), ("dev", 6)):
@@ -320,7 +324,7 @@ def test_a_model_that_changed_during_the_run_is_not_added_to(make: Make, tmp_pat
 
 
 def pooled(directory: Path, texts: list[str], mode: Any, cache: Path) -> torch.Tensor:
-    """The vectors that fastmtl's own encoder gives, without adapters."""
+    """Return the vectors of fastmtl's own encoder without adapters."""
     model, recipe, tokenizer = load_model(directory)
     rows = Rows(path=Path("texts"), ids=texts, texts=texts, pair_texts=None, labels=None)
     data = tokenize(rows, tokenizer, recipe.tasks["tone"], model.encoder.max_length, cache)
@@ -334,7 +338,9 @@ def pooled(directory: Path, texts: list[str], mode: Any, cache: Path) -> torch.T
 def test_sentence_transformers_layout(
     pooling: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The files, and what sentence-transformers' documentation says that they mean, against transformers alone."""
+    """Check the files by their meaning in sentence-transformers' documentation, with transformers
+    alone.
+    """
     model = make("model", ["tone"], encoder={"max_length": 12})
     out = tmp_path / "embeddings"
     assert run(monkeypatch, "export", model, out, "--format", "sentence-transformers", "--pooling", pooling) == 0
@@ -421,7 +427,7 @@ def test_a_tasks_projection_is_exported_with_its_pooling(
 
 def test_transformers_layout_is_the_encoder_alone(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, out = make("model", ["tone"]), tmp_path / "encoder"
-    out.mkdir()  # an empty directory is as good as none
+    out.mkdir()  # an empty directory is accepted
     assert run(monkeypatch, "export", model, out, "--format", "transformers") == 0
     assert (out / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
     assert {path.name for path in out.iterdir()} <= {path.name for path in model.iterdir()} - {"fastmtl.json"}

@@ -51,7 +51,7 @@ def batches_of(step: int, part: int = 0, parts: int = 1) -> PackedBatch:
     return cases.step_batches(cases.make_data(), step, part, parts)
 
 
-# One batch, accumulation, and an absent task, of several numbers of rows.
+# One batch, accumulation, and an absent task, with several numbers of rows.
 STEPS = [
     [batches_of(0, 1, 4)],
     [batches_of(1)],
@@ -124,7 +124,7 @@ def test_replays_equal_the_operations_bit_for_bit(method: str, dtype: torch.dtyp
         assert info.conflict_rate == plain_info.conflict_rate
         assert recorder.replayed > replayed
         replayed = recorder.replayed
-    assert info.weights is not None and (info.weights != 1).any()  # there were conflicts
+    assert info.weights is not None and (info.weights != 1).any()  # some gradients conflict
     assert 2 <= len(recorder.recordings) < len(STEPS)
     assert ways[0].state_dict() == ways[1].state_dict()
     states = [way.state_dict()["method_state"].get("targets", {"all": [[0.0]]})["all"] for way in ways]

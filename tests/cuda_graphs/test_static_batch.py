@@ -30,7 +30,7 @@ def test_a_batch_fits_its_bucket_and_leaves_nothing_behind(first: list[list[int]
         plan = AttentionPlan.make(host.cu_seqlens, rows_of(host.token_offsets[-1]))
         buckets.append(Bucket.of(host.token_offsets[-1], plan))
     largest = Bucket(*[max(getattr(b, size) for b in buckets) for size in ("rows", "tiles", "blocks")])
-    largest = Bucket(largest.rows, largest.tiles + largest.rows // 64, largest.blocks)  # room for the tail of both
+    largest = Bucket(largest.rows, largest.tiles + largest.rows // 64, largest.blocks)  # with room for the last of both
     assert all(largest.holds(bucket) for bucket in buckets)
     static = StaticBatch(largest, TASKS, torch.device("cpu"))
     addresses = static.segments.offsets.data_ptr(), static.cu_seqlens.data_ptr(), static.plan.blocks.data_ptr()

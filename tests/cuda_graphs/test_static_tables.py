@@ -1,4 +1,4 @@
-"""Rows of an embedding table in buffers of fixed sizes, against dense sums in float64."""
+"""Rows of an embedding table in buffers of fixed sizes, compared with dense sums in float64."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_sums_are_those_over_equal_ids(sizes: list[list[int]], capacity: int) ->
 
 def test_rows_of_16_bits_are_added_up_in_float32() -> None:
     static = StaticRows(1024, 1, torch.device("cpu"))
-    rows = torch.ones(1000, 1, dtype=torch.bfloat16)  # 257 of them are 256 in bfloat16
+    rows = torch.ones(1000, 1, dtype=torch.bfloat16)  # a sum of 257 of them is 256 in bfloat16
     bounds = static.fill([[(torch.zeros(1000, dtype=torch.int64), rows)]], 1024)
     sums, _ = sums_by_id(static.ids, static.rows, torch.tensor(bounds), V)
     assert sums[0, 0].item() == 1000

@@ -80,12 +80,12 @@ def test_each_operation(wordnet_files: Path) -> None:
         return [change(text, config, wordnet, np.random.default_rng(seed)).split() for seed in range(200)]
 
     assert texts(only()) == [words] * 200
-    replaced = {" ".join(new) for new in texts(only(synonyms=0.1))}  # ten words: one of them
+    replaced = {" ".join(new) for new in texts(only(synonyms=0.1))}  # one of ten words
     film = {f'the "{word}" was a big one, and the house too' for word in ("layer", "motion picture", "movie", "shoot")}
     assert replaced == film | {'the "film" was a large one, and the house too'}
-    for new in texts(only(insertions=0.2)):  # two of them, of one word or two
+    for new in texts(only(insertions=0.2)):  # two insertions, of one word or two
         rest = iter(new)
-        assert all(word in rest for word in words) and 12 <= len(new) <= 14  # the text's own words, in their order
+        assert all(word in rest for word in words) and 12 <= len(new) <= 14  # the text's own words stay in order
     assert all(sorted(new) == sorted(words) for new in texts(only(swaps=0.3)))
     assert any(new != words for new in texts(only(swaps=0.3)))
     deleted = texts(only(deletions=0.3))

@@ -1,4 +1,6 @@
-"""The shipped corpus: what its script makes, nothing shared by train and dev, hard for a bag of words."""
+"""The shipped corpus: equal to its script's output, no overlap of train and dev, hard for a bag of
+words.
+"""
 
 from __future__ import annotations
 

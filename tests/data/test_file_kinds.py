@@ -1,4 +1,4 @@
-"""Files as people have them: quotes, headers, endings, GLUE's tasks, and labels in every format."""
+"""Common file formats: quotes, headers, line ends, GLUE's tasks, and labels in every format."""
 
 from __future__ import annotations
 

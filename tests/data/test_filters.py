@@ -1,4 +1,4 @@
-"""The longest rows go, the others stay in their order."""
+"""The longest rows are removed, the others keep their order."""
 
 from __future__ import annotations
 

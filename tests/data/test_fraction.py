@@ -1,4 +1,4 @@
-"""A share of the training rows: the same ones every time, nested, and never of dev rows."""
+"""A share of the training rows: reproducible, nested, and without dev rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The readers on 100 random files; tests/soak/fuzz_readers.py reads as many others as one likes."""
+"""The readers on 100 random files; tests/soak/fuzz_readers.py reads any number of others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Masked batches: how many tokens, which, what becomes of them, and that all ranks agree on the step's total."""
+"""Masked batches: the number and choice of tokens, their replacements, and equal totals on all
+ranks.
+"""
 
 from __future__ import annotations
 

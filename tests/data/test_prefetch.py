@@ -1,4 +1,4 @@
-"""Batches made ahead: the same ones in the same order, never more than asked for, and no thread that stays."""
+"""Prefetched batches: the same order, at most as many as requested, and no remaining thread."""
 
 from __future__ import annotations
 
@@ -116,15 +116,15 @@ def test_leaving_early_ends_the_thread(taken: int) -> None:
             for _ in itertools.islice(steps, taken):
                 pass
             raise KeyError
-        assert not ended.is_set()  # nobody runs it any more, so it can be closed here
+        assert not ended.is_set()  # no thread runs it, so it can be closed here
     assert ended.is_set()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_copies_are_whole_when_they_are_taken() -> None:
-    """While the device is kept busy, so that a step that did not wait for its copy, or memory that was given away too
-    early, would show.
+    """The device is kept busy, which would expose a missing wait, or memory that is reused too
+    early.
     """
     device, heavy = torch.device("cuda", 0), torch.randn(4096, 4096, device="cuda")
     kept = []

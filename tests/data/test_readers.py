@@ -1,4 +1,4 @@
-"""Readers: every layout, and a sentence for every way a row can be bad."""
+"""Readers: every layout, and an error message for every kind of bad row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Samplers, subsample, oversampling and curriculum against their formulas; Gradient Compromise against Algorithm 1."""
+"""Samplers, subsample, oversampling and curriculum, compared with their formulas; Gradient
+Compromise with Algorithm 1.
+"""
 
 from __future__ import annotations
 
@@ -60,19 +62,27 @@ def test_sequential_steps_have_one_task(accumulation: int) -> None:
 def test_subsample_and_oversampling() -> None:
     assert Schedule(SIZES, recipe(subsample={"para": 100, "sts": 1000})).quotas(0).tolist() == [100, 85, 60]
     assert Schedule(SIZES, recipe(oversample=5)).quotas(0).tolist() == [1400, 425, 300]
-    assert Schedule(SIZES, recipe(oversample=20)).quotas(0).tolist() == [1400, 1400, 1200]  # none beyond the largest
+    assert Schedule(SIZES, recipe(oversample=20)).quotas(0).tolist() == [
+        1400,
+        1400,
+        1200,
+    ]  # no task exceeds the largest
 
 
 def test_curriculum_brings_the_sets_in_by_size() -> None:
     schedule = Schedule((60, 1400, 85), recipe(epochs=6, curriculum=4))
     ramps = [schedule.quotas(epoch) / (60, 1400, 85) for epoch in range(6)]
     np.testing.assert_allclose(ramps, [(0, 1, 0), (0, 1, 0.5), (0, 1, 1), (0.5, 1, 1), (1, 1, 1), (1, 1, 1)], atol=0.02)
-    both = Schedule((60, 1400, 85), recipe(epochs=3, curriculum=2, oversample=50))  # equal, yet the file decides
+    both = Schedule(
+        (60, 1400, 85), recipe(epochs=3, curriculum=2, oversample=50)
+    )  # equal sizes, still decided by the file
     assert [both.quotas(epoch).tolist() for epoch in range(3)] == [[0, 1400, 0], [0, 1400, 1400], [1400] * 3]
 
 
 def test_compromise_shares_are_the_algorithms() -> None:
-    """p_b = clip((p n - 1) / (n - T)), scaled; with one batch of each task the mean is p n where that is over 1."""
+    """p_b = clip((p n - 1) / (n - T)), scaled; with one batch of each task the mean is p n if over
+    1.
+    """
     sizes = np.array(SIZES, dtype=np.float64)
     for epoch, alpha in ((0, 1.0), (1, 0.6), (2, 0.2)):
         p = sizes**alpha / (sizes**alpha).sum()
@@ -103,7 +113,7 @@ def test_compromise_steps_are_groups_of_batches() -> None:
         assert weights is not None  # k_t batches' mean losses added up, over S_t^b, b = 0.6
         np.testing.assert_allclose(list(weights.values()), batches[step] / np.array(SIZES) ** 0.6)
     rows = np.mean([schedule.quotas(epoch).sum() for epoch in range(3)])
-    assert 0.8 < rows / sum(SIZES) < 1.3  # an epoch draws about as many rows as there are
+    assert 0.8 < rows / sum(SIZES) < 1.3  # an epoch draws about as many rows as the data has
     again = Schedule(SIZES, config, world=2)
     assert all((a.counts == b.counts).all() for a, b in zip(again.stretches(2), schedule.stretches(2), strict=True))
     assert Schedule(SIZES, recipe()).loss_weights(0, 0) is None

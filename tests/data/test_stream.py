@@ -1,4 +1,4 @@
-"""Packing, samplers and the batch stream: nothing lost, nothing twice, the same draw everywhere."""
+"""Packing, samplers and the batch stream: no row lost or repeated, equal draws on all ranks."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_round_robin_takes_the_batch_sizes_and_cycles_small_files() -> None:
     batches = [group[0] for epoch in range(2) for group in stream.epoch(epoch)]
     assert {batch.counts for batch in batches} == {(6, 3)}
     small = rows_of(batches, 1)
-    for start in range(0, len(small) - 7, 7):  # permutations follow each other, over the end of the epoch too
+    for start in range(0, len(small) - 7, 7):  # permutations continue across epochs
         assert sorted(small[start : start + 3]) != sorted(set()) and len(set(small)) == 7
     counts = np.bincount(small, minlength=7)
     assert counts.max() - counts.min() <= 1
@@ -134,7 +134,7 @@ def test_a_subsample_is_another_one_each_epoch() -> None:
     stream = BatchStream(data, recipe(2, sampler={"batch_size": 4, "subsample": {"t0": 20}}, train={"epochs": 3}))
     drawn = [[row for group in stream.epoch(epoch) for row in rows_of(group, 0)] for epoch in range(3)]
     assert [len(rows) for rows in drawn] == [20] * 3
-    assert sorted(sum(drawn, [])) == list(range(60))  # no row again before all were there
+    assert sorted(sum(drawn, [])) == list(range(60))  # no row repeats before all have been drawn
 
 
 def test_compromise_draws_whole_batches_on_every_rank() -> None:

@@ -1,4 +1,4 @@
-"""Micro-batches by tokens lose no row: every epoch has each row once, in whole steps, within the budget."""
+"""Micro-batches by tokens: every epoch has each row once, in whole steps, within the budget."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def recipe(tasks: int, accumulation: int, **sampler: Any) -> Recipe:
 
 
 def rows_of_epoch(streams: list[BatchStream], epoch: int, accumulation: int, budget: int | None) -> list[np.ndarray]:
-    """Return the rows that all ranks take of each task, sorted; check steps, ranks and budget on the way."""
+    """Return the rows of each task on all ranks, sorted. Check steps, ranks and budget."""
     steps = list(zip(*(stream.epoch(epoch) for stream in streams), strict=True))
     assert len(steps) == streams[0].steps(epoch) > 0
     batches = [batch for groups in steps for group in groups for batch in group]
@@ -73,10 +73,11 @@ def test_every_row_once_in_an_epoch(
         assert "micro-batches of one step" in str(error)
         assert (total if name == "proportional" else min(sizes)) < cells
         return
-    # Only rows of which nearly each fills a micro-batch can wait for the next epoch, and fewer than a step has.
+    # Only rows that nearly fill a micro-batch each can wait for the next epoch, and fewer than a
+    # step has.
     left_out = np.cumsum([total - sum(map(len, rows)) for rows in found])
     assert ((left_out >= 0) & (left_out < cells)).all()
-    if not by_tokens or budget >= 64:  # four rows of 16 tokens: every full cell can be halved
+    if not by_tokens or budget >= 64:  # four rows of 16 tokens: every full cell can be split
         assert not left_out.any()
     for t, size in enumerate(sizes):
         if not left_out.any():
@@ -94,7 +95,7 @@ def test_rows_that_fill_no_step_open_the_next_epoch() -> None:
     assert stream.notes(4) == [] and "leaves out 3 rows" in stream.notes(3)[0]
     alone = [batch.example_ids[0].tolist() for group in BatchStream(data, config).epoch(3, 1) for batch in group]
     whole = [batch.example_ids[0].tolist() for group in stream.epoch(3) for batch in group]
-    assert alone == whole[4:]  # the same in a process that resumes there
+    assert alone == whole[4:]  # a process that resumes there has the same steps
 
 
 @pytest.mark.parametrize("name", ["uniform", "sqrt", "annealed", "round_robin"])
@@ -118,7 +119,8 @@ def test_only_the_end_of_a_plan_is_made_anew(lengths: list[int], world: int, acc
         assert max(sum(lengths[index] for index in cell) for cell in parts) <= budget
     indexes = sorted(index for parts in whole for cell in parts for index in cell)
     assert indexes == list(range(len(indexes)))
-    # No shorter end would do: the steps after the first one that was kept have too few rows for their cells.
+    # No shorter end is possible: the steps after the first kept one have too few rows for their
+    # cells.
     kept = same // accumulation * accumulation
     for begin in range(kept + accumulation, len(whole), accumulation):
         rows = sum(len(cell) for parts in plan[begin:] for cell in parts)

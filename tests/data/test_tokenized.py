@@ -1,4 +1,4 @@
-"""Token ids are those of the tokenizer; the cache gives them back, and only them."""
+"""Token ids equal the tokenizer's; the cache returns them unchanged."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_single_texts_cannot_be_bi_encoded(tokenizer: Any, tmp_path: Path) -> No
 def test_cache_is_used_and_keyed_by_everything(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = tokenize(rows(), tokenizer, config(), 64, tmp_path)
     tokenize(rows(pairs=False), tokenizer, config(), 64, tmp_path)
-    tokenize(rows(), tokenizer, config(), 14, tmp_path)  # cuts, which the tokenizer remembers: no other key for that
+    tokenize(rows(), tokenizer, config(), 14, tmp_path)  # truncation changes the tokenizer, not the key
     tokenize(rows(), tokenizer, config(), 64, tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -116,12 +116,12 @@ def test_cache_that_cannot_be_written(tokenizer: Any, tmp_path: Path, capsys: py
 def test_the_tokenizer_keeps_its_own_truncation_and_padding(tokenizer: Any, tmp_path: Path) -> None:
     plain = tokenizer.backend_tokenizer.to_str()
     tokenize(rows(), tokenizer, config(), 14, tmp_path)
-    assert tokenizer.backend_tokenizer.to_str() == plain  # cold; texts were cut
+    assert tokenizer.backend_tokenizer.to_str() == plain  # without the cache; texts were truncated
     own = copy.deepcopy(tokenizer)
     own.backend_tokenizer.enable_truncation(9, direction="left")
     own.backend_tokenizer.enable_padding(length=9)
     before = own.backend_tokenizer.to_str()
-    for length in (64, 14, 64):  # the last from the cache; that they are set changes no token
+    for length in (64, 14, 64):  # the last from the cache; tokens do not change
         data = tokenize(rows(), own, config(), length, tmp_path / "own")
         assert data.tokens.tolist() == tokenize(rows(), tokenizer, config(), length, tmp_path).tokens.tolist()
     own.save_pretrained(tmp_path / "saved")

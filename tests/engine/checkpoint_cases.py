@@ -1,7 +1,7 @@
-"""What the processes of tests/engine/test_checkpoint.py run. Usage: checkpoint_cases.py DIRECTORY CASE
+"""The processes of tests/engine/test_checkpoint.py. Usage: checkpoint_cases.py DIRECTORY CASE
 
-CASE `save`: save after two steps. `load`: two more steps from what another number of ranks saved. `both`: save, two
-more steps, once straight and once from the checkpoint, then load.
+CASE `save`: save after two steps. `load`: two more steps from the checkpoint of another number of
+ranks. `both`: save, two more steps, once directly and once from the checkpoint, then load.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def make_recipe(stage: str) -> Recipe:
 
 
 class Run:
-    """An engine and its surgery; `go_on` takes steps number `first` to `last`."""
+    """An engine and its surgery; `go_on` runs steps `first` to `last`."""
 
     def __init__(self, recipe: Recipe, ranks: Ranks, universal: bool = False) -> None:
         self.recipe, self.ranks = recipe, ranks
@@ -92,7 +92,8 @@ def load_of_others(directory: Path, ranks: Ranks) -> None:
         run = Run(recipe, ranks, universal=True)
         clip = run.engine.optimizer.clip_grad
         state = checkpoints.restore(run.engine, found)
-        # Adapters are a large part of this model, so in two processes DeepSpeed clips, in one surgery does.
+        # Adapters are a large part of this model, so DeepSpeed clips with two processes, and
+        # surgery with one.
         assert run.engine.optimizer.clip_grad == clip == (0.0 if ranks.world == 1 and stage != "zero3" else 1.0)
         run.surgery.load_state_dict(state["surgery"])
         run.write(directory / f"{stage}-{others}-universal-saved.safetensors")

@@ -1,7 +1,7 @@
-"""What the process of tests/engine/test_fused_optimizers.py runs. Usage: fused_optimizer_cases.py DIRECTORY
+"""The process of tests/engine/test_fused_optimizers.py. Usage: fused_optimizer_cases.py DIRECTORY
 
-Two steps with DeepSpeed's Adam, a checkpoint, two more steps, once straight and once from the checkpoint; all four
-with torch's.
+Two steps with DeepSpeed's Adam, a checkpoint, and two more steps, once directly and once from the
+checkpoint; all four also with torch's Adam.
 """
 
 from __future__ import annotations

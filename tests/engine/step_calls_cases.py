@@ -1,5 +1,7 @@
-"""Prints what test_step_calls.py looks at, as JSON: what a step of BERT-base's 12 layers calls in several ways, and
-whether a step that is not finite leaves no trace.
+"""Print the input of test_step_calls.py as JSON.
+
+It is the calls of a step of BERT-base's 12 layers in several configurations, and whether a step
+that is not finite leaves no trace.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ def told(found: StepCalls) -> dict[str, Any]:
 
 
 def weights_after(steps: str, settings: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[str | None]]:
-    """steps: `good` ones, and `bad` ones with a gradient that is not a number."""
+    """Return the weights. steps: `good` ones, and `bad` ones with a NaN in a gradient."""
     shape = Shape("narrow", 32, 2, heads=2, intermediate=64, rows=4, vocabulary=100, positions=128)
     work = Workload(Size(shape, dropout=0.0))
     sections = {"gradient": {"method": "sum"}, "engine": {"precision": "fp32", "clip": 1.0, **settings}}

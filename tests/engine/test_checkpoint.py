@@ -1,5 +1,6 @@
-"""Checkpoints of real engines: bitwise resume at the same number of ranks, another number through the universal form,
-refusals.
+"""Checkpoints of real engines.
+
+Bitwise resume with the same number of ranks, the universal form for another number, refusals.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fastmtl.engine.manifest import Refused, read_manifest
 from fastmtl.errors import UserError
 
 WORKER = Path(__file__).with_name("checkpoint_cases.py")
-STAGES = ("zero1", "zero2", "zero3", "zero1-flat")  # of which any number of ranks can go on
+STAGES = ("zero1", "zero2", "zero3", "zero1-flat")  # which any number of ranks can resume
 
 
 def _run(command: list[str]) -> None:
@@ -36,7 +37,10 @@ def _run(command: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One rank saves, two ranks save and load what one saved, one rank loads what two saved, in every ZeRO stage."""
+    """Save and load in every ZeRO stage, with one and two ranks.
+
+    One rank saves; two ranks save, and load the checkpoint of one; one rank loads that of two.
+    """
     directory = tmp_path_factory.mktemp("checkpoints")
     launcher = two_processes()
     _run([sys.executable, str(WORKER), str(directory), "save"])
@@ -63,10 +67,10 @@ def test_another_number_of_ranks_goes_on(saved: Path, stage: str, savers: int) -
     before, loaded = (load_file(saved / f"{prefix}-{kind}.safetensors") for kind in ("saved", "universal-saved"))
     for name, tensor in before.items():
         assert torch.equal(tensor, loaded[name]), name
-    # Two more AdamW steps agree only if the moments and the schedule came along. Adam's m / sqrt(v) makes the sign of a
-    # gradient that is
-    # zero but for rounding (a key's bias) count as much as any other, so those entries are left out.
-    # The same steps by two ranks straight on: by other tests they equal those of one.
+    # Two more AdamW steps agree only if the moments and the schedule were restored. Adam's m /
+    # sqrt(v) gives the sign of a rounding-only gradient (a key's bias) the same effect as any
+    # other, so those entries are excluded. Two ranks run the same steps directly; other tests show
+    # that they equal the steps of one rank.
     straight, went_on = (load_file(saved / f"{p}.safetensors") for p in (f"{stage}-2-straight", f"{prefix}-universal"))
     for name, tensor in straight.items():
         if not name.endswith("key.bias"):
@@ -82,7 +86,7 @@ def recipe() -> Recipe:
 
 
 class FakeEngine:
-    """Writes two files where DeepSpeed would write its own."""
+    """An engine that writes two files instead of DeepSpeed's."""
 
     def save_checkpoint(self, directory: str, tag: str, save_latest: bool) -> None:
         folder = Path(directory) / tag
@@ -125,7 +129,7 @@ def test_a_save_that_breaks_off_leaves_the_previous_one(
             checkpoints.save(FakeEngine(), 2, {})
     found = checkpoints.find()
     assert found is not None and found.path.name == "step-1"
-    checkpoints.save(FakeEngine(), 2, {})  # what was left over is no obstacle
+    checkpoints.save(FakeEngine(), 2, {})  # leftover files do no harm
     found = checkpoints.find()
     assert found is not None and found.path.name == "step-2"
 

@@ -1,4 +1,4 @@
-"""Locks in the folder of torch's extensions: a dead builder's goes, a living one's stays."""
+"""Locks in the folder of torch's extensions: those of dead builders are removed, others stay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whose Adam a run takes: what is refused and why, DeepSpeed's against torch's, a run resumed with DeepSpeed's."""
+"""The choice of a run's Adam: refusals, DeepSpeed's compared with torch's, and a resumed run."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def recipe(fused: str, optimizer: str = "adamw", **engine: Any) -> Recipe:
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is searched for packages before all others."""
+    """Return a folder that is searched for packages first."""
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
 
 
 def pretend_apex(site: Path, *files: str) -> None:
-    """Files where the real packages have theirs; nothing in them is ever called."""
+    """Create files with the names of the real packages' files; nothing in them is called."""
     for file in ("apex/__init__.py", *files):
         (site / file).parent.mkdir(parents=True, exist_ok=True)
         (site / file).write_text("")
@@ -104,7 +104,7 @@ def test_what_the_compiler_said_is_the_reason() -> None:
 @pytest.mark.skipif(not os.environ.get("BUILD_DEEPSPEED"), reason="builds for minutes: BUILD_DEEPSPEED=1 make test")
 @pytest.mark.skipif(bool(deepspeed_unsupported_reason()), reason=deepspeed_unsupported_reason())
 def test_deepspeeds_adam_is_torchs_and_resumes(tmp_path: Path) -> None:
-    """Its extension is built where torch keeps extensions, once for all runs."""
+    """Its extension is built in torch's folder of extensions, once for all runs."""
     environment = cpu_environment()
     command = [sys.executable, str(WORKER), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
@@ -112,7 +112,8 @@ def test_deepspeeds_adam_is_torchs_and_resumes(tmp_path: Path) -> None:
     begun, straight, resumed, of_torch = (
         load_file(tmp_path / f"{name}.safetensors") for name in ("begun", "straight", "resumed", "torch")
     )
-    # Adam's m / sqrt(v) makes the sign of a gradient that is zero but for rounding (a key's bias) count as any other.
+    # Adam's m / sqrt(v) gives the sign of a rounding-only gradient (a key's bias) the effect of any
+    # other.
     names = [name for name in straight if not name.endswith("key.bias")]
     assert max((begun[name] - straight[name]).abs().max() for name in names) > 1e-3
     for name in names:

@@ -1,4 +1,4 @@
-"""The owner of a run's clipping: surgery where it has the whole gradient, DeepSpeed everywhere else."""
+"""The owner of clipping: surgery if it has the whole gradient, otherwise DeepSpeed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastmtl.engine.settings import deepspeed_config
 
 
 class Model(nn.Module):
-    """A thousand shared numbers, and some of a task."""
+    """A model with a thousand shared numbers, and some of a task."""
 
     def __init__(self, own: int = 10, *, frozen: bool = False) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ FULL = {"data_types": {"grad_accum_dtype": "fp32"}}
     [
         (PCGRAD, 1, Model(), True),
         (PCGRAD, 8, Model(), True),
-        (PCGRAD, 8, Model(own=100), False),  # a large adapter would have to be reduced once more
+        (PCGRAD, 8, Model(own=100), False),  # a large adapter would need another reduction
         (PCGRAD, 1, Model(own=100), True),
         ({**PCGRAD, "engine": {"zero": 2, "accumulation": 4, "precision": "bf16"}}, 8, Model(), True),
         ({**PCGRAD, "engine": {"zero": 0}}, 1, Model(), True),
@@ -58,7 +58,12 @@ FULL = {"data_types": {"grad_accum_dtype": "fp32"}}
         ({"gradient": {"method": "sum"}, "engine": {"accumulation": 2}}, 1, Model(), False),
         ({"gradient": {"method": "sum"}, "engine": {"zero": 2}}, 1, Model(), False),
         ({"gradient": {"method": "sum"}, "engine": {"zero": 2, "flat_parameters": True}}, 1, Model(), True),
-        ({**PCGRAD, "engine": {"accumulation": 2}}, 1, Model(frozen=True), False),  # a sum, as nothing is shared
+        (
+            {**PCGRAD, "engine": {"accumulation": 2}},
+            1,
+            Model(frozen=True),
+            False,
+        ),  # the method is a sum, as nothing is shared
     ],
 )
 def test_who_clips(sections: dict[str, Any], world: int, model: Model, expected: bool) -> None:

@@ -1,4 +1,4 @@
-"""The end of a process of a run."""
+"""The exit of a process of a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ print("joined:", dist.is_initialized())
 
 @pytest.mark.slow
 def test_a_process_leaves_the_others_before_python_shuts_down() -> None:
-    """torch aborts now and then where Python shuts down while gloo's threads still hold tensors."""
+    """torch sometimes aborts if gloo's threads still hold tensors while Python shuts down."""
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     environment = {**os.environ, **place, "PYTHONPATH": python_path()}
     environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}

@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration: what a recipe becomes, and what may not contradict it."""
+"""DeepSpeed's configuration from a recipe, and settings that may not contradict it."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def test_clipping_is_written_out_even_when_off() -> None:
 @pytest.mark.parametrize(
     ("stage", "given", "overlap", "bucket"),
     [
-        (1, {}, False, 100),  # one bucket: backward is over when it is full
+        (1, {}, False, 100),  # one bucket is full only when backward ends
         (2, {"reduce_bucket_size": 40}, True, 40),
-        (3, {}, True, 100),  # by it ZeRO 3 fetches weights ahead
+        (3, {}, True, 100),  # ZeRO 3 needs it to prefetch weights
         (2, {"overlap_comm": True}, True, 100),
         (1, {"reduce_bucket_size": 40, "overlap_comm": False}, False, 40),
     ],

@@ -1,7 +1,7 @@
-"""The host's work in a step: a GPU is idle while the host launches, and while it waits for a number.
+"""The host's work in a step. A GPU is idle while the host launches kernels or waits for a number.
 
-All of BERT-base's 12 layers, bf16, three tasks, ZeRO 1, one process. DeepSpeed alone makes 7,800 of the calls without
-flat parameters.
+All of BERT-base's 12 layers, bf16, three tasks, ZeRO 1, one process. DeepSpeed alone makes 7,800 of
+the calls without flat parameters.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def found() -> dict[str, dict[str, Any]]:
     ("way", "calls"), [("pcgrad", 13_000), ("pcgrad, flat", 6_000), ("pcgrad, flat, graphs", 900), ("sum", 13_000)]
 )
 def test_calls_of_operators(found: dict[str, dict[str, Any]], way: str, calls: int) -> None:
-    """Those that another operator makes included; with graphs, those outside them."""
+    """Nested calls are included; with graphs, only calls outside them count."""
     assert 100 < found[way]["outside"] <= calls
 
 
 @pytest.mark.slow(12)
 @pytest.mark.parametrize("way", ["pcgrad", "pcgrad, flat", "pcgrad, flat, graphs", "sum"])
 def test_waits_once(found: dict[str, dict[str, Any]], way: str) -> None:
-    """For losses, G, weights and what is not finite, or for losses and the norm."""
+    """One wait for losses, G, weights and finiteness, or for losses and the norm."""
     assert len(found[way]["waits"]) == 1, found[way]["waits"]
     assert found[way]["waits"][0].startswith(("cpu: surgery/solver.py", "tolist: surgery/joint.py"))
 
@@ -49,7 +49,7 @@ def test_waits_once(found: dict[str, dict[str, Any]], way: str) -> None:
 @pytest.mark.slow(12)
 @pytest.mark.parametrize("way", ["zero 1", "zero 0", "zero 2, flat"])
 def test_a_joint_step_that_is_not_finite_leaves_no_trace(found: dict[str, dict[str, Any]], way: str) -> None:
-    """ZeRO 1 and 2 have its gradients by then, and drop them; the next steps have the bits of a run without it."""
+    """ZeRO 1 and 2 drop its gradients; later steps equal those of a run without it bit for bit."""
     first, second, third = found[f"skip, {way}"]["skipped"]
     assert (first, third) == (None, None) and second.endswith("LayerNorm.bias")
     assert found[f"skip, {way}"]["same"]

@@ -1,4 +1,4 @@
-"""Who may write to an output folder, and what of it is told before a run starts."""
+"""The rights to write to an output folder, and the error messages before a run starts."""
 
 from __future__ import annotations
 

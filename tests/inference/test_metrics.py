@@ -1,4 +1,4 @@
-"""Metrics against their formulas written out, and the cases where a formula has no value."""
+"""Metrics, compared with their formulas, and the cases in which a formula is undefined."""
 
 from __future__ import annotations
 

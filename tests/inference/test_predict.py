@@ -1,4 +1,4 @@
-"""A saved model from Python and through the commands."""
+"""A saved model, used from Python and by the commands."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, data: Path) -> Path:
-    """A run's directory with an untrained model whose heads differ from task to task."""
+    """Return a run's directory with an untrained model whose heads differ between tasks."""
     import torch
 
     from fastmtl.model.encoder.pretrained import load_encoder, load_tokenizer
@@ -101,7 +101,7 @@ def test_an_answer_does_not_depend_on_its_neighbours_or_their_order(
     backwards = numbers(predictor.predict(task, texts[::-1]))[::-1]
     np.testing.assert_allclose(together, alone, atol=1e-5)
     np.testing.assert_allclose(together, backwards, atol=1e-5)
-    assert np.ptp(together, axis=0).max() > 1e-4  # the texts do matter
+    assert np.ptp(together, axis=0).max() > 1e-4  # scores depend on the texts
 
 
 def test_kinds_of_answers(predictor: Predictor) -> None:

@@ -1,4 +1,4 @@
-"""Files of predictions, read back as others read them."""
+"""Files of predictions, read by other libraries."""
 
 from __future__ import annotations
 

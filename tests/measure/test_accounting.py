@@ -23,7 +23,7 @@ def test_live_bytes_are_those_of_storages() -> None:
         y = x + 1
         assert accounting.live_bytes() == 2 * 4000
         del x
-        assert accounting.live_bytes() == 2 * 4000  # the view keeps it
+        assert accounting.live_bytes() == 2 * 4000  # the view keeps the storage
         del view
         assert accounting.live_bytes() == 4000
         del y
@@ -49,7 +49,7 @@ def step(accounting: Accounting, model: nn.Module, x: Tensor) -> None:
 
 
 def test_parts_of_a_step() -> None:
-    """Two linear layers with a GELU: what goes into GELU and out of it is kept, the square's input, and the loss."""
+    """Two linear layers with a GELU keep GELU's input and output, the square's input, the loss."""
     model = nn.Sequential(nn.Linear(20, 50), nn.GELU(), nn.Linear(50, 30))
     accounting = Accounting(CPU)
     accounting.name(model.parameters(), "weights")
@@ -61,7 +61,7 @@ def test_parts_of_a_step() -> None:
     assert peak.parts["weights"] == 4 * sum(p.numel() for p in model.parameters())
     assert peak.parts["activations"] == 4 * (ROWS * (50 + 50 + 30) + 1)
     assert peak.parts["gradients"] == peak.parts["optimiser"] == peak.parts["task gradients"] == 0
-    # Afterwards the gradients stay, and nothing else beside the weights.
+    # After the step, only gradients and weights are alive.
     accounting.reset_peak()
     assert accounting.peak().parts["gradients"] == peak.parts["weights"]
     assert accounting.live_bytes() == 2 * peak.parts["weights"]
@@ -84,7 +84,9 @@ def test_what_checkpointing_makes_again_is_an_activation() -> None:
     accounting.watch_recomputation([model.inner])
     step(accounting, model, x)
     between = 4 * ROWS * 20
-    assert accounting.peak(within="forward").parts["activations"] == between  # the first's output, in the second
+    assert (
+        accounting.peak(within="forward").parts["activations"] == between
+    )  # the output of the first forward, in the second one
     again = accounting.peak(within="backward").parts["activations"]
     assert again == pytest.approx(4 * ROWS * (50 + 50) + between, abs=between)
 

@@ -31,7 +31,10 @@ def test_holes_go_back_to_the_system() -> None:
 
 
 def around_a_trim() -> tuple[int, int]:
-    """Resident bytes. Every other one of many small blocks is freed: none of the holes is at the heap's end."""
+    """Return resident bytes before and after a trim.
+
+    Every second of many small blocks is freed; no hole is at the heap's end.
+    """
     blocks = [torch.ones(MIB // 32) for _ in range(800)]
     del blocks[::2]
     before = resident_bytes()
@@ -66,12 +69,15 @@ def test_what_a_user_has_chosen_stays(variables: dict[str, str]) -> None:
 
 
 def around_large_blocks(variables: dict[str, str]) -> tuple[bool, int, int, int]:
-    """Whether they are mapped, the huge ones of the bytes they hold, and of resident bytes how many more there are with
-    20 blocks of 10 MiB and after every other one was freed.
+    """Return whether large blocks are mapped, their bytes in huge pages, and two increases of
+    memory.
+
+    The increases of resident bytes are those with 20 blocks of 10 MiB, and after every second one
+    was freed.
     """
     os.environ.update(variables)
     mapped = heap.map_large_blocks()
-    torch.ones(6 * MIB)  # glibc keeps in its heap what is not larger than the largest block that was freed
+    torch.ones(6 * MIB)  # glibc then keeps blocks up to this size in its heap
     before = resident_bytes()
     blocks = [torch.ones(10 * MIB // 4) for _ in range(20)]
     huge, held = heap._huge_bytes(), resident_bytes()
@@ -90,8 +96,9 @@ def test_an_evaluation_leaves_no_holes_of_small_blocks_either() -> None:
 
 
 def around_an_evaluation() -> tuple[int, int]:
-    """Bytes that stay resident where every other one of 60 blocks of 1 MiB is freed, in an evaluation and after it (not
-    before it: blocks that fit into holes are never mapped).
+    """Return resident bytes that remain after every second of 60 blocks of 1 MiB is freed.
+
+    In an evaluation and after it, not before: blocks that fit into holes are never mapped.
     """
 
     def stays(*_: object, **__: Any) -> int:
@@ -133,7 +140,7 @@ def test_onednn_keeps_few_primitives() -> None:
 
 
 def kept_of_many_shapes(few: bool) -> int:
-    """Bytes of the heap that are in use after GELU has seen 300 shapes."""
+    """Return the used bytes of the heap after GELU has run on 300 shapes."""
     if few:
         heap.map_large_blocks()
     torch.nn.functional.gelu(torch.ones(1, 8))

@@ -1,4 +1,4 @@
-"""Named ranges of a step: what a profiler and a listener see of them."""
+"""Named ranges of a step, as a profiler and a listener see them."""
 
 from __future__ import annotations
 

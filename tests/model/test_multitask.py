@@ -39,7 +39,7 @@ def gradients(model: MultiTaskModel, loss: Tensor) -> dict[str, Tensor]:
 
 @every_adapter
 def test_another_tasks_sequences_change_nothing(adapter: dict, make_model: MakeModel, make_batch: MakeBatch) -> None:
-    """Loss and gradients of task 1 with other rows, more rows and no rows of the other tasks."""
+    """Task 1 has equal loss and gradients with different, more and no rows of the other tasks."""
     model = make_model(adapter=adapter).eval().double()
     losses, grads = [], []
     for first, last in (([5, 1, 9], [6, 3, 8, 8]), ([11, 2, 4, 13], [5, 5]), ([], [])):
@@ -73,7 +73,7 @@ def test_losses_are_sums_over_the_examples(make_model: MakeModel, make_batch: Ma
 
 
 def test_pairs_are_two_sequences_of_one_encoder(make_model: MakeModel, make_batch: MakeBatch) -> None:
-    """The order of `pairs` decides which sequence is u."""
+    """The order of `pairs` determines which sequence is u."""
     model = make_model(tasks=cosine_and_linear()).eval()
     batch = make_batch([[6, 3, 8, 8]], pairs=[True])
     swapped = dataclasses.replace(batch, pairs=(batch.pairs[0].flip(1),))

@@ -1,5 +1,7 @@
-"""Measures random small recipes next to the model's prediction: JSON for the tests. In processes of its own, one or
-two of them, since DeepSpeed's engine wants a process group. Every rank has the same rows.
+"""Measure random small recipes and the model's predictions; print JSON for the tests.
+
+It runs in one or two separate processes, since DeepSpeed's engine needs a process group. Every rank
+has the same rows.
 """
 
 from __future__ import annotations
@@ -38,11 +40,11 @@ ADAPTERS: tuple[dict[str, Any] | None, ...] = (
 )
 
 
-KEPT = 2  # of those that keep J, how many are measured with `storage: kept` besides
+KEPT = 2  # recipes with J that are also measured with `storage: kept`
 
 
 def draw(random: np.random.Generator) -> tuple[Recipe, BertConfig, list[PackedBatch]]:
-    """A recipe, an encoder's configuration and the micro-batches of a step."""
+    """Return a recipe, an encoder's configuration and the micro-batches of a step."""
 
     def one(*choices: Any) -> Any:
         return choices[random.integers(len(choices))]
@@ -106,7 +108,8 @@ def compare(recipe: Recipe, config: BertConfig, batches: list[PackedBatch], rank
     on_meta = copy.deepcopy(model).to("meta")
     steps = Steps(recipe, model, ranks.world, ranks.device)
     steps.counted(batches)
-    # Of several steps on several ranks: now and then gloo's thread holds what it has sent for a moment longer.
+    # The least of several steps on several ranks: gloo's thread sometimes holds a sent tensor a
+    # little longer.
     peak = min((steps.counted(batches).peak() for _ in range(1 if ranks.world == 1 else 3)), key=lambda one: one.nbytes)
     with Sent() as sent:
         steps.step(batches)
@@ -134,7 +137,7 @@ def _by_kind(collectives: list[Collective]) -> dict[str, int]:
 
 
 def _kept(recipe: Recipe) -> Recipe:
-    """The same with `storage: kept`."""
+    """Return the same recipe with `storage: kept`."""
     recipe = recipe.model_copy(deep=True)
     recipe.gradient.storage = "kept"
     return recipe

@@ -1,4 +1,4 @@
-"""What a layer keeps for backward: counted, derived by the memory model, and by hand."""
+"""Tensors that a layer keeps for backward: counted, derived by the memory model, and by hand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ODD = sizes.Shape("odd", hidden=72, layers=3, heads=3, intermediate=200, rows=5,
 
 
 def by_hand(shape: sizes.Shape, size: Size, recompute: Recompute) -> int:
-    """Bytes of a token, as docs/profiling.md has them."""
+    """Return bytes per token, as in docs/profiling.md."""
     d, f, number = shape.hidden, shape.intermediate, 4 if size.precision == "fp32" else 2
     bits = 2 * 8 * -(-d // 64) if size.dropout else 0
     statistics = 8 * shape.heads + 2 * 8
@@ -38,7 +38,7 @@ def test_a_layer_keeps_what_was_derived(precision: str, dropout: float, recomput
     shape = Shape.of(model.recipe, model, [Load.of(work.packed_batch)], "none", 1, on_gpu=False)
     derived = Rows(dataclasses.replace(shape, number_bytes=work.dtype.itemsize), keeps_inputs=True).kept
     measured = kept_bytes(work, model)["kept_bytes_per_token_and_layer"]
-    # Beside what grows with the tokens: four seeds, where something draws again.
+    # In addition to bytes that grow with the tokens: four seeds if something is drawn.
     seeds = 4 * 8 if dropout or recompute == "full" else 0
     assert derived == by_hand(ODD, size, recompute) * tokens
     assert round(measured * tokens) == derived + seeds
@@ -46,7 +46,7 @@ def test_a_layer_keeps_what_was_derived(precision: str, dropout: float, recomput
 
 
 def test_less_than_half_of_transformers() -> None:
-    """For each real token, layers like MiniLM's, texts as long as the demo's."""
+    """Per real token, with layers like MiniLM's and texts as long as the demo's."""
     shape = dataclasses.replace(sizes.SHAPES["minilm"], layers=2, rows=8, vocabulary=100)
     work = Workload(Size(shape, dropout=0.1))
     theirs, ours = (kept_bytes(work, model) for model in (work.padded, work.packed))

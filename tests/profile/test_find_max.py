@@ -1,4 +1,4 @@
-"""Bisection, and advice from what it found."""
+"""Bisection, and advice from its result."""
 
 from __future__ import annotations
 

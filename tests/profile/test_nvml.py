@@ -1,4 +1,4 @@
-"""What is said where NVIDIA's library is missing, denied, or gives only some numbers."""
+"""Messages if NVIDIA's library is missing or denied, or gives only some numbers."""
 
 from __future__ import annotations
 

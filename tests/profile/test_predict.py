@@ -1,4 +1,4 @@
-"""The analytic model against tensor accounting, on shapes that it was not made from."""
+"""The analytic model, compared with tensor accounting on shapes that it was not made from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastmtl.engine.distributed import free_port
 
 NUMBER, SEED = 14, 5
 NUMBER_ON_TWO_RANKS, SEED_ON_TWO_RANKS = 4, 5
-KEPT, KEPT_ON_TWO_RANKS = 2, 1  # besides, with `storage: kept`: random_shapes.py
+KEPT, KEPT_ON_TWO_RANKS = 2, 1  # also measured with `storage: kept` by random_shapes.py
 SCRIPT = Path(__file__).parent / "random_shapes.py"
 
 
@@ -44,7 +44,7 @@ def all_compared() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def compared(all_compared: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that were drawn."""
+    """Return the measurements and predictions of the drawn shapes."""
     return [entry for entry in all_compared if entry["storage"] != "kept"]
 
 
@@ -60,7 +60,7 @@ def test_random_shapes_are_of_all_kinds(compared: list[dict[str, Any]]) -> None:
     assert {engine.get("precision", "fp32") for engine in engines} == {"fp32", "bf16"}
     assert {entry["storage"] for entry in compared} == {"none", "stacked", "replay"}
     shares = [entry["measured"]["activations"] / sum(entry["measured"].values()) for entry in compared]
-    assert min(shares) < 0.1 and max(shares) > 0.4  # the peak is in the layers for some, at the end for others
+    assert min(shares) < 0.1 and max(shares) > 0.4  # the peak is in the layers or at the end
 
 
 @pytest.mark.slow(25)
@@ -68,7 +68,7 @@ def test_the_peak_is_predicted_within_ten_per_cent(compared: list[dict[str, Any]
     found = errors(compared)
     off = [(error, entry) for error, entry in zip(found, compared, strict=True) if abs(error) > 0.1]
     assert not off, json.dumps(off, indent=1)
-    assert sorted(map(abs, found))[NUMBER // 2] < 0.02  # and half of them much better
+    assert sorted(map(abs, found))[NUMBER // 2] < 0.02  # half of the errors are much smaller
 
 
 @pytest.mark.slow(25)
@@ -115,7 +115,9 @@ def test_the_peak_of_one_rank_of_two_is_predicted(compared_on_two_ranks: list[di
 
 
 def test_what_two_ranks_send_each_other_is_predicted(compared_on_two_ranks: list[dict[str, Any]]) -> None:
-    """Bytes of gloo's collectives. A word that occurs in several micro-batches is predicted as often, and sent once."""
+    """Bytes of gloo's collectives. A word in several micro-batches is predicted each time, but sent
+    once.
+    """
     for entry in compared_on_two_ranks:
         sent, predicted = entry["sent"], entry["predicted_sent"]
         assert set(sent) == set(predicted)

@@ -1,4 +1,4 @@
-"""Points run in processes of their own: how they fail, and what is said of it."""
+"""Points in separate processes: their failures, and the messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastmtl.config import load_recipe
 from fastmtl.profile import process
 from fastmtl.profile.process import Outcome
 
-# Functions that a new process can import: of the standard library, torch and fastmtl.
+# Functions that a new process can import: from the standard library, torch and fastmtl.
 
 
 @pytest.mark.slow

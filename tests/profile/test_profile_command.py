@@ -1,4 +1,4 @@
-"""`fastmtl profile` as a user meets it, on a recipe of a few thousand weights."""
+"""`fastmtl profile` as a command, on a recipe of a few thousand weights."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_more_ranks(
 def test_the_largest_batch_survives_running_out_of_memory(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A limit that the process alone exceeds: nothing fits, and what was found is kept."""
+    """The process alone exceeds the limit: nothing fits, and the result so far is saved."""
     arguments = ["--batch-sizes", "4", "--find-max", "--memory-limit", "20MiB", "--output", "out"]
     assert run(monkeypatch, str(recipe), *arguments) == cli.EXIT_USER_ERROR
     shown = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Costs of links against rings and trees that are played through, and what a step on many ranks is made of."""
+"""Costs of links, compared with simulated rings and trees, and the parts of a scaled-out step."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def shape(**changes: Any) -> Shape:
 
 
 def ring(kind: Kind, nbytes: float, cluster: Cluster, world: int) -> float:
-    """Step by step: in each every rank passes a part of 1 / world on, and all wait for the slowest link."""
+    """Simulate a ring: in each step every rank passes on 1 / world, and all wait for the slowest
+    link.
+    """
     inside, between = cluster.inside, cluster.between
     slowest = between.bandwidth if cluster.node == 1 else min(inside.bandwidth, between.bandwidth)
     nodes = [rank // cluster.node for rank in range(world)]
@@ -108,7 +110,7 @@ def test_a_link_in_numbers() -> None:
 @pytest.mark.parametrize("tasks", [1, 3])
 @pytest.mark.parametrize("columns", [7, BUCKET // 3 + 11])
 def test_columns_of_j_go_in_pieces(world: int, tasks: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the collectives that `exact` really calls, of ranks that are not there."""
+    """Compared with the collectives that `exact` calls, with other ranks faked."""
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     try:
         monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
@@ -128,9 +130,9 @@ def test_one_rank_is_what_was_measured() -> None:
 
 
 def test_pieces_of_j_go_during_backward() -> None:
-    """All but the last, and no longer than backward lasts from the first one on."""
+    """All but the last, and no longer than the rest of backward after the first."""
     found = {}
-    for dense in (BUCKET // 4, 4 * (BUCKET // 3)):  # one piece, and five with what is left over
+    for dense in (BUCKET // 4, 4 * (BUCKET // 3)):  # one piece, and five with a remainder
         wanted = shape(dense=dense, table=0)
         columns, *others = [one for one in traffic(wanted) if one.what == "columns of J"]
         pieces = columns.times + sum(one.times for one in others)
@@ -163,7 +165,7 @@ def test_each_reduce_sends_what_it_says() -> None:
 
 
 def test_zero_3_gathers_large_weights_with_every_forward() -> None:
-    """As DeepSpeed 0.19 was seen to do: two forwards for each micro-batch of `replay`, one with the sum."""
+    """As observed in DeepSpeed 0.19: two forwards per micro-batch of `replay`, one with the sum."""
     replay = shape(zero=3, storage="replay", accumulation=2, reduce="local")
     large, small = 200_000 + 150_000, 50_000 + 64_000 + 300
     for wanted, forwards in ((replay, 4), (dataclasses.replace(replay, joint=True, accumulation=1), 1)):
@@ -178,7 +180,7 @@ def test_what_backward_hides_is_no_longer_than_backward() -> None:
     assert whole - open_ == pytest.approx(0.75 * gradients.seconds(FLAT, 4))
     slow = dataclasses.replace(FLAT, between=Link(0.0, 1e5))
     open_, whole = (step(s, PARTS, slow).waiting for s in (joint, dataclasses.replace(joint, overlap=False)))
-    assert whole - open_ == pytest.approx(0.75 * SECONDS["backward"])  # from the first of four buckets on
+    assert whole - open_ == pytest.approx(0.75 * SECONDS["backward"])  # after the first of four buckets
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])

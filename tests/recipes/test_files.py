@@ -1,4 +1,4 @@
-"""What a recipe takes over from the one that it extends."""
+"""Values that a recipe inherits from the one it extends."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ optimizer: {lr: 0.5, betas: [0.1, 0.2]}
 
 
 def write(folder: Path, **recipes: str) -> str:
-    """Writes NAME.yaml of each and returns the last one's path."""
+    """Write NAME.yaml for each name and return the last path."""
     for name, text in recipes.items():
         (folder / f"{name}.yaml").write_text(text)
     return str(folder / f"{list(recipes)[-1]}.yaml")

@@ -1,4 +1,4 @@
-"""YAML of recipes: numbers as people mean them, and no key twice."""
+"""YAML of recipes: numbers as people write them, and no duplicate keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""report.html: self-contained, complete, and the same when it is built again from what the run left."""
+"""report.html: self-contained, complete, and equal when it is rebuilt from a run's files."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def save_run(output: Path, lines: list[dict]) -> dict:
 
 
 class Page(HTMLParser):
-    """Checks that tags are closed in order, and collects text, attributes and ids."""
+    """A parser that checks that tags are closed in order, and collects text, attributes and ids."""
 
     VOID = frozenset({"meta", "link", "br", "img", "hr", "input"})
 
@@ -140,7 +140,7 @@ def test_every_part_is_there(built: Path) -> None:
     }
     for expected in ("my run", "pcgrad", "1 h 2 min", "8,544", "sst: confusion matrix", "para: confusion matrix"):
         assert expected in page.text
-    assert any("(task sts 1)" in part for part in page.text)  # the steps skipped
+    assert any("(task sts 1)" in part for part in page.text)  # of the skipped steps
     assert any(part.startswith("Scores of the kept model, mean 0.") for part in page.text)
     assert "three &lt;tasks&gt; &amp; more" in text
     assert "torch" in page.text  # versions

@@ -1,4 +1,4 @@
-"""`fastmtl reproduce`: what it plans, the tables that it writes, and that it goes on where it stopped."""
+"""`fastmtl reproduce`: its plan, its tables, and resuming after a stop."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_columns() -> None:
 
 @pytest.mark.parametrize("report", reports())
 def test_printed_means_are_those_of_the_printed_scores(report: str) -> None:
-    """Numbers and formula are the report's, but for two rows whose printed mean is another."""
+    """Numbers and formula are the report's, except for two rows whose printed mean differs."""
     slips = {"Basic PAL, d_s = 256", "Low rank + PALs on top", "Low rank + PALs on top, CLS pooling"}
     checked = 0
     for table in load_results(report).tables:
@@ -155,7 +155,7 @@ def test_tables_have_means_and_spreads_over_seeds(paper: PaperResults) -> None:
     assert [line.name for line in lines] == ["whole", "family: lr 1", "family: lr 2", "odd"]
     assert lines[0].cells[1].mean == pytest.approx(0.3)
     assert lines[0].cells[1].deviation == pytest.approx(0.2 / 2**0.5)
-    assert lines[0].cells[2].mean is None  # no paraphrases, so no mean of three
+    assert lines[0].cells[2].mean is None  # without paraphrases there is no mean of three
     assert [line.note for line in lines] == [
         "",
         "failed with status 1",

@@ -1,8 +1,8 @@
-"""Worker of test_paper_recipes.py: trains every recipe of the reports for two steps, all in one process, since starting
-one costs more than they do.
+"""Train every recipe of the reports for two steps, for test_paper_recipes.py.
 
-Arguments: a directory for everything, the encoder's directory. Writes DIR/outcomes.json: {recipe: {"error": text or
-None, "steps": [{task: loss}], "dev": {task: {metric: value}}}}.
+All run in one process, since starting a process costs more. Arguments: a directory for everything,
+the encoder's directory. Writes DIR/outcomes.json: {recipe: {"error": text or None, "steps": [{task:
+loss}], "dev": {task: {metric: value}}}}.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ ROWS = {"train": 48, "dev": 12}
 
 
 def write_data(directory: Path) -> None:
-    """The first rows of the demo corpus under the names of the reports' files; CFIMDB: is the sentiment good."""
+    """Write the first rows of the demo corpus as the reports' files; CFIMDB: whether sentiment is
+    good.
+    """
     directory.mkdir()
     for name, demo in FILES.items():
         for split, rows in ROWS.items():
@@ -41,7 +43,7 @@ def write_data(directory: Path) -> None:
 
 
 def write_wordnet(directory: Path) -> None:
-    """A WordNet of one synset, which augmentation asks for."""
+    """Write a WordNet of one synset, which augmentation needs."""
     directory.mkdir()
     for part in ("noun", "verb", "adj", "adv"):
         noun = part == "noun"
@@ -72,7 +74,7 @@ def main(directory: Path, encoder: Path) -> None:
             outcomes[name] = two_steps(name, directory / "runs" / name, settings)
         except Exception:  # noqa: BLE001 - told by the test of this recipe, the others go on
             outcomes[name] = {"error": traceback.format_exc(), "steps": [], "dev": {}}
-        if len(outcomes) == 1:  # everything is imported: collections between phases need not look at it again
+        if len(outcomes) == 1:  # freeze all imports, which collections between phases may skip
             gc.freeze()
     (directory / "outcomes.json").write_text(json.dumps(outcomes), encoding="utf-8")
 

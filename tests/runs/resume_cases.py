@@ -1,4 +1,4 @@
-"""The runs that test_resume.py looks at, one after the other in one process. Usage: resume_cases.py DIRECTORY BERT"""
+"""The runs of test_resume.py, in sequence in one process. Usage: resume_cases.py DIRECTORY BERT"""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def refusal(recipe: Recipe, output: Path, begin: Callable[..., object] = train) 
 
 
 def contents(directory: Path) -> dict[Path, int]:
-    """Return when each file and folder was changed."""
+    """Return the times of the last change of each file and folder."""
     return {path: path.stat().st_mtime_ns for path in (directory, *directory.rglob("*"))}
 
 
@@ -41,14 +41,14 @@ def main(directory: Path, bert: Path) -> None:
     moved = directory / "moved"
     moved.mkdir()
     for file in directory.glob("*.tsv"):
-        (moved / file.name).write_text(file.read_text().replace("\n", "\r\n"))  # the same rows
+        (moved / file.name).write_text(file.read_text().replace("\n", "\r\n"))  # the rows are equal
     elsewhere = recipe_of(moved, bert)
     in_parts = directory / "in parts[1]"  # brackets are a pattern to glob
     with results_only():
         train(recipe_of(directory, bert), directory / "whole")
         train(recipe_of(directory, bert, epochs=1, max_steps=4), in_parts)
         shutil.copytree(in_parts, directory / "changed")
-        train(recipe_of(directory, bert, max_steps=9, log_every=2), in_parts, resume=True)  # sets epoch 1's model aside
+        train(recipe_of(directory, bert, max_steps=9, log_every=2), in_parts, resume=True)  # moves epoch 1's model
         train(elsewhere, in_parts, resume=True)
 
     other = recipe_of(directory, bert, "linear")

@@ -1,12 +1,14 @@
-"""Options that make a step cheaper change no result: losses over 200 steps against the plain path's.
+"""Options that make a step cheaper do not change results: losses over 200 steps of every option.
 
-The plain path is the textbook's: one backward per task, PCGrad pair by pair on flat gradients, the kernels' oracles,
-clip_grad_norm_, torch.optim.AdamW. Dropout is on everywhere, as all implementations draw the same masks.
+They are compared with the plain path, which is the textbook's: one backward per task, PCGrad pair
+by pair on flat gradients, the kernels' oracles, clip_grad_norm_, torch.optim.AdamW. Dropout is on
+everywhere, as all implementations draw the same masks.
 
-Where only the order of float32 sums differs, losses part slowly. How far they may is measured on the plain path itself,
-which is run in float64 too: its own rounding, as training carries it on, is the yardstick. An option rounds as much in
-another way, so the two part by up to twice that; the bound is twice this again, as a run is one draw of such noise.
-PCGrad adds nothing to it: where the sign of an inner product is in doubt, what is subtracted is nearly 0.
+If only the order of float32 sums differs, losses diverge slowly. The plain path itself gives the
+allowed difference: its own rounding error, propagated by training, is its distance from a run in
+float64. An option rounds as much in another way, so the two differ by up to twice that. The bound
+is twice this again, as a run is one draw of such noise. PCGrad adds nothing to it: if the sign of
+an inner product is uncertain, the projection is nearly 0.
 
 `pytest tests/runs/test_200_steps.py -s` prints the differences.
 """
@@ -30,7 +32,7 @@ from fastmtl_kernels._native import why_unavailable
 import training_ways as ways
 
 MARGIN = 4
-# Whose losses these have to the last bit.
+# Ways whose losses are equal to the last bit.
 SAME_BITS = {
     "recompute: cheap": ways.KERNELS,
     "recompute: full": ways.KERNELS,
@@ -47,7 +49,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def yardstick() -> Yardstick:
-    """The plain path of a way's model, and its largest difference from itself in float64."""
+    """Return the plain path of a way's model, and its largest difference from a float64 run."""
 
     @cache
     def of_model(dropout: float, adapter: bool) -> tuple[ways.Run, float]:
@@ -63,7 +65,7 @@ def yardstick() -> Yardstick:
 
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], np.ndarray]:
-    """Of a way by its name. Those under DeepSpeed are made together, in processes of their own."""
+    """Return the losses of a way by name. All ways under DeepSpeed run in the same processes."""
     directory = tmp_path_factory.mktemp("ways")
 
     @cache
@@ -85,13 +87,18 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], np.ndarr
 
 
 def difference(losses: np.ndarray, plain: ways.Run) -> float:
-    """The largest of a step and task, as a share of the loss; of the task's mean loss where a step's is smaller."""
+    """Return the largest difference of a step and task, relative to the loss.
+
+    If a step's loss is below the task's mean loss, the difference is relative to the mean.
+    """
     return float((np.abs(losses - plain.losses) / np.maximum(plain.losses, plain.losses.mean(0))).max())
 
 
 @pytest.mark.parametrize("name", [ways.KERNELS, "all on two ranks"])
 def test_it_is_training(name: str, yardstick: Yardstick) -> None:
-    """With losses that fall, and conflicts to resolve: else the tests below would compare noise, or plain sums."""
+    """Losses fall and gradients conflict; otherwise the tests below would compare noise or plain
+    sums.
+    """
     plain, _ = yardstick(name)
     assert plain.losses.shape == (ways.STEPS, len(ways.TASKS))
     first, last = plain.losses[:40].mean(0), plain.losses[-40:].mean(0)
@@ -112,11 +119,11 @@ def test_losses_are_those_of_the_plain_path(
     assert found <= MARGIN * rounding
     if bits:
         assert np.array_equal(made, losses(bits))
-    assert not np.array_equal(made, plain.losses)  # else the oracles have not run
+    assert not np.array_equal(made, plain.losses)  # otherwise the oracles have not run
 
 
 def test_a_task_weight_off_by_a_thousandth_is_seen(yardstick: Yardstick) -> None:
-    """The bound is not so wide that it would take another meaning for rounding."""
+    """The bound is narrow enough to reject a different meaning."""
     plain, rounding = yardstick(ways.KERNELS)
     found = difference(ways.train(replace(ways.ONE_PASS, weight=1.001 * ways.ONE_PASS.weight)).losses, plain)
     print(f"\na task's weight times 1.001 {found:.1e}")

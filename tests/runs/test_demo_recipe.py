@@ -1,4 +1,4 @@
-"""The demo recipe as `make train` runs it: minutes, and clearly better than a bag of words."""
+"""The demo recipe as in `make train`: it takes minutes, and clearly beats a bag of words."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ SECURED = "import sys; from fastmtl.system.streams import secure; secure(); "
 
 
 def run(code: str, shell: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Python code in a shell's redirection."""
+    """Run Python code with a shell's redirection."""
     command = ["sh", "-c", f'"$0" -c "$1" {shell}', sys.executable, code]
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60)
 

@@ -1,4 +1,7 @@
-"""Input that would move the cursor, colour a terminal, fill a screen or be read as markup, through real commands."""
+"""Input with control sequences, markup or excessive length, in real commands.
+
+Such text could move the cursor, colour a terminal, fill a screen or be parsed as markup.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ RECIPE = "tasks: {mood: {type: binary, data: {train: a.csv, columns: {text: text
 def told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str]]:
-    """Runs a command in a folder with a good recipe; returns its status and what it wrote to stderr."""
+    """Run a command in a folder with a good recipe; return its status and stderr."""
     monkeypatch.setattr(cli, "_debug", False)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

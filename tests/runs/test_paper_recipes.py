@@ -1,4 +1,4 @@
-"""Every recipe of the reports builds its model and takes two steps in each phase, on rows of the demo corpus."""
+"""Every recipe of the reports builds its model and takes two steps per phase on demo rows."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def test_a_longer_run_is_the_uninterrupted_one(runs: Path) -> None:
     in_parts, whole = runs / "in parts[1]", runs / "whole"
 
     def lasting_but_rare(run: Path) -> list[dict[str, Any]]:
-        return [line for line in lasting(run) if line["step"] not in (5, 7)]  # a part logged every other step
+        return [line for line in lasting(run) if line["step"] not in (5, 7)]  # one part logged every second step
 
     found = lasting_but_rare(in_parts)
     assert found == lasting_but_rare(whole)
@@ -74,7 +74,7 @@ def test_accepted_changes_count_and_are_recorded(runs: Path) -> None:
     rates = [line["lr"]["encoder"] for line in lines(runs / "changed") if "loss" in line]
     assert rates == [0.003] * 4 + [
         pytest.approx(0.5 * (1 - step / 12)) for step in range(5, 13)
-    ]  # of the step that follows
+    ]  # of the next step
     assert "linear follows the new number of steps" in (runs / "log.txt").read_text()
     (record,) = [json.loads(text) for text in (runs / "changed" / "changes.jsonl").read_text().splitlines()]
     assert record["step"] == 4 and record["changes"]["optimizer.lr"] == [0.003, 0.5]

@@ -1,4 +1,4 @@
-"""The start of a run: what is refused before torch or DeepSpeed is imported, and how processes agree on an error."""
+"""The start of a run: refusals before torch or DeepSpeed is imported, and agreement on an error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ POISON = "raise SystemExit('torch was imported')"
 
 
 def recipe(directory: Path, rows: str, **sections: Any) -> Path:
-    """A recipe of one binary task on these CSV rows, in a directory of its own."""
+    """Return a recipe of one binary task on these CSV rows, in a separate directory."""
     directory.mkdir(exist_ok=True)
     (directory / "mood.csv").write_text(rows, encoding="utf-8")
     task = {"type": "binary", "data": {"train": "mood.csv", "columns": {"text": "text", "label": "label"}}}
@@ -60,7 +60,9 @@ def test_a_bad_label_is_told_before_torch_is_imported(tmp_path: Path, rank: dict
 
 @pytest.mark.slow
 def test_a_file_that_is_bad_on_one_host_ends_all_processes_with_one_message(tmp_path: Path) -> None:
-    """Rank 1 alone fails, as where its host lacks a file. Rank 0 has nothing to complain of, yet it prints."""
+    """Rank 1 alone fails, as if its host lacked a file. Rank 0 has no error, but prints the
+    message.
+    """
     meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "DS_ACCELERATOR": "cpu"}
     meeting["OMP_NUM_THREADS"] = "1"
     runs = []
@@ -75,7 +77,7 @@ def test_a_file_that_is_bad_on_one_host_ends_all_processes_with_one_message(tmp_
 
 
 class Gathered(Ranks):
-    """Two ranks of which the other has told something."""
+    """Two ranks of which the other has reported an error."""
 
     other: Any = None
 
@@ -158,7 +160,7 @@ def test_a_full_disk_is_told_before_deepspeed_starts(
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run of one process, which has nobody to meet."""
+    """Run as a single process without other ranks."""
     from fastmtl import cli
     from fastmtl.training import prepare
 
@@ -169,7 +171,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The exit status of `fastmtl train --check`."""
+    """Return the exit status of `fastmtl train --check`."""
     from fastmtl import cli
 
     monkeypatch.setattr(sys, "argv", ["fastmtl", "train", "--check", *arguments])

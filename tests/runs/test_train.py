@@ -1,4 +1,4 @@
-"""The whole chain under the real launcher: train, stop, go on, and what a run leaves."""
+"""The whole chain with the real launcher: train, stop, resume, and the files of a run."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ COLORS, PLACES = ["red", "blue", "green"], ["road", "house", "river", "city"]
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
-    """A recipe of three tasks on small files of its own: which color, whether places are the same, how many words
-    agree.
+    """Return a recipe of three tasks on small files.
+
+    The tasks: which color, whether places are the same, how many words agree.
     """
     directory = tmp_path_factory.mktemp("data")
     draw = random.Random(0)
@@ -35,7 +36,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
     def sentence() -> str:
         return f"the {draw.choice(COLORS)} car sat in the {draw.choice(PLACES)}"
 
-    for split, rows in (("train", 96), ("dev", 31)):  # 31: the last evaluation batch is not full, on one rank of two
+    for split, rows in (("train", 96), ("dev", 31)):  # 31: the last evaluation batch is not full on one of two ranks
         kind, same, degree = [], [], []
         for _ in range(rows):
             one, two = sentence(), sentence()
@@ -159,12 +160,12 @@ def test_killed_stopped_and_resumed_run_is_bitwise_the_same(whole: Path, recipe:
 
     run = _launch(recipe, output, "--resume")
     _wait_for_steps(run, output, killed + 3)
-    run.terminate()  # the deepspeed command passes it to nobody
-    text, _ = run.communicate(timeout=100)  # ends with the last process that writes there
+    run.terminate()  # the deepspeed command does not forward it
+    text, _ = run.communicate(timeout=100)  # returns after the last process that writes there
     assert run.returncode == -signal.SIGTERM and "continue with --resume" in text
     assert killed < _steps(output) < _steps(whole)
 
-    _finish(_launch(recipe, output, "--resume", "data.prefetch=0"))  # batches that nobody made ahead are the same
+    _finish(_launch(recipe, output, "--resume", "data.prefetch=0"))  # batches without prefetching are equal
     assert _lasting(output) == _lasting(whole)
 
 

@@ -1,8 +1,10 @@
-"""A disk that runs full at each write of a checkpoint, of model/ and of what a run leaves beside them.
+"""A disk that becomes full at each write of a checkpoint, of model/ and of the other files of a
+run.
 
-A small tmpfs is filled until less and less is free, and a run is trained into it each time: the failure has to be one
-sentence that names the file, and once there is room again, --resume has to end in the weights of a run that met no full
-disk. The tmpfs is mounted in a user namespace, so no privilege is needed where the system allows these.
+A small tmpfs is filled, each time with less free space, and a run is trained into it. The failure
+has to be one sentence that names the file. Once there is room again, --resume has to end with the
+weights of a run without a full disk. The tmpfs is mounted in a user namespace, so no privilege is
+needed if the system allows these.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def fill(file: Path, free: int) -> None:
 
 
 def weights_of(run: Path) -> dict[str, bytes]:
-    """The kept model's tensors as bytes, by file and name."""
+    """Return the saved model's tensors as bytes, by file and name."""
     parts = ("model", "adapters", "heads")
     return {
         f"{part} {name}": tensor.numpy().tobytes()
@@ -44,7 +46,7 @@ def weights_of(run: Path) -> dict[str, bytes]:
 
 
 def in_namespace(options: argparse.Namespace) -> None:
-    """The part itself, with a tmpfs at options.mount."""
+    """Run the part with a tmpfs at options.mount."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(options.mount)], check=True)
     directory = options.mount.parent
     recipe = make_recipe(
@@ -60,11 +62,11 @@ def in_namespace(options: argparse.Namespace) -> None:
     expected, files, failed = weights_of(directory / "whole"), set(), 0
     for number in range(options.fillings):
         run, ballast = options.mount / "run", options.mount / "ballast"
-        # From nothing to almost enough, close together at first, where the small files are.
+        # From nothing to almost enough; at first in small steps, for the small files.
         fill(ballast, round(used * (number / options.fillings) ** 2))
         try:
             train(recipe, run)
-        except (TrainingError, UserError) as error:  # a UserError where `predict` would raise one, too
+        except (TrainingError, UserError) as error:  # a UserError as in `predict`
             failed += 1
             path, _, reason = str(error).removeprefix(f"cannot write {run}").partition(": ")
             if not str(error).startswith(f"cannot write {run}") or "No space left on device" not in reason:

@@ -1,7 +1,8 @@
-"""Random data files of every format for the readers; what has to hold is in tests/support/fuzzed_reading.py.
+"""Random data files of every format for the readers; tests/support/fuzzed_reading.py has the
+checks.
 
-The files are other ones in every run; the seed is among the figures, and `--seed` repeats a run. `--one NAME` reads the
-one file that a failure names.
+The files differ in every run; the seed is among the figures, and `--seed` repeats a run. `--one
+NAME` reads the single file that a failure names.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31))
     parser.add_argument("--one", metavar="NAME")
     options = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="fastmtl-soak-"))  # kept where a file fails
+    folder = Path(tempfile.mkdtemp(prefix="fastmtl-soak-"))  # kept if a file fails
     if options.one:
         case = case_of(options.one)
         print(case)

@@ -1,7 +1,8 @@
-"""Random shapes for every operation of fastmtl_kernels that runs on a CPU, each against float64.
+"""Random shapes for every operation of fastmtl_kernels on a CPU, each compared with float64.
 
-The strategies, checks and error budgets are those of tests/kernels: outputs and all gradients, with empty and one-token
-sequences. The shapes are other ones in every run; the seed is among the figures, and `--seed` repeats a run.
+The strategies, checks and error budgets are those of tests/kernels: outputs and all gradients, with
+empty and one-token sequences. The shapes differ in every run; the seed is among the figures, and
+`--seed` repeats a run.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ CHECKS: list[tuple[str, str, dict[str, Any]]] = [
 
 
 def shapes_of(test: Callable[..., None], given_values: dict[str, Any], count: int, start: int) -> int:
-    """Run a hypothesis test on `count` new examples; returns how many were run."""
+    """Run a hypothesis test on `count` new examples; return how many were run."""
     inner, strategies = test.hypothesis.inner_test, test.hypothesis._given_kwargs  # type: ignore[attr-defined]
     done = 0
 

@@ -1,7 +1,8 @@
-"""kill -9 at random moments of a run of two processes under the launcher; every run goes on to the same end.
+"""kill -9 at random moments of a two-process run under the launcher; all runs end with equal
+results.
 
-A run is killed and resumed until it ends, then the next one begins, until there were --kills of them. Each run has to
-leave the metrics, weights, scores and random states of one that was not killed, bit for bit.
+A run is killed and resumed until it ends, then the next one begins, up to --kills kills. Each run
+must leave the metrics, weights, scores and random states of a run that was not killed, bit for bit.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from left_by_run import lasting
 from phase_cases import make_recipe, write_data
 from tiny_bert import save_tiny_bert
 
-EARLY, SAVING = 0.15, 0.25  # shares of the kills that come before the first step, and at a checkpoint's files
+EARLY, SAVING = 0.15, 0.25  # shares of the kills before the first step, and during a checkpoint
 DEADLINE = 300.0  # seconds for one launch
 
 
@@ -39,7 +40,7 @@ class Launch:
         self.begun = time.monotonic()
 
     def wait_for_training(self) -> None:
-        """Wait until a rank has said its first line of progress, or the end."""
+        """Wait for a rank's first progress line, or the end."""
         while self.process.poll() is None and "epoch" not in self.log.read_text(errors="replace"):
             self.check_deadline()
             time.sleep(0.01)
@@ -55,7 +56,7 @@ class Launch:
             self.process.wait(seconds)
 
     def kill(self) -> None:
-        """The ranks first: a rank whose launcher is gone would save and stop of itself."""
+        """Kill the ranks first: a rank without its launcher would save and stop."""
         everything = psutil.Process(self.process.pid).children(recursive=True)
         ranks = [one for one in everything if _environment(one).get("RANK")]
         random.shuffle(ranks)
@@ -83,7 +84,7 @@ def _environment(process: psutil.Process) -> dict[str, str]:
 
 
 def finish(launch: Launch) -> float:
-    """Seconds from the first step to the end. Ends the script where the run fails."""
+    """Return the seconds from the first step to the end. Exit if the run fails."""
     launch.wait_for_training()
     begun = time.monotonic()
     while launch.process.poll() is None:
@@ -95,7 +96,9 @@ def finish(launch: Launch) -> float:
 
 
 def left(run: Path) -> dict[str, Any]:
-    """Return all that has to be equal: metrics, and the bytes of weights, predictions and random states."""
+    """Return everything that must be equal: metrics, bytes of weights, predictions and random
+    states.
+    """
     newest = max((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
     files = [*(run / "model").iterdir(), *(run / "predictions").iterdir(), *newest.glob("random-*")]
     return {"metrics": lasting(run), **{str(path.relative_to(run)): path.read_bytes() for path in sorted(files)}}

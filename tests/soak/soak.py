@@ -1,9 +1,10 @@
-"""`make soak`: what takes too long for `make test`, one part after another.
+"""`make soak`: run the checks that take too long for `make test`, one part after another.
 
     python tests/soak/soak.py [--only kills kernels] [--quick]
 
-Each part is a script of this folder, prints its figures as JSON in its last line and fails with a sentence. The summary
-goes to .benchmarks/soak.json, and as Markdown to the terminal. Exit status 1 where a part failed.
+Each part is a script of this folder. It prints its figures as JSON in its last line, and fails with
+a sentence. The summary goes to .benchmarks/soak.json, and as Markdown to the terminal. The exit
+status is 1 if a part failed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-# The command of each part, and what makes it short for a try.
+# The command of each part, and its options for a quick run.
 PARTS: dict[str, tuple[list[str], list[str]]] = {
     "readers": (["fuzz_readers.py"], ["--inputs", "50"]),
     "truncations": (["truncations.py"], ["--offsets", "5"]),
@@ -34,7 +35,7 @@ PARTS: dict[str, tuple[list[str], list[str]]] = {
 
 
 def run_part(name: str, *, quick: bool) -> dict[str, Any]:
-    """Seconds, figures and, where the part failed, the reason."""
+    """Return seconds, figures and, if the part failed, the reason."""
     command, less = PARTS[name]
     folders = (".", "kernels", "tests/support", "tests/kernels", "tests/kernels/cases")
     paths = [str(ROOT / folder) for folder in folders]
@@ -72,12 +73,12 @@ def report(summary: dict[str, Any]) -> str:
 
 
 def wrapped(text: str, indent: str) -> str:
-    """Return one paragraph in lines of at most 100 columns, all but the first one indented."""
+    """Return one paragraph in lines of at most 100 columns; all but the first are indented."""
     return textwrap.fill(text, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def machine() -> str:
-    """The processor, the cores that this process may use, and Python's version."""
+    """Return the processor, the cores that this process may use, and Python's version."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
@@ -85,7 +86,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with `-dirty` where files differ from it."""
+    """Return the checkout's commit, with `-dirty` if files differ from it."""
     done = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
     return done.stdout.strip() or "unknown"
 

@@ -1,4 +1,7 @@
-"""2,000 steps of two processes with finite losses, flat memory and steady speed: benchmarks/long_run.py on the demo."""
+"""2,000 steps of two processes on the demo: finite losses, flat memory, steady speed.
+
+benchmarks/long_run.py has the checks.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Every file of a checkpoint and of model/, cut off at many places: refused with the reason, never loaded."""
+"""Every file of a checkpoint and of model/, truncated at many places: refused, never loaded.
+
+The refusal must give the reason.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +24,17 @@ from fastmtl.train import train
 
 
 def offsets_of(size: int, count: int) -> list[int]:
-    """At most `count` lengths below `size`, the first and the last included."""
+    """Return at most `count` lengths below `size`, the first and the last included."""
     return sorted({index * (size - 1) // max(count - 1, 1) for index in range(count)}) if size else []
 
 
 def same_text(whole: bytes, cut: bytes) -> bool:
-    """True where only blank space at the end of a text is gone: nothing is missing."""
+    """Return True if only white space at the end of a text is missing."""
     return cut.rstrip() == whole.rstrip() and len(whole) - len(cut) <= 2
 
 
 def cut_checkpoint(run: Path, recipe: Recipe, ranks: Ranks, count: int) -> int:
-    """Number of cuts that were refused; the checkpoint before has to be offered each time."""
+    """Return the number of refused cuts; the previous checkpoint must be offered each time."""
     newest, before = run / "checkpoints" / "step-6", run / "checkpoints" / "step-3"
     done = 0
     for path in sorted(path for path in newest.rglob("*") if path.is_file()):
@@ -52,7 +55,7 @@ def cut_checkpoint(run: Path, recipe: Recipe, ranks: Ranks, count: int) -> int:
 
 
 def cut_model(model: Path, count: int) -> int:
-    """Number of cuts that were refused by a message with the file's name."""
+    """Return the number of truncations that were refused by a message with the file's name."""
     done = 0
     for path in sorted(path for path in model.iterdir() if path.is_file()):
         whole = path.read_bytes()

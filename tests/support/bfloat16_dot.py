@@ -1,4 +1,4 @@
-"""One product of bfloat16 tiles, to show what the interpreter makes of it."""
+"""A product of bfloat16 tiles, to show the interpreter's result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def bfloat16_dot_kernel(
     out_ptr: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """`*count_ptr` times A B [BLOCK, BLOCK], in float32 and rounded to bfloat16."""
+    """Compute `*count_ptr` times A B [BLOCK, BLOCK], in float32 and rounded to bfloat16."""
     offs = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
     for _ in range(tl.load(count_ptr)):

@@ -44,14 +44,16 @@ TASKS: dict[str, dict[str, Any]] = {
     "embedded": {"type": "binary", **_PAIRS, "loss": {"cosine_embedding": 1.0, "bce": 0.5}, "margin": -0.5},
     "both": {**_SCORE, **_PAIRS, "loss": {"mse": 1.0, "mnr": 0.5}, "mnr": {"scale": 3.0, "similar": 0.4}},
 }
-ROWS = 4  # of each task in a step
+ROWS = 4  # rows of each task in a step
 STEPS = 2
 
 
 def make_recipe(
     method: str = "pcgrad", zero: int = 1, accumulation: int = 1, *, cached: bool = False, **sections: Any
 ) -> Recipe:
-    """cached: negatives of the whole step, as of the joined batch, not of the micro-batch."""
+    """Return the recipe. cached: negatives of the whole step, as in the joined batch, not per
+    micro-batch.
+    """
     tasks = {}
     for name, task in TASKS.items():
         tasks[name] = {**task, "data": {"train": "none"}, "head": {"dropout": 0.0, **task.get("head", {})}}
@@ -112,7 +114,7 @@ def make_model(recipe: Recipe) -> MultiTaskModel:
 
 
 def _noise(batch: PackedBatch, device: torch.device, size: int) -> Tensor:
-    """In place of random numbers, which no two ways of spreading rows draw alike."""
+    """Replace random numbers, which differ between ways of distributing rows."""
     tokens = 7 * batch.input_ids + batch.position_ids
     return 0.05 * torch.sin(tokens[:, None] * torch.arange(1, size + 1)).to(device)
 
@@ -145,7 +147,7 @@ def make_data(recipe: Recipe, seed: int = 0) -> list[TokenizedDataset]:
 
 
 def make_batches(recipe: Recipe, step: int, parts: int) -> list[PackedBatch]:
-    """A step's rows in some pieces. Every second task has rows in the first piece alone."""
+    """Return a step's rows in pieces. Every second task has rows in the first piece alone."""
     rows = np.arange(step * ROWS, (step + 1) * ROWS)
     data = make_data(recipe)
     pieces = []
@@ -160,7 +162,9 @@ def counts(recipe: Recipe) -> dict[str, int]:
 
 
 def jacobian(model: MultiTaskModel, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    """[T, P] of the shared parameters by one backward per task, and the sum of the other parameters' gradients."""
+    """Return [T, P] of the shared parameters, one backward per task, and the others' summed
+    gradients.
+    """
     shared_ids = {id(p) for p in model.shared_parameters()}
     rows, losses = [], model(batch)
     own: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Steps with every pooling, head and loss, for the launch of test_deepspeed.py and for what it is compared with."""
+"""Steps with every pooling, head and loss, for test_deepspeed.py's launch and its reference."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CASES = [
 
 
 def run_steps(target: Any, model: MultiTaskModel, method: str, parts: list[int], of: int, step_fn: Any) -> None:
-    """The micro-batches `parts` of `of` in each step."""
+    """Run the micro-batches `parts` of `of` in each step."""
     recipe = model.recipe
     surgery = GradientSurgery(
         target,
@@ -66,7 +66,7 @@ def run_steps(target: Any, model: MultiTaskModel, method: str, parts: list[int],
 
 
 def run_all(ranks: Any, keep: Callable[[Any, str], None]) -> None:
-    """Every case on this rank; keep(engine, name) takes the weights and ends the engine."""
+    """Run every case on this rank; keep(engine, name) saves the weights and ends the engine."""
     from fastmtl.engine.build import build_engine
 
     for case in CASES:

@@ -1,4 +1,4 @@
-"""What the ranks of test_deepspeed.py run: every case in one launch. Usage: deepspeed_cases.py DIRECTORY"""
+"""The ranks of test_deepspeed.py: every case in one launch. Usage: deepspeed_cases.py DIRECTORY"""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ CASES = [
     Case(1, 1, "pcgrad", variant="left-out"),
     *(Case(1, 4, method, variant="flat-graphs") for method in ("sum", "pcgrad")),
 ]
-PIECE = 1000  # numbers in a collective, where there are to be many
+PIECE = 1000  # numbers in a collective, for cases with many collectives
 
 
 # Random batches (loads.py): ZeRO stage and load.
@@ -177,7 +177,7 @@ def make_data() -> list[TokenizedDataset]:
 
 
 def step_batches(data: list[TokenizedDataset], step: int, part: int, parts: int) -> PackedBatch:
-    """One of `parts` pieces of a step's rows. The second task has rows in one piece of each step only."""
+    """Return one of `parts` pieces of a step's rows. The second task has rows in one piece only."""
     rows = np.arange(step * ROWS, (step + 1) * ROWS)
     second = rows[:3] if part == 0 else rows[:0]
     return pack([(data[0], rows[part::parts]), (data[1], second), (data[2], rows[part::parts])], (ROWS, 3, ROWS))
@@ -192,7 +192,9 @@ def run_steps(
     backward_on: MultiTaskModel | None = None,
     left_out: bool = False,
 ) -> None:
-    """backward_on: the model to run for `backward` instead of `run`. left_out: of the variant."""
+    """Run the steps. backward_on: the model for `backward` instead of `run`. left_out: of the
+    variant.
+    """
     data = make_data()
 
     def loss_fn(batch: PackedBatch, model: Any, task_grads: Any) -> Any:
@@ -215,7 +217,9 @@ def run_steps(
 
 
 def make_surgery(target: Any, model: MultiTaskModel, recipe: Recipe) -> GradientSurgery:
-    """On a DeepSpeed engine it clips where `build_engine` has left that to it."""
+    """Return the surgery. On a DeepSpeed engine it clips if `build_engine` has left this to
+    surgery.
+    """
     return GradientSurgery(
         target,
         recipe.gradient.method,
@@ -233,7 +237,7 @@ def make_surgery(target: Any, model: MultiTaskModel, recipe: Recipe) -> Gradient
 
 
 def engine_forward(zero: int, world: int) -> str:
-    """What is said where the losses for `backward` come from engine(...)."""
+    """Return the error for losses for `backward` that come from engine(...)."""
     from fastmtl.engine.build import build_engine
 
     recipe = make_recipe(Case(zero, 1, "pcgrad"))
@@ -251,7 +255,7 @@ def engine_forward(zero: int, world: int) -> str:
 
 
 def waits_of_a_step(zero: int, world: int, rank: int) -> list[str]:
-    """Of the host, in the third step."""
+    """Return the host's waits in the third step."""
     from fastmtl.engine.build import build_engine
 
     recipe = make_recipe(Case(zero, 1, "pcgrad", variant="graphs"))  # without an adapter
@@ -274,7 +278,7 @@ def waits_of_a_step(zero: int, world: int, rank: int) -> list[str]:
 
 
 def pieces(case: Case, directory: Path, rank: int) -> contextlib.ExitStack:
-    """A step's columns of J in many pieces; how many of them were sent early is kept, a line for each step."""
+    """Send a step's columns of J in many pieces; record the number sent early per step."""
     stack = contextlib.ExitStack()
     if case.variant.endswith(("pieces", "late")):
         stack.enter_context(mock.patch.object(collectives, "BUCKET", PIECE))

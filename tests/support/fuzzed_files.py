@@ -1,7 +1,7 @@
-"""Random data files, each with what a reader has to make of every row in it.
+"""Random data files, each with the expected outcome of every row.
 
-A file is a task with its rows (fuzzed_rows.py) and a way to write them: CSV, TSV, JSON lines or Parquet, quotes, line
-ends, a byte order mark, gzip.
+A file is a task with its rows (fuzzed_rows.py) and a way to write them: CSV, TSV, JSON lines or
+Parquet, quotes, line ends, a byte order mark, gzip.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from fastmtl.config import TaskConfig
 
 @dataclass
 class Case:
-    """A file and its task. rows: None where nothing is known of them. refused: whether the whole file has to be (True),
-    may be (None) or must not be refused (False), apart from its bad rows.
+    """A file and its task.
+
+    rows: None if they are unknown. refused: whether the whole file must (True), may (None) or must
+    not be refused (False), apart from its bad rows.
     """
 
     name: str
@@ -33,14 +35,14 @@ class Case:
     require_labels: bool
     rows: list[Row] | None
     refused: bool | None = False
-    # Lines with something in them after the header, where each is a row: no cell can hold a line end.
+    # Non-empty lines after the header, if each is a row: no cell can contain a line end.
     lines: int | None = None
     header: bool = True
     has_tabs: bool = False
 
 
 def draw_case(random: Random) -> Case:
-    """A file with known rows."""
+    """Draw a file with known rows."""
     draw = Draw(random)
     number = random.randint(4, 12) if random.random() < 0.8 else 1
     rows = [draw.row(index, number) for index in range(number)]
@@ -84,12 +86,12 @@ def _delimited(draw: Draw, rows: list[Row]) -> Case:
     unclosed = random.randrange(len(rows)) if draw.quoted and random.random() < 0.25 else None
     for number, row in enumerate(rows):
         if random.random() < 0.05:
-            encoded.append(random.choice([b"", b"  ", b"\x0c"]))  # blank, no row
+            encoded.append(random.choice([b"", b"  ", b"\x0c"]))  # a blank line is no row
             line += 1
         written = [cell(row.values[column]) for column in draw.order]
         if number == unclosed:
             written = _with_open_quote(draw, row)
-        elif random.random() < 0.06 and (draw.header or number):  # the first one says how many columns there are
+        elif random.random() < 0.06 and (draw.header or number):  # the first line gives the number of columns
             less = written[:-1] if "".join(written[:-1]).strip() else [*written, "x", "y"]
             written, row.outcome, row.why = random.choice([less, [*written, "x"]]), "bad", "ragged"
         raw = delimiter.join(written).encode()
@@ -99,7 +101,7 @@ def _delimited(draw: Draw, rows: list[Row]) -> Case:
         line += raw.count(b"\n") + 1
         encoded.append(raw)
     content = end.encode().join(encoded) + (end.encode() if random.random() < 0.8 else b"")
-    # A cell in CSV quotes where nobody said what quotes are: the whole file is refused.
+    # A cell in CSV quotes without declared quoting: the whole file is refused.
     undecided = not draw.quoted and draw.quotes_setting is None
     cells = [
         str(row.values[draw.roles[role]]).strip()
@@ -119,7 +121,7 @@ def _delimited(draw: Draw, rows: list[Row]) -> Case:
 
 
 def _with_open_quote(draw: Draw, row: Row) -> list[str]:
-    """Cells of one line, of which the text begins with a quote that is never closed."""
+    """Return the cells of one line whose text begins with a quote that is never closed."""
     written = [str(row.values[column]).replace(draw.delimiter, ";").replace('"', "'") for column in draw.order]
     written = [" ".join(cell.split("\n")).replace("\r", " ") for cell in written]
     label, _ = draw.label()
@@ -132,7 +134,9 @@ def _with_open_quote(draw: Draw, row: Row) -> list[str]:
 
 
 def _bad_bytes(raw: bytes, random: Random) -> bytes:
-    """The line with bytes that are no UTF-8: Latin-1, half a character, an encoded surrogate."""
+    """Return the line with bytes that are not UTF-8: Latin-1, half a character, an encoded
+    surrogate.
+    """
     at = random.randrange(len(raw) + 1)
     while at < len(raw) and 0x80 <= raw[at] < 0xC0:  # not inside a character
         at += 1
@@ -157,7 +161,7 @@ def _json_lines(draw: Draw, rows: list[Row]) -> Case:
         row.line = len(encoded) + 1
         encoded.append(raw)
     content = end.encode().join(encoded) + (b"\n" if random.random() < 0.8 else b"")
-    # Keys of bad lines are no columns, so a file that has only bad ones may lack them all.
+    # Keys of bad lines are not columns, so a file of bad lines alone may lack all columns.
     refused = None if any(row.why == "json" for row in rows) else False
     ending = random.choice(["jsonl", "ndjson", "json"])
     return _finish(draw, content, rows, ending, refused=refused, lines=len(rows))

@@ -1,4 +1,7 @@
-"""The readers on random files: no exception but a UserError of one line with the file's name, and every row counts."""
+"""The readers on random files: no exception but a one-line UserError with the file's name.
+
+Every row must be accounted for.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +36,13 @@ PIECES = [
 
 
 class Fault(AssertionError):
-    """What a reader did wrong."""
+    """Raised for a reader's fault."""
 
 
 def fuzz(seed: int, inputs: int, folder: Path) -> Counter[str]:
-    """Read `inputs` random files, each with and without bad rows skipped; returns what was counted.
+    """Read `inputs` random files, each with and without bad rows skipped; return the counts.
 
-    Raises Fault, with the seed of the one file that it was found in.
+    Raises Fault, with the seed of the file.
     """
     counts: Counter[str] = Counter()
     for number in range(inputs):
@@ -52,14 +55,16 @@ def fuzz(seed: int, inputs: int, folder: Path) -> Counter[str]:
 
 
 def case_of(name: str) -> Case:
-    """The file of a name, always the same: two of three as they were written, the others with changed bytes."""
+    """Return the file of a name, always the same: two of three unchanged, the others with changed
+    bytes.
+    """
     random = Random(name)
     case = draw_case(random)
     return case if random.random() < 2 / 3 else damaged(case, random)
 
 
 def damaged(case: Case, random: Random) -> Case:
-    """The file with bytes changed, lost, doubled or put in."""
+    """Return the file with bytes changed, removed, doubled or inserted."""
     content = bytearray(case.content)
     for _ in range(random.randint(1, 6)):
         at = random.randrange(len(content) + 1)
@@ -113,7 +118,7 @@ def _read(path: Path, case: Case, on_bad_row: str) -> Rows | None:
 
 
 def _check_rows(case: Case, rows: Rows) -> None:
-    """Rows in are rows out and rows reported, and each is what was written."""
+    """Check that input rows are output or reported, and that each equals the written one."""
     lines = _rows_in(case)
     if lines is not None:
         found = f"{len(rows)} rows and {len(rows.skipped)} reported ones"
@@ -136,7 +141,9 @@ def _check_rows(case: Case, rows: Rows) -> None:
 
 
 def _rows_in(case: Case) -> int | None:
-    """Number of rows in a text file where every line is one, by its bytes; None where quotes may join lines."""
+    """Return the number of rows by the file's bytes if every line is a row; None if quotes may join
+    lines.
+    """
     if case.lines is None:
         return None
     content = case.content

@@ -1,4 +1,4 @@
-"""Random tasks, and rows for their files, each with what a reader has to make of it."""
+"""Random tasks, and rows for their files, each with a reader's expected outcome."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fastmtl.config import TaskConfig
 Outcome = Literal["good", "bad", "either"]
 NAMES = [None, ["neg", "pos"], ["1", "2", "3"], ["x, y", 'a "b"', "é"], ["true", "false"], ["0", "0.5"]]
 WORDS = ["fine", "film", "été", "naïve ☃", "\U0001f600", "a, b", "1", "0", "x;y", "it's", "{", "[", "\\", "#", "None"]
-# Spaces of every kind: a reader that splits lines at other signs than line feeds loses rows to them.
+# Spaces of every kind: a reader that splits lines at other characters than line feeds loses rows.
 SPACES = [" ", "  ", "\u00a0", "\u2028", "\x0b", "\x0c", "\x1c", "\x85", " \t "]
 BAD_LABELS = ["", " ", "nope", "-1", "99", "1_0", "nan", "inf", "1e400", "0.25x", "٣", "1,0", "maybe\x00"]
 
 
 @dataclass
 class Row:
-    """What is written. values: by column. line: where the row begins in the file, or its number in Parquet."""
+    """A written row. values: by column. line: its first line in the file, or Parquet's number."""
 
     values: dict[str, Any]
     outcome: Outcome = "good"
@@ -48,7 +48,7 @@ class Draw:
         self.quotes_setting = setting
         default = self.format == "cs224n" or (self.format == "table" and self.delimiter == ",")
         self.quoted = setting == "csv" or (setting is None and default)
-        self.tabs = False  # in a text of a file with commas and no header
+        self.tabs = False  # a tab in a text of a file with commas and no header
         self.task = self._task()
 
     @property
@@ -56,7 +56,7 @@ class Draw:
         return self.style in ("csv", "tsv")
 
     def _columns(self) -> None:
-        """Roles and the names of their columns, in the order of the file; a number of columns that nobody reads."""
+        """Draw roles and names of columns, in the file's order, and the number of unused ones."""
         random = self.random
         self.header = True
         if self.format == "table":
@@ -92,7 +92,7 @@ class Draw:
         return TaskConfig.model_validate(values)
 
     def label(self) -> tuple[Any, float | int]:
-        """A cell and the label that it stands for."""
+        """Draw a cell and the label that it represents."""
         random = self.random
         if self.kind == "regression":
             value = random.choice([0, 5, 2.5, random.randint(0, 500) / 100])
@@ -111,7 +111,7 @@ class Draw:
         return random.choice(spellings), index
 
     def text_of(self, limit: int = 6) -> str:
-        """A text with a word in it, and signs that some reader could stumble over."""
+        """Draw a text with a word in it, and characters that may confuse a reader."""
         random = self.random
         parts = [random.choice(WORDS) for _ in range(random.randint(1, limit))]
         if random.random() < 0.3:
@@ -120,9 +120,10 @@ class Draw:
             parts += random.choice([[], [], ["two\nlines"], ["a\r\nb"], ["\n\nblank"]])
         random.shuffle(parts)
         text = "".join(part + random.choice(SPACES) for part in parts)
-        if "\n" in text:  # a line of it that looks like a row would be refused, and rightly
+        if "\n" in text:  # a line that looks like a row would rightly be refused
             text = text.replace(self.delimiter, ";")
-        # After an open quote, a cell that begins with a line end would close it as a right cell does.
+        # After an open quote, a cell that begins with a line end would close it like a correct
+        # cell.
         text = text if text[0] not in "\r\n" else f"so{text}"
         if self.delimited and self.delimiter == "," and not self.header and ("\n" in text or not self.tabs):
             text = text.replace("\t", " ")  # in most lines they would be delimiters
@@ -160,4 +161,4 @@ class Draw:
     def _zero_byte(self, row: Row) -> None:
         row.values[self.roles["text"]] += "z\x00"
         row.text = " ".join(str(row.values[self.roles["text"]]).split())
-        row.outcome, row.why = ("either" if self.delimited else "good"), "zero byte"  # csv of Python 3.10 refuses it
+        row.outcome, row.why = ("either" if self.delimited else "good"), "zero byte"  # Python 3.10's csv refuses it

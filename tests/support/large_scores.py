@@ -1,4 +1,6 @@
-"""Gradients of attention where the softmax is nearly one-hot, against float64 and the error of plain float32."""
+"""Gradients of attention for nearly one-hot softmax, compared with float64 and plain float32's
+error.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +15,18 @@ from fastmtl_kernels.varlen_attention import reference
 LARGEST = (10, 500, 1_800, 400_000)
 HEADS, HEAD_DIM, SEED = 1, 32, torch.tensor([5])
 
-# The output of qkv, the offsets of its sequences, the scale, the probability of dropout and the seed.
+# The output of qkv, the offsets of its sequences, the scale, the dropout probability and the seed.
 Attention = Callable[[Tensor, Sequence[int], float, float, Tensor], Tensor]
 
 
 def check_large_scores(
     attention: Attention, lengths: list[int], largest: float, scale: float, dropout_p: float
 ) -> None:
-    """Assert that dQ, dK and dV are off by at most three times what the oracle is off in float32, and rounding.
+    """Assert that dQ, dK and dV are within three times the oracle's float32 error, plus rounding.
 
-    largest: the largest score. Rounding is that of dP - rowsum(P dP), which is 0 for a one-hot row: a few units of the
-    largest dP. Three keys of each sequence are equal, so that no row that prefers them has a power of two as its sum.
+    largest: the largest score. The rounding is that of dP - rowsum(P dP), which is 0 for a one-hot
+    row: a few units of the largest dP. Three keys of each sequence are equal, so that no row that
+    prefers them has a power of two as its sum.
     """
     generator = torch.Generator().manual_seed(1)
     offsets = [0, *accumulate(lengths)]
@@ -49,6 +52,6 @@ def check_large_scores(
 
 
 def _products(a: Tensor, b: Tensor, offsets: Sequence[int]) -> Tensor:
-    """The size of every product of rows of one sequence."""
+    """Return the size of every product of rows of one sequence."""
     parts = [torch.einsum("ihd,jhd->hij", a[i:j], b[i:j]).abs().flatten() for i, j in pairwise(offsets)]
     return torch.cat(parts)

@@ -1,4 +1,4 @@
-"""Readers of what a run has left in its output folder."""
+"""Readers of the files in a run's output folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def lasting(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl without what depends on the clock."""
+    """Return the lines of metrics.jsonl without the fields that depend on the clock."""
     clocks = ("time", "tokens_per_second", "surgery_seconds")
     return [{key: value for key, value in line.items() if key not in clocks} for line in lines(run)]
 

@@ -1,4 +1,4 @@
-"""Batches of any kind for the tests of surgery, and what one backward pass per task makes of them."""
+"""Batches of any kind for the tests of surgery, and their gradients by one backward per task."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.model.encoder.bert import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
 
-# An adapter, and what is on top of the encoder; tests under ZeRO take the first four, by stage.
+# An adapter, and its layer on top of the encoder; tests under ZeRO use the first four, by stage.
 ADAPTERS = ["none", "pal+pal", "low_rank+layer", "lora+layer", "pal", "low_rank", "lora"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """rows: of each task. accumulation: micro-batches that share them."""
+    """A step's input. rows: of each task. accumulation: micro-batches that share them."""
 
     rows: tuple[int, ...]
     adapter: str
@@ -108,7 +108,10 @@ def make_batches(load: Load, parts: int) -> list[PackedBatch]:
 
 
 def jacobian(model: MultiTaskModel, load: Load) -> tuple[Tensor, dict[str, Tensor]]:
-    """[T, P] of the shared parameters, in the model's dtype and one backward per task; the own gradients' sum."""
+    """Return [T, P] of the shared parameters, and the sum of the tasks' own gradients.
+
+    In the model's dtype, with one backward per task.
+    """
     (joined,) = make_batches(load, 1)
     names = [name for name, _ in model.named_parameters()]
     shared_ids = {id(p) for p in model.shared_parameters()}
@@ -127,7 +130,7 @@ def jacobian(model: MultiTaskModel, load: Load) -> tuple[Tensor, dict[str, Tenso
 
 
 def merge(rows: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """PCGrad pair by pair -> the update and the weights of its rows."""
+    """Return the update of PCGrad pair by pair, and the weights of its rows."""
     weights = torch.eye(len(rows), dtype=rows.dtype)
     for i in range(len(rows)):
         for j in order[i].tolist():

@@ -1,10 +1,11 @@
-"""A recorder for the CPU that does with operators what a CUDA graph does with kernels.
+"""A recorder for the CPU that replays operators like a CUDA graph replays kernels.
 
-`record` runs a function once under a log of every operator that reaches torch's dispatcher, and puts memory that was
-there before back as it was: like capturing, it leaves no effect. What it returns calls those operators again, on the
-very tensors of the log, and puts each result where it was: like a replay, it runs no Python of the function, so that a
-number that the function took from the host is the recorded one. Memory that the function allocated is filled with NaN
-in between. What draws random numbers draws again at a replay, from torch's generator, which a CUDA graph reads, too.
+`record` runs a function once, logs every operator that reaches torch's dispatcher, and restores
+memory that existed before: like a capture, it leaves no effect. The result calls those operators
+again on the same tensors, and writes each result to its place. Like a replay, it runs no Python of
+the function, so a number that the function read from the host is the recorded one. Memory that the
+function allocated is filled with NaN in between. Operators with random numbers draw again at a
+replay, from torch's generator, like a CUDA graph.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _ALLOCATES = ("aten::empty", "aten::empty_strided", "aten::empty_like", "aten::n
 
 
 class HostRead(RuntimeError):
-    """The recorded function waits for a number on the device."""
+    """Raised if the recorded function waits for a number on the device."""
 
 
 def tensors_of(values: Any) -> list[Tensor]:
@@ -61,7 +62,7 @@ class _Log(TorchDispatchMode):
 
 
 class OpRecorder:
-    """recordings: calls of each, in the order of `record`. replayed: operators called by replays so far."""
+    """A recorder. recordings: the calls of each, in order. replayed: operators replayed so far."""
 
     def __init__(self) -> None:
         self.recordings: list[int] = []
@@ -80,7 +81,7 @@ class OpRecorder:
                 whole.data.copy_(values)
             for tensor in log.made.values():
                 if tensor.is_floating_point():
-                    tensor.data.fill_(float("nan"))  # unseen by autograd, as what a kernel writes is
+                    tensor.data.fill_(float("nan"))  # hidden from autograd, like a kernel's write
         self.recordings.append(len(log.calls))
 
         @torch.no_grad()

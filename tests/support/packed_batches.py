@@ -20,9 +20,10 @@ TASKS = {
 
 
 def build_batch(lengths: Sequence[Sequence[int]], *, pairs: Sequence[bool] | None = None, seed: int = 0) -> PackedBatch:
-    """lengths: tokens of every sequence, per task; pairs: which tasks' sequences are consecutive pairs.
+    """Build a batch.
 
-    A task's tokens and labels depend on its own lengths, its position and the seed only.
+    lengths: tokens of every sequence, per task; pairs: the tasks whose sequences are consecutive
+    pairs. A task's tokens and labels depend only on its own lengths, its position and the seed.
     """
     pairs = pairs or [False] * len(lengths)
     flat = [length for task in lengths for length in task]
@@ -64,7 +65,7 @@ def build_batch(lengths: Sequence[Sequence[int]], *, pairs: Sequence[bool] | Non
 
 
 def build_model(encoder_folder: Path, **sections: dict) -> MultiTaskModel:
-    """A model of the three tasks above; sections: of its recipe, besides the tasks."""
+    """Build a model of the three tasks above; sections: other sections of its recipe."""
     encoder = {"path": str(encoder_folder), **sections.pop("encoder", {})}
     recipe = Recipe.model_validate({"tasks": TASKS, **sections, "encoder": encoder})
     torch.manual_seed(3)

@@ -1,4 +1,4 @@
-"""A random Parquet column of any type that pyarrow writes, and the texts that a reader makes of it."""
+"""A random Parquet column of any type that pyarrow writes, and the texts that a reader returns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow
 
-# Values of types that have one spelling as text.
+# Values of types with a unique text form.
 TEXTS: list[tuple[pyarrow.DataType, list[Any]]] = [
     (pyarrow.string(), ["a film", " two\u2028lines \n"]),
     (pyarrow.int8(), [0, -7]),
@@ -19,7 +19,7 @@ TEXTS: list[tuple[pyarrow.DataType, list[Any]]] = [
     (pyarrow.bool_(), [True, False]),
     (pyarrow.decimal128(38, 3), [Decimal("12.500")]),
 ]
-# Values that are no text, nulls and non-finite numbers among them.
+# Values that are not text, including nulls and non-finite numbers.
 OTHERS: list[tuple[pyarrow.DataType, list[Any]]] = [
     (pyarrow.null(), [None]),
     (pyarrow.float64(), [float("nan"), float("inf"), None]),
@@ -36,7 +36,7 @@ OTHERS: list[tuple[pyarrow.DataType, list[Any]]] = [
 
 
 def draw_column(random: Random, rows: int) -> tuple[pyarrow.Array, list[str | None]]:
-    """An array of `rows` values, and for each the text, None for what is no text."""
+    """Draw an array of `rows` values, and for each its text, or None if it is not text."""
     kind, values = random.choice(TEXTS + OTHERS)
     drawn = [random.choice(values) for _ in range(rows)]
     array = pyarrow.array(drawn, type=kind)

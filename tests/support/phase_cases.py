@@ -1,5 +1,6 @@
-"""The runs that test_phases.py looks at. Usage: phase_cases.py DIRECTORY TINY_BERT; under the launcher: the one of two
-ranks.
+"""The runs of test_phases.py. Usage: phase_cases.py DIRECTORY TINY_BERT
+
+Under the launcher: the run of two ranks.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ RUNS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-# Not phases, but what else a stopped run has to find again: dynamic weights, SMART's teacher and strengths.
+# Other state that a stopped run has to restore: dynamic weights, SMART's teacher and strengths.
 OBJECTIVES: dict[str, Any] = {
     "weighting": {"name": "dwa"},
     "smart": {
@@ -65,7 +66,7 @@ OBJECTIVES: dict[str, Any] = {
 
 
 def write_data(directory: Path) -> None:
-    """Which color, whether places are the same, how many words agree."""
+    """Write three tasks: which color, whether places are the same, how many words agree."""
     draw = random.Random(0)
 
     def sentence() -> str:
@@ -112,7 +113,7 @@ def make_recipe(directory: Path, bert: Path, phases: list[dict[str, Any]], zero:
 
 
 def train_until(recipe: Recipe, output: Path, step: int, *, resume: bool) -> None:
-    """Stops the run after a step, as `kill` does."""
+    """Stop the run after a step, like `kill`."""
     from fastmtl.train import train
 
     told = Tracker.step
@@ -146,7 +147,7 @@ def break_off_between_phases(recipe: Recipe, output: Path) -> None:
 
 
 def run_on_ranks(directory: Path, bert: Path, world: int) -> None:
-    """The same steps by any number of ranks: no dropout, and rows shared among them."""
+    """Run the same steps on any number of ranks: no dropout, and rows distributed over them."""
     from fastmtl.train import train
 
     group = {"name": "compromise", "batch_size": 8 // world, "batches_per_step": 5}
@@ -167,7 +168,7 @@ def main(directory: Path, bert: Path) -> None:
         run_on_ranks(directory, bert, 1)
     for name, phases in RUNS.items():
         zero = 2 if name == "first" else 1
-        with contextlib.nullcontext() if name == "three" else results_only():  # its report has a test
+        with contextlib.nullcontext() if name == "three" else results_only():  # a test reads its report
             train(make_recipe(directory, bert, phases, zero), directory / name)
     with results_only():
         train_in_parts(directory, bert)

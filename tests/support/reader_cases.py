@@ -1,4 +1,4 @@
-"""Inputs that once failed, by name: those of files, and the register that test_cases.py runs."""
+"""Inputs that once failed, by name: files, and the register that test_cases.py runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small encoders whose layers are recorded, and one step of each."""
+"""Small encoders with recorded layers, and one step of each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.model.encoder.bert import PackedBert
 from fastmtl.surgery.sinks.stack import StackSink
 
-# Micro-batches by tokens of each sequence of each task: absent tasks, one token, more than one bucket of rows.
+# Micro-batches, as tokens of each sequence of each task: absent tasks, one token, more than one
+# bucket of rows.
 MICRO_BATCHES = {
     1: [[[5, 1, 17]], [[30] * 9], [[2]]],
     2: [[[5, 1], [17, 9]], [[], [30] * 9], [[3], []]],
@@ -59,7 +60,7 @@ def make_sink(encoder: PackedBert, num_tasks: int, dtype: torch.dtype = torch.fl
 
 
 def step(encoder: PackedBert, sink: StackSink, batches: Sequence[PackedBatch], seed: int) -> list[Tensor]:
-    """Hidden states of each micro-batch, then J and the words' rows."""
+    """Return the hidden states of each micro-batch, then J and the words' rows."""
     sink.clear()
     torch.manual_seed(seed)
     found = []
@@ -74,7 +75,7 @@ def step(encoder: PackedBert, sink: StackSink, batches: Sequence[PackedBatch], s
 
 
 def plain_step(encoder: PackedBert, batch: PackedBatch, seed: int, accumulate: int = 2) -> list[Tensor]:
-    """The hidden states, then `.grad` of all parameters."""
+    """Return the hidden states, then `.grad` of all parameters."""
     encoder.zero_grad()
     torch.manual_seed(seed)
     found = []
@@ -92,7 +93,7 @@ def assert_equal(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 
 
 def assert_close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Within the rounding of sums in another order, float32."""
+    """Compare within the rounding of sums in another order, float32."""
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         if one.numel():

@@ -1,4 +1,4 @@
-"""Runs without their report: its plots take longer than the few steps of a test's run."""
+"""Runs without a report: its plots take longer than the few steps of a test's run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What collectives are called with, seen from below torch.distributed and DeepSpeed."""
+"""Arguments of collectives, seen below torch.distributed and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ KINDS = {
 
 
 class Sent(TorchDispatchMode):
-    """buffers: (kind, bytes of the whole buffer) of each collective inside the block, but for broadcasts."""
+    """A record of collectives.
+
+    buffers: (kind, bytes of the whole buffer) of each collective inside the block, except
+    broadcasts.
+    """
 
     def __init__(self) -> None:
         super().__init__()

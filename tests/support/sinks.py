@@ -1,4 +1,4 @@
-"""A sink by the name of what it does with task gradients."""
+"""Sinks by their treatment of task gradients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sink_of(
     solve: Solve | None = None,
     **options: Any,
 ) -> Any:
-    """weights: for "weighted". solve: for "tensor". options: what the class takes."""
+    """Return a sink. weights: for "weighted". solve: for "tensor". options: of the class."""
     if mode == "weighted":
         assert weights is not None
         return WeightedSink(parameters, num_tasks, weights, **options)

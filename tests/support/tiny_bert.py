@@ -12,7 +12,9 @@ before""".split()
 
 
 def save_tiny_bert(directory: Path, *, hidden: int = 32, layers: int = 2, heads: int = 4) -> Path:
-    """A Hugging Face directory with a random BERT of a few thousand weights and a word-piece tokenizer."""
+    """Save a random BERT of a few thousand weights with a word-piece tokenizer, as Hugging Face
+    does.
+    """
     import string
 
     import torch

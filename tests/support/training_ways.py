@@ -1,7 +1,7 @@
-"""Two hundred seeded steps of a small model, each time made in another way, for test_200_steps.py.
+"""Two hundred seeded steps of a small model in several configurations, for test_200_steps.py.
 
-Usage: training_ways.py FILE NAME ... keeps the losses of these ways of WAYS in a numpy file; under the launcher those
-of ways with as many ranks.
+Usage: training_ways.py FILE NAME ... saves the losses of these WAYS in a numpy file; under the
+launcher, those of ways with as many ranks.
 """
 
 from __future__ import annotations
@@ -44,19 +44,20 @@ from fastmtl_kernels.varlen_attention.reference import keep_mask
 
 STEPS, TASKS, CLIP = 200, ("kind", "same", "degree"), 1.0
 ROWS, VOCABULARY, POSITIONS, DROPOUT = 48, 64, 32, 0.1
-# Mean loss of each task, and the share of pairs of tasks in conflict.
+# Mean loss of each task, and the share of conflicting pairs of tasks.
 Step = Callable[[list[PackedBatch]], tuple[list[float], float]]
 
 
 @dataclass(frozen=True)
 class Way:
-    """How a step is made; the default is the plain one.
+    """The configuration of a step; the default is the plain one.
 
-    kernels: "fast" is what impl="auto" takes here. gradients: "separate", one backward per task and PCGrad pair by
-    pair; "separate into J", the same backwards and PCGrad by their Gramian; "one pass", where the layers write J.
-    zero: DeepSpeed's stage in place of the torch loop; flat: its parameters. ranks: that share a step's rows; they draw
-    masks of their own, so such a way is without dropout. recorded: layers and heads, without an adapter, and merging,
-    by recorders of operators in the place of CUDA graphs. weight: of the task `same`. dtype: of all that is computed.
+    kernels: "fast" is the choice of impl="auto" here. gradients: "separate", one backward per task
+    and PCGrad pair by pair; "separate into J", the same backwards and PCGrad by their Gramian; "one
+    pass", where the layers write J. zero: DeepSpeed's stage instead of the torch loop; flat: its
+    parameters. ranks: that share a step's rows; their masks differ, so such a way has no dropout.
+    recorded: layers and heads, without an adapter, and merging use recorders of operators instead
+    of CUDA graphs. weight: of the task `same`. dtype: of all computations.
     """
 
     kernels: Literal["reference", "fast"] = "reference"
@@ -97,14 +98,17 @@ ALONE = {
 TOGETHER = {
     "all in a torch loop": replace(ONE_PASS, recompute="cheap", prefetch=2, optimizer="SurgeryAdamW"),
     "all under ZeRO 1": replace(ONE_PASS, recompute="cheap", prefetch=2, zero=1, flat=True),
-    # J's columns go to the other rank while backward runs.
+    # J's columns are sent to the other rank while backward runs.
     "all on two ranks": replace(RECORDED, prefetch=2, zero=2, flat=True, ranks=2),
 }
 WAYS = {**ALONE, **TOGETHER}
 
 
 class Run(NamedTuple):
-    """Of each step: the tasks' mean losses float64 [STEPS, T], and the share of pairs in conflict float64 [STEPS]."""
+    """The result of all steps.
+
+    The tasks' mean losses float64 [STEPS, T], and the share of conflicting pairs float64 [STEPS].
+    """
 
     losses: np.ndarray
     conflicts: np.ndarray
@@ -126,7 +130,7 @@ def train(way: Way) -> Run:
 
 
 def of_rank(micro_batches: list[PackedBatch], ranks: int) -> list[PackedBatch]:
-    """This rank's share of their rows."""
+    """Return this rank's share of the rows."""
     if ranks == 1:
         return micro_batches
     rank = int(os.environ["RANK"])
@@ -175,7 +179,7 @@ def recording(way: Way, surgery: GradientSurgery) -> GradientSurgery:
 
 
 def plain_step(model: MultiTaskModel, recipe: Recipe, update: Callable[[], None]) -> Step:
-    """One backward per task, flat gradients, projections pair by pair."""
+    """Run one backward per task, flat gradients, and projections pair by pair."""
     shared, parts, done = model.shared_parameters(), model.task_parameters(), 0
     own = [*parts["adapters"], *parts["heads"]]
 
@@ -203,7 +207,7 @@ def plain_step(model: MultiTaskModel, recipe: Recipe, update: Callable[[], None]
 def surgery_step(
     surgery: GradientSurgery, update: Callable[[], None], way: Way, own_model: MultiTaskModel | None = None
 ) -> Step:
-    """own_model: None where it is the engine's."""
+    """Run a step by surgery. own_model: None for the engine's model."""
 
     def one_pass(batch: PackedBatch, model: Any, task_grads: Any) -> Any:
         return (own_model or model)(batch, task_grads)
@@ -233,7 +237,7 @@ def make_optimizer(way: Way, recipe: Recipe, model: MultiTaskModel) -> torch.opt
 
 @contextmanager
 def reference_kernels() -> Iterator[None]:
-    """Makes the oracles what `impl="auto"` takes."""
+    """Make `impl="auto"` choose the oracles."""
     oracles = {operation: candidates[-1:] for operation, candidates in dispatch.OPERATIONS.items()}
     assert all(candidate.impl == "reference" for (candidate,) in oracles.values())
     with (
@@ -244,7 +248,7 @@ def reference_kernels() -> Iterator[None]:
 
 
 def _keep_mask(seed: Tensor, *place: Any) -> Tensor:
-    """The oracle's, drawn once for all runs: it is most of the time of a step."""
+    """Return the oracle's mask, drawn once for all runs: it takes most of a step's time."""
     key = int(seed), *place
     if key not in _MASKS:
         _MASKS[key] = keep_mask(seed, *place)
@@ -294,7 +298,7 @@ def make_model(way: Way, recipe: Recipe) -> MultiTaskModel:
 
 
 def make_data() -> list[TokenizedDataset]:
-    """Words are random but for the tasks' own, of which `kind` and `degree` want different things."""
+    """Return random words with some of the tasks' own, on which `kind` and `degree` conflict."""
     draw, datasets = np.random.default_rng(0), []
     for name in TASKS:
         texts: list[Any] = []

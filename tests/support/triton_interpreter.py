@@ -1,16 +1,19 @@
-"""Repairs of Triton's interpreter, without which it computes other numbers than a GPU, or none.
+"""Repairs of Triton's interpreter, which otherwise fails or computes other numbers than a GPU.
 
-The interpreter keeps a bfloat16 as its bits in a uint16. In Triton 3.6 to 3.9, the newest when this was written:
+The interpreter stores a bfloat16 as its bits in a uint16. Faults in Triton 3.6 to 3.9, the newest
+at the time of writing:
 
-- `InterpreterBuilder.create_dot` hands numpy these integers, so that a product of bfloat16 is off by 1e10. Here the
-  operands are widened first. That is what tensor cores do: products of bfloat16 are exact in float32, as is the sum's
-  dtype.
-- `InterpreterBuilder.cast_impl` cuts a float32 off where GPUs round to the nearest bfloat16, ties to even, as torch.
+- `InterpreterBuilder.create_dot` passes these integers to numpy, so a product of bfloat16 is off by
+  1e10. The repair widens the operands first, like tensor cores: products of bfloat16 are exact in
+  float32, the dtype of the sum.
+- `InterpreterBuilder.cast_impl` truncates a float32, while GPUs and torch round to the nearest
+  bfloat16, ties to even.
 
-In Triton 3.6, `__index__` of a tensor calls `int()` of an array of one element, which numpy refuses from 2.4 on; every
-loop over a number that the kernel loads or is given ends there. Later versions squeeze the array, as is done here.
+In Triton 3.6, `__index__` of a tensor calls `int()` on an array of one element, which numpy refuses
+from 2.4 on. Every loop over a loaded number or an argument fails there. Later versions squeeze the
+array, and so does the repair.
 
-Each repair is right for a Triton without the fault, too: it computes what that one would.
+Each repair is also correct for a Triton without the fault: it gives the same result.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import torch
 
 
 def repair() -> None:
-    """Change the interpreter of this process, before a kernel runs. Triton has to be installed."""
+    """Change the interpreter of this process, before a kernel runs. Requires Triton."""
     import triton.language as tl
     from triton.runtime import interpreter
 

@@ -1,4 +1,4 @@
-"""Steps of task gradients that no model made: a dense parameter and an embedding table with any rows."""
+"""Steps of made-up task gradients: a dense parameter and an embedding table with any rows."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from fastmtl.surgery.sinks.stack import StackSink
 
 V = 30
-# Rows of each task's first piece: few, none at all, more than in any step before, of one task alone.
+# Rows of each task's first piece: few, none at all, more than in any earlier step, one task alone.
 SIZES = [(3, 4, 2), (0, 0, 0), (40, 1, 30), (0, 9, 0), (2, 8, 5)]
 
 
 def make_parameters(device: str = "cpu") -> list[nn.Parameter]:
-    """Dense, a table, and a table that no step uses."""
+    """Return a dense parameter, a table, and a table that no step uses."""
     return [nn.Parameter(torch.zeros(size, device=device)) for size in ((4, 5), (V, 3), (6, 2))]
 
 
 def steps_of(sinks: list[StackSink], parameters: list[nn.Parameter]) -> Iterator[int]:
-    """The same steps in each of the sinks, with equal ids in several tasks and two pieces of each; their numbers."""
+    """Yield the number of each step, run alike in each sink; tasks share ids, in two pieces."""
     weight, table, _ = parameters
     device = weight.device
     random = torch.Generator().manual_seed(sinks[0].num_tasks)
@@ -35,7 +35,7 @@ def steps_of(sinks: list[StackSink], parameters: list[nn.Parameter]) -> Iterator
         for task in range(sinks[0].num_tasks):
             gradient = draw(4, 5)
             for sink in sinks:
-                if number != 3 or task:  # an absent one
+                if number != 3 or task:  # except for an absent one
                     sink.stack_of(weight).add_task(weight, task, gradient)
             for size in (sizes[task], 2 if sizes[task] else 0):
                 ids, rows = torch.randint(V, (size,), generator=random).to(device), draw(size, 3)

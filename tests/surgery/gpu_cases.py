@@ -1,4 +1,4 @@
-"""What test_gpu.py runs in a process of its own: engines with fp16 and its loss scale. Usage: gpu_cases.py FILE"""
+"""The process of test_gpu.py: engines with fp16 and its loss scale. Usage: gpu_cases.py FILE"""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fastmtl.engine.build import build_engine
 from fastmtl.engine.distributed import start
 
 STEPS = 100
-# A gradient of 0.01 times 2^32 is not a number in fp16: the first steps have to be given up.
+# A gradient of 0.01 times 2^32 is not finite in fp16: the first steps must be skipped.
 SCALE_POWER = 32
 
 
 def run(case: Case) -> dict[str, Any]:
-    """One model, the same batch in every step."""
+    """Run one model with the same batch in every step."""
     recipe = make_recipe(case)
     recipe.deepspeed["fp16"] = {"initial_scale_power": SCALE_POWER, "hysteresis": 1}
     model = make_model(recipe)

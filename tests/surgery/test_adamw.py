@@ -1,4 +1,7 @@
-"""SurgeryAdamW in a plain torch loop, against torch.optim.AdamW with clip_grad_norm_ on the merged gradient."""
+"""SurgeryAdamW in a plain torch loop, compared with torch.optim.AdamW and clip_grad_norm_.
+
+torch's optimiser gets the merged gradient.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from fastmtl.surgery.targets.find import find_target
 
 TASKS = ["kind", "same", "degree"]
 CLIP = 3.0
-# Large enough that gradients which are nothing but rounding, as those of the keys' biases, move nothing.
+# Large enough that gradients of pure rounding, such as those of the keys' biases, change nothing.
 EPS = 1e-3
 
 
@@ -31,7 +34,7 @@ def make() -> MultiTaskModel:
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Matrices decay, the rest has its own rate."""
+    """Return groups: matrices have weight decay, the rest has its own learning rate."""
     parts = [p for p in model.parameters() if p.dim() > 1], [p for p in model.parameters() if p.dim() == 1]
     return [{"params": parts[0], "weight_decay": 0.1}, {"params": parts[1], "weight_decay": 0.0, "lr": 3e-3}]
 
@@ -44,7 +47,7 @@ def train(
     scheduler: Any = None,
     **options: Any,
 ) -> list[float]:
-    """The norms before clipping; torch's AdamW is clipped as its users do."""
+    """Return the norms before clipping; torch's AdamW is clipped in the usual way."""
     surgery = GradientSurgery(
         optimizer,
         **{
@@ -78,7 +81,9 @@ def assert_same(ours: nn.Module, theirs: nn.Module, bound: float = 3e-6) -> None
 
 @pytest.mark.parametrize(("sparse", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
 def test_twenty_steps_equal_torch(sparse: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With PCGrad, groups, a schedule and clipping; no merged gradient is formed, of a table least of all."""
+    """With PCGrad, groups, a schedule and clipping; no merged gradient is formed, not even of a
+    table.
+    """
     models = ours, theirs = make(), make()
     options: dict[str, Any] = {"dtype": dtype, **({} if sparse else {"sparse": []})}
     optimizers = (
@@ -93,7 +98,7 @@ def test_twenty_steps_equal_torch(sparse: bool, dtype: torch.dtype, monkeypatch:
     assert found == pytest.approx(expected, rel=1e-4) and max(found) > CLIP > min(found)
     assert schedulers[0].get_last_lr() == schedulers[1].get_last_lr()
     assert max((now - then).abs().max() for now, then in zip(models[0].parameters(), start, strict=True)) > 1e-3
-    # A weight's last bit may turn the rounding of a number of J to bfloat16.
+    # A weight's last bit may change the rounding of a number of J to bfloat16.
     assert_same(ours, theirs, 3e-6 if dtype == torch.float32 else 2e-5)
     for mine, other in zip(optimizers[0].state.values(), optimizers[1].state.values(), strict=True):
         assert mine["step"] == other["step"] == 20
@@ -141,7 +146,7 @@ def test_the_state_goes_both_ways(way: str) -> None:
 
 
 class Half(nn.Module):
-    """A model in bfloat16 of layers of torch's make."""
+    """A bfloat16 model of torch's layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,7 +196,7 @@ def test_weights_of_bfloat16_parameters_are_float32() -> None:
 
 
 def two(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor], **options: Any) -> Any:
-    """One weight that two tasks share, its optimiser, and a step of surgery."""
+    """Return a weight that two tasks share, its optimiser, and a step of surgery."""
     weight = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
     optimizer = SurgeryAdamW([weight], lr=0.1, **options)
     surgery = GradientSurgery(optimizer, tasks=["a", "b"])
@@ -199,7 +204,9 @@ def two(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor], *
 
 
 def test_a_norm_that_cancels_is_taken_from_the_merged_gradient() -> None:
-    """Gradients that are opposite but for a rounding: the Gramian's inner products do not know what is left."""
+    """Gradients are opposite except for a rounding, which the Gramian's inner products cannot
+    resolve.
+    """
     direction = torch.tensor([0.3, -0.7, 0.2])
     weight, optimizer, step = two(
         lambda w: w @ direction, lambda w: w @ (direction * torch.tensor([-1.0, -1.0, -1.001])), max_norm=1e-6
@@ -230,7 +237,7 @@ def test_gradients_are_used_once_or_dropped() -> None:
     with pytest.raises(UserError, match="not used yet: call optimizer.step"):
         step()
     optimizer.zero_grad()
-    optimizer.step()  # as torch's, without a gradient
+    optimizer.step()  # like torch's, without a gradient
     assert torch.equal(weight, torch.tensor([1.0, 2.0, 3.0])) and not optimizer.state
     step()
     optimizer.step()
@@ -309,13 +316,13 @@ def test_deepspeed_is_told_of_its_own_optimiser() -> None:
 
 
 def test_the_norm_of_numbers_of_16_bits() -> None:
-    """Is not rounded to these: beside those of another dtype, in a shape that is not contiguous."""
+    """The norm is not rounded to 16 bits; with another dtype beside, and a non-contiguous shape."""
     parts = [torch.full((50, 70), 3.0, dtype=torch.bfloat16).t(), torch.full((41,), 2.0), torch.ones(0)]
     assert float(total_norm(parts)) == pytest.approx((9 * 3500 + 4 * 41) ** 0.5, rel=1e-6)
 
 
 def test_the_norm_of_many_numbers() -> None:
-    """Of a part of J, and of a `.grad`: in float32 all squares together would lose some per cent."""
+    """For a part of J, and a `.grad`: a single float32 sum of squares would lose some per cent."""
     big = nn.Parameter(torch.zeros(1 << 24))
     optimizer = SurgeryAdamW([big, nn.Parameter(torch.zeros(3))], max_norm=1.0)
     surgery = GradientSurgery(optimizer, tasks=["all"], shared=[big])

@@ -1,6 +1,7 @@
-"""One-pass task gradients on the packed model for any batch, against T separate backward passes in float64.
+"""One-pass task gradients of the packed model for any batch, against T backward passes in float64.
 
-Tasks: 1 to 8 of every kind, some without rows; sequences down to one token; every adapter; accumulation; every storage.
+Tasks: 1 to 8 of every kind, some without rows; sequences down to one token; every adapter;
+accumulation; every storage.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ LOADS = st.builds(
 def surgery_gradients(
     model: MultiTaskModel, load: Load, storage: Any, dtype: torch.dtype = torch.float32
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """What is left in `.grad`, G over its norms, and the norms."""
+    """Return `.grad`, G over its norms, and the norms."""
     surgery = GradientSurgery(
         torch.optim.SGD(model.parameters(), lr=0.1),
         tasks=load.tasks,
@@ -48,8 +49,9 @@ def surgery_gradients(
     return grads, info.cosines, info.task_norms
 
 
-# Random weights can make a gradient ill-conditioned. What torch's own float32 backward passes are then off by is one
-# draw of such an error: four times as much is granted, and 1e-5 of the gradient always.
+# Random weights can make a gradient ill-conditioned. The error of torch's own float32 backward
+# passes is one draw of such an error: four times as much is allowed, and always 1e-5 of the
+# gradient.
 MARGIN = 4
 
 
@@ -99,7 +101,8 @@ def test_bfloat16_within_twice_the_error_of_torch(load: Load, storage: Any) -> N
             size = exact[i].norm() * exact[j].norm()
             theirs = (plain[i] @ plain[j] - exact[i] @ exact[j]).abs() / size
             ours = (cosines[i, j] * norms[i] * norms[j] - exact[i] @ exact[j]).abs() / size
-            # One draw of torch's error may be small by chance: as much as the size of the rounding is always granted.
+            # One draw of torch's error may be small by chance, so the size of the rounding is
+            # always allowed.
             assert ours <= 2 * theirs + 2**-6
 
 

@@ -1,4 +1,7 @@
-"""Every pooling, head and loss in one packed batch: one-pass task gradients against separate backwards in float64."""
+"""Every pooling, head and loss in one packed batch: one-pass task gradients against float64 ones.
+
+The float64 gradients are of separate backwards.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +98,7 @@ def test_half_precision_parameters(dtype: torch.dtype) -> None:
 
 
 def test_every_module_touches_only_its_own_parameters() -> None:
-    """What ZeRO 3 relies on: a parameter has storage only while its own module runs."""
+    """Required by ZeRO 3: a parameter has storage only while its own module runs."""
     recipe = choices.make_recipe(zero=3)
     model = choices.make_model(recipe)
     (batch,) = choices.make_batches(recipe, 0, 1)

@@ -1,4 +1,4 @@
-"""Clipping by the norm that surgery knows, against torch's own clipping of the gradients that were handed over."""
+"""Clipping by surgery's norm, compared with torch's clipping of the gradients handed over."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_clips_as_torch_does(model: MultiTaskModel, way: str) -> None:
 
 
 class Opposed(nn.Module):
-    """Two tasks whose gradients of `shared` cancel but for a millionth."""
+    """Two tasks whose gradients of `shared` cancel except for a millionth."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Opposed(nn.Module):
 
 
 def test_the_norm_of_what_cancels_is_measured() -> None:
-    """G's float32 inner products would give anything."""
+    """G's float32 inner products would give an arbitrary norm."""
     net = Opposed()
     surgery = GradientSurgery(torch.optim.SGD(net.parameters(), lr=1.0), "gradvac", tasks=["a", "b"], max_norm=1e-3)
     info = surgery.backward(net.losses())
@@ -91,7 +91,7 @@ def test_a_sum_that_is_not_finite_is_skipped_and_named() -> None:
             self.good, self.bad = nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(3))
 
         def losses(self) -> dict[str, tuple[Tensor, int]]:
-            # The root's derivative at 0 is infinite, its value is not.
+            # The derivative of the square root at 0 is infinite, its value is finite.
             return {"a": (self.good.sum() + self.bad.sqrt().sum(), 1)}
 
     net = Net()

@@ -1,5 +1,6 @@
-"""Real DeepSpeed, its real launcher, two processes: the step of two ranks equals one process with the joined batch, in
-every ZeRO stage.
+"""DeepSpeed and its launcher: a step of two ranks equals one process with the joined batch.
+
+This holds in every ZeRO stage.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reference(case: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The model before, and after the same steps in this process with a torch optimiser on the joined batch; with
-    `reduce: local` on the batch of one rank after the other.
+    """Return the model before and after the same steps with a torch optimiser on the joined batch.
+
+    With `reduce: local`, the steps use the batch of one rank after the other.
     """
     recipe = cases.make_recipe(case)
     model = cases.make_model(recipe)
@@ -68,7 +70,7 @@ def test_two_ranks_equal_one_process(results: Path, case: Any) -> None:
     moved = torch.cat([(expected[name] - before[name]).flatten() for name in expected])
     error = torch.cat([(found[name] - expected[name]).flatten() for name in expected])
     assert moved.norm() > 0.01
-    if case.variant.endswith("autocast"):  # float32 weights, products of 8 bits: off by some, and not by nothing
+    if case.variant.endswith("autocast"):  # float32 weights, products of 8 bits: a small but nonzero error
         assert 1e-6 * moved.norm() < error.norm() <= 0.05 * moved.norm()
     elif case.precision == "fp32":
         assert error.abs().max() <= 1e-5 * moved.abs().max()
@@ -79,7 +81,7 @@ def test_two_ranks_equal_one_process(results: Path, case: Any) -> None:
 
 @pytest.mark.parametrize("zero", [1, 2])
 def test_two_ranks_wait_for_few_numbers(results: Path, zero: int) -> None:
-    """One read tells of the step, and one how many rows of the embedding table each rank has."""
+    """One read of the step's result, and one of each rank's number of embedding rows."""
     for rank in (0, 1):
         waits = (results / f"waits-zero{zero}-{rank}.txt").read_text().splitlines()
         assert 1 <= len(waits) <= 3, waits
@@ -88,14 +90,14 @@ def test_two_ranks_wait_for_few_numbers(results: Path, zero: int) -> None:
 
 @pytest.mark.parametrize("variant", ["pieces", "backward-pieces", "graphs-pieces"])
 def test_columns_go_to_the_ranks_during_backward(results: Path, variant: str) -> None:
-    """From the second step on, which knows the order; with the bits of those that wait for its end."""
+    """From the second step on, which knows the order; equal bits as with a wait for the end."""
     name, late = (cases.Case(2, 4, "pcgrad", variant=each).name for each in (variant, "late"))
     for rank in (0, 1):
         lines = (results / f"{name}-{rank}.txt").read_text().splitlines()
         first, *others = [tuple(map(int, line.split())) for line in lines]
         assert first[0] == 0 and first[1] > 10 and len(others) == cases.STEPS - 1
         assert all(early == pieces for early, pieces in others), others
-    if variant == "graphs-pieces":  # without an adapter, another model
+    if variant == "graphs-pieces":  # without an adapter, so another model
         return
     found, expected = (load_file(results / f"{each}.safetensors") for each in (name, late))
     assert all(torch.equal(found[key], expected[key]) for key in expected)
@@ -103,8 +105,9 @@ def test_columns_go_to_the_ranks_during_backward(results: Path, variant: str) ->
 
 @pytest.mark.parametrize("case", choices_cases.CASES, ids=lambda case: case.name)
 def test_every_pooling_head_and_loss(results: Path, case: choices_cases.Case) -> None:
-    """Two ranks equal one process with the joined batch; negatives come from the other rank, and from other
-    micro-batches.
+    """Two ranks equal one process with the joined batch.
+
+    Negatives come from the other rank, and from other micro-batches.
     """
     found = load_file(results / f"{case.name}.safetensors")
     recipe = choices.make_recipe(case.method, case.zero)
@@ -128,7 +131,7 @@ def test_every_pooling_head_and_loss(results: Path, case: choices_cases.Case) ->
 
 @pytest.mark.parametrize("number", range(len(cases.RANDOM)))
 def test_any_batch_of_two_ranks_equals_the_textbook(results: Path, number: int) -> None:
-    """One SGD step against T backward passes in float64 and projections pair by pair."""
+    """One SGD step, compared with T float64 backward passes and projections pair by pair."""
     zero, load = cases.RANDOM[number]
     model = loads.make_model(load, zero)
     found = load_file(results / f"random{number}.safetensors")
@@ -139,7 +142,7 @@ def test_any_batch_of_two_ranks_equals_the_textbook(results: Path, number: int) 
     before = dict(model.named_parameters())
     change = {name: (before[name].detach().double() - found[name].double()) / 0.1 for name in before}
     moved = torch.cat([change[name].flatten() for name, p in before.items() if id(p) in shared])
-    # A float32 weight keeps its change to its own rounding, 6e-8 of some 0.3 over lr 0.1.
+    # A float32 weight stores its change up to its own rounding, 6e-8 of some 0.3 over lr 0.1.
     assert (moved - update).norm() <= bound + 4e-7 * len(moved) ** 0.5
     for name, value in own.items():
         assert (change[name] - value).norm() <= 1e-5 * float(value.norm()) + 4e-6 * value.numel() ** 0.5

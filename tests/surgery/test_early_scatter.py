@@ -1,4 +1,6 @@
-"""When J's columns may go to the ranks, with ranks that are not there; test_deepspeed.py has real ones."""
+"""The time at which J's columns may be sent, with other ranks faked; test_deepspeed.py has real
+ones.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ TASKS, SIZE, NUMBER = 2, 6, 5
 
 @pytest.fixture
 def sink(monkeypatch: pytest.MonkeyPatch) -> Iterator[StackSink]:
-    """Five parameters, a piece of J for each, and a first step that was complete from the last to the first."""
+    """Return a sink for five parameters, a piece of J each, after a first step in reverse order."""
     monkeypatch.setattr(collectives, "BUCKET", TASKS * SIZE)
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
@@ -56,8 +58,8 @@ def test_nothing_goes_before_the_order_is_known(sink: StackSink) -> None:
     [
         ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], 5),
         ([0, 1, 2, 3, 4], [4, 3], 2),  # the loss does not depend on the others
-        ([0, 1, 2, 3, 4], [4, 3, 1, 0], 2),  # those after one that is not complete wait for their turn
-        ([0, 1, 2, 4], [4, 2, 1, 0], 1),  # one that no forward has used may be written by something unknown
+        ([0, 1, 2, 3, 4], [4, 3, 1, 0], 2),  # parameters after an incomplete one wait
+        ([0, 1, 2, 4], [4, 2, 1, 0], 1),  # a parameter that no forward used may be written elsewhere
         ([0, 1, 2, 3, 4, 4], [4, 3, 2, 1, 0], 0),  # used twice, written once
         ([0, 1, 2, 3, 4, 4], [4, 3, 4, 2, 1, 0], 5),
     ],
@@ -100,12 +102,12 @@ def test_a_write_that_comes_too_late_is_an_error(sink: StackSink) -> None:
     *others, last = sink.dense
     with pytest.raises(RuntimeError, match="before its last use had written"):
         step(sink, [*others, last], [last, last])
-    step(sink, sink.dense, sink.dense[::-1])  # and what it left under way is forgotten
+    step(sink, sink.dense, sink.dense[::-1])  # its unfinished collectives are dropped
     assert sent_early(sink) == NUMBER
 
 
 def test_what_goes_is_the_sum_over_uses(sink: StackSink) -> None:
-    """With ranks that send nothing back a share is this rank's own half of the columns."""
+    """The other ranks send nothing back, so a share is this rank's own half of the columns."""
     *others, last = sink.dense
     step(sink, [*others, last, last], [last, last, *others[::-1]])
     sink.clear()
@@ -123,7 +125,7 @@ def test_what_goes_is_the_sum_over_uses(sink: StackSink) -> None:
 @pytest.mark.parametrize("columns", [6, 7])
 def test_what_is_sent_is_a_copy(tasks: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def all_reduce(buffer: Tensor, **_: bool) -> mock.Mock:
-        buffer += 1  # what the other rank has
+        buffer += 1  # the other rank's values
         return mock.Mock()
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)

@@ -1,4 +1,4 @@
-"""Every task's gradient from one backward, against one float64 backward per task."""
+"""Every task's gradient from one backward, compared with one float64 backward per task."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def rows(sizes: list[int]) -> Tensor:
 
 
 def expected_jacobian(net: Net, ids: Tensor, sizes: list[int]) -> Tensor:
-    """[T, P] float64: plain autograd, one backward per task."""
+    """Return [T, P] float64 by plain autograd, one backward per task."""
     wide = Net(torch.float64)
     wide.load_state_dict({name: value.double() for name, value in net.state_dict().items()})
     result = []
@@ -75,7 +75,7 @@ def scale(jacobian: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("mode", ["stack", "gramian", "tensor"])
 def test_nothing_waits_for_the_device(mode: Mode) -> None:
-    """From backward to the merged gradient, with an absent task, a table as compact rows and another dense."""
+    """From backward to the merged gradient, with an absent task, a compact and a dense table."""
     sizes = [4, 0, 3]
     net, ids, weights = Net(), rows(sizes), torch.tensor([1.0, 2.0, 3.0])
     solve: Any = {"solve": lambda index, gram: weights} if mode == "tensor" else {}
@@ -142,7 +142,7 @@ def test_weighted_gradients(sizes: list[int]) -> None:
 
 
 def test_thousands_of_rows_add_up_in_sixteen_bits() -> None:
-    """One of two token types has them; a bfloat16 sum of ones would stop at 256."""
+    """One of two token types has thousands of rows; a bfloat16 sum of ones would stop at 256."""
     table, ids = nn.Parameter(torch.zeros(2, 4, dtype=torch.bfloat16)), torch.tensor([0] * 3000 + [1] * 1096)
     sink = sink_of("weighted", [table], 2, weights=torch.tensor([1.0, 0.5]))
     with sink.armed(ids.device):
@@ -229,7 +229,7 @@ def test_a_parameter_that_is_not_shared_keeps_its_own_gradient(mode: Mode) -> No
 
 
 def test_bfloat16_is_as_exact_as_torch() -> None:
-    """Every parameter's task gradients against float64, next to what plain bfloat16 autograd makes of them."""
+    """Every parameter's task gradients have at most the error of plain bfloat16 autograd."""
     sizes = [40, 0, 25]
     net, ids = Net(torch.bfloat16), rows(sizes)
     sink = StackSink(list(net.parameters()), 3, sparse=[net.words])
@@ -335,7 +335,7 @@ def test_a_layer_norm_without_weight_or_bias(mode: Mode, affine: bool, bias: boo
 
 
 def test_rows_of_three_dimensions_are_refused() -> None:
-    """Where the sink is armed, for it could not tell a row's task; else the operations are torch's."""
+    """With an armed sink, which could not tell a row's task; otherwise torch's operations run."""
     net, sizes = Net(), [2, 3]
     sink, parts, ids = StackSink(list(net.parameters()), 2), segments(sizes), rows(sizes)
     flat, deep = torch.randn(5, 6), torch.randn(5, 2, 6)

@@ -1,4 +1,4 @@
-"""What only a GPU shows of gradient surgery: fp16 under DeepSpeed's loss scale, and a torch optimiser on the device."""
+"""Gradient surgery on a GPU: fp16 under DeepSpeed's loss scale, and a torch optimiser."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FLAT = ["zero1-acc1-sum-fp16-auto-flat", "zero1-acc1-pcgrad-fp16-auto-flat"]
 @pytest.mark.parametrize("case", [f"zero{zero}-acc1-{method}" for zero in (1, 2, 3) for method in METHODS] + FLAT)
 def test_fp16_backs_off_and_trains(found: dict[str, Any], case: str) -> None:
     result = found[case]
-    assert result["skipped"] == [None] * len(result["skipped"])  # an overflow is no failure of a task
+    assert result["skipped"] == [None] * len(result["skipped"])  # an overflow is not a task's failure
     assert 0 < result["overflows"] < len(result["losses"]) / 2
     assert result["scale"] == 2.0 ** (32 - result["overflows"])
     assert result["finite"]

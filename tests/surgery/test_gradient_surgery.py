@@ -1,4 +1,4 @@
-"""GradientSurgery on a torch optimiser and the real packed model, against a textbook PCGrad loop in float64."""
+"""GradientSurgery on a torch optimiser and the packed model, against a float64 PCGrad loop."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ COUNTS = {"kind": 8, "same": 3, "degree": 8}
 def gradients(
     model: MultiTaskModel, batches: list[PackedBatch], sink: bool = True, **options: Any
 ) -> dict[str, Tensor]:
-    """What `run` leaves in `.grad`."""
+    """Return `.grad` after `run`."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     surgery = GradientSurgery(
         optimizer,
@@ -78,7 +78,11 @@ def gradients(
 
 
 def textbook(model: MultiTaskModel, joined: PackedBatch) -> dict[str, Tensor]:
-    """T backwards, flatten, project pair by pair (Yu et al. 2020, Algorithm 1), float64; own gradients are summed."""
+    """Return float64 PCGrad: T backwards, flattened, projected pair by pair; own gradients are
+    summed.
+
+    Yu et al. 2020, Algorithm 1.
+    """
     wide = make(model.recipe.adapter.name).double()
     wide.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
     names = [name for name, _ in wide.named_parameters()]
@@ -118,7 +122,7 @@ def test_pcgrad_equals_the_textbook(adapter: str, storage: Any) -> None:
 
 
 def test_there_are_conflicts_to_resolve() -> None:
-    """Else the tests around this one would pass with plain sums."""
+    """Without conflicts, the tests around this one would pass with plain sums."""
     model = make()
     merged, summed = gradients(model, [batch()]), gradients(model, [batch()], method="sum")
     assert any((merged[name] - summed[name]).abs().max() > 1e-4 for name in merged)
@@ -135,7 +139,7 @@ def test_accumulation_equals_the_joined_batch(storage: Any, method: str) -> None
 
 @pytest.mark.parametrize("storage", ["none", "stacked", "kept", "replay"])
 def test_recomputation_changes_no_bit(storage: Any) -> None:
-    """Of joint training, and of PCGrad with every storage, where a weight's uses are counted in forward."""
+    """In joint training, and in PCGrad with every storage; forward counts a weight's uses."""
     options = {"method": "sum"} if storage == "none" else {"storage": storage}
     found = []
     for recompute in ("none", "cheap", "full"):
@@ -156,12 +160,12 @@ def test_replay_repeats_the_dropout_masks(recompute: Recompute) -> None:
     assert_same(replayed, {name: value.double() for name, value in stacked.items()})
     torch.manual_seed(5)
     gradients(model, [batch(part, 2) for part in range(2)], storage="stacked")
-    assert torch.equal(after, torch.rand(1))  # and the next step draws the same
+    assert torch.equal(after, torch.rand(1))  # the next step draws the same numbers
 
 
 @pytest.mark.parametrize("method", ["pcgrad", "sum"])
 def test_a_forward_begins_without_the_graph_of_the_one_before(method: str) -> None:
-    """It would bring nodes of the default stream into a capture."""
+    """The previous graph would bring nodes of the default stream into a capture."""
     model = make()
     seen: list[Any] = []
 
@@ -247,7 +251,7 @@ def test_a_gradient_that_is_not_finite_skips_and_five_stop() -> None:
 
 @pytest.mark.parametrize("storage", ["stacked", "kept", "replay"])
 def test_a_model_that_goes_past_the_sink_is_refused(storage: Any) -> None:
-    """Else its gradient would be lost without a word."""
+    """Its gradient would otherwise be lost silently."""
     model = make()
     surgery = GradientSurgery(
         torch.optim.SGD(model.parameters(), lr=0.1), tasks=TASKS, shared=model.shared_parameters(), storage=storage
@@ -266,7 +270,7 @@ def test_a_model_that_goes_past_the_sink_is_refused(storage: Any) -> None:
 
 
 class Scaled(OptimizerTarget):
-    """A target with a loss scale, as fp16 has it under DeepSpeed."""
+    """A target with a loss scale, like fp16 under DeepSpeed."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(optimizer)
@@ -311,7 +315,7 @@ def test_merged_gradients_become_grad_without_a_copy() -> None:
     narrow = torch.arange(10.0).bfloat16()
     Surrogate.apply([flat[:6].view(2, 3), narrow[6:]], None, *parameters).backward(torch.tensor(2.0))
     assert parameters[1].grad is not None and parameters[1].grad.data_ptr() == narrow[6:].data_ptr()
-    assert torch.equal(parameters[1].grad.float(), torch.arange(6.0, 10.0))  # there is no scale
+    assert torch.equal(parameters[1].grad.float(), torch.arange(6.0, 10.0))  # no scale is applied
 
 
 @pytest.mark.parametrize("storage", ["stacked", "kept", "replay"])
@@ -334,9 +338,9 @@ def test_an_overflow_reaches_the_loss_scaler(storage: Any, monkeypatch: pytest.M
         losses = model(b, task_grads)
         return {**losses, "degree": (losses["degree"][0] * float("inf"), 8)}
 
-    for _ in range(6):  # more than the skipped steps that stop a run
+    for _ in range(6):  # more than the number of skipped steps that stops a run
         info = surgery.run([batch()], loss_fn)
-        assert info.skipped is None and info.cosines is None  # so the loop calls step(), which backs off
+        assert info.skipped is None and info.cosines is None  # so the loop calls step(), which lowers the scale
     assert surgery.state_dict()["skipped"] == 0
     assert not all(p.grad.isfinite().all() for p in model.shared_parameters() if p.grad is not None)
 
@@ -385,7 +389,7 @@ def test_jacobian_in_bfloat16() -> None:
 
 
 class HuggingFace(nn.Module):
-    """transformers.BertModel with two heads: layers of other make, one backward per task."""
+    """transformers.BertModel with two heads: another library's layers, one backward per task."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -401,7 +405,7 @@ class HuggingFace(nn.Module):
         )
         self.encoder = BertModel(size, add_pooling_layer=False)
         self.heads = nn.ModuleList([nn.Linear(16, 1), nn.Linear(16, 1)])
-        self.heads[1].load_state_dict(self.heads[0].state_dict())  # with opposite goals: they conflict
+        self.heads[1].load_state_dict(self.heads[0].state_dict())  # equal heads with opposite goals conflict
 
     def forward(self, ids: Tensor) -> dict[str, tuple[Tensor, int]]:
         first = self.encoder(ids).last_hidden_state[:, 0]

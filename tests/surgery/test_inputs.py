@@ -1,4 +1,4 @@
-"""What GradientSurgery is given: each mistake has its sentence, and nothing that is not finite goes by in silence."""
+"""Inputs of GradientSurgery: an error message for each mistake, also for non-finite values."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_state_of_another_method_is_refused(saved: str, other: str) -> None:
 
 
 class Broken(torch.autograd.Function):
-    """Identity whose parameter gets a gradient that is not finite."""
+    """An identity whose parameter gets a non-finite gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, parameter: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""`storage: kept` against `stacked`: the same Gramian and merged gradient, of every kind of use, and what it keeps."""
+"""`storage: kept`, compared with `stacked`: equal Gramian and merged gradient, and its memory.
+
+All uses of a parameter are covered.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,12 @@ from fastmtl.surgery.segments import Segments
 from fastmtl.surgery.sinks.keep import KeepSink
 from fastmtl.surgery.sinks.sink import Sink
 
-TASKS, ROWS = ["a", "b", "c"], (5, 0, 7)  # b is absent
+TASKS, ROWS = ["a", "b", "c"], (5, 0, 7)  # b has no rows
 NUM_ROWS = sum(ROWS) + 2  # two rows belong to no task
 
 
 class Net(nn.Module):
-    """A weight used twice, one table that is dense and one that is compact, and a table that a Linear uses, too."""
+    """A weight used twice, a dense table, a compact table, and a table that a Linear uses, too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +68,7 @@ def step(net: Net, storage: Any, micro_batches: int = 1, **options: Any) -> tupl
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equals_stacked(micro_batches: int, dtype: torch.dtype) -> None:
-    """bfloat16: `stacked` rounds every product of J, `kept` the merged one."""
+    """In bfloat16, `stacked` rounds every product of J, `kept` the merged one."""
     net = Net().to(dtype)
     (expected, merged), (info, found) = (step(net, storage, micro_batches) for storage in ("stacked", "kept"))
     assert found.keys() == merged.keys()
@@ -81,7 +84,7 @@ def test_equals_stacked(micro_batches: int, dtype: torch.dtype) -> None:
 
 
 def test_dropout_and_recomputation_of_a_real_model() -> None:
-    """Nothing that is kept is written over by what comes later in backward."""
+    """Kept tensors are not overwritten later in backward."""
     recipe = cases.make_recipe(cases.Case(1, 1, "pcgrad"))
     found = {}
     for storage, recompute in cast(Any, (("stacked", "none"), ("kept", "none"), ("kept", "cheap"), ("kept", "full"))):
@@ -106,7 +109,9 @@ def test_dropout_and_recomputation_of_a_real_model() -> None:
 
 
 def test_what_is_kept() -> None:
-    """Inputs and output gradients, an input of two Linears once, and the T gradients of everything small."""
+    """Inputs and output gradients, an input of two Linears once, and the T gradients of small
+    parameters.
+    """
     net = Net()
     surgery = surgery_on(net, "kept")
     sink = surgery._sink
@@ -123,12 +128,12 @@ def test_what_is_kept() -> None:
     info = surgery.run([0], lambda seed, task_grads: net(seed, task_grads))
     rows = sum(ROWS)
     inputs_and_gradients = rows * 4 * (8 * (2 + 1) + 8 * (2 + 1) + 16)
-    small = 3 * 4 * (8 + 8 + 8 + 8 * 8)  # norm's weight and bias, the bias, the dense table
+    small = 3 * 4 * (8 + 8 + 8 + 8 * 8)  # weight and bias of the norm, the bias, the dense table
     compact = rows * (8 * 4 + 8)
     products = 3 * 4 * 8 * 16
     assert made == [inputs_and_gradients + small + compact]
     assert info.nbytes == made[0] + products
-    assert all(not pairs for pairs in (sink._pairs, sink._delivered))  # nothing until the next step
+    assert all(not pairs for pairs in (sink._pairs, sink._delivered))  # nothing is kept until the next step
 
 
 def test_a_step_that_is_skipped_keeps_nothing() -> None:
@@ -142,7 +147,9 @@ def test_a_step_that_is_skipped_keeps_nothing() -> None:
 
 
 def test_float16_with_a_large_loss_scale() -> None:
-    """Weights that hold its inverse are too small for float16, and rows times them would be zeros."""
+    """Weights that include the inverse scale are too small for float16; weighted rows would be
+    zeros.
+    """
     net = Net()
     sink = KeepSink([net.wide.weight], 2)  # type: ignore[list-item]
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""Results of loss functions, and models whose gradients surgery cannot have: each mistake has its sentence."""
+"""Results of loss functions, and models that surgery does not support: a message for each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastmtl.surgery import FlatParameters, GradientSurgery, SurgeryAdamW
 
 
 class Net(nn.Module):
-    """Two tasks on a table and a layer of three dimensions, without a weight in its norm."""
+    """Two tasks on a table and a layer of three dimensions, with a norm that has no weight."""
 
     def __init__(self, *, sparse: bool = False, reentrant: bool | None = None) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ def test_a_task_with_nothing_to_train_beside_others_where_nothing_shared_is() ->
 
 @pytest.mark.parametrize("method", ["pcgrad", "sum"])
 def test_reentrant_checkpointing(method: str) -> None:
-    """A sum is plain torch and takes it; otherwise it is refused, and the kind that can be had equals none."""
+    """A sum is plain torch and supports it; surgery refuses it, and the other kind equals none."""
     expected = gradients(Net(), method=method)
     kinds = (True, False) if method == "sum" else (False,)
     for kind in kinds:
@@ -148,7 +148,7 @@ def test_reentrant_checkpointing(method: str) -> None:
         net = Net(reentrant=True)
         with pytest.raises(UserError, match='re-entrant activation checkpointing.*"use_reentrant": False'):
             surgery_on(net).backward(net(IDS))
-        with pytest.raises(RuntimeError, match="second time"):  # no other error is taken for it
+        with pytest.raises(RuntimeError, match="second time"):  # no other error is converted
             net = Net()
             losses = net(IDS)
             losses["a"][0].backward()
@@ -156,7 +156,9 @@ def test_reentrant_checkpointing(method: str) -> None:
 
 
 def test_sparse_gradients() -> None:
-    """Of a shared table, of a task's own, and of a sum into SurgeryAdamW, which is refused there."""
+    """Sparse gradients of a shared table, of a task's own, and of a sum into SurgeryAdamW
+    (refused).
+    """
     for more in ({}, {"sparse": "words"}, {"shared": "dense"}):
         net = Net(sparse=True)
         options: dict[str, Any] = {key: list(getattr(net, part).parameters()) for key, part in more.items()}
@@ -205,7 +207,7 @@ def test_what_is_given_in_place_of_parameters_and_names(argument: str, what: Any
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_parameter_given_twice_counts_once(sparse: bool) -> None:
-    """As one of a decoder that is tied to the table."""
+    """As for a decoder that is tied to the table."""
     net, other = Net(), Net()
     table, twin = [net.words.weight], [other.words.weight]
     found = gradients(net, shared=[*net.shared(), *table], sparse=[*table, *table] if sparse else [])
@@ -230,7 +232,7 @@ def test_a_parameter_twice_in_one_group() -> None:
 
 
 def test_what_flat_parameters_are_made_of() -> None:
-    """Generators, as torch's optimisers take them, and no names in place of parameters."""
+    """Generators are accepted, as by torch's optimisers; names of parameters are refused."""
     net = Net()
     flat = FlatParameters(net, [{"params": net.parameters()}], alone=list(net.words.parameters()))
     assert [p.numel() for p in flat.trained()] == [sum(p.numel() for p in net.parameters()) - 28, 28]

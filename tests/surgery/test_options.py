@@ -1,4 +1,4 @@
-"""Every choice of surgery: what it computes, and what is refused with a reason and a way out."""
+"""Every option of surgery: its result, and refusals with a reason and a remedy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def gradients(model: MultiTaskModel) -> dict[str, Tensor]:
 
 
 def by_task(model: MultiTaskModel) -> list[dict[str, Tensor]]:
-    """Each task's gradient of its mean loss, by parameter."""
+    """Return each task's gradient of its mean loss, by parameter."""
     result = []
     for task in TASKS:
         loss, rows = model(batch())[task]
@@ -166,7 +166,7 @@ def test_refused(more: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("method", ["gradvac", "upgrad"])
 def test_local_is_refused_where_ranks_would_part(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    surgery_on(make(), method, reduce="local")  # one process: the same as exact
+    surgery_on(make(), method, reduce="local")  # with one process, equal to exact
     monkeypatch.setattr(checks, "world_size", lambda: 2)
     with pytest.raises(UserError, match="use reduce='exact', or method='pcgrad'"):
         surgery_on(make(), method, reduce="local")
@@ -183,7 +183,7 @@ NEEDED: dict[str, dict[str, Any]] = {"cagrad": {"c": 0.4}, "fairgrad": {"alpha":
 
 @pytest.mark.parametrize("name", torchjd_methods.names())
 def test_torchjd_by_name(name: str) -> None:
-    """The weights are those of TorchJD's own class on the same Gramian, and the update is made of them."""
+    """The weights equal those of TorchJD's class on the same Gramian, and give the update."""
     from torchjd import aggregation
 
     model = make()
@@ -204,11 +204,13 @@ def test_torchjd_by_name(name: str) -> None:
 SMALL = [0.25**k for k in (4, 10, 30)]
 
 
-# Not of pcd, whose eps is added to squared norms by its definition.
+# Not for pcd, whose definition adds eps to squared norms.
 @pytest.mark.parametrize("name", [name for name in torchjd_methods.names() if name != "pcd"])
 def test_small_gradients_are_no_zeros(name: str) -> None:
-    """TorchJD takes what is below an absolute bound for zero. The solution does not change with the scale of G, or in
-    fairgrad by a power of it (Ban and Ji, Fair Resource Allocation in Multi-Task Learning, 2024, equation 4).
+    """TorchJD treats values below an absolute bound as zero.
+
+    The solution does not change with the scale of G, or in fairgrad by a power of it (Ban and Ji,
+    Fair Resource Allocation in Multi-Task Learning, 2024, equation 4).
     """
     rows = torch.randn(4, 40, generator=torch.Generator().manual_seed(0)) / 10
     rows[1] -= 0.5 * rows[0]
@@ -240,7 +242,7 @@ def test_torchjd_names_are_the_gramian_ones() -> None:
 
 
 def test_state_of_a_torchjd_method_survives_a_checkpoint() -> None:
-    """PCD keeps a moving average of the squared norms."""
+    """PCD has a moving average of the squared norms."""
     grams = [torch.diag(torch.tensor([1.0, 4.0, 9.0])) + 0.1 * k for k in range(4)]
     order = draw_order(3, 0, 0)
     going = find_method("pcd")
@@ -291,7 +293,10 @@ def test_a_tasks_own_gradient_that_is_not_finite_skips_the_step() -> None:
 
     def loss_fn(b: Any, task_grads: Any) -> Any:
         losses = model(b, task_grads)
-        return {**losses, "kind": (losses["kind"][0] + (bias - bias).sum().sqrt(), 8)}  # finite, its slope is not
+        return {
+            **losses,
+            "kind": (losses["kind"][0] + (bias - bias).sum().sqrt(), 8),
+        }  # the value is finite, the slope is not
 
     info = surgery_on(model).run([batch()], loss_fn)
     assert info.skipped is not None and info.skipped.startswith("number")
@@ -332,7 +337,7 @@ def test_weights_of_a_step_multiply_the_fixed_ones_for_that_step_alone(method: s
 
     both, expected = fresh(kind=0.5), fresh(kind=1.5, same=2.0)
     torch.testing.assert_close(step(*both, {"kind": 3.0, "same": 2.0}), step(*expected, None))
-    if method != "gradvac":  # its averages have moved
+    if method != "gradvac":  # gradvac's averages have changed
         again = fresh(kind=0.5)
         step(*again, None)
         torch.testing.assert_close(step(*both, None), step(*again, None))

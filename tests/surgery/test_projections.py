@@ -1,4 +1,4 @@
-"""Several Linears of one input at once, against one after the other put side by side."""
+"""Several Linears of one input in one operation, compared with separate ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WEIGHTS = torch.tensor([2.0, 1.0, -1.0])
 
 
 def parameters(*, beside: bool, dtype: torch.dtype = torch.float32) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Three weights and their biases; beside: as views of two flat tensors."""
+    """Return three weights and their biases; beside: as views of two flat tensors."""
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(NUMBER, OUT, IN, generator=generator).to(dtype)
     biases = torch.randn(NUMBER, OUT, generator=generator).to(dtype)
@@ -48,7 +48,7 @@ def solve(index: int, gram: Tensor) -> Tensor:
 def results(
     op: Callable[..., Tensor], mode: Mode | None, *, beside: bool, dtype: torch.dtype, frozen: bool, autocast: bool
 ) -> list[Tensor | None]:
-    """Y, dX, the parameters' gradients, G and what is merged."""
+    """Return Y, dX, the parameters' gradients, G and the merged gradient."""
     weights, biases = parameters(beside=beside, dtype=dtype)
     every = [*weights, *biases]
     in_j = every if beside else [parameter for pair in zip(weights, biases, strict=True) for parameter in pair]
@@ -110,7 +110,9 @@ def test_it_is_what_the_linears_are(
 
 
 def test_all_of_them_are_one_product() -> None:
-    """Of the input; and in backward one for its gradient and one for those of the weights."""
+    """One product of the input; in backward, one for its gradient and one for the weights'
+    gradients.
+    """
     names = {}
     for beside in (True, False):
         x, (weights, biases) = torch.randn(7, IN, requires_grad=True), parameters(beside=beside)
@@ -127,7 +129,7 @@ def test_all_of_them_are_one_product() -> None:
 
 
 def test_task_gradients_are_one_product_where_their_columns_are_side_by_side() -> None:
-    """Also where one of the weights has a gradient already and the others have none."""
+    """Also if one of the weights has a gradient already and the others have none."""
     weights, biases = parameters(beside=False)
     x, calls = torch.randn(7, IN, requires_grad=True), {}
     found: list[list[Tensor]] = []

@@ -1,4 +1,4 @@
-"""The count-sketch: unbiased, within its variance bound, linear, and the same in every process."""
+"""The count-sketch: unbiased, within its variance bound, linear, and equal in every process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def sketch(piece: Tensor, size: int, seed: int = 0, key: int = 0) -> CountSketch
 
 
 def vectors(num_columns: int) -> Tensor:
-    """Three tasks whose first two have a cosine of -0.6."""
+    """Return three tasks' vectors; the first two have a cosine of -0.6."""
     one, two, three = torch.randn(3, num_columns, generator=torch.Generator().manual_seed(0))
     two = 0.8 * (two - (two @ one) / (one @ one) * one) / two.norm() - 0.6 * one / one.norm()
     return torch.stack([one, two * 5, three])
@@ -34,11 +34,11 @@ def test_unbiased_and_within_its_variance(num_columns: int) -> None:
     estimates = torch.stack([sketch(piece, size, seed).gramian() for seed in range(draws)])
     bound = ((exact.diagonal()[:, None] * exact.diagonal()[None, :] + exact.square()) / size).sqrt()
     root_mean_square = (estimates - exact).square().mean(0).sqrt()
-    # 400 draws know a root mean square to some 4 % and a mean to bound / 20.
+    # 400 draws give a root mean square to some 4 % and a mean to bound / 20.
     assert (root_mean_square <= 1.15 * bound).all()
     assert ((estimates.mean(0) - exact).abs() <= 4 * bound / math.sqrt(draws)).all()
     if num_columns > size:
-        assert (root_mean_square > 0.3 * bound)[0, 2]  # it is an estimate: a test of the exact one would be vacuous
+        assert (root_mean_square > 0.3 * bound)[0, 2]  # the estimate has an error; an exact value would pass any bound
 
 
 def test_exact_where_everything_fits_into_one_block() -> None:
@@ -62,7 +62,7 @@ def test_other_seeds_and_keys_are_other_hashes() -> None:
 
 
 def test_rows_of_a_table_equal_the_dense_table_in_expectation_and_add_up() -> None:
-    """Repeated ids fall on the same buckets, as their sum does."""
+    """Repeated ids fall into the same buckets, and so does their sum."""
     ids = torch.tensor([3, 9, 3, 1])
     rows = torch.randn(4, 8, generator=torch.Generator().manual_seed(2))
     summed = torch.stack([rows[0] + rows[2], rows[1], rows[3]])

@@ -1,4 +1,4 @@
-"""The examples of docs/surgery.md run as pasted."""
+"""The examples of docs/surgery.md, run unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "surgery.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 PRINTED = re.findall(r"```text\n(.*?)```", TEXT, flags=re.DOTALL)
-# DeepSpeed compiles an operator for a minute at its first start on a CPU, which only its sharded inference uses.
+# At its first start on a CPU, DeepSpeed compiles an operator for a minute that only its sharded
+# inference uses.
 RUN = """
 import deepspeed, runpy, sys
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -51,6 +52,6 @@ def test_example_runs(number: int, tmp_path: Path) -> None:
 
 
 def shape_of(line: str) -> str:
-    """A printed line with its step's number, and "#" for every number after that."""
+    """Return a printed line with its step's number, and "#" for every later number."""
     step, rest = line.split(" ", 1)
     return step + re.sub(r"\d+(\.\d+)?", "#", rest)

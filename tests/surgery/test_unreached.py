@@ -1,4 +1,4 @@
-"""Parameters that no loss reaches, that are frozen, and that are frozen or unfrozen later, beside plain torch."""
+"""Parameters without a loss, or frozen or unfrozen at any time, compared with plain torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
 
 
 class Net(nn.Module):
-    """An encoder whose pooler no task uses, two heads and a parameter of the heads' that none uses either."""
+    """An encoder whose pooler no task uses, two heads, and a head parameter that is unused, too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,9 @@ def surgery_on(net: Net, optimizer: torch.optim.Optimizer, method: str = "pcgrad
 
 
 def train(make: Optimizer, method: str, sparse: bool, **rows: int) -> tuple[Net, torch.optim.Optimizer, set[str]]:
-    """The net and its optimiser after three steps, and the names of the parameters that had a gradient or a state."""
+    """Return the net and its optimiser after three steps, and names of parameters with gradient or
+    state.
+    """
     net = Net()
     optimizer = make(net.parameters())
     table = [net.encoder.embeddings.word_embeddings.weight]
@@ -87,7 +89,7 @@ def test_what_no_loss_reaches_stays_as_it_is(name: str, sparse: bool) -> None:
 
 @pytest.mark.parametrize("name", ["AdamW", "SurgeryAdamW"])
 def test_a_zero_of_a_task_without_rows_reaches_its_head(name: str) -> None:
-    """So the head decays, as in plain torch; a task that is left out reaches nothing."""
+    """The head decays, as in plain torch; a task that is left out reaches nothing."""
     moved = [train(OPTIMIZERS[name], method, sparse=False, degree_rows=0)[2] for method in ("pcgrad", "sum")]
     assert moved[0] == moved[1] and "degree.weight" in moved[0]
     net = Net()
@@ -104,7 +106,10 @@ def test_a_zero_of_a_task_without_rows_reaches_its_head(name: str) -> None:
 )
 @pytest.mark.parametrize("name", ["SGD", "SurgeryAdamW"])
 def test_with_one_backward_for_all_tasks(name: str, options: dict[str, Any]) -> None:
-    """What one of the micro-batches reaches has a gradient; parameters and a table of no layer have none."""
+    """Parameters reached in any micro-batch have a gradient; those of no layer have none.
+
+    A table of no layer has none either.
+    """
     model = cases.make_model(cases.make_recipe(cases.Case(1, 1, "pcgrad")))
     unused = [nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(2))]
     optimizer = OPTIMIZERS[name]([*model.parameters(), *unused])
@@ -148,7 +153,7 @@ def test_freezing_after_surgery_was_made_is_refused(frozen: str, then: bool) -> 
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_freezing_under_an_engine_is_refused(flat: bool) -> None:
-    """By the name, which flat parameters leave as it is."""
+    """The error has the parameter's name, also with flat parameters."""
     net = Net()
     net.kind.requires_grad_(False)
     trained = [{"params": [p for p in net.parameters() if p.requires_grad]}]
@@ -183,7 +188,7 @@ def test_freezing_is_plain_torchs_for_a_sum() -> None:
 
 
 def test_unfreezing_all_that_was_shared_is_refused() -> None:
-    """Surgery has become a sum then, which must not go on in silence."""
+    """Surgery has become a sum by then, and must not continue silently."""
     net = Net()
     net.encoder.requires_grad_(False)
     surgery = surgery_on(net, torch.optim.SGD(net.parameters(), lr=0.1))

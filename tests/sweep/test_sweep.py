@@ -1,4 +1,4 @@
-"""Sweeps: the grid, what is run and what is skipped, the table and the plot."""
+"""Sweeps: the grid, runs and skipped runs, the table and the plot."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_mistakes_in_a_grid_are_told_before_anything_runs(
 
 
 class Trained:
-    """Stands in for the processes: writes what a run would leave; seeds above 90 fail, seed 80 is stopped."""
+    """Replace the processes: write a run's files; seeds above 90 fail, seed 80 is stopped."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seeds: list[int] = []
@@ -130,7 +130,7 @@ def test_a_failed_point_is_noted_and_finished_ones_are_skipped(
     assert not list(output.glob("points/*/checkpoints"))
     capsys.readouterr()
 
-    values["seed"].append(40)  # the grid may grow; what failed is tried again
+    values["seed"].append(40)  # the grid may grow; failed runs are repeated
     assert run_sweep(recipe, grid(tmp_path, values), [], output) == FAILED
     assert trained.seeds[6:] == [95, 95, 40, 40]
     assert "10" in capsys.readouterr().out

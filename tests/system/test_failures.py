@@ -1,4 +1,4 @@
-"""Failures that are called a bug in fastmtl: those that neither input nor the machine can cause."""
+"""Failures that are reported as a bug in fastmtl: neither input nor the machine can cause them."""
 
 from __future__ import annotations
 

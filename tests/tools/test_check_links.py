@@ -1,4 +1,4 @@
-"""Broken links and anchors are found in every place that Markdown has for them."""
+"""Broken links and anchors are found in every place that Markdown allows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which nvcc builds the CUDA kernels, with scripts in the place of nvcc; torch, its CUDA and a GPU are not needed."""
+"""The choice of nvcc, with scripts in its place; torch, its CUDA and a GPU are not needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from build_kernels import check_cpp, compile_cuda, leave_out, wheel_of
 from cuda_toolkit import LeftOut, Toolkit, find_toolkit
 
 NOWHERE = Path("/nowhere")
-# Answers as nvcc does and "builds": the last word is the output. What it was called with goes to `calls`.
+# Answers like nvcc and "builds": the last word is the output. Its arguments are appended to
+# `calls`.
 ANSWERS = """
 case "$*" in
 *--version*) echo "Cuda compilation tools, release 13.0, V13.0.88"; exit;;
@@ -43,7 +44,7 @@ Nvcc = Callable[..., dict[str, str]]
 
 @pytest.fixture
 def nvcc(tmp_path: Path) -> Nvcc:
-    """Makes an nvcc of a shell script and returns an environment whose PATH, or a variable of it, leads to it."""
+    """Make an nvcc from a shell script; return an environment whose PATH or variable has it."""
 
     def make(script: str, name: str = "home", variable: str = "PATH") -> dict[str, str]:
         path = tmp_path / name / "bin" / "nvcc"

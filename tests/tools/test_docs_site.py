@@ -1,4 +1,4 @@
-"""The sources of the site, without Sphinx; `make docs` checks the links and anchors of the result."""
+"""The sources of the site, without Sphinx; `make docs` checks the result's links and anchors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl: what it holds, full precision, and that a resumed run's file equals an uninterrupted one's."""
+"""metrics.jsonl: content, full precision, and equal files of resumed and uninterrupted runs."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_losses_survive_the_file_bit_for_bit(tmp_path: Path) -> None:
 def test_resumed_file_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(whole, 1, 6)
-    run(parts, 1, 5)  # killed after step 5, the checkpoint is of step 4
+    run(parts, 1, 5)  # killed after step 5; the checkpoint is from step 4
     with (parts / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
     run(parts, 5, 6, resume=4)
@@ -221,7 +221,7 @@ def test_summary_and_table() -> None:
 
 
 def test_lines_are_written_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line's numbers are read when it is written: until then a GPU need not be waited for."""
+    """A line's numbers are read when it is written; until then nothing waits for a GPU."""
     read: list[int] = []
 
     class Late(Info):

@@ -1,4 +1,4 @@
-"""Phases: what each trains and leaves to the next, stopped and resumed runs, refusals."""
+"""Phases: training and hand-over of each, stopped and resumed runs, refusals."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def test_heads_alone_leave_the_encoder_and_every_task_keeps_its_own_best(runs: P
         assert kept[task][metric] == pytest.approx(best[task], abs=1e-6)
     from fastmtl.inference.predict import evaluate_split, load
 
-    found = evaluate_split(load(runs / "heads"), "dev", None, None).metrics  # model/ itself, not the files beside it
+    found = evaluate_split(
+        load(runs / "heads"), "dev", None, None
+    ).metrics  # of model/ itself, not of the files beside it
     assert {task: found[task][metric] for task, metric in own.items()} == pytest.approx(best, abs=1e-5)
 
 
@@ -116,7 +118,7 @@ def test_tasks_that_a_phase_leaves_out_stay_as_they_are(runs: Path) -> None:
     steps = [line for line in lines(runs / "subset") if "loss" in line and line["phase"] == "one"]
     assert steps and all(line["loss"].keys() == {"same"} for line in steps)
     kept = json.loads((runs / "subset" / "results.json").read_text())
-    assert kept["dev"].keys() == {"kind", "same", "degree"}  # the encoder is the same, so the scores still hold
+    assert kept["dev"].keys() == {"kind", "same", "degree"}  # the encoder is unchanged, so the scores still hold
 
 
 @pytest.mark.slow(40)
@@ -143,7 +145,7 @@ def test_two_ranks_do_what_one_does(runs: Path) -> None:
     for ours, theirs in zip(one[:4], two[:4], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         assert ours["cosines"] == pytest.approx(theirs["cosines"], abs=1e-3)
-    assert all(line["loss"]["mlm"] < 6 for line in one[4:] + two[4:])  # other masks
+    assert all(line["loss"]["mlm"] < 6 for line in one[4:] + two[4:])  # different masks
 
 
 def recipe(*phases: dict[str, Any], **sections: Any) -> Recipe:

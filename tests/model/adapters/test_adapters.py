@@ -1,4 +1,4 @@
-"""Adapters against the formulas, task by task in float64."""
+"""Adapters, compared with the formulas task by task in float64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastmtl.model.encoder.context import ForwardContext
 MakeBatch = Callable[..., PackedBatch]
 TASKS = ["a", "b", "c"]
 LENGTHS = [[5, 1, 9], [], [3, 7]]
-# adapter, settings
+# Adapter and settings.
 FORMULAS: list[tuple[str, dict]] = [
     ("pal", {}),
     ("pal", {"activation": "gelu", "size": 12}),
@@ -53,7 +53,7 @@ def randomise(adapter: Adapter) -> Adapter:
     generator = torch.Generator().manual_seed(1)
     for parameter in adapter.parameters():
         parameter.data = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
-        parameter.data /= parameter.shape[-1] ** 0.5  # or products of many maps leave one key in each softmax
+        parameter.data /= parameter.shape[-1] ** 0.5  # otherwise products of many maps leave one key in each softmax
     return adapter
 
 
@@ -118,7 +118,7 @@ def test_outputs_and_gradients_follow_the_formula(name: str, settings: dict, mak
         scale = theirs.abs().max()
         assert (ours - theirs).abs().max() <= 1e-11 * scale, key
         if key != "hidden":
-            assert not ours[1].any()  # the task without rows
+            assert not ours[1].any()  # of the task without rows
             assert ours[0].any() and ours[2].any()
 
 

@@ -66,7 +66,7 @@ def check_gradients(top: Top, ours: Tensor, theirs: Tensor, x: Tensor, copy: Ten
     wanted = torch.autograd.grad(theirs, [copy, *copies.values()], allow_unused=True)
     for name, mine, other in zip(names, found, wanted, strict=True):
         if other is None:
-            assert ".1." in name and not mine.any()  # the task without rows
+            assert ".1." in name and not mine.any()  # of the task without rows
         else:
             assert (mine - other).abs().max() <= 1e-11 * other.abs().max() + 1e-13, name
 
@@ -175,7 +175,7 @@ def test_dropout_is_each_tasks_own_and_for_training_only(top: str, make_batch: M
     y = module(hidden, context)
     assert torch.equal(y, module(hidden, context))  # a recomputed pass
     assert not torch.equal(y, module(hidden, other))
-    assert not torch.equal(y[:20], y[20:])  # equal tasks and rows, other masks
+    assert not torch.equal(y[:20], y[20:])  # equal tasks and rows, different masks
     module.eval()
     exact = module(hidden, context)
     assert torch.equal(exact[:20], exact[20:]) and torch.equal(exact, module(hidden, other))

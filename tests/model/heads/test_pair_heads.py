@@ -1,4 +1,4 @@
-"""Heads of pairs against their formulas in float64, outputs and gradients."""
+"""Heads of pairs, compared with their formulas in float64, outputs and gradients."""
 
 from __future__ import annotations
 

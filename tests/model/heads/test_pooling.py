@@ -34,7 +34,7 @@ def test_equals_the_loop_over_sequences(name: str, lengths: list[list[int]], mak
 
 def test_mean_of_bf16_is_summed_in_fp32(make_batch: MakeBatch) -> None:
     batch = make_batch([[512]])
-    hidden = torch.full((512, 1), 1.0, dtype=torch.bfloat16)  # a bf16 sum of ones stops at 256
+    hidden = torch.full((512, 1), 1.0, dtype=torch.bfloat16)  # a sum of ones in bf16 stops at 256
     assert pooling("mean")(hidden, batch).item() == 1.0
 
 

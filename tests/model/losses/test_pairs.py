@@ -1,4 +1,4 @@
-"""Losses of u and v against their formulas in float64, gradients included."""
+"""Losses of u and v, compared with their formulas in float64, gradients included."""
 
 from __future__ import annotations
 

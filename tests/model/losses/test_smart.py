@@ -1,4 +1,4 @@
-"""SMART's terms against its formulas and algorithm 1, sequence by sequence."""
+"""SMART's terms, compared with its formulas and algorithm 1 sequence by sequence."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_the_dropout_masks_of_all_passes_are_the_same(make_model: MakeModel, mak
     found = model(batch)
     for name, (loss, _) in found.items():
         torch.testing.assert_close(loss, expected[name][0], rtol=1e-6, atol=1e-6)
-    assert not torch.equal(model(batch)["sst"][0], found["sst"][0])  # other masks
+    assert not torch.equal(model(batch)["sst"][0], found["sst"][0])  # different masks
 
 
 def test_proximal_term_and_teacher(make_model: MakeModel, make_batch: MakeBatch) -> None:

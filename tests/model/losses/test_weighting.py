@@ -1,4 +1,4 @@
-"""Learned and dynamic weights of losses against their formulas."""
+"""Learned and dynamic loss weights, compared with their formulas."""
 
 from __future__ import annotations
 
