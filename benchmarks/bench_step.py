@@ -1,4 +1,4 @@
-"""A whole training step of each way, through pytest-benchmark: fastmtl/bench/step.py."""
+"""A whole training step of each way: pytest-benchmark of fastmtl/bench/step.py."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""A step's gradients by each variant of surgery, through pytest-benchmark:
-fastmtl/bench/surgery.py.
-"""
+"""A step's gradients by each variant: pytest-benchmark of fastmtl/bench/surgery.py."""
 
 from __future__ import annotations
 

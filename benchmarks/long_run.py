@@ -1,5 +1,4 @@
-"""A long run on real data through DeepSpeed's launcher, with checks of loss, memory, speed and
-resume.
+"""A long run through DeepSpeed's launcher, with checks of loss, memory, speed and resume.
 
     python benchmarks/long_run.py --data DIR --output DIR [--precision bf16] [--stop-at 1000]
                                   [--json FILE]
@@ -87,8 +86,8 @@ def memory(samples: list[dict[str, Any]], steps: int) -> tuple[dict[str, Any], l
 
 
 def speed(lines: list[dict[str, Any]], samples: list[dict[str, Any]], steps: int) -> tuple[dict[str, Any], list[str]]:
-    """Return medians by quarter, and complaints: tokens/s of all ranks, CPU seconds per step and
-    rank.
+    """Return medians by quarter (tokens/s of all ranks, CPU seconds per step and rank) and
+    complaints.
     """
     at = {
         sample["step"]: statistics.mean(sample["cpu"]) for sample in reversed(samples)
@@ -134,9 +133,7 @@ class Watched:
         self.stops: list[Any] = []
 
     def go(self, stop_at: int | None = None) -> None:
-        """Run to the end, or until the stop after a SIGTERM at step `stop_at`. Exit if the run
-        fails.
-        """
+        """Run to the end, or to a SIGTERM at step `stop_at`. Exit if the run fails."""
         more = ["--resume"] if self.run.exists() else []
         path = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "PATH": path, "DS_ACCELERATOR": "cpu"}

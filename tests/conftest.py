@@ -45,9 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def own_environment() -> Iterator[None]:
-    """Restore os.environ after a test: a run in this process sets RANK, which would affect later
-    runs.
-    """
+    """Restore os.environ after a test: a run sets RANK, which would affect later runs."""
     before = dict(os.environ)
     yield
     os.environ.clear()

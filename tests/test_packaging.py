@@ -1,6 +1,4 @@
-"""The content of a built wheel, which can be imported from anywhere, with or without a C++
-compiler.
-"""
+"""The content of a wheel, importable from anywhere, built with or without a C++ compiler."""
 
 from __future__ import annotations
 
@@ -32,9 +30,7 @@ esac
 
 
 def build_wheel(tree: Path, *setup: str, **environment: str) -> tuple[Path, str]:
-    """Build the wheel of a copy of the checkout, without index and isolation; return it and the
-    output.
-    """
+    """Build the wheel of a copy of the checkout, offline; return it and the output."""
     skip = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__", "runs", "tests", "docs")
     shutil.copytree(ROOT, tree, ignore=skip)
     command = [sys.executable, *(setup or ["setup.py"]), "bdist_wheel", "--dist-dir", "out"]

@@ -159,9 +159,7 @@ def compile_cuda(
 
 
 def leave_out(folder: Path, library: str, kernels: str, reason: str) -> None:
-    """Print the reason for missing kernels, save it in the library's place, and remove older
-    builds.
-    """
+    """Print the reason for missing kernels, save it, and remove older builds."""
     say(f"building without the {kernels} kernels: {reason}")
     for path in folder.glob(f"{library}.*so"):
         path.unlink()
@@ -180,9 +178,7 @@ def _built(folder: Path, library: str) -> None:
 
 def _without_cpp(reason: str) -> dict[str, Any]:
     class LeaveReason(build_py):
-        """Save the reason beside the package's files; in the checkout, for an editable
-        installation.
-        """
+        """Save the reason beside the package's files, or in the checkout if it is editable."""
 
         def run(self) -> None:
             super().run()

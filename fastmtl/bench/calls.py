@@ -25,8 +25,7 @@ class OperatorCalls(NamedTuple):
 
 
 def operator_calls(step: Callable[[], object]) -> OperatorCalls:
-    """Count the operators of one step with torch.profiler: torch's and fastmtl's own, on all
-    threads.
+    """Count the operators of one step with torch.profiler: torch's and fastmtl's, on all threads.
 
     Work that a compiled graph does without the dispatcher is not seen.
     """

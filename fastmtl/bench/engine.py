@@ -1,5 +1,4 @@
-"""Whole steps of the DeepSpeed engine in one process: the gain from flat parameters and CUDA
-graphs.
+"""Whole steps of the DeepSpeed engine in one process, with flat parameters and CUDA graphs.
 
 A step is what training runs: forward, backward, surgery, and ZeRO 1's step with its reduction,
 clipping and AdamW. The host waits inside a step, so the host's clock measures several steps in a

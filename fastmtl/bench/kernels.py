@@ -97,11 +97,11 @@ def bench_kernels(
 def runnable(
     case: Case, impls: Sequence[str] = (), without: Sequence[str] = ()
 ) -> tuple[dict[str, Chain], dict[str, float], dict[str, str]]:
-    """Return what can be timed of a case: chains, errors and the reasons of skipped
-    implementations.
+    """Return chains, errors and reasons: what can be timed of a case, and what is skipped.
 
     chains: forward and backward of each implementation that agrees with the oracle. errors:
-    relative to the allowed error. Raises like bench_kernels.
+    relative to the allowed error. reasons: of the skipped implementations. Raises like
+    bench_kernels.
     """
     chains: dict[str, Chain] = {}
     errors: dict[str, float] = {}
@@ -224,8 +224,7 @@ def _gemm(size: Size, rounds: int, laps: Callable[[Chain], list[float]]) -> dict
 def _peaks(
     size: Size, operations: Sequence[str], names: Mapping[str, Sequence[str]], threads: int | None = None
 ) -> dict[str, dict[str, int | None]]:
-    """Return the peak bytes of forward and backward beyond their inputs, for the named ways of each
-    case.
+    """Return the peak bytes of forward and backward beyond their inputs, for the named ways.
 
     threads: set in a separate process on a CPU; None on a GPU.
     """

@@ -56,9 +56,7 @@ class TextbookGradients:
         self._merged: dict[tuple[int, ...], dict[str, Tensor]] = {}
 
     def merged(self, order: Tensor | None) -> dict[str, Tensor]:
-        """Return every parameter's gradient, float32: PCGrad's for an order, the summed losses'
-        without.
-        """
+        """Return every parameter's gradient, float32: PCGrad's, or the sum's if order is None."""
         key = () if order is None else tuple(order.flatten().tolist())
         if key not in self._merged:
             weights = torch.ones(len(self._rows), dtype=torch.float64)
@@ -100,15 +98,11 @@ class Oracle:
         self._whole = math.hypot(*self._exact.norms.values())
 
     def expected(self, order: Tensor | None) -> dict[str, Tensor]:
-        """Return every parameter's gradient, float32: PCGrad's for an order, the summed losses'
-        without.
-        """
+        """Return every parameter's gradient, float32: PCGrad's, or the sum's if order is None."""
         return self._exact.merged(order)
 
     def allowed(self, variant: Variant) -> dict[str, float]:
-        """Return the largest allowed error of every parameter, relative to the task gradients'
-        norms.
-        """
+        """Return every parameter's largest allowed error, relative to the task gradients' norms."""
         expected = self.expected(variant.order)
         if self._rounded is None:
             return dict.fromkeys(expected, variant.tolerance)
@@ -118,8 +112,7 @@ class Oracle:
         return {name: variant.tolerance + 2 * max(error, least) for name, error in errors.items()}
 
     def check(self, variant: Variant) -> float:
-        """Run the variant's first step and return its largest error, relative to the task
-        gradients' norms.
+        """Run the variant's first step; return its largest error, relative to the gradients' norms.
 
         Raises GradientMismatch with the variant and parameter, and Skipped for an optional variant
         that fails.

@@ -1,6 +1,4 @@
-"""Figures of results as SVG files: a roofline for kernels, bars for steps and variants, lines for
-sweeps.
-"""
+"""Figures of results as SVG files: a roofline for kernels, bars for steps, lines for sweeps."""
 
 from __future__ import annotations
 
@@ -68,9 +66,7 @@ def _draw(result: dict[str, Any], kind: Callable[[Any, dict[str, Any]], str], di
 
 
 def _roofline(axes: Any, result: dict[str, Any]) -> str:
-    """Plot operations per second against operations per byte that has to be moved; forward and
-    backward.
-    """
+    """Plot operations per second against operations per byte to move; forward and backward."""
     from matplotlib import colormaps
 
     palette = colormaps["tab20"]

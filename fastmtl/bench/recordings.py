@@ -13,8 +13,7 @@ STEPS_TO_RECORD = 2
 
 
 def not_recorded(model: MultiTaskModel, surgery: GradientSurgery | None = None) -> list[str]:
-    """Return the reasons why encoder, heads or merging run without CUDA graphs; empty if all have
-    them.
+    """Return the reasons why encoder, heads or merging run without CUDA graphs; [] for none.
 
     Call this after STEPS_TO_RECORD steps. surgery: that of the steps; None if autograd sums the
     gradients.

@@ -25,9 +25,7 @@ TEXTS = ("step", "variant", "operation", "impl", "dtype", "what", "verdict")
 
 @contextmanager
 def progress() -> Iterator[Say]:
-    """Show progress: one changing line on a terminal, otherwise a line with its time for each
-    message.
-    """
+    """Show progress: one changing line on a terminal, otherwise a timed line per message."""
     console = Console(stderr=True)
     if console.is_terminal:
         with console.status("", refresh_per_second=1) as status:

@@ -32,9 +32,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """The encoder's parameters: three tables with LayerNorm; four and two linear maps and two
-        norms per layer.
-        """
+        """The encoder's parameters: three tables and a LayerNorm; six maps and two norms a layer."""
         d, wide = self.hidden, self.intermediate
         layer = 4 * (d * d + d) + (d * wide + wide) + (wide * d + d) + 4 * d
         return (self.vocabulary + self.positions + 2) * d + 2 * d + self.layers * layer
@@ -79,9 +77,7 @@ def lengths_of(shape: Shape, tasks: int, tokens: int | None = None) -> list[np.n
 
 
 def lengths_of_rows(task: int, rows: int) -> np.ndarray:
-    """Return int64 [rows], evenly spread over the quantiles: a few texts have the mean and tail of
-    many.
-    """
+    """Return int64 [rows], spread evenly over the quantiles: few texts with the usual tail."""
     found = np.interp((np.arange(rows) + 0.5) / rows, QUANTILES, LENGTHS[task % len(LENGTHS)])
     return np.rint(found).astype(np.int64)
 

@@ -169,9 +169,7 @@ def _measured(
 
 
 def _ratios(samples: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
-    """Return a summary of every way, with its time relative to transformers' and to the matrix
-    products'.
-    """
+    """Return a summary of every way, with ratios to transformers' and to the matrix products'."""
     found = {name: summary(seconds) for name, seconds in samples.items()}
     for entry in found.values():
         entry["ratio_to_transformers"] = entry["median_s"] / found[TRANSFORMERS]["median_s"]

@@ -1,6 +1,4 @@
-"""Operators, host time and host waits of a step under DeepSpeed, for a model with negligible
-compute.
-"""
+"""Operators, host time and host waits of a step under DeepSpeed, for a narrow model."""
 
 from __future__ import annotations
 

@@ -112,9 +112,7 @@ def _merged(
 
 
 def recorded(workload: Workload, model: nn.Module, method: str) -> Step:
-    """Return a step of `sum` or `pcgrad` that runs as CUDA graphs, as `engine.cuda_graphs` captures
-    it.
-    """
+    """Return a step of `sum` or `pcgrad` as the CUDA graphs of `engine.cuda_graphs`."""
     assert isinstance(model, MultiTaskModel)
     step, surgery = (joint(workload, model), None) if method == "sum" else _merged(workload, model, method)
     weights = copy.deepcopy(model.state_dict())  # shared by all ways

@@ -1,6 +1,4 @@
-"""The cost of PCGrad over a joint step: time and memory of every variant, and time by number of
-tasks.
-"""
+"""The cost of PCGrad over a joint step: time and memory by variant, time by number of tasks."""
 
 from __future__ import annotations
 
@@ -42,8 +40,7 @@ def bench_variants(
     commit: str | None = None,
     keep: Keep | None = None,
 ) -> dict[str, Any]:
-    """Return all variants on one workload, JSON-ready: interleaved times, and peak memory of each
-    alone.
+    """Return interleaved times and separate peak memory of all variants, JSON-ready.
 
     Times are taken in this process. variants: must include both of JOINT and the textbook, to which
     the ratios refer. Peers take several times longer, so they run in every other round only.
@@ -151,9 +148,7 @@ def bench_tasks(
 def _checked(
     workload: Workload, names: Sequence[str], say: Say
 ) -> tuple[list[Variant], dict[str, float], dict[str, str]]:
-    """Return the variants with correct gradients, their errors, and the reasons of the skipped
-    ones.
-    """
+    """Return the variants with correct gradients, their errors, and reasons of skipped ones."""
     say("gradients of the textbook loop")
     oracle = Oracle(workload)
     checked, errors, skipped = [], {}, {}

@@ -1,5 +1,4 @@
-"""The usual PCGrad: a padded BertModel, one backward per task, flat gradients, pairwise
-projections.
+"""The usual PCGrad: a padded BertModel, one backward per task, pairwise projections.
 
 This is the reference for fastmtl's gradients and speed; it uses nothing of fastmtl. It is lean:
 each task's graph is freed before the next task's forward, and nothing is copied that the algorithm
@@ -63,9 +62,7 @@ class PaddedModel(nn.Module):
 
 
 def step(model: PaddedModel, batches: Sequence[PaddedBatch]) -> None:
-    """Write the merged gradient to the encoder's `.grad`, and each head's own gradient to its
-    `.grad`.
-    """
+    """Write the encoder's merged gradient, and each head's own gradient, to `.grad`."""
     model.zero_grad()
     merged = pcgrad(task_gradients(model, batches))
     parameters = list(model.encoder.parameters())

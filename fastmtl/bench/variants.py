@@ -116,9 +116,7 @@ def _variant(
 
 
 def _recorded(method: str, dtype: torch.dtype = torch.float32) -> Callable[..., Variant]:
-    """Return a builder of a variant that replays CUDA graphs, on a separate model with shared
-    weights.
-    """
+    """Return a builder of a variant that replays CUDA graphs, on a model with shared weights."""
 
     def build(name: str, workload: Workload) -> Variant:
         if workload.device.type != "cuda":
@@ -131,8 +129,7 @@ def _recorded(method: str, dtype: torch.dtype = torch.float32) -> Callable[..., 
 def recorded(
     name: str, workload: Workload, method: str, dtype: torch.dtype = torch.float32, recorder: Recorder | None = None
 ) -> Variant:
-    """Return the variant after the steps that record. Its next step replays, with the first tasks'
-    order.
+    """Return the variant after the recording steps. Its next step replays in the first order.
 
     recorder: replaces CUDA graphs, on any device. Raises Skipped with the reasons if something is
     not recorded.

@@ -36,9 +36,7 @@ _SIZED_BY_DATA = ("nonzero", "_unique2", "unique_dim", "unique_consecutive", "ma
 
 
 def host_waits(step: Callable[[], object]) -> list[str]:
-    """Return one line per wait of a step: the call, and the innermost places of fastmtl or
-    DeepSpeed.
-    """
+    """Return one line per wait of a step: the call, and the innermost places of the caller."""
     waits: list[str] = []
     account = _Account(waits)
     from_numpy = torch.from_numpy  # no mode intercepts it

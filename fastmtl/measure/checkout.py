@@ -31,9 +31,7 @@ def checkout(commit: str | None = None) -> dict[str, Any]:
 
 
 def output_of(command: list[str]) -> str | None:
-    """Return a command's output without surrounding spaces; None if the command fails or is
-    missing.
-    """
+    """Return a command's output without surrounding spaces; None if it fails or is missing."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -17,8 +17,7 @@ _PACKAGES = ("transformers", "triton", "torchjd", "peft", "liger-kernel")
 
 
 def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """Return the device, driver, versions, the kernels that `auto` selects and the commit,
-    JSON-ready.
+    """Return device, driver, versions, the kernels of `auto`, and the commit, JSON-ready.
 
     commit: the output of `git describe --always --dirty` for a copy of a checkout without its .git.
     It is not used in a checkout, which has its own. `clean` is None if it is unknown.

@@ -91,8 +91,7 @@ def summary(samples: Sequence[float]) -> dict[str, Any]:
 
 
 def in_own_process(function: Callable[..., Result], *arguments: Any, preload: str) -> Result:
-    """Return function(*arguments), computed in a process that has run nothing else. Re-raise its
-    errors.
+    """Return function(*arguments) from a process that has run nothing else. Re-raise errors.
 
     preload: the module that the fork server imports. Only the first call in this process sets it.
     """
@@ -163,8 +162,7 @@ def gpu_peak_bytes(step: Callable[[], object], device: torch.device) -> int:
 
 
 def graph_pool_bytes(device: torch.device) -> int:
-    """Return the GPU memory that CUDA graphs hold beyond the tensors that torch counts as
-    allocated.
+    """Return the GPU memory of CUDA graphs beyond torch's allocated tensors.
 
     After capture, a graph's intermediates are free blocks of its private pool. Replays write there,
     and nothing else may.

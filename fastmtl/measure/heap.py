@@ -57,8 +57,7 @@ def map_large_blocks() -> bool:
 
 @contextmanager
 def mapping_small_blocks() -> Iterator[None]:
-    """Map blocks of 128 KiB and more inside the context, for rare work with other sizes than a
-    step's.
+    """Map blocks of 128 KiB and more inside the context, for rare work of unusual sizes.
 
     Such blocks then leave no holes in the heap. Do nothing unless large blocks are mapped.
     """
@@ -74,9 +73,7 @@ def mapping_small_blocks() -> Iterator[None]:
 
 
 def free_at_once() -> None:
-    """Return large blocks of this process to the system when they are freed. Slow; for
-    measurements.
-    """
+    """Return large blocks to the system when they are freed. Slow; for measurements."""
     mallopt = _function("mallopt")
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGE)

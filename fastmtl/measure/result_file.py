@@ -1,6 +1,4 @@
-"""The file of a result. It imports no torch, so that the supervisor of measurements survives a
-failure of theirs.
-"""
+"""The file of a result. It imports no torch, so a supervisor survives failing measurements."""
 
 from __future__ import annotations
 
@@ -19,9 +17,7 @@ UNFINISHED = "unfinished"
 
 
 def save(result: dict[str, Any], path: Path) -> None:
-    """Replace the file atomically; a reader never sees half a result. Write to devices and pipes
-    directly.
-    """
+    """Replace the file atomically. Devices and pipes are written directly."""
     replace_text(path, json.dumps(result, indent=2) + "\n")
 
 

@@ -50,8 +50,7 @@ def advice(plan: Plan, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def storages(plan: Plan, points: Sequence[dict[str, Any]], limit: int, nbytes: float) -> list[str]:
-    """Return a sentence on the fastest storage that fits, for each method that keeps task
-    gradients.
+    """Return the fastest storage that fits as a sentence, per method with task gradients.
 
     It is for the largest batch size. The storages need not be measured. nbytes: the largest
     prediction that fits.

@@ -88,9 +88,7 @@ class Rows:
 
 
 def has_adapter(shape: Shape, layer: int) -> bool:
-    """Return whether a layer has an adapter, assuming the last layers do (off by under one
-    adapter).
-    """
+    """Return whether a layer has an adapter: the last ones do, an error below one adapter."""
     return shape.adapter is not None and layer >= shape.layers - shape.adapter.layers
 
 

@@ -118,9 +118,7 @@ def _times(steps: Steps, drawn: Draw, number: int, nvml: Nvml | None) -> dict[st
 
 
 def _gpu_memory(device: torch.device, nvml: Nvml) -> dict[str, Any]:
-    """Return bytes on the GPU: torch's peak (allocated), torch's pool (reserved), the process's,
-    all.
-    """
+    """Return bytes on the GPU: torch's peak (allocated) and pool (reserved), the process, all."""
     return {
         "allocated_bytes": torch.cuda.max_memory_allocated(device),
         "reserved_bytes": torch.cuda.max_memory_reserved(device),

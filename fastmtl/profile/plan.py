@@ -83,8 +83,7 @@ def choose_phase(recipe: Recipe, name: str | None) -> Phase:
 
 
 def points(recipe: Recipe, batch_sizes: Sequence[int], methods: Sequence[str], storages: Sequence[str]) -> list[Point]:
-    """Return the points by batch size, then method, then storage. Empty methods, storages: the
-    recipe's.
+    """Return the points by batch size, method and storage. Empty: the recipe's own.
 
     Raises UserError for an unknown name.
     """

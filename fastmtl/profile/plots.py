@@ -21,8 +21,7 @@ class NoOrigin(UserError):
 
 
 def draw(result: dict[str, Any], directory: Path) -> list[Path]:
-    """Draw memory.svg, throughput.svg and methods.svg of the measured points; return no files
-    without one.
+    """Draw memory.svg, throughput.svg and methods.svg of the measured points, if any.
 
     Raises NoOrigin if the result lacks its device, driver, versions, commit, or whether the tree
     was clean.
@@ -44,9 +43,7 @@ def draw(result: dict[str, Any], directory: Path) -> list[Path]:
 
 
 def draw_scale_out(result: dict[str, Any], directory: Path) -> Path:
-    """Draw scale-out.svg: a step's time over ranks, in panes by number of tasks. Raises NoOrigin
-    like draw.
-    """
+    """Draw scale-out.svg: a step's time over ranks, by number of tasks. Raises NoOrigin."""
     check_origin(result)
     with _style():
         size = (2.2 + 2.4 * len(SCALE_TASKS), 3.4)

@@ -112,9 +112,7 @@ def _stacked(ledger: Ledger, shape: Shape) -> None:
 
 
 def _kept(ledger: Ledger, shape: Shape) -> None:
-    """Keep inputs as activations and output gradients as task gradients until the weights are
-    known.
-    """
+    """Keep inputs as activations and output gradients as task gradients for the weights."""
     numbers, narrow, linears = shape.number_bytes, shape.number_bytes < FLOAT, shape.linears
     tables = (shape.positions + shape.types) * shape.hidden
     vectors = shape.dense - tables - linears
@@ -198,8 +196,7 @@ def _scattered(shape: Shape, numbers: int) -> int:
 
 
 def _delivered_of(shape: Shape, stays: bool) -> Weight:
-    """Return the task gradients of `kept`: T tables, stacked and kept; the weights of Linears are
-    not.
+    """Return the task gradients of `kept`: T stacked tables, but no Linear weights.
 
     stays: there are no earlier tables to add them to.
     """

@@ -35,9 +35,7 @@ class Outcome:
 
 
 def run(function: Callable[..., dict[str, Any]], *arguments: Any) -> Outcome:
-    """Run function(*arguments), which must pickle, in a new process; show its output only on
-    failure.
-    """
+    """Run function(*arguments), which must pickle, in a process; show output only on failure."""
     context = _context()
     ours, theirs = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:

@@ -120,9 +120,7 @@ def _prediction_entry(predicted: Prediction) -> dict[str, Any]:
 
 
 def _spread(plan: Plan, point: Point) -> dict[str, Any]:
-    """Return one rank's predicted peak by ZeRO stage and number of ranks, with the same rows per
-    rank.
-    """
+    """Return one rank's predicted peak by ZeRO stage and number of ranks, for the same rows."""
     here = plan.shape(point)
     stages = {}
     for stage in STAGES:

@@ -82,9 +82,7 @@ def passes(shape: Shape) -> float:
 
 
 def ways(shape: Shape, method: str) -> dict[str, Shape]:
-    """Return the shape with each `reduce` that its method allows; "sum" alone if gradients are
-    summed.
-    """
+    """Return the shape with each `reduce` of its method; "sum" alone if gradients are summed."""
     if shape.joint:
         return {"sum": shape}
     found = {"exact": dataclasses.replace(shape, reduce="exact", sketch_size=None)}

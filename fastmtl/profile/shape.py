@@ -190,9 +190,7 @@ class Shape:
         )
 
     def spread(self, zero: int, world: int) -> Shape:
-        """Return the same step in another ZeRO stage and number of ranks, with the same rows per
-        rank.
-        """
+        """Return the step in another ZeRO stage and number of ranks, with equal rows per rank."""
         stacks = zero < 3 and not self.offload
         storage = "replay" if self.storage in ("stacked", "kept") and not stacks else self.storage
         return dataclasses.replace(

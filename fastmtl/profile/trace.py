@@ -50,8 +50,7 @@ class Clock:
 
 
 def trace(steps: Steps, stream: BatchStream, file: Path, device: torch.device, prefetch: int) -> dict[str, Any]:
-    """Write a Chrome trace (.json.gz) of STEPS steps; on a GPU, also a snapshot of the allocator's
-    history.
+    """Write a Chrome trace (.json.gz) of STEPS steps; on a GPU, also a memory snapshot.
 
     prefetch: as in a recipe. This many steps run before the clock starts, since their batches were
     made in advance. seconds: of each part of a step, measured in STEPS steps without the profiler.

@@ -1,6 +1,4 @@
-"""The benchmark of the kernels: checks, refusals and output. benchmarks/ runs every way of every
-operation.
-"""
+"""The benchmark of the kernels: checks, refusals and output. benchmarks/ runs all ways."""
 
 from __future__ import annotations
 

@@ -54,9 +54,7 @@ Make = Callable[..., Path]
 
 @pytest.fixture
 def make(tiny_bert: Path, tmp_path: Path) -> Make:
-    """Return make(name, tasks, seed=0, section={...}, ...) -> a model with random adapters and
-    heads.
-    """
+    """Return make(name, tasks, seed=0, section={...}, ...) -> a model with random weights."""
 
     def make(name: str, tasks: list[str] | dict[str, dict], *, seed: int = 0, **sections: dict) -> Path:
         values = {
@@ -240,9 +238,7 @@ def write_rows(path: Path, count: int) -> None:
 
 @pytest.mark.slow(15)
 def test_a_task_is_added_without_touching_the_others(make: Make, tmp_path: Path) -> None:
-    """Train in bf16, so that the encoder of the run and of the trained model differ in the last
-    bits.
-    """
+    """Train in bf16, so that the run's encoder differs from the trained one in the last bits."""
     base = make("base", ["same", "tone"])
     before = {path.name: path.read_bytes() for path in base.iterdir()}
     for split, count in (("train", 24), ("dev", 6)):
@@ -338,9 +334,7 @@ def pooled(directory: Path, texts: list[str], mode: Any, cache: Path) -> torch.T
 def test_sentence_transformers_layout(
     pooling: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Check the files by their meaning in sentence-transformers' documentation, with transformers
-    alone.
-    """
+    """Check the files by sentence-transformers' documentation, with transformers alone."""
     model = make("model", ["tone"], encoder={"max_length": 12})
     out = tmp_path / "embeddings"
     assert run(monkeypatch, "export", model, out, "--format", "sentence-transformers", "--pooling", pooling) == 0

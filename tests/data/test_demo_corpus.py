@@ -1,6 +1,4 @@
-"""The shipped corpus: equal to its script's output, no overlap of train and dev, hard for a bag of
-words.
-"""
+"""The shipped corpus: its script's output, train and dev disjoint, hard for a bag of words."""
 
 from __future__ import annotations
 

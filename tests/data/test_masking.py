@@ -1,6 +1,4 @@
-"""Masked batches: the number and choice of tokens, their replacements, and equal totals on all
-ranks.
-"""
+"""Masked batches: number, choice and replacement of tokens, and equal totals on all ranks."""
 
 from __future__ import annotations
 

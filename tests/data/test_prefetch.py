@@ -123,9 +123,7 @@ def test_leaving_early_ends_the_thread(taken: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_copies_are_whole_when_they_are_taken() -> None:
-    """The device is kept busy, which would expose a missing wait, or memory that is reused too
-    early.
-    """
+    """A busy device would expose a missing wait, or memory that is reused too early."""
     device, heavy = torch.device("cuda", 0), torch.randn(4096, 4096, device="cuda")
     kept = []
     with ahead(stream().rest(3, 0, 0), 2, device) as steps:

@@ -1,6 +1,4 @@
-"""Samplers, subsample, oversampling and curriculum, compared with their formulas; Gradient
-Compromise with Algorithm 1.
-"""
+"""Samplers, subsample, oversampling and curriculum by their formulas; Gradient Compromise."""
 
 from __future__ import annotations
 
@@ -80,9 +78,7 @@ def test_curriculum_brings_the_sets_in_by_size() -> None:
 
 
 def test_compromise_shares_are_the_algorithms() -> None:
-    """p_b = clip((p n - 1) / (n - T)), scaled; with one batch of each task the mean is p n if over
-    1.
-    """
+    """p_b = clip((p n - 1) / (n - T)), scaled; for one batch per task the mean is p n if over 1."""
     sizes = np.array(SIZES, dtype=np.float64)
     for epoch, alpha in ((0, 1.0), (1, 0.6), (2, 0.2)):
         p = sizes**alpha / (sizes**alpha).sum()

@@ -69,8 +69,7 @@ def test_what_a_user_has_chosen_stays(variables: dict[str, str]) -> None:
 
 
 def around_large_blocks(variables: dict[str, str]) -> tuple[bool, int, int, int]:
-    """Return whether large blocks are mapped, their bytes in huge pages, and two increases of
-    memory.
+    """Return whether large blocks are mapped, their huge bytes, and two increases of memory.
 
     The increases of resident bytes are those with 20 blocks of 10 MiB, and after every second one
     was freed.

@@ -151,7 +151,7 @@ def main() -> None:
     drawn = [draw(random) for _ in range(number)]
     stacked = [one for one in drawn if one[0].gradient.storage == "stacked" and one[0].gradient.method != "sum"]
     drawn += [(_kept(recipe), *rest) for recipe, *rest in stacked if not recipe.encoder.freeze][:KEPT]  # type: ignore[arg-type]
-    # ZeRO 3 last: DeepSpeed puts a linear layer of its own in place of torch's, for the rest of the process.
+    # ZeRO 3 last: DeepSpeed replaces torch's linear layer for the rest of the process.
     for recipe, config, batches in sorted(drawn, key=lambda one: one[0].engine.zero == 3):
         found = compare(recipe, config, batches, ranks)
         if ranks.is_main:

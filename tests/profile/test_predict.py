@@ -115,9 +115,7 @@ def test_the_peak_of_one_rank_of_two_is_predicted(compared_on_two_ranks: list[di
 
 
 def test_what_two_ranks_send_each_other_is_predicted(compared_on_two_ranks: list[dict[str, Any]]) -> None:
-    """Bytes of gloo's collectives. A word in several micro-batches is predicted each time, but sent
-    once.
-    """
+    """Bytes of gloo's collectives. A word is predicted per micro-batch, but sent once."""
     for entry in compared_on_two_ranks:
         sent, predicted = entry["sent"], entry["predicted_sent"]
         assert set(sent) == set(predicted)

@@ -49,9 +49,7 @@ def shape(**changes: Any) -> Shape:
 
 
 def ring(kind: Kind, nbytes: float, cluster: Cluster, world: int) -> float:
-    """Simulate a ring: in each step every rank passes on 1 / world, and all wait for the slowest
-    link.
-    """
+    """Simulate a ring: in each step ranks pass on 1 / world, and wait for the slowest link."""
     inside, between = cluster.inside, cluster.between
     slowest = between.bandwidth if cluster.node == 1 else min(inside.bandwidth, between.bandwidth)
     nodes = [rank // cluster.node for rank in range(world)]

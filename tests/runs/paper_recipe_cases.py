@@ -28,9 +28,7 @@ ROWS = {"train": 48, "dev": 12}
 
 
 def write_data(directory: Path) -> None:
-    """Write the first rows of the demo corpus as the reports' files; CFIMDB: whether sentiment is
-    good.
-    """
+    """Write the first demo rows as the reports' files; CFIMDB: whether sentiment is good."""
     directory.mkdir()
     for name, demo in FILES.items():
         for split, rows in ROWS.items():

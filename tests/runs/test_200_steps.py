@@ -96,9 +96,7 @@ def difference(losses: np.ndarray, plain: ways.Run) -> float:
 
 @pytest.mark.parametrize("name", [ways.KERNELS, "all on two ranks"])
 def test_it_is_training(name: str, yardstick: Yardstick) -> None:
-    """Losses fall and gradients conflict; otherwise the tests below would compare noise or plain
-    sums.
-    """
+    """Losses fall and gradients conflict; otherwise the tests would compare noise or sums."""
     plain, _ = yardstick(name)
     assert plain.losses.shape == (ways.STEPS, len(ways.TASKS))
     first, last = plain.losses[:40].mean(0), plain.losses[-40:].mean(0)

@@ -60,9 +60,7 @@ def test_a_bad_label_is_told_before_torch_is_imported(tmp_path: Path, rank: dict
 
 @pytest.mark.slow
 def test_a_file_that_is_bad_on_one_host_ends_all_processes_with_one_message(tmp_path: Path) -> None:
-    """Rank 1 alone fails, as if its host lacked a file. Rank 0 has no error, but prints the
-    message.
-    """
+    """Rank 1 alone fails, as if its host lacked a file. Rank 0 prints its message."""
     meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "DS_ACCELERATOR": "cpu"}
     meeting["OMP_NUM_THREADS"] = "1"
     runs = []

@@ -1,5 +1,4 @@
-"""A disk that becomes full at each write of a checkpoint, of model/ and of the other files of a
-run.
+"""A disk that becomes full at each write of a checkpoint, of model/ and of a run's other files.
 
 A small tmpfs is filled, each time with less free space, and a run is trained into it. The failure
 has to be one sentence that names the file. Once there is room again, --resume has to end with the

@@ -1,5 +1,4 @@
-"""Random data files of every format for the readers; tests/support/fuzzed_reading.py has the
-checks.
+"""Random data files of every format for the readers; fuzzed_reading.py has the checks.
 
 The files differ in every run; the seed is among the figures, and `--seed` repeats a run. `--one
 NAME` reads the single file that a failure names.

@@ -1,5 +1,4 @@
-"""kill -9 at random moments of a two-process run under the launcher; all runs end with equal
-results.
+"""kill -9 at random moments of a two-process run; all runs end with equal results.
 
 A run is killed and resumed until it ends, then the next one begins, up to --kills kills. Each run
 must leave the metrics, weights, scores and random states of a run that was not killed, bit for bit.
@@ -96,9 +95,7 @@ def finish(launch: Launch) -> float:
 
 
 def left(run: Path) -> dict[str, Any]:
-    """Return everything that must be equal: metrics, bytes of weights, predictions and random
-    states.
-    """
+    """Return what must be equal: metrics, bytes of weights, predictions and random states."""
     newest = max((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
     files = [*(run / "model").iterdir(), *(run / "predictions").iterdir(), *newest.glob("random-*")]
     return {"metrics": lasting(run), **{str(path.relative_to(run)): path.read_bytes() for path in sorted(files)}}

@@ -51,9 +51,7 @@ STEPS = 2
 def make_recipe(
     method: str = "pcgrad", zero: int = 1, accumulation: int = 1, *, cached: bool = False, **sections: Any
 ) -> Recipe:
-    """Return the recipe. cached: negatives of the whole step, as in the joined batch, not per
-    micro-batch.
-    """
+    """Return the recipe. cached: negatives of the whole step, not per micro-batch."""
     tasks = {}
     for name, task in TASKS.items():
         tasks[name] = {**task, "data": {"train": "none"}, "head": {"dropout": 0.0, **task.get("head", {})}}
@@ -162,9 +160,7 @@ def counts(recipe: Recipe) -> dict[str, int]:
 
 
 def jacobian(model: MultiTaskModel, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return [T, P] of the shared parameters, one backward per task, and the others' summed
-    gradients.
-    """
+    """Return [T, P] of the shared parameters by T backwards, and the others' summed gradients."""
     shared_ids = {id(p) for p in model.shared_parameters()}
     rows, losses = [], model(batch)
     own: dict[str, Tensor] = {}

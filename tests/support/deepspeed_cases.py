@@ -48,12 +48,13 @@ class Case:
     method: str
     precision: str = "fp32"
     storage: Any = "auto"
-    # "offload", "autocast", "one-step" (the engine is told of one micro-batch a step), "backward" (in place of run),
-    # "pieces" (J goes to the ranks in many, during backward, with recompute full), "backward-pieces", "late" (in as
-    # many, after it), "flat" (parameters), "flat-autocast", "graphs-pieces", "flat-graphs" (recorded layers and
-    # merging, without an adapter), "left-out" (a model of other make, whose ranks leave out the tasks without rows, so
-    # that heads are reached on one rank only), or an option's value: "tensor" (scope), "local", "sketch" (reduce),
-    # "cheap", "full" (recompute)
+    # Variants: "offload", "autocast", "one-step" (the engine sees one micro-batch a step),
+    # "backward" (in place of run), "pieces" (J goes to the ranks in many pieces during backward,
+    # with recompute full), "backward-pieces", "late" (in as many pieces, after backward), "flat"
+    # (parameters), "flat-autocast", "graphs-pieces", "flat-graphs" (recorded layers and merging,
+    # without an adapter), "left-out" (another library's model whose ranks leave out tasks without
+    # rows, so that heads are reached on one rank only), or an option's value: "tensor" (scope),
+    # "local", "sketch" (reduce), "cheap", "full" (recompute).
     variant: str = ""
 
     @property
@@ -192,8 +193,9 @@ def run_steps(
     backward_on: MultiTaskModel | None = None,
     left_out: bool = False,
 ) -> None:
-    """Run the steps. backward_on: the model for `backward` instead of `run`. left_out: of the
-    variant.
+    """Run the steps. backward_on: the model for `backward` in place of `run`.
+
+    left_out: of the variant.
     """
     data = make_data()
 
@@ -217,9 +219,7 @@ def run_steps(
 
 
 def make_surgery(target: Any, model: MultiTaskModel, recipe: Recipe) -> GradientSurgery:
-    """Return the surgery. On a DeepSpeed engine it clips if `build_engine` has left this to
-    surgery.
-    """
+    """Return the surgery. It clips an engine's gradients if `build_engine` leaves this to it."""
     return GradientSurgery(
         target,
         recipe.gradient.method,
@@ -302,7 +302,7 @@ def main(directory: Path) -> None:
     from fastmtl.engine.gather import gathered_state_dict
 
     ranks = start()
-    # So that surgery clips over ranks, too: adapters and heads are a large part of these models.
+    # Surgery then clips over ranks, too: adapters and heads are a large part of these models.
     gradient_norm._SMALL = 1.0
 
     def keep(engine: Any, path: Path) -> None:

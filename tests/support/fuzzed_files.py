@@ -134,9 +134,7 @@ def _with_open_quote(draw: Draw, row: Row) -> list[str]:
 
 
 def _bad_bytes(raw: bytes, random: Random) -> bytes:
-    """Return the line with bytes that are not UTF-8: Latin-1, half a character, an encoded
-    surrogate.
-    """
+    """Return the line with bytes that are not UTF-8: Latin-1, a cut character, a surrogate."""
     at = random.randrange(len(raw) + 1)
     while at < len(raw) and 0x80 <= raw[at] < 0xC0:  # not inside a character
         at += 1

@@ -55,9 +55,7 @@ def fuzz(seed: int, inputs: int, folder: Path) -> Counter[str]:
 
 
 def case_of(name: str) -> Case:
-    """Return the file of a name, always the same: two of three unchanged, the others with changed
-    bytes.
-    """
+    """Return the file of a name, always the same: two of three unchanged, others damaged."""
     random = Random(name)
     case = draw_case(random)
     return case if random.random() < 2 / 3 else damaged(case, random)
@@ -141,9 +139,7 @@ def _check_rows(case: Case, rows: Rows) -> None:
 
 
 def _rows_in(case: Case) -> int | None:
-    """Return the number of rows by the file's bytes if every line is a row; None if quotes may join
-    lines.
-    """
+    """Return the number of lines with a row, from the bytes; None if quotes may join lines."""
     if case.lines is None:
         return None
     content = case.content

@@ -1,6 +1,4 @@
-"""Gradients of attention for nearly one-hot softmax, compared with float64 and plain float32's
-error.
-"""
+"""Gradients of attention for nearly one-hot softmax, against float64 and float32's error."""
 
 from __future__ import annotations
 

@@ -27,8 +27,6 @@ def cpu_environment() -> dict[str, str]:
 
 
 def two_processes() -> list[str]:
-    """Return the start of a command: `deepspeed` with two processes on this machine, on a free
-    port.
-    """
+    """Return the start of a command: `deepspeed` with two local processes on a free port."""
     run = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
     return [*run, "--master_port", free_port()]

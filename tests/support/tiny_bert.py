@@ -12,9 +12,7 @@ before""".split()
 
 
 def save_tiny_bert(directory: Path, *, hidden: int = 32, layers: int = 2, heads: int = 4) -> Path:
-    """Save a random BERT of a few thousand weights with a word-piece tokenizer, as Hugging Face
-    does.
-    """
+    """Save a random BERT of a few thousand weights and a tokenizer in Hugging Face's format."""
     import string
 
     import torch

@@ -81,9 +81,7 @@ def assert_same(ours: nn.Module, theirs: nn.Module, bound: float = 3e-6) -> None
 
 @pytest.mark.parametrize(("sparse", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
 def test_twenty_steps_equal_torch(sparse: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With PCGrad, groups, a schedule and clipping; no merged gradient is formed, not even of a
-    table.
-    """
+    """With PCGrad, groups, a schedule and clipping; no merged gradient is formed, of no table."""
     models = ours, theirs = make(), make()
     options: dict[str, Any] = {"dtype": dtype, **({} if sparse else {"sparse": []})}
     optimizers = (
@@ -204,9 +202,7 @@ def two(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor], *
 
 
 def test_a_norm_that_cancels_is_taken_from_the_merged_gradient() -> None:
-    """Gradients are opposite except for a rounding, which the Gramian's inner products cannot
-    resolve.
-    """
+    """The Gramian's inner products cannot resolve gradients that are nearly opposite."""
     direction = torch.tensor([0.3, -0.7, 0.2])
     weight, optimizer, step = two(
         lambda w: w @ direction, lambda w: w @ (direction * torch.tensor([-1.0, -1.0, -1.001])), max_norm=1e-6

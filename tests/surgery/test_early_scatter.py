@@ -1,6 +1,4 @@
-"""The time at which J's columns may be sent, with other ranks faked; test_deepspeed.py has real
-ones.
-"""
+"""The time at which J's columns may be sent; other ranks are faked (real: test_deepspeed.py)."""
 
 from __future__ import annotations
 

@@ -78,8 +78,7 @@ def gradients(
 
 
 def textbook(model: MultiTaskModel, joined: PackedBatch) -> dict[str, Tensor]:
-    """Return float64 PCGrad: T backwards, flattened, projected pair by pair; own gradients are
-    summed.
+    """Return float64 PCGrad: T backwards, projected pair by pair; own gradients are summed.
 
     Yu et al. 2020, Algorithm 1.
     """

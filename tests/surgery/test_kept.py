@@ -109,9 +109,7 @@ def test_dropout_and_recomputation_of_a_real_model() -> None:
 
 
 def test_what_is_kept() -> None:
-    """Inputs and output gradients, an input of two Linears once, and the T gradients of small
-    parameters.
-    """
+    """Inputs (once for two Linears), output gradients, and T gradients of small parameters."""
     net = Net()
     surgery = surgery_on(net, "kept")
     sink = surgery._sink
@@ -147,9 +145,7 @@ def test_a_step_that_is_skipped_keeps_nothing() -> None:
 
 
 def test_float16_with_a_large_loss_scale() -> None:
-    """Weights that include the inverse scale are too small for float16; weighted rows would be
-    zeros.
-    """
+    """The weights of the tasks include the inverse scale: weighted rows would round to zeros."""
     net = Net()
     sink = KeepSink([net.wide.weight], 2)  # type: ignore[list-item]
     torch.manual_seed(1)

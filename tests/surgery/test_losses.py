@@ -156,9 +156,7 @@ def test_reentrant_checkpointing(method: str) -> None:
 
 
 def test_sparse_gradients() -> None:
-    """Sparse gradients of a shared table, of a task's own, and of a sum into SurgeryAdamW
-    (refused).
-    """
+    """Sparse gradients of a shared table and of a task's; SurgeryAdamW refuses those of a sum."""
     for more in ({}, {"sparse": "words"}, {"shared": "dense"}):
         net = Net(sparse=True)
         options: dict[str, Any] = {key: list(getattr(net, part).parameters()) for key, part in more.items()}

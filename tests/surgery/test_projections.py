@@ -110,9 +110,7 @@ def test_it_is_what_the_linears_are(
 
 
 def test_all_of_them_are_one_product() -> None:
-    """One product of the input; in backward, one for its gradient and one for the weights'
-    gradients.
-    """
+    """One product of the input; in backward, one for its gradient and one for the weights."""
     names = {}
     for beside in (True, False):
         x, (weights, biases) = torch.randn(7, IN, requires_grad=True), parameters(beside=beside)

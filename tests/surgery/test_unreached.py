@@ -58,9 +58,7 @@ def surgery_on(net: Net, optimizer: torch.optim.Optimizer, method: str = "pcgrad
 
 
 def train(make: Optimizer, method: str, sparse: bool, **rows: int) -> tuple[Net, torch.optim.Optimizer, set[str]]:
-    """Return the net and its optimiser after three steps, and names of parameters with gradient or
-    state.
-    """
+    """Return net and optimiser after three steps, and names of parameters with gradient, state."""
     net = Net()
     optimizer = make(net.parameters())
     table = [net.encoder.embeddings.word_embeddings.weight]

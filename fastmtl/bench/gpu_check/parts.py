@@ -148,9 +148,7 @@ def _peers(settings: Settings) -> Part:
 
 
 def _profiles(settings: Settings) -> Iterator[Part]:
-    """Yield parts with predicted and measured peaks at three batch sizes, and the largest batch in
-    24 GiB.
-    """
+    """Yield predicted and measured peaks at three batch sizes, and the largest batch in 24 GiB."""
     ways = {
         "sum": ("--methods", "sum"),
         "pcgrad": ("--methods", "pcgrad", "--storages", "stacked"),

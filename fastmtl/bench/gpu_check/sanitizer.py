@@ -41,9 +41,7 @@ def sanitized(tool: str, device: str) -> str:
 
 
 def outcome(status: int, output: str) -> str:
-    """Return CLEAN, "found ..." or the reason for no run, from compute-sanitizer's status and
-    output.
-    """
+    """Return CLEAN, "found ..." or the reason for no run, from the tool's status and output."""
     if "Device not supported" in output:
         return "not run: compute-sanitizer does not support this device"
     if status == 0 and re.search(r"SUMMARY: 0 (errors|hazards)", output):

@@ -1,6 +1,4 @@
-"""The operations of fastmtl_kernels and their alternatives: one file per operation, with
-`cases(size)`.
-"""
+"""The operations of fastmtl_kernels and their alternatives: one file each, with `cases(size)`."""
 
 from __future__ import annotations
 

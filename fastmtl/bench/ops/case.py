@@ -33,9 +33,7 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**
 
 
 class Work(NamedTuple):
-    """The least bytes that have to be read and written, each once, and the floating point
-    operations.
-    """
+    """The least bytes to read and write, each once, and the floating point operations."""
 
     bytes: float
     flops: float
@@ -87,9 +85,7 @@ class Case:
         return next(way for way in self.ways if way.name == name)
 
     def chain(self, way: Way, run: Run, dropout: float | None = None) -> tuple[Chain, Tensors]:
-        """Return forward and backward of a way on separate tensors, and those that get gradients,
-        by name.
-        """
+        """Return forward and backward of a way on separate tensors, and its leaves by name."""
         chosen = self.dropout if dropout is None else dropout
         tensors = {name: way.layout.to(name, tensor.detach()) for name, tensor in self.tensors.items()}
         if self.cotangent is None:

@@ -1,6 +1,4 @@
-"""embed_layer_norm: rows of three tables, LayerNorm and dropout, against F.embedding and
-F.layer_norm.
-"""
+"""embed_layer_norm: rows of three tables, LayerNorm and dropout, against torch's functions."""
 
 from __future__ import annotations
 

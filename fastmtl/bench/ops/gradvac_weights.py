@@ -1,6 +1,4 @@
-"""gradvac_weights: task weights from a Gramian in a first step, against the paper's loop and
-TorchJD's.
-"""
+"""gradvac_weights: task weights from a Gramian, against the paper's loop and TorchJD's."""
 
 from __future__ import annotations
 

@@ -39,9 +39,7 @@ def task_gradients(size: Size) -> Tensor:
 
 
 def _eager(t: Tensors, _: float) -> Tensor:
-    """Multiply with torch. A BLAS that adds float32 numbers one by one is too inaccurate to be
-    timed.
-    """
+    """Multiply with torch. A BLAS that adds float32 numbers one by one is too inaccurate."""
     return t["grads"] @ t["grads"].T
 
 

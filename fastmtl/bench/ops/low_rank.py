@@ -1,6 +1,4 @@
-"""low_rank and lora: adapters of all tasks at once, against a loop over tasks and PEFT's mixed
-batches.
-"""
+"""low_rank and lora: adapters of all tasks at once, against a loop over tasks and PEFT."""
 
 from __future__ import annotations
 

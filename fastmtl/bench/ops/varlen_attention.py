@@ -1,6 +1,4 @@
-"""varlen_attention, compared with softmax and SDPA on padded rows, nested SDPA and torch's
-varlen_attn.
-"""
+"""varlen_attention, against softmax and SDPA on padded rows, nested SDPA and torch's own."""
 
 from __future__ import annotations
 
