@@ -84,7 +84,7 @@ class Schedule:
             case "compromise":
                 shares = shares / shares.sum()
                 number = self._sampler.batches_per_step
-                assert number is not None  # checked
+                assert number is not None  # checked by _check_together
                 expected = (1 + (number - len(shares)) * free_shares(shares, number)) if number > len(shares) else 1
                 steps = fixed or -int(-sizes.sum() // (expected * rows_per_batch).sum())
                 random = np.random.default_rng([self._recipe.seed, epoch, 0, 1])

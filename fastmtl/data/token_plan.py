@@ -43,7 +43,7 @@ def whole_steps(plan: list[list[Cell]], lengths: Sequence[int], accumulation: in
     """
     if len(plan) % accumulation == 0 and all(map(all, plan[-1:])):
         return plan
-    last = (len(plan) - 1) // accumulation * accumulation  # the begin of the last step
+    last = (len(plan) - 1) // accumulation * accumulation  # start of the last step
     rows = 0
     for begin in range(last, -1, -accumulation):
         rows += sum(len(cell) for parts in plan[begin : begin + accumulation] for cell in parts)

@@ -77,7 +77,7 @@ def check_room(directory: Path, needed: int) -> None:
     if disk.total and disk.free < needed:  # some network file systems report no size
         raise UserError(
             f"{directory}: no space: a checkpoint and model/ take at least {needed / 2**20:,.1f} MiB, the disk has "
-            f"{disk.free / 2**20:,.1f} MiB left. Make room, or choose another disk by --output DIR"
+            f"{disk.free / 2**20:,.1f} MiB left. Make room, or choose another disk with --output DIR"
         )
 
 
@@ -95,7 +95,7 @@ def _check_writable(directory: Path) -> None:
 def _unwritable(directory: Path, error: OSError) -> UserError:
     if isinstance(error, FileExistsError):
         what = "a link to nothing" if directory.is_symlink() and not directory.exists() else "a file"
-        return UserError(f"the output directory {directory} is {what}: choose another place by --output DIR")
+        return UserError(f"the output directory {directory} is {what}: choose another place with --output DIR")
     return UserError(f"cannot write to the output directory {directory}: {error.strerror}")
 
 
@@ -123,11 +123,11 @@ def _locked(directory: Path) -> int:
         if error.errno in NO_LOCKS:
             raise UserError(
                 f"{directory} is on a file system without locks ({error.strerror}), where two runs could "
-                "overwrite each other: choose another place by --output DIR"
+                "overwrite each other: choose another place with --output DIR"
             ) from None
         raise UserError(
             f"another run{f' ({holder})' if holder else ''} is writing to {directory}: wait for its end, or "
-            "choose another place by --output DIR"
+            "choose another place with --output DIR"
         ) from None
     return lock
 

@@ -83,10 +83,10 @@ def _own_pooling(recipe: Recipe, task: str | None, *, adapters: bool) -> str:
     if len(found) > 1:
         each = ", ".join(f"{name}: {recipe.tasks[name].pooling}" for name in tasks)
         options = f"--pooling {'|'.join(_POOLINGS)}{'' if adapters else ' or --task'}"
-        raise UserError(f"the tasks pool differently ({each}): choose by {options}")
+        raise UserError(f"the tasks pool differently ({each}): choose with {options}")
     (name,) = found
     if name not in _POOLINGS:
-        raise UserError(f"sentence-transformers has no pooling '{name}': choose by --pooling {'|'.join(_POOLINGS)}")
+        raise UserError(f"sentence-transformers has no pooling '{name}': choose with --pooling {'|'.join(_POOLINGS)}")
     return name
 
 

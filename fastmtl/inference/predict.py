@@ -155,7 +155,7 @@ def _check_there(data: DataConfig, file: str, *, given: bool) -> None:
     if path.exists():
         return
     why = "" if given or path.is_absolute() else f" below {Path.cwd()}; the recipe's data.dir counts from there"
-    raise UserError(f"{path}: no such file{why}. Say where the recipe's files are by --data DIR.")
+    raise UserError(f"{path}: no such file{why}. Say where the recipe's files are with --data DIR.")
 
 
 def predict_file(

@@ -27,7 +27,7 @@ def run_report(report: str, rows: Sequence[str], options: Options, output: Path,
     if not 0 < options.fraction <= 1:
         raise UserError(f"--fraction {options.fraction:g}: a share of the training rows, above 0 and at most 1")
     if "RANK" in os.environ:
-        raise UserError("reproduce starts processes of its own: run it without a launcher, and name that by --launcher")
+        raise UserError("reproduce starts its own processes: run it without a launcher, and name it with --launcher")
     if launcher and shutil.which(launcher[0]) is None:
         raise UserError(f"--launcher: there is no command {launcher[0]}")
     paper = load_results(report)

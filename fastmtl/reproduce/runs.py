@@ -52,7 +52,7 @@ def check_directory(output: Path, runs: list[PlannedRun]) -> None:
         changed = difference(load_recipe(str(file)), run.recipe)
         if changed is not None:
             raise UserError(
-                f"{file.parent} is a run with {changed}: choose another place by --output, or the former settings"
+                f"{file.parent} is a run with {changed}: choose another place with --output, or the former settings"
             )
 
 

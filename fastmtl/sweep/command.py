@@ -22,7 +22,7 @@ def run_sweep(recipe: str, grid: Path, overrides: Sequence[str], output: Path, l
     Raises UserError for an invalid grid or settings, and for an output directory of another sweep.
     """
     if "RANK" in os.environ:
-        raise UserError("sweep starts processes of its own: run it without a launcher, and name that by --launcher")
+        raise UserError("sweep starts its own processes: run it without a launcher, and name it with --launcher")
     if launcher and shutil.which(launcher[0]) is None:
         raise UserError(f"--launcher: there is no command {launcher[0]}")
     points = read_grid(grid, recipe, overrides)

@@ -86,7 +86,7 @@ def _json(file: Path, key: str, value: Any) -> str:
     except (TypeError, ValueError, RecursionError):  # dates, sets, binary data, .inf, recursive anchors
         raise UserError(
             f"{file}: {shortened(key)}: {quoted(value)} is no setting: give numbers, text, true, false, null, or lists "
-            "and mappings of these (a date as text stands in quotes)"
+            "and mappings of these (a date as text needs quotes)"
         ) from None
 
 

@@ -73,7 +73,7 @@ def _check(directory: Path, points: Sequence[Point]) -> None:
             changed = difference(load_recipe(str(file)), point.recipe)
             if changed is not None:
                 raise UserError(
-                    f"{file.parent} is a run with {changed}: choose another place by --output, or the former settings"
+                    f"{file.parent} is a run with {changed}: choose another place with --output, or the former settings"
                 )
 
 

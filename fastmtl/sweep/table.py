@@ -31,7 +31,7 @@ def rows_of(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
         own = [found["dev"].get(name, {}).get(task.metric_name) for name, task in result.point.recipe.tasks.items()]
         return [*settings, *map(_score, own), _score(found["mean"]), str(found["steps"]), f"{found['seconds']:.1f}", ""]
 
-    return header, [row(result) for result in sorted(results, key=_worth, reverse=True)]
+    return header, [row(result) for result in sorted(results, key=_mean_score, reverse=True)]
 
 
 def write_tables(directory: Path, results: Sequence[Result]) -> None:
@@ -80,7 +80,7 @@ def _places(values: list[Any]) -> tuple[list[float], list[str] | None, bool]:
     return [float(names.index(_text(value))) for value in values], names, False
 
 
-def _worth(result: Result) -> float:
+def _mean_score(result: Result) -> float:
     mean = None if result.results is None else result.results["mean"]
     return float("-inf") if mean is None else mean
 

@@ -161,9 +161,9 @@ def test_files_that_a_relative_data_dir_does_not_find_are_to_be_named_by_data(
     section = predictor.recipe.data.model_copy(update={"dir": "some/data"})
     moved = Predictor(predictor.model, predictor.recipe.model_copy(update={"data": section}), None, predictor.device)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=f"^some/data/sst.csv: no such file below {tmp_path};.* by --data DIR"):
+    with pytest.raises(UserError, match=f"^some/data/sst.csv: no such file below {tmp_path};.* with --data DIR"):
         evaluate_split(moved, "dev", None, None)
-    with pytest.raises(UserError, match="^elsewhere/sst.csv: no such file. Say .* by --data DIR"):
+    with pytest.raises(UserError, match="^elsewhere/sst.csv: no such file. Say .* with --data DIR"):
         evaluate_split(moved, "dev", Path("elsewhere"), None)
 
 

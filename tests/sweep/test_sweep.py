@@ -172,5 +172,5 @@ def test_a_launcher_is_not_wrapped_around_the_sweep(
     with pytest.raises(UserError, match="there is no command deepsped"):
         run_sweep(recipe, file, [], tmp_path / "sweep", ["deepsped"])
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UserError, match="name that by --launcher"):
+    with pytest.raises(UserError, match="name it with --launcher"):
         run_sweep(recipe, file, [], tmp_path / "sweep")
