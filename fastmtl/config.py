@@ -381,7 +381,7 @@ class SamplerConfig(Section):
 class GradientConfig(Section):
     """The merging of the tasks' gradients of the shared parameters.
 
-    docs/surgery.md gives the cost of each choice.
+    docs/surgery-reference.md gives the cost of each choice.
     """
 
     method: str = Field(
