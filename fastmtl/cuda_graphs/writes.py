@@ -74,12 +74,12 @@ class RecordedWrites(Sink):
         self,
         weights: Sequence[nn.Parameter],
         biases: Sequence[nn.Parameter],
-        dy: Tensor,
+        rows: Tensor,
         x: Tensor,
         segments: Segments,
         needed: Sequence[bool],
     ) -> list[Tensor | None]:
-        self._write_linears(weights, biases, dy.flatten(1), x)
+        self._write_linears(weights, biases, rows, x)
         return [None] * (len(weights) + len(biases))
 
     def _write_linears(

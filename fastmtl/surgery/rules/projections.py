@@ -64,17 +64,17 @@ class _Projections(torch.autograd.Function):
         x, *gathered = ctx.saved_tensors
         rows = dy.flatten(1)
         dx = rows.mm(cast(_stacked(gathered), dy.dtype)) if ctx.needs_input_grad[0] else None
-        return dx, None, None, *_gradients(ctx, dy, rows, x)
+        return dx, None, None, *_gradients(ctx, rows, x)
 
 
-def _gradients(ctx: Any, dy: Tensor, rows: Tensor, x: Tensor) -> list[Tensor | None]:
-    """Return those of the weights and the biases for autograd. rows [N, k out]: of dy."""
+def _gradients(ctx: Any, rows: Tensor, x: Tensor) -> list[Tensor | None]:
+    """Return the gradients of weights and biases for autograd. rows [N, k out]: dY flattened."""
     sink, parameters, needed = ctx.task_grads, ctx.parameters, ctx.needs_input_grad[3:]
     if not any(needed):
         return [None] * len(parameters)
     number = len(parameters) // 2
     if sink is not None:
-        return sink.linears(parameters[:number], parameters[number:], dy, x, ctx.segments, needed)
+        return sink.linears(parameters[:number], parameters[number:], rows, x, ctx.segments, needed)
     gradients = [*rows.t().mm(x).chunk(number), *rows.sum(0).chunk(number)]
     return [gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=True)]
 

@@ -164,19 +164,20 @@ class Sink(ABC):
         self,
         weights: Sequence[nn.Parameter],
         biases: Sequence[nn.Parameter],
-        dy: Tensor,
+        rows: Tensor,
         x: Tensor,
         segments: Segments,
         needed: Sequence[bool],
     ) -> list[Tensor | None]:
         """Take the task gradients of k Linears of one input; return those of the weights, then the biases.
 
-        dy [N, k, out], x [N, in]. needed: whether autograd asks for each of the 2 k.
+        rows [N, k out]: the output gradients side by side; x [N, in]. needed: whether autograd asks
+        for each of the 2 k.
         """
         number = len(weights)
         found = [
-            self.linear(weight, bias, dy[:, i], x, segments, (needed[i], needed[number + i]))
-            for i, (weight, bias) in enumerate(zip(weights, biases, strict=True))
+            self.linear(weight, bias, dy, x, segments, (needed[i], needed[number + i]))
+            for i, (weight, bias, dy) in enumerate(zip(weights, biases, rows.chunk(number, dim=1), strict=True))
         ]
         return [dw for dw, _ in found] + [db for _, db in found]
 

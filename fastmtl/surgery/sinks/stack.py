@@ -138,21 +138,21 @@ class StackSink(MergingSink):
         self,
         weights: Sequence[nn.Parameter],
         biases: Sequence[nn.Parameter],
-        dy: Tensor,
+        rows: Tensor,
         x: Tensor,
         segments: Segments,
         needed: Sequence[bool],
     ) -> list[Tensor | None]:
         """As the base class does, with one product for k weights whose parts of J lie side by side."""
         parameters = [*weights, *biases]
-        if self.dtype != dy.dtype or not all(map(self.wants, parameters)):
-            return super().linears(weights, biases, dy, x, segments, needed)
+        if self.dtype != rows.dtype or not all(map(self.wants, parameters)):
+            return super().linears(weights, biases, rows, x, segments, needed)
         self.check_active()
         of_weights, of_biases = self.stack_of(weights[0]), self.stack_of(biases[0])
-        left, right = segments.split(dy.flatten(1).t(), dim=1), segments.split(x)
-        for task, (columns, rows) in enumerate(zip(left, right, strict=True)):
-            if len(rows):
-                of_weights.add_products(weights, task, columns, rows)
+        left, right = segments.split(rows.t(), dim=1), segments.split(x)
+        for task, (columns, inputs) in enumerate(zip(left, right, strict=True)):
+            if len(inputs):
+                of_weights.add_products(weights, task, columns, inputs)
                 of_biases.add_sums(biases, task, columns)
         for parameter in parameters:
             self.written(parameter)

@@ -47,16 +47,16 @@ class WeightedSink(Sink):
         self,
         weights: Sequence[nn.Parameter],
         biases: Sequence[nn.Parameter],
-        dy: Tensor,
+        rows: Tensor,
         x: Tensor,
         segments: Segments,
         needed: Sequence[bool],
     ) -> list[Tensor | None]:
         """As the base class does, by one product where all are shared."""
         if not all(map(self.wants, [*weights, *biases])):
-            return super().linears(weights, biases, dy, x, segments, needed)
+            return super().linears(weights, biases, rows, x, segments, needed)
         self.check_active()
-        rows, x, number = self._weighted(dy.flatten(1), segments), x[segments.all_rows()], len(weights)
+        rows, x, number = self._weighted(rows, segments), x[segments.all_rows()], len(weights)
         gradients = [*rows.t().mm(x).chunk(number), *rows.sum(0).chunk(number)]
         return [gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=True)]
 
