@@ -1,4 +1,4 @@
-"""Gradient surgery: task gradients, their Gramian, and one merged gradient for an engine or an optimiser."""
+"""Gradient surgery: one merged gradient from the gradients of several tasks."""
 
 from fastmtl.surgery.gradient_surgery import GradientSurgery
 from fastmtl.surgery.step import SurgeryInfo

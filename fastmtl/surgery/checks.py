@@ -1,4 +1,4 @@
-"""Checks of what GradientSurgery is given: names, weights, parameters, and options that fit together."""
+"""Checks of the arguments of GradientSurgery: names, weights, parameters and options."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ SKETCH_SIZE = 32_768
 
 
 def check_tasks(tasks: Sequence[str]) -> list[str]:
-    """Raises UserError for none, and for a name given twice."""
+    """Return the names as a list. Raises UserError for an empty list and for a repeated name."""
     names = [] if isinstance(tasks, str) else list(tasks)
     if not names:
         raise UserError(f"tasks: give the list of their names, got {tasks!r}")
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"tasks: {name} is there twice")
+            raise UserError(f"tasks: {name} is listed twice")
     return names
 
 
 def check_task_weights(given: Mapping[str, float], tasks: list[str], argument: str = "task_weights") -> list[float]:
-    """Every task's weight in their order, 1 by default. Raises UserError, naming `argument`, for an unknown task and a
-    bad number.
+    """Return item weight per task, in their order; 1 by default.
+
+    Raises UserError, naming `argument`, for an unknown task and an invalid number.
     """
     for name, weight in given.items():
         if name not in tasks:
@@ -50,43 +51,48 @@ def check_task_weights(given: Mapping[str, float], tasks: list[str], argument: s
 def find_shared(
     target: Target, shared: Sequence[nn.Parameter] | None, sparse: Sequence[nn.Parameter]
 ) -> list[nn.Parameter]:
-    """The trainable ones, each once, by default all of the target. Raises UserError for parameters that are none of the
-    target's, and for sparse ones that are no shared tables.
+    """Return the trainable shared parameters, each once; by default all of the target.
+
+    Raises UserError for parameters of another model, and for `sparse` parameters that are not
+    shared embedding tables.
     """
     if shared is None:
-        inside = target.parameters
+        found = target.parameters
     else:
         shared = check_parameters("shared", shared)
         trainable = {id(p) for p in target.parameters}
-        inside = target.arranged([p for p in shared if id(p) in trainable])
-        strangers = [whole_shape(p) for p in shared if p.requires_grad and id(p) not in trainable]
-        if strangers:
+        found = target.arranged([p for p in shared if id(p) in trainable])
+        foreign = [whole_shape(p) for p in shared if p.requires_grad and id(p) not in trainable]
+        if foreign:
             raise UserError(
-                f"shared: {len(strangers)} parameters are not the target's (the first has shape "
-                f"{tuple(strangers[0])}): make the target of the model that they are of"
+                f"shared: {len(foreign)} parameters are not the target's (the first has shape "
+                f"{tuple(foreign[0])}): make the target of the model that has them"
             )
-    known = {id(p) for p in inside}
+    known = {id(p) for p in found}
     for table in sparse:
         if table.requires_grad and id(table) not in known:
             raise UserError(f"sparse: a parameter of shape {tuple(whole_shape(table))} is not among the shared ones")
         if len(whole_shape(table)) != 2:
             raise UserError(f"sparse: an embedding table has two dimensions, got {tuple(whole_shape(table))}")
-    return list(inside)
+    return list(found)
 
 
 def check_parameters(argument: str, given: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Return each parameter once, in the order given. Raises UserError, naming `argument`, for what is no parameter."""
-    way_out = f"give parameters, for example {argument}=model.encoder.parameters()"
+    """Return each parameter once, in the given order.
+
+    Raises UserError, naming `argument`, for anything that is not a parameter.
+    """
+    advice = f"give parameters, for example {argument}=model.encoder.parameters()"
     if isinstance(given, Tensor | nn.Module | str) or not isinstance(given, Iterable):
-        raise UserError(f"{argument} is of type {type(given).__name__}, not a list: {way_out}")
-    found = {}
-    for one in given:
-        if isinstance(one, tuple):
+        raise UserError(f"{argument} is of type {type(given).__name__}, not a list: {advice}")
+    unique = {}
+    for item in given:
+        if isinstance(item, tuple):
             raise UserError(f"{argument} has pairs of names and parameters: use parameters() for named_parameters()")
-        if not isinstance(one, Tensor):
-            raise UserError(f"{argument} has {quoted(one)}, which is no parameter: {way_out}")
-        found[id(one)] = one
-    return list(found.values())
+        if not isinstance(item, Tensor):
+            raise UserError(f"{argument} has {quoted(item)}, which is no parameter: {advice}")
+        unique[id(item)] = item
+    return list(unique.values())
 
 
 def check_options(
@@ -100,14 +106,18 @@ def check_options(
     sketch_size: int,
     world: int | None = None,
 ) -> str:
-    """The storage to use: "stacked", "kept", "replay", or "none" for `scope="tensor"`, which keeps nothing.
+    """Return the storage to use: "stacked", "kept", "replay", or "none" where nothing is stored.
 
-    stacks: whether the target takes merged gradients. world: number of ranks, where they have not met yet.
-    Raises UserError for an unknown value, and for a combination with its reason and the nearest one that works.
+    "none" is for a sum of losses and for `scope="tensor"`.
+
+    stacks: True if the target takes merged gradients. world: number of ranks; by default that of
+    the process group, which may not be initialised yet.
+    Raises UserError for an unknown value, and for an unsupported combination, with the reason and
+    the nearest supported item.
     """
-    _one_of("storage", storage, ("auto", "stacked", "kept", "replay"))
-    _one_of("scope", scope, ("global", "tensor"))
-    _one_of("reduce", reduce, ("exact", "local", "sketch"))
+    _check_choice("storage", storage, ("auto", "stacked", "kept", "replay"))
+    _check_choice("scope", scope, ("global", "tensor"))
+    _check_choice("reduce", reduce, ("exact", "local", "sketch"))
     if dtype not in DTYPES.values():
         raise UserError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
     if sketch_size < 16:
@@ -130,7 +140,7 @@ def check_options(
     chosen = storage if storage != "auto" else ("stacked" if stacks else "replay")
     if chosen != "stacked" and dtype != torch.float32:
         raise UserError(
-            f"dtype={dtype} is that of J, and storage='{chosen}' keeps none: use torch.float32, or storage='stacked' "
+            f"dtype={dtype} is for J, and storage='{chosen}' does not store J: use torch.float32, or storage='stacked' "
             "with ZeRO 0 to 2 without offload"
         )
     return chosen
@@ -139,11 +149,11 @@ def check_options(
 def _check_tensor_scope(method: Method, storage: str, reduce: str, dtype: torch.dtype) -> None:
     if storage != "auto":
         raise UserError(
-            f"scope='tensor' merges every tensor inside backward and keeps no J, so storage='{storage}' has no "
+            f"scope='tensor' merges every tensor found backward and keeps no J, so storage='{storage}' has no "
             "meaning: leave storage at 'auto', or use scope='global'"
         )
     if dtype != torch.float32:
-        raise UserError(f"scope='tensor' keeps no J that dtype={dtype} could be of: use torch.float32")
+        raise UserError(f"dtype={dtype} is for J, and scope='tensor' does not store J: use torch.float32")
     if reduce == "sketch":
         raise UserError(
             "scope='tensor' with reduce='sketch': a sketch for each tensor would be as large as the tensors; use "
@@ -156,13 +166,37 @@ def _check_tensor_scope(method: Method, storage: str, reduce: str, dtype: torch.
         )
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise UserError(f"{name} must be {', '.join(allowed[:-1])} or {allowed[-1]}, got {value!r}")
 
 
+def check_backward(storage: str, scope: str) -> None:
+    """Raise UserError where a step runs the forward itself, so losses are not enough."""
+    if storage not in ("stacked", "kept"):
+        reason = "scope='tensor'" if scope == "tensor" else "storage='replay' (ZeRO 3, offload)"
+        raise UserError(f"backward: {reason} runs the forward itself; use run(micro_batches, loss_fn)")
+
+
+def check_per_task(storage: str) -> None:
+    """Raise UserError where one backward pass per task, without the sink, is not supported."""
+    if storage == "kept":
+        raise UserError(
+            "storage='kept' needs a model whose layers write into task_grads, since it keeps the factors of their "
+            "weights' gradients: use storage='stacked'"
+        )
+
+
+def check_cuda_graphs(cuda_graphs: object) -> None:
+    """Raise UserError for True: surgery itself does not import CUDA graphs."""
+    if cuda_graphs is True:
+        raise UserError(
+            "cuda_graphs=True: surgery itself records nothing: pass cuda_graphs=fastmtl.cuda_graphs.record_merging"
+        )
+
+
 def check_sketch(sketch_size: int, sparse: Sequence[nn.Parameter]) -> None:
-    """Raises UserError for a sketch that a table's row does not fit in."""
+    """Raise UserError for a sketch smaller than a row of an embedding table."""
     for table in sparse:
         width = whole_shape(table)[1]
         if width > sketch_size:

@@ -1,9 +1,10 @@
-"""The norm of a step's whole gradient, and what keeps it below a bound.
+"""The norm of a step's whole gradient, and its clipping to a bound.
 
-    factor = min(1, max_norm / (norm + 1e-6)),    norm^2 = c^T G c + |gradients of the tasks' own parameters|^2
+    factor = min(1, max_norm / (norm + 1e-6))
+    norm^2 = c^T G c + |gradients of the tasks' own parameters|^2
 
-The first part is known before the merged gradient is formed, so that clipping is a factor of the weights c. Source: as
-torch.nn.utils.clip_grad_norm_, and DeepSpeed's `gradient_clipping`.
+The first term is known before the merged gradient is formed, so clipping is a factor of the weights
+c. Source: torch.nn.utils.clip_grad_norm_, and DeepSpeed's `gradient_clipping`.
 """
 
 from __future__ import annotations
@@ -22,46 +23,46 @@ from fastmtl.surgery.ranks.collectives import BUCKET, sum_over_ranks, world_size
 from fastmtl.surgery.step import SurgeryInfo
 from fastmtl.surgery.targets.protocol import Target
 
-# A norm below this share of the sum of its parts' is not taken from float32 inner products, whose rounding, some 1e-7
-# of the parts' squares, would show in it.
+# A norm below this share of the sum of its terms' norms is not computed from float32 inner
+# products: their rounding error, about 1e-7 of the squared terms, would be visible.
 _CANCELLED = 1e-2
 _EPS = 1e-6
 
 
 def check_max_norm(max_norm: float | None, target: Target, storage: str, reduce: str, *, joint: bool) -> None:
-    """Raise UserError for a bound that is not above 0, and where surgery does not have the whole gradient."""
+    """Raise UserError for a bound not above 0, and where surgery lacks the whole gradient."""
     if max_norm is None:
         return
     if not max_norm > 0:
         raise UserError(f"max_norm must be above 0, got {max_norm}; None leaves clipping to the target")
-    advice = "leave max_norm out, and clip where the gradient is: by gradient_clipping in the engine's config"
+    advice = "leave max_norm out and set gradient_clipping in the engine's config"
     if target.merges:
         raise UserError("max_norm: SurgeryAdamW clips by its own max_norm: give it there")
     if joint and (world_size() > 1 or target.loss_scale() != 1.0):
         reason = "in several processes DeepSpeed reduces" if world_size() > 1 else "under fp16 DeepSpeed scales"
-        raise UserError(f"max_norm: the gradient of a sum is one that {reason}: {advice}")
+        raise UserError(f"max_norm: for a sum, {reason} the gradient: {advice}")
     if not joint and storage in ("replay", "none"):
         raise UserError(
             f"max_norm: storage='replay' and scope='tensor' merge inside the target's own backward: {advice}"
         )
     if joint and not target.stacks:
-        raise UserError(f"max_norm: ZeRO 3 and offload keep the gradient to themselves: {advice}")
+        raise UserError(f"max_norm: ZeRO 3 and offload do not expose the whole gradient: {advice}")
     if not joint and reduce != "exact":
-        raise UserError(f"max_norm: reduce='{reduce}' does not give the norm of what all ranks merge: {advice}")
+        raise UserError(f"max_norm: reduce='{reduce}' does not give the norm of the gradient of all ranks: {advice}")
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
-    """Return the factor that clips a gradient of this norm, at most 1; NaN for a norm that is NaN."""
+    """Return the factor that clips a gradient of this norm, at most 1; NaN for a NaN norm."""
     return 1.0 if norm + _EPS <= max_norm else max_norm / (norm + _EPS)
 
 
 def clip_factor_on_device(norm: Tensor, max_norm: float) -> Tensor:
-    """Return the same factor, a float32 scalar, of a norm that the host does not know."""
+    """Return `clip_factor` as a float32 scalar tensor, without a wait for the device."""
     return (max_norm / (norm + _EPS)).clamp(max=1.0).float()
 
 
 def shared_norm(info: SurgeryInfo) -> float | None:
-    """Return the norm of the shared update by the Gramian, None where that does not give it."""
+    """Return the norm of the shared update from the Gramian, None if rounding affects it."""
     if info.merged_norm is None or info.weights is None or info.task_norms is None:
         return None
     parts = float(info.weights.abs() @ info.task_norms)
@@ -69,11 +70,12 @@ def shared_norm(info: SurgeryInfo) -> float | None:
 
 
 def known_clip(info: SurgeryInfo, norm: float | None, max_norm: float | None) -> float | None:
-    """Return the factor that clips a step's gradient before it is merged, None where the norm has to be measured.
+    """Return the factor that clips a step's gradient before merging, None if the norm must be
+    measured.
 
     norm: from `shared_norm`.
     """
-    if max_norm is None or info.merged_norm is None:  # an fp16 overflow, which the target has to see
+    if max_norm is None or info.merged_norm is None:  # or an fp16 overflow, which the target has to see
         return 1.0
     return None if norm is None else clip_factor(_total(info, norm), max_norm)
 
@@ -81,11 +83,12 @@ def known_clip(info: SurgeryInfo, norm: float | None, max_norm: float | None) ->
 def clip_gradients(
     info: SurgeryInfo, norm: float | None, max_norm: float | None, merged: Merged, factor: float
 ) -> tuple[SurgeryInfo, float]:
-    """Return the norms and what a step's gradient is clipped by. Merged gradients of a norm that was not known before
-    are measured, and clipped in place.
+    """Return the report with norms, and the factor that clips a step's gradient.
 
-    norm: from `shared_norm`; where it is known, `merged` is clipped. merged: on this rank, times `factor`, by the
-    parameter's id.
+    If the norm was not known before merging, it is measured here, and `merged` is clipped in place.
+
+    norm: from `shared_norm`; if it is known, `merged` is clipped already. merged: gradients of this
+    rank by parameter id, times `factor`.
     """
     if max_norm is None or info.merged_norm is None:
         return info, 1.0
@@ -102,7 +105,10 @@ def _total(info: SurgeryInfo, shared: float) -> float:
 
 
 def _measured_norm(merged: Sequence[Tensor]) -> float:
-    """Return the norm of the sum over ranks of a merged gradient. Sends it once, and waits for the device."""
+    """Return the norm of the sum over ranks of a merged gradient.
+
+    Sends the gradient once, and waits for the device.
+    """
     if world_size() == 1:
         return float(total_norm(list(merged)))
     squares = 0.0
@@ -113,7 +119,10 @@ def _measured_norm(merged: Sequence[Tensor]) -> float:
 
 
 def over_ranks(own: list[Tensor]) -> list[Tensor]:
-    """Sum gradients of the tasks' own parameters over ranks by one collective; in one process leave them alone."""
+    """Return gradients of own parameters, summed over ranks by one collective.
+
+    In a single process, they are returned unchanged.
+    """
     if world_size() == 1 or not own:
         return own
     flat = sum_over_ranks(torch.cat([gradient.flatten().float() for gradient in own]))

@@ -1,4 +1,4 @@
-"""autograd for gradients that surgery needs at hand, and the sentence where it cannot give them."""
+"""Gradients by autograd, returned instead of accumulated, with errors for what it cannot give."""
 
 from __future__ import annotations
 
@@ -10,31 +10,33 @@ from torch import Tensor
 
 from fastmtl.errors import UserError
 
-# What torch and DeepSpeed say of checkpointing that calls backward inside backward.
+# Parts of torch's and DeepSpeed's errors about checkpointing that calls backward in backward.
 _REENTRANT = ("use_reentrant=True", "Checkpointing is not compatible with .grad()")
 
 
-# A scalar, and what its gradient is multiplied with.
+# A scalar, and the factor of its gradient.
 Term = tuple[Tensor, float]
 
 
 def differentiate(
-    terms: Sequence[Term], inputs: Sequence[Tensor], names: Mapping[int, str], *, again: bool = False
+    terms: Sequence[Term], inputs: Sequence[Tensor], names: Mapping[int, str], *, retain_graph: bool = False
 ) -> tuple[Tensor | None, ...]:
-    """Return gradients of the sum of the terms by `inputs`, None for those that it does not depend on. The sum is not
-    made: autograd starts from the factors.
+    """Return the gradients of the sum of the terms with respect to `inputs`, None for unused
+    inputs.
 
-    names: of the inputs by id, for messages. again: whether the graph is needed for another call.
+    The sum itself is not computed: autograd starts from the factors.
+
+    names: names of the inputs by id, for messages. retain_graph: True if the graph is needed again.
     Raises UserError for re-entrant checkpointing and for sparse gradients.
     """
     try:
         scalars = [scalar for scalar, _ in terms]
         factors = [torch.full((), factor, dtype=scalar.dtype, device=scalar.device) for scalar, factor in terms]
-        found = torch.autograd.grad(scalars, inputs, factors, retain_graph=again, allow_unused=True)
+        found = torch.autograd.grad(scalars, inputs, factors, retain_graph=retain_graph, allow_unused=True)
     except RuntimeError as error:
         if any(sign in str(error) for sign in _REENTRANT):
             raise UserError(
-                "re-entrant activation checkpointing runs a backward of its own, which gives no task gradients: use "
+                "re-entrant activation checkpointing runs a backward of its own, without task gradients: use "
                 'model.gradient_checkpointing_enable({"use_reentrant": False}), or '
                 "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             ) from None
@@ -50,7 +52,9 @@ def differentiate(
 
 
 def leaves_of(loss: Tensor) -> set[int]:
-    """Return the ids of the tensors that a backward of `loss` would give a gradient, without running it."""
+    """Return the ids of the tensors that a backward of `loss` would give a gradient. Runs no
+    backward.
+    """
     found, seen, waiting = set[int](), set[Any](), [loss.grad_fn]
     while waiting:
         node = waiting.pop()

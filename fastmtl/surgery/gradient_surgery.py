@@ -1,8 +1,10 @@
-"""Gradient surgery for a training loop: `run` takes the micro-batches of one step and leaves one merged gradient.
+"""Gradient surgery for a training loop: one merged gradient from the micro-batches of a step.
 
-T tasks. Loss of task t = weight_t * (sum of its losses over the whole step) / (its rows in the whole step), over
-micro-batches and ranks together, so the same rows give the same step however they are spread. J holds the
-T gradients of the shared parameters.
+Notation: T tasks. J holds the T gradients of the shared parameters; G = J J^T is their Gramian.
+
+Loss of task t = weight_t * (sum of its losses over the whole step) / (its rows in the whole step),
+over micro-batches and ranks together. The same rows therefore give the same step, however they are
+distributed.
 """
 
 from __future__ import annotations
@@ -15,32 +17,19 @@ import torch
 from torch import nn
 
 from fastmtl.errors import UserError
-from fastmtl.surgery.checks import (
-    SKETCH_SIZE,
-    Reduce,
-    Scope,
-    Storage,
-    check_options,
-    check_parameters,
-    check_sketch,
-    check_task_weights,
-    check_tasks,
-    find_shared,
-)
+from fastmtl.surgery import checks
+from fastmtl.surgery.checks import Reduce, Scope, Storage
 from fastmtl.surgery.clipping import check_max_norm
-from fastmtl.surgery.joint import JointStep, WatchedJointStep
+from fastmtl.surgery.joint import ClippedJointStep, JointStep
 from fastmtl.surgery.losses import Losses
 from fastmtl.surgery.methods.method import Reduction
 from fastmtl.surgery.methods.table import find_method
 from fastmtl.surgery.parts import Parts
-from fastmtl.surgery.ranks.alone import Alone
-from fastmtl.surgery.ranks.together import Together
 from fastmtl.surgery.replay import replay
 from fastmtl.surgery.sinks.gramian import GramianSink
-from fastmtl.surgery.sinks.keep import KeepSink
+from fastmtl.surgery.sinks.make import make_sink
 from fastmtl.surgery.sinks.sink import Sink
 from fastmtl.surgery.sinks.source import MergingSink
-from fastmtl.surgery.sinks.stack import StackSink
 from fastmtl.surgery.sinks.tensor import TensorSink
 from fastmtl.surgery.solver import Solver
 from fastmtl.surgery.stacked import RecordedMerging, RecordMerging, StackedStep
@@ -50,37 +39,51 @@ from fastmtl.surgery.tensor_scope import tensor_scope
 
 log = logging.getLogger(__name__)
 
-_COUNTS = "counts: with several micro-batches give {task: rows in the whole step, over all ranks}"
+_COUNTS = "counts: give {task: rows in the whole step, over all ranks}, required with several micro-batches"
 
 
 class GradientSurgery:
-    """`sum` or a gradient method on a DeepSpeed engine or a torch optimiser.
+    """Gradient surgery, or a plain sum of losses, on a DeepSpeed engine or a torch optimizer.
 
-    target: the engine (ZeRO 0 to 3) or, in one process, the optimiser. method: "sum", "pcgrad", "gradvac", or a
-    Gramian weighting of TorchJD in lower case ("upgrad", "mgda", ...); options: what it takes ({"c": 0.4} for
-    "cagrad").
-    tasks: their names, in the order of segments and rows of J.
-    shared: the parameters that surgery is about, each once; the others get their own gradient. Default: all of the
-    target. Which of them are trained is settled here: after a later change make another object.
-    sparse: shared embedding tables whose gradient is kept as compact rows.
-    storage: "stacked" keeps J; "kept" keeps the inputs and output gradients of the layers and multiplies them a second
-    time; "replay" keeps only G and runs forward and backward a second time; "auto" takes stacked where the target can
-    (ZeRO 0 to 2 without offload).
-    scope: "global", or "tensor": surgery on each parameter tensor by itself as soon as backward has its T gradients.
-    That is another method (finer, and for each micro-batch by itself); it needs no J and no second pass in any stage.
-    reduce: "exact": J is that of all ranks. "local": every rank projects its own J, then the ranks average. "sketch":
-    J's inner products come from count-sketches of `sketch_size` buckets a task, all that crosses the network besides
-    the merged gradient; a cosine is off by at most sqrt(2 / sketch_size) in the root mean square.
-    dtype: of J in `stacked`; bfloat16 halves it and rounds every task gradient to 8 bits.
-    task_weights: fixed weight of each task's loss, applied before the Gramian. reduction: of the modified gradients,
-    "sum" (the paper) or "mean"; for pcgrad and gradvac.
-    seed: of the random order in which tasks meet, with the step's number.
-    cuda_graphs: whether Gramian, weights and merging are one CUDA graph, where they can be; the log says where not.
-    max_norm: clips the gradient of all trained parameters together, by the norm that G gives, so that the engine's own
-    `gradient_clipping` can be 0 and its checks of the gradient off; math.inf only finds the norm. None leaves all that
-    to the target. With `sum` it needs one process.
-    Raises UserError for an unknown name, and for a combination that cannot do what it promises. `sum` heeds none of
-    storage, scope, reduce and dtype.
+    In each step, the method turns G into one weight per task. The weighted sum of the task
+    gradients becomes the gradient of the shared parameters; every other parameter keeps its own
+    gradient. Loss weights are applied before G is computed.
+
+    Args:
+        target: DeepSpeed engine (ZeRO 0 to 3), or, in a single process, a torch optimizer.
+        method: "sum", "pcgrad", "gradvac", or a Gramian weighting of TorchJD in lower case
+            ("upgrad", "mgda", ...). "sum" adds the losses and ignores `storage`, `scope`, `reduce`
+            and `dtype`.
+        tasks: task names, in the order of the segments and of the rows of J.
+        shared: parameters whose task gradients are merged; default: all of the target. Which of
+            them are trained is fixed here: after a change, create a new object.
+        sparse: shared embedding tables [V, d] whose gradients are kept as compact rows.
+        storage: "stacked" stores J. "kept" stores the inputs and output gradients of the layers and
+            multiplies them twice. "replay" keeps only G and runs forward and backward twice. "auto"
+            is "stacked" where the target supports it (ZeRO 0 to 2 without offload), else "replay".
+        scope: "global", or "tensor": merge each parameter tensor separately during backward, as
+            soon as its T gradients are complete. This is another, finer method, which treats each
+            micro-batch separately. It needs neither J nor a second pass in any ZeRO stage.
+        reduce: "exact": J is the sum over all ranks. "local": each rank merges its own J, then the
+            ranks average. "sketch": G comes from count-sketches of J, and only these and the merged
+            gradient cross the network.
+        dtype: of J in "stacked". torch.bfloat16 halves J and rounds task gradients to 8 bits.
+        sketch_size: buckets per task for "sketch", at least 16. The root-mean-square error of a
+            cosine is at most sqrt(2 / sketch_size).
+        task_weights: fixed factor of each task's loss; default: 1.
+        reduction: "sum" (as in the papers) or "mean" of the modified gradients; pcgrad and gradvac.
+        options: keyword arguments of the method, for example {"c": 0.4} for "cagrad".
+        seed: with the number of the step, fixes the random projection order.
+        cuda_graphs: fastmtl.cuda_graphs.record_merging, to run Gramian, weights and merging as one
+            CUDA graph where possible; the log and `not_recorded` say where not.
+        max_norm: clip the gradient of all trained parameters together, by the norm that G gives.
+            The engine's own `gradient_clipping` can then be 0, and its gradient checks off.
+            math.inf only measures the norm. None leaves clipping to the target. "sum" needs a
+            single process.
+
+    Raises:
+        UserError: an unknown name, or options that do not work together; the message names the
+            nearest combination that does.
     """
 
     def __init__(
@@ -95,7 +98,7 @@ class GradientSurgery:
         scope: Scope = "global",
         reduce: Reduce = "exact",
         dtype: torch.dtype = torch.float32,
-        sketch_size: int = SKETCH_SIZE,
+        sketch_size: int = checks.SKETCH_SIZE,
         task_weights: Mapping[str, float] | None = None,
         reduction: Reduction = "sum",
         options: Mapping[str, Any] | None = None,
@@ -105,15 +108,14 @@ class GradientSurgery:
     ) -> None:
         self._target = find_target(target)
         chosen = find_method(method, reduction, options)
-        self.tasks = check_tasks(tasks)
-        self._weights = check_task_weights(task_weights or {}, self.tasks)
-        sparse = check_parameters("sparse", sparse)
-        inside = find_shared(self._target, shared, sparse)
-        inside_ids = {id(p) for p in inside}
-        if not inside and chosen is not None:
-            log.warning("no shared parameter is trained, so there is nothing that tasks could disagree on: sum")
+        self.tasks = checks.check_tasks(tasks)
+        self._weights = checks.check_task_weights(task_weights or {}, self.tasks)
+        sparse = checks.check_parameters("sparse", sparse)
+        shared = checks.find_shared(self._target, shared, sparse)
+        if not shared and chosen is not None:
+            log.warning("no shared parameter is trained, so no task gradients can conflict: falling back to sum")
             chosen = None
-        self.storage = check_options(
+        self.storage = checks.check_options(
             self._target.stacks,
             chosen,
             storage=storage,
@@ -124,28 +126,34 @@ class GradientSurgery:
         )
         check_max_norm(max_norm, self._target, self.storage, reduce, joint=chosen is None)
         if reduce == "sketch":
-            check_sketch(sketch_size, sparse)
+            checks.check_sketch(sketch_size, sparse)
         self._joint, self._scope, self._by_rank = chosen is None, scope, reduce == "local"
         self._plain = method == "sum"
         self._solver = Solver(chosen, method, self.tasks, seed, by_rank=self._by_rank)
-        self._sink = self._make_sink(inside, sparse, dtype, reduce, sketch_size if reduce == "sketch" else None)
-        own = [p for p in self._target.parameters if id(p) not in inside_ids]
-        self._parts = Parts(self._target, self._solver, self.tasks, inside, own, max_norm)
+        self._sink = make_sink(
+            "tensor" if scope == "tensor" and not self._joint else self.storage,
+            shared,
+            len(self.tasks),
+            sparse=sparse,
+            dtype=dtype,
+            reduce=reduce,
+            sketch_size=sketch_size,
+        )
+        shared_ids = {id(p) for p in shared}
+        own = [p for p in self._target.parameters if id(p) not in shared_ids]
+        self._parts = Parts(self._target, self._solver, self.tasks, shared, own, max_norm)
         self._open: JointStep | StackedStep | None = None
         self._warned = False
         self._recorded: RecordedMerging | None = None
         self._not_recorded: Sequence[str] = ()
-        if cuda_graphs is True:
-            raise UserError(
-                "cuda_graphs=True: surgery itself records nothing: pass cuda_graphs=fastmtl.cuda_graphs.record_merging"
-            )
+        checks.check_cuda_graphs(cuda_graphs)
         if cuda_graphs:
             self.record_with(cuda_graphs)
 
     def record_with(self, record: RecordMerging) -> None:
-        """Merge by recordings that `record` makes, as the argument `cuda_graphs` does."""
+        """Record merging with `record`, as the argument `cuda_graphs` does."""
         method = self._solver.method
-        if method is not None:  # a sum has none of this
+        if method is not None:  # a sum has nothing to record
             self._recorded, self._not_recorded = record(self._sink, method, self._target, self.storage)
 
     def run(
@@ -157,21 +165,32 @@ class GradientSurgery:
         *,
         stop: bool = False,
     ) -> SurgeryInfo:
-        """Forward and backward of one optimiser step; then call `engine.step()` (or `optimizer.step()`) unless
-        `skipped`.
+        """Run forward and backward of one step, and leave one merged gradient in the target.
 
-        loss_fn(micro_batch, ...) -> {task: (sum of the rows' losses, number of rows)}. It is given by keyword what it
-        declares: `model`, what to call (the engine or its module, by pass; needed for replay under DeepSpeed), and
-        `task_grads`, the sink, for a model whose layers write into it. Without `task_grads` there is one backward per
-        task.
-        counts: rows of each task in the whole step over all ranks; needed with several micro-batches, else counted.
-        weights: of the tasks' losses in this step, times the fixed ones; the same on every rank.
-        stop: whether this rank wants to end after this step, as after a signal; `info.stop` says whether any does. It
-        travels with the losses.
-        Raises UserError where the losses are no scalar sums of rows or do not fit `tasks` or `counts`, where a shared
-        parameter's gradient goes past the sink or is sparse, for re-entrant checkpointing, and where a parameter was
-        frozen or unfrozen; TrainingError after five skipped steps in a row, and for a loss (`sum`) or gradient
-        (`scope="tensor"`) that is not finite where the step cannot be skipped any more.
+        Call `engine.step()` or `optimizer.step()` afterwards, unless the report has `skipped`.
+
+        Args:
+            micro_batches: the step's micro-batches, at least one; each goes to `loss_fn` unchanged.
+            loss_fn: loss_fn(micro_batch, ...) -> {task: (sum of the rows' losses, number of rows)}.
+                The sum is a scalar tensor. `loss_fn` receives those of two keyword arguments that
+                it declares: `model`, the engine or its module, depending on the pass (required for
+                replay under DeepSpeed); `task_grads`, the sink for a model whose layers write into
+                it. Without `task_grads`, each task has a backward pass of its own.
+            counts: rows of each task in the whole step over all ranks; required with several
+                micro-batches, else counted.
+            weights: factor of each task's loss in this step, times `task_weights`; as on all ranks.
+            stop: request the end of training after this step, for example after a signal. The flag
+                is reduced with the losses: `info.stop` is True if any rank requests it.
+
+        Returns:
+            The report of the step, over all ranks.
+
+        Raises:
+            UserError: losses that are not scalar sums of rows, or do not fit `tasks` or `counts`; a
+                shared parameter whose gradient bypasses the sink or is sparse; re-entrant
+                checkpointing; a parameter that was frozen or unfrozen since construction.
+            TrainingError: five skipped steps in a row; a loss ("sum") or gradient (scope "tensor")
+                that is not finite where the step can no longer be skipped.
         """
         if not micro_batches:
             raise UserError("micro_batches: a step needs at least one")
@@ -188,8 +207,9 @@ class GradientSurgery:
 
     @property
     def task_grads(self) -> Sink:
-        """The sink for a forward whose losses go to `backward`: it takes writes until then. For models of fastmtl's
-        layers. Raises UserError as `backward` does.
+        """The sink for a forward whose losses go to `backward`, for models of fastmtl's layers.
+
+        It takes gradients until that `backward`. Raises UserError where `backward` is unsupported.
         """
         self._check_backward()
         if not self._joint:
@@ -205,13 +225,23 @@ class GradientSurgery:
         last: bool = True,
         stop: bool = False,
     ) -> SurgeryInfo | None:
-        """In place of `engine.backward(loss)`, where the losses are at hand: {task: (sum of the rows' losses, rows)}.
+        """Run backward for one micro-batch, in place of `engine.backward(loss)`.
 
-        counts: rows of each task in the whole step over all ranks; needed with several micro-batches a step, else
-        counted. weights, stop: as of `run`, taken from the first call of a step. Drop the losses afterwards: with
-        `cuda_graphs` the next forward cannot be captured while they are there. last: whether this is the last
-        micro-batch of the step; the merged gradient and the SurgeryInfo come with it, None before.
-        Raises UserError as `run` does, and where a step cannot be done without running forward again: use `run` there.
+        Drop the losses afterwards: with `cuda_graphs`, the next forward cannot be captured while
+        they exist.
+
+        Args:
+            losses: as `loss_fn` of `run` returns them.
+            counts, weights: as in `run`; read at the first call of a step.
+            last: True for the last micro-batch of the step, which also merges the gradient.
+            stop: as in `run`; read at the first call of a step.
+
+        Returns:
+            The report of the step for its last micro-batch, None before.
+
+        Raises:
+            UserError: as in `run`; and for storage "replay" and scope "tensor", which need `run`.
+            TrainingError: as in `run`.
         """
         self._check_backward()
         takes_sink = self._sink.active
@@ -220,86 +250,67 @@ class GradientSurgery:
                 if counts is None and not last:
                     raise UserError(_COUNTS)
                 self._open = self._start(self._new_step(counts, weights, stop))
-            way = self._open
+            step = self._open
             if last:
                 self._open = None
             if not takes_sink and not self._joint:
                 self._sink.arm(self._target.device)
             self._check_takes_sink(takes_sink)
-            way.backward(losses, takes_sink=takes_sink, last=last)
+            step.backward(losses, takes_sink=takes_sink, last=last)
         except BaseException:
             self._open = None
             raise
         finally:
             self._sink.disarm()
-        return way.finish() if last else None
+        return step.finish() if last else None
 
     @property
     def not_recorded(self) -> list[str]:
-        """Reasons why `cuda_graphs` recorded nothing so far, as the log has them. Empty without `cuda_graphs`."""
+        """Reasons why steps were not recorded, as in the log; empty without `cuda_graphs`."""
         return list(self._not_recorded)
 
     def kept_tensors(self) -> list[torch.Tensor]:
-        """What is kept of task gradients now: J, its shards, sketch and compact rows, and what `cuda_graphs` needs."""
+        """Return all task gradients held now, in any form, and the buffers of `cuda_graphs`."""
         return self._sink.tensors() + ([] if self._recorded is None else self._recorded.tensors())
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-ready: what the next step's order, the skipped steps and the method depend on."""
+        """Return the seed, the step, skipped steps and the method's state, JSON-ready."""
         return self._solver.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._solver.load_state_dict(state)
 
     def _new_step(self, counts: Mapping[str, int] | None, weights: Mapping[str, float] | None, stop: bool) -> Step:
-        if not self._plain:  # a plain sum leaves it to autograd which parameters get a gradient
+        if not self._plain:  # in a plain sum, autograd decides which parameters get a gradient
             self._target.check_trained()
-        of_step = check_task_weights(weights or {}, self.tasks, "weights")
+        step_weights = checks.check_task_weights(weights or {}, self.tasks, "weights")
         self._solver.next_step()
-        both = [fixed * now for fixed, now in zip(self._weights, of_step, strict=True)]
-        # What every task shares reaches every loss; where nothing shared is trained, a task may have nothing to train.
-        settings: dict[str, Any] = {"constants": not self._parts.shared, "stop": stop}
-        return Step(counts, tasks=self.tasks, task_weights=both, device=self._target.device, **settings)
-
-    def _make_sink(
-        self,
-        shared: Sequence[nn.Parameter],
-        sparse: Sequence[nn.Parameter],
-        dtype: torch.dtype,
-        reduce: Reduce,
-        sketch_size: int | None,
-    ) -> Sink:
-        """Return the sink of the storage; that of `sum` is never armed."""
-        ranks = Alone() if reduce == "local" else Together()
-        parts = shared, len(self.tasks)
-        if not self._joint and self._scope == "tensor":
-            return TensorSink(*parts, sparse=sparse, ranks=ranks)
-        if self.storage == "replay":
-            return GramianSink(*parts, sparse=sparse, ranks=ranks, sketch_size=sketch_size)
-        if self.storage == "kept":
-            return KeepSink(*parts, sparse=sparse, ranks=ranks, sketch_size=sketch_size)
-        return StackSink(*parts, sparse=sparse, dtype=dtype, ranks=ranks, sketch_size=sketch_size)
+        return Step(
+            counts,
+            tasks=self.tasks,
+            task_weights=[fixed * of_step for fixed, of_step in zip(self._weights, step_weights, strict=True)],
+            device=self._target.device,
+            # Every loss depends on shared parameters; if none is trained, a loss may be constant.
+            constants=not self._parts.shared,
+            stop=stop,
+        )
 
     def _start(self, step: Step) -> JointStep | StackedStep:
         if not self._joint:
             assert isinstance(self._sink, MergingSink)
             return StackedStep(self._parts, self._sink, step, self._recorded)
-        kind = JointStep if self._parts.max_norm is None else WatchedJointStep
+        kind = JointStep if self._parts.max_norm is None else ClippedJointStep
         return kind(self._parts, self._sink, step)
 
     def _check_backward(self) -> None:
-        if not self._joint and self.storage not in ("stacked", "kept"):
-            reason = "scope='tensor'" if self._scope == "tensor" else "storage='replay' (ZeRO 3, offload)"
-            raise UserError(f"backward: {reason} makes the forward itself; use run(micro_batches, loss_fn)")
+        if not self._joint:
+            checks.check_backward(self.storage, self._scope)
 
     def _check_takes_sink(self, takes_sink: bool) -> None:
-        """Raise UserError where the storage needs layers that know the sink; warn once where they would be faster."""
+        """Raise UserError, or warn once, for a model whose layers do not write into the sink."""
         if takes_sink or self._joint:
             return
-        if self.storage == "kept":
-            raise UserError(
-                "storage='kept' needs a model whose layers write into task_grads, since it keeps what their weights' "
-                "gradients are products of: use storage='stacked'"
-            )
+        checks.check_per_task(self.storage)
         if not self._warned:
             self._warned = True
-            log.warning("the model takes no task_grads: one backward pass per task (see docs/surgery.md)")
+            log.warning("the model takes no task_grads: running one backward pass per task (see docs/surgery.md)")

@@ -1,4 +1,4 @@
-"""`sum`: the joint gradient by the target's own backward, or by autograd where its norm is asked for."""
+"""`sum`: the joint gradient, by the target's own backward, or by autograd if its norm is needed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastmtl_kernels.cast import cast
 
 
 class JointStep:
-    """One step by the target's own backward. sink: is not armed, so layers are plain."""
+    """One step by the target's own backward. sink: is never armed, so layers run without it."""
 
     _own_backward = True
 
@@ -32,31 +32,32 @@ class JointStep:
         self._parts, self._sink, self._step = parts, sink, step
 
     def run(self, micro_batches: Sequence[Any], losses_of: LossFunction) -> SurgeryInfo:
-        """Leave the joint gradient in the target."""
+        """Leave the joint gradient in the target and return the report."""
         for number, micro_batch in enumerate(micro_batches, start=1):
             with profile_range("forward"):
                 losses = losses_of(micro_batch, self._sink, training_pass=self._own_backward)
             self.backward(losses, takes_sink=losses_of.takes_sink, last=number == len(micro_batches))
-            # The graph that losses hold would bring the default stream into the next forward's CUDA graphs.
+            # A live autograd graph would bring the default stream into the next capture.
             del losses
         return self.finish()
 
     def backward(self, losses: Losses, *, takes_sink: bool, last: bool) -> None:
-        """Run one micro-batch's backward."""
+        """Run backward for one micro-batch."""
         self._step.take(losses)
         with profile_range("backward"):
             self._parts.target.backward(self._step.total(losses), last=last)
 
     def finish(self) -> SurgeryInfo:
         """Return the report of the step."""
-        return _judged(self._parts, self._step, sum_over_ranks(self._step.sums).tolist())
+        return _report(self._parts, self._step, sum_over_ranks(self._step.sums).tolist())
 
 
-class WatchedJointStep(JointStep):
-    """One step in one process with `max_norm`: the gradient is clipped, and the step skipped where it is not finite.
+class ClippedJointStep(JointStep):
+    """One step in a single process with `max_norm`: clipped, and skipped if the gradient is not
+    finite.
 
-    The host reads losses and norms at once. Where the target can take a step back, the host reads them only after the
-    gradient was handed over, so a GPU computes meanwhile.
+    The host reads losses and norms in one copy. Where the target can discard a step, the host reads
+    them only after the gradient was handed over, so a GPU computes meanwhile.
     """
 
     _own_backward = False
@@ -74,7 +75,7 @@ class WatchedJointStep(JointStep):
             found = differentiate(self._step.terms(losses), target.parameters, target.names)
             for k, gradient in enumerate(found):
                 total = self._gradients[k]
-                if gradient is not None:  # in float32, for 16 bits would round every sum
+                if gradient is not None:  # float32, since 16 bits would round every sum
                     self._gradients[k] = gradient if total is None else cast(total, torch.float32) + gradient
 
     def finish(self) -> SurgeryInfo:
@@ -84,24 +85,29 @@ class WatchedJointStep(JointStep):
             norms = tensor_norms([gradient for gradient in self._gradients if gradient is not None])
             total = torch.linalg.vector_norm(norms)
             merged = self._clipped(total)
-            if target.takes_back:
+            if target.can_discard:
                 target.hand_over(merged, ids)
             numbers = torch.cat([self._step.sums, total[None], norms]).tolist()
-        sums, norm, each = numbers[: len(parts.tasks) + 1], numbers[len(parts.tasks) + 1], numbers[-len(ids) :]
-        info = dataclasses.replace(_judged(parts, self._step, sums), total_norm=norm)
+        sums, norm, norms_by_id = numbers[: len(parts.tasks) + 1], numbers[len(parts.tasks) + 1], numbers[-len(ids) :]
+        info = dataclasses.replace(_report(parts, self._step, sums), total_norm=norm)
         if not math.isfinite(norm):
-            if target.takes_back:
-                target.take_back()
-            bad = next(target.names[key] for key, found in zip(ids, each, strict=True) if not math.isfinite(found))
+            if target.can_discard:
+                target.discard()
+            bad = next(
+                target.names[key] for key, found in zip(ids, norms_by_id, strict=True) if not math.isfinite(found)
+            )
             parts.solver.skip(bad)
             return dataclasses.replace(info, skipped=bad)
-        parts.solver.good_step()
-        if not target.takes_back:
+        parts.solver.count_finite_step()
+        if not target.can_discard:
             target.hand_over(merged, ids)
         return info
 
     def _clipped(self, total: Tensor) -> Merged:
-        """Return gradients of all parameters, which nobody else holds then, so that they become `.grad` as they are."""
+        """Return clipped gradients of all parameters.
+
+        No other object holds these tensors afterwards, so they become `.grad` without a copy.
+        """
         max_norm, parameters = self._parts.max_norm, self._parts.target.parameters
         assert max_norm is not None
         found, self._gradients = self._gradients, []
@@ -116,9 +122,9 @@ class WatchedJointStep(JointStep):
         return merged
 
 
-def _judged(parts: Parts, step: Step, sums: list[float]) -> SurgeryInfo:
+def _report(parts: Parts, step: Step, sums: list[float]) -> SurgeryInfo:
     losses, stop = step.summarize(sums)
     for name, loss in losses.items():
         if not math.isfinite(loss) and not parts.target.backs_off():
-            parts.solver.stop_at("loss", f"task {name}")
+            parts.solver.fail("loss", f"task {name}")
     return SurgeryInfo(losses=losses, stop=stop)

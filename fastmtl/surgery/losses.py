@@ -1,4 +1,4 @@
-"""The check of what a loss function returns, and the sentence for anything else."""
+"""Checks of the losses and counts that a user gives."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _EXPECTED = "give {task: (sum of its rows' losses, number of rows)}"
 
 
 def check_losses(losses: Losses, tasks: list[str], *, constants: bool = False) -> None:
-    """Raise UserError, naming the task, for what is not a scalar tensor and a number of rows for each task.
+    """Raise UserError, naming the task, unless each task has a scalar tensor and a number of rows.
 
-    constants: whether rows may have a loss that depends on no trained parameter, as those of a head without parameters
-    on a frozen encoder.
+    constants: allow losses that depend on no trained parameter, such as those of a head without
+    parameters on a frozen encoder.
     """
     if not isinstance(losses, Mapping):
         raise UserError(f"the losses are of type {type(losses).__name__}: {_EXPECTED}")
@@ -33,7 +33,7 @@ def check_losses(losses: Losses, tasks: list[str], *, constants: bool = False) -
 
 
 def check_counts(counts: Mapping[str, int], tasks: list[str]) -> None:
-    """Raise UserError for an unknown task, and for what is not a number of rows."""
+    """Raise UserError for an unknown task, and for an invalid number of rows."""
     unknown = [name for name in counts if name not in tasks]
     if unknown:
         raise UserError(f"counts: of {listed(unknown)}, tasks are {listed(tasks)}")

@@ -1,4 +1,4 @@
-"""The gradients that one step hands over."""
+"""The gradients that a step hands to the target."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from torch import Tensor
 
 
 class Merged(MutableMapping[int, Tensor]):
-    """Gradients by the parameter's id. Most are parts of one flat tensor, and the view of a part is made when it is
-    asked for: a call of an operator for each of hundreds of parameters.
+    """Gradients by parameter id, most of them parts of one flat tensor.
 
-    flat: contiguous, the first of its storage. like: by id, the tensor of whose shape, strides and offset the view is.
+    The view of a part is created on access, since hundreds of parameters would each cost a call of
+    an operator.
+
+    flat: contiguous, and at offset 0 of its storage. like: by id, the tensor whose shape, strides
+    and offset the view has.
     """
 
     def __init__(self, flat: Tensor | None = None, like: Mapping[int, Tensor] | None = None) -> None:
@@ -20,20 +23,23 @@ class Merged(MutableMapping[int, Tensor]):
         self._others: dict[int, Tensor] = {}
 
     def take_joined(self, keys: Sequence[int]) -> Tensor:
-        """Take out those of `keys`, flat and one after the other: a view where they lie so, else a copy."""
-        places = [self._like[key] for key in keys if key in self._like]
-        ends = [place.storage_offset() + place.numel() for place in places]
-        beside = all(place.storage_offset() == end for place, end in zip(places[1:], ends, strict=False))
-        if self._flat is None or len(places) < len(keys) or not beside:
+        """Remove the gradients of `keys` and return them flat, one after the other.
+
+        The result is a view where they are adjacent in `flat`, else a copy.
+        """
+        parts = [self._like[key] for key in keys if key in self._like]
+        ends = [part.storage_offset() + part.numel() for part in parts]
+        adjacent = all(part.storage_offset() == end for part, end in zip(parts[1:], ends, strict=False))
+        if self._flat is None or len(parts) < len(keys) or not adjacent:
             found = [self.pop(key).flatten() for key in keys]
             return torch.cat(found) if len(found) > 1 else found[0]
         for key in keys:
             del self._like[key]
-        begin = places[0].storage_offset()
+        begin = parts[0].storage_offset()
         return self._flat.as_strided((ends[-1] - begin,), (1,), begin)
 
     def multiply(self, factor: float) -> None:
-        """Multiply all of them in place."""
+        """Multiply all gradients in place."""
         torch._foreach_mul_([*self._others.values(), *([] if self._flat is None else [self._flat])], factor)
 
     def __getitem__(self, key: int) -> Tensor:
@@ -41,7 +47,9 @@ class Merged(MutableMapping[int, Tensor]):
             return self._others[key]
         like = self._like[key]
         assert self._flat is not None
-        return self._flat.as_strided(like.shape, like.stride(), like.storage_offset())  # one call: split and view are 3
+        return self._flat.as_strided(
+            like.shape, like.stride(), like.storage_offset()
+        )  # one call; split and view are three
 
     def __setitem__(self, key: int, gradient: Tensor) -> None:
         self._like.pop(key, None)
@@ -61,12 +69,13 @@ class Merged(MutableMapping[int, Tensor]):
 
 
 def unshared(gradients: list[Tensor]) -> list[Tensor]:
-    """Gradients that can be changed in place: autograd gives one tensor for two parameters, or one number for all of a
-    tensor's.
+    """Return gradients that can be changed in place, copied where needed.
+
+    Autograd may return one tensor for two parameters, or expand one number to a whole tensor.
     """
-    found, places = [], set()
+    result, seen = [], set()
     for gradient in gradients:
-        alone = gradient.data_ptr() not in places and gradient.is_contiguous()
-        places.add(gradient.data_ptr())
-        found.append(gradient if alone else gradient.clone(memory_format=torch.contiguous_format))
-    return found
+        exclusive = gradient.data_ptr() not in seen and gradient.is_contiguous()
+        seen.add(gradient.data_ptr())
+        result.append(gradient if exclusive else gradient.clone(memory_format=torch.contiguous_format))
+    return result

@@ -1,4 +1,4 @@
-"""The target, the solver and the parameters of a step, and the gradients that belong to one task."""
+"""The parts of a step that do not change, and checks of gradients that belong to one task."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from fastmtl.surgery.targets.protocol import Target
 class Parts:
     """Fixed parts of every step.
 
-    shared: the parameters whose task gradients are merged. own: the parameters of one task each, which get their own
-    gradient. max_norm: of the whole gradient, None where the target clips.
+    shared: parameters whose task gradients are merged. own: parameters that belong to one task and
+    get their own gradient. max_norm: bound of the whole gradient's norm; None where the target
+    clips.
     """
 
     target: Target
@@ -30,19 +31,21 @@ class Parts:
     max_norm: float | None = None
 
     @contextmanager
-    def own_watched(self) -> Iterator[Tensor]:
-        """Yield a float64 [own]: above 0 for parameters whose gradient is not finite in a backward of the target inside
-        the block. The gradient goes into the target as it comes; `check_own` raises afterwards.
+    def flag_nonfinite_own(self) -> Iterator[Tensor]:
+        """Yield float64 [len(own)], above 0 for own parameters whose gradient is not finite.
+
+        The flags are set by a backward of the target inside the block. The gradient reaches the
+        target unchanged; `check_own` raises afterwards.
         """
         bad = torch.zeros(len(self.own), dtype=torch.float64, device=self.target.device)
 
-        def note(k: int) -> Callable[[Tensor], None]:
+        def flag(k: int) -> Callable[[Tensor], None]:
             def add(gradient: Tensor) -> None:
                 bad[k] += ~torch.isfinite(gradient.norm())
 
             return add
 
-        handles = [parameter.register_hook(note(k)) for k, parameter in enumerate(self.own)]
+        handles = [parameter.register_hook(flag(k)) for k, parameter in enumerate(self.own)]
         try:
             yield bad
         finally:
@@ -50,9 +53,10 @@ class Parts:
                 handle.remove()
 
     def check_own(self, bad: Tensor) -> None:
-        """Raise TrainingError before the update for a gradient that is not finite, unless fp16 backs off from it.
-        Waits for the device.
+        """Raise TrainingError before the update for a flagged gradient.
+
+        With a dynamic fp16 loss scale, DeepSpeed skips the step instead. Waits for the device.
         """
         for parameter, count in zip(self.own, sum_over_ranks(bad).tolist(), strict=True):
             if count and not self.target.backs_off():
-                self.solver.stop_at("gradient", self.target.names[id(parameter)])
+                self.solver.fail("gradient", self.target.names[id(parameter)])

@@ -1,4 +1,4 @@
-"""One backward pass per task: the textbook way, for a model whose layers do not know the sink."""
+"""One backward pass per task: the textbook way, for a model whose layers ignore the sink."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def backward_per_task(
 ) -> None:
     """Add each task's gradients of the shared parameters to J.
 
-    factor: of a task's sum of losses. add_own: takes gradients of `parts.own`. reach_own: takes the
-    ids of the leaves of a loss without rows, whose gradients are zeros.
+    factor: returns the factor of a task's summed loss. add_own: takes gradients of `parts.own`.
+    reach_own: takes the ids of the leaves of a loss without rows, whose gradients are zeros.
     """
     for task, name in enumerate(parts.tasks):
         if name not in losses:
             continue
         loss, rows = losses[name]
-        if rows == 0:  # its zero reaches what it depends on: joint training gives that a zero, too
+        if rows == 0:  # its leaves get a zero gradient, as in joint training
             leaves = leaves_of(loss)
             for parameter in parts.shared:
                 if id(parameter) in leaves:
@@ -37,7 +37,7 @@ def backward_per_task(
             reach_own(leaves)
             continue
         wanted = [*parts.shared, *parts.own]
-        gradients = differentiate([(loss, factor(name))], wanted, parts.target.names, again=True)
+        gradients = differentiate([(loss, factor(name))], wanted, parts.target.names, retain_graph=True)
         for parameter, gradient in zip(parts.shared, gradients, strict=False):
             if gradient is None:
                 continue

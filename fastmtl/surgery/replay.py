@@ -1,4 +1,4 @@
-"""`storage: replay`: a first pass for G alone, a second one through the target, weighted by row."""
+"""`storage: replay`: a first pass for G alone, a second one with rows weighted by their task."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from fastmtl.surgery.stopwatch import Stopwatch
 def replay(
     parts: Parts, sink: GramianSink, step: Step, micro_batches: Sequence[Any], losses_of: LossFunction
 ) -> SurgeryInfo:
-    """Run one optimizer step in two passes. Raises UserError for a loss function without `task_grads`."""
+    """Run one optimizer step in two passes and return its report.
+
+    Raises UserError for a loss function without `task_grads`.
+    """
     if not losses_of.takes_sink:
         raise UserError(
             "storage='replay' (ZeRO 3, offload) needs a model whose layers write into task_grads: DeepSpeed holds the "
@@ -49,9 +52,9 @@ def replay(
         return info
     tables = [parameter for parameter in parts.shared if sink.is_sparse(parameter)]
     weighted = WeightedSink(parts.shared, len(parts.tasks), weights, sparse=tables)
-    with parts.own_watched() as bad_own:
+    with parts.flag_nonfinite_own() as bad_own:
         for number, (micro_batch, state) in enumerate(zip(micro_batches, states, strict=True), start=1):
-            state.restore()  # the same dropout masks as in the first pass
+            state.restore()  # for the dropout masks of the first pass
             with weighted.armed(target.device):
                 with profile_range("forward"):
                     losses = losses_of(micro_batch, weighted, training_pass=True)

@@ -1,4 +1,4 @@
-"""The rows of each task."""
+"""Row ranges of the tasks."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """Bounds of tasks: rows offsets[t]:offsets[t + 1] belong to task t.
+    """Row ranges: rows offsets[t]:offsets[t + 1] belong to task t.
 
-    offsets: int32 [T + 1] on the rows' device; host: the same numbers as Python integers, so that no op waits for the
-    device.
+    offsets: int32 [T + 1] on the device of the rows. host: the same numbers as Python integers, so
+    that no operation waits for the device.
     """
 
     offsets: Tensor
@@ -24,19 +24,22 @@ class Segments:
         return len(self.host) - 1
 
     def rows(self) -> list[slice]:
-        """Return each task's rows."""
+        """Return the row range of each task."""
         return [slice(start, stop) for start, stop in pairwise(self.host)]
 
     def all_rows(self) -> slice:
-        """Return the rows that belong to tasks; a masked tail may follow."""
+        """Return the range of the rows of all tasks; a masked tail may follow."""
         return slice(0, self.host[-1])
 
     def per_row(self, values: Tensor) -> Tensor:
-        """Return values [T], one for each task, as [N], one for each row."""
+        """Return values [T], one per task, as [N], one per row."""
         return values.repeat_interleave(self.offsets[1:] - self.offsets[:-1], output_size=self.host[-1])
 
     def split(self, rows: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
-        """Return a view of each task's part of a dimension, by one call; what follows the last task belongs to none."""
+        """Return one view per task along a dimension, by a single call.
+
+        Rows after the last task are left out.
+        """
         sizes = [stop - start for start, stop in pairwise(self.host)]
         rest = rows.shape[dim] - self.host[-1]
         return rows.split([*sizes, rest] if rest else sizes, dim)[: len(sizes)]

@@ -1,4 +1,4 @@
-"""The weights of a step from its Gramian, and the decision to skip a step."""
+"""Task weights from the Gramian of a step, and the decision to skip a step."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ MAX_SKIPPED = 5
 
 
 class Solver:
-    """The state of surgery: the step's number (with `seed` it fixes the order), skipped steps, the method's state.
+    """State of surgery: the step's number, skipped steps, and the state of the method.
 
-    name: of the method. by_rank: each rank has a Gramian of its own (`reduce: local`).
+    name: of the method. seed: fixes the projection order, together with the step's number. by_rank:
+    each rank has its own Gramian (`reduce: local`).
     """
 
     def __init__(self, method: Method | None, name: str, tasks: list[str], seed: int, *, by_rank: bool) -> None:
@@ -35,7 +36,7 @@ class Solver:
 
     @property
     def step_seed(self) -> int:
-        """The seed of this step, the same on every rank."""
+        """Seed of this step, the same on every rank."""
         return (self._seed * 1_000_003 + self._step) % (1 << 31)
 
     def next_step(self) -> None:
@@ -46,7 +47,10 @@ class Solver:
         return draw_order(len(self.tasks), self._seed, self._step)
 
     def weights(self, gram: Tensor, index: int | None = None) -> Tensor:
-        """Return weights [T] for G [T, T], on its device. index: of the parameter tensor that G is of, None for all."""
+        """Return weights [T] for G [T, T], on its device.
+
+        index: the parameter tensor that G belongs to; None for the G of all parameters.
+        """
         assert self.method is not None
         method = self.method if index is None else self.method.of_tensor(index)
         order = self.order()
@@ -63,12 +67,16 @@ class Solver:
         own_names: Sequence[str] = (),
         own_scale: float | None = None,
     ) -> tuple[SurgeryInfo, Tensor]:
-        """Return the report of a step and its weights, NaN where the target has to see an overflow (see `judge`)."""
-        weights = self.weights(gram)
-        info, spoilt = self.judge(gram, weights, step, target, own, own_names, own_scale)
-        return info, torch.full_like(weights, float("nan")) if spoilt else weights
+        """Return the report of a step and its weights [T].
 
-    def judge(
+        The weights are NaN where the target has to see an overflow; arguments are those of
+        `report`.
+        """
+        weights = self.weights(gram)
+        info, overflow = self.report(gram, weights, step, target, own, own_names, own_scale)
+        return info, torch.full_like(weights, float("nan")) if overflow else weights
+
+    def report(
         self,
         gram: Tensor,
         weights: Tensor,
@@ -78,17 +86,20 @@ class Solver:
         own_names: Sequence[str] = (),
         own_scale: float | None = None,
     ) -> tuple[SurgeryInfo, bool]:
-        """Check for gradients that are not finite and build the SurgeryInfo: one small reduction and one wait for the
-        device. Returns the report, and whether the target has to see an overflow in the gradients.
+        """Check for non-finite gradients and build the SurgeryInfo.
 
-        own: gradients of the tasks' own parameters, which are checked too. own_scale: the factor in them, where they
-        are sums over ranks and their norm is asked for.
+        own: gradients of parameters that belong to one task; they are checked too. own_names: names
+        of these parameters. own_scale: the factor in `own` where the gradients are sums over ranks
+        and their norm is requested; else None.
+
+        Returns the report, and True if the target has to see the overflow in the gradients. Costs
+        one small reduction and one wait for the device.
         """
         num_tasks = len(self.tasks)
         norms = torch.stack(torch._foreach_norm(list(own))).double() if own else gram.new_zeros(0, dtype=torch.float64)
         extra = sum_over_ranks(torch.cat([step.sums, (~norms.isfinite()).double()]))
-        shown = sum_over_ranks(gram.clone()) / world_size() if self._by_rank else gram
-        host = torch.cat([shown.flatten().double(), weights.double(), extra, norms]).cpu().numpy()
+        reported = sum_over_ranks(gram.clone()) / world_size() if self._by_rank else gram
+        host = torch.cat([reported.flatten().double(), weights.double(), extra, norms]).cpu().numpy()
         counts = [num_tasks**2, num_tasks, num_tasks + 1, len(own)]
         host_gram, host_weights, sums, flags, host_norms = np.split(host, np.cumsum(counts))
         host_gram = host_gram.reshape(num_tasks, num_tasks)
@@ -97,31 +108,36 @@ class Solver:
         bad = [name for name, good in zip(self.tasks, finite, strict=True) if not good]
         bad += [name for name, flag in zip(own_names, flags.tolist(), strict=True) if flag]
         if not bad:
-            self.good_step()
+            self.count_finite_step()
             merged = None if self._by_rank else float(host_weights @ host_gram @ host_weights)
-            shown_weights = None if self._by_rank else host_weights.astype(np.float32)
-            of_own = None if own_scale is None else float(np.linalg.norm(host_norms)) / own_scale
-            narrow = host_gram.astype(np.float32)
-            return SurgeryInfo.of_gramian(losses, narrow, shown_weights, merged, own_norm=of_own, stop=stop), False
-        if target.backs_off():  # it has to see the overflow in the gradients
+            reported_weights = None if self._by_rank else host_weights.astype(np.float32)
+            own_norm = None if own_scale is None else float(np.linalg.norm(host_norms)) / own_scale
+            gram32 = host_gram.astype(np.float32)
+            return SurgeryInfo.of_gramian(losses, gram32, reported_weights, merged, own_norm=own_norm, stop=stop), False
+        if target.backs_off():  # DeepSpeed has to see the overflow in the gradients
             return SurgeryInfo(losses=losses, stop=stop), True
         self.skip(bad[0])
         return SurgeryInfo(losses=losses, skipped=bad[0], stop=stop), False
 
-    def good_step(self) -> None:
+    def count_finite_step(self) -> None:
         """Count a step whose gradients are finite."""
         self._skipped_in_a_row = 0
 
     def skip(self, name: str) -> None:
-        """Count a step that is skipped for the gradient of `name`. Raises TrainingError for the fifth in a row."""
+        """Count a step that is skipped because the gradient of `name` is not finite.
+
+        Raises TrainingError for the fifth one in a row.
+        """
         self._skipped += 1
         self._skipped_in_a_row += 1
         log.warning("step %d skipped: the gradient of %s is not finite", self._step, name)
         if self._skipped_in_a_row == MAX_SKIPPED:
             raise TrainingError(f"the gradient of {name} was not finite in {MAX_SKIPPED} steps in a row: {_ADVICE}")
 
-    def stop_at(self, what: str, name: str) -> None:
-        """Raise TrainingError for a step that cannot be skipped: the target has the gradient already."""
+    def fail(self, what: str, name: str) -> None:
+        """Raise TrainingError for a step that cannot be skipped because the target already has the
+        gradient.
+        """
         raise TrainingError(f"the {what} of {name} is not finite at step {self._step}, before its update: {_ADVICE}")
 
     def state_dict(self) -> dict[str, Any]:
@@ -137,8 +153,8 @@ class Solver:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state["method"] != self.name:
             raise UserError(
-                f"the state to go on from is of gradient method {state['method']}, not {self.name}: keep the method, "
-                "or begin a new run from the saved model"
+                f"the saved state is of gradient method {state['method']}, not {self.name}: keep the method, "
+                "or start a new run from the saved model"
             )
         self._seed, self._step = state["seed"], state["step"]
         self._skipped, self._skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]

@@ -1,10 +1,10 @@
-"""A step with `storage: stacked` or `kept`, on one screen: `StackedStep.run`, `backward` and `finish`.
+"""A step with `storage: stacked` or `kept`, on one screen: `StackedStep.run`, `backward`, `finish`.
 
 losses = model(batch, sink)                    one forward for all tasks
-sink.backward(losses)                          task gradients go to the sink
+sink.backward(losses)                          the sink takes the task gradients
 weights = method(sink.gramian())               T x T numbers decide
 target.hand_over(sink.combine(weights))        one merged gradient
-engine.step()                                  by the caller
+engine.step()                                  called by the training loop
 """
 
 from __future__ import annotations
@@ -36,23 +36,24 @@ _Value = TypeVar("_Value")
 
 
 class RecordedMerging(Protocol):
-    """Gramian, weights and merging as one recording that the host starts by one call.
+    """Gramian, weights and merging as one recording that the host launches with one call.
 
-    gram: float32 [T, T], G of the last `run`. weights: [T], the method's for it.
+    gram: float32 [T, T], G of the last `run`. weights: [T], the method's weights for `gram`.
     """
 
     gram: Tensor
     weights: Tensor
 
     def run(self, order: Tensor, scale: float, factor: float) -> None:
-        """Make a step's G, weights and merged gradient.
+        """Compute a step's G, weights and merged gradient.
 
-        order: int64 [T, T] on the CPU. scale: of the losses whose gradients are in J. factor: of the merged gradient.
+        order: int64 [T, T] on the CPU. scale: loss scale in J. factor: multiplies the merged
+        gradient.
         """
         ...
 
     def scale(self, factor: float) -> None:
-        """Multiply the merged gradient; NaN makes it one that is not finite."""
+        """Multiply the merged gradient; NaN marks an overflow."""
         ...
 
     def gradients(self) -> Merged:
@@ -60,25 +61,29 @@ class RecordedMerging(Protocol):
         ...
 
     def tensors(self) -> list[Tensor]:
-        """Return what is kept from step to step, besides J."""
+        """Return the tensors that are kept from step to step, without J."""
         ...
 
 
 class RecordMerging(Protocol):
-    """Makes recordings of merging, such as `fastmtl.cuda_graphs.record_merging`."""
+    """Function that records merging, such as `fastmtl.cuda_graphs.record_merging`."""
 
     def __call__(
         self, sink: Sink, method: Method, target: Target, storage: str
     ) -> tuple[RecordedMerging | None, Sequence[str]]:
-        """Return what merges the steps of a sink, None where they cannot be recorded, and a list of reasons why steps
-        were not recorded, which grows during the run.
+        """Return the recorded merging of a sink's steps, None if it cannot be recorded, and
+        reasons.
+
+        The reasons say why steps were not recorded; the list grows during the run.
         """
         ...
 
 
 class _Solved(NamedTuple):
-    """merged: gradients of shared parameters by id, None where there are none to hand over. norm: of them before
-    clipping, where it is known; then they are clipped already.
+    """Result of solving and merging.
+
+    merged: gradients of shared parameters by id; None if there is nothing to hand over. norm: of
+    `merged` before clipping, if it is known; `merged` is then clipped already.
     """
 
     info: SurgeryInfo
@@ -87,7 +92,7 @@ class _Solved(NamedTuple):
 
 
 class StackedStep:
-    """One optimizer step. recorded: merges in place of separate launches."""
+    """One optimizer step. recorded: replaces the separate launches of `finish`, if given."""
 
     def __init__(self, parts: Parts, sink: MergingSink, step: Step, recorded: RecordedMerging | None = None) -> None:
         self._parts, self._sink, self._step, self._recorded = parts, sink, step, recorded
@@ -98,18 +103,18 @@ class StackedStep:
         self._own: list[Tensor | None] = [None] * len(parts.own)
 
     def run(self, micro_batches: Sequence[Any], losses_of: LossFunction) -> SurgeryInfo:
-        """Leave one merged gradient in the target."""
+        """Leave one merged gradient in the target and return the report."""
         for number, micro_batch in enumerate(micro_batches, start=1):
             with self._sink.armed(self._parts.target.device):
                 with profile_range("forward"):
                     losses = losses_of(micro_batch, self._sink)
                 self.backward(losses, takes_sink=losses_of.takes_sink, last=number == len(micro_batches))
-                # The graph that losses hold would bring the default stream into the next forward's CUDA graphs.
+                # A live autograd graph would bring the default stream into the next capture.
                 del losses
         return self.finish()
 
     def backward(self, losses: Losses, *, takes_sink: bool, last: bool) -> None:
-        """Run one micro-batch's backward, whose forward ran while the sink was armed."""
+        """Run backward for one micro-batch, whose forward ran while the sink was armed."""
         parts, sink, step = self._parts, self._sink, self._step
         parts.target.check_forward()
         step.take(losses)
@@ -119,16 +124,16 @@ class StackedStep:
                 terms = step.terms(losses, self._scale)
                 self._add_own(sink.backward(terms, parts.shared, parts.own, parts.target.names))
             else:
-                assert isinstance(sink, StackSink), "storage: kept needs layers that know the sink"
+                assert isinstance(sink, StackSink), "storage: kept needs layers that write into the sink"
                 factor = self._factor_of
                 backward_per_task(parts, sink, losses, factor, self._add_own, self._reach_own)
 
     def finish(self) -> SurgeryInfo:
-        """Solve for the weights, merge, and hand the gradient over."""
+        """Solve for the weights, merge the task gradients and hand the result to the target."""
         parts, sink = self._parts, self._sink
         watch = Stopwatch(parts.target.device)
         with profile_range("surgery"):
-            # Every rank has the same tensors here; what no loss has reached is left out by targets that can.
+            # Every rank has the same tensors here; targets leave out unreached ones if they can.
             reached = sink.reached()
             reached |= {id(p) for p, gradient in zip(parts.own, self._own, strict=True) if gradient is not None}
             own = [
@@ -140,7 +145,7 @@ class StackedStep:
             info, merged, norm = solved
             nbytes = sink.nbytes()
             if info.skipped is not None:
-                sink.clear()  # kept pairs would live through the next forward
+                sink.clear()  # else kept pairs would stay in memory during the next forward
             if merged is not None:
                 info, clip = clip_gradients(info, norm, parts.max_norm, merged, parts.target.factor)
                 if own:
@@ -155,7 +160,7 @@ class StackedStep:
         """Solve and merge by separate launches."""
         parts, sink = self._parts, self._sink
         gram = sink.gramian() / self._scale**2
-        info, weights = parts.solver.solve(gram, self._step, parts.target, *self._watched(own))
+        info, weights = parts.solver.solve(gram, self._step, parts.target, *self._own_to_check(own))
         if info.skipped is not None:
             return _Solved(info)
         norm = None if sink.sketches else shared_norm(info)
@@ -164,29 +169,29 @@ class StackedStep:
             clip = known_clip(info, norm, parts.max_norm)
             scaled = weights * (factor if clip is None else factor * clip)
             return _Solved(info, sink.combine(scaled, narrow=not parts.target.scales()), norm)
-        found = dict(zip(map(id, parts.own), own, strict=True))  # this one has no scale and no number of ranks
+        own_by_id = dict(zip(map(id, parts.own), own, strict=True))  # no loss scale, one process
         dense, tables = sink.unmerged(weights)
-        parts_of = _only(dense, reached), _only(tables, reached), _only(found, reached)
-        optimizer.take(TaskUpdate(weights, *parts_of, norm or 0.0))
+        gradients = _select(dense, reached), _select(tables, reached), _select(own_by_id, reached)
+        optimizer.take(TaskUpdate(weights, *gradients, norm or 0.0))
         return _Solved(info)
 
     def _replay(self, own: list[Tensor], factor: float) -> _Solved:
-        """Solve and merge by the recording; a step that is skipped is merged in vain."""
+        """Solve and merge by the recording; the merged gradient of a skipped step is unused."""
         parts, recorded = self._parts, self._recorded
         assert recorded is not None
         recorded.run(parts.solver.order(), self._scale, factor)
         gram, weights = recorded.gram, recorded.weights
-        info, spoilt = parts.solver.judge(gram, weights, self._step, parts.target, *self._watched(own))
+        info, overflow = parts.solver.report(gram, weights, self._step, parts.target, *self._own_to_check(own))
         if info.skipped is not None:
             return _Solved(info)
         norm = shared_norm(info)
-        clip = float("nan") if spoilt else known_clip(info, norm, parts.max_norm)
+        clip = float("nan") if overflow else known_clip(info, norm, parts.max_norm)
         if clip is not None and clip != 1.0:
             recorded.scale(clip)
         return _Solved(info, recorded.gradients(), norm)
 
-    def _watched(self, own: list[Tensor]) -> tuple[list[Tensor], list[str], float | None]:
-        """Return the gradients of own parameters that are checked, their names, and the factor in them."""
+    def _own_to_check(self, own: list[Tensor]) -> tuple[list[Tensor], list[str], float | None]:
+        """Return the gradients of own parameters to check, their names, and the factor in them."""
         parts = self._parts
         names = [parts.target.names[id(p)] for p in parts.own]
         return (own, names, None) if parts.max_norm is None else (over_ranks(own), names, self._scale)
@@ -196,7 +201,7 @@ class StackedStep:
 
     def _add_own(self, gradients: Sequence[Tensor | None]) -> None:
         for k, (total, gradient) in enumerate(zip(self._own, gradients, strict=True)):
-            if gradient is not None:  # not in place: autograd may have given one tensor for two parameters
+            if gradient is not None:  # not in place: autograd may return one tensor for two parameters
                 self._own[k] = cast(gradient, torch.float32) if total is None else total + gradient
 
     def _reach_own(self, leaves: set[int]) -> None:
@@ -205,5 +210,5 @@ class StackedStep:
                 self._own[k] = torch.zeros_like(parameter, dtype=torch.float32)
 
 
-def _only(by_id: Mapping[int, _Value], reached: Collection[int]) -> dict[int, _Value]:
+def _select(by_id: Mapping[int, _Value], reached: Collection[int]) -> dict[int, _Value]:
     return {key: value for key, value in by_id.items() if key in reached}

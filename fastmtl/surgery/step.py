@@ -1,4 +1,4 @@
-"""The losses of one optimizer step, and the report about it."""
+"""The losses of one optimizer step, and its report."""
 
 from __future__ import annotations
 
@@ -22,18 +22,28 @@ from fastmtl.surgery.targets.protocol import Target
 
 @dataclass(frozen=True)
 class SurgeryInfo:
-    """By-products of a step, over all ranks.
+    """Report of a step, over all ranks.
 
-    losses: mean loss of each task that had rows. cosines [T, T] between task gradients (NaN for an absent task),
-    conflict_rate: share of task pairs with a negative cosine, task_norms [T], weights [T] of the gradients in the
-    update, merged_norm: of the shared update; all None for `sum`, and where an fp16 overflow makes DeepSpeed back off.
-    With `scope="tensor"` there are no weights: each tensor has its own. With `reduce="local"` each rank has its own, so
-    there are neither weights nor merged_norm, and the rest is of the mean of the ranks' Gramians.
-    own_norm: of the gradients of parameters that belong to a task, total_norm: of all of them and the shared update
-    together (for `sum` of the whole gradient). Both are before clipping, and None unless `max_norm` is given.
-    skipped: the task with a gradient that is not finite, or a parameter of its own; do not call step() then.
-    stop: whether any rank has asked for an end after this step.
-    nbytes: of J, or of what takes its place, on this rank. stopwatch: of what surgery added to the step.
+    losses: mean loss of each task that had rows.
+    cosines: [T, T], between task gradients; NaN for an absent task.
+    conflict_rate: share of the task pairs with a negative cosine.
+    task_norms: [T], norms of the task gradients.
+    weights: [T], of the task gradients in the update.
+    merged_norm: norm of the shared update, before clipping.
+    own_norm: norm of the gradients of parameters that belong to one task, before clipping.
+    total_norm: norm of own and shared gradients together, before clipping; for `sum`, of the whole
+    gradient.
+    skipped: the task, or the parameter of a single task, whose gradient is not finite; do not call
+    step() then.
+    stop: True if any rank requests the end of training after this step.
+    nbytes: size of J on this rank, or of the buffers that replace it.
+    stopwatch: measures the time that surgery added to the step; see `seconds`.
+
+    cosines, conflict_rate, task_norms, weights and merged_norm are None for `sum`, and where an
+    fp16 overflow makes DeepSpeed reduce its loss scale. own_norm and total_norm are None without
+    `max_norm`. With `scope="tensor"` weights is None, since each tensor has its own. With
+    `reduce="local"` each rank has its own, so weights and merged_norm are None, and the other
+    fields describe the mean of the ranks' Gramians.
     """
 
     losses: dict[str, float]
@@ -51,9 +61,10 @@ class SurgeryInfo:
 
     @property
     def seconds(self) -> float:
-        """Seconds that surgery added on this rank: Gramian, reductions, weights and merging; with
-        `replay` the first pass too. 0 with `scope="tensor"`, which does not set it apart. Waits for
-        the device.
+        """Seconds that surgery added on this rank: Gramian, reductions, weights and merging.
+
+        With `replay`, the first pass counts too. 0 with `scope="tensor"`, where surgery runs inside
+        backward. Waits for the device.
         """
         return 0.0 if self.stopwatch is None else self.stopwatch.seconds()
 
@@ -66,8 +77,10 @@ class SurgeryInfo:
         merged_square: float | None,
         **more: Any,
     ) -> SurgeryInfo:
-        """Return the report for G [T, T] and the weights [T], float32. merged_square: the squared norm of the shared
-        update. In numpy: torch would call a hundred operators for a few numbers.
+        """Return the report for G [T, T] and the weights [T], both float32.
+
+        merged_square: squared norm of the shared update. The computation is in numpy: torch would
+        call a hundred operators for a few numbers.
         """
         norms = np.sqrt(gram.diagonal().clip(min=0))
         with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
@@ -87,11 +100,15 @@ class SurgeryInfo:
 
 
 class Step:
-    """Sums the losses of a step's micro-batches and scales them to means.
+    """Losses of a step's micro-batches, summed, and their scale to means.
 
-    counts: rows of each task in the whole step over all ranks; None: those of the one micro-batch, summed over ranks.
-    task_weights: weight of each task's loss. constants: as for `check_losses`. stop: whether this rank asks for an end
-    after this step. sums: float64 [T + 1], this rank's losses of each task so far, and 1 where it asks for an end.
+    counts: rows of each task in the whole step over all ranks; None: the rows of the only
+    micro-batch, summed over ranks.
+    task_weights: weight of each task's loss.
+    constants: as in `check_losses`.
+    stop: True if this rank requests the end of training after this step.
+    sums: float64 [T + 1], this rank's sum of losses per task so far; the last element is 1 for a
+    stop request.
     """
 
     def __init__(
@@ -112,11 +129,11 @@ class Step:
             self.sums[-1] = 1
 
     def take(self, losses: Losses) -> None:
-        """Check a micro-batch's losses and add them up."""
+        """Check a micro-batch's losses and add them to `sums`."""
         check_losses(losses, self._tasks, constants=self._constants)
         if self._counts is None:
             rows = [losses[name][1] if name in losses else 0 for name in self._tasks]
-            if world_size() > 1:  # losses are divided by these before backward, so all ranks wait here
+            if world_size() > 1:  # losses are divided by the counts before backward, so all ranks wait here
                 rows = sum_over_ranks(torch.tensor(rows, device=self.sums.device)).tolist()
             self._counts = dict(zip(self._tasks, rows, strict=True))
         for name, (_, here) in losses.items():
@@ -130,13 +147,16 @@ class Step:
             self.sums[:-1] += torch.stack([losses[name][0] if name in losses else absent[0] for name in self._tasks])
 
     def factor(self, name: str) -> float:
-        """Return the number that makes a sum of the task's losses its part of the weighted mean loss of the step."""
+        """Return the factor from the sum of a task's losses to its part of the step's weighted mean
+        loss.
+        """
         assert self._counts is not None
         return self._task_weights[self._tasks.index(name)] / max(self._counts.get(name, 0), 1)
 
     def terms(self, losses: Losses, scale: float = 1.0) -> list[Term]:
-        """Return the terms of this micro-batch's part of the step's loss, times a scale. Raises UserError where nothing
-        could be differentiated.
+        """Return the terms of this micro-batch's part of the step's loss, times `scale`.
+
+        Raises UserError if no loss can be differentiated.
         """
         found = [(loss, self.factor(name) * scale) for name, (loss, _) in losses.items() if loss.requires_grad]
         if not found:
@@ -147,20 +167,29 @@ class Step:
         return found
 
     def total(self, losses: Losses) -> Tensor:
-        """Return this micro-batch's part of the step's loss. Raises UserError where nothing could be differentiated."""
+        """Return this micro-batch's part of the step's loss.
+
+        Raises UserError if no loss can be differentiated.
+        """
         self.terms(losses)
         return torch.stack([loss * self.factor(name) for name, (loss, _) in losses.items()]).sum()
 
     def summarize(self, sums: Sequence[float]) -> tuple[dict[str, float], bool]:
-        """Return each task's unweighted mean loss, and whether a rank asks for an end. sums: `sums` over all ranks."""
+        """Return each task's unweighted mean loss, and True if any rank requests the end of
+        training.
+
+        sums: the attribute `sums`, summed over ranks.
+        """
         assert self._counts is not None
-        *losses, stops = sums
+        *losses, stop_requests = sums
         values = zip(self._tasks, losses, strict=True)
-        return {name: value / self._counts[name] for name, value in values if self._counts.get(name, 0)}, stops > 0
+        return {
+            name: value / self._counts[name] for name, value in values if self._counts.get(name, 0)
+        }, stop_requests > 0
 
 
 class LossFunction:
-    """The user's loss_fn, called with the keywords that it declares."""
+    """The user's loss_fn, called with the keyword arguments that it declares."""
 
     def __init__(self, loss_fn: Callable[..., Losses], target: Target) -> None:
         self._loss_fn, self._target = loss_fn, target
@@ -169,7 +198,10 @@ class LossFunction:
         self._takes_model = "model" in declared
 
     def __call__(self, micro_batch: Any, sink: Sink, *, training_pass: bool = False) -> Losses:
-        """Return a micro-batch's losses. training_pass: a backward of the target follows, so `model` is the engine."""
+        """Return a micro-batch's losses.
+
+        training_pass: True if the target's own backward follows, so `model` is the engine.
+        """
         keywords: dict[str, Any] = {"task_grads": sink} if self.takes_sink else {}
         if self._takes_model:
             keywords["model"] = self._target.model(training_pass)

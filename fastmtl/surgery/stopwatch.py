@@ -1,4 +1,4 @@
-"""Time spent on a device, without waiting for it until it is asked for."""
+"""Time spent on a device, measured without waiting until the result is read."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import torch
 
 
 class Stopwatch:
-    """From its making to `stop`. `seconds()` waits for a CUDA device to get that far."""
+    """Timer from construction to `stop`. `seconds()` waits for a CUDA device to reach the end."""
 
     def __init__(self, device: torch.device) -> None:
         self._events = None
         if device.type == "cuda":
             self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             self._events[0].record()
-        self._begun = self._ended = time.perf_counter()
+        self._begin = self._end = time.perf_counter()
 
     def stop(self) -> Stopwatch:
         if self._events is not None:
             self._events[1].record()
-        self._ended = time.perf_counter()
+        self._end = time.perf_counter()
         return self
 
     def seconds(self) -> float:
         if self._events is None:
-            return self._ended - self._begun
-        begun, ended = self._events
-        ended.synchronize()
-        return begun.elapsed_time(ended) / 1e3
+            return self._end - self._begin
+        begin, end = self._events
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3

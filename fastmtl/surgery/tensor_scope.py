@@ -1,4 +1,4 @@
-"""`scope: tensor`: every parameter's T gradients are merged inside the target's own backward."""
+"""`scope: tensor`: the T gradients of each parameter are merged in the target's own backward."""
 
 from __future__ import annotations
 
@@ -25,11 +25,14 @@ def tensor_scope(
     *,
     by_rank: bool,
 ) -> SurgeryInfo:
-    """Run one optimizer step. by_rank: each rank has Gramians of its own (`reduce: local`)."""
+    """Run one optimizer step and return its report.
+
+    by_rank: each rank has its own Gramians (`reduce: local`).
+    """
     if not losses_of.takes_sink:
         raise UserError(
-            "scope='tensor' needs a model whose layers write into task_grads: one backward per task has no place where "
-            "a tensor's gradients meet. Use scope='global'."
+            "scope='tensor' needs a model whose layers write into task_grads: one backward per task never has the T "
+            "gradients of a tensor at once. Use scope='global'."
         )
     target = parts.target
     num_tasks = len(parts.tasks)
@@ -45,7 +48,7 @@ def tensor_scope(
     sink.clear()
     sink.solve = solve
     factor = target.loss_scale() * target.factor
-    with parts.own_watched() as bad_own:
+    with parts.flag_nonfinite_own() as bad_own:
         for number, micro_batch in enumerate(micro_batches, start=1):
             with sink.armed(target.device):
                 with profile_range("forward"):
@@ -55,15 +58,15 @@ def tensor_scope(
                 with profile_range("backward"):
                     target.backward(step.total(losses), last=number == len(micro_batches))
                 sink.check_merged(target.names)
-    shown = sum_over_ranks(total) / world_size() if by_rank else total
-    host = torch.cat([shown.flatten().double(), merged_square[None].double(), sum_over_ranks(step.sums)]).cpu()
+    reported = sum_over_ranks(total) / world_size() if by_rank else total
+    host = torch.cat([reported.flatten().double(), merged_square[None].double(), sum_over_ranks(step.sums)]).cpu()
     gram = (host[: num_tasks**2].view(num_tasks, num_tasks) / factor**2).float()
     mean_losses, stop = step.summarize(host[num_tasks**2 + 1 :].tolist())
     for t, name in enumerate(parts.tasks):
         if not torch.isfinite(gram[t, t]):
             if target.backs_off():
                 return SurgeryInfo(losses=mean_losses, stop=stop)
-            parts.solver.stop_at("gradient", f"task {name}")
+            parts.solver.fail("gradient", f"task {name}")
     parts.check_own(bad_own)
     merged = None if by_rank else float(host[num_tasks**2]) / factor**2
     return SurgeryInfo.of_gramian(mean_losses, gram.numpy(), None, merged, nbytes=sink.nbytes(), stop=stop)

@@ -28,7 +28,7 @@ def on(model: MultiTaskModel, **options: Any) -> GradientSurgery:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tasks": ["kind", "kind", "degree"]}, "tasks: kind is there twice"),
+        ({"tasks": ["kind", "kind", "degree"]}, "tasks: kind is listed twice"),
         ({"tasks": []}, "tasks: give the list of their names"),
         ({"tasks": "kind"}, "tasks: give the list of their names"),
         ({"task_weights": {"kid": 1.0}}, "kid.*kind"),

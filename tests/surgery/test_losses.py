@@ -190,7 +190,7 @@ def test_sparse_gradients() -> None:
         ("shared", lambda net: 3, "shared is of type int, not a list"),
         ("sparse", lambda net: net.words.named_parameters(), "sparse has pairs of names and parameters"),
         ("sparse", lambda net: net.words.weight, "sparse is of type Parameter, not a list"),
-        ("tasks", lambda net: iter(["a", "a"]), "tasks: a is there twice"),
+        ("tasks", lambda net: iter(["a", "a"]), "tasks: a is listed twice"),
         ("method", lambda net: "PCGrad", "unknown gradient method 'PCGrad'. Did you mean 'pcgrad'"),
         ("method", lambda net: "GRADVAC", "Did you mean 'gradvac'"),
         ("method", lambda net: None, "gradient method: expected a name, got None. Valid: sum, pcgrad"),
@@ -225,7 +225,7 @@ def test_a_parameter_twice_in_one_group() -> None:
         pytest.raises(UserError, match=r"\(4, 4\) is twice in one group"),
     ):
         SurgeryAdamW([*net.parameters(), net.dense.weight])
-    with pytest.raises(UserError, match="there twice"):
+    with pytest.raises(UserError, match="listed twice"):
         FlatParameters(net, [{"params": [*net.parameters(), net.dense.weight]}])
 
 

@@ -146,7 +146,7 @@ def test_a_backward_that_fails_leaves_a_fresh_start() -> None:
         ({"dtype": torch.float16}, "dtype must be"),
         ({"sketch_size": 3}, "sketch_size must be at least 16"),
         ({"storage": "replay", "dtype": torch.bfloat16}, "use torch.float32, or storage='stacked'"),
-        ({"storage": "kept", "dtype": torch.bfloat16}, "storage='kept' keeps none: use torch.float32"),
+        ({"storage": "kept", "dtype": torch.bfloat16}, "storage='kept' does not store J: use torch.float32"),
         ({"scope": "tensor", "storage": "stacked"}, "leave storage at 'auto'"),
         ({"scope": "tensor", "dtype": torch.bfloat16}, "use torch.float32"),
         ({"scope": "tensor", "reduce": "sketch"}, "reduce='exact' or 'local'"),

@@ -45,7 +45,7 @@ class EngineTarget:
                 "with ZeRO 1"
             )
         self.stacks = stage < 3 and not engine.zero_use_cpu_optimizer()
-        self.takes_back = self.stacks and hasattr(getattr(engine, "optimizer", None), "check_grad_overflow")
+        self.can_discard = self.stacks and hasattr(getattr(engine, "optimizer", None), "check_grad_overflow")
         self._own_forward = False
         engine.register_forward_pre_hook(self._saw_forward)
 
@@ -111,7 +111,7 @@ class EngineTarget:
             return False
         return self.loss_scale() > self.engine.optimizer.loss_scaler.min_scale
 
-    def take_back(self) -> None:
+    def discard(self) -> None:
         """By DeepSpeed's own check for overflows: what it holds of the step is gone, and nothing is updated."""
         optimizer = self.engine.optimizer
         before, optimizer.check_grad_overflow = optimizer.check_grad_overflow, True

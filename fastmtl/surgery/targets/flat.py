@@ -56,7 +56,7 @@ class FlatParameters(nn.Module):
             for parameter in params:
                 if id(parameter) not in names or not parameter.requires_grad or id(parameter) in seen:
                     name = names.get(id(parameter), f"of shape {tuple(parameter.shape)}")
-                    raise UserError(f"groups: parameter {name} is not the model's, not trained, or there twice")
+                    raise UserError(f"groups: parameter {name} is not the model's, not trained, or listed twice")
                 seen.add(id(parameter))
             given = [parameter for parameter in params if id(parameter) in apart]
             self._alone += given

@@ -22,7 +22,7 @@ class OptimizerTarget:
 
     stacks = True
     factor = 1.0
-    takes_back = False
+    can_discard = False
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         if world_size() > 1:
@@ -89,5 +89,5 @@ class OptimizerTarget:
     def backs_off(self) -> bool:
         return False
 
-    def take_back(self) -> None:
+    def discard(self) -> None:
         raise NotImplementedError("gradients in `.grad` are the user's")

@@ -17,7 +17,7 @@ class Target(Protocol):
     """Takes a step's gradients: from losses, or merged already.
 
     parameters: the trainable ones. names: of parameters by id, for messages. stacks: merged gradients can be handed
-    over; without it a step needs `replay`. merges: there may be a `merging_optimizer`. takes_back: `take_back` can drop
+    over; without it a step needs `replay`. merges: there may be a `merging_optimizer`. can_discard: `discard` can drop
     gradients that are not finite after they were handed over. factor: merged gradients are multiplied by it before
     they are handed over.
     """
@@ -27,7 +27,7 @@ class Target(Protocol):
     device: torch.device
     stacks: bool
     merges: bool
-    takes_back: bool
+    can_discard: bool
     factor: float
 
     def arranged(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
@@ -82,6 +82,6 @@ class Target(Protocol):
         """Return whether the target answers an overflow with a smaller loss scale."""
         ...
 
-    def take_back(self) -> None:
+    def discard(self) -> None:
         """Drop the gradients that were handed over, and skip the update."""
         ...
