@@ -17,7 +17,11 @@ from fastmtl.version import __version__
 ROOT = Path(__file__).parents[1]
 COMPILER = os.environ.get("CXX", "c++").split()[0]
 
-
+# The compiler without optimisations, which take most of its time. The tests of the kernels use the
+# optimised library.
+FAST_COMPILER = f"""#!/bin/sh
+exec {COMPILER} "$@" -O0
+"""
 # setup.py with a torch that claims to be built for CUDA 13.
 FOR_CUDA = "import runpy, torch; torch.version.cuda = '13.0'; runpy.run_path('setup.py', run_name='__main__')"
 # An nvcc that builds programs, but not fastmtl's kernels.
@@ -90,11 +94,12 @@ def test_a_wheel_without_a_compiler_is_complete(tmp_path: Path) -> None:
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Return the files of a compiled build, and its output; nvcc fails at the CUDA kernels."""
     folder = tmp_path_factory.mktemp("compiled")
-    nvcc = folder / "cuda" / "bin" / "nvcc"
+    nvcc, compiler = folder / "cuda" / "bin" / "nvcc", folder / "compiler"
     nvcc.parent.mkdir(parents=True)
-    nvcc.write_text(NVCC)
-    nvcc.chmod(0o755)
-    _, printed = build_wheel(folder / "tree", "-c", FOR_CUDA, CUDA_HOME=str(folder / "cuda"))
+    for file, script in ((nvcc, NVCC), (compiler, FAST_COMPILER)):
+        file.write_text(script)
+        file.chmod(0o755)
+    _, printed = build_wheel(folder / "tree", "-c", FOR_CUDA, CUDA_HOME=str(folder / "cuda"), CXX=str(compiler))
     return folder / "tree", printed
 
 

@@ -41,6 +41,8 @@ def map_large_blocks() -> bool:
     MALLOC_* or GLIBC_TUNABLES. The user's THP_MEM_ALLOC_ENABLE=0 is kept.
     """
     global _maps
+    if _maps:
+        return True
     mallopt = _function("mallopt")
     if mallopt is None:
         return False

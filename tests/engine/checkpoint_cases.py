@@ -1,15 +1,18 @@
-"""The processes of tests/engine/test_checkpoint.py. Usage: checkpoint_cases.py DIRECTORY CASE
+"""The processes of tests/engine/test_checkpoint.py. Usage: checkpoint_cases.py DIRECTORY
 
-CASE `save`: save after two steps. `load`: two more steps from the checkpoint of another number of
-ranks. `both`: save, two more steps, once directly and once from the checkpoint, then load.
+One rank saves after two steps. Two ranks do so, take two more steps, once directly and once from
+the checkpoint, and two more from the checkpoint of one rank. Then one rank takes two more steps
+from the checkpoint of two ranks.
 """
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
 import deepspeed_cases as steps
+from ranks import run_ranks
 from safetensors.torch import save_file
 
 from fastmtl.config import Recipe
@@ -102,15 +105,23 @@ def load_of_others(directory: Path, ranks: Ranks) -> None:
         run.engine.destroy()
 
 
-if __name__ == "__main__":
-    target, case = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
+def save_alone(directory: Path) -> None:
     processes = start()
-    match case:
-        case "save":
-            for stage in STAGES[1:]:
-                save(Path(target), processes, stage).engine.destroy()
-        case "both":
-            save_and_go_on(Path(target), processes)
-            load_of_others(Path(target), processes)
-        case "load":
-            load_of_others(Path(target), processes)
+    for stage in STAGES[1:]:
+        save(directory, processes, stage).engine.destroy()
+
+
+def save_and_load(directory: Path) -> None:
+    processes = start()
+    save_and_go_on(directory, processes)
+    load_of_others(directory, processes)
+
+
+def load_alone(directory: Path) -> None:
+    load_of_others(directory, start())
+
+
+if __name__ == "__main__":
+    gc.freeze()  # all is imported: DeepSpeed collects garbage for each engine in ZeRO 3
+    for world, case in ((1, save_alone), (2, save_and_load), (1, load_alone)):
+        run_ranks(world, case, Path(sys.argv[1]))

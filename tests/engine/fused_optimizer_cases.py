@@ -17,7 +17,7 @@ from fastmtl.errors import UserError
 
 if __name__ == "__main__":
     directory, ranks = Path(sys.argv[1]), start()
-    recipe = cases.make_recipe(1)
+    recipe = cases.make_recipe("zero1")
     recipe.engine.fused_optimizer = "deepspeed"
     run = cases.Run(recipe, ranks)
     assert "DeepSpeedCPUAdam" in type(run.engine.optimizer.optimizer).__name__
@@ -37,7 +37,7 @@ if __name__ == "__main__":
     run.write(directory / "resumed.safetensors")
     run.engine.destroy()
 
-    of_torch = cases.make_recipe(1)
+    of_torch = cases.make_recipe("zero1")
     try:
         Checkpoints(directory / "run", of_torch, ranks).find()
     except UserError as refusal:

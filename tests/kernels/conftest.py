@@ -44,6 +44,14 @@ class Compiled:
     instructions: dict[str, int]
 
 
+@pytest.hookimpl(tryfirst=True)  # tests/conftest.py then puts slow tests first
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that compile or interpret kernels in a process of their own as slow."""
+    for item in items:
+        if {"compile_ahead", "interpret"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow(8))
+
+
 @pytest.fixture
 def interpret() -> Callable[..., None]:
     """interpret(file, ...): run the tests of files in one process with TRITON_INTERPRET=1 in the environment."""

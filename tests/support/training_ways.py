@@ -1,7 +1,7 @@
 """Two hundred seeded steps of a small model in several configurations, for test_200_steps.py.
 
-Usage: training_ways.py FILE NAME ... saves the losses of these WAYS in a numpy file; under the
-launcher, those of ways with as many ranks.
+Usage: training_ways.py DIRECTORY saves the losses of the ways under DeepSpeed as
+DIRECTORY/RANKS.npz.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from unittest import mock
 import numpy as np
 import torch
 from op_recorder import OpRecorder
+from ranks import run_ranks
 from torch import Tensor, nn
 from transformers import BertConfig
 
@@ -102,6 +103,7 @@ TOGETHER = {
     "all on two ranks": replace(RECORDED, prefetch=2, zero=2, flat=True, ranks=2),
 }
 WAYS = {**ALONE, **TOGETHER}
+UNDER_DEEPSPEED = [name for name, way in WAYS.items() if way.zero is not None]
 
 
 class Run(NamedTuple):
@@ -339,9 +341,16 @@ def make_data() -> list[TokenizedDataset]:
 
 DATA = make_data()
 
-if __name__ == "__main__":
-    file, *names = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
+
+def keep_losses(file: str, names: list[str]) -> None:
+    """Keep the losses of ways with as many ranks as there are in a numpy file."""
     ranks = start()
     losses = {name: train(WAYS[name]).losses for name in names}
     if ranks.is_main:
         np.savez(file, **losses)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    for world in (2, 1):
+        names = [name for name in UNDER_DEEPSPEED if WAYS[name].ranks == world]
+        run_ranks(world, keep_losses, f"{sys.argv[1]}/{world}.npz", names)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from launch import cpu_environment
 
 from fastmtl.engine.distributed import free_port
 
@@ -16,12 +16,15 @@ PAGE = Path(__file__).parents[2] / "docs" / "surgery.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 PRINTED = re.findall(r"```text\n(.*?)```", TEXT, flags=re.DOTALL)
-# At its first start on a CPU, DeepSpeed compiles an operator for a minute that only its sharded
-# inference uses.
+# All examples run in one process, because a process takes longer to start than they run. At its
+# first start on a CPU, DeepSpeed compiles an operator for a minute that only its sharded inference
+# uses.
 RUN = """
 import deepspeed, runpy, sys
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-runpy.run_path(sys.argv[1], run_name="__main__")
+for script in sys.argv[1:]:
+    print("running", script)
+    runpy.run_path(script, run_name="__main__")
 """
 EXAMPLES = [block for block in BLOCKS if "from fastmtl.surgery import" in block]
 
@@ -35,17 +38,27 @@ def test_every_way_is_shown() -> None:
     assert len(printed.splitlines()) == 5 and TEXT.index(printed) < TEXT.index(hugging_face)
 
 
-@pytest.mark.slow(17)
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_example_runs(number: int, tmp_path: Path) -> None:
-    script = tmp_path / "example.py"
-    script.write_text(EXAMPLES[number], encoding="utf-8")
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[str]]:
+    """The lines that each example prints. Those without DeepSpeed run first, before it connects its ranks."""
+    folder = tmp_path_factory.mktemp("examples")
+    order = sorted(range(len(EXAMPLES)), key=lambda number: "deepspeed" in EXAMPLES[number])
+    scripts = [folder / f"{number}.py" for number in order]
+    for number, script in zip(order, scripts, strict=True):
+        script.write_text(EXAMPLES[number], encoding="utf-8")
     ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    environment = {**os.environ, **ranks, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *(["-c", RUN] if "deepspeed" in EXAMPLES[number] else []), str(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", RUN, *map(str, scripts)]
+    done = subprocess.run(command, env=cpu_environment() | ranks, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    steps = [line for line in done.stdout.splitlines() if "conflicts" in line]
+    lines = done.stdout.splitlines()
+    starts = [*(lines.index(f"running {script}") for script in scripts), len(lines)]
+    return {number: lines[starts[k] : starts[k + 1]] for k, number in enumerate(order)}
+
+
+@pytest.mark.slow(10)
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_example_runs(number: int, printed: dict[int, list[str]]) -> None:
+    steps = [line for line in printed[number] if "conflicts" in line]
     assert len(steps) == 5
     if number == 0:  # losses depend on the machine in their last digits
         assert [shape_of(line) for line in steps] == [shape_of(line) for line in PRINTED[0].splitlines()]

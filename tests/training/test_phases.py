@@ -11,7 +11,7 @@ from typing import Any
 import phase_cases as cases
 import pytest
 import torch
-from launch import cpu_environment, two_processes
+from launch import cpu_environment
 from left_by_run import lasting, lines, same, weights
 from safetensors.torch import load_file
 
@@ -25,12 +25,9 @@ from fastmtl.training.phases import phases_of
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
     directory = tmp_path_factory.mktemp("phases")
-    environment = cpu_environment()
-    launcher = two_processes()
-    for command in ([sys.executable], launcher):
-        command = [*command, cases.__file__, str(directory), str(tiny_bert)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    command = [sys.executable, cases.__file__, str(directory), str(tiny_bert)]
+    done = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return directory
 
 

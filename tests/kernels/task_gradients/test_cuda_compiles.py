@@ -9,6 +9,7 @@ import pytest
 import nvcc_aot
 
 
+@pytest.mark.slow(12)
 @pytest.mark.skipif(bool(nvcc_aot.why_no_nvcc()), reason=nvcc_aot.why_no_nvcc())
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("source", nvcc_aot.sources(), ids=lambda path: path.name)

@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
 PIECE = 4096
 
-pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER}")
+pytestmark = [pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER}"), pytest.mark.slow(8)]
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import torch
 COMPILER = os.environ.get("CXX", "c++").split()[0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER}")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the portable path is what this machine runs")
 def test_both_paths_agree(tmp_path: Path) -> None:
