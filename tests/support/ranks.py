@@ -1,4 +1,7 @@
-"""Ranks forked from a process that has imported everything: under a launcher each takes seconds to start."""
+"""Ranks that are forked from a process with all imports.
+
+Under a launcher each rank takes seconds to import them.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +18,24 @@ from fastmtl.engine.distributed import free_port
 def run_ranks(world: int, function: Callable[..., object], *arguments: Any) -> None:
     """Run function(*arguments) in `world` processes with a launcher's environment variables.
 
-    End this process where one of them fails. It must not have started threads, so not trained yet.
+    If one of them fails, the others are killed and this process ends. Call this before this process
+    trains: threads do not survive a fork.
     """
-    # What each rank would import otherwise: DeepSpeed, and torch's compiler with its first engine.
+    # Each rank would import DeepSpeed at its start, and torch's compiler with its first engine.
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
     fork, port = multiprocessing.get_context("fork"), free_port()
     ranks = [fork.Process(target=_run, args=(rank, world, port, function, arguments)) for rank in range(world)]
     for rank in ranks:
         rank.start()
-    running = {rank.sentinel: rank for rank in ranks}
+    running = list(ranks)
     while running:
-        for sentinel in wait(list(running)):
-            rank = running.pop(sentinel)  # type: ignore[call-overload]
-            rank.join()
-            if rank.exitcode:
-                for other in running.values():
-                    other.kill()
-                sys.exit(f"a rank of {world} ended with status {rank.exitcode}")
+        wait([rank.sentinel for rank in running])
+        running = [rank for rank in running if rank.exitcode is None]
+        for status in {rank.exitcode for rank in ranks} - {None, 0}:
+            for rank in running:
+                rank.kill()
+            sys.exit(f"one of {world} ranks ended with status {status}")
 
 
 def _run(rank: int, world: int, port: str, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
