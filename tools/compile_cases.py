@@ -1,10 +1,10 @@
-"""The calls whose Triton kernels are in docs/compile-table.md: what the launchers can see, on meta tensors.
+"""Calls on meta tensors whose Triton kernels docs/compile-table.md lists.
 
-Blocks, warps and stages are the launchers' own choices, and every one that they have is here. Of the sizes that a
-kernel is compiled for there is one for each block shape, or more where the models in use have more: widths of BERTs
-from tiny to large, head sizes of these and of projected attention layers, ranks up to the largest. Of a kernel's
-optional parts there are none and all at once, and for one model each. float16 gets bfloat16's choices, so it has fewer
-sizes.
+The launchers choose blocks, warps and stages, and the calls reach each of these choices. Each
+block shape gets one size, or more if models in use need more: the widths of BERTs from tiny to
+large, their head sizes and those of projected attention layers, ranks up to the largest. The
+optional parts of a kernel are all off, all on, and for one model one at a time. float16 shares the
+choices of bfloat16, so it gets fewer sizes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HEAD_DIMS = {
     torch.float32: (11, 16, 17, 32, 34, 64),
     torch.float16: (34, 64, 128),
 }
-# One for each padded size.
+# One rank for each padded size.
 RANKS = {dtype: [2**n for n in range(4, 20) if 2**n <= widest] for dtype, widest in MAX_RANK.items()}
 ROWS = 8192
 SEQUENCES = 96
@@ -120,7 +120,7 @@ def pool() -> None:
 
 
 def gradients() -> None:
-    """1 to 8 tasks and some more, rows of all alignments, results of J's dtype and of float32, sizes of int64."""
+    """1 to 8, 16 and 64 tasks, every alignment, results in J's dtype and float32, int64 sizes."""
     cases = list(itertools.product((*range(1, 9), 16, 64), (1 << 20,), (torch.float32, torch.bfloat16)))
     cases += [(3, 999_999, dtype) for dtype in DTYPES] + [(3, 2**31 + 8, torch.bfloat16), (8, 1 << 20, torch.float16)]
     for num_tasks, size, dtype in cases:
@@ -132,7 +132,7 @@ def gradients() -> None:
 
 
 def combined_adamw() -> None:
-    """1 task, as the tasks' own gradients are, 3 and more; with a 16-bit copy and without; a table."""
+    """1 task (parameters of its own), 3 and 16; with a 16-bit copy and without; a table."""
     cases: list[tuple[int, torch.dtype, torch.dtype | None]] = [(n, torch.float32, None) for n in (1, 3, 16)]
     cases += [(3, torch.bfloat16, None), (3, torch.float16, torch.float16), (3, torch.bfloat16, torch.bfloat16)]
     for num_tasks, dtype, copied in cases:
@@ -159,13 +159,13 @@ def attention() -> None:
             _attention(dtype, 12, head_dim, 0.1)
     for dtype, head_dim in ((torch.float32, 32), (torch.float32, 64), (torch.bfloat16, 32), (torch.bfloat16, 64)):
         _attention(dtype, 12, head_dim, 0.0)
-    # A number of heads of which Triton makes a constant or that it knows to be a multiple of 16.
+    # Triton makes a constant of 1 head, and knows that 16 heads are a multiple of 16.
     for num_heads in (1, 16):
         _attention(torch.bfloat16, num_heads, 64, 0.1)
 
 
 def _attention(dtype: torch.dtype, num_heads: int, head_dim: int, rate: float) -> None:
-    """Of a batch with short and long sequences."""
+    """A batch with short and long sequences."""
     plan = AttentionPlan.make([0, 20, 200], 208, "meta")
     qkv = meta(208, 3, num_heads, head_dim, dtype=dtype)
     drawn = seed() if rate else None
@@ -174,8 +174,9 @@ def _attention(dtype: torch.dtype, num_heads: int, head_dim: int, rate: float) -
 
 
 def low_rank() -> None:
-    """Of low_rank and lora: both maps, with and without biases, activation and dropout; ranks that fill their padded
-    size and that do not.
+    """Both maps of low_rank and lora: with and without biases, activation and dropout.
+
+    Some ranks fill their padded size, others do not.
     """
     for dtype in (torch.float32, torch.bfloat16):
         for rank in RANKS[dtype]:
@@ -192,13 +193,13 @@ def low_rank() -> None:
 
 
 def low_rank_of_many_tasks() -> None:
-    """The tasks' offsets are looked at all at once."""
+    """Task counts up to 200; a kernel reads the offsets of all tasks at once."""
     for count, rank in ((1, 16), (40, 16), (200, 16), (200, MAX_RANK[torch.bfloat16])):
         _maps(torch.bfloat16, 768, rank, 768, middle="gelu", rate=0.1, num_tasks=count)
 
 
 def low_rank_in_part() -> None:
-    """Without a backward, with frozen parameters, with weights that lie in memory as they are multiplied."""
+    """No backward, frozen parameters, and weights stored in the order of the product."""
     for rank in (16, MAX_RANK[torch.bfloat16]):
         _maps(torch.bfloat16, 768, rank, 768, saves=False)
         _maps(torch.bfloat16, 768, rank, 768, wants=Wants(False, True, True, True, True))
@@ -206,7 +207,7 @@ def low_rank_in_part() -> None:
 
 
 def pal() -> None:
-    """Of pal: the map down and to queries, keys and values, and the map up. Attention's kernels are above."""
+    """The maps of pal: down, to queries, keys and values, and up; `attention` has the rest."""
     sizes = [(torch.bfloat16, size) for size in (12, 24, 48, 96, 204)]
     sizes += [(torch.float32, size) for size in (12, 24, 48)]
     for dtype, size in (*sizes, (torch.float16, 204)):
@@ -232,7 +233,10 @@ def _maps(
     wants: Wants | None = None,
     transposed: bool = True,
 ) -> None:
-    """Forward and backward; d_in None: without a first map. transposed: as torch's linear layers keep weights."""
+    """Run forward and backward.
+
+    d_in: None leaves out the first map. transposed: store weights as torch's linear layers do.
+    """
 
     def weight(rows: int, columns: int) -> Tensor:
         shape = (num_tasks, columns, rows) if transposed else (num_tasks, rows, columns)

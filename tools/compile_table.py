@@ -1,9 +1,10 @@
-"""Writes docs/compile-table.md: what the kernels become on A100 and H100, compiled here, without a GPU.
+"""Compile the kernels for A100 and H100, without a GPU, and write docs/compile-table.md.
 
-`make compile-table` runs it. Of Triton every configuration that the calls of compile_cases.py bring the launchers to
-choose, of CUDA every kernel of csrc/*.cu. What Triton compiled is kept in .cache/compile-table, by the digest of all
-that it is made from and Triton's version, so that only changed kernels are compiled again. With an older Triton first
-on the path and --older, it writes docs/compile-table-triton-3.6.md, which has Triton's kernels alone.
+`make compile-table` runs this script. It compiles every Triton configuration that the launchers
+choose for the calls in compile_cases.py, and every CUDA kernel in csrc/*.cu. Results of Triton are
+cached in .cache/compile-table by the digest of a kernel's sources and Triton's version, so only
+changed kernels are compiled again. With --older, and an older Triton first on the path, the script
+writes docs/compile-table-triton-3.6.md, which has Triton's kernels alone.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ CAPABILITIES = (80, 90)
 # Bytes of shared memory that a block may have on A100 and H100.
 SHARED = {80: 163 << 10, 90: 227 << 10}
 COLUMNS = ("registers", "spilled", "shared", "tensor-core instructions")
-HEADER = """# What the kernels become
+HEADER = """# Compiled kernels, Triton {version}
 
 {kernels}, compiled ahead of time for A100 (sm_80) and H100 (sm_90) by
 `make compile-table`: those that the launchers choose for the calls in
@@ -47,14 +48,16 @@ Compiled by Triton {version}{and_nvcc}.
 Triton {of_other}.
 """
 
-# The launches, their files and the capability, which forked children read.
+# The launches, their cache files and the capability; forked children read them.
 _work: tuple[list[Any], list[Path], int]
 
 
 @dataclass(frozen=True)
 class Line:
-    """A configuration of a kernel: of each capability the registers, bytes spilled, bytes of shared memory, tensor-core
-    instructions; dots: of its source.
+    """One configuration of a kernel.
+
+    dots: matrix products in the source. numbers: for each capability the registers, spilled bytes,
+    bytes of shared memory and tensor-core instructions.
     """
 
     kernel: str
@@ -87,7 +90,7 @@ def _code(text: str) -> str:
 
 
 def source_files(root: Path = ROOT, *, cuda: bool = True) -> list[Path]:
-    """What the table is made from: the files with Triton kernels, those whose constants they take, CUDA, the calls."""
+    """Return the sources of the table: Triton and CUDA kernels, their constants, and the calls."""
     kernels = root / "kernels" / "fastmtl_kernels"
     triton = [path for path in kernels.rglob("*.py") if re.search(r"^import triton$", path.read_text(), re.MULTILINE)]
     also = [kernels / "varlen_attention" / "plan.py", root / "tools" / "compile_cases.py"]
@@ -96,7 +99,7 @@ def source_files(root: Path = ROOT, *, cuda: bool = True) -> list[Path]:
 
 
 def read(text: str) -> tuple[dict[str, str], dict[str, list[Line]]]:
-    """The digest of each source file, and the lines of each that has kernels."""
+    """Return the digest of each source file, and the lines of each file with kernels."""
     digests = dict(re.findall(r"^\| `([^`]+)` \| `([0-9a-f]{16})` \|$", text, re.MULTILINE))
     sections = {}
     for section in text.split("\n## `")[1:]:
@@ -117,13 +120,13 @@ def _read_line(row: str) -> Line:
 
 
 def stale(digests: dict[str, str], root: Path = ROOT, *, cuda: bool = True) -> list[str]:
-    """The source files that changed, came or went after the table was made."""
+    """Return the source files that were changed, added or removed after the table was made."""
     now = {path.relative_to(root).as_posix(): digest(path) for path in source_files(root, cuda=cuda)}
     return sorted(name for name in now.keys() | digests.keys() if now.get(name) != digests.get(name))
 
 
 def page(digests: dict[str, str], sections: dict[str, list[Line]], version: str, *, older: bool) -> str:
-    """The text of the table. version: Triton's."""
+    """Return the text of the page; version is that of Triton."""
     names = {"a100": SHARED[80], "h100": SHARED[90], "version": version}
     if older:
         names |= {"kernels": "Triton's kernels", "and_cuda": "", "and_nvcc": ""}
@@ -186,7 +189,7 @@ def main() -> None:
 
 
 def triton_sections(cache: Path, jobs: int) -> dict[str, list[Line]]:
-    """The lines of each file with kernels."""
+    """Compile the Triton kernels and return the lines of each file that has some."""
     import compile_cases
     import triton_aot
 
@@ -201,11 +204,11 @@ def triton_sections(cache: Path, jobs: int) -> dict[str, list[Line]]:
     for file, *of_capabilities in zip(files, *reports.values(), strict=True):
         lines = sections.setdefault(f"kernels/{file}", [])
         lines.append(_line(dict(zip(CAPABILITIES, of_capabilities, strict=True))))
-    return {file: _told_apart(lines) for file, lines in sorted(sections.items())}
+    return {file: _shortened(lines) for file, lines in sorted(sections.items())}
 
 
 def _reports(launches: list[Any], capability: int, cache: Path, jobs: int) -> Iterator[dict[str, Any]]:
-    """What triton_aot.describe says of each launch's kernel, in their order."""
+    """Yield the report of triton_aot.describe for each launch, in order."""
     import triton
 
     paths = [
@@ -213,7 +216,7 @@ def _reports(launches: list[Any], capability: int, cache: Path, jobs: int) -> It
         for launch in launches
     ]
     missing = [n for n, path in enumerate(paths) if not path.exists()]
-    # The children are forked, so that they have the launches with their tensors.
+    # Forked children share the launches and their tensors.
     context = multiprocessing.get_context("fork")
     global _work
     _work = launches, paths, capability
@@ -265,18 +268,18 @@ def _line(reports: dict[int, dict[str, Any]]) -> Line:
     return Line(report["name"], configuration, " ".join(types), 32 * report["warps"], report["dots"], numbers)
 
 
-def _told_apart(lines: list[Line]) -> list[Line]:
-    """Without the arguments' types in brackets, but for those that alone tell two lines apart."""
+def _shortened(lines: list[Line]) -> list[Line]:
+    """Drop the types of arguments, in brackets, that no two lines need to differ."""
     split = [re.fullmatch(r"(.*) \[(.*)\]", line.configuration) for line in lines]
     short = [(line.kernel, line.types, match[1]) for line, match in zip(lines, split, strict=True) if match]
     kinds = [set(match[2].split()) for match in split if match]
-    told = []
+    short_lines = []
     for n, line in enumerate(lines):
         others = [kinds[m] for m, name in enumerate(short) if name == short[n] and m != n]
         differing = sorted(kind for kind in kinds[n] if any(kind not in other for other in others))
         configuration = " ".join([short[n][2], *differing])
-        told.append(Line(line.kernel, configuration, line.types, line.threads, line.dots, line.numbers))
-    return sorted(told, key=lambda line: (line.kernel, line.types, _natural(line.configuration)))
+        short_lines.append(Line(line.kernel, configuration, line.types, line.threads, line.dots, line.numbers))
+    return sorted(short_lines, key=lambda line: (line.kernel, line.types, _natural(line.configuration)))
 
 
 def _natural(text: str) -> list[tuple[int, str]]:
@@ -286,7 +289,7 @@ def _natural(text: str) -> list[tuple[int, str]]:
 def cuda_sections(
     digests: dict[str, str], old_digests: dict[str, str], old_sections: dict[str, list[Line]]
 ) -> dict[str, list[Line]]:
-    """By nvcc; where there is none, what the old table says, if csrc is what it was then."""
+    """Compile the CUDA kernels; without nvcc, keep the old lines if csrc has not changed."""
     import nvcc_aot
 
     reason = nvcc_aot.why_no_nvcc()
@@ -308,7 +311,7 @@ def cuda_sections(
 
 
 def _cuda_line(mangled: str, of_capabilities: dict[int, dict[str, int]]) -> Line:
-    """Of a kernel in an unnamed namespace, whose only template arguments may be numbers."""
+    """Return the line of a kernel in an unnamed namespace; its template arguments are numbers."""
     (kernel, arguments) = re.findall(r"\d([a-z_]+_kernel)((?:I(?:Li\d+E)+)?)", mangled)[0]
     configuration = " ".join(re.findall(r"Li(\d+)E", arguments))
     (threads,) = re.findall(r"kThreads = (\d+);", (ROOT / "csrc" / "gradients_kernels.cuh").read_text())

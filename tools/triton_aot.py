@@ -1,9 +1,10 @@
-"""Compiles the Triton kernels that a function launches, for a GPU that need not be there, and tells what came out.
+"""Compile the Triton kernels that a function launches, for a GPU that need not be present.
 
-Usage: triton_aot.py FILE FUNCTION CAPABILITY, the capability as 80 or 90. Calls the function of a Python file with
-Triton's launches replaced by compilation, so that types, alignment and constants are what the launchers choose.
-Tensors may be on the CPU or meta; nothing is computed. Prints one JSON object per kernel. The fixture in
-tests/kernels/conftest.py reads them; compile_table.py imports this file.
+Usage: triton_aot.py FILE FUNCTION CAPABILITY, with the capability as 80 or 90. The script calls the
+function of a Python file, with Triton's launches replaced by compilation, so that the launchers
+choose types, alignment and constants. Tensors may be on the CPU or meta; nothing is computed. One
+JSON object per kernel is printed. The fixture in tests/kernels/conftest.py reads these objects;
+compile_table.py imports this module.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _run = JITFunction.run
 
 
 class AbsentGpu:
-    """As much of Triton's driver as compilation asks for."""
+    """The part of Triton's driver that compilation needs."""
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)
@@ -40,7 +41,7 @@ class AbsentGpu:
         return self.target
 
     def get_current_device(self) -> int:
-        """One for each capability, since Triton keeps the target of a device that it has seen."""
+        """Return one device per capability: Triton caches the target of a device."""
         return self.target.arch
 
     def get_current_stream(self, device: int) -> int:
@@ -48,22 +49,25 @@ class AbsentGpu:
 
 
 class Launch(NamedTuple):
-    """A kernel's call. digest: of all that its machine code is made from but Triton's version and the target."""
+    """A call of a kernel.
+
+    digest: covers everything that decides the machine code, except Triton's version and the target.
+    """
 
     kernel: JITFunction
     arguments: dict[str, Any]
     digest: str
 
     def compile(self, capability: int) -> Any:
-        """Triton's kernel for this target."""
+        """Return Triton's compiled kernel for this capability."""
         triton.runtime.driver.set_active(AbsentGpu(capability))
         return _run(self.kernel, grid=None, warmup=True, **self.arguments)
 
 
 def code(kernel: JITFunction) -> str:
-    """Return the code of a kernel, of all functions it calls and the constants they use, without docstrings.
+    """Return the code of a kernel, the functions it calls and their constants, without docstrings.
 
-    Triton's own cache key also has line numbers, so a changed comment would compile everything again.
+    Triton's cache key also has line numbers: a changed comment would compile everything again.
     """
     found: dict[str, str] = {}
 
@@ -89,9 +93,9 @@ def code(kernel: JITFunction) -> str:
 
 
 def launches(function: Callable[[], object], capability: int) -> list[Launch]:
-    """The launches in a call that need kernels of their own, each once, without compiling any.
+    """Return the launches of a function that need different kernels, without compiling any.
 
-    capability: what launchers that ask Triton for its target are told.
+    capability: the one that launchers get when they ask Triton for its target.
     """
     found: dict[str, Launch] = {}
 
@@ -115,14 +119,14 @@ def launches(function: Callable[[], object], capability: int) -> list[Launch]:
 
 
 def notation(kind: Any, path: tuple[int, ...], attrs: dict[tuple[int, ...], Any]) -> Any:
-    """An argument's type as Triton's own compiler writes it: "*bf16:16" is a pointer to bf16, aligned to 16 bytes."""
+    """Return a type in Triton's notation: "*bf16:16" is a pointer to bf16, aligned to 16 bytes."""
     if isinstance(kind, (list, tuple)):
         return [notation(inner, (*path, n), attrs) for n, inner in enumerate(kind)]
     return f"{kind}:16" if any(name == "tt.divisibility" for name, _ in attrs.get(path, [])) else kind
 
 
 def describe(kernel: Any) -> dict[str, Any]:
-    """The fields of Compiled in tests/kernels/conftest.py."""
+    """Return the fields of Compiled in tests/kernels/conftest.py."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
