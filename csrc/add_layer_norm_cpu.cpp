@@ -54,7 +54,7 @@ Dropout dropout_of(const std::optional<Tensor>& seed, int64_t threshold, double 
 
 struct ForwardArgs {
   const void *residual, *x, *ts;  // ts: null where there is none
-  const float *x_bias, *weight, *bias;
+  const float *weight, *bias;
   void *y, *z;
   float *mean, *rstd;
   uint8_t* mask;  // keeps the bits of what is dropped; null where backward does not need them
@@ -87,7 +87,7 @@ FASTMTL_INLINE void forward_part(const ForwardArgs& args, int64_t first, int64_t
     args.dropout.draw(row, d, dropped);
     Lanes sums[kUnroll] = {}, squares[kUnroll] = {};
     for_vectors(d, [&](int64_t c, int64_t count, int k) __attribute__((always_inline)) {
-      const Lanes f = drop((get(x + c, count) + get(args.x_bias + c, count)) * args.dropout.scale, dropped, c);
+      const Lanes f = drop(get(x + c, count) * args.dropout.scale, dropped, c);
       put(get(residual + c, count) + f + get(ts + c, count), z + c, count);
       sums[k] += get(z + c, count);
     });
@@ -114,11 +114,11 @@ struct BackwardArgs {
   float scale;
 };
 
-// Adds to sums [3, num_columns]: of weight, bias and x_bias.
+// Adds to sums [2, num_columns]: the gradients of weight and bias.
 template <typename scalar_t>
 FASTMTL_INLINE void backward_part(const BackwardArgs& args, int64_t first, int64_t last, float* sums) {
   const int64_t d = args.num_columns;
-  float *dweight = sums, *dbias = sums + d, *dx_bias = sums + 2 * d;
+  float *dweight = sums, *dbias = sums + d;
   for (int64_t row = first; row < last; ++row) {
     const scalar_t* dy = static_cast<const scalar_t*>(args.dy) + row * d;
     const scalar_t* z = static_cast<const scalar_t*>(args.z) + row * d;
@@ -141,17 +141,13 @@ FASTMTL_INLINE void backward_part(const BackwardArgs& args, int64_t first, int64
       return lanes;
     };
     if (!args.dx) {
-      for_vectors(d, [&](int64_t c, int64_t count, int) __attribute__((always_inline)) {
-        put(get(dx_bias + c, count) + dz_at(c, count), dx_bias + c, count);
-      });
+      for_vectors(d, [&](int64_t c, int64_t count, int) __attribute__((always_inline)) { dz_at(c, count); });
       continue;
     }
     scalar_t* dx = static_cast<scalar_t*>(args.dx) + row * d;
     const uint8_t* dropped = args.mask + row * mask_bytes(d);
     for_vectors(d, [&](int64_t c, int64_t count, int) __attribute__((always_inline)) {
-      const Lanes lanes = drop(dz_at(c, count) * args.scale, dropped, c);
-      put(lanes, dx + c, count);
-      put(get(dx_bias + c, count) + lanes, dx_bias + c, count);
+      put(drop(dz_at(c, count) * args.scale, dropped, c), dx + c, count);
     });
   }
 }
@@ -206,10 +202,9 @@ FASTMTL_ROW_KERNELS(BFloat16)
 FASTMTL_ROW_KERNELS(Half)
 #undef FASTMTL_ROW_KERNELS
 
-void add_layer_norm_out(Tensor residual, Tensor x, std::optional<Tensor> ts, std::optional<Tensor> x_bias,
-                        Tensor weight, Tensor bias, std::optional<Tensor> seed, int64_t threshold, double scale,
-                        double eps, int64_t num_rows, Tensor y, Tensor z, Tensor mean, Tensor rstd,
-                        std::optional<Tensor> mask) {
+void add_layer_norm_out(Tensor residual, Tensor x, std::optional<Tensor> ts, Tensor weight, Tensor bias,
+                        std::optional<Tensor> seed, int64_t threshold, double scale, double eps, int64_t num_rows,
+                        Tensor y, Tensor z, Tensor mean, Tensor rstd, std::optional<Tensor> mask) {
   const char* op = "add_layer_norm_out";
   const int64_t n = residual.size(0), d = residual.size(1);
   const ScalarType dtype = residual.scalar_type();
@@ -217,7 +212,6 @@ void add_layer_norm_out(Tensor residual, Tensor x, std::optional<Tensor> ts, std
   check(op, "residual", residual, dtype, n * d);
   check(op, "x", x, dtype, n * d);
   if (ts) check(op, "ts", *ts, dtype, n * d);
-  if (x_bias) check(op, "x_bias", *x_bias, ScalarType::Float, d);
   check(op, "weight", weight, ScalarType::Float, d);
   check(op, "bias", bias, ScalarType::Float, d);
   check(op, "y", y, dtype, n * d);
@@ -225,12 +219,10 @@ void add_layer_norm_out(Tensor residual, Tensor x, std::optional<Tensor> ts, std
   check(op, "mean", mean, ScalarType::Float, n);
   check(op, "rstd", rstd, ScalarType::Float, n);
   if (mask) check(op, "mask", *mask, ScalarType::Byte, n * mask_bytes(d));
-  const std::vector<float> no_bias(x_bias ? 0 : d);
   const auto floats = [](const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); };
   const ForwardArgs args{residual.const_data_ptr(), x.const_data_ptr(), ts ? ts->const_data_ptr() : nullptr,
-                         x_bias ? floats(*x_bias) : no_bias.data(), floats(weight), floats(bias),
-                         y.mutable_data_ptr(), z.mutable_data_ptr(), static_cast<float*>(mean.mutable_data_ptr()),
-                         static_cast<float*>(rstd.mutable_data_ptr()),
+                         floats(weight), floats(bias), y.mutable_data_ptr(), z.mutable_data_ptr(),
+                         static_cast<float*>(mean.mutable_data_ptr()), static_cast<float*>(rstd.mutable_data_ptr()),
                          mask ? static_cast<uint8_t*>(mask->mutable_data_ptr()) : nullptr, d, static_cast<float>(eps),
                          dropout_of(seed, threshold, scale)};
   for_dtype(op, dtype, [&](auto zero) {
@@ -266,7 +258,7 @@ void layer_norm_again_out(Tensor z, Tensor mean, Tensor rstd, Tensor weight, Ten
   std::memset(static_cast<char*>(args.y) + num_rows * d * y.element_size(), 0, (n - num_rows) * d * y.element_size());
 }
 
-// sums [3, T, d]: of weight, bias and x_bias over the rows of each task. mask: forward's, where dx is given.
+// sums [2, T, d]: gradients of weight and bias over the rows of each task. mask: forward's, where dx is given.
 void add_layer_norm_backward_out(Tensor dy, Tensor z, Tensor mean, Tensor rstd, Tensor weight,
                                  std::optional<Tensor> mask, double scale, Tensor token_offsets, Tensor dz,
                                  std::optional<Tensor> dx, Tensor sums) {
@@ -283,7 +275,7 @@ void add_layer_norm_backward_out(Tensor dy, Tensor z, Tensor mean, Tensor rstd, 
   STD_TORCH_CHECK(dx.has_value() == mask.has_value(), op, ": dx must be given with mask, and is dz without it");
   if (dx) check(op, "dx", *dx, dtype, n * d);
   if (mask) check(op, "mask", *mask, ScalarType::Byte, n * mask_bytes(d));
-  check(op, "sums", sums, ScalarType::Float, 3 * num_tasks * d);
+  check(op, "sums", sums, ScalarType::Float, 2 * num_tasks * d);
   const int32_t* offsets = static_cast<const int32_t*>(token_offsets.const_data_ptr());
   STD_TORCH_CHECK(num_tasks >= 1 && offsets[0] == 0 && std::is_sorted(offsets, offsets + num_tasks + 1) &&
                       offsets[num_tasks] <= n, op, ": token_offsets must ascend from 0 to at most the rows there are");
@@ -294,7 +286,7 @@ void add_layer_norm_backward_out(Tensor dy, Tensor z, Tensor mean, Tensor rstd, 
                           static_cast<float>(scale)};
   const int64_t num_rows = offsets[num_tasks], num_chunks = (num_rows + kChunk - 1) / kChunk;
   // Chunk p's part of task t is slot p + t: along the rows one of the two grows with every part.
-  std::vector<float> partials((num_chunks + num_tasks) * 3 * d, 0.0f);
+  std::vector<float> partials((num_chunks + num_tasks) * 2 * d, 0.0f);
   for_dtype(op, dtype, [&](auto zero) {
     torch::stable::parallel_for(0, num_chunks, 1, [&](int64_t first, int64_t last) {
       for (int64_t chunk = first; chunk < last; ++chunk) {
@@ -302,18 +294,18 @@ void add_layer_norm_backward_out(Tensor dy, Tensor z, Tensor mean, Tensor rstd, 
           const int64_t begin = std::max<int64_t>(chunk * kChunk, offsets[t]);
           const int64_t end = std::min<int64_t>((chunk + 1) * kChunk, offsets[t + 1]);
           if (begin < end)
-            backward_rows(args, begin, end, partials.data() + (chunk + t) * 3 * d, zero);
+            backward_rows(args, begin, end, partials.data() + (chunk + t) * 2 * d, zero);
         }
       }
     });
   });
   float* out = static_cast<float*>(sums.mutable_data_ptr());
-  std::fill(out, out + 3 * num_tasks * d, 0.0f);
+  std::fill(out, out + 2 * num_tasks * d, 0.0f);
   for (int64_t t = 0; t < num_tasks; ++t) {
     if (offsets[t] == offsets[t + 1]) continue;
     for (int64_t slot = offsets[t] / kChunk + t; slot <= (offsets[t + 1] - 1) / kChunk + t; ++slot)
-      for (int64_t k = 0; k < 3; ++k)
-        for (int64_t c = 0; c < d; ++c) out[(k * num_tasks + t) * d + c] += partials[(slot * 3 + k) * d + c];
+      for (int64_t k = 0; k < 2; ++k)
+        for (int64_t c = 0; c < d; ++c) out[(k * num_tasks + t) * d + c] += partials[(slot * 2 + k) * d + c];
   }
   const int64_t done = num_rows * d * dy.element_size(), rest = (n - num_rows) * d * dy.element_size();
   std::memset(static_cast<char*>(args.dz) + done, 0, rest);

@@ -1,8 +1,8 @@
 // Operator schemas and meta implementations of torch.ops.fastmtl.
 //
 // Built against PyTorch's stable ABI and free of Python's headers, so that one library serves every torch >= 2.11 and
-// every Python. Callers come through fastmtl_kernels.task_gradients.api, which validates; only what would read out of bounds is
-// checked again next to the kernels.
+// every Python. Callers come through the api module of each operation, which validates; only what would read out of
+// bounds is checked again next to the kernels.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -29,9 +29,8 @@ void combined_adamw_meta(std::vector<Tensor>, Tensor, std::vector<Tensor>, std::
 void combined_adamw_rows_meta(std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>,
                               double, double, double, double, double, double, double) {}
 
-void add_layer_norm_out_meta(Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>, Tensor, Tensor,
-                             std::optional<Tensor>, int64_t, double, double, int64_t, Tensor, Tensor, Tensor, Tensor,
-                             std::optional<Tensor>) {}
+void add_layer_norm_out_meta(Tensor, Tensor, std::optional<Tensor>, Tensor, Tensor, std::optional<Tensor>, int64_t,
+                             double, double, int64_t, Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>) {}
 
 void add_layer_norm_backward_out_meta(Tensor, Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>, double, Tensor,
                                       Tensor, std::optional<Tensor>, Tensor) {}
@@ -64,8 +63,8 @@ STABLE_TORCH_LIBRARY(fastmtl, m) {
       "Tensor(c!) exp_avg_sq, Tensor(d!)? copy, float decay, float beta1_left, float beta2, float beta2_left, "
       "float step_size, float root, float eps) -> ()");
   m.def(
-      "add_layer_norm_out(Tensor residual, Tensor x, Tensor? ts, Tensor? x_bias, Tensor weight, Tensor bias, "
-      "Tensor? seed, int threshold, float scale, float eps, int num_rows, "
+      "add_layer_norm_out(Tensor residual, Tensor x, Tensor? ts, Tensor weight, Tensor bias, Tensor? seed, "
+      "int threshold, float scale, float eps, int num_rows, "
       "Tensor(a!) y, Tensor(b!) z, Tensor(c!) mean, Tensor(d!) rstd, Tensor(e!)? mask) -> ()");
   m.def(
       "add_layer_norm_backward_out(Tensor dy, Tensor z, Tensor mean, Tensor rstd, Tensor weight, Tensor? mask, "

@@ -155,18 +155,19 @@ class Refusal(NamedTuple):
 def select(operation: str, impl: str, *tensors: Tensor | None, **sizes: int) -> str:
     """Return the implementation for these tensors, which are on one device.
 
-    sizes: the sizes that the limits of the operation check. Without tensors the device is the CPU.
+    tensors: the first is not None; without tensors the device is the CPU. sizes: the sizes that the
+    limits of the operation check.
 
     Raises:
         ValueError: impl is no implementation of the operation, or an argument is too large for it.
         RuntimeError: the implementation cannot be used here; the message gives the reason.
     """
-    given = [tensor for tensor in tensors if tensor is not None]
-    device = given[0].device if given else torch.device("cpu")
-    dtypes = {tensor.dtype for tensor in given}
-    candidates = OPERATIONS[operation]
+    device = tensors[0].device if tensors and tensors[0] is not None else torch.device("cpu")
+    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
     if impl == "auto":
-        return next(candidate.impl for candidate in candidates if not refusal(candidate, device, dtypes, sizes))
+        for candidate in OPERATIONS[operation]:
+            if refusal(candidate, device, dtypes, sizes) is None:
+                return candidate.impl
     refused = refusal(_candidate(operation, impl), device, dtypes, sizes)
     if refused is None:
         return impl

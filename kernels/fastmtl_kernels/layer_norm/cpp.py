@@ -38,7 +38,6 @@ def forward(
         residual.contiguous(),
         cast(x, residual.dtype).contiguous(),
         None if ts is None else cast(ts, residual.dtype).contiguous(),
-        None,
         cast(weight, torch.float32).contiguous(),
         cast(bias, torch.float32).contiguous(),
         seed,
@@ -65,7 +64,7 @@ def backward(
     """
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     dx = None if mask is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    totals = torch.empty(3, call.tasks.num_tasks, z.shape[1], dtype=torch.float32, device=z.device)
+    totals = torch.empty(2, call.tasks.num_tasks, z.shape[1], dtype=torch.float32, device=z.device)
     torch.ops.fastmtl.add_layer_norm_backward_out(
         cast(dy, z.dtype).contiguous(),
         z,
@@ -79,7 +78,6 @@ def backward(
         dx,
         totals,
     )
-    totals = totals[:2]
     if call.sink is None and call.tasks.num_tasks > 1:
         totals = totals.sum(1, keepdim=True)  # both at once
     return dz, dx, totals
