@@ -18,7 +18,7 @@ from fastmtl_kernels.philox import keep_mask
 REASON = unsupported_reason("add_layer_norm", "cpp", torch.device("cpu"))
 needs_cpp = pytest.mark.skipif(bool(REASON), reason=REASON or "built")
 IMPLS = ["reference", pytest.param("cpp", marks=needs_cpp)]
-PLAIN = dict(
+PLAIN: dict[str, Any] = dict(
     sizes=(20, 0, 1, 50), tail=3, columns=37, dtype=torch.float32, parameter_dtype=torch.float32, layout="dense",
     ts=True, dropout_p=0.3, sink=True, seed=5,
 )  # fmt: skip

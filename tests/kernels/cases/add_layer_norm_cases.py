@@ -40,7 +40,7 @@ class Case:
     def num_rows(self) -> int:
         return self.tail if self.offsets is None else self.offsets[-1] + self.tail
 
-    def tensors(self, device: str) -> tuple[dict[str, Tensor], Tensor]:
+    def tensors(self, device: str) -> tuple[dict[str, Any], Tensor]:
         """The inputs by name and the gradient of y."""
         generator = torch.Generator().manual_seed(self.seed)
         made = {}

@@ -125,7 +125,7 @@ def check(case: Case, impl: Any, device: str = "cpu") -> None:
     if stop == 0:
         assert not any(value.any() for value in found.values())
         return
-    z = sum(parameters[table].double()[ids[name].long()] for name, table in IDS.items())[:stop]
+    z = torch.stack([parameters[table].double()[ids[name].long()] for name, table in IDS.items()]).sum(0)[:stop]
     rstd = (z.var(-1, unbiased=False) + EPS).rsqrt()[:, None]
     h = dy[:stop].double().abs() / (1 - case.dropout_p)
     moved = (z.abs().amax(-1, keepdim=True) * rstd).clamp(min=1)

@@ -42,7 +42,7 @@ class Case:
     def dropout_p(self) -> tuple[float, ...] | float | None:
         return self.rates[: len(self.sizes)] if isinstance(self.rates, tuple) else self.rates
 
-    def tensors(self, device: str) -> tuple[dict[str, Tensor], Tensor]:
+    def tensors(self, device: str) -> tuple[dict[str, Any], Tensor]:
         """The inputs by name and the gradient of y."""
         generator = torch.Generator().manual_seed(self.seed)
         num_tasks = len(self.sizes)

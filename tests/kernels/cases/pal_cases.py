@@ -42,7 +42,7 @@ class Case:
     def cu_seqlens(self) -> tuple[int, ...]:
         return 0, *accumulate(length for lengths in self.lengths for length in lengths)
 
-    def tensors(self, device: str) -> tuple[dict[str, Tensor], Tensor]:
+    def tensors(self, device: str) -> tuple[dict[str, Any], Tensor]:
         """The inputs by name and the gradient of y."""
         generator = torch.Generator().manual_seed(self.seed)
         num_tasks, size = len(self.lengths), self.num_heads * self.head_dim
@@ -103,7 +103,7 @@ def run(case: Case, impl: Any, device: str, wide: torch.dtype | None = None) -> 
     for tensor in tensors.values():
         tensor.requires_grad_()
     y = pal(
-        **tensors,  # type: ignore[arg-type]
+        **tensors,
         cu_seqlens=torch.tensor(case.cu_seqlens, dtype=torch.int32, device=device),
         token_offsets=torch.tensor(case.offsets, dtype=torch.int32, device=device),
         num_heads=case.num_heads,

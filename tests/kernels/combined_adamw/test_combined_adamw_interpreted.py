@@ -6,6 +6,8 @@ tests/kernels/test_interpreter.py runs this file in a process with TRITON_INTERP
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 from unittest import mock
 
 import torch
@@ -26,7 +28,7 @@ def run(grads: list[list[Tensor]], weights: Tensor, found: Written, step: int, s
     from fastmtl_kernels.combined_adamw import reference
     from fastmtl_kernels.combined_adamw import triton as combined_adamw_triton
 
-    copies = found.copies or [None] * len(found.params)
+    copies: Sequence[Tensor | None] = found.copies or [None] * len(found.params)
     lists = zip(found.params, found.exp_avgs, found.exp_avg_sqs, copies, strict=True)
     targets = [reference.Written(*tensors) for tensors in lists]
     with mock.patch.object(combined_adamw_triton, "BLOCK", BLOCK):
@@ -48,15 +50,17 @@ def test_lists(
     """Of several dtypes, begun at any address. What lies before and after is left alone."""
     dtypes = data.draw(st.lists(st.sampled_from(DTYPES), min_size=len(sizes), max_size=len(sizes)))
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(size + shift + 5,) for size in sizes]
+    shapes: list[tuple[int, ...]] = [(size + shift + 5,) for size in sizes]
     memory, weights = lists_of(shapes, dtypes, tasks, generator)
     guarded = Written.random(shapes, generator, copy)
     whole = {name: values for name, values in guarded.arguments().items() if values is not None}
     before = {name: [tensor.clone() for tensor in values] for name, values in whole.items()}
 
     def inner(lists: dict[str, list[Tensor]]) -> Written:
-        cut = {name: [t[shift : shift + s] for t, s in zip(v, sizes, strict=True)] for name, v in lists.items()}
-        return Written(**{"copies": None, **cut})
+        cut: dict[str, Any] = {"copies": None}
+        for name, tensors in lists.items():
+            cut[name] = [tensor[shift : shift + size] for tensor, size in zip(tensors, sizes, strict=True)]
+        return Written(**cut)
 
     grads = [[t[shift : shift + s] for t, s in zip(task, sizes, strict=True)] for task in memory]
     run(grads, weights, inner(whole), 2)
@@ -87,7 +91,8 @@ def test_tables(
     before = Written.random([size], generator, copy)
     found = before.on("cpu")
     run(grads, weights, found, 5, slots)
-    check(found, before, *[spread(values, slots) for values in exact_sums(grads, weights)], tasks, 5)
+    merged, magnitudes = (spread(values, slots) for values in exact_sums(grads, weights))
+    check(found, before, merged, magnitudes, tasks, 5)
 
 
 def test_non_finite_gradients_show() -> None:
