@@ -1,4 +1,4 @@
-"""Triton kernels without a GPU: in its interpreter, and compiled for GPUs that need not be there."""
+"""Triton kernels without a GPU: run in its interpreter, and compiled for GPUs that are absent."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # in the process that `interpret`
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """A kernel as it would run: per thread registers and bytes spilled, per block bytes of shared memory and warps.
+    """A compiled kernel.
 
-    `signature` has the types of its arguments, "*bf16:16" for a pointer to bf16 that is aligned to 16 bytes; `dots` are
-    those of its source; `instructions` counts those of the machine code, {"LDG.E.128": 6, ...}; tensor cores are HMMA
-    and HGMMA.
+    signature: the types of its arguments, "*bf16:16" for a pointer to bf16 that is aligned to 16
+    bytes. warps: of a block. dots: of its source. registers, spilled: registers and bytes spilled
+    per thread. shared: bytes of shared memory of a block. instructions: counts of the machine code,
+    {"LDG.E.128": 6, ...}; HMMA and HGMMA are those of the tensor cores.
     """
 
     name: str
@@ -54,7 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def interpret() -> Callable[..., None]:
-    """interpret(file, ...): run the tests of files in one process with TRITON_INTERPRET=1 in the environment."""
+    """interpret(file, ...): run the tests of files in one process with TRITON_INTERPRET=1."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
 
@@ -78,9 +79,10 @@ def on_cpu_tensors() -> Iterator[None]:
 
 @pytest.fixture
 def compile_ahead(tmp_path: Path) -> Callable[[Callable[[], None], int], list[Compiled]]:
-    """compile_ahead(function, 90): the Triton kernels that a function of a module launches, compiled for sm_90.
+    """compile_ahead(function, 90): compile the Triton kernels that a function launches, for sm_90.
 
-    The function is called in a process of its own, on CPU or meta tensors; its launches compile and compute nothing.
+    The function is called in its own process, on CPU or meta tensors. Its launches compile, and
+    compute nothing.
     """
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")

@@ -147,7 +147,10 @@ def test_implementations_agree_with_dispatch(device: str) -> None:
     ],
 )
 def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, cuda: str, triton: str, flat: bool, chosen: str) -> None:
-    """CUDA where it is built, Triton for one tensor per task, else plain torch; asked for, each says why not."""
+    """auto takes CUDA where it is built, Triton for one tensor per task, else plain torch.
+
+    An explicit choice that cannot be used raises the reason.
+    """
     monkeypatch.setattr(_native, "why_no_cuda", lambda device: cuda)
     monkeypatch.setattr(dispatch, "why_no_triton", lambda: triton)
     with FakeTensorMode():
@@ -200,7 +203,7 @@ def test_nothing_is_recorded_for_autograd() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_on_a_gpu(dtype: torch.dtype) -> None:
-    """The same results as on the CPU, and no step of the weights waits for the device."""
+    """Results equal those on the CPU, and no step of the weights waits for the device."""
     rows = torch.randn(3, 10_001, generator=torch.Generator().manual_seed(0)).to(dtype)
     rows[1] = -rows[0] + 0.1 * rows[1]
     gram = gramian(rows.cuda())

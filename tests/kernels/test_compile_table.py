@@ -1,4 +1,4 @@
-"""docs/compile-table.md is that of the kernels as they are, and what is in it is good."""
+"""docs/compile-table.md matches the kernels, and its numbers are within their limits."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 
 import compile_table
 
-# Bytes that a thread of the largest kernels may be short of. float32 is made exact by three products of operands that
-# take two registers a number, and is for checks rather than speed.
+# Bytes per thread that the largest kernels may spill. float32 is made exact by three products of
+# operands that take two registers per number, and is for checks, not for speed.
 SPILLED = {80: 160, 90: 0}
 SPILLED_OF_FLOAT32 = {80: 2688, 90: 0}
-# Of a sequence of more than 64 tokens, in float32, with heads of these columns: neither more or fewer warps, nor loads
-# that do not run ahead, nor products without tensor cores make room for all operands.
+# The same for sequences of more than 64 tokens in float32, by columns of a head. Neither more or
+# fewer warps, nor loads without prefetch, nor products without tensor cores leave enough registers.
 SPILLED_OF_LONG_FLOAT32 = {34: 344, 64: 176}
-# The same under triton 3.6. Neither 2, 8 or 16 warps, nor other numbers of stages make room for more.
+# The same under Triton 3.6. Neither 2, 8 or 16 warps nor other numbers of stages spill less.
 SPILLED_OF_OLDER_LONG_FLOAT32 = {17: 72, 32: 40, 34: 448, 64: 320}
 
 Table = tuple[dict[str, str], dict[str, list[compile_table.Line]]]

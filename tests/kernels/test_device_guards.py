@@ -1,7 +1,8 @@
-"""Every Triton kernel is launched on the device of its tensors, which need not be the current one.
+"""Every Triton kernel is launched on the device of its tensors, which may not be the current one.
 
-Triton launches on the current device, so a model on `cuda:1` needs `torch.cuda.device_of` around each launch. The calls
-of the compile table reach every launcher without a GPU; no kernel is compiled.
+Triton launches on the current device, so a model on `cuda:1` needs `torch.cuda.device_of` around
+each launch. The calls of the compile table reach every launcher without a GPU; no kernel is
+compiled.
 """
 
 from __future__ import annotations

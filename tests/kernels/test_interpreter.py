@@ -1,7 +1,7 @@
 """The tests of Triton kernels in Triton's interpreter, one process per group of operations.
 
-TRITON_INTERPRET is read when triton is imported, so these tests need a process of their own. A
-process takes seconds to start, so operations with short tests share one.
+Triton reads TRITON_INTERPRET when it is imported, so these tests need their own process. A process
+takes seconds to start, so operations with short tests share one.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def files_of(folder: str) -> list[Path]:
     return sorted((HERE / folder).glob("test_*_interpreted.py"))
 
 
+@pytest.mark.slow(11)
 @pytest.mark.skipif(INTERPRETED, reason="runs the others")
 @pytest.mark.parametrize("folders", GROUPS, ids="-".join)
 def test_kernels_in_the_interpreter(interpret: Callable[..., None], folders: tuple[str, ...]) -> None:
@@ -33,6 +34,6 @@ def test_kernels_in_the_interpreter(interpret: Callable[..., None], folders: tup
 
 
 def test_every_file_is_run() -> None:
-    """No file of these tests is skipped by every process."""
+    """Every file of these tests is run by a process."""
     run = {file for folders in GROUPS for folder in folders for file in files_of(folder)}
     assert run == set(HERE.rglob("test_*_interpreted.py")) and len(run) == 9

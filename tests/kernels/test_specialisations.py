@@ -1,8 +1,9 @@
-"""A kernel is compiled once, however many rows the batches of a training have and wherever their small tensors lie.
+"""A kernel is compiled once, for any number of rows and any addresses of small tensors.
 
-Triton makes a variant of a kernel for each pattern of pointers that are aligned to 16 bytes and for some values of
-integers. A variant that only some batches need is compiled in the middle of training. Here the launchers get tensors on
-the CPU, at real addresses, and Triton's own key of a variant is noted in place of its compilation.
+Triton makes a variant of a kernel for each pattern of pointers that are aligned to 16 bytes, and
+for
+some values of integers. A variant that only some batches need would be compiled during training.
+Here the launchers get CPU tensors, and Triton's key of each variant is noted instead of compiling.
 """
 
 from __future__ import annotations
@@ -38,17 +39,18 @@ from fastmtl_kernels.varlen_attention.triton import launch as varlen_attention_t
 
 KERNELS = Path(inspect.getfile(dropout_triton)).parents[1]
 WIDTH, HEADS, TASKS = 64, 4, 3
-# Of a batch's sequences, short and long: even and odd sums, so that what follows N numbers is aligned for some only.
+# Lengths of sequences, short and long. Their sums are even and odd, so that data after N numbers is
+# aligned in some batches only.
 BATCHES = ([3, 70, 5], [64, 64, 64], [1, 1, 130], [17, 1, 1], [100, 80, 75], [5, 8, 81])
 
 
 def at_every_place(values: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
-    """The values as slices of longer tensors, from the first to the fourth element on."""
+    """Return the values as slices of longer tensors, which begin at the first to fourth element."""
     return [torch.tensor([*[0] * place, *values], dtype=dtype)[place:] for place in range(4)]
 
 
 def batches() -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
-    """Of each batch and place: lengths, offsets of tasks with a sequence each, ids [N], a seed."""
+    """Yield lengths, offsets of tasks with one sequence each, ids [N] and a seed."""
     for lengths in BATCHES:
         offsets = [0, *torch.tensor(lengths).cumsum(0).tolist()]
         seeds = torch.arange(4).split(1)
@@ -110,7 +112,7 @@ def low_rank() -> None:
 
 
 def compact_rows() -> None:
-    """The tasks' gradients of the rows of a table that a batch reads, and those rows' step."""
+    """Launch the operations on gradients of the rows that a batch reads of a table."""
     weights, update = torch.zeros(TASKS), Update.at(1, 1e-3, (0.9, 0.999), 1e-8, 0.01)
     p, m, v = (torch.zeros(200, WIDTH) for _ in range(3))
     target = Written(p, m, v, None)
@@ -135,8 +137,8 @@ OPERATIONS = [add_layer_norm, embed_layer_norm, dropout, pool, attention, low_ra
 
 @pytest.fixture
 def variants(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], Counter[str]]:
-    """How often each kernel would be compiled in a call."""
-    # What `launches` replaces comes back at the end.
+    """Return a function that counts how often a call would compile each kernel."""
+    # Restores the driver that `launches` replaces.
     monkeypatch.setattr(triton.runtime.driver, "_active", None)
 
     def count(operation: Callable[[], None]) -> Counter[str]:

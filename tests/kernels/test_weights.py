@@ -1,4 +1,4 @@
-"""PCGrad and GradVac in coefficient form: against the textbook loops on vectors, TorchJD and their own properties."""
+"""PCGrad and GradVac in coefficient form, against the textbook loops on vectors and TorchJD."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TASKS = st.integers(1, 8)
 
 
 def random_rows(num_tasks: int, size: int, seed: int) -> Tensor:
-    """Task gradients in float64 with conflicts, one of them zero now and then."""
+    """Task gradients in float64 with conflicts; sometimes one is zero."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(num_tasks, size, generator=generator, dtype=torch.float64)
     rows *= torch.rand(num_tasks, 1, generator=generator, dtype=torch.float64) * 10
@@ -74,7 +74,10 @@ def test_pcgrad_is_the_textbook_loop(num_tasks: int, size: int, seed: int) -> No
 @settings(max_examples=60, deadline=None)
 @given(num_tasks=st.integers(1, 8), seed=SEEDS)
 def test_pcgrad_equals_torchjd(num_tasks: int, seed: int) -> None:
-    """From the same seed and, row by row, from the same permutations (TorchJD has no guard for zero gradients)."""
+    """The same seed gives TorchJD's weights, row by row from the same permutations.
+
+    TorchJD has no guard for zero gradients.
+    """
     rows = random_rows(num_tasks, 12, 3 * seed + 1)
     gram = rows @ rows.T
     torch.manual_seed(seed)
@@ -97,7 +100,7 @@ def test_gradvac_is_the_textbook_loop(num_tasks: int, size: int, seed: int) -> N
 
 
 def test_gradvac_equals_torchjd_over_steps() -> None:
-    """With the moving average of the cosines kept by the caller, as the docstring says."""
+    """The caller keeps the moving average of the cosines, as the docstring says."""
     num_tasks, beta = 4, 0.1
     theirs, target = GradVacWeighting(beta=beta, eps=0.0), torch.zeros(num_tasks, num_tasks, dtype=torch.float64)
     for step in range(20):
@@ -117,7 +120,7 @@ def test_gradvac_equals_torchjd_over_steps() -> None:
 @settings(max_examples=60, deadline=None)
 @given(seed=SEEDS, target=st.floats(-0.9, 0.95))
 def test_gradvac_reaches_its_target(seed: int, target: float) -> None:
-    """For two tasks the modified gradient's cosine with the other one is the target, or was above it."""
+    """For two tasks, the modified gradient's cosine with the other is at least the target."""
     rows = random_rows(2, 5, 3 * seed + 1)
     targets = torch.full((2, 2), target, dtype=torch.float64)
     targets[1] = -1  # row 1 stays as it is

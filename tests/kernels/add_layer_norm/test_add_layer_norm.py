@@ -1,4 +1,4 @@
-"""add_layer_norm: the oracle against torch, the implementations of CPUs against the oracle in float64."""
+"""add_layer_norm on CPUs: the oracle against torch, the kernels against the oracle in float64."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLAIN: dict[str, Any] = dict(
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_oracle_is_torch(dropout_p: float) -> None:
-    """In float64 by torch's own operations, with the mask of the definition."""
+    """Compare with torch's own operations in float64, with the mask of the definition."""
     generator = torch.Generator().manual_seed(0)
     residual, x, ts = (torch.randn(17, 13, dtype=torch.float64, generator=generator) for _ in range(3))
     weight, bias = (torch.randn(13, dtype=torch.float64, generator=generator) for _ in range(2))
@@ -44,7 +44,7 @@ def test_oracle_is_torch(dropout_p: float) -> None:
 
 
 def test_task_gradients_of_the_oracle() -> None:
-    """Those of one backward for each task alone."""
+    """Gradients per task equal those of one backward per task."""
     case = Case(**{**PLAIN, "dtype": torch.float64, "parameter_dtype": torch.float64})
     found, _ = run(case, "reference", "cpu")
     tensors, dy = case.tensors("cpu")
@@ -88,7 +88,7 @@ def test_bits_do_not_depend_on_threads() -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_forward_and_backward_drop_the_same(impl: Any) -> None:
-    """x's gradient is zero exactly where x did not reach y, and 1 / (1 - p) of the residual's elsewhere."""
+    """x's gradient is 0 where x is dropped, and 1 / (1 - p) times the residual's elsewhere."""
     generator = torch.Generator().manual_seed(0)
     residual, x = (torch.randn(301, 96, generator=generator).requires_grad_() for _ in range(2))
     weight, seed = torch.ones(96), torch.tensor([11])
@@ -103,7 +103,7 @@ def test_forward_and_backward_drop_the_same(impl: Any) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_frozen_parameters_and_inputs(impl: Any) -> None:
-    """Only what asks for a gradient gets one, from the sink or not."""
+    """Only tensors that require a gradient get one, with a sink or without."""
     tensors, dy = Case(**PLAIN).tensors("cpu")
     tensors["x"].requires_grad_()
     tensors["weight"].requires_grad_()

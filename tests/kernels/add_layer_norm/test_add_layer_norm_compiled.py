@@ -1,16 +1,17 @@
-"""The Triton kernels of add_layer_norm, compiled ahead of time: no spills, loads and stores of 16 bytes."""
+"""Triton kernels of add_layer_norm, compiled ahead of time: no spills, accesses of 16 bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from compiled import Vectors, check_vectors, meta
 
 
 def launches() -> None:
-    """Launch the largest kernels of a step of BERT-base in bfloat16, with dropout, an adapter and three tasks."""
+    """Launch the largest kernels of BERT-base in bfloat16: dropout, an adapter, three tasks."""
     from fastmtl_kernels.add_layer_norm import triton as add_layer_norm_triton
     from fastmtl_kernels.layer_norm.common import RowNorm
     from fastmtl_kernels.task_sink import TaskRows
@@ -33,5 +34,6 @@ EXPECTED = {
 }
 
 
+@pytest.mark.slow(5)
 def test_no_spills_and_16_bytes_at_a_time(compile_ahead: Callable[..., Any]) -> None:
     check_vectors(compile_ahead(launches, 90), EXPECTED)

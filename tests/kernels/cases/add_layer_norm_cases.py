@@ -1,4 +1,4 @@
-"""Cases of add_layer_norm and what has to hold for each, for its tests on CPUs, in the interpreter and on GPUs."""
+"""Cases of add_layer_norm and their check, for tests on CPUs, in the interpreter, on GPUs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Case:
         return self.tail if self.offsets is None else self.offsets[-1] + self.tail
 
     def tensors(self, device: str) -> tuple[dict[str, Any], Tensor]:
-        """The inputs by name and the gradient of y."""
+        """Return the inputs by name, and the gradient of y."""
         generator = torch.Generator().manual_seed(self.seed)
         made = {}
         for name in (*NAMES, "dy"):
@@ -80,8 +80,9 @@ EPS = 1e-5
 
 
 def run(case: Case, impl: Any, device: str, wide: torch.dtype | None = None) -> Results:
-    """y, y made again and the gradients by name. A sink's are [T, d] where it is used, for the rest they are
-    autograd's.
+    """Return y, y recomputed and the gradients by name, and the sink.
+
+    Gradients that the sink receives are [T, d]; the others are autograd's.
     """
     tensors, dy = case.tensors(device)
     if wide is not None:
@@ -117,7 +118,7 @@ def run(case: Case, impl: Any, device: str, wide: torch.dtype | None = None) -> 
 
 
 def check(case: Case, impl: Any, device: str = "cpu") -> None:
-    """y and every gradient against the oracle in float64, twice with equal bits, nothing left unwritten."""
+    """Check y and all gradients: error against float64, bits of two runs, unwritten memory."""
     found, _ = nan_filled(lambda: run(case, impl, device))
     assert torch.equal(found["y"], found.pop("y again"))
     again, _ = run(case, impl, device)
@@ -132,7 +133,7 @@ def check(case: Case, impl: Any, device: str = "cpu") -> None:
         return
     rstd = (z.var(-1, unbiased=False) + EPS).rsqrt()[:, None]
     g = dy[:stop].double().abs() * tensors["weight"].double().abs()
-    # A rounding of z, which is as large as its largest element, moves h by rstd times as much.
+    # A rounding of z is relative to its largest element, and moves h by rstd times as much.
     moved = (z.abs().amax(-1, keepdim=True) * rstd).clamp(min=1)
     rows_scale = (g.amax(-1, keepdim=True) * rstd * moved * (1 + rstd * z.abs().amax())).max() / (1 - case.dropout_p)
     sums_scale = (dy[:stop].double().abs() * moved).sum(0).max()
@@ -153,6 +154,6 @@ def check(case: Case, impl: Any, device: str = "cpu") -> None:
 
 
 def sum_of_parts(tensors: dict[str, Tensor]) -> Tensor:
-    """z without dropout, float64: for magnitudes."""
+    """Return z without dropout, float64, for magnitudes."""
     z = tensors["residual"].double() + tensors["x"].double()
     return z + tensors["ts"].double() if "ts" in tensors else z

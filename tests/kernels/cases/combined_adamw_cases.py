@@ -1,4 +1,4 @@
-"""Steps of AdamW from task gradients for the tests of combined_adamw, and how far off float64 they may be."""
+"""Steps of AdamW from task gradients and their error budget, for the tests of combined_adamw."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNIT = 2.0**-23
 
 @dataclass
 class Written:
-    """params, exp_avgs, exp_avg_sqs: K tensors each; copies too, where they are kept."""
+    """params, exp_avgs, exp_avg_sqs, copies: K tensors each; copies may be None."""
 
     params: list[Tensor]
     exp_avgs: list[Tensor]
@@ -46,7 +46,10 @@ class Written:
 def check(
     found: Written, before: Written, merged: list[Tensor], magnitudes: list[Tensor], tasks: int, step: int
 ) -> None:
-    """Against AdamW in float64. merged, magnitudes: sum_t weights[t] J[t] and the sum of the parts' sizes, float64."""
+    """Check a step against AdamW in float64.
+
+    merged: sum_t weights[t] J[t]. magnitudes: the sum of the absolute terms. Both float64.
+    """
     beta1, beta2 = OPTIONS["betas"]
     step_size, root = OPTIONS["lr"] / (1 - beta1**step), (1 - beta2**step) ** -0.5
     for k, gradient in enumerate(merged):
@@ -75,7 +78,7 @@ def check(
 def lists_of(
     shapes: list[tuple[int, ...]], dtypes: list[torch.dtype], tasks: int, generator: torch.Generator
 ) -> tuple[list[list[Tensor]], Tensor]:
-    """T lists of gradients, and the tasks' weights."""
+    """Return T lists of gradients, and the tasks' weights."""
     grads = [
         [torch.randn(shape, generator=generator).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
         for _ in range(tasks)
@@ -84,14 +87,14 @@ def lists_of(
 
 
 def exact_sums(grads: list[list[Tensor]], weights: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Of every tensor the weighted sum, and that of the sizes of its parts, float64 on the CPU."""
+    """Return every tensor's weighted sum and sum of absolute terms, float64 on the CPU."""
     factors = weights.double().cpu()
     columns = [torch.stack([gradient.double().cpu() for gradient in same], -1) for same in zip(*grads, strict=True)]
     return [parts @ factors for parts in columns], [parts.abs() @ factors.abs() for parts in columns]
 
 
 def spread(values: list[Tensor], slots: Tensor) -> list[Tensor]:
-    """One compact tensor [n, d] as the table [V, d] that it stands for."""
+    """Return one compact tensor [n, d] as the table [V, d] that it stands for."""
     (rows,) = values
     present = (slots >= 0)[:, None]
     return [torch.where(present, rows[slots.clamp(min=0).long()] if len(rows) else 0.0, 0.0).expand(len(slots), -1)]

@@ -1,4 +1,4 @@
-"""Cases of embed_layer_norm and what has to hold for each, for its tests on CPUs, in the interpreter and on GPUs."""
+"""Cases of embed_layer_norm and their check, for tests on CPUs, in the interpreter and on GPUs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Case:
         return self.tail if self.offsets is None else self.offsets[-1] + self.tail
 
     def tensors(self, device: str) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-        """The ids, the parameters and the gradient of y, NaN in its tail."""
+        """Return the ids, the parameters and the gradient of y, which has NaN in its tail."""
         generator = torch.Generator().manual_seed(self.seed)
         ids = {
             name: torch.randint(TABLES[table], (self.num_rows,), generator=generator).to(device, self.id_dtype)
@@ -76,7 +76,7 @@ def cases(max_rows: int = 90, max_columns: int = 140) -> st.SearchStrategy[Case]
 
 
 def run(case: Case, impl: Any, device: str, wide: torch.dtype | None = None) -> dict[str, Tensor]:
-    """y and the gradients by name; those that a sink gets are [T, ...]."""
+    """Return y and the gradients by name; those that a sink receives are [T, ...]."""
     ids, parameters, dy = case.tensors(device)
     if wide is not None:
         parameters, dy = {name: tensor.to(wide) for name, tensor in parameters.items()}, dy.to(wide)
@@ -112,7 +112,7 @@ def run(case: Case, impl: Any, device: str, wide: torch.dtype | None = None) -> 
 
 
 def check(case: Case, impl: Any, device: str = "cpu") -> None:
-    """y and every gradient against the oracle in float64, twice with equal bits, nothing left unwritten."""
+    """Check y and all gradients: error against float64, bits of two runs, unwritten memory."""
     found = nan_filled(lambda: run(case, impl, device))
     again = run(case, impl, device)
     exact, oracle = run(case, "reference", device, torch.float64), run(case, "reference", device)

@@ -15,5 +15,5 @@ interpreted = [
 
 
 def few(examples: int) -> settings:
-    """Return settings for few examples, without shrinking, which would take minutes in the interpreter."""
+    """Return settings for few examples, without shrinking, which would take minutes."""
     return settings(max_examples=examples, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])

@@ -1,4 +1,4 @@
-"""Cases of low_rank and what has to hold for each, for its tests on CPUs, in the interpreter and on GPUs."""
+"""Cases of low_rank and their check, for its tests on CPUs, in the interpreter and on GPUs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ ACTIVATIONS = ["identity", "gelu", "relu"]
 
 @dataclass(frozen=True)
 class Case:
-    """sizes: rows of each task. tail: rows of no task, NaN in them. rates: dropout, cut to the number of tasks.
-    transposed: parameters whose memory is [T, out, in], as torch's linear layers have it.
+    """sizes: rows of each task. tail: rows of no task, NaN in them.
+
+    rates: dropout, cut to the number of tasks. transposed: the parameters' memory is [T, out, in],
+    as that of torch's linear layers.
     """
 
     sizes: tuple[int, ...]
@@ -43,7 +45,7 @@ class Case:
         return self.rates[: len(self.sizes)] if isinstance(self.rates, tuple) else self.rates
 
     def tensors(self, device: str) -> tuple[dict[str, Any], Tensor]:
-        """The inputs by name and the gradient of y."""
+        """Return the inputs by name, and the gradient of y."""
         generator = torch.Generator().manual_seed(self.seed)
         num_tasks = len(self.sizes)
         shapes = {
@@ -60,7 +62,7 @@ class Case:
             if len(shape) == 3 and not (self.activation == "relu" and name == "down"):
                 values /= shape[1] ** 0.5
             if self.activation == "relu" and name in ("x", "down", "down_bias"):
-                # Exact sums: no rounding moves one across relu's kink.
+                # Exact sums: no rounding moves a sum across relu's kink.
                 values = (2 * values).round()
             values = values.to(device, self.dtype)
             if name in ("x", "dy"):
@@ -95,7 +97,7 @@ def cases(max_rows: int = 90, max_columns: int = 140, max_rank: int = 70) -> st.
 
 
 def run(case: Case, impl: Any, device: str, wide: torch.dtype | None = None) -> dict[str, Tensor]:
-    """y and the gradients by name."""
+    """Return y and the gradients by name."""
     tensors, dy = case.tensors(device)
     if wide is not None:
         tensors, dy = {name: tensor.to(wide) for name, tensor in tensors.items()}, dy.to(wide)
@@ -113,7 +115,7 @@ def run(case: Case, impl: Any, device: str, wide: torch.dtype | None = None) -> 
 
 
 def check(case: Case, impl: Any, device: str = "cpu") -> None:
-    """y and every gradient against the oracle in float64, twice with equal bits, nothing left unwritten."""
+    """Check y and all gradients: error against float64, bits of two runs, unwritten memory."""
     found = nan_filled(lambda: run(case, impl, device))
     again = run(case, impl, device)
     exact = run(case, "reference", device, torch.float64)
@@ -131,7 +133,7 @@ def check(case: Case, impl: Any, device: str = "cpu") -> None:
 
 
 def magnitudes(case: Case, device: str) -> dict[str, float]:
-    """What each result would be if no products cancelled out: what its roundings are relative to."""
+    """Return each result with absolute values of all products, the scale of its roundings."""
     tensors, dy = case.tensors(device)
     part = {name: tensor.double().abs() for name, tensor in tensors.items()}
     rates = case.dropout_p if isinstance(case.dropout_p, tuple) else (case.dropout_p or 0.0,) * len(case.sizes)

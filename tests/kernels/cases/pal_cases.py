@@ -1,4 +1,4 @@
-"""Cases of pal and what has to hold for each, for its tests on CPUs, in the interpreter and on GPUs."""
+"""Cases of pal and their check, for its tests on CPUs, in the interpreter and on GPUs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ ACTIVATIONS = ["identity", "gelu", "relu"]
 
 @dataclass(frozen=True)
 class Case:
-    """lengths: of each task's sequences. tail: rows of no task, NaN in them. The rest as in low_rank_cases."""
+    """lengths: of each task's sequences. tail: rows of no task, NaN in them.
+
+    The other fields are those of low_rank_cases.
+    """
 
     lengths: tuple[tuple[int, ...], ...]
     tail: int
@@ -43,7 +46,7 @@ class Case:
         return 0, *accumulate(length for lengths in self.lengths for length in lengths)
 
     def tensors(self, device: str) -> tuple[dict[str, Any], Tensor]:
-        """The inputs by name and the gradient of y."""
+        """Return the inputs by name, and the gradient of y."""
         generator = torch.Generator().manual_seed(self.seed)
         num_tasks, size = len(self.lengths), self.num_heads * self.head_dim
         shapes = {
@@ -75,7 +78,7 @@ class Case:
 
 
 def cases(max_length: int = 40, max_columns: int = 100, max_head_dim: int = 20) -> st.SearchStrategy[Case]:
-    """One-token and empty sequences, tasks of none, with and without a tail."""
+    """One-token and empty sequences, tasks without sequences, with and without a tail."""
     lengths = st.lists(st.sampled_from([0, 1, 2, 7, max_length]), max_size=3).map(tuple)
     return st.builds(
         Case,
@@ -96,7 +99,7 @@ def cases(max_length: int = 40, max_columns: int = 100, max_head_dim: int = 20) 
 
 
 def run(case: Case, impl: Any, device: str, wide: torch.dtype | None = None) -> dict[str, Tensor]:
-    """y and the gradients by name."""
+    """Return y and the gradients by name."""
     tensors, dy = case.tensors(device)
     if wide is not None:
         tensors, dy = {name: tensor.to(wide) for name, tensor in tensors.items()}, dy.to(wide)
@@ -117,7 +120,7 @@ def run(case: Case, impl: Any, device: str, wide: torch.dtype | None = None) -> 
 
 
 def check(case: Case, impl: Any, device: str = "cpu") -> None:
-    """y and every gradient against the oracle in float64, twice with equal bits, nothing left unwritten."""
+    """Check y and all gradients: error against float64, bits of two runs, unwritten memory."""
     found = nan_filled(lambda: run(case, impl, device))
     again = run(case, impl, device)
     exact = run(case, "reference", device, torch.float64)
@@ -132,7 +135,7 @@ def check(case: Case, impl: Any, device: str = "cpu") -> None:
 
 
 def magnitudes(case: Case, device: str) -> dict[str, float]:
-    """What each result would be if no products cancelled out: what its roundings are relative to."""
+    """Return each result with absolute values of all products, the scale of its roundings."""
     tensors, dy = case.tensors(device)
     largest = dict.fromkeys(("y", *tensors), 0.0)
     scale = case.head_dim**-0.5
@@ -153,7 +156,7 @@ def magnitudes(case: Case, device: str) -> dict[str, float]:
             q, k, v = (e @ qkv + qkv_bias).view(length, 3, case.num_heads, -1).permute(1, 2, 0, 3)
             scores = scale * q @ k.mT
             p = scores.softmax(-1) / (1 - case.dropout_p)
-            # A rounding of a score, or of what it is made of, moves P by as much.
+            # A rounding of a score, or of its operands, moves P by as much.
             moved = 1 + scale * (q.abs() @ k.abs().mT).max()
             z = (p @ v.abs() * moved).transpose(0, 1).flatten(1)
             dz = (g @ up.abs().T * (2 + z.abs().max())).unflatten(1, (case.num_heads, -1)).transpose(0, 1)

@@ -1,4 +1,4 @@
-"""Cases of pool and what has to hold for each, for its tests on CPUs, in the interpreter and on GPUs."""
+"""Cases of pool and their check, for its tests on CPUs, in the interpreter and on GPUs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ MODES = ["cls", "mean", "max"]
 
 @dataclass(frozen=True)
 class Case:
-    """lengths: of the sequences. tail: rows of none, NaN in them. levels: x has so many values, for ties; 0 for any."""
+    """lengths: of the sequences. tail: rows of no sequence, NaN in them.
+
+    levels: the number of different values in x, for ties; 0 for any.
+    """
 
     lengths: tuple[int, ...]
     tail: int
@@ -29,7 +32,7 @@ class Case:
     seed: int
 
     def tensors(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
-        """x, cu_seqlens and the gradient of the result."""
+        """Return x, cu_seqlens and the gradient of the result."""
         generator = torch.Generator().manual_seed(self.seed)
         offsets = split_points(self.lengths)
         x = torch.randn(offsets[-1] + self.tail, self.columns, generator=generator)
@@ -57,7 +60,7 @@ def cases(max_length: int = 60, max_columns: int = 100) -> st.SearchStrategy[Cas
 
 
 def run(case: Case, impl: Any, device: str, wide: torch.dtype | None = None) -> list[Tensor]:
-    """The result and dx."""
+    """Return the result and dx."""
     x, cu_seqlens, dout = case.tensors(device)
     if wide is not None:
         x, dout = x.to(wide), dout.to(wide)
@@ -69,7 +72,7 @@ def run(case: Case, impl: Any, device: str, wide: torch.dtype | None = None) -> 
 
 
 def check(case: Case, impl: Any, device: str = "cpu") -> None:
-    """The result and dx against the oracle in float64, twice with equal bits, nothing left unwritten."""
+    """Check result and dx against the oracle in float64, bits of two runs, unwritten memory."""
     found, again = nan_filled(lambda: run(case, impl, device)), run(case, impl, device)
     exact, oracle = run(case, "reference", device, torch.float64), run(case, "reference", device)
     x, cu_seqlens, dout = case.tensors(device)

@@ -15,7 +15,7 @@ INFINITE = float("inf")
 
 @dataclass
 class RecordingSink:
-    """Keeps what operations deliver, by id of the parameter."""
+    """A sink that keeps the delivered gradients by id of the parameter."""
 
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     expected: list[int] = field(default_factory=list)
@@ -37,7 +37,7 @@ class RecordingSink:
         return None
 
     def table(self, table: Tensor) -> Tensor:
-        """The delivered rows as dense tables, float64 [T, V, d]."""
+        """Return the delivered rows as dense tables, float64 [T, V, d]."""
         ((ids, rows, offsets),) = self.rows[id(table)]
         dense = torch.zeros(len(offsets) - 1, *table.shape, dtype=torch.float64)
         for t, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
@@ -46,7 +46,7 @@ class RecordingSink:
 
 
 def strided(tensor: Tensor, layout: str) -> Tensor:
-    """The same values: 'dense', every other column of a wider tensor, or transposed memory."""
+    """Return the same values as every other column of a wider tensor, or transposed in memory."""
     match layout:
         case "columns":
             return torch.stack([tensor, torch.full_like(tensor, INFINITE)], -1)[..., 0]
@@ -59,7 +59,7 @@ LAYOUTS = ["dense", "columns", "transposed"]
 
 
 def nan_filled(run: Callable[[], Any]) -> Any:
-    """Runs with every new uninitialised tensor full of NaN: an element that is not written shows."""
+    """Run with uninitialised memory full of NaN, which shows elements that are never written."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
@@ -71,10 +71,10 @@ def nan_filled(run: Callable[[], Any]) -> Any:
 def assert_close(
     found: Tensor, exact: Tensor, oracle: Tensor, scale: Tensor | float, dtype: torch.dtype, on_average: bool = False
 ) -> None:
-    """Within twice the oracle's own largest error plus roundings to dtype at the magnitude `scale`.
+    """Check the error: at most twice the oracle's largest one, plus roundings to dtype at `scale`.
 
-    on_average: also, by root mean squares, within twice the oracle's error plus two roundings of the result: where
-    nothing is badly conditioned, roundings do not add up.
+    on_average: also check root mean squares, against twice the oracle's error plus two roundings of
+    the result. In well-conditioned cases roundings do not add up.
     """
     assert found.shape == exact.shape
     if exact.numel() == 0:
@@ -91,7 +91,7 @@ def assert_close(
 
 
 def split_points(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Offsets [T + 1] of tasks with these many rows."""
+    """Return offsets [T + 1] of tasks with these numbers of rows."""
     offsets = [0]
     for size in sizes:
         offsets.append(offsets[-1] + size)

@@ -1,4 +1,4 @@
-"""combined_adamw: every implementation against AdamW in float64, on lists of any shapes, tables and bad arguments."""
+"""combined_adamw: every implementation against AdamW in float64, on lists and tables."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_lists(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1, 1111, 131_111])
 def test_flat(impl: Any, dtype: torch.dtype, size: int) -> None:
-    """[T, P]: less than a vector, more than a block, more than a piece; gradients need not be contiguous."""
+    """[T, P] of less than a vector, more than a block and more than a piece, not contiguous too."""
     generator, device = torch.Generator().manual_seed(size), DEVICES[impl]
     ((memory,),), weights = lists_of([(6, size)], [dtype], 1, generator)[0], torch.tensor([0.5, -1.0, 2.0])
     rows = memory[::2]
@@ -80,7 +80,7 @@ def test_flat(impl: Any, dtype: torch.dtype, size: int) -> None:
 def test_tables(
     impl: Any, tasks: int, size: tuple[int, int], rows: int, dtype: torch.dtype, copy: Any, seed: int
 ) -> None:
-    """Rows that occur get their gradients; the others decay, and so do their moments."""
+    """Rows that occur get their gradients; the other rows and their moments decay."""
     generator, device = torch.Generator().manual_seed(seed), DEVICES[impl]
     grads, weights = lists_of([(rows, size[1])], [dtype], tasks, generator)
     slots = torch.randint(-1 - rows, rows, (size[0],), generator=generator, dtype=torch.int32)

@@ -1,10 +1,11 @@
-"""The Triton kernels of combined_adamw, compiled ahead of time: no spills, loads and stores of 16 bytes."""
+"""Triton kernels of combined_adamw, compiled ahead of time: no spills, accesses of 16 bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 # Tasks, dtypes of J and of the copy.
@@ -26,11 +27,12 @@ def launches() -> None:
             combined_adamw_triton.combined_adamw(grads, torch.empty(tasks, device="meta"), [target], update, slots)
 
 
+@pytest.mark.slow(4)
 def test_no_spills_and_16_bytes_at_a_time(compile_ahead: Callable[..., Any]) -> None:
     kernels = compile_ahead(launches, 90)
     assert [kernel.name for kernel in kernels] == ["_combined_adamw_kernel", "_combined_adamw_rows_kernel"]
     for kernel, (tasks, _, copy) in zip(kernels, [case for case in CASES for _ in range(2)], strict=True):
-        # At least three blocks of 128 threads on a multiprocessor, to hide the latency of the loads.
+        # At least three blocks of 128 threads per multiprocessor hide the latency of the loads.
         assert kernel.spilled == 0 and kernel.registers <= 168 and kernel.shared <= 4 << 10, kernel
         if kernel.name == "_combined_adamw_kernel":
             loads, stores = (kernel.instructions.get(name, 0) for name in ("LDG.E.128", "STG.E.128"))

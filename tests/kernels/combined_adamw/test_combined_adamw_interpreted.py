@@ -24,7 +24,7 @@ BLOCK = 64  # small, so that small tensors have several
 
 
 def run(grads: list[list[Tensor]], weights: Tensor, found: Written, step: int, slots: Tensor | None = None) -> None:
-    """The launcher, which takes what the public operation has checked."""
+    """Call the launcher, whose arguments the public operation checks."""
     from fastmtl_kernels.combined_adamw import reference
     from fastmtl_kernels.combined_adamw import triton as combined_adamw_triton
 
@@ -47,7 +47,7 @@ def run(grads: list[list[Tensor]], weights: Tensor, found: Written, step: int, s
 def test_lists(
     tasks: int, sizes: list[int], copy: torch.dtype | None, shift: int, seed: int, data: st.DataObject
 ) -> None:
-    """Of several dtypes, begun at any address. What lies before and after is left alone."""
+    """Tensors of several dtypes at any address; memory before and after them stays unchanged."""
     dtypes = data.draw(st.lists(st.sampled_from(DTYPES), min_size=len(sizes), max_size=len(sizes)))
     generator = torch.Generator().manual_seed(seed)
     shapes: list[tuple[int, ...]] = [(size + shift + 5,) for size in sizes]

@@ -1,4 +1,4 @@
-"""Row-wise dropout and its generator: known answers, rates, independence, and equal masks everywhere."""
+"""Row-wise dropout and its generator: known answers, rates, independence and equal masks."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_known_answers(counter: str, key: str, words: str) -> None:
 def test_any_case(
     impl: Any, rows: int, columns: int, dropout_p: float, dtype: torch.dtype, layout: str, seed: int
 ) -> None:
-    """Exactly the definition's mask, in the result and in the gradient; infinities that are dropped are zeros."""
+    """Result and gradient have the definition's mask; dropped infinities are zeros."""
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     x[::3, ::5] = float("inf")
     x = strided(x.to(dtype), layout).detach().requires_grad_()
@@ -74,7 +74,10 @@ def test_leading_dimensions_are_rows(impl: Any) -> None:
 
 @pytest.mark.parametrize("dropout_p", [0.02, 0.1, 0.5, 0.9])
 def test_rate_and_independence(dropout_p: float) -> None:
-    """Within five standard deviations: the rate overall, and of rows, columns, neighbours and seeds being equal."""
+    """Rates overall, per row and column, and of equal neighbours and seeds.
+
+    The tolerance is 5 standard deviations.
+    """
     shape = 600, 515
     masks = [keep_mask(torch.tensor(seed), *shape, dropout_p).double() for seed in (0, 1, 2**32, -1)]
     variance = dropout_p * (1 - dropout_p)
@@ -93,7 +96,7 @@ def test_rate_and_independence(dropout_p: float) -> None:
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_vectors_and_words_draw_the_same(tmp_path: Path) -> None:
-    """csrc/philox.h: what AVX2 draws against the portable code, which other processors run."""
+    """The AVX2 code of csrc/philox.h draws the words of the portable code of other processors."""
     source = tmp_path / "philox.cpp"
     source.write_text("""
 #include "philox.h"

@@ -1,4 +1,4 @@
-"""The Triton kernels of dropout in Triton's interpreter, against the oracle: outputs and gradients.
+"""Triton kernels of dropout in the interpreter: outputs and gradients against the oracle.
 
 tests/kernels/test_interpreter.py runs this file in a process with TRITON_INTERPRET=1.
 """

@@ -1,4 +1,4 @@
-"""embed_layer_norm: the oracle against transformers' BERT, the implementations of CPUs against it in float64."""
+"""embed_layer_norm on CPUs: the oracle against transformers, the kernels against the oracle."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def inputs(num_rows: int = 23) -> dict[str, Any]:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_as_transformers(impl: Any) -> None:
-    """BertEmbeddings with the same weights: output and every gradient."""
+    """Output and all gradients equal those of BertEmbeddings with the same weights."""
     from transformers import BertConfig
     from transformers.models.bert.modeling_bert import BertEmbeddings
 

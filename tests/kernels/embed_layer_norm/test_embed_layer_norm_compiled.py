@@ -1,10 +1,11 @@
-"""The Triton kernels of embed_layer_norm, compiled ahead of time: no spills, loads and stores of 16 bytes."""
+"""Triton kernels of embed_layer_norm, compiled ahead of time: no spills, accesses of 16 bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from compiled import Vectors, check_vectors, meta
 
@@ -27,5 +28,6 @@ EXPECTED = {
 }
 
 
+@pytest.mark.slow(3)
 def test_no_spills_and_16_bytes_at_a_time(compile_ahead: Callable[..., Any]) -> None:
     check_vectors(compile_ahead(launches, 90), EXPECTED)

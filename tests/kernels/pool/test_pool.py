@@ -1,4 +1,4 @@
-"""pool: the oracle by hand, the implementations of CPUs against it in float64."""
+"""pool on CPUs: the oracle against results by hand, the kernels against the oracle in float64."""
 
 from __future__ import annotations
 

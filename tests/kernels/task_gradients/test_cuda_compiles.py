@@ -1,4 +1,4 @@
-"""csrc/*.cu compile with nvcc against torch's headers, for each architecture that is built, without spills."""
+"""csrc/*.cu compile with nvcc and torch's headers for each architecture, without spills."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_compiles_without_spills(source: Path, capability: int) -> None:
     assert len(kernels) >= 4
     for name, used in kernels.items():
         assert used["spilled"] == 0, (name, used)
-        # At least one block of 256 threads fits, without more than the shared memory every block may have.
+        # At least one block of 256 threads fits, in the shared memory that every block may have.
         assert used["registers"] <= 255 and used["shared"] <= 48 << 10, (name, used)
         if "gramian_kernel" in name or "combine_kernel" in name:  # two blocks, to hide the latency of the loads
             assert used["registers"] <= 128, (name, used)

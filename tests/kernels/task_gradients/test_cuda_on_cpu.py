@@ -1,4 +1,4 @@
-"""The CUDA kernels' arithmetic and indices without a GPU: csrc/gradients_kernels.cuh built for the CPU."""
+"""Arithmetic and indices of the CUDA kernels, csrc/gradients_kernels.cuh, built for the CPU."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def addresses(tensors: list[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
 
 
 def described(grads: list[list[Tensor]]) -> list[object]:
-    """The arguments that both functions start with."""
+    """Return the first arguments of both functions."""
     sizes = (ctypes.c_int64 * len(grads[0]))(*(tensor.numel() for tensor in grads[0]))
     dtypes = (ctypes.c_int * len(grads[0]))(*(SCALAR_TYPES[tensor.dtype] for tensor in grads[0]))
     return [addresses([tensor for task in grads for tensor in task]), sizes, dtypes, len(grads), len(grads[0]), PIECE]
@@ -58,7 +58,7 @@ def combine(library: ctypes.CDLL, grads: list[list[Tensor]], weights: Tensor, ou
 def random_lists(
     num_tasks: int, sizes: list[int], dtypes: list[torch.dtype], shift: int = 0, seed: int = 0
 ) -> list[list[Tensor]]:
-    """Each tensor begins `shift` elements into its memory."""
+    """Return task gradients; each tensor begins `shift` elements into its memory."""
     generator = torch.Generator().manual_seed(seed)
     return [
         [
@@ -70,7 +70,7 @@ def random_lists(
 
 
 def check(library: ctypes.CDLL, grads: list[list[Tensor]], out_dtypes: list[torch.dtype]) -> tuple[int, int]:
-    """Both operations against float64; returns their launches. Outputs lie between guards."""
+    """Check both operations against float64; return their launches. Outputs lie between guards."""
     rows = torch.stack([torch.cat([torch.zeros(0), *task]).double() for task in grads])
     weights = torch.randn(len(grads), generator=torch.Generator().manual_seed(1))
     gram, gramian_launches = gramian(library, grads)

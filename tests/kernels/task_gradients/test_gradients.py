@@ -17,7 +17,7 @@ DEVICES = {"reference": "cpu", "cpp": "cpu", "cuda": "cuda", "triton": "cuda"}
 
 
 def unless_missing(impl: Any) -> Any:
-    """The implementation as a parameter, skipped with the reason where it cannot be used."""
+    """Return the implementation as a parameter, skipped with the reason where it cannot be used."""
     found = next(found for found in implementations(DEVICES[impl])["gramian"] if found.impl == impl)
     marks = [pytest.mark.skipif(not found.available, reason=found.reason)]
     return pytest.param(impl, marks=[*marks, pytest.mark.gpu] if DEVICES[impl] == "cuda" else marks)
@@ -32,7 +32,7 @@ SIZES = [1, 7, 63, 1111, 9001, 131_111]
 
 
 def random_rows(num_tasks: int, size: int, dtype: torch.dtype, impl: Any = "cpp", seed: int = 0) -> Tensor:
-    """[num_tasks, size] on the device of an implementation."""
+    """Return [num_tasks, size] on the device of an implementation."""
     return torch.randn(num_tasks, size, generator=torch.Generator().manual_seed(seed)).to(DEVICES[impl], dtype)
 
 
@@ -41,7 +41,7 @@ def gramian64(rows: Tensor) -> Tensor:
 
 
 def assert_gramian(gram: Tensor, rows: Tensor) -> None:
-    """Within 1e-5 |g_i| |g_j| of the inner products in float64, and symmetric."""
+    """Check symmetry, and an error of at most 1e-5 |g_i| |g_j| against float64."""
     assert gram.dtype == torch.float32 and gram.device == rows.device
     norms = rows.double().norm(dim=1)
     assert ((gram.double() - gramian64(rows)).abs() <= 1e-5 * norms[:, None] * norms).all()
@@ -49,7 +49,7 @@ def assert_gramian(gram: Tensor, rows: Tensor) -> None:
 
 
 def assert_combined(merged: Tensor, rows: Tensor, weights: Tensor) -> None:
-    """Within the rounding of the result's dtype and of T fp32 additions."""
+    """Check the error: at most a rounding of the result's dtype and of T float32 additions."""
     exact = weights.double() @ rows.double()
     magnitude = weights.double().abs() @ rows.double().abs()
     rounding = 0.0 if merged.dtype == torch.float32 else torch.finfo(merged.dtype).eps / 2
@@ -104,7 +104,7 @@ def test_lists(impl: Any, num_tasks: int, shapes: list[list[int]], seed: int, da
 
 @pytest.mark.parametrize("impl", LIST_IMPLS)
 def test_large_lists_cross_pieces(impl: Any) -> None:
-    """Tensors that begin and end inside the pieces that threads share out."""
+    """Tensors begin and end inside the pieces of the threads."""
     sizes = [40_000, 3, 0, 70_001, 1, 65_536, 128]
     rows = random_rows(3, sum(sizes), torch.float32, impl)
     grads = [list(row.split(sizes)) for row in rows]
@@ -144,7 +144,7 @@ def test_nothing_to_read(impl: Any) -> None:
     device = DEVICES[impl]
     assert torch.equal(gramian(torch.zeros(2, 0, device=device), impl), torch.zeros(2, 2, device=device))
     assert combine(torch.zeros(2, 0, device=device), torch.ones(2, device=device), impl=impl).shape == (0,)
-    if device == "cpu":  # where lists without tensors are
+    if device == "cpu":  # the device of lists without tensors
         assert torch.equal(gramian([[], []], impl), torch.zeros(2, 2))
         assert combine([[], []], torch.ones(2), impl=impl) == []
 
@@ -152,7 +152,7 @@ def test_nothing_to_read(impl: Any) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_16_bit_number(impl: Any, dtype: torch.dtype) -> None:
-    """Zeros, subnormals, infinities and NaNs are read and written, and sums are rounded, as by torch."""
+    """Zeros, subnormals, infinities, NaNs and roundings are those of torch."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).to(DEVICES[impl])
     half, one = torch.tensor([[0.5], [1.0]], device=every.device)
     expected = torch.empty_like(every)
@@ -195,7 +195,7 @@ def test_equal_bits_for_any_number_of_threads(impl: Any) -> None:
         torch.set_num_threads(before)
     for gram, merged in results[1:]:
         assert torch.equal(merged, results[0][1])  # type: ignore[arg-type]
-        if impl == "cpp":  # the reference multiplies matrices with the vendor's library, which promises less
+        if impl == "cpp":  # the reference uses the vendor's matrix product, which promises less
             assert torch.equal(gram, results[0][0])
 
 

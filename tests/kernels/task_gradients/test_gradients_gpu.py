@@ -1,4 +1,4 @@
-"""What only a GPU shows of gramian and combine; test_gradients.py has every implementation's arithmetic."""
+"""Properties of gramian and combine that need a GPU; test_gradients.py tests the arithmetic."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CUDA, TRITON = unless_missing("cuda"), unless_missing("triton")
 
 
 def random_lists(num_tasks: int, sizes: list[int], dtype: torch.dtype, shift: int = 0) -> list[list[Tensor]]:
-    """On the GPU; every tensor begins `shift` elements into its memory."""
+    """Return task gradients on the GPU; every tensor begins `shift` elements into its memory."""
     generator = torch.Generator("cuda").manual_seed(0)
     return [
         [torch.randn(size + shift, device="cuda", generator=generator).to(dtype)[shift:] for size in sizes]
@@ -35,7 +35,7 @@ def random_lists(num_tasks: int, sizes: list[int], dtype: torch.dtype, shift: in
 
 
 def check(grads: list[list[Tensor]], impl: Any) -> None:
-    """Against the oracle, twice with equal bits."""
+    """Check against the oracle, and the bits of two runs."""
     gram, expected = gramian(grads, impl), reference.gramian(grads).double()
     norms = expected.diagonal().sqrt()
     assert ((gram - expected).abs() <= 1e-5 * norms[:, None] * norms).all()
@@ -78,7 +78,7 @@ def test_more_tasks_than_cuda_takes_are_the_references(impl: Any) -> None:
 
 
 def kernels_of(call: Any) -> list[str]:
-    """The names of the kernels that a call launches."""
+    """Return the names of the kernels that a call launches."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()

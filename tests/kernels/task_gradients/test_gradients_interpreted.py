@@ -26,7 +26,10 @@ def filled_with_nan(tensor: Tensor, *size: Any, **kwargs: Any) -> Tensor:
 
 
 def check(num_tasks: int, size: int, dtype: torch.dtype, out_dtype: torch.dtype, shift: int, seed: int) -> None:
-    """Both operations, twice with equal bits. Rows begin at any address, and outputs lie between guards."""
+    """Check both operations and the bits of two runs.
+
+    Rows begin at any address, and outputs lie between guards.
+    """
     from fastmtl_kernels.task_gradients import triton as gradients_triton
 
     generator = torch.Generator().manual_seed(seed)
@@ -35,7 +38,7 @@ def check(num_tasks: int, size: int, dtype: torch.dtype, out_dtype: torch.dtype,
     rows = torch.stack([row for (row,) in grads]).double()
     weights = torch.randn(num_tasks, generator=generator)
 
-    # Small pieces, two at a time, so that small tensors have enough of them; what a kernel leaves unwritten is NaN.
+    # Small pieces, two at a time, so that small tensors have several. Unwritten elements are NaN.
     with (
         mock.patch.multiple(gradients_triton, STEPS=2, BLOCK_PIECES=2),
         mock.patch.object(Tensor, "new_empty", filled_with_nan),

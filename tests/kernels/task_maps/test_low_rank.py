@@ -1,4 +1,4 @@
-"""low_rank and lora: the oracle against torch, torch's composition against the oracle in float64."""
+"""low_rank, lora: the oracle against torch, torch's products against the oracle in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SEED = torch.tensor([-(2**40) + 3])
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_oracle_is_torch(activation: str) -> None:
-    """In float64 by torch's own layers for each task alone, with the mask of the definition."""
+    """Compare with torch's own layers per task in float64, with the mask of the definition."""
     case = Case(**{**PLAIN, "dtype": torch.float64, "activation": activation})
     tensors, dy = case.tensors("cpu")
     found = run(case, "reference", "cpu")
@@ -68,7 +68,7 @@ def test_lora_is_low_rank_with_biases(impl: Any) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("rates", [0.25, (0.25, 0.0, 0.6)])
 def test_forward_and_backward_drop_the_same(impl: Any, rates: Any) -> None:
-    """Through identity maps, x's gradient is zero exactly where x did not reach y."""
+    """With identity maps, x's gradient is zero exactly where y is dropped."""
     x = torch.ones(300, 96, requires_grad=True)
     eye = torch.eye(96).expand(3, -1, -1)
     y = low_rank(x, eye, eye, (0, 100, 200, 300), dropout_p=rates, seed=SEED, impl=impl)
@@ -81,7 +81,7 @@ def test_forward_and_backward_drop_the_same(impl: Any, rates: Any) -> None:
 
 
 def test_gradients_have_the_strides_of_their_parameters() -> None:
-    """So that autograd keeps them without a copy."""
+    """The gradients have the parameters' strides, so that autograd keeps them without a copy."""
     tensors, dy = Case(**PLAIN).tensors("cpu")
     weights = {name: tensors[name].mT.contiguous().requires_grad_() for name in ("down", "up")}
     y = low_rank(tensors["x"], weights["down"].mT, weights["up"].mT, (0, 20, 20, 21, 71), impl="torch")

@@ -12,12 +12,16 @@ import torch
 from compile_table import SHARED
 
 KERNELS = ["maps_fwd_kernel", "maps_bwd_kernel", "_weights_kernel", "_sum_slots_kernel"]
-# Bytes of a thread that triton 3.6 spills, by kernel and capability; docs/compile-table-triton-3.6.md has all.
+# Bytes per thread that Triton 3.6 spills, by kernel and capability.
+# docs/compile-table-triton-3.6.md lists all.
 OLDER_SPILLED = {("_weights_kernel", 80): 8}
 
 
 def launch(columns: int, rank: int, dtype: torch.dtype, activation: str) -> None:
-    """Forward and backward for three tasks of BERT-base, parameters with the memory of torch's linear layers."""
+    """Launch forward and backward for three tasks of BERT-base.
+
+    The parameters have the memory of torch's linear layers.
+    """
     from fastmtl_kernels.task_maps import common as low_rank_maps
     from fastmtl_kernels.task_maps.triton import launch as low_rank_triton
     from fastmtl_kernels.task_sink import TaskRows
@@ -40,10 +44,11 @@ def narrow() -> None:
 
 
 def wide() -> None:
-    """What takes most registers."""
+    """Launch the kernels that take the most registers."""
     launch(768, 204, torch.bfloat16, "gelu")
 
 
+@pytest.mark.slow(9)
 @pytest.mark.parametrize(("function", "capability"), [(narrow, 80), (wide, 90)])
 def test_what_the_launchers_choose(
     compile_ahead: Callable[..., Any], function: Callable[[], None], capability: int
@@ -58,8 +63,8 @@ def test_what_the_launchers_choose(
         if kernel.name == "_sum_slots_kernel":
             continue
         assert any(name.startswith(tensor_core) for name in kernel.instructions), kernel
-        # Every dot is one: what is left to the ordinary multipliers is erf, not sums of products by thousands.
+        # Tensor cores compute every dot: the ordinary multipliers compute erf only, with few FFMA.
         assert sum(count for name, count in kernel.instructions.items() if name.startswith("FFMA")) < 1000, kernel
-        # Rows of x and y come and go by 16 bytes, rows of the odd rank in between by 8.
+        # Rows of x and y are accessed by 16 bytes, rows of the odd rank by 8.
         assert any(name.startswith("LDGSTS") and name.endswith("128") for name in kernel.instructions), kernel
         assert "STG.E.128" in kernel.instructions, kernel

@@ -1,4 +1,4 @@
-"""The Triton kernels of low_rank in Triton's interpreter, against the oracle: outputs and gradients.
+"""Triton kernels of low_rank in the interpreter: outputs and gradients against the oracle.
 
 tests/kernels/test_interpreter.py runs this file in a process with TRITON_INTERPRET=1.
 """
@@ -27,7 +27,7 @@ def test_the_widest_ranks_over_several_chunks_of_rows(
     from fastmtl_kernels.task_maps.triton import weights as low_rank_weights_triton
 
     monkeypatch.setattr(low_rank_weights_triton, "MIN_CHUNK", 50)
-    # Hundreds of programs that do the same take most of the interpreter's time.
+    # Hundreds of equal programs take most of the interpreter's time.
     monkeypatch.setattr(low_rank_weights_triton, "BLOCK_COLUMNS", 4096)
     case = Case(
         sizes=(70, 0, 1), tail=3, columns=36, rank=rank, dtype=dtype, layout="dense", transposed=True,
@@ -42,9 +42,9 @@ def test_the_repaired_interpreter_multiplies_and_rounds_bfloat16_as_gpus_do() ->
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(16, 16, generator=generator).bfloat16() for _ in range(2))
     wide, out = torch.empty(16, 16), torch.empty(16, 16, dtype=torch.bfloat16)
-    # A count in an array of one element: a loop over it is what triton 3.6 fails at with numpy 2.4 and newer.
+    # A count in an array of one element: Triton 3.6 fails at a loop over it with numpy >= 2.4.
     bfloat16_dot_kernel[(1,)](a, b, torch.tensor([3]), wide, out, BLOCK=16)
     exact = 3 * a.double() @ b.double()
-    # 3 x 16 sums in float32 of products that are exact in it.
+    # 3 x 16 sums in float32 of products that are exact in float32.
     assert ((wide - exact).abs() <= 48 * torch.finfo(torch.float32).eps * 3 * a.double().abs() @ b.double().abs()).all()
     assert torch.equal(out, wide.bfloat16())

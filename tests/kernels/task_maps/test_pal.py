@@ -1,4 +1,4 @@
-"""pal: the oracle against torch and `transformers`' attention, torch's composition against the oracle in float64."""
+"""pal: the oracle against torch and transformers, torch's products against the oracle."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PLAIN: dict[str, Any] = dict(
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_oracle_is_torch(activation: str) -> None:
-    """In float64 by torch's own attention for each sequence alone, with autograd's gradients added up."""
+    """Compare with torch's own attention per sequence in float64, and its summed gradients."""
     case = Case(**{**PLAIN, "dtype": torch.float64, "activation": activation})
     tensors, dy = case.tensors("cpu")
     for tensor in tensors.values():
@@ -62,7 +62,7 @@ def test_sizes_of_encoders(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_tasks_and_sequences_do_not_see_each_other(impl: Any) -> None:
-    """A change in one sequence, or in one task's parameters, moves nothing else."""
+    """A change in one sequence, or in one task's parameters, changes no other row."""
     case = Case(**PLAIN)
     tensors, _ = case.tensors("cpu")
     arguments: dict[str, Any] = dict(
@@ -82,7 +82,7 @@ def test_tasks_and_sequences_do_not_see_each_other(impl: Any) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_dropout_of_the_output(impl: Any) -> None:
-    """It drops what the definition says, with each task's probability."""
+    """Dropout has the definition's mask, with each task's probability."""
     case = Case(**PLAIN)
     tensors, _ = case.tensors("cpu")
     arguments: dict[str, Any] = dict(
@@ -97,7 +97,7 @@ def test_dropout_of_the_output(impl: Any) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_dropout_of_probabilities(impl: Any) -> None:
-    """With values of one and the map up the identity, y is what is left of each row's probability."""
+    """With values of one and the identity as map up, y is each row's sum of kept probabilities."""
     down, up = torch.zeros(1, 4, 4), torch.eye(4)[None]
     ones = torch.cat([torch.zeros(8), torch.ones(4)])[None]
     offsets = torch.tensor([0, 200], dtype=torch.int32)

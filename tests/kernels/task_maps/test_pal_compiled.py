@@ -1,10 +1,14 @@
-"""The Triton kernels of pal's map up, compiled ahead of time; attention's are in test_varlen_attention_compiled.py."""
+"""Triton kernels of pal's map up, compiled ahead of time.
+
+Those of its attention are in test_varlen_attention_compiled.py.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from compile_table import SHARED
@@ -13,8 +17,10 @@ KERNELS = ["maps_fwd_kernel", "maps_bwd_kernel", "_weights_kernel", "_sum_slots_
 
 
 def launches() -> None:
-    """The map up of BERT-base with the paper's size for three tasks, its parameter with the memory of torch's linear
-    layers. The maps down and to the heads are two of low_rank's, compiled in test_low_rank_compiled.py.
+    """Launch the map up of BERT-base with the paper's size for three tasks.
+
+    Its parameter has the memory of torch's linear layers. The maps down and to the heads are those
+    of test_low_rank_compiled.py.
     """
     from fastmtl_kernels.task_maps import common as low_rank_maps
     from fastmtl_kernels.task_maps.triton import launch as low_rank_triton
@@ -31,6 +37,7 @@ def launches() -> None:
     low_rank_triton.backward(dy, z, None, up, None, seed, None, call=call, wants=wants)
 
 
+@pytest.mark.slow(6)
 def test_what_the_launchers_choose(compile_ahead: Callable[..., Any]) -> None:
     kernels = compile_ahead(launches, 90)
     assert [kernel.name for kernel in kernels] == KERNELS
@@ -39,5 +46,5 @@ def test_what_the_launchers_choose(compile_ahead: Callable[..., Any]) -> None:
         if kernel.name == "_sum_slots_kernel":
             continue
         assert any(name.startswith("HGMMA") for name in kernel.instructions), kernel
-        # Every dot is one: what is left to the ordinary multipliers is erf, not sums of products by thousands.
+        # Tensor cores compute every dot: the ordinary multipliers compute erf only, with few FFMA.
         assert sum(count for name, count in kernel.instructions.items() if name.startswith("FFMA")) < 400, kernel

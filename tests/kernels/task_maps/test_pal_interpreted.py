@@ -24,7 +24,7 @@ def test_any_case(case: Case) -> None:
 def test_wide_and_more_rows_than_a_block(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastmtl_kernels.task_maps.triton import weights as low_rank_weights_triton
 
-    # Hundreds of programs that do the same take most of the interpreter's time.
+    # Hundreds of equal programs take most of the interpreter's time.
     monkeypatch.setattr(low_rank_weights_triton, "BLOCK_COLUMNS", 4096)
     case = Case(
         lengths=((3, 40, 22), (), (1,)), tail=2, columns=36, num_heads=2, head_dim=68, dtype=dtype,

@@ -1,4 +1,4 @@
-"""varlen_attention on CPUs: every implementation against float64, SDPA and BERT's own layer, outputs and gradients."""
+"""varlen_attention on CPUs: outputs and gradients against float64, SDPA and BERT's own layer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SEED = torch.tensor([2026])
 def random_batch(
     lengths: list[int], num_heads: int, head_dim: int, *, tail: int = 0, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """qkv [N, 3, heads, head_dim] with `tail` rows of NaN past the last sequence, and cu_seqlens."""
+    """Return qkv [N, 3, heads, head_dim] and cu_seqlens; rows past the last sequence are NaN."""
     generator = torch.Generator().manual_seed(len(lengths))
     qkv = torch.randn(sum(lengths) + tail, 3, num_heads, head_dim, generator=generator).to(dtype)
     qkv[sum(lengths) :] = math.nan
@@ -36,7 +36,7 @@ def random_batch(
 
 
 def with_gradient(call: Any, qkv: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The result of call(qkv) and the gradient of qkv for the result's gradient `grad`."""
+    """Return the result of call(qkv), and the gradient of qkv for the result's gradient `grad`."""
     qkv = qkv.detach().clone().requires_grad_()
     out = call(qkv)
     (dqkv,) = torch.autograd.grad(out, qkv, grad.to(out.dtype))
@@ -57,7 +57,7 @@ def dense(qkv: Tensor, cu_seqlens: Tensor, scale: float, keep: Tensor | None = N
 
 
 def dense_keep(cu_seqlens: Tensor, num_heads: int, dropout_p: float) -> Tensor:
-    """keep_mask of every sequence as blocks of [heads, N, N]."""
+    """Return keep_mask of every sequence as blocks of [heads, N, N]."""
     keep = torch.zeros(num_heads, int(cu_seqlens[-1]), int(cu_seqlens[-1]), dtype=torch.bool)
     for start, stop in pairwise(cu_seqlens.tolist()):
         keep[:, start:stop, start:stop] = reference.keep_mask(SEED, start, stop - start, num_heads, dropout_p)
@@ -65,9 +65,9 @@ def dense_keep(cu_seqlens: Tensor, num_heads: int, dropout_p: float) -> Tensor:
 
 
 def assert_near(result: Tensor, exact: Tensor, dtype: torch.dtype, largest_score: float) -> None:
-    """Within the rounding of a 16-bit result and of fp32 sums of the size of the largest entry.
+    """Check the error: roundings of a 16-bit result, and of float32 sums at the largest entry.
 
-    A score s is rounded by some 2^-24 s, and so is the share of its key.
+    A score s is rounded by about 2^-24 s, and so is the share of its key.
     """
     rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
     size = float(exact.abs().max()) if exact.numel() else 0.0
@@ -106,7 +106,7 @@ def test_against_float64(
     dropout_p: float,
 ) -> None:
     qkv, cu_seqlens = random_batch(lengths, num_heads, head_dim, tail=tail, dtype=dtype)
-    # Of the dtype already, so that both begin from the same numbers.
+    # Rounded to the dtype, so that both implementations get the same numbers.
     grad = torch.randn(len(qkv), num_heads, head_dim).to(dtype)
     out, dqkv = with_gradient(
         lambda x: varlen_attention(x, cu_seqlens, softmax_scale=scale, dropout_p=dropout_p, seed=SEED, impl=impl),
@@ -146,7 +146,7 @@ def test_against_sdpa_on_each_sequence(impl: Any, head_dim: int) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_is_the_attention_of_transformers_bert(impl: Any) -> None:
-    """On a padded batch of the same sequences."""
+    """The result equals that of BERT's layer on a padded batch of the same sequences."""
     from transformers import BertConfig
     from transformers.models.bert.modeling_bert import BertSelfAttention
 
@@ -207,12 +207,12 @@ def test_no_tokens_at_all(impl: Any, lengths: list[int], tail: int) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("size", [1e-30, 1e4])
 def test_scores_of_any_size(impl: Any, size: float) -> None:
-    """No overflow where one key takes all, no underflow where all are alike."""
+    """No overflow where one key takes all, no underflow where all keys are alike."""
     qkv, cu_seqlens = random_batch([40, 3], 2, 16)
     qkv[:, :2] *= size
     exact = dense(qkv, cu_seqlens, 0.25)
     out = varlen_attention(qkv, cu_seqlens, impl=impl)
-    # Scores of 1e8 are known to a few units in fp32: P is compared where they are not a tie of that kind.
+    # In float32 a score of 1e8 is exact to a few units: P is compared where scores differ by more.
     assert out.isfinite().all()
     if size < 1:
         assert_near(out, exact, torch.float32, 0.0)
@@ -232,9 +232,9 @@ def test_non_finite_values_stay_in_their_sequence(impl: Any, bad: float) -> None
 
 
 def kept(impl: Any, lengths: list[int], num_heads: int, dropout_p: float, seed: Tensor) -> list[Tensor]:
-    """What an implementation keeps, bool [heads, query, key] of every sequence, read off its output.
+    """Return the mask of an implementation from its output, bool [heads, query, key] per sequence.
 
-    All scores are 0; V is a unit matrix, as many keys at a time as a head is wide.
+    All scores are 0; V is a unit matrix, for as many keys at a time as a head has columns.
     """
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     width, parts = 64, []
@@ -254,9 +254,9 @@ def kept(impl: Any, lengths: list[int], num_heads: int, dropout_p: float, seed: 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5])
 def test_dropout_keeps_the_right_share_independently(impl: Any, dropout_p: float) -> None:
-    """The rate, of all and of every row, key and head; no correlation between neighbours, heads or seeds.
+    """Rates overall, per row, key and head; no correlation between neighbours, heads or seeds.
 
-    5 standard deviations: one in 1.7 million fair samples is further off.
+    The tolerance is 5 standard deviations, which one in 1.7 million fair samples exceeds.
     """
     first, second = (kept(impl, [200, 90, 35], 4, dropout_p, torch.tensor([seed])) for seed in (1, 2))
     variance = dropout_p * (1 - dropout_p)
@@ -307,7 +307,7 @@ def test_equal_bits_for_any_number_of_threads(impl: Any) -> None:
     finally:
         torch.set_num_threads(before)
     for out, dqkv in results[1:]:
-        if impl == "cpp":  # the reference multiplies matrices with the vendor's library, which promises less
+        if impl == "cpp":  # the reference uses the vendor's matrix product, which promises less
             assert torch.equal(out, results[0][0]) and torch.equal(dqkv, results[0][1])
         else:
             torch.testing.assert_close((out, dqkv), results[0])
@@ -315,14 +315,17 @@ def test_equal_bits_for_any_number_of_threads(impl: Any) -> None:
 
 @pytest.mark.parametrize("dropout_p", [0.0, 1e-9, 0.1, 1 / 3, 0.5, 0.9, 1 - 2**-33, math.nextafter(1, 0)])
 def test_the_threshold_is_the_probability(dropout_p: float) -> None:
-    """Of the 2^32 words, those below it are dropped; never all of them."""
+    """Words below the threshold are dropped, but never all 2^32."""
     dropped = keep_threshold(dropout_p) + 2**31
     assert 0 <= dropped < 2**32 and abs(dropped / 2**32 - dropout_p) <= 2**-32
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_seed_alone_decides(impl: Any) -> None:
-    """Not the global generator, which is not drawn from either; the gradient belongs to the same mask."""
+    """The mask depends on the seed only, not on the global generator, which stays unchanged.
+
+    The gradient has the same mask.
+    """
     qkv, cu_seqlens = random_batch([30, 70], 2, 16)
 
     def run(seed: int) -> tuple[Tensor, Tensor]:

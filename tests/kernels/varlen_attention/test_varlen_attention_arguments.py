@@ -1,4 +1,4 @@
-"""varlen_attention names what is wrong with its arguments, and its operators refuse what they cannot read."""
+"""varlen_attention names its wrong arguments, and its operators refuse unreadable tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of varlen_attention, compiled ahead of time: spills, shared memory, tensor cores."""
+"""Triton kernels of varlen_attention, compiled: spills, shared memory, tensor cores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compile_table import SHARED
 
 
 def launch(dtype: torch.dtype, num_heads: int, head_dim: int) -> None:
-    """Forward and backward of a batch with both kinds of sequences."""
+    """Launch forward and backward of a batch with both kinds of sequences."""
     from fastmtl_kernels.varlen_attention.plan import AttentionPlan
     from fastmtl_kernels.varlen_attention.triton import launch as varlen_attention_triton
 
@@ -28,7 +28,7 @@ def for_a100() -> None:
 
 
 def for_h100() -> None:
-    """BERT-base, and a projected adapter layer: no vector of 16 bytes begins where its heads do."""
+    """BERT-base, and a projected attention layer, whose heads are not aligned to 16 bytes."""
     launch(torch.bfloat16, 12, 64)
     launch(torch.float16, 6, 34)
 
@@ -36,7 +36,8 @@ def for_h100() -> None:
 NAMES = ["tile_fwd_kernel", "long_fwd_kernel", "tile_bwd_kernel", "long_bwd_kernel"]
 
 
-# The registers that long_bwd_kernel is short of on sm_80 are four to twelve (twelve in triton 3.7).
+# On sm_80 long_bwd_kernel lacks four to twelve registers (twelve in Triton 3.7).
+@pytest.mark.slow(12)
 @pytest.mark.parametrize(("function", "capability", "spilled"), [(for_a100, 80, 48), (for_h100, 90, 0)])
 def test_what_the_launchers_choose(
     compile_ahead: Callable[..., Any], function: Callable[[], None], capability: int, spilled: int
@@ -48,5 +49,5 @@ def test_what_the_launchers_choose(
         assert kernel.spilled <= spilled, kernel
         assert kernel.shared <= SHARED[capability], kernel
         assert any(name.startswith(tensor_core) for name in kernel.instructions), kernel
-        # Every dot is one: none is left to the ordinary multipliers, whose sums of products would be FFMA by hundreds.
+        # Tensor cores compute every dot: the ordinary multipliers would need hundreds of FFMA.
         assert sum(count for name, count in kernel.instructions.items() if name.startswith("FFMA")) < 200, kernel

@@ -1,4 +1,4 @@
-"""What only a GPU shows of varlen_attention; the interpreter and the oracle's own tests have the arithmetic."""
+"""varlen_attention on a GPU; the tests of the interpreter and the oracle cover more cases."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CASES = [
 def run(
     qkv: Tensor, grad: Tensor, cu_seqlens: Tensor, dropout_p: float, impl: Any, plan: AttentionPlan | None = None
 ) -> list[Tensor]:
-    """O and dqkv."""
+    """Return O and dqkv."""
     qkv = qkv.detach().requires_grad_()
     seed = torch.tensor([5], device=qkv.device)
     out = varlen_attention(qkv, cu_seqlens, dropout_p=dropout_p, seed=seed, impl=impl, plan=plan)
@@ -36,7 +36,7 @@ def run(
 
 
 def random_batch(lengths: list[int], tail: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> list[Tensor]:
-    """qkv, a gradient of the output and cu_seqlens; rows past the last sequence are NaN."""
+    """Return qkv, a gradient of the output and cu_seqlens; rows past the last sequence are NaN."""
     generator = torch.Generator("cuda").manual_seed(len(lengths))
     num_rows = sum(lengths) + tail
     qkv = torch.randn(num_rows, 3, num_heads, head_dim, device="cuda", generator=generator).to(dtype)
@@ -56,7 +56,7 @@ def random_batch(lengths: list[int], tail: int, num_heads: int, head_dim: int, d
 def test_against_the_oracle(
     dtype: torch.dtype, head_dim: int, lengths: list[int], tail: int, num_heads: int, dropout_p: float
 ) -> None:
-    """Within twice the oracle's own error and rounding; equal bits when repeated."""
+    """The error is at most twice the oracle's plus rounding; repeated runs give equal bits."""
     qkv, grad, cu_seqlens = random_batch(lengths, tail, num_heads, head_dim, dtype)
     results = run(qkv, grad, cu_seqlens, dropout_p, "triton")
     rounded = run(qkv, grad, cu_seqlens, dropout_p, "reference")
@@ -82,7 +82,7 @@ def test_a_cpu_drops_the_same_entries() -> None:
 
 
 def test_a_graph_draws_fresh_masks() -> None:
-    """With a plan nothing waits for the GPU, and the seed is read when the graph is replayed."""
+    """With a plan the host does not wait for the GPU, and each replay of a graph reads the seed."""
     qkv, grad, cu_seqlens = random_batch([30, 200, 7], 0, 12, 64, torch.bfloat16)
     plan = AttentionPlan.make(cu_seqlens.tolist(), len(qkv), "cuda")
     seed = torch.tensor([1], device="cuda")

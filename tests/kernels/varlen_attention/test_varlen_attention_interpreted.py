@@ -1,4 +1,4 @@
-"""The Triton kernels of varlen_attention in Triton's interpreter, against the oracle: outputs and gradients.
+"""Triton kernels of varlen_attention in the interpreter: outputs and gradients against the oracle.
 
 tests/kernels/test_interpreter.py runs this file in a process with TRITON_INTERPRET=1.
 """
@@ -34,7 +34,7 @@ EMPTY = torch.empty
 
 
 def run(qkv: Tensor, grad: Tensor, offsets: list[int], scale: float, dropout_p: float, impl: Any) -> list[Tensor]:
-    """O and dqkv; what a kernel leaves unwritten is NaN."""
+    """Return O and dqkv; unwritten elements are NaN."""
     from fastmtl_kernels.varlen_attention.triton import launch as varlen_attention_triton
 
     qkv = qkv.detach().requires_grad_()
@@ -50,10 +50,10 @@ def run(qkv: Tensor, grad: Tensor, offsets: list[int], scale: float, dropout_p: 
 def check(
     lengths: list[int], tail: int, num_heads: int, head_dim: int, dtype: torch.dtype, scale: float, dropout_p: float
 ) -> None:
-    """Within twice what the oracle itself is off in this dtype, and rounding."""
+    """Check the error: at most twice the oracle's own in this dtype, plus rounding."""
     generator = torch.Generator().manual_seed(sum(lengths))
     offsets = [0, *accumulate(lengths)]
-    # Views of wider tensors: no stride is what a contiguous tensor would have.
+    # Views of wider tensors: no stride is that of a contiguous tensor.
     wide = torch.randn(offsets[-1] + tail, 3, num_heads + 1, head_dim + 3, generator=generator).to(dtype)
     wide[offsets[-1] :] = math.nan
     qkv = wide[:, :, 1:, 3:]
@@ -127,7 +127,7 @@ def test_the_widest_head_and_the_longest_sequence() -> None:
 
 
 def test_empty_tiles_and_blocks_do_nothing() -> None:
-    """Of a plan that is filled up to a fixed size: -1 in every slot of a tile, zeros in a block."""
+    """A plan can be padded to a fixed size: -1 in every slot of a tile, zeros in a block."""
     from fastmtl_kernels.varlen_attention.triton.launch import backward, forward
 
     generator = torch.Generator().manual_seed(0)
@@ -148,7 +148,7 @@ def test_empty_tiles_and_blocks_do_nothing() -> None:
 
 
 def test_large_scores() -> None:
-    """exp2 of nothing above 0: no overflow, in neither kind of kernel."""
+    """exp2 has no argument above 0, so neither kind of kernel overflows."""
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(100, 3, 1, 16, generator=generator)
     qkv[:, :2] *= 30

@@ -1,4 +1,4 @@
-"""varlen_attention on CPUs with scores up to 400,000: its gradients are as accurate as those of plain float32."""
+"""varlen_attention on CPUs with scores up to 400,000: gradients as accurate as plain float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of varlen_attention: which rows each program of the Triton kernels works on."""
+"""The plan of varlen_attention: the rows that each program of the Triton kernels processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_plan_has_every_row_once(lengths: list[int], tail: int) -> None:
     for rows, starts in zip(plan.tile_rows.tolist(), plan.tile_starts.tolist(), strict=True):
         for slot, (row, start) in enumerate(zip(rows, starts, strict=True)):
             assert start == start_of.get(row, -1)
-            # A sequence is in one piece, and its keys' groups of four begin at a multiple of four slots.
+            # A sequence is contiguous; its groups of four keys begin at a multiple of four slots.
             assert start < 0 or rows[slot - (row - start)] == start and (slot - (row - start)) % 4 == 0
         seen += [row for row in rows if row >= 0]
     for start, stop, first in plan.blocks.tolist():
@@ -37,7 +37,7 @@ def test_a_plan_has_every_row_once(lengths: list[int], tail: int) -> None:
 
 
 def test_a_plan_wastes_little() -> None:
-    """Sentences of a real batch: at most an eighth of the slots is empty, and rounding to groups is most of it."""
+    """In a batch of real sentences at most an eighth of the slots is empty, most by rounding."""
     lengths = torch.randint(5, 50, (96,), generator=torch.Generator().manual_seed(0)).tolist()
     plan = AttentionPlan.make([0, *accumulate(lengths)], sum(lengths))
     assert plan.tile_rows.numel() * 7 / 8 <= sum(lengths)

@@ -1,4 +1,4 @@
-"""The C++ of varlen_attention as CPUs without AVX2 and FMA run it, beside what this CPU runs."""
+"""The C++ of varlen_attention for CPUs without AVX2 and FMA gives this CPU's results."""
 
 from __future__ import annotations
 
