@@ -38,10 +38,10 @@ HEADER = """# Compiled kernels, Triton {version}
 {kernels}, compiled ahead of time for A100 (sm_80) and H100 (sm_90) by
 `make compile-table`: those that the launchers choose for the calls in
 [tools/compile_cases.py](../tools/compile_cases.py){and_cuda}.
-Registers are those of a thread; spilled is what did not fit them, in bytes of a thread; shared
-memory is that of a block, in bytes, at most {a100:,} on A100 and {h100:,} on H100. Tensor-core
-instructions are those of the machine code, after a stroke the dots of the source. A change of a
-file below, or of the calls, makes the tests fail until the table is made again.
+Registers and spilled bytes are per thread. Shared memory is per block, in bytes, at most {a100:,}
+on A100 and {h100:,} on H100. Tensor-core instructions are those of the machine code; the number
+after the slash counts the dots of the source. The tests fail after a change of a file below or of
+the calls, until `make compile-table` writes this page again.
 
 Compiled by Triton {version}{and_nvcc}.
 [{other}]({other}) has the kernels of
