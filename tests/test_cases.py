@@ -53,7 +53,9 @@ ELSEWHERE = {
     "D08b": ["surgery/test_losses.py::test_sparse_gradients"],
     "D16": ["surgery/test_losses.py::test_what_is_given_in_place_of_parameters_and_names"],
     "D17": ["surgery/test_adamw.py::test_the_norm_of_many_numbers"],
-    "E03": ["kernels/test_varlen_attention_large_scores.py::test_gradients_are_as_accurate_as_plain_float32"],
+    "E03": [
+        "kernels/varlen_attention/test_varlen_attention_large_scores.py::test_gradients_are_as_accurate_as_plain_float32"
+    ],
     "C20b": ["files/test_output_folder.py::test_the_second_run_is_refused_until_the_first_is_gone_even_by_kill_9"],
     "C12b": [
         "runs/test_resume.py::test_a_longer_run_is_the_uninterrupted_one",

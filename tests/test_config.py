@@ -21,6 +21,7 @@ def save(tmp_path: Path, values: object) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(bundled_recipes()))
 def test_bundled_recipes_are_valid_and_repeatable(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)

@@ -372,6 +372,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     cli.app(list(arguments), standalone_mode=False)
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_saves_ratios(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

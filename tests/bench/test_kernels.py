@@ -100,6 +100,7 @@ def test_a_peer_may_be_more_exact() -> None:
     assert "eager in float64" in found and errors["eager in float64"] <= 1 and not skipped
 
 
+@pytest.mark.slow
 def test_torch_compile_is_one_of_the_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     case = case_of("low_rank")
@@ -233,6 +234,7 @@ def test_a_copy_moves_as_many_bytes() -> None:
         assert copy(None).nbytes * 2 == case.work[link].bytes
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_the_pass() -> None:
     """Measure in a separate process, like the command: here malloc may hold freed memory."""
     peak = in_own_process(peak_of_known_size, preload="fastmtl.bench.kernels")

@@ -98,6 +98,7 @@ def assert_same_predictions(joined: Path, source: Path, task: str, name: str | N
     assert np.ptp(ours, axis=0).max() > 1e-5  # the vectors depend on the texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "adapter",
     [
@@ -177,6 +178,7 @@ def test_files_of_the_other_models_are_still_found(make: Make, monkeypatch: pyte
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_models_that_do_not_fit_are_refused_by_name(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -147,6 +147,7 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], 
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__)
 def test_one_for_all_batches(
     variants: Callable[[Callable[[], None]], Counter[str]], operation: Callable[[], None]
@@ -155,6 +156,7 @@ def test_one_for_all_batches(
     assert compiled and set(compiled.values()) == {1}, compiled
 
 
+@pytest.mark.slow
 def test_every_kernel_is_tried(variants: Callable[[Callable[[], None]], Counter[str]]) -> None:
     tried = Counter[str]()
     for operation in OPERATIONS:

@@ -52,6 +52,7 @@ def test_large_blocks_leave_no_holes_and_have_huge_pages() -> None:
     assert left < held - 90 * MIB
 
 
+@pytest.mark.slow
 @with_glibc
 @pytest.mark.parametrize(
     "variables",

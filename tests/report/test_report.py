@@ -187,6 +187,7 @@ def test_a_plain_sum_without_cosines_and_a_diverged_loss(tmp_path: Path) -> None
     assert 'aria-label="loss of sst"' in text
 
 
+@pytest.mark.slow
 def test_a_long_run_stays_small(tmp_path: Path) -> None:
     output = tmp_path / "long"
     rng = np.random.default_rng(0)

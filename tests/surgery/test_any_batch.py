@@ -106,6 +106,7 @@ def test_bfloat16_within_twice_the_error_of_torch(load: Load, storage: Any) -> N
             assert ours <= 2 * theirs + 2**-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_every_adapter_meets_a_task_without_rows_and_one_token_sequences(adapter: str) -> None:
     for storage in ("stacked", "kept", "replay"):

@@ -18,6 +18,7 @@ from fastmtl.surgery import GradientSurgery
 from fastmtl.surgery.methods.order import draw_order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "storage", "parts"),
     [

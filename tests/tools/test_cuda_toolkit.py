@@ -188,6 +188,7 @@ def test_no_compiler_and_one_that_is_too_old(tmp_path: Path) -> None:
         check_cpp(os.environ | {"CXX": f"{old} -O1"})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_the_nvcc_of_this_machine(tmp_path: Path) -> None:
     printed = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout

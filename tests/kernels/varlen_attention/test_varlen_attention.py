@@ -164,6 +164,7 @@ def test_is_the_attention_of_transformers_bert(impl: Any) -> None:
     torch.testing.assert_close(varlen_attention(qkv, cu_seqlens, impl=impl).flatten(1), expected)
 
 
+@pytest.mark.slow
 def test_gradient_of_the_oracle_by_differences() -> None:
     qkv, cu_seqlens = random_batch([3, 1, 6], 2, 5, dtype=torch.float64)
     assert torch.autograd.gradcheck(
