@@ -177,6 +177,29 @@ def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, cuda: str, triton: str, 
     )
 
 
+@pytest.mark.parametrize(
+    ("operation", "largest", "reason", "auto"),
+    [
+        ("low_rank", {"rank": 256}, "down must have a rank of at most 256 in torch.bfloat16", "torch"),
+        ("lora", {"rank": 256}, "down must have a rank of at most 256 in torch.bfloat16", "torch"),
+        ("pal", {"head_dim": 128}, "num_heads must give heads of at most 128 columns in torch.bfloat16", "torch"),
+        ("varlen_attention", {"head_dim": 128}, "qkv must have head_dim <= 128 in torch.bfloat16", "reference"),
+    ],
+)
+def test_sizes_that_triton_does_not_support(
+    monkeypatch: pytest.MonkeyPatch, operation: str, largest: dict[str, int], reason: str, auto: str
+) -> None:
+    """auto falls back to the next implementation; an explicit choice raises an error that names the argument."""
+    monkeypatch.setattr(dispatch, "why_no_triton", lambda: "")
+    too_large = {name: size + 1 for name, size in largest.items()}
+    with FakeTensorMode():
+        rows = torch.empty(3, dtype=torch.bfloat16, device="cuda")
+    assert dispatch.select(operation, "auto", rows, **largest) == "triton"
+    assert dispatch.select(operation, "auto", rows, **too_large) == auto
+    with pytest.raises(ValueError, match=f"^{reason} for impl='triton', got {next(iter(too_large.values()))}$"):
+        dispatch.select(operation, "triton", rows, **too_large)
+
+
 def test_why_there_is_no_triton(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(dispatch.importlib, "import_module", lambda name: None)

@@ -26,7 +26,6 @@ def files_of(folder: str) -> list[Path]:
     return sorted((HERE / folder).glob("test_*_interpreted.py"))
 
 
-@pytest.mark.slow(11)
 @pytest.mark.skipif(INTERPRETED, reason="runs the others")
 @pytest.mark.parametrize("folders", GROUPS, ids="-".join)
 def test_kernels_in_the_interpreter(interpret: Callable[..., None], folders: tuple[str, ...]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 
 # Tasks, dtypes of J and of the copy.
@@ -27,7 +26,6 @@ def launches() -> None:
             combined_adamw_triton.combined_adamw(grads, torch.empty(tasks, device="meta"), [target], update, slots)
 
 
-@pytest.mark.slow(4)
 def test_no_spills_and_16_bytes_at_a_time(compile_ahead: Callable[..., Any]) -> None:
     kernels = compile_ahead(launches, 90)
     assert [kernel.name for kernel in kernels] == ["_combined_adamw_kernel", "_combined_adamw_rows_kernel"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from compiled import Vectors, check_vectors, meta
 
@@ -25,6 +24,5 @@ EXPECTED = {
 }
 
 
-@pytest.mark.slow(3)
 def test_no_spills_and_16_bytes_at_a_time(compile_ahead: Callable[..., Any]) -> None:
     check_vectors(compile_ahead(launches, 90), EXPECTED)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 
 # Tasks, columns, dtype of J: a size of int64, rows of all alignments, the most registers.
@@ -27,7 +26,6 @@ def launches() -> None:
         gradients_triton.gramian(rows)
 
 
-@pytest.mark.slow(7)
 def test_no_spills_and_16_bytes_at_a_time(compile_ahead: Callable[..., Any]) -> None:
     kernels = compile_ahead(launches, 90)
     rows = {kernel: kernel.signature.get("row_ptrs", []) for kernel in kernels}

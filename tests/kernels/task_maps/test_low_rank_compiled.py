@@ -48,7 +48,6 @@ def wide() -> None:
     launch(768, 204, torch.bfloat16, "gelu")
 
 
-@pytest.mark.slow(9)
 @pytest.mark.parametrize(("function", "capability"), [(narrow, 80), (wide, 90)])
 def test_what_the_launchers_choose(
     compile_ahead: Callable[..., Any], function: Callable[[], None], capability: int

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 
 from compile_table import SHARED
@@ -37,7 +36,6 @@ def launches() -> None:
     low_rank_triton.backward(dy, z, None, up, None, seed, None, call=call, wants=wants)
 
 
-@pytest.mark.slow(6)
 def test_what_the_launchers_choose(compile_ahead: Callable[..., Any]) -> None:
     kernels = compile_ahead(launches, 90)
     assert [kernel.name for kernel in kernels] == KERNELS

@@ -37,7 +37,6 @@ NAMES = ["tile_fwd_kernel", "long_fwd_kernel", "tile_bwd_kernel", "long_bwd_kern
 
 
 # On sm_80 long_bwd_kernel lacks four to twelve registers (twelve in Triton 3.7).
-@pytest.mark.slow(12)
 @pytest.mark.parametrize(("function", "capability", "spilled"), [(for_a100, 80, 48), (for_h100, 90, 0)])
 def test_what_the_launchers_choose(
     compile_ahead: Callable[..., Any], function: Callable[[], None], capability: int, spilled: int
