@@ -31,7 +31,7 @@ from fastmtl_kernels.upload import upload_into
 def record_merging(
     sink: Sink, method: Method, target: Target, storage: str, *, recorder: Recorder | None = None
 ) -> tuple[RecordedStep | None, Sequence[str]]:
-    """Return a recorded merging for the sink, or None, and the reasons for what is not recorded.
+    """Return a recorded merging for the sink, or None, and the reasons against a recording.
 
     The list of reasons grows during the run. recorder: replaces CUDA graphs, on any device.
     """

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable(
 
 @pytest.mark.parametrize("num_tasks", [1, 2, 3, 4])
 def test_replays_equal_the_eager_layers_bit_for_bit(num_tasks: int, make_batch: MakeBatch) -> None:
-    """They equal the unrecorded encoder within rounding, with dropout and one or two micro-batches."""
+    """They equal the unrecorded encoder within rounding, with one or two micro-batches."""
     batches = [make_batch(lengths, seed=k) for k, lengths in enumerate(MICRO_BATCHES[num_tasks])]
     recorder = OpRecorder()
     ways = [make_encoder(recorder), make_encoder(Unrecorded()), make_encoder()]

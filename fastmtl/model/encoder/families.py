@@ -23,8 +23,8 @@ class Family:
     """Functions that read, build and save the encoders of one `model_type`.
 
     check_config(values of config.json, its path): the configuration, or UserError naming the path.
-    encoder: the module. Its parameters have the names that they have in transformers' class
-        `architecture`, so that a saved encoder is read by transformers.AutoModel.
+    encoder: the module. Its parameters have their names in transformers' class `architecture`, so
+        that transformers.AutoModel reads a saved encoder.
     encoder_name(name of a tensor in a weight file): the parameter's name in the encoder; None
         where the tensor is not the encoder's.
     architecture: the entry `architectures` of a saved config.json.
