@@ -148,44 +148,14 @@ def _combined_adamw_kernel(
     # A mask that the compiler knows nothing about prevents loads by vectors.
     if left >= BLOCK:
         _update_block(
-            entry_ptr,
-            begin,
-            weights_ptr,
-            None,
-            decay,
-            beta1_left,
-            beta2,
-            beta2_left,
-            step_size,
-            root,
-            eps,
-            GRAD,
-            COPY,
-            ALIGNED,
-            NUM_ROWS,
-            MAX_ROWS,
-            BLOCK,
-        )
+            entry_ptr, begin, weights_ptr, None, decay, beta1_left, beta2, beta2_left, step_size,
+            root, eps, GRAD, COPY, ALIGNED, NUM_ROWS, MAX_ROWS, BLOCK,
+        )  # fmt: skip
     else:
         _update_block(
-            entry_ptr,
-            begin,
-            weights_ptr,
-            tl.arange(0, BLOCK) < left,
-            decay,
-            beta1_left,
-            beta2,
-            beta2_left,
-            step_size,
-            root,
-            eps,
-            GRAD,
-            COPY,
-            ALIGNED,
-            NUM_ROWS,
-            MAX_ROWS,
-            BLOCK,
-        )
+            entry_ptr, begin, weights_ptr, tl.arange(0, BLOCK) < left, decay, beta1_left, beta2, beta2_left, step_size,
+            root, eps, GRAD, COPY, ALIGNED, NUM_ROWS, MAX_ROWS, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=CHANGING)

@@ -1,12 +1,10 @@
-"""Triton kernels of attention over packed sequences of at most 64 tokens.
-
-launch.py has the formulas.
+"""Triton kernels of attention over packed sequences of at most 64 tokens; formulas in launch.py.
 
 A program holds one head of a tile of 64 slots, in which fastmtl_kernels.varlen_attention.plan
 placed one or more sequences, and the whole rows of P; rowsum(P dP) stays in its registers. In a
 score tile [64, 64], rows are queries in the order of the slots, columns are keys in the order of
-key_slots(). Loads, stores and operands of dots have qkv's dtype, all other values are float32.
-Heads are padded with zeros from HEAD_DIM to BLOCK_D, a power of two.
+key_slots(). Loads, stores, operands of dots have qkv's dtype, other values are float32. Heads are
+padded with zeros from HEAD_DIM to BLOCK_D, a power of two.
 """
 
 from __future__ import annotations
@@ -32,10 +30,7 @@ def key_slots() -> tl.tensor:
 
 @triton.jit
 def keep(seed: tl.tensor, groups: tl.tensor, rows: tl.tensor, head: tl.tensor, threshold: tl.tensor) -> tl.tensor:
-    """Return the mask of kept entries, bool [64, 64].
-
-    groups [16]: the keys' positions divided by 4. rows [64]: the queries' rows.
-    """
+    """Return the mask of dropout [64, 64]; groups [16]: keys' positions / 4, rows [64]: queries."""
     w0, w1, w2, w3 = tl.philox(seed, groups[None, :], rows[:, None], head, 0)
     k0 = w0.to(tl.int32, bitcast=True) >= threshold
     k1 = w1.to(tl.int32, bitcast=True) >= threshold
@@ -90,8 +85,7 @@ def _probabilities(
 ) -> tuple[tl.tensor, tl.tensor]:
     """Return exp2(scores - their maximum) [64, 64], and the inverse of its row sums [64]."""
     scores = tl.dot(q, k.T, input_precision=PRECISION) * scale_log2
-    # Slots of no sequence attend to each other, so that every row has a key; their q, k and v are
-    # zeros.
+    # Slots of no sequence attend to each other, so every row has a key; q, k and v are 0 there.
     scores = tl.where(starts_m[:, None] == starts_n[None, :], scores, float("-inf"))
     p = tl.exp2(scores - tl.max(scores, 1)[:, None])
     return p, 1.0 / tl.sum(p, 1)
@@ -174,10 +168,7 @@ def _tile_grads(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Store those of dQ, dK and dV that are wanted.
-
-    The tile is the one whose slots begin with first_slot.
-    """
+    """Store dQ, dK and dV as wanted, for the tile whose slots begin with first_slot."""
     slots_m = first_slot + tl.arange(0, _TILE)
     slots_n = first_slot + key_slots()
     rows_m = tl.load(rows_ptr + slots_m)
@@ -266,8 +257,7 @@ def tile_bwd_kernel(
 ) -> None:
     """Store dQ, dK and dV of the tile tl.program_id(0) // num_heads; with SPLIT, one program each.
 
-    The programs past the tiles store rowsum(O dO) of each block for long_bwd_kernel, which saves a
-    launch.
+    Programs past the tiles store rowsum(O dO) of each block, which saves long_bwd_kernel a launch.
     """
     head = tl.program_id(0) % num_heads
     tile = tl.program_id(0) // num_heads
