@@ -241,7 +241,7 @@ class Pass(Turn):
         if writes is not None:
             assert self._sink is not None
             self._sink.check_active()
-            stores = writes.jacobian.take(self._parameters, self._tasks)
+            stores = writes.jacobian.reserve(self._parameters, self._tasks)
         self._recorded.backward[stores]()
         static.release()
         found = static.result(self._offsets[-1])

@@ -181,7 +181,7 @@ class _Buffers:
         self.merged = torch.zeros(jacobian.buffer.shape[1], dtype=dtype, device=device)
         self._copied = copied
         self.rows: list[tuple[nn.Parameter, StaticRows]] = [
-            (table, StaticRows(0, table.shape[1], device)) for table, _ in tables.each()
+            (table, StaticRows(0, table.shape[1], device)) for table, _ in tables.items()
         ]
         self.of_tables = [torch.zeros(table.shape[0] + 1, table.shape[1], device=device) for table, _ in self.rows]
         sizes = [1, 1, num_tasks**2, *[num_tasks + 1 for _ in self.rows]]
@@ -192,7 +192,7 @@ class _Buffers:
 
     def fill(self, scale: float, factor: float, order: Tensor) -> bool:
         """Fill the buffers for a step; return whether addresses have changed."""
-        lists = [per_task for _, per_task in self._tables.each()]
+        lists = [per_task for _, per_task in self._tables.items()]
         self.key = tuple(capacity_of(sum(len(ids) for task in per_task for ids, _ in task)) for per_task in lists)
         grown = False
         for k, ((table, rows), capacity) in enumerate(zip(self.rows, self.key, strict=True)):

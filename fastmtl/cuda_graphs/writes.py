@@ -96,7 +96,7 @@ class RecordedWrites(Sink):
                 continue
             found = self._product(dy, right)
             found = found if parameters is weights else found[..., 0]
-            columns = self.jacobian.beside(wanted) if len(wanted) == len(parameters) else None
+            columns = self.jacobian.adjacent(wanted) if len(wanted) == len(parameters) else None
             if columns is not None:
                 self._write_columns(columns, found)
                 self.order += wanted

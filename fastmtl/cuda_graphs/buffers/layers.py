@@ -89,7 +89,7 @@ class StaticLayers:
 
     def keeps(self, *, stores: bool) -> bool:
         """Return whether `backward` of an empty batch leaves J unchanged, as adding zeros does."""
-        return self.writes is None or not stores or self.writes.jacobian.is_new(self._parameters)
+        return self.writes is None or not stores or self.writes.jacobian.is_unwritten(self._parameters)
 
     def forward(self) -> None:
         with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""J of the dense shared parameters, one buffer that the layers' backward writes into."""
+"""J of the dense shared parameters, a buffer that the layers' backward writes into."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from fastmtl_kernels.cast import cast
 
 
 class Jacobian:
-    """T task gradients of `parameters`, P numbers together, as `buffer` [T, P] of `dtype`.
+    """T task gradients of `parameters` with P numbers together: `buffer` [T, P] of `dtype`.
 
-    What was never written since `clear` is zero. The first write after it stores instead of adding: clearing touches
-    no memory, and the first micro-batch does not read what it replaces.
+    Entries that were not written since `clear` are zero. The first write after `clear` stores
+    instead of adding: clearing touches no memory, and the first micro-batch does not read the old
+    values.
 
-    reached: ids of the parameters of which something was written since `clear`, be it zeros. narrow: the dtype of the
-    parameters where all have one of 16 bits, else float32.
+    reached: ids of the parameters that were written since `clear`, even with zeros. narrow: the
+    dtype of the parameters if all have the same 16-bit dtype, else float32.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Jacobian:
         self._spans = {key: slice(*span) for key, span in zip(self._columns, pairwise(ends), strict=True)}
         dtypes = {parameter.dtype for parameter in self._parameters}
         self.narrow = dtypes.pop() if dtypes in ({torch.bfloat16}, {torch.float16}) else torch.float32
-        self._beside: dict[tuple[int, ...], Tensor | None] = {}
+        self._adjacent: dict[tuple[int, ...], Tensor | None] = {}
         self._written: dict[int, set[int]] = {}
         self.reached: set[int] = set()
         self.clear()
@@ -48,7 +49,7 @@ class Jacobian:
         self._written = {id(parameter): set() for parameter in self._parameters}
 
     def add(self, parameter: nn.Parameter, gradients: Tensor) -> None:
-        """All tasks' gradients [T, *shape]."""
+        """Add all tasks' gradients [T, *shape] of a parameter."""
         columns, written = self._columns[id(parameter)], self._written[id(parameter)]
         self.reached.add(id(parameter))
         if not written:
@@ -59,88 +60,101 @@ class Jacobian:
         written.update(range(len(columns)))
 
     def add_task(self, parameter: nn.Parameter, task: int, gradient: Tensor) -> None:
-        """One task's gradient, of the parameter's shape."""
+        """Add one task's gradient, of the parameter's shape."""
         row = self._rows[id(parameter)][task]
-        if self._is_first(parameter, task):
+        if self._mark_written(parameter, task):
             row.copy_(gradient)
         else:
             row += gradient
 
     def add_product(self, parameter: nn.Parameter, task: int, left: Tensor, right: Tensor) -> None:
-        """One task's gradient as left [out, n] times right [n, in], both of J's dtype; made where it belongs."""
+        """Add one task's gradient, left [out, n] times right [n, in], both of J's dtype.
+
+        The product is computed in place.
+        """
         row = self._rows[id(parameter)][task]
-        if self._is_first(parameter, task):
+        if self._mark_written(parameter, task):
             torch.mm(left, right, out=row)
         else:
             row.addmm_(left, right)
 
     def add_sum(self, parameter: nn.Parameter, task: int, columns: Tensor) -> None:
-        """One task's gradient as the sum of columns [d, n] of J's dtype; made where it belongs."""
+        """Add one task's gradient, the sum of columns [d, n] of J's dtype over n.
+
+        The sum is computed in place.
+        """
         row = self._rows[id(parameter)][task]
-        if self._is_first(parameter, task):
+        if self._mark_written(parameter, task):
             torch.sum(columns, 1, out=row)
         else:
             row += columns.sum(1)
 
     def add_products(self, parameters: Sequence[nn.Parameter], task: int, left: Tensor, right: Tensor) -> None:
-        """As `add_product` of k weights of one shape, whose parts of left [k out, n] are one under the other: one
-        product where the weights' columns follow one another.
+        """Add one task's gradients of k weights of one shape, left [k out, n] times right [n, in].
+
+        `left` holds the k weights' parts one below the other. Weights with adjacent columns in J
+        take a single product.
         """
-        rows = self.beside(parameters)
+        rows = self.adjacent(parameters)
         if rows is None:
             for parameter, part in zip(parameters, left.chunk(len(parameters)), strict=True):
                 self.add_product(parameter, task, part, right)
-        elif self._are_first(parameters, task):
+        elif self._mark_all_written(parameters, task):
             torch.mm(left, right, out=rows[task])
         else:
             rows[task].addmm_(left, right)
 
     def add_sums(self, parameters: Sequence[nn.Parameter], task: int, columns: Tensor) -> None:
-        """As `add_sum` of k biases, with columns [k d, n], in the same way."""
-        rows = self.beside(parameters)
+        """Add one task's gradients of k biases, the sums of columns [k d, n], likewise."""
+        rows = self.adjacent(parameters)
         if rows is None:
             for parameter, part in zip(parameters, columns.chunk(len(parameters)), strict=True):
                 self.add_sum(parameter, task, part)
-        elif self._are_first(parameters, task):
+        elif self._mark_all_written(parameters, task):
             torch.sum(columns, 1, out=rows[task])
         else:
             rows[task] += columns.sum(1)
 
-    def beside(self, parameters: Sequence[nn.Parameter]) -> Tensor | None:
-        """[T, k times the first dimension, *rest], the part of `buffer` that belongs to k parameters of one shape; None
-        where their columns do not follow one another.
+    def adjacent(self, parameters: Sequence[nn.Parameter]) -> Tensor | None:
+        """Return the part of `buffer` of k parameters of one shape, [T, k * shape[0], *shape[1:]].
+
+        None if their columns are not adjacent.
         """
         key = tuple(map(id, parameters))
-        if key not in self._beside:
-            spans = [self._spans[each] for each in key]
+        if key not in self._adjacent:
+            spans = [self._spans[i] for i in key]
             follow = all(before.stop == span.start for before, span in pairwise(spans))
             columns = self.buffer[:, spans[0].start : spans[-1].stop] if follow else None
-            self._beside[key] = None if columns is None else columns.unflatten(1, (-1, *parameters[0].shape[1:]))
-        return self._beside[key]
+            self._adjacent[key] = None if columns is None else columns.unflatten(1, (-1, *parameters[0].shape[1:]))
+        return self._adjacent[key]
 
     def add_rows(self, parameter: nn.Parameter, task: int, ids: Tensor, rows: Tensor) -> None:
-        """One task's gradient of a table [V, d] as the sums of rows [n, d] over equal ids [n], in float32."""
+        """Add one task's gradient of a table [V, d]: rows [n, d] summed over equal ids [n], in
+        float32.
+        """
         row = self._rows[id(parameter)][task]
         if self.buffer.dtype == torch.float32 and task not in self._written[id(parameter)]:
-            self._is_first(parameter, task)
+            self._mark_written(parameter, task)
             row.zero_().index_add_(0, ids, cast(rows, torch.float32))
         else:
             zeros = torch.zeros(row.shape, device=row.device)
             self.add_task(parameter, task, zeros.index_add_(0, ids, cast(rows, torch.float32)))
 
     def columns_of(self, parameter: nn.Parameter) -> Tensor:
-        """[T, *shape], the parameter's part of `buffer`, for whoever writes there by `take`."""
+        """Return the parameter's part of `buffer`, [T, *shape], for a write after `reserve`."""
         return self._columns[id(parameter)]
 
-    def is_new(self, parameters: Iterable[nn.Parameter]) -> bool:
-        """Whether nothing has been written of these."""
+    def is_unwritten(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Return True if no gradient of these parameters was written since `clear`."""
         return not any(self._written[id(parameter)] for parameter in parameters)
 
-    def take(self, parameters: Sequence[nn.Parameter], tasks: Sequence[int]) -> bool:
-        """Before a write of all these parameters' gradients into `columns_of`: whether it has to store them, else to
-        add. tasks: those whose gradients it makes; the others' are left undefined by storing, as they are by adding 0.
+    def reserve(self, parameters: Sequence[nn.Parameter], tasks: Sequence[int]) -> bool:
+        """Reserve these parameters; return True if the next write overwrites, False if it adds.
+
+        The write goes to `columns_of` all of them. tasks: the tasks whose gradients it contains.
+        The other tasks' gradients stay undefined after an overwrite, and also after adding 0.
         """
-        first = self.is_new(parameters)
+        first = self.is_unwritten(parameters)
         for key in map(id, parameters):
             found = self._written[key]
             self.reached.add(key)
@@ -151,7 +165,7 @@ class Jacobian:
         return first
 
     def complete(self) -> Tensor:
-        """J [T, P]."""
+        """Return J [T, P], with zeros where no gradient was written."""
         tasks = range(len(self.buffer))
         for task in tasks:
             if not any(task in written for written in self._written.values()):
@@ -163,28 +177,34 @@ class Jacobian:
         return self.buffer
 
     def spans(self) -> Mapping[int, slice]:
-        """The columns of every parameter, by its id."""
+        """Return the columns of every parameter by id."""
         return self._spans
 
     def columns(self, piece: slice) -> Tensor:
-        """[T, columns of the piece] of J, where nothing else will be written in it."""
+        """Return columns `piece` of J, [T, columns].
+
+        No gradient may be written there until `clear`.
+        """
         for key, span in self._spans.items():
             if span.start < piece.stop and span.stop > piece.start:
                 self._fill(key)
         return self.buffer[:, piece]
 
     def rows(self) -> dict[int, list[Tensor]]:
-        """The T gradients of every parameter, views of J, by its id."""
+        """Return the T gradients of every parameter by id, views of J."""
         self.complete()
         return dict(self._rows)
 
     def of(self, parameter: nn.Parameter) -> Tensor:
-        """The parameter's columns of J, [T, *shape]."""
+        """Return the parameter's columns of J, [T, *shape]."""
         self._fill(id(parameter))
         return self._columns[id(parameter)]
 
     def merge(self, weights: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """sum_t weights[t] J[t], [P] of `dtype`, float32 or `narrow`, added up in float32. out: where to."""
+        """Return sum_t weights[t] J[t], [P] of `dtype`, summed in float32.
+
+        dtype: float32 or `narrow`. out: the tensor to write into.
+        """
         if dtype in (torch.float32, self.buffer.dtype):
             out = torch.empty(self.buffer.shape[1], dtype=dtype, device=self.buffer.device) if out is None else out
             combine(self.buffer, weights, out=out)
@@ -193,10 +213,14 @@ class Jacobian:
         return merged.to(dtype) if out is None else out.copy_(merged)
 
     def split(self, merged: Tensor) -> Merged:
-        """[P], contiguous and the first of its storage -> the parameters' parts by id."""
+        """Return a merged gradient [P] as the parameters' parts by id.
+
+        merged: contiguous and at offset 0 of its storage.
+        """
         return Merged(merged, {key: rows[0] for key, rows in self._rows.items()})
 
-    def _is_first(self, parameter: nn.Parameter, task: int) -> bool:
+    def _mark_written(self, parameter: nn.Parameter, task: int) -> bool:
+        """Mark a task's gradient as written; return True if this is the first write."""
         written = self._written[id(parameter)]
         self.reached.add(id(parameter))
         if task in written:
@@ -204,9 +228,12 @@ class Jacobian:
         written.add(task)
         return True
 
-    def _are_first(self, parameters: Sequence[nn.Parameter], task: int) -> bool:
-        """Whether all are to be stored. Where only some are, these are zeros to add to."""
-        first = [parameter for parameter in parameters if self._is_first(parameter, task)]
+    def _mark_all_written(self, parameters: Sequence[nn.Parameter], task: int) -> bool:
+        """Return True if the next write stores all of these gradients.
+
+        If it stores only some, they are zeroed, so that the write can add all.
+        """
+        first = [parameter for parameter in parameters if self._mark_written(parameter, task)]
         if len(first) < len(parameters):
             for parameter in first:
                 self._rows[id(parameter)][task].zero_()

@@ -2,15 +2,17 @@
 
     S[t, h(p)] += s(p) J[t, p]        G[i, j] ~ S[i] . S[j]
 
-h maps columns to m buckets, s is a random sign. The estimate is unbiased, with a variance of at most
-(|g_i|^2 |g_j|^2 + (g_i . g_j)^2) / m: a cosine is off by at most sqrt(2 / m) in the root mean square, 0.8 % for
-m = 32,768. A sketch is linear, so it adds up over micro-batches and ranks.
+h maps columns to m buckets, s is a random sign. The estimate is unbiased, with a variance of at
+most (|g_i|^2 |g_j|^2 + (g_i . g_j)^2) / m: the root-mean-square error of a cosine is at most sqrt(2
+/ m), 0.8 % for m = 32,768. A sketch is linear, so it adds up over micro-batches and ranks.
 
-Columns come in blocks of at most m. Block b is shifted by a random number of buckets and multiplied by a random sign,
-column q of it by a second sign r(q): p = (b, q) goes to bucket (q + shift(b)) mod m with sign(b) r(q). Two columns of
-one block never meet; of two blocks they do with probability 1 / m, which is all that the variance needs.
-Source: Charikar, Chen, Farach-Colton, Finding Frequent Items in Data Streams, 2002; Cormode, Garofalakis, Sketching
-Streams Through the Net, 2005 (inner products).
+Columns come in blocks of at most m. Block b is shifted by a random number of buckets and multiplied
+by a random sign; its column q is multiplied by a second sign r(q). So p = (b, q) goes to bucket (q
++ shift(b)) mod m with sign(b) r(q). Two columns of one block never collide. Columns of two blocks
+collide with probability 1 / m, which is all that the variance needs.
+
+Sources: Charikar, Chen, Farach-Colton, Finding Frequent Items in Data Streams, 2002; Cormode,
+Garofalakis, Sketching Streams Through the Net, 2005 (inner products).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ _MASK = (1 << 31) - 1
 
 
 class CountSketch:
-    """S [T, m] float32 on a device; the same hashes in every process for the same seed."""
+    """S [T, m], float32 on a device; equal seeds give equal hashes in every process."""
 
     def __init__(self, num_tasks: int, size: int, seed: int, device: torch.device) -> None:
         self.values = torch.zeros(num_tasks, size, device=device)
@@ -35,7 +37,10 @@ class CountSketch:
         self._seed = seed
 
     def add(self, key: int, piece: Tensor) -> None:
-        """Adds [T, n] columns, any floating dtype: the same key and n for the same columns, here and elsewhere."""
+        """Add columns [T, n] of any floating dtype.
+
+        Equal columns need the same `key` and n on every rank and in every micro-batch.
+        """
         starts = list(range(0, piece.shape[1], self._size))
         shifts, signs = self._hash(key, torch.arange(len(starts)))
         for start, shift, sign in zip(starts, shifts.tolist(), signs.tolist(), strict=True):
@@ -46,7 +51,10 @@ class CountSketch:
             self.values[:, : block.shape[1] - before] += block[:, before:]
 
     def add_rows(self, key: int, task: int, ids: Tensor, rows: Tensor) -> None:
-        """Adds rows [k, d], d <= m, of an embedding table's gradient, whose ids [k] may repeat: row i is a block."""
+        """Add rows [k, d], d <= m, of an embedding table's gradient.
+
+        Row i is a block of its own; ids [k] may repeat.
+        """
         width = rows.shape[1]
         shifts, signs = self._hash(key, ids)
         buckets = (shifts[:, None] + torch.arange(width, device=ids.device)) % self._size
@@ -54,12 +62,15 @@ class CountSketch:
         self.values[task].index_add_(0, buckets.flatten(), signed.flatten())
 
     def gramian(self) -> Tensor:
-        """[T, T] float32."""
+        """Return the estimate of G, float32 [T, T]."""
         wide = self.values.double()
         return (wide @ wide.T).float()
 
     def _hash(self, key: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Of blocks int64 [k]: shifts int64 [k] and signs float32 [k], by two rounds of integer mixing."""
+        """Return shifts int64 [k] and signs float32 [k] of blocks int64 [k].
+
+        Hashes by two rounds of integer mixing.
+        """
         value = (blocks * 2_654_435_761 + key * 40_503 + self._seed * 97_531 + 12_345) & _MASK
         for _ in range(2):
             value = ((value >> 15) ^ value) * 0x2C1B3C6D & _MASK

@@ -12,9 +12,9 @@ from fastmtl.surgery.ranks.protocol import Ranks
 
 
 class Tables:
-    """T task gradients of each of `tables` [V, d], as lists of (ids [k], rows [k, d]) per task, where an id may repeat.
+    """T task gradients of each of `tables` [V, d], as (ids [k], rows [k, d]) lists per task.
 
-    ranks: which ranks' rows make up the Gramian.
+    An id may repeat. ranks: the ranks whose rows make up the Gramian.
     """
 
     def __init__(self, tables: Sequence[nn.Parameter], num_tasks: int, ranks: Ranks) -> None:
@@ -26,25 +26,25 @@ class Tables:
         per_task[task].append((ids, rows))
 
     def gramian(self, device: torch.device) -> Tensor:
-        """Float32 [T, T] of the gathered rows: equal on every rank."""
+        """Return float32 [T, T] of the gathered rows, equal on every rank."""
         total = torch.zeros(self._num_tasks, self._num_tasks, device=device)
         shapes = [whole_shape(table) for table in self._tables]
-        pairs = zip(self.each(), shapes, strict=True)  # of every table, with or without rows: it is collective
+        pairs = zip(self.items(), shapes, strict=True)  # every table, even without rows, for the collectives
         compact = [coalesce(per_task, shape, total) for (_, per_task), shape in pairs]
         for tasks in self._ranks.gather_rows(compact, shapes):
             total += rows_gramian(tasks)
         return total
 
     def merged(self, weights: Tensor) -> dict[int, Tensor]:
-        """sum_t weights[t] g_t of every table by its id, float32 [V, d]."""
-        return {id(table): weighted_table(table.shape, per_task, weights) for table, per_task in self.each()}
+        """Return sum_t weights[t] g_t of every table by id, float32 [V, d]."""
+        return {id(table): weighted_table(table.shape, per_task, weights) for table, per_task in self.items()}
 
     def merged_rows(self, weights: Tensor) -> dict[int, Rows]:
-        """The same as the rows that occur."""
-        return {id(table): weighted_rows(per_task, weights, table.shape) for table, per_task in self.each()}
+        """Return sum_t weights[t] g_t of every table by id, as the rows that occur."""
+        return {id(table): weighted_rows(per_task, weights, table.shape) for table, per_task in self.items()}
 
     def reached(self) -> set[int]:
-        """Return the ids of the tables that something was added to since `clear`, be it no rows."""
+        """Return the ids of the tables that have entries since `clear`, even without rows."""
         return set(self._rows)
 
     def clear(self) -> None:
@@ -53,12 +53,12 @@ class Tables:
     def tensors(self) -> list[Tensor]:
         return [part for rows in self._rows.values() for parts in rows for pair in parts for part in pair]
 
-    def each(self) -> Iterator[tuple[nn.Parameter, list[list[Rows]]]]:
-        """Every table, with or without rows, and its T lists."""
+    def items(self) -> Iterator[tuple[nn.Parameter, list[list[Rows]]]]:
+        """Yield every table, with or without rows, and its T lists."""
         for table in self._tables:
             yield table, self._rows.get(id(table), [[] for _ in range(self._num_tasks)])
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """Of the whole parameter, also where ZeRO 3 has partitioned it."""
+    """Return the shape of the whole parameter, even where ZeRO 3 has partitioned it."""
     return getattr(parameter, "ds_shape", parameter.shape)

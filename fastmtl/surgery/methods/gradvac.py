@@ -1,4 +1,4 @@
-"""GradVac."""
+"""GradVac: target cosines from a moving average."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from fastmtl_kernels import gradvac_weights
 
 
 class GradVac:
-    """Wang et al. 2021, Algorithm 1: target cosines follow the observed ones as a moving average, from 0.
+    """Wang et al. 2021, Algorithm 1, in coefficients (see fastmtl_kernels.gradvac_weights).
 
-    beta: share of the newest cosine in the average.
+    Target cosines are a moving average of the observed ones, starting at 0. beta: weight of the
+    newest cosine in the average.
     """
 
     by_rank, by_tensor = False, True
@@ -35,12 +36,12 @@ class GradVac:
             self._targets[key] = self._targets[key].to(gramian.device)
         target = self._targets[key]
         weights, cosines = gradvac_weights(gramian, target, order=order, reduction=self._reduction, check_order=False)
-        # In place, here and in `load_state_dict`: what was recorded has the address.
+        # In place, here and in `load_state_dict`, since a CUDA graph holds the address.
         target.copy_(torch.where(gramian.isfinite().all(), target.lerp(cosines, self._beta), target))
         return weights
 
     def of_tensor(self, index: int) -> GradVac:
-        """Return a view that has averages of its own, which belong to the state of this method."""
+        """Return a view with averages of its own, which are part of this method's state."""
         view = GradVac(reduction=self._reduction, beta=self._beta)
         view._key, view._targets = str(index), self._targets
         return view

@@ -1,4 +1,4 @@
-"""A gradient method: from the Gramian of task gradients to the weight of each."""
+"""Protocol of a gradient method: from the Gramian of task gradients to one weight per task."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ Reduction = Literal["sum", "mean"]
 
 
 class Method(Protocol):
-    """Weights of one step after another.
+    """Weights of successive steps.
 
-    by_rank: each rank may solve for itself. by_tensor: the method solves on the device without reading a number on the
-    host and keeps its state at fixed addresses, so it can run inside backward for each tensor, and be recorded.
+    by_rank: True if each rank may solve for itself. by_tensor: True if the method solves on the
+    device, reads no number on the host and keeps its state at fixed addresses. It can then run
+    inside backward for each tensor, and be recorded.
     """
 
     by_rank: bool
@@ -22,17 +23,17 @@ class Method(Protocol):
     def weights(self, gramian: Tensor, order: Tensor) -> Tensor:
         """Return the weights [T] of the task gradients.
 
-        gramian: float32 [T, T]. One that is not finite changes no state, as its step is skipped. order: int64 [T, T] on
-        the Gramian's device, from `draw_order`.
+        gramian: float32 [T, T]. A Gramian that is not finite changes no state, as its step is
+        skipped. order: int64 [T, T] on the Gramian's device, from `draw_order`.
         """
         ...
 
     def of_tensor(self, index: int) -> Method:
-        """Return the method for the Gramians of one parameter tensor, with a state of its own (`by_tensor`)."""
+        """Return the method for one parameter tensor, with a state of its own (`by_tensor`)."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is carried from step to step, JSON-ready."""
+        """Return the state that is kept from step to step, JSON-ready."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...

@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def draw_order(num_tasks: int, seed: int, step: int) -> Tensor:
-    """Return a permutation of the tasks for each row, int64 [T, T].
+    """Return a permutation of the tasks in each row, int64 [T, T].
 
-    It is drawn on the host from (seed, step), so every rank has the same.
+    Drawn on the host from (seed, step), so every rank has the same order.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 63))
     return torch.stack([torch.randperm(num_tasks, generator=generator) for _ in range(num_tasks)])

@@ -1,4 +1,4 @@
-"""PCGrad."""
+"""PCGrad: projections of conflicting task gradients, in random order."""
 
 from __future__ import annotations
 

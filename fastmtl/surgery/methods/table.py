@@ -1,6 +1,7 @@
-"""Gradient methods by name. A new method is a class in a file of its own and its name in METHODS.
+"""Gradient methods by name.
 
-TorchJD's weightings come by their own names from `torchjd`.
+A new method is a class in a file of its own, with its name in METHODS. TorchJD's weightings get
+their names from `torchjd`.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ METHODS: dict[str, Callable[..., Method]] = {"pcgrad": PCGrad, "gradvac": GradVa
 
 
 def method_names() -> list[str]:
-    """Every name that `find_method` takes here."""
+    """Return every name that `find_method` accepts here."""
     return ["sum", *METHODS, *torchjd.names()]
 
 
 def find_method(name: str, reduction: Reduction = "sum", options: Mapping[str, Any] | None = None) -> Method | None:
-    """The method of a name, None for `sum`, which needs no Gramian. options: what its class takes by keyword.
+    """Return the method with this name; None for `sum`, which needs no Gramian.
 
-    Raises UserError for an unknown name or option.
+    options: keyword arguments of the method's class. Raises UserError for an unknown name or
+    option.
     """
     options = dict(options or {})
     if not isinstance(name, str):
@@ -48,10 +50,10 @@ def find_method(name: str, reduction: Reduction = "sum", options: Mapping[str, A
         elif reduction != "sum":
             raise UserError(f"reduction={reduction!r} is not for {name}, which scales its weights itself")
         return METHODS[name](**options)
-    if torchjd.knows(name):
+    if torchjd.has(name):
         if reduction != "sum":
             raise UserError(f"reduction={reduction!r} is for pcgrad and gradvac; {name} scales its weights itself")
         return torchjd.TorchJDMethod(name, options)
-    if torchjd.why_unavailable():
-        raise UserError(f"{unknown_name('gradient method', name, ['sum', *METHODS])} ({torchjd.why_unavailable()})")
+    if torchjd.unavailable_reason():
+        raise UserError(f"{unknown_name('gradient method', name, ['sum', *METHODS])} ({torchjd.unavailable_reason()})")
     raise unknown_name("gradient method", name, method_names())

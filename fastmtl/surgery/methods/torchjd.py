@@ -1,11 +1,14 @@
 """TorchJD's Gramian weightings as gradient methods, through the extra `fastmtl-torch[torchjd]`.
 
-Each has its class's name in lower case without `Weighting`: upgrad, mgda, cagrad, imtlg, alignedmtl, dualproj, ...
-They work on the host in TorchJD's own precision; rank 0 solves and the others take its weights. A task without a
-gradient in a step gets weight 0 and no part in the problem: solvers take a zero gradient for the best compromise there
-is. Some solvers take a G whose trace is below an absolute bound for zero, or stop too early on it; they are given a
-small G times a power of two. Left out: weightings that need J itself, and PCGrad and GradVac, which fastmtl computes on
-the device.
+The names are the class names in lower case without `Weighting`: upgrad, mgda, cagrad, imtlg,
+alignedmtl, dualproj, ... Weightings that need J itself are left out, and so are PCGrad and GradVac,
+which fastmtl computes on the device.
+
+- They run on the host in TorchJD's own precision. Rank 0 solves; the other ranks take its weights.
+- A task without a gradient in a step gets weight 0 and is left out of the problem: solvers take a
+  zero gradient for the best possible compromise.
+- Some solvers treat a G with a trace below an absolute bound as zero, or stop too early on it. A
+  small G is therefore multiplied by a power of two.
 """
 
 from __future__ import annotations
@@ -25,21 +28,21 @@ from fastmtl.errors import UserError, unknown_name
 from fastmtl.surgery.methods.method import Method
 from fastmtl.surgery.ranks.collectives import world_size
 
-_OURS = {"pcgrad", "gradvac"}
-# Those that depend on G's scale by nothing but a bound (TorchJD's `norm_eps` of 1e-4 for the trace).
+_NATIVE = {"pcgrad", "gradvac"}
+# Weightings independent of G's scale, except for TorchJD's `norm_eps` (1e-4, for the trace).
 _SCALE_FREE = {"cagrad", "dualproj", "upgrad"}
-# A trace from which on G is solved as it is.
-_ORDINARY = 1e-2
+# G is solved unscaled if its trace is at least this.
+_MIN_TRACE = 1e-2
 
 
-def why_unavailable() -> str:
-    """The reason why there are none here, "" where there are."""
+def unavailable_reason() -> str:
+    """Return the reason why TorchJD's methods are unavailable; "" if they are available."""
     return "" if find_spec("torchjd") else "TorchJD's methods need: pip install 'fastmtl-torch[torchjd]'"
 
 
 @cache
 def _classes() -> dict[str, type[nn.Module]]:
-    if why_unavailable():
+    if unavailable_reason():
         return {}
     from torchjd import aggregation
 
@@ -47,7 +50,7 @@ def _classes() -> dict[str, type[nn.Module]]:
     for name, value in vars(aggregation).items():
         stem = name.removesuffix("Weighting").lower()
         on_gramian = inspect.isclass(value) and any(base.__name__ == "_GramianWeighting" for base in value.__mro__)
-        if name.endswith("Weighting") and on_gramian and stem not in _OURS:
+        if name.endswith("Weighting") and on_gramian and stem not in _NATIVE:
             found[stem] = value
     return found
 
@@ -56,42 +59,47 @@ def names() -> list[str]:
     return sorted(_classes())
 
 
-def knows(name: str) -> bool:
+def has(name: str) -> bool:
     return name in _classes()
 
 
 class TorchJDMethod:
-    """One of TorchJD's weightings by name. options: what its class takes by keyword; lists become tensors."""
+    """One of TorchJD's weightings by name.
+
+    options: keyword arguments of its class; lists become tensors.
+    """
 
     by_rank = by_tensor = False
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
-        kind = _classes()[name]
-        allowed = inspect.signature(kind).parameters
+        weighting_class = _classes()[name]
+        allowed = inspect.signature(weighting_class).parameters
         for key in options:
             if key not in allowed:
                 raise unknown_name(f"option of {name}", key, allowed)
         for key, parameter in allowed.items():
             if parameter.default is parameter.empty and key not in options:
-                raise UserError(f"gradient method {name} needs the option {key} (see TorchJD's {kind.__name__})")
-        self._name, self._kind = name, kind
+                raise UserError(
+                    f"gradient method {name} needs the option {key} (see TorchJD's {weighting_class.__name__})"
+                )
+        self._name, self._weighting_class = name, weighting_class
         self._values = {
             k: torch.tensor(v, dtype=torch.float32) if isinstance(v, list) else v for k, v in options.items()
         }
         try:
-            self._weighting = kind(**self._values)
+            self._weighting = weighting_class(**self._values)
         except (ImportError, ValueError, TypeError) as error:
             raise UserError(f"gradient method {name}: {error}") from None
 
     def weights(self, gramian: Tensor, order: Tensor) -> Tensor:
-        """Return weights [T]; every rank takes those of rank 0. order is not used."""
+        """Return weights [T], solved on rank 0 and sent to all ranks. order: unused."""
         gram = gramian
-        result = torch.zeros(len(gram) + 1, device=gram.device)  # the last number: whether rank 0 failed
+        result = torch.zeros(len(gram) + 1, device=gram.device)  # the last number is 1 if rank 0 failed
         failure = ""
         if world_size() == 1 or dist.get_rank() == 0:
             try:
                 result[:-1] = self._solve(gram.detach().cpu())
-            except Exception as error:  # TorchJD's or its solver's; the other ranks wait for a word
+            except Exception as error:  # TorchJD's or its solver's error; the other ranks wait for the broadcast
                 failure, result[-1] = f": {error or type(error).__name__}", 1
         if world_size() > 1:
             dist.broadcast(result, 0)
@@ -100,40 +108,43 @@ class TorchJDMethod:
         return result[:-1]
 
     def _solve(self, gram: Tensor) -> Tensor:
-        if not bool(gram.isfinite().all()):  # not every solver comes back from that; the step is skipped anyway
+        if not bool(gram.isfinite().all()):  # not every solver returns; the step is skipped anyway
             return torch.full((len(gram),), float("nan"))
         present = (gram.diagonal() > 0).nonzero().squeeze(1)
         gram, factor = self._scaled(gram)
-        if len(present) == len(gram) or dict(self._weighting.named_buffers()):  # a state is of all tasks
+        if len(present) == len(gram) or dict(self._weighting.named_buffers()):  # a state covers all tasks
             return self._weighting(gram) * factor
         weights = torch.zeros(len(gram))
         if len(present):
             values = {k: v[present] if isinstance(v, Tensor) else v for k, v in self._values.items()}
-            weights[present] = self._kind(**values)(gram[present][:, present]) * factor
+            weights[present] = self._weighting_class(**values)(gram[present][:, present]) * factor
         return weights
 
     def _scaled(self, gram: Tensor) -> tuple[Tensor, float]:
-        """A small G times a power of two, and what its weights are to be multiplied by to be those of G."""
+        """Return a small G times a power of two, and a factor.
+
+        The weights of the scaled G times the factor are those of G.
+        """
         trace = float(gram.diagonal().double().sum())
-        given = self._values.keys() & {"norm_eps", "projector"}  # the user's own bound is for G as it is
-        if not 0 < trace < _ORDINARY or given:
+        given = self._values.keys() & {"norm_eps", "projector"}  # a bound given by the user is for the unscaled G
+        if not 0 < trace < _MIN_TRACE or given:
             return gram, 1.0
-        exponent = 1 - math.frexp(trace)[1]  # to a trace from 1 to 2
+        exponent = 1 - math.frexp(trace)[1]  # scales the trace to [1, 2)
         alpha = float(self._values.get("alpha", 0))
         if self._name in _SCALE_FREE:
             factor = 1.0
-        elif self._name == "fairgrad" and alpha > 0:  # w of G w = w ** (-1 / alpha)
+        elif self._name == "fairgrad" and alpha > 0:  # w solves G w = w ** (-1 / alpha)
             factor = 2.0 ** (exponent * alpha / (1 + alpha))
         else:
             return gram, 1.0
         return (gram.double() * 2.0**exponent).to(gram.dtype), factor
 
     def of_tensor(self, index: int) -> Method:
-        """Raise AssertionError: a solver on the host does not run inside backward."""
+        """Raise AssertionError, since a solver on the host does not run inside backward."""
         raise AssertionError(f"{self._name} solves on the host")
 
     def state_dict(self) -> dict[str, Any]:
-        """Moving averages and counters of a stateful weighting, as numbers and lists."""
+        """Return moving averages and counters of a stateful weighting, as numbers and lists."""
         plain = set(vars(nn.Module()))
         attributes = {k: v for k, v in vars(self._weighting).items() if k not in plain}
         return {

@@ -1,4 +1,4 @@
-"""`reduce: local`, or one process: each rank has a Gramian of its own."""
+"""`reduce: local`, or a single process: each rank has a Gramian of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from fastmtl.surgery.jacobian.compact_rows import Rows
 
 
 class Alone:
-    """J is this rank's own: one process, or `reduce: local`, where each rank projects before DeepSpeed averages."""
+    """J of this rank alone: a single process, or `reduce: local`, where DeepSpeed averages merged
+    gradients.
+    """
 
     many = False
 

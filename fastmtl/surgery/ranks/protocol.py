@@ -1,4 +1,4 @@
-"""The other ranks, as the Gramian needs them."""
+"""Protocol of the other ranks in the computation of the Gramian."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ from fastmtl.surgery.jacobian.compact_rows import Rows
 
 
 class Ranks(Protocol):
-    """What surgery asks of the other ranks for its Gramian."""
+    """Operations of the Gramian that involve the other ranks."""
 
     @property
     def many(self) -> bool:
-        """Whether J is a sum over more than one."""
+        """True if J is a sum over several ranks."""
         ...
 
     def scatter(self, piece: Tensor) -> Tensor:
-        """[T, n] of this rank -> this rank's share of the columns of what it stands for."""
+        """Return this rank's share of the columns of J, from its own columns [T, n]."""
         ...
 
     def gather_rows(self, tables: Sequence[list[Rows]], shapes: Sequence[torch.Size]) -> list[list[Rows]]:
-        """Of each table [V, d] its T tasks' rows from `coalesce` -> the sums of those that belong to the same J."""
+        """Return the rows of each table's T tasks, summed over the ranks of one J.
+
+        tables: per table [V, d], the T tasks' rows from `coalesce`.
+        """
         ...
 
     def total(self, value: Tensor) -> Tensor:
-        """Adds up a small tensor over the shares, in place, and returns it."""
+        """Sum a small tensor over the shares of J in place and return it."""
         ...

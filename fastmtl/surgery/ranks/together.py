@@ -14,21 +14,24 @@ from fastmtl.surgery.ranks.collectives import column_pieces, start_scatter, sum_
 
 
 class Together:
-    """J is the sum over ranks, each of which keeps some of its columns (`reduce: exact`)."""
+    """J summed over ranks, each of which keeps a share of the columns (`reduce: exact`)."""
 
     @property
     def many(self) -> bool:
         return world_size() > 1
 
     def scatter(self, piece: Tensor) -> Tensor:
-        """[T, ceil(n / world)], zeros at the end."""
+        """Return this rank's share, [T, ceil(n / world)], padded with zeros."""
         if not self.many:
             return piece
         with profile_range("communication"):
             return torch.cat([start_scatter(piece[:, columns]).share() for columns in column_pieces(*piece.shape)], 1)
 
     def gather_rows(self, tables: Sequence[list[Rows]], shapes: Sequence[torch.Size]) -> list[list[Rows]]:
-        """The sums of all ranks' rows over equal ids. The host waits once, for the numbers of all ranks' rows."""
+        """Return the sums of all ranks' rows over equal ids.
+
+        The host waits once, for the row counts of all ranks.
+        """
         if not self.many or not tables:
             return list(tables)
         firsts = [is_first(ids) for tasks in tables for ids, _ in tasks]
@@ -50,13 +53,16 @@ class Together:
 
 
 def _pack(rows: Rows, first: Tensor, size: int) -> Rows:
-    """The `size` rows of `coalesce` that have sums."""
+    """Return the `size` rows from `coalesce` that hold sums."""
     places = (~first).byte().sort(stable=True).indices[:size]
     return rows[0][places], rows[1][places]
 
 
 def _gather_rows(tasks: Sequence[Rows], sizes: Sequence[Sequence[int]]) -> list[list[Rows]]:
-    """T tasks' rows of this rank, and the numbers of every rank's -> the T tasks' rows of every rank."""
+    """Return the T tasks' rows of every rank.
+
+    tasks: the rows of this rank. sizes: number of rows per rank and task.
+    """
     longest = max(map(sum, sizes))
 
     def gathered(mine: Sequence[Tensor]) -> list[Tensor]:
@@ -65,8 +71,8 @@ def _gather_rows(tasks: Sequence[Rows], sizes: Sequence[Sequence[int]]) -> list[
 
     ids, rows = map(gathered, zip(*tasks, strict=True))
     return [
-        list(zip(its_ids[: sum(its)].split(its), its_rows[: sum(its)].split(its), strict=True))
-        for its_ids, its_rows, its in zip(ids, rows, sizes, strict=True)
+        list(zip(rank_ids[: sum(counts)].split(counts), rank_rows[: sum(counts)].split(counts), strict=True))
+        for rank_ids, rank_rows, counts in zip(ids, rows, sizes, strict=True)
     ]
 
 

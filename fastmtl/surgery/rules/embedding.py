@@ -1,4 +1,4 @@
-"""Embedding with one gradient per task: the rows of the tokens that each task has.
+"""Embedding with one gradient per task: the rows of each task's tokens.
 
 Shapes: ids int64 [N], table [V, d], output and its gradient [N, d].
 """
@@ -17,9 +17,10 @@ from fastmtl.surgery.sinks.sink import Sink
 
 
 def embedding(ids: Tensor, weight: nn.Parameter, segments: Segments, task_grads: Sink | None = None) -> Tensor:
-    """Return ids int64 [N], weight [V, d] -> [N, d], as F.embedding. Takes the sink's anchor into the graph.
+    """Look up rows ids int64 [N] of weight [V, d], as F.embedding; return [N, d].
 
-    Raises UserError for ids of other dimensions, and for fewer ids than the segments have rows.
+    Adds the sink's anchor to the graph. Raises UserError for ids of other dimensions, and for fewer
+    ids than the segments have rows.
     """
     if task_grads is None or not task_grads.active:
         return F.embedding(ids, weight)

@@ -1,6 +1,7 @@
 """LayerNorm with one gradient per task.
 
-    Y = H W + b,  H = (X - mean(X)) rstd      dW_t = sum of dY H over the rows of t,  db_t = sum of dY
+    Y = H W + b,  H = (X - mean(X)) rstd
+    dW_t = sum of dY H over the rows of t,  db_t = sum of dY over the rows of t
 
 Shapes: X, Y, dY [N, d]; W, b [d]. Sums in float32.
 """
@@ -26,10 +27,11 @@ def layer_norm(
     segments: Segments,
     task_grads: Sink | None = None,
 ) -> Tensor:
-    """Return x [N, d], weight [d], bias [d] -> [N, d], as torch.nn.functional.layer_norm over the last dimension.
+    """Normalize the rows of x [N, d], as torch.nn.functional.layer_norm; return [N, d].
 
-    weight, bias: None as in torch.nn.LayerNorm(elementwise_affine=False) and LayerNorm(bias=False).
-    Raises UserError for an x of other dimensions, and for one with fewer rows than the segments have.
+    weight, bias: [d], or None as in torch.nn.LayerNorm(elementwise_affine=False) and
+    LayerNorm(bias=False).
+    Raises UserError for an x of other dimensions, or with fewer rows than the segments have.
     """
     if weight is None or task_grads is None or not task_grads.active:
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)

@@ -26,14 +26,14 @@ def linear(
     segments: Segments,
     task_grads: Sink | None = None,
 ) -> Tensor:
-    """Return x [N, in], weight [out, in], bias [out] -> [N, out], as torch.nn.functional.linear.
+    """Multiply x [N, in] by weight [out, in] and add bias [out], as F.linear; return [N, out].
 
-    Raises UserError for an x of other dimensions, and for one with fewer rows than the segments have.
+    Raises UserError for an x of other dimensions, or with fewer rows than the segments have.
     """
     if task_grads is None or not task_grads.active:
         return F.linear(x, weight, bias)
     check_rows("linear", x, 2, segments)
-    if torch.is_autocast_enabled(x.device.type):  # what backward multiplies has to have the product's dtype
+    if torch.is_autocast_enabled(x.device.type):  # backward multiplies x in the product's dtype
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return _Linear.apply(x, weight, bias, segments, task_grads)
 
@@ -48,9 +48,9 @@ class _Linear(torch.autograd.Function):
         segments: Segments,
         task_grads: Sink,
     ) -> Tensor:
-        # The parameters themselves are saved: ZeRO 3 has gathered their storage again when backward comes.
+        # The parameters themselves are saved: ZeRO 3 gathers their storage again for backward.
         ctx.save_for_backward(x, weight, bias)
-        # The sink knows parameters by identity, and under checkpointing saved tensors come back as other objects.
+        # The sink finds parameters by id; checkpointing replaces saved tensors by other objects.
         ctx.parameters = weight, bias
         ctx.segments, ctx.task_grads = segments, task_grads
         task_grads.expect(weight, bias)

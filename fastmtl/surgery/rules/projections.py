@@ -1,11 +1,11 @@
-"""Several Linears of one input whose outputs lie side by side, each with a weight and a bias of its own.
+"""Several Linears with one input, whose outputs lie side by side.
 
     Y[:, i] = X W_i^T + b_i                      dX = dY [W_1; ...; W_k]
     as one product X [W_1; ...; W_k]^T           [dW_1; ...; dW_k] = dY^T X
 
-Shapes: X [N, in], W_i [out, in], b_i [out], Y and dY [N, k, out]. Weights that follow one another in one storage, as in
-the flat buffers of DeepSpeed, are such a matrix already. Others are copied into one, k in x out numbers, where a copy
-of the outputs would be N k out.
+Shapes: X [N, in], W_i [out, in], b_i [out], Y and dY [N, k, out]. Weights that are adjacent in one
+storage, as in the flat buffers of DeepSpeed, already form such a matrix. Other weights are copied
+into one, k in x out numbers; a copy of the outputs would be N k out.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ def projections(
     segments: Segments,
     task_grads: Sink | None = None,
 ) -> Tensor:
-    """x [N, in], k weights [out, in], k biases [out] -> [N, k, out], as k of functional.linear put side by side.
+    """Apply k Linears to x [N, in] and return their outputs side by side, [N, k, out].
 
-    Raises UserError for an x of other dimensions, and for one with fewer rows than the segments have.
+    weights: k of [out, in]. biases: k of [out]. Each output is that of functional.linear. Raises
+    UserError for an x of other dimensions, or with fewer rows than the segments have.
     """
     if task_grads is not None and not task_grads.active:
         task_grads = None
     if task_grads is not None:
         check_rows("projections", x, 2, segments)
-    if torch.is_autocast_enabled(x.device.type):  # what backward multiplies has to have the product's dtype
+    if torch.is_autocast_enabled(x.device.type):  # backward multiplies x in the product's dtype
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return _Projections.apply(x, segments, task_grads, *weights, *biases)
 
@@ -49,7 +50,7 @@ class _Projections(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, segments: Segments, task_grads: Sink | None, *parameters: nn.Parameter) -> Tensor:
         number = len(parameters) // 2
         weights, biases = parameters[:number], parameters[number:]
-        # As in functional.py: ZeRO 3 has gathered the weights again in backward, and the sink knows the originals.
+        # As in linear.py: ZeRO 3 gathers the weights again, and the sink finds parameters by id.
         ctx.save_for_backward(x, *weights)
         ctx.parameters = parameters
         ctx.segments, ctx.task_grads = segments, task_grads
@@ -80,13 +81,15 @@ def _gradients(ctx: Any, rows: Tensor, x: Tensor) -> list[Tensor | None]:
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
-    """The parts one under the other: a view where they lie so in one storage, else a copy."""
+    """Return the parts one below the other: a view if they are adjacent in one storage, else a
+    copy.
+    """
     first, at = parts[0], parts[0].data_ptr()
-    storage, beside = first.untyped_storage().data_ptr(), True
+    storage, adjacent = first.untyped_storage().data_ptr(), True
     for part in parts:
-        beside = beside and part.data_ptr() == at and part.is_contiguous() and part.dtype == first.dtype
-        beside = beside and part.untyped_storage().data_ptr() == storage
+        adjacent = adjacent and part.data_ptr() == at and part.is_contiguous() and part.dtype == first.dtype
+        adjacent = adjacent and part.untyped_storage().data_ptr() == storage
         at += part.nbytes
-    if beside:
+    if adjacent:
         return first.as_strided((len(parts) * len(first), *first.shape[1:]), first.stride())
     return torch.cat(list(parts))

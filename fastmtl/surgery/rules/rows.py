@@ -1,4 +1,4 @@
-"""The check of a layer's input against the segments of its rows."""
+"""Check of a layer's input against the segments of its rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastmtl.surgery.segments import Segments
 
 
 def check_rows(op: str, x: Tensor, dims: int, segments: Segments) -> None:
-    """Raise UserError for an x of other dimensions, and for one with fewer rows than the segments have."""
+    """Raise UserError for an x of other dimensions, or with fewer rows than the segments have."""
     if x.dim() != dims:
         wanted, way = ("[N]", "ids.flatten()") if dims == 1 else ("[N, width]", "x.flatten(0, -2)")
         raise UserError(

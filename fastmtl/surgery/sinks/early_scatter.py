@@ -1,11 +1,16 @@
-"""J's columns on their way to the ranks while backward still runs (`storage: stacked`, `reduce: exact`).
+"""Reduce-scatter of J's columns during backward (`storage: stacked`, `reduce: exact`).
 
-J goes in pieces, each in a collective of its own, as it would after backward: the same pieces, so the same bits. One
-may go when every parameter in it has been written for the last time in the step. All ranks have to send in one order,
-whatever their backwards did first; it is the one in which the pieces were complete on rank 0 in the first step, as
-torch's DistributedDataParallel orders its buckets (Li et al., PyTorch Distributed, 2020, section 4.2.3). At most two
-are on their way at a time, which bounds the copies that they need: the next one waits for the first of them, and
-backward with it, so that what is sent when depends on no clock. What was not complete in backward goes at its end.
+J is sent in the same pieces, with one collective each, as it would be after backward, so the result
+has the same bits. A piece can be sent once every parameter in it has been written for the last time
+in the step.
+
+All ranks must send in one order, whatever the order of their backwards. It is the order in which
+rank 0 completed the pieces in the first step, as torch's DistributedDataParallel orders its buckets
+(Li et al., PyTorch Distributed, 2020, section 4.2.3).
+
+At most two pieces are in flight, which bounds the copies. Before the next piece, backward waits for
+the older of the two, so the schedule depends on no clock. Pieces that are incomplete at the end of
+backward are sent then.
 """
 
 from __future__ import annotations
@@ -25,47 +30,55 @@ IN_FLIGHT = 2
 
 
 class EarlyScatter:
-    """One step after the other: `begin` before the last backward, `complete` in it, `shares` after it.
+    """Overlapped reduce-scatter of each step: `begin` before the last backward, `complete` during
+    it, `shares` after it.
 
-    sent_early: how many pieces went before `shares`, in the last step that is over.
+    sent_early: number of pieces that the last finished step sent before `shares`.
     """
 
     def __init__(self, jacobian: Jacobian) -> None:
         self._jacobian = jacobian
         num_tasks, columns = jacobian.buffer.shape
         self._pieces = column_pieces(num_tasks, columns)
-        self._order: list[int] = []  # of the pieces' numbers; none in the first step
-        self._seen: list[int] = []  # pieces in the order in which they were complete, in the first step
-        self._waits_for: list[set[int]] = []  # of each piece, parameters that will still be written; only after `begin`
+        self._order: list[int] = []  # piece numbers in sending order; empty in the first step
+        self._completed: list[int] = []  # piece numbers in order of completion, in the first step
+        self._pending: list[set[int]] = []  # per piece, parameters yet to be written; set by `begin`
         self._sent: dict[int, Scattering] = {}
         self.sent_early = 0
 
     def begin(self, expected: Collection[int]) -> None:
-        """expected: ids of the parameters of which `complete` will tell. A piece with any other waits for `shares`."""
+        """Start the overlap for one backward.
+
+        expected: ids of the parameters that will be passed to `complete`. A piece with any other
+        parameter is sent by `shares`.
+        """
         spans, known = self._jacobian.spans(), set(expected)
-        self._waits_for = [
+        self._pending = [
             {key for key, span in spans.items() if span.start < piece.stop and span.stop > piece.start}
             for piece in self._pieces
         ]
-        for waits in self._waits_for:
-            if not waits <= known:
-                waits.add(0)  # no parameter's id: it never comes
+        for pending in self._pending:
+            if not pending <= known:
+                pending.add(0)  # an id of no parameter, so the piece is never complete
 
     def complete(self, key: int) -> None:
-        """The parameter with this id has been written for the last time in this backward."""
-        for number, waits in enumerate(self._waits_for):
-            if key in waits:
-                waits.remove(key)
-                if not waits:
-                    self._seen.append(number)
-        while self._waits_for and len(self._sent) < len(self._order):
+        """Record that this backward has written the parameter with id `key` for the last time."""
+        for number, pending in enumerate(self._pending):
+            if key in pending:
+                pending.remove(key)
+                if not pending:
+                    self._completed.append(number)
+        while self._pending and len(self._sent) < len(self._order):
             number = self._order[len(self._sent)]
-            if self._waits_for[number]:
+            if self._pending[number]:
                 break
             self._send(number)
 
     def shares(self) -> Tensor:
-        """[T, columns]: this rank's share of every piece of the sum of all ranks' J, zeros at the ends of pieces."""
+        """Return [T, columns], this rank's share of each piece of J summed over ranks.
+
+        Each piece's share is padded with zeros.
+        """
         self.sent_early = len(self._sent)
         with profile_range("communication"):
             if not self._order:
@@ -77,13 +90,13 @@ class EarlyScatter:
         return found
 
     def reset(self) -> None:
-        """Forgets what is under way: of a step that has failed."""
-        for one in self._sent.values():
-            one.share()
-        self._sent, self._waits_for, self._seen = {}, [], []
+        """Wait for pieces in flight and drop them, as after a failed step."""
+        for scattering in self._sent.values():
+            scattering.share()
+        self._sent, self._pending, self._completed = {}, [], []
 
     def is_sent(self, key: int) -> bool:
-        """Whether a part of the parameter's columns has gone."""
+        """Return True if any of the parameter's columns has been sent."""
         span = self._jacobian.spans()[key]
         return any(span.start < self._pieces[n].stop and span.stop > self._pieces[n].start for n in self._sent)
 
@@ -93,7 +106,7 @@ class EarlyScatter:
         self._sent[number] = start_scatter(self._jacobian.columns(self._pieces[number]))
 
     def _order_of_rank_0(self) -> list[int]:
-        rest = [number for number in reversed(range(len(self._pieces))) if number not in self._seen]
-        order = upload(torch.tensor([*self._seen, *rest]), self._jacobian.buffer.device)
+        rest = [number for number in reversed(range(len(self._pieces))) if number not in self._completed]
+        order = upload(torch.tensor([*self._completed, *rest]), self._jacobian.buffer.device)
         dist.broadcast(order, 0)
         return order.tolist()

@@ -1,4 +1,4 @@
-"""`storage: replay`, first pass: the sink that adds task gradients to the Gramian and drops them."""
+"""`storage: replay`, first pass: the sink that adds task gradients to G and drops them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from fastmtl_kernels import gramian
 
 
 class GramianSink(GramianSource):
-    """G of a step.
+    """G of a step, without J.
 
-    accumulates: several micro-batches add up, so this rank keeps its share of J's columns until `gramian`. Else a
-    gradient goes into G and is dropped as soon as every use of its weight in the forward has delivered; then there is
-    one forward until `clear`, with `forward_done` between forward and backward.
+    accumulates: several micro-batches add up, so this rank keeps its share of J's columns until
+    `gramian`. Otherwise a gradient is added to G and dropped once every use of its weight in the
+    forward has delivered. Then there is one forward until `clear`, with `forward_done` between
+    forward and backward.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class GramianSink(GramianSource):
             before = self._shares.get(key)
             self._shares[key] = share if before is None else before.add_(share)
         elif key in self._parts:
-            raise RuntimeError("a weight's task gradients met in the Gramian before its last use had written")
+            raise RuntimeError("a weight's task gradients were added to the Gramian before its last use had written")
         else:
             complete = self._uses.complete(key, gradients)
             if complete is not None:
@@ -64,7 +65,7 @@ class GramianSink(GramianSource):
         return None
 
     def add_rows(self, table: nn.Parameter, task: int, ids: Tensor, rows: Tensor) -> None:
-        if self._sketch is not None:  # the rows themselves are not needed again
+        if self._sketch is not None:  # the rows are not needed again
             self._sketch.add_rows(self._index[id(table)], task, ids, rows)
         else:
             self._tables.add(table, task, ids, rows)
@@ -77,7 +78,7 @@ class GramianSink(GramianSource):
             total += gramian(share)
         for part in self._parts.values():
             total += part
-        for held in self._uses.held.values():  # a use that the loss does not depend on never delivers
+        for held in self._uses.held.values():  # a use that the loss does not depend on never delivers its gradient
             total += gramian(self._ranks.scatter(held).to(torch.float32))
         return self._ranks.total(total) + self._tables.gramian(total.device)
 

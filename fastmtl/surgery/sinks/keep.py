@@ -1,8 +1,8 @@
 """`storage: kept`: the sink that keeps the factors of task gradients in place of their products.
 
-A Linear's task gradients are dW_t = dY[rows of t]^T X[rows of t]. After backward the T products of
-one weight at a time make its part of the Gramian. With the weights c, the merged gradient is one
-product more: (c[task of row] * dY)^T X. So X and dY are kept, N (in + out) numbers for N rows, in
+A Linear's task gradients are dW_t = dY[rows of t]^T X[rows of t]. After backward, the T products of
+one weight at a time give its part of the Gramian. With the weights c, the merged gradient is one
+more product: (c[task of row] * dY)^T X. So X and dY are kept: N (in + out) numbers for N rows, in
 place of T x out x in.
 """
 
@@ -23,7 +23,10 @@ from fastmtl_kernels.cast import cast
 
 
 class Pair(NamedTuple):
-    """One use of a weight in one micro-batch: dy [N, out], x [N, in], and which of the N rows belong to which task."""
+    """One use of a weight in one micro-batch.
+
+    dy [N, out], x [N, in]. segments: the tasks of the N rows.
+    """
 
     dy: Tensor
     x: Tensor
@@ -31,8 +34,10 @@ class Pair(NamedTuple):
 
 
 class KeepSink(MergingSink):
-    """Weights of Linears are kept as pairs, one for each use and micro-batch. What other operations deliver,
-    [T, *shape], is kept as it is: biases, norms and the maps of adapters are small. Autograd gets no gradient.
+    """Weights of Linears as pairs, one per use and micro-batch; other task gradients as they are.
+
+    Biases, norms and the maps of adapters deliver [T, *shape], which is small. Autograd gets no
+    gradient.
     """
 
     def __init__(
@@ -62,7 +67,7 @@ class KeepSink(MergingSink):
             return super().linear(weight, bias, dy, x, segments, needed)
         self.check_active()
         rows = segments.host[-1]
-        # Detached: their graphs would hold what backward has done with.
+        # Detached, since their graphs would keep tensors that backward has finished with.
         self._pairs.setdefault(id(weight), []).append(Pair(dy.detach()[:rows], x.detach()[:rows], segments))
         db = None
         if bias is not None and needed[1]:
@@ -79,13 +84,15 @@ class KeepSink(MergingSink):
 
     @torch.no_grad()
     def gramian(self) -> Tensor:
-        """Return G. The T products of every weight are made in one buffer, one weight after the other: on CPUs fresh
+        """Return G, float32 [T, T].
+
+        The T products of all weights share one buffer, one weight after the other: on CPUs, fresh
         memory costs as much as the products that fill it.
         """
         device = self.anchor.device
         total = torch.zeros(self.num_tasks, self.num_tasks, device=device)
         vectors, buffer = [], torch.empty(0)
-        for parameter in self.dense:  # on every rank the same ones in the same order: it is collective
+        for parameter in self.dense:  # in the same order on every rank, for the collectives
             pairs, found = self._pairs.get(id(parameter)), self._delivered.get(id(parameter))
             if pairs:
                 size = self.num_tasks * parameter.numel()
@@ -114,8 +121,10 @@ class KeepSink(MergingSink):
 
     @torch.no_grad()
     def combine(self, weights: Tensor, *, narrow: bool = False) -> Merged:
-        """As the base class does, but products have the rows' dtype in either case. Pairs are dropped one by one as
-        their product is made.
+        """Return sum_t weights[t] g_t of every shared parameter by id, as in the base class.
+
+        Products have the dtype of the rows, whatever `narrow` is. Each weight's pairs are dropped
+        when its product is computed.
         """
         merged = self._merge_delivered(weights, narrow=narrow)
         by_segments: dict[Segments, Tensor] = {}
@@ -139,13 +148,15 @@ class KeepSink(MergingSink):
         self._most = 0
 
     def nbytes(self) -> int:
-        """Bytes that were kept when the Gramian was made, inputs and the buffer of its products included. An input of
-        several weights counts once.
+        """Return the bytes kept when the Gramian was computed.
+
+        They include layer inputs and the buffer of products. An input of several weights counts
+        once.
         """
         return self._most
 
     def tensors(self) -> list[Tensor]:
-        """Without the layers' inputs, which are activations that live longer than else."""
+        """Return the held tensors without the layers' inputs, which are activations kept longer."""
         gradients = [pair.dy for pairs in self._pairs.values() for pair in pairs]
         return [*super().tensors(), *self._delivered.values(), *gradients]
 
@@ -162,12 +173,18 @@ class KeepSink(MergingSink):
         return found
 
     def _share(self, gradients: Tensor) -> Tensor:
-        """[T, n] of this rank -> its share of the Gramian. In float32 over ranks, which may have other dtypes."""
+        """Return G's part from [T, n] columns of this rank, or from its share of them over ranks.
+
+        Over ranks, the computation is in float32, since their dtypes may differ.
+        """
         return gramian(self._ranks.scatter(cast(gradients, torch.float32)) if self.scatters else gradients)
 
 
 def _multiply(pairs: list[Pair], out: Tensor) -> None:
-    """The T products of a weight, [T, out, in]: rows of all its pairs are one sum, rounded once."""
+    """Write the T products of a weight into `out` [T, out, in].
+
+    The rows of all pairs form one product, which is rounded once.
+    """
     left = [pair.segments.split(pair.dy) for pair in pairs]
     right = [pair.segments.split(pair.x) for pair in pairs]
     for task, product in enumerate(out):
@@ -176,10 +193,10 @@ def _multiply(pairs: list[Pair], out: Tensor) -> None:
 
 
 def _merge(pairs: list[Pair], weights: Tensor, by_segments: dict[Segments, Tensor]) -> Tensor:
-    """(weights[task of row] * dy)^T x [out, in]. by_segments: the rows' weights as far as they are known.
+    """Return (weights[task of row] * dy)^T x [out, in].
 
-    float16 multiplies by the weights over the largest of them, so that neither a loss scale in them nor their size is
-    out of its range.
+    by_segments: cache of the weights per row. In float16, the weights are divided by the largest
+    one before the product, so that neither a loss scale nor their size overflows.
     """
     dtype = pairs[0].dy.dtype
     largest = weights.abs().max().clamp(min=1e-30) if dtype == torch.float16 else None

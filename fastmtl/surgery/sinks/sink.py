@@ -6,9 +6,9 @@ way to use task gradients, and a layer never asks which one it has:
 | sink | use of the T gradients | autograd gets |
 |---|---|---|
 | `StackSink` | stored in J, one buffer `[T, P]` | nothing |
-| `KeepSink` | not made; the factors of a Linear's products are kept | nothing |
+| `KeepSink` | not computed; the factors of a Linear's products are kept | nothing |
 | `GramianSink` | added to the Gramian and dropped | nothing |
-| `WeightedSink` | not made; rows are multiplied by their task's weight | the merged gradient |
+| `WeightedSink` | not computed; rows are multiplied by their task's weight | the merged gradient |
 | `TensorSink` | merged parameter by parameter | the merged gradient |
 
 Shapes: T tasks, P numbers in the dense shared parameters, N rows, V x d an embedding table.
@@ -32,19 +32,19 @@ from fastmtl.surgery.sinks.uses import Uses
 from fastmtl_kernels.cast import cast
 
 NOT_ARMED = "the sink was armed in forward but not in backward: keep both inside one `armed` block"
-# (output gradient, rows) -> the parameter's gradient from these rows
+# (output gradient, rows) -> gradient of the parameter from these rows
 Product = Callable[[Tensor, slice], Tensor]
 
 
 class Sink(ABC):
     """Task gradients of `parameters`, taken while the sink is active.
 
-    parameters: the trainable shared ones. sparse: those among them whose gradient is compact rows
-    (word embeddings); `dense` are the others.
+    parameters: the trainable shared ones. sparse: parameters whose gradient is compact rows (word
+    embeddings); `dense` holds the others.
 
-    `anchor` is a zero scalar that requires a gradient. The embedding takes `anchor` into the graph,
-    so a backward that differentiates a loss for it runs through every layer without asking autograd
-    for a shared parameter, and no hook of such a parameter fires.
+    `anchor` is a zero scalar that requires a gradient. The embedding adds `anchor` to the graph. A
+    backward that differentiates a loss with respect to `anchor` therefore runs through every layer
+    without asking autograd for a shared parameter, and no hook of such a parameter fires.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Sink(ABC):
 
     @contextmanager
     def armed(self, device: torch.device) -> Iterator[None]:
-        """Take gradients inside the block, which holds a forward and its backward."""
+        """Take gradients inside the block, which contains a forward and its backward."""
         self.arm(device)
         try:
             yield
@@ -79,7 +79,7 @@ class Sink(ABC):
         self._uses.forget()
 
     def check_active(self) -> None:
-        """Raise RuntimeError in a backward whose forward was inside `armed` and that is not."""
+        """Raise RuntimeError in a backward outside `armed` whose forward was inside it."""
         if not self.active:
             raise RuntimeError(NOT_ARMED)
 
@@ -91,12 +91,13 @@ class Sink(ABC):
         return id(parameter) in self._sparse
 
     def expect(self, *parameters: nn.Parameter | None) -> None:
-        """Note that a forward uses these parameters, so as many gradients will come."""
+        """Count a forward's use of these parameters; each use delivers one gradient."""
         self._uses.expect(*parameters)
 
     def forward_done(self, *, last: bool = False) -> None:
-        """End the counting of uses: layers that run again in backward (checkpointing) are no use of
-        their own. last: the backward that follows is the step's last.
+        """Stop counting uses: layers recomputed in backward (checkpointing) are not further uses.
+
+        last: True if the step's last backward follows.
         """
         self._uses.counting = False
 
@@ -107,13 +108,13 @@ class Sink(ABC):
         own: Sequence[nn.Parameter],
         names: Mapping[int, str],
     ) -> Sequence[Tensor | None]:
-        """Differentiate a loss: shared layers hand their task gradients to this sink.
+        """Differentiate a loss; shared layers hand their task gradients to this sink.
 
-        Returns the gradients of `own`. names: of parameters by id, for messages.
-        Raises UserError where a shared parameter's gradient goes past the sink.
+        Returns the gradients of `own`. names: names of parameters by id, for messages. Raises
+        UserError if a shared parameter's gradient bypasses the sink.
         """
-        # Shared parameters are asked for only to see that autograd has nothing for them: layers that know the sink
-        # give None, any other op's gradient would be lost.
+        # Layers that write into the sink give autograd no gradient of a shared parameter. If there
+        # is one, it comes from another operation and would be lost.
         anchor, *rest = differentiate(terms, [self.anchor, *own, *shared], names)
         if anchor is None:
             raise UserError(
@@ -130,12 +131,17 @@ class Sink(ABC):
 
     @abstractmethod
     def deliver(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
-        """Take [T, *shape] task gradients of a dense parameter; return its gradient for autograd, None where the sink
-        keeps them.
+        """Take task gradients [T, *shape] of a dense parameter and return its gradient for
+        autograd.
+
+        None where the sink keeps them.
         """
 
     def products(self, parameter: nn.Parameter, dy: Tensor, product: Product, segments: Segments) -> Tensor | None:
-        """Take a dense parameter's T gradients, `product(dy, rows of a task)` each; return the one for autograd."""
+        """Take a dense parameter's T gradients and return its gradient for autograd.
+
+        product(dy, rows) returns the gradient of one task from its rows.
+        """
         if not self.wants(parameter):
             return product(dy, segments.all_rows())
         return self.deliver(parameter, torch.stack([product(dy, rows) for rows in segments.rows()]))
@@ -149,9 +155,11 @@ class Sink(ABC):
         segments: Segments,
         needed: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Take the task gradients of a Linear; return those of its weight and bias for autograd.
+        """Take the task gradients of a Linear; return the gradients of weight and bias for
+        autograd.
 
-        dy [N, out], rows of any stride; x [N, in]. needed: whether autograd asks for the weight's and the bias's.
+        dy [N, out], rows of any stride; x [N, in]. needed: True where autograd asks for the
+        weight's and the bias's gradient.
         """
         self.check_active()
         dw = self.products(weight, dy, lambda dy, rows: dy[rows].t() @ x[rows], segments) if needed[0] else None
@@ -169,10 +177,11 @@ class Sink(ABC):
         segments: Segments,
         needed: Sequence[bool],
     ) -> list[Tensor | None]:
-        """Take the task gradients of k Linears of one input; return those of the weights, then the biases.
+        """Take the task gradients of k Linears with one input.
 
-        rows [N, k out]: the output gradients side by side; x [N, in]. needed: whether autograd asks
-        for each of the 2 k.
+        rows [N, k out]: the output gradients side by side. x [N, in]. needed: 2 k flags, True where
+        autograd asks for the gradient. Returns the gradients for autograd: k weights, then k
+        biases.
         """
         number = len(weights)
         found = [
@@ -184,10 +193,10 @@ class Sink(ABC):
     def deliver_rows(
         self, table: nn.Parameter, ids: Tensor, rows: Tensor, token_offsets: tuple[int, ...]
     ) -> Tensor | None:
-        """Take the gradients `rows` [N, d] of an embedding table's rows `ids` [N].
+        """Take the gradients `rows` [N, d] of rows `ids` [N] of an embedding table.
 
-        Returns the table's gradient for autograd, in float32 at least, None where the sink keeps it. token_offsets: of
-        the tasks among the N, on the host.
+        Returns the table's gradient for autograd, in float32 or wider; None where the sink keeps
+        it. token_offsets: T + 1 bounds of the tasks among the N rows, on the host.
         """
         self.check_active()
         if not self.wants(table):
@@ -199,34 +208,42 @@ class Sink(ABC):
 
     @abstractmethod
     def sparse_table(self, table: nn.Parameter, pairs: list[tuple[Tensor, Tensor]]) -> Tensor | None:
-        """Take T tasks' (ids [n], rows [n, d]) of a table in `sparse`; return as `deliver_rows`."""
+        """Take (ids [n], rows [n, d]) per task of a table in `sparse`.
+
+        Returns the same as `deliver_rows`.
+        """
 
     def dense_table(self, table: nn.Parameter, pairs: list[tuple[Tensor, Tensor]]) -> Tensor | None:
-        """Take T tasks' (ids [n], rows [n, d]) of a table that is not in `sparse`; return as `deliver_rows`."""
+        """Take (ids [n], rows [n, d]) per task of a table that is not in `sparse`.
+
+        Returns the same as `deliver_rows`.
+        """
         shape = whole_shape(table)
 
-        def dense(ids: Tensor, rows: Tensor) -> Tensor:  # float32: two rows (token types) add up thousands
+        def dense(ids: Tensor, rows: Tensor) -> Tensor:  # float32: a token type sums thousands of rows
             zeros = rows.new_zeros(shape, dtype=torch.float32)
             return zeros.index_add_(0, ids, cast(rows, torch.float32))
 
         return self.deliver(table, torch.stack([dense(*pair) for pair in pairs]))
 
     def clear(self) -> None:
-        """Forget what was taken; buffers stay."""
+        """Drop the gradients taken so far; buffers stay allocated."""
         self._uses.clear()
 
     def nbytes(self) -> int:
-        """Return the bytes of what is kept of task gradients now, and of the largest piece in passing."""
+        """Return the bytes of the task gradients held now, and of the largest temporary piece."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def tensors(self) -> list[Tensor]:
-        """Return what is kept of task gradients now."""
+        """Return the tensors that hold task gradients now."""
         return []
 
 
 def table_gradient(table: nn.Parameter, ids: Tensor, rows: Tensor) -> Tensor:
-    """Return the dense gradient [V, d] of a table, float32 at least: one of two token types adds up thousands of
-    rows, and in bfloat16 all after the first 256 could be lost.
+    """Return the dense gradient [V, d] of a table, in float32 or wider.
+
+    The gradient of a token type sums thousands of rows; in bfloat16, all after the first 256 could
+    be lost.
     """
     rows = cast(rows, torch.promote_types(rows.dtype, torch.float32))
     return torch.ops.aten.embedding_dense_backward(rows, ids, whole_shape(table)[0], -1, False)

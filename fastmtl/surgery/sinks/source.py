@@ -1,4 +1,4 @@
-"""Sinks from which the Gramian of all task gradients comes: the parts that they share."""
+"""Base classes of the sinks that compute the Gramian of all task gradients."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from fastmtl.surgery.sinks.sink import Sink
 class GramianSource(Sink):
     """A sink with `gramian()`.
 
-    ranks: those whose gradients make up J. sketch_size: buckets of a count-sketch that takes the place of J in G,
-    None for the exact G.
+    ranks: the ranks whose gradients make up J. sketch_size: buckets of a count-sketch that replaces
+    J in the computation of G; None for the exact G.
     """
 
     def __init__(
@@ -44,17 +44,20 @@ class GramianSource(Sink):
 
     @property
     def scatters(self) -> bool:
-        """Whether J is a sum over ranks, so that G is made of collectives."""
+        """True if J is a sum over ranks, so that G needs collectives."""
         return self._ranks.many
 
     def start_sketch(self, seed: int, device: torch.device) -> None:
-        """Begin a step's sketch with hashes of its own; do nothing where G is exact."""
+        """Start a step's sketch with hashes of its own; do nothing where G is exact."""
         if self._sketch_size is not None:
             self._sketch = CountSketch(self.num_tasks, self._sketch_size, seed, device)
 
     @abstractmethod
     def gramian(self) -> Tensor:
-        """Return G = J J^T of what was taken since `clear`, float32 [T, T], over the ranks that make up J."""
+        """Return G = J J^T of the gradients taken since `clear`, float32 [T, T].
+
+        J is that of the ranks given at construction.
+        """
 
     def sparse_table(self, table: nn.Parameter, pairs: list[tuple[Tensor, Tensor]]) -> Tensor | None:
         for task, pair in enumerate(pairs):
@@ -62,7 +65,7 @@ class GramianSource(Sink):
         return None
 
     def add_rows(self, table: nn.Parameter, task: int, ids: Tensor, rows: Tensor) -> None:
-        """Add gradient rows [k, d] of table rows ids [k] for one task."""
+        """Add gradient rows [k, d] of the table rows ids [k] for one task."""
         if self._sketch is not None:
             self._sketch.add_rows(self._index[id(table)], task, ids, rows)
         self._tables.add(table, task, ids, rows)
@@ -81,7 +84,7 @@ class GramianSource(Sink):
 
 
 class MergingSink(GramianSource):
-    """A source whose task gradients outlive backward, so that they can be merged with the weights."""
+    """A sink whose task gradients outlive backward, so they can be merged with the weights."""
 
     def __init__(
         self,
@@ -97,18 +100,18 @@ class MergingSink(GramianSource):
 
     @abstractmethod
     def combine(self, weights: Tensor, *, narrow: bool = False) -> Merged:
-        """Return sum_t weights[t] g_t of every shared parameter by its id.
+        """Return sum_t weights[t] g_t of every shared parameter by id.
 
-        narrow: in the dtype of the dense parameters, where all have one of 16 bits, else in float32. What is added up
-        in float32 is rounded once.
+        narrow: return the dtype of the dense parameters if all have the same 16-bit dtype, else
+        float32. Sums are float32 and rounded once.
         """
 
     def reach(self, parameter: nn.Parameter) -> None:
-        """Note that a loss depends on the parameter, with a gradient of zero that need not be written."""
+        """Record that a loss depends on the parameter, with a zero gradient that is not written."""
         self._reached.add(id(parameter))
 
     def reached(self) -> set[int]:
-        """Return ids of the parameters that a loss has reached since `clear`, be it with zeros."""
+        """Return ids of the parameters that a loss has reached since `clear`, even with zeros."""
         return self._reached | self._tables.reached()
 
     def clear(self) -> None:

@@ -21,10 +21,12 @@ from fastmtl_kernels import gramian
 
 
 class StackSink(MergingSink):
-    """J: dense parameters in a `Jacobian`, embedding rows as (ids, rows) per task. Every gradient adds, as a weight
-    may be used twice and micro-batches accumulate.
+    """J: dense parameters in a `Jacobian`, embedding rows as (ids, rows) per task.
 
-    dtype: of J. early: sends J's columns to other ranks during backward, None where no rank wants them.
+    Every gradient is added, as a weight may be used twice and micro-batches accumulate.
+
+    dtype: of J. early: sends J's columns to other ranks during backward; None if G needs no other
+    rank's columns.
     """
 
     def __init__(
@@ -51,19 +53,22 @@ class StackSink(MergingSink):
         self._uses.counting = self.early is not None
 
     def forward_done(self, *, last: bool = False) -> None:
-        """As the base class does. What the last backward completes of J may go to the other ranks."""
+        """Stop counting uses, as in the base class.
+
+        During the last backward, complete pieces of J may be sent to the other ranks.
+        """
         super().forward_done(last=last)
         if last and self.early is not None:
             self.early.begin(self._uses.left)
 
     def written(self, parameter: nn.Parameter) -> None:
-        """Note that a use of a dense parameter has written into `stack_of` it."""
+        """Record that a use of a dense parameter has written its gradient into J."""
         if self.early is None:
             return
         key = id(parameter)
         if self.early.is_sent(key):
-            raise RuntimeError("a weight's task gradients went to the other ranks before its last use had written")
-        if self._uses.one_less(key):
+            raise RuntimeError("a weight's task gradients were sent to the other ranks before its last use had written")
+        if self._uses.count_delivery(key):
             self.early.complete(key)
 
     @property
@@ -73,7 +78,10 @@ class StackSink(MergingSink):
         return self._jacobian
 
     def stack_of(self, parameter: nn.Parameter) -> Jacobian:
-        """Return what takes a dense parameter's gradients. Raises UserError for one of `sparse`."""
+        """Return the Jacobian that takes a dense parameter's gradients.
+
+        Raises UserError for a parameter in `sparse`.
+        """
         if id(parameter) in self._sparse:
             raise UserError(
                 f"sparse: the parameter of shape {tuple(whole_shape(parameter))} is used by an op with a dense "
@@ -82,7 +90,7 @@ class StackSink(MergingSink):
         return self.jacobian
 
     def stacked(self) -> tuple[Jacobian, Tables]:
-        """Return J: of the dense parameters, and rows of the sparse ones."""
+        """Return J in its two parts: dense parameters, and rows of the sparse tables."""
         return self.jacobian, self._tables
 
     def deliver(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
@@ -94,8 +102,9 @@ class StackSink(MergingSink):
         return None
 
     def products(self, parameter: nn.Parameter, dy: Tensor, product: Product, segments: Segments) -> Tensor | None:
-        """As the base class does, one task at a time: T gradients at once are a temporary as large as the parameter's
-        part of J.
+        """Take a dense parameter's T gradients, as in the base class, but one task at a time.
+
+        T gradients at once would be a temporary as large as the parameter's part of J.
         """
         if not self.wants(parameter):
             return product(dy, segments.all_rows())
@@ -116,8 +125,10 @@ class StackSink(MergingSink):
         segments: Segments,
         needed: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
-        """As the base class does. Where dtypes agree the products are made inside J: no T x out x in temporary, and
-        three calls a task.
+        """Take the task gradients of a Linear, as in the base class.
+
+        If dtypes agree, products are computed inside J: no T x out x in temporary, three calls a
+        task.
         """
         if self.dtype != dy.dtype or not self.wants(weight) or not (bias is None or self.wants(bias)):
             return super().linear(weight, bias, dy, x, segments, needed)
@@ -143,17 +154,20 @@ class StackSink(MergingSink):
         segments: Segments,
         needed: Sequence[bool],
     ) -> list[Tensor | None]:
-        """As the base class does, with one product for k weights whose parts of J lie side by side."""
+        """Take the task gradients of k Linears, as in the base class.
+
+        Weights with adjacent columns in J take a single product per task.
+        """
         parameters = [*weights, *biases]
         if self.dtype != rows.dtype or not all(map(self.wants, parameters)):
             return super().linears(weights, biases, rows, x, segments, needed)
         self.check_active()
-        of_weights, of_biases = self.stack_of(weights[0]), self.stack_of(biases[0])
+        weight_stack, bias_stack = self.stack_of(weights[0]), self.stack_of(biases[0])
         left, right = segments.split(rows.t(), dim=1), segments.split(x)
         for task, (columns, inputs) in enumerate(zip(left, right, strict=True)):
             if len(inputs):
-                of_weights.add_products(weights, task, columns, inputs)
-                of_biases.add_sums(biases, task, columns)
+                weight_stack.add_products(weights, task, columns, inputs)
+                bias_stack.add_sums(biases, task, columns)
         for parameter in parameters:
             self.written(parameter)
         return [None] * len(parameters)
@@ -184,9 +198,10 @@ class StackSink(MergingSink):
         return merged
 
     def unmerged(self, weights: Tensor) -> tuple[dict[int, list[Tensor]], dict[int, Rows]]:
-        """Return task gradients for an optimizer that merges them itself, by the parameter's id: T gradients of dense
-        parameters, views of J that the next write overwrites, and of tables the rows that occur, already merged with
-        `weights`.
+        """Return task gradients for an optimizer that merges them itself, by parameter id.
+
+        Dense parameters have T gradients, views of J that the next write overwrites. Tables have
+        the rows that occur, already merged with `weights`.
         """
         return self.jacobian.rows(), self._tables.merged_rows(weights)
 

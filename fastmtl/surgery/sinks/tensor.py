@@ -1,4 +1,4 @@
-"""`scope: tensor`: the sink that merges each parameter's T gradients inside backward."""
+"""`scope: tensor`: the sink that merges each parameter's T gradients during backward."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from fastmtl.surgery.ranks.protocol import Ranks
 from fastmtl.surgery.sinks.sink import Sink
 from fastmtl_kernels import combine, gramian
 
-# (index of the parameter, its Gramian [T, T]) -> weights [T]
+# (index of a parameter, its Gramian [T, T]) -> weights [T]
 Solve = Callable[[int, Tensor], Tensor]
 
 
 class TensorSink(Sink):
-    """Autograd gets each parameter's merged gradient, with weights that are solved for as soon as its T gradients are
-    complete: with the last use of it in the forward.
+    """Sink that gives autograd the merged gradient of each parameter.
 
-    solve: finds the weights. ranks: those whose gradients make up a parameter's Gramian.
+    The weights are solved for as soon as the parameter's T gradients are complete, with the last
+    use of the parameter in the forward.
+
+    solve: returns the weights. ranks: the ranks whose gradients make up a parameter's Gramian.
     """
 
     def __init__(
@@ -45,7 +47,10 @@ class TensorSink(Sink):
         self._uses.counting = True
 
     def deliver(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
-        """As the base class says, with the last use of the parameter; None before."""
+        """Take task gradients [T, *shape] of a dense parameter.
+
+        Returns the merged gradient with the last use of the parameter, None before.
+        """
         if not self.wants(parameter):
             return gradients.sum(0)
         self.check_active()
@@ -65,7 +70,7 @@ class TensorSink(Sink):
         return weighted_table(shape, parts, weights).to(like.dtype)
 
     def check_merged(self, names: Mapping[int, str]) -> None:
-        """Raise UserError after a backward for a parameter one of whose uses does not reach the loss."""
+        """Raise UserError after backward if the loss depends on only some uses of a parameter."""
         for key in self._uses.held:
             raise UserError(
                 f"scope='tensor': {names[key]} is used more than once and the loss depends on some of the uses only, "

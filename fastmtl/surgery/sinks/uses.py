@@ -1,4 +1,4 @@
-"""Uses of a weight in one forward, and the gradients of those that have come in backward."""
+"""Uses of each weight in a forward, and its gradients until the last use has delivered."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from torch import Tensor, nn
 
 
 class Uses:
-    """Counts uses in forward and adds up one weight's task gradients until the last use has delivered.
+    """Counter of uses in forward, and sum of one weight's task gradients over its uses.
 
-    Inner products of task gradients are those of the whole gradient, so a weight that is used twice has to add up
-    first. held: incomplete sums by the parameter's id; a use that the loss does not depend on never delivers.
+    Inner products need the whole task gradient, so the gradients of a weight that is used twice are
+    added first.
+
+    held: incomplete sums by parameter id; a use that the loss does not depend on never delivers.
+    left: uses that have not delivered, by parameter id.
     """
 
     def __init__(self) -> None:
@@ -22,13 +25,13 @@ class Uses:
             for parameter in parameters:
                 self.left[id(parameter)] = self.left.get(id(parameter), 0) + 1
 
-    def one_less(self, key: int) -> bool:
-        """Note that a use has delivered; return whether it was the last one."""
+    def count_delivery(self, key: int) -> bool:
+        """Count one delivery; return True if it was the last one."""
         self.left[key] = self.left.get(key, 0) - 1
         return self.left[key] == 0
 
     def complete(self, key: int, gradients: Tensor) -> Tensor | None:
-        """Add one use's gradients; return the sum over all uses with the last of them, None before."""
+        """Add one use's gradients; return the sum with the last use, None before."""
         if key in self.held:
             gradients = gradients + self.held.pop(key)
         self.left[key] -= 1
@@ -38,7 +41,7 @@ class Uses:
         return gradients
 
     def forget(self) -> None:
-        """End the counting of one forward and backward. Incomplete sums stay until `clear`."""
+        """Stop counting after a forward and backward; incomplete sums stay until `clear`."""
         self.counting = False
         self.left.clear()
 

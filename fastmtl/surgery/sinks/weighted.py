@@ -1,4 +1,4 @@
-"""`storage: replay`, second pass: the sink that makes the merged gradient in one backward."""
+"""`storage: replay`, second pass: the sink that gives autograd the merged gradient."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fastmtl_kernels.upload import upload
 
 
 class WeightedSink(Sink):
-    """Autograd gets sum_t weights[t] g_t for shared parameters. The gradients of the layers' inputs stay unweighted.
+    """Sink that gives autograd sum_t weights[t] g_t of every shared parameter.
 
-    weights: [T].
+    Gradients of the layers' inputs stay unweighted. weights: [T].
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class WeightedSink(Sink):
         segments: Segments,
         needed: Sequence[bool],
     ) -> list[Tensor | None]:
-        """As the base class does, by one product where all are shared."""
+        """Take the task gradients of k Linears, by one product if all are shared."""
         if not all(map(self.wants, [*weights, *biases])):
             return super().linears(weights, biases, rows, x, segments, needed)
         self.check_active()
@@ -75,7 +75,8 @@ class WeightedSink(Sink):
         raise AssertionError("deliver_rows takes every table")
 
     def _weighted(self, dy: Tensor, segments: Segments) -> Tensor:
-        """Return the tasks' rows of dy times weights[task of row], multiplied in float32: a weight rounded to bf16
-        would be off in every row.
+        """Return the tasks' rows of dy times weights[task of row], in the dtype of dy.
+
+        The product is float32: a weight rounded to bf16 would be off in every row.
         """
         return (dy[segments.all_rows()] * segments.per_row(self._weights).unsqueeze(1)).to(dy.dtype)

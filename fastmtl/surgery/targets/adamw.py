@@ -1,10 +1,11 @@
-"""AdamW for a plain torch loop, fed by the task gradients themselves: no merged gradient is formed.
+"""AdamW for a plain torch loop that takes the task gradients themselves.
 
-GradientSurgery with `storage="stacked"` hands J and the weights of the task gradients over, and `step` merges, clips
-and updates in one pass over J, weights and moments. Whatever else leaves a `.grad` is taken from there, by the same
-update.
+GradientSurgery with `storage="stacked"` passes J and the weights of the task gradients. `step`
+merges, clips and updates in one pass over J, weights and moments, without a merged gradient in
+memory. A `.grad` from any other source is used by the same update.
 
-Sources: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019; fastmtl_kernels.combined_adamw.
+Sources: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019;
+fastmtl_kernels.combined_adamw.
 """
 
 from __future__ import annotations
@@ -25,17 +26,19 @@ from fastmtl_kernels import combined_adamw
 _HALF = (torch.bfloat16, torch.float16)
 _REFUSED = ("amsgrad", "maximize", "capturable", "differentiable", "foreach", "fused")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-# As torch.nn.utils.clip_grad_norm_ has it.
+# As in torch.nn.utils.clip_grad_norm_.
 _CLIP_EPS = 1e-6
 
 
 @dataclass(frozen=True)
 class TaskUpdate:
-    """A step's gradients before they are merged, by id of the parameter.
+    """A step's gradients before merging, by parameter id.
 
-    weights: [T] float32. dense: T task gradients of each parameter, to be merged with `weights`. tables: merged compact
-    rows (ids [n], rows [n, d]) of embedding tables. own: gradients of parameters that are no matter of surgery.
-    shared_norm: of the merged gradient of dense and tables.
+    weights: [T] float32.
+    dense: T task gradients per parameter, to be merged with `weights`.
+    tables: merged compact rows (ids [n], rows [n, d]) of embedding tables.
+    own: gradients of the parameters that are not shared.
+    shared_norm: norm of the merged gradient of `dense` and `tables`.
     """
 
     weights: Tensor
@@ -46,21 +49,28 @@ class TaskUpdate:
 
 
 class SurgeryAdamW(torch.optim.AdamW):
-    """torch.optim.AdamW that reads task gradients, for GradientSurgery in a plain torch loop in one process.
+    """torch.optim.AdamW that reads task gradients, for GradientSurgery in a single process without
+    DeepSpeed.
 
-    params, lr, betas, eps, weight_decay: as of torch.optim.AdamW, groups with values of their own too.
-    max_norm: clips the gradient of all parameters together as torch.nn.utils.clip_grad_norm_ does, without reading it
-    for that; None does not clip. There is no `.grad` to clip by hand.
+    After `surgery.run` or `surgery.backward` with stacked storage, `step()` updates from J, and
+    `.grad` stays None. With `sum`, `replay`, `scope="tensor"` and a backward of your own, it
+    updates from `.grad`. A parameter without a gradient is unchanged.
 
-    After `surgery.run` or `surgery.backward` with stacked storage `step()` updates from J; `.grad` stays None. With
-    `sum`, `replay`, `scope="tensor"` and a backward of your own it updates from `.grad`. A parameter without a gradient
-    is left alone.
+    Parameters in bfloat16 or float16 have float32 weights (`master` in the state) and moments; the
+    parameter is the rounded copy of `master`. `state_dict()` loads into torch.optim.AdamW and vice
+    versa. A state of torch.optim.AdamW has no `master`, so the weights start from those of the
+    model.
 
-    Parameters in bfloat16 or float16 keep float32 weights (`master` in the state) and moments; the parameter is their
-    rounded copy. `state_dict()` loads into torch.optim.AdamW and the other way; there the state has no `master`, and
-    the weights begin with those of the model.
-    Raises UserError for what it does not take: amsgrad, maximize, capturable, differentiable, foreach, fused;
-    parameters that are not contiguous or not real.
+    Args:
+        params, lr, betas, eps, weight_decay: as for torch.optim.AdamW, including groups with values
+            of their own.
+        max_norm: clips the gradient of all parameters together, like
+            torch.nn.utils.clip_grad_norm_, without an extra pass over the gradient. None does not
+            clip. There is no `.grad` to clip by hand.
+
+    Raises:
+        UserError: amsgrad, maximize, capturable, differentiable, foreach or fused; parameters that
+            are not contiguous or not real.
     """
 
     def __init__(
@@ -96,11 +106,14 @@ class SurgeryAdamW(torch.optim.AdamW):
         return {**super().__getstate__(), "max_norm": self.max_norm, "grad_norm": None, "_update": None}
 
     def take(self, update: TaskUpdate) -> None:
-        """What the next `step` uses in place of `.grad`."""
+        """Set the gradients that the next `step` uses in place of `.grad`."""
         self._update = update
 
     def check_taken(self) -> None:
-        """Raises UserError where the last step's gradients are still to be used: the next step would overwrite them."""
+        """Raise UserError if the last step's gradients are not used yet.
+
+        The next step would overwrite them.
+        """
         if self._update is not None:
             raise UserError(
                 "the gradients of the last step are not used yet: call optimizer.step(), or optimizer.zero_grad() to "
@@ -113,7 +126,11 @@ class SurgeryAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update. `grad_norm` is then the norm of the whole gradient before clipping, None without max_norm."""
+        """Update the parameters once.
+
+        Sets `grad_norm` to the norm of the whole gradient before clipping, or to None without
+        max_norm.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -133,14 +150,15 @@ class SurgeryAdamW(torch.optim.AdamW):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of a SurgeryAdamW or a torch.optim.AdamW of the same parameters. Raises UserError for another optimiser's,
-        and for one that had amsgrad or maximize.
+        """Load a state of SurgeryAdamW or torch.optim.AdamW with the same parameters.
+
+        Raises UserError for a state of another optimizer, and for AdamW with amsgrad or maximize.
         """
         for group in state_dict["param_groups"]:
             for option in ("amsgrad", "maximize"):
                 if group.get(option):
                     raise UserError(
-                        f"the optimiser's state is of AdamW with {option}, which SurgeryAdamW does not have"
+                        f"the optimiser's state is of AdamW with {option}, which SurgeryAdamW does not support"
                     )
         for state in state_dict["state"].values():
             if state and not {"step", *_MOMENTS} <= set(state):
@@ -159,7 +177,7 @@ class SurgeryAdamW(torch.optim.AdamW):
                 continue
             state = self.state[parameter]
             state["step"] = torch.tensor(float(given["step"]), dtype=torch.float32)
-            if parameter.dtype in _HALF:  # torch has rounded them to the parameter's dtype
+            if parameter.dtype in _HALF:  # torch has rounded the moments to the parameter's dtype
                 values = {name: given[name] for name in _MOMENTS} | {"master": given.get("master", parameter)}
                 for name, value in values.items():
                     state[name] = value.detach().to(parameter.device, torch.float32, copy=True).contiguous()
@@ -171,7 +189,7 @@ class SurgeryAdamW(torch.optim.AdamW):
         return TaskUpdate(torch.ones(1), {}, own={id(parameter): parameter.grad for parameter in found})
 
     def _clip(self, update: TaskUpdate) -> Tensor | None:
-        """What all gradients are multiplied by, a scalar; None for nothing."""
+        """Return the factor of all gradients, a scalar tensor; None for no clipping."""
         self.grad_norm = None
         if self.max_norm is None:
             return None
@@ -186,7 +204,7 @@ class SurgeryAdamW(torch.optim.AdamW):
         return (self.max_norm / (self.grad_norm + _CLIP_EPS)).clamp(max=1.0)
 
     def _step_group(self, group: dict[str, Any], update: TaskUpdate, scale: Tensor | None) -> None:
-        """One call of the operation for parameters with as many task gradients, as many steps and one dtype."""
+        """Update a group, with one call per step count, dtype, device and number of gradients."""
         alike: dict[tuple[Any, ...], list[tuple[nn.Parameter, list[Tensor]]]] = {}
         for parameter in group["params"]:
             key = id(parameter)
@@ -207,7 +225,7 @@ class SurgeryAdamW(torch.optim.AdamW):
     def _step_table(self, group: dict[str, Any], table: nn.Parameter, rows: Rows, scale: Tensor | None) -> None:
         ids, values = rows
         slots = torch.full((len(table),), -1, dtype=torch.int32, device=table.device)
-        slots[ids] = torch.searchsorted(ids, ids, out_int32=True)  # where ids are equal the first place has their sum
+        slots[ids] = torch.searchsorted(ids, ids, out_int32=True)  # the first of equal ids has the sum
         weights = torch.ones(1, device=table.device)
         self._call(group, [[values]], weights, scale, [table], self._next_step(table), slots)
 
@@ -251,12 +269,14 @@ class SurgeryAdamW(torch.optim.AdamW):
 
 
 def _unsupported_reason(group: Mapping[str, Any]) -> str:
-    """The reason why a parameter group cannot be updated, with the way out; "" where it can."""
+    """Return the reason why a parameter group is unsupported, and what to do; "" if it is
+    supported.
+    """
     for option in _REFUSED:
         if group.get(option):
             return f"it does not take {option}: leave that out, or use torch.optim.AdamW"
     if isinstance(group["lr"], Tensor):
-        return "lr must be a number, a tensor would be waited for at every step"
+        return "lr must be a number, since reading a tensor waits for the device at every step"
     for parameter in group["params"]:
         if sum(parameter is other for other in group["params"]) > 1:
             return f"a parameter of shape {tuple(parameter.shape)} is twice in one group: leave it out once"

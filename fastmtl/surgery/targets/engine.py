@@ -1,4 +1,4 @@
-"""A DeepSpeed engine as a target, by its public calls."""
+"""A DeepSpeed engine as a target, through its public calls."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ from fastmtl.surgery.targets.trained import changed
 
 
 class EngineTarget:
-    """DeepSpeed averages over ranks, so gradients are handed over times the number of ranks."""
+    """A DeepSpeed engine that takes a step's gradients.
+
+    DeepSpeed averages over ranks, so merged gradients are multiplied by the number of ranks.
+    """
 
     merges = False
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         self.device = torch.device(engine.device)
-        self._every = list(engine.module.named_parameters())
-        self.names = {id(p): name for name, p in self._every if p.requires_grad}
-        self.parameters = [p for _, p in self._every if p.requires_grad]
+        self._named_parameters = list(engine.module.named_parameters())
+        self.names = {id(p): name for name, p in self._named_parameters if p.requires_grad}
+        self.parameters = [p for _, p in self._named_parameters if p.requires_grad]
         self.factor = float(world_size())
         if isinstance(getattr(engine, "basic_optimizer", None), SurgeryAdamW):
             raise UserError(
@@ -47,20 +50,20 @@ class EngineTarget:
         self.stacks = stage < 3 and not engine.zero_use_cpu_optimizer()
         self.can_discard = self.stacks and hasattr(getattr(engine, "optimizer", None), "check_grad_overflow")
         self._own_forward = False
-        engine.register_forward_pre_hook(self._saw_forward)
+        engine.register_forward_pre_hook(self._record_forward)
 
-    def _saw_forward(self, *_: Any) -> None:
+    def _record_forward(self, *_: Any) -> None:
         self._own_forward = torch.is_grad_enabled()
 
     def arranged(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
         return parameters
 
     def model(self, training_pass: bool) -> Any:
-        # engine(...) prepares DeepSpeed for a backward of its own: only for a forward that engine.backward follows.
+        # engine(...) prepares DeepSpeed for engine.backward, so it is only for forwards before one.
         return self.engine if training_pass else self.engine.module
 
     def autocast(self, training_pass: bool) -> AbstractContextManager[Any]:
-        """What engine(...) runs its forward in, and engine.module(...) does not."""
+        """Return the autocast context of engine(...), which engine.module(...) lacks."""
         if training_pass or not self.engine.torch_autocast_enabled():
             return nullcontext()
         return torch.autocast(self.device.type, self.engine.torch_autocast_dtype())
@@ -71,20 +74,26 @@ class EngineTarget:
         self.engine.backward(loss * self.factor, scale_wrt_gas=False)
 
     def scales(self) -> bool:
-        """Whether a loss scale may come with the surrogate's backward: that of fp16, or one of the user's own."""
+        """Return True if the surrogate's backward may multiply by a loss scale.
+
+        The scale is that of fp16, or one that the user has set.
+        """
         return self.engine.fp16_enabled() or bool(getattr(self.engine.optimizer, "custom_loss_scaler", False))
 
     def hand_over(self, gradients: Merged, reached: Collection[int]) -> None:
-        """Hand over all of them: DeepSpeed puts zeros in place of a gradient that is missing, in every stage."""
+        """Hand over the gradients of all parameters, reached or not.
+
+        DeepSpeed replaces missing gradients by zeros in every stage.
+        """
         self._carry([gradients.pop(id(parameter)) for parameter in self.parameters], self.parameters)
 
     def check_trained(self) -> None:
-        for name, parameter in self._every:
+        for name, parameter in self._named_parameters:
             if parameter.requires_grad != (id(parameter) in self.names):
                 raise changed(name, parameter, "the engine (deepspeed.initialize) and GradientSurgery")
 
     def _carry(self, merged: list[Tensor], parameters: list[nn.Parameter], scaled_by: float = 1.0) -> None:
-        """Takes gradients of DeepSpeed's parameters through its backward. Takes them out of the list."""
+        """Pass gradients of DeepSpeed's parameters through its backward; empty `merged`."""
         self.engine.set_gradient_accumulation_boundary(True)
         scale = scaled_by if self.scales() else None
         self.engine.backward(Surrogate.apply(merged, scale, *parameters), scale_wrt_gas=False)
@@ -106,13 +115,19 @@ class EngineTarget:
         return float(self.engine.optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0
 
     def backs_off(self) -> bool:
-        """Whether DeepSpeed answers an overflow with a smaller loss scale, so that it is no failure of the step."""
+        """Return True if DeepSpeed reduces its loss scale after an overflow.
+
+        The overflow is then no failure of the step.
+        """
         if not self.engine.fp16_enabled() or not self.engine.optimizer.dynamic_loss_scale:
             return False
         return self.loss_scale() > self.engine.optimizer.loss_scaler.min_scale
 
     def discard(self) -> None:
-        """By DeepSpeed's own check for overflows: what it holds of the step is gone, and nothing is updated."""
+        """Drop the step by DeepSpeed's own overflow check.
+
+        DeepSpeed drops the gradients it holds and updates nothing.
+        """
         optimizer = self.engine.optimizer
         before, optimizer.check_grad_overflow = optimizer.check_grad_overflow, True
         try:

@@ -1,4 +1,4 @@
-"""The target of what a user gives."""
+"""The target for a DeepSpeed engine or a torch optimizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from fastmtl.surgery.targets.protocol import Target
 
 
 def find_target(target: Any) -> Target:
-    """Return the target of a DeepSpeed engine or a torch optimizer. Raises UserError for anything else."""
+    """Return the target of a DeepSpeed engine or a torch optimizer.
+
+    Raises UserError for any other object.
+    """
     if isinstance(target, torch.optim.Optimizer):
         return OptimizerTarget(target)
     if hasattr(target, "zero_optimization_stage") and hasattr(target, "module"):

@@ -1,8 +1,8 @@
-"""Few parameters for DeepSpeed, whatever the model has.
+"""Few flat parameters for DeepSpeed, for a model with many.
 
-DeepSpeed runs Python hooks and some forty operators for every parameter in every step; `python
-benchmarks/engine_calls.py` counts them. Surgery's gradients reach weights by no hook of their own, so weights can be
-views of a few flat parameters, and only those are DeepSpeed's.
+DeepSpeed runs Python hooks and about forty operators for every parameter in every step; `python
+benchmarks/engine_calls.py` counts them. Surgery's gradients do not reach the weights through hooks.
+So the weights can be views of a few flat parameters, and DeepSpeed manages only those.
 """
 
 from __future__ import annotations
@@ -19,22 +19,34 @@ from fastmtl.surgery.merged import Merged
 
 
 class FlatParameters(nn.Module):
-    """A model for `deepspeed.initialize` whose trained parameters are views of one flat parameter per group.
+    """Model for `deepspeed.initialize`, whose trained parameters are views of few flat ones.
 
         flat = FlatParameters(model, groups, alone=[word_embeddings.weight])
-        engine, *_ = deepspeed.initialize(model=flat, optimizer=AdamW(flat.groups, lr=1e-4), config=config)
+        optimizer = AdamW(flat.groups, lr=1e-4)
+        engine, *_ = deepspeed.initialize(model=flat, optimizer=optimizer, config=config)
         surgery = GradientSurgery(engine, tasks=tasks)
 
-    For ZeRO 0, 1 and 2 without offload, and gradients by GradientSurgery: `engine.backward(loss)` finds none. An
-    optimiser that looks at tensors one by one (LAMB, Adafactor, Muon) would see others than the model's.
+    There is one flat parameter per group. The model keeps its parameters: names, shapes, state_dict
+    and load_state_dict are unchanged. DeepSpeed's checkpoints store them under the model's names,
+    and its optimizer state under the flat ones.
 
-    groups: of the optimiser; every parameter is in one of them. alone: parameters that stay their own, for a gradient
-    that comes in one piece needs no copy (embedding tables). The model keeps its parameters: names, shapes, state_dict
-    and load_state_dict are its own. DeepSpeed's checkpoints hold them under the model's names, and its optimiser state
-    under the flat ones.
+    Supports ZeRO 0, 1 and 2 without offload, and gradients by GradientSurgery:
+    `engine.backward(loss)` finds no gradient. Optimizers that treat each tensor separately (LAMB,
+    Adafactor, Muon) would see other tensors than the model's.
 
-    flat: the parameters, [sum of the sizes] each. groups: for the optimiser.
-    Raises UserError for a group of several dtypes or devices, and a parameter that is not trained or is there twice.
+    Args:
+        model: the model whose trained parameters become views.
+        groups: parameter groups of the optimizer; every trained parameter is in one of them.
+        alone: parameters that stay separate (embedding tables), since a gradient in one piece needs
+            no copy.
+
+    Attributes:
+        flat: the flat parameters, one-dimensional, each as long as its group's parameters together.
+        groups: the groups for the optimizer.
+
+    Raises:
+        UserError: a group of several dtypes or devices; a parameter that is not trained or listed
+            twice.
     """
 
     def __init__(
@@ -50,7 +62,7 @@ class FlatParameters(nn.Module):
         apart, seen = {id(parameter) for parameter in check_parameters("alone", alone)}, set[int]()
         for group in groups:
             params = group["params"]
-            params = [params] if isinstance(params, Tensor) else list(params)  # as torch's optimisers take them
+            params = [params] if isinstance(params, Tensor) else list(params)  # as in torch's optimizers
             check_parameters("params", params)
             members = [parameter for parameter in params if id(parameter) not in apart]
             for parameter in params:
@@ -69,7 +81,7 @@ class FlatParameters(nn.Module):
         self.take_views()
 
     def take_views(self) -> None:
-        """Makes the model's parameters views again where DeepSpeed has moved or cast the flat ones."""
+        """Recreate the model's views where DeepSpeed has moved or cast the flat parameters."""
         for k, (flat, members) in enumerate(zip(self.flat, self._members, strict=True)):
             place = flat.data_ptr(), flat.dtype
             if place != self._places[k]:
@@ -83,16 +95,17 @@ class FlatParameters(nn.Module):
         return self.model(*arguments, **keywords)
 
     def leaves(self) -> list[nn.Parameter]:
-        """The model's own that are trained, those of one flat parameter side by side."""
+        """Return the model's trained parameters, adjacent if they share a flat parameter."""
         return [*(parameter for members in self._members for parameter in members), *self._alone]
 
     def trained(self) -> list[nn.Parameter]:
-        """The flat ones, then those that are alone."""
+        """Return the flat parameters, then the separate ones."""
         return [*self.flat, *self._alone]
 
     def gather(self, gradients: Merged) -> list[Tensor]:
-        """Gradients of `leaves` by id, taken out of the mapping -> those of `trained`. What lies side by side in one
-        storage stays where it is.
+        """Return the gradients of `trained` from those of `leaves` by id, removed from the mapping.
+
+        Gradients that are adjacent in one storage are not copied.
         """
         flat = [gradients.take_joined([id(parameter) for parameter in members]) for members in self._members]
         return flat + [gradients.pop(id(parameter)) for parameter in self._alone]
@@ -100,7 +113,9 @@ class FlatParameters(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Those that DeepSpeed is to see: flat.0, flat.1, ..., those that are alone, and what is not trained."""
+        """Yield the parameters for DeepSpeed: flat.0, flat.1, ..., separate ones, and untrained
+        ones.
+        """
         yield from self.flat.named_parameters(f"{prefix}.flat" if prefix else "flat")
         views = {id(parameter) for members in self._members for parameter in members}
         for name, parameter in self.model.named_parameters(prefix, recurse, remove_duplicate):
@@ -108,7 +123,7 @@ class FlatParameters(nn.Module):
                 yield name, parameter
 
     def state_dict(self, *arguments: Any, **keywords: Any) -> Any:
-        """The model's, with its names."""
+        """Return the model's state under its own names."""
         self.take_views()
         return self.model.state_dict(*arguments, **keywords)
 
@@ -118,14 +133,14 @@ class FlatParameters(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FlatParameters:
         self.flat._apply(fn, recurse)
-        self.take_views()  # so that the model's are not copied, too
+        self.take_views()  # else the model's parameters would be copied too
         super()._apply(fn, recurse)
         self.take_views()
         return self
 
 
 def whole_model(engine: Any) -> Any:
-    """The model in a DeepSpeed engine, to be called."""
+    """Return the callable model inside a DeepSpeed engine."""
     if isinstance(engine.module, FlatParameters):
         engine.module.take_views()
         return engine.module.model

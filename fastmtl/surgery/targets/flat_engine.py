@@ -1,4 +1,4 @@
-"""A DeepSpeed engine that has `FlatParameters` as a target."""
+"""A DeepSpeed engine with `FlatParameters` as a target."""
 
 from __future__ import annotations
 
@@ -18,32 +18,37 @@ from fastmtl_kernels.cast import cast
 
 
 class FlatTarget(EngineTarget):
-    """Autograd gives gradients of the model's own parameters, DeepSpeed gets those of the flat ones."""
+    """Target that turns autograd's gradients of the model into those of the flat parameters."""
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
         self._flat: FlatParameters = engine.module
-        self._every = list(self._flat.model.named_parameters())
-        self.names = {id(p): name for name, p in self._every if p.requires_grad}
+        self._named_parameters = list(self._flat.model.named_parameters())
+        self.names = {id(p): name for name, p in self._named_parameters if p.requires_grad}
         self.parameters = self._flat.leaves()
         if not self.stacks:
             raise UserError("FlatParameters: ZeRO 3 and offload take the model as it is; use ZeRO 0, 1 or 2 without")
         self._held: list[Tensor] = []
 
     def arranged(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-        """Those of a flat parameter side by side, so that the merged gradient is one already."""
+        """Return the parameters of one flat parameter side by side.
+
+        The merged gradient of the flat parameter then needs no copy.
+        """
         wanted = {id(parameter) for parameter in parameters}
         return [parameter for parameter in self.parameters if id(parameter) in wanted]
 
     def model(self, training_pass: bool) -> Any:
-        """Never the engine: no backward of its own follows."""
+        """Return the model, never the engine: engine.backward does not follow."""
         return super().model(training_pass=False)
 
     def autocast(self, training_pass: bool) -> AbstractContextManager[Any]:
         return super().autocast(training_pass=False)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Autograd's gradients of the model's parameters, added up here and handed over with the last ones."""
+        """Accumulate autograd's gradients of the model's parameters; hand them over with the last
+        ones.
+        """
         self._own_forward = False
         self.check_trained()
         scale = self.loss_scale()
@@ -53,7 +58,7 @@ class FlatTarget(EngineTarget):
             gradients[id(parameter)] = torch.zeros_like(parameter) if gradient is None else gradient
         del found, gradient
         gathered = unshared(self._flat.gather(gradients))
-        if self._held or not last:  # in float32, for 16 bits would round every sum
+        if self._held or not last:  # float32, since 16 bits would round every sum
             gathered = [cast(gradient, torch.float32) for gradient in gathered]
         if self._held:
             torch._foreach_add_(gathered, self._held)

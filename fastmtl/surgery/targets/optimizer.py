@@ -1,4 +1,4 @@
-"""A torch optimizer as a target, in one process."""
+"""A torch optimizer as a target, in a single process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from fastmtl_kernels.cast import cast
 
 
 class OptimizerTarget:
-    """A torch optimiser in one process: merged gradients go into `.grad`, or SurgeryAdamW merges them itself."""
+    """A torch optimizer in a single process.
+
+    Merged gradients go into `.grad`; SurgeryAdamW merges task gradients itself.
+    """
 
     stacks = True
     factor = 1.0
@@ -32,7 +35,7 @@ class OptimizerTarget:
         self._merging = optimizer if isinstance(optimizer, SurgeryAdamW) else None
         self.merges = self._merging is not None
         self._groups = optimizer.param_groups
-        every = {id(p): p for p in self._every()}  # torch lets a parameter be in a group twice
+        every = {id(p): p for p in self._every()}  # torch allows a parameter twice in a group
         self.parameters = [p for p in every.values() if p.requires_grad]
         if not self.parameters:
             raise UserError("target: no parameter of the optimiser requires a gradient")
@@ -45,7 +48,7 @@ class OptimizerTarget:
         return parameters
 
     def model(self, training_pass: bool) -> None:
-        """The user's loss function knows its model."""
+        """Return None: the user's loss function has its own model."""
 
     def autocast(self, training_pass: bool) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -59,7 +62,7 @@ class OptimizerTarget:
     def hand_over(self, gradients: Merged, reached: Collection[int]) -> None:
         for parameter in self.parameters:
             gradient = cast(gradients.pop(id(parameter)), parameter.dtype)
-            if id(parameter) in reached:  # else no gradient, so that no weight decay and no momentum move it either
+            if id(parameter) in reached:  # else None, so neither weight decay nor momentum changes it
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     def check_trained(self) -> None:
@@ -73,7 +76,7 @@ class OptimizerTarget:
     def merging_optimizer(self, norm: float | None) -> SurgeryAdamW | None:
         if self._merging is None or (self._merging.max_norm is not None and norm is None):
             return None
-        # What is in `.grad` already is to be added to, as every torch optimiser's user expects.
+        # An existing `.grad` must be added to, as with every torch optimizer.
         return self._merging if all(parameter.grad is None for parameter in self.parameters) else None
 
     def begin(self) -> None:
@@ -90,4 +93,4 @@ class OptimizerTarget:
         return False
 
     def discard(self) -> None:
-        raise NotImplementedError("gradients in `.grad` are the user's")
+        raise NotImplementedError("gradients in `.grad` belong to the user")

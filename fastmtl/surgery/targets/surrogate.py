@@ -1,4 +1,4 @@
-"""Gradients made elsewhere, taken through a backward."""
+"""Gradients computed elsewhere, passed through a backward."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from fastmtl_kernels.cast import cast
 
 
 class Surrogate(torch.autograd.Function):
-    """A scalar whose gradient for parameter k is `merged[k]`: it carries gradients made elsewhere through every hook of
-    DeepSpeed. scaled_by: the part of DeepSpeed's loss scale that is in them, None where there is no loss scale: then
-    they stay as they are, and may have the parameters' dtype.
+    """A scalar whose gradient for parameter k is `merged[k]`.
+
+    It passes gradients computed elsewhere through every hook of DeepSpeed.
+
+    scaled_by: the part of DeepSpeed's loss scale that the gradients already contain. None if there
+    is no loss scale: then the gradients stay as they are, and may have the parameters' dtype.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The error for a parameter that was frozen or unfrozen after a target was made."""
+"""The error for a parameter that was frozen or unfrozen after a target was created."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from fastmtl.errors import UserError
 
 
 def changed(name: str, parameter: nn.Parameter, what: str) -> UserError:
+    """Return the error. what: the objects to create again after the change."""
     now, then = "frozen", "was trained"
     if parameter.requires_grad:
         now, then = "trained", "was frozen, or in no group of the optimiser,"
     return UserError(
         f"parameter {name} of shape {tuple(parameter.shape)} is {now}, but {then} when GradientSurgery was made: make "
-        f"{what} anew after a change, and load_state_dict(surgery.state_dict()) into it to go on"
+        f"{what} anew after a change, and call load_state_dict(surgery.state_dict()) to continue"
     )
