@@ -64,6 +64,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tools/check_links.py
+	$(BIN)/python tools/check_prose.py
 	$(BIN)/mypy
 
 # Builds the pages as a site in site/, which opens without a server.

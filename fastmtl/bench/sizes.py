@@ -32,7 +32,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """The encoder's parameters: three tables and a LayerNorm; six maps and two norms a layer."""
+        """The encoder's parameters: three tables, a LayerNorm, six maps and two norms per layer."""
         d, wide = self.hidden, self.intermediate
         layer = 4 * (d * d + d) + (d * wide + wide) + (wide * d + d) + 4 * d
         return (self.vocabulary + self.positions + 2) * d + 2 * d + self.layers * layer

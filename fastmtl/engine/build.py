@@ -112,8 +112,9 @@ def build_engine(recipe: Recipe, model: Model, world: int, total_steps: int, *, 
 
 
 def build_surgery(recipe: Recipe, engine: Any, model: Model, tasks: list[str] | None = None) -> GradientSurgery:
-    """The recipe's gradient method on the engine of this model. tasks: what its forward gives losses of, by default
-    the recipe's.
+    """Return the recipe's gradient method on the engine of this model.
+
+    tasks: the tasks whose losses the forward returns; by default those of the recipe.
     """
     gradient = recipe.gradient
     return GradientSurgery(
@@ -137,7 +138,7 @@ def build_surgery(recipe: Recipe, engine: Any, model: Model, tasks: list[str] | 
 
 
 def build_optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """AdamW, Adam or SGD over a model's groups (each with its own learning rate and weight decay)."""
+    """Build AdamW, Adam or SGD for a model's groups, each with a learning rate and weight decay."""
     config = recipe.optimizer
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
@@ -145,8 +146,9 @@ def build_optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> torch.optim
 
 
 def lr_factor(recipe: Recipe, total_steps: int) -> Callable[[int], float]:
-    """step (from 0) -> the factor of every group's learning rate: linear warm-up, then linear or cosine decay to 0, or
-    constant.
+    """Return the function from a step (from 0) to the factor of every group's learning rate.
+
+    The factor rises linearly in the warm-up, then stays, or decays to 0 linearly or as a cosine.
     """
     warmup = math.ceil(recipe.schedule.warmup * total_steps)
     kind = recipe.schedule.name

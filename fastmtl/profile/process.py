@@ -17,8 +17,8 @@ import torch
 from fastmtl.engine import extension_locks
 from fastmtl.errors import UserError
 
-# Imported once by the fork server, which skips modules that do not exist. DeepSpeed imports the last
-# one, and with it torch's compiler, when it builds an engine.
+# The fork server imports these once, and skips modules that do not exist. DeepSpeed imports the
+# last module, and with it torch's compiler, when it builds an engine.
 PRELOAD = ["fastmtl.profile.measure", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"]
 
 

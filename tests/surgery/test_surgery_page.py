@@ -40,7 +40,10 @@ def test_every_way_is_shown() -> None:
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[str]]:
-    """The lines that each example prints. Those without DeepSpeed run first, before it connects its ranks."""
+    """The lines that each example prints.
+
+    Examples without DeepSpeed run first, before DeepSpeed connects its ranks.
+    """
     folder = tmp_path_factory.mktemp("examples")
     order = sorted(range(len(EXAMPLES)), key=lambda number: "deepspeed" in EXAMPLES[number])
     scripts = [folder / f"{number}.py" for number in order]
