@@ -24,7 +24,7 @@ def plot(result: dict[str, Any], directory: Path) -> list[Path]:
         missing.append("driver")
     if missing:
         raise UserError(
-            f"no figure of a result that does not name its {', '.join(missing)}: "
+            f"no figure can be drawn: the result does not name its {', '.join(missing)}: "
             "measure it again with `fastmtl bench`, in a git checkout or with --commit"
         )
     import matplotlib

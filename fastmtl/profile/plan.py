@@ -78,7 +78,7 @@ def choose_phase(recipe: Recipe, name: str | None) -> Phase:
         phases = [names[name]]
     of_tasks = [phase for phase in phases if phase.objective != MLM]
     if not of_tasks:
-        raise UserError("masked language modelling is not profiled, only phases that train tasks")
+        raise UserError("--phase: masked language modelling cannot be profiled: choose a phase that trains tasks")
     return next((phase for phase in of_tasks if "encoder" in phase.parts), of_tasks[0])
 
 
@@ -89,7 +89,7 @@ def points(recipe: Recipe, batch_sizes: Sequence[int], methods: Sequence[str], s
     """
     for storage in storages:
         if storage not in STORAGES:
-            raise UserError(f"--storages: '{storage}': {', '.join(STORAGES[:-1])} or {STORAGES[-1]}")
+            raise UserError(f"--storages: unknown value '{storage}': use {', '.join(STORAGES[:-1])} or {STORAGES[-1]}")
     asked = list(methods) or [recipe.gradient.method]
     for method in asked:
         find_method(method, options=_options(recipe, method))

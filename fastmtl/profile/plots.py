@@ -56,8 +56,8 @@ def check_origin(result: dict[str, Any]) -> None:
     missing += [] if about.get("driver") is not None or about.get("cuda") is None and "driver" in about else ["driver"]
     if missing:
         raise NoOrigin(
-            f"no figure of a result that does not name its {', '.join(missing)}: profile again in a git checkout, or "
-            "with --commit"
+            f"no figure can be drawn: the result does not name its {', '.join(missing)}: profile again in a git "
+            "checkout, or with --commit"
         )
 
 

@@ -103,7 +103,7 @@ def _died(status: int, log: Path) -> Outcome:
         return Outcome(None, "needs more memory than there is: its process was killed", out_of_memory=True)
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
     how = f"by signal {-status}" if status < 0 else f"with status {status}"
-    return Outcome(None, f"its process ended {how}: {lines[-1] if lines else 'without output'}")
+    return Outcome(None, f"its process ended {how}: {lines[-1] if lines else 'no output'}")
 
 
 def _be_killed_first() -> None:

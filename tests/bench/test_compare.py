@@ -90,7 +90,9 @@ def test_files_that_are_no_results(tmp_path: Path) -> None:
 def test_no_figure_without_its_origin(key: str, tmp_path: Path) -> None:
     found = result(1.0, 2.0)
     del found["environment"][key]
-    with pytest.raises(UserError, match=f"no figure of a result that does not name its {key}: measure it again"):
+    with pytest.raises(
+        UserError, match=f"no figure can be drawn: the result does not name its {key}: measure it again"
+    ):
         plot(found, tmp_path)
     file = tmp_path / "old.json"
     file.write_text(json.dumps(found))

@@ -71,21 +71,21 @@ def test_a_run_of_epochs_is_the_same_however_far_ahead(depth: int, tokens: int |
 
 
 def test_no_more_than_the_depth_is_ahead() -> None:
-    made, told = 0, threading.Condition()
+    made, changed = 0, threading.Condition()
 
     def source() -> Iterator[list[PackedBatch]]:
         nonlocal made
         while True:
-            with told:
+            with changed:
                 made += 1
-                told.notify()
+                changed.notify()
             yield []
 
     with ahead(source(), 3, CPU) as steps:
         for taken in range(6):
-            with told:
-                assert told.wait_for(lambda: made == taken + 3, timeout=10)  # noqa: B023 - it is called here
-                assert not told.wait_for(lambda: made > taken + 3, timeout=0.02)  # noqa: B023
+            with changed:
+                assert changed.wait_for(lambda: made == taken + 3, timeout=10)  # noqa: B023 - it is called here
+                assert not changed.wait_for(lambda: made > taken + 3, timeout=0.02)  # noqa: B023
             next(steps)
 
 

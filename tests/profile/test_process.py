@@ -35,7 +35,7 @@ def test_a_killed_process_wanted_too_much() -> None:
 
 
 def test_other_ends_are_none_of_memory() -> None:
-    assert process.run(os._exit, 7) == Outcome(None, "its process ended with status 7: without output")
+    assert process.run(os._exit, 7) == Outcome(None, "its process ended with status 7: no output")
     outcome = process.run(load_recipe, "demmo")  # type: ignore[arg-type]
     assert not outcome.out_of_memory and "Did you mean 'demo'?" in outcome.failed
     outcome = process.run(math.sqrt, -1)  # type: ignore[arg-type]

@@ -150,7 +150,7 @@ def test_the_largest_batch_survives_running_out_of_memory(
         (["--batch-sizes", ""], "--batch-sizes: '' is no number of rows"),
         (["--memory-limit", "much"], "--memory-limit: 'much' is no size: write it as 24GiB"),
         (["--methods", "pcgard"], "Did you mean 'pcgrad'?"),
-        (["--storages", "keep"], "--storages: 'keep': stacked, kept or replay"),
+        (["--storages", "keep"], "--storages: unknown value 'keep': use stacked, kept or replay"),
         (["--scale-out", "--link", "nvlnk"], "Did you mean 'nvlink'?"),
         (["--scale-out", "--floors", "h20"], "Did you mean 'h200'?"),
         (["--floors", "h200"], "--link and --floors need --scale-out"),

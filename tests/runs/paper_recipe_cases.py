@@ -71,7 +71,7 @@ def main(directory: Path, encoder: Path) -> None:
             continue
         try:
             outcomes[name] = two_steps(name, directory / "runs" / name, settings)
-        except Exception:  # noqa: BLE001 - told by the test of this recipe, the others go on
+        except Exception:  # noqa: BLE001 - reported by this recipe's test; the others continue
             outcomes[name] = {"error": traceback.format_exc(), "steps": [], "dev": {}}
         if len(outcomes) == 1:  # freeze all imports, which collections between phases may skip
             gc.freeze()

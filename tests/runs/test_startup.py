@@ -52,9 +52,9 @@ def test_a_bad_label_is_told_before_torch_is_imported(tmp_path: Path, rank: dict
         (poisoned / name / "__init__.py").write_text(POISON)
     began = time.perf_counter()
     run = begin(["train", str(recipe(tmp_path / "data", BAD))], tmp_path, first=str(poisoned), **rank)
-    _, told = run.communicate(timeout=60)
-    assert told.startswith(f"fastmtl: {tmp_path}/data/mood.csv, line 3, column label: expected a class from 0 to 1")
-    assert (run.returncode, told.count("\n")) == (2, 1)
+    _, message = run.communicate(timeout=60)
+    assert message.startswith(f"fastmtl: {tmp_path}/data/mood.csv, line 3, column label: expected a class from 0 to 1")
+    assert (run.returncode, message.count("\n")) == (2, 1)
     assert time.perf_counter() - began < 20  # on a busy machine; 1 s on an idle one
 
 
@@ -67,10 +67,10 @@ def test_a_file_that_is_bad_on_one_host_ends_all_processes_with_one_message(tmp_
     for rank, rows in enumerate([GOOD, BAD]):
         arguments = ["train", str(recipe(tmp_path / f"host{rank}", rows)), "--output", str(tmp_path / "run"), "--check"]
         runs.append(begin(arguments, tmp_path, RANK=str(rank), LOCAL_RANK="0", **meeting))
-    told = [run.communicate(timeout=120)[1] for run in runs]
+    texts = [run.communicate(timeout=120)[1] for run in runs]
     assert [run.returncode for run in runs] == [2, 2]
-    assert f"fastmtl: {tmp_path}/host1/mood.csv, line 3, column label: expected a class" in told[0]
-    assert "fastmtl" not in told[1] and "Traceback" not in told[0] + told[1]
+    assert f"fastmtl: {tmp_path}/host1/mood.csv, line 3, column label: expected a class" in texts[0]
+    assert "fastmtl" not in texts[1] and "Traceback" not in texts[0] + texts[1]
     assert not (tmp_path / "run").exists()
 
 

@@ -115,10 +115,10 @@ def train_until(recipe: Recipe, output: Path, step: int, *, resume: bool) -> Non
     """Stop the run after a step, like `kill`."""
     from fastmtl.train import train
 
-    told = Tracker.step
+    original = Tracker.step
 
     def stop(self: Tracker, at: int, *more: Any) -> None:
-        told(self, at, *more)
+        original(self, at, *more)
         if at == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -126,7 +126,7 @@ def train_until(recipe: Recipe, output: Path, step: int, *, resume: bool) -> Non
     try:
         train(recipe, output, resume=resume)
     finally:
-        Tracker.step = told  # type: ignore[method-assign]
+        Tracker.step = original  # type: ignore[method-assign]
 
 
 def break_off_between_phases(recipe: Recipe, output: Path) -> None:
