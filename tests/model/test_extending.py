@@ -45,7 +45,7 @@ def examples() -> dict[str, Any]:
     }
     for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S):
         code = "\n".join(line for line in block.splitlines() if "{..., " not in line)  # lines of the tables
-        exec(compile(code, PAGE, "exec"), names)
+        exec(compile(code, PAGE, "exec", dont_inherit=True), names)
     return names
 
 
