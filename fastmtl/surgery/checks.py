@@ -171,11 +171,19 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise UserError(f"{name} must be {', '.join(allowed[:-1])} or {allowed[-1]}, got {value!r}")
 
 
-def check_backward(storage: str, scope: str) -> None:
+def check_backward(storage: str, scope: str, *, joint: bool) -> None:
     """Raise UserError where a step runs the forward itself, so losses are not enough."""
-    if storage not in ("stacked", "kept"):
+    if not joint and storage not in ("stacked", "kept"):
         reason = "scope='tensor'" if scope == "tensor" else "storage='replay' (ZeRO 3, offload)"
         raise UserError(f"backward: {reason} runs the forward itself; use run(micro_batches, loss_fn)")
+
+
+def check_counts_given(counts: Mapping[str, int] | None, *, several: bool) -> None:
+    """Raise UserError for a step of several micro-batches without `counts`."""
+    if counts is None and several:
+        raise UserError(
+            "counts: give {task: rows in the whole step, over all ranks}, required with several micro-batches"
+        )
 
 
 def check_per_task(storage: str) -> None:

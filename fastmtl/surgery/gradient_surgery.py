@@ -39,15 +39,12 @@ from fastmtl.surgery.tensor_scope import tensor_scope
 
 log = logging.getLogger(__name__)
 
-_COUNTS = "counts: give {task: rows in the whole step, over all ranks}, required with several micro-batches"
-
 
 class GradientSurgery:
     """Gradient surgery, or a plain sum of losses, on a DeepSpeed engine or a torch optimizer.
 
-    In each step, the method turns G into one weight per task. The weighted sum of the task
-    gradients becomes the gradient of the shared parameters; every other parameter keeps its own
-    gradient. Loss weights are applied before G is computed.
+    In each step, the method turns G into one weight per task. The weighted sum of task gradients
+    becomes the gradient of the shared parameters; other parameters keep their own gradient.
 
     Args:
         target: DeepSpeed engine (ZeRO 0 to 3), or, in a single process, a torch optimizer.
@@ -70,7 +67,7 @@ class GradientSurgery:
         dtype: of J in "stacked". torch.bfloat16 halves J and rounds task gradients to 8 bits.
         sketch_size: buckets per task for "sketch", at least 16. The root-mean-square error of a
             cosine is at most sqrt(2 / sketch_size).
-        task_weights: fixed factor of each task's loss; default: 1.
+        task_weights: fixed factor of each task's loss, applied before G is computed; default: 1.
         reduction: "sum" (as in the papers) or "mean" of the modified gradients; pcgrad and gradvac.
         options: keyword arguments of the method, for example {"c": 0.4} for "cagrad".
         seed: with the number of the step, fixes the random projection order.
@@ -82,8 +79,7 @@ class GradientSurgery:
             single process.
 
     Raises:
-        UserError: an unknown name, or options that do not work together; the message names the
-            nearest combination that does.
+        UserError: an unknown name, or an unsupported combination, with the nearest supported one.
     """
 
     def __init__(
@@ -130,14 +126,9 @@ class GradientSurgery:
         self._joint, self._scope, self._by_rank = chosen is None, scope, reduce == "local"
         self._plain = method == "sum"
         self._solver = Solver(chosen, method, self.tasks, seed, by_rank=self._by_rank)
+        mode = "tensor" if scope == "tensor" and not self._joint else self.storage
         self._sink = make_sink(
-            "tensor" if scope == "tensor" and not self._joint else self.storage,
-            shared,
-            len(self.tasks),
-            sparse=sparse,
-            dtype=dtype,
-            reduce=reduce,
-            sketch_size=sketch_size,
+            mode, shared, len(self.tasks), sparse=sparse, dtype=dtype, reduce=reduce, sketch_size=sketch_size
         )
         shared_ids = {id(p) for p in shared}
         own = [p for p in self._target.parameters if id(p) not in shared_ids]
@@ -178,7 +169,7 @@ class GradientSurgery:
                 it. Without `task_grads`, each task has a backward pass of its own.
             counts: rows of each task in the whole step over all ranks; required with several
                 micro-batches, else counted.
-            weights: factor of each task's loss in this step, times `task_weights`; as on all ranks.
+            weights: factor per task in this step, times `task_weights`; equal on all ranks.
             stop: request the end of training after this step, for example after a signal. The flag
                 is reduced with the losses: `info.stop` is True if any rank requests it.
 
@@ -194,8 +185,7 @@ class GradientSurgery:
         """
         if not micro_batches:
             raise UserError("micro_batches: a step needs at least one")
-        if counts is None and len(micro_batches) > 1:
-            raise UserError(_COUNTS)
+        checks.check_counts_given(counts, several=len(micro_batches) > 1)
         losses_of = LossFunction(loss_fn, self._target)
         step = self._new_step(counts, weights, stop)
         if isinstance(self._sink, TensorSink):
@@ -211,7 +201,7 @@ class GradientSurgery:
 
         It takes gradients until that `backward`. Raises UserError where `backward` is unsupported.
         """
-        self._check_backward()
+        checks.check_backward(self.storage, self._scope, joint=self._joint)
         if not self._joint:
             self._sink.arm(self._target.device)
         return self._sink
@@ -227,8 +217,7 @@ class GradientSurgery:
     ) -> SurgeryInfo | None:
         """Run backward for one micro-batch, in place of `engine.backward(loss)`.
 
-        Drop the losses afterwards: with `cuda_graphs`, the next forward cannot be captured while
-        they exist.
+        Drop the losses afterwards: `cuda_graphs` cannot capture the next forward while they exist.
 
         Args:
             losses: as `loss_fn` of `run` returns them.
@@ -243,12 +232,11 @@ class GradientSurgery:
             UserError: as in `run`; and for storage "replay" and scope "tensor", which need `run`.
             TrainingError: as in `run`.
         """
-        self._check_backward()
+        checks.check_backward(self.storage, self._scope, joint=self._joint)
         takes_sink = self._sink.active
         try:
             if self._open is None:
-                if counts is None and not last:
-                    raise UserError(_COUNTS)
+                checks.check_counts_given(counts, several=not last)
                 self._open = self._start(self._new_step(counts, weights, stop))
             step = self._open
             if last:
@@ -301,10 +289,6 @@ class GradientSurgery:
             return StackedStep(self._parts, self._sink, step, self._recorded)
         kind = JointStep if self._parts.max_norm is None else ClippedJointStep
         return kind(self._parts, self._sink, step)
-
-    def _check_backward(self) -> None:
-        if not self._joint:
-            checks.check_backward(self.storage, self._scope)
 
     def _check_takes_sink(self, takes_sink: bool) -> None:
         """Raise UserError, or warn once, for a model whose layers do not write into the sink."""

@@ -64,7 +64,7 @@ def start_scatter(piece: Tensor) -> Scattering:
         piece = torch.nn.functional.pad(piece, (0, share * world - columns))
     by_rank = piece.new_empty(world, num_tasks, share)  # `contiguous` would return J itself for one task
     by_rank.copy_(piece.unflatten(1, (world, share)).transpose(0, 1))
-    if dist.get_backend() == "gloo":  # gloo implements reduce_scatter by all_reduce, not in every version
+    if dist.get_backend() == "gloo":  # gloo's reduce_scatter is an all_reduce, and some versions lack it
         return Scattering(dist.all_reduce(by_rank, async_op=True), by_rank, None)
     result = torch.empty(num_tasks, share, dtype=piece.dtype, device=piece.device)
     return Scattering(dist.reduce_scatter_tensor(result, by_rank, async_op=True), by_rank, result)

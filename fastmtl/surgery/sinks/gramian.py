@@ -78,7 +78,7 @@ class GramianSink(GramianSource):
             total += gramian(share)
         for part in self._parts.values():
             total += part
-        for held in self._uses.held.values():  # a use that the loss does not depend on never delivers its gradient
+        for held in self._uses.held.values():  # uses that the loss does not depend on
             total += gramian(self._ranks.scatter(held).to(torch.float32))
         return self._ranks.total(total) + self._tables.gramian(total.device)
 

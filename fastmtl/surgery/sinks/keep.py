@@ -161,7 +161,7 @@ class KeepSink(MergingSink):
         return [*super().tensors(), *self._delivered.values(), *gradients]
 
     def _merge_delivered(self, weights: Tensor, *, narrow: bool) -> Merged:
-        """In one call. The T gradients are dropped."""
+        """Merge the delivered task gradients in one call and drop them."""
         found = Merged()
         if self._delivered:
             by_task = zip(*(gradients.unbind() for gradients in self._delivered.values()), strict=True)

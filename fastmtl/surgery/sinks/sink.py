@@ -84,7 +84,7 @@ class Sink(ABC):
             raise RuntimeError(NOT_ARMED)
 
     def wants(self, parameter: nn.Parameter | None) -> bool:
-        """Return whether the parameter's gradient goes to the sink."""
+        """Return True if the parameter's gradient goes to the sink."""
         return parameter is not None and parameter.requires_grad and id(parameter) in self._index
 
     def is_sparse(self, parameter: nn.Parameter) -> bool:
