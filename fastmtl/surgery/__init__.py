@@ -1,7 +1,7 @@
 """Gradient surgery: one merged gradient from the gradients of several tasks."""
 
 from fastmtl.surgery.gradient_surgery import GradientSurgery
-from fastmtl.surgery.step import SurgeryInfo
+from fastmtl.surgery.info import SurgeryInfo
 from fastmtl.surgery.targets.adamw import SurgeryAdamW
 from fastmtl.surgery.targets.flat import FlatParameters
 

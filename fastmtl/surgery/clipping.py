@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import UserError
+from fastmtl.surgery.info import SurgeryInfo
 from fastmtl.surgery.merged import Merged
 from fastmtl.surgery.norms import total_norm
 from fastmtl.surgery.ranks.collectives import BUCKET, sum_over_ranks, world_size
-from fastmtl.surgery.step import SurgeryInfo
 from fastmtl.surgery.targets.protocol import Target
 
 # A norm below this share of the sum of its terms' norms is not computed from float32 inner

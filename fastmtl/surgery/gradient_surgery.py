@@ -20,22 +20,23 @@ from fastmtl.errors import UserError
 from fastmtl.surgery import checks
 from fastmtl.surgery.checks import Reduce, Scope, Storage
 from fastmtl.surgery.clipping import check_max_norm
-from fastmtl.surgery.joint import ClippedJointStep, JointStep
+from fastmtl.surgery.info import SurgeryInfo
 from fastmtl.surgery.losses import Losses
 from fastmtl.surgery.methods.method import Reduction
 from fastmtl.surgery.methods.table import find_method
 from fastmtl.surgery.parts import Parts
-from fastmtl.surgery.replay import replay
 from fastmtl.surgery.sinks.gramian import GramianSink
 from fastmtl.surgery.sinks.make import make_sink
 from fastmtl.surgery.sinks.sink import Sink
 from fastmtl.surgery.sinks.source import MergingSink
 from fastmtl.surgery.sinks.tensor import TensorSink
 from fastmtl.surgery.solver import Solver
-from fastmtl.surgery.stacked import RecordedMerging, RecordMerging, StackedStep
-from fastmtl.surgery.step import LossFunction, Step, SurgeryInfo
+from fastmtl.surgery.step_losses import LossFunction, Step
+from fastmtl.surgery.steps.joint import ClippedJointStep, JointStep
+from fastmtl.surgery.steps.replay import replay
+from fastmtl.surgery.steps.stacked import RecordedMerging, RecordMerging, StackedStep
+from fastmtl.surgery.steps.tensor_scope import tensor_scope
 from fastmtl.surgery.targets.find import find_target
-from fastmtl.surgery.tensor_scope import tensor_scope
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import TrainingError, UserError
+from fastmtl.surgery.info import SurgeryInfo
 from fastmtl.surgery.methods.method import Method
 from fastmtl.surgery.methods.order import draw_order
 from fastmtl.surgery.ranks.collectives import sum_over_ranks, world_size
-from fastmtl.surgery.step import Step, SurgeryInfo
+from fastmtl.surgery.step_losses import Step
 from fastmtl.surgery.targets.protocol import Target
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from fastmtl.model.losses.cached_pairs import cache_pairs
 from fastmtl.model.losses.smart import Smart
 from fastmtl.model.losses.weighting import DynamicWeightAverage
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.surgery.step import SurgeryInfo
+from fastmtl.surgery.info import SurgeryInfo
 
 Metrics = Mapping[str, Mapping[str, float]]
 

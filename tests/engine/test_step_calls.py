@@ -43,7 +43,7 @@ def test_calls_of_operators(found: dict[str, dict[str, Any]], way: str, calls: i
 def test_waits_once(found: dict[str, dict[str, Any]], way: str) -> None:
     """One wait for losses, G, weights and finiteness, or for losses and the norm."""
     assert len(found[way]["waits"]) == 1, found[way]["waits"]
-    assert found[way]["waits"][0].startswith(("cpu: surgery/solver.py", "tolist: surgery/joint.py"))
+    assert found[way]["waits"][0].startswith(("cpu: surgery/solver.py", "tolist: steps/joint.py"))
 
 
 @pytest.mark.slow(12)

@@ -32,9 +32,9 @@ from fastmtl.errors import UserError
 from fastmtl.model.encoder.bert import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery.gradient_surgery import GradientSurgery
+from fastmtl.surgery.info import SurgeryInfo
 from fastmtl.surgery.ranks import collectives
 from fastmtl.surgery.sinks.early_scatter import EarlyScatter
-from fastmtl.surgery.step import SurgeryInfo
 
 STEPS, ROWS = 3, 8
 RECOMPUTES = {"cheap": "cheap", "full": "full", "pieces": "full"}  # by variant

@@ -18,15 +18,16 @@ from torch import Tensor
 
 from fastmtl.measure.ranges import profile_range
 from fastmtl.surgery.clipping import clip_gradients, known_clip, over_ranks, shared_norm
+from fastmtl.surgery.info import SurgeryInfo
 from fastmtl.surgery.losses import Losses
 from fastmtl.surgery.merged import Merged
 from fastmtl.surgery.methods.method import Method
 from fastmtl.surgery.parts import Parts
-from fastmtl.surgery.per_task import backward_per_task
 from fastmtl.surgery.sinks.sink import Sink
 from fastmtl.surgery.sinks.source import MergingSink
 from fastmtl.surgery.sinks.stack import StackSink
-from fastmtl.surgery.step import LossFunction, Step, SurgeryInfo
+from fastmtl.surgery.step_losses import LossFunction, Step
+from fastmtl.surgery.steps.per_task import backward_per_task
 from fastmtl.surgery.stopwatch import Stopwatch
 from fastmtl.surgery.targets.adamw import TaskUpdate
 from fastmtl.surgery.targets.protocol import Target

@@ -13,13 +13,14 @@ from torch import Tensor
 from fastmtl.measure.ranges import profile_range
 from fastmtl.surgery.clipping import clip_factor_on_device
 from fastmtl.surgery.differentiate import differentiate
+from fastmtl.surgery.info import SurgeryInfo
 from fastmtl.surgery.losses import Losses
 from fastmtl.surgery.merged import Merged, unshared
 from fastmtl.surgery.norms import tensor_norms
 from fastmtl.surgery.parts import Parts
 from fastmtl.surgery.ranks.collectives import sum_over_ranks
 from fastmtl.surgery.sinks.sink import Sink
-from fastmtl.surgery.step import LossFunction, Step, SurgeryInfo
+from fastmtl.surgery.step_losses import LossFunction, Step
 from fastmtl_kernels.cast import cast
 
 

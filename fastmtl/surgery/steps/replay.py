@@ -8,11 +8,12 @@ from typing import Any
 
 from fastmtl.errors import UserError
 from fastmtl.measure.ranges import profile_range
+from fastmtl.surgery.info import SurgeryInfo
 from fastmtl.surgery.parts import Parts
 from fastmtl.surgery.random_state import RandomState
 from fastmtl.surgery.sinks.gramian import GramianSink
 from fastmtl.surgery.sinks.weighted import WeightedSink
-from fastmtl.surgery.step import LossFunction, Step, SurgeryInfo
+from fastmtl.surgery.step_losses import LossFunction, Step
 from fastmtl.surgery.stopwatch import Stopwatch
 
 

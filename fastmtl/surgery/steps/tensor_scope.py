@@ -10,10 +10,11 @@ from torch import Tensor
 
 from fastmtl.errors import UserError
 from fastmtl.measure.ranges import profile_range
+from fastmtl.surgery.info import SurgeryInfo
 from fastmtl.surgery.parts import Parts
 from fastmtl.surgery.ranks.collectives import sum_over_ranks, world_size
 from fastmtl.surgery.sinks.tensor import TensorSink
-from fastmtl.surgery.step import LossFunction, Step, SurgeryInfo
+from fastmtl.surgery.step_losses import LossFunction, Step
 
 
 def tensor_scope(

@@ -1,0 +1,1 @@
+"""The four kinds of optimizer step: stacked (and kept), joint, replay, tensor scope."""
