@@ -1,13 +1,16 @@
-"""CUDA graphs of the encoder: one launch each for its forward and its backward.
+"""CUDA graphs of the encoder: one launch for its whole forward, one for its whole backward.
 
-With task gradients the graphs contain layers and embeddings. With `sum` they contain the layers
-only: the gradient of an embedding table is then a whole table, which a graph would only copy.
+With a sink of task gradients the graphs contain the embeddings and the layers. With
+`gradient.method: sum` they contain the layers only: the gradient of an embedding table is then a
+whole table, which a graph would have to copy without any gain.
 
-A recording serves all batches of a bucket: rows in steps of 256, and sizes of the attention plan.
-It reads buffers that are filled beforehand, and writes J at its fixed address. All recordings share
-their memory, so a recorded forward has to run its backward before the next forward is replayed.
-Otherwise that forward falls back to eager execution, like every forward that cannot be recorded;
-the log gives each reason once.
+One recording serves all batches of a bucket, a combination of buffer sizes: rows in steps of 256,
+tiles and blocks of the attention plan. The recording reads buffers that are filled before, and
+writes the task gradients into the Jacobian J at its fixed address.
+
+All recordings share their memory. A replayed forward therefore has to run its backward before
+another forward is replayed. A forward that comes too early, or cannot be recorded, falls back to
+eager execution; the log gives each reason once.
 """
 
 from __future__ import annotations
@@ -34,16 +37,21 @@ from fastmtl.surgery.sinks.sink import Sink
 from fastmtl.surgery.sinks.stack import StackSink
 from fastmtl_kernels.varlen_attention.plan import AttentionPlan
 
-# Number of recordings kept. Once there are this many, a batch of a new bucket uses a recording of a
-# larger bucket. Only where there is none, the least recently used recording is dropped.
+# Number of recordings kept. Once there are so many, a batch of a new bucket uses the recording of a
+# larger bucket. If there is no larger one, the least recently used recording is replaced.
 MOST = 16
 _WARM_UPS = 2
-# Changes of the weights' addresses or of the sink after which recording again no longer pays.
+# Every change of the weights' addresses or of the sink needs new recordings. After this many
+# changes the encoder runs without recordings, since they would cost more than they save.
 _CHANGES = 8
 
 
 class Recorded:
-    """Recordings of one bucket: a forward, and a backward for each value of `stores`."""
+    """The recordings of one bucket: its forward, and its backward for each value of `stores`.
+
+    forward: replays the forward. backward: {stores: replays that backward}. stores: True to
+    overwrite the task gradients in J, False to add to them.
+    """
 
     def __init__(self, static: StaticLayers, recordings: Recordings) -> None:
         self.static = static
@@ -63,10 +71,10 @@ def _run(*functions: Callable[[], None]) -> None:
 
 
 class EncoderGraphs:
-    """Recordings of an encoder.
+    """The recordings of one encoder, made when a bucket first occurs and replayed afterwards.
 
     head_dim: columns of an attention head.
-    recorder: None for CUDA graphs, which need an NVIDIA GPU.
+    recorder: None for CUDA graphs, which need an NVIDIA GPU; another recorder runs on any device.
     """
 
     def __init__(
@@ -83,7 +91,11 @@ class EncoderGraphs:
         self._gradients: Tensor | None = None
 
     def embeds(self, sink: Sink | None) -> bool:
-        """Return whether the embeddings are recorded too: the sink keeps only the words as rows."""
+        """Return True if a recording for this sink includes the embeddings.
+
+        This needs a sink that takes the gradients of all embedding parameters, and among those that
+        are trained only the word table as a sparse parameter (kept as rows, not as a table).
+        """
         if sink is None or overrides_norm(self._embeddings):
             return False
         parameters = self._trained(self._embeddings)
@@ -94,11 +106,13 @@ class EncoderGraphs:
     def run(
         self, hidden: Tensor | None, batch: PackedBatch, context: ForwardContext, extra: Sequence[str] = ()
     ) -> Tensor | None:
-        """Return the last hidden states [n, d], or None for a forward that is not recorded.
+        """Run the encoder by a recording, which is made first if there is none for this bucket.
 
-        hidden: the layers' input [n, d]; None where the embeddings are recorded.
-        context: of the batch, in training.
-        extra: features of the forward that a recording does not support.
+        hidden: the layers' input [n, d]; None if the recording includes the embeddings (`embeds`).
+        context: that of the batch, with dropout seeds; its attention plan is not used.
+        extra: features of this forward, such as "noise", that no recording supports.
+        Return the last hidden states [n, d]. Return None, with a warning, if the forward cannot be
+        replayed: the caller then has to run the layers itself.
         """
         if not batch.num_tokens:
             return None
@@ -127,7 +141,11 @@ class EncoderGraphs:
         return self._embeddings.get_submodule("word_embeddings").weight  # type: ignore[return-value]
 
     def _trained(self, module: nn.Module) -> list[nn.Parameter]:
-        """Return the trained parameters; Module.parameters takes 0.3 ms for 12 layers."""
+        """Return the trained parameters of a module.
+
+        The places of the parameters are looked up once: Module.parameters would take 0.3 ms per
+        call for 12 layers.
+        """
         if module not in self._places:
             parts = list(module.modules())
             self._places[module] = [(part._parameters, name) for part in parts for name in part._parameters]
@@ -135,9 +153,9 @@ class EncoderGraphs:
         return [parameter for parameter in found if parameter is not None and parameter.requires_grad]
 
     def _begin(self, words: nn.Parameter, parameters: list[nn.Parameter], sink: Sink | None) -> str:
-        """Drop recordings of other weights or another sink; return why these cannot be recorded.
+        """Drop all recordings, since the weights or the sink changed.
 
-        "" means that they can.
+        Return why new recordings cannot be made, "" if they can.
         """
         self._kept.clear()
         self._gradients = None
@@ -167,7 +185,7 @@ class EncoderGraphs:
         return ""
 
     def _unsupported_forward(self, hidden: Tensor | None, words: nn.Parameter, sink: Sink | None) -> str:
-        """Return why this forward cannot be replayed, "" where it can."""
+        """Return why this one forward cannot be replayed, "" if it can."""
         if sink is not None and not (sink.active and isinstance(sink, StackSink)):
             return "the task gradients are not stored in J"
         if torch.is_autocast_enabled(words.device.type):
@@ -179,9 +197,10 @@ class EncoderGraphs:
     def _find(
         self, batch: PackedBatch, parameters: list[nn.Parameter], sink: StackSink | None, inside: bool
     ) -> tuple[Recorded, AttentionPlan]:
-        """Return recordings of a bucket that holds the batch, and the plan for the bucket's rows.
+        """Return the recordings of a bucket that the batch fits into; make them if there are none.
 
-        inside: whether the embeddings are recorded.
+        inside: True if the recordings include the embeddings.
+        Also return the batch's attention plan for buffers with the bucket's rows.
         """
         plan = batch.host.plan_of(rows_of(batch.num_tokens))
         bucket = Bucket.of(batch.num_tokens, plan)
@@ -204,12 +223,15 @@ class EncoderGraphs:
         return self._kept[key], plan
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EncoderGraphs:
-        """Return new recordings for the copied encoder."""
+        """Return graphs of the copied encoder, without recordings: these read the old weights."""
         return EncoderGraphs(copy.deepcopy(self._embeddings, memo), copy.deepcopy(self._layers, memo), self._head_dim)
 
 
 class Pass(Turn):
-    """One forward and its backward. words: the table, where the embeddings are recorded."""
+    """One replayed forward and its backward.
+
+    words: the word table if the recording includes the embeddings, else None.
+    """
 
     def __init__(
         self,
@@ -231,9 +253,11 @@ class Pass(Turn):
         return self._recorded.static.result(self._offsets[-1])
 
     def backward(self, dy: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the gradient of the input and, without a sink, those of the parameters.
+        """Replay the backward for the gradient dy [n, d] of the last hidden states.
 
-        Where the embeddings are recorded, the input is the sink's anchor.
+        Return the gradient of the input, and the gradients of the parameters, [] with a sink. If
+        the recording includes the embeddings, the input is the sink's anchor: a 0-dim zero tensor
+        that makes autograd call this backward.
         """
         self.begin_backward()
         static, writes, stores = self._recorded.static, self._recorded.static.writes, True
@@ -256,7 +280,7 @@ class Pass(Turn):
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, begin: Tensor, one: Pass, *parameters: nn.Parameter) -> Tensor:
-        """begin: the layers' input, or the sink's anchor where the embeddings are recorded."""
+        """begin: the layers' input, or the sink's anchor if the embeddings are recorded."""
         ctx.one = one
         return one.forward()
 

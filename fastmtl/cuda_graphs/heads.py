@@ -1,9 +1,11 @@
-"""CUDA graphs of heads and losses: one launch each for their forward and their backward.
+"""CUDA graphs of heads and losses: one launch for their whole forward, one for their backward.
 
-A recording begins at the vectors of the sequences: pooling reads the bounds of the tokens, which
-differ in every batch. One recording therefore serves all batches with the same numbers of examples
-and sequences per task, whatever their tokens. Dropout draws the same numbers from torch's generator
-as without a recording. All recordings share one memory, as those of the encoder (encoder.py).
+The input of a recording is the vector of each sequence, after pooling. Pooling itself is not
+recorded, since it reads the bounds of the tokens, which differ in every batch. One recording
+therefore serves all batches with the same numbers of examples and sequences per task, however many
+tokens they have. Dropout draws the same numbers from torch's generator as without a recording.
+All recordings share their memory, so a replayed forward has to run its backward before another
+forward is replayed.
 """
 
 from __future__ import annotations
@@ -25,24 +27,32 @@ from fastmtl.cuda_graphs.recorder import Recorder, Recordings, Turn
 from fastmtl.model.heads.batch import HeadBatch, Vectors
 from fastmtl.surgery.random_state import RandomState
 
-# Number of recordings kept, and batches without use after which one can be replaced.
+# Number of recordings kept. If there are so many, a new one replaces the least recently used, but
+# only if that one was not used in the last IDLE batches.
 MOST = 16
 IDLE = 500
-# Number of remembered sizes. A size is recorded when it occurs again: one that occurs once costs
-# more to record than it saves.
+# Number of batch sizes remembered without a recording. A size is recorded when it occurs for the
+# second time: for a size that occurs once, a recording costs more than it saves.
 _SEEN = 256
-# Warn once half of this many recent batches ran without a recording.
+# Warn, once, when half of the last _WINDOW batches ran without a recording.
 _WINDOW = 100
 _WARM_UPS = 2
-# Changes of the weights' addresses after which recording again no longer pays.
+# Every change of the weights' addresses needs new recordings. After this many changes heads and
+# losses run without recordings, since they would cost more than they save.
 _CHANGES = 8
 
 
 class Recorded:
-    """Recordings of one key. used: the number of the last batch that they ran."""
+    """The recordings for batches of one size: a forward and a backward.
+
+    used: number of the last batch that was run by these recordings.
+    """
 
     def __init__(self, static: StaticHeads, recordings: Recordings, device: torch.device) -> None:
-        """static: filled with the batch on which the warm-up runs."""
+        """Record forward and backward; torch's random state stays as it was.
+
+        static: the buffers, filled with a batch for the warm-up.
+        """
         self.static, self.used = static, 0
         random = RandomState.capture(device)
         functions = {"forward": static.forward, "backward": static.backward}
@@ -61,9 +71,10 @@ def _run(static: StaticHeads) -> None:
 
 
 class HeadGraphs:
-    """Recordings of a model's heads and losses.
+    """The recordings of a model's heads and losses, made when a batch size occurs again.
 
-    losses: the losses of the T tasks, computed by `heads`. recorder: None for CUDA graphs.
+    losses: the function that computes the T tasks' losses by the modules `heads`.
+    recorder: None for CUDA graphs, which need an NVIDIA GPU; another recorder runs on any device.
     """
 
     def __init__(self, heads: nn.ModuleList, losses: Losses, recipe: Recipe, recorder: Recorder | None = None) -> None:
@@ -79,7 +90,10 @@ class HeadGraphs:
         self._missed: deque[int] = deque(maxlen=_WINDOW // 2)
 
     def run(self, vectors: Vectors, batch: HeadBatch) -> list[Tensor] | None:
-        """Return the losses of the T tasks, or None where they are not recorded."""
+        """Return the T tasks' losses of a batch, summed over its examples, by a recording.
+
+        Return None if there is no recording for this batch: the caller then has to compute them.
+        """
         if not self._modules:  # a list is faster than the walk through the modules in each step
             self._modules = list(self._heads.modules())
         found = [parameter for module in self._modules for parameter in module._parameters.values()]
@@ -103,9 +117,9 @@ class HeadGraphs:
         return list(_Replay.apply(one, *vectors.values(), *parameters).unbind())
 
     def _begin(self, vectors: Vectors, parameters: list[nn.Parameter]) -> str:
-        """Drop recordings of other weights, and return why these cannot be recorded.
+        """Drop all recordings, since the weights or the kind of vectors changed.
 
-        "" means that they can.
+        Return why new recordings cannot be made, "" if they can.
         """
         self._kept.clear()
         self._changes += 1
@@ -127,7 +141,7 @@ class HeadGraphs:
         return ""
 
     def _unsupported_forward(self, vectors: Vectors, batch: HeadBatch) -> str:
-        """Return why this forward cannot be replayed, "" where it can."""
+        """Return why this one forward cannot be replayed, "" if it can."""
         if batch.cached is not None:
             return "the batch's pairs are cached"
         if torch.is_autocast_enabled(next(iter(vectors.values())).device.type):
@@ -135,7 +149,10 @@ class HeadGraphs:
         return "the previous forward has not run its backward yet" if self.recordings.taken else ""
 
     def _find(self, vectors: Vectors, batch: HeadBatch, parameters: list[nn.Parameter]) -> Recorded | None:
-        """Return recordings for the batch's sizes, filled with it; None where they do not pay."""
+        """Return the recordings for the batch's sizes, their buffers filled with this batch.
+
+        They are made if there are none. Return None if making them does not pay (`_pays`).
+        """
         key = batch.sizes, tuple(module.training for module in self._modules)
         self._number += 1
         if key not in self._kept and not self._pays(key):
@@ -153,7 +170,11 @@ class HeadGraphs:
         return found
 
     def _pays(self, key: Hashable) -> bool:
-        """Return whether these sizes occur again and there is room for one more recording."""
+        """Return True if a new recording for these sizes pays.
+
+        It pays if the sizes have occurred before and one more recording can be kept; an idle one is
+        then dropped. Otherwise the sizes are remembered.
+        """
         idle = len(self._kept) >= MOST and self._number - next(iter(self._kept.values())).used > IDLE
         if key in self._seen and (idle or len(self._kept) < MOST):
             if idle:
@@ -171,12 +192,12 @@ class HeadGraphs:
         return False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadGraphs:
-        """Return new recordings for the copied model."""
+        """Return graphs of the copied model, without recordings: these read the old weights."""
         return HeadGraphs(copy.deepcopy(self._heads, memo), copy.deepcopy(self._losses, memo), self._recipe)
 
 
 class Pass(Turn):
-    """One forward and its backward."""
+    """One replayed forward and its backward."""
 
     def __init__(self, recorded: Recorded) -> None:
         super().__init__()
@@ -187,7 +208,10 @@ class Pass(Turn):
         return self._recorded.static.losses()
 
     def backward(self, gradients: Tensor) -> list[Tensor | None]:
-        """Map gradients of the losses [T] to those of the vectors and the parameters."""
+        """Replay the backward for the gradients [T] of the losses.
+
+        Return the gradients of all vectors, followed by those of all parameters.
+        """
         self.begin_backward()
         static = self._recorded.static
         static.take(gradients)

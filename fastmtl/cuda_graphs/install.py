@@ -1,4 +1,4 @@
-"""CUDA graphs for a model: its training forward then replays recordings where it can."""
+"""Installation of CUDA graphs in a model, whose training steps then replay recordings."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from fastmtl.model.multitask import MultiTaskModel
 
 
 def install_cuda_graphs(model: MultiTaskModel | MaskedLanguageModel, recorder: Recorder | None = None) -> None:
-    """Record the encoder and, in a model of tasks, heads and losses.
+    """Make a model record its encoder and, in a MultiTaskModel, its heads and losses.
 
-    The first forwards record, later ones replay. The log says why something is not recorded.
-    recorder: replaces CUDA graphs, on any device.
+    The first training forwards record, later ones replay. Whatever cannot be recorded runs as
+    without CUDA graphs, with a warning in the log.
+    recorder: used instead of CUDA graphs, for instance for tests on a CPU.
     """
     record_encoder(model.encoder, recorder)
     if isinstance(model, MultiTaskModel):
@@ -33,7 +34,10 @@ def record_heads(model: MultiTaskModel, recorder: Recorder | None = None) -> Hea
 
 
 def not_recorded(model: MultiTaskModel) -> list[str]:
-    """Return the reasons why encoder or heads run without a recording; none where both have one."""
+    """Return the reasons why the encoder or the heads are not recorded, as warned so far.
+
+    The list is empty if both are recorded.
+    """
     reasons = []
     for recorded in (model.encoder.recorded, model.recorded_heads):
         if isinstance(recorded, EncoderGraphs | HeadGraphs):

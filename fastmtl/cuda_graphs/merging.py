@@ -1,9 +1,10 @@
-"""CUDA graph of the merging: one launch for Gramian, weights and merged gradient.
+"""CUDA graph of gradient surgery: one launch for Gramian, task weights and merged gradient.
 
-The recording reads J at its fixed address, and buffers with rows of tables and a few numbers that
-are copied beforehand. It leaves G, the weights and the merged gradient in buffers. The host
-therefore waits for the device once, afterwards, and the merging of a skipped step is wasted. With
-several ranks whose J is one sum, G needs collectives and is not recorded.
+The recording reads the Jacobian J at its fixed address. It also reads buffers, filled before each
+replay, with the gradient rows of embedding tables and a few numbers. It writes the Gramian G, the
+weights and the merged gradient into buffers. The host then waits for the device once per step, at
+the end; the price is that a step with non-finite gradients is merged too and then skipped.
+Several ranks whose J is summed over the ranks compute G by collectives. Then G is not recorded.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ from fastmtl_kernels.upload import upload_into
 def record_merging(
     sink: Sink, method: Method, target: Target, storage: str, *, recorder: Recorder | None = None
 ) -> tuple[RecordedStep | None, Sequence[str]]:
-    """Return a recorded merging for the sink, or None, and the reasons against a recording.
+    """Return the recorded merging of a sink, None if it cannot be recorded, and the reasons.
 
-    The list of reasons grows during the run. recorder: replaces CUDA graphs, on any device.
+    storage: the way in which the task gradients are stored, "stacked" for J.
+    recorder: used instead of CUDA graphs, for instance for tests on a CPU.
+    The list of reasons why something is not recorded may grow during the run.
     """
     recordings = Recordings(recorder)
     reason = unsupported_reason(sink, method, target, storage)
@@ -47,7 +50,7 @@ def record_merging(
 
 
 def unsupported_reason(sink: Sink, method: Method, target: Target, storage: str) -> str:
-    """Return why the merging cannot be recorded on any device, "" where it can."""
+    """Return why these settings rule out a recording whatever the device, "" if they do not."""
     if storage != "stacked" or not isinstance(sink, StackSink):
         return "storage: kept, storage: replay and scope: tensor store no J"
     if sink.sketches:
@@ -58,10 +61,13 @@ def unsupported_reason(sink: Sink, method: Method, target: Target, storage: str)
 
 
 class RecordedStep:
-    """Recorded merging of a `StackSink`, one recording per step of row numbers (`capacity_of`).
+    """The merging of a `StackSink`'s task gradients by recordings, made when first needed.
 
-    method: one that solves on the device. num_tasks: T. narrow: as in `StackSink.combine`.
-    Attributes of the last step, gram: G, float32 [T, T]. weights: [T].
+    There is one recording for each combination of the tables' buffer rows (`capacity_of`).
+    method: computes the weights from G; it has to solve on the device.
+    narrow: True for a merged gradient in the parameters' 16-bit dtype, if they have one in common;
+    False for float32.
+    Attributes, valid after `run`, gram: G, float32 [T, T]. weights: float32 [T].
     """
 
     def __init__(
@@ -85,8 +91,9 @@ class RecordedStep:
     def run(self, order: Tensor, scale: float, factor: float) -> None:
         """Compute G, the weights and the merged gradient of a step.
 
-        order: int64 [T, T] on the CPU. scale: of the losses whose gradients are in J. factor: of
-        the merged gradient.
+        order: the method's random order, int64 [T, T] on the CPU (`Method.weights`).
+        scale: factor of the losses whose gradients are in J; G is that of the unscaled losses.
+        factor: the merged gradient is multiplied by it.
         """
         jacobian, tables = self._sink.stacked()
         if self._buffers is None:
@@ -108,22 +115,22 @@ class RecordedStep:
         self._kept[key]()
 
     def gradients(self) -> Merged:
-        """Return the merged gradients of the last `run` by the parameter's id.
+        """Return the merged gradients of the last `run` as {id(parameter): gradient}.
 
-        They are views of buffers that the next `run` overwrites. A parameter of the same dtype,
-        whose `.grad` the gradient can become, gets a copy.
+        The gradients are views of buffers that the next `run` overwrites. Those that have the dtype
+        of their parameter can become its `.grad`, so they are copies.
         """
         assert self._buffers is not None
         return self._buffers.gradients()
 
     def scale(self, factor: float) -> None:
-        """Multiply the merged gradient; NaN makes it non-finite."""
+        """Multiply the merged gradient in place. A factor NaN makes all of it NaN."""
         assert self._buffers is not None
         for tensor in (self._buffers.merged, *self._buffers.of_tables):
             tensor.mul_(factor)
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors that are kept between steps, besides J."""
+        """Return the buffers, to count their memory; J is not among them."""
         return [] if self._buffers is None else self._buffers.tensors()
 
     def _record(self, function: Callable[[], None]) -> Callable[[], None]:
@@ -139,7 +146,11 @@ class RecordedStep:
 
     @torch.no_grad()
     def _merge(self, buffers: _Buffers, key: tuple[int, ...], *, with_gramian: bool) -> None:
-        """Merge; this is the function that is recorded."""
+        """Compute G (if `with_gramian`), the weights and the merged gradient in the buffers.
+
+        This function is recorded, so it must not wait for the device or read numbers on the host.
+        key: buffer rows in use, per table.
+        """
         scale, factor, order, bounds = buffers.numbers()
         tables = []
         for (table, rows), capacity, its_bounds in zip(buffers.rows, key, bounds, strict=True):
@@ -159,12 +170,13 @@ class RecordedStep:
 
 
 class _Buffers:
-    """Inputs and results of the recordings.
+    """Buffers of the recordings' inputs and results.
 
-    Attributes merged: the gradient [P] of the dense parameters, of `dtype`. of_tables: a gradient
-    float32 [V + 1, d] per table, whose last row is meaningless. rows: the rows of each table; their
-    numbers give `key`, the key of the step's recording.
-    copied: whether `gradients` returns a copy of `merged`.
+    copied: True if `gradients` returns a copy of `merged`.
+    Attributes merged: the merged gradient [P] of the dense parameters, of `dtype`.
+    of_tables: the merged gradient of each table, float32 [V + 1, d]; the last row is meaningless.
+    rows: each table with the buffers of its gradient rows.
+    key: number of buffer rows in use, per table. Each key has its own recording.
     """
 
     def __init__(
@@ -191,7 +203,10 @@ class _Buffers:
         self.key: tuple[int, ...] = ()
 
     def fill(self, scale: float, factor: float, order: Tensor) -> bool:
-        """Fill the buffers for a step; return whether addresses have changed."""
+        """Fill the buffers for a step. The arguments are those of `RecordedStep.run`.
+
+        Return True if a buffer was replaced by a larger one, so that old recordings are invalid.
+        """
         lists = [per_task for _, per_task in self._tables.items()]
         self.key = tuple(capacity_of(sum(len(ids) for task in per_task for ids, _ in task)) for per_task in lists)
         grown = False
@@ -206,9 +221,10 @@ class _Buffers:
         return grown
 
     def numbers(self) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """Return scale, factor, order int64 [T, T] and the tasks' bounds int64 [T + 1] per table.
+        """Return the numbers that `fill` copied to the device.
 
-        All are on the device.
+        These are scale and factor, float32 0-dim; order, int64 [T, T]; and for each table the
+        bounds of the tasks among its gradient rows, int64 [T + 1].
         """
         scale, factor, order, *bounds = (self._numbers[span] for span in self._spans)
         whole = [each.long() for each in (order, *bounds)]

@@ -1,4 +1,4 @@
-"""Settings, devices and tasks that `engine.cuda_graphs` does not support."""
+"""Checks for settings, devices and tasks that `engine.cuda_graphs` does not support."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ GROUPED_ON = (9, 10)
 
 
 def check_cuda_graphs(recipe: Recipe) -> None:
-    """Raise UserError, naming the other key, for settings that CUDA graphs do not support.
+    """Raise UserError if the recipe has `engine.cuda_graphs: true` and a setting that forbids it.
 
-    Reasons that depend on the machine appear in the log of the run (`unsupported_reason`).
+    The message names that setting. Reasons that depend on the machine are no errors: the run logs
+    a warning (`unsupported_reason`).
     """
     if not recipe.engine.cuda_graphs:
         return
@@ -45,9 +46,10 @@ def check_cuda_graphs(recipe: Recipe) -> None:
 
 
 def unsupported_reason(hidden: Tensor, head_dim: int, *, grouped: bool) -> str:
-    """Return why layers of hidden states like these cannot be recorded, "" where they can.
+    """Return why an encoder cannot be recorded on this device, "" if it can.
 
-    grouped: with per-task matrix products.
+    hidden: any tensor of the encoder's device and dtype. head_dim: columns of an attention head.
+    grouped: True if backward computes per-task gradients by grouped matrix products.
     """
     device, dtype = hidden.device, hidden.dtype
     if device.type != "cuda":
@@ -66,7 +68,7 @@ def unsupported_reason(hidden: Tensor, head_dim: int, *, grouped: bool) -> str:
 
 
 def heads_unsupported_reason(recipe: Recipe) -> str:
-    """Return why heads and losses of these tasks cannot be recorded, "" where they can."""
+    """Return why the heads and losses of the recipe's tasks cannot be recorded, "" if they can."""
     for name, task in recipe.tasks.items():
         if "mnr" in task.losses and task.mnr.cached:
             return f"the loss of task '{name}' spans a whole step (mnr.cached)"

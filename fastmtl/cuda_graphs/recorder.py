@@ -1,4 +1,4 @@
-"""Recorders: record a function on fixed buffers, and run it again without its host code."""
+"""Recorders of functions on fixed buffers. A recording runs again without the Python code."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ K = TypeVar("K")
 
 
 class Recorder(Protocol):
-    """Records functions without arguments."""
+    """Object that records functions without arguments; CUDA graphs are one implementation."""
 
     def warm_up(self, function: Callable[[], None]) -> None:
-        """Run the function, so that everything that its first call makes or compiles exists."""
+        """Run the function before its recording: a first call compiles kernels and allocates."""
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         """Return a function that runs the same operations again on the same memory.
 
-        Recording may run the function, but memory that existed before keeps its contents.
+        `record` itself may run the function. The contents of memory that existed before stay.
         """
 
 
 class CudaRecorder:
-    """CUDA graphs in one memory pool: at most one recorded forward can wait for its backward."""
+    """Recorder that captures CUDA graphs, all in one memory pool.
+
+    The graphs overwrite one another's memory. A second forward may therefore be replayed only after
+    the backward of the first one.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, _stream(device)
@@ -61,7 +65,8 @@ class CudaRecorder:
         return graph.replay
 
     def _capture(self, graph: torch.cuda.CUDAGraph, function: Callable[[], object], pool: Any = None) -> None:
-        # Not "global": another thread copies the next batches to the device at the same time.
+        # The mode "global" would fail: another thread copies the next batches to the device
+        # during the capture.
         with (
             torch.cuda.device(self._device),
             torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"),
@@ -78,8 +83,8 @@ class CudaRecorder:
         capture is raised in between; CUDAGraph::reset leaves the flag. While the flag is set,
         CUDAGeneratorState::increase raises for every random number outside of a capture. A capture
         that succeeds on the device sets and clears the flag and draws no number. Success on the
-        same stream also shows that this stream can be used again. torch 2.13 needs no help: there a
-        generator has a state for each capture, which reset removes.
+        same stream also shows that this stream can be used again. In torch 2.13 this call is
+        not needed: there a generator has a state per capture, which CUDAGraph::reset removes.
         """
         number = torch.zeros(1, device=self._device)  # torch warns of an empty graph
         self._capture(torch.cuda.CUDAGraph(), number.zero_)
@@ -92,15 +97,16 @@ _failed: list[torch.cuda.CUDAGraph] = []
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the one stream of everything recorded on a device.
+    """Return the stream for all captures on a device, always the same one.
 
-    Autograd runs a backward on the stream of its forward, and torch has 32 streams in turn.
+    Autograd runs a backward on the stream of its forward, so both need one stream. A new
+    `torch.cuda.Stream` would be any of the 32 streams that torch hands out in turn.
     """
     return torch.cuda.Stream(device)
 
 
 class Unrecorded:
-    """Recorder that runs the function itself: the host launches the same operations one by one."""
+    """Recorder that only returns the function itself, which then runs each time as eager code."""
 
     def warm_up(self, function: Callable[[], None]) -> None:
         function()
@@ -110,18 +116,25 @@ class Unrecorded:
 
 
 class Turn:
-    """One recorded forward and its backward, which together own the memory of the recordings."""
+    """One replayed forward and its backward.
+
+    Between the two no other forward of the same recordings can be replayed, since it would
+    overwrite the results saved for this backward.
+    """
 
     def __init__(self) -> None:
         self._done = False
 
     @property
     def waits(self) -> bool:
-        """True until the backward begins."""
+        """True from the forward until its backward begins."""
         return not self._done
 
     def begin_backward(self) -> None:
-        """Begin the backward. Raises RuntimeError for a second one."""
+        """Note that the backward begins. Raises RuntimeError if it has run before.
+
+        A second backward would read saved results that the first one has overwritten.
+        """
         if self._done:
             raise RuntimeError(
                 "cuda_graphs: a recorded forward allows one backward, which overwrites its saved results; for one "
@@ -131,10 +144,11 @@ class Turn:
 
 
 class Recordings:
-    """Recordings of one part of a step (encoder, heads, merging), which share one memory.
+    """State common to all recordings of one part of a step: the encoder, the heads or the merging.
 
-    recorder: None for CUDA graphs, which `begin` sets up.
-    Attribute warned: reasons why something was not recorded.
+    These recordings share memory, so that only one forward at a time can wait for its backward.
+    recorder: makes the recordings; None for CUDA graphs, which `begin` creates.
+    Attribute warned: the warnings so far, each with the reason why something is not recorded.
     """
 
     def __init__(self, recorder: Recorder | None = None) -> None:
@@ -143,26 +157,33 @@ class Recordings:
         self._turn: ref[Turn] | None = None
 
     def take(self, turn: Turn) -> None:
-        """Give the memory to a forward and its backward."""
+        """Reserve the shared memory for a forward and its backward until the backward begins."""
         self._turn = ref(turn)
 
     @property
     def taken(self) -> bool:
-        """True while a forward exists whose backward has not begun."""
+        """True while a replayed forward waits for its backward, so that no other can be replayed.
+
+        A forward whose result was dropped does not count.
+        """
         turn = None if self._turn is None else self._turn()
         return turn is not None and turn.waits
 
     def begin(self, device: torch.device) -> None:
-        """Start again without recordings; with CUDA graphs, on this device."""
+        """Prepare for new recordings, after the caller has dropped the old ones.
+
+        device: of the new recordings, used by CUDA graphs.
+        """
         if self.recorder is None or isinstance(self.recorder, CudaRecorder):
             self.recorder = CudaRecorder(device)  # a pool cannot be used again once its graphs are gone
 
     def record(
         self, functions: Mapping[K, Callable[[], None]], warm_ups: Sequence[Callable[[], None]]
     ) -> dict[K, Callable[[], None]]:
-        """Return the recording of each function, or the function itself once a recording failed.
+        """Record functions. If one cannot be recorded, warn and return the functions themselves.
 
-        warm_ups: run before, so that no function is recorded in its first run.
+        warm_ups: functions that run before, since the first run of a function cannot be recorded.
+        Return {key: function that replays the recording}. Raises torch.OutOfMemoryError.
         """
         assert self.recorder is not None
         try:
@@ -180,7 +201,7 @@ class Recordings:
             return dict(functions)
 
     def warn_once(self, what: str) -> None:
-        """Write a warning to the log, unless it is there already."""
+        """Log a warning and add it to `warned`, unless it was given before."""
         if what not in self.warned:
             self.warned.append(what)
             log.warning("cuda_graphs: %s", what)

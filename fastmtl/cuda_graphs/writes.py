@@ -1,9 +1,11 @@
-"""Sink for a recorded backward of the layers, which is replayed on other numbers.
+"""Sink for a recorded backward of the encoder, which is replayed for other batches.
 
-A recording depends on no number of a batch that the host knows. The T gradients of a weight are
-therefore one product with the tasks' offsets on the device (`torch.nn.functional.grouped_mm`),
-written into J's columns at their fixed address. Backward is recorded twice: one recording stores,
-one adds. After each replay `mark_written` updates the host state of `Jacobian` and `StackSink`.
+A recording repeats whatever the host decided when it was made. No decision may therefore depend on
+the tasks' numbers of rows. The T gradients of a weight are one grouped matrix product
+(`torch.nn.functional.grouped_mm`), which reads the tasks' offsets on the device. It is written into
+the columns of the Jacobian J at their fixed address. Backward is recorded twice: one recording
+overwrites the gradients in J, the other one adds to them. A replay runs no Python code, so after it
+`mark_written` updates the state of `StackSink` on the host.
 """
 
 from __future__ import annotations
@@ -19,18 +21,20 @@ from fastmtl.surgery.segments import Segments
 from fastmtl.surgery.sinks.sink import Sink
 from fastmtl.surgery.sinks.stack import StackSink
 
-# grouped_mm needs multiples of this many columns: 16 bytes in bfloat16.
+# grouped_mm needs column numbers that are multiples of _COLUMNS: 16 bytes in bfloat16.
 _COLUMNS = 8
 
 
 class RecordedWrites(Sink):
-    """Write task gradients of `parameters`, dense parameters of `sink`, into its J.
+    """Sink that writes task gradients into the J of another sink.
 
-    The rows of `table`, a sparse parameter, stay in `rows` for `StackSink.deliver_rows`.
-    offsets: int32 [T + 1] on the device, the rows of the tasks. num_rows: N >= offsets[T].
-    dtype: of the rows.
-    Attribute stores: the result of `Jacobian.take` for the recording. The gradients of a task
-    without rows are undefined in a recording that stores, and zeros in one that adds.
+    sink: the sink whose J is written. parameters: its dense parameters that the recording uses.
+    table: a sparse embedding table, or None. Its gradient rows are not written but kept in the
+    attribute `rows`; the caller passes them to `StackSink.deliver_rows`.
+    offsets: int32 [T + 1] on the device; task t has the rows offsets[t]:offsets[t + 1].
+    num_rows: N >= offsets[T], the rows of the buffers. dtype: of the buffers.
+    Attribute stores: True to overwrite J, False to add to it, as `Jacobian.reserve` decides. A task
+    without rows gets undefined gradients in a backward that overwrites, and zeros in one that adds.
     """
 
     def __init__(
@@ -48,13 +52,13 @@ class RecordedWrites(Sink):
         self.rows: Tensor | None = None
         self.stores = False
         self.jacobian: Jacobian = sink.stack_of(parameters[0])
-        self.order: list[nn.Parameter] = []  # in the order of backward's writes
+        self.order: list[nn.Parameter] = []  # those written, in order
         self._offsets = offsets
         self._ones = torch.ones(num_rows, _COLUMNS, dtype=dtype, device=offsets.device)
         self._absent = torch.empty(0)
 
     def begin(self, *, stores: bool) -> None:
-        """Begin a recorded backward."""
+        """Prepare for a backward. stores: see the class."""
         self.stores, self.order = stores, []
         self._absent = self._offsets.diff() == 0
 
@@ -85,10 +89,12 @@ class RecordedWrites(Sink):
     def _write_linears(
         self, weights: Sequence[nn.Parameter], biases: Sequence[nn.Parameter | None], dy: Tensor, x: Tensor
     ) -> None:
-        """Write the gradients of k Linears; dy [N, k out] and x [N, in] have one dtype.
+        """Write the task gradients of k Linears with a common input x [N, in].
 
-        The sums for a bias are a product with ones. A product with the tasks' indicator matrix
-        would spread non-finite numbers of one task to the others.
+        dy [N, k out]: the gradients of their outputs, side by side, in the dtype of x.
+        A bias's gradient, the sum of a task's rows of dy, is a grouped product with ones. An
+        ordinary product with a matrix of zeros and ones that selects each task's rows would spread
+        NaN and inf of one task to the others, since 0 * inf is NaN.
         """
         for parameters, right in ((weights, x), (biases, self._ones)):
             wanted = [parameter for parameter in parameters if parameter is not None and self.wants(parameter)]
@@ -106,17 +112,22 @@ class RecordedWrites(Sink):
                     self._write(parameter, part)
 
     def deliver(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
-        """Write gradients as the sink does, with zeros for tasks without rows."""
+        """Write the task gradients [T, *shape] of a parameter into J.
+
+        gradients: zeros for a task without rows.
+        """
         self._write(parameter, gradients)
         return None
 
     def deliver_rows(
         self, table: nn.Parameter, ids: Tensor, rows: Tensor, token_offsets: tuple[int, ...]
     ) -> Tensor | None:
-        """Keep the rows of a sparse table; sum those of a dense table by id and write the sums.
+        """Take the gradients `rows` [N, d] of the rows `ids` [N] of an embedding table.
 
-        The sums are a product with the ids' indicators: its order of addition is fixed, unlike that
-        of atomics. token_offsets: of the buffers, not used.
+        A sparse table's rows are kept in the attribute `rows`. A dense table's rows are summed by
+        id and the sums are written into J. The sum is a product with a matrix of zeros and ones
+        [N, V], which adds in a fixed order; atomic additions would not.
+        token_offsets: not used.
         """
         if self.is_sparse(table):
             self.rows = rows
@@ -130,12 +141,15 @@ class RecordedWrites(Sink):
         raise AssertionError("deliver_rows takes every table")
 
     def mark_written(self, sink: StackSink) -> None:
-        """Mark the parameters as written in the sink, after the recorded backward wrote into J."""
+        """Report to `sink` that a replayed backward wrote the parameters' gradients into J."""
         for parameter in self.order:
             sink.written(parameter)
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return the products [T, m, n] of left [N, m] and right [N, n] over each task's rows."""
+        """Return [T, m, n]: left^T right over the rows of each task.
+
+        left: [N, m]. right: [N, n].
+        """
         found = grouped_mm(left.t(), right, offs=self._offsets[1:])
         if not self.stores:  # in place: a masked float32 copy would be as large as J
             found.masked_fill_(self._absent[:, None, None], 0)

@@ -1,4 +1,7 @@
-"""Heads and losses on buffers of fixed addresses: a forward and a backward to record and replay."""
+"""Heads and losses that read and write buffers at fixed addresses.
+
+Their forward and backward can therefore be recorded and replayed for other batches.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ Losses = Callable[[Vectors, HeadBatch], list[Tensor]]
 class StaticHeads:
     """Heads and losses for batches of one size: call `fill`, then `forward`, then `backward`.
 
-    losses: returns the sums of the T tasks, 0-dim.
-    parameters: those of the heads, of the vectors' dtype.
-    vectors, batch: give the sizes.
+    losses: the function that computes the T tasks' summed losses, 0-dim each.
+    parameters: those of the heads, in the dtype of the vectors.
+    vectors, batch: examples of the inputs; only their sizes, dtypes and device are used.
     """
 
     def __init__(self, losses: Losses, parameters: Sequence[nn.Parameter], vectors: Vectors, batch: HeadBatch) -> None:
@@ -43,7 +46,7 @@ class StaticHeads:
 
         labels, pairs = (tuple(placed(x) for x in tensors) for tensors in (batch.labels, batch.pairs))
         self._batch = HeadBatch(batch.seq_offsets, batch.counts, labels, pairs)
-        # The losses, after `take` their gradients.
+        # Forward writes the losses [T] here. `take` then overwrites them by their gradients.
         self._row = torch.empty(len(batch.counts), dtype=torch.promote_types(some.dtype, torch.float32), device=device)
         self._wanted = [x for x in (*self._vectors.values(), *self._parameters) if x.requires_grad]
         total = sum(x.numel() for x in self._wanted)
@@ -52,6 +55,7 @@ class StaticHeads:
         self._out: Tensor | None = None
 
     def fill(self, vectors: Vectors, batch: HeadBatch) -> None:
+        """Copy the vectors, labels and pairs of a batch into the buffers."""
         with torch.no_grad():
             for name, x in vectors.items():
                 self._vectors[name].copy_(x)
@@ -75,14 +79,14 @@ class StaticHeads:
         return self._row.clone()
 
     def take(self, gradients: Tensor) -> None:
-        """Take the gradients of the losses [T] for `backward`."""
+        """Copy the gradients of the losses [T] into the buffer that `backward` reads."""
         self._row.copy_(gradients)
 
     def gradients(self) -> list[Tensor | None]:
-        """Return the gradients of the vectors, then of the parameters.
+        """Return the gradients of all vectors, followed by those of all parameters.
 
-        They are views of one copy and may become `.grad`. None for a tensor that requires none, and
-        for one on which no loss depends.
+        A gradient is None if its tensor requires none or no loss depends on the tensor. The
+        gradients are copied out of the buffer, so they may become `.grad`.
         """
         sizes = [x.numel() for x, reached in zip(self._wanted, self._reached, strict=True) if reached]
         parts = iter(self._gradients[: sum(sizes)].clone().split(sizes))
@@ -91,12 +95,12 @@ class StaticHeads:
         return [next(parts).view(x.shape) if x.requires_grad and next(given) else None for x in places]
 
     def release(self) -> None:
-        """Drop the results that forward saved for backward."""
+        """Free the autograd graph of the last forward and the results saved in it for backward."""
         self._out = None
 
 
 def _by_dtype(batch: HeadBatch) -> dict[torch.dtype, list[Tensor]]:
-    """Return the labels of all tasks, then their pairs, flattened, by dtype."""
+    """Return {dtype: flattened tensors}: the labels of all tasks, followed by their pairs."""
     found: dict[torch.dtype, list[Tensor]] = {}
     for tensor in (*batch.labels, *batch.pairs):
         if tensor is not None:

@@ -1,4 +1,7 @@
-"""The encoder on buffers of fixed addresses: a forward and a backward to record and replay."""
+"""The encoder on buffers at fixed addresses.
+
+Its forward and backward can therefore be recorded and replayed for other batches.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,20 @@ from fastmtl_kernels.varlen_attention.plan import TILE, AttentionPlan
 
 
 class StaticLayers:
-    """Layers, with or without the embeddings: `fill` the buffers, then `forward`, then `backward`.
+    """The encoder's layers, and its embeddings if given, for the batches of one bucket.
 
-    N rows of a bucket, hidden size d. There are two kinds of buffers of N rows: the inputs, and
-    `rows` [N, d]. Forward writes its result into `rows`; backward reads the result's gradient there
-    and writes the gradient of the inputs there.
+    The order of calls is `fill`, `forward`, `take`, `backward`. The buffers have N rows, as many as
+    the bucket; a batch uses the first n of them; d is the hidden size. There are input buffers and
+    one buffer `_rows` [N, d]. Forward writes the last hidden states into `_rows`. Backward reads
+    their gradient there and overwrites it by the gradient of the input.
 
-    embeddings: None where the inputs are hidden states [n, d]. Otherwise the inputs are three times
-        [n] ids (of words, types, positions), and backward leaves the gradients of the words' rows.
-    parameters: the trained ones, without the words.
-    words: their table [V, d]; it gives width, dtype and device.
-    sink: takes the gradients of the parameters. Without one, backward writes them into `gradients`
-        [P], one after another.
+    embeddings: None if the input is hidden states [n, d]. Otherwise the inputs are three tensors
+        [n]: ids of words, token types and positions. The gradient of the input is then that of the
+        looked-up rows of the word table [n, d].
+    parameters: the trained parameters, without the word table.
+    words: the word table [V, d]. All buffers have its width, dtype and device.
+    sink: takes the task gradients of the parameters. Without a sink, backward writes the gradients
+        into `gradients` [P], one after another.
     """
 
     def __init__(
@@ -55,7 +60,7 @@ class StaticLayers:
         if sink is not None:
             table = None if embeddings is None else words
             self.writes = RecordedWrites(sink, parameters, table, self.batch.segments.offsets, rows, dtype)
-        # The values of `stores` that backward is recorded for.
+        # Backward is recorded once for each of these values of `stores`.
         self.ways = (True,) if sink is None else (True, False)
         self._gradients = gradients
         context = self.batch.segments, self.writes, self.batch.cu_seqlens, self._seeds, self.batch.plan
@@ -63,10 +68,11 @@ class StaticLayers:
         self._out: Tensor | None = None
 
     def fill(self, inputs: Sequence[Tensor], host: HostOffsets, plan: AttentionPlan, seeds: Tensor) -> None:
-        """Fill the first n <= N rows of the inputs; the others are zeros.
+        """Copy a batch into the buffers: n <= N rows; the other rows of the inputs become zeros.
 
-        inputs: hidden states [n, d], or ids of words, types and positions, int64 [n] each.
-        seeds: int64 [places].
+        inputs: hidden states [n, d], or ids of words, token types and positions, int64 [n] each.
+        host: offsets of the batch. plan: its attention plan, as in `StaticBatch.fill`.
+        seeds: dropout seeds, int64 [places] (see context.py).
         """
         number = len(inputs[0])
         with torch.no_grad():
@@ -79,7 +85,7 @@ class StaticLayers:
         self.batch.fill(host, plan)
 
     def fill_empty(self) -> None:
-        """Fill in a batch without sequences, whose gradients are zeros."""
+        """Fill the buffers with a batch without sequences, whose gradients are zeros."""
         tasks = self.batch.segments.num_tasks
         host = HostOffsets((0,), (0,) * (tasks + 1), (0,) * (tasks + 1))
         bucket = self.batch.bucket
@@ -88,7 +94,10 @@ class StaticLayers:
         self.fill([buffer.detach()[:0] for buffer in self._inputs], host, plan, self._seeds.clone())
 
     def keeps(self, *, stores: bool) -> bool:
-        """Return whether `backward` of an empty batch leaves J unchanged, as adding zeros does."""
+        """Return True if a warm-up `backward` of an empty batch destroys no gradient in J.
+
+        A backward that adds zeros destroys none. One that stores destroys those written before.
+        """
         return self.writes is None or not stores or self.writes.jacobian.is_unwritten(self._parameters)
 
     def forward(self) -> None:
@@ -102,7 +111,11 @@ class StaticLayers:
         self._rows.copy_(hidden.detach())
 
     def backward(self, *, stores: bool) -> None:
-        """Run backward. stores: see RecordedWrites; without a sink it has no effect."""
+        """Run backward from the gradient in `_rows` (see the class).
+
+        stores: True to overwrite the task gradients in J, False to add to them. Without a sink it
+        has no effect.
+        """
         wanted = list(self._inputs)
         if self.writes is None:
             wanted += self._parameters
@@ -122,20 +135,25 @@ class StaticLayers:
             torch._foreach_copy_(list(parts), flat)
 
     def result(self, num_rows: int) -> Tensor:
-        """Return a copy of the first rows of the result; the caller may keep it for any time."""
+        """Return a copy of the first num_rows rows of `_rows`.
+
+        They are the last hidden states after `forward`, and the input's gradient after `backward`.
+        The next replay does not change the copy.
+        """
         return self._rows[:num_rows].clone()
 
     def take(self, dy: Tensor) -> None:
-        """Take the gradient [n, d] of the result for `backward`.
+        """Copy the gradient [n, d] of the last hidden states into `_rows`, for `backward`.
 
-        The other rows need no zeros: the backward of the last LayerNorm writes zeros there.
+        Rows from n on keep old values. They have no effect, because the backward of the last
+        LayerNorm writes zeros for them.
         """
         self._rows[: len(dy)] = dy
 
     def parameter_gradients(self) -> list[Tensor]:
-        """Return the gradients of a `backward` without a sink.
+        """Return the parameters' gradients after a `backward` without a sink; [] with a sink.
 
-        They are views of one copy and may become `.grad`.
+        They are copied out of the buffer, so they may become `.grad`.
         """
         if self._gradients is None:
             return []
@@ -143,5 +161,5 @@ class StaticLayers:
         return [part.view(parameter.shape) for part, parameter in zip(parts, self._parameters, strict=True)]
 
     def release(self) -> None:
-        """Drop the results that forward saved for backward."""
+        """Free the autograd graph of the last forward and the results saved in it for backward."""
         self._out = None

@@ -1,7 +1,8 @@
-"""Task gradients of an embedding table at fixed addresses and in fixed sizes, to be recorded.
+"""Sums of an embedding table's task gradients, in operations that can be recorded.
 
-Shapes: T tasks, a table [V, d], K rows of the buffers. The device finds equal ids by a sort, so no
-size depends on them.
+Shapes: T tasks, a table [V, d], buffers of K rows. A recording needs fixed addresses and sizes.
+Rows with equal ids are therefore found by a sort on the device, and the results have K rows however
+many ids are equal.
 """
 
 from __future__ import annotations
@@ -18,15 +19,20 @@ STEP = 1024
 
 
 def capacity_of(num_rows: int) -> int:
-    """Return K for num_rows rows: a multiple of STEP, or of a quarter of a power of two."""
+    """Return K >= num_rows, the number of buffer rows for num_rows rows.
+
+    K is a multiple of STEP, and for many rows of an eighth of the next power of two: batches then
+    need few different K.
+    """
     step = max(STEP, (1 << max(num_rows - 1, 1).bit_length()) // 8)
     return max(1, -(-num_rows // step)) * step
 
 
 class StaticRows:
-    """Rows of a step, ordered by task.
+    """Buffers for the gradient rows of one table in one step, ordered by task.
 
-    Attributes ids: int64 [K]. rows: float32 [K, d].
+    Attributes ids: int64 [K], the row of the table that each gradient row belongs to.
+    rows: float32 [K, d], the gradient rows.
     """
 
     def __init__(self, capacity: int, width: int, device: torch.device) -> None:
@@ -34,9 +40,12 @@ class StaticRows:
         self.rows = torch.zeros(capacity, width, device=device)
 
     def fill(self, per_task: Sequence[Sequence[Rows]], capacity: int) -> list[int]:
-        """Copy the rows of a table in `Tables` into the buffers; return the tasks' T + 1 bounds.
+        """Copy the ids and rows of all tasks into the buffers.
 
-        capacity: number of rows of the buffers in use; those after the last bound become zeros.
+        per_task: for each task, the (ids, rows) pairs of one table in `Tables`.
+        capacity: number of buffer rows that the recording reads, at most K. Those after the last
+        task's rows become zeros.
+        Return T + 1 bounds: task t has the rows bounds[t]:bounds[t + 1].
         """
         parts = [part for task in per_task for part in task]
         bounds = list(accumulate((sum(len(ids) for ids, _ in task) for task in per_task), initial=0))
@@ -49,15 +58,19 @@ class StaticRows:
 
 
 def sums_by_id(ids: Tensor, rows: Tensor, bounds: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Sum rows with equal ids: float32 [T, K, d], and the id of each place [K], V for no id.
+    """Sum the rows of each task that have equal ids.
 
-    ids [K], rows [K, d]: of StaticRows. bounds: int64 [T + 1] on their device. num_rows: V.
+    ids [K], rows [K, d]: buffers of StaticRows. bounds: its T + 1 bounds, int64 on the same device.
+    num_rows: V.
+    Return (sums, unique). sums[t, k], of float32 [T, K, d], is task t's sum for the id unique[k],
+    of int64 [K]. Unused entries of `unique` are V.
     Equal inputs give equal bits. On a GPU `index_put_` sorts: one warp per column block adds the
     equal ids of a task one after another, where `index_add_` would add in the order of arrival.
     """
     capacity, num_tasks = len(ids), len(bounds) - 1
     at = torch.arange(capacity, device=ids.device)
-    # Unused rows get ids past the table, one each, so that no place adds up hundreds of zeros.
+    # Each unused row gets an id of its own, V or more. With one id for all of them, one warp would
+    # add up hundreds of zero rows.
     ids = torch.where(at < bounds[-1], ids, at + num_rows)
     task = torch.searchsorted(bounds[1:], at, right=True).clamp_(max=num_tasks - 1)
     found, order = ids.sort()
@@ -72,8 +85,9 @@ def sums_by_id(ids: Tensor, rows: Tensor, bounds: Tensor, num_rows: int) -> tupl
 
 
 def spread(merged: Tensor, unique: Tensor, out: Tensor) -> None:
-    """Write merged [K, d] of the ids `unique` into the table's gradient `out`, float32 [V + 1, d].
+    """Write the merged rows [K, d] of the ids `unique` [K] into the table's gradient `out`.
 
-    The last row of `out` is meaningless.
+    out: float32 [V + 1, d]; its other rows become zeros. The last row takes the unused entries of
+    `unique` and is meaningless.
     """
     out.zero_().index_copy_(0, unique, merged)
