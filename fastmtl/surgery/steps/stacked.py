@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -80,18 +80,6 @@ class RecordMerging(Protocol):
         ...
 
 
-class _Solved(NamedTuple):
-    """Result of solving and merging.
-
-    merged: gradients of shared parameters by id; None if there is nothing to hand over. norm: of
-    `merged` before clipping, if it is known; `merged` is then clipped already.
-    """
-
-    info: SurgeryInfo
-    merged: Merged | None = None
-    norm: float | None = None
-
-
 class StackedStep:
     """One optimizer step. recorded: replaces the separate launches of `finish`, if given."""
 
@@ -134,62 +122,85 @@ class StackedStep:
         parts, sink = self._parts, self._sink
         watch = Stopwatch(parts.target.device)
         with profile_range("surgery"):
-            # Every rank has the same tensors here; targets leave out unreached ones if they can.
-            reached = sink.reached()
-            reached |= {id(p) for p, gradient in zip(parts.own, self._own, strict=True) if gradient is not None}
-            own = [
-                torch.zeros_like(p, dtype=torch.float32) if gradient is None else gradient
-                for p, gradient in zip(parts.own, self._own, strict=True)
-            ]
-            factor = parts.target.factor / self._scale
-            solved = self._launch(reached, own, factor) if self._recorded is None else self._replay(own, factor)
-            info, merged, norm = solved
+            own, reached = self._own_gradients()
+            if self._recorded is None:
+                gram = sink.gramian() / self._scale**2
+                info, weights = parts.solver.solve(gram, self._step, parts.target, *self._own_to_check(own))
+                merged, norm = self._combine(info, weights, own, reached)
+            else:
+                info, merged, norm = self._replay(self._recorded, own)
             nbytes = sink.nbytes()
             if info.skipped is not None:
                 sink.clear()  # else kept pairs would stay in memory during the next forward
             if merged is not None:
-                info, clip = clip_gradients(info, norm, parts.max_norm, merged, parts.target.factor)
-                if own:
-                    merged.update(zip(map(id, parts.own), torch._foreach_mul(own, factor * clip), strict=True))
+                info = self._clip(info, merged, norm, own)
         watch.stop()
         if merged is not None:
             with profile_range("communication"):
                 parts.target.hand_over(merged, reached)
         return dataclasses.replace(info, nbytes=nbytes, stopwatch=watch)
 
-    def _launch(self, reached: set[int], own: list[Tensor], factor: float) -> _Solved:
-        """Solve and merge by separate launches."""
+    @property
+    def _factor(self) -> float:
+        """The factor of gradients that are handed over."""
+        return self._parts.target.factor / self._scale
+
+    def _own_gradients(self) -> tuple[list[Tensor], set[int]]:
+        """Return float32 gradients of own parameters, and ids of all parameters that a loss has
+        reached. Every rank has the same tensors; targets leave out unreached ones if they can.
+        """
+        pairs = list(zip(self._parts.own, self._own, strict=True))
+        reached = self._sink.reached() | {id(p) for p, gradient in pairs if gradient is not None}
+        own = [torch.zeros_like(p, dtype=torch.float32) if gradient is None else gradient for p, gradient in pairs]
+        return own, reached
+
+    def _combine(
+        self, info: SurgeryInfo, weights: Tensor, own: list[Tensor], reached: set[int]
+    ) -> tuple[Merged | None, float | None]:
+        """Merge the task gradients. Return None for a skipped step, or if the optimizer merges.
+
+        The second value is the norm before clipping, if it is known; the merged gradient is then
+        clipped already.
+        """
         parts, sink = self._parts, self._sink
-        gram = sink.gramian() / self._scale**2
-        info, weights = parts.solver.solve(gram, self._step, parts.target, *self._own_to_check(own))
         if info.skipped is not None:
-            return _Solved(info)
+            return None, None
         norm = None if sink.sketches else shared_norm(info)
         optimizer = parts.target.merging_optimizer(norm) if isinstance(sink, StackSink) else None
         if optimizer is None or not isinstance(sink, StackSink):
             clip = known_clip(info, norm, parts.max_norm)
-            scaled = weights * (factor if clip is None else factor * clip)
-            return _Solved(info, sink.combine(scaled, narrow=not parts.target.scales()), norm)
+            scaled = weights * (self._factor if clip is None else self._factor * clip)
+            return sink.combine(scaled, narrow=not parts.target.scales()), norm
         own_by_id = dict(zip(map(id, parts.own), own, strict=True))  # no loss scale, one process
         dense, tables = sink.unmerged(weights)
         gradients = _select(dense, reached), _select(tables, reached), _select(own_by_id, reached)
         optimizer.take(TaskUpdate(weights, *gradients, norm or 0.0))
-        return _Solved(info)
+        return None, None
 
-    def _replay(self, own: list[Tensor], factor: float) -> _Solved:
-        """Solve and merge by the recording; the merged gradient of a skipped step is unused."""
-        parts, recorded = self._parts, self._recorded
-        assert recorded is not None
-        recorded.run(parts.solver.order(), self._scale, factor)
+    def _replay(self, recorded: RecordedMerging, own: list[Tensor]) -> tuple[SurgeryInfo, Merged | None, float | None]:
+        """Solve and merge by the recording; the merged gradient of a skipped step is unused.
+
+        Return the report, and the results of `_combine`.
+        """
+        parts = self._parts
+        recorded.run(parts.solver.order(), self._scale, self._factor)
         gram, weights = recorded.gram, recorded.weights
         info, overflow = parts.solver.report(gram, weights, self._step, parts.target, *self._own_to_check(own))
         if info.skipped is not None:
-            return _Solved(info)
+            return info, None, None
         norm = shared_norm(info)
         clip = float("nan") if overflow else known_clip(info, norm, parts.max_norm)
         if clip is not None and clip != 1.0:
             recorded.scale(clip)
-        return _Solved(info, recorded.gradients(), norm)
+        return info, recorded.gradients(), norm
+
+    def _clip(self, info: SurgeryInfo, merged: Merged, norm: float | None, own: list[Tensor]) -> SurgeryInfo:
+        """Clip what is not clipped yet, add own gradients to `merged`, and return the report."""
+        parts = self._parts
+        info, clip = clip_gradients(info, norm, parts.max_norm, merged, parts.target.factor)
+        if own:
+            merged.update(zip(map(id, parts.own), torch._foreach_mul(own, self._factor * clip), strict=True))
+        return info
 
     def _own_to_check(self, own: list[Tensor]) -> tuple[list[Tensor], list[str], float | None]:
         """Return the gradients of own parameters to check, their names, and the factor in them."""
