@@ -193,3 +193,11 @@ def test_one_process_trains_without_a_launcher(recipe: Path, tmp_path: Path) -> 
     done = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line["step"] for line in _lines(tmp_path / "run")] == [1, 2, 3, 3]
+
+
+def test_torchrun(whole: Path, recipe: Path, tmp_path: Path) -> None:
+    command = ["torchrun", "--nproc-per-node", "2", "--master-port", free_port(), "--no-python", "fastmtl", "train"]
+    command += [str(recipe), "train.max_steps=2", "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert _lines(tmp_path / "run")[0]["loss"] == _lines(whole)[0]["loss"]
