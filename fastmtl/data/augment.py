@@ -1,11 +1,12 @@
 """Easy data augmentation (Wei & Zou 2019), balanced by class.
 
 The balancing follows "BERT: A Master of All Trades or Jack of None?": every class gets new rows
-until it has as many as the largest. The class's rows are the sources of the new rows, in turn. Each
-new row has four kinds of changes: words replaced by synonyms, synonyms inserted, words swapped,
-words deleted. There are n = max(1, share * words) changes of each of the first three kinds, unless
-the share is 0. Each word is deleted with a probability of the fourth share. Both texts of a pair
-are changed. Scikit-learn's stop words and words that are not in WordNet have no synonyms.
+until it has as many rows as the largest class. Each new row is a changed copy of a row of its
+class; the rows of the class are copied in turn. A copy is changed in four ways: words are replaced
+by synonyms, synonyms are inserted, words are swapped, words are deleted. The recipe gives a share
+for each way. Each of the first three ways makes max(1, share * words) changes, or none if its share
+is 0. The fourth share is the probability of deleting a word. Both texts of a pair are changed.
+Scikit-learn's stop words and words that are not in WordNet have no synonyms.
 """
 
 from __future__ import annotations
@@ -26,16 +27,18 @@ from fastmtl.files.user_path import cache_path
 
 CACHE_VERSION = 1
 _CORE = re.compile(r"^(\W*)([\w'-]*\w)(\W*)$")
-Made = list[tuple[int, str, str | None]]  # source row, text, second text
+Made = list[tuple[int, str, str | None]]  # new rows: number of the copied row, text, second text
 
 
 def augment(rows: Rows, config: AugmentConfig, seed: int, cache_dir: str | Path) -> Rows:
-    """Return the rows with the new rows appended, whose ids are their sources' with `+1`, `+2`, ...
+    """Return the rows, followed by the new rows.
+
+    The new rows that are copies of the row with the id `a` have the ids `a+1`, `a+2`, ...
 
     The result depends only on the rows, the settings, WordNet and the seed. It is cached in
     `cache_dir` if that is writable. Raises UserError if WordNet is needed and not installed.
     """
-    assert rows.labels is not None  # training rows have them
+    assert rows.labels is not None  # training rows have labels
     wordnet = find_wordnet(config.wordnet) if config.uses_synonyms else None
     settings = [CACHE_VERSION, config.model_dump(exclude={"wordnet"}), seed, wordnet and wordnet.version]
     key = hashlib.sha256(json.dumps([settings, rows.texts, rows.pair_texts, rows.labels.tolist()]).encode()).hexdigest()
@@ -48,9 +51,10 @@ def augment(rows: Rows, config: AugmentConfig, seed: int, cache_dir: str | Path)
 
 
 def missing_rows(labels: np.ndarray, seed: int) -> list[int]:
-    """Return the source of each new row, so that every class gets as many rows as the largest.
+    """Return the number of the row that each new row copies.
 
-    The sources of a class are its rows in shuffled order, repeated as often as necessary.
+    labels: int [n]. Every class gets as many rows as the largest class. The rows of a class are
+    copied in shuffled order, as many times as necessary.
     """
     classes, counts = np.unique(labels, return_counts=True)
     chosen: list[int] = []
@@ -61,7 +65,7 @@ def missing_rows(labels: np.ndarray, seed: int) -> list[int]:
 
 
 def change(text: str, config: AugmentConfig, wordnet: WordNet | None, random: np.random.Generator) -> str:
-    """Return one augmented text."""
+    """Return `text` with random changes, in the amounts that `config` gives."""
     words = text.split()
     for _ in range(_number(config.synonyms, words)):
         _replace(words, wordnet, random)
@@ -95,7 +99,7 @@ def _insert(words: list[str], wordnet: WordNet | None, random: np.random.Generat
 
 
 def _synonyms(word: str, wordnet: WordNet | None) -> tuple[str, tuple[str, ...], str]:
-    """Return the characters before a word, its synonyms and the characters after it."""
+    """Return the punctuation before a word, the word's synonyms and the punctuation after it."""
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
     assert wordnet is not None
@@ -148,4 +152,4 @@ def _store(entry: Path, made: Made) -> None:
         temporary.write_text(json.dumps(made), encoding="utf-8")
         os.replace(temporary, entry)
     except OSError:
-        temporary.unlink(missing_ok=True)  # only a cache: the next run computes the rows again
+        temporary.unlink(missing_ok=True)  # a run without a cache entry computes the rows again

@@ -1,4 +1,4 @@
-"""Scores of linear models on bags of words, which a trained recipe has to exceed."""
+"""Scores of linear models on word counts: a trained encoder must score higher than these models."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import numpy as np
 def bag_of_words_score(train: Path, dev: Path, kind: Literal["sentiment", "paraphrase", "similarity"]) -> float:
     """Return the dev score of a linear model on word counts.
 
-    The score is the accuracy of logistic regression, or for similarity Pearson's r of ridge
-    regression. The features of a pair are the counts of both texts, their absolute difference, the
-    share of common words (Jaccard) and the difference of the lengths.
+    train, dev: the files. The score is the accuracy of logistic regression, or for
+    kind="similarity" Pearson's r of ridge regression. The features of a pair are the counts of both
+    texts, their absolute difference, the share of common words (Jaccard) and the difference of the
+    lengths.
     """
     from scipy.sparse import csr_matrix, hstack
     from sklearn.feature_extraction.text import CountVectorizer

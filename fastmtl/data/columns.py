@@ -1,4 +1,4 @@
-"""Checks of a file's header and quotes against the recipe, before and during reading."""
+"""Checks that a file's header and quotes agree with the recipe."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ _CSV_QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
 
 def uses_quotes(files: FileConfig, delimiter: str) -> bool:
-    """Return whether cells may be in CSV quotes, by the recipe or else by the format."""
+    """Return whether cells may be in CSV quotes.
+
+    The recipe's `quotes` decides; without it, the format and the delimiter do.
+    """
     return is_quoted(files.format, delimiter) if files.quotes is None else files.quotes == "csv"
 
 
 def names_columns(path: Path, task: TaskConfig, first: list[str]) -> bool:
-    """Return whether the first line names the columns. Nothing is guessed.
+    """Return whether the first line of a file names the columns.
 
-    Raises UserError if columns are numbers, the recipe has no `header`, and the line could be a
-    row.
+    first: the cells of that line. Raises UserError, instead of guessing, if the recipe gives
+    columns as numbers and no `header`, and the line could be a row.
     """
     files = task.data
     if files.header is not None:
@@ -67,8 +70,9 @@ def check_columns(path: Path, source: Source, layout: Layout, files: FileConfig,
 def looks_like_row(source: Source, layout: Layout, task: TaskConfig, cells: list[str]) -> bool:
     """Return whether a line inside a quoted cell looks like a complete row.
 
-    Such a line has as many cells as there are columns and a valid label. Without a label column,
-    tabs are enough, but commas are not, since texts contain commas.
+    cells: those of the line. A line looks like a row if it has as many cells as there are columns
+    and a valid label. In a file without a label column the number of cells decides alone if the
+    delimiter is a tab. With commas no line looks like a row, since texts contain commas.
     """
     if len(cells) != len(source.header) or len(cells) < 2:
         return False
@@ -83,7 +87,10 @@ def _index(header: list[str], column: str) -> int | None:
 
 
 def check_undecided_quotes(path: Path, record: Record, layout: Layout) -> None:
-    """Raise UserError for a cell with CSV quotes if the recipe does not say what quotes mean."""
+    """Raise UserError for a text with CSV quotes.
+
+    Called for files that are read without quotes because the recipe has no `quotes`.
+    """
     for column in (layout.text, layout.text_pair):
         cell = None if column is None else record.cells.get(column)
         if isinstance(cell, str) and '""' in cell[1:-1] and _CSV_QUOTED.fullmatch(cell.strip()):

@@ -30,8 +30,8 @@ class CorpusRows:
 
     Importing this module and reading the files need no torch.
 
-    sizes: number of rows by (task, split). `take` returns rows once, so that the memory of texts is
-    freed after tokenisation.
+    sizes: number of rows by (task, split). `take` removes the rows that it returns, so that the
+    memory of the texts is freed after tokenisation.
     """
 
     sizes: dict[tuple[str, Split], int]
@@ -39,9 +39,10 @@ class CorpusRows:
 
     @classmethod
     def read(cls, recipe: Recipe) -> CorpusRows:
-        """Read every file.
+        """Read the train and dev files of all tasks of a recipe.
 
-        Raises UserError for a task without a train file, for a missing file, and like `read_rows`.
+        Raises UserError for a task without a train file, for a missing file, and where `read_rows`
+        raises it.
         """
         data = _found(recipe)
         rows: dict[tuple[str, Split], Rows] = {}
@@ -55,15 +56,15 @@ class CorpusRows:
         return cls({key: len(found) for key, found in rows.items()}, rows)
 
     def take(self, task: str, split: Split) -> Rows:
-        """Remove the rows of a file from this object and return them."""
+        """Return the rows of one file and remove them from this object."""
         return self._rows.pop((task, split))
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The data sets of each split, one per task in the recipe's order.
+    """The tokenised data sets `train` and `dev`: a list each, one data set per task.
 
-    `dev` has None for a task without a dev file.
+    Tasks are in the recipe's order. `dev` has None for a task without a dev file.
     """
 
     train: list[TokenizedDataset]
@@ -73,10 +74,10 @@ class Corpus:
     def load(
         cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int, rows: CorpusRows | None = None
     ) -> Corpus:
-        """Make the data sets of the train and dev files.
+        """Tokenise the train and dev files of all tasks of a recipe.
 
-        max_length: tokens per text, [CLS] and [SEP] included. rows: the rows of the files, if they
-        have been read already. Raises UserError like `CorpusRows.read`.
+        max_length: the most tokens per sequence, [CLS] and [SEP] included. rows: the rows of the
+        files; None reads the files. Raises UserError where `CorpusRows.read` raises it.
         """
         read = rows or CorpusRows.read(recipe)
         made = {}
@@ -89,12 +90,12 @@ class Corpus:
         return cls([made[name, "train"] for name in recipe.tasks], [made.get((name, "dev")) for name in recipe.tasks])
 
     def only(self, recipe: Recipe, tasks: list[str]) -> Corpus:
-        """Return the data sets of `tasks`, in the recipe's order."""
+        """Return a corpus of the data sets of `tasks` only, in the recipe's order."""
         chosen = [index for index, name in enumerate(recipe.tasks) if name in tasks]
         return Corpus([self.train[index] for index in chosen], [self.dev[index] for index in chosen])
 
     def digests(self, recipe: Recipe) -> dict[str, str]:
-        """Return {"TASK train" or "TASK dev": digest of the rows that are trained on or scored}."""
+        """Return the SHA-256 of every data set, by the keys "TASK train" and "TASK dev"."""
         found = {}
         for split, datasets in (("train", self.train), ("dev", self.dev)):
             for name, data in zip(recipe.task_names, datasets, strict=True):
@@ -110,7 +111,7 @@ def _splits(recipe: Recipe, task: str) -> Iterator[Split]:
 
 
 def _found(recipe: Recipe) -> DataConfig:
-    """Return the section with the directory to read from.
+    """Return the recipe's `data` section, with the demo directory if it names none.
 
     Raises UserError if `data.dir` is not a directory.
     """
@@ -123,5 +124,5 @@ def _found(recipe: Recipe) -> DataConfig:
 
 
 def demo_directory() -> Path:
-    """Return the folder of the corpus inside the package."""
+    """Return the folder of the demo corpus, which is part of the package."""
     return Path(str(resources.files("fastmtl"))) / "data" / "demo"

@@ -1,9 +1,10 @@
 """Rows of CSV and TSV files, each with the number of its first line. Every bad row is reported.
 
-With quotes, a cell in double quotes may contain delimiters and line ends, and a quote inside it is
-doubled (RFC 4180). A row is bad if a quote is never closed, if text follows a closing quote, or if
-a quoted cell contains a line that looks like a complete row. A bad row is one line: reading
-continues on the next.
+In a file with quotes, a cell in double quotes may contain delimiters and line ends, and a quote
+inside the cell is doubled (RFC 4180). A row is bad if a quote is never closed, if text follows a
+closing quote, or if a quoted cell contains a line that looks like a complete row (its quote was
+probably never meant to be one). After a bad row, reading continues on the line after the row's
+first line.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from fastmtl.data.file_bytes import find_bad_byte
 
 # A line of a file: its number from 1 and its text without the line end.
 Line = tuple[int, str]
-# Takes the cells of a line read without quotes; returns whether they could be a row of the file.
+# Takes the cells of a line, split as if there were no quotes. Returns whether they could be a row.
 LooksLikeRow = Callable[[list[str]], bool]
-# Takes the number of a row's first line, the column (or byte) and the reason.
+# Called for a bad row with the number of its first line, the column (or byte) and the reason.
 OnBadLine = Callable[[int, str, str], None]
 
 ADVICE = "write it twice inside a quoted cell, or set quotes: none where quotes are text"
 
 
 def parse_first(lines: Sequence[Line], delimiter: str, *, quoted: bool) -> tuple[list[str], int]:
-    """Return the cells of the first row and the number of its lines.
+    """Return the cells of the first row, and how many lines the row has.
 
-    Raises ValueError if its quotes are wrong.
+    quoted: whether the file has CSV quotes. Raises ValueError if the quotes of the row are wrong.
     """
     reader = _reader(lines, 0, delimiter, quoted)
     with _long_cells():
@@ -42,10 +43,13 @@ def parse_first(lines: Sequence[Line], delimiter: str, *, quoted: bool) -> tuple
 def parse_rows(
     lines: Sequence[Line], delimiter: str, *, quoted: bool, looks_like_row: LooksLikeRow, on_bad_line: OnBadLine
 ) -> Iterator[tuple[int, list[str]]]:
-    """Yield the number of the first line and the cells of every valid row."""
+    """Yield every valid row: the number of its first line, and its cells.
+
+    quoted: whether the file has CSV quotes. on_bad_line: called for every bad row.
+    """
     begin = 0
     while begin < len(lines):
-        start = begin  # after a mistake a new reader begins on the next line
+        start = begin  # after a bad row a new reader begins on the next line
         reader = _reader(lines, start, delimiter, quoted)
         while begin < len(lines):
             number = lines[begin][0]
@@ -84,8 +88,8 @@ def _swallowed(
     """Return the number of a line inside a quoted cell that looks like a complete row, or None.
 
     cells: those of the row that begins at lines[begin]. The first and the last line of a quoted
-    cell are read together with the cells beside it. They count only if one of their delimiters is
-    inside the quotes.
+    cell also contain the neighbouring cells. Such a line counts only if the part of it inside the
+    quotes contains a delimiter.
     """
     at = begin
     for column, cell in enumerate(cells):
@@ -116,7 +120,7 @@ def _reader(
 
 
 def _problem(error: str, delimiter: str) -> str:
-    """Return csv's error message in the terms of a user's file."""
+    """Return the csv module's error message, reworded for the user."""
     if error.startswith("unexpected end"):
         return f"its quote is never closed; {ADVICE}"
     if error.endswith("expected after '\"'"):
@@ -128,7 +132,10 @@ def _problem(error: str, delimiter: str) -> str:
 
 @contextmanager
 def _long_cells() -> Iterator[None]:
-    """Lift csv's limit on the length of a cell, which is global to the process, for one call."""
+    """Lift the csv module's limit on the length of a cell while the block runs.
+
+    The limit is a global setting of the process, so it is restored afterwards.
+    """
     before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         yield

@@ -1,4 +1,4 @@
-"""The bytes of a data file, and the file format by its name."""
+"""Reading of a data file's bytes and lines, and the suffix that decides its format."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def decoded_lines(content: bytes) -> Iterator[tuple[int, str]]:
-    """Yield the number (from 1) and the text without line end of every line that is not blank.
+    """Yield every line that is not blank: its number (from 1), and its text without the line end.
 
     Bytes that are not UTF-8 become surrogates in the text; `find_bad_byte` finds them.
     """
@@ -52,7 +52,11 @@ def decoded_lines(content: bytes) -> Iterator[tuple[int, str]]:
 
 
 def find_bad_byte(text: str) -> tuple[int, str] | None:
-    """Return the position (from 1) of a line's first byte that is not UTF-8, and the reason."""
+    """Find the first byte of a line that is not UTF-8.
+
+    Return the position of the byte (from 1) and an error message, or None if there is no such byte.
+    text: a line from `decoded_lines`.
+    """
     found = None if text.isascii() else _BAD_BYTE.search(text)
     if found is None:
         return None

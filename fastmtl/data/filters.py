@@ -10,9 +10,9 @@ from fastmtl.data.readers import Rows
 def drop_longest(rows: Rows, share: float) -> Rows:
     """Return the rows without the floor(share * n) rows that have the most words.
 
-    The words of a pair are those of both texts. Among rows of equal length the last are dropped.
-    This bounds the memory of a batch. Source: "BERT: A Master of All Trades or Jack of None?",
-    section 4.1, with the share 0.02.
+    n: the number of rows. The words of both texts of a pair count. Among rows with equally many
+    words the last are dropped. Dropping the longest rows bounds the memory of a batch. Source:
+    "BERT: A Master of All Trades or Jack of None?", section 4.1, with the share 0.02.
     """
     number = int(share * len(rows))
     if number == 0:

@@ -11,10 +11,10 @@ from fastmtl.errors import UserError, listed, unknown_name
 
 @dataclass(frozen=True)
 class Layout:
-    """The columns of a file by name, or by number from 0.
+    """The columns of a file, each by name or by number from 0.
 
-    others: names of further columns, which are not read. labels: class ids of label texts.
-    header: whether line 1 names the columns.
+    others: names of further columns that the file may have; they are not read. labels: the class id
+    of each label text. header: whether line 1 names the columns.
     """
 
     text: str | int
@@ -31,7 +31,7 @@ class Layout:
         return {role: column for role, column in named.items() if column is not None}
 
     def fits(self, header: list[str]) -> bool:
-        """Return whether a header has the text columns of this layout and no unknown column."""
+        """Return whether a header names the text columns of this layout and no unknown column."""
         texts = {self.text} if self.text_pair is None else {self.text, self.text_pair}
         return self.header and texts <= set(header) <= {*self.columns.values(), *self.others, *_ROW_NUMBERS}
 
@@ -51,8 +51,8 @@ CS224N = {
     "Quora": Layout(id="id", text="sentence1", text_pair="sentence2", label="is_duplicate"),
     "STS": Layout(id="id", text="sentence1", text_pair="sentence2", label="similarity"),
 }
-# https://gluebenchmark.com: tab-separated, quotes are part of the text. Class ids are those of
-# GLUE's own baselines.
+# https://gluebenchmark.com: tab-separated, quotes are part of the text. The class ids are those of
+# the baseline models that GLUE's authors published.
 _ENTAILMENT = {"entailment": 0, "not_entailment": 1}
 _PARSES = _others("sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse")
 GLUE = {
@@ -90,15 +90,19 @@ def check_format(name: str) -> None:
 
 
 def is_quoted(name: str, delimiter: str) -> bool:
-    """Return whether files of a format have CSV quotes by default.
+    """Return whether files of the format `name` have CSV quotes by default.
 
-    Tables with tabs have none, as the media type text/tab-separated-values is defined.
+    Format `table` has quotes with commas and none with tabs: the definition of the media type
+    text/tab-separated-values has no quotes.
     """
     return name == "cs224n" or (name == "table" and delimiter == ",")
 
 
 def has_header(name: str, first: list[str]) -> bool:
-    """Return whether `first`, the cells of line 1, names the columns. In CoLA it does not."""
+    """Return whether line 1 of a file names the columns; it does in all formats except CoLA's.
+
+    name: the format. first: the cells of line 1.
+    """
     return name != "glue" or any(layout.fits(first) for layout in GLUE.values()) or not _is_cola(first)
 
 
@@ -107,10 +111,10 @@ def _is_cola(cells: list[str]) -> bool:
 
 
 def find_layout(name: str, header: list[str], columns: Mapping[str, str | int], path: str) -> Layout:
-    """Return the layout of a file with this header. `columns` overrides it or, for `table`, defines
-    it.
+    """Return the layout of a file from its format `name` and its header.
 
-    Raises UserError naming the file if no layout of the format fits.
+    columns: the recipe's `columns`. They override columns of a known layout; for format `table`
+    they are the layout. Raises UserError naming the file if no layout of the format fits.
     """
     if name == "table":
         if "text" not in columns:

@@ -1,4 +1,4 @@
-"""Labels of rows: class ids and numbers from cells, by the same rule for CSV, JSON and Parquet."""
+"""Conversion of a label cell to a class id or a number, the same for CSV, JSON and Parquet."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from fastmtl.data.records import Record
 from fastmtl.errors import listed, quoted
 from fastmtl.files.label_text import as_label, as_number
 
-# Supported types of cells in JSON and Parquet. Binary data, lists, objects and dates have no unique
-# text.
+# Supported types of cells in JSON and Parquet. Binary data, lists, objects and dates are not
+# supported, since each can be written as text in several ways.
 CELLS = (str, int, float, Decimal)
 
 
 class BadCell(Exception):
-    """An unusable cell. reason: the expected and the found value."""
+    """Raised for an unusable cell. reason: a text with the expected and the found value."""
 
     def __init__(self, column: str | int, reason: str) -> None:
         super().__init__(reason)
@@ -24,11 +24,12 @@ class BadCell(Exception):
 
 
 class Labels:
-    """The labels of a task's file.
+    """Conversion of the label cells of one file.
 
-    If there are names (the task's `label_names` or the layout's), labels are names. Class ids from
-    0 are labels too, unless a name is itself a number or a boolean. With two classes, true is
-    class 1.
+    Regression: a cell is a number within the task's range. Classification and binary tasks: a cell
+    is a class name or a class id from 0. The names are the task's `label_names` or those of the
+    layout. Ids are not accepted if a name is itself a number or a boolean, since a cell could then
+    mean two classes. With two classes, true is class 1 and false is class 0.
     """
 
     def __init__(self, task: TaskConfig, layout: Layout) -> None:
@@ -45,9 +46,9 @@ class Labels:
         self._ids = {**ids, **self._names}
 
     def read(self, record: Record) -> float | int:
-        """Return the class id, or the number of a regression task.
+        """Return a row's class id, or its number if the task is regression.
 
-        Raises BadCell for any other value.
+        Raises BadCell for a cell that is neither.
         """
         value = record.cells.get(self._column)
         found = self._find(value)
@@ -57,7 +58,7 @@ class Labels:
         return found
 
     def can_read(self, value: object) -> bool:
-        """Return whether a cell has a valid label."""
+        """Return whether `value`, the content of a cell, is a valid label."""
         return self._find(value) is not None
 
     def _find(self, value: object) -> float | int | None:

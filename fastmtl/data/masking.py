@@ -1,4 +1,4 @@
-"""Batches for masked language modelling: 15 % of each sequence's tokens are tokens to predict.
+"""Batches for masked language modelling: the model predicts 15 % of the tokens of each sequence.
 
 Source: Devlin et al. 2019, section 3.1.
 """
@@ -31,10 +31,10 @@ SHARE, MASKED, RANDOM = 0.15, 0.8, 0.1
 class MaskedBatch:
     """A micro-batch for masked language modelling.
 
-    batch: the micro-batch with some tokens replaced.
-    positions: int64 [M], rows of the tokens to predict.
-    targets: int64 [M], the original token ids.
-    group_counts: one number, the tokens to predict of the optimiser step over all ranks and
+    batch: the micro-batch, in which most of the tokens to predict are replaced.
+    positions: int64 [M], the M tokens to predict, as positions in batch.input_ids.
+    targets: int64 [M], the original ids of these tokens.
+    group_counts: one number, how many tokens the whole optimiser step predicts, over all ranks and
     micro-batches.
     """
 
@@ -48,7 +48,7 @@ class MaskedBatch:
         return self.batch.num_tokens
 
     def to(self, device: torch.device | str) -> MaskedBatch:
-        """Copy the batch to a device, like `PackedBatch.to`."""
+        """Return the batch on `device`. The host does not wait for the copies."""
         positions, targets = upload(self.positions, device), upload(self.targets, device)
         return MaskedBatch(self.batch.to(device), positions, targets, self.group_counts)
 
@@ -59,11 +59,11 @@ class MaskedBatch:
 
 
 class MaskedStream(BatchStream):
-    """The batches of a `BatchStream`, masked as a pure function of (seed, epoch, step, micro-batch,
-    rank).
+    """The batches of a `BatchStream`, with tokens masked at random.
 
-    In a sequence of L tokens, max(1, round(0.15 L)) tokens are chosen, except special tokens. Of
-    the chosen ones 80 % become [MASK], 10 % become a random token and 10 % stay.
+    In a sequence of L tokens, max(1, round(0.15 L)) tokens are chosen, but no special tokens. 80 %
+    of the chosen tokens become [MASK], 10 % become a random token and 10 % stay. The choice depends
+    only on (seed, epoch, step, micro-batch, rank), so a resumed run repeats it.
     """
 
     def __init__(
@@ -81,7 +81,10 @@ class MaskedStream(BatchStream):
         self._special = np.array(tokenizer.all_special_ids)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[MaskedBatch]]:  # type: ignore[override]
-        """Yield this rank's `engine.accumulation` micro-batches of each step from `start_step`."""
+        """Yield one list per step from `start_step`: the micro-batches of this rank in that step.
+
+        A step has `engine.accumulation` micro-batches. epoch, start_step: counted from 0.
+        """
         for step, group in self._groups(epoch, start_step):
             total = sum(self._number(share) for shares in group for share in shares)
             yield [
@@ -90,7 +93,7 @@ class MaskedStream(BatchStream):
             ]
 
     def _number(self, draw: Draw) -> int:
-        """Return the number of tokens to predict in a rank's share."""
+        """Return the number of tokens to predict in `draw`, one rank's rows of a micro-batch."""
         tasks, rows = draw
         number = 0
         for t, dataset in enumerate(self._datasets):

@@ -1,8 +1,9 @@
-"""One batch of all tasks without padding.
+"""One batch with the sequences of all tasks one after the other, without padding.
 
 Shapes: N tokens, B sequences, T tasks of the recipe, E_t examples of task t in this batch.
-Sequences are sorted by task, so every task has a contiguous segment of tokens and of sequences,
-empty for an absent task. A bi-encoded pair is two sequences of its task, given by `pairs`.
+Sequences are sorted by task, so the tokens of a task are contiguous, and so are its sequences. A
+task that is absent from the batch has none. In a bi-encoded pair (`pairs: bi`) each text is a
+sequence of its own; `pairs` gives the two sequences of each example.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fastmtl_kernels.varlen_attention.plan import AttentionPlan, needs_plan
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """The tensors and host integers of one batch.
+    """One batch: its tensors, and the offsets as Python integers.
 
     input_ids, position_ids, token_type_ids: int64 [N]; positions start at 0 in every sequence.
     cu_seqlens: int32 [B + 1], sequence b is rows cu_seqlens[b]:cu_seqlens[b + 1].
@@ -29,15 +30,15 @@ class PackedBatch:
     offsets[t]:offsets[t + 1].
     labels: T tensors, int64 [E_t] (classification) or float32 [E_t] (binary, regression); None
     for a task without labels.
-    example_ids: T tensors int64 [E_t], the rows' positions in their data set.
-    pairs: T entries, int64 [E_t, 2] indices into the B sequences for bi-encoded pairs; None for a
-    task with one sequence per example.
-    group_counts: rows of each task over all ranks and micro-batches of this optimiser step (T host
-    integers), None outside training.
+    example_ids: T tensors int64 [E_t], the positions of the examples in their data set.
+    pairs: T entries; for bi-encoded pairs int64 [E_t, 2], the indices of both texts among the B
+    sequences; None for a task with one sequence per example.
+    group_counts: T integers, the examples of each task over all ranks and micro-batches of this
+    optimiser step; None outside training.
     host: the offsets as Python integers, so that no operation waits for the device.
-    plan: the plan of the attention kernels if `prepared` made one, else None.
-    cached: the data of the whole step that fastmtl.model.losses.cached_pairs adds for a task's
-    loss, else None.
+    plan: the AttentionPlan if `prepared` made one, else None.
+    cached: data that the loss of a task needs about the whole step, added by
+    fastmtl.model.losses.cached_pairs; else None.
     """
 
     input_ids: Tensor
@@ -68,20 +69,27 @@ class PackedBatch:
         return tuple(int(ids.shape[0]) for ids in self.example_ids)
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """Return the batch on `device`, `prepared` for its kernels. The host does not wait for the
-        copies.
+        """Return the batch on `device`, after calling `prepared`.
+
+        The host does not wait for the copies.
         """
         return self.prepared(torch.device(device)).map(lambda tensor: upload(tensor, device))
 
     def prepared(self, device: torch.device) -> PackedBatch:
-        """Return the batch with a plan of attention, if it is on the CPU and `device` needs one."""
+        """Return the batch with an AttentionPlan, or unchanged if `device` needs no plan.
+
+        Also unchanged if the batch is no longer on the CPU: a plan is made from CPU data.
+        """
         if self.plan is not None or self.input_ids.device.type != "cpu" or not needs_plan(device):
             return self
         plan = AttentionPlan.make(self.host.cu_seqlens, self.num_tokens)
         return dataclasses.replace(self, plan=plan, host=dataclasses.replace(self.host, plan=plan))
 
     def attention_plan(self) -> AttentionPlan | None:
-        """Return the plan of attention on the batch's device, None if its kernels need none."""
+        """Return the AttentionPlan on the batch's device, None if its kernels need none.
+
+        This call makes the plan if `prepared` has made none.
+        """
         device = self.input_ids.device
         if self.plan is not None or not needs_plan(device):
             return self.plan
@@ -102,7 +110,7 @@ class PackedBatch:
         return dataclasses.replace(self, **{f.name: mapped(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
     def task(self, index: int) -> PackedBatch:
-        """Return the batch with the sequences of one task; the other tasks have empty segments."""
+        """Return the batch with the sequences of task `index` only; the other tasks are empty."""
         token_start, token_stop = self.host.token_offsets[index : index + 2]
         seq_start, seq_stop = self.host.seq_offsets[index : index + 2]
         rows = slice(token_start, token_stop)
@@ -141,7 +149,7 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class HostOffsets:
-    """The offsets of a `PackedBatch` as Python integers. plan: its plan of attention on the CPU."""
+    """The offsets of a `PackedBatch` as Python integers. plan: its AttentionPlan on the CPU."""
 
     cu_seqlens: tuple[int, ...]
     seq_offsets: tuple[int, ...]
@@ -149,7 +157,10 @@ class HostOffsets:
     plan: AttentionPlan | None = field(default=None, compare=False)
 
     def plan_of(self, num_rows: int) -> AttentionPlan:
-        """Return the plan on the CPU for buffers of `num_rows` rows, at least as many as tokens."""
+        """Return the AttentionPlan on the CPU for buffers that are padded to `num_rows` rows.
+
+        num_rows: at least the number of tokens.
+        """
         if self.plan is not None:
             return self.plan.with_rows(num_rows)
         return AttentionPlan.make(self.cu_seqlens, num_rows)

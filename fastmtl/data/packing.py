@@ -14,10 +14,11 @@ from fastmtl.data.tokenized import TokenizedDataset
 def pack(
     parts: Sequence[tuple[TokenizedDataset | None, np.ndarray]], group_counts: Sequence[int] | None = None
 ) -> PackedBatch:
-    """Pack rows into a batch on the CPU.
+    """Return a batch on the CPU with the given rows of each task.
 
-    parts: for each of the T tasks its data set and row numbers, int [E_t] (empty for an absent
-    task). group_counts: rows of each task in the whole optimiser step.
+    parts: T tuples, a task's data set and the numbers of its rows in this batch, int [E_t] (empty
+    for an absent task). group_counts: T integers, the rows of each task in the whole optimiser
+    step.
     """
     ids, positions, types, lengths, seq_counts, token_counts = [], [], [], [], [], []
     labels: list[torch.Tensor | None] = []

@@ -1,7 +1,8 @@
-"""Prefetching: a thread draws, packs, plans, pins and copies the batches of the next steps.
+"""Prefetching: while a step trains, a thread prepares the batches of the next steps.
 
-A thread is enough: packing 8,192 tokens takes half a millisecond of numpy. Processes would have to
-send the batches back.
+The thread draws the rows, packs them, plans their attention and copies the batch to the device from
+pinned memory. Processes are not needed: packing 8,192 tokens takes half a millisecond of numpy, and
+a process would have to send each batch to the training process.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from torch import Tensor
 
 
 class Batch(Protocol):
-    """A group of tensors that are copied to a device together."""
+    """The method that a batch needs for prefetching."""
 
     def to(self, device: torch.device) -> Any:
-        """Copy the batch to a device without waiting."""
+        """Return the batch on `device`. The host does not wait for the copies."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Any: ...
 
@@ -31,11 +32,12 @@ Kind = TypeVar("Kind", bound=Batch)
 
 @contextmanager
 def ahead(steps: Iterable[Sequence[Kind]], depth: int, device: torch.device) -> Iterator[Iterator[list[Kind]]]:
-    """Provide each step's micro-batches on `device`, in order, prepared up to `depth` steps ahead.
+    """Provide an iterator over the steps: per step, the list of its micro-batches on `device`.
 
-    With depth 0 each step is prepared on request. An error in a step is raised in place of that
-    step, after the steps before it. Leaving the block ends the thread. The caller must not read
-    from `steps` itself.
+    A context manager; leaving its block ends the thread. The thread prepares up to `depth` steps
+    before they are requested; with depth 0 there is no thread, and each step is prepared on
+    request. If preparing a step raises an error, the iterator first returns the earlier steps and
+    then raises that error. The caller must not read from `steps`, since the thread does.
     """
     if depth == 0:
         yield ([batch.to(device) for batch in step] for step in steps)
@@ -49,7 +51,7 @@ def ahead(steps: Iterable[Sequence[Kind]], depth: int, device: torch.device) -> 
 
 @dataclass(frozen=True)
 class _Made(Generic[Kind]):
-    """copied: recorded after the copies to the device; None if nothing is copied."""
+    """One prepared step. copied: a CUDA event after the copies to the device; None on CPUs."""
 
     batches: list[Kind]
     copied: torch.cuda.Event | None
@@ -59,7 +61,7 @@ class _Worker(Generic[Kind]):
     def __init__(self, steps: Iterator[Sequence[Kind]], depth: int, device: torch.device) -> None:
         self._steps, self._device = steps, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # None marks the end.
+        # Prepared steps in order. An exception is the error of a step; None marks the end.
         self._made: queue.SimpleQueue[_Made[Kind] | BaseException | None] = queue.SimpleQueue()
         self._room = threading.Semaphore(depth)
         self._closed = False
@@ -110,6 +112,10 @@ class _Worker(Generic[Kind]):
 
 
 def _used_here(tensor: Tensor) -> Tensor:
-    """Keep the tensor's memory, allocated on the copying stream, until this stream has used it."""
+    """Return the tensor, after protecting its memory from reuse.
+
+    The copying stream allocated the memory. Without record_stream the allocator could reuse it
+    before the current stream has finished reading.
+    """
     tensor.record_stream(torch.cuda.current_stream(tensor.device))
     return tensor

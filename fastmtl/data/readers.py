@@ -1,4 +1,4 @@
-"""Reading of a task's files into rows, with every cell checked."""
+"""Reading of a task's files into rows. Every cell is checked."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from fastmtl.files.user_path import user_path
 class Rows:
     """n rows of a task.
 
-    labels: int64 [n] (classification), float32 [n] (binary 0 or 1, regression), None for files
-    without labels. skipped: bad rows that were left out (`on_bad_row: skip`). notes: lines for the
-    user about other changes of the file's rows.
+    labels: int64 [n] (classification) or float32 [n] (binary: 0 or 1; regression); None for files
+    without labels. skipped: the bad rows that were left out (`on_bad_row: skip`). notes: messages
+    for the user about rows that were left out or changed for other reasons.
     """
 
     path: Path
@@ -56,10 +56,10 @@ class Rows:
 def read_rows(
     task: TaskConfig, data: DataConfig, split: Literal["train", "dev", "test"], *, require_labels: bool = True
 ) -> Rows:
-    """Read the rows of a split. Relative file names are looked up in `data.dir`.
+    """Return the rows of a task's train, dev or test file. Relative paths start at `data.dir`.
 
-    Training rows are cut to the share `data.fraction`, the same rows in every run, and then to
-    `limit`. Raises UserError like `read_file`.
+    Of the training rows, a random share `data.fraction` is kept, the same rows in every run, and of
+    these the first `limit`. Raises UserError where `read_file` raises it.
     """
     name = getattr(task.data, split)
     if name is None:
@@ -78,14 +78,14 @@ def read_file(
     on_bad_row: Literal["error", "skip"] = "error",
     require_labels: bool = True,
 ) -> Rows:
-    """Read one file in the task's format.
+    """Return the rows of one file in the task's format.
 
-    require_labels: whether the rows need labels. If False, the label column is not read, so it may
-    be missing, empty or -1.
+    on_bad_row: "skip" leaves bad rows out. require_labels: whether every row needs a label. If
+    False, the label column is not read, so it may be missing, empty or -1.
 
     Raises UserError naming file, line and column for a bad row (missing text, label not a number or
-    out of range, wrong number of columns, not UTF-8, wrong quotes) unless on_bad_row is "skip".
-    Also raises it for a file without rows or without a required column.
+    out of range, wrong number of columns, not UTF-8, wrong quotes) unless on_bad_row is "skip",
+    and naming the file if it has no rows or lacks a required column.
     """
     skipped: list[BadRow] = []
 
@@ -148,9 +148,10 @@ def _repeated_ids(path: Path, ids: list[str], lines: list[int]) -> list[str]:
 
 
 def _share(rows: int, fraction: float) -> np.ndarray:
-    """Return the row numbers of a share of the rows, int64, ascending, at least one.
+    """Return the numbers of randomly chosen rows, int64, ascending: round(fraction * rows) of them.
 
-    A smaller share is a subset of a larger one.
+    At least one row is chosen. The choice is the same in every run. The rows of a smaller fraction
+    are among those of a larger one.
     """
     drawn = np.random.default_rng(0).permutation(rows)[: max(1, round(fraction * rows))]
     return np.sort(drawn)
@@ -160,11 +161,11 @@ def _text(record: Record, column: str | int) -> str:
     text = _cell(record, column)
     if not text:
         raise BadCell(column, "expected a text, found none")
-    return " ".join(text.split())  # stray spaces carry no meaning for a BERT tokenizer
+    return " ".join(text.split())  # a BERT tokenizer treats several spaces as one
 
 
 def _cell(record: Record, column: str | int) -> str:
-    """Return a cell as text without surrounding spaces, "" for an empty cell.
+    """Return the text of a cell without surrounding spaces, "" for an empty or missing cell.
 
     Raises BadCell for a value that is not text or a number.
     """

@@ -16,7 +16,7 @@ from fastmtl.errors import UserError, one_line, shortened
 
 @dataclass(frozen=True)
 class BadRow:
-    """An unusable row: its line (Parquet: row number), the column and the reason."""
+    """An unusable row: its line number (Parquet: row number), its column, and the error message."""
 
     line: int
     column: str
@@ -28,13 +28,16 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Record:
-    """A row. cells: by the column's name and, in CSV and TSV files, also by its number from 0."""
+    """One row of a file.
+
+    cells: the cells by column name; in CSV and TSV files also by column number from 0.
+    """
 
     line: int
     cells: Mapping[str | int, object]
 
 
-# Called with every bad row: raises an error, or counts the row and returns.
+# Called with every bad row: either raises an error, or records the row so that it is skipped.
 OnBadRow = Callable[[BadRow], None]
 
 
@@ -42,9 +45,10 @@ OnBadRow = Callable[[BadRow], None]
 class Source:
     """An opened file.
 
-    header: the column names; empty names for a file without a header. first: the cells of the first
-    line in CSV and TSV files, else None. delimiter: that of CSV and TSV files, else None. records:
-    yields all rows; its argument decides whether a line inside a quoted cell looks like a row.
+    header: the column names; a file without a header has empty names. first: the cells of the first
+    line of a CSV or TSV file, else None. delimiter: the delimiter of a CSV or TSV file, else None.
+    records: a function that yields all rows. Its argument is a function that takes the cells of a
+    line inside a quoted cell and returns whether the line looks like a row.
     """
 
     header: list[str]
@@ -58,9 +62,10 @@ def open_source(
 ) -> Source:
     """Open a file by its suffix: JSON lines, Parquet, or else text with tabs or commas.
 
-    quoted: takes the delimiter, returns whether the file has CSV quotes. header: takes the cells of
-    the first line, returns whether they name the columns. bad: called with every bad row.
-    Raises UserError for a missing, unreadable or empty file and for an unreadable first line.
+    quoted: a function that takes the delimiter and returns whether the file has CSV quotes.
+    header: a function that takes the cells of the first line and returns whether they name the
+    columns. bad: called with every bad row, while `Source.records` yields the rows. Raises
+    UserError for a missing, unreadable or empty file and for an unreadable first line.
     """
     if ending(path) in PARQUET:
         return _parquet(path)
@@ -71,7 +76,7 @@ def open_source(
         lines = [line for line in lines if line[1].strip()]
         _check_any(path, lines)
         return _json_lines(lines, bad)
-    while lines and not lines[0][1].strip():  # tabs alone name no columns
+    while lines and not lines[0][1].strip():  # a line of tabs only cannot be a header
         del lines[0]
     _check_any(path, lines)
     return _delimited(path, lines, quoted, header, bad)
@@ -91,7 +96,7 @@ def _delimited(
 ) -> Source:
     number, text = lines[0]
     bad_byte = find_bad_byte(text)
-    if bad_byte is not None:  # the first line may name the columns, so no other can take its place
+    if bad_byte is not None:  # an error even with on_bad_row: skip, since this line may be the header
         raise UserError(f"{path}, line {number}, byte {bad_byte[0]}: {bad_byte[1]}")
     delimiter = "\t" if ending(path) == ".tsv" or _has_tabs(lines) else ","
     if delimiter == ",":
@@ -114,8 +119,10 @@ def _delimited(
 
 
 def _has_tabs(lines: list[Line]) -> bool:
-    """Return whether tabs are the delimiters: the first line has tabs, and no commas or most lines
-    have tabs too.
+    """Return whether the delimiter is the tab.
+
+    It is if the first line has tabs and no commas, or if it has both and most of the first 100
+    lines have tabs.
     """
     first, several = lines[0][1], lines[:100]
     return "\t" in first and ("," not in first or 2 * sum("\t" in text for _, text in several) > len(several))
@@ -148,7 +155,7 @@ def _json_lines(lines: list[Line], bad: OnBadRow) -> Source:
             value = json.loads(text, object_pairs_hook=_each_key_once)
         except json.JSONDecodeError as error:
             bad(BadRow(number, str(error.colno), f"expected a JSON object: {error.msg}"))
-        except (ValueError, RecursionError) as error:  # an equal key, a number of thousands of digits, deep nesting
+        except (ValueError, RecursionError) as error:  # a key twice, a number of thousands of digits, or deep nesting
             bad(BadRow(number, "1", str(error)))
         else:
             if isinstance(value, dict):

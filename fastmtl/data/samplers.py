@@ -1,7 +1,8 @@
-"""Samplers: each task's share of an epoch's rows.
+"""Samplers: functions that return each task's share of the rows of an epoch.
 
-To add a sampler, write a function here and name it in SAMPLERS. `Schedule` turns shares into
-batches.
+To add a sampler, write a function here and add it to SAMPLERS. `Schedule` makes batches from the
+shares. In the formulas below N_t is the number of rows of task t, T the number of tasks, E the
+number of epochs, and p_t the share of task t.
 """
 
 from __future__ import annotations
@@ -13,32 +14,32 @@ import numpy as np
 from fastmtl.errors import unknown_name
 
 # (rows of each task [T], rows per micro-batch of each task [T], epoch from 0, number of epochs) ->
-# weights [T] of any scale
+# shares [T], which need not add up to 1
 Sampler = Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]
 
 
 def round_robin(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs: int) -> np.ndarray:
-    """Each task's own batch size in every micro-batch; small files are cycled."""
+    """Give every micro-batch the batch size of each task; the rows of small files repeat."""
     return batch_sizes
 
 
 def joint(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs: int) -> np.ndarray:
-    """Like round_robin, but an epoch is one pass over the largest file; the others are cycled."""
+    """Like round_robin, with an epoch of one pass over the largest file; the other files repeat."""
     return batch_sizes
 
 
 def proportional(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs: int) -> np.ndarray:
-    """p_t = N_t / sum N: every row once per epoch."""
+    """p_t = N_t / (sum of all N): every row is used once per epoch."""
     return sizes
 
 
 def sequential(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs: int) -> np.ndarray:
-    """Every row once per epoch, one task after the other in the recipe's order."""
+    """Use every row once per epoch, one task after the other in the recipe's order."""
     return sizes
 
 
 def uniform(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs: int) -> np.ndarray:
-    """p_t = 1 / T."""
+    """p_t = 1 / T: all tasks have the same share."""
     return np.ones(len(sizes))
 
 
@@ -56,7 +57,10 @@ def annealed(sizes: np.ndarray, batch_sizes: np.ndarray, epoch: int, epochs: int
 
 
 def progress(epoch: int, epochs: int) -> float:
-    """Return (e - 1) / (E - 1), or 0 if E = 1, for epoch = e - 1."""
+    """Return how far the run is: 0 in the first epoch, 1 in the last, 0 if there is only one.
+
+    epoch: counted from 0.
+    """
     return epoch / (epochs - 1) if epochs > 1 else 0.0
 
 

@@ -1,7 +1,8 @@
-"""The schedule of an epoch: rows of each task per stretch of micro-batches, by the sampler's
-shares.
+"""The schedule of an epoch: how many rows of each task its micro-batches have.
 
-It is a pure function of the data sets' sizes, the recipe, the number of ranks and the epoch.
+The sampler's shares decide it. An epoch is divided into stretches, and each stretch has its own
+numbers of rows. The schedule depends only on the data sets' sizes, the recipe, the number of ranks
+and the epoch.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from fastmtl.data.compromise import drawn_batches, free_shares, loss_divisors
 from fastmtl.data.samplers import find_sampler
 from fastmtl.errors import UserError, unknown_name
 
-# Samplers that fix a micro-batch by the tasks' batch sizes, so that it cannot be filled by tokens.
+# Samplers whose micro-batches have `sampler.batch_size` rows: `sampler.batch_tokens` cannot apply.
 BY_BATCH_SIZE = ("sequential", "joint", "compromise")
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """A part of an epoch in which the tasks are evenly mixed.
+    """A part of an epoch in which the rows of each task are spread evenly.
 
-    counts: rows of each task over all ranks, int64 [T]. micro_batches: their number, in whole
-    optimiser steps.
+    counts: rows of each task over all ranks, int64 [T]. micro_batches: the number of micro-batches,
+    a multiple of `engine.accumulation`, so that the stretch has whole optimiser steps.
     """
 
     counts: np.ndarray
@@ -37,7 +38,8 @@ class Schedule:
     """The stretches, steps and loss weights of a run's epochs.
 
     sizes: rows of each task's training file, in the recipe's order. world: number of processes.
-    Raises UserError for settings that name no task or exclude each other, and for too few rows.
+    Raises UserError for settings with unknown task names, for settings that exclude each other, and
+    for files with too few rows for one step.
     """
 
     def __init__(self, sizes: Sequence[int], recipe: Recipe, world: int = 1) -> None:
@@ -53,18 +55,22 @@ class Schedule:
                 self._check_filled(stretch)
 
     def steps(self, epoch: int) -> int:
-        """Return the optimiser steps of an epoch (from 0) by `batch_size`."""
+        """Return the number of optimiser steps of an epoch (from 0).
+
+        Only without `batch_tokens`; with it, `BatchStream.steps` counts.
+        """
         return sum(stretch.micro_batches for stretch in self.stretches(epoch)) // self._accumulation
 
     def quotas(self, epoch: int) -> np.ndarray:
-        """Return the rows of each task in an epoch, int64 [T]."""
+        """Return how many rows of each task an epoch has, int64 [T]. epoch: counted from 0."""
         return np.sum([stretch.counts for stretch in self.stretches(epoch)], axis=0)
 
     @functools.cache  # noqa: B019 - one schedule per run
     def stretches(self, epoch: int) -> tuple[Stretch, ...]:
         """Return the epoch's stretches in order.
 
-        With `batch_tokens` there is one, and its `micro_batches` is 0.
+        With `batch_tokens` an epoch has one stretch, whose `micro_batches` is 0: the lengths of the
+        rows decide how many micro-batches there are.
         """
         sizes = self._sizes * self._phased_in(epoch)
         weights = self._share(self._sizes, self.batch_sizes, epoch, self._epochs) * self._phased_in(epoch)
@@ -99,8 +105,9 @@ class Schedule:
         return (Stretch(_rounded(shares, rows), steps * self._accumulation),)
 
     def loss_weights(self, epoch: int, step: int) -> dict[str, float] | None:
-        """Return the factors of the tasks' mean losses in a step, None for samplers without
-        factors.
+        """Return the factor of each task's mean loss in a step, by task name (both from 0).
+
+        None for every sampler except `compromise`: the losses have no factors.
         """
         if self._sampler.name != "compromise":
             return None
@@ -112,7 +119,11 @@ class Schedule:
         return -(-int(rows) // int(rows_per_step)) * self._accumulation
 
     def _drawn_from(self, sizes: np.ndarray) -> np.ndarray:
-        """Return the rows of each task in an epoch after subsampling and oversampling."""
+        """Return how many rows of each task the sampler uses, int64 [T].
+
+        These are the file's rows `sizes`, limited by `subsample` and multiplied by `oversample`,
+        the latter up to the size of the largest file.
+        """
         most = self._per_task("subsample", self._sampler.subsample, needs_all=False)
         sizes = np.array(
             [min(size, most.get(name, size)) for name, size in zip(self._recipe.tasks, sizes, strict=True)]
@@ -122,9 +133,10 @@ class Schedule:
         return np.minimum(sizes * self._sampler.oversample, sizes.max()).astype(np.int64)
 
     def _phased_in(self, epoch: int) -> np.ndarray:
-        """Return the curriculum's factors of the tasks' shares, [T].
+        """Return the factors by which the curriculum multiplies the tasks' shares, [T].
 
-        The largest file has 1. The factor of the k-th largest (from 0) of T files grows from 0 to 1
+        The curriculum adds the tasks one after the other, the largest file first. The largest file
+        always has the factor 1. The factor of the k-th largest file (from 0) of T grows from 0 to 1
         between the epochs (k - 1) d and k d, where d = curriculum / (T - 1).
         """
         length = self._sampler.curriculum
@@ -182,7 +194,7 @@ class Schedule:
 
 
 def too_few_rows(rows: int, micro_batches: int) -> UserError:
-    """Return the error for data with fewer rows than a step has micro-batches."""
+    """Return the error for files whose `rows` rows are fewer than the micro-batches of one step."""
     return UserError(
         f"the training files hold {rows} rows, fewer than the {micro_batches} micro-batches of one step: lower "
         "engine.accumulation or the number of processes"
@@ -190,7 +202,7 @@ def too_few_rows(rows: int, micro_batches: int) -> UserError:
 
 
 def _rounded(shares: np.ndarray, rows: int) -> np.ndarray:
-    """Return `rows` split by `shares`, int64 [T], rounded so that the sum stays."""
+    """Return `rows` divided among the tasks by `shares`, int64 [T]. The sum is exactly `rows`."""
     exact = shares / shares.sum() * rows
     quotas = np.floor(exact + 1e-9).astype(np.int64)
     missing = rows - int(quotas.sum())

@@ -1,9 +1,9 @@
-"""The batches of a run: their rows, the order and each rank's share.
+"""The batches of a run: the rows of every micro-batch, their order, and the rows of each rank.
 
-All of it is a pure function of (seed, epoch, step). So all ranks draw the same rows without
-communication, and these numbers are all the state that resuming needs. An epoch is one interleaved
-sequence of rows of all tasks, in which every stretch has the sampler's shares. The sequence is cut
-into micro-batches, and the rows of each micro-batch are split over the ranks.
+All of this depends only on (seed, epoch, step). So all ranks draw the same rows without
+communication, and a resumed run needs no other state. An epoch is one sequence of rows of all
+tasks, interleaved by the shares of the sampler (see fastmtl.data.schedule). The sequence is cut
+into micro-batches, and the rows of each micro-batch are divided among the ranks.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from fastmtl.data.token_plan import filled, whole_steps
 from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.errors import UserError
 
-# Rows of one micro-batch: (task [n], row [n]).
+# n rows of a micro-batch: (index of the task [n], number of the row in the task's data set [n]).
 Draw = tuple[np.ndarray, np.ndarray]
 
 
 class BatchStream:
-    """Micro-batches for training.
+    """The micro-batches of one process for training.
 
-    datasets: one per task, in the recipe's order. rank, world: this process and the number of
-    processes. Raises UserError for batch sizes of unknown tasks and for too few rows.
+    datasets: one per task, in the recipe's order. rank: the number of this process. world: the
+    number of processes. Raises UserError where `Schedule` raises it, and for a `batch_tokens` that
+    is less than the longest row.
     """
 
     def __init__(self, datasets: Sequence[TokenizedDataset], recipe: Recipe, rank: int = 0, world: int = 1) -> None:
@@ -38,24 +39,30 @@ class BatchStream:
         self._rank, self._world = rank, world
         self._lengths = [dataset.lengths for dataset in datasets]
         self._accumulation = recipe.engine.accumulation
-        self._ends = [np.zeros(len(datasets), dtype=np.int64)]  # the results of _left_out from epoch -1 on
+        self._ends = [np.zeros(len(datasets), dtype=np.int64)]  # cached results of _left_out, beginning with epoch -1
         if recipe.sampler.batch_tokens is not None:
             self._check_budget(recipe.sampler.batch_tokens)
         self._schedule = Schedule([len(dataset) for dataset in datasets], recipe, world)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps of the first epoch. With batch_tokens other epochs differ slightly."""
+        """The number of optimiser steps of the first epoch.
+
+        With `batch_tokens` the numbers of later epochs differ slightly.
+        """
         return self.steps(0)
 
     def steps(self, epoch: int) -> int:
-        """Return the optimiser steps of an epoch (from 0)."""
+        """Return the number of optimiser steps of an epoch (from 0)."""
         if self._recipe.sampler.batch_tokens is None:
             return self._schedule.steps(epoch)
         return len(self._token_plan(epoch)) // self._accumulation
 
     def notes(self, epochs: int) -> list[str]:
-        """Return a line about the rows that no step takes in `epochs` epochs, if there are any."""
+        """Return a message for the user about rows that a run of `epochs` epochs never uses.
+
+        The list has one message, or none if there are no such rows.
+        """
         rows = int(self._left_out(epochs - 1).sum())
         if not rows:
             return []
@@ -67,24 +74,31 @@ class BatchStream:
         ]
 
     def loss_weights(self, epoch: int, step: int) -> dict[str, float] | None:
-        """Return `Schedule.loss_weights` of a step in an epoch (both from 0)."""
+        """Return the factor of each task's mean loss in a step (see `Schedule.loss_weights`)."""
         return self._schedule.loss_weights(epoch, step)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[PackedBatch]]:
-        """Yield this rank's `engine.accumulation` micro-batches of each step from `start_step`."""
+        """Yield one list per step from `start_step`: the micro-batches of this rank in that step.
+
+        A step has `engine.accumulation` micro-batches. epoch, start_step: counted from 0.
+        """
         for _, group in self._groups(epoch, start_step):
             all_tasks = np.concatenate([tasks for shares in group for tasks, _ in shares])
             counts = np.bincount(all_tasks, minlength=len(self._datasets)).tolist()
             yield [self._pack(shares[self._rank], counts) for shares in group]
 
     def rest(self, epochs: int, epoch: int, start_step: int) -> Iterator[list[PackedBatch]]:
-        """Yield the steps from `start_step` of `epoch` to the end of the run of `epochs` epochs."""
+        """Yield the micro-batches of every step from `start_step` of `epoch` to the end of the run.
+
+        epochs: the number of epochs of the run. The lists are those of `epoch`.
+        """
         for number in range(epoch, epochs):
             yield from self.epoch(number, start_step if number == epoch else 0)
 
     def _groups(self, epoch: int, start_step: int) -> Iterator[tuple[int, list[list[Draw]]]]:
-        """Yield number and micro-batches, as lists of shares per rank, of each step from
-        `start_step`.
+        """Yield (number, micro-batches) of each step from `start_step`.
+
+        A micro-batch is a list with the rows of each rank.
         """
         micro_batches = self._micro_batches(epoch)
         for step in range(start_step, self.steps(epoch)):
@@ -95,7 +109,7 @@ class BatchStream:
         return pack([(dataset, rows[tasks == t]) for t, dataset in enumerate(self._datasets)], group_counts)
 
     def _micro_batches(self, epoch: int) -> list[list[Draw]]:
-        """Return all micro-batches of an epoch, each as a list of shares per rank."""
+        """Return all micro-batches of an epoch, each as a list with the rows of each rank."""
         tasks, rows = self._sequence(epoch)
         lengths = self._row_lengths(tasks, rows)
         if self._recipe.sampler.batch_tokens is not None:
@@ -113,8 +127,9 @@ class BatchStream:
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - one stream per run
     def _token_plan(self, epoch: int) -> list[list[np.ndarray]]:
-        """Return the micro-batches by `batch_tokens`: index arrays into the epoch's sequence per
-        rank.
+        """Return the micro-batches of an epoch if they are filled by `batch_tokens`.
+
+        A micro-batch is a list with one array per rank, indices into the result of `_sequence`.
         """
         budget = self._recipe.sampler.batch_tokens
         assert budget is not None
@@ -126,9 +141,9 @@ class BatchStream:
         return [[np.array(part) for part in parts] for parts in plan]
 
     def _left_out(self, epoch: int) -> np.ndarray:
-        """Return the rows of each task at an epoch's end that no step takes, int64 [T].
+        """Return how many rows of each task no step of this epoch uses, int64 [T].
 
-        They are not 0 only with `batch_tokens`.
+        The next epoch begins with these rows. 0 without `batch_tokens`.
         """
         if self._recipe.sampler.batch_tokens is None:
             return np.zeros(len(self._datasets), dtype=np.int64)
@@ -142,9 +157,11 @@ class BatchStream:
         return self._ends[epoch + 1]
 
     def _sequence(self, epoch: int) -> Draw:
-        """Return the epoch's rows in order, with those that the previous epoch left out.
+        """Return the rows of an epoch in order.
 
-        In each stretch, the j-th of Q_t rows of task t is at (j + 1/2) / Q_t of its length.
+        Rows that the previous epoch left out come in the first stretch. In a stretch with Q_t rows
+        of task t, the j-th of these rows (from 0) is placed at the fraction (j + 1/2) / Q_t of the
+        stretch, so that the tasks are mixed evenly.
         """
         left_out = self._left_out(epoch - 1)
         stretches = [stretch.counts for stretch in self._schedule.stretches(epoch)]
@@ -164,9 +181,10 @@ class BatchStream:
         return np.concatenate(tasks), np.concatenate(rows)
 
     def _rows(self, task: int, start: int, quota: int) -> np.ndarray:
-        """Return `quota` rows of a task after the first `start`.
+        """Return the numbers of the next `quota` rows of a task if `start` rows are used already.
 
-        They come from an endless sequence of permutations, which continues over epochs.
+        The order is an endless sequence of permutations of the task's rows. It does not restart
+        with an epoch, so every row is used once before any row repeats.
         """
         size = len(self._datasets[task])
         first, last = start // size, (start + max(quota, 1) - 1) // size
@@ -195,10 +213,12 @@ class BatchStream:
 def evaluation_batches(
     dataset: TokenizedDataset, task_index: int, num_tasks: int, max_tokens: int, rank: int = 0, world: int = 1
 ) -> Iterator[PackedBatch]:
-    """Yield this rank's batches of a data set; all ranks together have every row once.
+    """Yield the batches of this rank for evaluating one data set.
 
-    A batch has rows of similar length and at most `max_tokens` tokens, or one longer row.
-    `example_ids` are the row numbers. The other num_tasks - 1 tasks are empty.
+    All ranks together yield every row once. A batch has rows of similar length, with at most
+    `max_tokens` tokens in all; a row that is longer is a batch of its own. Its `example_ids` are
+    the row numbers in the data set. Task `task_index` of num_tasks has the rows; the others are
+    empty.
     """
     order = np.argsort(-dataset.lengths, kind="stable")
     batches: list[list[int]] = []

@@ -1,6 +1,7 @@
-"""Micro-batches filled by tokens: the assignment of rows to ranks, in whole optimiser steps.
+"""Assignment of rows to micro-batches and ranks under a budget of tokens (`sampler.batch_tokens`).
 
-A cell is one rank's share of one micro-batch, a list of positions in the epoch's sequence.
+A cell is the rows of one rank in one micro-batch: a list of positions in the epoch's sequence of
+rows. A plan is a list of micro-batches, each a list of one cell per rank.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ Cell = list[int]
 
 
 def filled(lengths: Sequence[int], budget: int, world: int) -> list[list[Cell]]:
-    """Return micro-batches of `world` cells, filled in the order of the sequence.
+    """Return a plan for all rows, filled in the order of the sequence.
 
-    A row goes to the rank with the fewest tokens so far. If it does not fit there, a new
-    micro-batch begins. The last micro-batch may have empty cells.
+    A row goes to the cell with the fewest tokens. If the row does not fit there, a new micro-batch
+    begins. The last micro-batch may have empty cells.
 
-    lengths: tokens of each row, at most `budget` each.
+    lengths: tokens of each row, at most `budget`. budget: the most tokens of a cell. world: the
+    number of ranks.
     """
     plan: list[list[Cell]] = []
     loads: list[tuple[int, int]] = []
@@ -34,12 +36,13 @@ def filled(lengths: Sequence[int], budget: int, world: int) -> list[list[Cell]]:
 
 
 def whole_steps(plan: list[list[Cell]], lengths: Sequence[int], accumulation: int, world: int) -> list[list[Cell]]:
-    """Return a plan of whole steps of `accumulation` micro-batches without empty cells.
+    """Return the plan, changed so that every step is whole.
 
-    plan: the result of `filled`. A plan of whole steps is returned unchanged. Otherwise the last
-    steps are rebuilt, as few as have a row for each cell, by halving their cells. Half a cell is
-    within the budget. If no number of last steps has enough rows (they are so long that nearly
-    every cell has one), the rows of the last step, fewer than accumulation * world, are left out.
+    A whole step has `accumulation` micro-batches and no empty cell. plan: the result of `filled`.
+    If its last step is not whole, the cells of the last steps are halved until there are enough;
+    half a cell stays within the budget. This rebuilds the fewest last steps that have a row for
+    each cell. If no number of last steps has enough rows (rows so long that nearly every cell has
+    one row), the last step is left out: fewer than accumulation * world rows.
     """
     if len(plan) % accumulation == 0 and all(map(all, plan[-1:])):
         return plan
@@ -54,18 +57,21 @@ def whole_steps(plan: list[list[Cell]], lengths: Sequence[int], accumulation: in
 
 
 def _halved(cells: list[Cell], number: int) -> list[Cell]:
-    """Return the same rows in `number` cells, by halving the cell with the most rows repeatedly."""
+    """Return `number` cells with the rows of `cells`, by halving the fullest cell repeatedly."""
     heap = [(-len(cell), cell) for cell in cells]
     heapq.heapify(heap)
     while len(heap) < number:
         _, cell = heapq.heappop(heap)
-        for half in (cell[::2], cell[1::2]):  # each half has the tasks of the whole cell
+        for half in (cell[::2], cell[1::2]):  # every second row, so that both halves have a similar mix of tasks
             heapq.heappush(heap, (-len(half), half))
     return [cell for _, cell in heap]
 
 
 def _dealt(cells: list[Cell], lengths: Sequence[int], world: int) -> list[list[Cell]]:
-    """Return micro-batches of cells with similar numbers of tokens, so that no rank waits long."""
+    """Return micro-batches of `world` cells each.
+
+    The cells of a micro-batch have similar numbers of tokens, so that no rank waits long.
+    """
     tokens = np.array([sum(lengths[index] for index in cell) for cell in cells])
     order = np.argsort(-tokens, kind="stable").tolist()
     return [[cells[index] for index in order[start : start + world]] for start in range(0, len(order), world)]

@@ -1,4 +1,4 @@
-"""A task's rows as token ids, with a cache on disk."""
+"""Tokenisation of a task's rows, with a cache on disk."""
 
 from __future__ import annotations
 
@@ -34,15 +34,17 @@ _ARRAYS = ("tokens", "offsets", "second_text")
 
 @dataclass(frozen=True)
 class TokenizedDataset:
-    """n examples of S sequences each; example i has the sequences S i to S i + S - 1.
+    """The token ids of n examples of one file.
 
-    S is 2 for bi-encoded pairs, else 1.
+    An example has S sequences: 2 for a pair whose texts are encoded apart (`pairs: bi`), else 1.
+    Example i has the sequences S i to S i + S - 1.
 
     tokens: int32 [all tokens], memory-mapped.
     offsets: int64 [S n + 1]; sequence s is tokens[offsets[s]:offsets[s + 1]].
-    second_text: int32 [S n], position in the sequence at which token type 1 begins, or its length.
-    labels: int64 or float32 [n], or None. ids: the rows' ids in the file.
-    truncated: number of examples cut to the encoder's positions. skipped, notes: those of `Rows`.
+    second_text: int32 [S n], the position in the sequence at which the second text (token type 1)
+    begins; the length of the sequence if it has one text.
+    labels: int64 or float32 [n], or None. ids: the ids of the rows in the file.
+    truncated: number of examples that were cut to max_length. skipped, notes: as in `Rows`.
     """
 
     tokens: np.ndarray
@@ -61,7 +63,7 @@ class TokenizedDataset:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example, int64 [n], over both sequences of a bi-encoded pair."""
+        """The number of tokens of each example, in all its sequences, int64 [n]."""
         return np.diff(self.offsets[:: self.sequences_per_example])
 
     def digest(self) -> str:
@@ -74,7 +76,10 @@ class TokenizedDataset:
         return digest.hexdigest()
 
     def take(self, rows: np.ndarray) -> TokenizedDataset:
-        """Return the examples `rows`, int [k], in memory."""
+        """Return a data set of the examples at the positions `rows`, int [k].
+
+        The result is in memory, not memory-mapped.
+        """
         per_example = self.sequences_per_example
         sequences = (np.asarray(rows)[:, None] * per_example + np.arange(per_example)).reshape(-1)
         pieces = [self.tokens[self.offsets[s] : self.offsets[s + 1]] for s in sequences]
@@ -91,12 +96,13 @@ class TokenizedDataset:
 def tokenize(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, max_length: int, cache_dir: str | Path
 ) -> TokenizedDataset:
-    """Tokenise rows, or load them from `cache_dir` by a digest of texts, tokenizer and settings.
+    """Return the token ids of `rows`, from the cache in `cache_dir` if they are there.
 
-    max_length: tokens per sequence with [CLS] and [SEP]; the longest text of a pair is cut first.
-    A damaged cache entry is rebuilt. If the cache is not writable, a temporary folder is used and a
-    line on standard error says so. Raises UserError like `check_pairs`, and for token types other
-    than 0 and 1.
+    The key of a cache entry is a digest of texts, tokenizer and settings. max_length: the most
+    tokens of a sequence, [CLS] and [SEP] included; in a pair the longer text is cut first. A
+    damaged cache entry is rebuilt. If the cache is not writable, a temporary folder is used and a
+    line on standard error says so. Raises UserError where `check_pairs` raises it, and for token
+    types other than 0 and 1.
     """
     check_pairs(rows, task)
     bi = task.pairs == "bi"
@@ -129,7 +135,10 @@ def tokenize(
 
 @functools.cache
 def _cache_instead(cache_dir: str | Path, why: str) -> Path:
-    """Create one temporary folder per process, print a line about it and return it."""
+    """Return a temporary folder that replaces the cache, and print a warning.
+
+    why: the reason, for the warning. The result is cached: one folder and one warning per process.
+    """
     folder = Path(tempfile.mkdtemp(prefix="fastmtl-"))
     print(one_line(f"fastmtl: data.cache_dir={cache_dir} is not writable ({why}); using {folder}"), file=sys.stderr)
     return folder
@@ -149,7 +158,7 @@ def check_token_types(datasets: Iterable[TokenizedDataset | None], token_types: 
 
 
 def check_pairs(rows: Rows, task: TaskConfig) -> None:
-    """Raise UserError if a task of bi-encoded pairs has rows of one text."""
+    """Raise UserError if the task has `pairs: bi` and its rows have one text each."""
     if task.pairs == "bi" and rows.pair_texts is None:
         raise UserError(f"{rows.path}: pairs: bi needs two texts per row, the file has one; leave `pairs` out")
 
@@ -169,7 +178,8 @@ def _digest(rows: Rows, tokenizer: PreTrainedTokenizerBase, bi: bool, max_length
     import tokenizers
     import transformers
 
-    # Tokens also depend on the code, and on two settings of a call from tokenizer_config.json.
+    # Token ids also depend on the versions of the libraries, and on two settings that each call
+    # takes from tokenizer_config.json.
     code = [type(tokenizer).__name__, tokenizers.__version__, transformers.__version__]
     call = [tokenizer.truncation_side, getattr(tokenizer, "split_special_tokens", False)]
     digest = hashlib.sha256()
@@ -215,7 +225,10 @@ def _encode(
 
 @contextmanager
 def _state_kept(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Restore a tokenizer's truncation and padding: calls change them, and files keep them."""
+    """Restore the tokenizer's truncation and padding after the block.
+
+    A call of the tokenizer changes both, and saving the tokenizer would write them to its file.
+    """
     backend = tokenizer.backend_tokenizer
     truncation, padding = backend.truncation, backend.padding
     try:

@@ -1,9 +1,10 @@
 """Synonyms from WordNet's own files (Princeton; format: wndb(5WN)).
 
 A line of index.<part of speech> is `lemma pos synset_cnt p_cnt [ptr_symbol...] sense_cnt
-tagsense_cnt offset...`. At such an offset of data.<part of speech> is a line `offset lex_filenum
-ss_type w_cnt word lex_id [word lex_id...] ...`, w_cnt in hex. All distributions have these two
-kinds of files. nltk's reader needs further ones, which Debian's package lacks.
+tagsense_cnt offset...`. Each offset is the byte position of a line of data.<part of speech>, which
+is `offset lex_filenum ss_type w_cnt word lex_id [word lex_id...] ...` with w_cnt in hex. All
+distributions of WordNet have these two kinds of files. nltk's reader is not used: it needs further
+files, which Debian's package lacks.
 """
 
 from __future__ import annotations
@@ -46,32 +47,33 @@ class WordNet:
 
     @functools.cache  # noqa: B019 - one object per run
     def synonyms(self, word: str) -> tuple[str, ...]:
-        """Return the other words of the synsets with this lemma, sorted; () for an unknown word.
+        """Return the synonyms of a word, sorted; () for an unknown word.
 
-        word: a base form in lower case ("car", not "cars").
+        They are the other words of all synsets (sets of synonyms) that contain the word. word: a
+        base form in lower case ("car", not "cars").
         """
         found: set[str] = set()
         for part, offset in self._offsets.get(word.replace(" ", "_"), ()):
             data = self._data[part]
             fields = data[offset : data.index(b"\n", offset)].decode("ascii").split(" ")
             words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
-            # An adjective may end in "(p)" or the like, a marker of its syntactic position.
+            # An adjective may end in "(p)", "(a)" or "(ip)", its position in a sentence.
             found.update(name.partition("(")[0].replace("_", " ").lower() for name in words)
         return tuple(sorted(found - {word}))
 
 
 def find_wordnet(given: str | None) -> WordNet:
-    """Load WordNet from `given`, or from the usual places of Debian, WordNet and nltk.
+    """Load WordNet from the path `given`, or from the usual folders of Debian, WordNet and nltk.
 
-    Raises UserError with instructions for its installation.
+    Raises UserError with instructions for the installation of WordNet.
     """
     return WordNet(wordnet_place(given))
 
 
 def wordnet_place(given: str | None) -> Path:
-    """Return the folder or archive that `find_wordnet` reads.
+    """Return the folder or zip archive that `find_wordnet(given)` reads.
 
-    Raises UserError with instructions for the installation of WordNet.
+    Raises UserError, if no place has WordNet, with instructions for the installation of WordNet.
     """
     if given is not None:
         return user_path(given)
