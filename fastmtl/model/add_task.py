@@ -1,8 +1,9 @@
 """`add_to`: add new tasks to a trained model without changing its own tasks.
 
-The run trains a model of the new tasks alone, on the trained model's frozen encoder, with adapters
-of the same kind. This model holds no weight of an old task, so neither the optimiser nor weight
-decay can change one. Its result is then joined with the trained model.
+The run trains a second model that has only the new tasks. Its encoder is that of the trained model,
+frozen, and its adapters are of the same kind. The second model contains no weight of an old task,
+so neither the optimiser nor weight decay can change one. At the end it is joined with the trained
+model.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ _FOR_TRAINING = {
 
 
 def complete(recipe: Recipe) -> Recipe:
-    """Return the recipe with the sections encoder and adapter of the model that `add_to` names.
+    """Return the recipe with its sections encoder and adapter set as in the model `add_to`.
 
-    Without `add_to`, return the recipe itself. Raises UserError, naming the key, where the recipe
-    sets another value there or trains a task that the model already has.
+    A recipe without `add_to` is returned unchanged.
+    Raises UserError, naming the key, if the recipe sets one of these values differently, or has a
+    task with the name of a task of that model.
     """
     if recipe.add_to is None:
         return recipe
@@ -53,7 +55,11 @@ def complete(recipe: Recipe) -> Recipe:
 
 
 def _section(recipe: Recipe, name: str, base: Mapping[str, Any], directory: Path) -> Any:
-    """Return the trained model's section with this recipe's settings for training."""
+    """Return the section `name` with the trained model's values.
+
+    Settings that only affect training (_FOR_TRAINING) are those of this recipe.
+    base: the section's values in the trained model, which is in `directory`.
+    """
     section = getattr(recipe, name)
     values = {}
     for key, value in base.items():
@@ -73,7 +79,7 @@ def _same_model(path: str, directory: Path) -> bool:
 
 
 class Addition:
-    """The trained model that a run adds to, in the process that writes the run's files."""
+    """The trained model named by `add_to`; only the rank that writes the run's files reads it."""
 
     def __init__(self, recipe: Recipe) -> None:
         assert recipe.add_to is not None
@@ -81,7 +87,7 @@ class Addition:
 
     @property
     def note(self) -> str:
-        """A line for the user before the run."""
+        """One line for the user before the run: the tasks that the saved model will also have."""
         return f"the model will also have the tasks of {self._base.name}: {', '.join(self._base.recipe.task_names)}"
 
     def save(
@@ -92,9 +98,11 @@ class Addition:
         tokenizer: PreTrainedTokenizerBase,
         state_dict: Mapping[str, Tensor],
     ) -> None:
-        """Save the trained model with the new tasks after its own; arguments as of `save_model`.
+        """Save one model with the old tasks followed by the new ones.
 
-        Raises UserError if the trained model has changed since the run began.
+        The arguments are those of `save_model`, for the model of the new tasks.
+        Raises UserError if the two cannot be joined, for instance because the directory of the
+        trained model has changed since the run began.
         """
         name = str(directory)
         new = TrainedModel(name, model, recipe, tokenizer, state_dict, [origin(name, recipe)])

@@ -1,4 +1,4 @@
-"""Parameter groups of an optimiser."""
+"""Parameter groups of an optimiser: learning rate and weight decay by part of the model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from torch import nn
 
 
 def parameter_groups(parts: Iterable[tuple[str, nn.Module, float]], weight_decay: float) -> list[dict[str, Any]]:
-    """Return groups of the trainable parameters of parts (name, module, learning rate).
+    """Return the optimiser's groups for the trainable parameters of some modules.
 
-    Each part has up to two groups, with and without weight decay. Biases (`bias` of a linear map,
-    `bias_ih_l0` of an RNN) and the weights of LayerNorm do not decay.
-    Keys of a group: params, lr, weight_decay, name.
+    parts: (name, module, learning rate) each. A part gives up to two groups: its parameters with
+    weight decay, and those without. Biases (`bias` of a linear map, `bias_ih_l0` of an RNN) and
+    the weights of LayerNorm have no weight decay.
+    A group is {"params", "lr", "weight_decay", "name"}, with the name of its part.
     """
     groups = []
     for name, module, lr in parts:

@@ -1,7 +1,7 @@
 """Masked language modelling (Devlin et al. 2019) with the output layer of BertForMaskedLM.
 
-logits = W LN(gelu(A h + a)) + b for the hidden states h of the masked tokens. W are the encoder's
-word embeddings.
+logits = W LN(gelu(A h + a)) + b, where h is the hidden state of a masked token and W is the
+encoder's table of word embeddings.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ PREFIX = "cls.predictions."
 
 
 class MaskedLanguageModel(nn.Module):
-    """Encoder, shared with the model that it comes from, and output layer; one loss, `mlm`."""
+    """Model of one task, masked language modelling, with the loss `mlm`.
+
+    encoder: not copied, so that training also changes the model from which it comes.
+    """
 
     def __init__(self, encoder: PackedBert) -> None:
         super().__init__()
@@ -39,8 +42,8 @@ class MaskedLanguageModel(nn.Module):
     def forward(self, batch: MaskedBatch, task_grads: Sink | None = None) -> dict[str, tuple[Tensor, int]]:
         """Return {"mlm": (fp32 0-dim sum of the masked tokens' cross-entropies, their number)}.
 
-        task_grads is not used: there is one loss, and the output layer reads the word embeddings
-        without the sink.
+        task_grads: not used, since one loss needs no gradient per task, and the output layer's
+        gradient for the word embeddings would not reach the sink.
         """
         hidden = self.encoder(batch.batch)
         words = self.encoder.embeddings.word_embeddings.weight
@@ -56,11 +59,14 @@ class MaskedLanguageModel(nn.Module):
         return [parameter for parameter in self.encoder.parameters() if parameter.requires_grad]
 
     def sparse_parameters(self) -> list[nn.Parameter]:
-        """Return none: here the gradient of the word embeddings has no zero rows."""
+        """Return []: no shared parameter has a gradient of mostly zero rows.
+
+        The output layer gives every row of the word embeddings a gradient.
+        """
         return []
 
     def parameter_groups(self, config: OptimizerConfig) -> list[dict[str, Any]]:
-        """Return the optimiser's groups `encoder` and `heads`."""
+        """Return the optimiser's groups, named `encoder` and `heads` (see groups.py)."""
         head_lr = config.lr if config.head_lr is None else config.head_lr
         return parameter_groups(
             [("encoder", self.encoder, config.lr), ("heads", self.head, head_lr)], config.weight_decay
@@ -68,7 +74,10 @@ class MaskedLanguageModel(nn.Module):
 
 
 class OutputLayer(nn.Module):
-    """Output layer; parameters have their names below `cls.predictions` of BertForMaskedLM."""
+    """Map hidden states to logits of the vocabulary.
+
+    Parameters have the names that they have in `cls.predictions` of transformers' BertForMaskedLM.
+    """
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -81,7 +90,7 @@ class OutputLayer(nn.Module):
 
 
 class Transform(nn.Module):
-    """LN(gelu(A h + a))."""
+    """Layer before the logits: LN(gelu(A h + a)). gelu stands for the encoder's activation."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -92,14 +101,15 @@ class Transform(nn.Module):
         nn.init.zeros_(self.dense.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Map [M, d] to [M, d]."""
+        """Map hidden states h [M, d] of M masked tokens to [M, d]."""
         return self.LayerNorm(self.activation(self.dense(hidden)))
 
 
 def load_output_layer(head: OutputLayer, directory: Path) -> bool:
-    """Load `cls.predictions` of a directory's weights; return False where there are none.
+    """Load the output layer's weights, `cls.predictions.*`, from a Hugging Face directory.
 
-    Raises UserError where some of the tensors are missing.
+    Return True if they were loaded, False if the directory has none of them.
+    Raises UserError if the directory has only some of them.
     """
     tensors = {base_name(name): tensor for name, tensor in read_weights(directory).items()}
     ours = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX) and ".decoder." not in name}

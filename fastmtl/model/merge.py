@@ -1,8 +1,9 @@
-"""Join trained models of one encoder; every task keeps its own weights, bit for bit.
+"""Join trained models that have the same encoder; every task keeps its weights, bit for bit.
 
-Tasks share the encoder only. Each has its own head. The parameters of an adapter are stacked over
-the tasks, [T, ...], or belong to a module list `tasks` with one module per task. The joined model
-has the first model's encoder, all heads, and the adapters' slices and modules one after another.
+This is possible because tasks share the encoder only. Each task has its own head, and its own part
+of the adapter: a slice of parameters stacked over the tasks, [T, ...], or a module in a module list
+`tasks`. The joined model has the encoder, and the heads and adapter parts of the first model's
+tasks followed by those of the second model's tasks.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from fastmtl.model.saved_model import load_model, read_about, save_model
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Settings of training. A joined model has none of its own: its origins hold those of each run.
+# Sections with settings for training. A joined model has none, since it was not trained as a
+# whole; its origins contain the settings of each training run.
 TRAINING_SECTIONS = {
     "seed",
     "sampler",
@@ -43,17 +45,20 @@ TRAINING_SECTIONS = {
     "deepspeed",
     "phases",
 }
-# Sections that `join` joins. Any other section has to be equal in all models.
+# Sections that `join` combines. Any other section, apart from those above, has to be equal in both
+# models.
 JOINED_SECTIONS = {"description", "add_to", "encoder", "adapter", "tasks", "data"}
-LEARNED_WEIGHT = ".uncertainty."  # weights of the tasks' losses, which only training needs
-# Name of a tensor of one task: the part before the task's index, the index, the part after it.
+LEARNED_WEIGHT = ".uncertainty."  # learned weights of the tasks' losses, which only training needs
+# Name of a tensor that belongs to one task. The groups are the text before the task's index, the
+# index, and the text after it.
 ONE_TASKS = re.compile(r"(heads\.|adapter\.(?:.+\.)?tasks\.)(\d+)(\..+)")
 
 
 class Origin(BaseModel):
-    """Training run of some tasks of a joined model.
+    """Training run from which some tasks of a joined model come.
 
-    tasks: {name in the joined model: name in the run}. recipe: of the run, complete.
+    model: path of the model that the run saved.
+    tasks: {name in the joined model: name in the run}. recipe: the run's complete recipe.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -65,9 +70,10 @@ class Origin(BaseModel):
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained model with its files.
+    """A trained model with everything that its `model/` directory contains.
 
-    name: its path, for messages. tensors: all of the model, by their names in MultiTaskModel.
+    name: its path, for messages. tensors: all tensors, {name in MultiTaskModel: tensor}.
+    origins: the training runs of its tasks; several if the model was joined.
     """
 
     name: str
@@ -79,9 +85,9 @@ class TrainedModel:
 
     @classmethod
     def read(cls, directory: Path) -> TrainedModel:
-        """Read a `model/` directory, float32 on the CPU, without a change of the random state.
+        """Read a `model/` directory; tensors are float32 on the CPU.
 
-        Raises UserError as `load_model`.
+        torch's random state stays as it was. Raises UserError as `load_model` does.
         """
         with torch.random.fork_rng(devices=[]):
             model, recipe, tokenizer = load_model(directory)
@@ -96,20 +102,20 @@ class TrainedModel:
         return cls(str(directory), model, recipe, tokenizer, model.state_dict(), origins)
 
     def save(self, directory: Path) -> None:
-        """Write a `model/` directory, complete or not at all."""
+        """Write a `model/` directory as `save_model` does, with the origins in fastmtl.json."""
         about = {"merged_from": [origin.model_dump() for origin in self.origins]}
         save_model(directory, self.model, self.recipe, self.tokenizer, self.tensors, about)
 
 
 def origin(name: str, recipe: Recipe) -> Origin:
-    """Return the origin of a model that one run trained."""
+    """Return the origin of a model whose tasks were all trained by one run. name: its path."""
     return Origin(model=name, tasks={task: task for task in recipe.task_names}, recipe=recipe.model_dump(mode="json"))
 
 
 def rename_tasks(source: TrainedModel, names: Mapping[str, str]) -> TrainedModel:
-    """Rename tasks by {old name: new name}.
+    """Return the model with renamed tasks. names: {old name: new name}.
 
-    Raises UserError for an unknown old name and for a new name that another task has.
+    Raises UserError if an old name is unknown, or if a new name is empty or that of another task.
     """
     recipe = source.recipe
     for old in names:
@@ -131,12 +137,12 @@ def rename_tasks(source: TrainedModel, names: Mapping[str, str]) -> TrainedModel
 
 
 def join(first: TrainedModel, second: TrainedModel, *, rounded: torch.dtype = torch.float32) -> TrainedModel:
-    """Join the first model's tasks and then the second's, on the first model's encoder.
+    """Return a model with the first model's encoder, its tasks, and then the second's tasks.
 
-    rounded: the second encoder equals the first one rounded to this dtype, as after training in
-    bf16 or fp16.
+    rounded: dtype to which the first encoder is rounded before the comparison with the second.
+    After training in bf16 or fp16 the second encoder is a rounded copy of the first.
     Raises UserError, naming the models, if their encoders, tokenizers or adapters differ, or if
-    both have a task of one name.
+    both have a task of the same name.
     """
     common = [name for name in first.recipe.tasks if name in second.recipe.tasks]
     if common:
@@ -194,7 +200,7 @@ def _check_adapters(first: TrainedModel, second: TrainedModel) -> None:
 
 
 def _adapter_settings(source: TrainedModel) -> dict[str, Any]:
-    """Return the adapter's settings without those that only training needs."""
+    """Return the adapter's settings that have to be equal in both models to join them."""
     config = source.recipe.adapter
     everywhere = range(source.model.encoder.config.num_hidden_layers)
     layers = sorted(everywhere if config.layers is None else config.layers)
@@ -215,7 +221,11 @@ def _joined_recipe(first: TrainedModel, second: TrainedModel) -> Recipe:
 
 
 def _task_values(name: str, first: Recipe, second: Recipe) -> dict[str, Any]:
-    """Return a task of the second recipe; its files are found from the first recipe's data.dir."""
+    """Return the section of a task of the second recipe for the joined recipe.
+
+    If the two recipes differ in data.dir, the paths of the task's files become absolute, since the
+    joined recipe has the first one's data.dir.
+    """
     values = second.tasks[name].model_dump(mode="json")
     if first.data.dir != second.data.dir:
         folder = user_path(second.data.dir or demo_directory()).absolute()

@@ -1,4 +1,4 @@
-"""One encoder, one adapter stacked over the tasks, one head and loss per task."""
+"""The multi-task model: an encoder for all tasks, and an adapter, a head and a loss per task."""
 
 from __future__ import annotations
 
@@ -31,11 +31,15 @@ if TYPE_CHECKING:
 
 
 class MultiTaskModel(SmartModel):
-    """Modules `encoder`, `adapter` (None without one) and `heads`, in the order of the tasks.
+    """A model with one encoder for all tasks of a recipe.
 
-    Every module uses only its own parameters, and all heads run on every batch, if need be on no
-    rows. Under ZeRO 3 all ranks therefore gather the same parameters in the same order.
-    Attribute recorded_heads: replays heads and losses where that is possible; None by default.
+    Modules: `encoder`; `adapter`, whose parameters are stacked over the tasks, or None; `heads`,
+    one for each task, in the order of the recipe.
+    Every module uses only its own parameters, and every batch runs all heads, with no rows for a
+    task that has no examples. Under ZeRO 3 all ranks therefore gather the same parameters in the
+    same order.
+    Attribute recorded_heads: replays recordings of heads and losses in training, as CUDA graphs do;
+    None by default.
     Raises UserError, naming the key, for settings that do not fit together.
     """
 
@@ -78,7 +82,7 @@ class MultiTaskModel(SmartModel):
 
     @property
     def task_weights(self) -> dict[str, float]:
-        """Fixed weights of the tasks' losses; `forward` does not apply them."""
+        """{task: fixed weight of its loss}, from the recipe. `forward` does not multiply by it."""
         return {name: task.weight for name, task in self.recipe.tasks.items()}
 
     def forward(
@@ -90,11 +94,12 @@ class MultiTaskModel(SmartModel):
     ) -> dict[str, Any]:
         """Return the losses of all tasks, or the predictions of the tasks that have examples.
 
-        A loss is (fp32 0-dim sum over the examples, number of examples). A task without examples
-        has (0, 0), a zero that its head computes from no rows: all ranks then have the same graph,
-        which ZeRO 3 needs to gather parameters collectively.
-        task_grads: takes the task gradients of the encoder's layers while it is armed.
-        Raises ValueError if a task's examples have no labels for the losses.
+        returns: "losses" for {task: (fp32 0-dim sum over its examples, number of examples)},
+        "predictions" for the result of `predict`.
+        A task without examples has the loss 0, which its head computes from no rows. All ranks then
+        have the same autograd graph; ZeRO 3 needs this, since it gathers parameters collectively.
+        task_grads: sink for the encoder's gradients per task; used while it is armed.
+        Raises ValueError if a loss needs labels that the batch does not have.
         """
         if batch.cached is not None:
             batch.cached.random.restore()
@@ -113,8 +118,9 @@ class MultiTaskModel(SmartModel):
         return dict(zip(self.recipe.task_names, zip(losses, batch.counts, strict=True), strict=True))
 
     def predict(self, batch: PackedBatch) -> dict[str, Tensor]:
-        """Return fp32 predictions of each task that has examples, in the order of its example_ids.
+        """Return {task: fp32 predictions} for each task that has examples, without gradients.
 
+        The rows have the order of the batch's example_ids.
         classification: probabilities [E, C]; binary: the probability of class 1 [E]; regression:
         the score [E] in label units.
         """
@@ -122,21 +128,24 @@ class MultiTaskModel(SmartModel):
             return self(batch, returns="predictions")
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters for gradient surgery: the encoder's, none if it is frozen."""
+        """Return the parameters for gradient surgery: the encoder's, or [] if it is frozen."""
         return [parameter for parameter in self.encoder.parameters() if parameter.requires_grad]
 
     def sparse_parameters(self) -> list[nn.Parameter]:
-        """Return the shared parameters with few non-zero gradient rows: the word embeddings."""
+        """Return the shared parameters whose gradients are stored as rows: the word embeddings.
+
+        Only the rows of words in the batch are not zero. [] if the encoder is frozen.
+        """
         weight = self.encoder.embeddings.word_embeddings.weight
         return [weight] if weight.requires_grad else []
 
     def task_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Return the parameters that belong to tasks: "adapters" (stacked [T, ...]) and "heads"."""
+        """Return the parameters that are not shared: {"adapters": [...], "heads": [...]}."""
         adapters = [] if self.adapter is None else list(self.adapter.parameters())
         return {"adapters": adapters, "heads": list(self.heads.parameters())}
 
     def parameter_groups(self, config: OptimizerConfig) -> list[dict[str, Any]]:
-        """Return the optimiser's groups `encoder`, `adapters` and `heads` (see groups.py)."""
+        """Return the optimiser's groups: `encoder`, `adapters` and `heads` (see groups.py)."""
         parts = [("encoder", self.encoder, config.lr), ("heads", self.heads, config.head_lr)]
         if self.adapter is not None:
             parts.insert(1, ("adapters", self.adapter, config.adapter_lr))
@@ -146,18 +155,20 @@ class MultiTaskModel(SmartModel):
     def examples(
         self, batch: PackedBatch, task_grads: Sink | None = None, noise: Tensor | None = None
     ) -> list[Examples]:
-        """Return the examples of every task, also of tasks without any.
+        """Run encoder and heads; return an `Examples` for each task, in the order of the tasks.
 
-        noise [N, d]: added to the embedded tokens.
+        A task without examples has one with zero rows.
+        task_grads: as in `forward`. noise [N, d]: added to the output of the embeddings.
         """
         return self._examples(self._vectors(batch, task_grads, noise), HeadBatch.of(batch))
 
     def losses_of(
         self, vectors: Vectors, batch: HeadBatch, terms: Callable[[list[Examples]], list[Tensor]] | None = None
     ) -> list[Tensor]:
-        """Return the losses of the T tasks as in `forward`.
+        """Run heads and losses; return the T tasks' losses, each a 0-dim sum over the examples.
 
-        terms: returns a summand of each loss, added before the losses are weighted.
+        vectors: the pooled sequences. batch: the batch's other inputs of heads and losses.
+        terms: function that returns a term for each loss, added before the losses are weighted.
         """
         examples = self._examples(vectors, batch)
         losses = [self._loss(index, found, batch) for index, found in enumerate(examples)]
@@ -198,7 +209,7 @@ class MultiTaskModel(SmartModel):
         return found
 
     def _loss(self, index: int, found: Examples, batch: HeadBatch) -> Tensor:
-        """Return the loss of one task, summed over its examples."""
+        """Return the loss of the task `index`, summed over its examples, before weighting."""
         name, task = list(self.recipe.tasks.items())[index]
         loss, labels, count = self.losses[index], batch.labels[index], batch.counts[index]
         if labels is None:
@@ -216,13 +227,16 @@ class MultiTaskModel(SmartModel):
         return total
 
     def _poolings(self) -> list[str]:
-        """Return the poolings that some head reads."""
+        """Return the names of the poolings that the heads read, each once."""
         tasks = zip(self.recipe.tasks.values(), self.heads, strict=True)
         return list(dict.fromkeys(task.pooling for task, head in tasks if not isinstance(head.embed, Recurrent)))
 
 
 def _check_trained(task: TaskConfig, head: nn.Module, loss: TaskLoss) -> None:
-    """Raise UserError for a head whose weights no loss trains."""
+    """Raise UserError if no loss of the task would train the head's own weights.
+
+    A loss of u and v, such as mnr, does not read the head's outputs.
+    """
     own = [name for name, _ in head.named_parameters() if not name.startswith("embed.")]
     if own and not loss.reads_outputs:
         default = {"binary": "bce", "regression": "mse"}[task.type]

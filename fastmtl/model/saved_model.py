@@ -1,8 +1,13 @@
-"""The `model/` directory of a run; docs/models.md is the page on it.
+"""Save and load the `model/` directory of a run, described in docs/models.md.
 
-It holds config.json, model.safetensors and the tokenizer (transformers.AutoModel loads them),
-adapters.safetensors, heads.safetensors (`<task>.<parameter>`) and fastmtl.json (the recipe). It is
-safetensors and JSON only: reading it runs no code.
+| file | contents |
+|---|---|
+| config.json, model.safetensors, tokenizer | the encoder, for transformers.AutoModel |
+| adapters.safetensors | the adapters |
+| heads.safetensors | the heads; names are `<task>.<parameter>` |
+| fastmtl.json | the recipe |
+
+The weights are in safetensors files and no code is stored, so loading a model runs no code from it.
 """
 
 from __future__ import annotations
@@ -37,10 +42,12 @@ def save_model(
     state_dict: Mapping[str, Tensor] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the `model/` directory under another name and rename it, replacing an earlier one.
+    """Write the `model/` directory, replacing an earlier one.
 
-    state_dict: the model's tensors where the model does not hold them itself (gathered from ZeRO 3,
-    or joined from several models). about: further entries of fastmtl.json.
+    It is written under another name and then renamed, so that `directory` is never half-written.
+    state_dict: the tensors to save, if not those of `model`: gathered from the ranks of ZeRO 3, or
+    joined from several models. recipe: gives the task names.
+    about: further entries of fastmtl.json.
     """
     tensors = model.state_dict() if state_dict is None else state_dict
     parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "adapter": {}, "heads": {}}
@@ -72,16 +79,20 @@ def save_model(
 
 
 def restore_previous(directory: Path) -> None:
-    """Put the earlier `model/` back where `save_model` was killed between its two renames."""
+    """Bring back the earlier `model/` directory if `save_model` was killed while replacing it.
+
+    `save_model` renames the earlier directory to `.model.old`, then `.model.new` to `model`.
+    """
     previous = directory.with_name(f".{directory.name}.old")
     if previous.is_dir() and not directory.exists():
         previous.rename(directory)
 
 
 def model_directory(path: str | Path) -> Path:
-    """Return the `model/` directory of a path to it or to the run's directory around it.
+    """Return the `model/` directory for a path given by the user.
 
-    Raises UserError where there is no such directory.
+    path: this directory, or the run's directory that contains it.
+    Raises UserError if the path is no directory.
     """
     directory = user_path(path)
     if not directory.is_dir():
@@ -91,9 +102,9 @@ def model_directory(path: str | Path) -> Path:
 
 
 def read_about(directory: Path) -> tuple[Recipe, dict[str, Any]]:
-    """Return the recipe of a `model/` directory and all entries of its fastmtl.json.
+    """Return the recipe of a `model/` directory, and all entries of its fastmtl.json.
 
-    Raises UserError naming the file.
+    Raises UserError, naming the file, if fastmtl.json is missing, damaged or of another format.
     """
     path = directory / "fastmtl.json"
     if not path.is_file():
@@ -107,9 +118,10 @@ def read_about(directory: Path) -> tuple[Recipe, dict[str, Any]]:
 
 
 def load_model(directory: Path) -> tuple[MultiTaskModel, Recipe, PreTrainedTokenizerBase]:
-    """Load what `save_model` wrote: model (evaluation mode, float32, CPU), recipe and tokenizer.
+    """Load a directory that `save_model` wrote; return its model, recipe and tokenizer.
 
-    Raises UserError naming the file for a directory that is damaged or was not written by fastmtl.
+    The model is float32, on the CPU and in evaluation mode.
+    Raises UserError, naming the file, if the directory is damaged or not a model of fastmtl.
     """
     recipe, _ = read_about(directory)
     # A model that was trained with apex's LayerNorm needs no apex here.

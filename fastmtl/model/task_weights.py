@@ -1,4 +1,7 @@
-"""Tensors of a model by task, to copy them into a model of other tasks in the same run."""
+"""The tensors of a model, grouped by task.
+
+In a run of several phases they are copied into the next phase's model, which may have other tasks.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.model.saved_model import load_model
 
 Tensors = dict[str, Tensor]
-ANY = "*"  # stands for the task's index in a name
+ANY = "*"  # replaces the task's index in a tensor's name, since the index differs between models
 
 
 @dataclass
@@ -23,8 +26,9 @@ class TaskWeights:
     """Tensors of a model, split into those of the encoder and those of each task.
 
     encoder: {name in the state dict: tensor}.
-    own: {task: {name: tensor}}. The tensor is the task's slice of an adapter that is stacked over
-        the tasks, or belongs to the task's module of a module list; its name is then without index.
+    own: {task: {name: tensor}}. The tensor is either the task's slice of a tensor stacked over the
+        tasks, or a tensor of the task's own module in a module list. In the second case `*`
+        replaces the task's index in the name: heads.*.dense.weight.
     """
 
     encoder: Tensors
@@ -32,7 +36,7 @@ class TaskWeights:
 
     @classmethod
     def of(cls, state_dict: Mapping[str, Tensor], tasks: list[str]) -> TaskWeights:
-        """Split the state dict of a `MultiTaskModel` of these tasks."""
+        """Split the state dict of a `MultiTaskModel` that has these tasks, in this order."""
         weights = cls({}, {task: {} for task in tasks})
         for name, tensor in state_dict.items():
             if name.startswith("encoder."):
@@ -46,7 +50,7 @@ class TaskWeights:
         return weights
 
     def state_dict(self, tasks: list[str]) -> Tensors:
-        """Join the tensors to the state dict of a `MultiTaskModel` of these tasks."""
+        """Return the state dict of a `MultiTaskModel` that has these tasks, in this order."""
         result = dict(self.encoder)
         for index, task in enumerate(tasks):
             for name, tensor in self.own[task].items():
@@ -57,9 +61,10 @@ class TaskWeights:
         return result
 
     def replace(self, newer: TaskWeights, tasks: Iterable[str]) -> None:
-        """Take the encoder and the tensors of `tasks` from `newer`.
+        """Replace the encoder's tensors, and those of `tasks`, by the tensors of `newer`.
 
-        If `newer` has no adapters, the adapters of all tasks are dropped.
+        If `newer` has no adapters, the adapters of all tasks are dropped: one model has adapters
+        for all of its tasks or for none.
         """
         self.encoder = {**self.encoder, **newer.encoder}
         self.own.update({task: newer.own[task] for task in tasks})
@@ -69,20 +74,24 @@ class TaskWeights:
 
 
 def read_task_weights(directory: Path) -> tuple[TaskWeights, Recipe]:
-    """Read the tensors and the recipe of a `model/` directory. Raises UserError as `load_model`."""
+    """Read the tensors and the recipe of a `model/` directory.
+
+    Raises UserError as `load_model` does. torch's random state stays as it was.
+    """
     with torch.random.fork_rng(devices=[]):  # building the model draws random numbers
         model, recipe, _ = load_model(directory)
     return TaskWeights.of(model.state_dict(), recipe.task_names), recipe
 
 
 def take_over(model: MultiTaskModel, weights: TaskWeights) -> list[str]:
-    """Copy `weights` into `model` by task, name and shape.
+    """Copy `weights` into `model`: the encoder, and each task's head and adapter where they fit.
 
-    Return the parts that keep the model's own weights: "head of sst", "adapter of sst".
+    A part fits if `weights` has the same tensor names and shapes for a task of the same name.
+    Return the parts that do not fit, which keep their weights: "head of sst", "adapter of sst".
     """
     ours, new = TaskWeights.of(model.state_dict(), model.recipe.task_names), []
     with torch.no_grad():
-        for name in ours.encoder.keys() & weights.encoder.keys():  # a pooler may be new
+        for name in ours.encoder.keys() & weights.encoder.keys():  # the model may have a pooler that `weights` lacks
             ours.encoder[name].copy_(weights.encoder[name])
         for task, tensors in ours.own.items():
             for what in ("adapter", "head"):

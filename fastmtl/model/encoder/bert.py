@@ -30,12 +30,13 @@ if TYPE_CHECKING:
 
 
 class PackedBert(nn.Module):
-    """Embeddings and layers of a BERT; N tokens, hidden size d.
+    """BERT encoder for packed sequences of N tokens in all, without padding. Hidden size d.
 
-    recompute: results that backward computes again instead of keeping them. "cheap": those of
-    LayerNorm and of the activation; "full": each layer. Gradients have the same bits.
-    max_length: tokens per sequence, at most the encoder's positions.
-    Attribute recorded: replays the training forward where that is possible; None by default.
+    recompute: the results that backward computes again instead of keeping them, to save memory.
+    "none": no results; "cheap": those of LayerNorm and of the activation; "full": those of every
+    layer. Gradients have the same bits in all three cases.
+    max_length: largest number of tokens per sequence, at most max_position_embeddings, the default.
+    Attribute recorded: replays recordings in training, as CUDA graphs do; None by default.
     """
 
     def __init__(
@@ -55,19 +56,25 @@ class PackedBert(nn.Module):
         self.pooler: Pooler | UnusedPooler | None = None
 
     def use_layer_norm(self, norm: Norm) -> None:
-        """Replace every LayerNorm; the dropout and the sum before it stay those of fastmtl."""
+        """Use `norm`, another library's function, for every LayerNorm.
+
+        The dropout and the sum before a LayerNorm are still computed by fastmtl.
+        """
         for module in self.modules():
             if isinstance(module, (AddLayerNorm, TaskLayerNorm)):
                 module.norm_override = norm
 
     def reserve_pooler(self) -> None:
-        """Make room for a pooler's weights, which are saved again; `use_pooler` trains them."""
+        """Add a place for pooler weights, which are loaded and saved but not used.
+
+        Call `use_pooler` to use and train them.
+        """
         self.pooler = UnusedPooler(self.config.hidden_size)
 
     def use_pooler(self) -> None:
-        """Turn the pooler weights of the encoder's directory into a layer that is trained.
+        """Replace the unused pooler weights by a `Pooler` with these weights, which is trained.
 
-        Raises UserError where the directory had none.
+        Raises UserError if the encoder's directory had no pooler weights.
         """
         if self.pooler is None:
             raise UserError(
@@ -86,10 +93,12 @@ class PackedBert(nn.Module):
         task_grads: Sink | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """Return the hidden states [N, d] of the last layer, or of the adapter's top.
+        """Return the hidden states [N, d] after the last layer, or after the adapter's top.
 
-        adapter(layer, hidden, context): the summand of that layer's feed-forward output, or None.
-        noise [N, d]: added to the embeddings' output.
+        adapter(layer, hidden, context): returns the term [N, d] that is added to the feed-forward
+        output of this layer, or None for no term.
+        task_grads: sink for the gradients per task; used while it is armed.
+        noise [N, d]: added to the output of the embeddings.
         """
         layers = self.encoder.layer
         top = None if adapter is None else adapter.top
@@ -145,7 +154,10 @@ class Embeddings(nn.Module):
         self.dropout = config.hidden_dropout_prob
 
     def forward(self, ids: Tensor, token_types: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
-        """Return dropout(LN(words + positions + types)) [N, d] of int64 [N] each."""
+        """Return dropout(LN(words + positions + types)) [N, d].
+
+        ids, token_types, positions: int64 [N], the rows of the three tables.
+        """
         words, places, types = self.word_embeddings, self.position_embeddings, self.token_type_embeddings
         p, seed, norm = self.dropout if self.training else 0.0, context.seed(EMBEDDINGS), self.LayerNorm
 
@@ -175,7 +187,7 @@ class Embeddings(nn.Module):
 
 
 class Layers(nn.Module):
-    """Container of the layers, so that their weights are named `encoder.layer.<index>`."""
+    """Container of the layers, whose weights thus have transformers' names `encoder.layer.<i>`."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -190,13 +202,19 @@ class Pooler(nn.Module):
         self.dense = TaskLinear(hidden_size, hidden_size)
 
     def forward(self, first: Tensor, batch: PackedBatch, task_grads: Sink | None) -> Tensor:
-        """Map [B, d] to [B, d]. Rows are sequences, so `seq_offsets` bounds the rows of a task."""
+        """Map the first hidden state of each of the B sequences, [B, d], to [B, d].
+
+        A row is a sequence, so task t has the rows seq_offsets[t]:seq_offsets[t + 1].
+        """
         sequences = Segments(batch.seq_offsets, batch.host.seq_offsets)
         return self.dense(first, SegmentContext(sequences, task_grads)).tanh()
 
 
 class UnusedPooler(nn.Module):
-    """Pooler weights that are only saved again: buffers, as nothing uses or trains them."""
+    """Pooler weights that no head uses, kept to be saved with the encoder.
+
+    They are buffers and not parameters, so that the optimiser does not see them.
+    """
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()

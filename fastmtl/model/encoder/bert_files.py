@@ -1,4 +1,4 @@
-"""Files of a BERT in a Hugging Face directory: the checks of config.json and the tensors' names."""
+"""Checks of a BERT's config.json, and the names of the tensors in its weight files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from transformers.activations import ACT2FN
 
 from fastmtl.errors import UserError, unknown_name
 
-# The smallest sizes in config.json; the smallest encoder.max_length gives that of the positions.
+# Smallest values allowed in config.json. max_position_embeddings is at least 8, the smallest value
+# of the setting encoder.max_length.
 SMALLEST_SIZES = {
     "vocab_size": 1,
     "hidden_size": 1,
@@ -23,7 +24,10 @@ SMALLEST_SIZES = {
 
 
 def check_config(values: Mapping[str, Any], path: Path) -> BertConfig:
-    """Return the configuration of a BERT encoder, or raise UserError naming the file."""
+    """Return the configuration of a BERT encoder from the values of its config.json.
+
+    path: the file, named in messages. Raises UserError if fastmtl does not support the encoder.
+    """
     positions = values.get("position_embedding_type", "absolute")
     if positions != "absolute":
         raise UserError(f"{path}: position_embedding_type '{positions}' is not supported, only 'absolute'")
@@ -46,7 +50,10 @@ def check_config(values: Mapping[str, Any], path: Path) -> BertConfig:
 
 
 def encoder_name(name: str) -> str | None:
-    """Return a tensor's name in PackedBert; None for a tensor of another part, as an MLM head."""
+    """Map a tensor's name in a weight file to its name in PackedBert.
+
+    Return None for a tensor that is not the encoder's, such as one of an MLM head.
+    """
     name = base_name(name)
     if name == "embeddings.position_ids":  # a buffer of old transformers versions
         return None
@@ -54,9 +61,10 @@ def encoder_name(name: str) -> str | None:
 
 
 def base_name(name: str) -> str:
-    """Return a tensor's name without `bert.`, the prefix in BertForMaskedLM, and in today's terms.
+    """Map a tensor's name in a weight file to its name in transformers' BertModel.
 
-    Old files call the weight and the bias of LayerNorm `gamma` and `beta`.
+    This removes `bert.`, the prefix in files of BertForMaskedLM, and replaces `gamma` and `beta`,
+    the names of LayerNorm's weight and bias in old files.
     """
     name = name.removeprefix("bert.")
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")

@@ -13,14 +13,16 @@ from fastmtl.model.encoder.layers import AddLayerNorm, Projection, TaskLinear
 from fastmtl.model.owners import within
 from fastmtl.surgery.rules.projections import projections
 
-# Activations whose backward reads their result, so that autograd keeps it in any case.
+# Activations whose backward reads their result. Autograd keeps such a result in any case, so there
+# is no gain in computing it again.
 _BACKWARD_READS_RESULT = ("relu", "sigmoid", "tanh")
 
 
 class Layer(nn.Module):
-    """h' = LN(h + MHA(h)); LN(h' + FFN(h') + TS(h)), with an adapter's task-specific TS(h).
+    """One layer: h' = LN(h + MHA(h)), and its output LN(h' + FFN(h') + TS(h)).
 
-    index: of the layer, from 0; it gives the places of the dropout seeds.
+    TS(h) is the task-specific output of an adapter, left out if the layer has none.
+    index: the layer's number, from 0; it determines the places of the dropout seeds (context.py).
     """
 
     def __init__(self, config: BertConfig, index: int) -> None:
@@ -30,13 +32,13 @@ class Layer(nn.Module):
         self.output = Output(config.intermediate_size, config, place(index, OUTPUT))
 
     def forward(self, hidden: Tensor, task_specific: Tensor | None, context: ForwardContext) -> Tensor:
-        """Map hidden states [N, d] to [N, d]. task_specific: TS(h) [N, d]."""
+        """Map hidden states h [N, d] to [N, d]. task_specific: TS(h) [N, d], or None."""
         attended = self.attention(hidden, context)
         return self.output(self.intermediate(attended, context), attended, task_specific, context)
 
 
 class Attention(nn.Module):
-    """LN(h + W MHA(h) + b)."""
+    """Attention sublayer: LN(h + dropout(W MHA(h) + b))."""
 
     def __init__(self, config: BertConfig, index: int) -> None:
         super().__init__()
@@ -48,7 +50,7 @@ class Attention(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention within each sequence. at: the place of the dropout seed."""
+    """Multi-head attention within each sequence. at: place of its dropout seed (context.py)."""
 
     def __init__(self, config: BertConfig, at: int) -> None:
         super().__init__()
@@ -71,7 +73,7 @@ class SelfAttention(nn.Module):
 
 
 class Intermediate(nn.Module):
-    """activation(W x + b)."""
+    """First half of the feed-forward part: activation(W x + b)."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -88,7 +90,7 @@ class Intermediate(nn.Module):
 
 
 class Output(nn.Module):
-    """LN(residual + dropout(W x + b) + ts)."""
+    """End of the attention and of the feed-forward part: LN(residual + dropout(W x + b) + ts)."""
 
     def __init__(self, in_features: int, config: BertConfig, at: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The state that all layers of one forward pass share."""
+"""Data of one forward pass that all layers read: row ranges, dropout seeds, the sink."""
 
 from __future__ import annotations
 
@@ -18,23 +18,27 @@ from fastmtl_kernels.varlen_attention.plan import AttentionPlan
 if TYPE_CHECKING:
     from fastmtl.surgery.sinks.sink import Sink
 
-# Places: indices of dropout seeds. Place 0 is that of the embeddings; each layer has four more.
+# A place is the index of a dropout's seed in ForwardContext.seeds. The embeddings have place 0.
+# Each layer has four more, one for each of its dropouts.
 EMBEDDINGS = 0
 ATTENTION, ATTENTION_OUTPUT, OUTPUT, ADAPTER = range(4)
 _IN_LAYER = 4
 
 
 def place(layer: int, which: int) -> int:
-    """Return the place `which` (ATTENTION, ...) of a layer."""
+    """Return the place of a dropout of a layer.
+
+    which: the dropout; ATTENTION, ATTENTION_OUTPUT, OUTPUT or ADAPTER.
+    """
     return 1 + _IN_LAYER * layer + which
 
 
 @dataclass(frozen=True, eq=False)
 class SegmentContext:
-    """Input of a linear layer besides x.
+    """Data that a linear layer needs besides its input x to compute gradients per task.
 
-    segments: the rows of each task.
-    task_grads: the sink of task gradients; see layers.py.
+    segments: the rows of x that belong to each task.
+    task_grads: sink for the gradients per task (see layers.py); None for ordinary gradients.
     """
 
     segments: Segments
@@ -43,13 +47,13 @@ class SegmentContext:
 
 @dataclass(frozen=True, eq=False)
 class ForwardContext(SegmentContext):
-    """State of one forward pass over token rows.
+    """Data of one forward pass of the encoder; a row is a token.
 
-    segments: the token rows of each task.
-    seeds: int64 [places], None outside training.
-    plan: the attention plan, made once per batch; None where the kernels need none.
-    recomputed: takes results that backward can compute again cheaply.
-    batch: None where a recording runs, which serves all batches of a size.
+    segments: the tokens of each task. cu_seqlens: int32 [B + 1], the bounds of the sequences.
+    seeds: dropout seeds, int64 [places], indexed by `place`; None outside training.
+    plan: attention plan of the batch; None if the device's attention needs no plan.
+    recomputed: results to compute again in backward (recompute.py); None to keep all results.
+    batch: the batch; None in a recording, which serves many batches.
     """
 
     cu_seqlens: Tensor
@@ -69,10 +73,12 @@ class ForwardContext(SegmentContext):
         recomputed: RecomputedResults | None = None,
         plan: bool = True,
     ) -> ForwardContext:
-        """Build the context of a batch and draw its seeds from torch's generator of the device.
+        """Build the context of a batch. In training, draw its seeds from the device's generator.
 
-        Masks depend on the generator's state before the forward alone, even where backward
-        computes results again. plan: False leaves the plan to `planned`.
+        All seeds are drawn here at once. The dropout masks therefore depend only on the generator's
+        state before the forward, and a result computed again in backward has the same mask.
+        num_layers: layers that need places for seeds, those of a top included.
+        plan: False to make no attention plan yet; `planned` adds it.
         """
         seeds = None
         if training:
@@ -83,15 +89,18 @@ class ForwardContext(SegmentContext):
         return context.planned() if plan else context
 
     def planned(self) -> ForwardContext:
-        """Return this context with the plan that attention needs on the batch's device."""
+        """Return this context with the attention plan of its batch.
+
+        The plan is None if attention on the batch\'s device needs none.
+        """
         assert self.batch is not None
         plan = self.batch.attention_plan()
         return self if plan is None else replace(self, plan=plan)
 
     def of_task(self, task: int) -> ForwardContext:
-        """Return the context for the rows of one task and modules that belong to this task alone.
+        """Return the context of one task's tokens, for modules that only this task uses.
 
-        It has no sink: surgery does not merge parameters of one task.
+        It has no sink: only shared parameters need a gradient per task.
         """
         assert self.batch is not None
         batch = self.batch.task(task)
@@ -99,7 +108,7 @@ class ForwardContext(SegmentContext):
         return ForwardContext(segments, None, batch.cu_seqlens, self.seeds, None, self.recomputed, batch).planned()
 
     def seed(self, at: int) -> Tensor | None:
-        """Return the seed of a place, int64 [1], or None outside training."""
+        """Return the dropout seed at a place, int64 [1] on the device; None outside training."""
         return None if self._seeds is None else self._seeds[at]
 
     @cached_property
@@ -108,13 +117,14 @@ class ForwardContext(SegmentContext):
 
     @property
     def armed(self) -> Sink | None:
-        """The sink while it accepts writes, else None."""
+        """The sink, if it is armed, so that it accepts gradients; else None."""
         return None if self.task_grads is None or not self.task_grads.active else self.task_grads
 
     def attend(self, qkv: Tensor, num_heads: int, dropout: float, at: int) -> Tensor:
-        """Attend within each sequence: qkv [N, 3, heads * size] -> [N, heads * size].
+        """Return multi-head attention within each sequence, [N, heads * size].
 
-        dropout: of the probabilities. at: the place of its seed.
+        qkv [N, 3, heads * size]: queries, keys and values.
+        dropout: dropout rate of the attention probabilities. at: the place of its seed.
         """
         return varlen_attention(
             qkv.unflatten(2, (num_heads, -1)),

@@ -1,6 +1,6 @@
-"""Encoder families, by the `model_type` in config.json. A further family is one entry here.
+"""Encoder families: for each supported `model_type` of config.json, how to read and build it.
 
-docs/extending.md shows which files a family needs.
+A new family is one entry in FAMILIES; docs/extending.md lists the files that it needs.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from fastmtl.model.encoder.bert import PackedBert
 class Family:
     """Functions that read, build and save the encoders of one `model_type`.
 
-    check_config(values of config.json, its path): the configuration, or UserError naming the path.
-    encoder: the module. Its parameters have their names in transformers' class `architecture`, so
-        that transformers.AutoModel reads a saved encoder.
-    encoder_name(name of a tensor in a weight file): the parameter's name in the encoder; None
-        where the tensor is not the encoder's.
-    architecture: the entry `architectures` of a saved config.json.
+    check_config(values of config.json, its path): returns the configuration, or raises UserError
+        naming the path.
+    encoder: the module class. Its parameters have the names that they have in transformers' class
+        `architecture`, so that transformers.AutoModel loads a saved encoder.
+    encoder_name(name of a tensor in a weight file): returns the parameter's name in the encoder,
+        None for a tensor that is not the encoder's.
+    architecture: name of transformers' class, written into config.json as `architectures`.
     """
 
     check_config: Callable[[Mapping[str, Any], Path], BertConfig]
@@ -42,7 +43,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def read_config(path: Path) -> tuple[Family, BertConfig]:
-    """Read a config.json. Raises UserError naming the file for an unsupported encoder."""
+    """Return the family and the checked configuration of an encoder's config.json.
+
+    Raises UserError, naming the file, if fastmtl does not support the encoder.
+    """
     values = read_json(path)
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:

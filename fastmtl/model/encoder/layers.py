@@ -1,8 +1,9 @@
-"""The shared layers of an encoder: torch's modules for rows that belong to tasks.
+"""Linear, LayerNorm and Embedding layers whose backward can compute one gradient per task.
 
-Names, shapes and initialisation are those of nn.Linear, nn.LayerNorm and nn.Embedding. Without an
-armed sink of task gradients these layers compute what torch's compute. With one, their backward
-writes one gradient per task into the sink.
+The rows of a layer's input are ordered by task. Parameter names, shapes and initialisation are
+those of nn.Linear, nn.LayerNorm and nn.Embedding, and so are the results. If the forward has an
+armed sink of task gradients, backward writes the T gradients of each parameter into the sink
+instead of `.grad`.
 """
 
 from __future__ import annotations
@@ -26,21 +27,24 @@ class TaskLinear(nn.Linear):
 
 
 class Projection(Owner, nn.Linear):  # type: ignore[misc]
-    """One of several Linears that read one input and write side by side (see bert_layer.py)."""
+    """Weights of one of several Linears with a common input, such as query, key and value.
+
+    One operation computes all their outputs, side by side in one tensor (see bert_layer.py).
+    """
 
     weight: nn.Parameter
     bias: nn.Parameter
 
 
-# x [N, d], weight [d], bias [d], [d], eps -> [N, d].
+# (x [N, d], weight [d], bias [d], [d] as a list, eps) -> LayerNorm of each row [N, d].
 Norm = Callable[[Tensor, Tensor, Tensor, list[int], float], Tensor]
 
 
 class TaskLayerNorm(Owner, nn.LayerNorm):  # type: ignore[misc]
     """LayerNorm of the embeddings (see bert.py).
 
-    norm_override: the LayerNorm of another library, which replaces fastmtl's. It writes no gradient
-    per task.
+    norm_override: the LayerNorm of another library, used instead of fastmtl's if it is set. It
+    computes no gradient per task.
     """
 
     norm_override: Norm | None = None
@@ -49,7 +53,8 @@ class TaskLayerNorm(Owner, nn.LayerNorm):  # type: ignore[misc]
 class AddLayerNorm(nn.LayerNorm):
     """LayerNorm(residual + dropout(x) + ts).
 
-    at: the place of the dropout seed in the context. p: the dropout rate in training.
+    ts: the output of the layer's adapter, if there is one.
+    at: the place of the dropout seed, see context.py. p: the dropout rate in training.
     norm_override: as in TaskLayerNorm.
     """
 
@@ -62,7 +67,7 @@ class AddLayerNorm(nn.LayerNorm):
     def forward(  # type: ignore[override]
         self, residual: Tensor, x: Tensor, ts: Tensor | None, context: ForwardContext
     ) -> Tensor:
-        """Map [N, d] each to [N, d] of the residual's dtype."""
+        """Map residual, x and ts, each [N, d], to [N, d] in the dtype of the residual."""
         p, seed = self.p if self.training else 0.0, context.seed(self.at)
         if self.norm_override is not None:
             z = residual + (dropout(x, p, seed) if p else x)
@@ -84,12 +89,15 @@ class AddLayerNorm(nn.LayerNorm):
 
 
 def overrides_norm(module: nn.Module) -> bool:
-    """Return whether some LayerNorm inside is another library's (`norm_override`)."""
+    """Return True if a LayerNorm inside `module` is that of another library (`norm_override`)."""
     norms = (part for part in module.modules() if isinstance(part, TaskLayerNorm | AddLayerNorm))
     return any(norm.norm_override is not None for norm in norms)
 
 
 class TaskEmbedding(Owner, nn.Embedding):  # type: ignore[misc]
-    """nn.Embedding without a meaning for padding_idx: a packed batch holds no padding."""
+    """Weights of an embedding table; `Embeddings` in bert.py does the lookup.
+
+    padding_idx has no effect, because a packed batch has no padding.
+    """
 
     weight: nn.Parameter

