@@ -1,10 +1,10 @@
 """Kernels of multi-task training behind one public interface.
 
-They need torch and no other part of fastmtl.
+This package needs torch and no other part of fastmtl.
 
 Every operation takes `impl`: "auto" selects the fastest implementation for the device and dtypes; a
-named implementation never falls back to another. `implementations()` lists all of them, with the
-reason where one is not available.
+named implementation never falls back to another. `implementations()` lists all implementations of
+all operations, with the reason for each that is not available.
 """
 
 from __future__ import annotations

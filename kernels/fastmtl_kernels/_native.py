@@ -1,4 +1,7 @@
-"""The compiled libraries beside this file: _C of csrc/*.cpp and _CUDA of csrc/*.cu."""
+"""Loading of the compiled libraries beside this file.
+
+_C has the kernels of csrc/*.cpp, _CUDA those of csrc/*.cu.
+"""
 
 from __future__ import annotations
 
@@ -13,29 +16,30 @@ def why_unavailable() -> str:
     """Load the library of the C++ kernels.
 
     Returns:
-        The reason why it cannot be used here, "" where it can.
+        The reason why the library cannot be used here, "" if it can.
     """
     return _load("_C", "C++", "with a C++ compiler and torch installed")
 
 
 @cache
 def why_no_cuda_library() -> str:
-    """Load the library of the CUDA kernels; return the reason why there is none, "" where there is.
+    """Load the library of the CUDA kernels. Loading needs no GPU.
 
-    Needs no GPU.
+    Returns:
+        The reason why the library cannot be loaded, "" if it is loaded.
     """
-    # The C++ library defines the operators, to which this one only adds implementations.
+    # The C++ library defines the operators; the CUDA library only adds implementations to them.
     return why_unavailable() or _load("_CUDA", "CUDA", "with nvcc and a CUDA build of torch installed")
 
 
 @cache
 def why_no_cuda(device: torch.device) -> str:
-    """Return the reason why the CUDA kernels cannot be used on a GPU, "" where they can."""
+    """Return the reason why the CUDA kernels cannot be used on the GPU `device`, "" if they can."""
     reason = why_no_cuda_library()
     if reason:
         return reason
     try:
-        # Only a launch shows whether they are built for this GPU and its driver.
+        # Only a launch shows whether the kernels are built for this GPU and its driver.
         torch.ops.fastmtl.gramian([torch.zeros(1, device=device)], 1)
     except RuntimeError as error:
         return f"the CUDA kernels do not run on {device}: {str(error).splitlines()[0]}"
@@ -43,9 +47,11 @@ def why_no_cuda(device: torch.device) -> str:
 
 
 def _load(library: str, kernels: str, needs: str) -> str:
-    """Load a library; return the reason why it cannot be loaded, "" where it is.
+    """Load a library; return the reason why it cannot be loaded, "" if it is loaded.
 
-    A build that makes no library writes the reason in its place: it knows the compiler and torch.
+    library: its file name without suffixes. kernels: their name in the message. needs: what a build
+    requires, for the message. A build that cannot make the library writes the reason to a .txt file
+    of the same name, since only the build knows the compiler and torch that it found.
     """
     folder = Path(__file__).parent
     libraries = sorted(folder.glob(f"{library}.*so"))

@@ -1,6 +1,6 @@
-"""Checks of arguments that several operations share.
+"""Checks of arguments, shared by several operations.
 
-Each raises a ValueError that names the wrong argument.
+Each check raises a ValueError that names the wrong argument.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from torch import Tensor
 
 
 def describe(value: object) -> str:
-    """Return a tensor's dtype and shape for a message; anything else as it prints."""
+    """Return a text for an error message: a tensor's dtype and shape, or repr(value)."""
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def check_dropout(dropout_p: float, seed: Tensor | None, device: torch.device) -> None:
-    """Check a probability and its seed; values on a device are not read."""
+    """Check that dropout_p is in [0, 1), and that the seed is an int64 of one element on `device`.
+
+    The value of the seed is not read, since reading it would wait for a GPU.
+    """
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if seed is None:
@@ -29,7 +32,10 @@ def check_dropout(dropout_p: float, seed: Tensor | None, device: torch.device) -
 
 
 def check_columns(rows: Tensor, parameters: dict[str, Tensor]) -> None:
-    """Check that parameters, by name, are floating point [d] on the device of rows [N, d]."""
+    """Check that each parameter is floating point [d] on the device of `rows` [N, d].
+
+    parameters: by name, for the message.
+    """
     for name, parameter in parameters.items():
         if not isinstance(parameter, Tensor) or parameter.dim() != 1 or not parameter.is_floating_point():
             raise ValueError(f"{name} must be floating point of shape [{rows.shape[1]}], got {describe(parameter)}")

@@ -1,8 +1,9 @@
-"""The implementations of every operation, and the choice of one for a call.
+"""The implementations of every operation, and the selection of one for a call.
 
-`OPERATIONS` lists them, fastest first. impl="auto" takes the first that supports the call; an
-explicit implementation never falls back to another. The module of an implementation is imported by
-its operation, when it is chosen: not every machine has Triton.
+`OPERATIONS` lists the implementations of each operation, fastest first. impl="auto" selects the
+first that supports the call; an implementation that the caller names never falls back to another.
+The operation imports the module of an implementation only when it is selected, since not every
+machine has Triton.
 """
 
 from __future__ import annotations
@@ -22,21 +23,22 @@ from fastmtl_kernels import _native
 
 RowImpl = Literal["auto", "reference", "triton", "cpp"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Columns of an attention head. A program of the Triton kernels holds a whole head; float32 of 128
-# columns would exceed the shared memory of an A100.
+# The most columns of an attention head. A program of the Triton kernels keeps a whole head in
+# shared memory; 128 columns of float32 would exceed that of an A100.
 MAX_HEAD_DIM = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 64}
-# Columns between two linear maps. A program of the Triton kernels holds whole rows of this width;
-# the products that make float32 exact take two registers per number.
+# The most columns between the two linear maps of an adapter. A program of the Triton kernels keeps
+# whole rows of this width in registers; exact float32 products take two registers per number.
 MAX_RANK = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 64}
 MAX_CUDA_TASKS = 64
 
 
 class Limit(NamedTuple):
-    """The largest value of a size of the call that an implementation supports, per dtype.
+    """A limit of an implementation on a size of the call, such as the number of tasks.
 
-    size: its name among the sizes of `select`. message: the reason, a format string of `largest`,
-    `value` and `dtype`. names_argument: the message names the argument that is too large, so that
-    the error is a ValueError.
+    size: the name of the size, a keyword of `select`. largest: the largest supported value for each
+    dtype. message: the error message, a format string with `largest`, `value` and `dtype`.
+    names_argument: whether the message names the argument that is too large; the error is then a
+    ValueError, else a RuntimeError.
     """
 
     size: str
@@ -47,10 +49,11 @@ class Limit(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """One implementation of an operation.
+    """One implementation of an operation, with its requirements.
 
-    kernels: its name in messages. device: the type of device that it needs, "" for any; any device
-    also means any dtype.
+    impl: the name for `impl=`. kernels: the name in error messages. device: the type of device that
+    it needs ("cpu" or "cuda"), or "" for an implementation that supports every device and dtype.
+    dtypes: the supported dtypes, if `device` is not "".
     """
 
     impl: str
@@ -64,8 +67,8 @@ class Candidate:
 class Implementation(NamedTuple):
     """One implementation of an operation, on one kind of device.
 
-    impl: the name for `impl=`. available: whether it can be used. reason: the reason why it cannot,
-    or its description. auto: whether `impl="auto"` takes it.
+    impl: the name for `impl=`. available: whether it can be used. reason: the reason why it cannot
+    be used, or its description if it can. auto: whether `impl="auto"` selects it.
     """
 
     impl: str
@@ -146,20 +149,21 @@ OPERATIONS: dict[str, tuple[Candidate, ...]] = {
 
 
 class Refusal(NamedTuple):
-    """The reason why a candidate does not support a call. names_argument: as of `Limit`."""
+    """The reason why a candidate does not support a call. names_argument: see `Limit`."""
 
     reason: str
     names_argument: bool = False
 
 
 def select(operation: str, impl: str, *tensors: Tensor | None, **sizes: int) -> str:
-    """Return the implementation for these tensors, which are on one device.
+    """Return the name of the implementation for a call.
 
-    tensors: the first is not None; without tensors the device is the CPU. sizes: the sizes that the
-    limits of the operation check.
+    impl: the caller's `impl`. tensors: the tensors of the call, on one device; the first must not
+    be None; without tensors the device is the CPU. sizes: the sizes of the call, by the names that
+    `Limit.size` uses.
 
     Raises:
-        ValueError: impl is no implementation of the operation, or an argument is too large for it.
+        ValueError: the operation has no such implementation, or an argument is too large for it.
         RuntimeError: the implementation cannot be used here; the message gives the reason.
     """
     device = tensors[0].device if tensors and tensors[0] is not None else torch.device("cpu")
@@ -179,9 +183,9 @@ def select(operation: str, impl: str, *tensors: Tensor | None, **sizes: int) -> 
 def unsupported_reason(
     operation: str, impl: str, device: torch.device, dtypes: Collection[torch.dtype] = (), **sizes: int
 ) -> str:
-    """Return the reason why an implementation does not support such tensors and sizes.
+    """Return the reason why an implementation does not support a call, "" if it does.
 
-    "" where it does.
+    device, dtypes: those of the call's tensors. sizes: as for `select`.
     """
     refused = refusal(_candidate(operation, impl), device, dtypes, sizes)
     return "" if refused is None else refused.reason
@@ -191,7 +195,7 @@ def implementations(device: str | torch.device = "cpu") -> dict[str, list[Implem
     """List every implementation of every operation for float32, bfloat16 and float16 on a device.
 
     Returns:
-        The implementations of each operation, fastest first.
+        The implementations by the name of the operation, fastest first.
     """
     on = torch.device(device)
     listed = {}
@@ -208,7 +212,7 @@ def implementations(device: str | torch.device = "cpu") -> dict[str, list[Implem
 def refusal(
     candidate: Candidate, device: torch.device, dtypes: Collection[torch.dtype], sizes: Mapping[str, int]
 ) -> Refusal | None:
-    """Return the reason why a candidate does not support a call, None where it does."""
+    """Return the reason why a candidate does not support a call, None if it does."""
     kernels = candidate.kernels
     if not candidate.device:
         return None
@@ -236,7 +240,7 @@ def _candidate(operation: str, impl: str) -> Candidate:
 
 
 def _missing(impl: str, device: torch.device) -> str:
-    """Return the reason why the library of an implementation cannot be used, "" where it can."""
+    """Return the reason why the library of an implementation cannot be used, "" if it can."""
     match impl:
         case "cpp":
             return _native.why_unavailable()
@@ -248,7 +252,7 @@ def _missing(impl: str, device: torch.device) -> str:
 
 @cache
 def why_no_triton() -> str:
-    """Return the reason why Triton cannot be used here, "" where it can."""
+    """Return the reason why Triton cannot be used here, "" if it can."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     try:

@@ -1,4 +1,4 @@
-"""Blocks of whole rows for the row-wise Triton kernels: their shapes, and loads of them."""
+"""Shapes and loads of blocks of whole rows, for the row-wise Triton kernels."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ PER_THREAD = 16
 
 @triton.jit
 def load_rows(ptr: tl.tensor, offs: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """Load elements in float32, zeros where the mask is false."""
+    """Return the elements at ptr + offs in float32, zero where the mask is false."""
     return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
 
 
 def block_shape(num_columns: int, per_thread: int = PER_THREAD) -> dict[str, int]:
-    """Return BLOCK_M, BLOCK_D and launch options for whole rows of this many columns."""
+    """Return BLOCK_M, BLOCK_D and launch options of a kernel whose programs process whole rows.
+
+    num_columns: the length of a row. per_thread: elements of a block per thread.
+    """
     block_d = max(16, triton.next_power_of_2(num_columns))
     num_warps = min(max(block_d // 128, 1), 16)
     block_m = max(per_thread * 32 * num_warps // block_d, 1)

@@ -1,4 +1,4 @@
-"""Task gradients J as lists of tensors, for the operations that read them."""
+"""Conversion of task gradients J to lists of tensors, for the operations that read J."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastmtl_kernels.checks import describe
 
-# J as [T, P], or as T lists of K tensors.
+# Task gradients J: a tensor [T, P], or T lists of K tensors.
 Grads = Tensor | Sequence[Sequence[Tensor]]
 
 
@@ -16,7 +16,8 @@ def task_lists(grads: Grads) -> list[list[Tensor]]:
     """Return J as T lists of K contiguous tensors.
 
     Raises:
-        ValueError: `grads` has the wrong shape, or its tensors differ in a way that J cannot.
+        ValueError: `grads` is empty or has the wrong shape, or a tensor is not floating point, is
+            on another device or differs from tensor k of the first list in shape or dtype.
     """
     if isinstance(grads, Tensor):
         if grads.dim() != 2 or grads.shape[0] == 0:

@@ -5,12 +5,12 @@
     y = h weight + bias                 dweight = sum dy h,  dbias = sum dy
 
 rstd = 1 / sqrt(var + eps). residual, x, ts, y [N, d]; weight, bias [d]; the sums are over the rows
-of one task. Statistics and sums are float32; z has residual's dtype, in which it is kept for
-backward. An implementation is a module with `forward`, `backward` and `recompute`; from the last
-result of its `forward`, its `backward` knows the dropped elements. Equal inputs give equal bits.
-Not differentiable twice.
+of one task. keep is 0 for an element that dropout drops, else 1. Statistics and sums are float32. z
+is kept for backward in residual's dtype. An implementation is a module with `forward`, `backward`
+and `recompute`; the last result of `forward` (a mask or the seed) gives `backward` the dropped
+elements. Equal inputs give equal bits. Not differentiable twice.
 
-Source: as fastmtl_kernels.add_layer_norm.reference.
+Source: see fastmtl_kernels.add_layer_norm.reference.
 """
 
 from __future__ import annotations
@@ -45,24 +45,27 @@ def add_layer_norm(
     register: Register | None = None,
     impl: RowImpl = "auto",
 ) -> Tensor:
-    """LayerNorm(residual + dropout(x) + ts).
+    """Return LayerNorm(residual + dropout(x) + ts), differentiable in all tensors but the seed.
 
     Args:
         residual: [N, d], floating point, any strides.
         x: [N, d], the rows that dropout is applied to.
-        weight: [d].
-        bias: [d].
-        ts: [N, d], added after dropout: the adapters' output.
+        weight: [d], the factor of LayerNorm.
+        bias: [d], the summand of LayerNorm.
+        ts: [N, d], the output of a task-specific layer (an adapter), added after dropout.
         dropout_p: the probability of dropping an element of x, in [0, 1).
         eps: added to the variance.
-        seed: int64 of one element on residual's device, one for each call in a step; needed where
-            dropout_p > 0.
-        token_offsets: the tasks' rows, int32 [T + 1] on residual's device, or the numbers on the
-            host, or an object with both as `offsets` and `host`. Rows past the last are a masked
-            tail: zeros in y and in all gradients.
-        task_grads: the sink of weight's and bias's gradients, one per task; None for one sum each.
-        register: called with y and a function that recomputes y, where a backward may come. The
-            function reads weight and bias as they are in forward. "reference" does not call it.
+        seed: int64 of one element on residual's device; needed if dropout_p > 0. Each call in a
+            step needs its own seed, since equal seeds drop equal elements.
+        token_offsets: task t has the rows token_offsets[t]:token_offsets[t + 1]. An int32 [T + 1]
+            on residual's device, or a sequence of T + 1 integers, or an object with both as
+            `offsets` and `host`. Rows past the last offset are padding: y and all gradients are
+            zero there. None: all rows are one task.
+        task_grads: the sink, which receives the gradients of weight and bias per task; None for
+            autograd's usual gradients, summed over tasks.
+        register: a function for recomputing y instead of keeping it. It is called with y and with
+            a function that recomputes y from the weight and bias of this forward. Not called if no
+            gradient is needed, nor by "reference".
         impl: "auto", "reference", "triton" (CUDA tensors) or "cpp" (CPU tensors).
 
     Returns:
@@ -114,16 +117,16 @@ class _AddLayerNorm(torch.autograd.Function):
         call: RowNorm,
     ) -> Tensor:
         y, z, mean, rstd, dropped = call.kernels.forward(residual, x, ts, weight, bias, seed, call)
-        # The parameters are saved, not copies: under ZeRO 3 their storage is gathered again for
-        # backward.
+        # The parameters themselves are saved, not copies: under ZeRO 3 their storage is released
+        # after forward and gathered again for backward.
         ctx.save_for_backward(z, mean, rstd, weight, dropped)
-        # A sink knows parameters by identity, and under checkpointing saved tensors come back as
-        # other objects.
+        # A sink recognises a parameter as the same Python object, and with activation checkpointing
+        # ctx.saved_tensors returns other objects.
         ctx.parameters = weight, bias
         ctx.call = call
         ctx.dtypes = x.dtype, None if ts is None else ts.dtype
         if call.register is not None and any(ctx.needs_input_grad):
-            # Detached, as ZeRO 3 gives a parameter other memory when its module is done.
+            # Detached: the copies keep their memory when ZeRO 3 releases that of the parameters.
             kept = z, mean, rstd, weight.detach(), bias.detach()
             call.register(y, partial(call.kernels.recompute, *kept, call._replace(register=None)))
         if call.sink is not None:
@@ -149,7 +152,7 @@ class _AddLayerNorm(torch.autograd.Function):
 
 
 class _Wants(NamedTuple):
-    """The gradients that autograd needs."""
+    """For each input, whether autograd needs its gradient."""
 
     residual: bool
     x: bool

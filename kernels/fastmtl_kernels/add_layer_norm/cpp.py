@@ -1,7 +1,7 @@
 """Residual LayerNorm by the C++ kernels of csrc/add_layer_norm_cpu.cpp.
 
-The elements that dropout drops are kept for backward, one bit each: on CPUs drawing them again
-takes as long as all other work.
+The dropout mask is kept for backward, one bit per element: on CPUs, drawing the random numbers
+again would take as long as all other work of backward.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ def forward(
     seed: Tensor | None,
     call: RowNorm,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Return y and z [N, d] of residual's dtype, mean and rstd [N] float32, and the dropped bits.
+    """Return y and z [N, d] of residual's dtype, mean and rstd [N] float32, and the dropout mask.
 
-    z, mean, rstd and the bits are written for rows that have tasks only.
+    The mask is uint8 [N, 8 ceil(d / 64)], one bit per element; None if no backward follows or
+    nothing is dropped. Rows of no task are zeros in y and undefined in all other results.
     """
     num_rows, num_columns = residual.shape
     mask = None
@@ -35,7 +36,7 @@ def forward(
 
 
 def recompute(z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, call: RowNorm) -> Tensor:
-    """Return forward's y [N, d], bit for bit, from the tensors that it kept."""
+    """Return the y [N, d] that forward returned, bit for bit, from the tensors that it kept."""
     y = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     weight, bias = (cast(parameter, torch.float32).contiguous() for parameter in (weight, bias))
     torch.ops.fastmtl.layer_norm_again_out(z, mean, rstd, weight, bias, call.tasks.host[-1], y)
@@ -54,9 +55,11 @@ def backward(
     dx_dtype: torch.dtype | None,
     want_sums: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return dz and dx [N, d] and the gradients of weight and bias, as of layer_norm.cpp.backward.
+    """Return dz and dx [N, d] and the gradients of weight and bias.
 
-    dx_dtype: None where dx is not wanted. want_sums: no effect, as the kernel always computes them.
+    The gradients have the shapes that layer_norm.cpp.backward gives them. dx_dtype: the dtype of
+    dx, None if dx is not needed. want_sums: whether the gradients of weight and bias are needed; it
+    has no effect, as the kernel always computes them.
     """
     dz, dx, sums = layer_norm.backward(dy, z, mean, rstd, weight, mask, call)
     if dx_dtype is not None:

@@ -1,4 +1,4 @@
-"""Plain-torch oracle of residual LayerNorm: it defines the result, and is the portable path.
+"""Reference of residual LayerNorm in plain torch: it defines the result and runs on any device.
 
     z = residual + dropout(x) + ts
     y = (z - mean(z)) / sqrt(var(z) + eps) * weight + bias    mean and biased variance over columns
@@ -6,7 +6,7 @@
 residual, x, ts [N, d]; weight, bias [d]. Any floating dtypes; arithmetic in float32, in float64
 where residual is float64; z and y have residual's dtype. Dropout is that of
 fastmtl_kernels.dropout.reference. Rows past the last token offset belong to no task: y and the
-gradients are zero there, whatever values they hold. Gradients by autograd.
+gradients are zero there, whatever the inputs contain. Gradients by autograd.
 
 Source: Ba et al., Layer Normalization, 2016; Devlin et al., BERT, 2019 (the order of dropout, sum
 and norm).

@@ -4,10 +4,10 @@
 
 residual, x, ts, y, z [num_rows, D] contiguous, each float32, float16 or bfloat16; weight, bias [D];
 mean, rstd [num_rows] float32; token_offsets [num_tasks + 1] int32. Arithmetic in float32. A program
-holds whole rows, so each tensor is read and written once. Backward is that of
-fastmtl_kernels.layer_norm.triton.
+keeps whole rows in registers, so each tensor is read or written once. The kernels of backward are
+in fastmtl_kernels.layer_norm.triton.
 
-Source: as fastmtl_kernels.add_layer_norm.reference.
+Source: see fastmtl_kernels.add_layer_norm.reference.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _layer_norm_recompute_kernel(
     rstd = tl.load(rstd_ptr + rows, mask=mask_m, other=0.0)
     weight = load_rows(weight_ptr, offs_d, mask_d)
     bias = load_rows(bias_ptr, offs_d, mask_d)
-    # The expression of `normalise`, so that y has the same bits.
+    # The same expression as in `normalise`, so that y has the same bits.
     y = (z - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
     y = tl.where(mask_m[:, None], y, 0.0).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + offs, y, mask=(rows < num_rows)[:, None] & mask_d[None, :])
@@ -118,8 +118,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Return y and z [N, d] of residual's dtype, mean and rstd [N] float32, and the seed.
 
-    z, mean and rstd are written for rows that have tasks only. Backward draws dropout again from
-    the seed.
+    Rows of no task are zeros in y and undefined in z, mean and rstd. Backward draws the dropout
+    mask again from the seed.
     """
     num_rows, num_columns = residual.shape
     y, z = (torch.empty(num_rows, num_columns, dtype=residual.dtype, device=residual.device) for _ in range(2))
@@ -153,7 +153,7 @@ def forward(
 
 
 def recompute(z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, call: RowNorm) -> Tensor:
-    """Return forward's y [N, d], bit for bit, from the tensors that it kept."""
+    """Return the y [N, d] that forward returned, bit for bit, from the tensors that it kept."""
     num_rows, num_columns = z.shape
     y = torch.empty_like(z)
     shape = block_shape(num_columns)

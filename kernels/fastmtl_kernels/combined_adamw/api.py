@@ -1,16 +1,15 @@
-"""AdamW's update from task gradients, in one pass.
-
-The pass forms the weighted sum of the task gradients, and updates weights, moments and a 16-bit
-copy.
+"""AdamW's step on the weighted sum of task gradients, in one pass over memory.
 
     g = sum_t weights[t] J[t], then AdamW's step with the gradient g
 
-J [T, P] is read once, weights and moments are read and written once, and g never exists in memory.
-That moves (4 T + 24) P bytes in float32, where combine followed by an optimizer moves (4 T + 32) P,
-and clipping between them 12 P more. A factor that clips goes into `weights`. Arithmetic in float32;
-J float32, bfloat16 or float16. Elements do not depend on each other: equal inputs give equal bits.
+The pass updates the model's weights, their moments and, if wanted, a 16-bit copy of the weights.
+J [T, P] is read once, weights and moments are read and written once, and g is never stored. In
+float32 the pass moves (4 T + 24) P bytes. `combine` followed by an optimizer moves (4 T + 32) P
+bytes, and clipping between the two 12 P more. To clip the gradient, multiply `weights` by the
+factor. Arithmetic in float32; J float32, bfloat16 or float16. Each element is computed by itself:
+equal inputs give equal bits.
 
-Source: as fastmtl_kernels.combined_adamw.reference.
+Source: see fastmtl_kernels.combined_adamw.reference.
 """
 
 from __future__ import annotations
@@ -52,18 +51,20 @@ def combined_adamw(
     Args:
         grads: J as [T, P] or T lists of K tensors (see fastmtl_kernels.task_gradients.api);
             T >= 1, P and K may be 0. Tensors that are not contiguous are copied.
-        weights: [T], floating point, on the gradients' device; used in the dtype of `params`.
-        params, exp_avgs, exp_avg_sqs: the model's weights and their moments: [P] each for a tensor,
-            K tensors each for lists; contiguous, of the gradients' shapes, float32 (with the
-            reference float64 as well).
+        weights: the tasks' weights, [T], floating point, on the gradients' device; converted to the
+            dtype of `params`.
+        params, exp_avgs, exp_avg_sqs: the model's weights and their first and second moments. Each
+            is a tensor [P] if `grads` is a tensor, else K tensors of the gradients' shapes;
+            contiguous, float32 (float64 too with impl "reference").
         step: number of this step, from 1.
-        lr, betas, eps, weight_decay: as of torch.optim.AdamW.
-        copies: bfloat16 or float16 tensors shaped as `params`, which receive `params` rounded; none
-            by default.
-        slots: for one embedding table (lists of one tensor): int32 [V] on the gradients' device.
-            Row v of the table [V, d] has the gradients grads[t][0][slots[v]] of [n, d], and zero
-            where slots[v] < 0: such a row and its moments decay. Values are checked on CPUs only,
-            as reading them would wait for a GPU.
+        lr, betas, eps, weight_decay: the arguments of torch.optim.AdamW.
+        copies: bfloat16 or float16 tensors of the shapes of `params`, which receive the rounded new
+            values of `params`; None writes no copies.
+        slots: only for one embedding table [V, d] whose gradients have few rows: int32 [V] on the
+            gradients' device. `grads` is then T lists of one tensor [n, d], and row v of the table
+            has the gradient grads[t][0][slots[v]] of task t, or zero if slots[v] < 0. Rows with a
+            zero gradient are updated too. The values are checked on CPUs only, as reading them
+            would wait for a GPU.
         impl: "auto", "reference", "triton" (CUDA tensors) or "cpp" (CPU tensors).
 
     Raises:

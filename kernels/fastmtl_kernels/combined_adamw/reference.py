@@ -1,11 +1,11 @@
-"""Plain-torch oracle of combined_adamw: it defines the result, and is the portable path.
+"""Reference of combined_adamw in plain torch: it defines the result and runs on any device.
 
     g = sum_t weights[t] J[t]
     m += (1 - beta1) (g - m)        v = beta2 v + (1 - beta2) g^2
     p = (1 - lr weight_decay) p - lr / (1 - beta1^step) m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
 
-J is T lists of K tensors; p, m and v are K tensors each, float32 or float64; g is formed in their
-dtype, some columns at a time. Limits: none on T, K and P.
+J is T lists of K tensors. p (model weights), m and v (moments) are K tensors each, float32 or
+float64. g is computed in their dtype, a chunk of columns at a time. No limits on T, K and P.
 
 Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2, as
 torch.optim.AdamW implements it.
@@ -24,7 +24,7 @@ _CHUNK = 1 << 18
 
 
 class Update(NamedTuple):
-    """The numbers of a step.
+    """The scalars of one AdamW step, computed from its settings.
 
     decay = 1 - lr weight_decay, beta1_left = 1 - beta1, beta2_left = 1 - beta2,
     step_size = lr / (1 - beta1^step), root = 1 / sqrt(1 - beta2^step).
@@ -46,9 +46,10 @@ class Update(NamedTuple):
 
 
 class Written(NamedTuple):
-    """The tensors that are written.
+    """The tensors that a step updates for one model weight.
 
-    param, exp_avg, exp_avg_sq: of one dtype. copy: of param, None where no copy is kept.
+    param, exp_avg, exp_avg_sq: the weight and its moments, of one dtype. copy: the 16-bit copy of
+    param, or None.
     """
 
     param: Tensor
@@ -64,10 +65,11 @@ def combined_adamw(
     update: Update,
     slots: Tensor | None,
 ) -> None:
-    """Update every target.
+    """Take one AdamW step for every target, in place.
 
-    slots [V]: for one table, whose row v has the gradients grads[t][0][slots[v]]; a negative slot
-    has none.
+    grads: T lists of one gradient per target. weights: [T]. slots: None, or int32 [V] for a single
+    target, an embedding table of V rows. Row v then has the gradients grads[t][0][slots[v]], or
+    zero if slots[v] < 0.
     """
     for target, *same in zip(targets, *grads, strict=True):
         param = target.param

@@ -6,12 +6,13 @@ J [T, P] is T lists of K tensors in float32, bfloat16 or float16, at any address
 moments are float32, the copy of the weights is bfloat16 or float16. Arithmetic in float32; square
 root and division round as torch rounds them.
 
-Hundreds of tensors need one launch for each combination of dtypes. A table on the device holds
-their addresses, and another one holds the pieces that the programs work on. Both are functions of
-the addresses and are cached, so that a step at the same addresses copies nothing to the device.
-Tensors that are aligned to 16 bytes are read and written by vectors. Limits: none on T, K and P.
+Hundreds of tensors are updated by one launch per combination of dtypes. For this, one table on the
+device lists the addresses of the tensors, and another lists the pieces of tensors, one per program.
+Both tables depend only on the addresses and are cached, so a step at the same addresses copies
+nothing to the device. Tensors that are aligned to 16 bytes are read and written with vector
+instructions. No limits on T, K and P.
 
-Source: as fastmtl_kernels.combined_adamw.reference.
+Source: see fastmtl_kernels.combined_adamw.reference.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ NUM_WARPS = 4
 BLOCK = 1024
 VECTOR_BYTES = 16
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-# Arguments that differ from step to step, which Triton must not make constants.
+# Arguments that change with the step. Triton must not specialise the kernel on their values.
 CHANGING = ["decay", "beta1_left", "beta2", "beta2_left", "step_size", "root", "eps"]
 
 
@@ -51,7 +52,10 @@ def _update(
     root: tl.tensor,
     eps: tl.tensor,
 ) -> tl.tensor:
-    """Take AdamW's step of one block; return the new weights, for a copy."""
+    """Store AdamW's step of one block. Return the new weights, so that the caller can copy them.
+
+    merged: the weighted sum of the task gradients.
+    """
     m = tl.load(exp_avg_ptrs, mask=mask)
     v = tl.load(exp_avg_sq_ptrs, mask=mask)
     p = tl.load(param_ptrs, mask=mask)
@@ -66,7 +70,7 @@ def _update(
 
 @triton.jit
 def _pointer(entry_ptr: tl.tensor, begin: tl.tensor, TYPE: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
-    """Return a pointer to element `begin` of the tensor whose address is in the table."""
+    """Return a pointer to element `begin` of the tensor whose address is stored at entry_ptr."""
     pointer = tl.load(entry_ptr).to(tl.pointer_type(TYPE)) + begin
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
@@ -95,7 +99,7 @@ def _update_block(
     merged = tl.zeros([BLOCK], tl.float32)
     for t in tl.static_range(NUM_ROWS):
         if t % MAX_ROWS == 0 and t > 0:
-            # Keeps the compiler from loading more rows ahead than there are registers for.
+            # The barrier keeps the compiler from loading more rows ahead than fit in registers.
             tl.debug_barrier()
         row = tl.load(_pointer(entry_ptr + t, begin, GRAD, ALIGNED) + offs, mask=mask)
         merged += tl.load(weights_ptr + t) * row.to(tl.float32)
@@ -138,14 +142,15 @@ def _combined_adamw_kernel(
 ) -> None:
     """Update BLOCK columns of one tensor.
 
-    table int64 [K, NUM_ROWS + 5]: addresses of the gradients, weights, moments and copy, then the
-    number of elements. pieces int64 [programs, 2]: the tensor and its first column.
+    table: int64 [K, NUM_ROWS + 5]; row k has the addresses of the gradients (one per task), of the
+    weight, its two moments and its copy, then the number of elements. pieces: int64 [programs, 2];
+    the index k of a program's tensor, and the first column of its block.
     """
     piece = tl.program_id(0)
     begin = tl.load(pieces_ptr + 2 * piece + 1)
     entry_ptr = table_ptr + tl.load(pieces_ptr + 2 * piece) * (NUM_ROWS + 5)
     left = tl.load(entry_ptr + NUM_ROWS + 4) - begin
-    # A mask that the compiler knows nothing about prevents loads by vectors.
+    # A full block has no mask that depends on data, since such a mask prevents vector loads.
     if left >= BLOCK:
         _update_block(
             entry_ptr, begin, weights_ptr, None, decay, beta1_left, beta2, beta2_left, step_size,
@@ -178,7 +183,7 @@ def _combined_adamw_rows_kernel(
     NUM_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Update BLOCK columns of one row of a table."""
+    """Update BLOCK columns of one row of an embedding table."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -253,7 +258,10 @@ def _addresses(gradients: Sequence[Tensor], target: Written) -> tuple[int, ...]:
 
 @lru_cache(maxsize=64)
 def _tables(rows: tuple[tuple[int, ...], ...], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the addresses of tensors and the pieces that they are cut into, on the device."""
+    """Return the tables `table` and `pieces` of _combined_adamw_kernel, on the device.
+
+    rows: the rows of `table`. block: columns per piece.
+    """
     pieces = [(k, begin) for k, row in enumerate(rows) for begin in range(0, row[-1], block)]
     table, parts = (torch.tensor(numbers, dtype=torch.int64) for numbers in (rows, pieces))
     if device.type == "cuda":

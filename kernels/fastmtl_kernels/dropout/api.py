@@ -1,11 +1,12 @@
-"""Row-wise dropout whose mask is a function of a seed.
+"""Row-wise dropout with a mask that depends only on a seed.
 
     y = keep x / (1 - dropout_p)      dx = keep dy / (1 - dropout_p)
 
-x, y [N, d]; keep as defined by fastmtl_kernels.philox: add_layer_norm drops the same elements with
-the same seed. Backward keeps the seed only. An implementation is a module with `dropout`.
+x, y [N, d]. keep is the mask of fastmtl_kernels.philox, 0 or 1 for each element; add_layer_norm
+with the same seed has the same mask. Only the seed is kept for backward, which draws the mask
+again. An implementation is a module with `dropout`.
 
-Source: as fastmtl_kernels.dropout.reference.
+Source: see fastmtl_kernels.dropout.reference.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from fastmtl_kernels.dropout import cpp, reference
 
 
 def dropout(x: Tensor, dropout_p: float, seed: Tensor | None, *, impl: RowImpl = "auto") -> Tensor:
-    """Drop elements of rows.
+    """Return x with random elements set to zero and the others divided by 1 - dropout_p.
 
     Args:
-        x: [..., d], floating point, any strides; rows are counted over all leading dimensions.
+        x: [..., d], floating point, any strides; all leading dimensions are flattened to rows.
         dropout_p: the probability of dropping an element, in [0, 1); 0 returns x.
-        seed: int64 of one element on x's device, one for each call in a step; needed where
-            dropout_p > 0.
+        seed: int64 of one element on x's device; needed if dropout_p > 0. Each call in a step needs
+            its own seed, since equal seeds drop equal elements.
         impl: "auto", "reference", "triton" (CUDA tensors) or "cpp" (CPU tensors).
 
     Returns:
@@ -52,7 +53,10 @@ def dropout(x: Tensor, dropout_p: float, seed: Tensor | None, *, impl: RowImpl =
 
 
 def dropout_into(out: Tensor, rows: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
-    """Write rows [N, d], dropped out, into `out`, which may be rows; not differentiable."""
+    """Write dropout(rows) into `out` and return `out`; not differentiable.
+
+    rows, out: [N, d]; they may be the same tensor.
+    """
     if select("dropout", "auto", rows) == "cpp":
         return cpp.dropout(rows, dropout_p, seed, out=out)
     return out.copy_(dropout(rows, dropout_p, seed))

@@ -1,6 +1,6 @@
 """Row-wise dropout by the C++ kernel in csrc/add_layer_norm_cpu.cpp.
 
-Other operations that drop use it too.
+Other C++ implementations with dropout call this function too.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from fastmtl_kernels.philox import keep_threshold
 
 
 def dropout(x: Tensor, dropout_p: float, seed: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return y [N, d], written into `out` where given, which may be x.
+    """Return y [N, d], written into `out` if given; `out` may be x.
 
-    Also the operation's own backward.
+    Backward is the same function, applied to dy.
     """
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

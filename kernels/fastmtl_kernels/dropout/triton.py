@@ -1,9 +1,9 @@
-"""Row-wise dropout by Triton, also for the kernels that drop.
+"""Row-wise dropout by Triton. Other kernels with dropout call `keep_rows`.
 
     words = Philox4x32-10(key = seed, counter = (column // 4, row, 0, 1))
     keep[row, column] = int32(words[column % 4]) >= threshold
 
-x, y [num_rows, D], float32, float16 or bfloat16. Source: as fastmtl_kernels.philox.
+x, y [num_rows, D], float32, float16 or bfloat16. Source: see fastmtl_kernels.philox.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ MAX_BLOCK_D = 1024
 def keep_rows(
     seed_ptr: tl.tensor, rows: tl.tensor, first_column: tl.tensor, threshold: tl.tensor, BLOCK_D: tl.constexpr
 ) -> tl.tensor:
-    """Return the mask of the kept elements of BLOCK_D columns: bool [rows, BLOCK_D]."""
+    """Return the dropout mask, bool [rows, BLOCK_D], True for a kept element.
+
+    The columns are first_column to first_column + BLOCK_D - 1; first_column is a multiple of 4.
+    """
     groups = first_column // 4 + tl.arange(0, BLOCK_D // 4)
     w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), groups[None, :], rows.to(tl.int32)[:, None], 0, 1)
     k0 = w0.to(tl.int32, bitcast=True) >= threshold
@@ -56,7 +59,7 @@ def _dropout_kernel(
 
 
 def dropout(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
-    """Return y [N, d]; also the operation's own backward."""
+    """Return y [N, d]. Backward is the same function, applied to dy."""
     num_rows, num_columns = x.shape
     y = torch.empty(num_rows, num_columns, dtype=x.dtype, device=x.device)
     shape = block_shape(min(num_columns, MAX_BLOCK_D))

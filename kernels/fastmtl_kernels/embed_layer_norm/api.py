@@ -1,16 +1,17 @@
-"""A BERT's embeddings on packed rows: three tables' rows, LayerNorm and dropout.
+"""The embeddings of a BERT on packed rows: the sum of three tables' rows, LayerNorm and dropout.
 
     z = words[input_ids] + positions[position_ids] + types[token_type_ids]
     h = (z - mean(z)) rstd,  rstd = 1 / sqrt(var + eps)    y = dropout(h weight + bias)
     dh = keep dy / (1 - dropout_p)                         dz, dweight, dbias as in add_layer_norm
     gradient of row v of a table: the sum of dz's rows whose id is v
 
-ids [N]; words [V, d], positions [M, d], types [K, d]; weight, bias [d]; y [N, d]. Statistics and
-sums are float32; z is kept for backward in words' dtype; dropout is drawn again. A sink receives a
-table's gradient as ids [N] and rows [N, d], so that T tables never exist here. An implementation is
-a module with `forward` and `backward`. Equal inputs give equal bits. Not differentiable twice.
+ids [N]; words [V, d], positions [M, d], types [K, d]; weight, bias [d]; y [N, d]. keep is 0 for an
+element that dropout drops, else 1. Statistics and sums are float32. z is kept for backward in
+words' dtype; backward draws the dropout mask again. A sink receives the gradient of a table as ids
+[N] and rows [N, d], so that no gradient of the size of T tables is needed here. An implementation
+is a module with `forward` and `backward`. Equal inputs give equal bits. Not differentiable twice.
 
-Source: as fastmtl_kernels.embed_layer_norm.reference.
+Source: see fastmtl_kernels.embed_layer_norm.reference.
 """
 
 from __future__ import annotations
@@ -54,25 +55,28 @@ def embed_layer_norm(
     task_grads: TaskSink | None = None,
     impl: RowImpl = "auto",
 ) -> Tensor:
-    """dropout(LayerNorm(words[input_ids] + positions[position_ids] + types[token_type_ids])).
+    """Return dropout(LayerNorm(the sum of three table rows per token)).
+
+    The rows are words[input_ids], positions[position_ids] and types[token_type_ids].
 
     Args:
-        input_ids: [N], int64 or int32 like the next two; each id is a row of its table, in the
-            masked tail too.
-        position_ids: [N].
-        token_type_ids: [N].
+        input_ids: [N], int64 or int32, rows of `words`. All three kinds of ids must be valid rows
+            of their tables, also past the last token offset.
+        position_ids: [N], int64 or int32, rows of `positions`.
+        token_type_ids: [N], int64 or int32, rows of `types`.
         words: [V, d], floating point.
         positions: [M, d].
         types: [K, d].
-        weight: [d], of LayerNorm.
-        bias: [d].
+        weight: [d], the factor of LayerNorm.
+        bias: [d], the summand of LayerNorm.
         dropout_p: the probability of dropping an element of the result, in [0, 1).
         eps: added to the variance.
-        seed: int64 of one element on the tables' device, one for each call in a step; needed where
-            dropout_p > 0.
-        token_offsets: as in fastmtl_kernels.add_layer_norm; rows past the last are zeros.
-        task_grads: the sink of all gradients; its anchor becomes an input. None for autograd's
-            dense gradients.
+        seed: int64 of one element on the tables' device; needed if dropout_p > 0. Each call in a
+            step needs its own seed, since equal seeds drop equal elements.
+        token_offsets: the rows of each task, as in fastmtl_kernels.add_layer_norm. Rows past the
+            last offset are zeros in y.
+        task_grads: the sink, which receives the gradients of tables, weight and bias per task; its
+            anchor becomes an input of the operation. None for autograd's usual dense gradients.
         impl: "auto", "reference", "triton" (CUDA tensors) or "cpp" (CPU tensors).
 
     Returns:
@@ -136,10 +140,10 @@ class _EmbedLayerNorm(torch.autograd.Function):
         ids = input_ids, position_ids, token_type_ids
         y, z, mean, rstd = call.kernels.forward(ids, (words, positions, types), weight, bias, seed, call)
         ctx.save_for_backward(*ids, z, mean, rstd, weight, seed, anchor)
-        # A sink knows parameters by identity, and under checkpointing saved tensors come back as
-        # other objects.
+        # A sink recognises a parameter as the same Python object, and with activation checkpointing
+        # ctx.saved_tensors returns other objects.
         ctx.parameters = words, positions, types, weight, bias
-        ctx.table_rows = [len(table) for table in ctx.parameters[:3]]  # in backward ZeRO 3 has changed their shapes
+        ctx.table_rows = [len(table) for table in ctx.parameters[:3]]  # ZeRO 3 changes the shapes before backward
         ctx.call = call
         if call.sink is not None:
             call.sink.expect(*ctx.parameters)

@@ -1,8 +1,8 @@
-"""A BERT's embeddings on CPUs.
+"""The embeddings of a BERT on CPUs.
 
-torch gathers the rows, the C++ kernels of csrc/add_layer_norm_cpu.cpp do the rest.
-
-The sum of the three rows is that of a residual, an input and a summand, in one pass over memory.
+torch gathers the rows of the tables; the C++ kernels of csrc/add_layer_norm_cpu.cpp do the rest.
+The rows of words, positions and types take the places of residual, x and ts in residual LayerNorm,
+which adds them in one pass over memory.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ def forward(
 def backward(
     dy: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, seed: Tensor | None, call: RowNorm
 ) -> tuple[Tensor, Tensor]:
-    """Return dz [N, d] and the gradients of weight and bias, as of layer_norm.cpp.backward."""
+    """Return dz [N, d] and the gradients of weight and bias.
+
+    The gradients have the shapes that layer_norm.cpp.backward gives them.
+    """
     dh = dy if seed is None else dropout(dy, call.dropout_p, seed)
     plain = call._replace(dropout_p=0.0)
     dz, _, sums = layer_norm.backward(dh, z, mean, rstd, weight, None, plain)

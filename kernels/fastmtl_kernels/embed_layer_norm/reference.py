@@ -1,13 +1,13 @@
-"""Plain-torch oracle of a BERT's embeddings: it defines the result, and is the portable path.
+"""Reference of a BERT's embeddings in plain torch: it defines the result and runs on any device.
 
     z = words[input_ids] + positions[position_ids] + types[token_type_ids]
     y = dropout(LayerNorm(z) * weight + bias)
 
 ids int64 or int32 [N]; words [V, d], positions [M, d], types [K, d], weight and bias [d], any
 floating dtypes; arithmetic in float32, in float64 where words are float64; z and y [N, d] have
-words' dtype. LayerNorm, dropout and the masked tail are those of
-fastmtl_kernels.add_layer_norm.reference. Gradients by autograd; a sink receives a table's gradient
-as its rows.
+words' dtype. LayerNorm, dropout and rows of no task are as in
+fastmtl_kernels.add_layer_norm.reference. Gradients by autograd; a sink receives the gradient of a
+table as ids and rows.
 
 Source: Devlin et al., BERT, 2019.
 """
@@ -56,7 +56,7 @@ def embed_layer_norm(
 
 
 class _TableRows(torch.autograd.Function):
-    """table[ids] in another dtype, with a gradient that goes through the sink."""
+    """Computes table[ids] in `dtype`; backward gives the gradient to the sink."""
 
     @staticmethod
     def forward(

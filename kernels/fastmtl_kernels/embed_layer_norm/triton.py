@@ -1,13 +1,13 @@
-"""A BERT's embeddings by Triton.
+"""The embeddings of a BERT by Triton.
 
     z = words[input_ids] + positions[position_ids] + types[token_type_ids]
     y = dropout((z - mean(z)) / sqrt(var(z) + eps) * weight + bias)
 
 ids int32 or int64 [num_rows]; tables [rows, D] contiguous, each float32, float16 or bfloat16; y, z
-[num_rows, D]. Arithmetic in float32. Backward is fastmtl_kernels.layer_norm.triton's, with dropout
-of dy.
+[num_rows, D]. Arithmetic in float32. Backward applies the dropout mask to dy, then runs
+fastmtl_kernels.layer_norm.triton.
 
-Source: as fastmtl_kernels.embed_layer_norm.reference.
+Source: see fastmtl_kernels.embed_layer_norm.reference.
 """
 
 from __future__ import annotations
@@ -127,6 +127,9 @@ def forward(
 def backward(
     dy: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, seed: Tensor | None, call: RowNorm
 ) -> tuple[Tensor, Tensor]:
-    """Return dz [N, d] and the gradients of weight and bias, as of layer_norm.triton.backward."""
+    """Return dz [N, d] and the gradients of weight and bias.
+
+    The gradients have the shapes and dtypes that layer_norm.triton.backward gives them.
+    """
     dz, _, sums = layer_norm.backward(dy, z, mean, rstd, weight, seed, call, dx_dtype=None, want_sums=True, drop_y=True)
     return dz, sums

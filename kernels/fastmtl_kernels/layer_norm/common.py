@@ -1,4 +1,4 @@
-"""Settings that forward and backward of add_layer_norm and embed_layer_norm share."""
+"""Settings of a call of add_layer_norm or embed_layer_norm, for its forward and backward."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from torch import Tensor
 
 from fastmtl_kernels.task_sink import TaskRows, TaskSink
 
-# Called with a result and a function that recomputes it, bit for bit, from tensors that backward
-# needs anyway.
+# Called with a result and a function that recomputes the result, bit for bit. That function keeps
+# only tensors that backward needs anyway.
 Register = Callable[[Tensor, Callable[[], Tensor]], None]
 
 
 class RowNorm(NamedTuple):
-    """Settings that forward and backward share, besides tensors.
+    """The settings of one call that are not tensors, for forward and backward.
 
-    kernels: the module of the implementation. saves: whether a backward may come. sums_dtype: dtype
-    of the parameters' gradients without a sink; an implementation may return float32 instead.
+    kernels: the module of the implementation. saves: whether forward keeps tensors for a backward.
+    sums_dtype: dtype of the gradients of weight and bias if there is no sink; an implementation may
+    return float32 instead.
     """
 
     kernels: ModuleType

@@ -1,7 +1,7 @@
-"""LayerNorm over sums of rows by the C++ kernels of csrc/add_layer_norm_cpu.cpp.
+"""LayerNorm of residual + dropout(x) + ts by the C++ kernels of csrc/add_layer_norm_cpu.cpp.
 
-float32, bfloat16 and float16 rows; arithmetic in float32. Rows of another dtype than the first's
-are converted before the kernel runs.
+float32, bfloat16 and float16 rows; arithmetic in float32. If x or ts has another dtype than
+residual, it is converted before the kernel runs.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y and z [N, d] of residual's dtype, and mean and rstd [N] float32.
 
-    z, mean and rstd are written for rows that have tasks only. mask uint8 [N, 8 ceil(d / 64)], if
-    given, receives one bit per element: whether it is dropped.
+    Rows of no task are zeros in y and undefined in z, mean and rstd. mask: uint8
+    [N, 8 ceil(d / 64)], which receives the dropout mask, one bit per element; None if it is not
+    needed.
     """
     num_rows = residual.shape[0]
     y = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
-    # A row of z is read before y's is written, so z can share y's memory where no backward comes.
+    # The kernel reads a row of z before it writes that row of y, so both can share memory if no
+    # backward needs z.
     z = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device) if call.saves else y
     mean, rstd = (torch.empty(num_rows, dtype=torch.float32, device=residual.device) for _ in range(2))
     torch.ops.fastmtl.add_layer_norm_out(
@@ -59,8 +61,9 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return dz and dx [N, d] and the gradients of weight and bias.
 
-    dx: None without a mask, where it equals dz. The gradients of weight and bias are float32
-    [2, T, d] for a sink, and [2, 1, d] over all tasks without one.
+    dx is None if there is no dropout mask, since it then equals dz. The gradients are one float32
+    tensor with weight's first: [2, T, d], one per task, if there is a sink; else [2, 1, d], summed
+    over all tasks.
     """
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     dx = None if mask is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
@@ -79,5 +82,5 @@ def backward(
         totals,
     )
     if call.sink is None and call.tasks.num_tasks > 1:
-        totals = totals.sum(1, keepdim=True)  # both at once
+        totals = totals.sum(1, keepdim=True)  # the gradients of weight and of bias in one call
     return dz, dx, totals

@@ -1,9 +1,9 @@
-"""Plain-torch oracle of LayerNorm over the rows of tasks, for add_layer_norm and embed_layer_norm.
+"""Reference of LayerNorm in plain torch, for those of add_layer_norm and embed_layer_norm.
 
     y = (z - mean(z)) / sqrt(var(z) + eps) * weight + bias    mean and biased variance over columns
 
-z [n, d] has the n rows that belong to tasks; weight, bias [d]. Every task gets its own copy of the
-parameters, so that the gradients of its rows go to the sink on their own.
+z [n, d] has the n rows that belong to tasks; weight, bias [d]. Every task uses its own copy of the
+parameters, so that autograd computes one gradient per task for the sink.
 
 Source: Ba et al., Layer Normalization, 2016.
 """
@@ -28,14 +28,14 @@ def layer_norm(
 
 
 def task_index(tasks: TaskRows) -> Tensor:
-    """Return the task of every row that has one, int64 [token_offsets[-1]]."""
+    """Return the index of the task of each row, int64 [n], for the n rows that belong to tasks."""
     sizes = tasks.offsets.diff()
     return torch.arange(tasks.num_tasks, device=sizes.device).repeat_interleave(sizes, output_size=tasks.host[-1])
 
 
 def zeros_like_tail(rows: Tensor, stop: int) -> Tensor:
-    """Return zeros [N - stop, d] for the rows from `stop` on.
+    """Return zeros [N - stop, d] in place of the rows stop:N, which belong to no task.
 
-    The rows are filled, not created, so that a result without any row has a gradient.
+    They are computed from `rows`, so that a result is differentiable even if no row has a task.
     """
     return rows[stop:].masked_fill(torch.ones((), dtype=torch.bool, device=rows.device), 0.0)

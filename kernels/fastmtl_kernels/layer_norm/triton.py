@@ -1,6 +1,4 @@
-"""LayerNorm over blocks of rows and its backward by Triton, for two operations.
-
-add_layer_norm and embed_layer_norm share them.
+"""LayerNorm and its backward by Triton, shared by add_layer_norm and embed_layer_norm.
 
     h = (z - mean(z)) rstd,  rstd = 1 / sqrt(var + eps)     y = h weight + bias
     dz = rstd (g - mean(g) - h mean(g h)),  g = dy weight    dweight = sum dy h, dbias = sum dy
@@ -8,13 +6,15 @@ add_layer_norm and embed_layer_norm share them.
 dy, z, dz, dx [num_rows, D] contiguous, each float32, float16 or bfloat16; weight, bias [D]; mean,
 rstd [num_rows] float32; token_offsets [num_tasks + 1] int32. Arithmetic in float32.
 
-The tasks are summed in groups: each task alone for a sink, all together without one. Programs own
-equal chunks of consecutive rows, so tasks of unequal size do not unbalance them. A program adds up
-the parameters' gradients over its part of each group. Program p's part of group g is slot p + g of
-the partial sums, since along the rows one of the two increases with every part. A second kernel
-adds up the slots of each group in order, without atomics: equal inputs give equal bits.
+The gradients of weight and bias are summed over groups of tasks: each task is a group if there is a
+sink, else all tasks are one group. Each program has an equal chunk of consecutive rows, so programs
+have equal work even if tasks do not. A program sums the gradients over the part of each group that
+lies in its chunk, and stores the sum of part (program p, group g) in slot p + g of the partial
+sums. Walking along the rows, each new part starts either the next program or the next group, so
+p + g is different for every part. A second kernel adds up the slots of each group in order, without
+atomics: equal inputs give equal bits.
 
-Source: as fastmtl_kernels.layer_norm.reference.
+Source: see fastmtl_kernels.layer_norm.reference.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from fastmtl_kernels.layer_norm.common import RowNorm
 from fastmtl_kernels.philox import keep_threshold
 from fastmtl_kernels.row_blocks import block_shape, load_rows
 
-# Their registers leave no room for more, and more would write more partial sums.
+# The registers of the programs leave no room for more, and more would write more partial sums.
 PROGRAMS_PER_MULTIPROCESSOR = 2
 PER_THREAD = 8
-# Blocks of rows in flight, plus the one in use: the loads of two programs per multiprocessor then
-# cover the latency of memory.
+# Blocks of rows that are loaded in advance, plus the one in use. With two programs per
+# multiprocessor, three hide the latency of memory.
 STAGES = 3
 BLOCK_SLOTS = 32
 BLOCK_COLUMNS = 64
-# Gradients of weight and of bias.
+# Two sums per column: the gradient of weight and that of bias.
 _SUMS = tl.constexpr(2)
 
 
@@ -45,7 +45,10 @@ _SUMS = tl.constexpr(2)
 def normalise(
     z: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor, eps: tl.tensor, D: tl.constexpr, BLOCK_D: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return y, mean and rstd of z [BLOCK_M, BLOCK_D], which is zero past its D columns."""
+    """Return y = LayerNorm(z) [BLOCK_M, BLOCK_D], and mean and rstd [BLOCK_M] of z.
+
+    z: [BLOCK_M, BLOCK_D], float32, zero in columns from D on.
+    """
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     mean = tl.sum(z, 1) / D
@@ -73,7 +76,7 @@ def _add_layer_norm_bwd_kernel(
     partials_ptr: tl.tensor,
     num_rows: tl.tensor,
     num_groups: tl.tensor,
-    group_size: tl.tensor,  # tasks
+    group_size: tl.tensor,  # in tasks
     rows_per_program: tl.tensor,
     threshold: tl.tensor,
     keep_scale: tl.tensor,
@@ -153,7 +156,10 @@ def _sum_slots_kernel(
     BLOCK_SLOTS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ) -> None:
-    """Sum the slots of one group: BLOCK_COLUMNS columns of the gradients of weight and bias."""
+    """Add up the partial sums of one group, for BLOCK_COLUMNS of the 2 D columns.
+
+    The columns are the gradient of weight, then that of bias.
+    """
     group = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     mask = columns < _SUMS * D
@@ -185,10 +191,11 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return dz and dx [N, d] and the gradients of weight and bias.
 
-    The gradients are float32 [2, T, d] for a sink; without one they are [2, 1, d] of
-    call.sums_dtype, over all tasks. Without want_sums they are not written.
+    The gradients are one tensor with weight's first: float32 [2, T, d], one per task, if there is a
+    sink; else [2, 1, d] of call.sums_dtype, summed over all tasks. Undefined if not want_sums.
 
-    dx_dtype: None where dx is not wanted. drop_y: the seed's dropout is that of y, not of x.
+    dx_dtype: dtype of dx; None if dx is not needed. seed: of dropout, or None. drop_y: True if
+    dropout was applied to y, False if to x.
     """
     num_rows, num_columns = z.shape
     num_groups, group_size = (1, call.tasks.num_tasks) if call.sink is None else (call.tasks.num_tasks, 1)
@@ -229,8 +236,8 @@ def backward(
                 DROP_X=seed is not None and not drop_y,
                 DROP_Y=seed is not None and drop_y,
                 STAGES=STAGES,
-                # The registers that PROGRAMS_PER_MULTIPROCESSOR leave to each. Without a bound the
-                # assembler aims at more programs, and spills.
+                # The registers per thread with PROGRAMS_PER_MULTIPROCESSOR programs. Without this
+                # bound the assembler plans for more programs, and spills registers.
                 maxnreg=255 if shape["num_warps"] <= 4 else 128,
                 **shape,
             )
@@ -252,5 +259,8 @@ def backward(
 
 
 def _num_multiprocessors(device: torch.device) -> int:
-    """Return 2 where there is no GPU: in the interpreter and in compilation ahead of time."""
+    """Return the number of multiprocessors of a GPU.
+
+    2 if `device` is no GPU: in Triton's interpreter and when kernels are compiled ahead of time.
+    """
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

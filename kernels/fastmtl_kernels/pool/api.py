@@ -1,14 +1,14 @@
-"""One vector for each sequence of a packed batch: first row, mean or maximum of its rows.
+"""Pooling: one vector per sequence of a packed batch, the first, mean or maximum of its rows.
 
     cls   out[b] = x[s]                     dx[s] = dout[b]
     mean  out[b] = sum_r x[r] / (e - s)     dx[r] = dout[b] / (e - s)
     max   out[b] = max_r x[r]               dx[r] = dout[b] where r is the first row of the maximum
 
 s = cu_seqlens[b], e = cu_seqlens[b + 1], s <= r < e. x, dx [N, d]; out, dout [B, d]; sums float32.
-max takes each column by itself. An implementation is a module with `forward` and `backward`. Every
-row of dx is written once: equal inputs give equal bits. Not differentiable twice.
+max is taken over each column by itself. An implementation is a module with `forward` and
+`backward`. Every row of dx is written once: equal inputs give equal bits. Not differentiable twice.
 
-Source: as fastmtl_kernels.pool.reference; Reimers and Gurevych, Sentence-BERT, 2019, section 3.
+Source: Reimers and Gurevych, Sentence-BERT, 2019, section 3.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PoolMode = Literal["cls", "mean", "max"]
 
 
 def pool(x: Tensor, cu_seqlens: Tensor, *, mode: PoolMode = "cls", impl: RowImpl = "auto") -> Tensor:
-    """Pool the rows of every sequence.
+    """Return one vector per sequence: its first row, or the mean or maximum of its rows.
 
     Args:
         x: [N, d], floating point, any strides. Rows past cu_seqlens[-1] belong to no sequence;

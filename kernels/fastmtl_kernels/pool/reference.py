@@ -1,6 +1,4 @@
-"""Plain-torch oracle of pooling over packed sequences.
-
-It defines the result, and is the portable path.
+"""Reference of pooling in plain torch: it defines the result and runs on any device.
 
     cls   out[b] = x[first row of b]
     mean  out[b] = sum of the rows of b / their number
@@ -21,7 +19,7 @@ def pool(x: Tensor, offsets: list[int], mode: str) -> Tensor:
     """Return out [B, d] of x's dtype. offsets: cu_seqlens as integers."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     chunks = wide[: offsets[-1]].split([b - a for a, b in zip(offsets, offsets[1:], strict=False)])
-    # Part of x, so that the result has a gradient where there is no row at all.
+    # An empty part of x: the result is then differentiable even if there is no sequence.
     pooled = [wide[:0].sum(0, keepdim=True)[:0]]
     for chunk in chunks:
         if not len(chunk):

@@ -2,10 +2,10 @@
 
 x, dx [num_rows, D], out, dout [num_sequences, D] contiguous, float32, float16 or bfloat16;
 cu_seqlens int32 [num_sequences + 1]; winners int32 [num_sequences, D], the row of each maximum.
-Sums float32. A program owns a sequence and BLOCK_D columns; in backward one more program writes the
-zeros of the rows past the last sequence.
+Sums float32. A program computes BLOCK_D columns of one sequence. In backward one more program per
+BLOCK_D columns writes zeros to the rows of dx past the last sequence.
 
-Source: as fastmtl_kernels.pool.reference.
+Source: see fastmtl_kernels.pool.api.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _NO_ROW = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _first_largest(a: tl.tensor, a_row: tl.tensor, b: tl.tensor, b_row: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Return the larger of two values and its row.
+    """Return the larger of the values a and b, and its row. Combines two results of a reduction.
 
-    NaN is larger than all numbers; of equal values the first row wins.
+    NaN counts as larger than all numbers; of equal values, that of the lower row is returned.
     """
     a_nan = a != a
     b_nan = b != b
@@ -122,9 +122,9 @@ def _block_d(num_columns: int) -> int:
 
 
 def forward(x: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Tensor | None]:
-    """Return out [B, d] of x's dtype, and the row of each maximum.
+    """Return out [B, d] of x's dtype, and the row of x that each maximum comes from.
 
-    The rows are int32 [B, d], None for the other modes.
+    The rows are int32 [B, d]; None unless mode is "max".
     """
     num_sequences, num_columns = len(cu_seqlens) - 1, x.shape[1]
     out = torch.empty(num_sequences, num_columns, dtype=x.dtype, device=x.device)
@@ -148,7 +148,7 @@ def forward(x: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Tensor | 
 
 
 def backward(dout: Tensor, cu_seqlens: Tensor, winners: Tensor | None, mode: str, num_rows: int) -> Tensor:
-    """Return dx [num_rows, d] of dout's dtype."""
+    """Return dx [num_rows, d] of dout's dtype. winners: the rows that `forward` returned."""
     num_sequences, num_columns = dout.shape
     dx = torch.empty(num_rows, num_columns, dtype=dout.dtype, device=dout.device)
     block_d = _block_d(num_columns)

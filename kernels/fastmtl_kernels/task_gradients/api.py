@@ -4,8 +4,9 @@
     combine  out[p]  = sum_t weights[t] J[t, p]
 
 Task gradients J are a tensor [T, P], or T lists of K tensors; tensor k has the same shape, dtype
-and device in every list. No flat copy is made of lists. float32, bfloat16 and float16, accumulated
-in float32 or better; float64 (for tests) by the reference only. No operation is differentiable.
+and device in every list. Lists are read in place, not copied to one flat tensor. float32, bfloat16
+and float16, accumulated in float32 or better; float64 (for tests) by "reference" only. No operation
+is differentiable.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Impl = Literal["auto", "reference", "cpp", "cuda", "triton"]
 
 @torch.no_grad()
 def gramian(grads: Grads, impl: Impl = "auto") -> Tensor:
-    """Inner products of all pairs of task gradients, G = J J^T.
+    """Return the inner products of all pairs of task gradients, G = J J^T.
 
     Args:
         grads: J as [T, P] or T lists of K tensors (see the module); T >= 1, P and K may be 0.
@@ -51,18 +52,19 @@ def gramian(grads: Grads, impl: Impl = "auto") -> Tensor:
 def combine(
     grads: Grads, weights: Tensor, out: Tensor | Sequence[Tensor] | None = None, impl: Impl = "auto"
 ) -> Tensor | list[Tensor]:
-    """The merged gradient, sum_t weights[t] J[t].
+    """Return the weighted sum of the task gradients, sum_t weights[t] J[t].
 
     Args:
         grads: J as [T, P] or T lists of K tensors (see the module).
-        weights: [T], floating point, on the gradients' device; used in float32.
-        out: the tensors to write: [P] for a tensor, K tensors for lists; contiguous, of the
-            gradients' shapes, float32 or of their dtype; must not overlap `grads`. None makes new
-            tensors of the gradients' dtype.
+        weights: the tasks' weights, [T], floating point, on the gradients' device; converted to
+            float32.
+        out: the result is written here: a tensor [P] if `grads` is a tensor, else K tensors of the
+            gradients' shapes; contiguous, float32 or of the gradients' dtype; must not overlap
+            `grads`. None makes new tensors of the gradients' dtype.
         impl: as for `gramian`.
 
     Returns:
-        `out`: [P] for a tensor, a list of K tensors for lists.
+        `out` or the new tensors: [P] if `grads` is a tensor, else a list of K tensors.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype or device; the message names it.
@@ -79,7 +81,10 @@ def combine(
 
 
 def _targets(grads: Grads, like: list[Tensor], out: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
-    """Return the K tensors that combine writes."""
+    """Return the K tensors that `combine` writes: those of `out`, checked, or new ones.
+
+    like: the K gradients of one task.
+    """
     if out is None:
         return [torch.empty_like(tensor) for tensor in like]
     if isinstance(out, Tensor) != isinstance(grads, Tensor):

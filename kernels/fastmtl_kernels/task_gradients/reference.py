@@ -1,4 +1,4 @@
-"""Plain-torch oracles of gramian and combine: they define the results, and are the portable path.
+"""Reference of gramian and combine in plain torch: it defines the results, runs on any device.
 
     gramian  G[i, j] = sum_p J[i, p] J[j, p]
     combine  out[p]  = sum_t weights[t] J[t, p]

@@ -1,17 +1,18 @@
-"""Gramian and combination of task gradients in Triton.
+"""Gramian and combination of task gradients by Triton.
 
-For NVIDIA GPUs without the CUDA kernels of csrc/.
+Used on NVIDIA GPUs if the CUDA kernels of csrc/ are not built.
 
     gramian  G[i, j] = sum_p J[i, p] J[j, p]        float32 within a piece, float64 across pieces
     combine  out[p]  = sum_t weights[t] J[t, p]     float32
 
 J [T, P] is T lists of one contiguous tensor each, of P numbers in float32, bfloat16 or float16, at
-any address, such as the rows of a flat buffer. Rows that are aligned to 16 bytes are read by
-vectors. A program adds up one piece of the columns, and a second kernel adds up the pieces in a
-fixed order, without atomics: equal inputs give equal bits. gramian reads J once for up to MAX_ROWS
-tasks; more tasks are processed by pairs of groups. Limits: none on T and P.
+any address, such as the rows of a flat buffer. Rows that are aligned to 16 bytes are read with
+vector instructions. For gramian, a program computes the partial sums of one piece of the columns,
+and a second kernel adds up the pieces in a fixed order, without atomics: equal inputs give equal
+bits. gramian reads J once for up to MAX_ROWS tasks. More tasks are divided into groups of GROUP,
+and each pair of groups is processed by itself. No limits on T and P.
 
-Source: as fastmtl_kernels.task_gradients.reference.
+Source: see fastmtl_kernels.task_gradients.reference.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tasks whose inner products fit in the registers of a thread.
+# The most tasks whose inner products all fit in the registers of a thread.
 MAX_ROWS = 8
 GROUP = MAX_ROWS // 2
 NUM_WARPS = 4
 LANES = 32 * NUM_WARPS
-# Steps of LANES vectors in a piece.
+# A piece of columns is read in STEPS steps, in each of which every lane reads one vector.
 STEPS = 64
 BLOCK_PIECES = 256
 
@@ -44,7 +45,10 @@ def _add_products(
     NUM_ROWS: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ) -> tl.tuple:
-    """Return the sums of the pairs of rows i <= j, each [LANES], plus the products of one step."""
+    """Return `sums` plus the products of the columns of one step.
+
+    sums: a [LANES] for each pair of rows i <= j.
+    """
     rows: tl.tuple = ()
     for i in tl.static_range(NUM_ROWS):
         if HAS_MASK:
@@ -71,9 +75,10 @@ def _gramian_kernel(
     VECTOR: tl.constexpr,
     STEPS: tl.constexpr,
 ) -> None:
-    """Store partial sums of G's upper triangle, row by row.
+    """Store the partial sums of one piece of columns.
 
-    partials: float32 [NUM_ROWS (NUM_ROWS + 1) / 2, num_pieces].
+    partials: float32 [NUM_ROWS (NUM_ROWS + 1) / 2, num_pieces], one row per element of G's upper
+    triangle, in row-major order.
     """
     STEP: tl.constexpr = LANES * VECTOR
     piece = tl.program_id(0)
@@ -83,8 +88,8 @@ def _gramian_kernel(
     sums: tl.tuple = ()
     for _ in tl.static_range(NUM_ROWS * (NUM_ROWS + 1) // 2):
         sums = sums + (tl.zeros([LANES], tl.float32),)
-    # Only the last step has a mask: masked loads are vectors only where num_columns is a multiple
-    # of VECTOR.
+    # Only the last step has a mask, since the compiler uses vector instructions for masked loads
+    # only if num_columns is a multiple of VECTOR.
     whole = count // STEP
     for step in range(whole):
         sums = _add_products(sums, row_ptrs, begin, step * STEP + offs, None, NUM_ROWS, False)
@@ -103,7 +108,7 @@ def _sum_partials_kernel(
     NUM_ROWS: tl.constexpr,
     BLOCK_PIECES: tl.constexpr,
 ) -> None:
-    """Store G[i, j] and G[j, i], the sums of their partial sums."""
+    """Add up the partial sums of one pair of tasks i <= j; store the sum as G[i, j] and G[j, i]."""
     i = tl.program_id(0)
     j = tl.program_id(1)
     if i <= j:
@@ -130,7 +135,7 @@ def _combine_block(
     merged = tl.zeros(offs.shape, tl.float32)
     for t in tl.static_range(NUM_ROWS):
         if t % MAX_ROWS == 0 and t > 0:
-            # Keeps the compiler from loading more rows ahead than there are registers for.
+            # The barrier keeps the compiler from loading more rows ahead than fit in registers.
             tl.debug_barrier()
         row = tl.load(row_ptrs[t] + offs, mask=mask)
         merged += tl.load(weights_ptr + t) * row.to(tl.float32)
@@ -148,8 +153,8 @@ def _combine_kernel(
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ) -> None:
-    """Store BLOCK columns of the merged gradient."""
-    # From the last block to the first: the incomplete block is slow, and must not run last.
+    """Store BLOCK columns of the weighted sum of the rows."""
+    # Program 0 has the last block: that block may be incomplete and slow, so it starts first.
     begin = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * BLOCK
     if begin + BLOCK <= num_columns:
         _combine_block(row_ptrs, weights_ptr, out_ptr, begin + tl.arange(0, BLOCK), None, NUM_ROWS, MAX_ROWS)
@@ -160,7 +165,7 @@ def _combine_kernel(
 
 
 def _gramian_of_rows(rows: Sequence[Tensor]) -> Tensor:
-    """Return G of up to MAX_ROWS rows."""
+    """Return the Gramian of up to MAX_ROWS rows of equal length, float32 [rows, rows]."""
     num_rows, num_columns, vector = len(rows), rows[0].numel(), 16 // rows[0].element_size()
     num_pieces = triton.cdiv(num_columns, STEPS * LANES * vector)
     partials = rows[0].new_empty(num_rows * (num_rows + 1) // 2, num_pieces, dtype=torch.float32)
