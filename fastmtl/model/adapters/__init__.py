@@ -1,4 +1,4 @@
-"""Adapters by name: task-specific functions beside the encoder's layers."""
+"""Adapters by name. An adapter adds a task-specific function to each layer of the encoder."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ ADAPTERS: dict[str, type[Adapter]] = {"pal": Pal, "low_rank": LowRank, "lora": L
 
 
 def build_adapter(config: AdapterConfig, bert: BertConfig, task_names: list[str]) -> Adapter | None:
-    """Build the recipe's adapter with its top; None if the recipe has neither.
+    """Build the adapter of a recipe, with its top; None if the recipe has neither.
 
-    Raises UserError for settings that do not fit.
+    A top is a layer per task after the encoder (top.py). bert: the encoder's configuration.
+    Raises UserError, naming the key, for settings that do not fit together.
     """
     if config.name == "none" and config.top == "none":
         return None

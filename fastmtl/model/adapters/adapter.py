@@ -1,4 +1,4 @@
-"""Base classes of adapters and tops: layers, dropout rates, initialisation."""
+"""Base classes of adapters and tops."""
 
 from __future__ import annotations
 
@@ -12,24 +12,28 @@ from fastmtl.model.encoder.context import ForwardContext
 
 
 class Top(nn.Module):
-    """Layers of each task on top of the encoder; a subclass defines `forward`.
+    """Task-specific layers after the encoder's last one; a subclass defines `forward`.
 
-    num_layers: layers whose dropout places it uses, after those of the encoder (see context.py).
+    num_layers: number of layers for which it uses dropout places (see context.py). Their numbers
+    follow those of the encoder's layers.
     """
 
     num_layers: int
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
-        """Map the encoder's hidden states [N, d_m] to [N, d_m]."""
+        """Map the hidden states [N, d_m] of the encoder's last layer to [N, d_m]."""
         raise NotImplementedError
 
 
 class Adapter(nn.Module):
-    """TS_t(h) of Stickland & Murray (2019), added in a layer: LN(h' + FFN(h') + TS_t(h)).
+    """Task-specific function TS_t of Stickland & Murray (2019), which is added in the layers.
 
-    A subclass creates its parameters, stacked over the tasks [T, ...], calls `initialise` and
-    defines `task_specific`. T tasks; d_m is the encoder's hidden size, d_s = config.size.
-    Attribute top: layers after the encoder's last one, or None.
+    The output of a layer with input h becomes LN(h' + FFN(h') + TS_t(h)), where h' is the result of
+    its attention part. There are T tasks; d_m is the encoder's hidden size, d_s = config.size.
+    A subclass creates its parameters, stacked over the tasks, [T, ...], calls `initialise` and
+    defines `task_specific`.
+    Attributes top: task-specific layers after the encoder's last one, or None.
+    layers: numbers of the layers that have the adapter. dropout: rates of TS, one per task.
     """
 
     def __init__(self, config: AdapterConfig, bert: BertConfig, task_names: list[str]) -> None:
@@ -39,27 +43,27 @@ class Adapter(nn.Module):
         self.dropout = _dropout(config, task_names)
 
     def task_specific(self, layer: int, hidden: Tensor, context: ForwardContext) -> Tensor:
-        """Return TS(h) [N, d_m] of one layer for hidden [N, d_m], after dropout with `rates`."""
+        """Return TS(h) [N, d_m] of a layer with the adapter, after dropout with `rates`."""
         raise NotImplementedError
 
     @property
     def rates(self) -> list[float]:
-        """Dropout rate of TS(h) for each task, 0 outside training."""
+        """Dropout rates of TS(h), one per task; 0 outside training."""
         return self.dropout if self.training else [0.0] * len(self.dropout)
 
     def forward(self, layer: int, hidden: Tensor, context: ForwardContext) -> Tensor | None:
-        """Return TS(h) [N, d_m] for the input `hidden` [N, d_m] of a layer.
+        """Return TS(h) [N, d_m] of a layer, or None if the layer has no adapter.
 
-        None for a layer without an adapter.
+        layer: its number, from 0. hidden: its input h [N, d_m].
         """
         return self.task_specific(layer, hidden, context) if layer in self.layers else None
 
     def initialise(self, scheme: str, std: float, last: list[nn.Parameter]) -> None:
         """Initialise the weights [T, ..., out, in]; biases stay zero.
 
-        default: normal with the encoder's standard deviation. xavier: uniform, by the sizes of each
-        matrix. no_influence: as default, but `last` (the maps that return TS) is zero. TS is then
-        exactly 0 at first, while the gradient of `last` is not.
+        scheme "default": normal with standard deviation `std`. "xavier": Xavier uniform.
+        "no_influence": as default, but `last`, the parameters of the last linear map of TS, are
+        zero. TS is then exactly 0 at first, while the gradient of `last` is not.
         """
         with torch.no_grad():
             for parameter in self.parameters():
@@ -71,7 +75,7 @@ class Adapter(nn.Module):
 
 
 class NoAdapter(Adapter):
-    """Adapter without layers, for a recipe that has a top only."""
+    """Adapter that changes no layer of the encoder, for a recipe that has only a top."""
 
     def __init__(self, config: AdapterConfig, bert: BertConfig, task_names: list[str]) -> None:
         super().__init__(config, bert, task_names)
@@ -79,7 +83,7 @@ class NoAdapter(Adapter):
 
 
 def fill(matrix: Tensor, scheme: str, std: float) -> None:
-    """Fill one weight [out, in] as `Adapter.initialise` describes."""
+    """Fill one weight matrix [out, in] by a scheme that `Adapter.initialise` describes."""
     if scheme == "xavier":
         nn.init.xavier_uniform_(matrix)
     else:

@@ -1,6 +1,7 @@
-"""PAL-LoRA: TS(h) = (h W_hr + b_1) W_rh + b_2 in each layer, with rank r = `size`.
+"""PAL-LoRA: TS(h) = (h W_hr + b_1) W_rh + b_2, with rank r = `size`.
 
-Weights: T L 2 d_m r. Biases: T L (r + d_m).
+Every task has its own W_hr [d_m, r], W_rh [r, d_m], b_1 and b_2 in each layer. Parameters for T
+tasks and L layers: T L 2 d_m r in weights, T L (r + d_m) in biases.
 """
 
 from __future__ import annotations

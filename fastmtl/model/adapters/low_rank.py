@@ -1,7 +1,7 @@
 """Low-rank layers (Stickland & Murray 2019): TS(h) = V_D g(V_E h).
 
-Each layer has its own V_E [d_s, d_m] and V_D [d_m, d_s]; there is no bias. g is `activation`.
-Weights: T L 2 d_m d_s.
+Every task has its own V_E [d_s, d_m] and V_D [d_m, d_s] in each layer; there is no bias. g is the
+setting `activation`. Parameters for T tasks and L layers: T L 2 d_m d_s.
 """
 
 from __future__ import annotations

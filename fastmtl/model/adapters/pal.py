@@ -1,13 +1,13 @@
 """Projected attention layers (Stickland & Murray 2019): TS(h) = V_D MHA(V_E h).
 
-All layers of a task share V_E [d_s, d_m] and V_D [d_m, d_s]. Each layer has its own queries, keys
-and values [d_s, d_s]. There is no output projection and no bias. `activation` comes after V_D, as
-in the authors' code.
+Every task has its own weights. All layers of a task share V_E [d_s, d_m] and V_D [d_m, d_s]. Each
+layer has its own matrices [d_s, d_s] for queries, keys and values. There is no output projection
+and no bias. The setting `activation` is applied after V_D, as in the authors' code.
 
-With `projections` p > 1, V_E and V_D are products of p linear maps, as tried by pals-and-mnrl,
-which leaves the inner sizes open. Here they are d_s: V_E is d_m -> d_s -> ... -> d_s, and V_D the
-reverse.
-Weights: T (2 d_m d_s + 2 (p - 1) d_s^2 + L 3 d_s^2).
+With the setting `projections` p > 1, V_E and V_D are products of p linear maps, as in
+pals-and-mnrl, which does not give the inner sizes. Here these are d_s: V_E maps
+d_m -> d_s -> ... -> d_s, and V_D maps back.
+Parameters for T tasks and L layers: T (2 d_m d_s + 2 (p - 1) d_s^2 + L 3 d_s^2).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Pal(Adapter):
         self.decode_inner = PerLayer(range(config.projections - 1), num_tasks, size, size)
         self.decode = PerTaskLinear(num_tasks, size, outer)
         self.initialise(config.init, bert.initializer_range, last=[self.decode.weight])
-        if config.init == "no_influence":  # then the input of V_D starts as averages of V_E h
+        if config.init == "no_influence":  # at first V_D's input is an average of rows V_E h
             for module in (self.attention, self.encode_inner, self.decode_inner):
                 for parameter in module.parameters():
                     parameter.data.copy_(torch.eye(size))
@@ -50,8 +50,8 @@ class Pal(Adapter):
         attention = cast(PalAttention, self.attention[str(layer)])
 
         def call(x: Tensor) -> Tensor:
-            # There is nothing between the maps, so their product is one map. It costs as much as
-            # some T d_m rows.
+            # No activation comes between the p maps, so they are multiplied to one map. This costs
+            # about as much as mapping T d_m rows.
             down, up = self.encode.weight.mT, self.decode.weight.mT
             for inner in self.encode_inner.all():
                 down = down @ inner.weight.mT
@@ -77,7 +77,7 @@ class Pal(Adapter):
 
 
 class PalAttention(Owner):
-    """Weights [T, 3, d_s, d_s] of queries, keys and values."""
+    """Weights of the queries, keys and values of one layer, [T, 3, d_s, d_s]."""
 
     def __init__(self, num_tasks: int, size: int) -> None:
         super().__init__()

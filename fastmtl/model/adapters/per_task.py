@@ -1,4 +1,4 @@
-"""Linear maps with a weight per task."""
+"""Parameters of linear maps that have their own weight for each task."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from fastmtl.model.owners import Owner
 
 
 class PerTaskLinear(Owner):
-    """y = x W_t^T + b_t. Attributes weight [T, out, in], bias [T, out]: zero until initialised."""
+    """Parameters of y = x W_t^T + b_t for each task t; kernels compute y.
+
+    Attributes weight: [T, out, in]. bias: [T, out], or None. Both start as zeros.
+    """
 
     def __init__(self, num_tasks: int, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
@@ -21,7 +24,7 @@ class PerTaskLinear(Owner):
 
 
 class PerLayer(nn.ModuleDict):
-    """PerTaskLinear of each layer in `layers`."""
+    """Dictionary with a PerTaskLinear for each number in `layers`; `at` returns one of them."""
 
     def __init__(
         self, layers: Iterable[int], num_tasks: int, in_features: int, out_features: int, *, bias: bool = False

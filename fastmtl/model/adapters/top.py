@@ -1,11 +1,13 @@
-"""Tops: a layer of each task after the encoder (pals-and-mnrl; Stickland & Murray 2019, 3.3).
+"""Tops: a layer per task after the encoder (pals-and-mnrl; Stickland & Murray 2019, 3.3).
 
-layer: one BERT layer, LN_t(h' + FFN_t(h')) with h' = LN_t(h + MHA_t(h)), of the encoder's sizes and
-    dropout. Weights: T (4 d_m^2 + 2 d_m d_ff), which is T 12 d_m^2 with d_ff = 4 d_m.
-pal: h + V_D MHA(V_E h), a projected attention layer. Weights: T (2 d_m d_s + 3 d_s^2).
+h is the output of the encoder's last layer. There are two tops:
 
-With `init: no_influence` the summand of h, or those of h and h', are exactly 0 at first. `pal` then
-changes nothing, while `layer` still normalises: LN(LN(h)).
+layer: one BERT layer, LN_t(h' + FFN_t(h')) with h' = LN_t(h + MHA_t(h)), with the sizes and dropout
+    of the encoder's layers. Weights: T (4 d_m^2 + 2 d_m d_ff), or T 12 d_m^2 if d_ff = 4 d_m.
+pal: h + V_D MHA(V_E h), a projected attention layer (pal.py). Weights: T (2 d_m d_s + 3 d_s^2).
+
+With `init: no_influence` the terms added to h and h' are exactly 0 at first. `pal` then returns h,
+while `layer` still applies its two LayerNorms: LN(LN(h)).
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ from fastmtl.model.encoder.context import ForwardContext
 
 
 class LayerOnTop(Top):
-    """A BERT layer per task, in `tasks`; parameters have the names of transformers' BertLayer."""
+    """Top `layer`: a BERT layer for each task, in the module list `tasks`.
+
+    Parameters have the names of transformers' BertLayer.
+    """
 
     def __init__(self, config: AdapterConfig, bert: BertConfig, task_names: list[str]) -> None:
         super().__init__()
@@ -50,7 +55,7 @@ class LayerOnTop(Top):
 
 
 class PalOnTop(Top):
-    """A projected attention layer after the encoder's last layer."""
+    """Top `pal`: a projected attention layer after the encoder's last layer."""
 
     num_layers = 1
 

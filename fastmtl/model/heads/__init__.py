@@ -1,4 +1,4 @@
-"""Heads by name. A head maps the pooled sequences of a task to its outputs."""
+"""Heads by name. A head maps the pooled sequences of a task to logits or scores (outputs.py)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from fastmtl.model.heads.mlp import MlpHead
 from fastmtl.model.heads.outputs import kind, num_outputs
 from fastmtl.model.heads.squash import Squashed
 
-# A head is created with (task, size of u and v, standard deviation of its last weights). It maps u
-# and v [E, d] (v is None for one sequence) to outputs [E, num_outputs], described in outputs.py.
+# A head is created with (task, size d of u and v, standard deviation of its last layer's initial
+# weights). For E examples it maps u and v, the vectors [E, d] of their first and second sequences,
+# to outputs [E, num_outputs] (outputs.py). v is None if an example is a single sequence.
 HEADS: dict[str, Callable[[TaskConfig, int, float], nn.Module]] = {
     "linear": LinearHead,
     "mlp": MlpHead,
@@ -33,9 +34,10 @@ RECURRENT = ("rnn", "lstm")
 def build_head(task: TaskConfig, hidden_size: int, std: float) -> nn.Module:
     """Build the head of a task.
 
-    Its submodule `embed` computes u and v from the pooled sequences [B, d], or, if it is
-    `Recurrent`, from the tokens and lengths of the task's sequences.
-    Raises UserError for an unknown name or a setting that does not fit.
+    The head's submodule `embed` computes the vectors u and v. Its input is the pooled sequences
+    [B, hidden_size]; only a `Recurrent` reads the tokens and lengths of the task's sequences.
+    std: standard deviation of the last layer's initial weights.
+    Raises UserError, naming the key, for an unknown head or a setting that does not fit the task.
     """
     config = task.head
     if config.name not in HEADS:
@@ -52,7 +54,7 @@ def build_head(task: TaskConfig, hidden_size: int, std: float) -> nn.Module:
 
 
 def _embed(config: HeadConfig, hidden_size: int) -> tuple[nn.Module, int]:
-    """Return the submodule `embed` and the size of u and v."""
+    """Return the submodule that computes u and v, and their size."""
     if config.name in RECURRENT:
         return Recurrent(config, hidden_size), config.size + (hidden_size if config.cls else 0)
     if config.projection:

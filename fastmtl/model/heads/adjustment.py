@@ -1,7 +1,7 @@
-"""Learned map p C of class probabilities p, for classes that resemble their neighbours.
+"""Learned correction of a head's class probabilities, for classes that are easily confused.
 
-C [C, C] is the softmax of each row of a parameter, so that p C are probabilities again. It starts
-near the identity, with 0.95 on the diagonal.
+The probabilities p [E, C] become p M. Each row of M [C, C] is the softmax of a row of a parameter,
+so that p M are probabilities again. M starts near the identity, with 0.95 on the diagonal.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from fastmtl.model.heads.features import precise
 
 
 class Adjusted(nn.Module):
-    """Map another head's logits [E, C] to log (softmax(logits) C), which are logits as well."""
+    """Map another head's logits [E, C] to log(softmax(logits) M), which are logits again."""
 
     def __init__(self, head: nn.Module, num_classes: int) -> None:
         super().__init__()
         self.head = head
-        # The name has "bias" in it to exclude the parameter from weight decay, which would pull C
-        # towards equal entries.
+        # "bias" in the name excludes the parameter from weight decay (see groups.py), which would
+        # pull M towards equal entries.
         diagonal = math.log(0.95 / 0.05 * (num_classes - 1))
         self.row_bias = nn.Parameter(diagonal * torch.eye(num_classes))
 

@@ -1,4 +1,4 @@
-"""Inputs and outputs of the heads: pooled sequences, the rest of a batch, and the examples."""
+"""Types of the heads' inputs and outputs, and the protocol of recorded heads."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from torch import Tensor
 
 from fastmtl.data.packed_batch import PackedBatch
 
-# Vectors of the sequences. Key a pooling's name: [B, d], a row for each sequence of the batch. Key
-# the index of a task with a recurrent head: [sequences of the task, size].
+# Vectors of the sequences, one per row. A key is a pooling's name, with the pooled sequences of the
+# whole batch [B, d], or the index of a task with a recurrent head, with that task's sequences
+# [sequences of the task, size].
 Vectors = dict[str | int, Tensor]
 
 
 @dataclass(frozen=True)
 class HeadBatch:
-    """The part of a batch that heads and losses read besides the vectors; fields of PackedBatch."""
+    """Data of a batch that heads and losses read, apart from the vectors.
+
+    The fields are explained in PackedBatch; seq_offsets are here Python integers.
+    """
 
     seq_offsets: tuple[int, ...]
     counts: tuple[int, ...]
@@ -31,7 +35,7 @@ class HeadBatch:
 
     @property
     def sizes(self) -> Hashable:
-        """A key that is equal for batches with the same numbers, shapes and dtypes."""
+        """A value that is equal for batches which can use the same recording of the heads."""
         labels = tuple(None if one is None else (one.dtype, one.shape) for one in self.labels)
         return self.seq_offsets, self.counts, labels, tuple(one is not None for one in self.pairs)
 
@@ -40,8 +44,9 @@ class HeadBatch:
 class Examples:
     """Examples of one task in a batch.
 
-    outputs: of the head, float32 [E, num_outputs].
-    u, v: the head's inputs [E, d]; v is None where an example is one sequence.
+    outputs: result of the head, float32 [E, num_outputs] (outputs.py).
+    u, v: inputs of the head [E, d], the vectors of the examples' first and second sequences. v is
+    None if an example is a single sequence.
     """
 
     outputs: Tensor
@@ -50,7 +55,10 @@ class Examples:
 
 
 class RecordedHeads(Protocol):
-    """A recording of the forward and backward of all heads and losses."""
+    """Object that records and replays the forward and backward of all heads and losses."""
 
     def run(self, vectors: Vectors, batch: HeadBatch) -> list[Tensor] | None:
-        """Return the losses of the T tasks, or None where the model has to compute them."""
+        """Return the T tasks' losses, each summed over its examples, 0-dim.
+
+        Return None if there is no recording for this batch: the model then computes the losses.
+        """

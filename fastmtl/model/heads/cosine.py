@@ -1,8 +1,10 @@
-"""Score of a pair by its cosine, without parameters (Reimers & Gurevych 2019).
+"""Head whose score of a pair is the cosine of u and v (Reimers & Gurevych 2019).
 
-A cosine of 0 gives the smallest label, 1 the largest. `squash: relu` limits the score to the
-smallest label, `sigmoid` smoothly to both ends of the range. For a binary task the same number is
-the logit of class 1: pairs with a cosine of at least 0.5 are of class 1.
+It has no parameters. A cosine of 0 gives the smallest label of the range, a cosine of 1 the
+largest. Negative cosines give scores below the range, unless `squash: relu` raises them to the
+smallest label; `squash: sigmoid` keeps scores within the range by a smooth function.
+For a binary task the score is the logit of class 1. Without squash, pairs with a cosine of at least
+0.5 are therefore predicted as class 1.
 """
 
 from __future__ import annotations
@@ -34,5 +36,5 @@ class CosineHead(nn.Module):
 
 
 def cosine_of(u: Tensor, v: Tensor) -> Tensor:
-    """Return cos(u, v) [E] of u, v [E, d], float32 at least."""
+    """Return the cosine of each row of u and v [E, d]: [E], in float32 or wider."""
     return functional.cosine_similarity(precise(u), precise(v), dim=1)

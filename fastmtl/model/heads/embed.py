@@ -1,4 +1,4 @@
-"""Modules that compute u and v: a projection of the pooled sequences, recurrent networks."""
+"""Modules that compute the vectors u and v, inputs of a head: a projection and an RNN or LSTM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastmtl.config import HeadConfig
 
 
 class Projection(nn.Module):
-    """W dropout(x) + b, from [B, d] to [B, head.projection]."""
+    """Linear map of pooled sequences x [B, d] to [B, head.projection]: W dropout(x) + b."""
 
     def __init__(self, config: HeadConfig, hidden_size: int) -> None:
         super().__init__()
@@ -25,10 +25,10 @@ class Projection(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Last state of an RNN or LSTM over the hidden states of each sequence.
+    """RNN or LSTM over the hidden states of each sequence; the result is its last state.
 
-    With `cls` the network reads all tokens except the first one, [CLS], and [CLS]'s hidden state is
-    appended to the last state. A sequence of one token is read unchanged.
+    With `head.cls` the network skips the first token, [CLS], whose hidden state is instead appended
+    to the last state. In a sequence of one token the network reads that token.
     """
 
     def __init__(self, config: HeadConfig, hidden_size: int) -> None:
@@ -38,9 +38,12 @@ class Recurrent(nn.Module):
         self.network = kind(hidden_size, config.size)
 
     def forward(self, tokens: Tensor, lengths: list[int]) -> Tensor:
-        """Map tokens [n, d] of B sequences to [B, size], or with `cls` to [B, size + d]."""
-        # Without rows the network computes nothing of use, but under ZeRO 3 every rank has to run
-        # its forward and backward.
+        """Return one vector per sequence: [B, size], or [B, size + d] with `head.cls`.
+
+        tokens [n, d]: hidden states of the B sequences, one after another. lengths: B token counts.
+        """
+        # Without sequences the network still runs, on one row of zeros whose result is dropped:
+        # under ZeRO 3 every rank has to run its forward and backward.
         sequences = tokens.split(lengths) if lengths else [tokens.sum(0, keepdim=True)]
         read = [sequence[1:] if self.cls and len(sequence) > 1 else sequence for sequence in sequences]
         _, state = self.network(pack_sequence(read, enforce_sorted=False))
@@ -51,7 +54,7 @@ class Recurrent(nn.Module):
 
 
 class _Together(torch.autograd.Function):
-    """Pass weights through unchanged, and all their gradients back in one call."""
+    """Identity of all weights in one operation, so that their gradients arrive together."""
 
     @staticmethod
     def forward(ctx: Any, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -63,10 +66,10 @@ class _Together(torch.autograd.Function):
 
 
 class _InOrder(nn.RNNBase):
-    """Recurrent network whose weights get their gradients in an order without regard to lengths.
+    """Recurrent network whose weights get their gradients in the same order for every batch.
 
-    torch's loop over time steps gives no fixed order on CPUs, and ZeRO 2 sums over the ranks the
-    gradients that arrive as the n-th.
+    ZeRO 2 sums the gradients that arrive as the n-th on each rank, so all ranks need one order. In
+    torch's loop over time steps on CPUs the order depends on the lengths of the sequences.
     """
 
     def forward(self, *inputs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Features of an example for a head: u of one sequence, or combinations of u and v of a pair."""
+"""Features of an example: u of a single sequence, or combinations of u and v of a pair."""
 
 from __future__ import annotations
 
@@ -16,18 +16,22 @@ PAIR_FEATURES = {
 
 
 def num_features(task: TaskConfig, hidden_size: int) -> int:
-    """Return the width of the result of `features`."""
+    """Return the number of columns of the result of `features`. hidden_size: d of u and v."""
     return hidden_size * (len(task.head.features) if task.pairs == "bi" else 1)
 
 
 def features(task: TaskConfig, u: Tensor, v: Tensor | None) -> Tensor:
-    """Map u, v [E, d] to [E, num_features]; v is None for examples of one sequence."""
+    """Return the features [E, num_features] of E examples, the input of a linear layer.
+
+    u, v [E, d]: vectors of the first and second sequences; v is None for single sequences. For
+    pairs, the combinations in the setting head.features are joined side by side.
+    """
     return u if v is None else torch.cat([PAIR_FEATURES[name](u, v) for name in task.head.features], dim=1)
 
 
 def precise(x: Tensor) -> Tensor:
-    """Return x in float32 at least.
+    """Return x in float32, or unchanged if its dtype is at least as wide.
 
-    The rounding of a bf16 cosine near 1 is larger than most differences between pairs.
+    Cosines need it: in bf16 the rounding error near 1 exceeds most differences between pairs.
     """
     return x if x.dtype.itemsize >= 4 else x.float()

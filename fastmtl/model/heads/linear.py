@@ -1,4 +1,4 @@
-"""Dropout and one linear map."""
+"""Head of one linear layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastmtl.model.heads.outputs import num_outputs
 
 
 class LinearHead(nn.Module):
-    """W dropout(features) + b."""
+    """W dropout(x) + b, where x are the example's features (features.py)."""
 
     def __init__(self, task: TaskConfig, hidden_size: int, std: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""One linear map of the pair's features, plus its cosine: W [u, v, u * v] + b + cos(u, v)."""
+"""Head of one linear layer on a pair's features x, plus the cosine: W x + b + cos(u, v)."""
 
 from __future__ import annotations
 

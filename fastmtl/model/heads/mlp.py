@@ -1,4 +1,7 @@
-"""Hidden layers of dropout, linear map and ReLU, then dropout and a linear map."""
+"""Head of several layers.
+
+Each hidden layer is dropout, a linear map and ReLU; the last layer is dropout and a linear map.
+"""
 
 from __future__ import annotations
 

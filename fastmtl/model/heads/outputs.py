@@ -1,4 +1,6 @@
-"""Meaning of a head's outputs, by the task's type and loss.
+"""Meaning of a head's outputs, which depends on the task's type and loss.
+
+E examples, C classes. An empty loss stands for any other loss that supports the type.
 
 | task | loss | kind | outputs | predictions |
 |---|---|---|---|---|
@@ -8,10 +10,11 @@
 | regression | | score | score [E, 1] | score [E] in label units |
 | regression | cross_entropy | bins | logits [E, bins] | expected score [E] in label units |
 
-A score is learned in quarters of the label range (of a classification task: 0 to C - 1), with 0 at
-its middle. A quarter is about the standard deviation of labels that fill the range: an untrained
-head starts at the middle and a task's loss starts near 1, whatever the unit of its labels. A range
-of 0..100 would otherwise dominate the gradients of all other tasks.
+The unit of a score is a quarter of the label range, and its zero is the middle of the range. (The
+range of a classification task is 0 to C - 1.) A quarter is about the standard deviation of labels
+that fill the range. An untrained head therefore starts at the middle, and a task's loss starts near
+1, whatever the unit of its labels. Without this, a task with labels in 0..100 would dominate the
+gradients of all other tasks.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ Kind = Literal["classes", "binary", "score", "bins"]
 
 
 def kind(task: TaskConfig) -> Kind:
+    """Return the kind of a task's outputs, as in the table above."""
     match task.type:
         case "classification":
             return "score" if "mse" in task.losses else "classes"
@@ -40,7 +44,7 @@ def kind(task: TaskConfig) -> Kind:
 
 
 def num_outputs(task: TaskConfig) -> int:
-    """Return the number of columns of a head's outputs."""
+    """Return the number of columns of the outputs of a task's head."""
     match kind(task):
         case "classes":
             assert task.num_labels is not None
@@ -51,7 +55,11 @@ def num_outputs(task: TaskConfig) -> int:
 
 
 def targets(task: TaskConfig, labels: Tensor) -> Tensor:
-    """Map labels [E] to the units of the outputs: int64 class ids and bins, else float32."""
+    """Map labels [E] to the targets [E] of a loss of the outputs.
+
+    classes: the int64 class ids. bins: the int64 index of the nearest bin. binary: the labels.
+    score: float32, in quarters of the label range.
+    """
     match kind(task):
         case "score":
             middle, unit = _units(task)
@@ -63,9 +71,9 @@ def targets(task: TaskConfig, labels: Tensor) -> Tensor:
 
 
 def predictions(task: TaskConfig, outputs: Tensor) -> Tensor:
-    """Map outputs float32 [E, num_outputs] to the predictions of the table above.
+    """Map a head's outputs, float32 [E, num_outputs], to the predictions in the table above.
 
-    A score can lie outside the label range.
+    A predicted score of a regression task can lie outside the label range.
     """
     match kind(task):
         case "classes":
@@ -81,10 +89,11 @@ def predictions(task: TaskConfig, outputs: Tensor) -> Tensor:
 
 
 def _shares(score: Tensor, num_classes: int) -> Tensor:
-    """Map scores [E] to shares [E, C] of the two nearest classes, whose mean is the score.
+    """Map scores [E] of class ids to shares [E, C], which add up to 1 and serve as probabilities.
 
-    The nearest class has the largest share. Scores outside the range become the first or last
-    class.
+    The two classes nearest to the score share the 1 so that the mean class id is the score: 2.3
+    gives class 2 the share 0.7 and class 3 the share 0.3. A score outside the range gives the first
+    or the last class the share 1.
     """
     distance = score.clamp(0, num_classes - 1)[:, None] - torch.arange(num_classes, device=score.device)
     return functional.relu(1 - distance.abs())

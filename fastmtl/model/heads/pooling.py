@@ -1,4 +1,4 @@
-"""Poolings by name: one vector per sequence."""
+"""Poolings by name. A pooling maps the hidden states of each sequence to one vector."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import unknown_name
 from fastmtl_kernels import pool
 
-# Hidden states [N, d] of a batch of B sequences -> [B, d].
+# (hidden states [N, d], batch of B sequences) -> vectors [B, d].
 Pooling = Callable[[Tensor, PackedBatch], Tensor]
 
 
 def cls(hidden: Tensor, batch: PackedBatch) -> Tensor:
-    """Return the hidden state of each first token."""
+    """Return the hidden state [B, d] of the first token, [CLS], of each sequence."""
     return pool(hidden, batch.cu_seqlens, mode="cls")
 
 
 def mean(hidden: Tensor, batch: PackedBatch) -> Tensor:
-    """Return the mean over all tokens, including special ones, summed in fp32."""
+    """Return the mean [B, d] of each sequence's tokens, special ones included; sums are in fp32."""
     return pool(hidden, batch.cu_seqlens, mode="mean")
 
 
 def maximum(hidden: Tensor, batch: PackedBatch) -> Tensor:
-    """Return the maximum of each column over all tokens, including special ones."""
+    """Return each column's maximum [B, d] over a sequence's tokens, special ones included."""
     return pool(hidden, batch.cu_seqlens, mode="max")
 
 
-# The encoder's pooler, tanh(W x + b), then maps the result of `pooler`.
+# `pooler` is the same as `cls` here; the encoder's pooler, tanh(W x + b), then maps the result.
 POOLINGS: dict[str, Pooling] = {"cls": cls, "mean": mean, "max": maximum, "pooler": cls}
 
 
 def pooling(name: str) -> Pooling:
-    """Return a pooling by name. Raises UserError for an unknown name."""
+    """Return the pooling of this name. Raises UserError if there is none."""
     if name not in POOLINGS:
         raise unknown_name("pooling", name, POOLINGS)
     return POOLINGS[name]

@@ -1,4 +1,4 @@
-"""Scores within the label range: low + (high - low) squash(x)."""
+"""Head that limits scores to the label range: low + (high - low) squash(x)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ SQUASHES = {"relu": Tensor.relu, "sigmoid": Tensor.sigmoid}
 
 
 class Squashed(nn.Module):
-    """Map another head's outputs x [E, 1] to scores.
+    """Map another head's outputs x [E, 1] to scores [E, 1] (outputs.py).
 
-    relu has no upper limit, so it suits a cosine, which has one.
+    squash: "sigmoid", or "relu". relu limits scores below only; above it suits outputs that have a
+    limit of their own, such as a cosine.
     """
 
     def __init__(self, head: nn.Module, squash: str) -> None:
@@ -25,5 +26,5 @@ class Squashed(nn.Module):
 
 
 def from_unit_range(share: Tensor) -> Tensor:
-    """Map 0 (the smallest label) to 1 (the largest) to the units of a score (see outputs.py)."""
+    """Map a position in the label range, 0 (lowest) to 1 (highest), to a score (outputs.py)."""
     return RANGE_WIDTH * (share - 0.5)

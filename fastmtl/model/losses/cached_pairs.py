@@ -1,8 +1,9 @@
-"""Losses of pairs over a whole optimiser step, in the memory of one micro-batch.
+"""The setting mnr.cached: a loss over the pairs of a whole step, in the memory of a micro-batch.
 
-A first pass without a graph computes u and v of every micro-batch. The loss of all of them gives
-the gradients du and dv. In the step itself the loss of a micro-batch is u . du + v . dv, which has
-the same gradient.
+A first pass without autograd computes u and v of every micro-batch of an optimiser step. The loss
+of all their pairs together gives its gradients du and dv with respect to u and v. In the step
+itself the loss of a micro-batch is u . du + v . dv, which has the same gradient with respect to the
+weights.
 Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"
 (GradCache).
 """
@@ -24,24 +25,31 @@ from fastmtl.surgery.random_state import RandomState
 
 @dataclass(frozen=True)
 class CachedTask:
-    """Losses [E] of a task's examples in one micro-batch, and their gradients du, dv [E, d]."""
+    """Results of the first pass for one task's examples in one micro-batch.
+
+    du, dv: [E, d], gradients of the step's summed loss with respect to u and v.
+    losses: [E], the examples' losses.
+    """
 
     du: Tensor
     dv: Tensor
     losses: Tensor
 
     def of_pairs(self, u: Tensor, v: Tensor) -> Tensor:
-        """Return the losses [E], with the gradients of the whole step's loss."""
+        """Return the cached losses [E]. Their backward gives u and v the gradients du and dv.
+
+        u, v: [E, d], computed again with autograd.
+        """
         linear = (precise(u) * self.du).sum(1) + (precise(v) * self.dv).sum(1)
         return linear + (self.losses - linear).detach()
 
 
 @dataclass(frozen=True)
 class CachedPairs:
-    """Cached gradients of one micro-batch.
+    """Results of the first pass for one micro-batch.
 
-    random: the random state before its first forward; the second forward needs the same dropout
-    masks. tasks: by the task's index.
+    random: the random state before the first pass; restored before the second one, which needs the
+    same dropout masks. tasks: {index of the task: its results}.
     """
 
     random: RandomState
@@ -49,9 +57,10 @@ class CachedPairs:
 
 
 def cache_pairs(model: MultiTaskModel, micro_batches: Sequence[PackedBatch]) -> list[PackedBatch]:
-    """Return the micro-batches, with `cached` set if the loss of a task has `mnr.cached`.
+    """Run the first pass over the micro-batches of a step; return them with `cached` set.
 
-    Every rank calls it.
+    They are returned unchanged if no task has the loss mnr with `mnr.cached`. Otherwise every rank
+    has to call this function, because the loss gathers the pairs of all ranks.
     """
     indices = [
         index for index, task in enumerate(model.recipe.tasks.values()) if task.mnr.cached and "mnr" in task.losses

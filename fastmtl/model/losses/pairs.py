@@ -1,4 +1,7 @@
-"""Losses of the vectors u and v of pairs, one value per example, for tasks with `pairs: bi`."""
+"""Losses of the vectors u and v of a pair's two sequences, for tasks with `pairs: bi`.
+
+They do not read the outputs of the task's head.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,17 @@ from fastmtl.model.losses.rank_rows import gather_rows
 
 
 class PairLoss(Protocol):
-    """A loss of u and v. types: the types of tasks that it supports."""
+    """A loss of u and v. types: the task types that it supports, such as binary."""
 
     types: tuple[str, ...]
 
     def __init__(self, task: TaskConfig) -> None: ...
 
     def __call__(self, u: Tensor, v: Tensor, labels: Tensor) -> Tensor:
-        """Map u, v [E, d] and labels [E] to losses [E], float32 at least."""
+        """Return one loss per pair, [E], in float32 or wider.
+
+        u, v: [E, d], the vectors of the pairs' sequences. labels: [E], as in PackedBatch.
+        """
         ...
 
 
@@ -42,10 +48,10 @@ class CosineEmbedding(PairLoss):
 class MultipleNegatives(PairLoss):
     """Multiple negatives ranking: - S(u_i, v_i) + log sum_j exp S(u_i, v_j), with S = scale cos.
 
-    i and j run over the K similar pairs among the E pairs of the batch on all ranks. Similar are
-    pairs of class 1, or with a label of at least low + similar (high - low). The loss of a similar
-    pair is multiplied by E / K, that of another pair is 0. The mean over all rows is then the
-    formula's mean over similar pairs.
+    Each similar pair i is compared with all similar pairs j. K of the E pairs in the batch of all
+    ranks are similar: those of class 1, or in regression those with a label of at least
+    low + mnr.similar (high - low). The formula's loss of a similar pair is multiplied by E / K; the
+    loss of any other pair is 0. The mean over all E pairs is then the formula's mean over the K.
     Source: Henderson et al. 2017, equation 4.
     """
 
@@ -61,7 +67,7 @@ class MultipleNegatives(PairLoss):
         similar = labels >= self.least
         rows = gather_rows(torch.cat([v, similar[:, None].to(v.dtype)], dim=1))
         others, mask = rows[:, :-1], rows[:, -1] > 0.5
-        # Masks remove rows and columns of other pairs; indexing would wait for the device.
+        # Masks exclude the pairs that are not similar; indexing would wait for the device.
         scores = (self.scale * u @ others.T).masked_fill(~mask, -torch.inf).where(similar[:, None], 0.0)
         factor = len(rows) / mask.sum().clamp(min=1)
         losses = scores.logsumexp(dim=1) - self.scale * (u * v).sum(1)

@@ -1,4 +1,4 @@
-"""All-gather of rows, with a gradient."""
+"""All-gather of rows over the ranks, with a backward."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from fastmtl.surgery.ranks.collectives import world_size
 
 
 def gather_rows(x: Tensor) -> Tensor:
-    """Gather x [n, d] of each rank, where n may differ, to [sum n, d] in the order of the ranks.
+    """Return the rows of all ranks, [sum of n, d], in the order of the ranks.
 
-    The gradient of a row is the sum over the losses of all ranks. Forward and backward are
-    collective: every rank calls this function, if need be with no rows, and its loss depends on the
-    result. Waits for the device.
+    x [n, d]: this rank's rows; n may differ between ranks. The gradient of x is that of the sum of
+    all ranks' losses.
+    Forward and backward are collective. Every rank has to call this function, if need be with no
+    rows, and to compute a loss that depends on the result. Waits for the device.
     """
     if world_size() == 1:
         return x

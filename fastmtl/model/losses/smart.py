@@ -1,12 +1,15 @@
 """SMART: two terms of a task's loss that keep the model from fitting its rows too closely.
 
-    adversarial   strength * l(f(x + n), f(x)). n is a perturbation of the embedded tokens, at most
-                  epsilon in every number; a few steps of gradient ascent make the term large.
-    proximal      proximal * l(f(x), f'(x)). f' is the teacher, a moving average of the weights.
+    adversarial   strength * l(f(x + n), f(x)). n is a perturbation of the embedded tokens x. The
+                  absolute value of its numbers is at most epsilon. A few steps of gradient ascent
+                  make the term large.
+    proximal      proximal * l(f(x), f'(x)). f' is the teacher, the same model with a moving average
+                  of the weights.
 
-l is the symmetric KL divergence for classes, bins and binary tasks, and the squared difference for
-scores. Each term is a mean over a task's rows and part of its loss. All passes draw the same
-dropout masks, so l measures only the effect of n, or of the teacher.
+f(x) are the outputs of the task's head. l is the symmetric KL divergence for classes, bins and
+binary tasks, and the squared difference for scores. Each term is a mean over a task's rows and is
+added to its loss. All forward passes draw the same dropout masks, so that l measures only the
+effect of n, or of the teacher's weights.
 Source: Jiang et al. 2020, "SMART: Robust and Efficient Fine-Tuning for Pre-trained Natural Language
 Models through Principled Regularized Optimization", equations 1 to 4 and algorithm 1.
 """
@@ -31,14 +34,15 @@ from fastmtl_kernels import pool
 if TYPE_CHECKING:
     from fastmtl.surgery.sinks.sink import Sink
 
-# Distance between neighbouring numbers above 1 in half precision.
+# Distance from 1 to the next larger number, by precision.
 _SPACING = {"bf16": 2**-7, "fp16": 2**-10}
 
 
 class Smart:
-    """The terms of one run. Not a module: the teacher's weights must not count as the model's.
+    """SMART's terms for all tasks of a run, and the teacher.
 
-    Attribute scale: factor of a task's strength and proximal; see `follow`.
+    It is not an nn.Module, since the teacher's weights must not be parameters of the model.
+    Attribute scale: {task: factor of its strength and proximal}; `follow` changes it.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -62,13 +66,13 @@ class Smart:
 
     @property
     def active(self) -> bool:
-        """True while some task has a term."""
+        """True if at least one task has a term that is not zero at present."""
         return any(self.scale[name] * (self._adversarial[name] + self._proximal[name]) for name in self.scale)
 
     def start_teacher(self, model: SmartModel) -> None:
-        """Start the teacher with the model's present weights, in float32.
+        """Make the teacher: a float32 copy of the model with its present weights.
 
-        Call it before an engine takes the model.
+        Call this before DeepSpeed takes the model over, which may convert or divide its weights.
         """
         smart, model.smart = model.smart, None
         self.teacher = copy.deepcopy(model).float().requires_grad_(False)
@@ -82,9 +86,10 @@ class Smart:
                 ours.lerp_(theirs.to(ours.device, ours.dtype), 1 - self._config.momentum)
 
     def follow(self, gaps: Mapping[str, float]) -> None:
-        """Set the scales for `follows: gap`.
+        """Set `scale` to the tasks' gaps, for the setting `follows: gap`.
 
-        gaps: by how much each task's metric is better on training rows than on dev rows.
+        gaps: {task: its metric on training rows minus that on dev rows}, positive if the training
+        rows are better. A negative gap gives 0.
         """
         self.scale.update({name: max(0.0, gap) for name, gap in gaps.items()})
 
@@ -96,9 +101,11 @@ class Smart:
         found: list[Examples],
         begun: RandomState,
     ) -> list[Tensor]:
-        """Return the terms of every task, summed over its rows, 0-dim.
+        """Return one term per task to add to its loss: the sum over its rows, 0-dim.
 
-        found: the examples that the model computed. begun: the random state before that forward.
+        found: the examples that the model computed for this batch.
+        begun: the random state before that forward. The further passes start from it, which gives
+        them the same dropout masks.
         """
         outputs = [examples.outputs for examples in found]
         terms = [output[:0].sum() for output in outputs]
@@ -118,13 +125,14 @@ class Smart:
             after.restore()
             for index, (name, task) in tasks:
                 strength, other = self.scale[name] * self._adversarial[name], perturbed[index].outputs
-                # Every output is in the graph: a layer gets the gradients of all rows or of none.
+                # Outputs of tasks without a term are part of the graph too, as a sum of no rows: a
+                # layer's backward needs gradients for the rows of all tasks.
                 term = strength * divergence(task, other, outputs[index]).sum() if strength else other[:0].sum()
                 terms[index] = terms[index] + term
         return terms
 
     def noise(self, batch: PackedBatch, device: torch.device, size: int) -> Tensor:
-        """Return the start of the perturbation [N, size]."""
+        """Return a random perturbation [N, size] with which the gradient ascent starts."""
         return self._config.noise * torch.randn(batch.num_tokens, size, device=device)
 
     def _any(self, strengths: Mapping[str, float]) -> bool:
@@ -144,7 +152,10 @@ class Smart:
     def _perturbation(
         self, model: SmartModel, batch: PackedBatch, outputs: list[Tensor], begun: RandomState, noise: Tensor
     ) -> Tensor:
-        """Return n [N, d]. The model runs without the sink: only the noise gets a gradient."""
+        """Return the perturbation n [N, d] after the steps of gradient ascent from `noise`.
+
+        The model runs without the sink, since only the perturbation needs a gradient.
+        """
         lengths = batch.cu_seqlens.diff()
         for _ in range(self._config.steps):
             noise.requires_grad_()
@@ -167,33 +178,40 @@ class Smart:
 
 
 class SmartModel(nn.Module):
-    """Base of a model whose losses can have SMART's terms. smart: computes them, or None."""
+    """Base class of a model whose losses can have SMART's terms.
+
+    smart: computes the terms; None for a model without them.
+    """
 
     smart: Smart | None
 
     @property
     def hidden_size(self) -> int:
-        """Width of the embeddings."""
+        """Number of columns of the embedded tokens, so of the noise."""
         raise NotImplementedError
 
     def examples(
         self, batch: PackedBatch, task_grads: Sink | None = None, noise: Tensor | None = None
     ) -> list[Examples]:
-        """Return each task's examples. noise [N, d]: added to the embedded tokens."""
+        """Return an `Examples` for each task.
+
+        task_grads: sink for the gradients per task. noise [N, d]: added to the embedded tokens.
+        """
         raise NotImplementedError
 
 
 def divergence(task: TaskConfig, p: Tensor, q: Tensor) -> Tensor:
-    """Return l(p, q) [E] of outputs [E, num_outputs].
+    """Return l(p, q) [E], the distance of two outputs p and q [E, num_outputs] of a task's head.
 
-    It is KL(p, q) + KL(q, p), or the squared difference of scores.
+    For scores it is the squared difference, otherwise KL(p, q) + KL(q, p).
     """
     match kind(task):
         case "score":
             return (p - q).square().sum(1)
         case "binary":
             return ((p.sigmoid() - q.sigmoid()) * (p - q)).sum(1)
-    # One product of differences: a sum of two divergences would consist of rounding errors.
+    # The sum of both divergences is one product of differences. Computed one by one, divergences
+    # of nearly equal outputs would be little more than rounding errors.
     log_p, log_q = p.log_softmax(1), q.log_softmax(1)
     return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1)
 

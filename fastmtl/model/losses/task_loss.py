@@ -1,4 +1,4 @@
-"""Losses of a head's outputs, by name, and the weighted sum of all losses of a task."""
+"""Losses of a head's outputs, by name, and the weighted sum of all losses that a task has."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ Function = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss of the outputs.
+    """A loss of a head's outputs.
 
-    function: maps outputs float32 [E, num_outputs] and targets [E] to losses [E].
-    types: the task types that it supports. outputs.py gives the meaning of outputs and targets.
+    function: maps outputs float32 [E, num_outputs] and targets [E] to losses [E]; outputs.py gives
+    their meaning.
+    types: the task types that the loss supports.
     """
 
     function: Function
@@ -29,17 +30,17 @@ class Loss:
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return - log softmax(outputs)[target]."""
+    """Return - log softmax(outputs)[target] of each example, [E]. outputs: [E, C]."""
     return functional.cross_entropy(outputs, targets, reduction="none")
 
 
 def bce(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return - log sigmoid(output) for class 1, - log(1 - sigmoid(output)) for class 0."""
+    """Return - log sigmoid(output) for class 1, - log(1 - sigmoid(output)) for class 0, [E]."""
     return functional.binary_cross_entropy_with_logits(outputs.squeeze(1), targets.float(), reduction="none")
 
 
 def mse(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return (output - target)^2 in squared quarters of the label range (see outputs.py)."""
+    """Return (output - target)^2, [E]; their unit is a quarter of the label range (outputs.py)."""
     return functional.mse_loss(outputs.squeeze(1), targets.float(), reduction="none")
 
 
@@ -53,8 +54,8 @@ LOSSES = {
 class TaskLoss:
     """Weighted sum of the losses of one task.
 
-    outputs: (weight, function) of the head's outputs.
-    pairs: (weight, loss) of u and v; see pairs.py.
+    outputs: (weight, function) of each loss of the head's outputs.
+    pairs: (weight, loss) of each loss of u and v (pairs.py).
     """
 
     def __init__(self, outputs: list[tuple[float, Function]], pairs: list[tuple[float, PairLoss]]) -> None:
@@ -62,26 +63,29 @@ class TaskLoss:
 
     @property
     def reads_outputs(self) -> bool:
+        """True if the task has a loss of the head's outputs, not only losses of u and v."""
         return bool(self._outputs)
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the weighted sum [E] of the losses of the outputs.
+        """Return the weighted sum [E] of the task's losses of the head's outputs.
 
-        Without such a loss, return zeros that depend on the outputs.
+        If there is no such loss, return zeros computed from the outputs, so that autograd reaches
+        the head in any case.
         """
         terms = [weight * function(outputs, targets) for weight, function in self._outputs]
         return torch.stack(terms or [0.0 * outputs.sum(1)]).sum(0)
 
     def of_pairs(self, u: Tensor, v: Tensor, labels: Tensor) -> Tensor:
-        """Return the weighted sum [E] of the losses of u, v [E, d]."""
+        """Return the weighted sum [E] of the task's losses of the vectors u and v [E, d]."""
         return torch.stack([weight * loss(u, v, labels) for weight, loss in self.pairs]).sum(0)
 
 
 def build_loss(task: TaskConfig) -> TaskLoss:
     """Build the loss of a task.
 
-    Raises UserError for an unknown name, for a loss that does not support the task, and for two
-    losses that read the outputs differently.
+    Raises UserError for an unknown loss, for a loss that does not support the task, for a setting
+    of a loss that the task does not have, and for cross_entropy together with mse, which give the
+    head's outputs different meanings.
     """
     types = {name: loss.types for name, loss in LOSSES.items()}
     types.update({name: loss.types for name, loss in PAIR_LOSSES.items()})

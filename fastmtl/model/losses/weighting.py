@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 
 class Uncertainty(nn.Module):
-    """exp(-s) L + s / 2 for a task's mean loss L, or exp(-s) L / 2 + s / 2 for a squared error.
+    """Learned weight of a task's loss: L becomes exp(-s) L + s / 2, where L is its mean loss.
 
-    s = log sigma^2 is learned and starts at 0.
+    For a squared error, L becomes exp(-s) L / 2 + s / 2. s = log sigma^2 is learned, starts at 0.
     Source: Kendall, Gal and Cipolla 2018, "Multi-Task Learning Using Uncertainty to Weigh Losses",
     equations 7 and 10.
     """
@@ -21,14 +21,15 @@ class Uncertainty(nn.Module):
     def __init__(self, *, squared_error: bool) -> None:
         super().__init__()
         self.factor = 0.5 if squared_error else 1.0
-        # The name has "bias" in it to exclude the parameter from weight decay, which would pull the
-        # weight towards 1.
+        # "bias" in the name excludes the parameter from weight decay (see groups.py), which would
+        # pull the weight towards 1.
         self.log_variance_bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, loss: Tensor, rows: int) -> Tensor:
-        """Map the loss summed over `rows` rows to a loss with the weighted sum's gradient.
+        """Return a loss with the gradient of the weighted loss and the value of the unweighted one.
 
-        The value stays that of the unweighted loss, so that the losses of runs can be compared.
+        The value is not weighted so that the losses of several runs can be compared.
+        loss: 0-dim, summed over `rows` rows.
         """
         s = self.log_variance_bias.to(loss.dtype).squeeze(0)
         weighted = self.factor * (-s).exp() * loss + 0.5 * rows * s
@@ -36,10 +37,11 @@ class Uncertainty(nn.Module):
 
 
 class DynamicWeightAverage:
-    """w_t = T softmax_t(r_t / temperature), with r_t = L_t(e - 1) / L_t(e - 2).
+    """Task weights for each epoch e, larger for a task whose loss falls more slowly.
 
-    L_t(e) is the mean loss of task t in epoch e. w_t = 1 in the first two epochs, and r_t = 1 for a
-    task without both losses. The state for a checkpoint within an epoch can be saved as JSON.
+    w_t = T softmax_t(r_t / temperature), with r_t = L_t(e - 1) / L_t(e - 2). L_t(e) is the mean
+    loss of task t in epoch e. In the first two epochs w_t = 1. If one of the two losses is missing,
+    r_t = 1. `state_dict` can be saved as JSON at any step.
     Source: Liu, Johns and Davison 2019, "End-to-End Multi-Task Learning with Attention", eq. 7.
     """
 
@@ -50,6 +52,7 @@ class DynamicWeightAverage:
         self._steps: dict[str, int] = {}
 
     def weights(self) -> dict[str, float]:
+        """Return {task: weight w_t of its loss in the current epoch}."""
         if len(self._epochs) < 2:
             return dict.fromkeys(self._tasks, 1.0)
         older, newer = self._epochs
@@ -58,7 +61,10 @@ class DynamicWeightAverage:
         return {name: len(powers) * power / sum(powers) for name, power in zip(self._tasks, powers, strict=True)}
 
     def after_step(self, losses: Mapping[str, float]) -> None:
-        """Add a step. losses: the mean loss of each task that had rows."""
+        """Record the losses of a step.
+
+        losses: {task: mean loss} of the tasks with rows; NaN and inf are ignored.
+        """
         for name, loss in losses.items():
             if math.isfinite(loss):
                 self._sums[name] = self._sums.get(name, 0.0) + loss
