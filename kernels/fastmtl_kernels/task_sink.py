@@ -1,8 +1,9 @@
-"""The destination of gradients per task, and the rows that belong to each task.
+"""TaskSink, the receiver of gradients per task, and TaskRows, the rows that belong to each task.
 
-A forward that should write task gradients receives a sink. Rows of different tasks never mix, so
-its backward computes the T gradients of a parameter and asks the sink for the gradient that
-autograd gets. `TaskSink` is a protocol: the layers above implement it.
+An operation that should compute task gradients receives a sink in forward. Every row belongs to
+one task, so backward can compute T gradients of a parameter, one per task. Backward gives them to
+the sink and returns to autograd the gradient that the sink returns. `TaskSink` is a protocol, which
+fastmtl implements.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fastmtl_kernels.upload import upload
 
 
 class Offsets(Protocol):
-    """Token offsets on the device and on the host, so that no copy is needed."""
+    """Token offsets on the device (offsets) and as integers (host), so that no copy is needed."""
 
     @property
     def offsets(self) -> Tensor: ...
@@ -30,43 +31,46 @@ class Offsets(Protocol):
     def host(self) -> tuple[int, ...]: ...
 
 
-# int32 [T + 1] on the rows' device; or the same numbers on the host; or both.
+# T + 1 offsets: int32 on the rows' device, or integers on the host, or an object with both.
 TokenOffsets = Tensor | Sequence[int] | Offsets
 
 
 class TaskSink(Protocol):
-    """A destination of task gradients.
+    """A receiver of task gradients.
 
-    anchor: a scalar that requires a gradient. Embeddings take it into the graph, so that a backward
-    that asks for no parameter still runs through them.
+    anchor: a scalar that requires a gradient. Embeddings take it as an input, so that autograd runs
+    their backward even if it is asked for no parameter's gradient.
     """
 
     anchor: Tensor
 
     def expect(self, *parameters: Any) -> None:
-        """Announce parameters that a forward uses; each will be delivered once."""
+        """Announce parameters that a forward uses.
+
+        Its backward will call `deliver` or `deliver_rows` once for each.
+        """
 
     def deliver(self, parameter: Any, gradients: Tensor) -> Tensor | None:
-        """Take `gradients`, float32 [T, *shape]; return the parameter's gradient for autograd.
+        """Receive a parameter's task gradients; return its gradient for autograd.
 
-        None: the sink keeps the gradients. `parameter` is the object that forward received, since
-        saved tensors come back as other objects.
+        gradients: float32 [T, *shape]. None is returned if autograd is to get no gradient.
+        parameter: the same Python object that `expect` received.
         """
 
     def deliver_rows(self, table: Any, ids: Tensor, rows: Tensor, token_offsets: tuple[int, ...]) -> Tensor | None:
-        """Take the gradients `rows` [N, d] of the rows `ids` [N] of an embedding table [V, d].
+        """Receive the task gradients of an embedding table [V, d]; return as `deliver` does.
 
-        ids: int64.
-
-        token_offsets: the offsets of the tasks among the N. The result is that of `deliver`.
+        ids: int64 [N], rows of the table. rows: [N, d], their gradients; an id may occur several
+        times. token_offsets: task t has the entries token_offsets[t]:token_offsets[t + 1] of both.
         """
 
 
 @dataclass(frozen=True, eq=False)
 class TaskRows:
-    """The rows of T tasks: task t owns rows offsets[t]:offsets[t + 1] of num_rows.
+    """The rows of T tasks: task t has the rows offsets[t]:offsets[t + 1].
 
-    Rows past the last offset belong to no task. known: the offsets, where the host knows them.
+    Rows past the last offset belong to no task. known: the offsets as integers, or None if they are
+    only on the device.
     """
 
     offsets: Tensor
@@ -79,12 +83,12 @@ class TaskRows:
 
     @property
     def host(self) -> tuple[int, ...]:
-        """The offsets as integers; waits for the device where they are only there."""
+        """The offsets as integers. Waits for the device if they are only there."""
         return tuple(self.offsets.tolist()) if self.known is None else self.known
 
     @classmethod
     def make(cls, token_offsets: TokenOffsets | None, num_rows: int, device: torch.device) -> TaskRows:
-        """Return the rows of these offsets; None stands for one task that owns every row.
+        """Make TaskRows from offsets in any form; None stands for one task that has all rows.
 
         Raises:
             ValueError: token_offsets is not int32 [T + 1] on `device`, or values known on the host
@@ -111,7 +115,7 @@ class TaskRows:
 
 
 def check_sink(token_offsets: TokenOffsets | None, task_grads: TaskSink | None) -> None:
-    """Check that a sink comes with offsets."""
+    """Raise ValueError if a sink is given without token offsets."""
     if task_grads is not None and token_offsets is None:
         raise ValueError("token_offsets must be given with task_grads: they say which rows belong to which task")
 
@@ -119,7 +123,8 @@ def check_sink(token_offsets: TokenOffsets | None, task_grads: TaskSink | None) 
 def gradient(sink: TaskSink | None, parameter: Any, gradients: Tensor) -> Tensor | None:
     """Return autograd's gradient of a parameter, in its dtype, from `gradients` [T, *shape].
 
-    Without a sink the first axis may have the length 1, where an implementation has summed already.
+    The sink, if any, receives `gradients`. Without a sink the first axis may have the length 1, if
+    an implementation has summed over the tasks already.
     """
     if sink is None:
         merged: Tensor | None = gradients[0] if len(gradients) == 1 else gradients.sum(0)
@@ -129,7 +134,7 @@ def gradient(sink: TaskSink | None, parameter: Any, gradients: Tensor) -> Tensor
 
 
 def common_dtype(*parameters: Tensor | None) -> torch.dtype:
-    """Return the dtype of all parameters, float32 where they differ."""
+    """Return the dtype that all parameters have; float32 if their dtypes differ."""
     dtypes = {parameter.dtype for parameter in parameters if parameter is not None}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
@@ -139,9 +144,8 @@ def table_gradient(
 ) -> Tensor | None:
     """Return autograd's gradient of an embedding table [table_rows, d].
 
-    The rows `ids` [N] of the table have the gradients `rows` [N, d].
-
-    Without a sink it is a dense table of the table's dtype, summed in float32 or wider.
+    ids: [N], rows of the table. rows: [N, d], their gradients, which the sink receives if there is
+    one. Without a sink the result is dense, in the table's dtype, summed in float32 or wider.
     """
     ids = cast(ids, torch.int64)
     if sink is not None:
@@ -153,15 +157,15 @@ def table_gradient(
 
 
 def per_task(parameter: Tensor, num_tasks: int, dtype: torch.dtype, sink: TaskSink | None) -> Tensor:
-    """Return the parameter once per task, [T, *shape] of `dtype`, for the oracles.
+    """Return T copies of a parameter, [T, *shape] of `dtype`, for the reference implementations.
 
-    Its gradient goes through the sink.
+    Backward gives the T gradients of the copies to the sink.
     """
     return _PerTask.apply(None if sink is None else sink.anchor, parameter, num_tasks, dtype, sink)
 
 
 class _PerTask(torch.autograd.Function):
-    """Takes the anchor, so that a backward that asks for the anchor alone runs through here."""
+    """See `per_task`. The anchor is an input: backward runs for its gradient alone, too."""
 
     @staticmethod
     def forward(

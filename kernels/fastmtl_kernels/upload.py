@@ -1,4 +1,4 @@
-"""Copies from the host to a device that the host does not wait for."""
+"""Copies from the host to a device, without waiting for them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Return the tensor on `device`, itself where it is there already.
+    """Return a copy of the tensor on `device`; the tensor itself if it is there already.
 
-    A copy to a GPU reads pinned memory, so the host does not wait. From pageable memory it would
-    wait until the driver has staged the bytes, after all work that the GPU has queued.
+    Tensors for a GPU are first copied to pinned memory, so the host does not wait. With pageable
+    memory the host would wait until the GPU has finished all queued work and copied the bytes.
     """
     device = torch.device(device)
     if tensor.device.type == "cpu" and device.type == "cuda":

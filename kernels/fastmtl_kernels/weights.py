@@ -12,9 +12,9 @@ Each row visits the tasks j != i in a random order. With phi = cos(g_i', g_j):
 
 weights = sum_i C[i], so that sum_t weights[t] g_t is the sum of the modified gradients.
 
-gram [T, T] symmetric, float32 or float64; arithmetic in float64; weights [T] in gram's dtype, on
-its device. All rows advance together: T steps of a few small operations on the device, which the
-host does not wait for.
+gram (G) [T, T] symmetric, float32 or float64; arithmetic in float64; weights [T] in gram's dtype,
+on its device. All rows of C are updated in parallel, in T steps of a few small operations. The host
+does not wait for the device.
 
 Sources: Yu et al., Gradient Surgery for Multi-Task Learning, 2020, algorithm 1 (every projection is
 on the original g_j); Wang et al., Gradient Vaccine, 2021, equation 2 and algorithm 1.
@@ -31,7 +31,7 @@ from fastmtl_kernels.upload import upload
 
 Reduction = Literal["sum", "mean"]
 
-# No finite multiple of g_j reaches a target cosine of 1.
+# Adding a finite multiple of g_j cannot give g_i' a cosine of 1 with g_j.
 _LARGEST_TARGET = 1.0 - 1e-6
 
 
@@ -43,7 +43,7 @@ def pcgrad_weights(
     *,
     check_order: bool = True,
 ) -> Tensor:
-    """Compute the weights of PCGrad for one Gramian.
+    """Return PCGrad's weight of each task gradient, from the Gramian of the task gradients.
 
     Args:
         gram: [T, T] float32 or float64, symmetric. No gradient is projected on a zero gradient
@@ -53,7 +53,8 @@ def pcgrad_weights(
             the host.
         generator: the CPU generator that draws the order, the global one by default.
         reduction: "sum" of the projected gradients, as in the paper, or their "mean".
-        check_order: whether to check an order's values. On a GPU they are not checked.
+        check_order: whether to check that `order` has permutations. Values on a GPU are never
+            checked.
 
     Returns:
         weights [T], of gram's dtype and on its device.
@@ -83,7 +84,7 @@ def gradvac_weights(
     *,
     check_order: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the weights of GradVac for one Gramian, and the cosines that update the targets.
+    """Return GradVac's weight of each task gradient, and the cosines that update the targets.
 
     The targets' moving average is the caller's state: `target.lerp_(cosines, beta)` after each
     call. The paper's beta is 0.01, and its targets start at 0.
@@ -91,7 +92,7 @@ def gradvac_weights(
     Args:
         gram: [T, T] float32 or float64, symmetric.
         target: [T, T] cosines phi_T, on gram's device; target[i, j] is the goal of g_i with g_j.
-            Values are clamped to 1 - 1e-6 in size; the diagonal is not used.
+            Values are clamped to +-(1 - 1e-6); the diagonal is not used.
         order, generator, reduction, check_order: as for `pcgrad_weights`.
 
     Returns:
@@ -150,7 +151,7 @@ def _check(gram: Tensor, reduction: str) -> None:
 
 
 def _order(gram: Tensor, order: Tensor | None, generator: Generator | None, check: bool) -> Tensor:
-    """Return the order as int64 [T, T] on gram's device."""
+    """Return the order of every row, checked, or a random one: int64 [T, T] on gram's device."""
     num_tasks = gram.shape[0]
     if order is None:
         if generator is not None and generator.device.type != "cpu":

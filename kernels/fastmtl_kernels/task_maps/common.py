@@ -21,11 +21,11 @@ ACTIVATIONS = ("identity", "gelu", "relu")
 
 
 class Maps(NamedTuple):
-    """Settings that forward and backward share, besides tensors.
+    """The settings of one call that are not tensors, for forward and backward.
 
     kernels: the module of the implementation, None for the reference. middle, last: activations
-    after the first and the second map. rates: each task's probability of dropout, without effect
-    where there is no seed. saves: whether a backward may come.
+    after the first and the second map. rates: the probability of dropout of each task; without a
+    seed nothing is dropped. saves: whether forward keeps tensors for a backward.
     """
 
     kernels: ModuleType | None
@@ -37,7 +37,7 @@ class Maps(NamedTuple):
 
 
 class Wants(NamedTuple):
-    """The gradients that autograd needs."""
+    """For each input, whether autograd needs its gradient."""
 
     x: bool
     first: bool
@@ -47,14 +47,14 @@ class Wants(NamedTuple):
 
 
 def to_autocast(x: Tensor) -> Tensor:
-    """Return x in the dtype of autocast where autocast is on, as torch's own linear maps do."""
+    """Return x; if autocast is on, converted to autocast's dtype, as torch's linear layers do."""
     if x.dtype in DTYPES and torch.is_autocast_enabled(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
 
 def check_rows(x: Tensor) -> None:
-    """Check that x is floating point [N, d]; the ValueError names it."""
+    """Raise ValueError unless x is floating point [N, d] with d >= 1."""
     if not isinstance(x, Tensor) or x.dim() != 2 or not x.is_floating_point():
         raise ValueError(f"x must be floating point of shape [N, d], got {describe(x)}")
     if x.shape[1] == 0:
@@ -62,10 +62,10 @@ def check_rows(x: Tensor) -> None:
 
 
 def check_parameter(name: str, parameter: Tensor | None, shape: tuple[int | None, ...], x: Tensor, says: str) -> None:
-    """Check that a parameter is floating point of this shape on x's device.
+    """Raise ValueError unless a parameter is floating point of the shape `shape` on x's device.
 
-    shape: None stands for any size of 1 or more. says: the shape in letters, for the ValueError,
-    which names the parameter.
+    shape: None stands for any size of 1 or more. says: the shape in letters ("[T, d, r]"), for the
+    message. name: the name of the parameter, for the message.
     """
     if not isinstance(parameter, Tensor) or not parameter.is_floating_point() or parameter.dim() != len(shape):
         raise ValueError(f"{name} must be floating point of shape {says}, got {describe(parameter)}")
@@ -84,7 +84,11 @@ def check_activation(activation: str) -> None:
 def task_rates(
     name: str, dropout_p: float | Sequence[float] | None, num_tasks: int, seed: Tensor | None, device: torch.device
 ) -> tuple[float, ...]:
-    """Return the probability of every task. The ValueError names the wrong argument."""
+    """Return the probability of dropout of each of the T tasks.
+
+    dropout_p: one number for all tasks, one per task, or None for 0. name: its name for the message
+    of the ValueError, which is raised for a wrong probability or seed.
+    """
     if dropout_p is None:
         rates: tuple[float, ...] = (0.0,) * num_tasks
     elif isinstance(dropout_p, (int, float)):
@@ -104,10 +108,10 @@ def task_rates(
 
 @lru_cache(maxsize=64)
 def dropout_table(rates: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return keep_threshold and 1 / (1 - p) of every task, int32 and float32 [T] on the device.
+    """Return keep_threshold(p) and 1 / (1 - p) of every task, int32 and float32 [T] on the device.
 
-    Cached: a copy from the host would wait for the device in every call, and cannot be captured in
-    a graph.
+    The result is cached: a copy from the host would wait for the device in every call, and cannot
+    be captured in a CUDA graph.
     """
     thresholds = torch.tensor([keep_threshold(rate) for rate in rates], dtype=torch.int32, device=device)
     return thresholds, torch.tensor([1 / (1 - rate) for rate in rates], dtype=torch.float32, device=device)

@@ -6,9 +6,10 @@
                                                     dsecond_t = z^T dy', dfirst_t = x^T dh
                                                     biases: sums over rows
 
-Shapes as in fastmtl_kernels.task_maps.reference, which defines every value. An implementation is a
-module with `forward` and `backward`; the tensors that the first returns besides y are given to the
-second. Equal inputs give equal bits. Not differentiable twice.
+The shapes are those of fastmtl_kernels.task_maps.reference, which defines every value. h is the
+input of `middle`, dh its gradient. An implementation is a module with `forward` and `backward`;
+the tensors that `forward` returns besides y are arguments of `backward`. Equal inputs give equal
+bits. Not differentiable twice.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ def maps(
     rates: tuple[float, ...] = (),
     seed: Tensor | None = None,
 ) -> Tensor:
-    """Return y [N, d_out] of x's dtype, by the implementation that `dispatch.select` returned.
+    """Return y [N, d_out] of x's dtype.
 
-    Parameters of another dtype are converted to x's. rates: one for each task, or empty.
+    impl: the implementation that `dispatch.select` returned. Parameters of another dtype are
+    converted to x's. rates: the probability of dropout of each task; empty for no dropout.
     """
     seed = seed if any(rates) else None
     kernels = _kernels(impl)

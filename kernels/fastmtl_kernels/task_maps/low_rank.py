@@ -1,10 +1,10 @@
-"""Low-rank adapters of all tasks at once, on packed rows.
+"""Low-rank adapters of all tasks in one operation, on packed rows.
 
     y = dropout(activation(x down_t + down_bias_t) up_t + up_bias_t)      for the rows of task t
 
 x, y [N, d]; down [T, d, r], up [T, r, d], down_bias [T, r], up_bias [T, d]. Dropout has a
-probability for each task and keeps elements by fastmtl_kernels.philox. Triton takes one launch
-forward and three backward: rows, partial gradients of the weights, their sums.
+probability for each task; its mask is that of fastmtl_kernels.philox. Triton needs one launch in
+forward and three in backward: the rows, the partial gradients of the weights, and their sums.
 
 Source: Stickland & Murray, BERT and PALs, 2019, section 3.1; Hu et al., LoRA, 2021.
 """
@@ -42,25 +42,25 @@ def low_rank(
     seed: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """dropout(activation(x down_t + down_bias_t) up_t + up_bias_t).
+    """Return y = dropout(activation(x down_t + down_bias_t) up_t + up_bias_t) for all tasks t.
 
     Args:
         x: [N, d], floating point, any strides.
-        down: [T, d, r]. Parameters of another dtype than x's are converted. A transposed view of
-            [T, r, d] costs nothing more.
-        up: [T, r, d], or a transposed view of [T, d, r].
-        token_offsets: task t's rows are token_offsets[t]:token_offsets[t + 1]: int32 [T + 1] on x's
-            device, or the numbers on the host, or an object with both as `offsets` and `host`. impl
-            "torch" and "reference" need them on the host, and wait for a GPU where they are not.
-            Tasks may have no rows: their gradients are zero. Rows past the last are a masked tail:
-            zeros in y and in x's gradient.
+        down: [T, d, r]. Parameters of another dtype than x's are converted. A transposed view of a
+            tensor [T, r, d] is as fast.
+        up: [T, r, d], or a transposed view of a tensor [T, d, r].
+        token_offsets: task t has the rows token_offsets[t]:token_offsets[t + 1]. An int32 [T + 1]
+            on x's device, or a sequence of T + 1 integers, or an object with both as `offsets` and
+            `host`. impl "torch" and "reference" need the integers, and wait for a GPU if only the
+            tensor is given. A task may have no rows; its gradients are zero. Rows past the last
+            offset are padding: zeros in y and in x's gradient.
         down_bias: [T, r].
         up_bias: [T, d].
         activation: "identity", "gelu" (by erf) or "relu".
         dropout_p: the probability of dropping an element of y, in [0, 1): one number, or one for
             each task.
-        seed: int64 of one element on x's device, one for each call in a step; needed where a
-            dropout_p > 0.
+        seed: int64 of one element on x's device; needed if any dropout_p > 0. Each call in a step
+            needs its own seed, since equal seeds drop equal elements.
         impl: "auto", "reference", "torch" or "triton" (CUDA tensors, r <= 256, in float32 r <= 64).
 
     Returns:
@@ -99,7 +99,9 @@ def lora(
     seed: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """low_rank with both biases and without an activation.
+    """Return low_rank with both biases and without an activation.
+
+    The arguments, result and errors are those of `low_rank`.
 
     y = dropout((x down_t + down_bias_t) up_t + up_bias_t)
     """

@@ -1,14 +1,15 @@
-"""Projected attention layers (PALs) of all tasks at once, on packed rows.
+"""Projected attention layers (PALs) of all tasks in one operation, on packed rows.
 
     e = x down_t + down_bias_t                       for the rows of task t
     [Q, K, V] = e qkv_t + qkv_bias_t                 each [N, heads, s / heads]
     z = softmax(Q K^T / sqrt(s / heads)) V           within each sequence; dropout of softmax
     y = dropout(activation(z up_t + up_bias_t))
 
-x, y [N, d]; down [T, d, s], qkv [T, s, 3 s], up [T, s, d]. Three operations: the maps down and to
-Q, K and V, of which e is kept for backward (fastmtl_kernels.task_maps.function); attention
-(fastmtl_kernels.varlen_attention); the map up with activation and dropout. By Triton each is one
-launch forward. fastmtl_kernels.task_maps.reference defines every value.
+x, y [N, d]; down [T, d, s], qkv [T, s, 3 s], up [T, s, d]. The layer is three operations: the maps
+`down` and `qkv` together (fastmtl_kernels.task_maps.function; e is kept for backward); attention
+(fastmtl_kernels.varlen_attention); the map `up` with activation and dropout. In forward, Triton
+runs each of the three as one launch, attention as two if there are short and long sequences.
+fastmtl_kernels.task_maps.reference defines every value.
 
 Source: Stickland & Murray, BERT and PALs, 2019, equations 2 and 3.
 """
@@ -57,21 +58,21 @@ def pal(
     impl: Impl = "auto",
     plan: AttentionPlan | None = None,
 ) -> Tensor:
-    """The projected attention layer of every row's task, differentiable in x and all parameters.
+    """Return the output of the projected attention layers, differentiable in x and all parameters.
 
     Args:
         x: [N, d], floating point, any strides.
-        down: [T, d, s]. Parameters of another dtype than x's are converted. A transposed view of
-            [T, s, d] costs nothing more, and its gradient has the same strides; likewise for the
-            other two.
-        qkv: [T, s, 3 s]: s columns each for queries, keys and values, each with one head after the
-            other.
+        down: [T, d, s]. Parameters of another dtype than x's are converted. down, qkv and up may be
+            transposed views: a view of a tensor [T, s, d] is as fast, and its gradient has the same
+            strides.
+        qkv: [T, s, 3 s]: s columns for queries, s for keys and s for values; in each, the heads are
+            one after the other.
         up: [T, s, d].
-        cu_seqlens: [B + 1] int32 on x's device: the sequences, each within one task, as in
-            varlen_attention.
-        token_offsets: task t's rows, as in low_rank. Rows past the last are zeros in y and in x's
-            gradient.
-        num_heads: s must be a multiple of it.
+        cu_seqlens: [B + 1] int32 on x's device, the sequences as in varlen_attention; all rows of a
+            sequence must belong to one task.
+        token_offsets: the rows of each task, as in low_rank. Rows past the last offset are zeros in
+            y and in x's gradient.
+        num_heads: number of attention heads; s must be a multiple of it.
         down_bias: [T, s].
         qkv_bias: [T, 3 s].
         up_bias: [T, d].
@@ -79,12 +80,12 @@ def pal(
         dropout_p: the probability of dropping an attention probability, in [0, 1).
         out_dropout_p: the probability of dropping an element of y, in [0, 1): one number, or one
             for each task.
-        seed: int64 of one element on x's device, one for each call in a step; needed where anything
-            is dropped.
+        seed: int64 of one element on x's device; needed if any probability of dropout is not 0.
+            Each call in a step needs its own seed, since equal seeds drop equal elements.
         impl: "auto", "reference", "torch" (matrix products by torch, attention by the
             implementation that "auto" gives varlen_attention) or "triton" (CUDA tensors, s <= 256,
             in float32 s <= 64; head sizes as in varlen_attention).
-        plan: for the Triton kernels of attention, as in varlen_attention.
+        plan: the AttentionPlan of cu_seqlens for the Triton kernels, as in varlen_attention.
 
     Returns:
         y [N, d] of x's dtype.

@@ -1,14 +1,14 @@
-"""Plain-torch oracles of the maps per task: they define the results of low_rank, lora and pal.
+"""Reference of low_rank, lora and pal in plain torch: it defines their results.
 
     z = middle(x first_t + first_bias_t)      z = x where there is no first map
     y = dropout(last(z second_t + second_bias_t))
 
 x [N, d_in], first [T, d_in, r], first_bias [T, r], second [T, r, d_out], second_bias [T, d_out],
 for the rows of task t. Any floating dtypes; arithmetic in float32, in float64 where x is float64; y
-has x's dtype. Dropout has a probability p_t for each task, keeps the elements of
-fastmtl_kernels.philox.keep_mask at the row's place among all N, and multiplies them with
-1 / (1 - p_t). Rows past the last token offset belong to no task: y and the gradients are zero
-there, whatever values they hold. Gradients by autograd.
+has x's dtype. Dropout has a probability p_t for each task. It keeps the elements that
+fastmtl_kernels.philox.keep_mask of all N rows keeps, and multiplies them by 1 / (1 - p_t). Rows
+past the last token offset belong to no task: y and the gradients are zero there, whatever the
+inputs contain. Gradients by autograd.
 
 Source: Stickland & Murray, BERT and PALs, 2019 (low-rank layers and projected attention layers);
 Hu et al., LoRA, 2021.
@@ -50,7 +50,7 @@ def maps(
             keep = keep_mask(seed, stop, y.shape[1], call.rates[task])[start:]
             y = (y * (1 / (1 - call.rates[task]))).masked_fill(~keep, 0.0)
         parts.append(y)
-    # Part of x, so that x has a gradient where no row has a task.
+    # Computed from x, so that the result is differentiable even if no row has a task.
     tail = x[call.tasks.host[-1] :, :1].to(dtype).masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0.0)
     return torch.cat([*parts, tail.expand(-1, second.shape[2])]).to(x.dtype)
 
@@ -72,17 +72,17 @@ def pal(
     rates: tuple[float, ...],
     seed: Tensor | None,
 ) -> Tensor:
-    """Return the projected attention layer's y [N, d].
+    """Return y [N, d], the output of the projected attention layers.
 
         e = x down_t + down_bias_t                       for the rows of task t
         [Q, K, V] = e qkv_t + qkv_bias_t                 each [N, heads, s / heads]
         z = softmax(Q K^T / sqrt(s / heads)) V           within each sequence
         y = dropout(activation(z up_t + up_bias_t))
 
-    The arguments are those of fastmtl_kernels.pal, checked, with offsets on the host. Attention and
-    its dropout are those of fastmtl_kernels.varlen_attention.reference, dropout of y is that of
-    `maps`. One seed serves both, since their counters differ. Source: Stickland & Murray, 2019,
-    equations 2 and 3.
+    The arguments are those of fastmtl_kernels.pal, checked; cu_seqlens as integers. Attention and
+    its dropout are those of fastmtl_kernels.varlen_attention.reference; dropout of y is that of
+    `maps`. Both use the same seed: the counters of their random numbers differ. Source:
+    Stickland & Murray, 2019, equations 2 and 3.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     projected = [
@@ -97,7 +97,10 @@ def pal(
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None, task: int) -> Tensor:
-    """Return rows [n, in] times weight[task] [in, out], in the dtype of the rows."""
+    """Return rows weight[task] + bias[task], [n, out], in the dtype of the rows.
+
+    rows: [n, in]. weight: [T, in, out]. bias: [T, out] or None.
+    """
     mapped = rows @ weight[task].to(rows.dtype)
     return mapped if bias is None else mapped + bias[task].to(rows.dtype)
 

@@ -2,10 +2,10 @@
 
 fastmtl_kernels.task_maps.function has the formulas.
 
-One product for each task that has rows, written straight into the task's rows of the result:
-nothing is split, padded or concatenated, and the parameters of an absent task are not read. Any
-device and floating dtype, accumulated as torch does. Besides the inputs, backward needs the rows
-before and after `middle`, and those before `last`.
+Each task that has rows is one matrix product, which writes into the task's rows of the result.
+Nothing is split, padded or concatenated, and the parameters of a task without rows are not read.
+Any device and floating dtype; torch chooses the dtype of accumulation. Besides the inputs, forward
+keeps for backward the rows before and after `middle`, and those before `last`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 from fastmtl_kernels.dropout.api import dropout, dropout_into
 from fastmtl_kernels.task_maps.common import Maps, Wants
 
-# Below this size, products with a matrix whose memory runs along its shorter axis are slow on CPUs:
-# up to 7 times at a size of 8.
+# Up to this number of rows or columns, a product with a matrix that is contiguous along its shorter
+# axis is slow on CPUs: up to 7 times slower at a size of 8.
 NARROW = 64
 
 
@@ -33,9 +33,10 @@ def forward(
     seed: Tensor | None,
     call: Maps,
 ) -> tuple[Tensor | None, ...]:
-    """Return y [N, d_out], h and z [n, r] of the n rows that have tasks, and y before `last`.
+    """Return y [N, d_out], h and z [n, r], and y before the activation `last`.
 
-    h and z are None without a first map, y before `last` where that is y.
+    n: the number of rows that have tasks. h, z: the rows before and after `middle`; None without a
+    first map. The fourth result is None if `last` is "identity".
     """
     offsets = call.tasks.host
     h = z = before_last = None
@@ -70,7 +71,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, first, first_bias, second and second_bias.
 
-    None stands for a gradient that is not wanted.
+    A gradient that autograd does not need is None.
     """
     offsets = call.tasks.host
     if seed is not None:
@@ -90,9 +91,9 @@ def backward(
 
 
 def _maps(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, offsets: Sequence[int]) -> Tensor:
-    """Write every task's rows times its weight, plus its bias, into `out`.
+    """Write rows weight_t + bias_t for the rows of every task t into `out`, and return `out`.
 
-    Rows of no task stay unchanged.
+    Rows of `out` that have no task stay unchanged.
     """
     for task, (start, stop) in enumerate(pairwise(offsets)):
         if start == stop:
@@ -105,7 +106,10 @@ def _maps(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, offset
 
 
 def _row_gradients(gradients: Tensor, weight: Tensor, rows: Tensor, offsets: Sequence[int]) -> Tensor:
-    """Return the gradient of `rows`, zeros for rows of no task."""
+    """Return the gradient of `rows` [N, in], the inputs of a map; zeros for rows of no task.
+
+    gradients: those of the map's outputs. weight: that of the map.
+    """
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
     _maps(gradients, _along_longer_axis(weight).mT, None, out, offsets)
     out[offsets[-1] :] = 0
@@ -113,9 +117,9 @@ def _row_gradients(gradients: Tensor, weight: Tensor, rows: Tensor, offsets: Seq
 
 
 def _along_longer_axis(weight: Tensor) -> Tensor:
-    """Return weight [T, in, out] in memory that products read fast.
+    """Return weight [T, in, out] in a memory layout for which products are fast.
 
-    It is copied where it is narrow and its memory runs along the shorter axis.
+    A copy if its matrices are narrow (see NARROW) and contiguous along the shorter axis.
     """
     if min(weight.shape[1:]) > NARROW:
         return weight
@@ -123,9 +127,9 @@ def _along_longer_axis(weight: Tensor) -> Tensor:
 
 
 def _outer(rows: Tensor, gradients: Tensor, like: Tensor, offsets: Sequence[int]) -> Tensor:
-    """Return rows^T gradients of every task.
+    """Return rows^T gradients for every task, [T, in, out]: the gradient of a map's weight.
 
-    The result has the parameter's memory layout, so that autograd copies nothing.
+    like: the weight. The result has its memory layout, so that autograd does not copy it.
     """
     out = torch.empty_like(like)
     fast = _along_longer_axis(out)
@@ -152,7 +156,10 @@ def _activate(rows: Tensor, activation: str) -> Tensor:
 
 
 def _derive(gradients: Tensor, before: Tensor, activation: str) -> Tensor:
-    """Return the gradient of `before`, the rows before an activation."""
+    """Return the gradient of the inputs of an activation.
+
+    gradients: those of its outputs. before: its inputs.
+    """
     match activation:
         case "gelu":
             return torch.ops.aten.gelu_backward(gradients, before)
@@ -163,13 +170,13 @@ def _derive(gradients: Tensor, before: Tensor, activation: str) -> Tensor:
 
 
 def _drop(rows: Tensor, out: Tensor, seed: Tensor, call: Maps) -> Tensor:
-    """Write rows [N, d], dropped out, into `out`, which may be rows.
+    """Write dropout(rows) [N, d] into `out`, which may be `rows`, and return `out`.
 
-    Rows of no task stay unchanged.
+    Rows of no task are undefined in `out`.
     """
     if len(set(call.rates)) == 1:
         return dropout_into(out, rows, call.rates[0], seed)
     for rate, (start, stop) in zip(call.rates, pairwise(call.tasks.host), strict=True):
-        # Places are counted from the first of all rows, so those before the task are drawn too.
+        # The mask depends on the row's number among all rows, so earlier rows are drawn too.
         out[start:stop] = dropout(rows[:stop], rate, seed)[start:]
     return out

@@ -1,6 +1,6 @@
-"""Attention over packed sequences: the public operation.
+"""The public operation for attention over packed sequences.
 
-It validates, selects an implementation and calls it.
+It checks the arguments, selects an implementation and calls it.
 
     P = softmax(softmax_scale * Q K^T)    over the keys of the query's own sequence
     O = (keep * P / (1 - dropout_p)) V    keep[query, key] drawn by a counter generator from `seed`
@@ -30,11 +30,11 @@ def varlen_attention(
     impl: RowImpl = "auto",
     plan: AttentionPlan | None = None,
 ) -> Tensor:
-    """Attention of every token over its own sequence, differentiable in qkv.
+    """Return the attention of every token over its own sequence, differentiable in qkv.
 
     Args:
         qkv: [N, 3, heads, head_dim], floating point, any strides. Rows past cu_seqlens[-1] belong
-            to no sequence: output and gradient are zero there, whatever values they hold.
+            to no sequence: output and gradient are zero there, whatever qkv contains.
         cu_seqlens: [B + 1] int32 on qkv's device, ascending from 0 to at most N; sequences may be
             empty.
         softmax_scale: the factor of the scores; None means head_dim ** -0.5.
@@ -44,9 +44,9 @@ def varlen_attention(
         impl: "auto", "reference" (plain torch, reads cu_seqlens on the host), "cpp" (CPU tensors)
             or "triton" (CUDA tensors; float16 and bfloat16 with head_dim up to 128, float32 up to
             64).
-        plan: AttentionPlan.make of cu_seqlens for qkv's rows and device, which serves every layer
-            of a batch. The Triton kernels need one; where it is None they read cu_seqlens on the
-            host, which waits for the GPU.
+        plan: the result of AttentionPlan.make for cu_seqlens and the rows and device of qkv; one
+            plan serves all layers of a batch. Only the Triton kernels need it. If it is None,
+            cu_seqlens is copied to the host to make one, which waits for the GPU.
 
     Returns:
         [N, heads, head_dim] of qkv's dtype.

@@ -7,11 +7,11 @@
                                                            dK = softmax_scale * dS^T Q
 
 qkv [N, 3, heads, head_dim], float32, bfloat16 or float16, any head_dim; arithmetic in float32. No
-token is padded. Forward keeps each row's largest score and the inverse of its sum, [N, heads, 2]; P
-and the dropout mask are recomputed in backward. Equal inputs give equal bits for any number of
-threads. Not differentiable twice.
+sequence is padded. Forward keeps, for each row of S, the largest score and the inverse of the sum
+of the softmax, [N, heads, 2]; P and the dropout mask are recomputed in backward. Equal inputs give
+equal bits for any number of threads. Not differentiable twice.
 
-Source: as fastmtl_kernels.varlen_attention.reference.
+Source: see fastmtl_kernels.varlen_attention.reference.
 """
 
 from __future__ import annotations

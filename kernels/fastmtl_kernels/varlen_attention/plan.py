@@ -2,11 +2,12 @@
 
 The plan is made once per batch, on the host.
 
-Sequences of at most 64 tokens share tiles of 64 slots, packed best-fit in decreasing length, since
-one sequence of typical 25 tokens uses only 16 % of a tile's scores. A sequence starts at a multiple
-of 4 slots: four neighbouring keys share one call of the random number generator, which would
-otherwise be most of the kernels' arithmetic. Longer sequences are cut into blocks of 64 queries.
-Rows past the last sequence fill empty slots, so that the kernels write their zeros too.
+Sequences of at most 64 tokens share tiles of 64 slots, one token per slot. They are packed best-fit
+in decreasing length, since a tile with a single sequence of 25 tokens, a typical length, would use
+only 16 % of its scores. A sequence starts at a multiple of 4 slots, so that four neighbouring keys
+share one call of the random number generator, which would otherwise be most of the kernels'
+arithmetic. Longer sequences are cut into blocks of 64 queries. Rows past the last sequence are put
+in empty slots, so that the kernels write zeros for them too.
 
 Source: Krell et al., Efficient Sequence Packing without Cross-contamination, 2021.
 """
@@ -30,10 +31,10 @@ GROUP = 4
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """The work of one packed batch, made once for all layers and for backward.
+    """The division of a packed batch among programs, for forward and backward of all layers.
 
-    numbers: int32, tile_rows, tile_starts and blocks one after the other, so that one copy moves
-    them to a device. num_tiles: the number of tiles. num_rows: N, the rows of qkv.
+    numbers: int32; tile_rows, tile_starts and blocks one after the other, so that one copy moves
+    all three to a device. num_rows: N, the number of rows of qkv.
     """
 
     numbers: Tensor
@@ -42,7 +43,7 @@ class AttentionPlan:
 
     @classmethod
     def make(cls, cu_seqlens: Sequence[int], num_rows: int, device: torch.device | str = "cpu") -> AttentionPlan:
-        """Plan the sequences `cu_seqlens[b]:cu_seqlens[b + 1]` of qkv's `num_rows` rows.
+        """Return the plan on `device` of a batch with these sequences and `num_rows` rows of qkv.
 
         Raises:
             ValueError: cu_seqlens does not begin with 0, descends or exceeds num_rows.
@@ -67,20 +68,20 @@ class AttentionPlan:
 
     @property
     def tile_rows(self) -> Tensor:
-        """int32 [tiles, 64], the row in each slot, -1 in an empty slot."""
+        """The row of qkv in each slot, int32 [tiles, 64]; -1 for an empty slot."""
         return self._tiles[0]
 
     @property
     def tile_starts(self) -> Tensor:
-        """int32 [tiles, 64], the first row of the slot's sequence.
+        """The first row of the sequence in each slot, int32 [tiles, 64].
 
-        -1 in an empty slot, and for rows of no sequence.
+        -1 for an empty slot, and for a row that belongs to no sequence.
         """
         return self._tiles[1]
 
     @cached_property
     def blocks(self) -> Tensor:
-        """int32 [blocks, 3], longest sequences first.
+        """The blocks of sequences of over 64 tokens, int32 [blocks, 3], longest sequences first.
 
         The columns are the sequence's first row, the row past its last, and the block's first row.
         """
@@ -91,13 +92,13 @@ class AttentionPlan:
         return self.numbers[: 2 * TILE * self.num_tiles].view(2, self.num_tiles, TILE).unbind()
 
     def map(self, function: Callable[[Tensor], Tensor]) -> AttentionPlan:
-        """Return the plan with function(numbers), the same values in other memory."""
+        """Return the plan with function(numbers), such as a copy on another device."""
         return replace(self, numbers=function(self.numbers))
 
     def with_rows(self, num_rows: int) -> AttentionPlan:
-        """Return the plan of the same sequences with at least as many rows.
+        """Return the plan of the same sequences for more rows: the result of `make` for `num_rows`.
 
-        The result equals that of `make`. For a plan on the CPU.
+        The plan must be on the CPU; num_rows must not be less than before.
         """
         numbers, slots = self.numbers.numpy(), TILE * self.num_tiles
         rows, starts = _add_tail(numbers[:slots], numbers[slots : 2 * slots], self.num_rows, num_rows)
@@ -110,10 +111,10 @@ def needs_plan(device: torch.device) -> bool:
 
 
 def check_cu_seqlens(cu_seqlens: Sequence[int], num_rows: int) -> None:
-    """Check that the host's offsets are those of sequences within `num_rows` rows.
+    """Check offsets of sequences that are integers on the host.
 
     Raises:
-        ValueError: they are not; the message gives the offsets.
+        ValueError: they do not begin with 0, descend or exceed num_rows; the message gives them.
     """
     if not cu_seqlens or cu_seqlens[0] != 0:
         raise ValueError(f"cu_seqlens must begin with 0, got {list(cu_seqlens[:1])}")
@@ -125,7 +126,10 @@ def check_cu_seqlens(cu_seqlens: Sequence[int], num_rows: int) -> None:
 
 
 def _tiles(first_rows: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows and starts of the slots, flat, for sequences that fit a tile."""
+    """Pack the sequences that fit a tile; return tile_rows and tile_starts, flattened.
+
+    first_rows, lengths: those of the sequences.
+    """
     longest_first = np.argsort(-lengths, kind="stable")
     first_rows, lengths = first_rows[longest_first], lengths[longest_first]
     tiles_by_room: list[list[int]] = [[] for _ in range(TILE + 1)]
@@ -151,9 +155,9 @@ def _tiles(first_rows: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _add_tail(rows: np.ndarray, starts: np.ndarray, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Add the rows first:stop, which are of no sequence.
+    """Put the rows first:stop, which belong to no sequence, into slots; return the new arrays.
 
-    They fill empty slots first, then further tiles.
+    rows, starts: tile_rows and tile_starts, flat. Empty slots are filled first, then new tiles.
     """
     empty = np.count_nonzero(rows < 0)
     further = max(0, -(-(stop - first - empty) // TILE)) * TILE
@@ -164,7 +168,10 @@ def _add_tail(rows: np.ndarray, starts: np.ndarray, first: int, stop: int) -> tu
 
 
 def _blocks(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return the blocks [blocks, 3] of the sequences that fit no tile, the longest first."""
+    """Return `AttentionPlan.blocks` of the sequences that are too long for a tile.
+
+    starts, lengths: those of all sequences.
+    """
     longest_first = np.argsort(-lengths, kind="stable")
     longest_first = longest_first[lengths[longest_first] > TILE]
     starts, lengths = starts[longest_first], lengths[longest_first]

@@ -1,13 +1,13 @@
-"""Plain-torch oracle of attention over packed sequences.
+"""Reference of attention over packed sequences in plain torch.
 
-It defines the result, and is the portable path.
+It defines the result and runs on any device.
 
     P = softmax(softmax_scale * Q K^T)    over the keys of the query's own sequence
     O = (keep * P / (1 - dropout_p)) V    keep[query, key] in {0, 1}, all ones where dropout_p is 0
 
 qkv [N, 3, heads, head_dim] holds Q, K and V of N packed tokens; sequence b is rows
 cu_seqlens[b]:cu_seqlens[b + 1]. Rows past cu_seqlens[-1] belong to no sequence: output and gradient
-are zero there, whatever values they hold. Any floating dtype; arithmetic in float32, in float64 for
+are zero there, whatever qkv contains. Any floating dtype; arithmetic in float32, in float64 for
 float64. Gradients by autograd.
 
 The dropout mask is a function of the seed and of an entry's place, so that backward can draw it
@@ -49,16 +49,15 @@ def varlen_attention(
             keep = keep_mask(seed, start, stop - start, qkv.shape[2], dropout_p)
             probabilities = probabilities * keep / (1 - dropout_p)
         mixed.append((probabilities @ v).transpose(0, 1))
-    # Part of qkv, so that the result has a gradient where there is no sequence at all.
+    # Computed from qkv, so that the result is differentiable even if there is no sequence.
     tail = wide[offsets[-1] :, 0].masked_fill(torch.ones((), dtype=torch.bool, device=qkv.device), 0.0)
     return torch.cat([*mixed, tail]).to(qkv.dtype)
 
 
 def keep_mask(seed: Tensor, first_row: int, length: int, num_heads: int, dropout_p: float) -> Tensor:
-    """Return the mask of kept entries of one sequence, at rows first_row:first_row + length.
+    """Return the dropout mask of one sequence, True for a kept entry: bool [heads, query, key].
 
-    Returns:
-        bool [heads, query, key].
+    The sequence has the rows first_row:first_row + length of qkv.
     """
     groups = torch.arange((length + 3) // 4, device=seed.device)
     rows = torch.arange(first_row, first_row + length, device=seed.device)[:, None]

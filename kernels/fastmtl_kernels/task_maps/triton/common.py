@@ -1,6 +1,6 @@
 """Functions that the Triton kernels of the maps per task share.
 
-Activations, and arguments of the launches.
+They compute activations and the arguments of launches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def activate(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def derive(gradient: tl.tensor, x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
-    """Return gradient times the derivative of the activation at x."""
+    """Return the gradient of x, the input of an activation. gradient: that of its output."""
     if ACTIVATION == "gelu":
         gradient *= 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + 0.3989422804014327 * x * tl.exp(-0.5 * x * x)
     if ACTIVATION == "relu":
@@ -35,15 +35,15 @@ def derive(gradient: tl.tensor, x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.te
 
 
 def dense(weight: Tensor) -> Tensor:
-    """Return the weight [T, a, b] in dense memory.
+    """Return the weight [T, a, b] without gaps in memory.
 
-    It is copied unless its memory is [T, a, b] or [T, b, a] without gaps.
+    A copy, unless the weight is contiguous as [T, a, b] or, transposed, as [T, b, a].
     """
     return weight if weight.is_contiguous() or weight.mT.is_contiguous() else weight.contiguous()
 
 
 def constants(x: Tensor, first: Tensor | None, second: Tensor, dropout: bool) -> dict[str, Any]:
-    """Return the constants of all kernels, except the shapes of their blocks."""
+    """Return the constexpr arguments that all kernels share, except the shapes of blocks."""
     rank, d_out = second.shape[1:]
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
@@ -56,7 +56,7 @@ def constants(x: Tensor, first: Tensor | None, second: Tensor, dropout: bool) ->
         "SECOND_OUT": second.stride(2),
         "HAS_FIRST": first is not None,
         "DROPOUT": dropout,
-        # Three tensor-core products instead of one keep the digits of float32.
+        # "tf32x3": three TF32 products instead of one give the precision of float32.
         "PRECISION": "tf32x3" if x.dtype == torch.float32 and not allowed else "tf32",
         "BLOCK_R": max(16, triton.next_power_of_2(rank)),
         "enable_fp_fusion": True,

@@ -1,7 +1,8 @@
 """The launches of the Triton kernels of one or two linear maps per task, forward and backward.
 
-Backward launches the rows' kernel, then the two of the weights' gradients. h is kept for backward
-in the rows' dtype; y before `last` is recomputed.
+Backward launches the kernel of the rows (rows.py), then the two kernels of the weights' gradients
+(weights.py). h, the input of `middle`, is kept for backward in the rows' dtype; the input of `last`
+is recomputed.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ def forward(
     seed: Tensor | None,
     call: Maps,
 ) -> tuple[Tensor | None, ...]:
-    """Return y [N, d_out] and h [N, r].
+    """Return y [N, d_out] and h [N, r], the output of the first map before `middle`.
 
-    h is None without a first map and where no backward may come.
+    h is None without a first map, and if no backward follows.
     """
     num_rows, num_tasks = x.shape[0], call.tasks.num_tasks
     rank, d_out = second.shape[1:]
@@ -77,7 +78,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, first, first_bias, second and second_bias.
 
-    None stands for a gradient that is not wanted.
+    A gradient that autograd does not need is None.
     """
     num_rows, num_tasks = x.shape[0], call.tasks.num_tasks
     x, dy = x.contiguous(), dy.contiguous()
@@ -113,7 +114,7 @@ def backward(
             )
     if not any(wants[1:]):
         return dx, None, None, None, None
-    if dlast is not None:  # dropout is applied to it already
+    if dlast is not None:  # maps_bwd_kernel has applied dropout to dlast
         dy, seed = dlast, None
     if z is None:
         z = x if h is None else h
@@ -122,9 +123,10 @@ def backward(
 
 
 def _blocks(x: Tensor, rank: int, call: Maps, derives_last: bool = False) -> dict[str, Any]:
-    """Return shapes of blocks that keep the kernels within registers and shared memory.
+    """Return block shapes with which the kernels fit in registers and shared memory.
 
-    derives_last: backward then holds z and dh at once.
+    derives_last: whether backward has an activation `last`; it then needs registers for both z and
+    dh.
     """
     shape: dict[str, Any] = {"num_warps": 4 if rank <= 64 else 8}
     if x.dtype == torch.float32:
@@ -137,8 +139,9 @@ def _blocks(x: Tensor, rank: int, call: Maps, derives_last: bool = False) -> dic
 
 
 def _grid(num_rows: int, num_tasks: int, block_m: int) -> tuple[int]:
-    """Return as many programs as tasks and tail can have blocks.
+    """Return the largest number of row blocks, for any distribution of the rows over the tasks.
 
-    The number holds for any distribution of the rows.
+    The tasks, and the rows of no task, each round up their number of blocks. The distribution is on
+    the device, so the host does not know it.
     """
     return (num_rows // block_m + num_tasks + 1,)

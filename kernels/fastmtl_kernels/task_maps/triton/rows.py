@@ -2,16 +2,17 @@
 
 x [num_rows, D_IN], h [num_rows, RANK], y [num_rows, D_OUT] contiguous; first [T, D_IN, RANK] and
 second [T, RANK, D_OUT] dense in either order of their last two axes; token_offsets [T + 1] int32.
-All tensors are float32, float16 or bfloat16; sums are float32, operands of the dots have the rows'
+All tensors are float32, float16 or bfloat16; sums are float32, operands of tl.dot have the rows'
 dtype. RANK is padded with zeros to a power of two, at least 16. fastmtl_kernels.task_maps.function
 has the formulas.
 
-A program owns a block of rows of one task, which it finds from the offsets on the device: the host
-makes no table and waits for nothing. z [BLOCK_M, RANK] stays in registers between the two maps, so
-that x and y are moved once. Rows of no task are one more segment, whose y and dx are zeros.
+A program processes a block of rows of one task. It finds the block from the offsets on the device,
+so the host makes no table and does not wait. z [BLOCK_M, RANK] stays in registers between the two
+maps, so x is read once and y written once. Rows of no task are treated as one more task, whose y
+and dx are zeros.
 
 Limits: RANK up to 256, in float32 up to 64. Equal inputs give equal bits.
-Source: as fastmtl_kernels.task_maps.reference.
+Source: see fastmtl_kernels.task_maps.reference.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def _block_of_task(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Return the task of this program, its first row, and the row past the task's last row.
 
-    The task is num_tasks for rows of no task. A program without rows gets a first row past the
-    last.
+    The task is num_tasks for rows of no task. A program that is left without rows gets a first row
+    that is not less than the third result, so that its masks are empty.
     """
     offs_t = tl.arange(0, BLOCK_T)
     begins = tl.load(token_offsets_ptr + offs_t, mask=offs_t <= num_tasks, other=num_rows)
@@ -85,7 +86,7 @@ def maps_fwd_kernel(
     D_IN: tl.constexpr,
     RANK: tl.constexpr,
     D_OUT: tl.constexpr,
-    FIRST_IN: tl.constexpr,  # strides of first and second along the columns of x, z and y
+    FIRST_IN: tl.constexpr,  # strides of `first` and `second` along their last two axes
     FIRST_RANK: tl.constexpr,
     SECOND_RANK: tl.constexpr,
     SECOND_OUT: tl.constexpr,
@@ -184,9 +185,9 @@ def maps_bwd_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Store dx and dh, the gradient of h.
+    """Store dx, and dh, the gradient of h (the output of the first map before `middle`).
 
-    With an activation `middle`, also store z; with an activation `last`, also store dlast, the
+    If `middle` is an activation, also store z = middle(h). If `last` is one, also store dlast, the
     gradient of its input.
     """
     task, first_row, end = _block_of_task(token_offsets_ptr, num_rows, num_tasks, BLOCK_M, BLOCK_T)
@@ -199,7 +200,7 @@ def maps_bwd_kernel(
         mask_h = mask_m[:, None] & mask_r[None, :]
         offs_h = rows_wide * RANK + offs_r[None, :]
         second_ptr += task.to(tl.int64) * (RANK * D_OUT)
-        # Stored before dh occupies registers.
+        # z is stored before dh is computed, so that only one of them occupies registers.
         if MIDDLE != "identity":
             h = tl.load(h_ptr + offs_h, mask_h, 0.0).to(tl.float32)
             z = activate(h, MIDDLE).to(h_ptr.dtype.element_ty)

@@ -3,17 +3,18 @@
     dsecond_t = z^T dy    dsecond_bias_t = sum dy    over the rows of task t
     dfirst_t  = x^T dh    dfirst_bias_t  = sum dh    z = x without a first map
 
-x [num_rows, D_IN], dy [num_rows, D_OUT], z and dh [num_rows, RANK] contiguous, of one dtype; where
+x [num_rows, D_IN], dy [num_rows, D_OUT], z and dh [num_rows, RANK] contiguous, of one dtype; if
 there is a seed, dropout is applied to dy here. Sums are float32; results have the dtype and the
 strides of the parameters.
 
-Programs own equal chunks of consecutive rows and BLOCK_D columns of dy or of x, so tasks of unequal
-size do not unbalance them. A chunk's part of task t is slot chunk + t of the partial sums, since
-along the rows one of the two increases with every part. A slot has the memory layout of the
-parameters, one after the other. A second kernel adds up the slots of each task in order, without
-atomics: equal inputs give equal bits.
+The rows are cut into equal chunks, so programs have equal work even if tasks do not. A program has
+a chunk and BLOCK_D columns of dy or of x. It stores the sums over the rows of task t in its chunk
+in slot chunk + t of the partial sums. Walking along the rows, each new part starts either the next
+chunk or the next task, so chunk + t is different for every part. A slot has the gradients of the
+parameters one after the other, in their layouts. A second kernel adds up the slots of each task in
+order, without atomics: equal inputs give equal bits.
 
-Source: as fastmtl_kernels.task_maps.reference.
+Source: see fastmtl_kernels.task_maps.reference.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from fastmtl_kernels.dropout.triton import keep_rows
 from fastmtl_kernels.task_maps.common import Maps, Wants
 from fastmtl_kernels.task_maps.triton.common import constants, dropout_pointers
 
-# Enough to fill the device; more chunks would write more partial sums.
+# Enough programs to occupy the device; more chunks would write more partial sums.
 PROGRAMS_PER_MULTIPROCESSOR = 2
-# Rows below which a chunk costs less than its partial sums would.
+# Least rows of a chunk. For fewer rows, writing the partial sums would cost more than it saves.
 MIN_CHUNK = 256
 BLOCK_SLOTS = 16
 BLOCK_COLUMNS = 256
@@ -57,9 +58,10 @@ def _outer_product(
     SUM_NARROW: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return wide^T narrow [BLOCK_D, BLOCK_R] over rows begin:end.
+    """Return wide^T narrow [BLOCK_D, BLOCK_R] over the rows begin:end.
 
-    Also return the sums of wide and of narrow, zeros where not wanted.
+    Also return the sum of wide (zeros if not SUM_WIDE) and of narrow (zeros if not SUM_NARROW) over
+    these rows.
     """
     offs_d = column + tl.arange(0, BLOCK_D)
     offs_r = tl.arange(0, BLOCK_R)
@@ -216,10 +218,10 @@ def weight_gradients(
     call: Maps,
     wants: Wants,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of first, first_bias, second and second_bias, None where not wanted.
+    """Return the gradients of first, first_bias, second and second_bias, None if not needed.
 
-    x and dy are contiguous, first and second dense; dh is None without a first map. seed: None
-    where dropout is applied to dy already.
+    x and dy must be contiguous, first and second dense; dh is None without a first map. seed: None
+    if dy has passed dropout already, or if there is no dropout.
     """
     num_rows, num_tasks = x.shape[0], call.tasks.num_tasks
     rank, d_out = second.shape[1:]
@@ -270,9 +272,9 @@ def weight_gradients(
 
 
 def _slot(d_in: int, rank: int, d_out: int, wants: Wants) -> dict[str, int]:
-    """Return the size of a slot and the first element of its parts.
+    """Return the number of elements of a slot, and the position of each gradient in it.
 
-    The parts are the gradients of second, its bias, first and its bias.
+    The gradients are those of second, second_bias, first and first_bias, in this order.
     """
     second_bias = d_out * rank
     first = second_bias + (d_out if wants.second_bias else 0)
@@ -282,13 +284,13 @@ def _slot(d_in: int, rank: int, d_out: int, wants: Wants) -> dict[str, int]:
 
 
 def _blocks(x: Tensor, rank: int) -> dict[str, Any]:
-    """Return shapes of blocks that keep the kernel within registers and shared memory of sm_80."""
+    """Return block shapes with which the kernel fits in registers and shared memory of sm_80."""
     if x.dtype == torch.float32:
         return {"BLOCK_K": 32, "BLOCK_D": 32, "num_warps": 4 if rank <= 64 else 8, "num_stages": 2}
-    # With 64 rows of the widest ranks, Triton 3.6 spills on sm_90 where there is dropout.
+    # With dropout, 64 rows and ranks above 128, Triton 3.6 spills registers on sm_90.
     return {"BLOCK_K": 64 if rank <= 128 else 32, "BLOCK_D": 64, "num_warps": 4 if rank <= 64 else 8, "num_stages": 3}
 
 
 def _num_multiprocessors(device: torch.device) -> int:
-    """Return 2 where there is no GPU: in the interpreter and in compilation ahead of time."""
+    """Return a GPU's number of multiprocessors; 2 for the interpreter and ahead-of-time builds."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -8,21 +8,22 @@
 
 qkv [N, 3, heads, head_dim], float16 or bfloat16 with head_dim up to 128, float32 up to 64, padded
 to a power of two. Scores, softmax and sums are float32; the operands of the dots have qkv's dtype.
-P is recomputed in backward, by one kernel for each kind of sequence. One program writes a row,
-without atomics: equal inputs give equal bits.
+P is recomputed in backward, by one kernel for each kind of sequence (short, long). Each row of a
+result is written by one program, without atomics: equal inputs give equal bits.
 
-- Sequences of at most 64 tokens (short.py): a program holds a tile of 64 rows, of one or more
-  sequences, and the whole rows of P; rowsum(P dP) stays in its registers.
+- Sequences of at most 64 tokens (short.py): a program processes a tile of 64 rows, of one or more
+  sequences. It has whole rows of P, so rowsum(P dP) stays in its registers.
 - Longer sequences (long.py): a program loops over the 64-row blocks of its sequence. Forward keeps
-  the maximum and the sum of each row. Programs of backward own a block of keys (dK, dV) or a block
-  of queries (dQ). They take rowsum(P dP) as rowsum(O dO), which the tiles' launch computes.
+  the maximum and the sum of each row. A program of backward computes dK and dV of a block of keys,
+  or dQ of a block of queries. It reads rowsum(P dP) = rowsum(O dO), which the launch of
+  tile_bwd_kernel stores.
 
-The two kinds are two launches: in one grid a tile would get the registers and the shared memory of
-a loop.
+The two kinds have separate launches: in a common launch, a tile would occupy as many registers and
+as much shared memory as a long sequence.
 
 Limits: a value that is not finite makes its whole tile not finite, including other sequences of the
 tile. float32 spills registers: it is for checks, not for speed. Not differentiable twice.
-Sources: Dao, FlashAttention-2, 2023; dropout as of fastmtl_kernels.varlen_attention.reference.
+Source: Dao, FlashAttention-2, 2023; for dropout see fastmtl_kernels.varlen_attention.reference.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ _LOG2_E = 1.4426950408889634
 
 
 def _constants(qkv: Tensor, dropout_p: float) -> dict[str, Any]:
-    """Return the constants of all kernels."""
+    """Return the constexpr arguments and launch options that all kernels share."""
     head_dim = qkv.shape[3]
     return {
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "DROPOUT": dropout_p > 0,
-        # Three tensor-core products instead of one keep the digits of float32.
+        # "tf32x3": three TF32 products instead of one give the precision of float32.
         "PRECISION": "tf32x3" if qkv.dtype == torch.float32 else "tf32",
         "num_warps": 4,
         "num_stages": 2,
@@ -59,7 +60,7 @@ def _constants(qkv: Tensor, dropout_p: float) -> dict[str, Any]:
 def _tile_bwd_options(qkv: Tensor) -> dict[str, Any]:
     """Return options that keep tile_bwd_kernel within the registers of sm_90.
 
-    dQ, dK and dV are left to one program each where one program would not hold all three.
+    SPLIT: a program computes only one of dQ, dK and dV, if all three do not fit in registers.
     """
     head_dim = qkv.shape[3]
     split = qkv.dtype == torch.float32 and head_dim > 16 and head_dim != 32
@@ -69,7 +70,7 @@ def _tile_bwd_options(qkv: Tensor) -> dict[str, Any]:
 def _long_fwd_options(qkv: Tensor) -> dict[str, Any]:
     """Return options that keep long_fwd_kernel within the registers of sm_90.
 
-    Heads that are not loaded by vectors need more warps.
+    Heads that cannot be loaded with vector instructions need more warps.
     """
     wide = qkv.dtype == torch.float32 and 16 < qkv.shape[3] < 32
     return ({"num_warps": 8, "num_stages": 1} if wide else {}) | _register_bound(qkv)
@@ -78,9 +79,10 @@ def _long_fwd_options(qkv: Tensor) -> dict[str, Any]:
 def _long_bwd_options(qkv: Tensor, dropout_p: float) -> dict[str, Any]:
     """Return options that keep long_bwd_kernel within the registers of sm_90.
 
-    Heads that are not loaded by vectors need a register per address: more warps, and no loads
-    ahead. dK and dV are left to two programs where one would not hold both. Without dropout the
-    compiler keeps more of the next block.
+    Heads that cannot be loaded with vector instructions need a register per address, so they get
+    more warps and the next block is not loaded ahead. Nor is it for heads of 64 columns without
+    dropout, as the compiler then keeps more of that block in registers. SPLIT: a program computes
+    only one of dK and dV, if both do not fit in registers.
     """
     head_dim, is_float = qkv.shape[3], qkv.dtype == torch.float32
     vectors = head_dim in (16, 32, 64) and not is_float
@@ -91,11 +93,10 @@ def _long_bwd_options(qkv: Tensor, dropout_p: float) -> dict[str, Any]:
 
 
 def _register_bound(qkv: Tensor) -> dict[str, Any]:
-    """Return a bound that avoids a fallback of the assembler for GPUs before sm_90.
+    """Return a register bound for float32 with wide heads on GPUs before sm_90, else no options.
 
-    The fallback spills more. It occurs where registers are far too few, in float32 with wide heads,
-    unless a bound is given. On sm_90 it does not occur, and a bound would cost a few bytes. The
-    interpreter has no target.
+    Without a bound, the assembler for these GPUs falls back to code that spills more registers. For
+    sm_90 it does not, and a bound would spill a few bytes. The interpreter has no target GPU.
     """
     if qkv.dtype != torch.float32 or qkv.shape[3] <= 32 or triton.knobs.runtime.interpret:
         return {}
@@ -105,7 +106,7 @@ def _register_bound(qkv: Tensor) -> dict[str, Any]:
 def _common(qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None) -> dict[str, Any]:
     return {
         "qkv_ptr": qkv,
-        # Without dropout the seed is not read, but the kernel needs a pointer.
+        # Without dropout the seed is not read, but the kernel needs some pointer.
         "seed_ptr": qkv if seed is None else seed,
         "stride_qkv_row": qkv.stride(0),
         "stride_qkv_part": qkv.stride(1),
@@ -121,9 +122,9 @@ def _common(qkv: Tensor, scale: float, dropout_p: float, seed: Tensor | None) ->
 def forward(
     qkv: Tensor, plan: AttentionPlan, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return O [N, heads, head_dim], and stats [N, heads, 2] float32 for rows of long sequences.
+    """Return O [N, heads, head_dim], and stats, float32 [N, heads, 2] (see long.py, _load_stats).
 
-    Without long sequences, stats is [0, heads, 2].
+    stats is defined for rows of long sequences only; without any it is [0, heads, 2].
     """
     num_rows, _, num_heads, head_dim = qkv.shape
     out = torch.empty(num_rows, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
@@ -187,7 +188,7 @@ class _VarlenAttention(torch.autograd.Function):
         ctx: Any, qkv: Tensor, plan: AttentionPlan, scale: float, dropout_p: float, seed: Tensor | None
     ) -> Tensor:
         out, stats = forward(qkv, plan, scale, dropout_p, seed)
-        # The tiles need no output in backward, so its memory is freed where there are tiles only.
+        # Backward needs `out` for long sequences only; without any, its memory can be freed.
         ctx.save_for_backward(qkv, seed, stats, *([out] if len(stats) else []))
         ctx.plan, ctx.scale, ctx.dropout_p = plan, scale, dropout_p
         return out

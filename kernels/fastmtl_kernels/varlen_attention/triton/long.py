@@ -2,9 +2,9 @@
 
 launch.py has the formulas.
 
-A program holds one head of a block of 64 rows and loops over the blocks of its sequence. Forward
-keeps the running maximum and sum of FlashAttention-2 and stores both for every row, from which
-backward computes P directly. rowsum(P dP) is taken as rowsum(O dO), which the launch of
+A program processes one head of a block of 64 rows and loops over the blocks of its sequence.
+Forward computes the running maximum and sum of FlashAttention-2 and stores both for every row, so
+that backward computes P directly. Backward reads rowsum(P dP) = rowsum(O dO), which the launch of
 tile_bwd_kernel stores. Score tiles, dtypes and padding are those of short.py.
 
 Maximum and log2(sum) stay separate, and forward and backward subtract the maximum by the same fused
@@ -42,7 +42,7 @@ def long_fwd_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Store O and the stats of _load_stats for the queries of a block.
+    """Store O, and the stats that _load_stats loads, for the queries of a block.
 
     The block is tl.program_id(0) // num_heads.
     """
@@ -88,7 +88,7 @@ def _load_stats(
 ) -> tuple[tl.tensor, tl.tensor]:
     """Return each row's largest score and log2(sum(exp2(scores - largest))), float32 [64] both.
 
-    Scores are multiplied with scale_log2.
+    Scores are already multiplied by scale_log2.
     """
     stats_ptr += rows.to(tl.int64) * num_heads * 2
     return tl.load(stats_ptr, mask=mask, other=0.0), tl.load(stats_ptr + 1, mask=mask, other=0.0)
@@ -114,7 +114,7 @@ def _block_grads(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return Z P and dS of 64 queries and 64 keys, as operands of dots."""
+    """Return Z P and dS of 64 queries and 64 keys, in qkv's dtype for tl.dot."""
     scores = tl.dot(q, k.T, input_precision=PRECISION)
     below = tl.fma(scores, scale_log2, -peak[:, None])
     p = tl.where(mask_n[None, :], tl.exp2(below - log2_total[:, None]), 0.0)

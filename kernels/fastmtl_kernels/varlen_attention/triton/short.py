@@ -1,10 +1,10 @@
 """Triton kernels of attention over packed sequences of at most 64 tokens; formulas in launch.py.
 
-A program holds one head of a tile of 64 slots, in which fastmtl_kernels.varlen_attention.plan
-placed one or more sequences, and the whole rows of P; rowsum(P dP) stays in its registers. In a
-score tile [64, 64], rows are queries in the order of the slots, columns are keys in the order of
-key_slots(). Loads, stores, operands of dots have qkv's dtype, other values are float32. Heads are
-padded with zeros from HEAD_DIM to BLOCK_D, a power of two.
+A program processes one head of a tile of 64 slots (see fastmtl_kernels.varlen_attention.plan). It
+has whole rows of P, so rowsum(P dP) stays in its registers. In a score tile [64, 64], rows are
+queries in the order of the slots, columns are keys in the order of key_slots(). Loads, stores and
+operands of tl.dot have qkv's dtype, other values are float32. Heads are padded with zeros from
+HEAD_DIM to BLOCK_D, a power of two.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _TILE = tl.constexpr(TILE)
 def key_slots() -> tl.tensor:
     """Return the slot of each column of a score tile, int32 [64].
 
-    A thread holds columns 2t, 2t + 1, 2t + 8 and 2t + 9 of every 16 of a tensor core's result. They
-    get four neighbouring keys, so that the thread which draws four random words also uses them.
+    In a tensor core's result, a thread has columns 2t, 2t + 1, 2t + 8 and 2t + 9 of every 16. These
+    get four neighbouring keys, so that the thread that draws four random words also uses them.
     """
     column = tl.arange(0, _TILE)
     return (column & 0x31) | ((column & 6) << 1) | ((column & 8) >> 2)
@@ -168,7 +168,7 @@ def _tile_grads(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Store dQ, dK and dV as wanted, for the tile whose slots begin with first_slot."""
+    """Store dQ, dK and dV, those that WANT_* asks for, of the tile that begins at first_slot."""
     slots_m = first_slot + tl.arange(0, _TILE)
     slots_n = first_slot + key_slots()
     rows_m = tl.load(rows_ptr + slots_m)
@@ -257,7 +257,7 @@ def tile_bwd_kernel(
 ) -> None:
     """Store dQ, dK and dV of the tile tl.program_id(0) // num_heads; with SPLIT, one program each.
 
-    Programs past the tiles store rowsum(O dO) of each block, which saves long_bwd_kernel a launch.
+    Programs after those of the tiles store rowsum(O dO) of the blocks, which saves a launch.
     """
     head = tl.program_id(0) % num_heads
     tile = tl.program_id(0) // num_heads
