@@ -1,4 +1,4 @@
-"""Model -> DeepSpeed engine: optimiser, schedule, ZeRO; and gradient surgery on it."""
+"""Building of the DeepSpeed engine (optimiser, schedule, ZeRO), and of gradient surgery on it."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ Model = MultiTaskModel | MaskedLanguageModel
 
 
 def check_engine(recipe: Recipe, world: int) -> None:
-    """Raise UserError for settings that `build_engine` or `build_surgery` would refuse.
+    """Raise UserError for settings that `build_engine` or `build_surgery` would reject.
 
-    Imports DeepSpeed where the recipe has settings for it.
+    world: the number of ranks. DeepSpeed is imported only if the recipe has a section `deepspeed`.
     """
     check_cuda_graphs(recipe)
     config = deepspeed_config(recipe, world, cpu=not torch.cuda.is_available())
     if recipe.deepspeed:
         check_section(config, deepspeed_section(recipe))
     gradient = recipe.gradient
-    if recipe.encoder.freeze:  # there is nothing to merge, and no option matters
+    if recipe.encoder.freeze:  # no gradient is merged, so the options of merging have no effect
         return
     method = find_method(gradient.method, gradient.reduction, gradient.options)
     if method is not None:
@@ -59,7 +59,11 @@ def check_engine(recipe: Recipe, world: int) -> None:
 
 
 def _check_method(method: Method, recipe: Recipe) -> None:
-    """Solve for orthogonal gradients once: libraries look at some options only then."""
+    """Raise UserError if the method rejects its options or the number of tasks.
+
+    The method computes the weights of orthogonal gradients once, because the libraries check some
+    options only when they compute weights.
+    """
     name, options, count = recipe.gradient.method, recipe.gradient.options, len(recipe.tasks)
     advice = f"gradient.method: {name} with gradient.options {quoted(options)} cannot weigh {count} tasks"
     try:
@@ -71,10 +75,11 @@ def _check_method(method: Method, recipe: Recipe) -> None:
 
 
 def build_engine(recipe: Recipe, model: Model, world: int, total_steps: int, *, universal: bool = False) -> Any:
-    """Build the DeepSpeed engine of a model on the CPU; the engine moves, casts and partitions it.
+    """Return a DeepSpeed engine for a model that is on the CPU.
 
-    With `engine.cuda_graphs` the model records its training forward and backward.
-    total_steps: optimiser steps of the whole run, for the schedule.
+    The engine moves the model to the device, casts it and partitions it. With `engine.cuda_graphs`
+    the forward and backward of training run as CUDA graphs.
+    total_steps: optimiser steps of the whole phase, for the schedule.
     universal: the engine will load a universal checkpoint.
     Raises UserError for settings that do not work together.
     """
@@ -112,9 +117,10 @@ def build_engine(recipe: Recipe, model: Model, world: int, total_steps: int, *, 
 
 
 def build_surgery(recipe: Recipe, engine: Any, model: Model, tasks: list[str] | None = None) -> GradientSurgery:
-    """Return the recipe's gradient method on the engine of this model.
+    """Return the object that merges the tasks' gradients as the recipe's section `gradient` says.
 
-    tasks: the tasks whose losses the forward returns; by default those of the recipe.
+    engine: the result of `build_engine` for this model. tasks: names of the losses that the model's
+    forward returns; default: the recipe's tasks.
     """
     gradient = recipe.gradient
     return GradientSurgery(
@@ -138,7 +144,10 @@ def build_surgery(recipe: Recipe, engine: Any, model: Model, tasks: list[str] | 
 
 
 def build_optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Build AdamW, Adam or SGD for a model's groups, each with a learning rate and weight decay."""
+    """Return the recipe's optimiser: AdamW, Adam or SGD.
+
+    groups: torch's parameter groups, each with its own learning rate and weight decay.
+    """
     config = recipe.optimizer
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
@@ -146,9 +155,10 @@ def build_optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> torch.optim
 
 
 def lr_factor(recipe: Recipe, total_steps: int) -> Callable[[int], float]:
-    """Return the function from a step (from 0) to the factor of every group's learning rate.
+    """Return a function of the step (from 0) by whose value every learning rate is multiplied.
 
-    The factor rises linearly in the warm-up, then stays, or decays to 0 linearly or as a cosine.
+    The value rises linearly to 1 in the warm-up. Then it stays 1, or falls linearly or as a cosine
+    to 0 at total_steps.
     """
     warmup = math.ceil(recipe.schedule.warmup * total_steps)
     kind = recipe.schedule.name

@@ -1,9 +1,10 @@
-"""Checkpoints: complete or absent, checked before they are opened. The latest and the best are
-kept.
+"""Checkpoints of a run: saving, finding and loading.
 
-checkpoints/step-N/ has DeepSpeed's files (engine/), a file of random state per rank, state.json
-(sampler position, surgery, early stopping) and manifest.json. `save` writes to .incomplete-step-N
-and renames the folder once everything is on disk.
+The folder checkpoints/step-N/ contains DeepSpeed's files (engine/), a file of random state per
+rank, state.json (sampler position, surgery, early stopping), manifest.json and, if there are more
+tensors to save, tensors.safetensors. `save` writes to .incomplete-step-N and renames the folder
+once all files are on disk, so step-N is always complete. The files are checked against the manifest
+before they are opened. The two latest checkpoints and the best one are kept.
 """
 
 from __future__ import annotations
@@ -31,14 +32,16 @@ from fastmtl.errors import UserError
 
 TENSORS = "tensors.safetensors"
 LEFT_OVER = (".incomplete-step-*", ".removed-step-*", ".universal-*")
-KEEP_LATEST = 2  # the newest, and one to fall back to
+KEEP_LATEST = 2  # the newest, and one to fall back to if the newest is damaged
 
 
 @dataclass(frozen=True)
 class Found:
     """A valid checkpoint to resume from.
 
-    universal: whether another number of ranks saved it. state: the argument of `save`.
+    manifest: the contents of manifest.json. universal: another number of ranks saved the
+    checkpoint, so it is loaded in DeepSpeed's universal form. state: the argument `state` of
+    `save`.
     """
 
     path: Path
@@ -47,17 +50,20 @@ class Found:
     state: dict[str, Any]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the argument `tensors` of `save`, on the CPU."""
+        """Return the tensors that `save` got as its argument `tensors`, on the CPU; {} if none."""
         file = self.path / TENSORS
         return load_file(file) if file.is_file() else {}
 
     def changes(self, recipe: Recipe) -> Changes:
-        """Return the differences between `recipe` and the recipe of the run that saved it."""
+        """Return the settings that differ: {key: (value in the checkpoint, value in `recipe`)}."""
         return changes_since(self.manifest["recipe"], recipe, f"{self.path / NAME}: recipe")
 
 
 class Checkpoints:
-    """The checkpoints of one run directory. All ranks make one and call its methods together."""
+    """The checkpoints in one run's folder `directory`.
+
+    Every rank makes such an object, and all ranks call its methods together.
+    """
 
     def __init__(self, directory: Path, recipe: Recipe, ranks: Ranks) -> None:
         self._directory, self._recipe, self._ranks = directory, recipe, ranks
@@ -71,10 +77,11 @@ class Checkpoints:
         phase: str | None = None,
         tensors: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Save everything that is needed to resume after `step`.
+        """Save everything that is needed to resume after optimiser step `step`.
 
-        value: the metric that selects the best checkpoint, if any. phase: the name of the run's
-        phase, if it has several. tensors: additional ones, equal on all ranks.
+        state: JSON values, returned by `restore`. value: the metric that selects the best
+        checkpoint, None if there is no such value. phase: the name of the current phase, None in a run
+        without phases. tensors: tensors to save beside the engine's, equal on all ranks.
         """
         incomplete = self._directory / f".incomplete-step-{step}"
         final = self._directory / f"step-{step}"
@@ -101,8 +108,10 @@ class Checkpoints:
     def find(self) -> Found | None:
         """Return the newest checkpoint, None if there is none.
 
-        Raises UserError if it is damaged or not a checkpoint of fastmtl (with the newest valid
-        one), or if it belongs to another kind of run.
+        Raises UserError if its files are damaged or are not a checkpoint of fastmtl; the message
+        then names the newest valid one. Also raises UserError if this run cannot continue it,
+        because the tasks, the adapter or a setting of the engine differ, or a number of ranks to
+        which DeepSpeed cannot change.
         """
         steps = self._steps()
         if not steps:
@@ -142,16 +151,17 @@ class Checkpoints:
             return "engine.offload"
         if engine.zero == 0:
             return "engine.zero: 0"
-        # These optimisers count their steps in the groups, which the universal form does not save.
+        # These optimisers count steps in their groups, which the universal form does not save.
         if engine.fused_optimizer != "torch" and self._ranks.device.type == "cuda":
             return f"engine.fused_optimizer: {engine.fused_optimizer}"
         return ""
 
     def restore(self, engine: Any, found: Found) -> dict[str, Any]:
-        """Load a checkpoint into the engine and the random state; return its `state`.
+        """Load a checkpoint into the engine; return the `state` that was saved with it.
 
-        Learning rates, clipping and the optimiser's other settings stay those of the engine, which
-        follow the current recipe and number of steps.
+        Torch's random state is loaded too, unless the number of ranks has changed. Learning rates,
+        clipping and the optimiser's other settings stay those of the engine, which follow the
+        current recipe and number of steps.
         """
         settings = optimizer_settings(engine)
         if found.universal:
@@ -219,7 +229,10 @@ class Checkpoints:
                 self._remove(step)
 
     def _remove(self, step: int) -> None:
-        """Rename a checkpoint, then delete it: a killed process leaves no incomplete one."""
+        """Delete the checkpoint of a step, if there is one.
+
+        The folder is renamed first, so that a killed process leaves no incomplete step-N.
+        """
         removed = self._directory / f".removed-step-{step}"
         if self.path(step).is_dir():
             self.path(step).rename(removed)
@@ -234,7 +247,7 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def _sync(directory: Path) -> None:
-    """Flush all files below a folder to disk before its rename."""
+    """Wait until a folder and all files below it are on the disk (fsync)."""
     for path in [*directory.rglob("*"), directory]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -1,10 +1,9 @@
-"""Validation of the recipe's section `deepspeed` by DeepSpeed's own configuration, without an
-engine.
+"""Checks of the recipe's section `deepspeed` by DeepSpeed's own configuration, without an engine.
 
-DeepSpeed validates some blocks with pydantic, uses single values unchecked, and ignores unknown
-keys. Therefore its configuration gets a dictionary that records the keys that are looked up, and
-their defaults. Keys that are never looked up are unknown to this version of DeepSpeed. The type of
-a default is the expected type of the value.
+DeepSpeed validates some blocks with pydantic, uses other values unchecked, and ignores unknown
+keys. Therefore `check_section` gives it a dictionary that records each key that DeepSpeed looks up,
+with the default of the look-up. A key that is never looked up is unknown to this version of
+DeepSpeed. A value has to be of the same type as the default.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ Path = tuple[str, ...]
 def check_section(config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raise UserError for each key of the section that DeepSpeed would reject, ignore or misread.
 
-    config: the whole configuration; `given` is the recipe's section of it. Imports DeepSpeed.
+    config: the whole configuration for `deepspeed.initialize`. given: the recipe's section
+    `deepspeed`, which config contains. Imports DeepSpeed.
     """
     import_deepspeed()
     from deepspeed.runtime.config import DeepSpeedConfig
@@ -36,7 +36,7 @@ def check_section(config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         DeepSpeedConfig(_Noting(config, notes))
     except ValidationError as error:
         raise UserError(*(_explained(item, config, notes.last) for item in error.errors())) from None
-    except Exception as error:  # assertions, DeepSpeedConfigError, any result of a value with a wrong type
+    except Exception as error:  # an assertion, DeepSpeedConfigError, or whatever a wrong type causes
         failure = error
     lines = [f"{_name(path)}: expected {kind}, found {quoted(value)}" for path, kind, value in _mistyped(given, notes)]
     if lines:
@@ -50,7 +50,7 @@ def check_section(config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
 
 @dataclass
 class _Notes:
-    """The recorded accesses.
+    """The look-ups that a `_Noting` has recorded.
 
     defaults: {path of a dictionary: {key: default of its look-up}}. whole: paths of dictionaries
     that were read as a whole. last: the path that was read last.
@@ -62,7 +62,7 @@ class _Notes:
 
 
 class _Noting(dict[str, Any]):
-    """A dictionary that records accesses to itself and to the dictionaries in it."""
+    """A dictionary that records the look-ups in itself and in the dictionaries in it."""
 
     def __init__(self, values: Mapping[str, Any], notes: _Notes, path: Path = ()) -> None:
         wrapped = {
@@ -107,9 +107,7 @@ class _Noting(dict[str, Any]):
 
 
 def _mistyped(given: Mapping[str, Any], notes: _Notes, path: Path = ()) -> Iterator[tuple[Path, str, Any]]:
-    """Yield (path, expected kind, value) for each value whose type differs from DeepSpeed's
-    default.
-    """
+    """Yield (path, expected kind, value) for each value that differs in type from the default."""
     defaults = notes.defaults.get(path, {})
     for key, value in given.items():
         kind = wrong_kind(defaults.get(key), value)
@@ -120,7 +118,7 @@ def _mistyped(given: Mapping[str, Any], notes: _Notes, path: Path = ()) -> Itera
 
 
 def _unread(given: Mapping[str, Any], notes: _Notes, path: Path = ()) -> Iterator[tuple[Path, Any, list[str]]]:
-    """Yield (path, key, known names at that path) for each key that was not looked up."""
+    """Yield (path, key, known names at that path) for each key that DeepSpeed did not look up."""
     if path in notes.whole or path not in notes.defaults:
         return
     known = list(notes.defaults[path])
@@ -132,9 +130,10 @@ def _unread(given: Mapping[str, Any], notes: _Notes, path: Path = ()) -> Iterato
 
 
 def _explained(item: Any, config: Mapping[str, Any], last: Path) -> str:
-    """Return the message of one pydantic error, with the full path of its key.
+    """Return the message for one pydantic error, with the full path of the wrong key.
 
-    Pydantic's own path begins at its model.
+    The path in pydantic's error begins at the block that it validates. last: the path that
+    DeepSpeed read last, which leads to that block.
     """
     inner = tuple(str(part) for part in item["loc"])
     paths = [(*last[:length], *inner) for length in range(len(last), -1, -1)]

@@ -1,4 +1,4 @@
-"""The processes of a run: started by the DeepSpeed launcher, by torchrun, or a single process."""
+"""The processes of a run, started by the DeepSpeed launcher or torchrun, or a single process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world` processes; `local_rank` counts within the machine."""
+    """The rank of this process, and communication with the other ranks.
+
+    rank: from 0 to world - 1, over all machines. world: number of processes. local_rank: number of
+    this process on its machine, from 0. device: its GPU, or the CPU.
+    """
 
     rank: int
     world: int
@@ -48,13 +52,13 @@ class Ranks:
         dist.all_reduce(torch.zeros(1, device=self.device))
 
     def broadcast(self, tensor: torch.Tensor) -> None:
-        """Copy rank 0's values into a CPU tensor, in place, on every rank."""
+        """Overwrite a CPU tensor with rank 0's values, in place. Every rank calls this method."""
         shared = tensor.to(self.device)
         dist.broadcast(shared, 0)
         tensor.copy_(shared)
 
     def any(self, flag: bool) -> bool:
-        """Return whether the flag is set on any rank, the same on all.
+        """Return, on all ranks, True if the flag is set on at least one rank.
 
         With several ranks the host waits for the device.
         """
@@ -65,9 +69,10 @@ class Ranks:
         return bool(value.item())
 
     def in_turn(self, work: Callable[[], T]) -> T:
-        """Run `work` on the first process of each machine, then on the others.
+        """Call `work` on the first process of each machine, then on the others; return its result.
 
-        An error on any rank ends all ranks.
+        So the other processes can use a file that the first one has written, for example in a
+        cache. An error on any rank ends all ranks.
         """
         result: list[T] = []
         failure: Exception | None = None
@@ -83,8 +88,9 @@ class Ranks:
     def agree(self, failure: Exception | None = None) -> None:
         """End all ranks if one has failed. Every rank calls this method.
 
-        If any rank has a UserError, all ranks raise the first one, so that rank 0 can print it.
-        Otherwise each rank raises its own error, and a rank without an error exits with status 1.
+        failure: the error of this rank, None if it has none. If ranks have a UserError, all ranks
+        raise that of the lowest one, so that rank 0 can print it. Otherwise each rank raises its
+        own error, and a rank without an error exits with status 1.
         """
         if self.world == 1:
             failures: list[tuple[bool, tuple[str, ...]] | None] = []
@@ -103,9 +109,9 @@ class Ranks:
 def this_process(local_rank: int | None = None, *, debug: bool = False) -> Ranks:
     """Return this process's ranks and device, without communication.
 
-    local_rank: the DeepSpeed launcher's argument. RANK, WORLD_SIZE and LOCAL_RANK come from the
-    launcher; without them the run has one process. Raises UserError if they are not numbers or
-    contradict each other.
+    local_rank: the argument --local_rank of the DeepSpeed launcher. debug: keep log messages and
+    warnings of the libraries. RANK, WORLD_SIZE and LOCAL_RANK come from the launcher; without them
+    the run has one process. Raises UserError if they are not numbers or contradict each other.
     """
     gpu = torch.cuda.is_available()
     if not gpu:
@@ -132,10 +138,10 @@ def this_process(local_rank: int | None = None, *, debug: bool = False) -> Ranks
 
 
 def join(ranks: Ranks, *, debug: bool = False, patience: timedelta | None = None) -> None:
-    """Start DeepSpeed and connect to the other processes.
+    """Import DeepSpeed and connect this process to the other processes of the run.
 
-    patience: the longest time to wait for them; default: DeepSpeed's. Raises UserError if they
-    cannot be reached.
+    patience: the longest time to wait for the others; default: DeepSpeed's. debug: print
+    DeepSpeed's messages. Raises UserError if the others cannot be reached.
     """
     extension_locks.release()
     deepspeed = import_deepspeed()
@@ -157,7 +163,10 @@ def join(ranks: Ranks, *, debug: bool = False, patience: timedelta | None = None
 
 
 def import_deepspeed() -> Any:
-    """Return the module. Raises UserError if it rejects this machine or DS_ACCELERATOR."""
+    """Import and return the module `deepspeed`.
+
+    Raises UserError if DeepSpeed rejects this machine or the value of DS_ACCELERATOR.
+    """
     try:
         import deepspeed
     except (ValueError, AssertionError) as error:
@@ -178,7 +187,7 @@ def leave() -> None:
 
 
 def start(local_rank: int | None = None, *, debug: bool = False) -> Ranks:
-    """Return the result of `this_process` after `join`."""
+    """Connect this process to the others (see `join`); return its ranks."""
     ranks = this_process(local_rank, debug=debug)
     join(ranks, debug=debug)
     return ranks
@@ -199,10 +208,10 @@ def free_port() -> str:
 
 
 class StopFlag:
-    """A request to stop, set by SIGTERM and by the end of the `deepspeed` command.
+    """A flag that asks the training loop to stop; the loop reads `requested` before each step.
 
-    SIGTERM ends that command, which does not forward the signal to the processes it started. The
-    training loop reads `requested` before each step.
+    SIGTERM to this process sets the flag, and so does the end of the `deepspeed` command that
+    started it: a SIGTERM ends that command, which does not forward the signal to its processes.
     """
 
     def __init__(self) -> None:
@@ -223,8 +232,9 @@ class StopFlag:
 
 
 def _deepspeed_command() -> psutil.Process | None:
-    """Return the parent of DeepSpeed's launcher on this machine, if the launcher started this
-    process.
+    """Return the process of the `deepspeed` command, None if it did not start this process.
+
+    It is the parent of DeepSpeed's launcher on this machine, whose child this process is.
     """
     launcher = psutil.Process().parent()
     return launcher.parent() if launcher is not None and "deepspeed.launcher.launch" in launcher.cmdline() else None

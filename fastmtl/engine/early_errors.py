@@ -1,5 +1,6 @@
-"""Errors of a process before it is connected to the others: they have to reach rank 0, which
-prints.
+"""Errors of a process before it is connected to the others.
+
+Only rank 0 prints, so the errors of other ranks have to reach it.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ PATIENCE = timedelta(seconds=60)
 
 @contextmanager
 def errors_reach_rank_0() -> Iterator[None]:
-    """Make a UserError of any process end the run with one message.
+    """Make a UserError in the block, on any rank, end the run with one message.
 
     Rank 0 raises its error at once, and the launcher ends the others. Another rank may be the only
-    one that failed, for example if a file is missing on its host. It connects to the others, and
-    all raise its error. If they cannot be reached, it prints the error itself. Torch is imported
-    only for this connection.
+    one that failed, for example if a file is missing on its host. This rank then connects to the
+    others, and all raise its error. If the others cannot be reached, this rank prints the error
+    itself. Torch is imported only for this connection.
     """
     try:
         yield

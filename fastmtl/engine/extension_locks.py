@@ -1,8 +1,8 @@
-"""Lock files of killed processes in the folder in which torch builds DeepSpeed's extensions.
+"""Removal of lock files that killed processes left where torch builds DeepSpeed's extensions.
 
 torch.utils.cpp_extension builds an extension under a lock file. It waits for another builder's lock
-without a time limit or a message. A run killed in its first seconds would make every later run
-hang.
+without a time limit or a message. So a run that is killed in its first seconds would make every
+later run hang.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import psutil
 from torch.utils.cpp_extension import get_default_build_root
 
 EXTENSIONS = ("cpu_adam", "fused_adam")
-# The time for a builder on another host with the same home folder, which is invisible here.
+# The time that a build may take on another host with the same home folder. This host cannot see
+# whether the process of that build is alive.
 PATIENCE_SECONDS = 120.0
 
 
 def release(patience: float = PATIENCE_SECONDS, poll: float = 0.5) -> list[Path]:
-    """Remove locks that no local process holds open and that are `patience` seconds old; return
-    them.
+    """Remove locks whose builder is gone; return the removed files.
 
-    The function waits for younger locks until their builder releases them or they are old enough,
-    and prints a line about that. poll: seconds between two looks.
+    Removed are locks that no local process holds open and that are `patience` seconds old. The
+    function waits for younger locks until their builder releases them or they are old enough, and
+    prints a line about that. poll: seconds between two looks at a lock.
     """
     removed = []
     for lock in _locks():

@@ -1,4 +1,4 @@
-"""Adam and AdamW in one pass over weights and moments, from torch, DeepSpeed or NVIDIA Apex."""
+"""Fused Adam and AdamW (one pass over weights and moments) of torch, DeepSpeed or NVIDIA Apex."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _KEY = "engine.fused_optimizer"
 
 
 def check_fused_optimizer(recipe: Recipe) -> None:
-    """Raise UserError if the choice does not fit the recipe or this machine. No data are read."""
+    """Raise UserError if `engine.fused_optimizer` does not fit the recipe or this machine.
+
+    No data files are read.
+    """
     choice = recipe.engine.fused_optimizer
     if choice != "torch" and recipe.optimizer.name == "sgd":
         raise UserError(f"{_KEY}: {choice} is Adam; optimizer.name: sgd needs {_KEY}: torch")
@@ -37,7 +40,7 @@ def check_fused_optimizer(recipe: Recipe) -> None:
 
 
 def deepspeed_unsupported_reason() -> str:
-    """Return the reason why DeepSpeed cannot build an extension here, "" if all tools are there."""
+    """Return why DeepSpeed cannot build its Adam here, "" if all build tools are installed."""
     from torch.utils.cpp_extension import CUDA_HOME, is_ninja_available
 
     if not is_ninja_available():
@@ -51,9 +54,10 @@ def deepspeed_unsupported_reason() -> str:
 
 
 def build_adam(recipe: Recipe, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Return AdamW or Adam over these parameter groups.
+    """Return AdamW or Adam in the implementation that `engine.fused_optimizer` names.
 
-    Raises UserError with the reason if DeepSpeed cannot build its extension.
+    groups: torch's parameter groups. Raises UserError with the reason if DeepSpeed cannot build its
+    extension.
     """
     config, choice = recipe.optimizer, recipe.engine.fused_optimizer
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
@@ -84,9 +88,10 @@ def build_adam(recipe: Recipe, groups: list[dict[str, Any]]) -> torch.optim.Opti
 
 
 def _reason(error: BaseException | None) -> str:
-    """Return the compiler's message, or else the last line of the first error.
+    """Return the cause of a failed build as one line.
 
-    DeepSpeed and torch wrap that error in others.
+    It is the compiler's message if there is one. Otherwise it is the last line of the original
+    error, which DeepSpeed and torch wrap in others.
     """
     lines: list[str] = []
     while error is not None:

@@ -1,4 +1,4 @@
-"""A complete state dict from an engine of any ZeRO stage."""
+"""The complete state dict of an engine's model, at any ZeRO stage."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from torch import Tensor
 
 
 def gathered_state_dict(engine: Any) -> dict[str, Tensor] | None:
-    """Return all parameters and persistent buffers of the module, float32 on the CPU.
+    """Return all parameters and persistent buffers of the engine's module by name, on the CPU.
 
-    Every rank calls it; the result is on rank 0, None elsewhere.
+    Floating-point tensors are float32. Every rank calls this function; rank 0 gets the result, the
+    others None.
     """
     import deepspeed
 
     result: dict[str, Tensor] = {}
     partitioned = engine.zero_optimization_stage() == 3
     for name, tensor in engine.module.state_dict(keep_vars=True).items():
-        # One parameter at a time, so that at most one is whole besides the shards.
+        # Gathered one by one, so that memory holds only one complete parameter besides the shards.
         with deepspeed.zero.GatheredParameters([tensor], enabled=partitioned):
             if engine.global_rank == 0:
                 whole = tensor.detach().to("cpu", copy=True)

@@ -1,6 +1,6 @@
-"""The choice between DeepSpeed and surgery for the norm of a step's gradient.
+"""The choice of the part that computes the gradient's norm and clips: DeepSpeed or surgery.
 
-Surgery knows most of the norm already.
+Surgery is cheaper, since it computes most of the norm for the merging anyway.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ from fastmtl.config import Recipe
 from fastmtl.model.masked_lm import MaskedLanguageModel
 from fastmtl.model.multitask import MultiTaskModel
 
-# With several processes surgery also has to send the gradients of the tasks' own parameters. They
-# may be at most this share of all trained parameters.
+# With several processes surgery also has to send the gradients of the tasks' own parameters. It
+# clips only if these parameters are at most this share of all trained parameters.
 _SMALL = 1 / 64
 
 
 def surgery_clips(recipe: Recipe, model: MultiTaskModel | MaskedLanguageModel, world: int) -> bool:
-    """Return whether surgery clips (`max_norm`) and checks for non-finite numbers instead of
-    DeepSpeed.
+    """Return True if surgery clips (`max_norm`) and checks for non-finite numbers, not DeepSpeed.
 
-    DeepSpeed reads the norm of every parameter's gradient on the host, several times per step. It
-    still has to do so in three cases: surgery does not have the whole gradient (replay, one tensor
-    at a time, ZeRO 3 and offload, `sum` over ranks or micro-batches); the dynamic loss scale has to
-    see overflows (fp16); the norm in surgery would cost more than it saves (large adapters over
-    ranks, approximate or separate Gramians).
+    world: the number of ranks. DeepSpeed is slower: it reads the norm of every parameter's gradient
+    on the host, several times per step. It still has to clip in three cases:
+
+    - Surgery does not have the whole gradient: replay, one tensor at a time, ZeRO 3 and offload,
+      `sum` over ranks or micro-batches.
+    - The dynamic loss scale has to see overflows: fp16.
+    - The norm in surgery would cost more than it saves: large adapters over ranks, approximate or
+      separate Gramians.
     """
     engine, gradient = recipe.engine, recipe.gradient
     of_stage = engine.zero in (1, 2) or (engine.zero == 0 and engine.precision == "fp32")
@@ -46,17 +48,17 @@ def surgery_clips(recipe: Recipe, model: MultiTaskModel | MaskedLanguageModel, w
 
 
 def max_norm(recipe: Recipe, model: MultiTaskModel | MaskedLanguageModel, world: int) -> float | None:
-    """Return GradientSurgery's `max_norm` for an engine of this recipe, infinite without clipping.
+    """Return the argument `max_norm` of GradientSurgery for an engine of this recipe.
 
-    None leaves the norm to DeepSpeed.
+    It is None if DeepSpeed clips, else `engine.clip`, or infinity without clipping.
     """
     return (recipe.engine.clip or math.inf) if surgery_clips(recipe, model, world) else None
 
 
 def leave_norm_to_surgery(config: dict[str, Any]) -> None:
-    """Change DeepSpeed's configuration so that it neither reads nor clips gradients.
+    """Change DeepSpeed's configuration, in place, so that it neither checks nor clips gradients.
 
-    Keys that the recipe sets stay.
+    The recipe's own `compute_grad_norm` and `check_grad_overflow` stay.
     """
     config["gradient_clipping"] = 0.0
     if config["zero_optimization"]["stage"]:
@@ -66,11 +68,11 @@ def leave_norm_to_surgery(config: dict[str, Any]) -> None:
 
 @contextmanager
 def keeps_clipping(engine: Any) -> Iterator[None]:
-    """Keep the engine's settings of clipping while a checkpoint is loaded.
+    """Keep the engine's settings of clipping while the block loads a checkpoint.
 
     DeepSpeed replaces the engine's `gradient_clipping` by the checkpoint's, and rejects a
-    checkpoint if the engine computes no norm. After a change of the number of ranks, DeepSpeed
-    instead of surgery may be the one that clips, or the reverse.
+    checkpoint if the engine computes no norm. Both would be wrong after a change of the number of
+    ranks: it may move the clipping from surgery to DeepSpeed, or the reverse.
     """
     optimizer = engine.optimizer
     own = {name: getattr(optimizer, name) for name in ("clip_grad", "compute_grad_norm") if hasattr(optimizer, name)}

@@ -1,4 +1,4 @@
-"""manifest.json: the files of a checkpoint, checked before any of them is opened.
+"""manifest.json: the list of a checkpoint's files, checked before any of them is opened.
 
 DeepSpeed's files are pickles, and unpickling runs code. So a checkpoint is rejected if it has a
 file that is not in the manifest, or one with another size or digest.
@@ -16,11 +16,14 @@ FORMAT = 2
 
 
 class Refused(Exception):
-    """The reason why a directory is not a valid checkpoint."""
+    """An error whose message is the reason why a directory is not a valid checkpoint."""
 
 
 def write_manifest(directory: Path, about: dict[str, Any]) -> None:
-    """Write names, sizes and SHA-256 digests of all files below `directory`, and `about`."""
+    """Write manifest.json with name, size and SHA-256 digest of every file below `directory`.
+
+    about: more keys of the manifest, JSON values.
+    """
     files = {str(path.relative_to(directory)): _describe(path) for path in _files(directory)}
     text = json.dumps({"format": FORMAT, **about, "files": files}, indent=1)
     (directory / NAME).write_text(text, encoding="utf-8")
@@ -29,7 +32,8 @@ def write_manifest(directory: Path, about: dict[str, Any]) -> None:
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint after checking all its files.
 
-    Raises Refused with the reason if a file differs.
+    Raises Refused with the reason if the manifest cannot be read, or if a file is missing,
+    additional or changed.
     """
     try:
         manifest = json.loads((directory / NAME).read_text(encoding="utf-8"))
@@ -68,7 +72,7 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _sha256(stream: BinaryIO) -> str:
-    digest = hashlib.sha256()  # hashlib.file_digest is Python 3.11's
+    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
     while block := stream.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()

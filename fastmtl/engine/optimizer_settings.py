@@ -1,4 +1,4 @@
-"""Settings of an optimiser and its schedule, which loading a checkpoint has to keep."""
+"""Settings of an optimiser and its schedule that have to stay when a checkpoint is loaded."""
 
 from __future__ import annotations
 
@@ -6,20 +6,26 @@ from typing import Any
 
 NAMES = ("initial_lr", "betas", "eps", "momentum", "weight_decay")
 
+# (base learning rate of each parameter group, settings of each parameter group)
 Settings = tuple[list[float], list[dict[str, Any]]]
 
 
 def optimizer_settings(engine: Any) -> Settings:
-    """Return the schedule's base rates and each group's settings.
+    """Return an engine's settings before a checkpoint is loaded, for `put_settings`.
 
-    Groups may also have state, for example a count of steps.
+    Only the keys in NAMES are returned: a parameter group may also have state, for example a count
+    of steps, which has to be loaded.
     """
     groups = engine.optimizer.param_groups
     return list(engine.lr_scheduler.base_lrs), [{n: group[n] for n in NAMES if n in group} for group in groups]
 
 
 def put_settings(engine: Any, settings: Settings) -> None:
-    """Restore settings, with the schedule's learning rates after the loaded number of steps."""
+    """Restore the settings that loading a checkpoint has replaced.
+
+    settings: the result of `optimizer_settings`. The learning rates become those of the schedule at
+    the step that was loaded.
+    """
     schedule = engine.lr_scheduler
     schedule.base_lrs, groups = list(settings[0]), settings[1]
     rates = [

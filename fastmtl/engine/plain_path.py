@@ -1,4 +1,4 @@
-"""Paths for DeepSpeed, which finds files with `glob`: brackets as in `run[1]` are a pattern."""
+"""Paths for DeepSpeed, which finds files with `glob` and so reads `run[1]` as a pattern."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from pathlib import Path
 
 @contextmanager
 def plain_path(directory: Path) -> Iterator[Path]:
-    """Yield a path of `directory` without a pattern: its own or that of a temporary link."""
+    """Yield a path of `directory` that `glob` does not read as a pattern.
+
+    It is `directory` itself, or a temporary link to it if its path contains brackets, `*` or `?`.
+    """
     if glob.escape(str(directory)) == str(directory):
         yield directory
         return

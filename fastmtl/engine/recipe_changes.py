@@ -9,12 +9,12 @@ from typing import Any
 from fastmtl.config import Recipe, parse_recipe
 from fastmtl.errors import UserError, shortened
 
-# {key: (before, now)}
+# {key of a setting: (value before, value now)}
 Changes = dict[str, tuple[Any, Any]]
 CHANGES_FILE = "changes.jsonl"  # in the output folder: a line for each resume with other settings
 
-# Changes that leave every step the same: length of the run, logging, checkpoints, and paths of
-# files (rows are compared by their digests).
+# Settings that may change, since every step stays the same: length of the run, logging,
+# checkpoints, and paths of files (rows are compared by their digests).
 FREE = re.compile(
     r"description"
     r"|(phases\.\d+\.)?train\.(epochs|max_steps|eval_tokens|checkpoint_every|log_every)"
@@ -26,15 +26,18 @@ LENGTH = re.compile(r"(phases\.\d+\.)?train\.(epochs|max_steps)")
 
 
 def differences(before: Recipe, now: Recipe) -> Changes:
-    """Return the keys with different values, in the recipe's order; a missing key is None."""
+    """Return the settings with different values in two recipes, in the recipe's order.
+
+    A key that a recipe lacks has the value None.
+    """
     old, new = (_flat(_compared(recipe)) for recipe in (before, now))
     return {key: (old.get(key), new.get(key)) for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)}
 
 
 def _compared(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe's values, with `gradient.dtype: auto` resolved.
+    """Return the recipe's values, with `gradient.dtype: auto` replaced by its meaning.
 
-    Under bf16 its meaning may differ between phases, so a recipe with phases keeps `auto`.
+    `auto` stays in a recipe with phases and bf16, where its meaning may differ between the phases.
     """
     values = recipe.model_dump(mode="json")
     if not recipe.phases or recipe.engine.precision != "bf16":
@@ -43,9 +46,10 @@ def _compared(recipe: Recipe) -> dict[str, Any]:
 
 
 def changes_since(saved: Mapping[str, Any], now: Recipe, source: str) -> Changes:
-    """Return the differences from a checkpoint's recipe.
+    """Return the differences between a checkpoint's recipe `saved` and the recipe `now`.
 
-    Raises UserError if this version of fastmtl cannot read that recipe.
+    source: the name of `saved` in messages. Raises UserError if this version of fastmtl cannot read
+    `saved`.
     """
     try:
         return differences(parse_recipe(dict(saved), source), now)
@@ -54,7 +58,10 @@ def changes_since(saved: Mapping[str, Any], now: Recipe, source: str) -> Changes
 
 
 def refuse(path: str, changes: Changes, accept: bool) -> None:
-    """Raise UserError that lists all changes that are not `FREE`, unless they are accepted."""
+    """Raise UserError that lists all changes that are not `FREE`, unless the user accepts them.
+
+    path: the checkpoint, for the message. accept: the option --accept-changes.
+    """
     refused = {key: values for key, values in changes.items() if not FREE.fullmatch(key)}
     if refused and not accept:
         raise UserError(
@@ -64,14 +71,17 @@ def refuse(path: str, changes: Changes, accept: bool) -> None:
 
 
 def changed_rows(before: Mapping[str, str], now: Mapping[str, str]) -> Changes:
-    """Return the files whose rows have changed, by the digests of `Corpus.digests`."""
+    """Return the data sets whose rows have changed, each with its digests before and now.
+
+    before, now: results of `Corpus.digests`.
+    """
     old, new = ({name: digest[:12] for name, digest in digests.items()} for digests in (before, now))
     names = [name for name in new if name in old and old[name] != new[name]]
     return {f"rows of {name} (digest)": (old[name], new[name]) for name in names}
 
 
 def resume_notes(changes: Changes, recipe: Recipe) -> list[str]:
-    """Return lines for the user about changes that were allowed or accepted."""
+    """Return lines for the user about the changes with which a run is resumed."""
     if not changes:
         return []
     notes = [f"resumed with other settings: {listed(changes)}"]

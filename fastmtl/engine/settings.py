@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration of a recipe, and checks for contradictions."""
+"""The DeepSpeed configuration of a recipe, and checks for contradictions in it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 from fastmtl.config import Recipe
 from fastmtl.errors import UserError, quoted, shortened
 
-# DeepSpeed's key -> the recipe's key of the same setting.
+# DeepSpeed's key -> the recipe's key of the same setting. The section `deepspeed` may only repeat
+# the recipe's value.
 _OWNED = {
     ("zero_optimization", "stage"): "engine.zero",
     ("gradient_accumulation_steps",): "engine.accumulation",
@@ -20,7 +21,7 @@ _OWNED = {
 # DeepSpeed's default, in elements.
 REDUCE_BUCKET_SIZE = 500_000_000
 _DERIVED = "use sampler.batch_size or sampler.batch_tokens; DeepSpeed's number is derived"
-# DeepSpeed's keys that a recipe sets elsewhere or that fastmtl does not support.
+# DeepSpeed's keys that a recipe sets elsewhere or that fastmtl does not support -> advice.
 _REFUSED = {
     ("optimizer",): "use the section `optimizer`",
     ("scheduler",): "use the section `schedule`",
@@ -37,8 +38,8 @@ _REFUSED = {
 def deepspeed_config(recipe: Recipe, world: int, *, cpu: bool) -> dict[str, Any]:
     """Return the dictionary for `deepspeed.initialize`, with the recipe's section `deepspeed`.
 
-    Raises UserError naming both keys if that section contradicts the recipe, and for combinations
-    that DeepSpeed cannot train.
+    cpu: training runs on the CPU. Raises UserError for combinations that DeepSpeed cannot train,
+    and if the section contradicts another setting; the message names both keys.
     """
     engine = recipe.engine
     if engine.precision == "fp16" and cpu:
@@ -73,19 +74,23 @@ def deepspeed_config(recipe: Recipe, world: int, *, cpu: bool) -> dict[str, Any]
 
 
 def set_buckets(zero: dict[str, Any], trainable: int, *, cpu: bool) -> None:
-    """Complete the section `zero_optimization` where the recipe leaves it open.
+    """Set the bucket size and `overlap_comm` in the section `zero_optimization`, in place.
 
-    trainable: number of trained parameter elements. DeepSpeed allocates buckets of the configured
-    size, by default 2 GB in float32, even if there is less to reduce. With `overlap_comm` it
-    allocates a second bucket and synchronises the device. If everything fits one bucket, no
-    backward is left to overlap with. ZeRO 3 prefetches weights by the same setting.
+    Values that the recipe sets stay. trainable: number of trained parameter elements. DeepSpeed
+    allocates buckets of the configured size, by default 2 GB in float32, even if there is less to
+    reduce. With `overlap_comm` it allocates a second bucket and synchronises the device. If
+    everything fits one bucket, no backward is left to overlap with. With
+    ZeRO 3, `overlap_comm` also prefetches weights.
     """
     zero.setdefault("reduce_bucket_size", min(REDUCE_BUCKET_SIZE, trainable))
     zero.setdefault("overlap_comm", overlaps(zero["stage"], zero["reduce_bucket_size"], trainable, cpu=cpu))
 
 
 def overlaps(stage: int, bucket: int, trainable: int, *, cpu: bool) -> bool:
-    """Return the default of `overlap_comm`: reduce on a separate stream during backward."""
+    """Return the default of `overlap_comm`, which reduces on a separate stream during backward.
+
+    stage: of ZeRO. bucket: elements of a bucket. trainable: number of trained parameter elements.
+    """
     return not cpu and stage > 0 and (stage == 3 or bucket < trainable)
 
 
@@ -96,7 +101,10 @@ def deepspeed_section(recipe: Recipe) -> dict[str, Any]:
 
 
 def wrong_kind(example: Any, value: Any) -> str | None:
-    """Return the kind of value that `example` requires, None if `value` has it or there is none."""
+    """Return the kind of value that is needed if `value` is of another type than `example`.
+
+    Returns None if the type is right, and if `example` has none of the types that are checked.
+    """
     number = isinstance(value, int | float) and not isinstance(value, bool)
     match example:
         case bool():

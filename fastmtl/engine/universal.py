@@ -20,9 +20,10 @@ from fastmtl.engine.plain_path import plain_path
 
 @contextmanager
 def universal_copy(checkpoint: Path, ranks: Ranks) -> Iterator[Path]:
-    """Provide a temporary directory beside `checkpoint` with the universal form of its engine/.
+    """Yield a temporary folder that contains the universal form of a checkpoint's engine/.
 
-    Every rank calls it.
+    The folder is beside the checkpoint and is removed after the block. Every rank enters the block;
+    rank 0 makes the folder.
     """
     made = Path(tempfile.mkdtemp(prefix=".universal-", dir=checkpoint.parent)) if ranks.is_main else None
     shared = ranks.all_gather(made)[0]
@@ -41,11 +42,11 @@ def universal_copy(checkpoint: Path, ranks: Ranks) -> Iterator[Path]:
 
 @contextmanager
 def keeps_groups(engine: Any) -> Iterator[None]:
-    """Undo what DeepSpeed 0.19 does to a torch optimiser when it loads a universal ZeRO 3
-    checkpoint.
+    """Repair a torch optimiser after DeepSpeed 0.19 has loaded a universal ZeRO 3 checkpoint.
 
-    DeepSpeed gives every group the first group's settings (learning rate, weight decay). It also
-    gives all parameters the same step tensor, which each parameter's update increments.
+    On loading, DeepSpeed gives every group the first group's settings (learning rate, weight
+    decay). It also gives all parameters the same step tensor, so every parameter's update would
+    increment the step of all.
     """
     optimizer = engine.optimizer.optimizer
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]

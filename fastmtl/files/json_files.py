@@ -10,7 +10,7 @@ from fastmtl.errors import UserError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
+    """Return the JSON object in a file as a dictionary.
 
     Raises UserError naming the file if it is missing, damaged or not an object.
     """

@@ -1,4 +1,4 @@
-"""One spelling of a label for all file formats."""
+"""Labels as text, with one spelling for all file formats."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 
 
 def as_label(value: object) -> str:
-    """Return the label of a cell or a name, "" for an empty one.
+    """Return a label as text, "" for an empty cell.
 
-    A whole number has no decimals: CSV's `1` and `1.0`, JSON's 1 and Parquet's 1.0 are all "1".
-    Booleans are "true" and "false" in every spelling. Other text stays, without the spaces around
-    it.
+    value: a cell of a data file, or a name in a recipe. A whole number has no decimals: CSV's `1`
+    and `1.0`, JSON's 1 and Parquet's 1.0 are all "1". Booleans are "true" and "false" in every
+    spelling. Other text stays, without the spaces around it.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
@@ -22,7 +22,7 @@ def as_label(value: object) -> str:
 
 
 def as_number(text: str) -> float | None:
-    """Return the finite number that a text in ASCII digits means, None for any other text."""
+    """Return the number that a text in ASCII digits spells, None if it spells no finite number."""
     if not text.isascii() or "_" in text:  # Python's float also accepts 1_0 and the digits of other scripts
         return None
     try:

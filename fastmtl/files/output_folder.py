@@ -22,11 +22,11 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class OutputFolder:
-    """A folder that this process locks for a run, until `release` or any end of the process.
+    """A run's lock on its output folder, until `release` or any end of the process.
 
-    Rank 0 of a run makes one and keeps it. The lock is a POSIX record lock. The end of a process
-    releases it, child processes do not inherit it, and other hosts see it on network file systems
-    (NFS with its lock service, Lustre mounted with flock).
+    Rank 0 of a run makes this object and keeps it. The lock is a POSIX record lock. The end of a
+    process releases it, child processes do not inherit it, and other hosts see it on network file
+    systems (NFS with its lock service, Lustre mounted with flock).
 
     resume: the folder may contain a run already. Raises UserError if another process has the lock,
     if the folder contains a run, or if it is not writable.
@@ -50,7 +50,7 @@ class OutputFolder:
 
 
 def check_output(directory: Path, *, resume: bool) -> None:
-    """Raise the errors of `OutputFolder` that can be found without writing anything."""
+    """Raise those UserErrors of `OutputFolder` that can be found without writing anything."""
     try:
         with contextlib.suppress(FileNotFoundError):
             os.stat(directory)
@@ -70,8 +70,9 @@ def check_output(directory: Path, *, resume: bool) -> None:
 
 
 def check_room(directory: Path, needed: int) -> None:
-    """Raise UserError if the disk of a folder, which need not exist yet, has less than `needed`
-    bytes.
+    """Raise UserError if the disk of a folder has less than `needed` bytes free.
+
+    The folder need not exist yet.
     """
     disk = shutil.disk_usage(_existing(directory))
     if disk.total and disk.free < needed:  # some network file systems report no size
@@ -82,7 +83,10 @@ def check_room(directory: Path, needed: int) -> None:
 
 
 def _check_writable(directory: Path) -> None:
-    """Create the folder and a file in it; permission bits alone would prove less."""
+    """Create the folder; raise UserError if no file can be written in it.
+
+    A test file is written, since permission bits alone do not prove that writing works.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(prefix=".try-", dir=directory) as file:
@@ -107,7 +111,7 @@ def _check_unused(directory: Path, resume: bool) -> None:
 
 
 def _locked(directory: Path) -> int:
-    """Return the descriptor of the lock file, whose closing releases the lock.
+    """Lock the folder; return the descriptor of the lock file. Closing it releases the lock.
 
     Raises UserError if another process has the lock.
     """

@@ -27,8 +27,8 @@ def user_path(path: str | Path) -> Path:
 def cache_path(path: str | Path) -> Path:
     """Return a cache folder with `~` expanded.
 
-    Without a home directory it is a temporary folder, and a line on standard error says so. Raises
-    UserError for a path with a null character.
+    Without a home directory the result is a new temporary folder, and a line on standard error says
+    so. Raises UserError for a path with a null character.
     """
     if "\0" in str(path):
         raise UserError(f"data.cache_dir: {path}: a path cannot hold the character 0")

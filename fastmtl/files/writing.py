@@ -1,4 +1,4 @@
-"""Atomic writes of text files, and write errors of any library as one sentence."""
+"""Atomic writes of text files, and messages of one sentence for write errors of any library."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ _OF_SAFETENSORS = re.compile(r"\(os error (\d+)\)")
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file atomically: no reader and no killed process leaves a part of it.
+    """Write text to a file in UTF-8, atomically.
 
-    Devices and pipes are written directly, and a link stays a link. Raises OSError.
+    A reader sees the old or the new text, never a part, even if the process is killed. Devices and
+    pipes are written directly, and a link stays a link. Raises OSError.
     """
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
@@ -33,9 +34,10 @@ def replace_text(path: Path, text: str) -> None:
 
 @contextmanager
 def writing(path: Path, advice: str = "") -> Iterator[None]:
-    """Raise TrainingError with `path` and the reason if the block cannot write a file below it.
+    """Turn an error of writing in the block into a TrainingError with `path` and the reason.
 
-    advice: a sentence for the user at the end of the message.
+    path: the file or folder that the block writes. advice: a sentence for the user at the end of
+    the message.
     """
     try:
         yield
@@ -54,7 +56,7 @@ def _message(path: Path, reason: str, advice: str) -> str:
 
 
 def _guess(path: Path) -> str:
-    """Return the likely reason, by the free space of the disk."""
+    """Return the likely reason of a write error that names none: a full disk or a file limit."""
     folder = next(parent for parent in (path, *path.parents) if parent.is_dir())
     free = shutil.disk_usage(folder).free
     if free < 2**20:

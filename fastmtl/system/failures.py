@@ -1,7 +1,7 @@
-"""Explanations of exceptions that end a command but are not bugs: a state of the machine.
+"""Messages for exceptions that come from the input or the state of the machine, not from a bug.
 
-torch, DeepSpeed and NCCL raise plain RuntimeErrors for most of them, so their texts are matched.
-Imports no heavy module.
+torch, DeepSpeed and NCCL raise plain RuntimeErrors for most of them, so the texts of the exceptions
+are matched. Imports no heavy module.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ _DISK = re.compile(r"PytorchStreamWriter|inline_container|file write failed|\(os
 
 
 def explained(error: BaseException) -> str | None:
-    """Return a line on a failure caused by input or the machine, with advice; None for a bug."""
+    """Return a line that explains an exception and gives advice; None for a bug.
+
+    An exception is explained if the input or the machine has caused it.
+    """
     text = one_line(str(error) or type(error).__name__)
     name, number = type(error).__name__, f" ({text})" if str(error) else ""
     if isinstance(error, TrainingError):

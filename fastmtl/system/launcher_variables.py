@@ -1,4 +1,7 @@
-"""The environment variables of launchers for a process's rank. Imports no heavy module."""
+"""Environment variables by which a launcher gives a process its rank: RANK, WORLD_SIZE and others.
+
+Imports no heavy module.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from fastmtl.errors import UserError, quoted
 
 
 def number(name: str, default: int | None = None) -> int:
-    """Return the value of a variable, a whole number of 0 or more; `default` if it is not set.
+    """Return the environment variable `name` as a number; `default` if the variable is not set.
 
-    Raises UserError for any other value, and if the variable is not set and has no default.
+    Raises UserError if its value is not a whole number of 0 or more, and if the variable is not set
+    and has no default.
     """
     text = os.environ.get(name)
     if text is None and default is not None:
@@ -26,8 +30,9 @@ def number(name: str, default: int | None = None) -> int:
 
 
 def world_size() -> int:
-    """Return the number of processes, 1 without a launcher. Raises UserError like `number`, and for
-    0.
+    """Return the number of processes, 1 without a launcher.
+
+    Raises UserError if WORLD_SIZE is not a whole number of 1 or more.
     """
     count = number("WORLD_SIZE", None if "RANK" in os.environ else 1)
     if count == 0:
@@ -36,6 +41,9 @@ def world_size() -> int:
 
 
 def is_first() -> bool:
-    """Return whether this process prints for all: rank 0, or a process with invalid variables."""
+    """Return True if this process prints for all processes of the run.
+
+    That is rank 0, and also a process with invalid variables, whose rank is unknown.
+    """
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     return not rank.isdecimal() or int(rank) == 0 or (world.isdecimal() and int(rank) >= int(world))

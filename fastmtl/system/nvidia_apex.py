@@ -1,5 +1,6 @@
-"""NVIDIA Apex, an optional package, recognised by its files: an unrelated package has the same
-name.
+"""NVIDIA Apex, an optional package, recognised by its files.
+
+An import would not do: an unrelated package has the same name.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ def fused_adam_unsupported_reason() -> str:
 
 
 def layer_norm_unsupported_reason() -> str:
-    """Return the same for apex.normalization.FusedLayerNorm."""
+    """Return why apex's FusedLayerNorm is missing and what to do, "" if it is installed."""
     return _unsupported_reason("normalization/fused_layer_norm.py", "fused_layer_norm_cuda")
 
 
 def layer_norm() -> Any:
-    """Return Apex's function of x [N, d], weight [d], bias [d], normalised shape (d,) and eps.
+    """Return Apex's LayerNorm, a function of x [N, d], weight [d], bias [d], shape (d,) and eps.
 
-    Raises UserError if it cannot be used here.
+    Raises UserError if Apex's LayerNorm cannot be used here.
     """
     import torch
 
@@ -41,7 +42,11 @@ def layer_norm() -> Any:
 
 
 def _unsupported_reason(file: str, extension: str) -> str:
-    """Return the reason without importing Apex: an import of the unrelated package may fail."""
+    """Return why a part of Apex is missing, "" if it is installed.
+
+    file: a Python file of the part. extension: its CUDA extension. Apex is not imported, since an
+    import of the unrelated package may fail.
+    """
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return f"NVIDIA Apex is not installed: {HOW}"

@@ -9,10 +9,11 @@ import threading
 
 
 def secure() -> None:
-    """Make both streams usable. Call it once, before anything is opened or printed.
+    """Make standard output and standard error usable.
 
-    A closed stream becomes /dev/null. Otherwise the next opened file would get its descriptor, and
-    libraries would print into that file. A character outside the encoding is printed as `?`.
+    Call it once, before anything is opened or printed. A closed stream becomes /dev/null. Otherwise
+    the next opened file would get its descriptor, and libraries would print into that file. A
+    character outside the encoding is printed as `?`.
     """
     descriptor = os.open(os.devnull, os.O_RDWR)
     while descriptor <= 2:
@@ -27,9 +28,9 @@ def secure() -> None:
 
 
 def hide_stored_exceptions() -> None:
-    """Print no traceback of a thread that stores its exception for its caller.
+    """Print no traceback for a thread that stores its exception for another thread.
 
-    TensorBoard's writer does so; the caller raises the exception.
+    TensorBoard's writer is such a thread; the thread that uses the writer raises the exception.
     """
     previous = threading.excepthook
 
