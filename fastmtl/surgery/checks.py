@@ -36,7 +36,7 @@ def check_tasks(tasks: Sequence[str]) -> list[str]:
 
 
 def check_task_weights(given: Mapping[str, float], tasks: list[str], argument: str = "task_weights") -> list[float]:
-    """Return item weight per task, in their order; 1 by default.
+    """Return one weight per task, in the order of `tasks`; 1 for a task without a given weight.
 
     Raises UserError, naming `argument`, for an unknown task and an invalid number.
     """
@@ -113,7 +113,7 @@ def check_options(
     stacks: True if the target takes merged gradients. world: number of ranks; by default that of
     the process group, which may not be initialised yet.
     Raises UserError for an unknown value, and for an unsupported combination, with the reason and
-    the nearest supported item.
+    the nearest supported choice.
     """
     _check_choice("storage", storage, ("auto", "stacked", "kept", "replay"))
     _check_choice("scope", scope, ("global", "tensor"))
@@ -172,7 +172,7 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def check_backward(storage: str, scope: str, *, joint: bool) -> None:
-    """Raise UserError where a step runs the forward itself, so losses are not enough."""
+    """Raise UserError for storage "replay" and scope "tensor", which run the forward themselves."""
     if not joint and storage not in ("stacked", "kept"):
         reason = "scope='tensor'" if scope == "tensor" else "storage='replay' (ZeRO 3, offload)"
         raise UserError(f"backward: {reason} runs the forward itself; use run(micro_batches, loss_fn)")
@@ -187,7 +187,7 @@ def check_counts_given(counts: Mapping[str, int] | None, *, several: bool) -> No
 
 
 def check_per_task(storage: str) -> None:
-    """Raise UserError where one backward pass per task, without the sink, is not supported."""
+    """Raise UserError for storage "kept", which does not support one backward pass per task."""
     if storage == "kept":
         raise UserError(
             "storage='kept' needs a model whose layers write into task_grads, since it keeps the factors of their "
@@ -196,7 +196,7 @@ def check_per_task(storage: str) -> None:
 
 
 def check_cuda_graphs(cuda_graphs: object) -> None:
-    """Raise UserError for True: surgery itself does not import CUDA graphs."""
+    """Raise UserError for True: surgery does not import CUDA graphs, so it expects a function."""
     if cuda_graphs is True:
         raise UserError(
             "cuda_graphs=True: surgery itself records nothing: pass cuda_graphs=fastmtl.cuda_graphs.record_merging"

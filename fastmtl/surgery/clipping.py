@@ -3,8 +3,9 @@
     factor = min(1, max_norm / (norm + 1e-6))
     norm^2 = c^T G c + |gradients of the tasks' own parameters|^2
 
-The first term is known before the merged gradient is formed, so clipping is a factor of the weights
-c. Source: torch.nn.utils.clip_grad_norm_, and DeepSpeed's `gradient_clipping`.
+The first term follows from the Gramian G and the task weights c, before the merged gradient is
+formed. So clipping only multiplies c by the factor. Sources: torch.nn.utils.clip_grad_norm_, and
+DeepSpeed's `gradient_clipping`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from fastmtl.surgery.norms import total_norm
 from fastmtl.surgery.ranks.collectives import BUCKET, sum_over_ranks, world_size
 from fastmtl.surgery.targets.protocol import Target
 
-# A norm below this share of the sum of its terms' norms is not computed from float32 inner
-# products: their rounding error, about 1e-7 of the squared terms, would be visible.
+# Below this ratio of |sum_t c_t g_t| to sum_t |c_t| |g_t|, the terms nearly cancel. The rounding
+# error of the float32 G, about 1e-7 of the squared terms, would then be visible in the norm.
 _CANCELLED = 1e-2
 _EPS = 1e-6
 
@@ -62,7 +63,7 @@ def clip_factor_on_device(norm: Tensor, max_norm: float) -> Tensor:
 
 
 def shared_norm(info: SurgeryInfo) -> float | None:
-    """Return the norm of the shared update from the Gramian, None if rounding affects it."""
+    """Return the norm of the merged shared gradient from G; None if rounding in G affects it."""
     if info.merged_norm is None or info.weights is None or info.task_norms is None:
         return None
     parts = float(info.weights.abs() @ info.task_norms)
@@ -70,10 +71,9 @@ def shared_norm(info: SurgeryInfo) -> float | None:
 
 
 def known_clip(info: SurgeryInfo, norm: float | None, max_norm: float | None) -> float | None:
-    """Return the factor that clips a step's gradient before merging, None if the norm must be
-    measured.
+    """Return the factor that clips a step's gradient, before merging.
 
-    norm: from `shared_norm`.
+    None if the norm must be measured after merging. norm: from `shared_norm`.
     """
     if max_norm is None or info.merged_norm is None:  # or an fp16 overflow, which the target has to see
         return 1.0

@@ -1,4 +1,4 @@
-"""Gradients by autograd, returned instead of accumulated, with errors for what it cannot give."""
+"""Gradients by autograd, returned instead of added to `.grad`; UserError if not supported."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ Term = tuple[Tensor, float]
 def differentiate(
     terms: Sequence[Term], inputs: Sequence[Tensor], names: Mapping[int, str], *, retain_graph: bool = False
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the sum of the terms with respect to `inputs`, None for unused
-    inputs.
+    """Return the gradients of the sum of scalar * factor over the terms, one for each input.
 
-    The sum itself is not computed: autograd starts from the factors.
+    None for an input that the sum does not depend on.
+
+    The sum itself is not computed: the factors are the output gradients with which autograd starts.
 
     names: names of the inputs by id, for messages. retain_graph: True if the graph is needed again.
     Raises UserError for re-entrant checkpointing and for sparse gradients.
@@ -52,8 +53,9 @@ def differentiate(
 
 
 def leaves_of(loss: Tensor) -> set[int]:
-    """Return the ids of the tensors that a backward of `loss` would give a gradient. Runs no
-    backward.
+    """Return the ids of the tensors that would get a gradient from `loss.backward()`.
+
+    Only the graph is read; no backward runs.
     """
     found, seen, waiting = set[int](), set[Any](), [loss.grad_fn]
     while waiting:

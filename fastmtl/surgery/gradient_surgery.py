@@ -1,10 +1,10 @@
 """Gradient surgery for a training loop: one merged gradient from the micro-batches of a step.
 
-Notation: T tasks. J holds the T gradients of the shared parameters; G = J J^T is their Gramian.
+Row t of J [T, P] is the gradient of task t's loss with respect to the P numbers of the shared
+parameters. G = J J^T [T, T] is the Gramian: the inner products of the task gradients.
 
-Loss of task t = weight_t * (sum of its losses over the whole step) / (its rows in the whole step),
-over micro-batches and ranks together. The same rows therefore give the same step, however they are
-distributed.
+The loss of task t is weight_t * (sum of its rows' losses) / (number of its rows), over all
+micro-batches and ranks of a step. So it does not depend on how the rows are distributed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class GradientSurgery:
     """Gradient surgery, or a plain sum of losses, on a DeepSpeed engine or a torch optimizer.
 
     In each step, the method turns G into one weight per task. The weighted sum of task gradients
-    becomes the gradient of the shared parameters; other parameters keep their own gradient.
+    becomes the gradient of the shared parameters; all other parameters get their ordinary gradient.
 
     Args:
         target: DeepSpeed engine (ZeRO 0 to 3), or, in a single process, a torch optimizer.
@@ -53,34 +53,34 @@ class GradientSurgery:
             ("upgrad", "mgda", ...). "sum" adds the losses and ignores `storage`, `scope`, `reduce`
             and `dtype`.
         tasks: task names, in the order of the segments and of the rows of J.
-        shared: parameters whose task gradients are merged; default: all of the target. Which of
-            them are trained is fixed here: after a change, create a new object.
-        sparse: shared embedding tables [V, d] whose gradients are kept as compact rows.
-        storage: "stacked" stores J. "kept" stores the inputs and output gradients of the layers and
-            multiplies them twice. "replay" keeps only G and runs forward and backward twice. "auto"
-            is "stacked" where the target supports it (ZeRO 0 to 2 without offload), else "replay".
-        scope: "global", or "tensor": merge each parameter tensor separately during backward, as
-            soon as its T gradients are complete. This is another, finer method, which treats each
-            micro-batch separately. It needs neither J nor a second pass in any ZeRO stage.
+        shared: parameters whose task gradients are merged; default: all that the target trains.
+            After freezing or unfreezing a parameter, create a new GradientSurgery.
+        sparse: shared embedding tables [V, d] whose gradients are kept only for the rows in use.
+        storage: "stacked" stores J. "kept" stores inputs and output gradients of the layers and
+            multiplies them for G and for merging. "replay" keeps only G and runs forward and
+            backward twice. "auto" is "stacked" where supported (ZeRO 0 to 2 without offload), else
+            "replay".
+        scope: "global", or "tensor": find weights and merge for each parameter tensor separately,
+            in the backward of each micro-batch. The result differs from "global". It needs neither
+            J nor a second pass, in any ZeRO stage.
         reduce: "exact": J is the sum over all ranks. "local": each rank merges its own J, then the
-            ranks average. "sketch": G comes from count-sketches of J, and only these and the merged
-            gradient cross the network.
-        dtype: of J in "stacked". torch.bfloat16 halves J and rounds task gradients to 8 bits.
+            ranks average. "sketch": G is estimated from count-sketches of J; ranks exchange only
+            the sketches and the merged gradient.
+        dtype: dtype of J for "stacked". torch.bfloat16 halves J's memory; 8 significant bits stay.
         sketch_size: buckets per task for "sketch", at least 16. The root-mean-square error of a
             cosine is at most sqrt(2 / sketch_size).
         task_weights: fixed factor of each task's loss, applied before G is computed; default: 1.
-        reduction: "sum" (as in the papers) or "mean" of the modified gradients; pcgrad and gradvac.
+        reduction: "sum" (as in the papers) or "mean" of pcgrad's and gradvac's modified gradients.
         options: keyword arguments of the method, for example {"c": 0.4} for "cagrad".
-        seed: with the number of the step, fixes the random projection order.
+        seed: the random projection order of a step is drawn from the seed and the step's number.
         cuda_graphs: fastmtl.cuda_graphs.record_merging, to run Gramian, weights and merging as one
-            CUDA graph where possible; the log and `not_recorded` say where not.
-        max_norm: clip the gradient of all trained parameters together, by the norm that G gives.
-            The engine's own `gradient_clipping` can then be 0, and its gradient checks off.
-            math.inf only measures the norm. None leaves clipping to the target. "sum" needs a
-            single process.
+            CUDA graph; the log and `not_recorded` give the reasons where this is not possible.
+        max_norm: bound of the norm of the gradient of all trained parameters together. G gives the
+            norm, so the engine's `gradient_clipping` can be 0, and its gradient checks off. math.inf
+            only measures. None leaves clipping to the target. "sum" needs a single process for it.
 
     Raises:
-        UserError: an unknown name, or an unsupported combination, with the nearest supported one.
+        UserError: an unknown name; an unsupported combination, with the nearest supported one.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class GradientSurgery:
             self.record_with(cuda_graphs)
 
     def record_with(self, record: RecordMerging) -> None:
-        """Record merging with `record`, as the argument `cuda_graphs` does."""
+        """Set the argument `cuda_graphs` to `record` after construction."""
         method = self._solver.method
         if method is not None:  # a sum has nothing to record
             self._recorded, self._not_recorded = record(self._sink, method, self._target, self.storage)
@@ -157,20 +157,20 @@ class GradientSurgery:
         *,
         stop: bool = False,
     ) -> SurgeryInfo:
-        """Run forward and backward of one step, and leave one merged gradient in the target.
+        """Run forward and backward of one step, and give the target one merged gradient.
 
-        Call `engine.step()` or `optimizer.step()` afterwards, unless the report has `skipped`.
+        Call `engine.step()` or `optimizer.step()` afterwards, unless the report's `skipped` is set.
 
         Args:
             micro_batches: the step's micro-batches, at least one; each goes to `loss_fn` unchanged.
             loss_fn: loss_fn(micro_batch, ...) -> {task: (sum of the rows' losses, number of rows)}.
-                The sum is a scalar tensor. `loss_fn` receives those of two keyword arguments that
-                it declares: `model`, the engine or its module, depending on the pass (required for
-                replay under DeepSpeed); `task_grads`, the sink for a model whose layers write into
-                it. Without `task_grads`, each task has a backward pass of its own.
+                The sum is a scalar tensor. `loss_fn` may declare two keyword arguments: `model`,
+                the engine or its module, depending on the pass (required for replay under
+                DeepSpeed); `task_grads`, the sink for a model whose layers write into it. Without
+                `task_grads`, each task has a backward pass of its own.
             counts: rows of each task in the whole step over all ranks; required with several
-                micro-batches, else counted.
-            weights: factor per task in this step, times `task_weights`; equal on all ranks.
+                micro-batches; with one, the rows are counted.
+            weights: factor of a task's loss in this step, times `task_weights`; equal on all ranks.
             stop: request the end of training after this step, for example after a signal. The flag
                 is reduced with the losses: `info.stop` is True if any rank requests it.
 
@@ -182,7 +182,7 @@ class GradientSurgery:
                 shared parameter whose gradient bypasses the sink or is sparse; re-entrant
                 checkpointing; a parameter that was frozen or unfrozen since construction.
             TrainingError: five skipped steps in a row; a loss ("sum") or gradient (scope "tensor")
-                that is not finite where the step can no longer be skipped.
+                that is not finite and has reached the target, so the step cannot be skipped.
         """
         if not micro_batches:
             raise UserError("micro_batches: a step needs at least one")
@@ -198,9 +198,9 @@ class GradientSurgery:
 
     @property
     def task_grads(self) -> Sink:
-        """The sink for a forward whose losses go to `backward`, for models of fastmtl's layers.
+        """The sink to pass to a model of fastmtl's layers, before its losses go to `backward`.
 
-        It takes gradients until that `backward`. Raises UserError where `backward` is unsupported.
+        Reading it arms the sink until that `backward`. Raises UserError if that is unsupported.
         """
         checks.check_backward(self.storage, self._scope, joint=self._joint)
         if not self._joint:
@@ -218,13 +218,12 @@ class GradientSurgery:
     ) -> SurgeryInfo | None:
         """Run backward for one micro-batch, in place of `engine.backward(loss)`.
 
-        Drop the losses afterwards: `cuda_graphs` cannot capture the next forward while they exist.
+        Delete the losses afterwards: while they exist, `cuda_graphs` cannot capture a forward.
 
         Args:
             losses: as `loss_fn` of `run` returns them.
-            counts, weights: as in `run`; read at the first call of a step.
+            counts, weights, stop: as in `run`; only those of a step's first call are used.
             last: True for the last micro-batch of the step, which also merges the gradient.
-            stop: as in `run`; read at the first call of a step.
 
         Returns:
             The report of the step for its last micro-batch, None before.
@@ -259,11 +258,11 @@ class GradientSurgery:
         return list(self._not_recorded)
 
     def kept_tensors(self) -> list[torch.Tensor]:
-        """Return all task gradients held now, in any form, and the buffers of `cuda_graphs`."""
+        """Return the tensors that hold task gradients now, and the buffers of `cuda_graphs`."""
         return self._sink.tensors() + ([] if self._recorded is None else self._recorded.tensors())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the seed, the step, skipped steps and the method's state, JSON-ready."""
+        """Return the seed, the counts of steps and skipped steps, and the method's state."""
         return self._solver.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -20,22 +20,21 @@ class SurgeryInfo:
     cosines: [T, T], between task gradients; NaN for an absent task.
     conflict_rate: share of the task pairs with a negative cosine.
     task_norms: [T], norms of the task gradients.
-    weights: [T], of the task gradients in the update.
-    merged_norm: norm of the shared update, before clipping.
+    weights: [T], weights of the task gradients in the merged gradient.
+    merged_norm: norm of the merged gradient of the shared parameters, before clipping.
     own_norm: norm of the gradients of parameters that belong to one task, before clipping.
-    total_norm: norm of own and shared gradients together, before clipping; for `sum`, of the whole
-    gradient.
-    skipped: the task, or the parameter of a single task, whose gradient is not finite; do not call
-    step() then.
+    total_norm: norm of the gradient of all trained parameters, before clipping.
+    skipped: name of the task, or of the parameter of a single task, whose gradient is not finite:
+    do not call step() then. None for a valid step.
     stop: True if any rank requests the end of training after this step.
     nbytes: size of J on this rank, or of the buffers that replace it.
     stopwatch: measures the time that surgery added to the step; see `seconds`.
 
     cosines, conflict_rate, task_norms, weights and merged_norm are None for `sum`, and where an
     fp16 overflow makes DeepSpeed reduce its loss scale. own_norm and total_norm are None without
-    `max_norm`. With `scope="tensor"` weights is None, since each tensor has its own. With
-    `reduce="local"` each rank has its own, so weights and merged_norm are None, and the other
-    fields describe the mean of the ranks' Gramians.
+    `max_norm`. With `scope="tensor"` weights is None, since each tensor has its own weights. With
+    `reduce="local"` each rank has its own weights, so weights and merged_norm are None, and the
+    other fields describe the mean of the ranks' Gramians.
     """
 
     losses: dict[str, float]
@@ -71,8 +70,8 @@ class SurgeryInfo:
     ) -> SurgeryInfo:
         """Return the report for G [T, T] and the weights [T], both float32.
 
-        merged_square: squared norm of the shared update. The computation is in numpy: torch would
-        call a hundred operators for a few numbers.
+        merged_square: squared norm of the merged gradient. more: the other fields. The computation
+        is in numpy: torch would call a hundred operators for a few numbers.
         """
         norms = np.sqrt(gram.diagonal().clip(min=0))
         with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):

@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 class Merged(MutableMapping[int, Tensor]):
-    """Gradients by parameter id, most of them parts of one flat tensor.
+    """Mapping from parameter ids to gradients, most of which are parts of one flat tensor.
 
-    The view of a part is created on access, since hundreds of parameters would each cost a call of
-    an operator.
+    A part becomes a tensor (a view of `flat`) only when it is read, at the cost of an operator
+    call. `take_joined` reads many adjacent parts by one call.
 
-    flat: contiguous, and at offset 0 of its storage. like: by id, the tensor whose shape, strides
-    and offset the view has.
+    flat: contiguous, and at offset 0 of its storage. like: for each id, a tensor with the shape,
+    strides and storage offset of its part of `flat`.
     """
 
     def __init__(self, flat: Tensor | None = None, like: Mapping[int, Tensor] | None = None) -> None:
@@ -25,7 +25,7 @@ class Merged(MutableMapping[int, Tensor]):
     def take_joined(self, keys: Sequence[int]) -> Tensor:
         """Remove the gradients of `keys` and return them flat, one after the other.
 
-        The result is a view where they are adjacent in `flat`, else a copy.
+        The result is a view if these gradients are adjacent in `flat`, else a copy.
         """
         parts = [self._like[key] for key in keys if key in self._like]
         ends = [part.storage_offset() + part.numel() for part in parts]
@@ -69,9 +69,9 @@ class Merged(MutableMapping[int, Tensor]):
 
 
 def unshared(gradients: list[Tensor]) -> list[Tensor]:
-    """Return gradients that can be changed in place, copied where needed.
+    """Return gradients that can be changed in place: a copy of each one that shares its memory.
 
-    Autograd may return one tensor for two parameters, or expand one number to a whole tensor.
+    Autograd may return one tensor for two parameters, or one number expanded to a whole tensor.
     """
     result, seen = [], set()
     for gradient in gradients:

@@ -21,8 +21,9 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def tensor_norms(gradients: Sequence[Tensor]) -> Tensor:
-    """Return the Euclidean norm of each tensor, float64 [number of tensors], as accurate as
-    `total_norm`.
+    """Return the Euclidean norm of each tensor, float64 [number of tensors].
+
+    The norms are as accurate as that of `total_norm`.
     """
     split = [gradient.flatten().split(_PIECE) if _is_long(gradient) else (gradient,) for gradient in gradients]
     pieces = [piece for parts in split for piece in parts]

@@ -1,4 +1,4 @@
-"""The parts of a step that do not change, and checks of gradients that belong to one task."""
+"""The objects that every step uses, and a check of the gradients of parameters of one task."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastmtl.surgery.targets.protocol import Target
 
 @dataclass(frozen=True)
 class Parts:
-    """Fixed parts of every step.
+    """Objects that GradientSurgery creates once and that every step uses.
 
     shared: parameters whose task gradients are merged. own: parameters that belong to one task and
     get their own gradient. max_norm: bound of the whole gradient's norm; None where the target
@@ -32,10 +32,10 @@ class Parts:
 
     @contextmanager
     def flag_nonfinite_own(self) -> Iterator[Tensor]:
-        """Yield float64 [len(own)], above 0 for own parameters whose gradient is not finite.
+        """Yield float64 [len(own)], how often each own parameter got a gradient that is not finite.
 
-        The flags are set by a backward of the target inside the block. The gradient reaches the
-        target unchanged; `check_own` raises afterwards.
+        Backward passes inside the block are counted. The gradients reach the target unchanged; pass
+        the counts to `check_own` afterwards.
         """
         bad = torch.zeros(len(self.own), dtype=torch.float64, device=self.target.device)
 
@@ -53,9 +53,10 @@ class Parts:
                 handle.remove()
 
     def check_own(self, bad: Tensor) -> None:
-        """Raise TrainingError before the update for a flagged gradient.
+        """Raise TrainingError if an own gradient was not finite on some rank, before the update.
 
-        With a dynamic fp16 loss scale, DeepSpeed skips the step instead. Waits for the device.
+        bad: from `flag_nonfinite_own`. With a dynamic fp16 loss scale there is no error, since
+        DeepSpeed skips the step. Waits for the device.
         """
         for parameter, count in zip(self.own, sum_over_ranks(bad).tolist(), strict=True):
             if count and not self.target.backs_off():

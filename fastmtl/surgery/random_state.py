@@ -1,4 +1,4 @@
-"""Random state of the devices, so that a second pass draws the same dropout masks."""
+"""State of torch's random generators, saved and restored for a second pass with equal dropout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Row ranges of the tasks."""
+"""The row ranges of the tasks in a batch, in which the rows of each task are contiguous."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """Row ranges: rows offsets[t]:offsets[t + 1] belong to task t.
+    """Row ranges of T tasks: task t has the rows offsets[t]:offsets[t + 1].
 
-    offsets: int32 [T + 1] on the device of the rows. host: the same numbers as Python integers, so
-    that no operation waits for the device.
+    offsets: int32 [T + 1] on the device of the rows. host: the same numbers as Python integers,
+    which can be read without waiting for the device.
     """
 
     offsets: Tensor
@@ -28,7 +28,7 @@ class Segments:
         return [slice(start, stop) for start, stop in pairwise(self.host)]
 
     def all_rows(self) -> slice:
-        """Return the range of the rows of all tasks; a masked tail may follow."""
+        """Return the range of all tasks' rows; any rows after it belong to no task."""
         return slice(0, self.host[-1])
 
     def per_row(self, values: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class Segments:
         return values.repeat_interleave(self.offsets[1:] - self.offsets[:-1], output_size=self.host[-1])
 
     def split(self, rows: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
-        """Return one view per task along a dimension, by a single call.
+        """Return each task's part of `rows` along dimension `dim`, as views, by one operator call.
 
         Rows after the last task are left out.
         """

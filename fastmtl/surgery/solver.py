@@ -26,8 +26,8 @@ MAX_SKIPPED = 5
 class Solver:
     """State of surgery: the step's number, skipped steps, and the state of the method.
 
-    name: of the method. seed: fixes the projection order, together with the step's number. by_rank:
-    each rank has its own Gramian (`reduce: local`).
+    name: the method's name. seed: fixes the projection order, together with the step's number.
+    by_rank: True if each rank has its own Gramian (`reduce: local`).
     """
 
     def __init__(self, method: Method | None, name: str, tasks: list[str], seed: int, *, by_rank: bool) -> None:
@@ -37,7 +37,7 @@ class Solver:
 
     @property
     def step_seed(self) -> int:
-        """Seed of this step, the same on every rank."""
+        """Seed of this step's count-sketch, the same on every rank."""
         return (self._seed * 1_000_003 + self._step) % (1 << 31)
 
     def next_step(self) -> None:
@@ -70,8 +70,8 @@ class Solver:
     ) -> tuple[SurgeryInfo, Tensor]:
         """Return the report of a step and its weights [T].
 
-        The weights are NaN where the target has to see an overflow; arguments are those of
-        `report`.
+        All weights are NaN after an overflow that the target must find in the merged gradient, to
+        reduce its loss scale. Arguments: see `report`.
         """
         weights = self.weights(gram)
         info, overflow = self.report(gram, weights, step, target, own, own_names, own_scale)
@@ -90,11 +90,11 @@ class Solver:
         """Check for non-finite gradients and build the SurgeryInfo.
 
         own: gradients of parameters that belong to one task; they are checked too. own_names: names
-        of these parameters. own_scale: the factor in `own` where the gradients are sums over ranks
-        and their norm is requested; else None.
+        of these parameters. own_scale: requests the norm of `own`, which must be sums over ranks;
+        the loss scale that they contain. None: no norm.
 
-        Returns the report, and True if the target has to see the overflow in the gradients. Costs
-        one small reduction and one wait for the device.
+        Returns the report, and True after an overflow that the target must find in the gradients,
+        to reduce its loss scale. Costs one small reduction and one wait for the device.
         """
         num_tasks = len(self.tasks)
         norms = torch.stack(torch._foreach_norm(list(own))).double() if own else gram.new_zeros(0, dtype=torch.float64)
@@ -115,7 +115,7 @@ class Solver:
             own_norm = None if own_scale is None else float(np.linalg.norm(host_norms)) / own_scale
             gram32 = host_gram.astype(np.float32)
             return SurgeryInfo.of_gramian(losses, gram32, reported_weights, merged, own_norm=own_norm, stop=stop), False
-        if target.backs_off():  # DeepSpeed has to see the overflow in the gradients
+        if target.backs_off():  # DeepSpeed reduces its loss scale if it finds the overflow itself
             return SurgeryInfo(losses=losses, stop=stop), True
         self.skip(bad[0])
         return SurgeryInfo(losses=losses, skipped=bad[0], stop=stop), False

@@ -18,12 +18,12 @@ from fastmtl.surgery.targets.protocol import Target
 
 
 class Step:
-    """Losses of a step's micro-batches, summed, and their scale to means.
+    """The losses of a step, summed over its micro-batches, and the factors that make them means.
 
     counts: rows of each task in the whole step over all ranks; None: the rows of the only
     micro-batch, summed over ranks.
     task_weights: weight of each task's loss.
-    constants: as in `check_losses`.
+    constants: allow losses that depend on no trained parameter.
     stop: True if this rank requests the end of training after this step.
     sums: float64 [T + 1], this rank's sum of losses per task so far; the last element is 1 for a
     stop request.
@@ -65,16 +65,15 @@ class Step:
             self.sums[:-1] += torch.stack([losses[name][0] if name in losses else absent[0] for name in self._tasks])
 
     def factor(self, name: str) -> float:
-        """Return the factor from the sum of a task's losses to its part of the step's weighted mean
-        loss.
-        """
+        """Return the factor of a task's summed loss in the step's loss: its weight / its rows."""
         assert self._counts is not None
         return self._task_weights[self._tasks.index(name)] / max(self._counts.get(name, 0), 1)
 
     def terms(self, losses: Losses, scale: float = 1.0) -> list[Term]:
-        """Return the terms of this micro-batch's part of the step's loss, times `scale`.
+        """Return (summed loss, its factor times `scale`) of each task in this micro-batch.
 
-        Raises UserError if no loss can be differentiated.
+        The sum of the products is the micro-batch's part of the step's loss. Raises UserError if no
+        loss can be differentiated.
         """
         found = [(loss, self.factor(name) * scale) for name, (loss, _) in losses.items() if loss.requires_grad]
         if not found:
@@ -85,7 +84,7 @@ class Step:
         return found
 
     def total(self, losses: Losses) -> Tensor:
-        """Return this micro-batch's part of the step's loss.
+        """Return this micro-batch's part of the step's loss, a scalar.
 
         Raises UserError if no loss can be differentiated.
         """

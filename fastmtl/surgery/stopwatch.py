@@ -1,4 +1,4 @@
-"""Time spent on a device, measured without waiting until the result is read."""
+"""Time spent on a device; only reading the result waits for the device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class Stopwatch:
-    """Timer from construction to `stop`. `seconds()` waits for a CUDA device to reach the end."""
+    """Timer from its construction to `stop`. `seconds()` waits for a CUDA device to get there."""
 
     def __init__(self, device: torch.device) -> None:
         self._events = None

@@ -1,7 +1,8 @@
-"""Gradients of an embedding table as (ids [k], rows [k, d]), the rows that occur; ids may repeat.
+"""Gradients of an embedding table [V, d] as pairs (ids [k], rows [k, d]) of the table rows in use.
 
-No tensor here has a size that depends on the values of the ids, so the host never waits for the
-device to count them.
+An id may occur several times; the gradient of that table row is the sum of its rows. No tensor here
+has a size that depends on the values of the ids, so the host never waits for the device to count
+them.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ Rows = tuple[Tensor, Tensor]
 def coalesce(tasks: Sequence[Sequence[Rows]], shape: torch.Size, like: Tensor) -> list[Rows]:
     """Sum the rows of T lists over equal ids, each list separately.
 
-    shape: of the table, [V, d]. Returns per list its k ids in ascending order and float32 [k, d] on
-    the device of `like`: the sum at the first place of an id, zeros at the others.
+    shape: of the table, [V, d]. Returns for each list its k ids in ascending order, with their
+    repetitions, and float32 [k, d] on the device of `like`: the sum of an id's rows at the first
+    place of the id, zeros at its other places.
     """
     num_rows, sizes = shape[0], [sum(len(ids) for ids, _ in task) for task in tasks]
     if not any(sizes):
@@ -47,9 +49,9 @@ def is_first(ids: Tensor) -> Tensor:
 
 
 def rows_gramian(tasks: Sequence[Rows]) -> Tensor:
-    """Return the inner products of T tables' gradients, float32 [T, T].
+    """Return the Gramian of the T task gradients of one table, float32 [T, T].
 
-    tasks: T pairs from `coalesce`; rows with equal ids are multiplied.
+    tasks: one pair from `coalesce` per task; rows with equal ids are multiplied.
     """
     lower = [[_inner(tasks[i], tasks[j]) for j in range(i)] + [_square(tasks[i][1])] for i in range(len(tasks))]
     entries = [lower[max(i, j)][min(i, j)] for i in range(len(tasks)) for j in range(len(tasks))]
@@ -71,12 +73,15 @@ def _inner(a: Rows, b: Rows) -> Tensor:
 
 
 def weighted_rows(tasks: Sequence[Sequence[Rows]], weights: Tensor, shape: torch.Size) -> Rows:
-    """Return sum_t weights[t] times the rows of T lists, as from `coalesce`."""
+    """Return sum_t weights[t] g_t of a table as one pair like those of `coalesce`.
+
+    tasks: for each task, the pairs that add up to its gradient g_t.
+    """
     return coalesce([list(_weighted(tasks, weights))], shape, weights)[0]
 
 
 def weighted_table(shape: torch.Size, tasks: Sequence[Sequence[Rows]], weights: Tensor) -> Tensor:
-    """Return sum_t weights[t] times the tables of T lists of rows, float32 of `shape`."""
+    """Return sum_t weights[t] g_t of a table, float32 of `shape`; tasks: as in `weighted_rows`."""
     table = torch.zeros(shape, dtype=torch.float32, device=weights.device)
     _add_at(table, _weighted(tasks, weights))
     return table
@@ -92,8 +97,8 @@ def _add_at(out: Tensor, parts: Iterable[Rows]) -> None:
     """Add rows [n, d] to the rows `places` [n] of `out`, for each pair in `parts`.
 
     Equal inputs give equal bits. On a GPU, `index_add_` adds in order of arrival; `index_put_`
-    sorts, so all parts take one call. On a CPU, the parts follow one another: fresh memory to join
-    them would cost as much as their sums.
+    sorts, so all parts take one call. On a CPU, the parts are added one after the other: new memory
+    for their concatenation would take as long as the sums.
     """
     if out.device.type == "cpu":
         for places, rows in parts:

@@ -14,11 +14,10 @@ from fastmtl_kernels.cast import cast
 
 
 class Jacobian:
-    """T task gradients of `parameters` with P numbers together: `buffer` [T, P] of `dtype`.
+    """T task gradients of `parameters`, which have P numbers in all: `buffer` [T, P] of `dtype`.
 
-    Entries that were not written since `clear` are zero. The first write after `clear` stores
-    instead of adding: clearing touches no memory, and the first micro-batch does not read the old
-    values.
+    Entries that were not written since `clear` count as zero. `clear` itself writes nothing to
+    memory: the first write afterwards overwrites the old values instead of adding to them.
 
     reached: ids of the parameters that were written since `clear`, even with zeros. narrow: the
     dtype of the parameters if all have the same 16-bit dtype, else float32.
@@ -70,7 +69,7 @@ class Jacobian:
     def add_product(self, parameter: nn.Parameter, task: int, left: Tensor, right: Tensor) -> None:
         """Add one task's gradient, left [out, n] times right [n, in], both of J's dtype.
 
-        The product is computed in place.
+        The product is computed inside `buffer`, without a temporary tensor.
         """
         row = self._rows[id(parameter)][task]
         if self._mark_written(parameter, task):
@@ -81,7 +80,7 @@ class Jacobian:
     def add_sum(self, parameter: nn.Parameter, task: int, columns: Tensor) -> None:
         """Add one task's gradient, the sum of columns [d, n] of J's dtype over n.
 
-        The sum is computed in place.
+        A first write computes the sum inside `buffer`, without a temporary tensor.
         """
         row = self._rows[id(parameter)][task]
         if self._mark_written(parameter, task):
@@ -92,8 +91,8 @@ class Jacobian:
     def add_products(self, parameters: Sequence[nn.Parameter], task: int, left: Tensor, right: Tensor) -> None:
         """Add one task's gradients of k weights of one shape, left [k out, n] times right [n, in].
 
-        `left` holds the k weights' parts one below the other. Weights with adjacent columns in J
-        take a single product.
+        `left` holds the k weights' parts one below the other. If the weights' columns in J are
+        adjacent, a single product computes all k gradients.
         """
         rows = self.adjacent(parameters)
         if rows is None:
@@ -105,7 +104,10 @@ class Jacobian:
             rows[task].addmm_(left, right)
 
     def add_sums(self, parameters: Sequence[nn.Parameter], task: int, columns: Tensor) -> None:
-        """Add one task's gradients of k biases, the sums of columns [k d, n], likewise."""
+        """Add one task's gradients of k biases of one shape, the sums of columns [k d, n] over n.
+
+        If the biases' columns in J are adjacent, a single sum computes all k gradients.
+        """
         rows = self.adjacent(parameters)
         if rows is None:
             for parameter, part in zip(parameters, columns.chunk(len(parameters)), strict=True):
@@ -116,9 +118,9 @@ class Jacobian:
             rows[task] += columns.sum(1)
 
     def adjacent(self, parameters: Sequence[nn.Parameter]) -> Tensor | None:
-        """Return the part of `buffer` of k parameters of one shape, [T, k * shape[0], *shape[1:]].
+        """Return the columns of k parameters of one shape in J, [T, k * shape[0], *shape[1:]].
 
-        None if their columns are not adjacent.
+        The result is a view of `buffer`; None if these columns are not adjacent.
         """
         key = tuple(map(id, parameters))
         if key not in self._adjacent:
@@ -149,10 +151,11 @@ class Jacobian:
         return not any(self._written[id(parameter)] for parameter in parameters)
 
     def reserve(self, parameters: Sequence[nn.Parameter], tasks: Sequence[int]) -> bool:
-        """Reserve these parameters; return True if the next write overwrites, False if it adds.
+        """Announce one write by the caller into `columns_of` each of these parameters.
 
-        The write goes to `columns_of` all of them. tasks: the tasks whose gradients it contains.
-        The other tasks' gradients stay undefined after an overwrite, and also after adding 0.
+        Returns True if the caller must overwrite the columns, False if it must add to them. tasks:
+        the tasks that have a gradient in this write. In the rows of the other tasks, the caller may
+        store any numbers when it overwrites, and must add 0 when it adds.
         """
         first = self.is_unwritten(parameters)
         for key in map(id, parameters):
@@ -181,9 +184,9 @@ class Jacobian:
         return self._spans
 
     def columns(self, piece: slice) -> Tensor:
-        """Return columns `piece` of J, [T, columns].
+        """Return columns `piece` of J, [T, columns], with zeros where no gradient was written.
 
-        No gradient may be written there until `clear`.
+        The caller sends them to other ranks, so no gradient may be written there until `clear`.
         """
         for key, span in self._spans.items():
             if span.start < piece.stop and span.stop > piece.start:
@@ -229,9 +232,9 @@ class Jacobian:
         return True
 
     def _mark_all_written(self, parameters: Sequence[nn.Parameter], task: int) -> bool:
-        """Return True if the next write stores all of these gradients.
+        """Mark a task's gradients of all parameters as written; return True if none was before.
 
-        If it stores only some, they are zeroed, so that the write can add all.
+        If some were, the others are zeroed, so that the caller can add to all.
         """
         first = [parameter for parameter in parameters if self._mark_written(parameter, task)]
         if len(first) < len(parameters):

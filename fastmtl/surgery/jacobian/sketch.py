@@ -37,9 +37,10 @@ class CountSketch:
         self._seed = seed
 
     def add(self, key: int, piece: Tensor) -> None:
-        """Add columns [T, n] of any floating dtype.
+        """Add the columns [T, n] of one parameter, of any floating dtype.
 
-        Equal columns need the same `key` and n on every rank and in every micro-batch.
+        key: the parameter's number. A parameter must have the same `key` and n on every rank and in
+        every micro-batch, since both decide its buckets and signs.
         """
         starts = list(range(0, piece.shape[1], self._size))
         shifts, signs = self._hash(key, torch.arange(len(starts)))
@@ -51,9 +52,9 @@ class CountSketch:
             self.values[:, : block.shape[1] - before] += block[:, before:]
 
     def add_rows(self, key: int, task: int, ids: Tensor, rows: Tensor) -> None:
-        """Add rows [k, d], d <= m, of an embedding table's gradient.
+        """Add rows [k, d], d <= m, to the table rows ids [k] of one task's gradient of a table.
 
-        Row i is a block of its own; ids [k] may repeat.
+        Each table row is a block of its own; ids may repeat. key: as in `add`.
         """
         width = rows.shape[1]
         shifts, signs = self._hash(key, ids)

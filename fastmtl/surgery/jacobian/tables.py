@@ -1,4 +1,4 @@
-"""Task gradients of embedding tables, kept as the rows that occur."""
+"""Task gradients of embedding tables, kept only for the table rows in use."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fastmtl.surgery.ranks.protocol import Ranks
 
 
 class Tables:
-    """T task gradients of each of `tables` [V, d], as (ids [k], rows [k, d]) lists per task.
+    """T task gradients of each of `tables` [V, d], each a list of pairs (ids [k], rows [k, d]).
 
-    An id may repeat. ranks: the ranks whose rows make up the Gramian.
+    The pairs of a list add up; an id may repeat. ranks: the ranks whose rows make up the Gramian.
     """
 
     def __init__(self, tables: Sequence[nn.Parameter], num_tasks: int, ranks: Ranks) -> None:
@@ -26,7 +26,10 @@ class Tables:
         per_task[task].append((ids, rows))
 
     def gramian(self, device: torch.device) -> Tensor:
-        """Return float32 [T, T] of the gathered rows, equal on every rank."""
+        """Return the sum of all tables' Gramians, float32 [T, T].
+
+        The rows of all `ranks` are gathered before, so each of these ranks returns the same.
+        """
         total = torch.zeros(self._num_tasks, self._num_tasks, device=device)
         shapes = [whole_shape(table) for table in self._tables]
         pairs = zip(self.items(), shapes, strict=True)  # every table, even without rows, for the collectives
@@ -36,15 +39,15 @@ class Tables:
         return total
 
     def merged(self, weights: Tensor) -> dict[int, Tensor]:
-        """Return sum_t weights[t] g_t of every table by id, float32 [V, d]."""
+        """Return sum_t weights[t] g_t of this rank's rows for every table by id, float32 [V, d]."""
         return {id(table): weighted_table(table.shape, per_task, weights) for table, per_task in self.items()}
 
     def merged_rows(self, weights: Tensor) -> dict[int, Rows]:
-        """Return sum_t weights[t] g_t of every table by id, as the rows that occur."""
+        """Return the same gradients as `merged`, each as (ids, rows) of the table rows in use."""
         return {id(table): weighted_rows(per_task, weights, table.shape) for table, per_task in self.items()}
 
     def reached(self) -> set[int]:
-        """Return the ids of the tables that have entries since `clear`, even without rows."""
+        """Return the ids of the tables that `add` has received since `clear`, even without rows."""
         return set(self._rows)
 
     def clear(self) -> None:
@@ -54,7 +57,7 @@ class Tables:
         return [part for rows in self._rows.values() for parts in rows for pair in parts for part in pair]
 
     def items(self) -> Iterator[tuple[nn.Parameter, list[list[Rows]]]]:
-        """Yield every table, with or without rows, and its T lists."""
+        """Yield every table and its T lists of pairs, empty lists for a table without gradients."""
         for table in self._tables:
             yield table, self._rows.get(id(table), [[] for _ in range(self._num_tasks)])
 

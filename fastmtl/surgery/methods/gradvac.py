@@ -13,10 +13,10 @@ from fastmtl_kernels import gradvac_weights
 
 
 class GradVac:
-    """Wang et al. 2021, Algorithm 1, in coefficients (see fastmtl_kernels.gradvac_weights).
+    """GradVac (Wang et al. 2021, Algorithm 1), computed from the Gramian alone.
 
-    Target cosines are a moving average of the observed ones, starting at 0. beta: weight of the
-    newest cosine in the average.
+    See fastmtl_kernels.gradvac_weights. Target cosines are a moving average of the observed ones,
+    starting at 0. beta: weight of the newest cosine in the average.
     """
 
     by_rank, by_tensor = False, True
@@ -41,7 +41,7 @@ class GradVac:
         return weights
 
     def of_tensor(self, index: int) -> GradVac:
-        """Return a view with averages of its own, which are part of this method's state."""
+        """Return a GradVac for one parameter tensor; its averages belong to this method's state."""
         view = GradVac(reduction=self._reduction, beta=self._beta)
         view._key, view._targets = str(index), self._targets
         return view

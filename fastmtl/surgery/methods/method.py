@@ -10,11 +10,11 @@ Reduction = Literal["sum", "mean"]
 
 
 class Method(Protocol):
-    """Weights of successive steps.
+    """Method that returns the task weights of one step after another, and may keep state.
 
-    by_rank: True if each rank may solve for itself. by_tensor: True if the method solves on the
-    device, reads no number on the host and keeps its state at fixed addresses. It can then run
-    inside backward for each tensor, and be recorded.
+    by_rank: True if each rank may solve for itself (`reduce: local`). by_tensor: True if the method
+    solves on the device, reads no number on the host and keeps its state at fixed addresses. It can
+    then run inside backward for each tensor (`scope: tensor`), and in a CUDA graph.
     """
 
     by_rank: bool
@@ -23,8 +23,8 @@ class Method(Protocol):
     def weights(self, gramian: Tensor, order: Tensor) -> Tensor:
         """Return the weights [T] of the task gradients.
 
-        gramian: float32 [T, T]. A Gramian that is not finite changes no state, as its step is
-        skipped. order: int64 [T, T] on the Gramian's device, from `draw_order`.
+        gramian: float32 [T, T]. A Gramian that is not finite must not change the method's state,
+        since its step is skipped. order: int64 [T, T] on the Gramian's device, from `draw_order`.
         """
         ...
 

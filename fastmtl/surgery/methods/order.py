@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def draw_order(num_tasks: int, seed: int, step: int) -> Tensor:
-    """Return a permutation of the tasks in each row, int64 [T, T].
+    """Return int64 [T, T]: row i is a permutation of the tasks, the order of task i's projections.
 
     Drawn on the host from (seed, step), so every rank has the same order.
     """

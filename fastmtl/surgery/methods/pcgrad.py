@@ -11,7 +11,10 @@ from fastmtl_kernels import pcgrad_weights
 
 
 class PCGrad:
-    """Yu et al. 2020, Algorithm 1, in coefficients (see fastmtl_kernels.pcgrad_weights)."""
+    """PCGrad (Yu et al. 2020, Algorithm 1), computed from the Gramian alone.
+
+    See fastmtl_kernels.pcgrad_weights.
+    """
 
     by_rank = by_tensor = True
 

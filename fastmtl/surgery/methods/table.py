@@ -1,7 +1,7 @@
 """Gradient methods by name.
 
-A new method is a class in a file of its own, with its name in METHODS. TorchJD's weightings get
-their names from `torchjd`.
+To add a method, write its class in a file of this folder and enter its name in METHODS. The names
+of TorchJD's weightings come from torchjd.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ METHODS: dict[str, Callable[..., Method]] = {"pcgrad": PCGrad, "gradvac": GradVa
 
 
 def method_names() -> list[str]:
-    """Return every name that `find_method` accepts here."""
+    """Return every name that `find_method` accepts, TorchJD's only if it is installed."""
     return ["sum", *METHODS, *torchjd.names()]
 
 

@@ -4,7 +4,7 @@ The names are the class names in lower case without `Weighting`: upgrad, mgda, c
 alignedmtl, dualproj, ... Weightings that need J itself are left out, and so are PCGrad and GradVac,
 which fastmtl computes on the device.
 
-- They run on the host in TorchJD's own precision. Rank 0 solves; the other ranks take its weights.
+- Weightings run on the host, in TorchJD's own precision. Rank 0 solves and sends the weights.
 - A task without a gradient in a step gets weight 0 and is left out of the problem: solvers take a
   zero gradient for the best possible compromise.
 - Some solvers treat a G with a trace below an absolute bound as zero, or stop too early on it. A
@@ -112,7 +112,7 @@ class TorchJDMethod:
             return torch.full((len(gram),), float("nan"))
         present = (gram.diagonal() > 0).nonzero().squeeze(1)
         gram, factor = self._scaled(gram)
-        if len(present) == len(gram) or dict(self._weighting.named_buffers()):  # a state covers all tasks
+        if len(present) == len(gram) or dict(self._weighting.named_buffers()):  # its state is about all tasks
             return self._weighting(gram) * factor
         weights = torch.zeros(len(gram))
         if len(present):
@@ -121,9 +121,9 @@ class TorchJDMethod:
         return weights
 
     def _scaled(self, gram: Tensor) -> tuple[Tensor, float]:
-        """Return a small G times a power of two, and a factor.
+        """Return G, scaled by a power of two if its trace is small, and a factor.
 
-        The weights of the scaled G times the factor are those of G.
+        The weights that TorchJD finds for the scaled G, times the factor, are the weights for G.
         """
         trace = float(gram.diagonal().double().sum())
         given = self._values.keys() & {"norm_eps", "projector"}  # a bound given by the user is for the unscaled G

@@ -11,8 +11,9 @@ from fastmtl.surgery.jacobian.compact_rows import Rows
 
 
 class Alone:
-    """J of this rank alone: a single process, or `reduce: local`, where DeepSpeed averages merged
-    gradients.
+    """Ranks for a J of this rank alone: a single process, or `reduce: local`.
+
+    No operation communicates. DeepSpeed averages the merged gradients of `reduce: local`.
     """
 
     many = False

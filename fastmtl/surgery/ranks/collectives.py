@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastmtl.measure.ranges import profile_range
 
-BUCKET = 1 << 23  # numbers per collective, which bounds its copy
+BUCKET = 1 << 23  # most numbers in one collective, since each is sent from a copy
 
 
 def world_size() -> int:
@@ -25,17 +25,17 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def column_pieces(num_tasks: int, columns: int) -> list[slice]:
-    """Return the columns of [T, columns] that go into each collective."""
+    """Divide the columns of J [T, columns] into pieces; each is sent by one collective."""
     world = world_size()
     size = max(1, BUCKET // (world * num_tasks)) * world
     return [slice(start, min(start + size, columns)) for start in range(0, columns, size)]
 
 
 class Scattering:
-    """A collective in flight.
+    """A reduce-scatter that has been started.
 
-    sends: the tensor that it sends. result: the tensor that it fills; None if that is `sends`
-    itself.
+    sends: the tensor that is sent. result: the tensor that receives this rank's share; None if the
+    sums of all shares are written into `sends`.
     """
 
     def __init__(self, work: dist.Work | None, sends: Tensor, result: Tensor | None) -> None:
@@ -45,7 +45,7 @@ class Scattering:
     def share(self) -> Tensor:
         """Wait for the collective and return this rank's share, [T, ceil(n / world)].
 
-        On a GPU, later kernels wait instead of the host. All other tensors are released.
+        On a GPU, later kernels wait instead of the host. The tensors that were sent are released.
         """
         if self._share is None:
             assert self._work is not None, "this process is in the group"
@@ -57,7 +57,10 @@ class Scattering:
 
 
 def start_scatter(piece: Tensor) -> Scattering:
-    """Start the reduce-scatter of a copy of [T, n], padded with zeros at its end."""
+    """Start to sum [T, n] over ranks; each rank gets one of `world` equal shares of the columns.
+
+    A copy is sent, padded with zeros at its end.
+    """
     world, (num_tasks, columns) = world_size(), piece.shape
     share = -(-columns // world)
     if columns < share * world:

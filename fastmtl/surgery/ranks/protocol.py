@@ -1,4 +1,4 @@
-"""Protocol of the other ranks in the computation of the Gramian."""
+"""Protocol of the communication that the Gramian needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastmtl.surgery.jacobian.compact_rows import Rows
 
 
 class Ranks(Protocol):
-    """Operations of the Gramian that involve the other ranks."""
+    """Communication with the ranks whose gradients add up to one J."""
 
     @property
     def many(self) -> bool:
@@ -20,16 +20,16 @@ class Ranks(Protocol):
         ...
 
     def scatter(self, piece: Tensor) -> Tensor:
-        """Return this rank's share of the columns of J, from its own columns [T, n]."""
+        """Sum the ranks' columns [T, n] of J, and return this rank's share of the sums."""
         ...
 
     def gather_rows(self, tables: Sequence[list[Rows]], shapes: Sequence[torch.Size]) -> list[list[Rows]]:
-        """Return the rows of each table's T tasks, summed over the ranks of one J.
+        """Return the (ids, rows) pairs of each table's T tasks, summed over the ranks.
 
-        tables: per table [V, d], the T tasks' rows from `coalesce`.
+        tables: for each table, this rank's T pairs from `coalesce`. shapes: the tables' [V, d].
         """
         ...
 
     def total(self, value: Tensor) -> Tensor:
-        """Sum a small tensor over the shares of J in place and return it."""
+        """Sum a small tensor, which each rank computed from its share, in place and return it."""
         ...

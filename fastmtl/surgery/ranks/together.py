@@ -14,21 +14,21 @@ from fastmtl.surgery.ranks.collectives import column_pieces, start_scatter, sum_
 
 
 class Together:
-    """J summed over ranks, each of which keeps a share of the columns (`reduce: exact`)."""
+    """Ranks for a J that is the sum over all ranks, each of which has a share of the columns."""
 
     @property
     def many(self) -> bool:
         return world_size() > 1
 
     def scatter(self, piece: Tensor) -> Tensor:
-        """Return this rank's share, [T, ceil(n / world)], padded with zeros."""
+        """Sum columns over ranks; return this rank's share [T, ceil(n / world)], padded with 0."""
         if not self.many:
             return piece
         with profile_range("communication"):
             return torch.cat([start_scatter(piece[:, columns]).share() for columns in column_pieces(*piece.shape)], 1)
 
     def gather_rows(self, tables: Sequence[list[Rows]], shapes: Sequence[torch.Size]) -> list[list[Rows]]:
-        """Return the sums of all ranks' rows over equal ids.
+        """Return the sums of all ranks' rows over equal ids, as `coalesce` does.
 
         The host waits once, for the row counts of all ranks.
         """
@@ -53,15 +53,15 @@ class Together:
 
 
 def _pack(rows: Rows, first: Tensor, size: int) -> Rows:
-    """Return the `size` rows from `coalesce` that hold sums."""
+    """Return the `size` ids and rows that hold sums, without repeated ids. first: `is_first`."""
     places = (~first).byte().sort(stable=True).indices[:size]
     return rows[0][places], rows[1][places]
 
 
 def _gather_rows(tasks: Sequence[Rows], sizes: Sequence[Sequence[int]]) -> list[list[Rows]]:
-    """Return the T tasks' rows of every rank.
+    """Return, for every rank, the (ids, rows) pairs of its T tasks.
 
-    tasks: the rows of this rank. sizes: number of rows per rank and task.
+    tasks: the T pairs of this rank. sizes: number of rows of each rank and task.
     """
     longest = max(map(sum, sizes))
 

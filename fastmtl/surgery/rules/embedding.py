@@ -17,10 +17,11 @@ from fastmtl.surgery.sinks.sink import Sink
 
 
 def embedding(ids: Tensor, weight: nn.Parameter, segments: Segments, task_grads: Sink | None = None) -> Tensor:
-    """Look up rows ids int64 [N] of weight [V, d], as F.embedding; return [N, d].
+    """Return the rows `ids` int64 [N] of the table `weight` [V, d], [N, d], as F.embedding does.
 
-    Adds the sink's anchor to the graph. Raises UserError for ids of other dimensions, and for fewer
-    ids than the segments have rows.
+    With an active sink, the output depends on the sink's `anchor`, so that a backward reaches every
+    layer. Raises UserError if `ids` has other dimensions, or fewer entries than the segments have
+    rows.
     """
     if task_grads is None or not task_grads.active:
         return F.embedding(ids, weight)

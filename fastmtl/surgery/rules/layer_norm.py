@@ -27,7 +27,7 @@ def layer_norm(
     segments: Segments,
     task_grads: Sink | None = None,
 ) -> Tensor:
-    """Normalize the rows of x [N, d], as torch.nn.functional.layer_norm; return [N, d].
+    """Normalize the rows of x [N, d] as torch.nn.functional.layer_norm does; return [N, d].
 
     weight, bias: [d], or None as in torch.nn.LayerNorm(elementwise_affine=False) and
     LayerNorm(bias=False).

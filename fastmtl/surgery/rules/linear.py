@@ -26,7 +26,7 @@ def linear(
     segments: Segments,
     task_grads: Sink | None = None,
 ) -> Tensor:
-    """Multiply x [N, in] by weight [out, in] and add bias [out], as F.linear; return [N, out].
+    """Return x [N, in] times the transpose of weight [out, in], plus bias [out]: [N, out].
 
     Raises UserError for an x of other dimensions, or with fewer rows than the segments have.
     """

@@ -33,8 +33,9 @@ def projections(
 ) -> Tensor:
     """Apply k Linears to x [N, in] and return their outputs side by side, [N, k, out].
 
-    weights: k of [out, in]. biases: k of [out]. Each output is that of functional.linear. Raises
-    UserError for an x of other dimensions, or with fewer rows than the segments have.
+    weights: k tensors [out, in]. biases: k tensors [out]. Task gradients are taken as in
+    functional.linear. Raises UserError for an x of other dimensions, or with fewer rows than the
+    segments have.
     """
     if task_grads is not None and not task_grads.active:
         task_grads = None
@@ -69,7 +70,7 @@ class _Projections(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, rows: Tensor, x: Tensor) -> list[Tensor | None]:
-    """Return the gradients of weights and biases for autograd. rows [N, k out]: dY flattened."""
+    """Return autograd's gradients of k weights, then k biases. rows [N, k out]: dY flattened."""
     sink, parameters, needed = ctx.task_grads, ctx.parameters, ctx.needs_input_grad[3:]
     if not any(needed):
         return [None] * len(parameters)
