@@ -1,1 +1,1 @@
-"""Benchmarks of the `fastmtl bench` command. A wheel contains them, but not `benchmarks/`."""
+"""Code of the `fastmtl bench` command. A wheel contains this package, but not `benchmarks/`."""

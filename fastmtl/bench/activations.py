@@ -1,4 +1,8 @@
-"""Bytes that a forward keeps for backward, by tensor accounting: exact and machine-independent."""
+"""Measurement of the bytes that forward keeps for backward.
+
+Tensor accounting adds up the bytes of the tensors, so the result is exact, and the same on every
+machine.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,10 @@ from fastmtl.model.multitask import MultiTaskModel
 
 
 def kept_bytes(workload: Workload, model: PaddedModel | MultiTaskModel) -> dict[str, float]:
-    """Return the kept bytes per real token for all tasks' rows in training.
+    """Return the bytes that the forward of all tasks' rows keeps for backward, per real token.
 
-    Two values: the whole model's, and one layer's, which is the difference between two layers and
-    one.
+    kept_bytes_per_token: of the whole model in training. kept_bytes_per_token_and_layer: of one
+    layer, which is the difference between a model of two layers and one of one layer.
     """
     layers = model.encoder.encoder.layer
     counts = {}

@@ -1,6 +1,6 @@
-"""The performance targets of the design for a GPU, compared with measurements.
+"""Comparison of measured performance on a GPU with the performance targets of the design.
 
-A bound that does not hold is reported. It is no error.
+A missed target is reported, and is not an error.
 """
 
 from __future__ import annotations
@@ -10,26 +10,27 @@ from typing import Any
 
 SURGERY = "pcgrad stacked bf16"
 RECORDED_SURGERY, RECORDED_JOINT = "pcgrad bf16, CUDA graphs", "sum, CUDA graphs"
-OVERHEAD = {3: 0.08, 8: 0.15}  # time of SURGERY beyond the joint step, by the number of tasks
-SHARE = 0.85  # of the speed of a copy
+OVERHEAD = {3: 0.08, 8: 0.15}  # most extra time of SURGERY, relative to the joint step, by the number of tasks
+SHARE = 0.85  # least speed of the operations below, relative to a copy of as many bytes
 ROW_WISE = ("add_layer_norm", "embed_layer_norm", "pool mean", "pool max")
-TASK_GRADIENTS = ("gramian", "combine")  # their times are added
-ATTENTION_S = 6e-4  # forward and backward, all layers of BERT-base, 8,192 tokens
+TASK_GRADIENTS = ("gramian", "combine")  # one target for the sum of their times
+ATTENTION_S = 6e-4  # most time of forward and backward, all layers of BERT-base, 8,192 tokens
 ATTENTION_PEERS = ("torch varlen, no dropout", "sdpa padded", "sdpa nested")
-# Real tokens per second in the joint step of BERT-base, by a word of the GPU's name.
+# Least number of real tokens per second in the joint step of BERT-base, by a word of the GPU's
+# name.
 SPEEDS = {"H200": 0.7e6, "H100": 0.55e6}
-TO_TRANSFORMERS = {"transformers": 4.0, "transformers compiled": 2.0}  # least ratio to the time of fastmtl's joint step
-SHORT_TOKENS, SHORT_S = 1000, 3e-3  # an engine step with at most this many tokens, flat parameters and CUDA graphs
-PREDICTED = 0.05  # error of the predicted peak, relative to the measured one
-ADAPTERS = {"pal": 0.10, "low_rank": 0.04}  # extra time, relative to a step without an adapter
+TO_TRANSFORMERS = {"transformers": 4.0, "transformers compiled": 2.0}  # least time over that of fastmtl's joint step
+SHORT_TOKENS, SHORT_S = 1000, 3e-3  # most time of a short engine step with flat parameters and CUDA graphs
+PREDICTED = 0.05  # largest error of the predicted peak memory, relative to the measured one
+ADAPTERS = {"pal": 0.10, "low_rank": 0.04}  # most extra time, relative to a step without an adapter
 
 
 def bounds(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return [{what, measured, bound, holds}] for the parts of the result that are present.
+    """Return a dict with what, measured, bound and holds for each target that was measured.
 
-    result: "step", "step-compiled", "graphs", "kernels" and "adapters", as their benchmarks return
-    them, also incomplete ones; "surgery", "engine" and "profile", lists of such results;
-    "environment", whose device selects the bounds of speed.
+    result: may contain "step", "step-compiled", "graphs", "kernels" and "adapters", as their
+    benchmarks return them, complete or not; "surgery", "engine" and "profile", lists of such
+    results; "environment", whose device selects the targets of speed.
     """
     device = result.get("environment", {}).get("device", "")
     found = [*_steps(result, device), *_surgery(result.get("surgery", [])), *_engine(result.get("engine", []))]
@@ -136,5 +137,5 @@ def _copy(medians: dict[str, float]) -> float:
 
 
 def _own(medians: dict[str, float]) -> float:
-    """Return the time of fastmtl's fastest implementation."""
+    """Return the median seconds of fastmtl's fastest implementation."""
     return min(value for way, value in medians.items() if way.startswith("fastmtl "))

@@ -1,4 +1,4 @@
-"""The number of operators that a step calls."""
+"""Counts of the operators that a training step calls."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import NamedTuple
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
-_OPTIMIZER = "Optimizer.step#"  # torch's own range
+_OPTIMIZER = "Optimizer.step#"  # beginning of the profiler range that torch's optimisers open
 
 
 class OperatorCalls(NamedTuple):
-    """Numbers of operator calls.
+    """Numbers of operator calls in one step.
 
-    operators: all calls that the dispatcher saw, nested ones included. without_optimizer: those
-    outside the optimiser's `step`. outermost: those of without_optimizer that no other operator
-    called.
+    operators: all calls through torch's dispatcher, including those that another operator makes.
+    without_optimizer: the calls outside the optimiser's `step`. outermost: the calls outside the
+    optimiser's `step` that no other operator makes.
     """
 
     operators: int
@@ -25,9 +25,10 @@ class OperatorCalls(NamedTuple):
 
 
 def operator_calls(step: Callable[[], object]) -> OperatorCalls:
-    """Count the operators of one step with torch.profiler: torch's and fastmtl's, on all threads.
+    """Count the calls of torch's and fastmtl's operators in one step, on all threads.
 
-    Work that a compiled graph does without the dispatcher is not seen.
+    torch.profiler records the calls. A compiled graph computes without the dispatcher, and such
+    work is not counted.
     """
     found = operators(step)
     outside = [event for event in found if not any(name.startswith(_OPTIMIZER) for name in around(event))]
@@ -36,7 +37,7 @@ def operator_calls(step: Callable[[], object]) -> OperatorCalls:
 
 
 def operators(step: Callable[[], object]) -> list[FunctionEvent]:
-    """Return every operator call of one step."""
+    """Run one step, and return an event of torch.profiler for every operator call."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
     events = profiler.events()
@@ -52,5 +53,6 @@ def around(event: FunctionEvent) -> Iterator[str]:
 
 
 def _is_operator(name: str) -> bool:
-    # The profiler records the nodes of a backward graph, too.
+    # The profiler also records the nodes of autograd's graph (`autograd::...`), which are no
+    # operators.
     return "::" in name and "autograd::" not in name

@@ -1,4 +1,4 @@
-"""A comparison of two results of one benchmark: what became slower or faster, and the noise."""
+"""Comparison of two results of one benchmark: what became slower or faster, and the noise."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Any, NamedTuple
 
 from fastmtl.errors import UserError
 
-# Two results must agree in these, otherwise their times say nothing about the code.
+# Two results must agree in these fields. Otherwise a change of times may not come from the code.
 MACHINE = ("device", "threads")
 SETTINGS = ("benchmark", "shape", "precision", "tasks", "tokens", "dropout", "sweep")
 
 
 class Change(NamedTuple):
-    """The change of one time.
+    """The old and the new time of one measured step or operation.
 
-    ratio: the new median over the old one. noise: the sum of both spreads, from the 20 % to the 80
-    % quantile, relative to the medians. verdict: "slower" or "faster" if the two ranges do not
-    overlap, else "".
+    name: the keys that lead to it in the result. old_s, new_s: medians in seconds. ratio: new_s /
+    old_s. noise: the spreads of both added; a spread is the difference between the 80 % and the 20
+    % quantile, divided by the median. verdict: "slower" or "faster" if the intervals between these
+    quantiles do not overlap, else "".
     """
 
     name: str
@@ -31,7 +32,7 @@ class Change(NamedTuple):
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return a result that `--json` wrote. Raise UserError if the file is not one."""
+    """Return a result that `fastmtl bench ... --json` wrote. Raise UserError for any other file."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -44,7 +45,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def check_same(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raise UserError if machine or settings differ."""
+    """Raise UserError if the two results come from different machines or settings."""
     for where, keys in ((lambda r: r["environment"], MACHINE), (lambda r: r, SETTINGS)):
         for key in keys:
             before, now = where(old).get(key), where(new).get(key)
@@ -56,9 +57,9 @@ def check_same(old: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
-    """Return the changes of all times that both results have, the largest slowdown first.
+    """Return a Change for every time that both results have, the largest slowdown first.
 
-    Raises UserError like check_same.
+    Raises UserError if the two results come from different machines or settings.
     """
     check_same(old, new)
     before = dict(times(old))

@@ -1,8 +1,9 @@
-"""Whole steps of the DeepSpeed engine in one process, with flat parameters and CUDA graphs.
+"""Benchmark of whole DeepSpeed steps in one process, also with flat parameters and CUDA graphs.
 
-A step is what training runs: forward, backward, surgery, and ZeRO 1's step with its reduction,
-clipping and AdamW. The host waits inside a step, so the host's clock measures several steps in a
-row with one synchronisation at the end.
+A step is the same as in training: forward, backward, surgery, and the step of DeepSpeed's ZeRO 1,
+which reduces and clips the gradients and runs AdamW. The host waits for the device inside a step,
+and this time counts. So the host's clock measures several steps in a row, with one synchronisation
+at the end.
 """
 
 from __future__ import annotations
@@ -29,19 +30,20 @@ from fastmtl.model.encoder.bert import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
 
 ZERO = 1
-# DeepSpeed's checks of every gradient, and its second stream. fastmtl turns them off if surgery
-# knows the norm.
+# Settings that make DeepSpeed check every gradient, and use a second stream. fastmtl turns them off
+# if surgery already knows the norm.
 CHECKS = {"zero_optimization": {"overlap_comm": True, "compute_grad_norm": True}}
 BF16_CHECK = {"bf16": {"check_grad_overflow": True}}
-_TOTAL_STEPS = 1000  # of the learning rate schedule; no run here reaches its end
+_TOTAL_STEPS = 1000  # length of the learning rate schedule; no run here reaches its end
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineWay:
     """One configuration of the engine.
 
-    flat, graphs: engine.flat_parameters, engine.cuda_graphs. bf16: J is bfloat16. checks:
-    DeepSpeed's own norm, overflow check and overlap are on.
+    method: gradient.method of a recipe. flat, graphs: engine.flat_parameters and
+    engine.cuda_graphs. bf16: J, the matrix of task gradients, is bfloat16. checks: DeepSpeed
+    computes its own norm, checks for overflow and overlaps communication.
     """
 
     method: str
@@ -73,7 +75,7 @@ WAYS = {
 
 
 def check_ways(names: Sequence[str]) -> list[str]:
-    """Return the names, or all of WAYS if there are none. Raise UserError for an unknown name."""
+    """Return the given names, or all of WAYS if none is given. Raise UserError for unknown ones."""
     for name in names:
         if name not in WAYS:
             raise unknown_name("way", name, WAYS)
@@ -89,12 +91,14 @@ def bench_engine(
     commit: str | None = None,
     keep: Keep | None = None,
 ) -> dict[str, Any]:
-    """Time each configuration alone, in turn; JSON-ready.
+    """Time one configuration of WAYS after another, and return the result, JSON-ready.
 
-    A sample is the mean of `steps` steps. peak_mib: GPU memory with the engine and CUDA graphs;
-    None on a CPU. keep: receives the result after every configuration. A configuration that cannot
-    run is skipped with its reason, and so is one whose CUDA graphs fell back. Raises UserError if
-    the device is not the one that `engine` of a recipe selects.
+    steps: a sample is the mean time of this many steps. rounds: samples per configuration. keep:
+    called with the result so far after every configuration. peak_mib in the result: GPU memory with
+    the engine and the CUDA graphs; None on a CPU. A configuration is skipped, with its reason in
+    the result, if it cannot run, or if CUDA graphs were asked for and a part runs without them.
+    Raises UserError if size.device is not the device that DeepSpeed uses, which is a GPU if there
+    is one.
     """
     if (size.device == "cuda") != torch.cuda.is_available():
         raise UserError(f"--device {size.device}: DeepSpeed uses a GPU if there is one, and no other device")
@@ -187,7 +191,7 @@ def _timed(
 
 
 def recipe_of(way: EngineWay, workload: Workload, precision: str) -> Recipe:
-    """Return the workload's recipe with the settings of this configuration."""
+    """Return the workload's recipe, with the settings of the configuration `way`."""
     checks = {**CHECKS, **(BF16_CHECK if precision == "bf16" else {})} if way.checks else {}
     sections = {
         "gradient": {"method": way.method, "dtype": "bfloat16" if way.bf16 else "float32"},

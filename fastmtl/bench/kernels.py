@@ -1,8 +1,8 @@
-"""Every operation of fastmtl_kernels and its alternatives: times and shares of the machine's speed.
+"""Benchmark of the operations of fastmtl_kernels, their alternatives, and the machine's speed.
 
-The machine's speed is measured in the same run. Memory: a copy of as many bytes as the operation
-has to read and write, half of them each, interleaved with the implementations. Arithmetic: one
-large matrix product.
+The machine's speed is measured in the same run. Memory: a copy that moves as many bytes as the
+operation must read and write (half of them are read, half written), in turn with the
+implementations. Arithmetic: one large matrix product.
 """
 
 from __future__ import annotations
@@ -51,15 +51,16 @@ def bench_kernels(
     without: Sequence[str] = (),
     keep: Keep | None = None,
 ) -> dict[str, Any]:
-    """Return times and peak memory of operations, JSON-ready.
+    """Measure times and peak memory of operations, and return the result, JSON-ready.
 
-    impls: words of the names to measure, such as "cpp", "eager" or "fastmtl"; all if empty.
-    without: words of the names to leave out. commit: see environment(). keep: receives the result
-    after every case.
+    impls: only implementations with one of these words in their name are measured, such as "cpp",
+    "eager" or "fastmtl"; all if empty. without: implementations with one of these words in their
+    name are left out. commit: see environment(). keep: called with the result so far after every
+    case.
 
-    Raises WrongResult if an implementation of fastmtl disagrees with the oracle, before anything is
-    timed, and UserError for an unknown name. Other libraries' implementations that disagree or
-    cannot run are skipped with their reason.
+    Raises WrongResult if an implementation of fastmtl disagrees with the oracle, before its
+    operation is timed, and UserError for an unknown operation. Other implementations that disagree
+    or cannot run are skipped, with their reason in the result.
     """
     device = torch.device(size.device)
     found: dict[str, Any] = {}
@@ -97,11 +98,11 @@ def bench_kernels(
 def runnable(
     case: Case, impls: Sequence[str] = (), without: Sequence[str] = ()
 ) -> tuple[dict[str, Chain], dict[str, float], dict[str, str]]:
-    """Return chains, errors and reasons: what can be timed of a case, and what is skipped.
+    """Check every implementation of a case; return (chains, errors, reasons), each by its name.
 
-    chains: forward and backward of each implementation that agrees with the oracle. errors:
-    relative to the allowed error. reasons: of the skipped implementations. Raises like
-    bench_kernels.
+    chains: the functions to time, forward and backward, of each implementation that agrees with the
+    oracle. errors: the largest error as a share of the allowed one. reasons: why an implementation
+    is skipped. impls, without, and errors that are raised: as in bench_kernels.
     """
     chains: dict[str, Chain] = {}
     errors: dict[str, float] = {}
@@ -113,7 +114,7 @@ def runnable(
             run = way.build()
             errors[way.name] = case.check(way, run)
             chain, _ = case.chain(way, run)
-            forward_and_backward(chain)  # with dropout, which the check may have left out
+            forward_and_backward(chain)  # with dropout, since the check may have run without it
         except Skipped as reason:
             skipped[way.name] = str(reason)
         except Exception as error:
@@ -137,7 +138,7 @@ def forward_and_backward(chain: Chain) -> None:
 
 
 def check_impls(impls: Sequence[str], size: Size, operations: Sequence[str]) -> None:
-    """Raise UserError for a name that no operation has."""
+    """Raise UserError for a word of `impls` that is in no name of an implementation."""
     names = way_names(operations, size)
     valid = names | {word for name in names if name.startswith("fastmtl ") for word in name.split()}
     for impl in impls:
@@ -202,7 +203,7 @@ def _rates(entry: dict[str, Any], ways: dict[str, Any], work: tuple[float, float
 
 
 def _copies(case: Case) -> Chain:
-    """Return copies of as many bytes as each pass has to read and write, half of them each."""
+    """Return one copy for each pass, which moves as many bytes as the pass must read and write."""
     sizes = [int(case.work[name].bytes) // 2 for name in case.passes]
     device = next(iter(case.tensors.values())).device
     source, target = (torch.zeros(max(sizes), dtype=torch.uint8, device=device) for _ in range(2))
@@ -224,9 +225,10 @@ def _gemm(size: Size, rounds: int, laps: Callable[[Chain], list[float]]) -> dict
 def _peaks(
     size: Size, operations: Sequence[str], names: Mapping[str, Sequence[str]], threads: int | None = None
 ) -> dict[str, dict[str, int | None]]:
-    """Return the peak bytes of forward and backward beyond their inputs, for the named ways.
+    """Return the peak bytes beyond the inputs of forward and backward, by case and implementation.
 
-    threads: set in a separate process on a CPU; None on a GPU.
+    names: the implementations to run, by case. threads: the number of threads to set, in a separate
+    process on a CPU; None on a GPU. A peak that cannot be measured is None.
     """
     if threads is not None:
         torch.set_num_threads(threads)

@@ -1,11 +1,13 @@
-"""Times of the forward and backward of one operation in the same run.
+"""Clocks that time the forward and the backward of one operation separately in one run.
 
-On CPUs, short ones are repeated until a sample is long enough to trust. On GPUs, a time is measured
-by the GPU's own clock between two events, with emptied caches: in a training step the layers
-between two calls of an operation empty them. Emptying also keeps the GPU busy while the host
-launches the timed kernels, so no launch delays them. The cache is filled by reads: lines filled by
-writes would go to memory during the timed operation. That write-back costs the operation and its
-copy about the same time, which would move their ratio towards 1.
+On CPUs, short functions are repeated until a sample is long enough to trust.
+
+On GPUs, the GPU's own clock measures the time between two events. The cache is emptied before,
+because in a training step the layers between two calls of an operation empty it. Emptying also
+keeps the GPU busy while the host launches the timed kernels, so no launch delays them. A large
+buffer is read to empty the cache. If it were written, the written lines would go to memory during
+the timed operation. The operation and the copy that it is compared with would pay about the same
+time for that, which would move their ratio towards 1.
 """
 
 from __future__ import annotations
@@ -23,16 +25,16 @@ from fastmtl.measure.harness import GPU_STEPS
 # Functions; each is called with the result of the previous one, the first with None.
 Chain = Sequence[Callable[[Any], Any]]
 ENOUGH_S = 0.01
-_LEAD = 1.5  # the GPU is kept busy this many times as long as the host needs
-_SWEEPS = 32  # at most: an operation of hundreds of kernels, or one that waits, would need too many
-_LONGEST_S = 0.1  # host time of a sample
+_LEAD = 1.5  # the GPU is kept busy this many times as long as the host needs for the timed function
+_SWEEPS = 32  # most reads of the buffer; an operation of hundreds of kernels, or one that waits, would need too many
+_LONGEST_S = 0.1  # most host time of a sample
 
 
 class Clock(Protocol):
     def laps(self, chain: Chain) -> list[float]:
-        """Return the seconds of each function of the chain, the mean of several runs.
+        """Return the mean seconds of each function of the chain over several runs.
 
-        The chain must have run before.
+        The chain must have run once before, so that its first call is not timed.
         """
         ...
 
@@ -55,7 +57,7 @@ class CpuClock:
 
 
 class GpuClock:
-    """A clock with a buffer of twice the size of the GPU's cache."""
+    """A clock for a GPU. It empties the L2 cache by reading a buffer of twice the cache's size."""
 
     def __init__(self, device: torch.device) -> None:
         size = 2 * torch.cuda.get_device_properties(device).L2_cache_size

@@ -1,4 +1,4 @@
-"""A check of each variant's gradients against the textbook loop. Wrong gradients are not timed."""
+"""Check of each variant's gradients against the textbook loop, so that wrong ones are not timed."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fastmtl.bench.textbook import PaddedBatch, PaddedModel
 from fastmtl.bench.variants import Skipped, Variant
 from fastmtl.bench.workload import Workload, plain_name
 
-# Least scale of a tensor's error, relative to the whole gradient's norm. It matters for gradients
-# that are pure cancellation, such as the bias of keys.
+# A tensor's error is divided by its own norm plus this share of the whole gradient's norm. The
+# share matters for gradients that are only rounding errors, such as that of the keys' bias.
 FLOOR = 1e-2
-# Least distance of PCGrad's gradient from the sum's, in tolerances. A closer pair would make the
-# check meaningless.
+# Least difference between PCGrad's gradient and the plain sum, as a multiple of the allowed error.
+# With a smaller one, a plain sum would pass the check of PCGrad.
 APART = 5
 
 
 class GradientMismatch(RuntimeError):
-    """Raised for a variant whose gradient is not the textbook's. Its time would be meaningless."""
+    """Raised if a variant's gradient is not the textbook loop's. Its time would be meaningless."""
 
 
 class TextbookGradients:
@@ -56,20 +56,23 @@ class TextbookGradients:
         self._merged: dict[tuple[int, ...], dict[str, Tensor]] = {}
 
     def merged(self, order: Tensor | None) -> dict[str, Tensor]:
-        """Return every parameter's gradient, float32: PCGrad's, or the sum's if order is None."""
+        """Return the merged gradient of every parameter by name, float32.
+
+        order: PCGrad's projection order, int64 [T, T]; None: the gradients are summed.
+        """
         key = () if order is None else tuple(order.flatten().tolist())
         if key not in self._merged:
             weights = torch.ones(len(self._rows), dtype=torch.float64)
             if order is not None:
                 values, vectors = torch.linalg.eigh(self._gram)
-                coordinates = vectors * values.clamp(min=0).sqrt()  # rows with the gradients' inner products
+                coordinates = vectors * values.clamp(min=0).sqrt()  # rows with the same inner products as the gradients
                 merged = textbook.pcgrad(list(coordinates), order)
                 weights = torch.linalg.pinv(coordinates.t()) @ merged
             self._merged[key] = self._combined(weights)
         return {**self._merged[key], **self._own}
 
     def _pieces(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the columns of J of each parameter, float64 [T, size]."""
+        """Yield each parameter's name and its columns of J, float64 [T, size]."""
         for name, *rows in zip(self._shapes, *self._rows, strict=True):
             yield name, torch.stack(rows).double()
 
@@ -80,12 +83,13 @@ class TextbookGradients:
 
 
 class Oracle:
-    """The textbook loop's gradients of a workload in float32, and the allowed errors of a variant.
+    """The correct gradients of a workload, and the largest errors that a variant may have.
 
-    In float32 the allowed error is the variant's own tolerance. In a lower precision it is, for
-    every parameter, the tolerance plus twice the textbook loop's own error in that precision. The
-    median of this error over all parameters is the least value used, since a tensor of a few
-    numbers may be exact by luck.
+    The textbook loop in float32 gives the correct gradients. If the workload is float32, the
+    allowed error is the variant's own tolerance. In a lower precision, a parameter's allowed error
+    is the tolerance plus twice the textbook loop's own error in that precision. The median of this
+    error over all parameters is the least value used, since a tensor of a few numbers may be exact
+    by luck.
     """
 
     def __init__(self, workload: Workload) -> None:
@@ -98,11 +102,14 @@ class Oracle:
         self._whole = math.hypot(*self._exact.norms.values())
 
     def expected(self, order: Tensor | None) -> dict[str, Tensor]:
-        """Return every parameter's gradient, float32: PCGrad's, or the sum's if order is None."""
+        """Return the correct gradient of every parameter by name, float32.
+
+        order: PCGrad's projection order, int64 [T, T]; None: the gradients are summed.
+        """
         return self._exact.merged(order)
 
     def allowed(self, variant: Variant) -> dict[str, float]:
-        """Return every parameter's largest allowed error, relative to the task gradients' norms."""
+        """Return each parameter's largest allowed error, relative to its gradients' norms."""
         expected = self.expected(variant.order)
         if self._rounded is None:
             return dict.fromkeys(expected, variant.tolerance)
@@ -112,10 +119,11 @@ class Oracle:
         return {name: variant.tolerance + 2 * max(error, least) for name, error in errors.items()}
 
     def check(self, variant: Variant) -> float:
-        """Run the variant's first step; return its largest error, relative to the gradients' norms.
+        """Run the variant's first step; return the largest relative error of its gradients.
 
-        Raises GradientMismatch with the variant and parameter, and Skipped for an optional variant
-        that fails.
+        Raises GradientMismatch, with the names of variant and parameter, if an error is too large
+        or if PCGrad's gradient is too close to the sum. Raises Skipped if an optional variant
+        fails.
         """
         expected, allowed = self.expected(variant.order), self.allowed(variant)
         summed = self.expected(None)

@@ -1,8 +1,8 @@
-"""Several implementations of PCGrad at equal work: time, memory, and the largest batch on a GPU.
+"""Comparison of PCGrad's implementations on the same rows: time, memory, and the largest batch.
 
 The memory of a step has a fixed part and a part that grows with the rows: peak(rows) = fixed +
-slope * rows, from the peaks at two numbers of rows. Without a GPU, the largest batch is where that
-line meets the limit. On a GPU it is measured.
+slope * rows. The peaks at two numbers of rows give this line. Without a GPU, the largest batch is
+where the line meets the memory limit. On a GPU, it is measured.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ SHOWN = {
     "textbook": "textbook PCGrad",
     "torchjd": "TorchJD PCGrad",
 }
-GROWTH = 2  # the second number of rows over the first
-CLOSE = 0.97  # share of the limit from which on a measured batch counts as the largest
-LESS = 0.9  # factor of the rows after running out of memory
+GROWTH = 2  # factor from the first number of rows to the second
+CLOSE = 0.97  # a batch that needs at least this share of the limit counts as the largest
+LESS = 0.9  # factor for the next number of rows after a try ran out of memory
 TRIES = 6
 PRELOAD = "fastmtl.bench.surgery"  # imported by the fork server of the measured processes
 
@@ -43,11 +43,13 @@ def bench_peers(
     commit: str | None = None,
     keep: Keep | None = None,
 ) -> dict[str, Any]:
-    """Return time and memory of every peer, JSON-ready.
+    """Measure time and memory of every implementation in SHOWN, and return the result, JSON-ready.
 
-    size: its tokens are ignored; the shape's rows are used. limit_gib: memory of the GPU that the
-    batch must fit. keep: receives the result after every peer whose memory is known. memory_mib: of
-    a step with AdamW, that is the measured peak and two moments. largest_rows: per task.
+    size: its tokens are ignored; each task has the shape's number of rows. limit_gib: GPU memory
+    that the batch must fit. keep: called with the result so far after each implementation whose
+    memory is known. memory_mib in the result: memory of a step with AdamW, which is the measured
+    peak beyond an idle process, and AdamW's two moments. largest_rows: rows of each task in the
+    largest batch.
 
     Raises GradientMismatch like bench_variants, and UserError if peaks cannot be measured.
     """
@@ -102,7 +104,10 @@ def bench_peers(
 
 
 def line(points: dict[int, int]) -> tuple[float, float]:
-    """Return the value at 0 and the slope of the line through the two largest points."""
+    """Return (value at 0, slope) of the line through the two points with the most rows.
+
+    points: peak bytes by number of rows. Raises UserError if the peak does not grow.
+    """
     (x0, y0), (x1, y1) = sorted(points.items())[-2:]
     slope = (y1 - y0) / (x1 - x0)
     if slope <= 0:
@@ -111,7 +116,11 @@ def line(points: dict[int, int]) -> tuple[float, float]:
 
 
 def _measured_largest(peak: Callable[[int], int], points: dict[int, int], rows: int, limit: float) -> int:
-    """Return the largest measured number of rows that fits, close to the limit or after TRIES."""
+    """Measure up to TRIES batches, until one is close to the limit; return the most rows that fit.
+
+    peak: measures the peak bytes for a number of rows. points: the peaks measured so far, by number
+    of rows; new ones are added. rows: the first number to try. limit: bytes.
+    """
     for _ in range(TRIES):
         try:
             points[rows] = peak(rows)
@@ -129,11 +138,11 @@ def _peak(name: str, size: Size) -> int:
     if size.device == "cuda":
         return gpu_peak_of(name, Workload(size))
     found = in_own_process(peak_of, name, size, torch.get_num_threads(), preload=PRELOAD)
-    assert found is not None  # an idle process had one
+    assert found is not None  # the peak of an idle process could be measured
     return found
 
 
 def _idle(threads: int) -> int | None:
-    """Return the bytes of a process that has only imported."""
+    """Return the resident bytes of a process that has only imported modules; None if unknown."""
     torch.set_num_threads(threads)
     return resident_bytes()

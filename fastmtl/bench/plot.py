@@ -9,14 +9,15 @@ from typing import Any
 from fastmtl.errors import UserError
 from fastmtl.measure.result_file import ORIGIN
 
-# Steps that are not fastmtl's.
+# Beginnings of the names of steps that are not fastmtl's.
 OTHERS = ("transformers", "textbook", "torchjd", "TorchJD", "matrix products")
 
 
 def plot(result: dict[str, Any], directory: Path) -> list[Path]:
-    """Draw a result into `directory`, which is created, and return the files.
+    """Draw the figures of a result as SVG files in `directory`, and return their paths.
 
-    Raises UserError if the result lacks its origin, or if the directory cannot be written.
+    The directory is created. Raises UserError if the result does not name the device, versions and
+    commit that it was measured with, or if the directory cannot be written.
     """
     about = result.get("environment", {})
     missing = [key for key in ORIGIN if about.get(key) is None]
@@ -30,7 +31,8 @@ def plot(result: dict[str, Any], directory: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    # Text stays text, for small and searchable files. Equal results give equal files.
+    # Text stays text, so that files are small and searchable. With a fixed salt, equal results give
+    # equal files.
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "fastmtl", "font.size": 9})
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -66,7 +68,7 @@ def _draw(result: dict[str, Any], kind: Callable[[Any, dict[str, Any]], str], di
 
 
 def _roofline(axes: Any, result: dict[str, Any]) -> str:
-    """Plot operations per second against operations per byte to move; forward and backward."""
+    """Plot operations per second over operations per byte to move, for forward plus backward."""
     from matplotlib import colormaps
 
     palette = colormaps["tab20"]
@@ -102,7 +104,7 @@ def _roofline(axes: Any, result: dict[str, Any]) -> str:
 
 
 def _to_eager(axes: Any, result: dict[str, Any]) -> str:
-    """Plot times relative to eager torch."""
+    """Plot the times of all implementations, relative to that of eager torch."""
     labels, values, colours = [], [], []
     for name, operation in result["operations"].items():
         ways = operation["passes"]["both" if "both" in operation["passes"] else "forward"]

@@ -1,4 +1,4 @@
-"""Checks that a step runs as CUDA graphs. A step that fell back must not be measured as one."""
+"""Checks that a step runs as CUDA graphs, so that a step that fell back is not measured as one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from fastmtl.measure.harness import Skipped
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery
 
-# The encoder and merging are recorded in the first step, heads in the second, once their sizes have
-# occurred before.
+# After this many steps everything is recorded: the first step records the encoder and merging, the
+# second one the heads, since a head's sizes must have occurred before.
 STEPS_TO_RECORD = 2
 
 
@@ -23,7 +23,7 @@ def not_recorded(model: MultiTaskModel, surgery: GradientSurgery | None = None) 
 
 
 def refuse_unrecorded(model: MultiTaskModel, surgery: GradientSurgery | None = None) -> None:
-    """Raise Skipped with the reasons unless everything was recorded."""
+    """Raise Skipped, with the reasons, unless encoder, heads and merging are recorded."""
     reasons = not_recorded(model, surgery)
     if reasons:
         raise Skipped("; ".join(reasons))

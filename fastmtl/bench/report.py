@@ -1,4 +1,4 @@
-"""Results as tables and as a file, and progress messages during a measurement."""
+"""Output of the benchmarks: progress messages, tables on a terminal, and result files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from fastmtl.measure.harness import Keep, Say
 from fastmtl.measure.result_file import UNFINISHED, save
 
 KEPT = ("kept_bytes_per_token", "kept_bytes_per_token_and_layer")
-# Columns with text; the others have numbers.
+# Headers of the columns with text; the others have numbers.
 TEXTS = ("step", "variant", "operation", "impl", "dtype", "what", "verdict")
 
 
 @contextmanager
 def progress() -> Iterator[Say]:
-    """Show progress: one changing line on a terminal, otherwise a timed line per message."""
+    """Yield a function that shows a progress message.
+
+    On a terminal each message replaces the one before. Elsewhere each is a line with its time.
+    """
     console = Console(stderr=True)
     if console.is_terminal:
         with console.status("", refresh_per_second=1) as status:
@@ -40,13 +43,13 @@ def progress() -> Iterator[Say]:
 
 
 def check_file(path: Path | None) -> None:
-    """Raise UserError if the result could not be written, before minutes of measuring."""
+    """Raise UserError if `path` cannot be written. Call this before minutes of measuring."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise UserError(f"--json: cannot write {path}: give a file in a directory that exists")
 
 
 def keeper(path: Path | None) -> Keep | None:
-    """Return a function that saves unfinished results in a file; None without a file."""
+    """Return a function that saves a result as unfinished in `path`; None if there is no path."""
     if path is None:
         return None
     return lambda result: save({**result, UNFINISHED: True}, path)
@@ -81,7 +84,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def show_changes(changes: Sequence[Change], old: dict[str, Any], new: dict[str, Any], console: Console) -> None:
-    """Print the table of compare.changes, and the other differences of the two environments."""
+    """Print the changes of times as a table, and the fields that differ in the environments."""
     table = _table("", *("what", "old ms", "new ms", "ratio", "noise", "verdict"))
     for change in changes:
         noise = f"±{change.noise:.0%}"
@@ -189,7 +192,10 @@ def _ways(result: dict[str, Any]) -> Table:
 
 
 def _steps(result: dict[str, Any]) -> Table:
-    """Return a table of steps. Kept bytes, if counted, replace operator calls."""
+    """Return a table of steps.
+
+    Its last columns are kept bytes if they were counted, else operator calls.
+    """
     counted = any("kept_bytes_per_token" in entry for entry in result["steps"].values())
     table = _table(
         f"{result['shape']['name']} in {result['precision']}, {result['tasks']} tasks, {result['tokens']} tokens "
@@ -210,7 +216,7 @@ def _steps(result: dict[str, Any]) -> Table:
 
 
 def _calls(entry: dict[str, Any]) -> list[str]:
-    if "operator_calls" not in entry:  # the measurement ended before they were counted
+    if "operator_calls" not in entry:  # unfinished result: operators are counted after the times
         return ["", "", ""]
     counts = [f"{entry['operator_calls'][key]:,}" for key in ("operators", "without_optimizer")]
     return [*counts, f"{entry['calls_to_transformers']['operators']:.2f}x"]

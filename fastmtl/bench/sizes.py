@@ -1,4 +1,7 @@
-"""Sizes of encoders and lengths of texts for all benchmarks. Imports torch and numpy only."""
+"""Sizes of encoders and lengths of texts for all benchmarks.
+
+This module imports torch and numpy only.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,19 @@ import torch
 SEED = 1
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# Tokens of three tasks' texts with [CLS] and [SEP], at these quantiles: pairs of questions, pairs
-# of sentences, sentences of reviews. The means are 30, 28 and 25; the longest of 32 texts is two to
-# three times as long.
+# Token counts of texts with [CLS] and [SEP] at these quantiles, for three tasks: pairs of
+# questions, pairs of sentences, sentences of reviews. The mean counts are 30, 28 and 25; the
+# longest of 32 texts has two to three times as many.
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.9, 0.97, 1.0)
 LENGTHS = ((10, 16, 21, 27, 35, 46, 60, 96), (9, 14, 18, 24, 33, 46, 62, 100), (4, 9, 16, 23, 33, 40, 48, 64))
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of an encoder, and the number of sequences of each task in a step."""
+    """The size of an encoder, and the number of sequences of each task in a step.
+
+    rows: that number. vocabulary, positions: the heights of the word and position tables.
+    """
 
     name: str
     hidden: int
@@ -32,7 +38,11 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """The encoder's parameters: three tables, a LayerNorm, six maps and two norms per layer."""
+        """The number of the encoder's parameters.
+
+        The encoder has three tables and a LayerNorm, and in each layer six linear maps and two
+        LayerNorms.
+        """
         d, wide = self.hidden, self.intermediate
         layer = 4 * (d * d + d) + (d * wide + wide) + (wide * d + d) + 4 * d
         return (self.vocabulary + self.positions + 2) * d + 2 * d + self.layers * layer
@@ -50,9 +60,9 @@ SHAPES = {
 class Size:
     """The settings of a workload.
 
-    tokens: of the whole step, split equally between tasks; None: each task has the shape's rows.
-    device: "cpu" or "cuda". precision: of weights and activations, a key of PRECISIONS. dropout: of
-    hidden states and attention probabilities.
+    tokens: number in the whole step, split equally between tasks; None: each task has shape.rows
+    texts. device: "cpu" or "cuda". precision: of weights and activations, a key of PRECISIONS.
+    dropout: the probability for hidden states and attention probabilities.
     """
 
     shape: Shape
@@ -64,9 +74,9 @@ class Size:
 
 
 def lengths_of(shape: Shape, tasks: int, tokens: int | None = None) -> list[np.ndarray]:
-    """Return the tokens of each task's texts, ascending: int64 [texts] per task.
+    """Return the token counts of each task's texts, one int64 [texts] array per task.
 
-    tokens: of all tasks together, split equally; None: each task has the shape's rows.
+    tokens: number for all tasks together, split equally; None: each task has shape.rows texts.
     """
     return [
         lengths_of_rows(task, shape.rows)
@@ -77,13 +87,20 @@ def lengths_of(shape: Shape, tasks: int, tokens: int | None = None) -> list[np.n
 
 
 def lengths_of_rows(task: int, rows: int) -> np.ndarray:
-    """Return int64 [rows], spread evenly over the quantiles: few texts with the usual tail."""
+    """Return the token counts of `rows` texts, int64 [rows].
+
+    They are taken at evenly spaced quantiles, so that even a few texts include long ones.
+    """
     found = np.interp((np.arange(rows) + 0.5) / rows, QUANTILES, LENGTHS[task % len(LENGTHS)])
     return np.rint(found).astype(np.int64)
 
 
 def lengths_of_tokens(task: int, tokens: int) -> np.ndarray:
-    """Return lengths that add up to `tokens`: as many texts as fit, each slightly changed."""
+    """Return the token counts of texts with `tokens` tokens in all, int64 [texts].
+
+    The mean length decides the number of texts. Then each length is changed slightly to reach the
+    sum.
+    """
     mean = lengths_of_rows(task, 1000).mean()
     lengths = lengths_of_rows(task, max(round(tokens / mean), 1))
     missing = tokens - int(lengths.sum())

@@ -1,7 +1,7 @@
-"""A whole training step with dropout: forward, backward and AdamW.
+"""Benchmark of a whole training step with dropout: forward, backward and AdamW.
 
-It is compared with transformers' model on padded batches, and with the step's matrix products
-alone.
+fastmtl's step is compared with that of transformers' model on padded batches, and with the step's
+matrix products alone.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ from fastmtl.measure.environment import environment
 from fastmtl.measure.harness import Keep, Say, Skipped, WrongResult, interleave, summary
 from fastmtl.model.multitask import MultiTaskModel
 
-# float32: different orders of addition. bfloat16: 8 bits in every activation of a few layers.
+# Largest relative error of a loss. float32: numbers are added in another order. bfloat16: every
+# activation of a few layers has 8 bits.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 DROPOUT = 0.1
-# Sweeps over sizes.
+# Values of the sweeps over sizes.
 TOKENS = (1024, 2048, 4096, 8192)
 TASKS = (2, 4, 8)
 PRECISIONS = ("fp32", "bf16")
 SWEEPS = ("tokens", "tasks", "adapters", "methods", "precisions", "recompute", "graphs")
-# Sweeps whose ways are interleaved in one run.
+# Sweeps whose steps take turns in one run, with the names of these steps.
 BY_TURNS = {
     "adapters": SWEPT_ADAPTERS,
     "methods": SWEPT_METHODS,
@@ -50,7 +51,7 @@ BY_TURNS = {
 
 
 class LossMismatch(WrongResult):
-    """Raised for two models whose losses should be equal and are not."""
+    """Raised if a model's losses differ from those of transformers' model."""
 
 
 def bench_step(
@@ -61,12 +62,14 @@ def bench_step(
     ways: Sequence[str] = DEFAULT,
     keep: Keep | None = None,
 ) -> dict[str, Any]:
-    """Time the ways interleaved in this process; JSON-ready.
+    """Time implementations of a step in turn, in this process, and return the result, JSON-ready.
 
-    size: its dropout is ignored. ways: of WAYS, with transformers' and the matrix products. commit:
-    see environment(). keep: receives the result after every round.
+    size: its dropout is ignored. ways: names in WAYS; they must include transformers' step and the
+    matrix products, to which the ratios refer. commit: see environment(). keep: called with the
+    result so far after every round.
 
-    Raises LossMismatch if a model's losses, without dropout, differ from those of transformers'.
+    Raises LossMismatch if a model's losses, without dropout, differ from those of transformers'
+    model.
     """
     about = {"benchmark": "step", **_about(size, rounds, commit)}
     return {**about, **_measured(size, rounds, say, ways, keep=_beside(about, keep))}
@@ -75,11 +78,13 @@ def bench_step(
 def bench_sweep(
     sweep: str, size: Size, rounds: int, say: Say, commit: str | None = None, keep: Keep | None = None
 ) -> dict[str, Any]:
-    """Time one of SWEEPS; JSON-ready.
+    """Time the steps of one of SWEEPS, and return the result, JSON-ready.
 
-    adapters, methods, recompute (with the bytes that forward keeps for backward) and graphs are
-    interleaved in one run. tokens, tasks and precisions run in sequence, as named `points`. keep:
-    receives the result after every round, or after every point. Raises like bench_step.
+    In the sweeps adapters, methods, recompute and graphs, all steps take turns in one run;
+    recompute also counts the bytes that forward keeps for backward. The sweeps tokens, tasks and
+    precisions time one size after another; each is a named entry of `points` in the result. keep:
+    called with the result so far after every round, or after every point. Raises LossMismatch like
+    bench_step.
     """
     about = {"benchmark": f"step --sweep {sweep}", **_about(size, rounds, commit)}
     if sweep in BY_TURNS:
@@ -169,7 +174,10 @@ def _measured(
 
 
 def _ratios(samples: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
-    """Return a summary of every way, with ratios to transformers' and to the matrix products'."""
+    """Return a summary of each step's samples, with its ratios to two of the steps.
+
+    The ratios are to the times of transformers' step and of the matrix products.
+    """
     found = {name: summary(seconds) for name, seconds in samples.items()}
     for entry in found.values():
         entry["ratio_to_transformers"] = entry["median_s"] / found[TRANSFORMERS]["median_s"]
@@ -178,10 +186,10 @@ def _ratios(samples: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
 
 
 def checked(name: str, workload: Workload, losses: Sequence[float]) -> tuple[Step, float]:
-    """Return one of WAYS, ready to run, and the largest relative error of its model's losses.
+    """Compare the losses of a model; return its step, ready to run, and the largest relative error.
 
-    losses: padded_losses of transformers' model. Raises Skipped with the reason if it cannot run,
-    and LossMismatch.
+    name: one of WAYS. losses: the losses of transformers' model. Raises Skipped with the reason if
+    the step cannot run, and LossMismatch if an error is too large.
     """
     tolerance = TOLERANCES[workload.dtype]
     way = WAYS[name]
@@ -200,7 +208,7 @@ def checked(name: str, workload: Workload, losses: Sequence[float]) -> tuple[Ste
 
 @torch.no_grad()
 def padded_losses(workload: Workload, model: PaddedModel) -> list[float]:
-    """Return each task's loss without dropout."""
+    """Return the mean loss of each task on its padded batch, without dropout."""
     model.eval()
     return [float(model.loss(task, model.features(b), b)) for task, b in enumerate(workload.padded_batches)]
 

@@ -1,4 +1,4 @@
-"""Operators, host time and host waits of a step under DeepSpeed, for a narrow model."""
+"""Counts of the operators, host time and host waits of a DeepSpeed step, for a narrow model."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ _STEPS = 10
 class StepCalls:
     """Counts of one step.
 
-    calls: per part of the step, including `in graphs`. seconds: processor time per part. waits: one
-    line each. parameters: the number that DeepSpeed has.
+    calls: operator calls by part of the step; the part `in graphs` has those that CUDA graphs would
+    replay. seconds: processor time by part. waits: one line for each time the host would wait for a
+    GPU. parameters: the number of parameter tensors that DeepSpeed manages.
     """
 
     calls: Counter[str]
@@ -47,7 +48,7 @@ class StepCalls:
 
 
 class _InGraphs(Unrecorded):
-    """A recorder that counts the operators that CUDA graphs would hold."""
+    """A recorder that captures nothing: it runs each function as the step's part `in graphs`."""
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
@@ -67,11 +68,12 @@ def count_step(
     graphs: bool = False,
     deepspeed: dict[str, Any] | None = None,
 ) -> StepCalls:
-    """Count a step of one process on the CPU, with three tasks, dropout, and heads of every kind.
+    """Count the operators, the time and the host waits of a step of one process on the CPU.
 
-    The model is narrow. The number of calls does not depend on widths, and the milliseconds
-    approximate the host's launch time. graphs: everything that `engine.cuda_graphs` captures is
-    counted as a separate part. deepspeed: the recipe's section.
+    The step has three tasks, dropout, and heads of every kind. The model is narrow: the number of
+    calls does not depend on widths, and the milliseconds approximate the host's launch time.
+    graphs: everything that `engine.cuda_graphs` captures is counted as a separate part. deepspeed:
+    the section `deepspeed` of the recipe.
     """
     start()
     shape = Shape("narrow", 32, layers, heads=2, intermediate=64, rows=4, vocabulary=100, positions=128)
@@ -106,7 +108,7 @@ def count_step(
 
 
 def _seconds(step: Callable[[], None]) -> dict[str, float]:
-    """Return the mean seconds of each part without its nested parts."""
+    """Return the mean processor seconds of each part of a step, without the parts nested in it."""
     spent: defaultdict[str, float] = defaultdict(float)
     open_parts, last = [THE_REST], time.process_time()
 

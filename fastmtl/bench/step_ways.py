@@ -1,4 +1,4 @@
-"""Implementations of one training step, with dropout and AdamW."""
+"""Implementations of one training step that are compared, all with dropout and AdamW."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastmtl.surgery.methods.table import method_names
 
 TRANSFORMERS, PRODUCTS = "transformers", "matrix products"
 COMPILED = ("transformers compiled",)
-# The papers' sizes; for low-rank layers and LoRA a usual rank.
+# Sizes of the adapters: the paper's for PAL, a usual rank for low-rank layers and LoRA.
 ADAPTERS = {"pal": 204, "low_rank": 8, "lora": 8}
 RECOMPUTE: tuple[Recompute, ...] = ("cheap", "full")
 METHODS = ("gradvac", "upgrad", "mgda", "imtlg")
@@ -33,8 +33,8 @@ Step = Callable[[], None]
 class Way:
     """One implementation of a step.
 
-    build: makes the step; raises Skipped if it cannot run. model: returns the workload's model
-    whose losses are compared; None for a step without a loss.
+    build: makes the step from the workload and the model; raises Skipped if it cannot run. model:
+    returns the model, whose losses are compared first; None for a step without a loss.
     """
 
     def __init__(
@@ -112,7 +112,10 @@ def _merged(
 
 
 def recorded(workload: Workload, model: nn.Module, method: str) -> Step:
-    """Return a step of `sum` or `pcgrad` as the CUDA graphs of `engine.cuda_graphs`."""
+    """Return a step of `sum` or `pcgrad` that replays CUDA graphs, as with `engine.cuda_graphs`.
+
+    Raises Skipped, with the reasons, if a part is not recorded.
+    """
     assert isinstance(model, MultiTaskModel)
     step, surgery = (joint(workload, model), None) if method == "sum" else _merged(workload, model, method)
     weights = copy.deepcopy(model.state_dict())  # shared by all ways

@@ -1,4 +1,4 @@
-"""The cost of PCGrad over a joint step: time and memory by variant, time by number of tasks."""
+"""Benchmark of PCGrad and a joint step: time and memory by variant, time by number of tasks."""
 
 from __future__ import annotations
 
@@ -40,12 +40,13 @@ def bench_variants(
     commit: str | None = None,
     keep: Keep | None = None,
 ) -> dict[str, Any]:
-    """Return interleaved times and separate peak memory of all variants, JSON-ready.
+    """Measure times and peak memory of variants of a step, and return the result, JSON-ready.
 
-    Times are taken in this process. variants: must include both of JOINT and the textbook, to which
-    the ratios refer. Peers take several times longer, so they run in every other round only.
-    commit: see environment(). keep: receives the result after every round, and after the peak
-    memory of each variant.
+    The variants are timed in turn in this process. The peak memory is measured for each variant
+    alone. variants: names; they must include both of JOINT and the textbook, to which the ratios
+    refer. Variants of other libraries take several times longer, so they run in every other round
+    only. commit: see environment(). keep: called with the result so far after every round, and
+    after the peak memory of each variant.
 
     Raises GradientMismatch if a variant's gradient is not the textbook's, before anything is timed.
     """
@@ -92,7 +93,10 @@ def bench_variants(
 def _entries(
     samples: dict[str, list[float]], workload: Workload, errors: dict[str, float], peaks: dict[str, int | None]
 ) -> dict[str, dict[str, Any]]:
-    """Return a summary of every variant with its ratios. peaks: bytes measured so far."""
+    """Return a summary of every variant's samples, with its ratios and memory.
+
+    peaks: the peak bytes of the variants that were measured so far.
+    """
     found: dict[str, dict[str, Any]] = {name: summary(seconds) for name, seconds in samples.items()}
     joint = min(found[name]["median_s"] for name in JOINT)
     dense = sum(p.numel() for p in workload.packed.shared_parameters())
@@ -111,10 +115,11 @@ def _entries(
 def bench_tasks(
     size: Size, rounds: int, say: Say, numbers: Sequence[int] = TASKS, commit: str | None = None
 ) -> dict[str, Any]:
-    """Time `sum` and PCGrad with growing numbers of tasks in equally many tokens; JSON-ready.
+    """Time `sum` and PCGrad with more and more tasks in equally many tokens; return it JSON-ready.
 
-    `relative`: to the fewest tasks. size: its tasks are ignored; without tokens, TASK_TOKENS are
-    used. Raises GradientMismatch like bench_variants.
+    numbers: the numbers of tasks. `relative` in the result: the time over that with the first
+    number. size: its tasks are ignored; if it has no tokens, TASK_TOKENS are used. Raises
+    GradientMismatch like bench_variants.
     """
     steps, sizes = {}, {}
     device = torch.device(size.device)
@@ -165,10 +170,10 @@ def _checked(
 
 
 def peak_of(name: str, size: Size, threads: int) -> int | None:
-    """Return the peak bytes of a process after two steps, or after one step of a peer.
+    """Return the peak resident bytes of this process after two steps of a variant; None if unknown.
 
-    The second step finds J and the allocator's buffers in place. A peer keeps nothing between
-    steps.
+    The second step finds J and the allocator's buffers in place. A variant of another library keeps
+    nothing between steps, so it runs one step only.
     """
     torch.set_num_threads(threads)
     free_at_once()
@@ -179,14 +184,14 @@ def peak_of(name: str, size: Size, threads: int) -> int | None:
 
 
 def gpu_peak_of(name: str, workload: Workload) -> int:
-    """Return the peak bytes on the GPU of a second step, which finds J in place.
+    """Return the peak bytes on the GPU of a variant's second step, which finds J in place.
 
-    No other variant's tensors are there. The memory of CUDA graphs is included.
+    No other variant's tensors are on the GPU then. The memory of CUDA graphs is included.
     """
     workload.packed.zero_grad()
     workload.padded.zero_grad()
     gc.collect()
-    torch.cuda.empty_cache()  # pools of freed graphs
+    torch.cuda.empty_cache()  # frees the memory pools of deleted CUDA graphs
     variant = build(name, workload)
     variant.step()
     return gpu_peak_bytes(variant.step, workload.device) + graph_pool_bytes(workload.device)

@@ -1,4 +1,4 @@
-"""The usual PCGrad: a padded BertModel, one backward per task, pairwise projections.
+"""PCGrad as it is usually written: a padded BertModel, one backward per task, pairwise projections.
 
 This is the reference for fastmtl's gradients and speed; it uses nothing of fastmtl. It is lean:
 each task's graph is freed before the next task's forward, and nothing is copied that the algorithm
@@ -18,7 +18,7 @@ from transformers import BertConfig, BertModel
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """The rows of one task, padded to the longest.
+    """The B texts of one task, padded to the L tokens of the longest.
 
     input_ids, attention_mask, token_type_ids: int64 [B, L]. labels: [B], int64 for classes, float32
     otherwise.
@@ -34,9 +34,10 @@ class PaddedBatch:
 
 
 class PaddedModel(nn.Module):
-    """A BertModel `encoder`, and for each task a linear map of the first token's hidden state.
+    """A BertModel, and for each task a linear head on the first token's hidden state.
 
-    kinds: "classification" (with its number of classes), "binary" or "regression" for each task.
+    kinds: for each task "classification", "binary" or "regression", and the number of the head's
+    outputs.
     """
 
     def __init__(self, config: BertConfig, kinds: Sequence[tuple[str, int]]) -> None:
@@ -46,12 +47,12 @@ class PaddedModel(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(config.hidden_size, outputs) for _, outputs in kinds)
 
     def features(self, batch: PaddedBatch) -> Tensor:
-        """Return the first token's hidden states [B, hidden]."""
+        """Return the last hidden state of each text's first token, [B, hidden]."""
         encoded = self.encoder(batch.input_ids, batch.attention_mask, batch.token_type_ids)
         return encoded.last_hidden_state[:, 0]
 
     def loss(self, task: int, features: Tensor, batch: PaddedBatch) -> Tensor:
-        """Return the task's mean loss, in float32 or better."""
+        """Return the mean loss of a task over its batch, a scalar in float32 or better."""
         outputs = self.heads[task](features)
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         if self.kinds[task] == "classification":
@@ -72,7 +73,10 @@ def step(model: PaddedModel, batches: Sequence[PaddedBatch]) -> None:
 
 
 def task_gradients(model: PaddedModel, batches: Sequence[PaddedBatch]) -> list[Tensor]:
-    """Return T gradients [P] of the encoder; those of the heads stay in `.grad`."""
+    """Return the encoder's gradient of each task's loss: a list of T tensors [P].
+
+    The gradients of the heads are left in `.grad`.
+    """
     gradients = []
     for task, batch in enumerate(batches):
         model.encoder.zero_grad()
@@ -82,10 +86,11 @@ def task_gradients(model: PaddedModel, batches: Sequence[PaddedBatch]) -> list[T
 
 
 def pcgrad(gradients: Sequence[Tensor], order: Tensor | None = None) -> Tensor:
-    """Return the sum of the T gradients [P], each without its conflicts with the others.
+    """Return PCGrad's merged gradient [P] of the T gradients [P]: Yu et al. 2020, Algorithm 1.
 
-    Yu et al. 2020, Algorithm 1. order: int64 [T, T], for each task the others in projection order
-    (the task itself is skipped); by default drawn from torch's global generator.
+    Each gradient is projected so that it does not conflict with the others; then all are added.
+    order: int64 [T, T]; row i lists the tasks whose gradients gradient i is projected against, in
+    this order (i itself is skipped). By default the order is drawn from torch's global generator.
     """
     merged = torch.zeros_like(gradients[0])
     for i, gradient in enumerate(gradients):

@@ -1,4 +1,4 @@
-"""Implementations of one step's gradients."""
+"""Variants of a step that computes gradients: fastmtl's, the textbook loop, and TorchJD."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ from fastmtl.surgery import GradientSurgery
 from fastmtl.surgery.checks import Storage
 from fastmtl.surgery.methods.order import draw_order
 
-# Largest error relative to the task gradients' norms, beyond the error of a model in lower
-# precision. float32: different orders of addition. bfloat16: 8 bits of every number of J. Peers:
-# PCGrad's coefficients are made of inner products, and torch's inner products of 10^8 float32
-# numbers may be off by a percent on CPUs.
+# Largest error of a gradient, relative to the task gradients' norms; the error of a model in lower
+# precision is added to it. float32: numbers are added in another order. bfloat16: every number of J
+# has 8 bits. Peers: PCGrad's coefficients are made of inner products, and torch's inner products of
+# 10^8 float32 numbers may be off by a percent on CPUs.
 FLOAT32, BFLOAT16, PEER = 1e-5, 2.0**-8, 1e-2
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One implementation.
+    """One way to compute the gradients of a step.
 
-    step: forward, backward and surgery, from no gradients to merged ones in `.grad` of `model`.
-    order: int64 [T, T], the projection order of the first step after torch.manual_seed(SEED); None:
-    gradients are summed. peer: not a step of fastmtl. optional: it may fail for reasons outside
-    fastmtl, and is skipped then.
+    step: runs forward, backward and surgery, and leaves the merged gradients in `.grad` of `model`.
+    order: int64 [T, T], the projection order of the first step after torch.manual_seed(SEED); None
+    if the gradients are summed. tolerance: the largest relative error of a gradient. peer: True if
+    the textbook loop or another library computes the step. optional: True if the step may fail for
+    reasons outside fastmtl; it is skipped then.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Variant:
 
 
 def build(name: str, workload: Workload) -> Variant:
-    """Build a variant. Raise Skipped if a package is missing."""
+    """Build the variant of this name. Raise Skipped if it cannot run here."""
     return BUILDERS[name](name, workload)
 
 
@@ -111,12 +112,15 @@ def _variant(
 ) -> Variant:
     if method == "sum":
         return Variant(name, model, step, None, _summed(workload))
-    rounds = dtype == torch.bfloat16 and workload.dtype != dtype  # J is rounded, the model is not
+    rounds = dtype == torch.bfloat16 and workload.dtype != dtype  # J is rounded to bfloat16, the model is not
     return Variant(name, model, step, draw_order(workload.tasks, SEED, 1), BFLOAT16 if rounds else FLOAT32)
 
 
 def _recorded(method: str, dtype: torch.dtype = torch.float32) -> Callable[..., Variant]:
-    """Return a builder of a variant that replays CUDA graphs, on a model with shared weights."""
+    """Return a builder of a variant that replays CUDA graphs.
+
+    The variant's model shares the memory of its weights with the other models.
+    """
 
     def build(name: str, workload: Workload) -> Variant:
         if workload.device.type != "cuda":
@@ -129,10 +133,11 @@ def _recorded(method: str, dtype: torch.dtype = torch.float32) -> Callable[..., 
 def recorded(
     name: str, workload: Workload, method: str, dtype: torch.dtype = torch.float32, recorder: Recorder | None = None
 ) -> Variant:
-    """Return the variant after the recording steps. Its next step replays in the first order.
+    """Build a variant, and run the steps that record its CUDA graphs.
 
-    recorder: replaces CUDA graphs, on any device. Raises Skipped with the reasons if something is
-    not recorded.
+    The variant's next step replays the graphs, with the projection order of a first step. recorder:
+    replaces CUDA graphs, on any device. Raises Skipped, with the reasons, if a part is not
+    recorded.
     """
     model = workload.recomputing("none")
     install_cuda_graphs(model, recorder)
@@ -175,7 +180,7 @@ def _torchjd(name: str, workload: Workload) -> Variant:
 
 
 JOINT = ("autograd", "sum")
-# Bytes per number of J.
+# Bytes per number of J, for the variants that store J.
 STACKED = {
     "pcgrad stacked": 4,
     "pcgrad stacked bf16": 2,
@@ -198,10 +203,10 @@ BUILDERS: dict[str, Callable[[str, Workload], Variant]] = {
 
 
 def _summed(workload: Workload) -> float:
-    """Return the tolerance of a joint backward.
+    """Return the tolerance of one backward of all tasks' losses.
 
-    On CPUs, in bfloat16, it adds all tasks' rows of a table to one rounded sum, the loop only one
-    task's.
+    In bfloat16 on CPUs, this backward adds the rows of all tasks to one rounded sum for each word.
+    The textbook loop adds only the rows of one task to a sum, so it rounds differently.
     """
     return FLOAT32 if workload.dtype == torch.float32 else PEER
 

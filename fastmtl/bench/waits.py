@@ -1,13 +1,13 @@
-"""Counts, on the CPU, the places where the host would wait for a GPU.
+"""Search on the CPU for the calls that would make the host wait for a GPU.
 
 On a GPU the host runs ahead of the device until it needs a number from it. A CPU never waits, but
 the calls are the same. Three kinds of calls wait: reads of a number (`item`, `tolist`, `bool`,
 `cpu`, ...), operators whose result has a size that only the device knows (`nonzero`, `unique`, a
 mask as an index), and copies from host memory that are not `non_blocking`.
 
-Every tensor is on the CPU here, so this module tracks the tensors that would be the host's: those
-made without a device (`torch.tensor(numbers)`), copied by `cpu()`, or computed from such tensors
-alone. All others would be the device's.
+Here every tensor is on the CPU. So this module tracks the tensors that would be in host memory
+beside a GPU: those made without a device (`torch.tensor(numbers)`), copied by `cpu()`, or computed
+from such tensors alone. All other tensors would be on the GPU.
 """
 
 from __future__ import annotations
@@ -28,18 +28,22 @@ from torch.utils._pytree import tree_leaves
 _READS = ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "is_nonzero", "equal", "allclose")
 _TO_HOST = ("cpu",)
 _FACTORIES = ("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "eye", "randperm", "randint")
-# Reads in these files are of host tensors on a GPU as well. There the kernels of attention and
-# pooling read the bounds of sequences on the device (tests/cuda_graphs/test_on_meta.py checks
-# this), and a recording gets a plan that was made on the CPU.
+# Reads in these files do not count, since they read host tensors if the model is on a GPU. Then the
+# kernels of attention and pooling read the bounds of sequences on the device
+# (tests/cuda_graphs/test_on_meta.py checks this), and a recording gets a plan that was made on the
+# CPU.
 _OF_THE_HOST = ("varlen_attention/api.py", "pool/api.py", "buffers/batch.py")
 _SIZED_BY_DATA = ("nonzero", "_unique2", "unique_dim", "unique_consecutive", "masked_select", "_local_scalar_dense")
 
 
 def host_waits(step: Callable[[], object]) -> list[str]:
-    """Return one line per wait of a step: the call, and the innermost places of the caller."""
+    """Return one line for each time the host would wait for a GPU in a step.
+
+    A line has the call, and the lines of code that made it.
+    """
     waits: list[str] = []
     account = _Account(waits)
-    from_numpy = torch.from_numpy  # no mode intercepts it
+    from_numpy = torch.from_numpy  # the two modes below do not intercept this function
 
     def kept_from_numpy(array: np.ndarray) -> Tensor:
         tensor = from_numpy(array)
@@ -52,12 +56,15 @@ def host_waits(step: Callable[[], object]) -> list[str]:
 
 
 class _Account:
-    """The tensors that would be the host's, by id; kept alive, so that an id stays unique."""
+    """The tensors that would be in host memory, by id, and the waits found.
+
+    The tensors are kept alive, so that no other tensor gets the same id.
+    """
 
     def __init__(self, waits: list[str]) -> None:
         self._waits = waits
         self._on_host: dict[int, Tensor] = {}
-        self.inside = False  # inside a call that is counted already
+        self.inside = False  # True inside a call that is handled already
 
     def wait(self, what: str) -> None:
         places = _places()
@@ -72,7 +79,7 @@ class _Account:
 
 
 class _Functions(TorchFunctionMode):
-    """A mode that intercepts Python's calls of torch."""
+    """A mode that intercepts calls of torch's functions from Python."""
 
     def __init__(self, account: _Account) -> None:
         super().__init__()
@@ -96,7 +103,7 @@ class _Functions(TorchFunctionMode):
             if to_device and not kwargs.get("non_blocking"):
                 account.wait("a copy to the device")
             result = self._quietly(func, args, kwargs)
-            # On one device `to` returns the same tensor.
+            # `to` returns the same tensor here, but a new one if the device is a GPU.
             return result.clone() if to_device and result is given[0] else result
         if (
             name == "copy_"
@@ -129,7 +136,7 @@ class _Functions(TorchFunctionMode):
 
 
 class _Operators(TorchDispatchMode):
-    """A mode that intercepts the operators that torch itself calls, autograd's included."""
+    """A mode that intercepts all operators, also those that torch itself calls, as in autograd."""
 
     def __init__(self, account: _Account) -> None:
         super().__init__()

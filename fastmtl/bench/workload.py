@@ -1,7 +1,7 @@
-"""The measured workload: models of one size, and the same rows packed and padded.
+"""The workload of a benchmark: models of one size, and the same rows both packed and padded.
 
-Weights and tokens are random; neither changes the time of a step. Without dropout (the default)
-packed and padded models compute the same numbers.
+Weights and tokens are random; neither changes the time of a step. Without dropout (the default) the
+packed and the padded model compute the same numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.model.encoder.bert import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
 
-# Type and number of outputs of tasks 0, 1, 2, and 3 again as 0, ...
+# Types and numbers of outputs of tasks 0, 1 and 2; they repeat from task 3 on.
 KINDS = (("binary", 1), ("regression", 1), ("classification", 5))
 
 
@@ -82,9 +82,9 @@ class Workload:
         return model
 
     def with_adapter(self, adapter: str, size: int) -> MultiTaskModel:
-        """Return a packed model with separate weights and an adapter that outputs zeros.
+        """Return a packed model with an adapter that outputs zeros, and with a copy of the weights.
 
-        Such an adapter costs as much as any other.
+        An adapter that outputs zeros takes as much time as any other.
         """
         recipe = {**self.recipe, "adapter": {"name": adapter, "size": size, "init": "no_influence"}}
         model = MultiTaskModel(parse_recipe(recipe, "benchmark"), PackedBert(self.padded.encoder.config))
@@ -95,7 +95,7 @@ class Workload:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The packed model's settings, as in a recipe file."""
+        """The settings of the packed model, in the form of a recipe file."""
         sizes: dict[str, dict[str, Any]] = {"regression": {"range": [-2, 2]}, "binary": {}}
         tasks = {}
         for task, (kind, outputs) in enumerate(self._kinds):
@@ -105,7 +105,7 @@ class Workload:
 
     @property
     def num_padded(self) -> int:
-        """The number of tokens in the padded batches."""
+        """The number of tokens in the padded batches, padding included."""
         return sum(batch.input_ids.numel() for batch in self.padded_batches)
 
     def _rows(self, task: int, lengths: np.ndarray, random: np.random.Generator) -> TokenizedDataset:
@@ -130,9 +130,9 @@ class Workload:
 
 
 def plain_name(name: str) -> str:
-    """Return a parameter's name in PaddedModel from its name in either model.
+    """Return the name in PaddedModel of a parameter of either model.
 
-    A MultiTaskModel has `heads.<task>.dense`.
+    Only heads differ: `heads.<task>.dense.weight` of a MultiTaskModel is `heads.<task>.weight`.
     """
     return name.replace(".dense.", ".") if name.startswith("heads.") else name
 

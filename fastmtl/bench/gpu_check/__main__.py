@@ -74,7 +74,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def chosen_parts(table: list[Part], names: list[str]) -> list[Part]:
-    """Return the parts with these names or prefixes: `kernels` selects all operations."""
+    """Return the parts that `names` selects, in the order of the table; all if it is empty.
+
+    A name selects the part with this name, or all parts that begin with it: `kernels` selects all
+    operations. The process ends with a message if a name selects nothing.
+    """
     if not names:
         return table
     wanted: set[str] = set()
@@ -88,7 +92,7 @@ def chosen_parts(table: list[Part], names: list[str]) -> list[Part]:
 
 
 def _part(part: Part, settings: Settings, result: ResultFile, end: float | None) -> None:
-    """Run a part if there is time and its modules are installed; print its outcome."""
+    """Run a part, or leave it out if time or a module is missing; save and print the outcome."""
     left = float("inf") if end is None else end - time.monotonic()
     missing = part.missing()
     if missing:
@@ -122,19 +126,19 @@ def _run(part: Part, limit_s: float, settings: Settings) -> Outcome:
 
 
 class Pictures:
-    """Figures, drawn by a low-priority process during the next part, so that they cost no time."""
+    """A process of low priority that draws the figures during the next part, so no time is lost."""
 
     def __init__(self, result: ResultFile) -> None:
         self._result = result
         self._process: subprocess.Popen[str] | None = None
 
     def draw(self) -> None:
-        """Start to draw, unless a drawing still runs."""
+        """Start a drawing process, unless the last one still runs."""
         if self._process is None or self._process.poll() is not None:
             self._process = self._begin()
 
     def finish(self) -> list[str]:
-        """Draw once more, and return the figures that failed."""
+        """Draw all figures once more, and return a line for each figure that failed."""
         if self._process is not None:
             self._wait(self._process)
         return self._wait(self._begin())
@@ -164,7 +168,7 @@ class Pictures:
 
 
 def _print_summary(result: ResultFile) -> int:
-    """Print bounds, skipped parts and failures."""
+    """Print bounds, parts that were left out, and failures; return the exit status."""
     print()
     _show_bounds(result.data.get("bounds", []))
     for tool, found in result.data.get("compute-sanitizer", {}).items():

@@ -1,8 +1,9 @@
-"""Draw the figures of a whole result file.
+"""Draw the figures of a result file of gpu-check.
 
     python -m fastmtl.bench.gpu_check.draw RESULT.json DIR
 
-A figure that fails is one line that begins with "no figure of"; it does not affect measurements.
+For a figure that fails, the command prints a line that begins with "no figure of". The failure does
+not affect measurements.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fastmtl.bench.plot import plot
 
 
 def drawable(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the name and the measurements of every figure."""
+    """Yield (name, measurements) for each figure that the result has measurements for."""
     for key in ("step", "step-compiled", "graphs", "adapters", "kernels", "peers"):
         if key in result:
             yield key, result[key]
@@ -28,7 +29,7 @@ def drawable(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def draw(result: dict[str, Any], directory: Path) -> list[str]:
-    """Return a line for each figure that failed."""
+    """Draw all figures into `directory`; return a line for each figure that failed."""
     failures = []
     for name, measured in drawable(result):
         if name == "step-compiled":

@@ -21,9 +21,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Outcomes:
-    """The saved outcomes.
+    """The outcomes of the tests, saved in a file after each test.
 
-    passed: a count. failed: the error line by test. skipped: a count by reason.
+    passed: the number of tests. failed: the error line by test id. skipped: the number by reason.
     """
 
     def __init__(self, path: Path) -> None:

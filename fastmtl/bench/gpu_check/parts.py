@@ -1,4 +1,4 @@
-"""The table of parts, the most valuable first: commands, times and required modules."""
+"""The table of gpu-check's parts, the most valuable first: commands, times, required modules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FASTMTL = ("-c", "from fastmtl.cli import main; main()")
-# Modules that fastmtl's commands import, and those that models need in addition.
+# Modules that fastmtl's commands import; ENCODER also has those that models need.
 COMMANDS = ("typer", "rich")
 ENCODER = (*COMMANDS, "yaml", "pydantic", "transformers", "safetensors")
 TESTS = ("pytest", "hypothesis")
@@ -22,16 +22,16 @@ CAPTURES = (
     "tests/cuda_graphs/test_heads.py",
     "tests/cuda_graphs/test_merging_gpu.py",
 )
-# Tokens of a usual step, of a long one and of a short one.
+# Numbers of tokens in a usual, a long and a short step.
 TOKENS, LONG_TOKENS, SHORT_TOKENS = 8192, 32_768, 800
 MARK = "pytest.mark.gpu"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the run.
+    """Settings of one run of gpu-check.
 
-    root: the checkout. run: the folder for logs and for the parts' own results.
+    root: the folder of the checkout. run: the folder for logs and for the parts' own results.
     """
 
     root: Path
@@ -45,11 +45,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Part:
-    """One process.
+    """One part of gpu-check: a process with a time limit.
 
-    command: the interpreter's arguments. expected_s: on an H100. limit_s: the process is killed
-    after this time. key: in the result file; parts with the same key make a list. needs: modules.
-    result: the file that the process writes.
+    key: the entry of the result file for the part's measurements; several parts may share one.
+    command: arguments of Python. expected_s: seconds that the part takes on an H100. limit_s:
+    seconds after which the process is killed. result: the file that the process writes. needs:
+    modules that must be installed.
     """
 
     name: str
@@ -73,7 +74,7 @@ def environment(settings: Settings) -> Part:
 
 
 def table(settings: Settings) -> list[Part]:
-    """Return all parts in order."""
+    """Return all parts, the most valuable first."""
     found = [*_steps(settings)]
     found += [_tests(settings, file, 25, 120, ENCODER) for file in CAPTURES]
     found += [_bench(settings, "adapters", ("step", "--sweep", "adapters"), 45, 150)]
@@ -88,14 +89,15 @@ def table(settings: Settings) -> list[Part]:
 
 
 def gpu_tests(root: Path) -> list[str]:
-    """Return the files with GPU tests, relative to the checkout."""
+    """Return the files that contain GPU tests, as paths relative to the checkout."""
     files = sorted((root / "tests").rglob("test_*.py"))
     return [str(file.relative_to(root)) for file in files if MARK in file.read_text(encoding="utf-8")]
 
 
 def _steps(settings: Settings) -> Iterator[Part]:
     yield _bench(settings, "step", ("step",), 45, 150)
-    # Compilation may take minutes: it has a separate limit, after the eager figures are saved.
+    # Compilation may take minutes. So it is a separate part, which runs after the times without it
+    # are saved.
     yield _bench(settings, "step-compiled", ("step", "--compiled"), 75, 180)
     yield _bench(settings, "surgery-3", ("surgery", "--tasks", "3"), 60, 180, key="surgery")
     yield _bench(settings, "surgery-8", ("surgery", "--tasks", "8"), 55, 180, key="surgery")
@@ -148,7 +150,10 @@ def _peers(settings: Settings) -> Part:
 
 
 def _profiles(settings: Settings) -> Iterator[Part]:
-    """Yield predicted and measured peaks at three batch sizes, and the largest batch in 24 GiB."""
+    """Yield the parts that run `fastmtl profile`, one per method and storage of task gradients.
+
+    Each predicts and measures peaks at three batch sizes, and finds the largest batch in 24 GiB.
+    """
     ways = {
         "sum": ("--methods", "sum"),
         "pcgrad": ("--methods", "pcgrad", "--storages", "stacked"),

@@ -1,4 +1,4 @@
-"""Run one part in its own process group, which is killed when the part ends."""
+"""Run a part in its own process group, which is killed when the part ends."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any
 
 OK, FAILED, TIMED_OUT, LEFT_OUT, INTERRUPTED = "ok", "failed", "timed out", "left out", "interrupted"
-# Exit status of the first part without a GPU; no other part is tried then.
+# Exit status of the first part, "environment", if there is no GPU. Then no other part runs.
 NO_DEVICE = 3
 TAIL_LINES, TAIL_CHARS = 30, 3000
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a part.
+    """The outcome of a part.
 
-    state: OK, FAILED, TIMED_OUT or INTERRUPTED. why: "" for OK. tail: the log's last lines, "" for
-    OK. status: the exit status; None if the process was killed at its limit.
+    state: OK, FAILED, TIMED_OUT or INTERRUPTED. why: the reason; "" for OK. seconds: the time that
+    it took. tail: the log's last lines, "" for OK. status: the exit status; None if the process was
+    killed at its limit.
     """
 
     state: str
@@ -36,7 +37,11 @@ class Outcome:
 
 
 def run(command: Sequence[str], limit_s: float, log: Path, root: Path) -> Outcome:
-    """Run the interpreter with a command and log its output; kill the whole group at the limit."""
+    """Run Python with the arguments `command`, log its output, and return the outcome.
+
+    The whole process group is killed after `limit_s` seconds, or when the process ends. root: the
+    checkout, where the command runs.
+    """
     begun = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -66,7 +71,10 @@ def run(command: Sequence[str], limit_s: float, log: Path, root: Path) -> Outcom
 
 
 def environment(root: Path) -> dict[str, str]:
-    """Return the environment of the parts: the checkout's packages first, and one kernel cache."""
+    """Return the environment variables of the parts.
+
+    Python finds the checkout's packages first, and all parts share one cache of Triton kernels.
+    """
     env = dict(os.environ)
     paths = [str(root), str(root / "kernels"), *filter(None, [env.get("PYTHONPATH")])]
     env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
@@ -76,13 +84,13 @@ def environment(root: Path) -> dict[str, str]:
 
 
 def tail_of(log: Path) -> str:
-    """Return the last lines of a log."""
+    """Return the last lines of a log, at most TAIL_LINES lines and TAIL_CHARS characters."""
     lines = log.read_text(errors="replace").splitlines()
     return "\n".join(lines[-TAIL_LINES:])[-TAIL_CHARS:]
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """Return a part's result; None if there is no readable file."""
+    """Return the JSON result that a part wrote; None if the file is missing or unreadable."""
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

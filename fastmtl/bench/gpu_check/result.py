@@ -12,16 +12,16 @@ from fastmtl.bench.gpu_check.process import LEFT_OUT, OK, Outcome, read
 from fastmtl.measure.result_file import UNFINISHED, save, slug
 
 UNKNOWN = "unknown device"
-# Keys with several parts, in different sizes or configurations.
+# Keys with a list of results: several parts measure them, in different sizes or configurations.
 LISTS = ("surgery", "engine", "profile")
-# Two results must agree in these, otherwise one cannot extend the other.
+# A run extends an existing file only if both agree in these fields.
 SAME = ("device", "driver", "torch", "triton", "commit")
 
 
 class ResultFile:
-    """`<folder>/<device>.json`, rewritten after every part.
+    """The file `<folder>/<device>.json`, rewritten after every part.
 
-    extend: add to an existing file of the same device, versions and commit.
+    extend: keep what an existing file has, if it is of the same device, versions and commit.
     """
 
     def __init__(self, folder: Path, environment: dict[str, Any], *, extend: bool = False) -> None:
@@ -37,7 +37,7 @@ class ResultFile:
         self.save()
 
     def add(self, part: Part, outcome: Outcome) -> None:
-        """Add the outcome and the result of a part, and write the file."""
+        """Add a part's outcome and measurements, compare the bounds again, and write the file."""
         entry: dict[str, Any] = {"state": outcome.state, "why": outcome.why, "seconds": round(outcome.seconds, 1)}
         if outcome.tail:
             entry["tail"] = outcome.tail
@@ -55,12 +55,12 @@ class ResultFile:
         self.save()
 
     def leave_out(self, part: Part, why: str) -> None:
-        """Record a part that does not run."""
+        """Record that a part does not run, and why; write the file."""
         self.data["parts"][part.name] = {"state": LEFT_OUT, "why": why, "seconds": 0.0}
         self.save()
 
     def left_out(self) -> dict[str, str]:
-        """Return the reasons of the parts that did not run."""
+        """Return the reason for each part that did not run, by the part's name."""
         return {name: entry["why"] for name, entry in self.data["parts"].items() if entry["state"] == LEFT_OUT}
 
     def save(self) -> None:

@@ -2,8 +2,8 @@
 
     python -m fastmtl.bench.gpu_check.sanitizer memcheck cuda FILE
 
-A tool that cannot run is no failure; the file has the reason. The exit status is 1 if the tool
-found something.
+The outcome is printed and saved in FILE. The exit status is 1 if the tool found something. A tool
+that cannot run is no failure; the outcome is the reason.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from pathlib import Path
 from fastmtl.measure.result_file import save
 
 SMALL_RUN = Path("benchmarks") / "small_gradients.py"
-# torch and Triton probe the driver for optional features. Errors of such calls are not the
-# kernels'.
+# torch and Triton call the driver to find optional features. Errors of these calls are not errors
+# of the kernels, so they are not reported.
 TOOLS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
 TOOL_SECONDS = 120
 CLEAN = "clean"
 
 
 def sanitized(tool: str, device: str) -> str:
-    """Return CLEAN, "found ..." or the reason why the tool did not run."""
+    """Run the kernels under a tool; return CLEAN, "found ..." or why the tool did not run."""
     program = shutil.which("compute-sanitizer")
     if program is None:
         return "not run: compute-sanitizer is not on PATH"
     command = [program, "--tool", tool, *TOOLS[tool], "--error-exitcode", "3", sys.executable, str(SMALL_RUN), device]
-    # Without torch's cache of memory blocks, a read past a tensor is a read past its allocation.
+    # Without torch's cache of memory blocks, a read past a tensor is a read past its allocation,
+    # which the tool sees.
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=TOOL_SECONDS, env=env)
@@ -41,7 +42,7 @@ def sanitized(tool: str, device: str) -> str:
 
 
 def outcome(status: int, output: str) -> str:
-    """Return CLEAN, "found ..." or the reason for no run, from the tool's status and output."""
+    """Return CLEAN, "found ..." or why the tool did not run, from its exit status and output."""
     if "Device not supported" in output:
         return "not run: compute-sanitizer does not support this device"
     if status == 0 and re.search(r"SUMMARY: 0 (errors|hazards)", output):

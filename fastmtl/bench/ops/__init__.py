@@ -1,4 +1,4 @@
-"""The operations of fastmtl_kernels and their alternatives: one file each, with `cases(size)`."""
+"""Benchmarks of fastmtl_kernels: a file for each operation, whose `cases(size)` lists its cases."""
 
 from __future__ import annotations
 
@@ -28,12 +28,15 @@ OPERATIONS = (
 )
 
 
-# For listing the implementations, and for trying everything in a moment.
+# A size for listing the implementations, and for trying every operation in a moment.
 TINY = SHAPES["tiny"]
 
 
 def cases(operation: str, size: Size) -> list[Case]:
-    """Return the cases of an operation. Raise UserError for an unknown name."""
+    """Return an operation's cases, each with inputs and implementations.
+
+    Raises UserError for an unknown operation.
+    """
     if operation not in OPERATIONS:
         raise unknown_name("operation", operation, OPERATIONS)
     found: list[Case] = importlib.import_module(f"fastmtl.bench.ops.{operation}").cases(size)

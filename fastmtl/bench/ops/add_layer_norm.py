@@ -1,4 +1,4 @@
-"""add_layer_norm: LN(residual + dropout(x)), beside F.layer_norm and Liger's."""
+"""add_layer_norm, LN(residual + dropout(x)), compared with F.layer_norm and Liger's kernel."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ def cases(size: Size) -> list[Case]:
             fastmtl("reference"),
             [*ours(rows.device, "add_layer_norm", fastmtl), *plain(_eager), Way("liger", lambda: _liger(rows))],
             {
-                # Forward reads two matrices, and writes y and the tensors for backward. Backward
-                # reads these and the gradient, and writes two gradients.
+                # Forward reads x and the residual, and writes y and the tensors that backward
+                # needs. Backward reads those tensors and the gradient of y, and writes the
+                # gradients of x and the residual, which are one without dropout.
                 "forward": Work(4 * matrix, 9 * tokens * width),
                 "backward": Work((4 if size.dropout else 3) * matrix, 14 * tokens * width),
             },

@@ -1,8 +1,9 @@
-"""One operation on one set of inputs: all implementations, and the check that precedes any timing.
+"""A case of a benchmark: one operation, its inputs, its implementations, and their check.
 
-An operation's file lists its cases. A way is fastmtl's own implementation, plain torch,
-torch.compile of that, or a common library. Each way gets the tensors in its own layout, packed [N,
-...] or padded [B, L, ...]; the conversion is not timed.
+An operation's file lists its cases. A `Way` is one implementation: fastmtl's own, plain torch,
+plain torch compiled by torch.compile, or another library's. Each implementation gets the tensors in
+its own layout, packed [N, ...] or padded [B, L, ...]; the conversion is not timed. Results are
+checked before any timing.
 """
 
 from __future__ import annotations
@@ -21,19 +22,23 @@ from fastmtl.measure.harness import Skipped, WrongResult
 from fastmtl_kernels import Implementation, implementations
 
 Tensors = dict[str, Tensor]
-# The function of a way: the output from the tensors by name, with this probability of dropout.
+# The function of an implementation: it takes the tensors by name and the probability of dropout,
+# and returns the output.
 Run = Callable[[Tensors, float], Tensor]
 EAGER = "eager"
 COMPILED = "compiled"
-# Tolerances relative to the norm of each tensor, in addition to twice the error of the reference in
-# the same precision: different orders of addition in float32, roundings of intermediate values in 8
-# or 11 bits.
-PEER = 4  # factor for peers, which round between operations that fastmtl fuses
+# Allowed errors relative to the norm of each tensor, beyond twice the oracle's own error in the
+# same precision. float32: numbers are added in another order. bfloat16 and float16: intermediate
+# values are rounded to 8 and 11 bits.
+PEER = 4  # factor for other implementations, which round between operations that fastmtl fuses
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
 class Work(NamedTuple):
-    """The least bytes to read and write, each once, and the floating point operations."""
+    """The fewest bytes that must be read and written, and the floating point operations.
+
+    bytes: each value counts once. flops: number of operations.
+    """
 
     bytes: float
     flops: float
@@ -43,9 +48,10 @@ class Work(NamedTuple):
 class Way:
     """One implementation of an operation.
 
-    build: makes `Run`; raises Skipped with the reason if it cannot. ours: an implementation of
-    fastmtl_kernels, which drops the same elements as the oracle and whose wrong result is an error.
-    A wrong result of another way is skipped.
+    build: returns the function to time; raises Skipped with the reason if it cannot run here.
+    layout: of the tensors that the function takes and returns. ours: True for an implementation of
+    fastmtl_kernels. Its dropout drops the same elements as the oracle's, and a wrong result of it
+    is an error. Any other implementation with a wrong result is skipped.
     """
 
     name: str
@@ -58,10 +64,11 @@ class Way:
 class Case:
     """One operation on one set of inputs.
 
-    oracle: defines the output, on tensors of any precision. tensors: its inputs; those in `wanted`
-    get gradients. cotangent: the gradient of the output; None for an operation that is not
-    differentiable. work: of "forward" and "backward". tokens: real ones; None if the operation has
-    none. exact: the oracle is exact without float64 inputs.
+    oracle: the function that defines the correct output, for tensors of any precision. tensors: the
+    inputs by name; those in `wanted` get gradients. cotangent: the gradient of the output, from
+    which backward starts; None for an operation that is not differentiable. work: for "forward" and
+    "backward". tokens: the number of real tokens; None if the operation has none. exact: the oracle
+    is exact without float64 inputs.
     """
 
     name: str
@@ -85,7 +92,12 @@ class Case:
         return next(way for way in self.ways if way.name == name)
 
     def chain(self, way: Way, run: Run, dropout: float | None = None) -> tuple[Chain, Tensors]:
-        """Return forward and backward of a way on separate tensors, and its leaves by name."""
+        """Return the functions to time, and the inputs that get gradients, by name.
+
+        The functions are the implementation's forward, and its backward if the operation is
+        differentiable. The inputs that get gradients are copies. dropout: a probability that
+        replaces the case's own.
+        """
         chosen = self.dropout if dropout is None else dropout
         tensors = {name: way.layout.to(name, tensor.detach()) for name, tensor in self.tensors.items()}
         if self.cotangent is None:
@@ -100,10 +112,10 @@ class Case:
         return [lambda _: run(tensors, chosen), backward], leaves
 
     def check(self, way: Way, run: Run) -> float:
-        """Run a way once and compare its output and every gradient with the oracle's in float64.
+        """Run an implementation once; compare output and gradients with the oracle's in float64.
 
-        Return the largest error as a share of the allowed one; raise WrongResult above it. A way
-        with its own random numbers is compared without dropout.
+        Returns the largest error as a share of the allowed one; raises WrongResult if it is above
+        1. An implementation with its own random numbers is compared without dropout.
         """
         dropout = self.dropout if way.ours else 0.0
         found, exact, rounded = self._results(way, run, dropout), self._oracle(dropout), self._oracle(dropout, True)
@@ -139,9 +151,9 @@ class Case:
 
 
 def ours(device: torch.device, operation: str, run: Callable[[str], Run]) -> list[Way]:
-    """Return a way for each implementation of an operation of fastmtl_kernels.
+    """Return fastmtl's implementations of an operation.
 
-    run: makes the function from the name for `impl=`.
+    run: returns the function to time, given the value of `impl=`.
     """
 
     def way(entry: Implementation) -> Way:
@@ -156,13 +168,16 @@ def ours(device: torch.device, operation: str, run: Callable[[str], Run]) -> lis
 
 
 def plain(run: Run, layout: Layout = PACKED) -> list[Way]:
-    """Return eager torch, and the same function through torch.compile."""
+    """Return two implementations: a function of plain torch, and the same through torch.compile."""
     return [Way(EAGER, lambda: run, layout), Way(COMPILED, lambda: compiled(run), layout)]
 
 
 def compiled(run: Run) -> Run:
-    """Compile a function for the shapes of its calls. Its first run fails without a compiler."""
-    torch.compiler.reset()  # torch compiles a function a few times only, and every case needs it once
+    """Compile a function for the shapes of its first call.
+
+    The first call of the returned function fails if the machine has no compiler.
+    """
+    torch.compiler.reset()  # torch limits how often it compiles one function, and every case compiles `run`
     optimised: Run = torch.compile(run, dynamic=False)
     return optimised
 

@@ -1,4 +1,4 @@
-"""combine: the weighted sum of task gradients of an encoder's size, against one matrix product."""
+"""combine: the weighted sum of an encoder's task gradients, compared with one matrix product."""
 
 from __future__ import annotations
 

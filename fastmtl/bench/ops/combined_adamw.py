@@ -1,8 +1,9 @@
 """combined_adamw: a clipped step of AdamW from task gradients of an encoder's size.
 
-It is compared with combine, clip_grad_norm_ and torch's fused AdamW. The fused step knows the norm
-to clip by from the Gramian; the other has to compute the norm of combine's result. Every way has
-its own weights and moments, and its first step is compared with the oracle.
+It is compared with combine, clip_grad_norm_ and torch's fused AdamW, called one after the other.
+combined_adamw gets the norm for clipping from the Gramian; the other implementation computes the
+norm of combine's result. Every implementation has its own weights and moments, and its first step
+is compared with the oracle.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from fastmtl.bench.ops.gramian import task_gradients
 from fastmtl.bench.sizes import SEED, Size
 from fastmtl_kernels import combine, combined_adamw, gramian
 
-# So large that a step changes the weights by their own size, which makes an error visible.
+# This rate is so large that a step changes the weights by their own size, which makes an error
+# visible.
 LR = 0.5
 MAX_NORM = 1.0
 
@@ -31,7 +33,7 @@ def cases(size: Size) -> list[Case]:
     def start(factor: float) -> Tensor:
         return factor * torch.randn(columns, generator=generator, device=grads.device)
 
-    # Moments of the size that the clipped gradient gives them.
+    # The moments are as large as the clipped gradient would make them.
     share = scale * norm / columns**0.5
     tensors = {"params": start(1.0), "exp_avgs": start(0.1 * share), "exp_avg_sqs": 1e-3 * start(share).square()}
 

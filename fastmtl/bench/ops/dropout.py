@@ -10,7 +10,7 @@ from fastmtl.bench.ops.rows import Rows
 from fastmtl.bench.sizes import Size
 from fastmtl_kernels import dropout as drop
 
-# With probability zero, dropout would return its input.
+# Least probability of the benchmark. With probability 0, dropout would only return its input.
 LEAST = 0.1
 
 

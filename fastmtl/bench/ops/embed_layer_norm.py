@@ -1,4 +1,4 @@
-"""embed_layer_norm: rows of three tables, LayerNorm and dropout, against torch's functions."""
+"""embed_layer_norm: summed rows of three tables, LayerNorm and dropout, compared with torch's."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ def cases(size: Size) -> list[Case]:
             fastmtl("reference"),
             [*ours(rows.device, "embed_layer_norm", fastmtl), *plain(eager)],
             {
-                # Forward reads a word's row, and writes y and the tensors for backward. Backward
-                # reads these and the gradient, and writes dense tables.
+                # Forward reads a row of the word table for each token, and writes y and the tensors
+                # that backward needs. Backward reads those tensors and the gradient of y, and
+                # writes the dense gradients of the tables.
                 "forward": Work(3 * matrix, 9 * tokens * width),
                 "backward": Work(2 * matrix + tables, 14 * tokens * width),
             },

@@ -1,4 +1,4 @@
-"""gradvac_weights: task weights from a Gramian, against the paper's loop and TorchJD's."""
+"""gradvac_weights: task weights from a Gramian, compared with the paper's loop and TorchJD."""
 
 from __future__ import annotations
 

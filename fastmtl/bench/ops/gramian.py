@@ -1,4 +1,4 @@
-"""gramian: inner products of task gradients of an encoder's size, against one matrix product."""
+"""gramian: inner products of an encoder's task gradients, compared with one matrix product."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cases(size: Size) -> list[Case]:
 
 
 def task_gradients(size: Size) -> Tensor:
-    """Return random J [T, P] of the encoder's size."""
+    """Return random task gradients J [T, P], P the number of the encoder's parameters."""
     device = torch.device(size.device)
     generator = torch.Generator(device).manual_seed(SEED)
     grads = torch.randn(size.tasks, size.shape.parameters, generator=generator, device=device)
@@ -39,7 +39,10 @@ def task_gradients(size: Size) -> Tensor:
 
 
 def _eager(t: Tensors, _: float) -> Tensor:
-    """Multiply with torch. A BLAS that adds float32 numbers one by one is too inaccurate."""
+    """Return the Gramian as one matrix product of torch.
+
+    A BLAS that adds float32 numbers one by one is too inaccurate to pass the check.
+    """
     return t["grads"] @ t["grads"].T
 
 

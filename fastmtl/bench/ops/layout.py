@@ -1,4 +1,4 @@
-"""Layouts of rows: packed [N, ...], and each sequence padded to the longest [B, L, ...]."""
+"""Layouts of rows of tokens: packed [N, ...], or padded to the longest sequence [B, L, ...]."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Layout:
-    """The packed layout, with tensors as the oracle takes them."""
+    """The packed layout. The oracle takes it as well, so nothing is converted."""
 
     def to(self, name: str, tensor: Tensor) -> Tensor:
         return tensor
@@ -24,8 +24,8 @@ PACKED = Layout()
 class Padded(Layout):
     """The padded layout.
 
-    names: the tensors with rows of tokens; "output" is the output. mask: bool [B, L], the real
-    tokens.
+    names: the tensors with a row per token, which are converted; "output" is the operation's
+    output. mask: bool [B, L], True for the real tokens.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device, names: Collection[str]) -> None:
@@ -34,7 +34,7 @@ class Padded(Layout):
         self._names = names
 
     def to(self, name: str, tensor: Tensor) -> Tensor:
-        """Return the tensor with zeros in the padding."""
+        """Return a tensor with zeros in the padding if it is one of `names`, else as it is."""
         if name not in self._names:
             return tensor
         padded = tensor.new_zeros(*self.mask.shape, *tensor.shape[1:])
@@ -46,7 +46,7 @@ class Padded(Layout):
 
 
 class Apart(Layout):
-    """Separate queries, keys and values: qkv as [3, N, heads, head_dim]."""
+    """The packed layout with separate queries, keys and values: qkv is [3, N, heads, head_dim]."""
 
     def to(self, name: str, tensor: Tensor) -> Tensor:
         return tensor.movedim(1, 0).contiguous() if name == "qkv" else tensor

@@ -1,4 +1,4 @@
-"""low_rank and lora: adapters of all tasks at once, against a loop over tasks and PEFT."""
+"""low_rank and lora: adapters of all tasks at once, compared with PEFT and a loop over tasks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RANK = 8
 
 
 def cases(size: Size) -> list[Case]:
-    """Return the case without biases and dropout, as PEFT computes it."""
+    """Return the case without biases and dropout, which PEFT's layer computes as well."""
     return [case(Rows(size), "low_rank", biases=False)]
 
 
@@ -83,7 +83,7 @@ class _ZeroLinear(nn.Linear):
 
 
 def _peft(rows: Rows) -> Run:
-    """Return PEFT's layer with one adapter per task, selected for each text by name."""
+    """Return the function of PEFT's layer with one adapter per task, chosen by name per text."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -95,7 +95,7 @@ def _peft(rows: Rows) -> Run:
     model: Any = get_peft_model(base, config, "0", autocast_adapter_dtype=False)
     for task in range(1, tasks):
         model.add_adapter(str(task), config, autocast_adapter_dtype=False)
-    model.eval()  # PEFT mixes adapters in this mode only; there is no dropout
+    model.eval()  # PEFT mixes adapters in a batch in this mode only; the case has no dropout
     counts = [stop - start for start, stop in pairwise(rows.task_sequences)]
     names = [str(task) for task, count in enumerate(counts) for _ in range(count)]
     prefix = next(name for name, _ in model.named_parameters() if "lora_A" in name).split("lora_A")[0]

@@ -1,4 +1,7 @@
-"""pal: projected attention layers of all tasks at once, against a loop over tasks with SDPA."""
+"""pal: projected attention layers of all tasks at once, compared with a loop over the tasks.
+
+The loop uses torch's scaled_dot_product_attention.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pcgrad_weights: task weights from a Gramian, against the paper's loop and TorchJD's weighting."""
+"""pcgrad_weights: task weights from a Gramian, compared with the paper's loop and TorchJD."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ def cases(size: Size) -> list[Case]:
 
 
 def case(size: Size, name: str, order: Tensor, run: Run, weighting: str) -> Case:
-    """Return the case of a weighting. order: int64 [T, T], the projection order of each row."""
+    """Return the case of an operation that computes task weights from a Gramian.
+
+    order: int64 [T, T]; row i has the order in which task i is projected against the others. run:
+    fastmtl's function. weighting: the name of TorchJD's class.
+    """
     device = torch.device(size.device)
     rows = torch.randn(TASKS, 2 * TASKS, generator=torch.Generator().manual_seed(SEED))
     return Case(
@@ -42,9 +46,9 @@ def case(size: Size, name: str, order: Tensor, run: Run, weighting: str) -> Case
 
 
 def _loop(order: Tensor) -> Run:
-    """Return Algorithm 1 of Yu et al. 2020 in coefficients, number by number.
+    """Return Algorithm 1 of Yu et al. 2020 on a Gramian, as a Python loop over single numbers.
 
-    Equation 2 of Wang et al. 2021 is equal if all target cosines are 0.
+    If all target cosines are 0, GradVac's equation 2 (Wang et al. 2021) gives the same weights.
     """
     projections = order.tolist()
 
@@ -80,7 +84,7 @@ def _torchjd(name: str) -> Run:
     def run(t: Tensors, _: float) -> Tensor:
         torch.manual_seed(SEED)
         if hasattr(weighting, "reset"):
-            weighting.reset()  # its targets must be those of a first step
+            weighting.reset()  # its target cosines must be those of a first step
         weights: Tensor = weighting(t["gram"])
         return weights
 

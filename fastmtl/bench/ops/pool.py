@@ -1,4 +1,4 @@
-"""pool: one vector per sequence, against torch.segment_reduce and masks on padded rows."""
+"""pool: one vector per sequence, compared with torch.segment_reduce and masks on padded rows."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def _case(mode: str, rows: Rows) -> Case:
         return t["x"][firsts] if mode == "cls" else torch.segment_reduce(t["x"], mode, lengths=lengths)
 
     x = rows.randn(tokens, width)
-    # One row wins every column by far. Equal maxima, common in 8 bits, would share their gradient
-    # in segment_reduce.
+    # In each sequence one row has the maximum of every column by far. Equal maxima, common with 8
+    # bits, would share their gradient in segment_reduce.
     x[firsts + lengths // 2] += 8
     numbers, out = tokens * width, sequences * width
     work = Work((out + (out if mode == "cls" else numbers)) * rows.dtype.itemsize, numbers)

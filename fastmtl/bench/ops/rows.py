@@ -1,4 +1,4 @@
-"""Packed rows of the size of a training step, and random tensors for them."""
+"""Packed sequences of the size of a training step, and random tensors for them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from fastmtl.bench.sizes import PRECISIONS, SEED, Size, lengths_of
 
 
 class Rows:
-    """The sequences of a step, sorted by task.
+    """The sequences of a step, sorted by task; each token is one row.
 
-    lengths: per sequence. cu_seqlens: int32 [B + 1]. task_rows, task_sequences: [T + 1], the
-    offsets of each task's rows and sequences. seed: for dropout.
+    lengths: tokens of each sequence. cu_seqlens: int32 [B + 1], the offsets of the sequences.
+    task_rows, task_sequences: T + 1 offsets of each task's rows and sequences. seed: int64 [1], for
+    dropout.
     """
 
     def __init__(self, size: Size) -> None:
@@ -55,7 +56,7 @@ class Rows:
 
 
 class TaskOffsets:
-    """The task offsets on the device and on the host, as in a packed batch."""
+    """The offsets of the tasks' rows on the device and on the host, as a packed batch has them."""
 
     def __init__(self, host: tuple[int, ...], device: torch.device) -> None:
         self.host, self.offsets = host, torch.tensor(host, dtype=torch.int32, device=device)

@@ -1,4 +1,7 @@
-"""varlen_attention, against softmax and SDPA on padded rows, nested SDPA and torch's own."""
+"""varlen_attention, compared with torch's attention on padded, nested and packed rows.
+
+Padded: softmax and SDPA. Nested: SDPA. Packed: torch.nn.attention.varlen.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,8 @@ def cases(size: Size) -> list[Case]:
                 Way("sdpa nested", lambda: _nested(rows), Apart()),
                 Way("torch varlen, no dropout", lambda: _torch_varlen(rows), Apart()),
             ],
-            # Forward: Q K^T and P V. Backward: Q K^T again, dP, dV, dQ and dK.
+            # Matrix products of forward: Q K^T and P V; of backward: Q K^T again, dP, dV, dQ and
+            # dK.
             {"forward": Work(4 * one, 2 * product), "backward": Work(8 * one, 5 * product)},
             rows.randn(tokens, heads, head_dim),
             ("qkv",),
@@ -57,7 +61,7 @@ def cases(size: Size) -> list[Case]:
 
 
 def _softmax(layout: Padded) -> Run:
-    """Return BERT's eager attention: [B, heads, L, L] scores with an additive mask."""
+    """Return BERT's eager attention: it computes scores [B, heads, L, L] with an additive mask."""
     bias = torch.zeros(layout.mask.shape, device=layout.mask.device).masked_fill(~layout.mask, float("-inf"))
 
     def run(t: Tensors, dropout: float) -> Tensor:
@@ -96,7 +100,7 @@ def _nested(rows: Rows) -> Run:
 
 
 def _torch_varlen(rows: Rows) -> Run:
-    """Return torch's varlen attention. It has no dropout, which makes it faster."""
+    """Return torch's varlen attention. It lacks dropout, so it does less work than the others."""
     if rows.device.type != "cuda" or rows.dtype == torch.float32:
         raise Skipped("torch.nn.attention.varlen needs a GPU, and float16 or bfloat16")
     from torch.nn.attention.varlen import varlen_attn
