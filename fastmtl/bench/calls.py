@@ -46,7 +46,7 @@ def operators(step: Callable[[], object]) -> list[FunctionEvent]:
 
 
 def around(event: FunctionEvent) -> Iterator[str]:
-    """Yield the names of the operators and ranges that contain an event, innermost first."""
+    """Yield the names of the operators and profiler ranges around an event, innermost first."""
     while event.cpu_parent is not None:
         event = event.cpu_parent
         yield event.name

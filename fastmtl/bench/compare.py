@@ -71,7 +71,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
 
 
 def times(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every summary of samples in a result, named by the keys that lead to it."""
+    """Yield (name, summary of samples) for each measured time; the name joins the keys to it."""
     for key in ("operations", "variants", "steps", "points", "peers", "ways"):
         yield from _times("", result.get(key, {}))
 

@@ -29,12 +29,12 @@ class GradientMismatch(RuntimeError):
 
 
 class TextbookGradients:
-    """Each task's gradient by the textbook loop in the model's precision, and merges of them.
+    """The textbook loop's gradient of each task, in the model's precision, and merged gradients.
 
-    Merges are computed in float64, because torch's inner product of 10^8 float32 numbers may be off
-    by a percent of the norms. T coordinates replace P, because the loop never leaves the span of
-    the T gradients and uses only their inner products. This object holds T gradients of the
-    encoder.
+    Gradients are merged in float64, because torch's inner product of 10^8 float32 numbers may be
+    off by a percent of the norms. For merging, T coordinates stand for the P numbers of each
+    gradient. They are enough, because the loop uses only inner products of the T gradients, and its
+    results are sums of multiples of them. This object holds T gradients of the encoder.
 
     norms: for every parameter, the sum over tasks of the norm of its gradient.
     """

@@ -1,4 +1,4 @@
-"""Figures of results as SVG files: a roofline for kernels, bars for steps, lines for sweeps."""
+"""Figures of benchmark results as SVG files: a roofline for kernels, bars for steps, and lines."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def plot(result: dict[str, Any], directory: Path) -> list[Path]:
 
 
 def _kinds(result: dict[str, Any]) -> list[Callable[[Any, dict[str, Any]], str]]:
-    """Return the functions that draw a result on axes and return the file's name."""
+    """Return the functions for a result's figures: each draws on axes and returns a file name."""
     if "operations" in result:
         return [_roofline, _to_eager]
     if "points" in result:

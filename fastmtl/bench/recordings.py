@@ -13,10 +13,10 @@ STEPS_TO_RECORD = 2
 
 
 def not_recorded(model: MultiTaskModel, surgery: GradientSurgery | None = None) -> list[str]:
-    """Return the reasons why encoder, heads or merging run without CUDA graphs; [] for none.
+    """Return the reasons why encoder, heads or merging run without CUDA graphs; [] if none does.
 
-    Call this after STEPS_TO_RECORD steps. surgery: that of the steps; None if autograd sums the
-    gradients.
+    Call this after STEPS_TO_RECORD steps. surgery: the object that the steps use; None if autograd
+    sums the gradients.
     """
     found = [] if surgery is None else list(surgery.not_recorded)
     return found + model_not_recorded(model)

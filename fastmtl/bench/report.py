@@ -98,7 +98,7 @@ def show_changes(changes: Sequence[Change], old: dict[str, Any], new: dict[str, 
 
 
 def wide() -> Console:
-    """Return a console of the terminal's width, or 160 columns wide for a file or a pipe."""
+    """Return a console as wide as the terminal, or with 160 columns for a file or a pipe."""
     console = Console()
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=160)
 
@@ -109,7 +109,7 @@ def _print_skipped(reasons: dict[str, str], console: Console) -> None:
 
 
 def _operation(name: str, operation: dict[str, Any]) -> Table:
-    """Return a table: times of each pass; the other columns are for both passes together."""
+    """Return a table of an operation: times of each pass; the other columns are for all passes."""
     passes = operation["passes"]
     dropout = f", dropout {operation['dropout']}" if operation["dropout"] else ""
     whole = "both" if "both" in passes else "forward"

@@ -50,7 +50,7 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def transformers(workload: Workload, model: nn.Module) -> Step:
-    """Return a plain loop's step: one padded batch per task, and the sum of their losses."""
+    """Return the step of a plain loop: forward and backward of each padded batch, then AdamW."""
     assert isinstance(model, PaddedModel)
     batches, optimizer = workload.padded_batches, _optimizer(model)
 
@@ -64,7 +64,7 @@ def transformers(workload: Workload, model: nn.Module) -> Step:
 
 
 def _compiled(workload: Workload) -> PaddedModel:
-    """Return a copy whose encoder is compiled for any number and length of texts."""
+    """Return a copy of the padded model, compiled for any number and length of texts."""
     model = copy.deepcopy(workload.padded)
     model.encoder.compile(dynamic=True)
     return model
@@ -118,7 +118,7 @@ def recorded(workload: Workload, model: nn.Module, method: str) -> Step:
     """
     assert isinstance(model, MultiTaskModel)
     step, surgery = (joint(workload, model), None) if method == "sum" else _merged(workload, model, method)
-    weights = copy.deepcopy(model.state_dict())  # shared by all ways
+    weights = copy.deepcopy(model.state_dict())  # all models share these weights; recording must not change them
     for _ in range(STEPS_TO_RECORD):
         step()
     model.load_state_dict(weights)
@@ -127,10 +127,10 @@ def recorded(workload: Workload, model: nn.Module, method: str) -> Step:
 
 
 def products(workload: Workload, _: nn.Module | None = None) -> Step:
-    """Return the forward and both backward products of every linear layer of the encoder.
+    """Return a step of the matrix products alone: forward and both backward ones of each Linear.
 
-    They run on the real tokens and write into preallocated buffers. Attention's own products are
-    left out: 1 to 2 % at these lengths.
+    The products run on the encoder's linear layers with the real tokens, and write into
+    preallocated buffers. Attention's own products are left out; they are 1 to 2 % at these lengths.
     """
     rows, like = workload.packed_batch.num_tokens, {"device": workload.device, "dtype": workload.dtype}
     weights = [module.weight.detach() for module in workload.packed.encoder.modules() if isinstance(module, nn.Linear)]

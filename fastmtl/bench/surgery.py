@@ -153,7 +153,10 @@ def bench_tasks(
 def _checked(
     workload: Workload, names: Sequence[str], say: Say
 ) -> tuple[list[Variant], dict[str, float], dict[str, str]]:
-    """Return the variants with correct gradients, their errors, and reasons of skipped ones."""
+    """Check variants; return (correct variants, errors by name, reasons of the skipped ones).
+
+    Raises GradientMismatch for a wrong gradient.
+    """
     say("gradients of the textbook loop")
     oracle = Oracle(workload)
     checked, errors, skipped = [], {}, {}

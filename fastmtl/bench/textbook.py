@@ -63,7 +63,7 @@ class PaddedModel(nn.Module):
 
 
 def step(model: PaddedModel, batches: Sequence[PaddedBatch]) -> None:
-    """Write the encoder's merged gradient, and each head's own gradient, to `.grad`."""
+    """Run one step. Write the encoder's merged gradient and each head's own gradient to `.grad`."""
     model.zero_grad()
     merged = pcgrad(task_gradients(model, batches))
     parameters = list(model.encoder.parameters())

@@ -212,6 +212,9 @@ def _summed(workload: Workload) -> float:
 
 
 def _global_order(tasks: int) -> Tensor:
-    """Return the order of a loop that draws one permutation per task from the global generator."""
+    """Return the projection order that the textbook and TorchJD draw after a manual_seed(SEED).
+
+    int64 [T, T]: one permutation per task from the global generator.
+    """
     generator = torch.Generator().manual_seed(SEED)
     return torch.stack([torch.randperm(tasks, generator=generator) for _ in range(tasks)])

@@ -160,7 +160,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _places() -> list[str]:
-    """Return folder, file and line of the innermost three frames outside torch and this module."""
+    """Return the innermost three frames outside torch and this module, as `folder/file:line`."""
     frames = [
         frame
         for frame in traceback.extract_stack()
