@@ -65,15 +65,15 @@ def train(
     local_rank: int | None = None,
     rows: CorpusRows | None = None,
 ) -> None:
-    """Train a recipe. Every rank calls it.
+    """Train a recipe and write the run's files to `output`. Every rank calls this function.
 
-    It writes config.yaml, metrics.jsonl, tensorboard/, checkpoints/, model/ (of the best epoch),
-    predictions/ and report.html to `output`. After SIGTERM it trains at most one more step, saves a
-    checkpoint and returns.
+    The files are config.yaml, metrics.jsonl, tensorboard/, checkpoints/, model/ (of the best
+    epoch), predictions/ and report.html. After SIGTERM this function trains at most one more step,
+    saves a checkpoint and returns.
 
-    accept_changes: resume even if settings or training rows differ from those of the checkpoint.
-    rows: the rows of the recipe's files, if they have been read already.
-    Raises UserError for errors that the user can fix.
+    resume: continue from the newest checkpoint in `output`. accept_changes: resume even if settings
+    or training rows differ from those of the checkpoint. rows: the rows of the recipe's files, if
+    they have been read already. Raises UserError for errors that the user can fix.
     """
     if not torch.cuda.is_available():
         heap.map_large_blocks()
@@ -139,7 +139,7 @@ def train(
         if job is not jobs[-1]:
             run.at = run.at.next_phase()
             engine.destroy()
-            # They are in reference cycles and own CUDA graphs with private memory.
+            # They are in reference cycles, and their CUDA graphs own memory that is freed only now.
             del model, engine, surgery, objectives
             gc.collect()
     assert run is not None
@@ -164,10 +164,10 @@ def run_phase(
     surgery: GradientSurgery,
     objectives: Objectives,
 ) -> bool:
-    """Train from the position of the run to the end of the phase.
+    """Train from the position of the run to the end of the phase; return True.
 
     steps: the micro-batches of the remaining steps, on the device. Returns False if the run was
-    stopped; a checkpoint has been saved then.
+    stopped before; a checkpoint has been saved then.
     """
     phase, recipe, stream = job.phase, job.phase.recipe, job.stream
     ranks, tracker, at = run.ranks, run.tracker, run.at
@@ -253,7 +253,7 @@ def run_phase(
 
 @heap.mapping_small_blocks()
 def evaluate(recipe: Recipe, engine: Any, corpus: Corpus, ranks: Ranks) -> dict[str, Scores]:
-    """Return the scores of every task with a dev file, equal on all ranks."""
+    """Score the dev rows of every task that has a dev file; return {task: Scores} on all ranks."""
     engine.eval()
     datasets = {name: data for name, data in zip(recipe.task_names, corpus.dev, strict=True) if data is not None}
 

@@ -80,8 +80,8 @@ class Checkpoints:
         """Save everything that is needed to resume after optimiser step `step`.
 
         state: JSON values, returned by `restore`. value: the metric that selects the best
-        checkpoint, None if there is no such value. phase: the name of the current phase, None in a run
-        without phases. tensors: tensors to save beside the engine's, equal on all ranks.
+        checkpoint, None if there is no such value. phase: the name of the current phase, None in a
+        run without phases. tensors: tensors to save beside the engine's, equal on all ranks.
         """
         incomplete = self._directory / f".incomplete-step-{step}"
         final = self._directory / f"step-{step}"

@@ -1,4 +1,4 @@
-"""Scores of a model on data sets, sharded over ranks, with every row once."""
+"""Scores of a model for every row of a data set; the ranks share the work."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.stream import evaluation_batches
 from fastmtl.data.tokenized import TokenizedDataset
 
-# Runs the model on a batch in evaluation mode; returns {task: scores [E_t, ...]}.
+# A function that runs the model on a batch in evaluation mode; it returns {task: scores [E_t, ...]}
+# for the E_t rows of each task t in the batch.
 Predict = Callable[[PackedBatch], dict[str, torch.Tensor]]
 Gather = Callable[[object], list]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A task's outputs in the order of its data set: scores float32 [n, classes] or [n], labels [n]
-    or None.
+    """The scores of a task's data set, in the order of its rows.
+
+    scores: output of `MultiTaskModel.predict`, float32 [n, classes] for classification, else [n].
+    labels: [n], or None if the data set has none.
     """
 
     dataset: TokenizedDataset
@@ -41,10 +44,12 @@ def score(
     world: int = 1,
     all_gather: Gather = lambda value: [value],
 ) -> dict[str, Scores]:
-    """Run `predict` on this rank's share of every data set; return all rows' scores on every rank.
+    """Score every row of the data sets; return {task: Scores}, complete on every rank.
 
-    Every rank runs the same number of batches per task, since ZeRO 3 gathers parameters
-    collectively. A rank with fewer batches repeats one and drops its result.
+    predict: runs the model on a batch; each rank calls it for its share of the rows. all_gather:
+    returns the objects of all ranks in rank order. Every rank runs the same number of batches per
+    task, since ZeRO 3 gathers parameters collectively. A rank with fewer batches repeats one and
+    drops its result.
     """
     result = {}
     for name, dataset in datasets.items():

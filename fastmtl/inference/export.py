@@ -20,23 +20,28 @@ from fastmtl.model.saved_model import load_model
 from fastmtl.version import __version__
 
 Layout = Literal["sentence-transformers", "transformers"]
-# fastmtl's name -> the one in sentence-transformers, where BERT's pooler is a dense layer on [CLS].
+# Poolings of fastmtl -> those of sentence-transformers. There BERT's pooler is the pooling of [CLS]
+# with a dense layer after it.
 _POOLINGS = {"mean": "mean_tokens", "cls": "cls_token", "max": "max_tokens", "pooler": "cls_token"}
 
 
 def export(
     source: Path, target: Path, layout: Layout, pooling: str | None = None, task: str | None = None
 ) -> list[str]:
-    """Write the encoder of the `model/` directory `source` in float32 to `target`, completely or
-    not at all.
+    """Write the encoder of a trained model to a folder, in the layout of another library.
+
+    source: a `model/` directory. target: a new or empty folder, which is written completely or not
+    at all; weights are float32.
 
     layout: "transformers" writes config.json, model.safetensors and the tokenizer of a BertModel.
     "sentence-transformers" adds the files that make `SentenceTransformer(target)` cut texts at the
     model's length and pool by `pooling` (default: the pooling of the task, or the one that all
     tasks have).
 
-    Returns lines for the user. Raises UserError for a task whose vectors need more than the
-    encoder, and if no pooling can be chosen.
+    task: export the vectors of this task, with its projection if it has one.
+
+    Returns lines for the user. Raises UserError for a task whose vectors need other parts of the
+    model, and if no pooling can be chosen.
     """
     model, recipe, tokenizer = load_model(source)
     if task is not None:

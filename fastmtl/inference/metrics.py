@@ -1,6 +1,6 @@
 """Metrics: accuracy, macro precision, recall and F1, Pearson, Spearman and mean squared error.
 
-Scores are the output of `MultiTaskModel.predict`: class probabilities float [E, C]
+Scores are the output of `MultiTaskModel.predict` for E rows: class probabilities float [E, C]
 (classification), the probability of class 1 float [E] (binary), the predicted value float [E]
 (regression).
 """
@@ -18,7 +18,7 @@ from fastmtl.errors import UserError, unknown_name
 
 
 def load_libraries() -> None:
-    """Import the libraries of the metrics.
+    """Import scipy and scikit-learn.
 
     They take about 70 MiB, which a training process should allocate before its first step.
     """
@@ -32,14 +32,14 @@ LOWER_IS_BETTER = ("mse",)
 
 
 def metric_names(task: TaskConfig) -> tuple[str, ...]:
-    """Return the names of the task's metrics, in the order of tables."""
+    """Return the names of all metrics of the task's type, in the order of a table's columns."""
     return REGRESSION_METRICS if task.type == "regression" else CLASS_METRICS
 
 
 def check_metrics(recipe: Recipe) -> None:
-    """Check before training that the recipe's tasks have the metrics it names.
+    """Raise UserError if the recipe names a metric that its task does not have.
 
-    Raises UserError naming the key and the nearest valid name.
+    The message names the key and the nearest valid name. Called before training.
     """
     for name, task in recipe.tasks.items():
         valid = [metric for metric in metric_names(task) if metric not in LOWER_IS_BETTER]
@@ -53,9 +53,9 @@ def check_metrics(recipe: Recipe) -> None:
 
 
 def check_early_stopping(recipe: Recipe) -> None:
-    """Check before training that a dev file gives the metric for early stopping.
+    """Raise UserError if there is no dev file for the metric of early stopping.
 
-    Raises UserError naming the key.
+    The message names the key. Called before training.
     """
     wanted, patience = recipe.early_stopping.metric, recipe.early_stopping.patience
     scored = [name for name, task in recipe.tasks.items() if task.data.dev is not None]
@@ -75,7 +75,7 @@ def check_early_stopping(recipe: Recipe) -> None:
 
 
 def predicted_labels(task: TaskConfig, scores: np.ndarray) -> np.ndarray:
-    """Return class ids int64 [E], or the scores themselves for regression.
+    """Return the predicted class ids, int64 [E]; for regression return `scores`.
 
     A binary probability of exactly 0.5 is class 1.
     """
@@ -87,11 +87,11 @@ def predicted_labels(task: TaskConfig, scores: np.ndarray) -> np.ndarray:
 
 
 def evaluate_predictions(task: TaskConfig, scores: np.ndarray, labels: Any) -> dict[str, float]:
-    """Return all metrics of the task's type.
+    """Return {metric: value} for all metrics of the task's type.
 
-    Classes that are neither in the labels nor in the predictions do not count in macro averages. A
-    class that is never predicted has precision 0. Constant predictions or labels have
-    correlation 0. The mse is in squared label units.
+    labels: [E], class ids or values. Classes that are neither in the labels nor in the predictions
+    do not count in macro averages. A class that is never predicted has precision 0. Constant
+    predictions or labels have correlation 0. The mse is in squared label units.
     Raises UserError if there are no rows or a score is not finite.
     """
     labels = np.asarray(labels)
@@ -122,10 +122,10 @@ def confusion(task: TaskConfig, scores: np.ndarray, labels: Any) -> np.ndarray:
 
 
 def label_statistics(task: TaskConfig, labels: Any) -> dict[str, float]:
-    """Return statistics of the labels.
+    """Return the number of labels of each class, {class id: number}.
 
-    They are the number of rows by class id, or for regression the mean, the standard deviation and
-    the smallest and largest label.
+    For regression return the labels' mean, standard deviation ("deviation"), smallest and largest
+    value.
     """
     labels = np.asarray(labels)
     if task.type != "regression":
@@ -136,9 +136,9 @@ def label_statistics(task: TaskConfig, labels: Any) -> dict[str, float]:
 
 
 def mean_score(metrics: dict[str, dict[str, float]], recipe: Recipe) -> float:
-    """Return the mean of the evaluated tasks' own metrics (`tasks.<task>.metric`).
+    """Return the mean over tasks of each task's own metric (`tasks.<task>.metric`).
 
-    Raises UserError if no task was evaluated.
+    metrics: {task: {metric: value}} of the evaluated tasks. Raises UserError if there is none.
     """
     values = [metrics[name][task.metric_name] for name, task in recipe.tasks.items() if name in metrics]
     if not values:
@@ -147,9 +147,10 @@ def mean_score(metrics: dict[str, dict[str, float]], recipe: Recipe) -> float:
 
 
 def selected_score(metrics: dict[str, dict[str, float]], recipe: Recipe) -> float:
-    """Return the value of `early_stopping.metric`, negated if lower is better.
+    """Return the value of `early_stopping.metric`; the greater value is always better.
 
-    So the greater value is always better. Raises UserError for a task without a dev file.
+    A metric of which the lower value is better (mse) is negated. Raises UserError for a task
+    without a dev file.
     """
     wanted = recipe.early_stopping.metric
     if wanted == "mean":

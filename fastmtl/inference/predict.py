@@ -71,7 +71,7 @@ class Predictor:
         """Return a prediction per text, in order.
 
         texts: strings, or pairs (text, other text) for tasks of two sentences. Raises UserError for
-        an unknown task and for other values.
+        an unknown task, and for texts of another type.
         """
         config = self.task(task)
         if not texts:
@@ -110,10 +110,11 @@ class Predictor:
 
 
 def load(model_dir: str | Path, device: str | None = None) -> Predictor:
-    """Open a `model/` directory, or the run's directory around it.
+    """Load a trained model.
 
-    device: a torch device; default: the first GPU if there is one, else the CPU. Raises UserError
-    for a directory without a model.
+    model_dir: a `model/` directory, or the run's directory around it. device: a torch device;
+    default: the first GPU if there is one, else the CPU. Raises UserError for a directory without a
+    model.
     """
     model, recipe, tokenizer = load_model(model_directory(model_dir))
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -121,7 +122,10 @@ def load(model_dir: str | Path, device: str | None = None) -> Predictor:
 
 
 def evaluate_file(predictor: Predictor, task: str, file: Path) -> Evaluation:
-    """Return the metrics of one task on one file in the task's format."""
+    """Return the metrics of one task on the labelled rows of one file.
+
+    The file has the format of the task's training files.
+    """
     rows = read_file(file, predictor.task(task), on_bad_row=predictor.recipe.data.on_bad_row, require_labels=True)
     return _evaluate(predictor, {task: rows}, [])
 
@@ -129,10 +133,11 @@ def evaluate_file(predictor: Predictor, task: str, file: Path) -> Evaluation:
 def evaluate_split(
     predictor: Predictor, split: Literal["train", "dev", "test"], data_dir: Path | None, tasks: list[str] | None
 ) -> Evaluation:
-    """Return the metrics on the recipe's files of a split.
+    """Return the metrics of several tasks on the files that the recipe names for a split.
 
-    data_dir: the folder of the files; default: the recipe's. tasks: default: all. Tasks without
-    such a file are listed in `notes`. Raises UserError if no task has one.
+    data_dir: the folder of the files; default: the recipe's. tasks: names of tasks; default: all. A
+    task without a file for this split is named in `notes` of the result. Raises UserError if no
+    task has one.
     """
     recipe = predictor.recipe
     data = recipe.data.model_copy(update={"dir": str(data_dir or recipe.data.dir or demo_directory())})
@@ -150,7 +155,10 @@ def evaluate_split(
 
 
 def _check_there(data: DataConfig, file: str, *, given: bool) -> None:
-    """Raise UserError for a missing file, with advice on `data.dir`."""
+    """Raise UserError with advice if a file of the recipe is missing.
+
+    given: the user has given the folder, so the advice does not explain the recipe's.
+    """
     path = user_path(data.dir or ".") / file
     if path.exists():
         return
@@ -161,9 +169,10 @@ def _check_there(data: DataConfig, file: str, *, given: bool) -> None:
 def predict_file(
     predictor: Predictor, task: str, source: Path, target: Path, layout: Literal["table", "cs224n"]
 ) -> tuple[int, list[str]]:
-    """Write predictions for a file, with or without labels.
+    """Predict the rows of a file, with or without labels, and write the predictions to `target`.
 
-    Returns the number of rows and lines for the user about skipped rows.
+    layout: that of `write_table` or `write_cs224n`. Returns the number of rows, and lines for the
+    user about skipped rows.
     """
     config = predictor.task(task)
     if not target.parent.is_dir():

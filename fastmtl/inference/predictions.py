@@ -14,7 +14,7 @@ from fastmtl.errors import UserError
 from fastmtl.files.writing import replace_text
 from fastmtl.inference.metrics import predicted_labels
 
-# The headers of the project's own files, with its spelling.
+# The columns' names in the project's own files, with its spelling.
 CS224N_COLUMN = {
     "classification": "Predicted_Sentiment",
     "binary": "Predicted_Is_Paraphrase",
@@ -23,8 +23,7 @@ CS224N_COLUMN = {
 
 
 def write_table(path: Path, task: TaskConfig, ids: Sequence[str], scores: np.ndarray) -> None:
-    """Write a CSV file with the columns id, predicted and, for classes, the probabilities
-    p_<class>.
+    """Write a CSV file: id, predicted and, for classes, the probabilities p_<class>.
 
     scores: the output of `MultiTaskModel.predict`. Class names are the recipe's label_names, or the
     class ids if it has none. Raises UserError if the file cannot be written.
@@ -40,7 +39,7 @@ def write_table(path: Path, task: TaskConfig, ids: Sequence[str], scores: np.nda
 
 
 def write_cs224n(path: Path, task: TaskConfig, ids: Sequence[str], scores: np.ndarray) -> None:
-    """Write the hand-in format of CS224N's default project (minBERT).
+    """Write a file in the hand-in format of CS224N's default project (minBERT).
 
     It has a header `id \\t Predicted_...` and lines `id , value`. Raises UserError if the file
     cannot be written.
@@ -61,7 +60,7 @@ def _name(task: TaskConfig, label: int) -> str:
 
 
 def _probabilities(task: TaskConfig, scores: np.ndarray) -> np.ndarray:
-    """Return float [n, classes], without columns for regression."""
+    """Return the probabilities of all classes, float [n, classes]; for regression [n, 0]."""
     if task.type == "regression":
         return np.empty((len(scores), 0))
     return np.stack([1 - scores, scores], axis=1) if task.type == "binary" else scores

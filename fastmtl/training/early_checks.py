@@ -11,7 +11,7 @@ from fastmtl.training.phases import Phase, split
 
 
 def check_recipe(recipe: Recipe, world: int) -> CorpusRows:
-    """Check everything that needs no torch and return the rows that were read.
+    """Check everything of a run that needs no torch; return the rows of its files.
 
     world: number of processes. Raises UserError naming the file, line or key.
     """
@@ -24,7 +24,8 @@ def check_recipe(recipe: Recipe, world: int) -> CorpusRows:
 def check_schedules(phases: Sequence[Phase], rows: CorpusRows, world: int) -> None:
     """Raise UserError for samplers that need more rows than the files have.
 
-    Phases with augmentation are left out, since the sizes are not known yet.
+    world: number of processes. Phases with augmentation are left out: their numbers of rows are not
+    known before the new rows are made.
     """
     for phase in phases:
         tasks = phase.recipe.tasks

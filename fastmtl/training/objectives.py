@@ -1,6 +1,7 @@
-"""Loss settings that change during a run.
+"""The parts of the losses that change during a run.
 
-They are dynamic weights, SMART's teacher and strengths, and pair losses over a whole step.
+They are the dynamic weights of the tasks (`weighting.name: dwa`), the teacher and the strengths of
+SMART, and losses over the pairs of a whole step (`mnr.cached`).
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ Metrics = Mapping[str, Mapping[str, float]]
 
 
 class Objectives:
-    """Loss settings of one model that change during a run.
+    """The parts of one model's losses that change during a run.
 
-    The methods are called around each step and after each epoch. They do nothing if the recipe uses
-    no such setting, or if the model's losses are not its tasks' losses. Make the object before the
-    engine, since the teacher starts with the model's weights. All ranks make one and call it, and
-    the objects stay equal. corpus: used by `after_epoch`.
+    The training loop calls the methods around each step and after each epoch. They change nothing
+    if the recipe uses no such part, or if the model is trained on another loss than its tasks'
+    (masked words). Make this object before the engine, since the teacher starts with the model's
+    weights. Every rank makes the object and calls its methods, so its state is equal on all ranks.
+    corpus: the rows for `after_epoch`.
     """
 
     def __init__(self, recipe: Recipe, model: nn.Module, corpus: Corpus | None = None) -> None:
@@ -47,26 +49,39 @@ class Objectives:
             self._smart.start_teacher(self._model)
 
     def prepare(self, micro_batches: Sequence[PackedBatch]) -> list[PackedBatch]:
-        """Return a step's micro-batches, prepared for its losses."""
+        """Return a step's micro-batches, ready for the model.
+
+        With the loss mnr and `mnr.cached`, they get the results of a first pass over the whole
+        step.
+        """
         return list(micro_batches) if self._model is None else cache_pairs(self._model, micro_batches)
 
     def weights(self, of_step: Mapping[str, float] | None) -> Mapping[str, float] | None:
-        """Return the tasks' weights in the next step, multiplied by `of_step`."""
+        """Return {task: weight of its loss} for the next step: the dynamic weights times `of_step`.
+
+        of_step: the sampler's weights for the step, None for 1 each. Without dynamic weights the
+        result is `of_step`.
+        """
         if self._average is None:
             return of_step
         return {name: weight * (of_step or {}).get(name, 1.0) for name, weight in self._average.weights().items()}
 
     def after_step(self, info: SurgeryInfo) -> None:
-        """Update the settings after the optimiser's step, or after a skipped one."""
+        """Update the dynamic weights and the teacher after an optimiser step.
+
+        info: the result of surgery in the step. The teacher stays the same after a skipped step.
+        """
         if self._average is not None:
             self._average.after_step(info.losses)
         if self._model is not None and self._smart is not None and self._smart.teacher and info.skipped is None:
             self._smart.follow_model(self._model)
 
     def after_epoch(self, dev: Metrics, evaluate: Callable[[Corpus], Mapping[str, Scores]]) -> list[str]:
-        """Update the settings after an epoch; return lines for the user about the next one.
+        """Update the dynamic weights and SMART's strengths after an epoch; return lines about them.
 
-        dev: the tasks' metrics. evaluate: scores the dev rows of a corpus.
+        The lines are for the user: the new weights, and the gaps between training and dev rows that
+        set the strengths. dev: {task: {metric: value}} on the dev rows. evaluate: a function that
+        scores a corpus's dev rows.
         """
         notes = []
         if self._average is not None:
@@ -84,7 +99,7 @@ class Objectives:
         return notes
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state without `tensors`, as JSON values."""
+        """Return the state for a checkpoint, as JSON values; the rest of it is in `tensors`."""
         state: dict[str, Any] = {}
         if self._average is not None:
             state["average"] = self._average.state_dict()
@@ -93,7 +108,7 @@ class Objectives:
         return state
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the teacher's tensors."""
+        """Return the tensors of SMART's teacher by name; {} without a teacher."""
         return {} if self._smart is None or self._smart.teacher is None else dict(self._smart.teacher.state_dict())
 
     def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -105,9 +120,10 @@ class Objectives:
                 self._smart.teacher.load_state_dict(dict(tensors))
 
     def _sample(self, dev: Metrics) -> Corpus:
-        """Return a corpus whose dev rows are training rows: equally many per task, evenly spaced.
+        """Return a corpus with training rows in place of the dev rows, for scores on training rows.
 
-        Tasks without dev metrics have None.
+        Each task gets as many rows as it has dev rows, or all its training rows if they are fewer;
+        the rows are evenly spaced. A task without dev metrics has None.
         """
         assert self._corpus is not None
         samples: list[TokenizedDataset | None] = []

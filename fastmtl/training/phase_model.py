@@ -21,9 +21,9 @@ class PhaseModel:
     """The model of a phase on the CPU.
 
     model: encoder, adapters and heads of the phase's tasks. New weights are drawn from the phase's
-    seed, so they are equal on all ranks. trained: the module for the engine, `model` or a masked
-    language model of its encoder. notes: lines for the user. Raises UserError for settings that do
-    not fit together, and if nothing is trained.
+    seed, so they are equal on all ranks. trained: the module that the engine trains; it is `model`,
+    or with `objective: mlm` a masked language model with the same encoder. notes: lines for the
+    user. Raises UserError for settings that do not fit together, and if nothing is trained.
     """
 
     def __init__(self, phase: Phase) -> None:
@@ -45,15 +45,20 @@ class PhaseModel:
 
     @property
     def least_saved(self) -> int:
-        """The least size in bytes of a checkpoint and model/.
+        """The bytes that a checkpoint and model/ take together, at least.
 
-        It is that of weights in 16 and in 32 bits and of Adam's two moments.
+        They contain all weights in 16 and in 32 bits, and Adam's two moments of the trained weights
+        in 32 bits.
         """
         trained = sum(tensor.numel() for tensor in self.trained.parameters() if tensor.requires_grad)
         return (2 + 4) * sum(tensor.numel() for tensor in self.trained.parameters()) + 8 * trained
 
     def take_over(self, directory: Path, ranks: Ranks) -> None:
-        """Load the weights of earlier phases from a `model/` directory, which only rank 0 reads."""
+        """Load the weights of earlier phases from a `model/` directory, which only rank 0 reads.
+
+        Every rank calls this method. Weights that the directory lacks stay as they are; a note
+        lists them.
+        """
         new: list[str] = []
         if ranks.is_main:
             weights, _ = read_task_weights(directory)
@@ -64,7 +69,11 @@ class PhaseModel:
             self.notes.append(f"new in this phase: {', '.join(new)}")
 
     def whole(self, gathered: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-        """Return the state dict of `model` from that of `trained`, None for None."""
+        """Return the state dict of `model`, given the complete state dict of `trained`.
+
+        gathered: the result of `gathered_state_dict`; for None, on ranks other than 0, None is
+        returned.
+        """
         if gathered is None or self.trained is self.model:
             return gathered
         return {name: gathered.get(name, tensor) for name, tensor in self.model.state_dict().items()}

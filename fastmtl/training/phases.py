@@ -17,7 +17,7 @@ from fastmtl.config import MLM, TRAINS, GradientConfig, PhaseConfig, Recipe, Sec
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.inference.metrics import check_early_stopping, check_metrics
 
-SEED_STEP = 10_000  # between the seeds of phases, for other orders of rows and other new weights
+SEED_STEP = 10_000  # added per phase, so that each has another order of rows and other new weights
 S = TypeVar("S", bound=Section)
 
 
@@ -26,7 +26,9 @@ class Phase:
     """A phase of a run.
 
     index: from 0. name: None for a run without phases. recipe: the recipe of this phase, without
-    `phases`. parts: the trained ones of "encoder", "adapters" and "heads".
+    `phases`. parts: the trained ones of "encoder", "adapters" and "heads". objective: the losses of
+    the tasks, or masked words. keep: the epoch whose weights are kept; best_of_each: for each task
+    its best.
     """
 
     index: int
@@ -43,7 +45,7 @@ class Phase:
 
 
 def phases_of(recipe: Recipe) -> list[Phase]:
-    """Return the phases in order.
+    """Return the phases of a recipe in order; a recipe without `phases` has one.
 
     Raises UserError naming the phase for unknown names, contradicting settings and a phase that
     trains nothing.
@@ -58,7 +60,7 @@ def phases_of(recipe: Recipe) -> list[Phase]:
 
 
 def split(recipe: Recipe) -> list[Phase]:
-    """Return the phases without checking the gradient methods, which would import torch."""
+    """Return the phases without checking their gradient methods, which would import torch."""
     if not recipe.phases:
         phases = [Phase(0, None, recipe, ("encoder", "adapters", "heads"))]
     else:
@@ -150,8 +152,9 @@ _BY_TASK = {"sampler": ("batch_size", "subsample"), "adapter": ("dropout",), "sm
 
 
 def _merged(key: str, ours: S, given: S | None, tasks: Iterable[str]) -> S:
-    """Return the recipe's section with the phase's settings, and per-task numbers of its tasks
-    only.
+    """Return the recipe's section `ours` with the settings that the phase gives in `given`.
+
+    key: the name of the section. Numbers per task are kept for `tasks` only.
     """
     values = {name: getattr(ours, name) for name in type(ours).model_fields}
     for name in _BY_TASK.get(key, ()):
@@ -180,9 +183,9 @@ def _tasks(recipe: Recipe, given: PhaseConfig) -> dict[str, Any]:
 
 
 def _check_adapters(phases: list[Phase]) -> None:
-    """Check that a phase with other adapters has every earlier task.
+    """Raise UserError if a phase changes the adapters but leaves out a task of an earlier phase.
 
-    All tasks of a model have the same kind of adapter.
+    All tasks of a model have the same kind of adapter, so the left-out task could not keep its own.
     """
     known: set[str] = set()
     before = phases[0].recipe.adapter

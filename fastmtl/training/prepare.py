@@ -1,6 +1,7 @@
 """Preparation of a run: all checks and loading before the first DeepSpeed engine is made.
 
-`train` continues after it and `train --check` stops after it, so both give the same errors.
+`train` continues after the preparation and `train --check` stops there, so both give the same
+errors.
 """
 
 from __future__ import annotations
@@ -60,11 +61,11 @@ def prepare(
     accept_changes: bool = False,
     rows: CorpusRows | None = None,
 ) -> Start:
-    """Check and load everything that a run needs, and connect the ranks. Every rank calls it.
+    """Check and load everything that a run needs, and connect the ranks.
 
-    Nothing is written to `output`; the tokens go to `data.cache_dir`. rows: the rows of the
-    recipe's files, if they have been read already. Raises UserError for anything that this run
-    cannot use.
+    Every rank calls this function. Nothing is written to `output`; the tokens go to
+    `data.cache_dir`. rows: the rows of the recipe's files, if they have been read already. Raises
+    UserError for a setting, a file or a checkpoint that this run cannot use.
     """
     with errors_reach_rank_0():  # all checks that are possible before DeepSpeed starts
         recipe = complete(recipe)
@@ -135,5 +136,5 @@ def _counted(number: int, one: str, many: str | None = None) -> str:
 
 
 def _checked_models(phases: list[Phase], first: int) -> PhaseModel:
-    """Return the model of phase `first`. The others are built too, to find their errors now."""
+    """Build the models of all phases, to find their errors now; return that of phase `first`."""
     return [model for model in map(PhaseModel, phases) if model.phase.index == first][0]

@@ -20,16 +20,17 @@ from fastmtl.training.phases import Phase
 class Progress:
     """The position of a run, saved in every checkpoint.
 
-    All fields except step, seconds and data belong to the current phase. A checkpoint within an
-    epoch is saved before the evaluation there. So a longer run resumes from it as if
-    train.max_steps had not ended the run, and a run of the same length only evaluates again.
+    All fields except step, seconds and data belong to the current phase. surgery, objectives:
+    results of `state_dict` of GradientSurgery and Objectives. If train.max_steps ends a run within
+    an epoch, the last checkpoint is saved before the final evaluation. So a longer run resumes as
+    if it had not ended there, and a run of the same length only evaluates again.
     """
 
     step: int = 0  # optimiser steps done
     epoch: int = 0  # the current epoch, from 0
     step_in_epoch: int = 0
-    epoch_steps: int = 0  # optimiser steps of the current epoch with the saving number of processes
-    best: float | None = None  # value of early_stopping.metric
+    epoch_steps: int = 0  # steps of the current epoch; depends on the number of processes
+    best: float | None = None  # best value of early_stopping.metric so far
     epochs_without_gain: int = 0
     seconds: float = 0.0
     surgery: dict[str, Any] = field(default_factory=dict)
@@ -37,7 +38,7 @@ class Progress:
     phase: int = 0  # from 0
     first_step: int = 0  # optimiser steps before the phase
     early: bool = False  # early stopping has ended the phase
-    bests: dict[str, float] = field(default_factory=dict)  # keep: best_of_each: best value of each task's metric
+    bests: dict[str, float] = field(default_factory=dict)  # for keep: best_of_each: best value of each task's metric
     data: dict[str, str] = field(default_factory=dict)  # digest of each task's rows, by task and split
 
     def next_phase(self) -> Progress:
@@ -46,9 +47,11 @@ class Progress:
         )
 
     def gained(self, phase: Phase, dev: dict[str, dict[str, float]], value: float | None) -> list[str]:
-        """Return the tasks whose weights are the best so far; by `value`, all tasks or none.
+        """Return the tasks whose current weights are the best so far, and record their metrics.
 
-        With keep: best_of_each, a task without dev rows is always among them.
+        dev: {task: {metric: value}}. value: that of early_stopping.metric, None without dev rows.
+        With `keep: best_of_each` each task is judged by its own metric, and a task without dev rows
+        is always returned. Otherwise `value` decides for all tasks together.
         """
         tasks = phase.recipe.tasks
         if phase.keep == "best_of_each":
@@ -64,7 +67,7 @@ class Progress:
 
 @dataclass
 class Job:
-    """A phase, its data and its batches."""
+    """A phase with its rows (`corpus`) and the stream of its training batches."""
 
     phase: Phase
     corpus: Corpus
@@ -85,16 +88,17 @@ class Job:
         return last if train.max_steps is None else min(last, at.first_step + train.max_steps)
 
     def is_over(self, at: Progress) -> bool:
-        """Return whether no step is left and the last epoch has been evaluated."""
+        """Return True if the phase has no step left and its last epoch has been evaluated."""
         return at.early or at.epoch >= self.phase.recipe.train.epochs or self._is_cut(at)
 
     def _is_cut(self, at: Progress) -> bool:
         return at.step >= self.last_step(at) and at.step_in_epoch == 0
 
     def fit(self, at: Progress) -> str | None:
-        """Move `at` to the same share of the current epoch if its number of steps has changed.
+        """Correct `at`, in place, if its epoch has another number of steps than when it was saved.
 
-        It changes with the number of processes. Returns a line for the user, or None.
+        The number depends on the number of processes. The new position is at the same share of the
+        epoch. Returns a line for the user about the correction, or None.
         """
         if not at.step_in_epoch or at.epoch >= self.phase.recipe.train.epochs:
             return None
@@ -107,7 +111,10 @@ class Job:
 
 
 def resumed(found: Found | None, phases: list[Phase]) -> Progress:
-    """Return the position in a checkpoint. Raises UserError if the recipe has no such phase."""
+    """Return the position that a checkpoint has saved, or the beginning of a run for None.
+
+    Raises UserError if the recipe's phases do not include the checkpoint's.
+    """
     if found is None:
         return Progress()
     at, name = Progress(**found.state), found.manifest.get("phase")

@@ -1,4 +1,7 @@
-"""The results of a run as JSON (`results.json`): the report's data besides metrics and recipe."""
+"""The results of a run as JSON values (`results.json`).
+
+The report is built from them, the metrics and the recipe.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,7 @@ def collect_results(
 
 
 def _sample(scores: np.ndarray, labels: np.ndarray) -> dict[str, list[float]]:
-    """Return at most SCATTER_POINTS rows, evenly spaced."""
+    """Return labels and scores of at most SCATTER_POINTS rows, evenly spaced."""
     chosen = np.unique(np.linspace(0, len(scores) - 1, min(len(scores), SCATTER_POINTS)).astype(np.int64))
     return {
         "labels": [round(float(value), 4) for value in np.asarray(labels)[chosen]],
@@ -69,5 +72,5 @@ def _versions() -> dict[str, str]:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # imported from a source tree
+            continue  # no metadata, as in a source tree
     return found

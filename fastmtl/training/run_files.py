@@ -36,7 +36,11 @@ KEPT = ("model", "predictions")
 
 
 class RunFiles:
-    """config.yaml, written at once; model/ and predictions/, written after the best epochs."""
+    """The writer of config.yaml, model/ and predictions/ in a run's output directory.
+
+    config.yaml is written when the object is made, the others when an epoch's weights are kept.
+    Every rank makes the object and calls its methods; only rank 0 writes.
+    """
 
     def __init__(
         self,
@@ -77,6 +81,7 @@ class RunFiles:
     ) -> None:
         """Write model/ and predictions/<task>-dev.csv of `tasks`, and their scores for the report.
 
+        scored: the scores of the dev rows by task. state_dict: that of `model`, complete on rank 0.
         In a run of several phases, model/ has all tasks so far; tasks that are not in `tasks` keep
         their weights.
         """
@@ -95,16 +100,16 @@ class RunFiles:
                 write_cs224n(folder / f"{name}-dev.csv", self._recipe.tasks[name], task.dataset.ids, task.scores)
                 np.save(folder / f".{name}-dev.npy", task.scores)  # for the report, also after a resume
         for name in [] if phase.recipe.encoder.freeze else self._recipe.task_names:
-            if name not in scored:  # any existing ones are of an older encoder
+            if name not in scored:  # existing files are of an older encoder
                 for file in (folder / f"{name}-dev.csv", folder / f".{name}-dev.npy"):
                     file.unlink(missing_ok=True)
 
     def set_aside(self) -> None:
-        """Copy model/ and predictions/ aside, for `take_back`.
+        """Copy model/ and predictions/ to a hidden folder, for `take_back`.
 
-        If train.max_steps ends a run within an epoch, the run's end may replace them. A longer run
-        that resumes from there needs the old ones. An existing copy is the right one: an earlier
-        attempt to end the run was interrupted.
+        If train.max_steps ends a run within an epoch, the final evaluation may replace both. A
+        longer run that resumes from there needs the old ones. An existing copy is not replaced: it
+        is the right one, made by an earlier attempt to end the run that was interrupted.
         """
         aside = self.output / ASIDE
         if not self._ranks.is_main or aside.exists() or not (self.output / "model").is_dir():
@@ -116,7 +121,7 @@ class RunFiles:
         making.rename(aside)
 
     def take_back(self) -> None:
-        """Move the copies of `set_aside` back, if there are any."""
+        """Restore model/ and predictions/ from the copies of `set_aside`, if there are any."""
         aside = self.output / ASIDE
         if not self._ranks.is_main or not aside.is_dir():
             return
@@ -127,7 +132,10 @@ class RunFiles:
         aside.rmdir()
 
     def record(self, step: int, changes: Changes) -> None:
-        """Append the changes of settings and rows on a resume to changes.jsonl."""
+        """Append the changes with which a run is resumed to changes.jsonl.
+
+        step: the optimiser step after which the run is resumed.
+        """
         if self._ranks.is_main and changes:
             line = {"step": step, "changes": changes, "time": round(time.time(), 3)}
             with (self.output / CHANGES_FILE).open("a", encoding="utf-8") as file:
@@ -143,8 +151,9 @@ class RunFiles:
         return phase.recipe.model_copy(update={"tasks": ordered}), kept.state_dict(list(ordered))
 
     def results(self, steps: int, seconds: float) -> dict[str, Any] | None:
-        """Return the results of the run from the kept scores, for its report; None on every rank
-        but the first.
+        """Return the results of the run for its report, as JSON values; None on ranks other than 0.
+
+        They are computed from the scores that `keep` has written. steps, seconds: of the whole run.
         """
         if not self._ranks.is_main:
             return None
