@@ -15,8 +15,11 @@ __all__ = ["__version__", "load"]
 
 
 def load(model_dir: str | Path, device: str | None = None) -> Predictor:
-    """Open the `model/` directory of a run, or the run's directory; see
-    `fastmtl.inference.predict.Predictor`.
+    """Load a trained model for predictions in Python.
+
+    model_dir: the `model/` directory of a run, or the run's directory. device: a torch device;
+    default: the first GPU if there is one, else the CPU. Raises UserError for a directory without a
+    model.
     """
     from fastmtl.inference.predict import load as load_predictor  # importing torch takes seconds
 

@@ -278,7 +278,7 @@ sweep.register(app, _set_debug)
 
 
 def main() -> None:
-    """The console script.
+    """Run the command line; the installed script `fastmtl` calls this function.
 
     A UserError prints one message and gives status 2, a TrainingError one message and status 1. Any
     other exception prints a short message and gives status 1.
@@ -300,9 +300,10 @@ def main() -> None:
 
 
 def _fail(message: str, status: int, *, everywhere: bool) -> NoReturn:
-    """End the process inside an `except` block.
+    """Print a message and end the process with `status`. Called inside an `except` block.
 
     everywhere: print on all ranks. Otherwise only rank 0 prints, since a UserError ends all ranks.
+    With --debug the traceback is printed instead.
     """
     if _debug:
         traceback.print_exc()

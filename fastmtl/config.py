@@ -34,7 +34,7 @@ MOST = 2**31 - 1  # the limit of sizes and counts: products of two fit 64 bits
 
 
 def _whole(value: Any) -> Any:
-    """Return 5e8 and 16.0 as integers, where an integer is expected."""
+    """Return a whole float (5e8, 16.0) as an integer, any other value unchanged."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -133,7 +133,7 @@ class HeadConfig(Section):
 
 
 class MnrConfig(Section):
-    """The loss `mnr`: each similar pair against the batch's other similar pairs, on all ranks."""
+    """Settings of the loss `mnr`: each similar pair against the batch's others, on all ranks."""
 
     scale: float = Field(20.0, gt=0, description="of the cosines")
     similar: float = Field(0.8, gt=0, le=1, description="regression: share of the range from which a pair is similar")
@@ -283,7 +283,7 @@ class TaskConfig(Section):
 
     @property
     def losses(self) -> dict[str, float]:
-        """The weight of each loss in the task's sum."""
+        """{loss: weight} of the losses whose weighted sum is the task's loss."""
         if isinstance(self.loss, dict):
             return self.loss
         default = {"classification": "cross_entropy", "binary": "bce", "regression": "mse"}[self.type]
@@ -308,8 +308,9 @@ class WeightingConfig(Section):
 
 
 class SmartConfig(Section):
-    """SMART's terms in the tasks' losses; one strength for all tasks, or one per task that has the
-    term.
+    """SMART's terms in the tasks' losses.
+
+    A strength is one number for all tasks, or {task: number} for the tasks that have the term.
     """
 
     strength: float | dict[str, float] = Field(0.0, description="of the adversarial term")
@@ -550,14 +551,18 @@ class Recipe(Section):
 
     @property
     def task_names(self) -> list[str]:
-        """Names in the order of the recipe, also the order of segments, rows of J and columns."""
+        """The tasks' names in the recipe's order.
+
+        Segments of a batch, rows of J (the task gradients) and columns of tables have the same
+        order.
+        """
         return list(self.tasks)
 
     @property
     def jacobian_dtype(self) -> Literal["float32", "bfloat16"]:
         """The dtype of the stored task gradients, with `gradient.dtype: auto` resolved.
 
-        `auto` means bfloat16 where the gradients have been rounded to bf16 anyway. With several
+        `auto` means bfloat16 if the gradients have been rounded to bf16 anyway. With several
         micro-batches it means float32, since bfloat16 would round every sum.
         """
         gradient, engine = self.gradient, self.engine
@@ -574,9 +579,9 @@ class Recipe(Section):
 
 
 def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a bundled recipe or a YAML file and apply `section.key=value` overrides.
+    """Return a bundled recipe or that of a YAML file, with `section.key=value` overrides.
 
-    Values are YAML; null removes the recipe's value.
+    The values of overrides are YAML; null removes the recipe's value.
 
     Raises UserError naming the file and key for anything that is not a valid recipe.
     """
@@ -588,7 +593,10 @@ def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
-    """Validate a mapping. Errors name `source`. Raises UserError."""
+    """Return the recipe of a mapping {section: settings}.
+
+    source: the name of the mapping in messages. Raises UserError for invalid settings.
+    """
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

@@ -34,9 +34,10 @@ class TrainingError(RuntimeError):
 
 
 def quoted(value: object, limit: int = QUOTED_CHARACTERS) -> str:
-    """Return input for a message: text in single quotes, any other value as its `repr`.
+    """Return a value from the user as it appears in a message.
 
-    The result is one line of at most `limit` characters, with unprintable ones escaped.
+    Text is in single quotes, any other value is its `repr`. The result is one line of at most
+    `limit` characters, with unprintable ones escaped.
     """
     if not isinstance(value, str):
         return shortened(repr(value), limit)
@@ -50,14 +51,14 @@ def shortened(text: str, limit: int = QUOTED_CHARACTERS) -> str:
 
 
 def listed(names: Iterable[object], limit: int = LISTED_NAMES) -> str:
-    """Return the first `limit` names, separated by commas."""
+    """Return the first `limit` names, separated by commas, and the number of the others."""
     every = [shortened(str(name)) for name in names]
     rest = len(every) - limit
     return ", ".join(every[:limit]) + (f", ... ({rest} more)" if rest > 0 else "")
 
 
 def one_line(text: str) -> str:
-    """Return a message as one printable line, a very long one without its middle."""
+    """Return a message as one printable line; a very long one loses its middle."""
     line = _escaped(re.sub(r"\s*[\r\n]\s*", " ", text.strip()))
     if len(line) <= LINE_CHARACTERS:
         return line
@@ -70,7 +71,10 @@ def printable(text: str) -> str:
 
 
 def unknown_name(what: str, name: str, valid: Iterable[str]) -> UserError:
-    """Return the error for a misspelt name, with the nearest valid one and a list of the others."""
+    """Return the error for a misspelt name, with the nearest valid name and all valid ones.
+
+    what: the kind of name, for the message.
+    """
     choices = sorted(valid)
     by_small_letters = {choice.casefold(): choice for choice in choices}
     near = difflib.get_close_matches(name[:QUOTED_CHARACTERS].casefold(), by_small_letters, n=1, cutoff=0.5)

@@ -53,7 +53,10 @@ Commit = Annotated[
 
 
 def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
-    """Add the commands to the app."""
+    """Add the commands of this module to the app.
+
+    set_debug: called with the value of the option --debug.
+    """
     bench = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
     app.add_typer(bench, name="bench")
 
@@ -375,7 +378,10 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
 
 
 def _prepare(device: str, threads: int | None, json_file: Path | None, old: Path | None) -> dict[str, Any] | None:
-    """Check the options before minutes of measuring; return the result to compare with."""
+    """Check the options before a measurement that takes minutes, and set torch's threads.
+
+    Returns the result in the file `old` of --compare, None without the option.
+    """
     import torch
 
     from fastmtl.bench import compare

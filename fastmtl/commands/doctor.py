@@ -1,4 +1,4 @@
-"""The command `fastmtl doctor`: findings on this machine. Every probe returns a finding."""
+"""The command `fastmtl doctor`, which examines this machine. Every probe returns findings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ Status = Literal["ok", "missing", "broken"]
 
 @dataclass(frozen=True)
 class Finding:
-    """A finding of a probe. required: fastmtl cannot train unless it is ok."""
+    """A line of the command's output.
+
+    required: fastmtl cannot train unless the status is ok.
+    """
 
     section: str
     name: str
@@ -99,7 +102,10 @@ def _installed(name: str, advice: str = "not installed") -> list[tuple[str, Stat
 
 
 def _try_import(name: str) -> str | None:
-    """Return None if the import works, else the last line that it printed."""
+    """Import a package in a separate process; return the last line of a failed import.
+
+    Returns None if the import works, and if the package is not installed.
+    """
     if importlib.util.find_spec(name) is None:
         return None
     try:
@@ -119,9 +125,9 @@ def _package(name: str, failure: str | None, required: bool) -> list[Finding]:
 
 
 def _fastmtl() -> list[tuple[str, Status, str]]:
-    """Check for the unrelated distribution `fastmtl`, which has the name of our package.
+    """Report an installed distribution `fastmtl` that is an unrelated project.
 
-    Its metadata list no command `fastmtl`, which ours do.
+    Its metadata list no command `fastmtl`; those of our distributions do.
     """
     try:
         other = importlib.metadata.distribution("fastmtl")
@@ -194,7 +200,10 @@ def _kernels() -> list[tuple[str, Status, str]]:
 
 
 def _native() -> list[tuple[str, Status, str]]:
-    """Report missing native kernels with the build's messages, which pip hides."""
+    """Report the C++ and CUDA kernels: built, or missing with the reason.
+
+    The reason has the build's messages, which pip hides.
+    """
     from fastmtl_kernels._native import why_no_cuda_library, why_unavailable
 
     reasons = {"C++ kernels": why_unavailable(), "CUDA kernels": why_no_cuda_library()}

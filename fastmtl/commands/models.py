@@ -15,7 +15,10 @@ OutDir = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to wr
 
 
 def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
-    """Add the commands to the app."""
+    """Add the commands of this module to the app.
+
+    set_debug: called with the value of the option --debug.
+    """
 
     @app.command(no_args_is_help=True)
     def export(
@@ -112,7 +115,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
 
 
 def _renamed(given: list[str], model_dirs: list[Path]) -> dict[Path, dict[str, str]]:
-    """Return the values of --rename as {model: {old: new}}."""
+    """Return the values of the option --rename as {model directory: {old name: new name}}."""
     result: dict[Path, dict[str, str]] = {}
     for item in given:
         model, colon, names = item.rpartition(":")

@@ -18,7 +18,7 @@ Launcher = Annotated[
 
 
 def launcher_words(launcher: str) -> list[str]:
-    """Return the words of a `Launcher`, split like a shell does.
+    """Return the words of the option --launcher, split as a shell splits them.
 
     Raises UserError for a quote that is not closed.
     """

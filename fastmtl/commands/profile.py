@@ -22,7 +22,10 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "G
 
 
 def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
-    """Add the command to the app."""
+    """Add the command of this module to the app.
+
+    set_debug: called with the value of the option --debug.
+    """
 
     @app.command(no_args_is_help=True)
     def profile(
@@ -188,7 +191,10 @@ def _scale_out(
 
 
 def _show_plots(draw: Callable[[], list[Path]]) -> None:
-    """Draw and print the names of the files, or the reason if the result has no origin."""
+    """Draw plots and print the names of their files.
+
+    draw: writes the plots and returns their files. If it raises NoOrigin, its reason is printed.
+    """
     from fastmtl.profile.plots import NoOrigin
 
     try:

@@ -13,7 +13,10 @@ from fastmtl.errors import UserError, unknown_name
 
 
 def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
-    """Add the commands to the app."""
+    """Add the commands of this module to the app.
+
+    set_debug: called with the value of the option --debug.
+    """
 
     @app.command()
     def recipes(

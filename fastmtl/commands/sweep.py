@@ -12,7 +12,10 @@ from fastmtl.commands.options import Debug, Launcher, launcher_words
 
 
 def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
-    """Add the command to the app."""
+    """Add the command of this module to the app.
+
+    set_debug: called with the value of the option --debug.
+    """
 
     @app.command(no_args_is_help=True)
     def sweep(

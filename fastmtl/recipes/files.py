@@ -28,7 +28,7 @@ def bundled_recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str, beside: Path | None = None) -> Path:
-    """Return the file of a bundled name or of a path.
+    """Return the file of a recipe, given its bundled name or its path.
 
     beside: the folder from which a path in `extends` counts. Raises UserError if there is no such
     file; for a misspelt bundled name it lists the names in the same folder.
@@ -45,11 +45,11 @@ def find_recipe(name: str, beside: Path | None = None) -> Path:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Return the mapping of a recipe file, merged into that of the recipe it `extends`, and so on.
+    """Return the settings in a recipe file, merged into those of the recipe that it `extends`.
 
-    The merge is JSON Merge Patch (RFC 7396): sections are merged key by key, any other value
-    replaces the extended recipe's, and null removes the key (`tasks: {para: null}` removes a task).
-    Raises UserError naming the file.
+    That recipe may extend another one. The merge is JSON Merge Patch (RFC 7396): sections are
+    merged key by key, any other value replaces the extended recipe's, and null removes the key
+    (`tasks: {para: null}` removes a task). Raises UserError naming the file.
     """
     return _read(path, ())
 
@@ -86,7 +86,10 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file. Raises UserError naming the file for any other content."""
+    """Return the mapping in a YAML file, without following `extends`.
+
+    Raises UserError naming the file if it contains anything else.
+    """
     try:
         values = recipe_yaml.load(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not UTF-8, or not YAML

@@ -22,7 +22,7 @@ _BASES = {"0o": 8, "0x": 16}
 
 
 def load(text: str) -> Any:
-    """Return the only document of a YAML text.
+    """Return the value of a YAML text of one document.
 
     Raises ValueError with the line, the column and the reason.
     """
@@ -39,12 +39,15 @@ def load(text: str) -> Any:
 
 
 def dump(values: Any) -> str:
-    """Return YAML that `load` reads back unchanged: text that looks like a number is quoted."""
+    """Return YAML from which `load` returns equal values.
+
+    Text that looks like a number is quoted.
+    """
     return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 class Loader(yaml.SafeLoader):
-    """Read numbers as in YAML 1.2; reject a repeated key in a mapping."""
+    """PyYAML's safe loader, with numbers as in YAML 1.2 and an error for a repeated key."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, yaml.Mark] = {}
@@ -64,11 +67,14 @@ class Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Quote text that `Loader` or a reader of YAML 1.1 would read as another type."""
+    """PyYAML's safe dumper; it quotes text that `Loader` or YAML 1.1 would read as another type."""
 
 
 def _own_numbers() -> None:
-    """Give both classes YAML 1.2's numbers; the dumper keeps 1.1's too, for other programs."""
+    """Make `Loader` and `Dumper` recognise numbers as in YAML 1.2.
+
+    `Dumper` also recognises those of YAML 1.1 and quotes such text, for other programs.
+    """
     others = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()

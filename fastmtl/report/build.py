@@ -202,7 +202,7 @@ def _gradients(recipe: Recipe, steps: list[dict[str, Any]]) -> list[str]:
 
 
 def _surgery(steps: list[dict[str, Any]]) -> str:
-    """Return the time and memory of surgery, and the skipped steps."""
+    """Return the HTML of three facts: the time and memory of surgery, and the skipped steps."""
     skipped = collections.Counter(line["skipped"] for line in steps if line["skipped"])
     reasons = ", ".join(f"{name} {count:,}" for name, count in skipped.items())
     seconds = statistics.median(line["surgery_seconds"] for line in steps)

@@ -42,7 +42,10 @@ pre { background: var(--panel); border: 1px solid var(--rule); border-radius: 8p
 
 
 def page(title: str, body: Sequence[str]) -> str:
-    """Return the whole document; `body` is HTML."""
+    """Return a whole HTML document.
+
+    body: the HTML of its parts, one below the other.
+    """
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -58,7 +61,10 @@ def facts(values: dict[str, str]) -> str:
 
 
 def section(title: str, explanation: str, content: Sequence[str]) -> str:
-    """Return a heading, a sentence and a row of tables and figures, '' without content."""
+    """Return the HTML of a section: a heading, a sentence, and tables and figures in a row.
+
+    content: the HTML of each table or figure. Without content the result is ''.
+    """
     if not content:
         return ""
     text = f"<p>{escape(explanation)}</p>" if explanation else ""
@@ -70,7 +76,10 @@ def figure(caption: str, svg: str) -> str:
 
 
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], own: frozenset[tuple[int, int]]) -> str:
-    """Return a table. The first cell of a row is its heading; own: (row, column) of bold cells."""
+    """Return the HTML of a table. The first cell of a row is the row's heading.
+
+    own: (row, column) of the bold cells, counted from 0.
+    """
     columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     lines = []
     for number, (name, *cells) in enumerate(rows):
@@ -84,7 +93,10 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], own:
 
 
 def matrix(caption: str, names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
-    """Return a confusion matrix. Rows are true classes; the shade is the share of the row."""
+    """Return the HTML of a confusion matrix. Rows are true classes, columns predicted ones.
+
+    names: of the classes. counts: rows of the matrix. A cell's shade is its share of the row.
+    """
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
     lines = []
     for name, row in zip(names, counts, strict=True):

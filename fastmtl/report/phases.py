@@ -10,7 +10,10 @@ from fastmtl.training.phases import phases_of
 
 
 def phase_table(recipe: Recipe, steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> list[str]:
-    """Return a table with a row for each phase that has begun, [] for a run without phases."""
+    """Return the HTML of a table with a row for each phase that has begun, in a list.
+
+    steps, evaluations: lines of metrics.jsonl. The list is empty for a run without phases.
+    """
     rows = []
     for phase in phases_of(recipe) if recipe.phases else []:
         mine = [line for line in steps if line.get("phase") == phase.name]

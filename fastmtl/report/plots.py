@@ -1,4 +1,4 @@
-"""Inline SVG plots. Their colours are CSS variables, for the light and the dark page."""
+"""Plots as SVG inside the page. CSS variables give the colours, for a light or a dark page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ Curve = tuple[Sequence[float], Sequence[float | None]]
 
 
 def plain(text: str) -> str:
-    """Return a label that matplotlib shows literally, without a `$` formula or hiding by `_`."""
+    """Return a label that matplotlib shows literally.
+
+    Otherwise text between two `$` would be a formula, and a label that begins with `_` would be
+    hidden.
+    """
     escaped = text.replace("$", r"\$")
     return f"\u200b{escaped}" if escaped.startswith("_") else escaped
 
@@ -41,7 +45,11 @@ def curves(
     markers: bool = False,
     first_color: int = 0,
 ) -> str:
-    """Plot curves over the optimiser step. smooth: faint values and a strong moving average."""
+    """Return the SVG of curves over the optimiser step.
+
+    series: {name of a curve: (steps, values)}, with None for a missing value. name: the plot's name
+    for screen readers. smooth: draw the values faintly, and their moving average strongly.
+    """
     from matplotlib.ticker import LogLocator, NullFormatter
 
     def draw(axes: Axes) -> None:
@@ -76,7 +84,10 @@ def curves(
 
 
 def scatter(labels: Sequence[float], scores: Sequence[float], limits: tuple[float, float], *, name: str) -> str:
-    """Plot predictions over labels, with the line of equality."""
+    """Return the SVG of predictions over labels, with the line where both are equal.
+
+    limits: the smallest and the largest label. name: the plot's name for screen readers.
+    """
 
     def draw(axes: Axes) -> None:
         margin = 0.04 * (limits[1] - limits[0])
@@ -94,7 +105,7 @@ def scatter(labels: Sequence[float], scores: Sequence[float], limits: tuple[floa
 
 def _plot(name: str, size: tuple[float, float], draw: Callable[[Axes], None]) -> str:
     import matplotlib
-    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+    from matplotlib.figure import Figure  # not pyplot, which may need a display and has global state
 
     style: Any = {
         "svg.fonttype": "none",
@@ -139,7 +150,10 @@ def _svg(figure: Figure, name: str) -> str:
 
 
 def _binned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return means over at most BINS groups of neighbours; a group without finite values is NaN."""
+    """Return x and y, averaged over groups of neighbours so that at most BINS points remain.
+
+    A group without finite values is NaN.
+    """
     if len(x) <= BINS:
         return x, y
     parts = np.array_split(np.arange(len(x)), BINS)
@@ -148,7 +162,10 @@ def _binned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _moving_average(y: np.ndarray) -> np.ndarray:
-    """Return the centred average over a twentieth of the points, without gaps."""
+    """Return the centred moving average over a twentieth of the points.
+
+    NaN does not count in an average, and stays NaN.
+    """
     window = max(3, len(y) // 20) | 1
     kernel = np.ones(window)
     valid = np.isfinite(y)

@@ -20,9 +20,11 @@ OK, FAILED, INTERRUPTED = 0, 1, 130
 
 
 def run_report(report: str, rows: Sequence[str], options: Options, output: Path, launcher: Sequence[str] = ()) -> int:
-    """Run a report and return the exit status: 0, 1 if a run failed, 130 after a stop.
+    """Run a report's experiments and write its tables beside our results; return an exit status.
 
-    Raises UserError for unknown names, invalid options, and an output directory of other runs.
+    The status is 0, 1 if a run failed, 130 after a stop. rows: names of runs; empty for all.
+    launcher: words of a command in front of `fastmtl train`. Raises UserError for unknown names,
+    invalid options, and an output directory of other runs.
     """
     if not 0 < options.fraction <= 1:
         raise UserError(f"--fraction {options.fraction:g}: a share of the training rows, above 0 and at most 1")

@@ -18,11 +18,12 @@ DEMO_TASKS = {"sst": "sentiment", "cfimdb": "sentiment", "para": "paraphrase", "
 
 @dataclass(frozen=True)
 class Options:
-    """Changes of a report's recipes.
+    """The user's changes to a report's recipes.
 
     data: folder with the CS224N files, None for the demo corpus. fraction: share of each training
-    set. encoder: a model directory, None for the recipes' own. epochs: the longest phase of a run.
-    overrides: `section.key=value`.
+    set. encoder: a model directory, None for the recipes' own. epochs: the most epochs of a phase,
+    None for the recipes' own. seeds: one run of each recipe per seed. overrides:
+    `section.key=value`.
     """
 
     data: Path | None = None
@@ -35,7 +36,10 @@ class Options:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One training run. missing: files that the data folder lacks; such a run is skipped."""
+    """One training run of a report.
+
+    missing: files that the data folder lacks; a run with missing files is skipped.
+    """
 
     variant: Variant
     seed: int
@@ -49,9 +53,10 @@ class PlannedRun:
 
 
 def plan(report: str, paper: PaperResults, rows: Sequence[str], options: Options) -> list[PlannedRun]:
-    """Return the runs of `rows` (default: all), seed by seed, so that first results come early.
+    """Return the runs of a report, seed by seed, so that first results come early.
 
-    Raises UserError for an unknown row, and for options that do not fit a recipe.
+    rows: names of runs (`Variant.name`); empty for all. Raises UserError for an unknown row, and
+    for options that do not fit a recipe.
     """
     variants = paper.variants()
     for row in rows:
@@ -82,7 +87,10 @@ def _planned(report: str, variant: Variant, seed: int, options: Options) -> Plan
 
 
 def demo_overrides(task: str) -> list[str]:
-    """Return overrides for a report's task (`sst`, `cfimdb`, `para`, `sts`) on the demo corpus."""
+    """Return the overrides by which a report's task is trained on the demo corpus.
+
+    task: `sst`, `cfimdb`, `para` or `sts`.
+    """
     files = {split: f"{DEMO_TASKS[task]}-{split}.csv" for split in ("train", "dev")}
     settings = [_override(f"tasks.{task}.data.{split}", file) for split, file in files.items()]
     return [*settings, "tasks.cfimdb.num_labels=5"] if task == "cfimdb" else settings
@@ -112,7 +120,7 @@ def _missing_files(recipe: Recipe) -> tuple[str, ...]:
 
 
 def describe(options: Options, paper: PaperResults, runs: Sequence[PlannedRun]) -> list[str]:
-    """Return sentences on the differences between these runs and the report's."""
+    """Return sentences for the user about the differences between these runs and the report's."""
     encoders = {run.recipe.encoder.path for run in runs}
     notes = []
     if options.data is None:

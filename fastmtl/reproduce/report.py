@@ -1,4 +1,4 @@
-"""A report's tables beside ours, for the terminal, as Markdown and as JSON."""
+"""A report's tables with our results beside its own, for the terminal, as Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from fastmtl.reproduce.tables import PaperResults, Table, value_of
 
 @dataclass(frozen=True)
 class Cell:
-    """A column of a row. paper: the report's number. ours: one number per finished seed."""
+    """A number of a report's table, and our results for it.
+
+    paper: the report's number, None if it has none. ours: one number per finished seed.
+    """
 
     paper: float | None
     ours: tuple[float, ...]
@@ -37,7 +40,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """A row of a table. note: the reason if we have no numbers, else empty."""
+    """A row of a table.
+
+    name: as in the report. run: `Variant.name`, None for a row without a recipe. cells: one per
+    column. outcomes: the finished runs. note: the reason if there are none, else empty.
+    """
 
     name: str
     run: str | None
@@ -49,7 +56,11 @@ class Line:
 def lines_of(
     table: Table, runs: Sequence[PlannedRun], outcomes: Mapping[Path, Outcome], failures: Mapping[Path, str]
 ) -> Iterator[Line]:
-    """Yield the rows of a report's table that `runs` contains, and those without a recipe."""
+    """Yield the rows of a report's table that `runs` contains, and its rows without a recipe.
+
+    outcomes, failures: by `PlannedRun.folder`, the results of finished runs and the reasons of
+    failed ones.
+    """
     for row in table.rows:
         paper = row.values or (None,) * len(table.columns)
         if row.reason is not None:
@@ -67,7 +78,7 @@ def lines_of(
 
 
 def show(title: str, tables: Sequence[tuple[Table, list[Line]]], console: Console) -> None:
-    """Print the tables, in each row the report's numbers and below them ours."""
+    """Print the tables; each row has the report's numbers and below them ours."""
     console.print(title, style="bold", highlight=False, markup=False)
     for table, lines in tables:
         shown = rich.table.Table(title=f"{table.name}: {table.title}", title_justify="left", show_lines=True)
@@ -85,7 +96,7 @@ def show(title: str, tables: Sequence[tuple[Table, list[Line]]], console: Consol
 
 
 def markdown(title: str, notes: Sequence[str], tables: Sequence[tuple[Table, list[Line]]]) -> str:
-    """Return the tables and a list of runs as a Markdown page."""
+    """Return a Markdown page with the tables, and a list of the runs behind our numbers."""
     parts = [f"# {title}", *notes]
     for table, lines in tables:
         headers = _headers(table)
@@ -150,7 +161,7 @@ def _texts(line: Line) -> list[str]:
 
 
 def _pair(cell: Cell) -> tuple[str, str]:
-    """Return the report's number and ours as text."""
+    """Return the text of the report's number and that of our mean, with its deviation."""
     spread = "" if cell.deviation is None else f" ± {cell.deviation:.3f}"
     return (
         "" if cell.paper is None else f"{cell.paper:.3f}",

@@ -44,7 +44,10 @@ class Outcome:
 
 
 def check_directory(output: Path, runs: list[PlannedRun]) -> None:
-    """Raise UserError if the directory has a run with other settings; it names the first one."""
+    """Raise UserError if the directory has one of the runs with other settings.
+
+    The message names the first setting that differs.
+    """
     for run in runs:
         file = output / run.folder / "recipe.yaml"
         if not file.is_file():
@@ -64,11 +67,12 @@ def run_all(
     say: Callable[[str], None],
     launcher: Sequence[str] = (),
 ) -> tuple[dict[Path, Outcome], dict[Path, str]]:
-    """Run the runs that are not finished; return outcomes and reasons of failures.
+    """Run the runs that are not finished; return (outcomes, reasons of failures).
 
-    Both are keyed by `PlannedRun.folder`. launcher: a command in front of `fastmtl train`
-    (deepspeed --no_python); default: one process. Raises Interrupted after SIGINT or SIGTERM; the
-    current run has then saved a checkpoint.
+    Both are keyed by `PlannedRun.folder`. train_scores: also score the training rows. say: prints a
+    line for the user. launcher: a command in front of `fastmtl train` (deepspeed --no_python);
+    default: one process. Raises Interrupted after SIGINT or SIGTERM; the current run has then saved
+    a checkpoint.
     """
     outcomes: dict[Path, Outcome] = {}
     failures: dict[Path, str] = {}

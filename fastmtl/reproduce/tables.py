@@ -1,8 +1,8 @@
 """The published result tables of the reports: `recipes/papers/REPORT/table.yaml`.
 
 A row names a recipe in the same folder, or gives the reason why there is none. A row with a sweep
-is a family with one run per label, the recipe with that label's settings. A column names a value of
-a run, see `value_of`.
+stands for several runs: one per label, with the recipe and that label's settings. A column names a
+value of a run, see `value_of`.
 """
 
 from __future__ import annotations
@@ -64,14 +64,17 @@ class Table(_Part):
 
 
 class PaperResults(_Part):
-    """The published results. title, encoder: those of the report. tables: in its order."""
+    """The published results of a report.
+
+    title, encoder: of the report. tables: in the report's order.
+    """
 
     title: str
     encoder: str
     tables: tuple[Table, ...]
 
     def variants(self) -> dict[str, Variant]:
-        """Return all runs of the report by name, without repetitions of runs in several tables."""
+        """Return all runs of the report by name; a run in several tables is there once."""
         rows = (row for table in self.tables for row in table.rows)
         return {variant.name: variant for row in rows for _, variant in row.variants()}
 
@@ -82,10 +85,10 @@ class PaperResults(_Part):
 
 @dataclass(frozen=True)
 class Variant:
-    """A recipe with settings.
+    """A run of a report: a recipe with some settings.
 
-    name: the folder's name, also for --rows. recipe: file name in the table's folder. settings:
-    overrides of the recipe.
+    name: the name of the run's folder, and the name for the option --rows. recipe: name of a file
+    in the table's folder. settings: overrides of the recipe.
     """
 
     name: str
@@ -99,7 +102,10 @@ def reports() -> list[str]:
 
 
 def load_results(report: str) -> PaperResults:
-    """Return a report's results. Raises UserError for an unknown report."""
+    """Return the published results of a report.
+
+    Raises UserError for an unknown report.
+    """
     if report not in reports():
         raise unknown_name("report", report, reports())
     path = recipes_root() / "papers" / report / TABLE
@@ -112,7 +118,7 @@ def load_results(report: str) -> PaperResults:
 def value_of(
     column: str, dev: Mapping[str, Mapping[str, float]], train: Mapping[str, Mapping[str, float]]
 ) -> float | None:
-    """Return a column's value, None if the run has no such task.
+    """Return the value of a table's column for one run, None if the run has no such task.
 
     dev, train: {task: {metric: value}}. column: `sst/accuracy` is on the dev rows,
     `train:sst/accuracy` on the training rows. `mean` is the mean of the accuracies of SST and

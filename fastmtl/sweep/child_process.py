@@ -18,14 +18,15 @@ FASTMTL = (sys.executable, "-c", "from fastmtl.cli import main; main()")
 
 
 class Interrupted(Exception):
-    """A run was stopped; the runs before it are finished."""
+    """A stop by the user has ended the current run; the runs before it are finished."""
 
 
 def run_fastmtl(*arguments: str, command: Sequence[str] = FASTMTL, log: Path | None = None) -> int:
-    """Run a command and return its exit status.
+    """Run `fastmtl` with `arguments` in a child process; return its exit status.
 
-    A stop (SIGTERM, Ctrl-C) is forwarded to the command. After the end of the command, Interrupted
-    is raised. log: a file for the command's output, which is overwritten; default: the terminal.
+    command: the words that start `fastmtl`. log: a file for the command's output, which is
+    overwritten; default: the terminal. A stop (SIGTERM, Ctrl-C) is forwarded to the child;
+    Interrupted is raised after the child has ended.
     """
     stopped: list[int] = []
     process: subprocess.Popen[bytes] | None = None
@@ -54,7 +55,7 @@ def run_fastmtl(*arguments: str, command: Sequence[str] = FASTMTL, log: Path | N
 
 
 def difference(before: Recipe, now: Recipe) -> str | None:
-    """Return the first difference as text, for example `data.fraction: 0.5, now 1.0`, or None."""
+    """Return the first difference of two recipes, like `seed: 1, now 2`; None if there is none."""
     for key, (old, new) in differences(before, now).items():
         if key != "description":
             return f"{key}: {old}, now {new}"

@@ -19,7 +19,8 @@ from fastmtl.sweep.table import rows_of, write_plot, write_tables
 def run_sweep(recipe: str, grid: Path, overrides: Sequence[str], output: Path, launcher: Sequence[str] = ()) -> int:
     """Run a sweep and return the exit status: 0, 1 if a point failed, 130 after a stop.
 
-    Raises UserError for an invalid grid or settings, and for an output directory of another sweep.
+    launcher: words of a command in front of `fastmtl train`. Raises UserError for an invalid grid
+    or settings, and for an output directory of another sweep.
     """
     if "RANK" in os.environ:
         raise UserError("sweep starts its own processes: run it without a launcher, and name it with --launcher")

@@ -1,7 +1,7 @@
-"""Grid files: the settings of a sweep.
+"""Grid files, which name the points of a sweep.
 
-A mapping of settings to lists of values means all combinations. A list of mappings means these
-points only.
+A mapping of settings to lists of values stands for every combination of the values. A list of
+mappings stands for one point per mapping.
 """
 
 from __future__ import annotations
@@ -22,14 +22,20 @@ from fastmtl.recipes import yaml_reader as recipe_yaml
 
 @dataclass(frozen=True)
 class Point:
-    """A point of a sweep. settings: {section.key: value}. folder: name in the sweep's directory."""
+    """A point of a sweep: one run.
+
+    settings: {section.key: value}, those of the grid. recipe: the complete recipe of the run.
+    """
 
     settings: dict[str, Any]
     recipe: Recipe
 
     @property
     def folder(self) -> str:
-        """A unique name: the beginning of the settings and a digest."""
+        """The name of the point's folder in the sweep's directory.
+
+        It is the beginning of the settings and a digest of all, so it is unique in a sweep.
+        """
         text = "_".join(f"{key.rpartition('.')[2]}={_short(value)}" for key, value in self.settings.items())
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode("utf-8")).hexdigest()
         return f"{text[:60]}-{digest[:8]}"
@@ -40,7 +46,7 @@ class Point:
 
 
 def read_grid(file: Path, recipe: str, overrides: Sequence[str] = ()) -> list[Point]:
-    """Return the points of a sweep, all checked.
+    """Return the points of a sweep, with valid recipes.
 
     recipe, overrides: those of `fastmtl train`; the grid's settings are applied after the
     overrides. Raises UserError naming the file if it is not a grid, and the point for invalid

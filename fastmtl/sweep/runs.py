@@ -1,7 +1,7 @@
 """The runs of a sweep: a process of `fastmtl train` for each point, and the reading of results.
 
-Directory: `points/POINT/` (the run's files without checkpoints, recipe.yaml, log.txt), sweep.csv,
-.md and .svg.
+The sweep's directory contains `points/POINT/` (the run's files without checkpoints, recipe.yaml,
+log.txt), sweep.csv, sweep.md and sweep.svg.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ OK, FAILED, INTERRUPTED = 0, 1, 130
 class Result:
     """The result of a point.
 
-    results: those of a finished run (`results.json`), else None. error: the reason of a failed run;
-    "" for a finished run and for one that has not started.
+    results: the contents of results.json if the run is finished, else None. error: the reason of a
+    failed run; "" for a finished run and for one that has not started.
     """
 
     point: Point
@@ -39,9 +39,9 @@ def run_points(
 ) -> tuple[list[Result], int]:
     """Run the points that are not finished; earlier failures are tried again.
 
-    Returns all results and a status: 0, 1 if a point failed, 130 after a stop. launcher: a command
-    in front of `fastmtl train` (deepspeed --no_python); default: one process. Raises UserError if
-    the directory has a point's run with other settings.
+    Returns all results and a status: 0, 1 if a point failed, 130 after a stop. say: prints a line
+    for the user. launcher: a command in front of `fastmtl train` (deepspeed --no_python); default:
+    one process. Raises UserError if the directory has a point's run with other settings.
     """
     _check(directory, points)
     results: list[Result] = []

@@ -14,9 +14,10 @@ from fastmtl.sweep.runs import Result
 
 
 def rows_of(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows: settings, each task's own metric, their mean, steps, seconds, error.
+    """Return the header and the rows of the table.
 
-    The best mean comes first; points without a mean come last.
+    Columns: settings, each task's own metric, their mean, steps, seconds, error. The row with the
+    best mean comes first; points without a mean come last.
     """
     keys = list(results[0].point.settings)
     recipe = results[0].point.recipe
@@ -44,7 +45,11 @@ def write_tables(directory: Path, results: Sequence[Result]) -> None:
 
 
 def write_plot(directory: Path, results: Sequence[Result]) -> None:
-    """Plot the means of finished points over each setting; a line joins the best of each value."""
+    """Write sweep.svg: for each setting with several values, the mean scores over its values.
+
+    Each finished point is a dot; a line joins the best of each value. Nothing is written if no
+    setting has several values.
+    """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -72,7 +77,10 @@ def write_plot(directory: Path, results: Sequence[Result]) -> None:
 
 
 def _places(values: list[Any]) -> tuple[list[float], list[str] | None, bool]:
-    """Return positions of values, names if they are not numbers, and whether the axis is log."""
+    """Return positions on an axis for values, names for its ticks, and whether it is logarithmic.
+
+    The names are None if all values are numbers.
+    """
     if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
         numbers = [float(value) for value in values]
         return numbers, None, min(numbers) > 0 and max(numbers) / min(numbers) >= 10

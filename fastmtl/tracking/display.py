@@ -19,9 +19,9 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class LastingConsole(Console):
-    """A console that becomes silent when its reader ends (`fastmtl train ... | head`).
+    """A console that becomes silent when the program that reads its output ends.
 
-    Rich's own console would end the process.
+    An example is `fastmtl train ... | head`. Rich's own console would end the process.
     """
 
     def on_broken_pipe(self) -> None:
@@ -33,7 +33,10 @@ class LastingConsole(Console):
 
 class Display(Protocol):
     def update(self, step: int, epoch: int, summary: str | None) -> None:
-        """Show that `step` is done. summary: its losses and rates, None if not computed."""
+        """Show that optimiser step `step` is done.
+
+        epoch: from 0. summary: the step's losses and rates, None if they have not been read.
+        """
 
     def message(self, text: str) -> None:
         """Print a line that stays."""
@@ -42,7 +45,7 @@ class Display(Protocol):
 
 
 class BarDisplay:
-    """A bar with the newest summary below it."""
+    """A progress bar, with the newest summary after it."""
 
     def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
         self._progress = Progress(
@@ -71,7 +74,7 @@ class BarDisplay:
 
 
 class LineDisplay:
-    """Plain lines: the first and last step, others at most every SECONDS_BETWEEN_LINES."""
+    """A line for the first and last step; others at most every SECONDS_BETWEEN_LINES seconds."""
 
     def __init__(self, console: Console, total_steps: int) -> None:
         self._console = console
@@ -92,7 +95,7 @@ class LineDisplay:
 
 
 def open_display(console: Console, total_steps: int, first_step: int) -> Display:
-    """Return a bar for a terminal, lines for a file or a pipe."""
+    """Return a progress bar if the console is a terminal, else a display of lines."""
     return BarDisplay(console, total_steps, first_step) if console.is_terminal else LineDisplay(console, total_steps)
 
 
@@ -111,7 +114,8 @@ SCORE_COLUMNS = {"accuracy": "accuracy", "macro_f1": "macro F1", "pearson": "Pea
 def scores_table(recipe: Recipe, metrics: dict[str, dict[str, float]], mean: float | None, title: str) -> Table:
     """Return a table of accuracy, macro F1, Pearson and Spearman of every task.
 
-    The tasks' own metrics are bold; the caption has their mean.
+    metrics: {task: {metric: value}}. mean: the mean over tasks of each task's own metric, for the
+    caption. The tasks' own metrics are bold.
     """
     shown = [name for name in SCORE_COLUMNS if any(name in values for values in metrics.values())]
     own = ", ".join(f"{task} {recipe.tasks[task].metric_name}" for task in metrics)

@@ -1,4 +1,4 @@
-"""metrics.jsonl: a JSON object per line.
+"""metrics.jsonl: a file with a JSON object per line, for a step or an evaluation.
 
 Floats have full precision, so that two runs can be compared bit for bit.
 """
@@ -15,12 +15,12 @@ from fastmtl.errors import UserError
 
 
 class MetricsFile:
-    """A writer that appends lines to `path`.
+    """A writer that appends lines to the file `path`.
 
-    Lines after `resume_step` are removed first; with resume_step 0 the file starts empty.
-    within_epoch: remove an evaluation at resume_step too, which the run made only because it ended
-    there. `write` passes the line to the operating system before it returns, so a killed run leaves
-    at most one incomplete line.
+    Lines of steps after `resume_step` are removed first; with resume_step 0 the file starts empty.
+    within_epoch: the run ended within an epoch at resume_step; its evaluation there is removed too,
+    since an uninterrupted run makes none. `write` passes the line to the operating system before it
+    returns, so a killed run leaves at most one incomplete line.
     """
 
     def __init__(self, path: Path, resume_step: int, *, within_epoch: bool = False) -> None:
@@ -45,9 +45,10 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return all complete lines, [] for a missing file. An incomplete last line is left out.
+    """Return the objects of all complete lines; [] if the file is missing.
 
-    Raises UserError for an earlier line that is not a JSON object with a step.
+    An incomplete last line is left out. Raises UserError for an earlier line that is not a JSON
+    object with a step.
     """
     if not path.exists():
         return []
@@ -71,7 +72,7 @@ def _encode(line: dict[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """Replace non-finite numbers by None, since JSON has no NaN."""
+    """Return the value with None for every non-finite number, since JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

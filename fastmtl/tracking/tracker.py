@@ -1,4 +1,4 @@
-"""The object that records the progress of the training loop."""
+"""The tracker, which records a run on the terminal, in metrics.jsonl and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ SECONDS_BETWEEN_WRITES = 1.0
 
 
 class StepInfo(Protocol):
-    """The tracked fields of the result of `GradientSurgery.run`. T tasks in the recipe's order."""
+    """The fields of the result of `GradientSurgery.run` that are tracked.
+
+    T: the number of tasks, which are in the recipe's order.
+    """
 
     @property
     def losses(self) -> Mapping[str, float | Tensor]:
@@ -37,7 +40,7 @@ class StepInfo(Protocol):
 
     @property
     def conflict_rate(self) -> float | Tensor | None:
-        """Share of task pairs with a negative cosine."""
+        """Share of task pairs with a negative cosine, None if not computed."""
 
     @property
     def task_norms(self) -> Any:
@@ -57,12 +60,15 @@ class StepInfo(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of J or of its replacement."""
+        """Bytes of J (the stored task gradients), or of the buffers that replace it."""
 
 
 @dataclass(frozen=True)
 class _Logged:
-    """A step whose line is not written yet. time: Unix seconds."""
+    """A step whose line is not written yet.
+
+    lr: one learning rate, or one per parameter group. time: Unix seconds.
+    """
 
     step: int
     epoch: int
@@ -77,17 +83,18 @@ class Tracker:
 
     Reading a step's values waits until the device has done the step. So the lines of logged steps
     (`train.log_every`) are read and written together, about once per second. `flush` writes the
-    rest; a killed run loses the lines of its last second. When a run resumes from `resume_step`,
-    lines of later steps are removed, so that metrics.jsonl equals that of an uninterrupted run.
-    With within_epoch an evaluation at that step is removed too, since the run ended there before
-    the end of the epoch.
+    rest; a killed run loses the lines of its last second.
+
+    When a run resumes from `resume_step`, lines of later steps are removed, so that metrics.jsonl
+    equals that of an uninterrupted run. within_epoch: the run ended within an epoch at resume_step;
+    its evaluation there is removed too, since an uninterrupted run makes none.
 
     Fields of a step in metrics.jsonl: step, phase (its name, in a run of several), epoch (from 0,
-    in the phase), loss {task: mean}, lr, cosines {"a/b": cosine}, conflict_rate, task_norms
-    {task: norm}, merged_norm, skipped (name of the non-finite gradient, or null), surgery_bytes and
+    in the phase), loss {task: mean}, lr, cosines {"a/b": cosine}, conflict_rate, task_norms {task:
+    norm}, merged_norm, skipped (name of the non-finite gradient, or null), surgery_bytes and
     surgery_seconds (of this step), tokens_per_second (over the steps since the last line, without
-    evaluation), time (Unix seconds). Fields of an evaluation: step, phase, epoch, dev
-    {task: {metric: value}}, mean, time. Non-finite numbers are null.
+    evaluation), time (Unix seconds). Fields of an evaluation: step, phase, epoch, dev {task:
+    {metric: value}}, mean, time. Non-finite numbers are null.
     """
 
     def __init__(
@@ -119,7 +126,10 @@ class Tracker:
         self._restart_clock()
 
     def begin_phase(self, name: str, recipe: Recipe) -> None:
-        """Start a phase, with the tasks of its recipe; the following lines belong to the phase."""
+        """Start a phase: print its name and tasks, and add its name to the following lines.
+
+        recipe: that of the phase.
+        """
         self.flush()
         if self._is_main:
             self._phase, self._part = name, recipe
@@ -144,7 +154,7 @@ class Tracker:
         self._display.update(step, epoch, None)
 
     def flush(self) -> None:
-        """Write the lines of all steps so far."""
+        """Write the lines of all logged steps that are not written yet."""
         if not self._is_main:
             return
         waiting, self._waiting = self._waiting, []
@@ -178,10 +188,10 @@ class Tracker:
         return summarize(losses, conflict_rate, logged.tokens_per_second)
 
     def evaluation(self, step: int, epoch: int, dev: dict[str, dict[str, float]], mean: float) -> None:
-        """Record dev metrics after `step`.
+        """Record the metrics on the dev rows after optimiser step `step`.
 
-        A resumed run may repeat an evaluation; a line that the file already has is not written
-        again.
+        dev: {task: {metric: value}}. mean: the mean over tasks of each task's own metric. A resumed
+        run may repeat an evaluation; a line that the file already has is not written again.
         """
         if not self._is_main:
             return
@@ -208,7 +218,10 @@ class Tracker:
             self._display.message(text)
 
     def scores(self, dev: dict[str, dict[str, float]], mean: float, title: str = "dev scores") -> None:
-        """End the progress bar and print the final table."""
+        """End the progress bar and print a table of the final scores.
+
+        dev, mean: as for `evaluation`.
+        """
         if self._is_main:
             self.flush()
             self._display.close()
