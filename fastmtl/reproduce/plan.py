@@ -97,7 +97,10 @@ def demo_overrides(task: str) -> list[str]:
 
 
 def shorten(recipe: Recipe, epochs: int) -> None:
-    """Limit all phases to `epochs` epochs, in place; a curriculum keeps its share of them."""
+    """Limit all phases of a recipe to `epochs` epochs, in place.
+
+    A curriculum keeps its share of a phase.
+    """
     whole = recipe.train.epochs
     parts = [(recipe.train, recipe.sampler), *((phase.train, phase.sampler) for phase in recipe.phases)]
     for train, sampler in parts:

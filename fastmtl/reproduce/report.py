@@ -145,7 +145,10 @@ def as_json(
 def write(
     output: Path, report: str, paper: PaperResults, notes: Sequence[str], tables: Sequence[tuple[Table, list[Line]]]
 ) -> None:
-    """Write results.md and results.json."""
+    """Write results.md and results.json to the folder `output`.
+
+    tables: the report's tables with their rows, see `lines_of`.
+    """
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(as_json(report, paper, notes, tables), indent=2)
     (output / "results.json").write_text(text + "\n", encoding="utf-8")

@@ -1,1 +1,1 @@
-"""The command `fastmtl sweep`: a recipe with many settings."""
+"""The command `fastmtl sweep`, which trains one recipe with many settings."""
