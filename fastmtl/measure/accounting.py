@@ -1,14 +1,14 @@
-"""Live bytes of tensors by storage: when each storage is alive, and what it is used for.
+"""Accounting of tensor memory: when each storage is made and freed, and what it is used for.
 
 A TorchDispatchMode sees the result of every operation. A weak reference to the result's storage
 reports when the storage is freed. torch's own MemTracker (torch.distributed._tools) works the same
-way, but does not know J, nor which tensors of a forward outlive it. Memory that kernels allocate
-and free inside one operation is not seen.
+way, but does not know J, the matrix of task gradients, nor which tensors of a forward pass outlive
+it. Memory that kernels allocate and free inside one operation is not seen.
 
 A storage is assigned to a part as follows. Weights, optimiser state, gradients and J are named by
-the objects that hold them. A storage made in a forward that outlives the forward is an activation.
-A storage made by the hand-over of gradients or by the optimiser is a gradient. Everything else is
-workspace.
+the objects that hold them. A storage that is made in a forward pass and outlives it is an
+activation. A storage that is made by the optimiser, or when gradients are handed to the engine, is
+a gradient. Everything else is workspace.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ from fastmtl.measure.ranges import Name
 class Storage:
     """The lifetime of one storage.
 
-    made, freed: ticks; freed is None while the storage is alive. range: the outermost range it was
-    made in. section: the number of the forward it was made in. operation: the operation that made
-    it.
+    made, freed: numbers of the events (a count that grows with each allocation or free); freed is
+    None while alive. range: the outermost range (measure/ranges.py) that made it, None outside one.
+    section: number of the forward pass that made it, None outside one. operation: the operator that
+    made it. shape: of the tensor that it was made for. part: its use, if an object that holds it
+    has named it.
     """
 
     nbytes: int
@@ -49,7 +51,11 @@ class Storage:
 
 @dataclass(frozen=True)
 class Peak:
-    """The largest sum of live bytes: its parts, its range, and the live storages, largest first."""
+    """The moment with the most live bytes.
+
+    parts: live bytes by part. range: the outermost range at that moment, None outside one. alive:
+    the live storages with their parts, largest first.
+    """
 
     parts: Bytes
     range: Name | None
@@ -61,9 +67,9 @@ class Peak:
 
 
 class Accounting(TorchDispatchMode):
-    """Record the storages on one device while this context is entered.
+    """A context that records every storage that is made or freed on one device.
 
-    `on_range` is its listener for fastmtl.measure.ranges.
+    Pass `on_range` to fastmtl.measure.ranges.listening, so that the ranges of storages are known.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -71,7 +77,7 @@ class Accounting(TorchDispatchMode):
         self._device = device.type
         self._tick = 0
         self._ranges: list[Name] = []
-        self._sections: list[int] = []  # the forwards that are running, by number
+        self._sections: list[int] = []  # numbers of the forward passes that are running
         self._section_ends: list[int | None] = []
         self._storages: list[Storage] = []
         self._alive: dict[int, tuple[weakref.ref[Any], Storage]] = {}
@@ -87,7 +93,7 @@ class Accounting(TorchDispatchMode):
         return result
 
     def on_range(self, name: Name, begins: bool) -> None:
-        """Handle a range event of fastmtl.measure.ranges."""
+        """Record that a range of fastmtl.measure.ranges begins or ends."""
         if begins:
             self._ranges.append(name)
         else:
@@ -96,33 +102,36 @@ class Accounting(TorchDispatchMode):
             self._forward(begins)
 
     def watch_recomputation(self, modules: Iterable[nn.Module]) -> None:
-        """Count the tensors that `recompute: full` makes in backward as activations, too.
+        """Count the tensors that backward recomputes (`recompute: full`) as activations.
 
-        modules: those that backward runs forward again.
+        modules: those whose forward runs again in backward.
         """
         for module in modules:
             module.register_forward_pre_hook(lambda *_: self._forward(True))
             module.register_forward_hook(lambda *_: self._forward(False), always_call=True)
 
     def name(self, tensors: Iterable[Tensor], part: Part) -> None:
-        """Assign the storages of these tensors to a part, whatever made them."""
+        """Assign the storages of these tensors to a part, no matter which operations made them."""
         for tensor in tensors:
             storage = self._see(tensor, None)
             if storage is not None:
                 storage.part = part
 
     def name_shape(self, shape: tuple[int, ...], part: Part) -> None:
-        """Assign all unnamed storages that were made for a tensor of this shape to a part."""
+        """Assign the storages made for tensors of this shape to a part, if they have none yet."""
         for storage in self._storages:
             if storage.shape == shape and storage.part is None:
                 storage.part = part
 
     def reset_peak(self) -> None:
-        """Make `peak` cover only the time from now on."""
+        """Forget the storages freed so far, so that `peak` covers only the time from now on."""
         self._storages = [storage for storage in self._storages if storage.freed is None]
 
     def peak(self, within: Name | None = None) -> Peak:
-        """Return the peak of the whole time, or of the outermost ranges of this name."""
+        """Return the moment with the most live bytes since reset_peak.
+
+        within: search only the time in outermost ranges of this name; None: all of the time.
+        """
         changes: list[tuple[int, int]] = []
         for storage in self._storages:
             changes.append((storage.made, storage.nbytes))
@@ -146,7 +155,7 @@ class Accounting(TorchDispatchMode):
         return sum(storage.nbytes for _, storage in self._alive.values())
 
     def alive(self, part: Part) -> int:
-        """Return the bytes of a part that are alive now."""
+        """Return the bytes that belong to a part and are alive now."""
         storages = (storage for storage in self._storages if storage.freed is None)
         return sum(storage.nbytes for storage in storages if self._part(storage) == part)
 
@@ -205,5 +214,5 @@ class Accounting(TorchDispatchMode):
         if storage.range in ("communication", "optimiser"):
             return "gradients"
         if storage.range == "surgery" and storage.freed is not None and self._range_at[storage.freed] != "surgery":
-            return "gradients"  # the merged gradient, which is handed over
+            return "gradients"  # the merged gradient, which is handed to the engine
         return "workspace"

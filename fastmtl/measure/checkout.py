@@ -1,4 +1,4 @@
-"""The commit of the source tree that runs."""
+"""The commit of the source tree of the running program."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _ROOT = Path(__file__).parents[2]
 def checkout(commit: str | None = None) -> dict[str, Any]:
     """Return {"commit", "clean"}; a value is None if it is unknown.
 
-    clean: whether nothing but benchmark results differs from the commit. commit: the output of `git
-    describe --always --dirty` for a copy of a checkout without its .git. It is not used in a
+    clean: True if no file but benchmark results differs from the commit. commit: the output of `git
+    describe --always --dirty` for a copy of a checkout without its .git. It is ignored in a
     checkout, which has its own.
     """
     if (_ROOT / ".git").exists():
@@ -31,7 +31,10 @@ def checkout(commit: str | None = None) -> dict[str, Any]:
 
 
 def output_of(command: list[str]) -> str | None:
-    """Return a command's output without surrounding spaces; None if it fails or is missing."""
+    """Run a command; return its output without surrounding spaces, or None if it fails.
+
+    A program that does not exist fails as well.
+    """
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

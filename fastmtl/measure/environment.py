@@ -1,4 +1,4 @@
-"""The environment of a measurement: everything that a result depends on beside the code."""
+"""The environment of a measurement: machine, versions, and all else that changes its result."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _PACKAGES = ("transformers", "triton", "torchjd", "peft", "liger-kernel")
 
 
 def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """Return device, driver, versions, the kernels of `auto`, and the commit, JSON-ready.
+    """Return device, driver, versions, kernels and commit, JSON-ready.
 
-    commit: the output of `git describe --always --dirty` for a copy of a checkout without its .git.
-    It is not used in a checkout, which has its own. `clean` is None if it is unknown.
+    kernels: the implementation that `impl="auto"` selects, by operation. commit: the output of `git
+    describe --always --dirty` for a copy of a checkout without its .git. It is ignored in a
+    checkout, which has its own. clean: see checkout().
     """
     found = {
         "device": _device(device),

@@ -1,7 +1,7 @@
-"""Interleaved timing of several variants, and the peak memory of one variant alone.
+"""Timing of several variants in turn, and the peak memory of one variant alone.
 
-The variants take turns. A machine that slows down for a minute then slows down all of them: the
-ratios hold, the times do not.
+A machine that slows down for a minute slows down all variants, since they take turns. So the ratios
+between the variants hold, though the times do not.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class Skipped(Exception):
 
 
 class WrongResult(RuntimeError):
-    """Raised for a wrong result. Its time would be meaningless."""
+    """Raised if a measured function returns a wrong result. Its time would be meaningless."""
 
 
 def seconds(step: Callable[[], object], device: torch.device) -> float:
     """Return the seconds of one step.
 
-    On a GPU this is the mean of GPU_STEPS by the GPU's own clock, after one step that is not
-    counted because it finds the GPU idle.
+    On a GPU this is the mean of GPU_STEPS steps by the GPU's own clock. One more step runs before
+    and does not count, because it finds the GPU idle.
     """
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -67,10 +67,11 @@ def interleave(
     measure: Callable[[Any, torch.device], Any] = seconds,
     after_round: Callable[[dict[str, list[Any]]], None] | None = None,
 ) -> dict[str, list[Any]]:
-    """Return what `measure` returns for each step in every round, in the order A B C, A B C, ...
+    """Measure the steps in turn, A B C, A B C, ..., and return the samples of each step.
 
-    Every step must have run before. half_as_often: steps that run in every other round only.
-    after_round: receives the samples so far.
+    steps: by name; every step must have run before. rounds: how often each step is measured.
+    measure: returns one sample of a step. half_as_often: steps that run in every other round only.
+    after_round: called with the samples so far.
     """
     samples: dict[str, list[Any]] = {name: [] for name in steps}
     for index in range(rounds):
@@ -84,14 +85,17 @@ def interleave(
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:
-    """Return the median, the 20 % and 80 % quantiles (nearest samples) and the samples; seconds."""
+    """Return median_s, the quantiles p20_s and p80_s, and samples_s of times in seconds.
+
+    The 20 % and 80 % quantiles are the nearest samples.
+    """
     ordered = sorted(samples)
     low, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.8))
     return {"median_s": statistics.median(ordered), "p20_s": low, "p80_s": high, "samples_s": list(samples)}
 
 
 def in_own_process(function: Callable[..., Result], *arguments: Any, preload: str) -> Result:
-    """Return function(*arguments) from a process that has run nothing else. Re-raise errors.
+    """Call function(*arguments) in a new process; return its result, or raise its error.
 
     preload: the module that the fork server imports. Only the first call in this process sets it.
     """
@@ -104,12 +108,16 @@ def in_own_process(function: Callable[..., Result], *arguments: Any, preload: st
 
 
 def peak_bytes(process: int | str = "self") -> int | None:
-    """Return the largest resident set of a process so far (Linux's VmHWM); None elsewhere."""
+    """Return the largest resident set of a process so far (VmHWM of Linux); None if unknown."""
     return _status("VmHWM:", process)
 
 
 class HeapBytes(NamedTuple):
-    """Bytes in glibc's malloc: used and free ones of the heap, and those of mapped blocks."""
+    """Bytes that glibc's malloc manages.
+
+    in_use, free: used and unused bytes of the heap. mapped: bytes of blocks outside the heap, each
+    mapped separately.
+    """
 
     in_use: int
     free: int
@@ -117,7 +125,7 @@ class HeapBytes(NamedTuple):
 
 
 def heap_bytes() -> HeapBytes:
-    """Read mallinfo2 of <malloc.h>, which glibc has since 2.33."""
+    """Return the bytes that malloc manages, from mallinfo2 of <malloc.h>, in glibc since 2.33."""
     mallinfo2 = ctypes.CDLL(None).mallinfo2
     mallinfo2.restype = _MallInfo
     found = mallinfo2()
@@ -143,7 +151,7 @@ def _status(key: str, process: int | str = "self") -> int | None:
 
 
 def reset_peak_bytes(process: int | str = "self") -> bool:
-    """Restart the peak memory of a process (Linux's clear_refs). Return False on other systems."""
+    """Make peak_bytes start again from now (Linux's clear_refs). Return False on other systems."""
     try:
         Path(f"/proc/{process}/clear_refs").write_text("5")
     except OSError:
@@ -152,7 +160,7 @@ def reset_peak_bytes(process: int | str = "self") -> bool:
 
 
 def gpu_peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """Return the peak of torch's allocator on the GPU in a step, earlier tensors included."""
+    """Run a step; return the peak bytes of torch's GPU allocator, which include older tensors."""
     gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -162,10 +170,10 @@ def gpu_peak_bytes(step: Callable[[], object], device: torch.device) -> int:
 
 
 def graph_pool_bytes(device: torch.device) -> int:
-    """Return the GPU memory of CUDA graphs beyond torch's allocated tensors.
+    """Return the bytes that CUDA graphs hold on the GPU and torch does not count as allocated.
 
-    After capture, a graph's intermediates are free blocks of its private pool. Replays write there,
-    and nothing else may.
+    After capture, a graph's intermediate tensors are free blocks of its private memory pool.
+    Replays write to these blocks, and nothing else may.
     """
     torch.cuda.synchronize(device)
     segments = [entry for entry in torch.cuda.memory_snapshot() if tuple(entry["segment_pool_id"]) != (0, 0)]

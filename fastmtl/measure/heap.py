@@ -23,17 +23,17 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 _LARGE = 1 << 20
 _MAPPED = 4 << 20
 _MAPPED_ONCE = 128 << 10
-_TOP = 4 << 20  # may stay free at the heap's end; glibc's default is twice the largest block so far
+_TOP = 4 << 20  # bytes that may stay free at the heap's end; glibc's default is twice the largest block so far
 _HUGE_PAGE = 2 << 20
-# oneDNN caches code for each shape, 1,024 primitives by default. GELU alone adds two per batch: 6
-# MiB after 300 batches of different lengths, in small blocks all over the heap. This limit holds
-# the primitives of three bfloat16 steps.
+# oneDNN caches a primitive, which is compiled code, for each operation and shape, 1,024 by default.
+# GELU alone adds two per batch: 6 MiB after 300 batches of different lengths, in small blocks all
+# over the heap. With this limit the cache holds the primitives of three bfloat16 steps.
 _PRIMITIVES = 64
-_maps = False  # set once per process, like malloc's settings
+_maps = False  # True once large blocks are mapped; malloc's settings hold for the whole process
 
 
 def map_large_blocks() -> bool:
-    """Map blocks of 4 MiB and more, so that they return to the system when freed.
+    """Make malloc map each block of 4 MiB and more, so that a freed block returns to the system.
 
     Tensors get huge pages, and oneDNN caches fewer primitives. Call this before the process makes
     its first tensor, as torch and oneDNN read their settings once. Return False, and map nothing,
@@ -61,7 +61,7 @@ def map_large_blocks() -> bool:
 def mapping_small_blocks() -> Iterator[None]:
     """Map blocks of 128 KiB and more inside the context, for rare work of unusual sizes.
 
-    Such blocks then leave no holes in the heap. Do nothing unless large blocks are mapped.
+    Such blocks then leave no holes in the heap. Without map_large_blocks, this does nothing.
     """
     if not _maps:
         yield
@@ -75,7 +75,10 @@ def mapping_small_blocks() -> Iterator[None]:
 
 
 def free_at_once() -> None:
-    """Return large blocks to the system when they are freed. Slow; for measurements."""
+    """Make malloc return blocks of 1 MiB and more to the system as soon as they are freed.
+
+    This is slow, and meant for measurements of memory.
+    """
     mallopt = _function("mallopt")
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGE)

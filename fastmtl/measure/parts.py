@@ -1,4 +1,4 @@
-"""The parts of a step's memory, by use. Measured and predicted bytes are both split into these."""
+"""The parts into which a step's memory is split by use, both measured and predicted memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Named ranges of a training step, for torch.profiler and for `fastmtl profile`.
+"""Named ranges of time, the phases of a step, for torch.profiler and for `fastmtl profile`.
 
 data: draw and pack a batch and move it to the device. forward, backward: the model's. surgery: the
 Gramian, the weights and the merge of task gradients. communication: hand the merged gradient to the
@@ -25,7 +25,7 @@ _listeners: list[Listener] = []
 
 @contextmanager
 def profile_range(name: Name) -> Iterator[None]:
-    """Run the block as range `name`; ranges may nest."""
+    """Mark the time of a block as range `name`. Ranges may nest."""
     with record_function(PREFIX + name):
         for listener in _listeners:
             listener(name, True)
@@ -37,7 +37,7 @@ def profile_range(name: Name) -> Iterator[None]:
 
 
 def profile_iter(name: Name, items: Iterable[Item]) -> Iterator[Item]:
-    """Yield the items. Making an item is in range `name`, the caller's use of it is not."""
+    """Yield the items. The time to make an item is in range `name`, the time to use it is not."""
     iterator = iter(items)
     while True:
         with profile_range(name):
@@ -50,7 +50,7 @@ def profile_iter(name: Name, items: Iterable[Item]) -> Iterator[Item]:
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Call the listener for every range inside the context."""
+    """Call the listener at the begin and end of every range inside the context."""
     _listeners.append(listener)
     try:
         yield

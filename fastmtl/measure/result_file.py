@@ -1,4 +1,8 @@
-"""The file of a result. It imports no torch, so a supervisor survives failing measurements."""
+"""Writing of result files.
+
+This module does not import torch, so that a process that only supervises measurements does not fail
+with torch.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +13,21 @@ from typing import Any
 
 from fastmtl.files.writing import replace_text
 
-# The fields of its environment that a result must have before it is drawn. The driver is required,
-# too, but null on a CPU.
+# Fields that the environment of a result must have before the result is drawn. It must have the
+# driver, too, which is null on a CPU.
 ORIGIN = ("device", "torch", "fastmtl", "commit", "clean")
-# Key of a result whose measurement is not finished.
+# Key that is true in a result whose measurement has not finished.
 UNFINISHED = "unfinished"
 
 
 def save(result: dict[str, Any], path: Path) -> None:
-    """Replace the file atomically. Devices and pipes are written directly."""
+    """Write a result as JSON and replace the file atomically.
+
+    Devices and pipes are written directly.
+    """
     replace_text(path, json.dumps(result, indent=2) + "\n")
 
 
 def slug(name: str) -> str:
-    """Return a device's name in a form for file names: `NVIDIA H200` gives nvidia-h200."""
+    """Return a device's name in the form of a file name: `NVIDIA H200` gives nvidia-h200."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

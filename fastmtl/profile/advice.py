@@ -1,6 +1,7 @@
-"""The largest batch size of each series, and the storage to choose.
+"""Advice from a profile: the largest batch size of each series, and the storage to choose.
 
-Measurements decide; otherwise the model does, corrected by the measured points.
+A series is a method with a storage of task gradients. If a series' largest batch was measured, that
+size counts. Else the memory model predicts it, corrected by the measured points.
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ def underestimate(points: Sequence[dict[str, Any]]) -> float:
 
 
 def advice(plan: Plan, result: dict[str, Any]) -> dict[str, Any]:
-    """Return the text, and for each series the batch size that fits and whether it was measured."""
+    """Return the advice, JSON-ready.
+
+    text: for the user. fits: for each series the largest batch size that fits, and whether it was
+    measured. beside_bytes: overhead_bytes of the points. factor: the underestimate of the points.
+    """
     points, limit = result["points"], result["memory_limit"]
     overhead, factor = overhead_bytes(points), underestimate(points)
     searched = {entry["series"]: entry["measured"] for entry in result.get("largest", [])}
@@ -50,10 +55,11 @@ def advice(plan: Plan, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def storages(plan: Plan, points: Sequence[dict[str, Any]], limit: int, nbytes: float) -> list[str]:
-    """Return the fastest storage that fits as a sentence, per method with task gradients.
+    """Return a sentence for each method with task gradients: the fastest storage that fits.
 
-    It is for the largest batch size. The storages need not be measured. nbytes: the largest
-    prediction that fits.
+    The sentence is for the method's largest batch size. Storages are predicted, so they need not be
+    measured. limit: the memory that the sentence names. nbytes: a storage fits if its predicted
+    peak is at most this.
     """
     engine, largest = plan.phase.recipe.engine, dict[str, int]()
     for point in points:

@@ -25,9 +25,10 @@ FLOAT = 4
 
 
 def kept(shape: Shape) -> Bytes:
-    """Return the bytes kept between steps, without task gradients.
+    """Return the bytes that are kept between steps by part, without task gradients.
 
-    With offload to the host, host memory counts only if the model's device is a CPU.
+    With offload, optimiser state is on the host, whose memory counts only if the model runs on a
+    CPU.
     """
     trained, number, world = shape.trained, shape.number_bytes, shape.world
     held = zero_bytes()
@@ -45,7 +46,7 @@ def kept(shape: Shape) -> Bytes:
 
 
 def gathered(shape: Shape) -> int:
-    """Return the bytes of parameters that ZeRO 3 gathers from all ranks.
+    """Return the bytes of the parameters that one rank of ZeRO 3 gathers from all ranks.
 
     Small parameters stay gathered, larger ones while stage3_max_live_parameters (10^9) allows it. A
     single rank uses its own partition.
@@ -67,21 +68,25 @@ def keeps_gradients(shape: Shape) -> bool:
 
 
 def begin_backward(ledger: Ledger, shape: Shape, first: bool) -> None:
-    """Begin the engine's own backward of a micro-batch."""
+    """Hold the buckets of DeepSpeed's own backward of a micro-batch, which now begins.
+
+    first: it is the first micro-batch of the step.
+    """
     if shape.zero in (1, 2) and (first or shape.zero == 2):
         # In ZeRO 2 the gradients of earlier micro-batches are views of their bucket.
         ledger.hold("gradients", bucket(shape) * (2 if shape.overlap else 1))
 
 
 def end_backward(ledger: Ledger, shape: Shape, last: bool) -> None:
-    """End the engine's own backward of a micro-batch.
+    """Reduce the gradients of DeepSpeed's own backward of a micro-batch, which now ends.
 
-    After the last micro-batch only the gradients that the optimiser reads are held.
+    last: it is the last micro-batch of the step. After it, only the gradients that the optimiser
+    reads are held.
     """
     number, kept_before = shape.number_bytes, kept(shape)["gradients"]
     if shape.zero == 0 and last:
         ledger.touch(min(shape.trained, REDUCE_BUCKET_SIZE) * number, "gradients")
-    if shape.zero == 2:  # the next bucket is allocated first
+    if shape.zero == 2:  # the next bucket is allocated before this one is freed
         ledger.touch(bucket(shape), "gradients")
         ledger.drop("gradients", ledger.held["gradients"] - kept_before - bucket(shape))
     if shape.zero == 3:  # a copy of the bucket's gradients, and another one by rank
@@ -91,10 +96,10 @@ def end_backward(ledger: Ledger, shape: Shape, last: bool) -> None:
 
 
 def hand_over(ledger: Ledger, shape: Shape) -> None:
-    """Hand the merged gradients to the parameters.
+    """Hand the merged gradients to the parameters, and reduce them.
 
-    Float32 gradients of 16-bit parameters are copied. The gradients are reduced, and then held as
-    end_backward leaves them.
+    Float32 gradients of 16-bit parameters are copied. Then the same bytes are held as after
+    end_backward.
     """
     number = shape.number_bytes
     in_buckets = shape.zero == 2 or shape.overlap
@@ -104,7 +109,7 @@ def hand_over(ledger: Ledger, shape: Shape) -> None:
         wide = shape.trained - (shape.dense if shape.merged_bytes == number else 0)
         ledger.hold("gradients", wide * number)
         ledger.drop("gradients", wide * FLOAT)
-    if in_buckets:  # each gradient is copied there and dropped
+    if in_buckets:  # each gradient is copied to a bucket and dropped
         ledger.drop("gradients", shape.trained * number)
         ledger.touch(bucket(shape) if shape.zero == 2 else 0, "gradients")
     else:
@@ -112,13 +117,13 @@ def hand_over(ledger: Ledger, shape: Shape) -> None:
 
 
 def reduce_in_hand(ledger: Ledger, shape: Shape) -> None:
-    """Reduce gradients that are all held already; in ZeRO 0 and 1."""
+    """Reduce gradients that are all computed and held already, in ZeRO 0 and 1."""
     buckets = bucket(shape) * (2 if shape.overlap else 1)
     ledger.touch(buckets if shape.zero else min(shape.trained, REDUCE_BUCKET_SIZE) * shape.number_bytes, "gradients")
 
 
 def optimiser(ledger: Ledger, shape: Shape) -> None:
-    """Clip and update one parameter group after another."""
+    """Clip the gradients and update the weights, one parameter group after another."""
     group = share(shape.group, shape.world if shape.zero else 1)
     narrow = shape.number_bytes < FLOAT
     decay = group * FLOAT if shape.copies_to_decay else 0

@@ -1,4 +1,7 @@
-"""Tensors that a DeepSpeed engine's optimiser holds, by use. Attributes are DeepSpeed 0.19's."""
+"""The tensors that a DeepSpeed engine's optimiser holds, by use.
+
+The names of the attributes are those of DeepSpeed 0.19.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 
 
 def optimiser_tensors(optimizer: Any) -> Iterator[Tensor]:
-    """Yield float32 masters and moments; for an optimiser without masters, the weights too."""
+    """Yield float32 master weights and moments; without masters, the weights in their place."""
     base = getattr(optimizer, "optimizer", optimizer)
     for group in base.param_groups:
         yield from (parameter.data for parameter in group["params"])
@@ -19,7 +22,7 @@ def optimiser_tensors(optimizer: Any) -> Iterator[Tensor]:
 
 
 def partitioned_weights(model: nn.Module, optimizer: Any) -> Iterator[Tensor]:
-    """Yield this rank's partition under ZeRO 3, and the offload's buffers of updated weights."""
+    """Yield this rank's weights under ZeRO 3, and the offload's buffers of updated weights."""
     yield from _tensors(getattr(parameter, "ds_tensor", None) for parameter in model.parameters())
     yield from _tensors([getattr(optimizer, "lp_param_buffer", None)])
     yield from _tensors(getattr(optimizer, "param_buffer_of_bit16_for_cpu_offload_groups", ()))

@@ -1,4 +1,7 @@
-"""The largest batch that fits, by bisection over processes that may run out of memory."""
+"""Search for the largest batch that fits, by bisection; each try is a separate process.
+
+A process may run out of memory without harm to the others.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,19 @@ from fastmtl.profile import process
 from fastmtl.profile.measure import Job, measure
 from fastmtl.profile.plan import Plan, Point
 
-# The result is accurate to one part in PARTS.
+# The search stops when it is accurate to 1 / PARTS of the batch size.
 PARTS = 16
 GROWTH = 1.25
 LARGEST = 1 << 17
 
 
 def find_max(recipe: dict[str, Any], plan: Plan, point: Point, limit: int, say: Say, overhead: int) -> dict[str, Any]:
-    """Return the largest batch size whose process stays within `limit` bytes.
+    """Search the largest batch size whose process stays within `limit` bytes; JSON-ready.
 
     point: its method and storage are used. overhead: bytes that a process holds beyond its tensors.
-    The model gives the starting point; real processes decide.
+    The memory model predicts the first size to try; real processes decide. measured in the result:
+    the size found, 0 if none fits, None if a process failed for another reason than memory. tried:
+    every size that was tried.
     """
     tried: dict[int, dict[str, Any]] = {}
 
@@ -51,7 +56,10 @@ class CannotMeasure(Exception):
 
 
 def bisect(fits: Callable[[int], bool], start: int) -> int:
-    """Return the largest number that fits, to one part in PARTS, from `start`; 0 if none does."""
+    """Return the largest number that fits, accurate to 1 / PARTS of it; 0 if none fits.
+
+    start: the first number to try.
+    """
     low, high = 0, None
     size = start
     while high is None or low == 0:
@@ -72,7 +80,7 @@ def bisect(fits: Callable[[int], bool], start: int) -> int:
 
 
 def largest_predicted(plan: Plan, point: Point, nbytes: float) -> int:
-    """The largest batch size whose predicted peak is at most `nbytes`; 0 where there is none."""
+    """Return the largest batch size whose predicted peak is at most `nbytes`; 0 if none is."""
 
     def fits(size: int) -> bool:
         return plan.predict(replace(point, batch_size=size)).nbytes <= nbytes

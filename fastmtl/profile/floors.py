@@ -1,11 +1,13 @@
 """Lower bounds of a step's times on a device that is not at hand, from its data sheet.
 
-    forward    2 F n / peak, F the numbers of the layers' matrices, n tokens; backward twice that
+    forward    2 F n / peak for n tokens, F numbers in the layers' weight matrices; backward twice
+               that
     surgery    2 passes over J / bandwidth; `kept`: 2 forwards, and backward once
     optimiser  7 V 4 / bandwidth, V trained numbers: gradient, weight, two moments are read, all but
                the gradient written; hand-over 3 V 4 / bandwidth
 
-No real step is faster. The time of a step without communication is at least the sum of these.
+No real step is faster. The time of a step without communication is at least the sum of these
+bounds.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ class Device:
     """A device's data sheet.
 
     half, single: operations per second in 16 and 32 bits, without sparsity. bandwidth: bytes per
-    second.
+    second of its memory. source: the name of the sheet, with its numbers.
     """
 
     half: float
@@ -39,7 +41,7 @@ DEVICES = {
 
 
 def floors(shape: Shape, name: str) -> Parts:
-    """Return the lower bounds. Raise UserError for an unknown device."""
+    """Return lower bounds of a step's parts on a device. Raise UserError for an unknown device."""
     if name not in DEVICES:
         raise unknown_name("device", name, DEVICES)
     device = DEVICES[name]

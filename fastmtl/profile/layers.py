@@ -17,12 +17,16 @@ INT64 = 8
 # Vectors [B, d] of pooling and a head: pooled, sliced by task, dropout's output and mask, features.
 HEAD_VECTORS = 5
 
-# Called for every parameter gradient of a backward, with its numbers and the bytes of the rows dY.
+# Called for every parameter gradient with its number of elements and the bytes of dY, the output's
+# gradient.
 Weight = Callable[[Ledger, int, int], None]
 
 
 class Rows:
-    """Bytes of rows of a micro-batch. shared: surgery needs the gradients of the layers."""
+    """Bytes of tensors with a row per token: d, f, s for widths hidden, intermediate, adapter_size.
+
+    keeps_inputs: linear layers keep their inputs. shared: surgery needs the layers' gradients.
+    """
 
     def __init__(self, shape: Shape, *, keeps_inputs: bool, adapter_size: int = 0, shared: bool = False) -> None:
         tokens, number = shape.load.tokens, shape.number_bytes
@@ -49,16 +53,16 @@ class Rows:
         return nbytes if self.keeps_inputs else 0
 
     def result(self, nbytes: int) -> int:
-        """Return the bytes that it keeps of an input that LayerNorm or the activation returned."""
+        """Return the bytes that a Linear keeps of an input from LayerNorm or the activation."""
         return 0 if self.recomputes else self.input(nbytes)
 
     def recomputed(self, nbytes: int) -> int:
-        """Return the bytes of such an input that backward recomputes."""
+        """Return the bytes that backward recomputes of an input from LayerNorm or activation."""
         return self.input(nbytes) - self.result(nbytes)
 
     @property
     def norm(self) -> int:
-        """add_layer_norm's z, statistics and mask. The next layer keeps its output."""
+        """Bytes that add_layer_norm keeps: z, statistics, mask. The next layer keeps its output."""
         return self.d + self.norm_stats + self.mask
 
     @property
@@ -69,18 +73,18 @@ class Rows:
 
     @property
     def kept(self) -> int:
-        """The bytes per layer between forward and backward, including the layer's input."""
+        """Bytes that a layer keeps from forward to backward, including its input."""
         return self.d if self.shape.recompute == "full" else self.layer + self.result(self.d)
 
     @property
     def pal(self) -> int:
-        """V_E h, q, k, v, attention's output, and the activation's input if there is one."""
+        """Bytes that PAL keeps: V_E h, q, k, v, attention's output, and an activation's input."""
         adapter = self.shape.adapter
         return 5 * self.s + self.adapter_stats + (self.d if adapter is not None and adapter.gelu else 0)
 
     @property
     def adapter(self) -> int:
-        """The adapter's bytes beside one layer."""
+        """Bytes that the adapter beside one layer keeps."""
         adapter = self.shape.adapter
         if adapter is None or adapter.name == "none":
             return 0
@@ -88,7 +92,7 @@ class Rows:
 
 
 def has_adapter(shape: Shape, layer: int) -> bool:
-    """Return whether a layer has an adapter: the last ones do, an error below one adapter."""
+    """Return whether a layer has an adapter; the last ones count so (error: below one adapter)."""
     return shape.adapter is not None and layer >= shape.layers - shape.adapter.layers
 
 
@@ -101,10 +105,10 @@ def embeddings_forward(ledger: Ledger, rows: Rows, *, trained: bool) -> None:
 
 
 def embeddings_backward(ledger: Ledger, rows: Rows, weight: Weight, table: int, *, summed: bool) -> None:
-    """Drop dy, held as workspace. table: numbers of the word embeddings' dense gradient.
+    """Compute the tables' gradients, and drop dy, held as workspace.
 
-    summed: the tables' gradients go to the parameters. Rows that are weighted or in 16 bits are
-    then added in float32.
+    table: the size of the word table's dense gradient. summed: the gradients go to the parameters;
+    rows that are weighted or in 16 bits are then added in float32.
     """
     shape = rows.shape
     ledger.touch(2 * rows.d)
@@ -168,8 +172,8 @@ def layer_backward(
 ) -> None:
     """Replace dy, held as workspace, by the gradient of the layer's input; drop activations.
 
-    Its input is dropped, its output is not. recomputed_input: the input is recomputed, not held.
-    at_once: the gradients of the weights of q, k and v are one product.
+    The layer's input is dropped, its output is not. recomputed_input: the input is recomputed, not
+    held. at_once: the gradients of the weights of q, k and v are one product.
     """
     hidden, intermediate = rows.shape.hidden, rows.shape.intermediate
     d, f = rows.d, rows.f
@@ -240,7 +244,7 @@ def _drop_input(ledger: Ledger, rows: Rows, nbytes: int, held: int) -> None:
 
 
 def recompute_layer(ledger: Ledger, rows: Rows, *, adapts: bool) -> None:
-    """Recompute a layer's forward for `recompute: full`, up to the last tensor of backward."""
+    """Run forward again in backward (`recompute: full`), up to the last tensor that is needed."""
     layer_forward(ledger, rows, adapts=adapts)
     ledger.drop("activations", rows.d)
 

@@ -1,4 +1,4 @@
-"""A simulation of a step's memory: bytes held, dropped and touched, with their peak."""
+"""A simulation of a step's memory: bytes are held, dropped and touched, and the peak is kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from fastmtl.measure.parts import Bytes, Part, total
 class Ledger:
     """Bytes held now, by part.
 
-    peak: the parts at the largest total so far. at: the phase of the peak.
+    peak: the parts at the largest total so far. phase: the current phase, set by the caller. at:
+    the phase of the peak.
     """
 
     def __init__(self, held: Bytes) -> None:
@@ -28,7 +29,7 @@ class Ledger:
         assert self.held[part] >= 0, (part, self.phase, self.held)
 
     def touch(self, nbytes: int, part: Part = "workspace") -> None:
-        """Hold bytes for a moment."""
+        """Hold bytes and drop them at once, so that they count for the peak only."""
         self.hold(part, nbytes)
         self.drop(part, nbytes)
 

@@ -30,7 +30,7 @@ Kind = Literal["all_reduce", "reduce_scatter", "all_gather"]
 class Link:
     """A link between two ends.
 
-    seconds: the latency of an empty message. bandwidth: bytes per second in one direction.
+    seconds: the time of an empty message. bandwidth: bytes per second in one direction.
     """
 
     seconds: float
@@ -39,10 +39,10 @@ class Link:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of `node` ranks each.
+    """A cluster whose nodes have `node` ranks each.
 
     inside: the link from a rank to its node. between: the link from a whole node to the others.
-    source: of the numbers.
+    source: where the numbers come from.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Cluster:
 
 
 def sent(kind: Kind, nbytes: float, world: int) -> float:
-    """Return the bytes that each rank of a ring sends, and receives."""
+    """Return the bytes that each rank of a ring sends in a collective; it receives as many."""
     once = nbytes * (world - 1) / world
     return 2 * once if kind == "all_reduce" else once
 
@@ -102,7 +102,7 @@ CLUSTERS = {
 
 
 def find_cluster(text: str) -> Cluster:
-    """Return a cluster by name, or from RANKS:GB/s:us:GB/s:us as in the help of `--link`.
+    """Return a cluster by its name, or one described as RANKS:GB/s:us:GB/s:us, as `--link` says.
 
     Raises UserError for anything else.
     """

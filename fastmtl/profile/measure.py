@@ -1,4 +1,4 @@
-"""Measure one point in the current process."""
+"""Measurement of one point of a profile, in the current process."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ WATCH_SECONDS = 0.005
 class Job:
     """A point to measure.
 
-    recipe: as plain data. phase: the name of its phase. limit: bytes that the process (on a GPU:
-    torch) may hold. timed: the number of timed steps. trace: a file.
+    recipe: as plain data, for another process. phase: the name of the recipe's phase; None: see
+    choose_phase. limit: bytes that the process (on a GPU: torch) may hold. timed: the number of
+    timed steps. trace: the file for a trace; None: no trace.
     """
 
     recipe: dict[str, Any]
@@ -48,10 +49,10 @@ class Job:
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Return the measurements, JSON-ready.
+    """Run steps of a point; return their memory and times, JSON-ready.
 
-    Raises UserError, and torch's errors if memory runs out. Over the limit, the process kills
-    itself.
+    Raises UserError, and torch's errors if memory runs out. On a CPU, the process kills itself if
+    it exceeds the job's limit.
     """
     free_at_once()
     phase = settings(choose_phase(parse_recipe(job.recipe, "recipe"), job.phase), job.point)
@@ -94,7 +95,7 @@ def measure(job: Job) -> dict[str, Any]:
 def _times(steps: Steps, drawn: Draw, number: int, nvml: Nvml | None) -> dict[str, Any]:
     """Return seconds and real tokens per second of the epoch's first steps.
 
-    The counted steps were the warm-up.
+    The steps with tensor accounting ran before and were the warm-up.
     """
     seconds, rates = [], []
     used: list[int] = []
@@ -118,7 +119,7 @@ def _times(steps: Steps, drawn: Draw, number: int, nvml: Nvml | None) -> dict[st
 
 
 def _gpu_memory(device: torch.device, nvml: Nvml) -> dict[str, Any]:
-    """Return bytes on the GPU: torch's peak (allocated) and pool (reserved), the process, all."""
+    """Return bytes on the GPU: peaks of torch's tensors and pool, of the process, and the total."""
     return {
         "allocated_bytes": torch.cuda.max_memory_allocated(device),
         "reserved_bytes": torch.cuda.max_memory_reserved(device),
@@ -140,7 +141,7 @@ def _limit(nbytes: int | None, device: torch.device) -> None:
 
 
 def _watch(limit: int) -> None:
-    """Kill this process over the limit.
+    """Wait until this process holds more than `limit` bytes, then kill it.
 
     The limit is for the resident set. RLIMIT_AS limits the address space, of which libraries and
     DeepSpeed's buckets reserve much more than they touch.

@@ -12,10 +12,11 @@ import torch
 
 
 class Nvml:
-    """Access to the driver.
+    """Readings of one GPU from NVIDIA's driver.
 
-    reason: why no reading is available; "" if they are. Without access every number is None. A
-    number that the driver or the GPU does not provide is None too, with its reason in `denied`.
+    reason: why the driver gives no readings, and every reading is None; "" if it gives some.
+    denied: the reason for each reading that the driver or the GPU does not provide, and that is
+    None.
     """
 
     def __init__(self, device: torch.device, library: Any = None) -> None:
@@ -42,11 +43,11 @@ class Nvml:
         return self._ask("memory of the process", read)
 
     def utilisation(self) -> int | None:
-        """Return the percentage of the last moments in which a kernel ran."""
+        """Return the percentage of the driver's last sample period in which a kernel ran."""
         return self._ask("utilisation", lambda nvml, handle: nvml.nvmlDeviceGetUtilizationRates(handle).gpu)
 
     def joules(self) -> float | None:
-        """Return the energy since the driver was loaded."""
+        """Return the energy in joules that the GPU has used since the driver was loaded."""
         return self._ask("energy", lambda nvml, handle: nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)
 
     @contextmanager

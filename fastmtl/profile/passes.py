@@ -1,4 +1,4 @@
-"""Forward and backward of one micro-batch, replayed on a ledger layer by layer."""
+"""Forward and backward of one micro-batch, simulated on a ledger layer by layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastmtl.profile.shape import Shape
 
 
 class Pass:
-    """Forward and backward of micro-batch `number` on a ledger."""
+    """The simulation of forward and backward of micro-batch `number` on a ledger."""
 
     def __init__(self, ledger: Ledger, shape: Shape, number: int) -> None:
         shape = replace(shape, load=shape.loads[number])
@@ -25,7 +25,7 @@ class Pass:
         self._top = "none" if adapter is None else adapter.top
         self._on_top = Rows(shape, keeps_inputs=True, adapter_size=0 if adapter is None else adapter.top_size)
         carrying = 0 if adapter is None else adapter.layers
-        # The first layer in the graph; nothing below it is trained.
+        # The first layer in autograd's graph; nothing below it is trained.
         self._first = 0 if self._trained else shape.layers - carrying
 
     def _starts_graph(self, layer: int) -> bool:
@@ -33,9 +33,9 @@ class Pass:
         return not self._trained and layer == self._first
 
     def _recomputes_input(self, layer: int) -> bool:
-        """Return whether backward recomputes a layer's input, a LayerNorm's output.
+        """Return whether backward recomputes the input of a layer, which is a LayerNorm's output.
 
-        For shape.layers, it is the input of the adapter on top.
+        The number shape.layers stands for the adapter on top.
         """
         return self._rows.recomputes and layer > self._first
 
@@ -67,10 +67,10 @@ class Pass:
         layers.heads_forward(ledger, rows)
 
     def backward(self, weight: Weight, own: int | None = None) -> None:
-        """Run the backward pass.
+        """Simulate the backward pass.
 
-        own: bytes of the tasks' own gradients that it leaves; None if DeepSpeed handles them like
-        others.
+        weight: called for each gradient of a parameter. own: bytes of the gradients of the tasks'
+        own parameters, which stay held; None if DeepSpeed handles them like other gradients.
         """
         ledger, rows, shape = self._ledger, self._rows, self._shape
         ledger.phase = "backward"
@@ -111,4 +111,4 @@ class Pass:
 
 
 def _ignore_weight(ledger: Ledger, numbers: int, rows: int) -> None:
-    """Ignore weights that are frozen, and the tasks' own, which are counted at once."""
+    """Do nothing: for frozen weights, and for the tasks' own, which are counted all together."""

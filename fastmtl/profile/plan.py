@@ -1,4 +1,4 @@
-"""The points to measure, their rows, and the model's prediction for each."""
+"""The points of a profile, the rows of their steps, and their predicted memory."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from fastmtl.surgery.methods.table import find_method
 from fastmtl.training.phase_model import PhaseModel
 from fastmtl.training.phases import Phase, phases_of
 
-# The largest step is searched among this many steps of the first epoch, or as many as hold this
-# many rows.
+# The largest step is searched among the first STEPS steps of an epoch, or among fewer, which have
+# ROWS rows together.
 STEPS, ROWS = 50, 20_000
 # Storages of task gradients, the fastest first.
 STORAGES = ("stacked", "kept", "replay")
@@ -34,7 +34,7 @@ TIMED = 5
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement.
+    """One setting of a profile: batch size, method and storage.
 
     batch_size: rows of each task in a micro-batch. storage: as in a recipe; "none" for `sum`.
     """
@@ -54,10 +54,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Draw:
-    """Drawn steps.
+    """Steps drawn from the training data.
 
     stream: the source of an epoch's steps. steps: the micro-batches of the first steps. largest:
-    those of the step with the most tokens.
+    those of the step that has the micro-batch with the most tokens.
     """
 
     stream: BatchStream
@@ -83,9 +83,9 @@ def choose_phase(recipe: Recipe, name: str | None) -> Phase:
 
 
 def points(recipe: Recipe, batch_sizes: Sequence[int], methods: Sequence[str], storages: Sequence[str]) -> list[Point]:
-    """Return the points by batch size, method and storage. Empty: the recipe's own.
+    """Return a point for each batch size, method and storage; `sum` has no storage.
 
-    Raises UserError for an unknown name.
+    methods, storages: the recipe's own if empty. Raises UserError for an unknown name.
     """
     for storage in storages:
         if storage not in STORAGES:
@@ -103,7 +103,7 @@ def points(recipe: Recipe, batch_sizes: Sequence[int], methods: Sequence[str], s
 
 
 def settings(phase: Phase, point: Point) -> Phase:
-    """Return the phase with the point's batch size, method and storage."""
+    """Return a copy of the phase with the point's batch size, method and storage."""
     recipe = phase.recipe
     changed = recipe.model_copy(deep=True)
     changed.sampler.batch_tokens = None
@@ -117,7 +117,7 @@ def settings(phase: Phase, point: Point) -> Phase:
 
 
 def draw(recipe: Recipe, corpus: Corpus) -> Draw:
-    """Draw steps of a first epoch on a single rank.
+    """Draw the first steps of an epoch, for a single rank.
 
     The epoch is made long enough for full batches: small files are repeated.
     """
@@ -134,7 +134,7 @@ def draw(recipe: Recipe, corpus: Corpus) -> Draw:
 
 
 class Plan:
-    """Loads and predictions of a recipe by batch size, without training."""
+    """Sizes of steps and predicted memory for the points of a phase, without training."""
 
     def __init__(self, phase: Phase, *, on_gpu: bool) -> None:
         self.phase, self._on_gpu = phase, on_gpu
@@ -148,7 +148,7 @@ class Plan:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def loads(self, batch_size: int) -> list[Load]:
-        """Return the loads of the largest step's micro-batches."""
+        """Return the size of each micro-batch of the largest step."""
         if batch_size not in self._loads:
             recipe = settings(self.phase, Point(batch_size, "sum", "none")).recipe
             self._loads[batch_size] = list(map(Load.of, draw(recipe, self.corpus).largest))

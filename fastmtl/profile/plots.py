@@ -17,14 +17,14 @@ COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b8b8b8")
 
 
 class NoOrigin(UserError):
-    """Raised for a result without its origin."""
+    """Raised for a result that lacks the machine, versions or commit it was measured with."""
 
 
 def draw(result: dict[str, Any], directory: Path) -> list[Path]:
-    """Draw memory.svg, throughput.svg and methods.svg of the measured points, if any.
+    """Draw memory.svg, throughput.svg and methods.svg of the measured points; return the files.
 
-    Raises NoOrigin if the result lacks its device, driver, versions, commit, or whether the tree
-    was clean.
+    Without measured points nothing is drawn. Raises NoOrigin if the result lacks its device,
+    driver, versions, commit, or whether the tree was clean.
     """
     check_origin(result)
     points = [point for point in result["points"] if point["measured"] is not None]

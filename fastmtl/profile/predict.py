@@ -1,6 +1,6 @@
 """An analytic model of the peak memory of a training step, without running it.
 
-A step is replayed on a ledger in the order of the code's allocations: tensors kept between steps,
+A step is simulated on a ledger in the order of the code's allocations: tensors kept between steps,
 forward and backward layer by layer, the buffers of surgery and DeepSpeed, and the optimiser. The
 prediction is the ledger's peak. Nothing is fitted to measurements.
 """
@@ -23,7 +23,7 @@ from fastmtl.surgery.sinks.early_scatter import IN_FLIGHT
 class Prediction:
     """The predicted memory of a step.
 
-    parts: bytes at the peak, which is in `phase`. kept: bytes between steps.
+    parts: bytes by part at the peak. phase: the phase of the peak. kept: bytes between steps.
     """
 
     parts: Bytes
@@ -68,7 +68,7 @@ def _own_pass(ledger: Ledger, shape: Shape) -> None:
 
 
 def _joint_in_hand(ledger: Ledger, shape: Shape) -> None:
-    """Compute autograd's gradients of a sum, all of them before DeepSpeed gets one."""
+    """Run the backward of a summed loss: all gradients exist before DeepSpeed gets one."""
     pass_ = Pass(ledger, shape, 0)
     pass_.forward()
     pass_.backward(_gradient_of(shape, first=True))
@@ -76,7 +76,7 @@ def _joint_in_hand(ledger: Ledger, shape: Shape) -> None:
 
 
 def _first_pass(ledger: Ledger, shape: Shape) -> None:
-    """Run replay's first pass, for the Gramian."""
+    """Run the first of replay's two passes, which computes the Gramian."""
     keeps = shape.accumulation > 1 and shape.sketch_size is None
     ledger.hold("task gradients", _sketch(shape))
     for number in range(shape.accumulation):
@@ -112,7 +112,7 @@ def _stacked(ledger: Ledger, shape: Shape) -> None:
 
 
 def _kept(ledger: Ledger, shape: Shape) -> None:
-    """Keep inputs as activations and output gradients as task gradients for the weights."""
+    """Run `kept`: inputs stay as activations, output gradients as task gradients, for surgery."""
     numbers, narrow, linears = shape.number_bytes, shape.number_bytes < FLOAT, shape.linears
     tables = (shape.positions + shape.types) * shape.hidden
     vectors = shape.dense - tables - linears
@@ -149,10 +149,10 @@ def _kept(ledger: Ledger, shape: Shape) -> None:
 
 
 def _gradient_of(shape: Shape, first: bool) -> Weight:
-    """Return autograd's gradient of a parameter.
+    """Return the function that counts autograd's gradient of a parameter.
 
     In replay's second pass its rows are weighted before. With `scope: tensor` its T task gradients
-    are merged.
+    are merged. first: the micro-batch is the step's first one.
     """
     keeps = deepspeed.keeps_gradients(shape) and first
 
@@ -171,7 +171,10 @@ def _gradient_of(shape: Shape, first: bool) -> Weight:
 
 
 def _task_gradients_of(shape: Shape, stay: bool) -> Weight:
-    """Return T products, stacked. stay: this rank keeps its share, to sum it over micro-batches."""
+    """Return the function that counts a parameter's T task gradients, stacked.
+
+    stay: this rank keeps its share, to sum it over micro-batches.
+    """
     tasks, number = shape.tasks, shape.number_bytes
 
     def weight(ledger: Ledger, numbers: int, rows: int) -> None:
@@ -196,7 +199,7 @@ def _scattered(shape: Shape, numbers: int) -> int:
 
 
 def _delivered_of(shape: Shape, stays: bool) -> Weight:
-    """Return the task gradients of `kept`: T stacked tables, but no Linear weights.
+    """Return the function that counts task gradients of `kept`: T stacked tables, no Linears.
 
     stays: there are no earlier tables to add them to.
     """
@@ -212,9 +215,10 @@ def _delivered_of(shape: Shape, stays: bool) -> Weight:
 
 
 def _stack_of(shape: Shape, sends: bool) -> Weight:
-    """Return the products of `stacked`, which add into J directly if the dtypes are equal.
+    """Return the function that counts task gradients of `stacked`.
 
-    sends: complete pieces go to the ranks, and this rank keeps its share.
+    They are added into J directly if the dtypes are equal. sends: complete pieces go to the ranks,
+    and this rank keeps its share.
     """
     same, sends = shape.j_bytes == shape.number_bytes, sends and _scatters(shape)
     written = 0

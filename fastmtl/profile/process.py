@@ -1,4 +1,7 @@
-"""Run each point in a separate process, which may run out of memory without harm to the others."""
+"""Runs of points, each in a process of its own.
+
+A process may run out of memory without harm to the others.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,10 @@ PRELOAD = ["fastmtl.profile.measure", "deepspeed", "deepspeed.runtime.zero.muon.
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a process.
+    """The outcome of a process.
 
-    result: the function's return value; None if it failed. failed: a sentence; "" for success.
-    out_of_memory: whether it failed for lack of memory.
+    result: the function's return value; None if it failed. failed: the reason as a sentence; "" for
+    success. out_of_memory: True if it failed for lack of memory.
     """
 
     result: dict[str, Any] | None
@@ -36,7 +39,10 @@ class Outcome:
 
 
 def run(function: Callable[..., dict[str, Any]], *arguments: Any) -> Outcome:
-    """Run function(*arguments), which must pickle, in a process; show output only on failure."""
+    """Call function(*arguments) in a new process, and return the outcome.
+
+    The arguments must pickle. The process's output is shown only if it fails.
+    """
     context = _context()
     ours, theirs = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +97,7 @@ def _child(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether this is torch's error for a GPU, or its plain RuntimeError for a CPU."""
+    """Return whether memory ran out: torch's error on a GPU, or its plain RuntimeError on a CPU."""
     text = str(error)
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         "can't allocate memory" in text or "not enough memory" in text or "Cannot allocate memory" in text
@@ -99,7 +105,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _died(status: int, log: Path) -> Outcome:
-    if status == -signal.SIGKILL:  # by its own watch of the limit, or by the kernel, which had no memory left
+    if status == -signal.SIGKILL:  # by its own watch of the limit, or by Linux, which had no memory left
         return Outcome(None, "needs more memory than there is: its process was killed", out_of_memory=True)
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
     how = f"by signal {-status}" if status < 0 else f"with status {status}"

@@ -41,9 +41,9 @@ def profile(
     """Return the profile, JSON-ready, and save it after every point in output/profile.json.
 
     phase: the phase of the recipe to profile. memory_limit: bytes; None: the device's memory.
-    search: for the largest batch that fits. trace: the last point of every series. A point that
-    fails has its reason, and the others still run. Raises UserError for a recipe that cannot be
-    trained.
+    search: True to search the largest batch size that fits, for every series. trace: True to trace
+    the last point of every series. If a point fails, the profile has the reason, and the other
+    points still run. Raises UserError for a recipe that cannot be trained.
     """
     device = device_of_this_machine()
     say("reading the recipe's data")
@@ -83,14 +83,14 @@ def profile(
 
 
 def memory_of(device: torch.device) -> int:
-    """Return the total memory of a GPU, or the free memory of a CPU."""
+    """Return the bytes of a GPU's whole memory, or of the host's available memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return psutil.virtual_memory().available
 
 
 def save(result: dict[str, Any], file: Path) -> None:
-    """Replace the file atomically."""
+    """Write the result, replacing the file atomically. Raise UserError if it cannot be written."""
     try:
         result_file.save(result, file)
     except OSError as error:

@@ -36,9 +36,10 @@ ALONE, COPIES, SKETCHING = 2, 2, 3
 
 @dataclass(frozen=True)
 class Parts:
-    """Seconds of the parts of a step.
+    """Seconds of the parts of a step on one rank.
 
-    One rank, `tasks` tasks, names as in `fastmtl.profile.trace`. source: of the numbers.
+    seconds: by part, with the names of `fastmtl.profile.trace`. tasks: the step's number of tasks.
+    source: where the numbers come from.
     """
 
     seconds: Mapping[str, float]
@@ -50,8 +51,8 @@ class Parts:
 class Predicted:
     """The prediction for one step.
 
-    seconds: of the step. waiting: seconds of it spent waiting for collectives. sent: bytes per
-    rank.
+    seconds: the time of the step. waiting: seconds of it spent waiting for collectives. sent: bytes
+    that each rank sends.
     """
 
     seconds: float
@@ -75,14 +76,17 @@ def step(shape: Shape, parts: Parts, cluster: Cluster) -> Predicted:
 
 
 def passes(shape: Shape) -> float:
-    """Return the number of passes over J in surgery."""
+    """Return the number of passes over J in surgery, by the table above."""
     if shape.world == 1 or shape.reduce == "local":
         return ALONE
     return 1 + (SKETCHING if shape.sketch_size is not None else COPIES + 1 / shape.world)
 
 
 def ways(shape: Shape, method: str) -> dict[str, Shape]:
-    """Return the shape with each `reduce` of its method; "sum" alone if gradients are summed."""
+    """Return a shape for each value of `reduce` that the method allows, by that value.
+
+    If gradients are summed, the only name is "sum".
+    """
     if shape.joint:
         return {"sum": shape}
     found = {"exact": dataclasses.replace(shape, reduce="exact", sketch_size=None)}
@@ -114,7 +118,7 @@ def scale_out(shape: Shape, method: str, parts: Parts, cluster: Cluster) -> dict
 
 
 def _at(shape: Shape, tasks: int, world: int) -> Shape:
-    """Return the shape with this number of tasks and ranks.
+    """Return the shape with other numbers of tasks and ranks.
 
     Each task has as many parameters as before. A DeepSpeed bucket that holds all gradients still
     does.

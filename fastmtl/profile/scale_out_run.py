@@ -22,7 +22,7 @@ from fastmtl.profile.run import save
 from fastmtl.profile.scale_out import Parts, scale_out
 from fastmtl.training.phases import Phase
 
-# Ranks in the table by tasks.
+# Numbers of ranks in the table by number of tasks.
 SHOWN = (8, 64, 1024)
 
 
@@ -38,7 +38,7 @@ def predict_scale(
     device_of_floors: str | None = None,
     commit: str | None = None,
 ) -> dict[str, Any]:
-    """Return the predictions, JSON-ready, and save them in output/scale-out.json.
+    """Predict the times of steps on many ranks, and save them in output/scale-out.json; JSON-ready.
 
     The last point of every series is used. device_of_floors: a device whose lower bounds replace
     measurements. Raises UserError if it is unknown, and if a point cannot be measured.

@@ -15,7 +15,7 @@ from fastmtl.model.multitask import MultiTaskModel
 
 @dataclass(frozen=True)
 class Load:
-    """A micro-batch on one rank.
+    """The size of a micro-batch on one rank.
 
     unique: different tokens per task, summed over tasks. largest_task: tokens of the task with the
     most.
@@ -42,8 +42,9 @@ class Load:
 class AdapterShape:
     """Sizes of an adapter.
 
-    name: "none" for a top alone. layers: how many layers have it. gelu: it has an activation.
-    shared: numbers of the maps that all layers use. top: "none", "layer" or "pal", with top_size.
+    name: "none" if there is only an adapter on top of the encoder. layers: the number of layers
+    with an adapter. gelu: True if it has an activation. shared: numbers in the maps that all layers
+    use. top: "none", "layer" or "pal", with the size top_size.
     """
 
     name: str
@@ -61,14 +62,15 @@ class AdapterShape:
 class Shape:
     """A step of one rank. Sizes are numbers of parameters, not bytes, unless the name says so.
 
-    loads: the step's micro-batches; load: the largest of them. number_bytes: per weight, activation
-    and gradient. merged_bytes: per number of a dense gradient that surgery has merged; float32 with
-    fp16's loss scale. dense, table: trained shared parameters, without the word embeddings and of
-    them; own: the tasks' parameters; frozen: the rest. sizes: of the dense tensors. groups: of the
-    optimiser's groups. moments: numbers that the optimiser keeps per weight. copies_to_decay:
-    weight decay is added to a copy of the gradient. joint: gradients are summed. storage:
-    "stacked", "kept", "replay", or "none" with scope "tensor". overlap: DeepSpeed reduces during
-    backward, as on GPUs. in_hand: all gradients of a sum are ready before DeepSpeed gets one.
+    loads: the step's micro-batches. load: the largest of them. number_bytes: of each weight,
+    activation and gradient. merged_bytes: of each number of a dense gradient that surgery has
+    merged; float32 with fp16's loss scale. dense: trained shared parameters without the word
+    embeddings. table: trained word embeddings. own: the tasks' trained parameters. frozen: all
+    other numbers. sizes: of the dense tensors. groups: sizes of the optimiser's parameter groups.
+    moments: numbers that the optimiser keeps per weight. copies_to_decay: weight decay is added to
+    a copy of the gradient. joint: gradients are summed. storage: "stacked", "kept", "replay", or
+    "none" with scope "tensor". overlap: DeepSpeed reduces during backward, as on GPUs. in_hand: all
+    gradients of a sum are ready before DeepSpeed gets one.
     """
 
     load: Load
@@ -136,7 +138,7 @@ class Shape:
     ) -> Shape:
         """Return the shape of a recipe's step.
 
-        model: on any device, meta too. storage: GradientSurgery.storage.
+        model: on any device, also on meta. storage: as GradientSurgery.storage names it.
         """
         config, engine, gradient = model.encoder.config, recipe.engine, recipe.gradient
         table = model.encoder.embeddings.word_embeddings.weight
@@ -190,7 +192,7 @@ class Shape:
         )
 
     def spread(self, zero: int, world: int) -> Shape:
-        """Return the step in another ZeRO stage and number of ranks, with equal rows per rank."""
+        """Return the shape for another ZeRO stage and number of ranks, with equal rows per rank."""
         stacks = zero < 3 and not self.offload
         storage = "replay" if self.storage in ("stacked", "kept") and not stacks else self.storage
         return dataclasses.replace(

@@ -19,12 +19,15 @@ from fastmtl.surgery import SurgeryInfo
 from fastmtl.surgery.sinks.sink import Sink
 from fastmtl.training.objectives import Objectives
 
-# Only for the schedule of learning rates.
+# Length of the learning rate schedule; nothing else uses it.
 TOTAL_STEPS = 1000
 
 
 class Steps:
-    """A DeepSpeed engine and gradient surgery for a model on the CPU."""
+    """A DeepSpeed engine with gradient surgery that runs training steps of a model.
+
+    model: on the CPU.
+    """
 
     def __init__(self, recipe: Recipe, model: MultiTaskModel, world: int, device: torch.device) -> None:
         self._recipe, self._model, self._device = recipe, model, device
@@ -63,7 +66,10 @@ class Steps:
         return info
 
     def counted(self, micro_batches: Sequence[PackedBatch]) -> Accounting:
-        """Run a step with tensor accounting. The first one makes J and the optimiser's state."""
+        """Run a step with tensor accounting, and return the accounting.
+
+        The first step also makes J and the optimiser's state.
+        """
         accounting = self._accounting
         self._name_persistent_tensors()
         accounting.reset_peak()

@@ -22,7 +22,7 @@ REST = "the rest"
 
 
 class Clock:
-    """A listener of ranges that sums the seconds of each, without nested ranges."""
+    """A listener that sums the seconds of each range, without the ranges nested in it."""
 
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
@@ -40,7 +40,7 @@ class Clock:
     def lap(self) -> None:
         """Add the time since the last call to the innermost range.
 
-        It waits for a GPU, so work counts for the range that launched it.
+        The clock waits for a GPU first, so work counts for the range that launched it.
         """
         self._steps.wait()
         now = time.perf_counter()
@@ -53,8 +53,9 @@ def trace(steps: Steps, stream: BatchStream, file: Path, device: torch.device, p
     """Write a Chrome trace (.json.gz) of STEPS steps; on a GPU, also a memory snapshot.
 
     prefetch: as in a recipe. This many steps run before the clock starts, since their batches were
-    made in advance. seconds: of each part of a step, measured in STEPS steps without the profiler.
-    On a GPU each part waits for the previous one there, so nothing overlaps.
+    made in advance. seconds in the result: mean seconds of each part of a step, measured in STEPS
+    steps without the profiler. On a GPU each part waits for the previous one there, so nothing
+    overlaps.
     """
     clock = Clock(steps)
     with ahead(_endless(stream), prefetch, device) as batches:
@@ -87,5 +88,5 @@ def trace(steps: Steps, stream: BatchStream, file: Path, device: torch.device, p
 
 
 def _endless(stream: BatchStream) -> Iterator[list[PackedBatch]]:
-    """Yield the first epoch repeatedly."""
+    """Yield the steps of the first epoch again and again."""
     return itertools.chain.from_iterable(stream.epoch(0) for _ in itertools.count())

@@ -44,9 +44,10 @@ ALIGNMENT, PERSISTENT = 2, 100_000
 
 @dataclass(frozen=True)
 class Collective:
-    """`times` equal collectives with a buffer of `nbytes`, all ranks' parts together.
+    """`times` equal collectives.
 
-    hidden: the share of them that runs while backward computes.
+    nbytes: the buffer of one collective, all ranks' parts together. hidden: the share of the
+    collectives that runs while backward computes.
     """
 
     what: str
