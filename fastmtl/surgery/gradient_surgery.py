@@ -76,7 +76,7 @@ class GradientSurgery:
         cuda_graphs: fastmtl.cuda_graphs.record_merging, to run Gramian, weights and merging as one
             CUDA graph; the log and `not_recorded` give the reasons where this is not possible.
         max_norm: bound of the norm of the gradient of all trained parameters together. G gives the
-            norm, so the engine's `gradient_clipping` can be 0, and its gradient checks off. math.inf
+            norm, so the engine's `gradient_clipping` can be 0 and its gradient checks off. math.inf
             only measures. None leaves clipping to the target. "sum" needs a single process for it.
 
     Raises:

@@ -1,8 +1,8 @@
 """Reduce-scatter of J's columns during backward (`storage: stacked`, `reduce: exact`).
 
 J is sent in the same pieces, with one collective each, as it would be after backward, so the result
-has the same bits. A piece can be sent once every parameter in it has been written for the last time
-in the step.
+has the same bits. A piece can be sent once the gradients of every parameter in it have been written
+for the last time in the step.
 
 All ranks must send in one order, whatever the order of their backwards. It is the order in which
 rank 0 completed the pieces in the first step, as torch's DistributedDataParallel orders its buckets
@@ -30,10 +30,10 @@ IN_FLIGHT = 2
 
 
 class EarlyScatter:
-    """Overlapped reduce-scatter of each step: `begin` before the last backward, `complete` during
-    it, `shares` after it.
+    """Reduce-scatter of J in each step, while the step's last backward still computes.
 
-    sent_early: number of pieces that the last finished step sent before `shares`.
+    `begin` is called before that backward, `complete` during it, `shares` after it. sent_early:
+    number of pieces that the last finished step sent before `shares`.
     """
 
     def __init__(self, jacobian: Jacobian) -> None:
@@ -49,8 +49,8 @@ class EarlyScatter:
     def begin(self, expected: Collection[int]) -> None:
         """Start the overlap for one backward.
 
-        expected: ids of the parameters that will be passed to `complete`. A piece with any other
-        parameter is sent by `shares`.
+        expected: ids of the parameters that will be passed to `complete`. A piece that contains any
+        other parameter is sent after backward, by `shares`.
         """
         spans, known = self._jacobian.spans(), set(expected)
         self._pending = [
@@ -75,9 +75,9 @@ class EarlyScatter:
             self._send(number)
 
     def shares(self) -> Tensor:
-        """Return [T, columns], this rank's share of each piece of J summed over ranks.
+        """Send the remaining pieces, wait, and return this rank's columns of J summed over ranks.
 
-        Each piece's share is padded with zeros.
+        The result is [T, columns]: this rank's share of each piece, padded with zeros.
         """
         self.sent_early = len(self._sent)
         with profile_range("communication"):
@@ -90,13 +90,13 @@ class EarlyScatter:
         return found
 
     def reset(self) -> None:
-        """Wait for pieces in flight and drop them, as after a failed step."""
+        """Wait for the pieces in flight and drop all results, for example after a failed step."""
         for scattering in self._sent.values():
             scattering.share()
         self._sent, self._pending, self._completed = {}, [], []
 
     def is_sent(self, key: int) -> bool:
-        """Return True if any of the parameter's columns has been sent."""
+        """Return True if any column of the parameter with id `key` has been sent."""
         span = self._jacobian.spans()[key]
         return any(span.start < self._pieces[n].stop and span.stop > self._pieces[n].start for n in self._sent)
 

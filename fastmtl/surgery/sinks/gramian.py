@@ -14,12 +14,12 @@ from fastmtl_kernels import gramian
 
 
 class GramianSink(GramianSource):
-    """G of a step, without J.
+    """Sink that computes G of a step without storing J.
 
-    accumulates: several micro-batches add up, so this rank keeps its share of J's columns until
-    `gramian`. Otherwise a gradient is added to G and dropped once every use of its weight in the
-    forward has delivered. Then there is one forward until `clear`, with `forward_done` between
-    forward and backward.
+    accumulates: True if a step has several micro-batches. Their task gradients add up before G, so
+    this rank keeps its share of J's columns until `gramian`. If False, a weight's task gradients go
+    into G and are dropped as soon as the last use of the weight has delivered. There must then be
+    only one forward until `clear`, and `forward_done` between it and its backward.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class GramianSink(GramianSource):
         return None
 
     def add_rows(self, table: nn.Parameter, task: int, ids: Tensor, rows: Tensor) -> None:
-        if self._sketch is not None:  # the rows are not needed again
+        if self._sketch is not None:  # no pass of this sink needs the rows again
             self._sketch.add_rows(self._index[id(table)], task, ids, rows)
         else:
             self._tables.add(table, task, ids, rows)
@@ -78,7 +78,7 @@ class GramianSink(GramianSource):
             total += gramian(share)
         for part in self._parts.values():
             total += part
-        for held in self._uses.held.values():  # uses that the loss does not depend on
+        for held in self._uses.held.values():  # other uses never deliver: no loss depends on them
             total += gramian(self._ranks.scatter(held).to(torch.float32))
         return self._ranks.total(total) + self._tables.gramian(total.device)
 

@@ -1,9 +1,9 @@
 """`storage: kept`: the sink that keeps the factors of task gradients in place of their products.
 
-A Linear's task gradients are dW_t = dY[rows of t]^T X[rows of t]. After backward, the T products of
-one weight at a time give its part of the Gramian. With the weights c, the merged gradient is one
-more product: (c[task of row] * dY)^T X. So X and dY are kept: N (in + out) numbers for N rows, in
-place of T x out x in.
+A Linear's task gradients are the T products dW_t = dY[rows of t]^T X[rows of t]. The sink keeps the
+factors X and dY: N (in + out) numbers for N rows, in place of T x out x in. After backward, it
+computes the T products of one weight after the other, and adds their inner products to the Gramian.
+Given the task weights c, the merged gradient is one more product: (c[task of row] * dY)^T X.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from fastmtl_kernels.cast import cast
 
 
 class Pair(NamedTuple):
-    """One use of a weight in one micro-batch.
+    """The factors of a weight's task gradients, from one use of the weight in one micro-batch.
 
-    dy [N, out], x [N, in]. segments: the tasks of the N rows.
+    dy [N, out]: gradient of the layer's output. x [N, in]: its input. segments: the tasks' rows.
     """
 
     dy: Tensor
@@ -34,10 +34,10 @@ class Pair(NamedTuple):
 
 
 class KeepSink(MergingSink):
-    """Weights of Linears as pairs, one per use and micro-batch; other task gradients as they are.
+    """Sink that keeps Linears' weight gradients as pairs, and all other task gradients themselves.
 
-    Biases, norms and the maps of adapters deliver [T, *shape], which is small. Autograd gets no
-    gradient.
+    There is one pair for each use of a weight in a micro-batch. The other task gradients, [T,
+    *shape] of biases, LayerNorms and adapters, are small. Autograd gets no gradient.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class KeepSink(MergingSink):
             return super().linear(weight, bias, dy, x, segments, needed)
         self.check_active()
         rows = segments.host[-1]
-        # Detached, since their graphs would keep tensors that backward has finished with.
+        # Detached: an attached tensor would keep its autograd graph, and all tensors saved there.
         self._pairs.setdefault(id(weight), []).append(Pair(dy.detach()[:rows], x.detach()[:rows], segments))
         db = None
         if bias is not None and needed[1]:
@@ -86,8 +86,8 @@ class KeepSink(MergingSink):
     def gramian(self) -> Tensor:
         """Return G, float32 [T, T].
 
-        The T products of all weights share one buffer, one weight after the other: on CPUs, fresh
-        memory costs as much as the products that fill it.
+        The T task gradients of every weight are computed in one reused buffer: on CPUs, allocating
+        new memory takes as long as computing them.
         """
         device = self.anchor.device
         total = torch.zeros(self.num_tasks, self.num_tasks, device=device)
@@ -121,10 +121,11 @@ class KeepSink(MergingSink):
 
     @torch.no_grad()
     def combine(self, weights: Tensor, *, narrow: bool = False) -> Merged:
-        """Return sum_t weights[t] g_t of every shared parameter by id, as in the base class.
+        """Return the merged gradient sum_t weights[t] g_t of every shared parameter by id.
 
-        Products have the dtype of the rows, whatever `narrow` is. Each weight's pairs are dropped
-        when its product is computed.
+        narrow: see MergingSink.combine; here it applies to gradients that are not kept as pairs.
+        A product of pairs has the dtype of `dy` (float32 for float16). Pairs are dropped as soon as
+        their product is computed.
         """
         merged = self._merge_delivered(weights, narrow=narrow)
         by_segments: dict[Segments, Tensor] = {}
@@ -148,15 +149,15 @@ class KeepSink(MergingSink):
         self._most = 0
 
     def nbytes(self) -> int:
-        """Return the bytes kept when the Gramian was computed.
+        """Return the bytes that this sink held while `gramian` ran.
 
-        They include layer inputs and the buffer of products. An input of several weights counts
-        once.
+        They include the layers' inputs and the buffer of products. An input that several weights
+        share counts once.
         """
         return self._most
 
     def tensors(self) -> list[Tensor]:
-        """Return the held tensors without the layers' inputs, which are activations kept longer."""
+        """Return the kept task gradients, and `dy` of the pairs; `x` counts as an activation."""
         gradients = [pair.dy for pairs in self._pairs.values() for pair in pairs]
         return [*super().tensors(), *self._delivered.values(), *gradients]
 
@@ -173,17 +174,18 @@ class KeepSink(MergingSink):
         return found
 
     def _share(self, gradients: Tensor) -> Tensor:
-        """Return G's part from [T, n] columns of this rank, or from its share of them over ranks.
+        """Return the Gramian of n columns [T, n] of J.
 
-        Over ranks, the computation is in float32, since their dtypes may differ.
+        If J is a sum over ranks, the columns are summed over ranks first, and the result is that of
+        this rank's share of them. They are float32 then, since the ranks' dtypes may differ.
         """
         return gramian(self._ranks.scatter(cast(gradients, torch.float32)) if self.scatters else gradients)
 
 
 def _multiply(pairs: list[Pair], out: Tensor) -> None:
-    """Write the T products of a weight into `out` [T, out, in].
+    """Write the T task gradients of a weight into `out` [T, out, in].
 
-    The rows of all pairs form one product, which is rounded once.
+    A task's rows of all pairs are concatenated and multiplied once, so the result is rounded once.
     """
     left = [pair.segments.split(pair.dy) for pair in pairs]
     right = [pair.segments.split(pair.x) for pair in pairs]
@@ -195,8 +197,9 @@ def _multiply(pairs: list[Pair], out: Tensor) -> None:
 def _merge(pairs: list[Pair], weights: Tensor, by_segments: dict[Segments, Tensor]) -> Tensor:
     """Return (weights[task of row] * dy)^T x [out, in].
 
-    by_segments: cache of the weights per row. In float16, the weights are divided by the largest
-    one before the product, so that neither a loss scale nor their size overflows.
+    by_segments: cache of the weights per row. In float16, the product has weights divided by the
+    largest one, and is multiplied by the largest one in float32, so that `weights * dy` cannot
+    overflow.
     """
     dtype = pairs[0].dy.dtype
     largest = weights.abs().max().clamp(min=1e-30) if dtype == torch.float16 else None

@@ -1,4 +1,4 @@
-"""The sink for a mode of surgery."""
+"""The choice of a sink."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ def make_sink(
     reduce: str,
     sketch_size: int,
 ) -> Sink:
-    """Return the sink of a storage, or of scope "tensor".
+    """Return the sink that takes task gradients in the given mode.
 
-    mode: "stacked", "kept", "replay" or "tensor"; "none" (a sum of losses) gets a sink that is
-    never armed. dtype: of J in "stacked". sketch_size: used if `reduce` is "sketch".
+    mode: a storage ("stacked", "kept" or "replay"), or "tensor" for that scope; "none" (a sum of
+    losses) gets a sink that is never armed. dtype: of J in "stacked". sketch_size: used if `reduce`
+    is "sketch".
     """
     ranks = Alone() if reduce == "local" else Together()
     size = sketch_size if reduce == "sketch" else None

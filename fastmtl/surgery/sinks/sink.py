@@ -1,7 +1,7 @@
-"""The sink that shared layers hand their T task gradients to, during one backward pass.
+"""The sink: the object that takes T task gradients from each shared layer, during one backward.
 
-A layer's backward asks the sink for the gradients that autograd gets. There is one sink for each
-way to use task gradients, and a layer never asks which one it has:
+A layer's backward passes its task gradients to the sink, which returns the gradient for autograd.
+There is a sink for each way to use task gradients, and a layer treats all of them alike:
 
 | sink | use of the T gradients | autograd gets |
 |---|---|---|
@@ -32,19 +32,19 @@ from fastmtl.surgery.sinks.uses import Uses
 from fastmtl_kernels.cast import cast
 
 NOT_ARMED = "the sink was armed in forward but not in backward: keep both inside one `armed` block"
-# (output gradient, rows) -> gradient of the parameter from these rows
+# (gradient of the layer's output [N, ...], rows of one task) -> this task's gradient of a parameter
 Product = Callable[[Tensor, slice], Tensor]
 
 
 class Sink(ABC):
-    """Task gradients of `parameters`, taken while the sink is active.
+    """Object that takes the task gradients of `parameters` while `active`: from `arm` to `disarm`.
 
-    parameters: the trainable shared ones. sparse: parameters whose gradient is compact rows (word
-    embeddings); `dense` holds the others.
+    parameters: the shared ones that are trained. sparse: those of them whose gradient is kept only
+    for the table rows in use (word embeddings); `dense` holds the others.
 
-    `anchor` is a zero scalar that requires a gradient. The embedding adds `anchor` to the graph. A
-    backward that differentiates a loss with respect to `anchor` therefore runs through every layer
-    without asking autograd for a shared parameter, and no hook of such a parameter fires.
+    `anchor` is a zero scalar that requires a gradient. The embedding's output depends on `anchor`.
+    So the gradient of a loss with respect to `anchor` needs a backward through every layer, but no
+    gradient of a shared parameter from autograd. No hook of a shared parameter is called.
     """
 
     def __init__(
@@ -79,23 +79,23 @@ class Sink(ABC):
         self._uses.forget()
 
     def check_active(self) -> None:
-        """Raise RuntimeError in a backward outside `armed` whose forward was inside it."""
+        """Raise RuntimeError if a backward runs outside `armed`; its forward has run inside."""
         if not self.active:
             raise RuntimeError(NOT_ARMED)
 
     def wants(self, parameter: nn.Parameter | None) -> bool:
-        """Return True if the parameter's gradient goes to the sink."""
+        """Return True if the sink takes gradients of the parameter, which is shared and trained."""
         return parameter is not None and parameter.requires_grad and id(parameter) in self._index
 
     def is_sparse(self, parameter: nn.Parameter) -> bool:
         return id(parameter) in self._sparse
 
     def expect(self, *parameters: nn.Parameter | None) -> None:
-        """Count a forward's use of these parameters; each use delivers one gradient."""
+        """Count one use of these parameters in a forward; its backward will deliver gradients."""
         self._uses.expect(*parameters)
 
     def forward_done(self, *, last: bool = False) -> None:
-        """Stop counting uses: layers recomputed in backward (checkpointing) are not further uses.
+        """End the count of uses before backward, where checkpointing runs forwards once more.
 
         last: True if the step's last backward follows.
         """
@@ -108,13 +108,14 @@ class Sink(ABC):
         own: Sequence[nn.Parameter],
         names: Mapping[int, str],
     ) -> Sequence[Tensor | None]:
-        """Differentiate a loss; shared layers hand their task gradients to this sink.
+        """Run the backward of a loss, in which shared layers pass task gradients to this sink.
 
-        Returns the gradients of `own`. names: names of parameters by id, for messages. Raises
-        UserError if a shared parameter's gradient bypasses the sink.
+        terms: pairs of a scalar and its factor, which add up to the loss. Returns the gradients of
+        `own`. names: names of parameters by id, for messages. Raises UserError if a gradient of
+        `shared` bypasses the sink.
         """
-        # Layers that write into the sink give autograd no gradient of a shared parameter. If there
-        # is one, it comes from another operation and would be lost.
+        # Layers that use the sink give autograd no gradient of a shared parameter. If autograd has
+        # one, it comes from another operation and would be lost.
         anchor, *rest = differentiate(terms, [self.anchor, *own, *shared], names)
         if anchor is None:
             raise UserError(
@@ -131,16 +132,15 @@ class Sink(ABC):
 
     @abstractmethod
     def deliver(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
-        """Take task gradients [T, *shape] of a dense parameter and return its gradient for
-        autograd.
+        """Take task gradients [T, *shape] of a dense parameter.
 
-        None where the sink keeps them.
+        Returns the parameter's gradient for autograd; None where autograd gets nothing.
         """
 
     def products(self, parameter: nn.Parameter, dy: Tensor, product: Product, segments: Segments) -> Tensor | None:
-        """Take a dense parameter's T gradients and return its gradient for autograd.
+        """Take a dense parameter's T gradients and return its gradient for autograd, as `deliver`.
 
-        product(dy, rows) returns the gradient of one task from its rows.
+        product(dy, rows) computes the gradient of one task from the rows of that task.
         """
         if not self.wants(parameter):
             return product(dy, segments.all_rows())
@@ -193,41 +193,41 @@ class Sink(ABC):
     def deliver_rows(
         self, table: nn.Parameter, ids: Tensor, rows: Tensor, token_offsets: tuple[int, ...]
     ) -> Tensor | None:
-        """Take the gradients `rows` [N, d] of rows `ids` [N] of an embedding table.
+        """Take `rows` [N, d], the gradients of the table rows `ids` [N] that N tokens have read.
 
-        Returns the table's gradient for autograd, in float32 or wider; None where the sink keeps
-        it. token_offsets: T + 1 bounds of the tasks among the N rows, on the host.
+        Returns the table's gradient for autograd, in float32 or wider; None where autograd gets
+        nothing. token_offsets: task t has the tokens token_offsets[t]:token_offsets[t + 1].
         """
         self.check_active()
         if not self.wants(table):
             return table_gradient(table, ids, rows)
         sizes = [stop - start for start, stop in pairwise(token_offsets)]
-        sizes.append(len(ids) - token_offsets[-1])  # a masked tail
+        sizes.append(len(ids) - token_offsets[-1])  # tokens of no task, at the end
         pairs = list(zip(ids.split(sizes)[:-1], rows.split(sizes)[:-1], strict=True))
         return (self.sparse_table if self.is_sparse(table) else self.dense_table)(table, pairs)
 
     @abstractmethod
     def sparse_table(self, table: nn.Parameter, pairs: list[tuple[Tensor, Tensor]]) -> Tensor | None:
-        """Take (ids [n], rows [n, d]) per task of a table in `sparse`.
+        """Take one pair (ids [n], rows [n, d]) per task, for a table in `sparse`.
 
-        Returns the same as `deliver_rows`.
+        Returns the table's gradient for autograd, as `deliver_rows`.
         """
 
     def dense_table(self, table: nn.Parameter, pairs: list[tuple[Tensor, Tensor]]) -> Tensor | None:
-        """Take (ids [n], rows [n, d]) per task of a table that is not in `sparse`.
+        """Take one pair (ids [n], rows [n, d]) per task, for a table that is not in `sparse`.
 
-        Returns the same as `deliver_rows`.
+        Returns the table's gradient for autograd, as `deliver_rows`.
         """
         shape = whole_shape(table)
 
-        def dense(ids: Tensor, rows: Tensor) -> Tensor:  # float32: a token type sums thousands of rows
+        def dense(ids: Tensor, rows: Tensor) -> Tensor:  # float32, since thousands of tokens share a token type
             zeros = rows.new_zeros(shape, dtype=torch.float32)
             return zeros.index_add_(0, ids, cast(rows, torch.float32))
 
         return self.deliver(table, torch.stack([dense(*pair) for pair in pairs]))
 
     def clear(self) -> None:
-        """Drop the gradients taken so far; buffers stay allocated."""
+        """Drop the gradients taken so far, before the next step; buffers stay allocated."""
         self._uses.clear()
 
     def nbytes(self) -> int:
@@ -242,8 +242,8 @@ class Sink(ABC):
 def table_gradient(table: nn.Parameter, ids: Tensor, rows: Tensor) -> Tensor:
     """Return the dense gradient [V, d] of a table, in float32 or wider.
 
-    The gradient of a token type sums thousands of rows; in bfloat16, all after the first 256 could
-    be lost.
+    Thousands of tokens share a token type, and a bfloat16 sum of equal numbers stops growing after
+    256 of them.
     """
     rows = cast(rows, torch.promote_types(rows.dtype, torch.float32))
     return torch.ops.aten.embedding_dense_backward(rows, ids, whole_shape(table)[0], -1, False)

@@ -17,10 +17,10 @@ from fastmtl.surgery.sinks.sink import Sink
 
 
 class GramianSource(Sink):
-    """A sink with `gramian()`.
+    """Sink from which G can be computed after backward.
 
-    ranks: the ranks whose gradients make up J. sketch_size: buckets of a count-sketch that replaces
-    J in the computation of G; None for the exact G.
+    ranks: the ranks whose gradients add up to J. sketch_size: buckets of a count-sketch from which
+    G is estimated; None for the exact G.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class GramianSource(Sink):
         return self._ranks.many
 
     def start_sketch(self, seed: int, device: torch.device) -> None:
-        """Start a step's sketch with hashes of its own; do nothing where G is exact."""
+        """Create the empty sketch of a step, with hashes from `seed`; do nothing if G is exact."""
         if self._sketch_size is not None:
             self._sketch = CountSketch(self.num_tasks, self._sketch_size, seed, device)
 
@@ -56,7 +56,7 @@ class GramianSource(Sink):
     def gramian(self) -> Tensor:
         """Return G = J J^T of the gradients taken since `clear`, float32 [T, T].
 
-        J is that of the ranks given at construction.
+        J is the sum over the class's `ranks`, each of which must call this method.
         """
 
     def sparse_table(self, table: nn.Parameter, pairs: list[tuple[Tensor, Tensor]]) -> Tensor | None:
@@ -65,7 +65,7 @@ class GramianSource(Sink):
         return None
 
     def add_rows(self, table: nn.Parameter, task: int, ids: Tensor, rows: Tensor) -> None:
-        """Add gradient rows [k, d] of the table rows ids [k] for one task."""
+        """Take rows [k, d], one task's gradients of the table rows ids [k] of a `sparse` table."""
         if self._sketch is not None:
             self._sketch.add_rows(self._index[id(table)], task, ids, rows)
         self._tables.add(table, task, ids, rows)
@@ -84,7 +84,7 @@ class GramianSource(Sink):
 
 
 class MergingSink(GramianSource):
-    """A sink whose task gradients outlive backward, so they can be merged with the weights."""
+    """Sink that keeps task gradients after backward, and merges them once the weights are known."""
 
     def __init__(
         self,
@@ -102,16 +102,16 @@ class MergingSink(GramianSource):
     def combine(self, weights: Tensor, *, narrow: bool = False) -> Merged:
         """Return sum_t weights[t] g_t of every shared parameter by id.
 
-        narrow: return the dtype of the dense parameters if all have the same 16-bit dtype, else
-        float32. Sums are float32 and rounded once.
+        narrow: if True, and if all dense parameters have the same 16-bit dtype, the result has this
+        dtype, else float32. Sums are float32 and rounded once.
         """
 
     def reach(self, parameter: nn.Parameter) -> None:
-        """Record that a loss depends on the parameter, with a zero gradient that is not written."""
+        """Record that a loss depends on the parameter, although its zero gradient is not added."""
         self._reached.add(id(parameter))
 
     def reached(self) -> set[int]:
-        """Return ids of the parameters that a loss has reached since `clear`, even with zeros."""
+        """Return ids of the parameters that any loss since `clear` depends on, even with zeros."""
         return self._reached | self._tables.reached()
 
     def clear(self) -> None:

@@ -21,9 +21,10 @@ from fastmtl_kernels import gramian
 
 
 class StackSink(MergingSink):
-    """J: dense parameters in a `Jacobian`, embedding rows as (ids, rows) per task.
+    """Sink that stores J: dense parameters in a `Jacobian`, sparse tables as (ids, rows) per task.
 
-    Every gradient is added, as a weight may be used twice and micro-batches accumulate.
+    A new gradient is added to the stored one, since a weight may be used twice in a forward and a
+    step may have several micro-batches.
 
     dtype: of J. early: sends J's columns to other ranks during backward; None if G needs no other
     rank's columns.
@@ -53,10 +54,7 @@ class StackSink(MergingSink):
         self._uses.counting = self.early is not None
 
     def forward_done(self, *, last: bool = False) -> None:
-        """Stop counting uses, as in the base class.
-
-        During the last backward, complete pieces of J may be sent to the other ranks.
-        """
+        """End the count of uses. During the step's last backward, `early` may then send pieces."""
         super().forward_done(last=last)
         if last and self.early is not None:
             self.early.begin(self._uses.left)
@@ -90,7 +88,7 @@ class StackSink(MergingSink):
         return self.jacobian
 
     def stacked(self) -> tuple[Jacobian, Tables]:
-        """Return J in its two parts: dense parameters, and rows of the sparse tables."""
+        """Return the two parts of J: dense parameters, and sparse tables."""
         return self.jacobian, self._tables
 
     def deliver(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
@@ -102,9 +100,10 @@ class StackSink(MergingSink):
         return None
 
     def products(self, parameter: nn.Parameter, dy: Tensor, product: Product, segments: Segments) -> Tensor | None:
-        """Take a dense parameter's T gradients, as in the base class, but one task at a time.
+        """Take a dense parameter's T gradients, computed and added to J one task at a time.
 
-        T gradients at once would be a temporary as large as the parameter's part of J.
+        All T at once would be a temporary tensor as large as the parameter's part of J. Arguments
+        and result: see Sink.products.
         """
         if not self.wants(parameter):
             return product(dy, segments.all_rows())
@@ -125,10 +124,9 @@ class StackSink(MergingSink):
         segments: Segments,
         needed: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Take the task gradients of a Linear, as in the base class.
+        """Take the task gradients of a Linear. Arguments and result: see Sink.linear.
 
-        If dtypes agree, products are computed inside J: no T x out x in temporary, three calls a
-        task.
+        If `dy` has J's dtype, each product is computed inside J, without a temporary tensor.
         """
         if self.dtype != dy.dtype or not self.wants(weight) or not (bias is None or self.wants(bias)):
             return super().linear(weight, bias, dy, x, segments, needed)
@@ -154,9 +152,9 @@ class StackSink(MergingSink):
         segments: Segments,
         needed: Sequence[bool],
     ) -> list[Tensor | None]:
-        """Take the task gradients of k Linears, as in the base class.
+        """Take the task gradients of k Linears. Arguments and result: see Sink.linears.
 
-        Weights with adjacent columns in J take a single product per task.
+        If the k weights' columns in J are adjacent, a single product per task computes them.
         """
         parameters = [*weights, *biases]
         if self.dtype != rows.dtype or not all(map(self.wants, parameters)):
@@ -198,10 +196,10 @@ class StackSink(MergingSink):
         return merged
 
     def unmerged(self, weights: Tensor) -> tuple[dict[int, list[Tensor]], dict[int, Rows]]:
-        """Return task gradients for an optimizer that merges them itself, by parameter id.
+        """Return the gradients for an optimizer that merges them itself, as two maps by id.
 
-        Dense parameters have T gradients, views of J that the next write overwrites. Tables have
-        the rows that occur, already merged with `weights`.
+        The first has the T task gradients of every dense parameter, views of J that the next step
+        overwrites. The second has (ids, rows) of every sparse table, already merged with `weights`.
         """
         return self.jacobian.rows(), self._tables.merged_rows(weights)
 

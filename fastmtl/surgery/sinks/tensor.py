@@ -22,10 +22,11 @@ Solve = Callable[[int, Tensor], Tensor]
 class TensorSink(Sink):
     """Sink that gives autograd the merged gradient of each parameter.
 
-    The weights are solved for as soon as the parameter's T gradients are complete, with the last
-    use of the parameter in the forward.
+    A parameter's T gradients are complete when all of its uses in the forward have delivered. Its
+    Gramian, weights and merged gradient are then computed at once, inside backward.
 
-    solve: returns the weights. ranks: the ranks whose gradients make up a parameter's Gramian.
+    solve: returns the weights for a parameter's Gramian; set it before backward. ranks: the ranks
+    whose gradients add up.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class TensorSink(Sink):
     def deliver(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
         """Take task gradients [T, *shape] of a dense parameter.
 
-        Returns the merged gradient with the last use of the parameter, None before.
+        Returns the merged gradient when the parameter's last use delivers, None before.
         """
         if not self.wants(parameter):
             return gradients.sum(0)

@@ -1,4 +1,4 @@
-"""Uses of each weight in a forward, and its gradients until the last use has delivered."""
+"""Count of the uses of each weight in a forward, and its gradients until the last one is there."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from torch import Tensor, nn
 
 
 class Uses:
-    """Counter of uses in forward, and sum of one weight's task gradients over its uses.
+    """Counter of each parameter's uses in a forward, and sums of its task gradients over the uses.
 
-    Inner products need the whole task gradient, so the gradients of a weight that is used twice are
-    added first.
+    A Gramian needs whole task gradients. So if a weight is used twice, the gradients of both uses
+    are added before.
 
     held: incomplete sums by parameter id; a use that the loss does not depend on never delivers.
-    left: uses that have not delivered, by parameter id.
+    left: by parameter id, the number of uses whose gradients have not been delivered.
     """
 
     def __init__(self) -> None:
@@ -26,12 +26,12 @@ class Uses:
                 self.left[id(parameter)] = self.left.get(id(parameter), 0) + 1
 
     def count_delivery(self, key: int) -> bool:
-        """Count one delivery; return True if it was the last one."""
+        """Count one delivery for the parameter with id `key`; return True if it was the last."""
         self.left[key] = self.left.get(key, 0) - 1
         return self.left[key] == 0
 
     def complete(self, key: int, gradients: Tensor) -> Tensor | None:
-        """Add one use's gradients; return the sum with the last use, None before."""
+        """Add the gradients of one use; return their sum if it was the last use, else None."""
         if key in self.held:
             gradients = gradients + self.held.pop(key)
         self.left[key] -= 1

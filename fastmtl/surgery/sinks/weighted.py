@@ -17,7 +17,8 @@ from fastmtl_kernels.upload import upload
 class WeightedSink(Sink):
     """Sink that gives autograd sum_t weights[t] g_t of every shared parameter.
 
-    Gradients of the layers' inputs stay unweighted. weights: [T].
+    Only the parameters' gradients are weighted, not those of the layers' inputs, which the layers
+    below need. weights: [T].
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class WeightedSink(Sink):
         segments: Segments,
         needed: Sequence[bool],
     ) -> list[Tensor | None]:
-        """Take the task gradients of k Linears, by one product if all are shared."""
+        """Return the merged gradients of k Linears, from a single product if all are shared."""
         if not all(map(self.wants, [*weights, *biases])):
             return super().linears(weights, biases, rows, x, segments, needed)
         self.check_active()
@@ -75,8 +76,9 @@ class WeightedSink(Sink):
         raise AssertionError("deliver_rows takes every table")
 
     def _weighted(self, dy: Tensor, segments: Segments) -> Tensor:
-        """Return the tasks' rows of dy times weights[task of row], in the dtype of dy.
+        """Return each row of dy times the weight of its task, in the dtype of dy.
 
-        The product is float32: a weight rounded to bf16 would be off in every row.
+        The multiplication is in float32: the rounding error of a bfloat16 weight would be the same
+        in every row.
         """
         return (dy[segments.all_rows()] * segments.per_row(self._weights).unsqueeze(1)).to(dy.dtype)

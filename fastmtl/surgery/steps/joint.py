@@ -25,7 +25,7 @@ from fastmtl_kernels.cast import cast
 
 
 class JointStep:
-    """One step by the target's own backward. sink: is never armed, so layers run without it."""
+    """One optimizer step by the target's own backward. sink: never armed, so layers ignore it."""
 
     _own_backward = True
 
@@ -38,7 +38,7 @@ class JointStep:
             with profile_range("forward"):
                 losses = losses_of(micro_batch, self._sink, training_pass=self._own_backward)
             self.backward(losses, takes_sink=losses_of.takes_sink, last=number == len(micro_batches))
-            # A live autograd graph would bring the default stream into the next capture.
+            # A live autograd graph would bring the default stream into the next CUDA graph.
             del losses
         return self.finish()
 
@@ -54,11 +54,10 @@ class JointStep:
 
 
 class ClippedJointStep(JointStep):
-    """One step in a single process with `max_norm`: clipped, and skipped if the gradient is not
-    finite.
+    """One step in a single process with `max_norm`, skipped if the gradient is not finite.
 
-    The host reads losses and norms in one copy. Where the target can discard a step, the host reads
-    them only after the gradient was handed over, so a GPU computes meanwhile.
+    The host waits for the device once, to read losses and norms. If the target can discard a step,
+    the gradient is handed over before, so that a GPU has work during the wait.
     """
 
     _own_backward = False
@@ -68,7 +67,7 @@ class ClippedJointStep(JointStep):
         self._gradients: list[Tensor | None] = [None] * len(parts.target.parameters)
 
     def backward(self, losses: Losses, *, takes_sink: bool, last: bool) -> None:
-        """Add one micro-batch's gradients in float32."""
+        """Compute one micro-batch's gradients and add them to those before, in float32."""
         target = self._parts.target
         target.check_forward()
         self._step.take(losses)
@@ -105,9 +104,9 @@ class ClippedJointStep(JointStep):
         return info
 
     def _clipped(self, total: Tensor) -> Merged:
-        """Return clipped gradients of all parameters.
+        """Return the gradients of all parameters, clipped. total: their norm.
 
-        No other object holds these tensors afterwards, so they become `.grad` without a copy.
+        This step drops its own references to them, so they become `.grad` without a copy.
         """
         max_norm, parameters = self._parts.max_norm, self._parts.target.parameters
         assert max_norm is not None

@@ -1,4 +1,4 @@
-"""One backward pass per task: the textbook way, for a model whose layers ignore the sink."""
+"""One backward pass per task, for a model whose layers do not write into the sink."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ def backward_per_task(
 ) -> None:
     """Add each task's gradients of the shared parameters to J.
 
-    factor: returns the factor of a task's summed loss. add_own: takes gradients of `parts.own`.
-    reach_own: takes the ids of the leaves of a loss without rows, whose gradients are zeros.
+    factor: returns the factor of a task's summed loss. add_own: adds one task's gradients of
+    `parts.own`. reach_own: receives the ids of the tensors that a loss without rows depends on;
+    their gradients are zeros.
     """
     for task, name in enumerate(parts.tasks):
         if name not in losses:

@@ -1,4 +1,4 @@
-"""`storage: replay`: a first pass for G alone, a second one with rows weighted by their task."""
+"""`storage: replay`: the first pass computes only G, the second one the merged gradient."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def replay(
 ) -> SurgeryInfo:
     """Run one optimizer step in two passes and return its report.
 
-    Raises UserError for a loss function without `task_grads`.
+    In the second backward, each row is multiplied by the weight of its task. Raises UserError for a
+    loss function without `task_grads`.
     """
     if not losses_of.takes_sink:
         raise UserError(
@@ -55,7 +56,7 @@ def replay(
     weighted = WeightedSink(parts.shared, len(parts.tasks), weights, sparse=tables)
     with parts.flag_nonfinite_own() as bad_own:
         for number, (micro_batch, state) in enumerate(zip(micro_batches, states, strict=True), start=1):
-            state.restore()  # for the dropout masks of the first pass
+            state.restore()  # the second pass needs the dropout masks of the first
             with weighted.armed(target.device):
                 with profile_range("forward"):
                     losses = losses_of(micro_batch, weighted, training_pass=True)

@@ -1,8 +1,8 @@
-"""A step with `storage: stacked` or `kept`, on one screen: `StackedStep.run`, `backward`, `finish`.
+"""A step with `storage: stacked` or `kept`: `StackedStep.run`, `backward` and `finish`. In short:
 
 losses = model(batch, sink)                    one forward for all tasks
 sink.backward(losses)                          the sink takes the task gradients
-weights = method(sink.gramian())               T x T numbers decide
+weights = method(sink.gramian())               T weights from the T x T Gramian
 target.hand_over(sink.combine(weights))        one merged gradient
 engine.step()                                  called by the training loop
 """
@@ -48,17 +48,17 @@ class RecordedMerging(Protocol):
     def run(self, order: Tensor, scale: float, factor: float) -> None:
         """Compute a step's G, weights and merged gradient.
 
-        order: int64 [T, T] on the CPU. scale: loss scale in J. factor: multiplies the merged
-        gradient.
+        order: projection order, int64 [T, T] on the CPU. scale: the loss scale that J contains.
+        factor: multiplies the merged gradient.
         """
         ...
 
     def scale(self, factor: float) -> None:
-        """Multiply the merged gradient; NaN marks an overflow."""
+        """Multiply the merged gradient by `factor`, which is NaN after an overflow."""
         ...
 
     def gradients(self) -> Merged:
-        """Return the merged gradient by the parameter's id."""
+        """Return the merged gradient of each parameter, by id."""
         ...
 
     def tensors(self) -> list[Tensor]:
@@ -72,16 +72,16 @@ class RecordMerging(Protocol):
     def __call__(
         self, sink: Sink, method: Method, target: Target, storage: str
     ) -> tuple[RecordedMerging | None, Sequence[str]]:
-        """Return the recorded merging of a sink's steps, None if it cannot be recorded, and
-        reasons.
+        """Return a recording for all steps of `sink`, and the reasons why steps are not recorded.
 
-        The reasons say why steps were not recorded; the list grows during the run.
+        The recording is None if merging cannot be recorded. The list of reasons grows during the
+        run.
         """
         ...
 
 
 class StackedStep:
-    """One optimizer step. recorded: replaces the separate launches of `finish`, if given."""
+    """One optimizer step. recorded: computes G, weights and merging in `finish`, if given."""
 
     def __init__(self, parts: Parts, sink: MergingSink, step: Step, recorded: RecordedMerging | None = None) -> None:
         self._parts, self._sink, self._step, self._recorded = parts, sink, step, recorded
@@ -98,7 +98,7 @@ class StackedStep:
                 with profile_range("forward"):
                     losses = losses_of(micro_batch, self._sink)
                 self.backward(losses, takes_sink=losses_of.takes_sink, last=number == len(micro_batches))
-                # A live autograd graph would bring the default stream into the next capture.
+                # A live autograd graph would bring the default stream into the next CUDA graph.
                 del losses
         return self.finish()
 
@@ -142,12 +142,14 @@ class StackedStep:
 
     @property
     def _factor(self) -> float:
-        """The factor of gradients that are handed over."""
+        """The factor that turns gradients with loss scale into those that the target takes."""
         return self._parts.target.factor / self._scale
 
     def _own_gradients(self) -> tuple[list[Tensor], set[int]]:
-        """Return float32 gradients of own parameters, and ids of all parameters that a loss has
-        reached. Every rank has the same tensors; targets leave out unreached ones if they can.
+        """Return float32 gradients of all own parameters, and ids of the parameters that a loss has
+        reached, shared ones too.
+
+        An unreached own parameter has zeros, so that every rank has a gradient for the same ones.
         """
         pairs = list(zip(self._parts.own, self._own, strict=True))
         reached = self._sink.reached() | {id(p) for p, gradient in pairs if gradient is not None}
@@ -157,10 +159,10 @@ class StackedStep:
     def _combine(
         self, info: SurgeryInfo, weights: Tensor, own: list[Tensor], reached: set[int]
     ) -> tuple[Merged | None, float | None]:
-        """Merge the task gradients. Return None for a skipped step, or if the optimizer merges.
+        """Return the merged gradient, and its norm before clipping.
 
-        The second value is the norm before clipping, if it is known; the merged gradient is then
-        clipped already.
+        The gradient is None for a skipped step, and if the optimizer merges itself. The norm is
+        None if it is unknown; if it is known, the gradient is clipped already.
         """
         parts, sink = self._parts, self._sink
         if info.skipped is not None:
@@ -171,16 +173,16 @@ class StackedStep:
             clip = known_clip(info, norm, parts.max_norm)
             scaled = weights * (self._factor if clip is None else self._factor * clip)
             return sink.combine(scaled, narrow=not parts.target.scales()), norm
-        own_by_id = dict(zip(map(id, parts.own), own, strict=True))  # no loss scale, one process
+        own_by_id = dict(zip(map(id, parts.own), own, strict=True))  # as they are: no loss scale, one process
         dense, tables = sink.unmerged(weights)
         gradients = _select(dense, reached), _select(tables, reached), _select(own_by_id, reached)
         optimizer.take(TaskUpdate(weights, *gradients, norm or 0.0))
         return None, None
 
     def _replay(self, recorded: RecordedMerging, own: list[Tensor]) -> tuple[SurgeryInfo, Merged | None, float | None]:
-        """Solve and merge by the recording; the merged gradient of a skipped step is unused.
+        """Solve and merge by the recording; return the report, and the two results of `_combine`.
 
-        Return the report, and the results of `_combine`.
+        The recording also merges in a skipped step, whose result is unused.
         """
         parts = self._parts
         recorded.run(parts.solver.order(), self._scale, self._factor)
@@ -195,7 +197,7 @@ class StackedStep:
         return info, recorded.gradients(), norm
 
     def _clip(self, info: SurgeryInfo, merged: Merged, norm: float | None, own: list[Tensor]) -> SurgeryInfo:
-        """Clip what is not clipped yet, add own gradients to `merged`, and return the report."""
+        """Clip `merged` if `norm` is None, add the clipped own gradients, and return the report."""
         parts = self._parts
         info, clip = clip_gradients(info, norm, parts.max_norm, merged, parts.target.factor)
         if own:
@@ -203,7 +205,7 @@ class StackedStep:
         return info
 
     def _own_to_check(self, own: list[Tensor]) -> tuple[list[Tensor], list[str], float | None]:
-        """Return the gradients of own parameters to check, their names, and the factor in them."""
+        """Return the last three arguments of Solver.report: own gradients, their names, a scale."""
         parts = self._parts
         names = [parts.target.names[id(p)] for p in parts.own]
         return (own, names, None) if parts.max_norm is None else (over_ranks(own), names, self._scale)

@@ -28,7 +28,8 @@ def tensor_scope(
 ) -> SurgeryInfo:
     """Run one optimizer step and return its report.
 
-    by_rank: each rank has its own Gramians (`reduce: local`).
+    by_rank: True if each rank has its own Gramians (`reduce: local`). Raises UserError for a loss
+    function without `task_grads`.
     """
     if not losses_of.takes_sink:
         raise UserError(

@@ -1,8 +1,8 @@
-"""AdamW for a plain torch loop that takes the task gradients themselves.
+"""AdamW that takes J in place of a merged gradient, for a training loop without DeepSpeed.
 
-GradientSurgery with `storage="stacked"` passes J and the weights of the task gradients. `step`
-merges, clips and updates in one pass over J, weights and moments, without a merged gradient in
-memory. A `.grad` from any other source is used by the same update.
+GradientSurgery with `storage="stacked"` passes J and the T task weights. `step` merges, clips and
+updates in one pass over J, parameters and moments, without a merged gradient in memory. Without
+surgery, the same update uses `.grad`.
 
 Sources: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019;
 fastmtl_kernels.combined_adamw.
@@ -26,7 +26,7 @@ from fastmtl_kernels import combined_adamw
 _HALF = (torch.bfloat16, torch.float16)
 _REFUSED = ("amsgrad", "maximize", "capturable", "differentiable", "foreach", "fused")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-# As in torch.nn.utils.clip_grad_norm_.
+# Added to the norm, as torch.nn.utils.clip_grad_norm_ does.
 _CLIP_EPS = 1e-6
 
 
@@ -35,8 +35,8 @@ class TaskUpdate:
     """A step's gradients before merging, by parameter id.
 
     weights: [T] float32.
-    dense: T task gradients per parameter, to be merged with `weights`.
-    tables: merged compact rows (ids [n], rows [n, d]) of embedding tables.
+    dense: T task gradients per parameter, which the optimizer merges with `weights`.
+    tables: gradients of embedding tables, already merged, as (ids [n], rows [n, d]).
     own: gradients of the parameters that are not shared.
     shared_norm: norm of the merged gradient of `dense` and `tables`.
     """
@@ -53,8 +53,8 @@ class SurgeryAdamW(torch.optim.AdamW):
     DeepSpeed.
 
     After `surgery.run` or `surgery.backward` with stacked storage, `step()` updates from J, and
-    `.grad` stays None. With `sum`, `replay`, `scope="tensor"` and a backward of your own, it
-    updates from `.grad`. A parameter without a gradient is unchanged.
+    `.grad` stays None. After `sum`, `replay`, `scope="tensor"` or a backward of your own, `step()`
+    updates from `.grad`. A parameter without a gradient stays unchanged.
 
     Parameters in bfloat16 or float16 have float32 weights (`master` in the state) and moments; the
     parameter is the rounded copy of `master`. `state_dict()` loads into torch.optim.AdamW and vice
@@ -65,8 +65,8 @@ class SurgeryAdamW(torch.optim.AdamW):
         params, lr, betas, eps, weight_decay: as for torch.optim.AdamW, including groups with values
             of their own.
         max_norm: clips the gradient of all parameters together, like
-            torch.nn.utils.clip_grad_norm_, without an extra pass over the gradient. None does not
-            clip. There is no `.grad` to clip by hand.
+            torch.nn.utils.clip_grad_norm_, which would find no `.grad` here. Needs no extra pass
+            over the gradient. None does not clip.
 
     Raises:
         UserError: amsgrad, maximize, capturable, differentiable, foreach or fused; parameters that
@@ -110,10 +110,7 @@ class SurgeryAdamW(torch.optim.AdamW):
         self._update = update
 
     def check_taken(self) -> None:
-        """Raise UserError if the last step's gradients are not used yet.
-
-        The next step would overwrite them.
-        """
+        """Raise UserError if the last step's gradients, which a new step replaces, are unused."""
         if self._update is not None:
             raise UserError(
                 "the gradients of the last step are not used yet: call optimizer.step(), or optimizer.zero_grad() to "
@@ -189,7 +186,7 @@ class SurgeryAdamW(torch.optim.AdamW):
         return TaskUpdate(torch.ones(1), {}, own={id(parameter): parameter.grad for parameter in found})
 
     def _clip(self, update: TaskUpdate) -> Tensor | None:
-        """Return the factor of all gradients, a scalar tensor; None for no clipping."""
+        """Return the factor that clips all gradients, a scalar tensor; None for no clipping."""
         self.grad_norm = None
         if self.max_norm is None:
             return None
@@ -204,7 +201,7 @@ class SurgeryAdamW(torch.optim.AdamW):
         return (self.max_norm / (self.grad_norm + _CLIP_EPS)).clamp(max=1.0)
 
     def _step_group(self, group: dict[str, Any], update: TaskUpdate, scale: Tensor | None) -> None:
-        """Update a group, with one call per step count, dtype, device and number of gradients."""
+        """Update a group's parameters; those with the same `kind` share one call of the kernel."""
         alike: dict[tuple[Any, ...], list[tuple[nn.Parameter, list[Tensor]]]] = {}
         for parameter in group["params"]:
             key = id(parameter)
@@ -269,9 +266,7 @@ class SurgeryAdamW(torch.optim.AdamW):
 
 
 def _unsupported_reason(group: Mapping[str, Any]) -> str:
-    """Return the reason why a parameter group is unsupported, and what to do; "" if it is
-    supported.
-    """
+    """Return the reason why a parameter group is unsupported, and a remedy; "" if it is not."""
     for option in _REFUSED:
         if group.get(option):
             return f"it does not take {option}: leave that out, or use torch.optim.AdamW"

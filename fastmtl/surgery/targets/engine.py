@@ -1,4 +1,4 @@
-"""A DeepSpeed engine as a target, through its public calls."""
+"""A DeepSpeed engine as the target of surgery, through its public calls."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from fastmtl.surgery.targets.trained import changed
 
 
 class EngineTarget:
-    """A DeepSpeed engine that takes a step's gradients.
+    """Target that passes a step's gradients to a DeepSpeed engine.
 
-    DeepSpeed averages over ranks, so merged gradients are multiplied by the number of ranks.
+    A step's gradient is the sum of the ranks' gradients, but DeepSpeed averages over ranks. So each
+    rank multiplies its gradients by the number of ranks.
     """
 
     merges = False
@@ -93,7 +94,10 @@ class EngineTarget:
                 raise changed(name, parameter, "the engine (deepspeed.initialize) and GradientSurgery")
 
     def _carry(self, merged: list[Tensor], parameters: list[nn.Parameter], scaled_by: float = 1.0) -> None:
-        """Pass gradients of DeepSpeed's parameters through its backward; empty `merged`."""
+        """Make `merged` the gradients of `parameters` by engine.backward, and empty the list.
+
+        scaled_by: the loss scale that the gradients already contain.
+        """
         self.engine.set_gradient_accumulation_boundary(True)
         scale = scaled_by if self.scales() else None
         self.engine.backward(Surrogate.apply(merged, scale, *parameters), scale_wrt_gas=False)
@@ -115,18 +119,18 @@ class EngineTarget:
         return float(self.engine.optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0
 
     def backs_off(self) -> bool:
-        """Return True if DeepSpeed reduces its loss scale after an overflow.
+        """Return True if DeepSpeed reduces its loss scale and skips the step after an overflow.
 
-        The overflow is then no failure of the step.
+        False also at the smallest loss scale, where an overflow is an error.
         """
         if not self.engine.fp16_enabled() or not self.engine.optimizer.dynamic_loss_scale:
             return False
         return self.loss_scale() > self.engine.optimizer.loss_scaler.min_scale
 
     def discard(self) -> None:
-        """Drop the step by DeepSpeed's own overflow check.
+        """Drop the gradients and skip the update, by engine.step() with its overflow check on.
 
-        DeepSpeed drops the gradients it holds and updates nothing.
+        The check finds that the gradients are not finite.
         """
         optimizer = self.engine.optimizer
         before, optimizer.check_grad_overflow = optimizer.check_grad_overflow, True

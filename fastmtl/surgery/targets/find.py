@@ -1,4 +1,4 @@
-"""The target for a DeepSpeed engine or a torch optimizer."""
+"""The choice of the target class for a DeepSpeed engine or a torch optimizer."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Few flat parameters for DeepSpeed, for a model with many.
+"""Model whose many parameters are views of a few flat ones, to save time in DeepSpeed.
 
 DeepSpeed runs Python hooks and about forty operators for every parameter in every step; `python
-benchmarks/engine_calls.py` counts them. Surgery's gradients do not reach the weights through hooks.
-So the weights can be views of a few flat parameters, and DeepSpeed manages only those.
+benchmarks/engine_calls.py` counts them. Surgery needs no hooks on the model's own parameters. So
+these can be views of a few flat parameters, and DeepSpeed manages only the flat ones.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class FlatParameters(nn.Module):
     Args:
         model: the model whose trained parameters become views.
         groups: parameter groups of the optimizer; every trained parameter is in one of them.
-        alone: parameters that stay separate (embedding tables), since a gradient in one piece needs
-            no copy.
+        alone: parameters that stay separate. Use it for embedding tables: their gradients are
+            tensors of their own, which would be copied into a flat gradient.
 
     Attributes:
         flat: the flat parameters, one-dimensional, each as long as its group's parameters together.
@@ -95,7 +95,7 @@ class FlatParameters(nn.Module):
         return self.model(*arguments, **keywords)
 
     def leaves(self) -> list[nn.Parameter]:
-        """Return the model's trained parameters, adjacent if they share a flat parameter."""
+        """Return the model's trained parameters: those of each flat one, then the separate ones."""
         return [*(parameter for members in self._members for parameter in members), *self._alone]
 
     def trained(self) -> list[nn.Parameter]:
@@ -103,9 +103,10 @@ class FlatParameters(nn.Module):
         return [*self.flat, *self._alone]
 
     def gather(self, gradients: Merged) -> list[Tensor]:
-        """Return the gradients of `trained` from those of `leaves` by id, removed from the mapping.
+        """Return one gradient for each parameter of `trained`, in its order.
 
-        Gradients that are adjacent in one storage are not copied.
+        gradients: those of `leaves` by id, which are removed. The parts of a flat gradient are
+        copied only if they are not adjacent in memory.
         """
         flat = [gradients.take_joined([id(parameter) for parameter in members]) for members in self._members]
         return flat + [gradients.pop(id(parameter)) for parameter in self._alone]
@@ -113,8 +114,8 @@ class FlatParameters(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the parameters for DeepSpeed: flat.0, flat.1, ..., separate ones, and untrained
-        ones.
+        """Yield the parameters that DeepSpeed manages: flat.0, flat.1, ..., then the separate and
+        the untrained ones under the model's names.
         """
         yield from self.flat.named_parameters(f"{prefix}.flat" if prefix else "flat")
         views = {id(parameter) for members in self._members for parameter in members}

@@ -31,23 +31,24 @@ class FlatTarget(EngineTarget):
         self._held: list[Tensor] = []
 
     def arranged(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-        """Return the parameters of one flat parameter side by side.
+        """Return `parameters`, sorted so that those in one flat parameter are adjacent.
 
-        The merged gradient of the flat parameter then needs no copy.
+        Their merged gradients are then adjacent in J, too, and need no copy.
         """
         wanted = {id(parameter) for parameter in parameters}
         return [parameter for parameter in self.parameters if id(parameter) in wanted]
 
     def model(self, training_pass: bool) -> Any:
-        """Return the model, never the engine: engine.backward does not follow."""
+        """Return the model, never the engine: no engine.backward of the loss follows."""
         return super().model(training_pass=False)
 
     def autocast(self, training_pass: bool) -> AbstractContextManager[Any]:
         return super().autocast(training_pass=False)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Accumulate autograd's gradients of the model's parameters; hand them over with the last
-        ones.
+        """Add autograd's gradients of the model's parameters over the micro-batches.
+
+        The last micro-batch hands the sums over to DeepSpeed.
         """
         self._own_forward = False
         self.check_trained()

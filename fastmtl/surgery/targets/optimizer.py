@@ -18,9 +18,9 @@ from fastmtl_kernels.cast import cast
 
 
 class OptimizerTarget:
-    """A torch optimizer in a single process.
+    """Target that adds a step's gradients to `.grad`, for a torch optimizer in a single process.
 
-    Merged gradients go into `.grad`; SurgeryAdamW merges task gradients itself.
+    SurgeryAdamW is an exception: it gets task gradients and merges them itself.
     """
 
     stacks = True
@@ -76,7 +76,7 @@ class OptimizerTarget:
     def merging_optimizer(self, norm: float | None) -> SurgeryAdamW | None:
         if self._merging is None or (self._merging.max_norm is not None and norm is None):
             return None
-        # An existing `.grad` must be added to, as with every torch optimizer.
+        # As with every torch optimizer, a step's gradient is added to an existing `.grad`.
         return self._merging if all(parameter.grad is None for parameter in self.parameters) else None
 
     def begin(self) -> None:

@@ -1,4 +1,4 @@
-"""Protocol of the owner of the parameters."""
+"""Protocol of a target: surgery's view of a DeepSpeed engine or a torch optimizer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from fastmtl.surgery.targets.adamw import SurgeryAdamW
 
 
 class Target(Protocol):
-    """Owner of the parameters that takes a step's gradients, from losses or already merged.
+    """Owner of the parameters, which gets each step's gradients.
+
+    It gets merged gradients by `hand_over`, or computes gradients itself by `backward` of a loss.
 
     parameters: the trainable ones.
     names: names of parameters by id, for messages.
@@ -33,7 +35,7 @@ class Target(Protocol):
     factor: float
 
     def arranged(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-        """Return the parameters in the order of J."""
+        """Return `parameters` in the order in which J should store them."""
         ...
 
     def model(self, training_pass: bool) -> Any:
@@ -49,18 +51,18 @@ class Target(Protocol):
         ...
 
     def scales(self) -> bool:
-        """Return True if the target multiplies merged gradients once more.
+        """Return True if the target multiplies merged gradients by a loss scale.
 
-        They stay float32 until then.
+        They must then be handed over in float32.
         """
         ...
 
     def hand_over(self, gradients: Merged, reached: Collection[int]) -> None:
-        """Take every gradient out of the mapping and make it the parameter's gradient.
+        """Remove every gradient from the mapping and make it the gradient of its parameter.
 
-        A gradient that no other object holds becomes `.grad` itself, any other is copied.
+        A gradient to which there is no other reference becomes `.grad` itself, any other is copied.
 
-        reached: ids of the parameters that a loss of the step has reached on this rank; the
+        reached: ids of the parameters that a loss of the step depends on, on this rank; the
         gradients of the others are zeros.
         """
         ...
@@ -70,8 +72,7 @@ class Target(Protocol):
         ...
 
     def merging_optimizer(self, norm: float | None) -> SurgeryAdamW | None:
-        """Return the optimizer that takes task gradients in place of merged ones, None if there is
-        none.
+        """Return the optimizer that merges this step's task gradients itself; None if none does.
 
         norm: of the merged gradient, None if it is unknown.
         """
@@ -82,16 +83,16 @@ class Target(Protocol):
         ...
 
     def check_forward(self) -> None:
-        """Raise UserError if losses come from the target's own forward.
+        """Raise UserError if the losses come from a forward of the engine instead of its module.
 
-        Their gradients are handed over, so the target's own backward does not follow.
+        DeepSpeed then expects its own backward, but surgery hands gradients over.
         """
         ...
 
     def loss_scale(self) -> float: ...
 
     def backs_off(self) -> bool:
-        """Return True if the target answers an overflow with a smaller loss scale."""
+        """Return True if the target itself skips a step with an overflow and reduces its scale."""
         ...
 
     def discard(self) -> None:

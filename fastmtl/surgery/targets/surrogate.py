@@ -1,4 +1,4 @@
-"""Gradients computed elsewhere, passed through a backward."""
+"""Autograd function that passes gradients computed elsewhere to DeepSpeed's hooks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fastmtl_kernels.cast import cast
 
 
 class Surrogate(torch.autograd.Function):
-    """A scalar whose gradient for parameter k is `merged[k]`.
+    """Function whose value is 0, and whose gradient for parameter k is `merged[k]`.
 
-    It passes gradients computed elsewhere through every hook of DeepSpeed.
+    A backward of the value calls every hook of DeepSpeed with these gradients.
 
     scaled_by: the part of DeepSpeed's loss scale that the gradients already contain. None if there
     is no loss scale: then the gradients stay as they are, and may have the parameters' dtype.
