@@ -2,8 +2,8 @@
 
 The C++ kernels are built if a C++ compiler and torch are available. The CUDA kernels are built if
 torch is a CUDA build and has a matching nvcc. For kernels that are not built, one line gives the
-reason and the remedy (tools/build_kernels.py). torch is never a build requirement: pip's isolated
-builds would download a second one for it.
+reason and the remedy (tools/build_kernels.py). torch is never a build requirement, since pip would
+then download a second torch for its isolated build.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""add_layer_norm and its alternatives: pytest-benchmark of fastmtl/bench/ops/add_layer_norm.py."""
+"""Benchmark of add_layer_norm and its alternatives, which fastmtl/bench/ops defines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""combine and its alternatives: pytest-benchmark of fastmtl/bench/ops/combine.py."""
+"""Benchmark of combine and its alternatives, which fastmtl/bench/ops/combine.py defines."""
 
 from __future__ import annotations
 

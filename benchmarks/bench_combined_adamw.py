@@ -1,4 +1,4 @@
-"""combined_adamw and its alternatives: pytest-benchmark of fastmtl/bench/ops/combined_adamw.py."""
+"""Benchmark of combined_adamw and its alternatives, which fastmtl/bench/ops defines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""dropout and its alternatives: pytest-benchmark of fastmtl/bench/ops/dropout.py."""
+"""Benchmark of dropout and its alternatives, which fastmtl/bench/ops/dropout.py defines."""
 
 from __future__ import annotations
 

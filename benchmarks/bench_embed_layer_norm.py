@@ -1,4 +1,4 @@
-"""embed_layer_norm and its alternatives: pytest-benchmark of fastmtl/bench/ops."""
+"""Benchmark of embed_layer_norm and its alternatives, which fastmtl/bench/ops defines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""gradvac_weights and its alternatives: pytest-benchmark of fastmtl/bench/ops."""
+"""Benchmark of gradvac_weights and its alternatives, which fastmtl/bench/ops defines."""
 
 from __future__ import annotations
 

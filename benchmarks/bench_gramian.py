@@ -1,4 +1,4 @@
-"""gramian and its alternatives: pytest-benchmark of fastmtl/bench/ops/gramian.py."""
+"""Benchmark of gramian and its alternatives, which fastmtl/bench/ops/gramian.py defines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lora and its alternatives: pytest-benchmark of fastmtl/bench/ops/lora.py."""
+"""Benchmark of lora and its alternatives, which fastmtl/bench/ops/lora.py defines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""low_rank and its alternatives: pytest-benchmark of fastmtl/bench/ops/low_rank.py."""
+"""Benchmark of low_rank and its alternatives, which fastmtl/bench/ops/low_rank.py defines."""
 
 from __future__ import annotations
 

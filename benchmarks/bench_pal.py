@@ -1,4 +1,4 @@
-"""pal and its alternatives: pytest-benchmark of fastmtl/bench/ops/pal.py."""
+"""Benchmark of pal and its alternatives, which fastmtl/bench/ops/pal.py defines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pcgrad_weights and its alternatives: pytest-benchmark of fastmtl/bench/ops/pcgrad_weights.py."""
+"""Benchmark of pcgrad_weights and its alternatives, which fastmtl/bench/ops defines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pool and its alternatives: pytest-benchmark of fastmtl/bench/ops/pool.py."""
+"""Benchmark of pool and its alternatives, which fastmtl/bench/ops/pool.py defines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole training step of each way: pytest-benchmark of fastmtl/bench/step.py."""
+"""Benchmark of a whole training step, in each way that fastmtl/bench/step_ways.py defines."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _workload = lru_cache(maxsize=1)(Workload)
 def test_step(way: str, bench_size: Callable[[float], Size], timed: Timed) -> None:
     workload = _workload(bench_size(DROPOUT))
     try:
-        # A new check for each way: the previous way has trained the weights, which both models
-        # share.
+        # Each way is compared with the padded model anew, since the previous way has changed the
+        # weights that both models share.
         step, _ = checked(way, workload, padded_losses(workload, workload.padded))
     except Skipped as reason:
         pytest.skip(str(reason))

@@ -1,4 +1,4 @@
-"""A step's gradients by each variant: pytest-benchmark of fastmtl/bench/surgery.py."""
+"""Benchmark of the gradients of a step, by each variant in fastmtl/bench/variants.py."""
 
 from __future__ import annotations
 

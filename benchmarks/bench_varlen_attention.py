@@ -1,4 +1,4 @@
-"""varlen_attention and its alternatives: pytest-benchmark of fastmtl/bench/ops."""
+"""Benchmark of varlen_attention and its alternatives, which fastmtl/bench/ops defines."""
 
 from __future__ import annotations
 

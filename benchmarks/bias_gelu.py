@@ -2,10 +2,10 @@
 
     python benchmarks/bias_gelu.py
 
-In forward, the library's product includes the bias: `linear + gelu` minus the same without a bias
-bounds the saving. In backward, a fused operation would only save the second read of dy for the
-`bias sums`. Both are shares of the layer's whole work, including three products. float32, three
-tasks, medians of interleaved rounds.
+In forward, the library adds the bias inside the product, so a fused operation saves at most the
+time of `linear + gelu` less that of `the same without a bias`. In backward, it saves at most the
+time of `bias sums`, which read dy a second time. Both are printed as shares of the layer's whole
+time, including its three products. float32, three tasks, medians of interleaved rounds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TASKS = 3
 
 
 def measured(tokens: int, hidden: int, rounds: int) -> dict[str, float]:
-    """Return the seconds of each part of Linear(hidden, 4 hidden) and GELU on `tokens` rows."""
+    """Return median seconds of each part of Linear(hidden, 4 hidden) and GELU, on `tokens` rows."""
     x, w, b = torch.randn(tokens, hidden), torch.randn(4 * hidden, hidden), torch.randn(4 * hidden)
     z, dy = torch.randn(tokens, 4 * hidden), torch.randn(tokens, 4 * hidden)
     parts: dict[str, Callable[[], object]] = {

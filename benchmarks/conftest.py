@@ -1,11 +1,11 @@
-"""pytest-benchmark over fastmtl.bench.ops: a test for each way and pass of a file's operation OP.
+"""Fixtures of the benchmarks: one test for each way and pass of the operation OP of a file.
 
     pytest benchmarks/bench_pool.py                      # MiniLM's size
     pytest benchmarks -k "eager or cpp" --bench-shape bert-base --benchmark-autosave
 
-Inputs, implementations, check and clock are those of `fastmtl bench kernels`; pytest-benchmark
-repeats, groups, saves and compares. With --benchmark-disable, and under xdist, everything runs once
-in a tiny size.
+A way is an implementation of the operation; a pass is forward, backward or both. Inputs, ways,
+check and clock are those of `fastmtl bench kernels`; pytest-benchmark repeats, groups, saves and
+compares. With --benchmark-disable, and under xdist, everything runs once in a tiny size.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Watch:
-    """The timer of pytest-benchmark: the sum of the laps that the harness's clock has timed."""
+    """Timer for pytest-benchmark: total seconds that the harness has measured so far."""
 
     total = 0.0
 
@@ -68,7 +68,7 @@ class Watch:
 
 @pytest.fixture
 def measured(request: pytest.FixtureRequest) -> Callable[[], None]:
-    """Check a way and measure a pass of it."""
+    """Check a way against the oracle, and return a function that measures one of its passes."""
     case_name, way, link = request.param
     operation, option = request.module.OP, request.config.getoption
     tiny = _tiny(request.config)
@@ -100,13 +100,13 @@ def measured(request: pytest.FixtureRequest) -> Callable[[], None]:
 
 @pytest.fixture
 def bench_size(request: pytest.FixtureRequest) -> Callable[[float], Size]:
-    """Return a function from a dropout probability to the size of a step."""
+    """Return a function that returns the size of a step for a dropout probability."""
     return lambda dropout: _size(request.config, dropout)
 
 
 @pytest.fixture
 def timed(request: pytest.FixtureRequest) -> Callable[[Callable[[], object]], None]:
-    """Return a function that measures a step by the harness's plain clock."""
+    """Return a function that measures a step as a whole, by fastmtl.measure.harness.seconds."""
 
     def measure(step: Callable[[], object]) -> None:
         device, rounds = (request.config.getoption(f"--bench-{name}") for name in ("device", "rounds"))
@@ -127,7 +127,7 @@ def _size(config: pytest.Config, dropout: float) -> Size:
 
 
 def _tiny(config: pytest.Config) -> bool:
-    """Return whether nothing is measured: with --benchmark-disable, or in a worker of xdist."""
+    """Return True if nothing is measured: with --benchmark-disable, or in a worker of xdist."""
     return bool(config.getoption("benchmark_disable")) or hasattr(config, "workerinput")
 
 
@@ -142,7 +142,7 @@ def _cases(operation: str, size: Size) -> dict[str, Case]:
 
 @lru_cache(maxsize=1)
 def _checked(operation: str, size: Size, case_name: str, way_name: str) -> Chain:
-    """Return forward and backward of a way, after a check against the oracle."""
+    """Return forward and backward of a way, after a check against the oracle and one run."""
     case = _cases(operation, size)[case_name]
     way = case.way(way_name)
     run = way.build()

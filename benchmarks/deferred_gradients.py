@@ -1,12 +1,13 @@
-"""Three ways to compute the gradient of pal's shared V_E, and their times.
+"""Times of three ways to compute the gradient of V_E, the matrix that pal shares over its layers.
 
     python benchmarks/deferred_gradients.py
 
-dV_E is the sum of de_l^T x_l over the layers. `each layer` forms every product and adds it, as
-autograd does; `in place` lets the product add; `deferred` keeps all x_l and de_l and multiplies
-their concatenations once. `deferred, product alone` starts from concatenated inputs, a lower bound
-that no implementation reaches, as the copies are missing. 12 layers, d_s 204, three tasks of 909
-tokens, float32, medians of interleaved rounds.
+dV_E is the sum of de_l^T x_l over the layers l, with V_E's inputs x_l [tokens, hidden] and output
+gradients de_l [tokens, d_s]. `each layer` forms every product and adds it, as autograd does. `in
+place` uses a product that adds to its result. `deferred` keeps all x_l and de_l and multiplies
+their concatenations once. `deferred, product alone` does not measure the concatenation: a lower
+bound that no implementation reaches. 12 layers, d_s 204, three tasks of 909 tokens, float32,
+medians of interleaved rounds.
 """
 
 from __future__ import annotations

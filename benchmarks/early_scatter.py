@@ -3,8 +3,8 @@
     unshare -n python benchmarks/early_scatter.py
 
 Steps of PCGrad with `reduce: exact` run on two ranks over a throttled loopback, in a separate
-network namespace as in benchmarks/scale_out.py. Every other step sends the columns after backward
-instead. MiniLM's layers, random weights.
+network namespace (see benchmarks/scale_out.py). In every second step, the columns are sent after
+backward instead. The model has MiniLM's layers with random weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TASKS, ROWS, TOKENS = 3, 16, 20
 
 
 def run_rank(arguments: argparse.Namespace) -> None:
-    """Run one of the processes; the first prints a line for each rate."""
+    """Run the benchmark in one rank's process; rank 0 prints a line for each rate."""
     import torch
     import torch.distributed as dist
     from transformers import BertConfig

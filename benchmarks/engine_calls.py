@@ -1,10 +1,10 @@
-"""Operators, host time and host waits of each part of a step under DeepSpeed, on the CPU.
+"""Operator calls and host time of each part of a step under DeepSpeed, counted on the CPU.
 
     python benchmarks/engine_calls.py [--method sum] [--zero 1] [--layers 6] [--precision bf16]
                                       [--no-overflow-check] [--flat] [--graphs]
 
-One process; see fastmtl/bench/step_calls.py. The last lines list the places where the host would
-wait for a GPU.
+The step runs in one process (fastmtl/bench/step_calls.py). The last lines of the output list the
+places in the code where the host would wait for a GPU.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-r"""Malloc's used and free memory, and the resident set, over the steps of a run on a CPU.
+r"""Malloc's used and free memory, and the resident memory, during a training run on a CPU.
 
     python benchmarks/heap_in_use.py train cs224n data.dir=DIR train.max_steps=700 \
         train.epochs=100 --output runs/heap
 
-It shows whether used memory grows. It prints a line after every 50 steps of any `fastmtl train` in
-one process, right after the heap was trimmed. Needs glibc.
+The arguments are those of `fastmtl`; the run must have one process. The script prints a line after
+every 50 steps, right after the heap was trimmed, and so shows if used memory grows. Needs glibc.
 """
 
 from __future__ import annotations

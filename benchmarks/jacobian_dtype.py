@@ -81,7 +81,7 @@ def make_batches(parts: int, seed: int, strong: bool) -> list[PackedBatch]:
 def by_torch(model: MultiTaskModel, batches: list[PackedBatch]) -> Tensor:
     """Return J [T, P] float64 of the shared parameters, one backward pass per task and micro-batch.
 
-    Micro-batches are added in `.grad`.
+    The gradients of micro-batches add up in `.grad`, in the model's dtype.
     """
     rows = []
     for task in TASKS:
@@ -111,7 +111,7 @@ def by_surgery(model: MultiTaskModel, batches: list[PackedBatch], dtype: torch.d
 
 
 def merged(rows: Tensor) -> Tensor:
-    """Return PCGrad pair by pair, in the first step's order."""
+    """Return PCGrad's merged gradient [P] for J `rows` [T, P], in the order of the first step."""
     order, total = draw_order(len(rows), 0, 1).tolist(), torch.zeros_like(rows[0])
     for i, row in enumerate(rows):
         for j in order[i]:

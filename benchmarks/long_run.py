@@ -11,8 +11,8 @@ finished part is not repeated.
 
 Processes are watched from outside, ten times per second. A step's resident memory is the highest
 one (the kernel's VmHWM, reset at each sample) while the step was the newest in metrics.jsonl;
-medians of 50 steps are compared. CPU seconds supplement tokens/s, because on a shared machine only
-CPU seconds show the cost of a step: if tokens/s fall, they decide.
+medians of 50 steps are compared. If tokens/s fall, CPU seconds per step decide, because on a shared
+machine only CPU seconds show the cost of a step.
 
 A run maps large blocks of memory, in huge pages if Linux provides them (fastmtl/measure/heap.py).
 MALLOC_* variables before the command override this.
@@ -49,7 +49,7 @@ def step_lines(run: Path) -> list[dict[str, Any]]:
 
 
 def losses(lines: list[dict[str, Any]], steps: int) -> tuple[dict[str, Any], list[str]]:
-    """Return the losses and complaints. metrics.jsonl has null for a number that is not finite."""
+    """Return a summary of the losses, and complaints; None is a number that is not finite."""
     found = [line["step"] for line in lines]
     bad = [n["step"] for n in lines if n["skipped"] or None in (*n["loss"].values(), n["merged_norm"])]
     complaints = [] if found == list(range(1, steps + 1)) else [f"{len(found)} steps were logged, not 1 to {steps}"]
@@ -59,9 +59,9 @@ def losses(lines: list[dict[str, Any]], steps: int) -> tuple[dict[str, Any], lis
 
 
 def memory(samples: list[dict[str, Any]], steps: int) -> tuple[dict[str, Any], list[str]]:
-    """Return MiB of each rank, and complaints.
+    """Return the resident MiB of each rank, and complaints.
 
-    Memory after the last step (evaluation, saving) is left out, memory between steps is not.
+    Samples after the last step (evaluation, saving) are left out, samples between steps are not.
     """
     highest: dict[int, list[float]] = {}
     for sample in samples:
@@ -174,7 +174,7 @@ class Watched:
 
 
 def highest_resident(pid: int) -> float:
-    """Return the peak MiB since the last sample; 0 for a process that has ended.
+    """Return a process's peak resident MiB since the last sample; 0 if the process has ended.
 
     Samples of the current resident memory would miss the peaks of short steps more often than those
     of long ones.
@@ -185,7 +185,7 @@ def highest_resident(pid: int) -> float:
 
 
 def small_encoder(layers: int, hidden: int, folder: Path) -> Path:
-    """Save a random BERT with MiniLM's tokenizer."""
+    """Save a BERT with random weights and MiniLM's tokenizer in `folder`, and return the folder."""
     import torch
     from transformers import AutoTokenizer, BertConfig, BertModel
 
@@ -204,7 +204,7 @@ def small_encoder(layers: int, hidden: int, folder: Path) -> Path:
 
 
 def make(part: Path, command: list[str], stops: list[int | None]) -> dict[str, Any]:
-    """Run a part from stop to stop (None: its end), or read its saved result."""
+    """Run a part, once up to each of `stops` (None: to its end), or read its saved result."""
     import torch
 
     from fastmtl.measure.environment import environment
@@ -222,7 +222,7 @@ def make(part: Path, command: list[str], stops: list[int | None]) -> dict[str, A
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """Return the rows of a Markdown table."""
+    """Return the results as rows of a Markdown table."""
     loss, mem, fast, resume = found["losses"], found["memory"], found["speed"], found["resumed"]
 
     def row(values: list[float], digits: int) -> str:

@@ -1,12 +1,12 @@
-"""The scale-out model, compared with ranks on a slow loopback.
+"""The traffic that fastmtl/profile/traffic.py predicts, compared with ranks on a slow loopback.
 
     unshare -n python benchmarks/scale_out.py
 
 It runs in a separate network namespace (as root, or by `unshare -rn`), whose only interface is a
 loopback that this script brings up and throttles by `tc`; the host's interfaces stay unchanged.
-Each way runs a few steps at full speed and a few throttled. The loopback is one wire for all ranks,
-so throttling should add the bytes that all ranks send, divided by the rate. The interface counts
-the bytes, including packet headers and acknowledgements.
+Each way runs a few steps at full speed and a few throttled. All ranks share the loopback, so the
+time that throttling adds to a step should be the bytes that all ranks send, divided by the rate.
+The loopback itself counts the bytes, including packet headers and acknowledgements.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TASKS, ROWS, TOKENS = 3, 4, 12
 
 
 def run_rank(arguments: argparse.Namespace) -> None:
-    """Run one of the processes; the first prints a line of JSON for each way."""
+    """Run the benchmark in one rank's process; rank 0 prints a line of JSON for each way."""
     import torch
     import torch.distributed as dist
     from transformers import BertConfig
@@ -69,7 +69,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
         steps.step([batch])  # allocates the optimiser's state
 
         def run(steps: Steps = steps) -> tuple[float, float]:
-            """Return seconds and bytes of a step, by the first rank's clock."""
+            """Return a step's median seconds on this rank, and its mean bytes on the loopback."""
             samples = []
             dist.barrier()
             before = bytes_so_far()
@@ -97,7 +97,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
 def bytes_so_far() -> int:
     """Return the bytes that this namespace's loopback has sent.
 
-    /sys would show the namespace in which it was mounted.
+    They are read from /proc, since /sys shows the namespace in which /sys was mounted.
     """
     lines = Path("/proc/self/net/dev").read_text().splitlines()
     (counters,) = (line.partition(":")[2].split() for line in lines if line.strip().startswith("lo:"))
@@ -148,7 +148,7 @@ def main() -> None:
 
 
 def in_namespace(parser: argparse.ArgumentParser, ranks: int, run: Callable[[], None]) -> int:
-    """Run this script once for each rank, where it calls `run`; return the largest exit code."""
+    """Start this script once per rank and return the largest exit code; in a rank, call `run`."""
     if "RANK" in os.environ:
         run()
         return 0

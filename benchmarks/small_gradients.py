@@ -2,8 +2,8 @@
 
     python benchmarks/small_gradients.py cuda
 
-Sizes end inside a vector, a step and a piece of the kernels; tensors are aligned to 16 bytes or
-not.
+The sizes are not multiples of the kernels' vectors, loop steps and pieces, so out-of-range accesses
+would show. Tensors are aligned to 16 bytes in half of the cases.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastmtl_kernels import combine, gramian, implementations
 from fastmtl_kernels.task_gradients import reference
 
 SIZES = ([1], [4_096], [40_001])
-SEVERAL = [63, 4_096, 5, 1, 20_003]  # sizes of a list of tensors
+SEVERAL = [63, 4_096, 5, 1, 20_003]  # a task's gradient as a list of five tensors
 
 
 def main(device: str) -> None:

@@ -1,10 +1,10 @@
-"""The end of a PCGrad step, after the weights, on one CPU thread.
+"""Time of the end of a PCGrad step, once the task weights are known, on one CPU thread.
 
     python benchmarks/surgery_adamw.py
 
-`SurgeryAdamW` merges, clips and updates at once. It is compared with the merged gradient,
+`SurgeryAdamW` merges, clips and updates in one pass. It is compared with three passes: merging,
 clip_grad_norm_ and torch's fused AdamW. MiniLM's parameters, three tasks of 909 tokens, float32,
-CPU seconds of interleaved rounds.
+median CPU seconds of interleaved rounds.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from fastmtl.surgery.sinks.stack import StackSink
 from fastmtl.surgery.targets.adamw import SurgeryAdamW, TaskUpdate
 
 TASKS, TOKENS, VOCABULARY = 3, 909, 30522
-# Norm of the merged gradient, as from the Gramian; its value does not change the time.
+# A made-up norm of the merged gradient; its value does not change the time.
 NORM = 1e4
 
 
 def parameters(hidden: int, layers: int) -> list[nn.Parameter]:
-    """Return BERT's parameters without the pooler; the table of words comes first."""
+    """Return BERT's parameters without the pooler; the word embedding table comes first."""
     wide, square, column = 4 * hidden, (hidden, hidden), (hidden,)
     layer = [*(4 * [square, column]), (wide, hidden), (wide,), (hidden, wide), *(5 * [column])]
     shapes = [(VOCABULARY, hidden), (512, hidden), (2, hidden), column, column, *(layers * layer)]

@@ -4,7 +4,7 @@ They are two libraries, so that a problem with CUDA cannot affect the C++ kernel
 time nor at load time. The C++ library is an ordinary torch extension. The CUDA library is a single
 call of nvcc, whose failure is caught and reported. A library that is not built is replaced by a
 text file (_C.txt, _CUDA.txt) with the reason. pip shows no output of a successful build, so
-`fastmtl doctor` reads the reason from there, even if the compiler is gone or on another machine.
+`fastmtl doctor` prints the text of that file, even if the build ran on another machine.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from cuda_toolkit import LeftOut, Toolkit, find_toolkit, run
 OLDEST_TORCH = "2.11"
 TORCH_TARGET_VERSION = "0x020b000000000000"
 FLAGS = ["-O3", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
-# Without errno, a square root is one instruction for several lanes.
+# Without errno, the compiler can compute several square roots by one vector instruction.
 CXX_FLAGS = [*FLAGS, "-g0", "-Wno-psabi", "-fno-math-errno"]
 NVCC_FLAGS = [
     *FLAGS,
     "-std=c++20",
-    # Torch's own flags: only its types convert.
+    # As torch builds its own kernels: c10's 16-bit types have operators, CUDA's have none.
     "-D__CUDA_NO_HALF_OPERATORS__",
     "-D__CUDA_NO_HALF_CONVERSIONS__",
     "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
     "-D__CUDA_NO_HALF2_OPERATORS__",
     "--expt-relaxed-constexpr",
 ]
-# A100 and H100; PTX serves newer GPUs. Torch's TORCH_CUDA_ARCH_LIST overrides this.
+# A100 and H100, and PTX for newer GPUs. The variable TORCH_CUDA_ARCH_LIST overrides this.
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 BUILDS = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install"}
 
 
 def native_extension() -> dict[str, Any]:
-    """Return setup()'s arguments that build the kernels, or that write the reason for no build."""
+    """Return arguments for setup() that build the kernels, or save the reason for not building."""
     try:
         check_cpp(os.environ)
     except LeftOut as reason:
@@ -136,7 +136,10 @@ def cuda_architectures(architectures: str) -> list[str]:
 
 
 def wheel_of(torch_cuda: str | None, home: Path) -> Path | None:
-    """Return the folder of NVIDIA's packages beside torch that has cudart, or None."""
+    """Return the folder with CUDA's runtime that pip has installed beside torch, or None.
+
+    home: torch's own folder.
+    """
     major = (torch_cuda or "").split(".")[0]
     folders = [home.parent / "nvidia" / name for name in (f"cu{major}", "cuda_runtime")]
     return next((folder for folder in folders if list((folder / "lib").glob("libcudart.so.*"))), None)
@@ -145,9 +148,9 @@ def wheel_of(torch_cuda: str | None, home: Path) -> Path | None:
 def compile_cuda(
     toolkit: Toolkit, home: Path, sources: list[str], library: Path, environment: Mapping[str, str]
 ) -> None:
-    """Compile and link the CUDA kernels against torch's headers and libraries in `home`.
+    """Compile `sources` with torch's headers in `home` and link them with its libraries.
 
-    Raises LeftOut.
+    library: the file to write. Raises LeftOut if nvcc fails.
     """
     command = [toolkit.nvcc, "-shared", "-Xcompiler=-fPIC,-g0", *NVCC_FLAGS, "-isystem", str(home / "include")]
     link = [f"-L{home / 'lib'}", "-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_cuda"]
@@ -159,7 +162,10 @@ def compile_cuda(
 
 
 def leave_out(folder: Path, library: str, kernels: str, reason: str) -> None:
-    """Print the reason for missing kernels, save it, and remove older builds."""
+    """Print the reason for missing kernels, save it in `folder`, and remove older builds.
+
+    library: "_C" or "_CUDA". kernels: "C++" or "CUDA".
+    """
     say(f"building without the {kernels} kernels: {reason}")
     for path in folder.glob(f"{library}.*so"):
         path.unlink()
@@ -167,7 +173,7 @@ def leave_out(folder: Path, library: str, kernels: str, reason: str) -> None:
 
 
 def say(line: str) -> None:
-    """Print during builds only: pip also runs setup.py for the metadata."""
+    """Print a line during a build; nothing while pip runs setup.py only for the metadata."""
     if BUILDS & set(sys.argv):
         print(f"fastmtl: {line}.")
 
@@ -178,7 +184,7 @@ def _built(folder: Path, library: str) -> None:
 
 def _without_cpp(reason: str) -> dict[str, Any]:
     class LeaveReason(build_py):
-        """Save the reason beside the package's files, or in the checkout if it is editable."""
+        """Save the reason beside the package's files (in the checkout, for an editable install)."""
 
         def run(self) -> None:
             super().run()

@@ -1,9 +1,9 @@
 """Check the links of every Markdown page in this checkout: python tools/check_links.py [folder]
 
-The target of a relative link is a file or folder that git does not ignore. An anchor is a
-heading of the page, as GitHub names it, or an HTML id; in other files it is a line such as #L10.
-A source file that a page names in backquotes, by its path from a folder of the checkout, exists.
-Links to other sites are not followed. Each broken link is a line `file:line: reason`.
+The target of a relative link must be a file or folder that git does not ignore. An anchor must be
+a heading of the page, as GitHub names it, or an HTML id; in other files, a line such as #L10. A
+source file that a page names in backquotes, by its path in the checkout, must exist. Links to other
+sites are not followed. For each broken link, a line `file:line: reason` is printed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
 
 
 def broken_links(folder: Path, page: str, names: set[str]) -> Iterator[tuple[int, str]]:
-    """Yield the line and the reason of each broken link of a page; names lists folder's files."""
+    """Yield line number and reason for each broken link of a page. names: the files in `folder`."""
     folders = {str(parent) for name in names for parent in Path(name).parents}
     for line, link in read_page(folder / page).links:
         target, anchor = target_of(page, link)
@@ -71,7 +71,7 @@ def is_relative(link: str) -> bool:
 
 
 def target_of(page: str, link: str) -> tuple[str, str]:
-    """Return the path in the checkout and the anchor that a relative link of page leads to."""
+    """Return the path in the checkout, and the anchor, to which a relative link of `page` leads."""
     parts = urlsplit(link)
     path = posixpath.join(posixpath.dirname(page), unquote(parts.path)) if parts.path else page
     return posixpath.normpath(path), unquote(parts.fragment)
@@ -126,7 +126,7 @@ def add_html(page: Page, row: int, content: str) -> None:
 
 
 def github_slug(heading: list[Token]) -> str:
-    """Return the anchor that GitHub gives a heading, before a number for its repetition."""
+    """Return the anchor that GitHub gives a heading, without the number of a repeated heading."""
     text = "".join(token.content for token in heading if token.type in ("text", "code_inline"))
     return re.sub(r"[^\w\- ]", "", text.lower()).strip().replace(" ", "-")
 

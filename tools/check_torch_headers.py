@@ -2,10 +2,10 @@
 
     python tools/check_torch_headers.py 2.11.0 newest
 
-The headers come from the wheel for macOS on arm64, which has all headers that csrc/ includes,
-CUDA's too, at a tenth of the size. pip downloads it once, and the headers stay in
-.cache/torch-headers. csrc/*.cu need nvcc; without it the output says so, and only the C++ files are
-compiled.
+The headers come from torch's wheel for macOS on arm64: it has all headers of torch that csrc/
+includes, also those for CUDA, and a tenth of the size of a CUDA wheel. pip downloads the wheel
+once, and the headers stay in .cache/torch-headers. Without nvcc, only the C++ files are compiled,
+and the output says so.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(versions: list[str]) -> None:
 
 
 def exact(version: str) -> str:
-    """Return the version; for `newest`, the one that pip would install."""
+    """Return `version`; for "newest", the version that pip would install."""
     if version != "newest":
         return version
     found = json.loads(pip("install", "--dry-run", "--quiet", "--report=-", "--target=unused", *WHEEL, "torch"))
@@ -80,9 +80,9 @@ def sources(with_cuda: bool) -> list[Path]:
 
 
 def command(source: Path, include: Path) -> list[str]:
-    """Return the command that compiles without a result.
+    """Return the command that compiles `source` and discards the object file.
 
-    Optimisation is off, because errors in headers are found before it.
+    Optimisation is off, to save time: the compiler finds errors in headers before it optimises.
     """
     if source.suffix == ".cu":
         return ["nvcc", "-c", "-arch=sm_80", *NVCC_FLAGS, "-isystem", str(include), str(source), "-o", os.devnull]

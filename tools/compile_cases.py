@@ -1,10 +1,10 @@
 """Calls on meta tensors whose Triton kernels docs/compile-table.md lists.
 
-The launchers choose blocks, warps and stages, and the calls reach each of these choices. Each
-block shape gets one size, or more if models in use need more: the widths of BERTs from tiny to
-large, their head sizes and those of projected attention layers, ranks up to the largest. The
-optional parts of a kernel are all off, all on, and for one model one at a time. float16 shares the
-choices of bfloat16, so it gets fewer sizes.
+The launchers choose blocks, warps and stages; the calls here lead to each of their choices. Each
+block shape is called with one size, or with several if models in use have several: the widths of
+BERTs from tiny to large, their head sizes and those of projected attention layers, ranks up to the
+largest. The optional parts of a kernel are called all off and all on, and for one width also one at
+a time. float16 shares the choices of bfloat16, so it has fewer sizes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HEAD_DIMS = {
     torch.float32: (11, 16, 17, 32, 34, 64),
     torch.float16: (34, 64, 128),
 }
-# One rank for each padded size.
+# One rank for each size to which the kernels pad ranks.
 RANKS = {dtype: [2**n for n in range(4, 20) if 2**n <= widest] for dtype, widest in MAX_RANK.items()}
 ROWS = 8192
 SEQUENCES = 96
@@ -76,7 +76,7 @@ def add_layer_norm() -> None:
 
 
 def add_layer_norm_in_part() -> None:
-    """Backward where parameters or x want no gradient, or x has another dtype than the residual."""
+    """Call backward without gradients of x or parameters, or with x in a dtype of its own."""
     for dtype, width in ((torch.bfloat16, 384), (torch.bfloat16, 1024), (torch.float32, 1024)):
         rows, column, numbers = (
             meta(ROWS, width, dtype=dtype),
@@ -120,7 +120,10 @@ def pool() -> None:
 
 
 def gradients() -> None:
-    """1 to 8, 16 and 64 tasks, every alignment, results in J's dtype and float32, int64 sizes."""
+    """Call combine and gramian for 1 to 64 tasks, with every alignment, and sizes beyond int32.
+
+    combine writes results in J's dtype and in float32.
+    """
     cases = list(itertools.product((*range(1, 9), 16, 64), (1 << 20,), (torch.float32, torch.bfloat16)))
     cases += [(3, 999_999, dtype) for dtype in DTYPES] + [(3, 2**31 + 8, torch.bfloat16), (8, 1 << 20, torch.float16)]
     for num_tasks, size, dtype in cases:
@@ -132,7 +135,10 @@ def gradients() -> None:
 
 
 def combined_adamw() -> None:
-    """1 task (parameters of its own), 3 and 16; with a 16-bit copy and without; a table."""
+    """Call combined_adamw for 1, 3 and 16 tasks, with and without a 16-bit copy, and for a table.
+
+    1 task stands for parameters that have no task gradients.
+    """
     cases: list[tuple[int, torch.dtype, torch.dtype | None]] = [(n, torch.float32, None) for n in (1, 3, 16)]
     cases += [(3, torch.bfloat16, None), (3, torch.float16, torch.float16), (3, torch.bfloat16, torch.bfloat16)]
     for num_tasks, dtype, copied in cases:
@@ -165,7 +171,7 @@ def attention() -> None:
 
 
 def _attention(dtype: torch.dtype, num_heads: int, head_dim: int, rate: float) -> None:
-    """A batch with short and long sequences."""
+    """Run forward and backward on a batch with a short and a long sequence."""
     plan = AttentionPlan.make([0, 20, 200], 208, "meta")
     qkv = meta(208, 3, num_heads, head_dim, dtype=dtype)
     drawn = seed() if rate else None
@@ -174,9 +180,9 @@ def _attention(dtype: torch.dtype, num_heads: int, head_dim: int, rate: float) -
 
 
 def low_rank() -> None:
-    """Both maps of low_rank and lora: with and without biases, activation and dropout.
+    """Call the two maps of low_rank and lora with and without biases, activation and dropout.
 
-    Some ranks fill their padded size, others do not.
+    Some ranks need padding, others do not.
     """
     for dtype in (torch.float32, torch.bfloat16):
         for rank in RANKS[dtype]:
@@ -193,13 +199,13 @@ def low_rank() -> None:
 
 
 def low_rank_of_many_tasks() -> None:
-    """Task counts up to 200; a kernel reads the offsets of all tasks at once."""
+    """Call the maps for up to 200 tasks, since a kernel reads the offsets of all tasks at once."""
     for count, rank in ((1, 16), (40, 16), (200, 16), (200, MAX_RANK[torch.bfloat16])):
         _maps(torch.bfloat16, 768, rank, 768, middle="gelu", rate=0.1, num_tasks=count)
 
 
 def low_rank_in_part() -> None:
-    """No backward, frozen parameters, and weights stored in the order of the product."""
+    """Call the maps without backward, without a gradient of x, and with weights not transposed."""
     for rank in (16, MAX_RANK[torch.bfloat16]):
         _maps(torch.bfloat16, 768, rank, 768, saves=False)
         _maps(torch.bfloat16, 768, rank, 768, wants=Wants(False, True, True, True, True))
@@ -207,7 +213,10 @@ def low_rank_in_part() -> None:
 
 
 def pal() -> None:
-    """The maps of pal: down, to queries, keys and values, and up; `attention` has the rest."""
+    """Call the maps of pal: down, to queries, keys and values, and up.
+
+    `attention` covers the attention between them.
+    """
     sizes = [(torch.bfloat16, size) for size in (12, 24, 48, 96, 204)]
     sizes += [(torch.float32, size) for size in (12, 24, 48)]
     for dtype, size in (*sizes, (torch.float16, 204)):
@@ -233,9 +242,10 @@ def _maps(
     wants: Wants | None = None,
     transposed: bool = True,
 ) -> None:
-    """Run forward and backward.
+    """Run forward and backward of two maps, d_in to rank to d_out.
 
     d_in: None leaves out the first map. transposed: store weights as torch's linear layers do.
+    saves: False for a forward without backward.
     """
 
     def weight(rows: int, columns: int) -> Tensor:

@@ -1,10 +1,10 @@
 """Compile the kernels for A100 and H100, without a GPU, and write docs/compile-table.md.
 
 `make compile-table` runs this script. It compiles every Triton configuration that the launchers
-choose for the calls in compile_cases.py, and every CUDA kernel in csrc/*.cu. Results of Triton are
-cached in .cache/compile-table by the digest of a kernel's sources and Triton's version, so only
-changed kernels are compiled again. With --older, and an older Triton first on the path, the script
-writes docs/compile-table-triton-3.6.md, which has Triton's kernels alone.
+choose for the calls in compile_cases.py, and every CUDA kernel in csrc/*.cu. The results for Triton
+kernels are cached in .cache/compile-table by a kernel's sources and Triton's version, so only
+changed kernels are compiled again. With --older, and an older Triton first on PYTHONPATH, the
+script writes docs/compile-table-triton-3.6.md, which has only the Triton kernels.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ Compiled by Triton {version}{and_nvcc}.
 Triton {of_other}.
 """
 
-# The launches, their cache files and the capability; forked children read them.
+# Launches, their cache files and the capability: global, so that forked processes have them.
 _work: tuple[list[Any], list[Path], int]
 
 
 @dataclass(frozen=True)
 class Line:
-    """One configuration of a kernel.
+    """One row of the table: a configuration of a kernel.
 
     dots: matrix products in the source. numbers: for each capability the registers, spilled bytes,
     bytes of shared memory and tensor-core instructions.
@@ -69,7 +69,7 @@ class Line:
 
 
 def digest(path: Path) -> str:
-    """Return the digest of a file; of Python only the code counts, so that prose may change."""
+    """Return the digest of a file; that of a Python file ignores docstrings and comments."""
     text = path.read_text()
     return hashlib.sha256((_code(text) if path.suffix == ".py" else text).encode()).hexdigest()[:16]
 
@@ -90,7 +90,7 @@ def _code(text: str) -> str:
 
 
 def source_files(root: Path = ROOT, *, cuda: bool = True) -> list[Path]:
-    """Return the sources of the table: Triton and CUDA kernels, their constants, and the calls."""
+    """Return the files on which the table depends: kernels, their constants, and the calls."""
     kernels = root / "kernels" / "fastmtl_kernels"
     triton = [path for path in kernels.rglob("*.py") if re.search(r"^import triton$", path.read_text(), re.MULTILINE)]
     also = [kernels / "varlen_attention" / "plan.py", root / "tools" / "compile_cases.py"]
@@ -99,7 +99,7 @@ def source_files(root: Path = ROOT, *, cuda: bool = True) -> list[Path]:
 
 
 def read(text: str) -> tuple[dict[str, str], dict[str, list[Line]]]:
-    """Return the digest of each source file, and the lines of each file with kernels."""
+    """Parse a page: return the digest of each source file, and the lines of each kernels' file."""
     digests = dict(re.findall(r"^\| `([^`]+)` \| `([0-9a-f]{16})` \|$", text, re.MULTILINE))
     sections = {}
     for section in text.split("\n## `")[1:]:
@@ -126,7 +126,7 @@ def stale(digests: dict[str, str], root: Path = ROOT, *, cuda: bool = True) -> l
 
 
 def page(digests: dict[str, str], sections: dict[str, list[Line]], version: str, *, older: bool) -> str:
-    """Return the text of the page; version is that of Triton."""
+    """Return the text of the page. version: Triton's. older: the page for the older Triton."""
     names = {"a100": SHARED[80], "h100": SHARED[90], "version": version}
     if older:
         names |= {"kernels": "Triton's kernels", "and_cuda": "", "and_nvcc": ""}
@@ -189,7 +189,7 @@ def main() -> None:
 
 
 def triton_sections(cache: Path, jobs: int) -> dict[str, list[Line]]:
-    """Compile the Triton kernels and return the lines of each file that has some."""
+    """Compile the Triton kernels and return the table's lines for each file of kernels."""
     import compile_cases
     import triton_aot
 
@@ -208,7 +208,7 @@ def triton_sections(cache: Path, jobs: int) -> dict[str, list[Line]]:
 
 
 def _reports(launches: list[Any], capability: int, cache: Path, jobs: int) -> Iterator[dict[str, Any]]:
-    """Yield the report of triton_aot.describe for each launch, in order."""
+    """Yield the result of triton_aot.describe for each launch, in order; compile missing ones."""
     import triton
 
     paths = [
@@ -269,7 +269,7 @@ def _line(reports: dict[int, dict[str, Any]]) -> Line:
 
 
 def _shortened(lines: list[Line]) -> list[Line]:
-    """Drop the types of arguments, in brackets, that no two lines need to differ."""
+    """Keep only those types of arguments, in brackets, that distinguish a line from another."""
     split = [re.fullmatch(r"(.*) \[(.*)\]", line.configuration) for line in lines]
     short = [(line.kernel, line.types, match[1]) for line, match in zip(lines, split, strict=True) if match]
     kinds = [set(match[2].split()) for match in split if match]
@@ -289,7 +289,7 @@ def _natural(text: str) -> list[tuple[int, str]]:
 def cuda_sections(
     digests: dict[str, str], old_digests: dict[str, str], old_sections: dict[str, list[Line]]
 ) -> dict[str, list[Line]]:
-    """Compile the CUDA kernels; without nvcc, keep the old lines if csrc has not changed."""
+    """Compile the CUDA kernels; without nvcc, return the old page's lines if csrc is unchanged."""
     import nvcc_aot
 
     reason = nvcc_aot.why_no_nvcc()
@@ -311,7 +311,7 @@ def cuda_sections(
 
 
 def _cuda_line(mangled: str, of_capabilities: dict[int, dict[str, int]]) -> Line:
-    """Return the line of a kernel in an unnamed namespace; its template arguments are numbers."""
+    """Return the line of a CUDA kernel. mangled: a name whose template arguments are numbers."""
     (kernel, arguments) = re.findall(r"\d([a-z_]+_kernel)((?:I(?:Li\d+E)+)?)", mangled)[0]
     configuration = " ".join(re.findall(r"Li(\d+)E", arguments))
     (threads,) = re.findall(r"kThreads = (\d+);", (ROOT / "csrc" / "gradients_kernels.cuh").read_text())

@@ -1,8 +1,9 @@
 """Find the nvcc that builds the CUDA kernels for an installed torch, and check that it can link.
 
 setup.py imports this module before anything is installed, so it needs only the standard library.
-nvcc is always called by the path that was found: it finds its own toolkit, even if the path is a
-wrapper script. The folder above a wrapper, which torch takes for CUDA_HOME, has no toolkit.
+nvcc is always called by the path that was found, even if this is a wrapper script: nvcc itself
+finds its toolkit. torch instead takes the folder above nvcc for CUDA_HOME, but the folder above a
+wrapper has no toolkit.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 USUAL = Path("/usr/local/cuda")
 ERROR_LINE = re.compile(r"error|fatal|cannot find|undefined reference|not found", re.IGNORECASE)
-# All CUDA headers of csrc/*.cu, a kernel, a launch and a call of the runtime.
+# A program that includes all CUDA headers of csrc/*.cu, launches a kernel and calls the runtime.
 PROBE = """
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -36,7 +37,7 @@ class LeftOut(Exception):
 
 @dataclass(frozen=True)
 class Toolkit:
-    """A checked nvcc: the command, and the options for every call."""
+    """An nvcc that has built a program: its path, its release, and the options for every call."""
 
     nvcc: str
     release: str
@@ -111,7 +112,10 @@ def host_compiler(environment: Mapping[str, str]) -> list[str]:
 
 
 def _chosen(environment: Mapping[str, str]) -> str | None:
-    """Return the variable that names the user's toolkit; torch reads the same two in this order."""
+    """Return the name of the variable with which the user chose a toolkit, None if there is none.
+
+    torch reads the same two variables in this order.
+    """
     return next((name for name in ("CUDA_HOME", "CUDA_PATH") if environment.get(name)), None)
 
 
@@ -170,7 +174,11 @@ def _asked(nvcc: str, option: str, environment: Mapping[str, str]) -> str:
 
 
 def _runtime_of(wheel: Path, scratch: Path) -> tuple[str, ...]:
-    """Return options for torch's own headers and cudart, under the name that linkers expect."""
+    """Return nvcc's options for the headers and the cudart beside torch's wheel.
+
+    The library's name there ends in a version, so `scratch` gets a link with the name that linkers
+    expect.
+    """
     link = scratch / "libcudart.so"
     if not link.is_symlink():
         link.symlink_to(sorted((wheel / "lib").glob("libcudart.so.*"))[0])
@@ -178,7 +186,7 @@ def _runtime_of(wheel: Path, scratch: Path) -> tuple[str, ...]:
 
 
 def _place(nvcc: str, environment: Mapping[str, str]) -> str:
-    """Return the toolkit that nvcc uses, for the message: behind a wrapper it is hard to find."""
+    """Return a text with nvcc's toolkit, for error messages: a wrapper's path does not show it."""
     try:
         done = subprocess.run(
             [nvcc, "--dryrun", "probe.cu"], env=dict(environment), capture_output=True, text=True, timeout=60

@@ -63,7 +63,7 @@ def write(file: Path, text: str) -> None:
 
 
 def navigation() -> str:
-    """Return the Markdown that groups the pages in Sphinx."""
+    """Return the Markdown with which Sphinx groups the pages in its navigation, as NAV says."""
     return "".join(
         "\n\n```{toctree}\n:hidden:\n:glob:\n:caption: " + caption + "\n\n" + "\n".join(pages) + "\n```\n"
         for caption, pages in NAV.items()
@@ -71,7 +71,7 @@ def navigation() -> str:
 
 
 def site_links(page: str, markdown: str) -> tuple[str, set[str]]:
-    """Return a page's Markdown with links for the site, and the targets of the links."""
+    """Return a page's Markdown with links for the site, and the files and folders linked to."""
     here = posixpath.dirname(site_path(page))
     targets: set[str] = set()
 

@@ -1,4 +1,4 @@
-"""Write the demo corpus fastmtl/data/demo/<task>-<split>.csv, the same bytes in every run.
+"""Write the demo corpus, fastmtl/data/demo/<task>-<split>.csv. Every run writes the same bytes.
 
 Usage: python tools/make_demo_corpus.py [DIR]
 
@@ -120,7 +120,7 @@ STATEMENTS = {
 
 
 def sentiment(draw: random.Random, split: str) -> tuple[int, tuple[str, ...], str]:
-    """Return (template, texts, label)."""
+    """Draw one row: return the number of its template, its text, and its label from 0 to 4."""
     template = draw.randrange(len(SENTIMENT[split]))
     label = draw.randrange(5)
     other = draw.choice([grade for grade in range(5) if grade != label])
@@ -132,9 +132,10 @@ def sentiment(draw: random.Random, split: str) -> tuple[int, tuple[str, ...], st
 
 
 def paraphrase(draw: random.Random, split: str) -> tuple[int, tuple[str, ...], str]:
-    """Return a pair of texts; half of the pairs have the same meaning in other words.
+    """Draw one row: return the number of its templates, both texts, and label 1.0 or 0.0.
 
-    The others also change one or two parts, or swap subject and object.
+    Half of the pairs have the same meaning in other words (1.0). In the others, one or two parts
+    differ, or subject and object are swapped.
     """
     first, second = draw.sample(range(len(CLAIMS[split])), 2)
     one, two = draw.sample(PEOPLE, 2)
@@ -152,10 +153,10 @@ def paraphrase(draw: random.Random, split: str) -> tuple[int, tuple[str, ...], s
 
 
 def similarity(draw: random.Random, split: str) -> tuple[int, tuple[str, ...], str]:
-    """Return a pair of texts with its score.
+    """Draw one row: return the number of its templates, both texts, and their score.
 
-    The score is 5 for the same statement in other words, less 1.25 for each of its four parts that
-    differs.
+    The score is 5 for the same statement in other words, less 1.25 for each of the statement's four
+    parts that differs.
     """
     first, second = draw.randrange(len(STATEMENTS[split])), draw.randrange(len(STATEMENTS[split]))
     pools = {"a": PEOPLE, "v": ACTIONS, "o": OBJECTS, "p": PLACES}
@@ -188,7 +189,7 @@ TASKS: dict[str, tuple[Callable[..., tuple[int, tuple[str, ...], str]], str]] = 
 
 
 def make(directory: Path) -> None:
-    """Write the six files."""
+    """Write the train and the dev file of each of the three tasks into `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     for task, (draw_row, header) in TASKS.items():
         seen: set[str] = set()

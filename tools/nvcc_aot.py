@@ -1,4 +1,4 @@
-"""Compile csrc/*.cu to device code with nvcc and read the assembler's report of each kernel.
+"""Compile csrc/*.cu to device code with nvcc, and read the registers and memory of each kernel.
 
 No GPU is needed.
 """
@@ -33,9 +33,9 @@ def why_no_nvcc() -> str:
 def compile_source(source: Path, capability: int) -> dict[str, dict[str, int]]:
     """Return {kernel: bytes spilled, registers, bytes of static shared memory} for a source.
 
-    A kernel's key is its mangled name without the unnamed namespace. Only device code is generated;
-    the host part is still checked, in half the time. Raises RuntimeError with nvcc's output if the
-    file does not compile.
+    A kernel's key is its mangled name without the unnamed namespace. Only device code is generated,
+    in half the time of a full compilation, but errors in host code are found, too. Raises
+    RuntimeError with nvcc's output if the file does not compile.
     """
     import torch
 
@@ -59,7 +59,7 @@ def compile_source(source: Path, capability: int) -> dict[str, dict[str, int]]:
 
 
 def _resources(report: str) -> dict[str, dict[str, int]]:
-    """Parse the output of ptxas -v."""
+    """Return the result of `compile_source` from the output of ptxas -v."""
     found = {}
     for part in report.split("Compiling entry function ")[1:]:
         shared = re.search(r"(\d+) bytes smem", part)

@@ -1,8 +1,8 @@
 """Compile the Triton kernels that a function launches, for a GPU that need not be present.
 
 Usage: triton_aot.py FILE FUNCTION CAPABILITY, with the capability as 80 or 90. The script calls the
-function of a Python file, with Triton's launches replaced by compilation, so that the launchers
-choose types, alignment and constants. Tensors may be on the CPU or meta; nothing is computed. One
+function of a Python file. Each launch in it only compiles its kernel, for the types, alignment and
+constants that the launcher has chosen. Tensors may be on the CPU or meta; nothing is computed. One
 JSON object per kernel is printed. The fixture in tests/kernels/conftest.py reads these objects;
 compile_table.py imports this module.
 """
@@ -41,7 +41,7 @@ class AbsentGpu:
         return self.target
 
     def get_current_device(self) -> int:
-        """Return one device per capability: Triton caches the target of a device."""
+        """Return a separate device number for each capability: Triton caches a device's target."""
         return self.target.arch
 
     def get_current_stream(self, device: int) -> int:
@@ -49,9 +49,9 @@ class AbsentGpu:
 
 
 class Launch(NamedTuple):
-    """A call of a kernel.
+    """A call of a kernel with its arguments.
 
-    digest: covers everything that decides the machine code, except Triton's version and the target.
+    digest: hash of everything that decides the machine code, except Triton's version and the GPU.
     """
 
     kernel: JITFunction
@@ -67,7 +67,8 @@ class Launch(NamedTuple):
 def code(kernel: JITFunction) -> str:
     """Return the code of a kernel, the functions it calls and their constants, without docstrings.
 
-    Triton's cache key also has line numbers: a changed comment would compile everything again.
+    Triton's own cache key includes line numbers, so even a changed comment would compile everything
+    again.
     """
     found: dict[str, str] = {}
 
@@ -93,9 +94,9 @@ def code(kernel: JITFunction) -> str:
 
 
 def launches(function: Callable[[], object], capability: int) -> list[Launch]:
-    """Return the launches of a function that need different kernels, without compiling any.
+    """Call `function` and return one launch for each different kernel that it needs.
 
-    capability: the one that launchers get when they ask Triton for its target.
+    Nothing is compiled. capability: that of the GPU which Triton reports to the launchers.
     """
     found: dict[str, Launch] = {}
 
@@ -126,7 +127,10 @@ def notation(kind: Any, path: tuple[int, ...], attrs: dict[tuple[int, ...], Any]
 
 
 def describe(kernel: Any) -> dict[str, Any]:
-    """Return the fields of Compiled in tests/kernels/conftest.py."""
+    """Return types, constants and resources of a compiled kernel.
+
+    The keys are the fields of Compiled in tests/kernels/conftest.py.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
