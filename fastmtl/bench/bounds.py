@@ -26,7 +26,7 @@ ADAPTERS = {"pal": 0.10, "low_rank": 0.04}  # most extra time, relative to a ste
 
 
 def bounds(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a dict with what, measured, bound and holds for each target that was measured.
+    """Return a list with one dict for each measured target: what, measured, bound, holds.
 
     result: may contain "step", "step-compiled", "graphs", "kernels" and "adapters", as their
     benchmarks return them, complete or not; "surgery", "engine" and "profile", lists of such

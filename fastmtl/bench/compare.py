@@ -17,10 +17,10 @@ SETTINGS = ("benchmark", "shape", "precision", "tasks", "tokens", "dropout", "sw
 class Change(NamedTuple):
     """The old and the new time of one measured step or operation.
 
-    name: the keys that lead to it in the result. old_s, new_s: medians in seconds. ratio: new_s /
-    old_s. noise: the spreads of both added; a spread is the difference between the 80 % and the 20
-    % quantile, divided by the median. verdict: "slower" or "faster" if the intervals between these
-    quantiles do not overlap, else "".
+    name: made of the keys that lead to the time in the result. old_s, new_s: medians in seconds.
+    ratio: new_s / old_s. noise: the sum of both spreads; a spread is the difference between the 80
+    % and the 20 % quantile, divided by the median. verdict: "slower" or "faster" if the intervals
+    between these quantiles do not overlap, else "".
     """
 
     name: str
@@ -71,7 +71,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
 
 
 def times(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (name, summary of samples) for each measured time; the name joins the keys to it."""
+    """Yield (name, summary) for each measured time; a name is made of the keys that lead to it."""
     for key in ("operations", "variants", "steps", "points", "peers", "ways"):
         yield from _times("", result.get(key, {}))
 

@@ -1,9 +1,9 @@
-"""Benchmark of whole DeepSpeed steps in one process, also with flat parameters and CUDA graphs.
+"""Benchmark of whole DeepSpeed steps, with and without flat parameters and CUDA graphs.
 
-A step is the same as in training: forward, backward, surgery, and the step of DeepSpeed's ZeRO 1,
-which reduces and clips the gradients and runs AdamW. The host waits for the device inside a step,
-and this time counts. So the host's clock measures several steps in a row, with one synchronisation
-at the end.
+All steps run in this process. A step is the same as in training: forward, backward, surgery, and
+the step of DeepSpeed's ZeRO 1, which reduces and clips the gradients and runs AdamW. The host waits
+for the device inside a step, and this time counts. So the host's clock measures several steps in a
+row, with one synchronisation at the end.
 """
 
 from __future__ import annotations

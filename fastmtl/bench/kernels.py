@@ -138,7 +138,7 @@ def forward_and_backward(chain: Chain) -> None:
 
 
 def check_impls(impls: Sequence[str], size: Size, operations: Sequence[str]) -> None:
-    """Raise UserError for a word of `impls` that is in no name of an implementation."""
+    """Raise UserError if a word of `impls` is in no implementation's name."""
     names = way_names(operations, size)
     valid = names | {word for name in names if name.startswith("fastmtl ") for word in name.split()}
     for impl in impls:
@@ -147,7 +147,7 @@ def check_impls(impls: Sequence[str], size: Size, operations: Sequence[str]) -> 
 
 
 def way_names(operations: Sequence[str], size: Size) -> set[str]:
-    """Return the names of all implementations of these operations on the device."""
+    """Return the names of all implementations of these operations on the size's device."""
     tiny = dataclasses.replace(size, shape=ops.TINY, tokens=None)
     return {way.name for operation in operations for case in ops.cases(operation, tiny) for way in case.ways}
 

@@ -1,4 +1,4 @@
-"""Figures of benchmark results as SVG files: a roofline for kernels, bars for steps, and lines."""
+"""Figures of benchmarks as SVG files: a roofline for kernels, bars for steps, lines for sweeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks that a step runs as CUDA graphs, so that a step that fell back is not measured as one."""
+"""Checks that a step runs as CUDA graphs: one that fell back to eager code is not measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STEPS_TO_RECORD = 2
 
 
 def not_recorded(model: MultiTaskModel, surgery: GradientSurgery | None = None) -> list[str]:
-    """Return the reasons why encoder, heads or merging run without CUDA graphs; [] if none does.
+    """Return why encoder, heads or merging run without CUDA graphs; [] if all are recorded.
 
     Call this after STEPS_TO_RECORD steps. surgery: the object that the steps use; None if autograd
     sums the gradients.

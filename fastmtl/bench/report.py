@@ -27,7 +27,8 @@ TEXTS = ("step", "variant", "operation", "impl", "dtype", "what", "verdict")
 def progress() -> Iterator[Say]:
     """Yield a function that shows a progress message.
 
-    On a terminal each message replaces the one before. Elsewhere each is a line with its time.
+    On a terminal each message replaces the one before. Elsewhere each message is a line with the
+    seconds since the start.
     """
     console = Console(stderr=True)
     if console.is_terminal:
@@ -56,7 +57,7 @@ def keeper(path: Path | None) -> Keep | None:
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """Print the tables of a result of any benchmark of `fastmtl bench`."""
+    """Print a result of any benchmark of `fastmtl bench` as tables."""
     for name, operation in result.get("operations", {}).items():
         console.print(_operation(name, operation))
         _print_skipped(operation["skipped"], console)
@@ -109,7 +110,7 @@ def _print_skipped(reasons: dict[str, str], console: Console) -> None:
 
 
 def _operation(name: str, operation: dict[str, Any]) -> Table:
-    """Return a table of an operation: times of each pass; the other columns are for all passes."""
+    """Return a table: the time of each pass; the other columns are for all passes together."""
     passes = operation["passes"]
     dropout = f", dropout {operation['dropout']}" if operation["dropout"] else ""
     whole = "both" if "both" in passes else "forward"

@@ -24,7 +24,7 @@ LENGTHS = ((10, 16, 21, 27, 35, 46, 60, 96), (9, 14, 18, 24, 33, 46, 62, 100), (
 class Shape:
     """The size of an encoder, and the number of sequences of each task in a step.
 
-    rows: that number. vocabulary, positions: the heights of the word and position tables.
+    rows: the number of sequences. vocabulary, positions: rows of the word and position tables.
     """
 
     name: str

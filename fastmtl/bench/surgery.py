@@ -115,10 +115,10 @@ def _entries(
 def bench_tasks(
     size: Size, rounds: int, say: Say, numbers: Sequence[int] = TASKS, commit: str | None = None
 ) -> dict[str, Any]:
-    """Time `sum` and PCGrad with more and more tasks in equally many tokens; return it JSON-ready.
+    """Time `sum` and PCGrad with growing numbers of tasks, in equally many tokens.
 
-    numbers: the numbers of tasks. `relative` in the result: the time over that with the first
-    number. size: its tasks are ignored; if it has no tokens, TASK_TOKENS are used. Raises
+    Returns the result, JSON-ready. `relative` in it is a time over that with the first of
+    `numbers`. size: its tasks are ignored; if it has no tokens, TASK_TOKENS are used. Raises
     GradientMismatch like bench_variants.
     """
     steps, sizes = {}, {}

@@ -89,8 +89,8 @@ def pcgrad(gradients: Sequence[Tensor], order: Tensor | None = None) -> Tensor:
     """Return PCGrad's merged gradient [P] of the T gradients [P]: Yu et al. 2020, Algorithm 1.
 
     Each gradient is projected so that it does not conflict with the others; then all are added.
-    order: int64 [T, T]; row i lists the tasks whose gradients gradient i is projected against, in
-    this order (i itself is skipped). By default the order is drawn from torch's global generator.
+    order: int64 [T, T]. Gradient i is projected against those of the tasks in row i, in this order;
+    task i itself is skipped. By default torch's global generator draws the order.
     """
     merged = torch.zeros_like(gradients[0])
     for i, gradient in enumerate(gradients):

@@ -172,8 +172,8 @@ def gpu_peak_bytes(step: Callable[[], object], device: torch.device) -> int:
 def graph_pool_bytes(device: torch.device) -> int:
     """Return the bytes that CUDA graphs hold on the GPU and torch does not count as allocated.
 
-    After capture, a graph's intermediate tensors are free blocks of its private memory pool.
-    Replays write to these blocks, and nothing else may.
+    After capture, a graph's intermediate tensors are free blocks of its private memory pool. Only
+    replays of the graph may write to these blocks.
     """
     torch.cuda.synchronize(device)
     segments = [entry for entry in torch.cuda.memory_snapshot() if tuple(entry["segment_pool_id"]) != (0, 0)]

@@ -1,9 +1,9 @@
 """Named ranges of time, the phases of a step, for torch.profiler and for `fastmtl profile`.
 
 data: draw and pack a batch and move it to the device. forward, backward: the model's. surgery: the
-Gramian, the weights and the merge of task gradients. communication: hand the merged gradient to the
-engine, which sums it over ranks; surgery's own collectives. optimiser: clip, update, and gather the
-weights over ranks. Without a listener or profiler a range costs a few microseconds.
+Gramian, the tasks' weights and the merge of task gradients. communication: hand the merged gradient
+to the engine, which sums it over ranks; surgery's own collectives. optimiser: clip, update, and
+gather the weights over ranks. Without a listener or profiler a range costs a few microseconds.
 """
 
 from __future__ import annotations

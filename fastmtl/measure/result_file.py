@@ -1,7 +1,7 @@
 """Writing of result files.
 
-This module does not import torch, so that a process that only supervises measurements does not fail
-with torch.
+This module does not import torch, so that an error of torch cannot stop a process that only
+supervises measurements.
 """
 
 from __future__ import annotations

@@ -21,12 +21,12 @@ LARGEST = 1 << 17
 
 
 def find_max(recipe: dict[str, Any], plan: Plan, point: Point, limit: int, say: Say, overhead: int) -> dict[str, Any]:
-    """Search the largest batch size whose process stays within `limit` bytes; JSON-ready.
+    """Find the largest batch size whose process stays within `limit` bytes.
 
     point: its method and storage are used. overhead: bytes that a process holds beyond its tensors.
-    The memory model predicts the first size to try; real processes decide. measured in the result:
-    the size found, 0 if none fits, None if a process failed for another reason than memory. tried:
-    every size that was tried.
+    The memory model predicts the first size to try; real processes decide. Returns the result,
+    JSON-ready. measured: the size found, 0 if none fits, None if a process failed for another
+    reason than memory. tried: every size that was tried.
     """
     tried: dict[int, dict[str, Any]] = {}
 

@@ -1,6 +1,6 @@
 """Bytes that each module of the encoder keeps for backward, and its temporary memory.
 
-Each function replays one module's forward or backward on a ledger, in the order of the module's
+Each function simulates one module's forward or backward on a ledger, in the order of the module's
 allocations. N tokens, d hidden, f intermediate, h heads, s the adapter's size, B sequences. Rows of
 N x d numbers are counted in the model's dtype, statistics in float32.
 """
@@ -67,7 +67,7 @@ class Rows:
 
     @property
     def layer(self) -> int:
-        """q, k, v, attention's output; two norms, the first one's output; activation in and out."""
+        """Bytes of q, k, v, attention's output, norms, a norm's output, activation in and out."""
         attention = 3 * self.d + self.attention_stats + self.input(self.d)
         return attention + 2 * self.norm + self.result(self.d) + self.f + self.result(self.f)
 
@@ -92,7 +92,7 @@ class Rows:
 
 
 def has_adapter(shape: Shape, layer: int) -> bool:
-    """Return whether a layer has an adapter; the last ones count so (error: below one adapter)."""
+    """Return whether a layer has an adapter, counted from the top (error: below one adapter)."""
     return shape.adapter is not None and layer >= shape.layers - shape.adapter.layers
 
 

@@ -1,4 +1,4 @@
-"""Readings of NVIDIA's driver: memory of this process, utilisation, energy. Needs nvidia-ml-py."""
+"""Readings of NVIDIA's driver with nvidia-ml-py: memory of this process, utilisation, energy."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ import torch
 class Nvml:
     """Readings of one GPU from NVIDIA's driver.
 
-    reason: why the driver gives no readings, and every reading is None; "" if it gives some.
-    denied: the reason for each reading that the driver or the GPU does not provide, and that is
-    None.
+    reason: "" if the driver can be read; else why not, and every reading is None. denied: the
+    reason for each single reading that the driver or the GPU does not provide; it is None.
     """
 
     def __init__(self, device: torch.device, library: Any = None) -> None:

@@ -29,7 +29,7 @@ class Pass:
         self._first = 0 if self._trained else shape.layers - carrying
 
     def _starts_graph(self, layer: int) -> bool:
-        """Return whether the layer is the first in the graph, and only because of its adapter."""
+        """Return whether autograd's graph starts at the layer, only because it has an adapter."""
         return not self._trained and layer == self._first
 
     def _recomputes_input(self, layer: int) -> bool:

@@ -45,7 +45,7 @@ class Point:
 
     @property
     def series(self) -> str:
-        """The name of the points that differ in batch size only."""
+        """The name that points share if they differ in batch size only."""
         return self.method if self.storage == "none" else f"{self.method} {self.storage}"
 
     def __str__(self) -> str:
@@ -163,7 +163,7 @@ class Plan:
 
 
 def _options(recipe: Recipe, method: str) -> dict[str, Any]:
-    """Return the recipe's options for the recipe's own method, else none."""
+    """Return the recipe's options if `method` is the recipe's own, else no options."""
     return recipe.gradient.options if method == recipe.gradient.method else {}
 
 

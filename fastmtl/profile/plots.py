@@ -1,4 +1,4 @@
-"""Figures of a profile, as SVG files whose text stays text."""
+"""Figures of a profile, as SVG files in which text stays text."""
 
 from __future__ import annotations
 

@@ -274,7 +274,7 @@ def _sketch(shape: Shape) -> int:
 
 
 def _gramian_of_rows(shape: Shape) -> int:
-    """Return the bytes of the sums of all rows over equal ids, and of copies of a task's rows.
+    """Return temporary bytes of the Gramian of rows: sums over equal ids, copies of a task's rows.
 
     On GPUs the rows are concatenated before. Over ranks the occurring rows are gathered and summed
     once more. Then each pair of tasks copies one task's rows.

@@ -38,10 +38,11 @@ def predict_scale(
     device_of_floors: str | None = None,
     commit: str | None = None,
 ) -> dict[str, Any]:
-    """Predict the times of steps on many ranks, and save them in output/scale-out.json; JSON-ready.
+    """Predict the times of steps on many ranks, and save them in output/scale-out.json.
 
-    The last point of every series is used. device_of_floors: a device whose lower bounds replace
-    measurements. Raises UserError if it is unknown, and if a point cannot be measured.
+    Returns the saved result. The last point of every series is used. device_of_floors: a device
+    whose lower bounds replace measurements. Raises UserError if it is unknown, and if a point
+    cannot be measured.
     """
     device = device_of_this_machine()
     say("reading the recipe's data")

@@ -95,7 +95,7 @@ class Steps:
             self._accounting.name_shape((bucket,), "gradients")
 
     def _see_task_gradients(self, name: ranges.Name, begins: bool) -> None:
-        if name == "surgery" and begins:  # replay drops them at the end of this range
+        if name == "surgery" and begins:  # replay drops the task gradients at the end of this range
             self._accounting.name(self._surgery.kept_tensors(), "task gradients")
 
     def _gradient(self, gradient: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""A torch.profiler trace of a few steps, and the time of each part."""
+"""A torch.profiler trace of a few steps, and the time of each part of a step."""
 
 from __future__ import annotations
 

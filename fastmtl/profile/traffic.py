@@ -142,7 +142,7 @@ def _weights(shape: Shape) -> Iterator[Collective]:
 
 
 def _small(shape: Shape) -> Iterator[Collective]:
-    """Yield collectives whose cost is their latency."""
+    """Yield the small collectives, whose cost is only their latency."""
     numbers = [shape.tasks]  # losses
     if not shape.joint:
         numbers += [shape.tasks**2] * (len(shape.sizes) if shape.storage == "none" else 1)

@@ -1,4 +1,7 @@
-"""The result file: measurements and outcome of every part, and the bounds. Imports no torch."""
+"""The result file of gpu-check: measurements and outcome of every part, and the bounds.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 

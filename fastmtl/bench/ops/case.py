@@ -64,11 +64,12 @@ class Way:
 class Case:
     """One operation on one set of inputs.
 
-    oracle: the function that defines the correct output, for tensors of any precision. tensors: the
-    inputs by name; those in `wanted` get gradients. cotangent: the gradient of the output, from
-    which backward starts; None for an operation that is not differentiable. work: for "forward" and
-    "backward". tokens: the number of real tokens; None if the operation has none. exact: the oracle
-    is exact without float64 inputs.
+    about: a description of the inputs, for tables. oracle: the function that defines the correct
+    output, for tensors of any precision. tensors: the inputs by name; those in `wanted` get
+    gradients. cotangent: the gradient of the output, from which backward starts; None for an
+    operation that is not differentiable. work: of "forward" and of "backward". tokens: the number
+    of real tokens; None if the operation has none. exact: True if the oracle is exact without
+    float64 inputs.
     """
 
     name: str

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Layout:
-    """The packed layout. The oracle takes it as well, so nothing is converted."""
+    """The packed layout. Cases give their tensors in it, so `to` and `back` change nothing."""
 
     def to(self, name: str, tensor: Tensor) -> Tensor:
         return tensor
