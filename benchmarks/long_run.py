@@ -49,7 +49,7 @@ def step_lines(run: Path) -> list[dict[str, Any]]:
 
 
 def losses(lines: list[dict[str, Any]], steps: int) -> tuple[dict[str, Any], list[str]]:
-    """Return a summary of the losses, and complaints; None is a number that is not finite."""
+    """Return a summary of the losses, and complaints. metrics.jsonl has null for inf and NaN."""
     found = [line["step"] for line in lines]
     bad = [n["step"] for n in lines if n["skipped"] or None in (*n["loss"].values(), n["merged_norm"])]
     complaints = [] if found == list(range(1, steps + 1)) else [f"{len(found)} steps were logged, not 1 to {steps}"]

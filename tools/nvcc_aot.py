@@ -72,6 +72,6 @@ def _resources(report: str) -> dict[str, dict[str, int]]:
 
 
 def _without_namespace(mangled: str) -> str:
-    """Remove the unnamed namespace, whose name differs in every compilation."""
+    """Return a name without the unnamed namespace, whose own name differs in every compilation."""
     found = re.search(r"(\d+)(?=_GLOBAL__N_)", mangled)
     return mangled if found is None else mangled[: found.start()] + mangled[found.end() + int(found[1]) :]

@@ -32,7 +32,7 @@ _run = JITFunction.run
 
 
 class AbsentGpu:
-    """The part of Triton's driver that compilation needs."""
+    """Stand-in for Triton's driver, with the methods that compilation calls."""
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)

@@ -75,7 +75,7 @@ def known_clip(info: SurgeryInfo, norm: float | None, max_norm: float | None) ->
 
     None if the norm must be measured after merging. norm: from `shared_norm`.
     """
-    if max_norm is None or info.merged_norm is None:  # or an fp16 overflow, which the target has to see
+    if max_norm is None or info.merged_norm is None:  # or an overflow, which the target must find
         return 1.0
     return None if norm is None else clip_factor(_total(info, norm), max_norm)
 
@@ -105,7 +105,7 @@ def _total(info: SurgeryInfo, shared: float) -> float:
 
 
 def _measured_norm(merged: Sequence[Tensor]) -> float:
-    """Return the norm of the sum over ranks of a merged gradient.
+    """Return the norm of a merged gradient, summed over ranks before.
 
     Sends the gradient once, and waits for the device.
     """

@@ -262,7 +262,7 @@ class GradientSurgery:
         return self._sink.tensors() + ([] if self._recorded is None else self._recorded.tensors())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the seed, the counts of steps and skipped steps, and the method's state."""
+        """Return seed, counts of steps and skipped steps, and the method's state, for JSON."""
         return self._solver.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

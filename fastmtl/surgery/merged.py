@@ -49,7 +49,7 @@ class Merged(MutableMapping[int, Tensor]):
         assert self._flat is not None
         return self._flat.as_strided(
             like.shape, like.stride(), like.storage_offset()
-        )  # one call; split and view are three
+        )  # one operator call; split, index and view are three
 
     def __setitem__(self, key: int, gradient: Tensor) -> None:
         self._like.pop(key, None)

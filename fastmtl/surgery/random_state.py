@@ -10,6 +10,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RandomState:
+    """States of the generators of the CPU and, if `device` is a CUDA device, of that device."""
+
     cpu: Tensor
     cuda: Tensor | None
     device: torch.device

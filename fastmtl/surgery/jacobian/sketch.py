@@ -26,7 +26,7 @@ _MASK = (1 << 31) - 1
 
 
 class CountSketch:
-    """S [T, m], float32 on a device; equal seeds give equal hashes in every process."""
+    """Count-sketch S [T, m] of J, float32; equal seeds give equal hashes in every process."""
 
     def __init__(self, num_tasks: int, size: int, seed: int, device: torch.device) -> None:
         self.values = torch.zeros(num_tasks, size, device=device)

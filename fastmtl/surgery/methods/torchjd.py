@@ -29,7 +29,7 @@ from fastmtl.surgery.methods.method import Method
 from fastmtl.surgery.ranks.collectives import world_size
 
 _NATIVE = {"pcgrad", "gradvac"}
-# Weightings independent of G's scale, except for TorchJD's `norm_eps` (1e-4, for the trace).
+# Weightings that do not depend on G's scale, unless its trace is below TorchJD's `norm_eps`, 1e-4.
 _SCALE_FREE = {"cagrad", "dualproj", "upgrad"}
 # G is solved unscaled if its trace is at least this.
 _MIN_TRACE = 1e-2
@@ -108,7 +108,7 @@ class TorchJDMethod:
         return result[:-1]
 
     def _solve(self, gram: Tensor) -> Tensor:
-        if not bool(gram.isfinite().all()):  # not every solver returns; the step is skipped anyway
+        if not bool(gram.isfinite().all()):  # a solver may never return; the step is skipped anyway
             return torch.full((len(gram),), float("nan"))
         present = (gram.diagonal() > 0).nonzero().squeeze(1)
         gram, factor = self._scaled(gram)

@@ -33,7 +33,7 @@ def linear(
     if task_grads is None or not task_grads.active:
         return F.linear(x, weight, bias)
     check_rows("linear", x, 2, segments)
-    if torch.is_autocast_enabled(x.device.type):  # backward multiplies x in the product's dtype
+    if torch.is_autocast_enabled(x.device.type):  # backward needs x in the dtype of the product
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return _Linear.apply(x, weight, bias, segments, task_grads)
 

@@ -41,7 +41,7 @@ def projections(
         task_grads = None
     if task_grads is not None:
         check_rows("projections", x, 2, segments)
-    if torch.is_autocast_enabled(x.device.type):  # backward multiplies x in the product's dtype
+    if torch.is_autocast_enabled(x.device.type):  # backward needs x in the dtype of the product
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return _Projections.apply(x, segments, task_grads, *weights, *biases)
 

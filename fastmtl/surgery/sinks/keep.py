@@ -162,7 +162,7 @@ class KeepSink(MergingSink):
         return [*super().tensors(), *self._delivered.values(), *gradients]
 
     def _merge_delivered(self, weights: Tensor, *, narrow: bool) -> Merged:
-        """Merge the delivered task gradients in one call and drop them."""
+        """Merge all delivered task gradients by one call and drop them; return results by id."""
         found = Merged()
         if self._delivered:
             by_task = zip(*(gradients.unbind() for gradients in self._delivered.values()), strict=True)

@@ -33,7 +33,7 @@ class JointStep:
         self._parts, self._sink, self._step = parts, sink, step
 
     def run(self, micro_batches: Sequence[Any], losses_of: LossFunction) -> SurgeryInfo:
-        """Leave the joint gradient in the target and return the report."""
+        """Run all micro-batches; the target then has the joint gradient. Return the report."""
         for number, micro_batch in enumerate(micro_batches, start=1):
             with profile_range("forward"):
                 losses = losses_of(micro_batch, self._sink, training_pass=self._own_backward)

@@ -92,7 +92,7 @@ class StackedStep:
         self._own: list[Tensor | None] = [None] * len(parts.own)
 
     def run(self, micro_batches: Sequence[Any], losses_of: LossFunction) -> SurgeryInfo:
-        """Leave one merged gradient in the target and return the report."""
+        """Run all micro-batches, give the target one merged gradient, and return the report."""
         for number, micro_batch in enumerate(micro_batches, start=1):
             with self._sink.armed(self._parts.target.device):
                 with profile_range("forward"):

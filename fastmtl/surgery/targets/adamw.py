@@ -266,7 +266,7 @@ class SurgeryAdamW(torch.optim.AdamW):
 
 
 def _unsupported_reason(group: Mapping[str, Any]) -> str:
-    """Return the reason why a parameter group is unsupported, and a remedy; "" if it is not."""
+    """Return why a parameter group is unsupported, and a remedy; "" if it is supported."""
     for option in _REFUSED:
         if group.get(option):
             return f"it does not take {option}: leave that out, or use torch.optim.AdamW"

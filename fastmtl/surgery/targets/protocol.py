@@ -47,7 +47,10 @@ class Target(Protocol):
         ...
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Run the target's own backward. last: True for the step's last micro-batch."""
+        """Add the gradients of `loss` to the step's gradients, by the target's own backward.
+
+        last: True for the step's last micro-batch.
+        """
         ...
 
     def scales(self) -> bool:
@@ -89,7 +92,9 @@ class Target(Protocol):
         """
         ...
 
-    def loss_scale(self) -> float: ...
+    def loss_scale(self) -> float:
+        """Return the factor by which the loss is multiplied before backward; 1 without fp16."""
+        ...
 
     def backs_off(self) -> bool:
         """Return True if the target itself skips a step with an overflow and reduces its scale."""

@@ -8,7 +8,7 @@ from fastmtl.errors import UserError
 
 
 def changed(name: str, parameter: nn.Parameter, what: str) -> UserError:
-    """Return the error. what: the objects to create again after the change."""
+    """Return the error for parameter `name`. what: the objects to create anew after the change."""
     now, then = "frozen", "was trained"
     if parameter.requires_grad:
         now, then = "trained", "was frozen, or in no group of the optimiser,"
