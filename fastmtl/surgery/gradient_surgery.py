@@ -1,10 +1,9 @@
-"""Gradient surgery for a training loop: one merged gradient from the micro-batches of a step.
+"""Gradient surgery for a training loop. A step itself is in steps/: stacked.py, joint.py, ...
 
-Row t of J [T, P] is the gradient of task t's loss with respect to the P numbers of the shared
-parameters. G = J J^T [T, T] is the Gramian: the inner products of the task gradients.
-
-The loss of task t is weight_t * (sum of its rows' losses) / (number of its rows), over all
-micro-batches and ranks of a step. So it does not depend on how the rows are distributed.
+Row t of J [T, P] is the gradient of task t's loss with respect to the P shared numbers. The Gramian
+G = J J^T [T, T] has the inner products of the task gradients. The loss of task t is weight_t * (sum
+of its rows' losses) / (number of its rows) over all micro-batches and ranks of a step, so it does
+not depend on how the rows are distributed.
 """
 
 from __future__ import annotations

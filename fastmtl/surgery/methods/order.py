@@ -1,4 +1,4 @@
-"""The random order in which PCGrad and GradVac project task gradients."""
+"""The random order in which PCGrad and GradVac project task gradients, drawn anew for each step."""
 
 from __future__ import annotations
 

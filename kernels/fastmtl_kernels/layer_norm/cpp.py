@@ -1,5 +1,7 @@
 """LayerNorm of residual + dropout(x) + ts by the C++ kernels of csrc/add_layer_norm_cpu.cpp.
 
+ts [N, d] is the summand of the adapters, added without dropout.
+
 float32, bfloat16 and float16 rows; arithmetic in float32. If x or ts has another dtype than
 residual, it is converted before the kernel runs.
 """
