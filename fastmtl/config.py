@@ -105,7 +105,7 @@ class AdapterConfig(Section):
 
     @property
     def summary(self) -> str:
-        """Return the adapter's name in reports: "none", "low_rank", "low_rank with a layer on top"."""
+        """Return the name in reports: "none", "low_rank", "low_rank with a layer on top"."""
         if self.top == "none":
             return self.name
         return f"{self.top} on top" if self.name == "none" else f"{self.name} with a {self.top} on top"
