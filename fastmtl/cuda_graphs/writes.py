@@ -111,7 +111,7 @@ class RecordedWrites(Sink):
                 if parameter is not None and self.wants(parameter):
                     self._write(parameter, part)
 
-    def deliver(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
+    def take(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
         """Write the task gradients [T, *shape] of a parameter into J.
 
         gradients: zeros for a task without rows.
@@ -136,9 +136,6 @@ class RecordedWrites(Sink):
             indicators = (ids[:, None] == torch.arange(columns, device=ids.device)).to(rows.dtype)
             self._write(table, self._product(indicators, rows)[:, : len(table)])
         return None
-
-    def sparse_table(self, table: nn.Parameter, pairs: list[tuple[Tensor, Tensor]]) -> Tensor | None:
-        raise AssertionError("deliver_rows takes every table")
 
     def mark_written(self, sink: StackSink) -> None:
         """Report to `sink` that a replayed backward wrote the parameters' gradients into J."""

@@ -44,10 +44,7 @@ class GramianSink(GramianSource):
         with super().armed(device):
             yield
 
-    def deliver(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
-        if not self.wants(parameter):
-            return gradients.sum(0)
-        self.check_active()
+    def take(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
         gradients, key = gradients.reshape(self.num_tasks, -1), id(parameter)
         self._largest = max(self._largest, gradients.nbytes)
         if self._sketch is not None:

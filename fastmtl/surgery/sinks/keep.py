@@ -74,10 +74,7 @@ class KeepSink(MergingSink):
             db = self.products(bias, dy, lambda dy, rows: dy[rows].sum(0), segments)
         return None, db
 
-    def deliver(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
-        if not self.wants(parameter):
-            return gradients.sum(0)
-        self.check_active()
+    def take(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
         gradients, before = cast(gradients, torch.float32), self._delivered.get(id(parameter))
         self._delivered[id(parameter)] = gradients if before is None else before + gradients
         return None

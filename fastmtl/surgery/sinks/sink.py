@@ -130,12 +130,19 @@ class Sink(ABC):
                 )
         return rest[: len(own)]
 
-    @abstractmethod
     def deliver(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
-        """Take task gradients [T, *shape] of a dense parameter.
+        """Take task gradients [T, *shape] of a dense parameter, or sum them if it is not shared.
 
         Returns the parameter's gradient for autograd; None where autograd gets nothing.
         """
+        if not self.wants(parameter):
+            return gradients.sum(0)
+        self.check_active()
+        return self.take(parameter, gradients)
+
+    @abstractmethod
+    def take(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
+        """Take task gradients [T, *shape] of a shared dense parameter. Returns as `deliver`."""
 
     def products(self, parameter: nn.Parameter, dy: Tensor, product: Product, segments: Segments) -> Tensor | None:
         """Take a dense parameter's T gradients and return its gradient for autograd, as `deliver`.
@@ -144,7 +151,12 @@ class Sink(ABC):
         """
         if not self.wants(parameter):
             return product(dy, segments.all_rows())
-        return self.deliver(parameter, torch.stack([product(dy, rows) for rows in segments.rows()]))
+        self.check_active()
+        return self.take_products(parameter, dy, product, segments)
+
+    def take_products(self, parameter: nn.Parameter, dy: Tensor, product: Product, segments: Segments) -> Tensor | None:
+        """Take the T gradients of a shared dense parameter. Arguments and result: see `products`."""
+        return self.take(parameter, torch.stack([product(dy, rows) for rows in segments.rows()]))
 
     def linear(
         self,
@@ -201,17 +213,24 @@ class Sink(ABC):
         self.check_active()
         if not self.wants(table):
             return table_gradient(table, ids, rows)
+        return self.take_rows(table, ids, rows, token_offsets)
+
+    def take_rows(
+        self, table: nn.Parameter, ids: Tensor, rows: Tensor, token_offsets: tuple[int, ...]
+    ) -> Tensor | None:
+        """Take the row gradients of a shared table. Arguments and result: see `deliver_rows`."""
         sizes = [stop - start for start, stop in pairwise(token_offsets)]
         sizes.append(len(ids) - token_offsets[-1])  # tokens of no task, at the end
         pairs = list(zip(ids.split(sizes)[:-1], rows.split(sizes)[:-1], strict=True))
         return (self.sparse_table if self.is_sparse(table) else self.dense_table)(table, pairs)
 
-    @abstractmethod
     def sparse_table(self, table: nn.Parameter, pairs: list[tuple[Tensor, Tensor]]) -> Tensor | None:
         """Take one pair (ids [n], rows [n, d]) per task, for a table in `sparse`.
 
-        Returns the table's gradient for autograd, as `deliver_rows`.
+        Returns the table's gradient for autograd, as `deliver_rows`. A sink without compact rows
+        treats the table as a dense one.
         """
+        return self.dense_table(table, pairs)
 
     def dense_table(self, table: nn.Parameter, pairs: list[tuple[Tensor, Tensor]]) -> Tensor | None:
         """Take one pair (ids [n], rows [n, d]) per task, for a table that is not in `sparse`.
@@ -224,7 +243,7 @@ class Sink(ABC):
             zeros = rows.new_zeros(shape, dtype=torch.float32)
             return zeros.index_add_(0, ids, cast(rows, torch.float32))
 
-        return self.deliver(table, torch.stack([dense(*pair) for pair in pairs]))
+        return self.take(table, torch.stack([dense(*pair) for pair in pairs]))
 
     def clear(self) -> None:
         """Drop the gradients taken so far, before the next step; buffers stay allocated."""

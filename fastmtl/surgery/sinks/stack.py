@@ -91,23 +91,17 @@ class StackSink(MergingSink):
         """Return the two parts of J: dense parameters, and sparse tables."""
         return self.jacobian, self._tables
 
-    def deliver(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
-        if not self.wants(parameter):
-            return gradients.sum(0)
-        self.check_active()
+    def take(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
         self.stack_of(parameter).add(parameter, gradients)
         self.written(parameter)
         return None
 
-    def products(self, parameter: nn.Parameter, dy: Tensor, product: Product, segments: Segments) -> Tensor | None:
+    def take_products(self, parameter: nn.Parameter, dy: Tensor, product: Product, segments: Segments) -> Tensor | None:
         """Take a dense parameter's T gradients, computed and added to J one task at a time.
 
         All T at once would be a temporary tensor as large as the parameter's part of J. Arguments
-        and result: see Sink.products.
+        and result: see `Sink.products`.
         """
-        if not self.wants(parameter):
-            return product(dy, segments.all_rows())
-        self.check_active()
         stack = self.stack_of(parameter)
         for task, rows in enumerate(segments.rows()):
             if rows.stop > rows.start:

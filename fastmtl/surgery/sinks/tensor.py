@@ -47,14 +47,11 @@ class TensorSink(Sink):
         super().arm(device)
         self._uses.counting = True
 
-    def deliver(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
+    def take(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
         """Take task gradients [T, *shape] of a dense parameter.
 
         Returns the merged gradient when the parameter's last use delivers, None before.
         """
-        if not self.wants(parameter):
-            return gradients.sum(0)
-        self.check_active()
         self._largest = max(self._largest, gradients.nbytes)
         complete = self._uses.complete(id(parameter), gradients)
         if complete is None:

@@ -32,16 +32,10 @@ class WeightedSink(Sink):
         super().__init__(parameters, num_tasks, sparse=sparse)
         self._weights = weights.float()
 
-    def deliver(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
-        if not self.wants(parameter):
-            return gradients.sum(0)
-        self.check_active()
+    def take(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
         return torch.einsum("t,t...->...", self._weights, gradients)
 
-    def products(self, parameter: nn.Parameter, dy: Tensor, product: Product, segments: Segments) -> Tensor | None:
-        if not self.wants(parameter):
-            return product(dy, segments.all_rows())
-        self.check_active()
+    def take_products(self, parameter: nn.Parameter, dy: Tensor, product: Product, segments: Segments) -> Tensor | None:
         return product(self._weighted(dy, segments), segments.all_rows())
 
     def linears(
@@ -61,19 +55,13 @@ class WeightedSink(Sink):
         gradients = [*rows.t().mm(x).chunk(number), *rows.sum(0).chunk(number)]
         return [gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=True)]
 
-    def deliver_rows(
+    def take_rows(
         self, table: nn.Parameter, ids: Tensor, rows: Tensor, token_offsets: tuple[int, ...]
     ) -> Tensor | None:
-        self.check_active()
-        if not self.wants(table):
-            return table_gradient(table, ids, rows)
         rows = cast(rows, torch.promote_types(rows.dtype, torch.float32))
         counts = upload(torch.tensor([stop - start for start, stop in pairwise(token_offsets)]), rows.device)
         per_row = self._weights.repeat_interleave(counts, output_size=token_offsets[-1])
         return table_gradient(table, ids[: token_offsets[-1]], rows[: token_offsets[-1]] * per_row[:, None])
-
-    def sparse_table(self, table: nn.Parameter, pairs: list[tuple[Tensor, Tensor]]) -> Tensor | None:
-        raise AssertionError("deliver_rows takes every table")
 
     def _weighted(self, dy: Tensor, segments: Segments) -> Tensor:
         """Return each row of dy times the weight of its task, in the dtype of dy.
