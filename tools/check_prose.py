@@ -2,7 +2,8 @@
 
 - A line of a page, a docstring or a comment has at most 100 columns. Tables, code and the targets
   of links do not count; ruff's W505 measures the lines of Python files.
-- A docstring or a comment does not open with a preposition or a wh-word: OPENINGS.
+- A docstring or a comment does not open with a word of OPENINGS, a docstring not with one of
+  OF_DOCSTRINGS: prepositions and wh-words.
 
 Without paths, every page and Python file under the current folder is checked, except the generated
 docs/compile-table*.md. Each finding is a line `file:line: text`; a count per file follows.
@@ -29,6 +30,10 @@ from checkout_files import checkout_files
 ROOT = Path(__file__).parents[1]
 COLUMNS = 100
 OPENINGS = re.compile(r"(Of|In which|What|Whether|Which|How|Where|Who)\b")
+# Docstrings open with a verb or a noun phrase; a comment may begin "As ..." or "With ...".
+OF_DOCSTRINGS = re.compile(
+    OPENINGS.pattern + r"|(After|Also|As|At|Before|By|For|From|If|In|On|Since|That|To|Under|Until|When|With|Without)\b"
+)
 GENERATED = "compile-table*.md"
 # The blocks of a page that may be wider, as markdown-it names them.
 WIDE_BLOCKS = {"table_open", "fence", "code_block", "html_block"}
@@ -102,10 +107,10 @@ def wide_doc_lines(files: list[Path]) -> Iterator[Finding]:
 
 
 def openings(source: str) -> Iterator[tuple[int, str]]:
-    """Yield the docstrings and comments of Python source that open with one of OPENINGS."""
+    """Yield the docstrings and comments of Python source that open with a forbidden word."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            if found := OPENINGS.match(node.value.value.strip()):
+            if found := OF_DOCSTRINGS.match(node.value.value.strip()):
                 yield node.lineno, f'a docstring opens with "{found[0]}"'
     last = 0  # a comment of several lines opens on its first
     for token in tokenize.generate_tokens(iter(source.splitlines(keepends=True)).__next__):

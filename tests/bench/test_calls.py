@@ -70,7 +70,7 @@ def test_calls_of_a_step(
 def test_a_pcgrad_step_makes_at_most_two_fifths_of_transformers_calls(
     calls: Callable[[str, int], OperatorCalls],
 ) -> None:
-    """With MiniLM's six layers, with and without the optimiser; widths do not matter."""
+    """Count MiniLM's six layers with and without the optimiser; widths do not matter."""
     ours, theirs = calls("fastmtl pcgrad", 6), calls(TRANSFORMERS, 6)
     assert ours.operators <= 0.4 * theirs.operators
     assert ours.without_optimizer <= 0.4 * theirs.without_optimizer

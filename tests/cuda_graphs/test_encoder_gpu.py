@@ -34,7 +34,7 @@ def check_captured(encoder: PackedBert) -> None:
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
 def test_graphs_equal_the_eager_layers_bit_for_bit(kept: torch.dtype, make_batch: MakeBatch) -> None:
-    """In J, the words' rows and the hidden states, on batches of several buckets."""
+    """Compare J, the words' rows and hidden states, on batches of several buckets."""
     both = encoders()
     reason = unsupported_reason(torch.empty(0, dtype=torch.bfloat16, device="cuda"), 16, grouped=True)
     if reason:

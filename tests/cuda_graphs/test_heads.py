@@ -101,7 +101,7 @@ def warned(model: MultiTaskModel) -> list[str]:
 def test_replays_have_the_bits_of_eager_execution(
     tasks: str, weighting: str, make_batch: MakeBatch, make_model: MakeModel
 ) -> None:
-    """With dropout, on batches of equal and of other sizes, one or two in a step."""
+    """Replay with dropout, on batches of equal and of other sizes, one or two in a step."""
     recorder = OpRecorder()
     sections = {"tasks": TASKS[tasks], "weighting": {"name": weighting}}
     ways = [made(make_model, one, **sections) for one in (recorder, Unrecorded(), None)]
@@ -379,7 +379,7 @@ def test_the_option_reaches_encoder_and_heads(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("tasks", ["projected", "cosines", "networks"])
 def test_graphs_equal_what_the_host_launches(tasks: str, make_batch: MakeBatch, make_model: MakeModel) -> None:
-    """In losses, heads' gradients and the generator's state, with dropout, in bf16."""
+    """Compare losses, heads' gradients and the generator's state, with dropout, in bf16."""
     ways = [make_model(tasks=TASKS[tasks]).train().to("cuda", torch.bfloat16) for _ in range(2)]
     for model, recorder in zip(ways, (None, Unrecorded()), strict=True):
         record_heads(model, recorder)
@@ -400,7 +400,7 @@ def test_graphs_equal_what_the_host_launches(tasks: str, make_batch: MakeBatch, 
 def test_a_capture_that_fails_leaves_the_host_launching_the_same(
     make_batch: MakeBatch, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With `.item()` between two heads: dropout still draws, and later captures succeed."""
+    """Call `.item()` between two heads: dropout still draws, and later captures succeed."""
     right = MultiTaskModel._loss
 
     def waiting(model: MultiTaskModel, index: int, found: Any, batch: HeadBatch) -> Tensor:

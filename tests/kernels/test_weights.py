@@ -120,7 +120,7 @@ def test_gradvac_equals_torchjd_over_steps() -> None:
 @settings(max_examples=60, deadline=None)
 @given(seed=SEEDS, target=st.floats(-0.9, 0.95))
 def test_gradvac_reaches_its_target(seed: int, target: float) -> None:
-    """For two tasks, the modified gradient's cosine with the other is at least the target."""
+    """Two tasks: the modified gradient's cosine with the other is at least the target."""
     rows = random_rows(2, 5, 3 * seed + 1)
     targets = torch.full((2, 2), target, dtype=torch.float64)
     targets[1] = -1  # row 1 stays as it is

@@ -128,7 +128,7 @@ def test_absent_tasks_have_no_predictions_and_zero_losses(make_model: MakeModel,
 def test_everything_stays_in_the_graph_of_absent_tasks(
     lengths: list[list[int]], make_model: MakeModel, make_batch: MakeBatch
 ) -> None:
-    """Under ZeRO 3 other ranks can have rows of it: backward gathers parameters together."""
+    """Other ranks can have rows of it under ZeRO 3: backward gathers parameters together."""
     model = make_model(adapter={"name": "pal", "size": 12, "heads": 4})
     results = model(make_batch(lengths, pairs=PAIRS))
     grads = gradients(model, sum(loss for loss, _ in results.values()))
@@ -140,7 +140,7 @@ def test_everything_stays_in_the_graph_of_absent_tasks(
 def test_every_module_touches_only_its_own_parameters(
     adapter: dict, make_model: MakeModel, make_batch: MakeBatch
 ) -> None:
-    """As under ZeRO 3, a parameter has storage only while its module runs forward or backward."""
+    """A parameter has storage only while its module runs forward or backward, as under ZeRO 3."""
     model = make_model(adapter=adapter).eval()
     batch = make_batch(LENGTHS, pairs=PAIRS)
     results = model(batch)

@@ -163,7 +163,7 @@ def test_each_reduce_sends_what_it_says() -> None:
 
 
 def test_zero_3_gathers_large_weights_with_every_forward() -> None:
-    """As observed in DeepSpeed 0.19: two forwards per micro-batch of `replay`, one with the sum."""
+    """DeepSpeed 0.19 runs two forwards per micro-batch of `replay`, and one of the sum."""
     replay = shape(zero=3, storage="replay", accumulation=2, reduce="local")
     large, small = 200_000 + 150_000, 50_000 + 64_000 + 300
     for wanted, forwards in ((replay, 4), (dataclasses.replace(replay, joint=True, accumulation=1), 1)):

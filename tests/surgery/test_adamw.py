@@ -81,7 +81,7 @@ def assert_same(ours: nn.Module, theirs: nn.Module, bound: float = 3e-6) -> None
 
 @pytest.mark.parametrize(("sparse", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
 def test_twenty_steps_equal_torch(sparse: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With PCGrad, groups, a schedule and clipping; no merged gradient is formed, of no table."""
+    """PCGrad with groups, a schedule and clipping; no merged gradient is formed, of no table."""
     models = ours, theirs = make(), make()
     options: dict[str, Any] = {"dtype": dtype, **({} if sparse else {"sparse": []})}
     optimizers = (
@@ -318,7 +318,7 @@ def test_the_norm_of_numbers_of_16_bits() -> None:
 
 
 def test_the_norm_of_many_numbers() -> None:
-    """For a part of J, and a `.grad`: a single float32 sum of squares would lose some per cent."""
+    """A part of J, and a `.grad`: a single float32 sum of squares would lose some per cent."""
     big = nn.Parameter(torch.zeros(1 << 24))
     optimizer = SurgeryAdamW([big, nn.Parameter(torch.zeros(3))], max_norm=1.0)
     surgery = GradientSurgery(optimizer, tasks=["all"], shared=[big])

@@ -70,7 +70,7 @@ def test_one_pass_equals_one_backward_per_task(method: str, storage: Any, parts:
 
 
 def test_everything_stays_in_the_graph_without_rows() -> None:
-    """Under ZeRO 3 another rank may have rows, and gathers parameters collectively."""
+    """Another rank may have rows under ZeRO 3, and gathers parameters collectively."""
     recipe = choices.make_recipe()
     model = choices.make_model(recipe)
     (batch,) = choices.make_batches(recipe, 0, 1)

@@ -90,7 +90,7 @@ def test_two_ranks_wait_for_few_numbers(results: Path, zero: int) -> None:
 
 @pytest.mark.parametrize("variant", ["pieces", "backward-pieces", "graphs-pieces"])
 def test_columns_go_to_the_ranks_during_backward(results: Path, variant: str) -> None:
-    """From the second step on, which knows the order; equal bits as with a wait for the end."""
+    """The second step knows the order and sends early, with the bits of sending at the end."""
     name, late = (cases.Case(2, 4, "pcgrad", variant=each).name for each in (variant, "late"))
     for rank in (0, 1):
         lines = (results / f"{name}-{rank}.txt").read_text().splitlines()

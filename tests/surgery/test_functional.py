@@ -75,7 +75,7 @@ def scale(jacobian: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("mode", ["stack", "gramian", "tensor"])
 def test_nothing_waits_for_the_device(mode: Mode) -> None:
-    """From backward to the merged gradient, with an absent task, a compact and a dense table."""
+    """Backward and merging, with an absent task, a compact and a dense table."""
     sizes = [4, 0, 3]
     net, ids, weights = Net(), rows(sizes), torch.tensor([1.0, 2.0, 3.0])
     solve: Any = {"solve": lambda index, gram: weights} if mode == "tensor" else {}
@@ -335,7 +335,7 @@ def test_a_layer_norm_without_weight_or_bias(mode: Mode, affine: bool, bias: boo
 
 
 def test_rows_of_three_dimensions_are_refused() -> None:
-    """With an armed sink, which could not tell a row's task; otherwise torch's operations run."""
+    """An armed sink could not tell a row's task; otherwise torch's operations run."""
     net, sizes = Net(), [2, 3]
     sink, parts, ids = StackSink(list(net.parameters()), 2), segments(sizes), rows(sizes)
     flat, deep = torch.randn(5, 6), torch.randn(5, 2, 6)

@@ -121,7 +121,7 @@ def test_pcgrad_equals_the_textbook(adapter: str, storage: Any) -> None:
 
 
 def test_there_are_conflicts_to_resolve() -> None:
-    """Without conflicts, the tests around this one would pass with plain sums."""
+    """The tests around this one would pass with plain sums if there were no conflicts."""
     model = make()
     merged, summed = gradients(model, [batch()]), gradients(model, [batch()], method="sum")
     assert any((merged[name] - summed[name]).abs().max() > 1e-4 for name in merged)
@@ -138,7 +138,7 @@ def test_accumulation_equals_the_joined_batch(storage: Any, method: str) -> None
 
 @pytest.mark.parametrize("storage", ["none", "stacked", "kept", "replay"])
 def test_recomputation_changes_no_bit(storage: Any) -> None:
-    """In joint training, and in PCGrad with every storage; forward counts a weight's uses."""
+    """Joint training, and PCGrad with every storage; forward counts a weight's uses."""
     options = {"method": "sum"} if storage == "none" else {"storage": storage}
     found = []
     for recompute in ("none", "cheap", "full"):

@@ -68,7 +68,7 @@ def step(net: Net, storage: Any, micro_batches: int = 1, **options: Any) -> tupl
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equals_stacked(micro_batches: int, dtype: torch.dtype) -> None:
-    """In bfloat16, `stacked` rounds every product of J, `kept` the merged one."""
+    """Rounding in bfloat16: `stacked` rounds every product of J, `kept` the merged one."""
     net = Net().to(dtype)
     (expected, merged), (info, found) = (step(net, storage, micro_batches) for storage in ("stacked", "kept"))
     assert found.keys() == merged.keys()

@@ -205,7 +205,7 @@ def test_what_is_given_in_place_of_parameters_and_names(argument: str, what: Any
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_parameter_given_twice_counts_once(sparse: bool) -> None:
-    """As for a decoder that is tied to the table."""
+    """A decoder that is tied to the table gives it twice."""
     net, other = Net(), Net()
     table, twin = [net.words.weight], [other.words.weight]
     found = gradients(net, shared=[*net.shared(), *table], sparse=[*table, *table] if sparse else [])

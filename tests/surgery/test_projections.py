@@ -127,7 +127,7 @@ def test_all_of_them_are_one_product() -> None:
 
 
 def test_task_gradients_are_one_product_where_their_columns_are_side_by_side() -> None:
-    """Also if one of the weights has a gradient already and the others have none."""
+    """One of the weights may have a gradient already while the others have none."""
     weights, biases = parameters(beside=False)
     x, calls = torch.randn(7, IN, requires_grad=True), {}
     found: list[list[Tensor]] = []

@@ -75,7 +75,7 @@ def train(make: Optimizer, method: str, sparse: bool, **rows: int) -> tuple[Net,
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_no_loss_reaches_stays_as_it_is(name: str, sparse: bool) -> None:
-    """As with a sum, which is plain torch."""
+    """The parameters that move are those of a sum, which is plain torch."""
     before = dict(Net().named_parameters())
     net, _, moved = train(OPTIMIZERS[name], "pcgrad", sparse)
     assert moved == train(OPTIMIZERS[name], "sum", sparse)[2]

@@ -87,3 +87,8 @@ def test_clean_files_pass_and_a_missing_one_is_named(tmp_path: Path, capsys: pyt
     assert not stopped.value.code and capsys.readouterr().out == "check_prose: 0 findings in 1 files\n"
     with pytest.raises(SystemExit, match="check_prose: there is no .*nowhere"):
         check_prose.main([str(tmp_path / "nowhere")])
+
+
+def test_only_a_comment_may_open_with_a_preposition_such_as_with() -> None:
+    found = list(check_prose.openings('"""With dropout."""\n# With a reason.\n'))
+    assert found == [(1, 'a docstring opens with "With"')]

@@ -155,7 +155,7 @@ class Sink(ABC):
         return self.take_products(parameter, dy, product, segments)
 
     def take_products(self, parameter: nn.Parameter, dy: Tensor, product: Product, segments: Segments) -> Tensor | None:
-        """Take the T gradients of a shared dense parameter. Arguments and result: see `products`."""
+        """Take the T gradients of a shared dense parameter, as `products` says."""
         return self.take(parameter, torch.stack([product(dy, rows) for rows in segments.rows()]))
 
     def linear(

@@ -152,7 +152,7 @@ class _AddLayerNorm(torch.autograd.Function):
 
 
 class _Wants(NamedTuple):
-    """For each input, whether autograd needs its gradient."""
+    """Flags of the inputs whose gradient autograd needs."""
 
     residual: bool
     x: bool

@@ -37,7 +37,7 @@ class Maps(NamedTuple):
 
 
 class Wants(NamedTuple):
-    """For each input, whether autograd needs its gradient."""
+    """Flags of the inputs whose gradient autograd needs."""
 
     x: bool
     first: bool

@@ -68,7 +68,7 @@ def test_lora_is_low_rank_with_biases(impl: Any) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("rates", [0.25, (0.25, 0.0, 0.6)])
 def test_forward_and_backward_drop_the_same(impl: Any, rates: Any) -> None:
-    """With identity maps, x's gradient is zero exactly where y is dropped."""
+    """Identity maps give x a gradient of zero exactly where y is dropped."""
     x = torch.ones(300, 96, requires_grad=True)
     eye = torch.eye(96).expand(3, -1, -1)
     y = low_rank(x, eye, eye, (0, 100, 200, 300), dropout_p=rates, seed=SEED, impl=impl)

@@ -97,7 +97,7 @@ def test_dropout_of_the_output(impl: Any) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_dropout_of_probabilities(impl: Any) -> None:
-    """With values of one and the identity as map up, y is each row's sum of kept probabilities."""
+    """Values of one and an identity map up make y each row's sum of kept probabilities."""
     down, up = torch.zeros(1, 4, 4), torch.eye(4)[None]
     ones = torch.cat([torch.zeros(8), torch.ones(4)])[None]
     offsets = torch.tensor([0, 200], dtype=torch.int32)

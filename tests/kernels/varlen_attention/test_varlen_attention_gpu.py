@@ -82,7 +82,7 @@ def test_a_cpu_drops_the_same_entries() -> None:
 
 
 def test_a_graph_draws_fresh_masks() -> None:
-    """With a plan the host does not wait for the GPU, and each replay of a graph reads the seed."""
+    """A plan spares the host every wait for the GPU, and each replay of a graph reads the seed."""
     qkv, grad, cu_seqlens = random_batch([30, 200, 7], 0, 12, 64, torch.bfloat16)
     plan = AttentionPlan.make(cu_seqlens.tolist(), len(qkv), "cuda")
     seed = torch.tensor([1], device="cuda")

@@ -37,7 +37,7 @@ def test_a_plan_has_every_row_once(lengths: list[int], tail: int) -> None:
 
 
 def test_a_plan_wastes_little() -> None:
-    """In a batch of real sentences at most an eighth of the slots is empty, most by rounding."""
+    """A batch of real sentences leaves at most an eighth of the slots empty, most by rounding."""
     lengths = torch.randint(5, 50, (96,), generator=torch.Generator().manual_seed(0)).tolist()
     plan = AttentionPlan.make([0, *accumulate(lengths)], sum(lengths))
     assert plan.tile_rows.numel() * 7 / 8 <= sum(lengths)

@@ -45,7 +45,7 @@ def no_dropout(directory: Path) -> EncoderConfig:
 def test_hidden_states_and_gradients_equal_transformers(
     chunk: int, tiny_bert: Path, make_batch: MakeBatch, tmp_path: Path
 ) -> None:
-    """Also with chunks: transformers runs feed-forward layers on 5 of 30 positions at a time."""
+    """Chunks change nothing: transformers runs feed-forward layers on 5 positions at a time."""
     directory = shutil.copytree(tiny_bert, tmp_path / "bert")
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "chunk_size_feed_forward": chunk}))
@@ -84,7 +84,7 @@ def test_parameters_are_named_as_in_transformers(tiny_bert: Path) -> None:
 def test_recomputation_changes_no_bit(
     dtype: torch.dtype, recompute: Recompute, tiny_bert: Path, make_batch: MakeBatch
 ) -> None:
-    """With dropout: recomputed results have the same masks."""
+    """Recomputed results have the same dropout masks."""
     batch = make_batch(LENGTHS)
     gradients = []
     for setting in ("none", recompute):

@@ -326,7 +326,7 @@ def test_an_encoder_without_a_pooler_cannot_be_pooled_by_it(make_model: MakeMode
 
 
 def test_given_tensors_are_saved_instead_of_the_models_own(make_model: MakeModel, tmp_path: Path) -> None:
-    """As under ZeRO 3, where parameters have no storage."""
+    """Parameters have no storage, as under ZeRO 3."""
     model = make_model(adapter={"name": "low_rank", "size": 4})
     gathered = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     for parameter in model.parameters():
