@@ -1,4 +1,4 @@
-"""The row ranges of the tasks in a batch, in which the rows of each task are contiguous."""
+"""The rows of each task in a batch, as ranges of the rows in the order of their tasks."""
 
 from __future__ import annotations
 
@@ -10,18 +10,31 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """Row ranges of T tasks: task t has the rows offsets[t]:offsets[t + 1].
+    """Row ranges of T tasks: task t has the rows offsets[t]:offsets[t + 1], once rows are sorted.
 
     offsets: int32 [T + 1] on the device of the rows. host: the same numbers as Python integers,
-    which can be read without waiting for the device.
+    which can be read without waiting for the device. order: int64 [B], the rows of the batch sorted
+    by task, those of no task last; None if the rows are in this order already. There may be k > 1
+    rows of a layer per row of the batch; offsets and host count the layer's rows.
     """
 
     offsets: Tensor
     host: tuple[int, ...]
+    order: Tensor | None = None
 
     @property
     def num_tasks(self) -> int:
         return len(self.host) - 1
+
+    def sort(self, rows: Tensor) -> Tensor:
+        """Return rows [B k, ...] in the order of their tasks: `rows` itself without `order`, else a
+        copy. Row b of the batch has the k rows from b k.
+        """
+        if self.order is None:
+            return rows
+        if len(rows) == len(self.order):
+            return rows.index_select(0, self.order)
+        return rows.unflatten(0, (len(self.order), -1)).index_select(0, self.order).flatten(0, 1)
 
     def rows(self) -> list[slice]:
         """Return the row range of each task."""

@@ -3,7 +3,7 @@
     Y = H W + b,  H = (X - mean(X)) rstd
     dW_t = sum of dY H over the rows of t,  db_t = sum of dY over the rows of t
 
-Shapes: X, Y, dY [N, d]; W, b [d]. Sums in float32.
+Shapes: X, Y, dY [N, d]; W, b [d]; d may be several dimensions. Sums in float32.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmtl.surgery.rules.rows import check_rows
+from fastmtl.surgery.rules.rule import Known, Rows, known_to
 from fastmtl.surgery.segments import Segments
 from fastmtl.surgery.sinks.sink import Sink
 
@@ -26,19 +27,28 @@ def layer_norm(
     eps: float,
     segments: Segments,
     task_grads: Sink | None = None,
+    known: Known | None = None,
 ) -> Tensor:
     """Normalize the rows of x [N, d] as torch.nn.functional.layer_norm does; return [N, d].
 
     weight, bias: [d], or None as in torch.nn.LayerNorm(elementwise_affine=False) and
     LayerNorm(bias=False).
+    known: as in functional.linear.
     Raises UserError for an x of other dimensions, or with fewer rows than the segments have.
     """
     if weight is None or task_grads is None or not task_grads.active:
-        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    check_rows("layer_norm", x, 2, segments)
+        return F.layer_norm(x, x.shape[1:], weight, bias, eps)
+    check_rows("layer_norm", x, 1 + weight.dim(), segments)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(weight.dtype)
-    return _LayerNorm.apply(x, weight, bias, eps, segments, task_grads)
+    return _LayerNorm.apply(x, weight, bias, known or (weight, bias), eps, segments, task_grads)
+
+
+def layer_norm_rule(module: nn.LayerNorm, rows: Rows, sink: Sink, x: Tensor) -> Tensor:
+    """Run an nn.LayerNorm on x [..., *normalized_shape]; return a tensor of the same shape."""
+    flat, known = x.flatten(0, -1 - len(module.normalized_shape)), known_to(rows, module, "weight", "bias")
+    segments = rows.segments(len(flat))
+    return layer_norm(flat, module.weight, module.bias, module.eps, segments, sink, known).view_as(x)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -48,15 +58,16 @@ class _LayerNorm(torch.autograd.Function):
         x: Tensor,
         weight: nn.Parameter,
         bias: nn.Parameter | None,
+        known: Known,
         eps: float,
         segments: Segments,
         task_grads: Sink,
     ) -> Tensor:
         y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.parameters = weight, bias
+        ctx.parameters = known
         ctx.segments, ctx.task_grads = segments, task_grads
-        task_grads.expect(weight, bias)
+        task_grads.expect(*known)
         return y
 
     @staticmethod
@@ -66,9 +77,11 @@ class _LayerNorm(torch.autograd.Function):
         mask = [ctx.needs_input_grad[0], False, False]
         dx, _, _ = torch.ops.aten.native_layer_norm_backward(dy, x, gathered[0].shape, mean, rstd, *gathered, mask)
         dw = db = None
+        if any(ctx.needs_input_grad[1:3]):
+            dy = segments.sort(dy)
         if ctx.needs_input_grad[1]:
-            normalised = (x.float() - mean) * rstd
+            normalised = segments.sort((x.float() - mean) * rstd)
             dw = sink.products(weight, dy, lambda dy, rows: (dy[rows].float() * normalised[rows]).sum(0), segments)
         if bias is not None and ctx.needs_input_grad[2]:
             db = sink.products(bias, dy, lambda dy, rows: dy[rows].sum(0, dtype=torch.float32), segments)
-        return dx, dw, db, None, None, None
+        return dx, dw, db, None, None, None, None

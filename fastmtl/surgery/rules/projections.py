@@ -76,6 +76,7 @@ def _gradients(ctx: Any, rows: Tensor, x: Tensor) -> list[Tensor | None]:
         return [None] * len(parameters)
     number = len(parameters) // 2
     if sink is not None:
+        rows, x = ctx.segments.sort(rows), ctx.segments.sort(x)
         return sink.linears(parameters[:number], parameters[number:], rows, x, ctx.segments, needed)
     gradients = [*rows.t().mm(x).chunk(number), *rows.sum(0).chunk(number)]
     return [gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=True)]
