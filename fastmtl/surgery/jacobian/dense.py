@@ -203,6 +203,10 @@ class Jacobian:
         self._fill(id(parameter))
         return self._columns[id(parameter)]
 
+    def of_task(self, parameter: nn.Parameter, task: int) -> Tensor | None:
+        """Return one task's gradient, a view of J; None if none was written since `clear`."""
+        return self._rows[id(parameter)][task] if task in self._written[id(parameter)] else None
+
     def merge(self, weights: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Return sum_t weights[t] J[t], [P] of `dtype`, summed in float32.
 

@@ -25,6 +25,10 @@ class Tables:
         per_task = self._rows.setdefault(id(table), [[] for _ in range(self._num_tasks)])
         per_task[task].append((ids, rows))
 
+    def of_task(self, table: nn.Parameter, task: int) -> list[Rows]:
+        """Return the pairs of one task's gradient of a table."""
+        return self._rows[id(table)][task] if id(table) in self._rows else []
+
     def gramian(self, device: torch.device) -> Tensor:
         """Return the sum of all tables' Gramians, float32 [T, T].
 

@@ -63,7 +63,7 @@ class KeepSink(MergingSink):
         segments: Segments,
         needed: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
-        if not self.wants(weight):
+        if not self.takes(weight):
             return super().linear(weight, bias, dy, x, segments, needed)
         self.check_active()
         rows = segments.host[-1]
@@ -78,6 +78,15 @@ class KeepSink(MergingSink):
         gradients, before = cast(gradients, torch.float32), self._delivered.get(id(parameter))
         self._delivered[id(parameter)] = gradients if before is None else before + gradients
         return None
+
+    @torch.no_grad()
+    def task_gradient(self, parameter: nn.Parameter, task: int) -> Tensor | None:
+        pairs, found = self._pairs.get(id(parameter)), self._delivered.get(id(parameter))
+        delivered = None if found is None else found[task]
+        if not pairs:
+            return delivered
+        product = _product(pairs, task)
+        return product if delivered is None else delivered + product
 
     @torch.no_grad()
     def gramian(self) -> Tensor:
@@ -184,11 +193,16 @@ def _multiply(pairs: list[Pair], out: Tensor) -> None:
 
     A task's rows of all pairs are concatenated and multiplied once, so the result is rounded once.
     """
-    left = [pair.segments.split(pair.dy) for pair in pairs]
-    right = [pair.segments.split(pair.x) for pair in pairs]
     for task, product in enumerate(out):
-        dy, x = (_joined([rows[task] for rows in side]) for side in (left, right))
-        torch.mm(dy.t(), x, out=product)
+        _product(pairs, task, product)
+
+
+def _product(pairs: list[Pair], task: int, out: Tensor | None = None) -> Tensor:
+    """Return one task's gradient of a weight [out, in], written into `out` if given."""
+    rows = [pair.segments.rows()[task] for pair in pairs]
+    dy = _joined([pair.dy[part] for pair, part in zip(pairs, rows, strict=True)])
+    x = _joined([pair.x[part] for pair, part in zip(pairs, rows, strict=True)])
+    return torch.mm(dy.t(), x, out=out)
 
 
 def _merge(pairs: list[Pair], weights: Tensor, by_segments: dict[Segments, Tensor]) -> Tensor:

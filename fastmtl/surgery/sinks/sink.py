@@ -17,7 +17,7 @@ Shapes: T tasks, P numbers in the dense shared parameters, N rows, V x d an embe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -28,12 +28,11 @@ from fastmtl.errors import UserError
 from fastmtl.surgery.differentiate import Term, differentiate
 from fastmtl.surgery.jacobian.tables import whole_shape
 from fastmtl.surgery.segments import Segments
+from fastmtl.surgery.sinks.plain import Product, sum_of_products, table_gradient
 from fastmtl.surgery.sinks.uses import Uses
 from fastmtl_kernels.cast import cast
 
 NOT_ARMED = "the sink was armed in forward but not in backward: keep both inside one `armed` block"
-# (gradient of the layer's output [N, ...], rows of one task) -> this task's gradient of a parameter
-Product = Callable[[Tensor, slice], Tensor]
 
 
 class Sink(ABC):
@@ -58,6 +57,7 @@ class Sink(ABC):
         self._tables_of = [parameter for parameter in parameters if id(parameter) in self._sparse]
         self._index = {id(parameter): k for k, parameter in enumerate(parameters)}
         self._uses = Uses()
+        self._totals = False
 
     @contextmanager
     def armed(self, device: torch.device) -> Iterator[None]:
@@ -87,6 +87,23 @@ class Sink(ABC):
         """Return True if the sink takes gradients of the parameter, which is shared and trained."""
         return parameter is not None and parameter.requires_grad and id(parameter) in self._index
 
+    def takes(self, parameter: nn.Parameter | None) -> bool:
+        """Return True if a backward gives the parameter's gradients to the sink now."""
+        return not self._totals and self.wants(parameter)
+
+    @contextmanager
+    def totals(self) -> Iterator[None]:
+        """Let backwards inside the block give autograd the plain gradients of all rows.
+
+        The sink takes nothing. Rows of no task count, too. The sum over rows is computed task by
+        task: if only the rows of one task carry a gradient, it has the same bits as that task's.
+        """
+        self._totals = True
+        try:
+            yield
+        finally:
+            self._totals = False
+
     def is_sparse(self, parameter: nn.Parameter) -> bool:
         return id(parameter) in self._sparse
 
@@ -107,16 +124,18 @@ class Sink(ABC):
         shared: Sequence[nn.Parameter],
         own: Sequence[nn.Parameter],
         names: Mapping[int, str],
+        *,
+        retain_graph: bool = False,
     ) -> Sequence[Tensor | None]:
         """Run the backward of a loss, in which shared layers pass task gradients to this sink.
 
         terms: pairs of a scalar and its factor, which add up to the loss. Returns the gradients of
-        `own`. names: names of parameters by id, for messages. Raises UserError if a gradient of
-        `shared` bypasses the sink.
+        `own`. names: names of parameters by id, for messages. retain_graph: True if the graph is
+        needed again. Raises UserError if a gradient of `shared` bypasses the sink.
         """
         # Layers that use the sink give autograd no gradient of a shared parameter. If autograd has
         # one, it comes from another operation and would be lost.
-        anchor, *rest = differentiate(terms, [self.anchor, *own, *shared], names)
+        anchor, *rest = differentiate(terms, [self.anchor, *own, *shared], names, retain_graph=retain_graph)
         if anchor is None:
             raise UserError(
                 "loss_fn takes task_grads but the model does not use it: pass it to the layers, embedding included, or "
@@ -135,7 +154,7 @@ class Sink(ABC):
 
         Returns the parameter's gradient for autograd; None where autograd gets nothing.
         """
-        if not self.wants(parameter):
+        if not self.takes(parameter):
             return gradients.sum(0)
         self.check_active()
         return self.take(parameter, gradients)
@@ -149,6 +168,8 @@ class Sink(ABC):
 
         product(dy, rows) computes the gradient of one task from the rows of that task.
         """
+        if self._totals:
+            return sum_of_products(dy, product, segments)
         if not self.wants(parameter):
             return product(dy, segments.all_rows())
         self.check_active()
@@ -211,7 +232,7 @@ class Sink(ABC):
         nothing. token_offsets: task t has the tokens token_offsets[t]:token_offsets[t + 1].
         """
         self.check_active()
-        if not self.wants(table):
+        if not self.takes(table):
             return table_gradient(table, ids, rows)
         return self.take_rows(table, ids, rows, token_offsets)
 
@@ -256,13 +277,3 @@ class Sink(ABC):
     def tensors(self) -> list[Tensor]:
         """Return the tensors that hold task gradients now."""
         return []
-
-
-def table_gradient(table: nn.Parameter, ids: Tensor, rows: Tensor) -> Tensor:
-    """Return the dense gradient [V, d] of a table, in float32 or wider.
-
-    Thousands of tokens share a token type, and a bfloat16 sum of equal numbers stops growing after
-    256 of them.
-    """
-    rows = cast(rows, torch.promote_types(rows.dtype, torch.float32))
-    return torch.ops.aten.embedding_dense_backward(rows, ids, whole_shape(table)[0], -1, False)

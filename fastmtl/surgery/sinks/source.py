@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastmtl.surgery.jacobian.compact_rows import Rows
 from fastmtl.surgery.jacobian.sketch import CountSketch
 from fastmtl.surgery.jacobian.tables import Tables
 from fastmtl.surgery.merged import Merged
@@ -105,6 +106,17 @@ class MergingSink(GramianSource):
         narrow: if True, and if all dense parameters have the same 16-bit dtype, the result has this
         dtype, else float32. Sums are float32 and rounded once.
         """
+
+    @abstractmethod
+    def task_gradient(self, parameter: nn.Parameter, task: int) -> Tensor | None:
+        """Return one task's gradient of a dense parameter, None if no backward has delivered one.
+
+        It is this rank's, of all micro-batches since `clear`.
+        """
+
+    def task_rows(self, table: nn.Parameter, task: int) -> list[Rows]:
+        """Return one task's gradient of a `sparse` table, pairs (ids [k], rows [k, d]) that add up."""
+        return self._tables.of_task(table, task)
 
     def reach(self, parameter: nn.Parameter) -> None:
         """Record that a loss depends on the parameter, although its zero gradient is not added."""

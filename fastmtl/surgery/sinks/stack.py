@@ -15,7 +15,7 @@ from fastmtl.surgery.merged import Merged
 from fastmtl.surgery.ranks.protocol import Ranks
 from fastmtl.surgery.segments import Segments
 from fastmtl.surgery.sinks.early_scatter import EarlyScatter
-from fastmtl.surgery.sinks.sink import Product
+from fastmtl.surgery.sinks.plain import Product
 from fastmtl.surgery.sinks.source import MergingSink
 from fastmtl_kernels import gramian
 
@@ -122,7 +122,7 @@ class StackSink(MergingSink):
 
         If `dy` has J's dtype, each product is computed inside J, without a temporary tensor.
         """
-        if self.dtype != dy.dtype or not self.wants(weight) or not (bias is None or self.wants(bias)):
+        if self.dtype != dy.dtype or not self.takes(weight) or not (bias is None or self.takes(bias)):
             return super().linear(weight, bias, dy, x, segments, needed)
         self.check_active()
         stack = self.stack_of(weight)
@@ -151,7 +151,7 @@ class StackSink(MergingSink):
         If the k weights' columns in J are adjacent, a single product per task computes them.
         """
         parameters = [*weights, *biases]
-        if self.dtype != rows.dtype or not all(map(self.wants, parameters)):
+        if self.dtype != rows.dtype or not all(map(self.takes, parameters)):
             return super().linears(weights, biases, rows, x, segments, needed)
         self.check_active()
         weight_stack, bias_stack = self.stack_of(weights[0]), self.stack_of(biases[0])
@@ -170,6 +170,9 @@ class StackSink(MergingSink):
                 self.stack_of(table).add_rows(table, task, ids, rows)
         self.written(table)
         return None
+
+    def task_gradient(self, parameter: nn.Parameter, task: int) -> Tensor | None:
+        return self.jacobian.of_task(parameter, task)
 
     def gramian(self) -> Tensor:
         jacobian = self._jacobian

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.surgery.segments import Segments
-from fastmtl.surgery.sinks.sink import Product, Sink, table_gradient
+from fastmtl.surgery.sinks.plain import Product, table_gradient
+from fastmtl.surgery.sinks.sink import Sink
 from fastmtl_kernels.cast import cast
 from fastmtl_kernels.upload import upload
 
@@ -48,7 +49,7 @@ class WeightedSink(Sink):
         needed: Sequence[bool],
     ) -> list[Tensor | None]:
         """Return the merged gradients of k Linears, from a single product if all are shared."""
-        if not all(map(self.wants, [*weights, *biases])):
+        if not all(map(self.takes, [*weights, *biases])):
             return super().linears(weights, biases, rows, x, segments, needed)
         self.check_active()
         rows, x, number = self._weighted(rows, segments), x[segments.all_rows()], len(weights)
