@@ -186,6 +186,16 @@ def test_one_backward_per_task_equals_one_pass() -> None:
     assert_same(gradients(model, [batch()], sink=False), textbook(model, batch()))
 
 
+@pytest.mark.parametrize("reduce", ["exact", "sketch"])
+def test_a_shared_scalar(reduce: Any) -> None:
+    """A parameter without dimensions, such as the gain of a gate."""
+    scale = nn.Parameter(torch.tensor(2.0))
+    surgery = GradientSurgery(torch.optim.SGD([scale], lr=0.1), tasks=["a", "b"], reduce=reduce)
+    info = surgery.backward({"a": (scale.square(), 1), "b": (-scale, 1)})
+    assert info is not None and scale.grad is not None and scale.grad.shape == ()
+    assert scale.grad == 0  # each of the gradients 4 and -1 is projected to zero by the other
+
+
 def test_same_weights_as_torchjd() -> None:
     torchjd = pytest.importorskip("torchjd.aggregation")
     from fastmtl_kernels import pcgrad_weights

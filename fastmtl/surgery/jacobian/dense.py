@@ -30,7 +30,7 @@ class Jacobian:
         sizes = [parameter.numel() for parameter in self._parameters]
         self.buffer = torch.empty(num_tasks, sum(sizes), dtype=dtype, device=device)
         self._columns = {
-            id(parameter): columns.unflatten(1, parameter.shape)
+            id(parameter): columns.view(num_tasks, *parameter.shape)
             for parameter, columns in zip(self._parameters, self.buffer.split(sizes, dim=1), strict=True)
         }
         self._rows = {key: list(columns.unbind()) for key, columns in self._columns.items()}

@@ -111,12 +111,13 @@ class KeepSink(MergingSink):
                 found = torch.zeros(self.num_tasks, *parameter.shape, device=device)
             if found is None:
                 continue
+            columns = found.reshape(self.num_tasks, -1)
             if self._sketch is not None:
-                self._sketch.add(self._index[id(parameter)], found.flatten(1))
+                self._sketch.add(self._index[id(parameter)], columns)
             elif parameter.dim() < 2:
-                vectors.append(found.flatten(1))
+                vectors.append(columns)
             else:
-                total += self._share(found.flatten(1))
+                total += self._share(columns)
         inputs = (pair.x for pairs in self._pairs.values() for pair in pairs)
         self._most = buffer.nbytes + sum({t.data_ptr(): t.nbytes for t in (*self.tensors(), *inputs)}.values())
         if self._sketch is not None:

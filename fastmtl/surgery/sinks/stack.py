@@ -178,7 +178,7 @@ class StackSink(MergingSink):
         jacobian = self._jacobian
         if self._sketch is not None:
             for parameter in self.dense if jacobian is not None else ():
-                self._sketch.add(self._index[id(parameter)], self.jacobian.of(parameter).flatten(1))
+                self._sketch.add(self._index[id(parameter)], self.jacobian.of(parameter).reshape(self.num_tasks, -1))
             return self._sketched_gramian(self._sketch)
         total = torch.zeros(self.num_tasks, self.num_tasks, device=self.anchor.device)
         if jacobian is not None:
