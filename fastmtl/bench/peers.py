@@ -27,6 +27,7 @@ SHOWN = {
     "pcgrad replay": "fastmtl PCGrad, replay",
     "textbook": "textbook PCGrad",
     "torchjd": "TorchJD PCGrad",
+    "torchjd autogram": "TorchJD PCGrad, autogram",
 }
 GROWTH = 2  # factor from the first number of rows to the second
 CLOSE = 0.97  # a batch that needs at least this share of the limit counts as the largest

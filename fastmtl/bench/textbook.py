@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,25 +34,31 @@ class PaddedBatch:
         return PaddedBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-class PaddedModel(nn.Module):
-    """A BertModel, and for each task a linear head on the first token's hidden state.
+class TaskBatch(Protocol):
+    """The rows of one task. labels: [B], int64 for classes, float32 otherwise."""
+
+    @property
+    def labels(self) -> Tensor: ...
+
+
+class TaskModel(nn.Module):
+    """An encoder, and for each task a linear head on one vector [width] of a row.
 
     kinds: for each task "classification", "binary" or "regression", and the number of the head's
     outputs.
     """
 
-    def __init__(self, config: BertConfig, kinds: Sequence[tuple[str, int]]) -> None:
+    def __init__(self, encoder: nn.Module, width: int, kinds: Sequence[tuple[str, int]]) -> None:
         super().__init__()
         self.kinds = [kind for kind, _ in kinds]
-        self.encoder = BertModel(config, add_pooling_layer=False)
-        self.heads = nn.ModuleList(nn.Linear(config.hidden_size, outputs) for _, outputs in kinds)
+        self.encoder = encoder
+        self.heads = nn.ModuleList(nn.Linear(width, outputs) for _, outputs in kinds)
 
-    def features(self, batch: PaddedBatch) -> Tensor:
-        """Return the last hidden state of each text's first token, [B, hidden]."""
-        encoded = self.encoder(batch.input_ids, batch.attention_mask, batch.token_type_ids)
-        return encoded.last_hidden_state[:, 0]
+    def features(self, batch: Any) -> Tensor:
+        """Return the heads' input of each row, [B, width]."""
+        raise NotImplementedError
 
-    def loss(self, task: int, features: Tensor, batch: PaddedBatch) -> Tensor:
+    def loss(self, task: int, features: Tensor, batch: TaskBatch) -> Tensor:
         """Return the mean loss of a task over its batch, a scalar in float32 or better."""
         outputs = self.heads[task](features)
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
@@ -61,18 +68,36 @@ class PaddedModel(nn.Module):
             return functional.binary_cross_entropy_with_logits(outputs.squeeze(1), batch.labels)
         return functional.mse_loss(outputs.squeeze(1), batch.labels)
 
+    def losses(self, features: Sequence[Tensor], batches: Sequence[TaskBatch]) -> list[Tensor]:
+        """Return the mean loss of every task."""
+        return [self.loss(task, *pair) for task, pair in enumerate(zip(features, batches, strict=True))]
 
-def step(model: PaddedModel, batches: Sequence[PaddedBatch]) -> None:
+
+class PaddedModel(TaskModel):
+    """A BertModel, and for each task a linear head on the first token's hidden state."""
+
+    encoder: BertModel
+
+    def __init__(self, config: BertConfig, kinds: Sequence[tuple[str, int]]) -> None:
+        super().__init__(BertModel(config, add_pooling_layer=False), config.hidden_size, kinds)
+
+    def features(self, batch: PaddedBatch) -> Tensor:
+        """Return the last hidden state of each text's first token, [B, hidden]."""
+        encoded = self.encoder(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+        return encoded.last_hidden_state[:, 0]
+
+
+def step(model: TaskModel, batches: Sequence[TaskBatch]) -> None:
     """Run one step. Write the encoder's merged gradient and each head's own gradient to `.grad`."""
     model.zero_grad()
     merged = pcgrad(task_gradients(model, batches))
-    parameters = list(model.encoder.parameters())
+    parameters = trained(model.encoder)
     pieces = merged.split([parameter.numel() for parameter in parameters])
     for parameter, piece in zip(parameters, pieces, strict=True):
         parameter.grad = piece.view(parameter.shape)
 
 
-def task_gradients(model: PaddedModel, batches: Sequence[PaddedBatch]) -> list[Tensor]:
+def task_gradients(model: TaskModel, batches: Sequence[TaskBatch]) -> list[Tensor]:
     """Return the encoder's gradient of each task's loss: a list of T tensors [P].
 
     The gradients of the heads are left in `.grad`.
@@ -81,8 +106,17 @@ def task_gradients(model: PaddedModel, batches: Sequence[PaddedBatch]) -> list[T
     for task, batch in enumerate(batches):
         model.encoder.zero_grad()
         model.loss(task, model.features(batch), batch).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.encoder.parameters() if p.grad is not None]))
+        gradients.append(torch.cat([_gradient(p).flatten() for p in trained(model.encoder)]))
     return gradients
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that are not frozen."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def pcgrad(gradients: Sequence[Tensor], order: Tensor | None = None) -> Tensor:

@@ -9,10 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fastmtl.bench import textbook
+from fastmtl.bench import textbook, torchjd_steps
 from fastmtl.bench.recordings import STEPS_TO_RECORD, refuse_unrecorded
 from fastmtl.bench.sizes import SEED
-from fastmtl.bench.workload import Workload
+from fastmtl.bench.workload import Workload, twin
 from fastmtl.cuda_graphs.install import install_cuda_graphs
 from fastmtl.cuda_graphs.merging import record_merging
 from fastmtl.cuda_graphs.recorder import Recorder
@@ -158,24 +158,14 @@ def _textbook(name: str, workload: Workload) -> Variant:
 
 
 def _torchjd(name: str, workload: Workload) -> Variant:
-    try:
-        from torchjd.aggregation import PCGrad
-        from torchjd.autojac import jac_to_grad, mtl_backward
-    except ImportError as error:
-        raise Skipped(f"{error}: pip install 'fastmtl-torch[torchjd]'") from None
     model, batches = workload.padded, workload.padded_batches
-    shared = list(model.encoder.parameters())
-    own = [list(head.parameters()) for head in model.heads]
+    step = torchjd_steps.autojac(model, lambda: [model.features(batch) for batch in batches], batches)
+    return Variant(name, model, step, _global_order(workload.tasks), PEER, peer=True, optional=True)
 
-    def step() -> None:
-        model.zero_grad()
-        features = [model.features(batch) for batch in batches]
-        losses = [model.loss(task, features[task], batch) for task, batch in enumerate(batches)]
-        # One row of the Jacobian at a time is faster here than torch.vmap, which has no rule for
-        # SDPA's backward on CPUs.
-        mtl_backward(losses, features=features, tasks_params=own, shared_params=shared, parallel_chunk_size=1)
-        jac_to_grad(shared, PCGrad())
 
+def _autogram(name: str, workload: Workload) -> Variant:
+    model, batches = twin(workload.padded), workload.padded_batches
+    step = torchjd_steps.autogram(model, lambda: [model.features(batch) for batch in batches], batches)
     return Variant(name, model, step, _global_order(workload.tasks), PEER, peer=True, optional=True)
 
 
@@ -199,6 +189,7 @@ BUILDERS: dict[str, Callable[[str, Workload], Variant]] = {
     "pcgrad bf16, CUDA graphs": _recorded("pcgrad", dtype=torch.bfloat16),
     "textbook": _textbook,
     "torchjd": _torchjd,
+    "torchjd autogram": _autogram,
 }
 
 

@@ -6,13 +6,14 @@ packed and the padded model compute the same numbers.
 
 from __future__ import annotations
 
+import copy
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BertConfig
 
 from fastmtl.bench.sizes import PRECISIONS, SEED, Size, lengths_of
@@ -25,6 +26,7 @@ from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.model.encoder.bert import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
 
+Model = TypeVar("Model", bound=nn.Module)
 # Types and numbers of outputs of tasks 0, 1 and 2; they repeat from task 3 on.
 KINDS = (("binary", 1), ("regression", 1), ("classification", 5))
 
@@ -127,6 +129,12 @@ class Workload:
             skipped=[],
             path=Path("random"),
         )
+
+
+def twin(model: Model) -> Model:
+    """Return a copy of a model that shares the memory of its weights, but no gradient."""
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, shared)
 
 
 def plain_name(name: str) -> str:

@@ -41,6 +41,7 @@ TINY = Shape("tiny", hidden=32, layers=2, heads=2, intermediate=64, rows=4, voca
 
 # Without variants that need a GPU; see test_recorded_variants_replay_the_textbooks_first_step.
 ANYWHERE = [name for name in BUILDERS if not name.endswith("CUDA graphs")]
+TORCHJD = {"torchjd", "torchjd autogram"}
 
 
 def quiet(_: str) -> None:
@@ -314,9 +315,10 @@ def test_a_peer_that_cannot_run_is_skipped_with_its_reason(
         oracle.check(dataclasses.replace(ours, step=fail, optional=True))
     with pytest.raises(RuntimeError, match="no rule"):  # failures of fastmtl's variants are errors
         oracle.check(dataclasses.replace(ours, step=fail))
-    monkeypatch.setitem(sys.modules, "torchjd.autojac", None)
-    with pytest.raises(Skipped, match=r"pip install 'fastmtl-torch\[torchjd\]'"):
-        variants.build("torchjd", tiny)
+    for module, name in (("torchjd.autojac", "torchjd"), ("torchjd.autogram", "torchjd autogram")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(Skipped, match=r"pip install 'fastmtl-torch\[torchjd\]'"):
+            variants.build(name, tiny)
 
 
 def test_variants_take_turns() -> None:
@@ -383,14 +385,12 @@ def test_the_command_prints_and_saves_ratios(
     assert "0 s  building models\n" in progress and "s  round 2 of 2\n" in progress  # not on a terminal
     result = json.loads(file.read_text())
     assert set(result["variants"]) | set(result["skipped"]) == set(BUILDERS)
-    assert set(BUILDERS) - set(ANYWHERE) <= set(result["skipped"]) <= {"torchjd", *BUILDERS} - set(ANYWHERE[:-1])
-    assert set(result["variants"]) >= set(ANYWHERE) - {"torchjd"}
+    assert set(BUILDERS) - set(ANYWHERE) <= set(result["skipped"]) <= set(BUILDERS) - set(ANYWHERE) | TORCHJD
+    assert set(result["variants"]) >= set(ANYWHERE) - TORCHJD
     joint = min(result["variants"][name]["median_s"] for name in ("autograd", "sum"))
     loop = result["variants"]["textbook"]["median_s"]
     for name, entry in result["variants"].items():
-        assert len(entry["samples_s"]) == (
-            1 if name in ("textbook", "torchjd") else 2
-        )  # peers run in every other round
+        assert len(entry["samples_s"]) == (1 if name in {"textbook", *TORCHJD} else 2)  # peers run in every other round
         assert entry["ratio_to_joint"] == entry["median_s"] / joint
         assert entry["ratio_to_textbook"] == entry["median_s"] / loop
         assert entry["peak_mib"] > 0
