@@ -1,0 +1,225 @@
+"""Surgery inside a user's model: its modules pass one gradient per task to the sink.
+
+Row maps are kept from a forward until the end of backward, since activation checkpointing runs
+modules again during backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.errors import UserError
+from fastmtl.surgery.attach.forward import RuledForward
+from fastmtl.surgery.attach.row_map import OneTask, RowMap, read_rows
+from fastmtl.surgery.attach.sites import Site, check_kind, find_sites
+from fastmtl.surgery.rules.aliases import aliases, replaced
+from fastmtl.surgery.rules.embedding import embedding_rule
+from fastmtl.surgery.rules.general import WHOLE, run_by_task, unsupported
+from fastmtl.surgery.rules.trees import Unsupported, tensors_in
+from fastmtl.surgery.sinks.sink import Sink
+
+
+class Attachment:
+    """Forwards of a model's modules, replaced so that they pass task gradients to a sink.
+
+    Outside a `rows` block, without gradients, and while no sink is active, a module runs as before.
+
+    model: the trunk, or a DistributedDataParallel of it. shared: parameters whose task gradients
+    are taken. per_task_modules: see GradientSurgery.
+    Raises UserError for a model that cannot be attached.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shared: Sequence[nn.Parameter],
+        tasks: Sequence[str],
+        device: torch.device,
+        per_task_modules: Sequence[type[nn.Module] | str | nn.Module] = (),
+    ) -> None:
+        self._tasks, self._device = list(tasks), device
+        check_kind(model)
+        trunk = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        sites = find_sites(trunk, shared, per_task_modules)
+        for site in sites:
+            if isinstance(site.module.__dict__.get("forward"), RuledForward):
+                raise UserError(
+                    "model: another GradientSurgery is attached to it: call detach() of that one before creating a new one"
+                )
+        self._parameters = {
+            (id(owned.holder), owned.name): owned.parameter
+            for site in sites
+            for owned in (*site.own, *(site.beneath or ()))
+        }
+        self.sink: Sink | None = None
+        self._maps: list[RowMap] = []  # of the blocks since the last backward
+        self._where: list[RowMap | OneTask] = []  # the innermost block or run
+        self._again: RowMap | None = None  # the map of the block that backward is in
+        self._one_row = False
+        self._forwards = [RuledForward(site.module, partial(self._run, site)) for site in sites]
+        self._names = [site.name or type(site.module).__name__ for site in sites]
+
+    @contextmanager
+    def rows(self, given: Any) -> Iterator[None]:
+        """Map the rows of the forwards in this block. given: see read_rows."""
+        rows = RowMap(read_rows(given, self._tasks), len(self._tasks), self._device, self._parameter)
+        if not torch.is_grad_enabled():
+            yield
+            return
+        self._maps.append(rows)
+        self._where.append(rows)
+        try:
+            yield
+        finally:
+            self._where.pop()
+
+    @property
+    def used(self) -> bool:
+        """True if there was a `rows` block since the last backward."""
+        return bool(self._maps)
+
+    def begin(self, sink: Sink) -> None:
+        """Let the next forwards pass task gradients to `sink`."""
+        self.forget()
+        self.sink = sink
+
+    def forget(self) -> None:
+        """Drop all row maps, at the end of backward."""
+        self.sink, self._again = None, None
+        self._maps.clear()
+
+    def check_losses(self, rows: Mapping[str, int]) -> None:
+        """Raise UserError for a task that has losses, but no row. rows: of each task's loss."""
+        for name, number in rows.items():
+            if number and not any(found.sizes[self._tasks.index(name)] for found in self._maps):
+                raise UserError(f"rows: task {name} has losses of {number} rows, but no row of the batch belongs to it")
+
+    def detach(self) -> None:
+        """Give every module the forward that it had before.
+
+        Raises UserError, and changes nothing, if another library has replaced a forward since.
+        """
+        for name, forward in zip(self._names, self._forwards, strict=True):
+            if not forward.in_place:
+                raise UserError(
+                    f"detach: the forward of module {name} was replaced after GradientSurgery was attached: undo that "
+                    "change before"
+                )
+        for forward in self._forwards:
+            forward.restore()
+        self._forwards.clear()
+
+    def _parameter(self, module: nn.Module, name: str) -> nn.Parameter | None:
+        """Return the sink's parameter `name` of a module, or the module's own if it is not shared."""
+        found = self._parameters.get((id(module), name))
+        return getattr(module, name) if found is None else found
+
+    def _now(self) -> RowMap | OneTask | None:
+        """Return the map of the forward that runs now; None if it runs without surgery."""
+        if self.sink is None or not self.sink.active or not torch.is_grad_enabled():
+            return None
+        if self._where:
+            return self._where[-1]
+        return self._of_backward() if self.sink.in_backward else None
+
+    def _of_backward(self) -> RowMap | None:
+        """Return the map of the forward that checkpointing repeats in backward."""
+        if len(self._maps) < 2:
+            return self._maps[0] if self._maps else None
+        if self._again is None:
+            raise UserError(
+                "rows: activation checkpointing repeats a forward in backward, but several blocks precede this "
+                "backward, and the output of `model` does not show which one: call `model` itself in each block, or "
+                "run a backward after each block, with last=False"
+            )
+        return self._again
+
+    def _run(self, site: Site, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute the forward of a site."""
+        where = self._now()
+        if where is None:
+            return plain(*args, **kwargs)
+        is_trunk = not site.name and isinstance(where, RowMap)
+        if is_trunk:
+            _check_inputs(where, args, kwargs)
+        try:
+            output = self._ruled(site, where, plain, args, kwargs)
+        except Unsupported as reason:
+            raise unsupported(site.name or "model", site.module, reason) from None
+        if is_trunk and self._where:
+            assert isinstance(where, RowMap)
+            self._mark(where, output)
+        return output
+
+    def _ruled(
+        self, site: Site, where: RowMap | OneTask, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        sink = self.sink
+        assert sink is not None
+        if isinstance(where, OneTask) and (self._one_row or site.rule is None):
+            own = [item for item in site.own if sink.wants(item.parameter) and item.name not in item.holder.__dict__]
+            with replaced([(item, aliases(item, [where.task], sink)[0]) for item in own]):
+                return plain(*args, **kwargs)
+        x = _only_tensor(args, kwargs) if site.rule is not None and site.beneath is None else None
+        if x is not None and x.dim():
+            one_row = len(x) == 1 and where.batch != 1
+            if one_row and site.rule is embedding_rule or not one_row and where.fits(len(x)):
+                assert site.rule is not None
+                return site.rule(site.module, where, sink, x)
+        if not (site.own or site.beneath):
+            return plain(*args, **kwargs)
+        assert isinstance(where, RowMap)
+        owned = site.own if site.beneath is None else [item for item in site.beneath if item.available]
+        inside = partial(self._inside, where, site.beneath is not None)
+        whole = next((names for kind, names in WHOLE.items() if isinstance(site.module, kind)), ())
+        return run_by_task(plain, owned, where, sink, inside, args, kwargs, whole)
+
+    @contextmanager
+    def _inside(self, rows: RowMap, aliased: bool, task: int, one_row: bool) -> Iterator[None]:
+        """Run one task's rows. aliased: parameters of modules inside are replaced by aliases, too."""
+        before, self._one_row = self._one_row, aliased or one_row
+        self._where.append(rows.only(task))
+        try:
+            yield
+        finally:
+            self._where.pop()
+            self._one_row = before
+
+    def _mark(self, rows: RowMap, output: Any) -> None:
+        """Let backward know the map of this forward as soon as it enters it."""
+
+        def enter(_: Tensor) -> None:
+            self._again = rows
+
+        for x in tensors_in(output):
+            if x.requires_grad:
+                x.register_hook(enter)
+
+
+def _only_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the only argument if it is a tensor."""
+    given = [*args, *kwargs.values()]
+    return given[0] if len(given) == 1 and isinstance(given[0], Tensor) else None
+
+
+def _check_inputs(rows: RowMap, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise UserError if no input of the trunk has the rows of the map in its first dimension."""
+    tensors = [x for x in tensors_in((args, dict(kwargs))) if x.dim()]
+    if not tensors or any(len(x) == rows.batch for x in tensors):
+        return
+    shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
+    if all(len(x) == 1 for x in tensors):
+        raise UserError(
+            f"rows: the model gets inputs of shapes {shapes}, one packed row for {rows.batch} rows: give it padded rows "
+            "[B, length]; packed batches need fastmtl's own encoder"
+        )
+    raise UserError(
+        f"rows: the model gets inputs of shapes {shapes}, but `rows` has {rows.batch} rows: the first dimension must be "
+        "the rows of the batch"
+    )

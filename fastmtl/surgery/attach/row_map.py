@@ -1,0 +1,152 @@
+"""The task of each row of a batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.errors import UserError, quoted, unknown_name
+from fastmtl.surgery.segments import Segments
+from fastmtl_kernels.upload import upload
+
+FindParameter = Callable[[nn.Module, str], nn.Parameter | None]
+_EXPECTED = "give the task of each row (int64 [B] or names), or {task: number of rows} in the order of the rows"
+
+
+class RowMap:
+    """The tasks of the B rows of a batch, and of the B * k rows of tensors inside a model.
+
+    Row b of the batch has the rows b * k to (b + 1) * k of such a tensor. `batch` is B. Rows of no
+    task have the number -1; no loss may depend on them.
+
+    tasks: a number from -1 to num_tasks - 1 for each row. device: of the model. parameter: the
+    sink's parameter for a module and a name (see rules/rule.py).
+    """
+
+    def __init__(
+        self, tasks: Sequence[int], num_tasks: int, device: torch.device, parameter: FindParameter = getattr
+    ) -> None:
+        self.batch, self._num_tasks, self._device, self.parameter = len(tasks), num_tasks, device, parameter
+        rows_of = Counter(tasks)
+        self.sizes = [rows_of[task] for task in range(num_tasks)]
+        last = [task if task >= 0 else num_tasks for task in tasks]
+        order = sorted(range(self.batch), key=last.__getitem__)
+        self._order: Tensor | None = None
+        self._places: Tensor | None = None  # of the batch's rows in the order of the tasks
+        if order != list(range(self.batch)):
+            host = torch.tensor(order)
+            self._order, self._places = upload(host, device), upload(host.argsort(), device)
+        self._segments: dict[int, Segments] = {}
+        self._only: dict[int, OneTask] = {}
+        self._tasks = last
+        self._group_of_row: Tensor | None = None
+
+    def fits(self, rows: int) -> bool:
+        """Return True if a tensor with so many rows has equally many for each row of the batch."""
+        return rows % self.batch == 0 if self.batch else rows == 0
+
+    def segments(self, rows: int) -> Segments:
+        """Return the tasks' segments of a tensor with `rows` = B * k rows."""
+        k = rows // self.batch if self.batch else 0
+        if k not in self._segments:
+            host = tuple(accumulate((size * k for size in self.sizes), initial=0))
+            offsets = upload(torch.tensor(host, dtype=torch.int32), self._device)
+            self._segments[k] = Segments(offsets, host, self._order)
+        return self._segments[k]
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return T parts of x [B * k, ...], the rows of each task.
+
+        Rows of no task are in the last part: nothing depends on them, but a model computes them.
+        Without `order` the parts are views.
+        """
+        k = len(x) // self.batch if self.batch else 0
+        if self._order is not None:
+            x = x.unflatten(0, (self.batch, k)).index_select(0, self._order).flatten(0, 1)
+        return x.split([size * k for size in self.groups])
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the T parts of `split`, or results of the same rows, in the batch's order."""
+        joined = torch.cat(list(parts))
+        if self._places is None:
+            return joined
+        return joined.unflatten(0, (self.batch, len(joined) // self.batch)).index_select(0, self._places).flatten(0, 1)
+
+    def spread(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return, for each row of the batch, the part of its task: T tensors [1, ...] to [B, ...]."""
+        if self._group_of_row is None:
+            groups = torch.tensor([min(task, self._num_tasks - 1) for task in self._tasks], dtype=torch.int64)
+            self._group_of_row = upload(groups, self._device)
+        return torch.cat(list(parts)).index_select(0, self._group_of_row)
+
+    @property
+    def groups(self) -> list[int]:
+        """Numbers of rows of the T parts of `split`."""
+        return [*self.sizes[:-1], self.batch - sum(self.sizes[:-1])]
+
+    def only(self, task: int) -> OneTask:
+        """Return the map inside a run of one task's rows."""
+        if task not in self._only:
+            self._only[task] = OneTask(task, self._num_tasks, self._device, self.parameter)
+        return self._only[task]
+
+
+class OneTask:
+    """The map inside a run of one task: every row of every tensor belongs to that task."""
+
+    batch = 1
+
+    def __init__(self, task: int, num_tasks: int, device: torch.device, parameter: FindParameter) -> None:
+        self.task, self._num_tasks, self._device, self.parameter = task, num_tasks, device, parameter
+        self._segments: dict[int, Segments] = {}
+
+    def fits(self, rows: int) -> bool:
+        return True
+
+    def segments(self, rows: int) -> Segments:
+        if rows not in self._segments:
+            host = (0,) * (self.task + 1) + (rows,) * (self._num_tasks - self.task)
+            self._segments[rows] = Segments(upload(torch.tensor(host, dtype=torch.int32), self._device), host)
+        return self._segments[rows]
+
+
+def read_rows(given: Any, tasks: list[str]) -> list[int]:
+    """Return the number of each row's task, -1 for a row of no task.
+
+    given: int64 [B] with numbers of tasks, where -1 is no task; names of tasks, one per row; or
+    {task: number of rows}, in the order of the rows. A tensor on the host causes no wait for the
+    device.
+    Raises UserError for anything else, and for unknown tasks.
+    """
+    if isinstance(given, Mapping):
+        return [number for name, rows in given.items() for number in [_number(name, tasks)] * _count(name, rows)]
+    if hasattr(given, "tolist"):
+        if getattr(given, "ndim", 1) != 1 or "int" not in str(given.dtype):
+            raise UserError(f"rows: a tensor of shape {tuple(given.shape)} and {given.dtype}: {_EXPECTED}")
+        given = given.tolist()
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise UserError(f"rows is of type {type(given).__name__}: {_EXPECTED}")
+    return [_number(task, tasks) for task in given]
+
+
+def _number(task: Any, tasks: list[str]) -> int:
+    if isinstance(task, str):
+        if task not in tasks:
+            raise unknown_name("task in rows", task, tasks)
+        return tasks.index(task)
+    if isinstance(task, bool) or not isinstance(task, int):
+        raise UserError(f"rows: {quoted(task)} is no task: {_EXPECTED}")
+    if not -1 <= task < len(tasks):
+        raise UserError(f"rows: there is no task {task}: use 0 to {len(tasks) - 1} as in `tasks`, -1 for a row of none")
+    return task
+
+
+def _count(name: Any, rows: Any) -> int:
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
+        raise UserError(f"rows: task {quoted(name)} has {quoted(rows)} rows: give an integer that is not negative")
+    return rows

@@ -1,0 +1,138 @@
+"""The modules of a model whose forward surgery replaces, and how each of them runs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from fastmtl.errors import UserError, listed, quoted
+from fastmtl.surgery.rules.aliases import Owned
+from fastmtl.surgery.rules.rule import Rule
+from fastmtl.surgery.rules.table import find_rule
+
+# Classes that use parameters beneath them in tensors without rows, such as tables of relative
+# positions. A class of a model file is given by its name.
+PER_TASK: tuple[type[nn.Module] | str, ...] = (
+    nn.MultiheadAttention,
+    "DebertaEncoder",
+    "DebertaV2Encoder",
+    "MPNetEncoder",
+    "T5Attention with relative_attention_bias",
+)
+_CONTAINERS = (nn.ParameterList, nn.ParameterDict)  # have parameters, but no forward
+
+
+@dataclass
+class Site:
+    """A module with shared parameters.
+
+    own: shared parameters that its forward reads. rule: for its class, None for the general rule.
+    beneath: for a module that runs once per task, all shared parameters in it; else None.
+    """
+
+    name: str
+    module: nn.Module
+    own: list[Owned] = field(default_factory=list)
+    rule: Rule | None = None
+    beneath: list[Owned] | None = None
+
+
+def find_sites(
+    model: nn.Module, shared: Collection[nn.Parameter], per_task_modules: Sequence[type[nn.Module] | str | nn.Module]
+) -> list[Site]:
+    """Return the sites of a model; the first one is the model itself.
+
+    per_task_modules: classes, names of classes, names of modules, or modules, in addition to
+    PER_TASK.
+    Raises UserError for an entry that names nothing in the model, and for modules whose rows are
+    not in the first dimension.
+    """
+    known = {id(parameter) for parameter in shared}
+    modules = dict(model.named_modules())
+    per_task = set(_matching(PER_TASK, modules))
+    for entry in per_task_modules:
+        found = set(_matching((entry,), modules))
+        if not found:
+            raise UserError(
+                f"per_task_modules: {quoted(getattr(entry, '__name__', entry))} names no module and no class in "
+                f"{type(model).__name__}; its modules are {listed([name for name in modules if name], limit=12)}"
+            )
+        per_task |= found
+    sites, nested = [Site("", model)], set[str]()
+    for name, module in modules.items():
+        if isinstance(module, _CONTAINERS) or name in nested:
+            continue
+        own = list(_owned(module, known, nested, name))
+        beneath = None
+        if name in per_task:
+            beneath = [item for inner in module.modules() for item in _shared(inner, known)]
+        if own or beneath:
+            _check_layout(name, module)
+            site = Site(name, module, own, find_rule(module), beneath)
+            sites[0:1] = [site] if module is model else [sites[0]]
+            if module is not model:
+                sites.append(site)
+    return sites
+
+
+def _owned(module: nn.Module, known: Collection[int], nested: set[str], name: str) -> Iterator[Owned]:
+    """Yield the shared parameters that the module's forward reads.
+
+    These are its own, those of parameter lists in it, and the originals of parametrized ones.
+    nested: receives the names of modules whose parameters are counted here.
+    """
+    yield from _shared(module, known)
+    inner = [(key, child) for key, child in module.named_children() if isinstance(child, _CONTAINERS)]
+    if is_parametrized(module):
+        assert isinstance(module.parametrizations, nn.Module)
+        inner += module.parametrizations.named_modules(prefix="parametrizations")
+    for key, holder in inner:
+        nested.add(f"{name}.{key}" if name else key)
+        yield from _shared(holder, known)
+
+
+def _shared(holder: nn.Module, known: Collection[int]) -> Iterator[Owned]:
+    for name, parameter in holder._parameters.items():
+        if parameter is not None and id(parameter) in known:
+            yield Owned(holder, name, parameter)
+
+
+def _matching(entries: Sequence[type[nn.Module] | str | nn.Module], modules: dict[str, nn.Module]) -> Iterator[str]:
+    for name, module in modules.items():
+        for entry in entries:
+            if isinstance(entry, str):
+                kind, _, attribute = entry.partition(" with ")
+                named = kind in {base.__name__ for base in type(module).__mro__} or (kind == name and name)
+                if named and (not attribute or getattr(module, f"has_{attribute}", False)):
+                    yield name
+            elif module is entry or (isinstance(entry, type) and isinstance(module, entry)):
+                yield name
+
+
+def _check_layout(name: str, module: nn.Module) -> None:
+    if getattr(module, "batch_first", True) is False:
+        raise UserError(
+            f"module {name} ({type(module).__name__}) has batch_first=False: rows of the batch must be the first "
+            "dimension, so create it with batch_first=True and give it [rows, length, size]"
+        )
+
+
+def check_kind(model: nn.Module) -> None:
+    """Raise UserError for a model whose modules cannot be given another forward."""
+    kinds = {base.__name__ for module in model.modules() for base in type(module).__mro__}
+    compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
+    if compiled or "OptimizedModule" in kinds:
+        raise UserError("model: it is compiled (torch.compile), which one backward pass does not support: give the "
+                        'model that is not compiled, or use passes="per_task"')
+    if kinds & {"FSDPModule", "FullyShardedDataParallel"}:
+        raise UserError("model: its parameters are sharded by FSDP, which one backward pass does not support: use "
+                        "DeepSpeed's ZeRO 3")
+    if "DataParallel" in kinds:
+        raise UserError("model: torch.nn.DataParallel copies the model for each device: use DistributedDataParallel")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise UserError('model: a ScriptModule has no forward that can be replaced: give the model itself, or use '
+                        'passes="per_task"')

@@ -1,0 +1,70 @@
+"""Aliases of a parameter, one per task: each task's uses of the parameter go through its own alias.
+
+Autograd adds up the gradient of an alias over all uses, and so finds the task's gradient of the
+parameter without a formula of the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.surgery.sinks.sink import Sink
+
+
+class Owned(NamedTuple):
+    """A parameter by the module that has it and its name there.
+
+    holder, name: ZeRO and FSDP may use another object inside forward, which is looked up there.
+    parameter: the object that the sink knows.
+    """
+
+    holder: nn.Module
+    name: str
+    parameter: nn.Parameter
+
+    @property
+    def available(self) -> bool:
+        """True if the parameter has its values now; ZeRO 3 gathers them for its module's forward."""
+        status = getattr(self.parameter, "ds_status", None)
+        return status is None or status.name == "AVAILABLE"
+
+
+def aliases(owned: Owned, tasks: Sequence[int], sink: Sink) -> tuple[Tensor, ...]:
+    """Return one alias of the parameter for each task in `tasks`."""
+    return _Aliases.apply(getattr(owned.holder, owned.name), owned.parameter, tuple(tasks), sink)
+
+
+class _Aliases(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, parameter: nn.Parameter, tasks: tuple[int, ...], sink: Sink) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.parameter, ctx.tasks, ctx.sink = parameter, tasks, sink
+        sink.expect(parameter)
+        return tuple(value.view_as(value) for _ in tasks)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        found = {task: dy for task, dy in zip(ctx.tasks, gradients, strict=True) if dy is not None}
+        gradient = ctx.sink.deliver_tasks(ctx.parameter, found) if ctx.needs_input_grad[0] and found else None
+        return gradient, None, None, None
+
+
+@contextmanager
+def replaced(values: Sequence[tuple[Owned, Tensor]]) -> Iterator[None]:
+    """Let the modules see `values` in place of their parameters inside the block.
+
+    An attribute of the instance hides the parameter of the same name; `_parameters`, which
+    optimizers and checkpoints read, does not change.
+    """
+    for owned, value in values:
+        owned.holder.__dict__[owned.name] = value
+    try:
+        yield
+    finally:
+        for owned, _ in values:
+            del owned.holder.__dict__[owned.name]

@@ -1,0 +1,103 @@
+"""Any module: one run for each task on that task's rows, with aliases of its parameters.
+
+No formula of the module is needed. A task without rows runs too: in ZeRO 3, every rank must call
+the same modules in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from fastmtl.errors import UserError
+from fastmtl.surgery.rules.aliases import Owned, aliases, replaced
+from fastmtl.surgery.rules.trees import Unsupported, join_trees, map_tensors, tensors_in
+from fastmtl.surgery.sinks.sink import Sink
+
+# Arguments that are the same for all rows if they have two dimensions, by class.
+WHOLE: Mapping[type[nn.Module], tuple[str, ...]] = {nn.MultiheadAttention: ("attn_mask",)}
+
+
+class Divides(Protocol):
+    """The part of a RowMap that this rule uses."""
+
+    batch: int
+    groups: list[int]
+
+    def fits(self, rows: int) -> bool: ...
+    def split(self, x: Tensor) -> tuple[Tensor, ...]: ...
+    def join(self, parts: Sequence[Tensor]) -> Tensor: ...
+    def spread(self, parts: Sequence[Tensor]) -> Tensor: ...
+
+
+def run_by_task(
+    plain: Callable[..., Any],
+    owned: Sequence[Owned],
+    rows: Divides,
+    sink: Sink,
+    inside: Callable[[int, bool], AbstractContextManager[None]],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    whole: Collection[str] = (),
+) -> Any:
+    """Return plain(*args, **kwargs), computed for one task after the other.
+
+    owned: parameters of which each task uses an alias. inside(task, one_row): context of a run.
+    whole: keyword arguments that every task gets as they are if they have two dimensions.
+    Raises Unsupported for arguments and outputs that are neither rows of the batch nor one row.
+    """
+    tasks, cut = range(sink.num_tasks), dict(kwargs)
+    uncut = {name: cut.pop(name) for name in whole if isinstance(cut.get(name), Tensor) and cut[name].dim() == 2}
+    of_tasks = [(item, aliases(item, tasks, sink)) for item in owned if sink.wants(item.parameter)]
+    tensors = [x for x in tensors_in((args, cut)) if x.dim()]
+    one_row = rows.batch != 1 and bool(tensors) and all(len(x) == 1 for x in tensors)
+    if not tensors:
+        raise Unsupported("no argument that holds rows, so its parameters belong to no task")
+    parts: dict[int, tuple[Tensor, ...]] = {}
+
+    def part(task: int) -> Callable[[Tensor], Tensor]:
+        def of_task(x: Tensor) -> Tensor:
+            if one_row or x.dim() == 0 or (len(x) == 1 and rows.batch != 1):
+                return x
+            if not rows.fits(len(x)):
+                raise Unsupported(
+                    f"an argument of shape {tuple(x.shape)}, whose first dimension is neither the {rows.batch} rows, "
+                    "a multiple of them, nor 1"
+                )
+            if id(x) not in parts:
+                parts[id(x)] = rows.split(x)
+            return parts[id(x)][task]
+
+        return of_task
+
+    outputs = []
+    for task in tasks:
+        cut_args, cut_kwargs = map_tensors(part(task), args), map_tensors(part(task), cut)
+        with replaced([(item, found[task]) for item, found in of_tasks]), inside(task, one_row):
+            outputs.append(plain(*cut_args, **cut_kwargs, **uncut))
+    return join_trees(lambda found: _join(rows, found), outputs)
+
+
+def _join(rows: Divides, parts: Sequence[Tensor]) -> Tensor:
+    sizes = rows.groups
+    if all(part.dim() for part in parts):
+        factors = {len(part) // size for part, size in zip(parts, sizes, strict=True) if size}
+        k = factors.pop() if len(factors) == 1 else (0 if factors else 1)
+        if k and all(len(part) == size * k for part, size in zip(parts, sizes, strict=True)):
+            return rows.join(parts)
+        if all(len(part) == 1 for part in parts):
+            return rows.spread(parts)
+    shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+    raise Unsupported(f"outputs of shapes {shapes} for tasks with {sizes} rows: neither rows of the batch nor one row")
+
+
+def unsupported(name: str, module: nn.Module, reason: Unsupported) -> UserError:
+    """Return the error for a module that cannot run task by task."""
+    return UserError(
+        f"module {name} ({type(module).__name__}) has {reason}: name a module around it in "
+        "per_task_modules=[...], leave its parameters out of `shared` (their gradient is then the plain sum), or use "
+        'passes="per_task"'
+    )
