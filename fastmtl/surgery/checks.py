@@ -19,6 +19,7 @@ from fastmtl.surgery.targets.protocol import Target
 Storage = Literal["auto", "stacked", "kept", "replay"]
 Scope = Literal["global", "tensor"]
 Reduce = Literal["exact", "local", "sketch"]
+Passes = Literal["one", "per_task"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SKETCH_SIZE = 32_768
@@ -49,7 +50,7 @@ def check_task_weights(given: Mapping[str, float], tasks: list[str], argument: s
 
 
 def find_shared(
-    target: Target, shared: Sequence[nn.Parameter] | None, sparse: Sequence[nn.Parameter]
+    target: Target, shared: Iterable[nn.Parameter] | None, sparse: Sequence[nn.Parameter]
 ) -> list[nn.Parameter]:
     """Return the trainable shared parameters, each once; by default all of the target.
 
@@ -75,6 +76,21 @@ def find_shared(
         if len(whole_shape(table)) != 2:
             raise UserError(f"sparse: an embedding table has two dimensions, got {tuple(whole_shape(table))}")
     return list(found)
+
+
+def check_model(model: object, passes: str, per_task_modules: Sequence[object], verify_every: int | None) -> None:
+    """Raise UserError for an invalid value of one of these arguments of GradientSurgery."""
+    _check_choice("passes", passes, ("one", "per_task"))
+    if model is not None and not isinstance(model, nn.Module):
+        raise UserError(f"model is of type {type(model).__name__}: give the trunk, a torch.nn.Module")
+    if isinstance(per_task_modules, str | type | nn.Module):
+        raise UserError("per_task_modules: give a list of classes, names or modules")
+    if per_task_modules and (model is None or passes == "per_task"):
+        raise UserError('per_task_modules: it needs `model`, and passes="one"')
+    if verify_every is not None and (
+        isinstance(verify_every, bool) or not isinstance(verify_every, int) or verify_every < 0
+    ):
+        raise UserError(f"verify_every must be None (first step), 0 (never) or a number of steps, got {verify_every!r}")
 
 
 def check_parameters(argument: str, given: Iterable[nn.Parameter]) -> list[nn.Parameter]:

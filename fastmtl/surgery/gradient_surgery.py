@@ -8,8 +8,10 @@ not depend on how the rows are distributed.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -17,7 +19,10 @@ from torch import nn
 
 from fastmtl.errors import UserError
 from fastmtl.surgery import checks
-from fastmtl.surgery.checks import Reduce, Scope, Storage
+from fastmtl.surgery.attach.attachment import Attachment
+from fastmtl.surgery.attach.row_map import read_rows
+from fastmtl.surgery.attach.sites import large_tables
+from fastmtl.surgery.checks import Passes, Reduce, Scope, Storage
 from fastmtl.surgery.clipping import check_max_norm
 from fastmtl.surgery.info import SurgeryInfo
 from fastmtl.surgery.losses import Losses
@@ -35,6 +40,7 @@ from fastmtl.surgery.steps.joint import ClippedJointStep, JointStep
 from fastmtl.surgery.steps.replay import replay
 from fastmtl.surgery.steps.stacked import RecordedMerging, RecordMerging, StackedStep
 from fastmtl.surgery.steps.tensor_scope import tensor_scope
+from fastmtl.surgery.targets.ddp import without_reduction
 from fastmtl.surgery.targets.find import find_target
 
 log = logging.getLogger(__name__)
@@ -52,9 +58,18 @@ class GradientSurgery:
             ("upgrad", "mgda", ...). "sum" adds the losses and ignores `storage`, `scope`, `reduce`
             and `dtype`.
         tasks: task names, in the order of the segments and of the rows of J.
-        shared: parameters whose task gradients are merged; default: all that the target trains.
-            After freezing or unfreezing a parameter, create a new GradientSurgery.
-        sparse: shared embedding tables [V, d] whose gradients are kept only for the rows in use.
+        model: trunk of any architecture, whose modules then pass task gradients in one backward.
+            Call it inside `rows`. Without `model`, each task has a backward pass of its own, except
+            for models of fastmtl.surgery.functional.
+        shared: parameters whose task gradients are merged; default: all that `model` or else the
+            target trains. After freezing or unfreezing a parameter, create a new GradientSurgery.
+        sparse: shared embedding tables [V, d] whose gradients are kept only for the rows in use;
+            default: the large tables of `model` that only an nn.Embedding uses.
+        per_task_modules: classes, names of classes, or modules of `model` (or their names) that run
+            as a whole once per task, because they use parameters in tensors without rows.
+        passes: "one" backward pass for all tasks, or "per_task", which leaves `model` unchanged.
+        verify_every: compare task gradients with those of T passes in the first step (None), in the
+            first and every n-th step (n), or never (0).
         storage: "stacked" stores J. "kept" stores inputs and output gradients of the layers and
             multiplies them for G and for merging. "replay" keeps only G and runs forward and
             backward twice. "auto" is "stacked" where supported (ZeRO 0 to 2 without offload), else
@@ -88,8 +103,12 @@ class GradientSurgery:
         method: str = "pcgrad",
         *,
         tasks: Sequence[str],
+        model: nn.Module | None = None,
         shared: Sequence[nn.Parameter] | None = None,
-        sparse: Sequence[nn.Parameter] = (),
+        sparse: Sequence[nn.Parameter] | None = None,
+        per_task_modules: Sequence[type[nn.Module] | str | nn.Module] = (),
+        passes: Passes = "one",
+        verify_every: int | None = None,
         storage: Storage = "auto",
         scope: Scope = "global",
         reduce: Reduce = "exact",
@@ -106,6 +125,14 @@ class GradientSurgery:
         chosen = find_method(method, reduction, options)
         self.tasks = checks.check_tasks(tasks)
         self._weights = checks.check_task_weights(task_weights or {}, self.tasks)
+        checks.check_model(model, passes, per_task_modules, verify_every)
+        attaches = model is not None and passes == "one" and chosen is not None
+        if shared is not None:
+            shared = checks.check_parameters("shared", shared)
+        elif model is not None:
+            shared = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if sparse is None:
+            sparse = large_tables(model, shared or ()) if model is not None and attaches else ()
         sparse = checks.check_parameters("sparse", sparse)
         shared = checks.find_shared(self._target, shared, sparse)
         if not shared and chosen is not None:
@@ -132,7 +159,11 @@ class GradientSurgery:
         )
         shared_ids = {id(p) for p in shared}
         own = [p for p in self._target.parameters if id(p) not in shared_ids]
-        self._parts = Parts(self._target, self._solver, self.tasks, shared, own, max_norm)
+        self._model, self._passes = model, passes
+        self._attached: Attachment | None = None
+        if model is not None and attaches and shared:
+            self._attached = Attachment(model, shared, self.tasks, self._target.device, per_task_modules)
+        self._parts = Parts(self._target, self._solver, self.tasks, shared, own, max_norm, self._attached)
         self._open: JointStep | StackedStep | None = None
         self._warned = False
         self._recorded: RecordedMerging | None = None
@@ -186,14 +217,60 @@ class GradientSurgery:
         if not micro_batches:
             raise UserError("micro_batches: a step needs at least one")
         checks.check_counts_given(counts, several=len(micro_batches) > 1)
-        losses_of = LossFunction(loss_fn, self._target)
+        losses_of = LossFunction(loss_fn, self._target, self._attached)
         step = self._new_step(counts, weights, stop)
-        if isinstance(self._sink, TensorSink):
-            return tensor_scope(self._parts, self._sink, step, micro_batches, losses_of, by_rank=self._by_rank)
-        if isinstance(self._sink, GramianSink):
-            return replay(self._parts, self._sink, step, micro_batches, losses_of)
-        self._check_takes_sink(losses_of.takes_sink)
-        return self._start(step).run(micro_batches, losses_of)
+        try:
+            if isinstance(self._sink, TensorSink):
+                return tensor_scope(self._parts, self._sink, step, micro_batches, losses_of, by_rank=self._by_rank)
+            if isinstance(self._sink, GramianSink):
+                return replay(self._parts, self._sink, step, micro_batches, losses_of)
+            self._check_takes_sink(losses_of.takes_sink)
+            return self._start(step).run(micro_batches, losses_of)
+        finally:
+            if self._attached is not None:
+                self._attached.forget()
+
+    @contextmanager
+    def rows(self, tasks: Any) -> Iterator[None]:
+        """Run forwards of `model` in this block, whose rows belong to `tasks`.
+
+        The first dimension of the model's inputs is the B rows. Blocks before one `backward` add
+        up. Without gradients (torch.no_grad) the block has no effect.
+
+        Args:
+            tasks: int64 [B] with each row's number of its task, -1 for a row of no task; or the
+                names of the rows' tasks; or {task: number of rows}, in the order of the rows. Rows
+                in the order of `tasks` cost no copy, a tensor on the host no wait for the device.
+
+        Raises:
+            UserError: an unknown task; without `model`; for storage "replay" and scope "tensor"
+                outside the `loss_fn` of `run`.
+        """
+        if self._model is None:
+            raise UserError("rows: surgery has no model: give the trunk in GradientSurgery(..., model=...)")
+        numbers = read_rows(tasks, self.tasks)
+        attached = self._attached
+        starts = attached is not None and torch.is_grad_enabled() and not attached.active
+        if attached is not None and starts:
+            attached.begin(self.task_grads)
+        try:
+            with without_reduction(self._model), nullcontext() if attached is None else attached.rows(numbers):
+                yield
+        except BaseException:
+            if attached is not None and starts:
+                attached.forget()
+                self._sink.disarm()
+            raise
+
+    def detach(self) -> None:
+        """Undo the changes to `model`, which then runs as before surgery.
+
+        Raises UserError, and changes nothing, if another library has replaced a forward since.
+        """
+        if self._attached is not None:
+            self._attached.detach()
+        self._attached = None
+        self._parts = dataclasses.replace(self._parts, attached=None)
 
     @property
     def task_grads(self) -> Sink:
@@ -233,6 +310,8 @@ class GradientSurgery:
         """
         checks.check_backward(self.storage, self._scope, joint=self._joint)
         takes_sink = self._sink.active
+        if self._attached is not None and not takes_sink:
+            raise UserError("backward: no forward of `model` ran in a block `with surgery.rows(...)` for these losses")
         try:
             if self._open is None:
                 checks.check_counts_given(counts, several=not last)
@@ -249,6 +328,8 @@ class GradientSurgery:
             raise
         finally:
             self._sink.disarm()
+            if self._attached is not None:
+                self._attached.forget()
         return step.finish() if last else None
 
     @property
@@ -280,6 +361,7 @@ class GradientSurgery:
             # Every loss depends on shared parameters; if none is trained, a loss may be constant.
             constants=not self._parts.shared,
             stop=stop,
+            check_rows=None if self._attached is None else self._attached.check_losses,
         )
 
     def _start(self, step: Step) -> JointStep | StackedStep:
@@ -294,6 +376,6 @@ class GradientSurgery:
         if takes_sink or self._joint:
             return
         checks.check_per_task(self.storage)
-        if not self._warned:
+        if not self._warned and self._passes == "one":
             self._warned = True
             log.warning("the model takes no task_grads: running one backward pass per task (see docs/surgery.md)")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastmtl.surgery.attach.attachment import Attachment
 from fastmtl.surgery.ranks.collectives import sum_over_ranks
 from fastmtl.surgery.solver import Solver
 from fastmtl.surgery.targets.protocol import Target
@@ -20,7 +21,7 @@ class Parts:
 
     shared: parameters whose task gradients are merged. own: parameters that belong to one task and
     get their own gradient. max_norm: bound of the whole gradient's norm; None where the target
-    clips.
+    clips. attached: surgery inside the user's model, if there is one.
     """
 
     target: Target
@@ -29,6 +30,7 @@ class Parts:
     shared: list[nn.Parameter]
     own: list[nn.Parameter]
     max_norm: float | None = None
+    attached: Attachment | None = None
 
     @contextmanager
     def flag_nonfinite_own(self) -> Iterator[Tensor]:

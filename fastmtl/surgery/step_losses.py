@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import UserError
+from fastmtl.surgery.attach.attachment import Attachment
 from fastmtl.surgery.differentiate import Term
 from fastmtl.surgery.losses import Losses, check_counts, check_losses
 from fastmtl.surgery.ranks.collectives import sum_over_ranks, world_size
@@ -25,6 +26,7 @@ class Step:
     task_weights: weight of each task's loss.
     constants: allow losses that depend on no trained parameter.
     stop: True if this rank requests the end of training after this step.
+    check_rows: called with the number of rows of each task's loss.
     sums: float64 [T + 1], this rank's sum of losses per task so far; the last element is 1 for a
     stop request.
     """
@@ -38,8 +40,10 @@ class Step:
         device: torch.device,
         constants: bool = False,
         stop: bool = False,
+        check_rows: Callable[[Mapping[str, int]], None] | None = None,
     ) -> None:
         check_counts(counts or {}, tasks)
+        self._check_rows = check_rows
         self._counts, self._constants = counts, constants
         self._tasks, self._task_weights = tasks, task_weights
         self.sums = torch.zeros(len(tasks) + 1, dtype=torch.float64, device=device)
@@ -49,6 +53,8 @@ class Step:
     def take(self, losses: Losses) -> None:
         """Check a micro-batch's losses and add them to `sums`."""
         check_losses(losses, self._tasks, constants=self._constants)
+        if self._check_rows is not None:
+            self._check_rows({name: rows for name, (_, rows) in losses.items()})
         if self._counts is None:
             rows = [losses[name][1] if name in losses else 0 for name in self._tasks]
             if world_size() > 1:  # losses are divided by the counts before backward, so all ranks wait here
@@ -106,12 +112,16 @@ class Step:
 
 
 class LossFunction:
-    """The user's loss_fn, called with the keyword arguments that it declares."""
+    """The user's loss_fn, called with the keyword arguments that it declares.
 
-    def __init__(self, loss_fn: Callable[..., Losses], target: Target) -> None:
-        self._loss_fn, self._target = loss_fn, target
+    attached: surgery inside the user's model, whose modules then take the sink without arguments.
+    """
+
+    def __init__(self, loss_fn: Callable[..., Losses], target: Target, attached: Attachment | None = None) -> None:
+        self._loss_fn, self._target, self._attached = loss_fn, target, attached
         declared = inspect.signature(loss_fn).parameters
-        self.takes_sink = "task_grads" in declared
+        self._declares_sink = "task_grads" in declared
+        self.takes_sink = self._declares_sink or attached is not None
         self._takes_model = "model" in declared
 
     def __call__(self, micro_batch: Any, sink: Sink, *, training_pass: bool = False) -> Losses:
@@ -119,8 +129,13 @@ class LossFunction:
 
         training_pass: True if the target's own backward follows, so `model` is the engine.
         """
-        keywords: dict[str, Any] = {"task_grads": sink} if self.takes_sink else {}
+        keywords: dict[str, Any] = {"task_grads": sink} if self._declares_sink else {}
+        if self._attached is not None:
+            self._attached.begin(sink)
         if self._takes_model:
             keywords["model"] = self._target.model(training_pass)
         with self._target.autocast(training_pass and self._takes_model):
-            return self._loss_fn(micro_batch, **keywords)
+            losses = self._loss_fn(micro_batch, **keywords)
+        if self._attached is not None and not self._attached.used and not self._declares_sink:
+            raise UserError("loss_fn: it must run the forward of `model` in a block `with surgery.rows(...)`")
+        return losses

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastmtl.errors import UserError
 from fastmtl.surgery.attach.forward import RuledForward
-from fastmtl.surgery.attach.row_map import OneTask, RowMap, read_rows
+from fastmtl.surgery.attach.row_map import OneTask, RowMap
 from fastmtl.surgery.attach.sites import Site, check_kind, find_sites
 from fastmtl.surgery.rules.aliases import aliases, replaced
 from fastmtl.surgery.rules.embedding import embedding_rule
@@ -50,7 +50,7 @@ class Attachment:
         for site in sites:
             if isinstance(site.module.__dict__.get("forward"), RuledForward):
                 raise UserError(
-                    "model: another GradientSurgery is attached to it: call detach() of that one before creating a new one"
+                    "model: another GradientSurgery is attached to it: call its detach() before creating a new one"
                 )
         self._parameters = {
             (id(owned.holder), owned.name): owned.parameter
@@ -60,24 +60,28 @@ class Attachment:
         self.sink: Sink | None = None
         self._maps: list[RowMap] = []  # of the blocks since the last backward
         self._where: list[RowMap | OneTask] = []  # the innermost block or run
-        self._again: RowMap | None = None  # the map of the block that backward is in
-        self._one_row = False
+        self._again: RowMap | OneTask | None = None  # the map of the forward that backward is in
         self._forwards = [RuledForward(site.module, partial(self._run, site)) for site in sites]
         self._names = [site.name or type(site.module).__name__ for site in sites]
 
     @contextmanager
-    def rows(self, given: Any) -> Iterator[None]:
-        """Map the rows of the forwards in this block. given: see read_rows."""
-        rows = RowMap(read_rows(given, self._tasks), len(self._tasks), self._device, self._parameter)
+    def rows(self, tasks: Sequence[int]) -> Iterator[None]:
+        """Map the rows of the forwards in this block. tasks: the number of each row's task."""
         if not torch.is_grad_enabled():
             yield
             return
+        rows = RowMap(tasks, len(self._tasks), self._device, self._parameter)
         self._maps.append(rows)
         self._where.append(rows)
         try:
             yield
         finally:
             self._where.pop()
+
+    @property
+    def active(self) -> bool:
+        """True from `begin` to the end of backward."""
+        return self.sink is not None and self.sink.active
 
     @property
     def used(self) -> bool:
@@ -116,7 +120,7 @@ class Attachment:
         self._forwards.clear()
 
     def _parameter(self, module: nn.Module, name: str) -> nn.Parameter | None:
-        """Return the sink's parameter `name` of a module, or the module's own if it is not shared."""
+        """Return the sink's parameter `name` of a module, or the module's own if not shared."""
         found = self._parameters.get((id(module), name))
         return getattr(module, name) if found is None else found
 
@@ -128,9 +132,9 @@ class Attachment:
             return self._where[-1]
         return self._of_backward() if self.sink.in_backward else None
 
-    def _of_backward(self) -> RowMap | None:
+    def _of_backward(self) -> RowMap | OneTask | None:
         """Return the map of the forward that checkpointing repeats in backward."""
-        if len(self._maps) < 2:
+        if self._again is None and len(self._maps) < 2:
             return self._maps[0] if self._maps else None
         if self._again is None:
             raise UserError(
@@ -145,24 +149,28 @@ class Attachment:
         where = self._now()
         if where is None:
             return plain(*args, **kwargs)
-        is_trunk = not site.name and isinstance(where, RowMap)
-        if is_trunk:
+        is_trunk = not site.name
+        if is_trunk and isinstance(where, RowMap):
             _check_inputs(where, args, kwargs)
         try:
             output = self._ruled(site, where, plain, args, kwargs)
         except Unsupported as reason:
             raise unsupported(site.name or "model", site.module, reason) from None
         if is_trunk and self._where:
-            assert isinstance(where, RowMap)
             self._mark(where, output)
         return output
 
     def _ruled(
-        self, site: Site, where: RowMap | OneTask, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        site: Site,
+        where: RowMap | OneTask,
+        plain: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         sink = self.sink
         assert sink is not None
-        if isinstance(where, OneTask) and (self._one_row or site.rule is None):
+        if isinstance(where, OneTask) and (where.aliased or site.rule is None):
             own = [item for item in site.own if sink.wants(item.parameter) and item.name not in item.holder.__dict__]
             with replaced([(item, aliases(item, [where.task], sink)[0]) for item in own]):
                 return plain(*args, **kwargs)
@@ -176,28 +184,35 @@ class Attachment:
             return plain(*args, **kwargs)
         assert isinstance(where, RowMap)
         owned = site.own if site.beneath is None else [item for item in site.beneath if item.available]
-        inside = partial(self._inside, where, site.beneath is not None)
         whole = next((names for kind, names in WHOLE.items() if isinstance(site.module, kind)), ())
-        return run_by_task(plain, owned, where, sink, inside, args, kwargs, whole)
+
+        def run(task: int, args: tuple[Any, ...], kwargs: dict[str, Any], *, one_row: bool) -> Any:
+            inside = where.only(task, aliased=one_row or site.beneath is not None)
+            if site.beneath is not None:  # checkpointing inside it repeats modules of one task in backward
+                self._mark(where, (args, kwargs))
+            with self._inside(inside):
+                output = plain(*args, **kwargs)
+            if site.beneath is not None:
+                self._mark(inside, output)
+            return output
+
+        return run_by_task(run, owned, where, sink, args, kwargs, whole)
 
     @contextmanager
-    def _inside(self, rows: RowMap, aliased: bool, task: int, one_row: bool) -> Iterator[None]:
-        """Run one task's rows. aliased: parameters of modules inside are replaced by aliases, too."""
-        before, self._one_row = self._one_row, aliased or one_row
-        self._where.append(rows.only(task))
+    def _inside(self, task: OneTask) -> Iterator[None]:
+        self._where.append(task)
         try:
             yield
         finally:
             self._where.pop()
-            self._one_row = before
 
-    def _mark(self, rows: RowMap, output: Any) -> None:
-        """Let backward know the map of this forward as soon as it enters it."""
+    def _mark(self, where: RowMap | OneTask, tree: Any) -> None:
+        """Let backward know `where` it is as soon as it reaches the tensors of `tree`."""
 
         def enter(_: Tensor) -> None:
-            self._again = rows
+            self._again = where
 
-        for x in tensors_in(output):
+        for x in tensors_in(tree):
             if x.requires_grad:
                 x.register_hook(enter)
 
@@ -216,10 +231,10 @@ def _check_inputs(rows: RowMap, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
     if all(len(x) == 1 for x in tensors):
         raise UserError(
-            f"rows: the model gets inputs of shapes {shapes}, one packed row for {rows.batch} rows: give it padded rows "
-            "[B, length]; packed batches need fastmtl's own encoder"
+            f"rows: the model gets inputs of shapes {shapes}, one packed row for {rows.batch} rows: give it padded "
+            "rows [B, length]; packed batches need fastmtl's own encoder"
         )
     raise UserError(
-        f"rows: the model gets inputs of shapes {shapes}, but `rows` has {rows.batch} rows: the first dimension must be "
-        "the rows of the batch"
+        f"rows: the model gets inputs of shapes {shapes}, but `rows` has {rows.batch} rows: the first dimension must "
+        "be the rows of the batch"
     )

@@ -42,7 +42,7 @@ class RowMap:
             host = torch.tensor(order)
             self._order, self._places = upload(host, device), upload(host.argsort(), device)
         self._segments: dict[int, Segments] = {}
-        self._only: dict[int, OneTask] = {}
+        self._only: dict[tuple[int, bool], OneTask] = {}
         self._tasks = last
         self._group_of_row: Tensor | None = None
 
@@ -78,7 +78,7 @@ class RowMap:
         return joined.unflatten(0, (self.batch, len(joined) // self.batch)).index_select(0, self._places).flatten(0, 1)
 
     def spread(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return, for each row of the batch, the part of its task: T tensors [1, ...] to [B, ...]."""
+        """Return [B, ...], the part of each row's task. parts: T tensors [1, ...]."""
         if self._group_of_row is None:
             groups = torch.tensor([min(task, self._num_tasks - 1) for task in self._tasks], dtype=torch.int64)
             self._group_of_row = upload(groups, self._device)
@@ -89,19 +89,25 @@ class RowMap:
         """Numbers of rows of the T parts of `split`."""
         return [*self.sizes[:-1], self.batch - sum(self.sizes[:-1])]
 
-    def only(self, task: int) -> OneTask:
+    def only(self, task: int, *, aliased: bool) -> OneTask:
         """Return the map inside a run of one task's rows."""
-        if task not in self._only:
-            self._only[task] = OneTask(task, self._num_tasks, self._device, self.parameter)
-        return self._only[task]
+        if (task, aliased) not in self._only:
+            self._only[task, aliased] = OneTask(task, self._num_tasks, self._device, self.parameter, aliased=aliased)
+        return self._only[task, aliased]
 
 
 class OneTask:
-    """The map inside a run of one task: every row of every tensor belongs to that task."""
+    """The map inside a run of one task: every row of every tensor belongs to that task.
+
+    aliased: every module inside uses aliases of its parameters, and no other rule.
+    """
 
     batch = 1
 
-    def __init__(self, task: int, num_tasks: int, device: torch.device, parameter: FindParameter) -> None:
+    def __init__(
+        self, task: int, num_tasks: int, device: torch.device, parameter: FindParameter, *, aliased: bool
+    ) -> None:
+        self.aliased = aliased
         self.task, self._num_tasks, self._device, self.parameter = task, num_tasks, device, parameter
         self._segments: dict[int, Segments] = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -10,7 +11,9 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastmtl.errors import UserError, listed, quoted
+from fastmtl.surgery.jacobian.tables import whole_shape
 from fastmtl.surgery.rules.aliases import Owned
+from fastmtl.surgery.rules.embedding import embedding_rule
 from fastmtl.surgery.rules.rule import Rule
 from fastmtl.surgery.rules.table import find_rule
 
@@ -126,13 +129,35 @@ def check_kind(model: nn.Module) -> None:
     kinds = {base.__name__ for module in model.modules() for base in type(module).__mro__}
     compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
     if compiled or "OptimizedModule" in kinds:
-        raise UserError("model: it is compiled (torch.compile), which one backward pass does not support: give the "
-                        'model that is not compiled, or use passes="per_task"')
+        raise UserError(
+            "model: it is compiled (torch.compile), which one backward pass does not support: give the "
+            'model that is not compiled, or use passes="per_task"'
+        )
     if kinds & {"FSDPModule", "FullyShardedDataParallel"}:
-        raise UserError("model: its parameters are sharded by FSDP, which one backward pass does not support: use "
-                        "DeepSpeed's ZeRO 3")
+        raise UserError(
+            "model: its parameters are sharded by FSDP, which one backward pass does not support: use "
+            "DeepSpeed's ZeRO 3"
+        )
     if "DataParallel" in kinds:
         raise UserError("model: torch.nn.DataParallel copies the model for each device: use DistributedDataParallel")
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise UserError('model: a ScriptModule has no forward that can be replaced: give the model itself, or use '
-                        'passes="per_task"')
+        raise UserError(
+            'model: a ScriptModule has no forward that can be replaced: give the model itself, or use passes="per_task"'
+        )
+
+
+# Number of rows up to which a table is a dense part of J, which is cheaper: every text uses most
+# rows of a position or token type table.
+_LARGE_TABLE = 2048
+
+
+def large_tables(model: nn.Module, shared: Collection[nn.Parameter]) -> list[nn.Parameter]:
+    """Return the large shared tables that only an nn.Embedding of the model uses."""
+    known, uses, tables = {id(parameter) for parameter in shared}, Counter[int](), dict[int, nn.Parameter]()
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) in known:
+                uses[id(parameter)] += 1
+                if find_rule(module) is embedding_rule and whole_shape(parameter)[0] > _LARGE_TABLE:
+                    tables[id(parameter)] = parameter
+    return [table for key, table in tables.items() if uses[key] == 1]

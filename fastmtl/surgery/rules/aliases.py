@@ -29,7 +29,7 @@ class Owned(NamedTuple):
 
     @property
     def available(self) -> bool:
-        """True if the parameter has its values now; ZeRO 3 gathers them for its module's forward."""
+        """True if the parameter has its values now; ZeRO 3 gathers them for a module's forward."""
         status = getattr(self.parameter, "ds_status", None)
         return status is None or status.name == "AVAILABLE"
 

@@ -7,7 +7,6 @@ the same modules in the same order.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -25,28 +24,34 @@ class Divides(Protocol):
     """The part of a RowMap that this rule uses."""
 
     batch: int
-    groups: list[int]
 
+    @property
+    def groups(self) -> list[int]: ...
     def fits(self, rows: int) -> bool: ...
     def split(self, x: Tensor) -> tuple[Tensor, ...]: ...
     def join(self, parts: Sequence[Tensor]) -> Tensor: ...
     def spread(self, parts: Sequence[Tensor]) -> Tensor: ...
 
 
+class RunTask(Protocol):
+    """Function that runs a module on one task's rows. one_row: its inputs are the same for all."""
+
+    def __call__(self, task: int, args: tuple[Any, ...], kwargs: dict[str, Any], *, one_row: bool) -> Any: ...
+
+
 def run_by_task(
-    plain: Callable[..., Any],
+    run: RunTask,
     owned: Sequence[Owned],
     rows: Divides,
     sink: Sink,
-    inside: Callable[[int, bool], AbstractContextManager[None]],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     whole: Collection[str] = (),
 ) -> Any:
-    """Return plain(*args, **kwargs), computed for one task after the other.
+    """Return a module's output for its arguments, computed for one task after the other.
 
-    owned: parameters of which each task uses an alias. inside(task, one_row): context of a run.
-    whole: keyword arguments that every task gets as they are if they have two dimensions.
+    run: runs the module. owned: parameters of which each task uses an alias. whole: keyword
+    arguments that every task gets as they are if they have two dimensions.
     Raises Unsupported for arguments and outputs that are neither rows of the batch nor one row.
     """
     tasks, cut = range(sink.num_tasks), dict(kwargs)
@@ -76,8 +81,8 @@ def run_by_task(
     outputs = []
     for task in tasks:
         cut_args, cut_kwargs = map_tensors(part(task), args), map_tensors(part(task), cut)
-        with replaced([(item, found[task]) for item, found in of_tasks]), inside(task, one_row):
-            outputs.append(plain(*cut_args, **cut_kwargs, **uncut))
+        with replaced([(item, found[task]) for item, found in of_tasks]):
+            outputs.append(run(task, cut_args, {**cut_kwargs, **uncut}, one_row=one_row))
     return join_trees(lambda found: _join(rows, found), outputs)
 
 

@@ -41,6 +41,9 @@ class Sink(ABC):
     parameters: the shared ones that are trained. sparse: those of them whose gradient is kept only
     for the table rows in use (word embeddings); `dense` holds the others.
 
+    in_backward: True from the end of forward to the end of backward. used: True if a layer has used
+    the sink since `arm`.
+
     `anchor` is a zero scalar that requires a gradient. The embedding's output depends on `anchor`.
     So the gradient of a loss with respect to `anchor` needs a backward through every layer, but no
     gradient of a shared parameter from autograd. No hook of a shared parameter is called.
@@ -50,7 +53,7 @@ class Sink(ABC):
         self, parameters: Sequence[nn.Parameter], num_tasks: int, *, sparse: Sequence[nn.Parameter] = ()
     ) -> None:
         self.num_tasks = num_tasks
-        self.active = False
+        self.active = self.in_backward = self.used = False
         self.anchor = torch.zeros((), requires_grad=True)
         self._sparse = {id(parameter) for parameter in sparse}
         self.dense = [parameter for parameter in parameters if id(parameter) not in self._sparse]
@@ -72,10 +75,10 @@ class Sink(ABC):
         """Take gradients until `disarm`."""
         if self.anchor.device != device:
             self.anchor = torch.zeros((), device=device, requires_grad=True)
-        self.active = True
+        self.active, self.in_backward, self.used = True, False, False
 
     def disarm(self) -> None:
-        self.active = False
+        self.active = self.in_backward = False
         self._uses.forget()
 
     def check_active(self) -> None:
@@ -109,6 +112,7 @@ class Sink(ABC):
 
     def expect(self, *parameters: nn.Parameter | None) -> None:
         """Count one use of these parameters in a forward; its backward will deliver gradients."""
+        self.used = True
         self._uses.expect(*parameters)
 
     def forward_done(self, *, last: bool = False) -> None:
@@ -116,7 +120,7 @@ class Sink(ABC):
 
         last: True if the step's last backward follows.
         """
-        self._uses.counting = False
+        self._uses.counting, self.in_backward = False, True
 
     def backward(
         self,
@@ -136,7 +140,7 @@ class Sink(ABC):
         # Layers that use the sink give autograd no gradient of a shared parameter. If autograd has
         # one, it comes from another operation and would be lost.
         anchor, *rest = differentiate(terms, [self.anchor, *own, *shared], names, retain_graph=retain_graph)
-        if anchor is None:
+        if anchor is None and not self.used:
             raise UserError(
                 "loss_fn takes task_grads but the model does not use it: pass it to the layers, embedding included, or "
                 "leave it out for one backward pass per task"
@@ -162,6 +166,24 @@ class Sink(ABC):
     @abstractmethod
     def take(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
         """Take task gradients [T, *shape] of a shared dense parameter. Returns as `deliver`."""
+
+    def deliver_tasks(self, parameter: nn.Parameter, gradients: Mapping[int, Tensor]) -> Tensor | None:
+        """Take the gradients of some tasks, by the task's number; those of the others are zero.
+
+        Returns the parameter's gradient for autograd, as `deliver`.
+        """
+        if not self.takes(parameter):
+            return torch.stack(list(gradients.values())).sum(0)
+        self.check_active()
+        return self.take_tasks(parameter, gradients)
+
+    def take_tasks(self, parameter: nn.Parameter, gradients: Mapping[int, Tensor]) -> Tensor | None:
+        """Take some tasks' gradients of a shared dense parameter, as `deliver_tasks` says."""
+        like = next(iter(gradients.values()))
+        every = like.new_zeros(self.num_tasks, *like.shape)
+        for task, gradient in gradients.items():
+            every[task] = gradient
+        return self.take(parameter, every)
 
     def products(self, parameter: nn.Parameter, dy: Tensor, product: Product, segments: Segments) -> Tensor | None:
         """Take a dense parameter's T gradients and return its gradient for autograd, as `deliver`.

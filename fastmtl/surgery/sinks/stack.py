@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,12 @@ class StackSink(MergingSink):
 
     def take(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
         self.stack_of(parameter).add(parameter, gradients)
+        self.written(parameter)
+        return None
+
+    def take_tasks(self, parameter: nn.Parameter, gradients: Mapping[int, Tensor]) -> Tensor | None:
+        for task, gradient in gradients.items():
+            self.stack_of(parameter).add_task(parameter, task, gradient)
         self.written(parameter)
         return None
 

@@ -60,6 +60,7 @@ def replay(
             with weighted.armed(target.device):
                 with profile_range("forward"):
                     losses = losses_of(micro_batch, weighted, training_pass=True)
+                weighted.forward_done()
                 with profile_range("backward"):
                     target.backward(step.total(losses), last=number == len(micro_batches))
     after.restore()
