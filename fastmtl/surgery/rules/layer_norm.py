@@ -18,6 +18,7 @@ from fastmtl.surgery.rules.rows import check_rows
 from fastmtl.surgery.rules.rule import Known, Rows, known_to
 from fastmtl.surgery.segments import Segments
 from fastmtl.surgery.sinks.sink import Sink
+from fastmtl_kernels.cast import cast
 
 
 def layer_norm(
@@ -77,11 +78,11 @@ class _LayerNorm(torch.autograd.Function):
         mask = [ctx.needs_input_grad[0], False, False]
         dx, _, _ = torch.ops.aten.native_layer_norm_backward(dy, x, gathered[0].shape, mean, rstd, *gathered, mask)
         dw = db = None
-        if any(ctx.needs_input_grad[1:3]):
-            dy = segments.sort(dy)
+        dy = segments.sort(dy) if any(ctx.needs_input_grad[1:3]) else dy
         if ctx.needs_input_grad[1]:
-            normalised = segments.sort((x.float() - mean) * rstd)
-            dw = sink.products(weight, dy, lambda dy, rows: (dy[rows].float() * normalised[rows]).sum(0), segments)
+            wide = cast(x, torch.promote_types(x.dtype, torch.float32))
+            products = segments.sort((wide - mean) * rstd) * dy
+            dw = sink.products(weight, products, lambda products, rows: products[rows].sum(0), segments)
         if bias is not None and ctx.needs_input_grad[2]:
             db = sink.products(bias, dy, lambda dy, rows: dy[rows].sum(0, dtype=torch.float32), segments)
         return dx, dw, db, None, None, None, None

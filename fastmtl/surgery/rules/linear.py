@@ -45,7 +45,7 @@ def linear_rule(module: nn.Linear, rows: Rows, sink: Sink, x: Tensor) -> Tensor:
     """Run an nn.Linear on x [..., in] and return [..., out]."""
     flat, known = x.flatten(0, -2), known_to(rows, module, "weight", "bias")
     y = linear(flat, module.weight, module.bias, rows.segments(len(flat)), sink, known)  # type: ignore[arg-type]
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class _Linear(torch.autograd.Function):

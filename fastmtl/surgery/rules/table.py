@@ -10,15 +10,26 @@ from typing import Any
 
 from torch import nn
 
+from fastmtl.surgery.rules.conv import conv_rule
 from fastmtl.surgery.rules.embedding import embedding_rule, sums_over_tokens
+from fastmtl.surgery.rules.group_norm import group_norm_rule
 from fastmtl.surgery.rules.layer_norm import layer_norm_rule
 from fastmtl.surgery.rules.linear import linear_rule
+from fastmtl.surgery.rules.rms_norm import rms_norm_rule
 from fastmtl.surgery.rules.rule import Rule
+from fastmtl.surgery.rules.transposed_linear import transposed_linear_rule
 
-RULES: dict[Callable[..., Any], Rule] = {
+# By name where the import takes long: a module of such a class means that it has been imported.
+RULES: dict[Callable[..., Any] | str, Rule] = {
     nn.Linear.forward: linear_rule,
-    nn.LayerNorm.forward: layer_norm_rule,
+    "transformers.pytorch_utils.Conv1D.forward": transposed_linear_rule,
     nn.Embedding.forward: embedding_rule,
+    nn.LayerNorm.forward: layer_norm_rule,
+    nn.RMSNorm.forward: rms_norm_rule,
+    nn.GroupNorm.forward: group_norm_rule,
+    nn.Conv1d.forward: conv_rule,
+    nn.Conv2d.forward: conv_rule,
+    nn.Conv3d.forward: conv_rule,
 }
 # Rules that do not cover every setting of their class: True if a module has no other setting.
 COVERS: dict[Rule, Callable[[Any], bool]] = {embedding_rule: sums_over_tokens}
@@ -31,7 +42,8 @@ def find_rule(module: nn.Module) -> Rule | None:
     bias is not a parameter but computed (torch.nn.utils.parametrize), or if the rule does not cover
     its settings.
     """
-    rule = RULES.get(type(module).forward)
+    forward = type(module).forward
+    rule = RULES.get(forward) or RULES.get(f"{forward.__module__}.{forward.__qualname__}")
     if rule is None or "forward" in vars(module):
         return None
     used = (getattr(module, name, None) for name in ("weight", "bias"))

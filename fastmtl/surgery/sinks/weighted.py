@@ -70,4 +70,5 @@ class WeightedSink(Sink):
         The multiplication is in float32: the rounding error of a bfloat16 weight would be the same
         in every row.
         """
-        return (dy[segments.all_rows()] * segments.per_row(self._weights).unsqueeze(1)).to(dy.dtype)
+        per_row = segments.per_row(self._weights).view(-1, *[1] * (dy.dim() - 1))
+        return (dy[segments.all_rows()] * per_row).to(dy.dtype)
