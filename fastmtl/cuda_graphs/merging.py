@@ -45,7 +45,7 @@ def record_merging(
     if reason or not isinstance(sink, StackSink):
         recordings.warn_once(f"gradient surgery falls back to eager execution: {reason}")
         return None, recordings.warned
-    narrow = not target.scales()
+    narrow = not target.wants_float32()
     return RecordedStep(sink, method, sink.num_tasks, target.device, recordings, narrow=narrow), recordings.warned
 
 

@@ -39,8 +39,9 @@ def check_max_norm(max_norm: float | None, target: Target, storage: str, reduce:
     advice = "leave max_norm out and set gradient_clipping in the engine's config"
     if target.merges:
         raise UserError("max_norm: SurgeryAdamW clips by its own max_norm: give it there")
-    if joint and (world_size() > 1 or target.loss_scale() != 1.0):
-        reason = "in several processes DeepSpeed reduces" if world_size() > 1 else "under fp16 DeepSpeed scales"
+    reduces = world_size() > 1 and not target.sums_ranks
+    if joint and (reduces or target.loss_scale() != 1.0):
+        reason = "in several processes DeepSpeed reduces" if reduces else "under fp16 DeepSpeed scales"
         raise UserError(f"max_norm: for a sum, {reason} the gradient: {advice}")
     if not joint and storage in ("replay", "none"):
         raise UserError(

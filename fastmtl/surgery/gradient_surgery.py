@@ -351,6 +351,7 @@ class GradientSurgery:
     def _new_step(self, counts: Mapping[str, int] | None, weights: Mapping[str, float] | None, stop: bool) -> Step:
         if not self._plain:  # in a plain sum, autograd decides which parameters get a gradient
             self._target.check_trained()
+        self._target.begin()
         step_weights = checks.check_task_weights(weights or {}, self.tasks, "weights")
         self._solver.next_step()
         return Step(

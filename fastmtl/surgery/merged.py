@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Merged(MutableMapping[int, Tensor]):
@@ -66,6 +66,20 @@ class Merged(MutableMapping[int, Tensor]):
 
     def __len__(self) -> int:
         return len(self._like) + len(self._others)
+
+
+def by_parameter(
+    parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None], *, exclusive: bool
+) -> tuple[Merged, set[int]]:
+    """Return the gradients by parameter id, zeros where one is None, and the ids of the others.
+
+    exclusive: True to copy gradients that share memory, so that all can be changed in place.
+    """
+    pairs = list(zip(parameters, gradients, strict=True))
+    found = [torch.zeros_like(parameter) if gradient is None else gradient for parameter, gradient in pairs]
+    merged = Merged()
+    merged.update(zip(map(id, parameters), unshared(found) if exclusive else found, strict=True))
+    return merged, {id(parameter) for parameter, gradient in pairs if gradient is not None}
 
 
 def unshared(gradients: list[Tensor]) -> list[Tensor]:

@@ -15,14 +15,16 @@ from typing import Any
 from fastmtl.engine.distributed import free_port
 
 
-def run_ranks(world: int, function: Callable[..., object], *arguments: Any) -> None:
+def run_ranks(world: int, function: Callable[..., object], *arguments: Any, deepspeed: bool = True) -> None:
     """Run function(*arguments) in `world` processes with a launcher's environment variables.
 
     If one of them fails, the others are killed and this process ends. Call this before this process
     trains: threads do not survive a fork.
+
+    deepspeed: False if no rank makes an engine.
     """
-    # Each rank would import DeepSpeed at its start, and torch's compiler with its first engine.
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    if deepspeed:  # else each rank would import it at its start, and torch's compiler with its first engine
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
     fork, port = multiprocessing.get_context("fork"), free_port()
     ranks = [fork.Process(target=_run, args=(rank, world, port, function, arguments)) for rank in range(world)]

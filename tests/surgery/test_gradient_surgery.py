@@ -308,7 +308,7 @@ class Scaled(OptimizerTarget):
 def test_gradients_stay_float32_until_a_loss_scale_has_come(fp16: bool, own_scale: bool, scales: bool) -> None:
     target = EngineTarget.__new__(EngineTarget)
     target.engine = SimpleNamespace(fp16_enabled=lambda: fp16, optimizer=SimpleNamespace(custom_loss_scaler=own_scale))
-    assert target.scales() == scales
+    assert target.wants_float32() == scales
 
 
 def test_merged_gradients_become_grad_without_a_copy() -> None:

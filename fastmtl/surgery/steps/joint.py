@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from fastmtl.surgery.clipping import clip_factor_on_device
 from fastmtl.surgery.differentiate import differentiate
 from fastmtl.surgery.info import SurgeryInfo
 from fastmtl.surgery.losses import Losses
-from fastmtl.surgery.merged import Merged, unshared
+from fastmtl.surgery.merged import Merged, by_parameter
 from fastmtl.surgery.norms import tensor_norms
 from fastmtl.surgery.parts import Parts
 from fastmtl.surgery.ranks.collectives import sum_over_ranks
@@ -54,7 +54,9 @@ class JointStep:
 
 
 class ClippedJointStep(JointStep):
-    """One step in a single process with `max_norm`, skipped if the gradient is not finite.
+    """One step with `max_norm`, skipped if the gradient is not finite.
+
+    Needs a single process, or a target that sums gradients over ranks before `hand_over`.
 
     The host waits for the device once, to read losses and norms. If the target can discard a step,
     the gradient is handed over before, so that a GPU has work during the wait.
@@ -79,15 +81,18 @@ class ClippedJointStep(JointStep):
                     self._gradients[k] = gradient if total is None else cast(total, torch.float32) + gradient
 
     def finish(self) -> SurgeryInfo:
-        parts, target = self._parts, self._parts.target
-        ids = [id(p) for p, gradient in zip(target.parameters, self._gradients, strict=True) if gradient is not None]
+        parts, target, max_norm = self._parts, self._parts.target, self._parts.max_norm
+        assert max_norm is not None
+        merged, reached = self._summed(exclusive=target.sums_ranks or math.isfinite(max_norm))
+        ids = [id(parameter) for parameter in target.parameters if id(parameter) in reached]
         with profile_range("backward"):
-            norms = tensor_norms([gradient for gradient in self._gradients if gradient is not None])
+            norms = tensor_norms([merged[key] for key in ids])
             total = torch.linalg.vector_norm(norms)
-            merged = self._clipped(total)
+            if math.isfinite(max_norm):
+                torch._foreach_mul_(list(merged.values()), clip_factor_on_device(total, max_norm))
             if target.can_discard:
                 target.hand_over(merged, ids)
-            numbers = torch.cat([self._step.sums, total[None], norms]).tolist()
+            numbers = torch.cat([sum_over_ranks(self._step.sums), total[None], norms]).tolist()
         sums, norm, norms_by_id = numbers[: len(parts.tasks) + 1], numbers[len(parts.tasks) + 1], numbers[-len(ids) :]
         info = dataclasses.replace(_report(parts, self._step, sums), total_norm=norm)
         if not math.isfinite(norm):
@@ -103,23 +108,18 @@ class ClippedJointStep(JointStep):
             target.hand_over(merged, ids)
         return info
 
-    def _clipped(self, total: Tensor) -> Merged:
-        """Return the gradients of all parameters, clipped. total: their norm.
+    def _summed(self, *, exclusive: bool) -> tuple[Merged, Collection[int]]:
+        """Return the gradients of all parameters, and ids of those that a loss has reached.
 
-        This step drops its own references to them, so they become `.grad` without a copy.
+        Both are over all ranks. This step drops its own references to the gradients, so they become
+        `.grad` without a copy. exclusive: True if they are changed in place.
         """
-        max_norm, parameters = self._parts.max_norm, self._parts.target.parameters
-        assert max_norm is not None
+        target = self._parts.target
         found, self._gradients = self._gradients, []
-        gradients = [
-            torch.zeros_like(p) if gradient is None else gradient for p, gradient in zip(parameters, found, strict=True)
-        ]
-        if math.isfinite(max_norm):
-            gradients = unshared(gradients)
-            torch._foreach_mul_(gradients, clip_factor_on_device(total, max_norm))
-        merged = Merged()
-        merged.update(zip(map(id, parameters), gradients, strict=True))
-        return merged
+        merged, reached = by_parameter(target.parameters, found, exclusive=exclusive)
+        del found
+        with profile_range("communication"):
+            return merged, target.sum_over_ranks(merged, reached)
 
 
 def _report(parts: Parts, step: Step, sums: list[float]) -> SurgeryInfo:

@@ -85,7 +85,6 @@ class StackedStep:
 
     def __init__(self, parts: Parts, sink: MergingSink, step: Step, recorded: RecordedMerging | None = None) -> None:
         self._parts, self._sink, self._step, self._recorded = parts, sink, step, recorded
-        parts.target.begin()
         self._scale = parts.target.loss_scale()
         sink.clear()
         sink.start_sketch(parts.solver.step_seed, parts.target.device)
@@ -137,7 +136,7 @@ class StackedStep:
         watch.stop()
         if merged is not None:
             with profile_range("communication"):
-                parts.target.hand_over(merged, reached)
+                parts.target.hand_over(merged, parts.target.sum_over_ranks(merged, reached))
         return dataclasses.replace(info, nbytes=nbytes, stopwatch=watch)
 
     @property
@@ -172,7 +171,7 @@ class StackedStep:
         if optimizer is None or not isinstance(sink, StackSink):
             clip = known_clip(info, norm, parts.max_norm)
             scaled = weights * (self._factor if clip is None else self._factor * clip)
-            return sink.combine(scaled, narrow=not parts.target.scales()), norm
+            return sink.combine(scaled, narrow=not parts.target.wants_float32()), norm
         own_by_id = dict(zip(map(id, parts.own), own, strict=True))  # as they are: no loss scale, one process
         dense, tables = sink.unmerged(weights)
         gradients = _select(dense, reached), _select(tables, reached), _select(own_by_id, reached)

@@ -1,9 +1,8 @@
-"""DistributedDataParallel without its own reduction, which surgery replaces."""
+"""DistributedDataParallel, whose own reduction surgery replaces."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -14,33 +13,21 @@ from fastmtl.surgery.ranks.collectives import world_size
 
 
 def without_reduction(model: Any) -> AbstractContextManager[None]:
-    """Return the context for a forward whose gradients surgery reduces; it does nothing to a model
-    that is not a DistributedDataParallel.
+    """Return the context for a forward of `model` whose gradients surgery sums over the ranks.
 
-    A forward of DistributedDataParallel prepares its reduction, and the next one fails if no
-    backward through its hooks has followed. Surgery's backward calls no hook.
+    It is `no_sync` for a DistributedDataParallel, which then prepares no reduction, and empty for
+    another model. It is also empty for a static graph, which fails in `no_sync`, and for a model
+    with buffers, which are not broadcast there. A reduction that was prepared does no harm, since
+    surgery's backward calls no hook of DistributedDataParallel.
 
-    Raises UserError for a model that reduces in a part of the processes: surgery uses all.
+    Raises UserError for a model with only a part of the processes: surgery sums over all.
     """
     if not isinstance(model, DistributedDataParallel):
         return nullcontext()
-    if dist.get_world_size(model.process_group) != world_size():
+    size = dist.get_world_size(model.process_group)
+    if size != world_size():
         raise UserError(
-            f"model: its DistributedDataParallel has a process group of {dist.get_world_size(model.process_group)} of "
-            f"{world_size()} processes, and surgery sums over all: make it with the default process group"
+            f"model: its DistributedDataParallel has a process group of {size} of {world_size()} processes, and "
+            "surgery sums over all: make it with the default process group"
         )
-    return model.no_sync()
-
-
-@contextmanager
-def explain_reduction() -> Iterator[None]:
-    """Turn the error of a second forward outside `without_reduction` into a UserError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "Expected to have finished reduction" not in str(error):
-            raise
-        raise UserError(
-            "DistributedDataParallel waits for a reduction of its own, and surgery has reduced the gradients in its "
-            "place: call ddp.module(...), or ddp(...) inside `with ddp.no_sync():`"
-        ) from None
+    return nullcontext() if model.static_graph or model.will_sync_module_buffers() else model.no_sync()

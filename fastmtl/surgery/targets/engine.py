@@ -25,6 +25,7 @@ class EngineTarget:
     """
 
     merges = False
+    sums_ranks = False
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
@@ -74,12 +75,16 @@ class EngineTarget:
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.factor, scale_wrt_gas=False)
 
-    def scales(self) -> bool:
+    def wants_float32(self) -> bool:
         """Return True if the surrogate's backward may multiply by a loss scale.
 
         The scale is that of fp16, or one that the user has set.
         """
         return self.engine.fp16_enabled() or bool(getattr(self.engine.optimizer, "custom_loss_scaler", False))
+
+    def sum_over_ranks(self, gradients: Merged, reached: Collection[int]) -> Collection[int]:
+        """Return `reached`: DeepSpeed reduces the gradients after `hand_over`."""
+        return reached
 
     def hand_over(self, gradients: Merged, reached: Collection[int]) -> None:
         """Hand over the gradients of all parameters, reached or not.
@@ -99,7 +104,7 @@ class EngineTarget:
         scaled_by: the loss scale that the gradients already contain.
         """
         self.engine.set_gradient_accumulation_boundary(True)
-        scale = scaled_by if self.scales() else None
+        scale = scaled_by if self.wants_float32() else None
         self.engine.backward(Surrogate.apply(merged, scale, *parameters), scale_wrt_gas=False)
 
     def merging_optimizer(self, norm: float | None) -> SurgeryAdamW | None:

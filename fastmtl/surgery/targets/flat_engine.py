@@ -30,6 +30,9 @@ class FlatTarget(EngineTarget):
             raise UserError("FlatParameters: ZeRO 3 and offload take the model as it is; use ZeRO 0, 1 or 2 without")
         self._held: list[Tensor] = []
 
+    def begin(self) -> None:
+        self._held = []
+
     def arranged(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
         """Return `parameters`, sorted so that those in one flat parameter are adjacent.
 

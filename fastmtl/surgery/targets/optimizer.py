@@ -26,12 +26,10 @@ class OptimizerTarget:
     stacks = True
     factor = 1.0
     can_discard = False
+    sums_ranks = False
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        if world_size() > 1:
-            raise UserError(
-                "target: with several processes use a DeepSpeed engine, a torch optimiser does not reduce gradients"
-            )
+        self._world = world_size()
         self._merging = optimizer if isinstance(optimizer, SurgeryAdamW) else None
         self.merges = self._merging is not None
         self._groups = optimizer.param_groups
@@ -56,8 +54,12 @@ class OptimizerTarget:
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
 
-    def scales(self) -> bool:
+    def wants_float32(self) -> bool:
         return False
+
+    def sum_over_ranks(self, gradients: Merged, reached: Collection[int]) -> Collection[int]:
+        """Return `reached`: there is one process."""
+        return reached
 
     def hand_over(self, gradients: Merged, reached: Collection[int]) -> None:
         for parameter in self.parameters:
@@ -80,6 +82,11 @@ class OptimizerTarget:
         return self._merging if all(parameter.grad is None for parameter in self.parameters) else None
 
     def begin(self) -> None:
+        if world_size() != self._world:
+            raise UserError(
+                f"target: the process group has {world_size()} ranks, and had {self._world} when GradientSurgery was "
+                "made: make GradientSurgery after torch.distributed.init_process_group"
+            )
         if self._merging is not None:
             self._merging.check_taken()
 

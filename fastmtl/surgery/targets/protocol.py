@@ -23,6 +23,7 @@ class Target(Protocol):
     stacks: merged gradients can be handed over; otherwise a step needs `replay`.
     merges: there may be a `merging_optimizer`.
     can_discard: `discard` can drop gradients after they were handed over.
+    sums_ranks: `sum_over_ranks` gives sums, so surgery has the whole gradient before `hand_over`.
     factor: multiplies merged gradients before they are handed over.
     """
 
@@ -32,6 +33,7 @@ class Target(Protocol):
     stacks: bool
     merges: bool
     can_discard: bool
+    sums_ranks: bool
     factor: float
 
     def arranged(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
@@ -53,10 +55,18 @@ class Target(Protocol):
         """
         ...
 
-    def scales(self) -> bool:
-        """Return True if the target multiplies merged gradients by a loss scale.
+    def wants_float32(self) -> bool:
+        """Return True if merged gradients must be handed over in float32.
 
-        They must then be handed over in float32.
+        The target then multiplies them by a loss scale, or they are summed over ranks.
+        """
+        ...
+
+    def sum_over_ranks(self, gradients: Merged, reached: Collection[int]) -> Collection[int]:
+        """Replace the gradients by their sums over ranks; return the ids that any rank has reached.
+
+        Does nothing and returns `reached` if the target reduces gradients after `hand_over`, or has
+        a single process. Arguments: see `hand_over`, which this call precedes.
         """
         ...
 
@@ -65,7 +75,8 @@ class Target(Protocol):
 
         A gradient to which there is no other reference becomes `.grad` itself, any other is copied.
 
-        reached: ids of the parameters that a loss of the step depends on, on this rank; the
+        gradients: those of all trainable parameters, after `sum_over_ranks`. reached: ids of the
+        parameters that a loss of the step depends on, as `sum_over_ranks` has returned them; the
         gradients of the others are zeros.
         """
         ...
@@ -82,7 +93,10 @@ class Target(Protocol):
         ...
 
     def begin(self) -> None:
-        """Raise UserError if a new step would overwrite unused gradients."""
+        """Start a step: drop what a failed one has left.
+
+        Raises UserError if the new step would overwrite unused gradients.
+        """
         ...
 
     def check_forward(self) -> None:

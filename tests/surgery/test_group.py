@@ -1,0 +1,95 @@
+"""A torch optimiser in a plain process group and with DistributedDataParallel, on two ranks.
+
+A step equals one in a single process with the joined batch.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from typing import Any
+
+import group_cases as cases
+import pytest
+import torch
+from launch import cpu_environment
+from torch import Tensor
+
+pytestmark = pytest.mark.slow(6)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Return what each rank has found."""
+    directory = tmp_path_factory.mktemp("group")
+    command = [sys.executable, cases.__file__, str(directory)]
+    run = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(cases.WORLD)]
+
+
+def joined(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten().double() for tensor in tensors.values()])
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+def test_two_ranks_equal_one_process(ranks: list[dict[str, Any]], case: cases.Case) -> None:
+    found, other = (rank[case.name] for rank in ranks)
+    for key in ("weights", "gradients"):
+        assert all(torch.equal(found[key][name], other[key][name]) for name in found[key]), key
+    local = ("reduce", "local") in case.options
+    expected = cases.train(case, [0, 1], 2, by_rank=True) if local else cases.train(case, [0], 1)
+    assert found["missing"] == other["missing"] == ["pooler.weight", "pooler.bias"]
+    if case.adamw:  # in one process, it merges J without `.grad`
+        del expected["gradients"]
+    else:
+        assert expected["missing"] == found["missing"]
+    bound = 1e-5 if case.dtype == torch.float32 else 2**-7
+    for key in expected.keys() & {"weights", "gradients"}:
+        error = joined(found[key]) - joined(expected[key])
+        assert error.norm() <= bound * joined(expected[key]).norm(), key
+    for mine, its in zip(found["reports"], other["reports"], strict=True):
+        compare_reports(mine, its, 0.0)
+    for mine, wanted in zip(found["reports"], () if local else expected["reports"], strict=not local):
+        compare_reports(mine, {**wanted, "stop": mine["stop"]}, max(bound, 1e-4))
+    assert [report["stop"] for report in found["reports"]] == [False, True]
+
+
+def compare_reports(found: dict[str, Any], expected: dict[str, Any], bound: float) -> None:
+    for name, value in expected.items():
+        if isinstance(value, Tensor):
+            torch.testing.assert_close(found[name], value, rtol=bound, atol=bound, equal_nan=True)
+        else:
+            assert found[name] == (value if value is None else pytest.approx(value, rel=bound, abs=bound)), name
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "numbers",
+            r"parameter number 2 of the optimiser, of shape \(6,\) .* not the same on all ranks \(its numbers\)",
+        ),
+        ("sign", r"parameter number 4 of the optimiser, of shape \(6,\) .* \(its numbers\)"),
+        ("shape", r"parameter number 9 of the optimiser, .* \(its shape, its dtype or requires_grad\)"),
+        ("frozen", r"parameter number 3 of the optimiser, .* \(its shape, its dtype or requires_grad\)"),
+        ("number", r"the optimiser has 1[35] parameters on rank [01], and another number on other ranks"),
+        ("group", "has a process group of 1 of 2 processes"),
+        ("late", "the process group has 2 ranks, and had 1 when GradientSurgery was made"),
+    ],
+)
+def test_errors_on_both_ranks(ranks: list[dict[str, Any]], name: str, text: str) -> None:
+    for rank in ranks:
+        assert rank["same"] == ""
+        assert rank[name].startswith("UserError") and re.search(text, rank[name]), rank[name]
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank(ranks: list[dict[str, Any]]) -> None:
+    """Both ranks skip the step, or stop where the gradient cannot be taken back."""
+    for rank in ranks:
+        found = rank["skipped"]
+        assert found["pcgrad"] == "degree" and found["sum-clipped"].startswith("number ")
+        assert all(found["pcgrad-grad"]) and all(found["sum-clipped-grad"])
+        assert found["sum"].startswith("the loss of task") and found["tensor"].startswith("the gradient of task")
+    assert ranks[0]["skipped"] == ranks[1]["skipped"]
