@@ -53,7 +53,8 @@ class GradientSurgery:
     becomes the gradient of the shared parameters; all other parameters get their ordinary gradient.
 
     Args:
-        target: DeepSpeed engine (ZeRO 0 to 3), or, in a single process, a torch optimizer.
+        target: DeepSpeed engine (ZeRO 0 to 3), or a torch optimizer. With several processes, surgery
+            sums the gradients over the ranks before they are added to `.grad`.
         method: "sum", "pcgrad", "gradvac", or a Gramian weighting of TorchJD in lower case
             ("upgrad", "mgda", ...). "sum" adds the losses and ignores `storage`, `scope`, `reduce`
             and `dtype`.
@@ -91,7 +92,8 @@ class GradientSurgery:
             CUDA graph; the log and `not_recorded` give the reasons where this is not possible.
         max_norm: bound of the norm of the gradient of all trained parameters together. G gives the
             norm, so the engine's `gradient_clipping` can be 0 and its gradient checks off. math.inf
-            only measures. None leaves clipping to the target. "sum" needs a single process for it.
+            only measures. None leaves clipping to the target. "sum" under DeepSpeed needs a single
+            process for it.
 
     Raises:
         UserError: an unknown name; an unsupported combination, with the nearest supported one.

@@ -98,8 +98,8 @@ class Net(nn.Module):
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.words = nn.Embedding(11, 6, dtype=dtype)
-        self.dense = nn.Linear(6, 6, dtype=dtype)
+        self.words: Any = nn.Embedding(11, 6, dtype=dtype)
+        self.dense: Any = nn.Linear(6, 6, dtype=dtype)
         self.norm = nn.LayerNorm(6, dtype=dtype)
         self.pooler = nn.Linear(6, 6, dtype=dtype)
         self.heads = nn.ModuleDict({name: nn.Linear(6, 2, dtype=dtype) for name in COUNTS})
@@ -159,7 +159,8 @@ def train(case: Case, parts: list[int], of: int, *, by_rank: bool = False) -> di
     """
     net = Net(case.dtype)
     where, *flags = case.ddp.split() or [""]
-    model = DistributedDataParallel(net, **dict.fromkeys(flags, True)) if where and of > 1 else net
+    flags_on: dict[str, Any] = dict.fromkeys(flags, True)
+    model = DistributedDataParallel(net, **flags_on) if where and of > 1 else net
     context = nullcontext if where == "outside" else partial(without_reduction, model)
     optimizer, *surgeries = make_surgery(net, case, len(parts) if by_rank else 1)
     infos: list[SurgeryInfo] = []

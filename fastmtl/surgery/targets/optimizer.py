@@ -1,4 +1,4 @@
-"""A torch optimizer as a target, in a single process."""
+"""A torch optimizer as a target, in a single process; group.py has the one for several."""
 
 from __future__ import annotations
 
