@@ -53,8 +53,8 @@ class GradientSurgery:
     becomes the gradient of the shared parameters; all other parameters get their ordinary gradient.
 
     Args:
-        target: DeepSpeed engine (ZeRO 0 to 3), or a torch optimizer. With several processes, surgery
-            sums the gradients over the ranks before they are added to `.grad`.
+        target: DeepSpeed engine (ZeRO 0 to 3), or a torch optimizer. With several processes and an
+            optimizer, surgery sums the gradients over the ranks and adds the sums to `.grad`.
         method: "sum", "pcgrad", "gradvac", or a Gramian weighting of TorchJD in lower case
             ("upgrad", "mgda", ...). "sum" adds the losses and ignores `storage`, `scope`, `reduce`
             and `dtype`.

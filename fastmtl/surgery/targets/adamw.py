@@ -52,8 +52,9 @@ class SurgeryAdamW(torch.optim.AdamW):
     """torch.optim.AdamW that reads task gradients, for GradientSurgery without DeepSpeed.
 
     After `surgery.run` or `surgery.backward` with stacked storage, `step()` updates from J, and
-    `.grad` stays None. After `sum`, `replay`, `scope="tensor"` or a backward of your own, and in
-    several processes, `step()` updates from `.grad`. A parameter without a gradient stays unchanged.
+    `.grad` stays None. In several processes, and after `sum`, `replay`, `scope="tensor"` or a
+    backward of your own, `step()` updates from `.grad`. A parameter without a gradient stays
+    unchanged.
 
     Parameters in bfloat16 or float16 have float32 weights (`master` in the state) and moments; the
     parameter is the rounded copy of `master`. `state_dict()` loads into torch.optim.AdamW and vice
