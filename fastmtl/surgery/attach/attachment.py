@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastmtl.errors import UserError
 from fastmtl.surgery.attach.forward import RuledForward
+from fastmtl.surgery.attach.outputs import output_mismatch
 from fastmtl.surgery.attach.row_map import OneTask, RowMap
 from fastmtl.surgery.attach.sites import Site, check_kind, find_sites
 from fastmtl.surgery.rules.aliases import aliases, replaced
@@ -23,6 +24,12 @@ from fastmtl.surgery.rules.embedding import embedding_rule
 from fastmtl.surgery.rules.general import WHOLE, run_by_task, unsupported
 from fastmtl.surgery.rules.trees import Unsupported, tensors_in
 from fastmtl.surgery.sinks.sink import Sink
+
+_WAYS_OUT = (
+    "a module reads it that belongs to another one, or it is used outside of `model` or of surgery.rows: name the "
+    "module that uses it in per_task_modules=[...], leave it out of `shared` (its gradient is then the plain sum), or "
+    'use passes="per_task"'
+)
 
 
 class Attachment:
@@ -32,6 +39,10 @@ class Attachment:
 
     model: the trunk, or a DistributedDataParallel of it. shared: parameters whose task gradients
     are taken. per_task_modules: see GradientSurgery.
+
+    verifying: True to compare the outputs of modules that run once per task with those of one run;
+    `output_mismatches` receives a sentence for each module whose outputs differ.
+
     Raises UserError for a model that cannot be attached.
     """
 
@@ -59,6 +70,8 @@ class Attachment:
         }
         self.sink: Sink | None = None
         self._maps: list[RowMap] = []  # of the blocks since the last backward
+        self.verifying = False
+        self.output_mismatches: list[str] = []
         self._where: list[RowMap | OneTask] = []  # the innermost block or run
         self._again: RowMap | OneTask | None = None  # the map of the forward that backward is in
         self._forwards = [RuledForward(site.module, partial(self._run, site)) for site in sites]
@@ -92,11 +105,13 @@ class Attachment:
         """Let the next forwards pass task gradients to `sink`."""
         self.forget()
         self.sink = sink
+        sink.ways_out = _WAYS_OUT
 
     def forget(self) -> None:
         """Drop all row maps, at the end of backward."""
         self.sink, self._again = None, None
         self._maps.clear()
+        self.output_mismatches.clear()
 
     def check_losses(self, rows: Mapping[str, int]) -> None:
         """Raise UserError for a task that has losses, but no row. rows: of each task's loss."""
@@ -196,7 +211,19 @@ class Attachment:
                 self._mark(inside, output)
             return output
 
-        return run_by_task(run, owned, where, sink, args, kwargs, whole)
+        output = run_by_task(run, owned, where, sink, args, kwargs, whole)
+        if self.verifying and not sink.in_backward:
+
+            def by_task() -> Any:  # without gradients, all modules run as before surgery
+                return run_by_task(as_before, (), where, sink, args, kwargs, whole)
+
+            def as_before(task: int, args: tuple[Any, ...], kwargs: dict[str, Any], *, one_row: bool) -> Any:
+                return plain(*args, **kwargs)
+
+            name, module = site.name or "model", site.module
+            found = output_mismatch(name, module, lambda: plain(*args, **kwargs), by_task, self._device)
+            self.output_mismatches += [] if found is None else [found]
+        return output
 
     @contextmanager
     def _inside(self, task: OneTask) -> Iterator[None]:

@@ -60,9 +60,10 @@ def find_sites(
     for entry in per_task_modules:
         found = set(_matching((entry,), modules))
         if not found:
+            names = listed([f"{name} ({type(module).__name__})" for name, module in modules.items() if name], limit=12)
             raise UserError(
                 f"per_task_modules: {quoted(getattr(entry, '__name__', entry))} names no module and no class in "
-                f"{type(model).__name__}; its modules are {listed([name for name in modules if name], limit=12)}"
+                f"{type(model).__name__}" + (f"; its modules are {names}" if names else "")
             )
         per_task |= found
     sites, nested = [Site("", model)], set[str]()

@@ -41,6 +41,7 @@ class Sink(ABC):
     parameters: the shared ones that are trained. sparse: those of them whose gradient is kept only
     for the table rows in use (word embeddings); `dense` holds the others.
 
+    ways_out: for the message about a shared parameter whose gradient bypasses the sink.
     in_backward: True from the end of forward to the end of backward. used: True if a layer has used
     the sink since `arm`.
 
@@ -60,6 +61,7 @@ class Sink(ABC):
         self._tables_of = [parameter for parameter in parameters if id(parameter) in self._sparse]
         self._index = {id(parameter): k for k, parameter in enumerate(parameters)}
         self._uses = Uses()
+        self.ways_out = "use the ops of fastmtl.surgery.functional for it, or leave it out of `shared`"
         self._totals = False
 
     @contextmanager
@@ -148,8 +150,8 @@ class Sink(ABC):
         for parameter, gradient in zip(shared, rest[len(own) :], strict=True):
             if gradient is not None:
                 raise UserError(
-                    f"shared parameter {names[id(parameter)]} is used by an op that does not write into "
-                    "task_grads: use the ops of fastmtl.surgery.functional for it, or leave it out of `shared`"
+                    f"shared parameter {names[id(parameter)]} is used by an op that does not write into task_grads: "
+                    f"{self.ways_out}"
                 )
         return rest[: len(own)]
 
