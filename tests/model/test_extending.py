@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ from fastmtl.model.losses import task_loss as losses
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery
 from fastmtl.surgery.methods.table import METHODS
+from fastmtl.surgery.rules.table import RULES
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 
@@ -84,6 +85,29 @@ def test_the_method_weighs(examples: dict, monkeypatch: pytest.MonkeyPatch) -> N
     assert absent == 0 and info.weights.tolist() == pytest.approx([mean / first, mean / second, 0.0])
     with pytest.raises(UserError, match="reduction='mean' is not for equal_norms"):
         GradientSurgery(torch.optim.SGD(net.parameters()), "equal_norms", tasks=["a"], reduction="mean")
+
+
+def test_the_rule_gives_task_gradients(examples: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    used, found = [], []
+
+    def rule(*args: Any) -> Tensor:
+        used.append(args)
+        return examples["scale_rule"](*args)
+
+    monkeypatch.setitem(RULES, examples["Scale"].forward, rule)
+    choices: tuple[Literal["one", "per_task"], ...] = "one", "per_task"
+    for passes in choices:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 4), examples["Scale"](4), nn.Tanh())
+        optimizer = torch.optim.SGD(net.parameters())
+        surgery = GradientSurgery(optimizer, tasks=["a", "b"], model=net, passes=passes, verify_every=0, seed=0)
+        with surgery.rows(["b", "a", "b", "a"]):
+            y = net(torch.arange(24.0).view(4, 2, 3) / 24)
+        surgery.backward({"a": (y[1::2].sum(), 2), "b": (-y[::2].square().sum(), 2)})
+        found.append([parameter.grad for parameter in net.parameters()])
+    assert len(used) == 1
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_the_sampler_gives_shares(examples: dict, monkeypatch: pytest.MonkeyPatch) -> None:

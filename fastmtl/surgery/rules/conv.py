@@ -48,6 +48,11 @@ def conv_rule(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, rows: Rows, sink: Sink,
     return _Conv.apply(x, module.weight, module.bias, known, settings, segments, sink)
 
 
+def is_plain_convolution(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
+    """Return True if the module computes torch's convolution; a subclass may compute another."""
+    return type(module)._conv_forward in (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward)
+
+
 def _padded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """Return the input, and the number of zeros that the convolution adds at both ends.
 

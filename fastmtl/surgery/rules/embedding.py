@@ -114,8 +114,10 @@ class _OneRow(torch.autograd.Function):
         table = None
         if ctx.needs_input_grad[2]:
             dtype = torch.promote_types(dy.dtype, torch.float32)
-            sums = [part.sum(0, dtype=dtype) for part in segments.split(segments.sort(dy))]
-            host = tuple(len(ids) * task for task in range(len(sums) + 1))
+            parts = [*segments.rows(), slice(segments.host[-1], None)]  # the last: rows of no task
+            dy = segments.sort(dy)
+            sums = [dy[part].sum(0, dtype=dtype) for part in parts]
+            host = tuple(len(ids) * task for task in range(len(parts)))
             table = _deliver(ctx, ids.repeat(len(sums)), torch.cat(sums), host, dy.dtype)
         return torch.zeros_like(sink.anchor), None, table, None, None, None, None, None
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from fastmtl.surgery.rules.conv import conv_rule
+from fastmtl.surgery.rules.conv import conv_rule, is_plain_convolution
 from fastmtl.surgery.rules.embedding import embedding_rule, sums_over_tokens
 from fastmtl.surgery.rules.group_norm import group_norm_rule
 from fastmtl.surgery.rules.layer_norm import layer_norm_rule
@@ -32,19 +33,19 @@ RULES: dict[Callable[..., Any] | str, Rule] = {
     nn.Conv3d.forward: conv_rule,
 }
 # Rules that do not cover every setting of their class: True if a module has no other setting.
-COVERS: dict[Rule, Callable[[Any], bool]] = {embedding_rule: sums_over_tokens}
+COVERS: dict[Rule, Callable[[Any], bool]] = {embedding_rule: sums_over_tokens, conv_rule: is_plain_convolution}
 
 
 def find_rule(module: nn.Module) -> Rule | None:
     """Return the rule of a module, None if it has none.
 
-    A module has no rule if its class or the module itself has another forward, if its weight or
-    bias is not a parameter but computed (torch.nn.utils.parametrize), or if the rule does not cover
+    A module has no rule if its class or the module itself has another forward, if a parameter is
+    computed from others (torch.nn.utils.parametrize, weight_norm), or if the rule does not cover
     its settings.
     """
-    forward = type(module).forward
-    rule = RULES.get(forward) or RULES.get(f"{forward.__module__}.{forward.__qualname__}")
-    if rule is None or "forward" in vars(module):
+    forward: Any = type(module).forward
+    rule = RULES.get(forward) or RULES.get(f"{forward.__module__}.{getattr(forward, '__qualname__', '')}")
+    if rule is None or "forward" in vars(module) or is_parametrized(module):
         return None
     used = (getattr(module, name, None) for name in ("weight", "bias"))
     if not all(tensor is None or isinstance(tensor, nn.Parameter) for tensor in used):

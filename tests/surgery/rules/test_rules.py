@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sinks import Mode, sink_of
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, weight_norm
 from transformers.pytorch_utils import Conv1D
 
 from fastmtl.bench.calls import operator_calls
@@ -23,7 +23,10 @@ from fastmtl.surgery.sinks.source import MergingSink
 
 SORTED, MIXED = [0, 0, 0, 2, 2, -1], [2, 0, -1, 0, 2, 0]  # task 1 has no row, one row has no task
 WEIGHTS = torch.tensor([2.0, 1.0, -0.5])
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # the plain module copies its input
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using padding='same'"),  # of the plain module
+    pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`"),  # old, but in use
+]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 
@@ -229,6 +232,22 @@ def test_a_batch_without_rows(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_plain_gradients_count_rows_of_no_task(name: str) -> None:
+    case = CASES[name]
+    module, x = make(case), case.inputs(len(MIXED))
+    parameters, rule = [parameter for parameter in module.parameters() if parameter.requires_grad], find_rule(module)
+    sink = sink_of("stack", parameters, 3, sparse=parameters if case.sparse else ())
+    assert rule is not None
+    with sink.armed(x.device), sink.totals():
+        y = rule(module, Rows(MIXED, 3, module), sink, x)
+        found = torch.autograd.grad(y.square().sum(), parameters)
+    plain = module(x)
+    expected = torch.autograd.grad(plain.expand(y.shape).square().sum(), parameters)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_near(ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_autocast(name: str) -> None:
     """The task gradients have at most the error of plain autograd."""
     case = CASES[name]
@@ -301,6 +320,11 @@ class Doubled(nn.Linear):
         return super().forward(x) * 2
 
 
+class OtherConvolution(nn.Conv1d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight - weight.mean(), bias)
+
+
 class Named(nn.Linear):
     """A class with nn.Linear's forward."""
 
@@ -318,6 +342,8 @@ def replaced() -> nn.Module:
         replaced,
         lambda: parametrizations.weight_norm(nn.Linear(2, 2)),
         lambda: parametrizations.orthogonal(nn.Linear(2, 2)),
+        lambda: weight_norm(nn.Linear(2, 2)),
+        lambda: OtherConvolution(2, 2, 2),
         lambda: nn.Embedding(2, 2, max_norm=1.0),
         lambda: nn.Embedding(2, 2, scale_grad_by_freq=True),
         lambda: nn.Embedding(2, 2, sparse=True),
