@@ -42,6 +42,7 @@ from fastmtl.surgery.steps.stacked import RecordedMerging, RecordMerging, Stacke
 from fastmtl.surgery.steps.tensor_scope import tensor_scope
 from fastmtl.surgery.targets.ddp import without_reduction
 from fastmtl.surgery.targets.find import find_target
+from fastmtl.surgery.verify.verifier import Verifier
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class GradientSurgery:
             as a whole once per task, because they use parameters in tensors without rows.
         passes: "one" backward pass for all tasks, or "per_task", which leaves `model` unchanged.
         verify_every: compare task gradients with those of T passes in the first step (None), in the
-            first and every n-th step (n), or never (0).
+            first and every n-th step (n), or never (0). Without `model`, None means never.
         storage: "stacked" stores J. "kept" stores inputs and output gradients of the layers and
             multiplies them for G and for merging. "replay" keeps only G and runs forward and
             backward twice. "auto" is "stacked" where supported (ZeRO 0 to 2 without offload), else
@@ -165,7 +166,14 @@ class GradientSurgery:
         self._attached: Attachment | None = None
         if model is not None and attaches and shared:
             self._attached = Attachment(model, shared, self.tasks, self._target.device, per_task_modules)
-        self._parts = Parts(self._target, self._solver, self.tasks, shared, own, max_norm, self._attached)
+        self._verifier: Verifier | None = None
+        if chosen is not None and (verify_every if self._attached is None else verify_every != 0):
+            names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
+            names = {**self._target.names, **names}
+            self._verifier = Verifier(verify_every, shared, self.tasks, names, self._target.device)
+        self._parts = Parts(
+            self._target, self._solver, self.tasks, shared, own, max_norm, self._attached, self._verifier
+        )
         self._open: JointStep | StackedStep | None = None
         self._warned = False
         self._recorded: RecordedMerging | None = None
@@ -177,6 +185,8 @@ class GradientSurgery:
     def record_with(self, record: RecordMerging) -> None:
         """Set the argument `cuda_graphs` to `record` after construction."""
         method = self._solver.method
+        if self._verifier is not None and self._model is None:
+            raise UserError("cuda_graphs: verify_every compares only steps that are not recorded: give one of them")
         if method is not None:  # a sum has nothing to record
             self._recorded, self._not_recorded = record(self._sink, method, self._target, self.storage)
 
@@ -254,7 +264,8 @@ class GradientSurgery:
         attached = self._attached
         starts = attached is not None and torch.is_grad_enabled() and not attached.active
         if attached is not None and starts:
-            attached.begin(self.task_grads)
+            due = self._open is None and self._verifier is not None and self._verifier.due
+            attached.begin(self.task_grads, verifying=due)
         try:
             with without_reduction(self._model), nullcontext() if attached is None else attached.rows(numbers):
                 yield
@@ -365,6 +376,7 @@ class GradientSurgery:
             constants=not self._parts.shared,
             stop=stop,
             check_rows=None if self._attached is None else self._attached.check_losses,
+            verifies=self._verifier is not None and self._verifier.next_step(),
         )
 
     def _start(self, step: Step) -> JointStep | StackedStep:

@@ -13,6 +13,7 @@ from fastmtl.surgery.attach.attachment import Attachment
 from fastmtl.surgery.ranks.collectives import sum_over_ranks
 from fastmtl.surgery.solver import Solver
 from fastmtl.surgery.targets.protocol import Target
+from fastmtl.surgery.verify.verifier import Verifier
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Parts:
 
     shared: parameters whose task gradients are merged. own: parameters that belong to one task and
     get their own gradient. max_norm: bound of the whole gradient's norm; None where the target
-    clips. attached: surgery inside the user's model, if there is one.
+    clips. attached: surgery inside the user's model, if there is one. verifier: compares steps with
+    a pass per task, None if none does.
     """
 
     target: Target
@@ -31,6 +33,7 @@ class Parts:
     own: list[nn.Parameter]
     max_norm: float | None = None
     attached: Attachment | None = None
+    verifier: Verifier | None = None
 
     @contextmanager
     def flag_nonfinite_own(self) -> Iterator[Tensor]:

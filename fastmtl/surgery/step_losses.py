@@ -27,6 +27,8 @@ class Step:
     constants: allow losses that depend on no trained parameter.
     stop: True if this rank requests the end of training after this step.
     check_rows: called with the number of rows of each task's loss.
+    verifies: True until the first micro-batch of a step that is to be checked is compared with a
+    pass per task.
     sums: float64 [T + 1], this rank's sum of losses per task so far; the last element is 1 for a
     stop request.
     """
@@ -41,17 +43,18 @@ class Step:
         constants: bool = False,
         stop: bool = False,
         check_rows: Callable[[Mapping[str, int]], None] | None = None,
+        verifies: bool = False,
     ) -> None:
         check_counts(counts or {}, tasks)
-        self._check_rows = check_rows
+        self._check_rows, self.verifies = check_rows, verifies
         self._counts, self._constants = counts, constants
         self._tasks, self._task_weights = tasks, task_weights
         self.sums = torch.zeros(len(tasks) + 1, dtype=torch.float64, device=device)
         if stop:
             self.sums[-1] = 1
 
-    def take(self, losses: Losses) -> None:
-        """Check a micro-batch's losses and add them to `sums`."""
+    def check(self, losses: Losses) -> None:
+        """Check a micro-batch's losses, and count the rows of a step without `counts`."""
         check_losses(losses, self._tasks, constants=self._constants)
         if self._check_rows is not None:
             self._check_rows({name: rows for name, (_, rows) in losses.items()})
@@ -66,6 +69,10 @@ class Step:
                     f"counts: task {name} has {here} rows in one micro-batch, counts gives it "
                     f"{self._counts.get(name, 0)} in the whole step over all ranks"
                 )
+
+    def take(self, losses: Losses) -> None:
+        """Check a micro-batch's losses and add them to `sums`."""
+        self.check(losses)
         with torch.no_grad():
             absent = [self.sums.new_zeros(())] if len(losses) < len(self._tasks) else []
             self.sums[:-1] += torch.stack([losses[name][0] if name in losses else absent[0] for name in self._tasks])
@@ -75,13 +82,18 @@ class Step:
         assert self._counts is not None
         return self._task_weights[self._tasks.index(name)] / max(self._counts.get(name, 0), 1)
 
-    def terms(self, losses: Losses, scale: float = 1.0) -> list[Term]:
+    def terms(self, losses: Losses, scale: float = 1.0, only: str | None = None) -> list[Term]:
         """Return (summed loss, its factor times `scale`) of each task in this micro-batch.
 
-        The sum of the products is the micro-batch's part of the step's loss. Raises UserError if no
-        loss can be differentiated.
+        The sum of the products is the micro-batch's part of the step's loss. only: a task, if those
+        of the other tasks are to have the factor 0. Raises UserError if no loss can be
+        differentiated.
         """
-        found = [(loss, self.factor(name) * scale) for name, (loss, _) in losses.items() if loss.requires_grad]
+        found = [
+            (loss, self.factor(name) * scale if only in (None, name) else 0.0)
+            for name, (loss, _) in losses.items()
+            if loss.requires_grad
+        ]
         if not found:
             raise UserError(
                 "no task has rows, and no loss depends on a parameter that is trained: without rows give the losses "
@@ -124,14 +136,15 @@ class LossFunction:
         self.takes_sink = self._declares_sink or attached is not None
         self._takes_model = "model" in declared
 
-    def __call__(self, micro_batch: Any, sink: Sink, *, training_pass: bool = False) -> Losses:
+    def __call__(self, micro_batch: Any, sink: Sink, *, training_pass: bool = False, verifying: bool = False) -> Losses:
         """Return a micro-batch's losses.
 
         training_pass: True if the target's own backward follows, so `model` is the engine.
+        verifying: True to check the outputs of modules that run once per task.
         """
         keywords: dict[str, Any] = {"task_grads": sink} if self._declares_sink else {}
         if self._attached is not None:
-            self._attached.begin(sink)
+            self._attached.begin(sink, verifying=verifying)
         if self._takes_model:
             keywords["model"] = self._target.model(training_pass)
         with self._target.autocast(training_pass and self._takes_model):

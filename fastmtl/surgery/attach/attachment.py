@@ -101,10 +101,10 @@ class Attachment:
         """True if there was a `rows` block since the last backward."""
         return bool(self._maps)
 
-    def begin(self, sink: Sink) -> None:
-        """Let the next forwards pass task gradients to `sink`."""
+    def begin(self, sink: Sink, *, verifying: bool = False) -> None:
+        """Let the next forwards pass task gradients to `sink`. verifying: see the class."""
         self.forget()
-        self.sink = sink
+        self.sink, self.verifying = sink, verifying
         sink.ways_out = _WAYS_OUT
 
     def forget(self) -> None:

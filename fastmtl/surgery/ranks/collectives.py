@@ -24,6 +24,14 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
+def max_over_ranks(value: Tensor) -> Tensor:
+    """Replace the elements of a small tensor by their maxima over ranks in place and return it."""
+    if world_size() > 1:
+        with profile_range("communication"):
+            dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
+
+
 def column_pieces(num_tasks: int, columns: int) -> list[slice]:
     """Divide the columns of J [T, columns] into pieces; each is sent by one collective."""
     world = world_size()

@@ -80,6 +80,7 @@ class EarlyScatter:
         The result is [T, columns]: this rank's share of each piece, padded with zeros.
         """
         self.sent_early = len(self._sent)
+        keeps_order = bool(self._order or self._pending)  # without `begin`, no order of completion is found
         with profile_range("communication"):
             if not self._order:
                 self._order = self._order_of_rank_0()
@@ -87,6 +88,8 @@ class EarlyScatter:
                 self._send(number)
             found = torch.cat([self._sent[number].share() for number in range(len(self._pieces))], dim=1)
         self.reset()
+        if not keeps_order:
+            self._order = []
         return found
 
     def reset(self) -> None:

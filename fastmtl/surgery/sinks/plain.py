@@ -28,6 +28,15 @@ def sum_of_products(dy: Tensor, product: Product, segments: Segments) -> Tensor:
     return found
 
 
+def sum_of_rows(table: nn.Parameter, ids: Tensor, rows: Tensor) -> Tensor:
+    """Return the sum of rows [n, d] over equal ids [n] as a dense table [V, d].
+
+    It is in float32, since thousands of tokens share a token type.
+    """
+    zeros = rows.new_zeros(whole_shape(table), dtype=torch.float32)
+    return zeros.index_add_(0, ids, cast(rows, torch.float32))
+
+
 def table_gradient(table: nn.Parameter, ids: Tensor, rows: Tensor) -> Tensor:
     """Return the dense gradient [V, d] of a table, in float32 or wider.
 

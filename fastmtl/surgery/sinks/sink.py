@@ -26,11 +26,9 @@ from torch import Tensor, nn
 
 from fastmtl.errors import UserError
 from fastmtl.surgery.differentiate import Term, differentiate
-from fastmtl.surgery.jacobian.tables import whole_shape
 from fastmtl.surgery.segments import Segments
-from fastmtl.surgery.sinks.plain import Product, sum_of_products, table_gradient
+from fastmtl.surgery.sinks.plain import Product, sum_of_products, sum_of_rows, table_gradient
 from fastmtl.surgery.sinks.uses import Uses
-from fastmtl_kernels.cast import cast
 
 NOT_ARMED = "the sink was armed in forward but not in backward: keep both inside one `armed` block"
 
@@ -62,7 +60,7 @@ class Sink(ABC):
         self._index = {id(parameter): k for k, parameter in enumerate(parameters)}
         self._uses = Uses()
         self.ways_out = "use the ops of fastmtl.surgery.functional for it, or leave it out of `shared`"
-        self._totals = False
+        self._totals: set[torch.dtype] | None = None
 
     @contextmanager
     def armed(self, device: torch.device) -> Iterator[None]:
@@ -94,20 +92,21 @@ class Sink(ABC):
 
     def takes(self, parameter: nn.Parameter | None) -> bool:
         """Return True if a backward gives the parameter's gradients to the sink now."""
-        return not self._totals and self.wants(parameter)
+        return self._totals is None and self.wants(parameter)
 
     @contextmanager
-    def totals(self) -> Iterator[None]:
+    def totals(self) -> Iterator[set[torch.dtype]]:
         """Let backwards inside the block give autograd the plain gradients of all rows.
 
         The sink takes nothing. Rows of no task count, too. The sum over rows is computed task by
         task: if only the rows of one task carry a gradient, it has the same bits as that task's.
+        Yields a set that receives the dtypes of the layers' output gradients.
         """
-        self._totals = True
+        self._totals = set()
         try:
-            yield
+            yield self._totals
         finally:
-            self._totals = False
+            self._totals = None
 
     def is_sparse(self, parameter: nn.Parameter) -> bool:
         return id(parameter) in self._sparse
@@ -192,7 +191,8 @@ class Sink(ABC):
 
         product(dy, rows) computes the gradient of one task from the rows of that task.
         """
-        if self._totals:
+        if self._totals is not None:
+            self._totals.add(dy.dtype)
             return sum_of_products(dy, product, segments)
         if not self.wants(parameter):
             return product(dy, segments.all_rows())
@@ -282,13 +282,7 @@ class Sink(ABC):
 
         Returns the table's gradient for autograd, as `deliver_rows`.
         """
-        shape = whole_shape(table)
-
-        def dense(ids: Tensor, rows: Tensor) -> Tensor:  # float32, since thousands of tokens share a token type
-            zeros = rows.new_zeros(shape, dtype=torch.float32)
-            return zeros.index_add_(0, ids, cast(rows, torch.float32))
-
-        return self.take(table, torch.stack([dense(*pair) for pair in pairs]))
+        return self.take(table, torch.stack([sum_of_rows(table, *pair) for pair in pairs]))
 
     def clear(self) -> None:
         """Drop the gradients taken so far, before the next step; buffers stay allocated."""

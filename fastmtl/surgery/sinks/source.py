@@ -115,7 +115,7 @@ class MergingSink(GramianSource):
         """
 
     def task_rows(self, table: nn.Parameter, task: int) -> list[Rows]:
-        """Return one task's gradient of a `sparse` table, pairs (ids [k], rows [k, d]) that add up."""
+        """Return one task's gradient of a `sparse` table: pairs (ids, rows) that add up."""
         return self._tables.of_task(table, task)
 
     def reach(self, parameter: nn.Parameter) -> None:

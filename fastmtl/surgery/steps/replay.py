@@ -14,6 +14,7 @@ from fastmtl.surgery.random_state import RandomState
 from fastmtl.surgery.sinks.gramian import GramianSink
 from fastmtl.surgery.sinks.weighted import WeightedSink
 from fastmtl.surgery.step_losses import LossFunction, Step
+from fastmtl.surgery.steps.verified import verify_forward
 from fastmtl.surgery.stopwatch import Stopwatch
 
 
@@ -35,6 +36,8 @@ def replay(
     scale = target.loss_scale()
     sink.clear()
     sink.start_sketch(parts.solver.step_seed, target.device)
+    if step.verifies:
+        verify_forward(parts, step, micro_batches[0], losses_of)
     states = []
     for micro_batch in micro_batches:
         states.append(RandomState.capture(target.device))

@@ -28,6 +28,7 @@ from fastmtl.surgery.sinks.source import MergingSink
 from fastmtl.surgery.sinks.stack import StackSink
 from fastmtl.surgery.step_losses import LossFunction, Step
 from fastmtl.surgery.steps.per_task import backward_per_task
+from fastmtl.surgery.steps.verified import verify_backward
 from fastmtl.surgery.stopwatch import Stopwatch
 from fastmtl.surgery.targets.adamw import TaskUpdate
 from fastmtl.surgery.targets.protocol import Target
@@ -95,7 +96,7 @@ class StackedStep:
         for number, micro_batch in enumerate(micro_batches, start=1):
             with self._sink.armed(self._parts.target.device):
                 with profile_range("forward"):
-                    losses = losses_of(micro_batch, self._sink)
+                    losses = losses_of(micro_batch, self._sink, verifying=self._step.verifies)
                 self.backward(losses, takes_sink=losses_of.takes_sink, last=number == len(micro_batches))
                 # A live autograd graph would bring the default stream into the next CUDA graph.
                 del losses
@@ -108,9 +109,15 @@ class StackedStep:
         step.take(losses)
         with profile_range("backward"):
             if takes_sink:
-                sink.forward_done(last=last)
+                verifies = step.verifies
+                # The ranks' decision is a collective, which pieces of J under way would precede on
+                # some ranks and follow on others.
+                sink.forward_done(last=last and not verifies)
                 terms = step.terms(losses, self._scale)
-                self._add_own(sink.backward(terms, parts.shared, parts.own, parts.target.names))
+                names = parts.target.names
+                self._add_own(sink.backward(terms, parts.shared, parts.own, names, retain_graph=verifies))
+                if verifies:
+                    verify_backward(parts, sink, step, losses, self._scale)
             else:
                 assert isinstance(sink, StackSink), "storage: kept needs layers that write into the sink"
                 factor = self._factor_of

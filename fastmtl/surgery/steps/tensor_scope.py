@@ -15,6 +15,7 @@ from fastmtl.surgery.parts import Parts
 from fastmtl.surgery.ranks.collectives import sum_over_ranks, world_size
 from fastmtl.surgery.sinks.tensor import TensorSink
 from fastmtl.surgery.step_losses import LossFunction, Step
+from fastmtl.surgery.steps.verified import verify_forward
 
 
 def tensor_scope(
@@ -50,6 +51,8 @@ def tensor_scope(
     sink.clear()
     sink.solve = solve
     factor = target.loss_scale() * target.factor
+    if step.verifies:
+        verify_forward(parts, step, micro_batches[0], losses_of)
     with parts.flag_nonfinite_own() as bad_own:
         for number, micro_batch in enumerate(micro_batches, start=1):
             with sink.armed(target.device):
