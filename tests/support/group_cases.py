@@ -40,9 +40,9 @@ COUNTS = {"kind": 9, "same": 3, "degree": 8}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A way to train `Net`. passes: "one" with `task_grads`, or "per_task". absent: the losses of
-    tasks without rows are left out. ddp: "inside" `without_reduction` or "outside", with or without
-    an option of DistributedDataParallel. options: of GradientSurgery.
+    """A way to train `Net`. passes: "one" with `task_grads`, "per_task", or "model" with unsorted
+    rows. absent: the losses of tasks without rows are left out. ddp: "inside" `without_reduction`
+    or "outside", with or without an option of DistributedDataParallel. options: of GradientSurgery.
     """
 
     name: str
@@ -83,6 +83,10 @@ CASES = [
     _case("sum-clipped", "sum", max_norm=0.5, accumulation=2, absent=True),
     _case("sum-measured", "sum", max_norm=float("inf")),
     _case("sum-bfloat16", "sum", dtype=torch.bfloat16, accumulation=2),
+    _case("model", passes="model", accumulation=2),
+    _case("model-replay", passes="model", storage="replay"),
+    _case("ddp-model", ddp="inside", passes="model"),
+    _case("ddp-model-tensor", ddp="inside", passes="model", scope="tensor", absent=True),
     _case("ddp", ddp="inside"),
     _case("ddp-static", ddp="inside static_graph"),
     _case("ddp-passes", ddp="inside", passes="per_task", accumulation=2),
@@ -92,33 +96,44 @@ CASES = [
 ]
 
 
-class Net(nn.Module):
-    """An encoder of shared layers with a table and a pooler that no task uses, and three heads."""
+class Trunk(nn.Module):
+    """Shared layers: an embedding, a Linear, a LayerNorm, and a pooler that no task uses."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        torch.manual_seed(0)
         self.words: Any = nn.Embedding(11, 6, dtype=dtype)
         self.dense: Any = nn.Linear(6, 6, dtype=dtype)
         self.norm = nn.LayerNorm(6, dtype=dtype)
         self.pooler = nn.Linear(6, 6, dtype=dtype)
-        self.heads = nn.ModuleDict({name: nn.Linear(6, 2, dtype=dtype) for name in COUNTS})
 
-    def shared(self) -> list[nn.Parameter]:
-        return [parameter for name, parameter in self.named_parameters() if not name.startswith("heads")]
-
-    def forward(self, rows: dict[str, Tensor], sink: Sink | None = None, absent: bool = False) -> Losses:
-        sizes = [len(ids) for ids in rows.values()]
-        offsets = torch.tensor([0, *sizes]).cumsum(0)
-        segments = Segments(offsets.int(), tuple(offsets.tolist()))
-        ids = torch.cat(list(rows.values()))
+    def forward(self, ids: Tensor, segments: Segments | None = None, sink: Sink | None = None) -> Tensor:
+        if segments is None:
+            return self.norm(self.dense(self.words(ids)).tanh())
         x = functional.embedding(ids, self.words.weight, segments, sink)
         x = functional.linear(x, self.dense.weight, self.dense.bias, segments, sink).tanh()
-        x = functional.layer_norm(x, self.norm.weight, self.norm.bias, 1e-5, segments, sink)
+        return functional.layer_norm(x, self.norm.weight, self.norm.bias, 1e-5, segments, sink)
+
+
+class Net(nn.Module):
+    """A trunk and a head per task. `forward` is for rows of all tasks by task."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = Trunk(dtype)
+        self.heads = nn.ModuleDict({name: nn.Linear(6, 2, dtype=dtype) for name in COUNTS})
+
+    def forward(self, rows: dict[str, Tensor], sink: Sink | None = None, absent: bool = False) -> Losses:
+        offsets = torch.tensor([0, *map(len, rows.values())]).cumsum(0)
+        segments = Segments(offsets.int(), tuple(offsets.tolist()))
+        return self.losses(self.trunk(torch.cat(list(rows.values())), segments, sink), rows, absent)
+
+    def losses(self, hidden: Tensor, rows: dict[str, Tensor], absent: bool) -> Losses:
+        """Return the losses of the trunk's output [N, 6], in the order of the tasks."""
         losses = {}
-        for (name, own), part in zip(rows.items(), x.split(sizes), strict=True):
-            wanted = (own % 3).unsqueeze(1)
-            losses[name] = (self.heads[name](part).float() - wanted).square().sum(), len(own)
+        for (name, ids), part in zip(rows.items(), hidden.split([len(ids) for ids in rows.values()]), strict=True):
+            wanted = (ids % 3).unsqueeze(1)
+            losses[name] = (self.heads[name](part).float() - wanted).square().sum(), len(ids)
         return {name: entry for name, entry in losses.items() if entry[1] or not absent}
 
 
@@ -132,16 +147,17 @@ def make_part(step: int, part: int, parts: int) -> dict[str, Tensor]:
     return found
 
 
-def make_surgery(net: Net, case: Case, number: int = 1) -> tuple[Any, ...]:
-    """Return an optimizer and `number` surgeries on it."""
+def make_surgery(net: Net, case: Case, number: int = 1, trunk: nn.Module | None = None) -> tuple[Any, ...]:
+    """Return an optimizer and `number` surgeries on it. trunk: their argument `model`."""
     if case.adamw:
         optimizer: torch.optim.Optimizer = SurgeryAdamW(net.parameters(), lr=0.05, max_norm=1.0)
     else:
         optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
     arguments = {
         "tasks": list(COUNTS),
-        "shared": net.shared(),
-        "sparse": [] if case.method == "sum" else [net.words.weight],
+        "model": trunk,
+        "shared": list(net.trunk.parameters()),
+        "sparse": [] if case.method == "sum" else [net.trunk.words.weight],
         "task_weights": {"same": 0.5},
         "seed": 3,
         **dict(case.options),
@@ -160,9 +176,12 @@ def train(case: Case, parts: list[int], of: int, *, by_rank: bool = False) -> di
     net = Net(case.dtype)
     where, *flags = case.ddp.split() or [""]
     flags_on: dict[str, Any] = dict.fromkeys(flags, True)
-    model = DistributedDataParallel(net, **flags_on) if where and of > 1 else net
+    model: Any = net.trunk if case.passes == "model" else net
+    if where and of > 1:
+        model = DistributedDataParallel(model, **flags_on)
     context = nullcontext if where == "outside" else partial(without_reduction, model)
-    optimizer, *surgeries = make_surgery(net, case, len(parts) if by_rank else 1)
+    trunk = model if case.passes == "model" else None
+    optimizer, *surgeries = make_surgery(net, case, len(parts) if by_rank else 1, trunk)
     infos: list[SurgeryInfo] = []
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -177,7 +196,15 @@ def train(case: Case, parts: list[int], of: int, *, by_rank: bool = False) -> di
             with context():
                 return model(rows, None, case.absent)
 
-        loss_fn = with_sink if case.passes == "one" else without_sink
+        def with_model(rows: dict[str, Tensor]) -> Losses:
+            sizes = torch.tensor([len(ids) for ids in rows.values()])
+            tasks = torch.arange(len(rows)).repeat_interleave(sizes)
+            mixed = torch.randperm(len(tasks), generator=torch.Generator().manual_seed(5))
+            with surgeries[0].rows(tasks[mixed]):
+                hidden = model(torch.cat(list(rows.values()))[mixed])
+            return net.losses(hidden[mixed.argsort()], rows, case.absent)
+
+        loss_fn = {"one": with_sink, "per_task": without_sink, "model": with_model}[case.passes]
         stop = step == 1 and 0 < of - 1 in parts
         for surgery, given in zip(surgeries, [[each] for each in batches] if by_rank else [batches], strict=True):
             infos.append(surgery.run(given, loss_fn, counts, stop=stop))
@@ -220,12 +247,15 @@ def errors(rank: int) -> Iterator[tuple[str, str]]:
         return message(lambda: make_surgery(net, case))
 
     yield "same", with_change(lambda net: None)
-    yield "numbers", with_change(lambda net: net.dense.bias[2].add_(1e-6))
-    yield "sign", with_change(lambda net: net.norm.bias[0].neg_())  # -0.0 is another number of bits
+    yield "numbers", with_change(lambda net: net.trunk.dense.bias[2].add_(1e-6))
+    yield "sign", with_change(lambda net: net.trunk.norm.bias[0].neg_())  # -0.0 is another number of bits
     yield "shape", with_change(lambda net: setattr(net.heads, "same", nn.Linear(6, 3)))
-    yield "frozen", with_change(lambda net: net.norm.requires_grad_(False))
+    yield "frozen", with_change(lambda net: net.trunk.norm.requires_grad_(False))
     yield "number", with_change(lambda net: setattr(net, "more", nn.Linear(6, 2)))
 
+    sharded = Net()
+    sharded.trunk.dense.bias._fsdp_flattened = True  # FSDP's own mark
+    yield "sharded", message(lambda: make_surgery(sharded, case))
     alone = dist.new_group([rank], use_local_synchronization=True)
     yield "group", message(lambda: without_reduction(DistributedDataParallel(Net(), process_group=alone)))
     net = Net()

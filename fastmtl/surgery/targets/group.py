@@ -36,7 +36,7 @@ class GroupTarget(OptimizerTarget):
         self.merges, self._merging = False, None
         every = list({id(parameter): parameter for parameter in self._every()}.values())
         for parameter in every:
-            if hasattr(parameter, "device_mesh") or hasattr(parameter, "_is_flat_param"):
+            if hasattr(parameter, "device_mesh") or hasattr(parameter, "_fsdp_flattened"):
                 raise UserError(
                     f"target: a parameter of shape {tuple(parameter.shape)} is sharded by FSDP or is a DTensor, which "
                     "GradientSurgery does not support: use DistributedDataParallel, or DeepSpeed's ZeRO"
