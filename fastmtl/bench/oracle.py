@@ -6,15 +6,16 @@ import copy
 import math
 import statistics
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fastmtl.bench import textbook
 from fastmtl.bench.sizes import SEED
-from fastmtl.bench.textbook import PaddedBatch, PaddedModel
+from fastmtl.bench.textbook import TaskBatch, TaskModel
 from fastmtl.bench.variants import Skipped, Variant
-from fastmtl.bench.workload import Workload, plain_name
+from fastmtl.bench.workload import plain_name
 
 # A tensor's error is divided by its own norm plus this share of the whole gradient's norm. The
 # share matters for gradients that are only rounding errors, such as that of the keys' bias.
@@ -22,6 +23,18 @@ FLOOR = 1e-2
 # Least difference between PCGrad's gradient and the plain sum, as a multiple of the allowed error.
 # With a smaller one, a plain sum would pass the check of PCGrad.
 APART = 5
+
+
+class Checkable(Protocol):
+    """Workload of the textbook loop: one batch for each task, and a model in its precision."""
+
+    dtype: torch.dtype
+
+    @property
+    def padded(self) -> TaskModel: ...
+
+    @property
+    def padded_batches(self) -> Sequence[TaskBatch]: ...
 
 
 class GradientMismatch(RuntimeError):
@@ -39,9 +52,10 @@ class TextbookGradients:
     norms: for every parameter, the sum over tasks of the norm of its gradient.
     """
 
-    def __init__(self, model: PaddedModel, batches: Sequence[PaddedBatch]) -> None:
+    def __init__(self, model: TaskModel, batches: Sequence[TaskBatch]) -> None:
         model.zero_grad()
-        self._shapes = {name: p.shape for name, p in model.encoder.named_parameters(prefix="encoder")}
+        named = model.encoder.named_parameters(prefix="encoder")
+        self._shapes = {name: p.shape for name, p in named if p.requires_grad}
         rows = textbook.task_gradients(model, batches)
         self._rows = [row.split([shape.numel() for shape in self._shapes.values()]) for row in rows]
         heads = model.heads.named_parameters(prefix="heads")
@@ -92,7 +106,7 @@ class Oracle:
     by luck.
     """
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: Checkable) -> None:
         model, batches = workload.padded, workload.padded_batches
         if workload.dtype == torch.float32:
             self._exact, self._rounded = TextbookGradients(model, batches), None

@@ -144,9 +144,10 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _variants(result: dict[str, Any]) -> Table:
+    model = f"{result['model']}, " if "model" in result else ""
     title = (
-        f"{result['shape']['name']} in {result['precision']}, {result['tasks']} tasks, {result['tokens']} tokens "
-        f"({result['padded_tokens']} padded)"
+        f"{model}{result['shape']['name']} in {result['precision']}, {result['tasks']} tasks, "
+        f"{result['tokens']} tokens ({result['padded_tokens']} padded)"
     )
     headers = ("variant", "median ms", "20 %", "80 %", "to joint", "to textbook", "MiB above joint", "J MiB")
     table = _table(title, *headers)
@@ -155,7 +156,7 @@ def _variants(result: dict[str, Any]) -> Table:
             name,
             *_milliseconds(entry),
             f"{entry['ratio_to_joint']:.2f}x",
-            f"{entry['ratio_to_textbook']:.2f}x",
+            _number(entry["ratio_to_textbook"], "{:.2f}x"),
             _mib(entry["peak_above_joint_mib"]),
             _mib(entry["j_mib"]),
         )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from fastmtl.bench.oracle import Oracle
+from fastmtl.bench.oracle import Checkable, Oracle
 from fastmtl.bench.sizes import Size
 from fastmtl.bench.variants import BUILDERS, JOINT, STACKED, Skipped, Variant, build
 from fastmtl.bench.workload import Workload
@@ -27,6 +28,7 @@ from fastmtl.measure.harness import (
 )
 from fastmtl.measure.heap import free_at_once
 
+Builder = Callable[[], Variant]
 TASKS = (2, 4, 8, 16, 32)
 TASK_TOKENS = 8192
 TASK_VARIANTS = ("sum", "pcgrad stacked")
@@ -52,7 +54,7 @@ def bench_variants(
     """
     say("building models")
     workload = Workload(size)
-    checked, errors, skipped = _checked(workload, variants, say)
+    checked, errors, skipped = check_variants(workload, _builders(variants, workload), say)
     steps = {variant.name: variant.step for variant in checked}
     peers = [variant.name for variant in checked if variant.peer]
     peaks: dict[str, int | None] = {}
@@ -70,8 +72,12 @@ def bench_variants(
         "skipped": skipped,
     }
 
+    dense = sum(p.numel() for p in workload.packed.shared_parameters())
+    dense -= sum(p.numel() for p in workload.packed.sparse_parameters())
+    stored = {name: workload.tasks * dense * nbytes for name, nbytes in STACKED.items()}
+
     def result(samples: dict[str, list[float]]) -> dict[str, Any]:
-        return {**about, "variants": _entries(samples, workload, errors, peaks)}
+        return {**about, "variants": entries(samples, errors, peaks, JOINT, stored)}
 
     def kept(samples: dict[str, list[float]]) -> None:
         if keep is not None:
@@ -90,25 +96,30 @@ def bench_variants(
     return result(samples)
 
 
-def _entries(
-    samples: dict[str, list[float]], workload: Workload, errors: dict[str, float], peaks: dict[str, int | None]
+def entries(
+    samples: dict[str, list[float]],
+    errors: dict[str, float],
+    peaks: dict[str, int | None],
+    joint: Sequence[str],
+    stored: dict[str, int],
 ) -> dict[str, dict[str, Any]]:
     """Return a summary of every variant's samples, with its ratios and memory.
 
-    peaks: the peak bytes of the variants that were measured so far.
+    peaks: the peak bytes of the variants that were measured so far. joint: names of the joint
+    steps; times are compared with the fastest of them, and memory with the first. stored: bytes of
+    J, for the variants that store J. Ratios to the textbook loop are None without it.
     """
     found: dict[str, dict[str, Any]] = {name: summary(seconds) for name, seconds in samples.items()}
-    joint = min(found[name]["median_s"] for name in JOINT)
-    dense = sum(p.numel() for p in workload.packed.shared_parameters())
-    dense -= sum(p.numel() for p in workload.packed.sparse_parameters())
+    fastest = min(found[name]["median_s"] for name in joint)
     for name, entry in found.items():
-        peak, joint_peak = peaks.get(name), peaks.get("autograd")
-        entry["ratio_to_joint"] = entry["median_s"] / joint
-        entry["ratio_to_textbook"] = entry["median_s"] / found["textbook"]["median_s"]
+        peak, joint_peak = peaks.get(name), peaks.get(joint[0])
+        entry["ratio_to_joint"] = entry["median_s"] / fastest
+        loop = found.get("textbook")
+        entry["ratio_to_textbook"] = None if loop is None else entry["median_s"] / loop["median_s"]
         entry["error"] = errors[name]
         entry["peak_mib"] = None if peak is None else peak / MIB
         entry["peak_above_joint_mib"] = None if peak is None or joint_peak is None else (peak - joint_peak) / MIB
-        entry["j_mib"] = workload.tasks * dense * STACKED[name] / MIB if name in STACKED else None
+        entry["j_mib"] = stored[name] / MIB if name in stored else None
     return found
 
 
@@ -127,7 +138,7 @@ def bench_tasks(
         say(f"building models: {number} tasks")
         workload = Workload(dataclasses.replace(size, tasks=number, tokens=size.tokens or TASK_TOKENS))
         sizes[number] = workload.packed_batch.num_tokens
-        checked, _, _ = _checked(workload, TASK_VARIANTS, say)
+        checked, _, _ = check_variants(workload, _builders(TASK_VARIANTS, workload), say)
         steps.update({(number, variant.name): variant.step for variant in checked})
     names = {f"{name}, {number} tasks": step for (number, name), step in steps.items()}
     samples = dict(zip(steps, interleave(names, rounds, say, device).values(), strict=True))
@@ -150,20 +161,25 @@ def bench_tasks(
     }
 
 
-def _checked(
-    workload: Workload, names: Sequence[str], say: Say
+def _builders(names: Sequence[str], workload: Workload) -> dict[str, Builder]:
+    return {name: partial(build, name, workload) for name in names}
+
+
+def check_variants(
+    workload: Checkable, builders: Mapping[str, Builder], say: Say
 ) -> tuple[list[Variant], dict[str, float], dict[str, str]]:
     """Check variants; return (correct variants, errors by name, reasons of the skipped ones).
 
-    Raises GradientMismatch for a wrong gradient.
+    builders: by name, functions that build a variant, or raise Skipped. Raises GradientMismatch for
+    a wrong gradient.
     """
     say("gradients of the textbook loop")
     oracle = Oracle(workload)
     checked, errors, skipped = [], {}, {}
-    for name in names:
+    for name, builder in builders.items():
         say(f"checking gradients: {name}")
         try:
-            variant = build(name, workload)
+            variant = builder()
             errors[name] = oracle.check(variant)
         except Skipped as reason:
             skipped[name] = str(reason)
@@ -173,6 +189,11 @@ def _checked(
 
 
 def peak_of(name: str, size: Size, threads: int) -> int | None:
+    """Return the peak resident bytes of this process after steps of a variant; None if unknown."""
+    return peak_of_steps(lambda: build(name, Workload(size)), threads)
+
+
+def peak_of_steps(builder: Builder, threads: int) -> int | None:
     """Return the peak resident bytes of this process after two steps of a variant; None if unknown.
 
     The second step finds J and the allocator's buffers in place. A variant of another library keeps
@@ -180,7 +201,7 @@ def peak_of(name: str, size: Size, threads: int) -> int | None:
     """
     torch.set_num_threads(threads)
     free_at_once()
-    variant = build(name, Workload(size))
+    variant = builder()
     for _ in range(1 if variant.peer else 2):
         variant.step()
     return peak_bytes()
@@ -193,8 +214,13 @@ def gpu_peak_of(name: str, workload: Workload) -> int:
     """
     workload.packed.zero_grad()
     workload.padded.zero_grad()
+    return gpu_peak_of_step(partial(build, name, workload), workload.device)
+
+
+def gpu_peak_of_step(builder: Builder, device: torch.device) -> int:
+    """Return the peak bytes on the GPU of a variant's second step, with tensors from before."""
     gc.collect()
     torch.cuda.empty_cache()  # frees the memory pools of deleted CUDA graphs
-    variant = build(name, workload)
+    variant = builder()
     variant.step()
-    return gpu_peak_bytes(variant.step, workload.device) + graph_pool_bytes(workload.device)
+    return gpu_peak_bytes(variant.step, device) + graph_pool_bytes(device)

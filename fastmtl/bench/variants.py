@@ -61,7 +61,7 @@ def _autograd(name: str, workload: Workload) -> Variant:
         model.zero_grad()
         torch.stack([loss_sum / count for loss_sum, count in model(batch).values()]).sum().backward()
 
-    return Variant(name, model, step, None, _summed(workload))
+    return Variant(name, model, step, None, summed_tolerance(workload.dtype))
 
 
 def _surgery(method: str, storage: Storage = "stacked", dtype: torch.dtype = torch.float32) -> Callable[..., Variant]:
@@ -111,7 +111,7 @@ def _variant(
     dtype: torch.dtype,
 ) -> Variant:
     if method == "sum":
-        return Variant(name, model, step, None, _summed(workload))
+        return Variant(name, model, step, None, summed_tolerance(workload.dtype))
     rounds = dtype == torch.bfloat16 and workload.dtype != dtype  # J is rounded to bfloat16, the model is not
     return Variant(name, model, step, draw_order(workload.tasks, SEED, 1), BFLOAT16 if rounds else FLOAT32)
 
@@ -154,19 +154,19 @@ def recorded(
 
 def _textbook(name: str, workload: Workload) -> Variant:
     model, batches = workload.padded, workload.padded_batches
-    return Variant(name, model, lambda: textbook.step(model, batches), _global_order(workload.tasks), PEER, peer=True)
+    return Variant(name, model, lambda: textbook.step(model, batches), global_order(workload.tasks), PEER, peer=True)
 
 
 def _torchjd(name: str, workload: Workload) -> Variant:
     model, batches = workload.padded, workload.padded_batches
     step = torchjd_steps.autojac(model, lambda: [model.features(batch) for batch in batches], batches)
-    return Variant(name, model, step, _global_order(workload.tasks), PEER, peer=True, optional=True)
+    return Variant(name, model, step, global_order(workload.tasks), PEER, peer=True, optional=True)
 
 
 def _autogram(name: str, workload: Workload) -> Variant:
     model, batches = twin(workload.padded), workload.padded_batches
     step = torchjd_steps.autogram(model, lambda: [model.features(batch) for batch in batches], batches)
-    return Variant(name, model, step, _global_order(workload.tasks), PEER, peer=True, optional=True)
+    return Variant(name, model, step, global_order(workload.tasks), PEER, peer=True, optional=True)
 
 
 JOINT = ("autograd", "sum")
@@ -193,16 +193,16 @@ BUILDERS: dict[str, Callable[[str, Workload], Variant]] = {
 }
 
 
-def _summed(workload: Workload) -> float:
+def summed_tolerance(dtype: torch.dtype) -> float:
     """Return the tolerance of one backward of all tasks' losses.
 
     In bfloat16 on CPUs, this backward adds the rows of all tasks to one rounded sum for each word.
     The textbook loop adds only the rows of one task to a sum, so it rounds differently.
     """
-    return FLOAT32 if workload.dtype == torch.float32 else PEER
+    return FLOAT32 if dtype == torch.float32 else PEER
 
 
-def _global_order(tasks: int) -> Tensor:
+def global_order(tasks: int) -> Tensor:
     """Return the projection order that the textbook and TorchJD draw after a manual_seed(SEED).
 
     int64 [T, T]: one permutation per task from the global generator.

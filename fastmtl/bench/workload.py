@@ -7,6 +7,7 @@ packed and the padded model compute the same numbers.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,9 +64,7 @@ class Workload:
         )
         torch.manual_seed(SEED)
         model = PaddedModel(config, self._kinds)
-        for head, (kind, _) in zip(model.heads, self._kinds, strict=True):
-            if kind == "regression":  # equal heads and opposite labels make some tasks conflict
-                head.load_state_dict(model.heads[0].state_dict())
+        make_conflicts(model.heads, self._kinds)
         return model.to(self.device, self.dtype)
 
     @cached_property
@@ -112,23 +111,39 @@ class Workload:
 
     def _rows(self, task: int, lengths: np.ndarray, random: np.random.Generator) -> TokenizedDataset:
         kind, outputs = self._kinds[task]
-        labels: dict[str, np.ndarray] = {
-            "classification": random.integers(0, outputs, len(lengths)),
-            "binary": (random.random(len(lengths)) < 0.8).astype(np.float32),
-            "regression": random.uniform(-2, 0, len(lengths)).astype(np.float32),
-        }
+        labels = labels_of(kind, outputs, len(lengths), random)
         return TokenizedDataset(
             # 0 is [PAD], which no text contains: BertModel gives its embedding no gradient.
             tokens=random.integers(1, self.shape.vocabulary, lengths.sum()).astype(np.int32),
             offsets=np.concatenate([[0], np.cumsum(lengths)]),
             second_text=(lengths if kind == "classification" else lengths // 2).astype(np.int32),
             sequences_per_example=1,
-            labels=labels[kind],
+            labels=labels,
             ids=[str(row) for row in range(len(lengths))],
             truncated=0,
             skipped=[],
             path=Path("random"),
         )
+
+
+def labels_of(kind: str, outputs: int, rows: int, random: np.random.Generator) -> np.ndarray:
+    """Return random labels of a task, [rows]: int64 for classes, float32 otherwise."""
+    labels: dict[str, np.ndarray] = {
+        "classification": random.integers(0, outputs, rows),
+        "binary": (random.random(rows) < 0.8).astype(np.float32),
+        "regression": random.uniform(-2, 0, rows).astype(np.float32),
+    }
+    return labels[kind]
+
+
+def make_conflicts(heads: nn.ModuleList, kinds: Sequence[tuple[str, int]]) -> None:
+    """Make some tasks conflict: heads for regression get the first head's weights.
+
+    Equal heads and opposite labels give opposite gradients. The first head has one output, too.
+    """
+    for head, (kind, _) in zip(heads, kinds, strict=True):
+        if kind == "regression":
+            head.load_state_dict(heads[0].state_dict())
 
 
 def twin(model: Model) -> Model:

@@ -138,7 +138,14 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
 
     @bench.command("surgery")
     def surgery(
-        shape: ShapeName = "minilm",
+        model: Annotated[
+            Literal["hf-bert", "hf-modernbert", "llama-lora", "vit"] | None,
+            typer.Option(help="Instead of fastmtl's encoder: a model of transformers, unmodified.", show_default=False),
+        ] = None,
+        shape: Annotated[
+            Literal["minilm", "bert-base", "llama-1024", "vit-s16", "tiny"] | None,
+            typer.Option(help="The model's size. Default: minilm, llama-1024 or vit-s16.", show_default=False),
+        ] = None,
         tasks: Annotated[
             int | None, typer.Option(min=2, metavar="N", help="Tasks of a step. Default: 3.", show_default=False)
         ] = None,
@@ -150,6 +157,14 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
                 help="Tokens of a step, the same number for each task. Default: the shape's texts; with --sweep 8192.",
                 show_default=False,
             ),
+        ] = None,
+        rows: Annotated[
+            int | None,
+            typer.Option(min=1, metavar="N", help="Rows of each task. Default: the shape's.", show_default=False),
+        ] = None,
+        way: Annotated[
+            list[str] | None,
+            typer.Option(metavar="NAME", help="With --model: a way in the table; may be repeated.", show_default=False),
         ] = None,
         sweep: Annotated[bool, typer.Option("--sweep", help="Instead: 2 to 32 tasks in equally many tokens.")] = False,
         rounds: Rounds = 7,
@@ -170,6 +185,9 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         installed. Every variant's gradient is compared with the textbook's first; a
         wrong one is an error. docs/benchmarks.md explains the table.
 
+        With --model, an unmodified model of transformers takes the place of fastmtl's
+        encoder. All ways run the same padded rows.
+
         [bold]Examples[/bold]
 
         A few minutes on two cores:
@@ -177,6 +195,10 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
 
         A larger encoder, with output for a program:
           [cyan]fastmtl bench surgery --shape bert-base --threads 2 --json bert-base.json[/cyan]
+
+        An unmodified model of transformers:
+          [cyan]fastmtl bench surgery --model hf-bert[/cyan]
+          [cyan]fastmtl bench surgery --model llama-lora --way "one pass"[/cyan]
 
         On a GPU:
           [cyan]fastmtl bench surgery --device cuda --precision bf16 \\
@@ -188,14 +210,26 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         set_debug(debug)
         if sweep and tasks is not None:
             raise UserError("--sweep and --tasks exclude each other: 2 to 32 tasks, or one number of them")
+        if rows is not None and tokens is not None:
+            raise UserError("--rows and --tokens exclude each other: so many texts, or as many as have so many tokens")
+        if model is not None and (sweep or tokens is not None):
+            raise UserError("--model excludes --sweep and --tokens: choose --tasks and --rows")
+        if model is None and way:
+            raise UserError("--way needs --model: without it, every variant is measured")
         old = _prepare(device, threads, json_file, compare)
+        from fastmtl.bench.models.run import bench_model, check_ways
+        from fastmtl.bench.models.workload import shape_of
         from fastmtl.bench.report import keeper, progress
-        from fastmtl.bench.sizes import SHAPES, Size
+        from fastmtl.bench.sizes import Size
         from fastmtl.bench.surgery import bench_tasks, bench_variants
 
-        size = Size(SHAPES[shape], tasks or 3, tokens, device, precision)
+        chosen, ways = shape_of(model, shape), check_ways(way or [])
+        chosen = chosen if rows is None else dataclasses.replace(chosen, rows=rows)
+        size = Size(chosen, tasks or 3, tokens, device, precision)
         with progress() as say:
-            if sweep:
+            if model is not None:
+                result = bench_model(model, size, rounds, say, ways, commit, keeper(json_file))
+            elif sweep:
                 result = bench_tasks(size, rounds, say, commit=commit)
             else:
                 result = bench_variants(size, rounds, say, commit=commit, keep=keeper(json_file))

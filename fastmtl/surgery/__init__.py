@@ -1,8 +1,17 @@
 """Gradient surgery: one merged gradient from the gradients of several tasks."""
 
+from fastmtl.surgery.costs import StorageCost, StorageCosts, storage_costs
 from fastmtl.surgery.gradient_surgery import GradientSurgery
 from fastmtl.surgery.info import SurgeryInfo
 from fastmtl.surgery.targets.adamw import SurgeryAdamW
 from fastmtl.surgery.targets.flat import FlatParameters
 
-__all__ = ["FlatParameters", "GradientSurgery", "SurgeryAdamW", "SurgeryInfo"]
+__all__ = [
+    "FlatParameters",
+    "GradientSurgery",
+    "StorageCost",
+    "StorageCosts",
+    "SurgeryAdamW",
+    "SurgeryInfo",
+    "storage_costs",
+]

@@ -1,0 +1,1 @@
+"""Models of other libraries in the benchmark of surgery: one file per model, and a table."""
