@@ -34,7 +34,8 @@ class WeightedSink(Sink):
         self._weights = weights.float()
 
     def take(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
-        return torch.einsum("t,t...->...", self._weights, gradients)
+        gradients = cast(gradients, torch.promote_types(gradients.dtype, torch.float32))
+        return torch.einsum("t,t...->...", self._weights.to(gradients.dtype), gradients)
 
     def take_products(self, parameter: nn.Parameter, dy: Tensor, product: Product, segments: Segments) -> Tensor | None:
         return product(self._weighted(dy, segments), segments.all_rows())

@@ -20,13 +20,12 @@ def unchanged(device: torch.device, module: nn.Module | None = None) -> Iterator
 
     module: one whose forward is called directly inside, so that no hook shows that it runs.
     """
-    state, before = RandomState.capture(device), dict[nn.Module, dict[str, tuple[Tensor | None, Tensor | None, int]]]()
+    state, before = RandomState.capture(device), dict[nn.Module, dict[str, tuple[Tensor | None, Tensor | None]]]()
 
     def save(module: nn.Module, _: object) -> None:
         if module not in before:
             before[module] = {
-                name: (buffer, None if buffer is None else buffer.clone(), -1 if buffer is None else buffer._version)
-                for name, buffer in module._buffers.items()
+                name: (buffer, None if buffer is None else buffer.clone()) for name, buffer in module._buffers.items()
             }
 
     if module is not None:
@@ -36,10 +35,9 @@ def unchanged(device: torch.device, module: nn.Module | None = None) -> Iterator
         yield state
     finally:
         hook.remove()
-        with torch.no_grad():
-            for module, buffers in before.items():
-                for name, (buffer, copy, version) in buffers.items():
-                    module._buffers[name] = buffer
-                    if buffer is not None and copy is not None and buffer._version != version:
-                        buffer.copy_(copy)
+        for module, buffers in before.items():
+            for name, (buffer, copy) in buffers.items():
+                module._buffers[name] = buffer
+                if buffer is not None and copy is not None and not torch.equal(buffer, copy):
+                    buffer.data.copy_(copy)  # autograd does not count this as a change, nor that by BatchNorm
         state.restore()

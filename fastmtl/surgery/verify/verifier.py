@@ -87,11 +87,12 @@ class Verifier:
         self._pending = False
         if not self._logged and not (world_size() > 1 and dist.get_rank()):
             log.info(
-                "compared the task gradients of %d parameters with %d passes: largest difference %.1g; this step took "
-                "%.2f s longer; verify_every=0 turns it off",
+                "compared the task gradients of %d parameters with %d passes: largest difference %.1g of a norm, "
+                "tolerance %g; this step took %.2f s longer; verify_every=0 turns it off",
                 len(self._names),
                 len(self._tasks),
                 largest,
+                tolerance,
                 watch.seconds(),
             )
         self._logged = True
