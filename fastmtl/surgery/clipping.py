@@ -36,7 +36,7 @@ def check_max_norm(max_norm: float | None, target: Target, storage: str, reduce:
         return
     if not max_norm > 0:
         raise UserError(f"max_norm must be above 0, got {max_norm}; None leaves clipping to the target")
-    advice = "leave max_norm out and set gradient_clipping in the engine's config"
+    advice = f"leave max_norm out and {target.clipping}"
     if target.merges:
         raise UserError("max_norm: SurgeryAdamW clips by its own max_norm: give it there")
     reduces = world_size() > 1 and not target.sums_ranks

@@ -10,7 +10,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -293,6 +293,22 @@ def skipped(rank: int) -> dict[str, Any]:
     return found
 
 
+def after_failure(rank: int) -> bool:
+    """Return True if a step after a failed one, on the same surgery, equals a first step."""
+    batches = [make_part(0, 2 * rank + part, 4) for part in (0, 1)]
+    found = []
+    for fails in (False, True):
+        net = Net()
+        _, surgery = make_surgery(net, _case("", "sum"))
+        if fails:
+            losses = iter([net(batches[0])])
+            with suppress(StopIteration):  # the second micro-batch has no losses
+                surgery.run(batches, lambda _, losses=losses: next(losses), COUNTS)
+        surgery.run(batches, lambda rows, net=net: net(rows), COUNTS)
+        found.append([parameter.grad for parameter in net.parameters() if parameter.grad is not None])
+    return all(map(torch.equal, *found))
+
+
 def main(directory: Path) -> None:
     rank = int(os.environ["RANK"])
     assert message(lambda: make_surgery(Net(), CASES[0])) == ""  # one process: no group yet
@@ -305,6 +321,7 @@ def main(directory: Path) -> None:
         with mock.patch.object(group, "BUCKET", case.bucket):
             found[case.name] = train(case, parts, WORLD * case.accumulation)
     found["skipped"] = skipped(rank)
+    found["after failure"] = after_failure(rank)
     torch.save(found, directory / f"{rank}.pt")
     dist.destroy_process_group()
 

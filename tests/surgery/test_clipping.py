@@ -131,7 +131,11 @@ def test_asks_every_rank_to_stop(model: MultiTaskModel) -> None:
         ("pcgrad", {"max_norm": 0.0}, "max_norm must be above 0, got 0.0"),
         ("pcgrad", {"max_norm": 1.0, "storage": "replay"}, "storage='replay' and scope='tensor' merge inside"),
         ("pcgrad", {"max_norm": 1.0, "scope": "tensor"}, "storage='replay' and scope='tensor' merge inside"),
-        ("pcgrad", {"max_norm": 1.0, "reduce": "local"}, "reduce='local' does not give the norm"),
+        (
+            "pcgrad",
+            {"max_norm": 1.0, "reduce": "local"},
+            "reduce='local' does not .*call .*clip_grad_norm_",
+        ),
         ("pcgrad", {"max_norm": 1.0, "reduce": "sketch", "sketch_size": 64}, "reduce='sketch' does not give the norm"),
     ],
 )

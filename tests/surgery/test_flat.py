@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from fastmtl.config import parse_recipe
 from fastmtl.engine.settings import deepspeed_config
 from fastmtl.errors import UserError
 from fastmtl.surgery.merged import Merged, unshared
+from fastmtl.surgery.targets.find import find_target
 from fastmtl.surgery.targets.flat import FlatParameters
 
 
@@ -107,6 +109,26 @@ def test_gradients_side_by_side_are_not_copied(model: Small) -> None:
         assert not gradients and alone is table
         assert (first.data_ptr() == merged.data_ptr()) == same and second.data_ptr() == pieces[2].data_ptr()
         assert torch.equal(first, merged[:18]) and torch.equal(second, merged[18:])
+
+
+def test_a_step_drops_the_gradients_of_a_failed_one(model: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = SimpleNamespace(
+        module=flattened(model),
+        device="cpu",
+        zero_optimization_stage=lambda: 1,
+        fp16_enabled=lambda: False,
+        torch_autocast_enabled=lambda: False,
+        zero_use_cpu_optimizer=lambda: False,
+        register_forward_pre_hook=lambda _: None,
+    )
+    target = find_target(engine)
+    found: list[Tensor] = []
+    monkeypatch.setattr(type(target), "_carry", lambda _, gradients, *others: found.extend(gradients))
+    target.backward(model(IDS).sum(), last=False)
+    target.begin()
+    target.backward(model(IDS).sum(), last=True)
+    expected = torch.autograd.grad(model(IDS).sum(), [model.first.bias])
+    assert any(torch.equal(gradient, expected[0]) for gradient in found if gradient.shape == (3,))
 
 
 def test_what_autograd_shares_is_changed_apart() -> None:

@@ -88,6 +88,10 @@ def test_errors_on_both_ranks(ranks: list[dict[str, Any]], name: str, text: str)
         assert rank[name].startswith("UserError") and re.search(text, rank[name]), rank[name]
 
 
+def test_a_failed_step_leaves_nothing(ranks: list[dict[str, Any]]) -> None:
+    assert all(rank["after failure"] for rank in ranks)
+
+
 def test_a_gradient_that_is_not_finite_on_one_rank(ranks: list[dict[str, Any]]) -> None:
     """Both ranks skip the step, or stop where the gradient cannot be taken back."""
     for rank in ranks:

@@ -26,6 +26,7 @@ class EngineTarget:
 
     merges = False
     sums_ranks = False
+    clipping = "set gradient_clipping in the engine's config"
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine

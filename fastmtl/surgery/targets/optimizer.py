@@ -27,6 +27,7 @@ class OptimizerTarget:
     factor = 1.0
     can_discard = False
     sums_ranks = False
+    clipping = "call torch.nn.utils.clip_grad_norm_ before optimizer.step()"
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._world = world_size()

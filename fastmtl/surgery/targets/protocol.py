@@ -24,6 +24,7 @@ class Target(Protocol):
     merges: there may be a `merging_optimizer`.
     can_discard: `discard` can drop gradients after they were handed over.
     sums_ranks: `sum_over_ranks` gives sums, so surgery has the whole gradient before `hand_over`.
+    clipping: the way to clip gradients without surgery, for messages.
     factor: multiplies merged gradients before they are handed over.
     """
 
@@ -34,6 +35,7 @@ class Target(Protocol):
     merges: bool
     can_discard: bool
     sums_ranks: bool
+    clipping: str
     factor: float
 
     def arranged(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
