@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 
@@ -21,6 +22,7 @@ class Segments:
     offsets: Tensor
     host: tuple[int, ...]
     order: Tensor | None = None
+    _orders: dict[int, Tensor] = field(init=False, default_factory=dict, repr=False)  # of the layer's rows, by their number
 
     @property
     def num_tasks(self) -> int:
@@ -32,9 +34,11 @@ class Segments:
         """
         if self.order is None:
             return rows
-        if len(rows) == len(self.order):
-            return rows.index_select(0, self.order)
-        return rows.unflatten(0, (len(self.order), -1)).index_select(0, self.order).flatten(0, 1)
+        if len(rows) not in self._orders:
+            k = len(rows) // len(self.order)
+            first = self.order.unsqueeze(1) * k
+            self._orders[len(rows)] = (first + torch.arange(k, device=first.device)).flatten()
+        return rows.index_select(0, self._orders[len(rows)])
 
     def rows(self) -> list[slice]:
         """Return the row range of each task."""

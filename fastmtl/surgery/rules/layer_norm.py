@@ -18,7 +18,6 @@ from fastmtl.surgery.rules.rows import check_rows
 from fastmtl.surgery.rules.rule import Known, Rows, known_to
 from fastmtl.surgery.segments import Segments
 from fastmtl.surgery.sinks.sink import Sink
-from fastmtl_kernels.cast import cast
 
 
 def layer_norm(
@@ -75,14 +74,19 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, *gathered, mean, rstd = ctx.saved_tensors
         sink, segments, (weight, bias) = ctx.task_grads, ctx.segments, ctx.parameters
-        mask = [ctx.needs_input_grad[0], False, False]
-        dx, _, _ = torch.ops.aten.native_layer_norm_backward(dy, x, gathered[0].shape, mean, rstd, *gathered, mask)
-        dw = db = None
-        dy = segments.sort(dy) if any(ctx.needs_input_grad[1:3]) else dy
+        shape, backward = gathered[0].shape, torch.ops.aten.native_layer_norm_backward
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx, _, _ = backward(dy, x, shape, mean, rstd, *gathered, [True, False, False])
+        if any(ctx.needs_input_grad[1:3]):
+            dy = segments.sort(dy)
         if ctx.needs_input_grad[1]:
-            wide = cast(x, torch.promote_types(x.dtype, torch.float32))
-            products = segments.sort((wide - mean) * rstd) * dy
-            dw = sink.products(weight, products, lambda products, rows: products[rows].sum(0), segments)
+            x, mean, rstd = segments.sort(x), segments.sort(mean), segments.sort(rstd)
+
+            def product(dy: Tensor, rows: slice) -> Tensor:
+                return backward(dy[rows], x[rows], shape, mean[rows], rstd[rows], *gathered, [False, True, False])[1]
+
+            dw = sink.products(weight, dy, product, segments)
         if bias is not None and ctx.needs_input_grad[2]:
             db = sink.products(bias, dy, lambda dy, rows: dy[rows].sum(0, dtype=torch.float32), segments)
         return dx, dw, db, None, None, None, None

@@ -51,6 +51,6 @@ class _RMSNorm(torch.autograd.Function):
             inner = dy * gathered
             dx = inner.sub_(normalised * (inner * normalised).mean(dims, keepdim=True)).mul_(scale).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            products = segments.sort(dy * normalised)
+            products = segments.sort(normalised.mul_(dy))
             dw = ctx.sink.products(weight, products, lambda products, rows: products[rows].sum(0), segments)
         return dx, dw, None, None, None, None
