@@ -22,7 +22,8 @@ class Segments:
     offsets: Tensor
     host: tuple[int, ...]
     order: Tensor | None = None
-    _orders: dict[int, Tensor] = field(init=False, default_factory=dict, repr=False)  # of the layer's rows, by their number
+    # The order of a layer's rows, by their number.
+    _orders: dict[int, Tensor] = field(init=False, default_factory=dict, repr=False)
 
     @property
     def num_tasks(self) -> int:
