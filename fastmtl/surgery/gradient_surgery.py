@@ -134,6 +134,8 @@ class GradientSurgery:
             shared = checks.check_parameters("shared", shared)
         elif model is not None:
             shared = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if model is not None:
+            self._target.learn_names(model)
         if sparse is None:
             sparse = large_tables(model, shared or ()) if model is not None and attaches else ()
         sparse = checks.check_parameters("sparse", sparse)
@@ -168,9 +170,7 @@ class GradientSurgery:
             self._attached = Attachment(model, shared, self.tasks, self._target.device, per_task_modules)
         self._verifier: Verifier | None = None
         if chosen is not None and (verify_every if self._attached is None else verify_every != 0):
-            names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
-            names = {**self._target.names, **names}
-            self._verifier = Verifier(verify_every, shared, self.tasks, names, self._target.device)
+            self._verifier = Verifier(verify_every, shared, self.tasks, self._target.names, self._target.device)
         self._parts = Parts(
             self._target, self._solver, self.tasks, shared, own, max_norm, self._attached, self._verifier
         )

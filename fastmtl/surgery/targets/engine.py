@@ -58,6 +58,9 @@ class EngineTarget:
     def _record_forward(self, *_: Any) -> None:
         self._own_forward = torch.is_grad_enabled()
 
+    def learn_names(self, model: nn.Module) -> None:
+        """Keep the names of the engine's module."""
+
     def arranged(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
         return parameters
 

@@ -43,6 +43,10 @@ class OptimizerTarget:
         }
         self.device = self.parameters[0].device
 
+    def learn_names(self, model: nn.Module) -> None:
+        found = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.names.update((key, name) for key, name in found.items() if key in self.names)
+
     def arranged(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
         return parameters
 

@@ -38,6 +38,10 @@ class Target(Protocol):
     clipping: str
     factor: float
 
+    def learn_names(self, model: nn.Module) -> None:
+        """Use the names of `model` in messages, for parameters that have none."""
+        ...
+
     def arranged(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
         """Return `parameters` in the order in which J should store them."""
         ...
