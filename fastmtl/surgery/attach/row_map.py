@@ -63,16 +63,18 @@ class RowMap:
         """Return T parts of x [B * k, ...], the rows of each task.
 
         Rows of no task are in the last part: nothing depends on them, but a model computes them.
-        Without `order` the parts are views.
+        The part of a task without rows is the first row of another, since a module may not support
+        empty inputs; `join` drops its results. Without `order` the parts are views.
         """
         k = len(x) // self.batch if self.batch else 0
         if self._order is not None:
             x = x.unflatten(0, (self.batch, k)).index_select(0, self._order).flatten(0, 1)
-        return x.split([size * k for size in self.groups])
+        parts = x.split([size * k for size in self.groups])
+        return tuple(part if size else x[:k] for part, size in zip(parts, self.groups, strict=True))
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """Return the T parts of `split`, or results of the same rows, in the batch's order."""
-        joined = torch.cat(list(parts))
+        joined = torch.cat([part if size else part[:0] for part, size in zip(parts, self.groups, strict=True)])
         if self._places is None:
             return joined
         return joined.unflatten(0, (self.batch, len(joined) // self.batch)).index_select(0, self._places).flatten(0, 1)

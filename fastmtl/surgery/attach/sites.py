@@ -86,10 +86,13 @@ def find_sites(
 def _owned(module: nn.Module, known: Collection[int], nested: set[str], name: str) -> Iterator[Owned]:
     """Yield the shared parameters that the module's forward reads.
 
-    These are its own, those of parameter lists in it, and the originals of parametrized ones.
+    These are its own, those of parameter lists in it, and the originals of parametrized ones. A
+    parameter that a module inside has as well is read there: a head of transformers has its
+    decoder's bias only for its name in checkpoints.
     nested: receives the names of modules whose parameters are counted here.
     """
-    yield from _shared(module, known)
+    inside = {id(p) for child in module.children() for p in child.parameters()} if module._parameters else set()
+    yield from (item for item in _shared(module, known) if id(item.parameter) not in inside)
     inner = [(key, child) for key, child in module.named_children() if isinstance(child, _CONTAINERS)]
     if is_parametrized(module):
         assert isinstance(module.parametrizations, nn.Module)

@@ -1,7 +1,7 @@
 """Any module: one run for each task on that task's rows, with aliases of its parameters.
 
-No formula of the module is needed. A task without rows runs too: in ZeRO 3, every rank must call
-the same modules in the same order.
+No formula of the module is needed. A task without rows runs too, on a row of another task: in ZeRO
+3, every rank must call the same modules in the same order.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def run_by_task(
     """
     tasks, cut = range(sink.num_tasks), dict(kwargs)
     uncut = {name: cut.pop(name) for name in whole if isinstance(cut.get(name), Tensor) and cut[name].dim() == 2}
-    of_tasks = [(item, aliases(item, tasks, sink)) for item in owned if sink.wants(item.parameter)]
+    wanted = [item for item in owned if sink.wants(item.parameter)]
+    by_parameter = {id(item.parameter): item for item in wanted}  # a tied parameter has several places
+    made = {key: aliases(item, tasks, sink) for key, item in by_parameter.items()}
     tensors = [x for x in tensors_in((args, cut)) if x.dim()]
     one_row = rows.batch != 1 and bool(tensors) and all(len(x) == 1 for x in tensors)
     if not tensors:
@@ -81,13 +83,13 @@ def run_by_task(
     outputs = []
     for task in tasks:
         cut_args, cut_kwargs = map_tensors(part(task), args), map_tensors(part(task), cut)
-        with replaced([(item, found[task]) for item, found in of_tasks]):
+        with replaced([(item, made[id(item.parameter)][task]) for item in wanted]):
             outputs.append(run(task, cut_args, {**cut_kwargs, **uncut}, one_row=one_row))
     return join_trees(lambda found: _join(rows, found), outputs)
 
 
 def _join(rows: Divides, parts: Sequence[Tensor]) -> Tensor:
-    sizes = rows.groups
+    sizes = [size or min(rows.batch, 1) for size in rows.groups]  # one row runs for a task without rows
     if all(part.dim() for part in parts):
         factors = {len(part) // size for part, size in zip(parts, sizes, strict=True) if size}
         k = factors.pop() if len(factors) == 1 else (0 if factors else 1)

@@ -45,9 +45,19 @@ def find_rule(module: nn.Module) -> Rule | None:
     """
     forward: Any = type(module).forward
     rule = RULES.get(forward) or RULES.get(f"{forward.__module__}.{getattr(forward, '__qualname__', '')}")
-    if rule is None or "forward" in vars(module) or is_parametrized(module):
+    if rule is None or not _has_forward_of_class(module) or is_parametrized(module):
         return None
     used = (getattr(module, name, None) for name in ("weight", "bias"))
     if not all(tensor is None or isinstance(tensor, nn.Parameter) for tensor in used):
         return None
     return rule if rule not in COVERS or COVERS[rule](module) else None
+
+
+def _has_forward_of_class(module: nn.Module) -> bool:
+    """Return False if the module itself has another forward than its class.
+
+    A copy of an attached module has the forward of its class as an attribute.
+    """
+    own = vars(module).get("forward")
+    bound, function = getattr(own, "__self__", None), getattr(own, "__func__", None)
+    return own is None or (bound is module and function is type(module).forward)
