@@ -35,6 +35,18 @@ def bert(draw: Draw) -> Example:
     return draw.example(trunk, {**draw.tokens_and_mask(), **draw.types()}, states)
 
 
+def bert_tied(draw: Draw) -> Example:
+    """BERT with a masked-language head, whose decoder is the table of the words."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    def features(trunk: nn.Module, inputs: Inputs) -> Tensor:
+        mask = inputs["attention_mask"].unsqueeze(2)
+        return (trunk(**inputs).logits * mask).sum(1) / mask.sum(1)
+
+    trunk = BertForMaskedLM(BertConfig(**draw.sizes(), **draw.dropouts()))
+    return draw.example(trunk, draw.tokens_and_mask(), features, draw.vocab)
+
+
 def roberta(draw: Draw) -> Example:
     from transformers import RobertaConfig, RobertaModel
 
@@ -80,7 +92,7 @@ def mpnet(draw: Draw) -> Example:
     from transformers import MPNetConfig, MPNetModel
 
     trunk = MPNetModel(MPNetConfig(**draw.sizes() | {"pad_token_id": 1}, **draw.dropouts()))
-    return draw.example(trunk, draw.tokens_and_mask(), states, whole=True)
+    return draw.example(trunk, draw.tokens_and_mask(), states, draws=True)
 
 
 def deberta_v2(draw: Draw) -> Example:
@@ -98,7 +110,7 @@ def deberta_v2(draw: Draw) -> Example:
         "conv_kernel_size": draw.one_of(0, 3),
     }
     config = DebertaV2Config(**draw.sizes(), **draw.dropouts(), **options)
-    return draw.example(DebertaV2Model(config), draw.tokens_and_mask(), states, whole=True)
+    return draw.example(DebertaV2Model(config), draw.tokens_and_mask(), states, draws=True)
 
 
 def modernbert(draw: Draw) -> Example:
@@ -175,7 +187,7 @@ def t5(draw: Draw) -> Example:
         feed_forward_proj=draw.one_of("relu", "gated-gelu"),
         dropout_rate=draw.dropout,
     )
-    return draw.example(T5EncoderModel(config), draw.tokens_and_mask(), states, whole=True)
+    return draw.example(T5EncoderModel(config), draw.tokens_and_mask(), states, draws=True)
 
 
 def vit(draw: Draw) -> Example:
@@ -184,7 +196,7 @@ def vit(draw: Draw) -> Example:
     sizes = {name: value for name, value in draw.sizes().items() if name not in ("vocab_size", "pad_token_id")}
     config = ViTConfig(**sizes | draw.dropouts(), image_size=8, patch_size=4, num_channels=draw.one_of(1, 3))
     pixels = torch.from_numpy(draw.random.standard_normal((draw.rows, config.num_channels, 8, 8), np.float32))
-    return draw.example(ViTModel(config), {"pixel_values": pixels}, images)
+    return draw.example(ViTModel(config), {"pixel_values": pixels}, images, draws=True)
 
 
 def convnet(draw: Draw) -> Example:
@@ -219,13 +231,14 @@ def transformer_layers(draw: Draw) -> Example:
         states = trunk(inputs["x"], src_key_padding_mask=inputs["mask"] == 0)
         return (states * inputs["mask"].unsqueeze(2)).sum(1)
 
-    return draw.example(trunk, {"x": x, "mask": mask}, features, whole=True)
+    return draw.example(trunk, {"x": x, "mask": mask}, features, draws=True)
 
 
 BUILDERS: dict[str, Callable[[Draw], Example]] = {
     build.__name__: build
     for build in (
         bert,
+        bert_tied,
         roberta,
         distilbert,
         electra,
@@ -245,7 +258,7 @@ BUILDERS: dict[str, Callable[[Draw], Example]] = {
 }
 
 
-def build(name: str, seed: int) -> Example:
-    """Return the architecture of this name; weights and inputs are float32, dropout is on."""
+def build(name: str, seed: int, *, rows: int | None = None, dropout: float = 0.2) -> Example:
+    """Return the architecture of this name; weights and inputs are float32. rows: B, or drawn."""
     torch.manual_seed(seed)
-    return BUILDERS[name](Draw(seed))
+    return BUILDERS[name](Draw(seed, rows=rows, dropout=dropout))

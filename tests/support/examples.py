@@ -19,15 +19,15 @@ class Example:
     """A trunk and its batch.
 
     inputs: tensors with B in dimension 0. features: (trunk, inputs) -> [B, width], to which every
-    position of a row contributes. whole: True if known classes of the trunk run once per task, so
-    that dropout draws other numbers than in one call for all rows.
+    position of a row contributes. draws: True if modules that run once per task draw random
+    numbers, which then differ from those of one call for all rows.
     """
 
     trunk: nn.Module
     inputs: Inputs
     features: Features
     width: int
-    whole: bool = False
+    draws: bool = False
 
     @property
     def rows(self) -> int:
@@ -42,19 +42,19 @@ class Example:
 class Draw:
     """Random sizes of an encoder and its batch.
 
-    Head sizes are even, as rotary embeddings require.
+    Head sizes are even, as rotary embeddings require. rows: B, drawn by default.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, rows: int | None = None, dropout: float = 0.2) -> None:
         self.random = np.random.default_rng(seed)
         self.heads = self.one_of(2, 4)
         self.hidden = self.heads * self.one_of(2, 4, 6)
         self.inner = self.one_of(6, 10, 15)
         self.layers = self.one_of(1, 2)
-        self.vocab = self.one_of(23, 40)
-        self.rows = self.one_of(7, 9, 10)
+        self.vocab = self.one_of(23, 40, 2100)  # a large table has compact rows in J
+        self.rows = self.one_of(7, 9, 10) if rows is None else rows
         self.tokens = self.one_of(4, 5, 7)
-        self.dropout = 0.2
+        self.dropout = dropout
 
     def one_of(self, *values: Any) -> Any:
         return values[self.random.integers(len(values))]
