@@ -129,8 +129,6 @@ class GradientSurgery:
         self.tasks = checks.check_tasks(tasks)
         self._weights = checks.check_task_weights(task_weights or {}, self.tasks)
         checks.check_model(model, passes, per_task_modules, verify_every)
-        if model is not None:  # an optimizer knows no names
-            self._target.names.update((id(p), name) for name, p in model.named_parameters() if p.requires_grad)
         attaches = model is not None and passes == "one" and chosen is not None
         if shared is not None:
             shared = checks.check_parameters("shared", shared)
