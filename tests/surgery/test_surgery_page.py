@@ -1,4 +1,7 @@
-"""The examples of docs/surgery.md, run unchanged."""
+"""The examples of docs/surgery.md, run unchanged.
+
+A block of Python is a complete example, or continues the one before it.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,11 @@ from launch import cpu_environment
 
 from fastmtl.engine.distributed import free_port
 
-PAGE = Path(__file__).parents[2] / "docs" / "surgery.md"
-TEXT = PAGE.read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "surgery.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+CHANGES = re.findall(r"```diff\n(.*?)```", TEXT, flags=re.DOTALL)
 PRINTED = re.findall(r"```text\n(.*?)```", TEXT, flags=re.DOTALL)
 # All examples run in one process, because a process takes longer to start than they run. At its
 # first start on a CPU, DeepSpeed compiles an operator for a minute that only its sharded inference
@@ -26,16 +31,32 @@ for script in sys.argv[1:]:
     print("running", script)
     runpy.run_path(script, run_name="__main__")
 """
-EXAMPLES = [block for block in BLOCKS if "from fastmtl.surgery import" in block]
+EXAMPLES: list[str] = []
+for block in BLOCKS:
+    if "from fastmtl.surgery import" in block:
+        EXAMPLES.append(block)
+    else:
+        EXAMPLES[-1] += block
 
 
 def test_every_way_is_shown() -> None:
-    hugging_face, plain_loop, own_layers = EXAMPLES
+    hugging_face, zero_3, plain_loop = EXAMPLES
     assert "deepspeed" not in plain_loop and "SurgeryAdamW(" in plain_loop
-    assert "from transformers import" in hugging_face and "surgery.backward(" in hugging_face
-    assert "from fastmtl.surgery.functional import" in own_layers and "surgery.run(" in own_layers
+    for example in EXAMPLES:
+        assert "BertModel(" in example and "with surgery.rows(" in example
+    assert "surgery.backward(" in hugging_face
+    assert '"stage": 3' in zero_3 and "surgery.run(" in zero_3
     (printed,) = PRINTED
-    assert len(printed.splitlines()) == 5 and TEXT.index(printed) < TEXT.index(hugging_face)
+    assert len(printed.splitlines()) == 5 and TEXT.index(printed) < TEXT.index(BLOCKS[0])
+
+
+def test_short_versions_are_those_of_the_first_example() -> None:
+    (changes,) = CHANGES
+    added = [line[1:] for line in changes.splitlines() if line.startswith("+")]
+    (readme,) = re.findall(r"```python\n(from fastmtl.surgery.*?)```", README, flags=re.DOTALL)
+    of_readme = [line.split("  # ")[0] for line in readme.splitlines() if line and "loader" not in line]
+    assert len(added) == 6 and len(of_readme) == 7
+    assert {*added, *of_readme} <= set(BLOCKS[0].splitlines())
 
 
 @pytest.fixture(scope="module")
