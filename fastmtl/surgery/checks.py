@@ -206,8 +206,8 @@ def check_per_task(storage: str) -> None:
     """Raise UserError for storage "kept", which does not support one backward pass per task."""
     if storage == "kept":
         raise UserError(
-            "storage='kept' needs a model whose layers write into task_grads, since it keeps the factors of their "
-            "weights' gradients: use storage='stacked'"
+            "storage='kept' needs one backward pass for all tasks, since it keeps the factors of the layers' "
+            "gradients: give the trunk in GradientSurgery(..., model=...), or use storage='stacked'"
         )
 
 

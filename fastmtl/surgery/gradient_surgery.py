@@ -393,4 +393,4 @@ class GradientSurgery:
         checks.check_per_task(self.storage)
         if not self._warned and self._passes == "one":
             self._warned = True
-            log.warning("the model takes no task_grads: running one backward pass per task (see docs/surgery.md)")
+            log.warning("no `model` was given: running one backward pass per task (see docs/surgery.md)")

@@ -1,4 +1,4 @@
-"""The examples of docs/surgery.md, run unchanged.
+"""The examples of docs/surgery.md and docs/surgery-reference.md, run unchanged.
 
 A block of Python is a complete example, or continues the one before it.
 """
@@ -33,10 +33,12 @@ for script in sys.argv[1:]:
 """
 EXAMPLES: list[str] = []
 for block in BLOCKS:
-    if "from fastmtl.surgery import" in block:
+    if "import GradientSurgery" in block:
         EXAMPLES.append(block)
     else:
         EXAMPLES[-1] += block
+REFERENCE = (ROOT / "docs" / "surgery-reference.md").read_text(encoding="utf-8")
+SCRIPTS = [*EXAMPLES, *re.findall(r"```python\n(import torch\n.*?)```", REFERENCE, flags=re.DOTALL)]
 
 
 def test_every_way_is_shown() -> None:
@@ -61,15 +63,15 @@ def test_short_versions_are_those_of_the_first_example() -> None:
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[str]]:
-    """The lines that each example prints.
+    """The lines that each script prints.
 
-    Examples without DeepSpeed run first, before DeepSpeed connects its ranks.
+    Scripts without DeepSpeed run first, before DeepSpeed connects its ranks.
     """
     folder = tmp_path_factory.mktemp("examples")
-    order = sorted(range(len(EXAMPLES)), key=lambda number: "deepspeed" in EXAMPLES[number])
+    order = sorted(range(len(SCRIPTS)), key=lambda number: "deepspeed" in SCRIPTS[number])
     scripts = [folder / f"{number}.py" for number in order]
     for number, script in zip(order, scripts, strict=True):
-        script.write_text(EXAMPLES[number], encoding="utf-8")
+        script.write_text(SCRIPTS[number], encoding="utf-8")
     ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     command = [sys.executable, "-c", RUN, *map(str, scripts)]
     done = subprocess.run(command, env=cpu_environment() | ranks, capture_output=True, text=True, timeout=120)
@@ -86,6 +88,11 @@ def test_example_runs(number: int, printed: dict[int, list[str]]) -> None:
     assert len(steps) == 5
     if number == 0:  # losses depend on the machine in their last digits
         assert [shape_of(line) for line in steps] == [shape_of(line) for line in PRINTED[0].splitlines()]
+
+
+def test_example_of_the_reference_runs(printed: dict[int, list[str]]) -> None:
+    _, line = printed[len(EXAMPLES)]
+    assert re.fullmatch(r"tensor\(\[1\.0+, -?\d\.\d+\]\)", line)
 
 
 def shape_of(line: str) -> str:

@@ -24,12 +24,12 @@ def replay(
     """Run one optimizer step in two passes and return its report.
 
     In the second backward, each row is multiplied by the weight of its task. Raises UserError for a
-    loss function without `task_grads`.
+    model whose modules do not write into the sink.
     """
     if not losses_of.takes_sink:
         raise UserError(
-            "storage='replay' (ZeRO 3, offload) needs a model whose layers write into task_grads: DeepSpeed holds the "
-            "weights of other models only inside their forward. Use ZeRO 0 to 2 without offload."
+            "storage='replay' (ZeRO 3, offload) needs one backward pass for all tasks: give the trunk in "
+            "GradientSurgery(..., model=...), or use ZeRO 0 to 2 without offload"
         )
     target = parts.target
     watch = Stopwatch(target.device)

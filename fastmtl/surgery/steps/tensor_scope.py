@@ -29,13 +29,13 @@ def tensor_scope(
 ) -> SurgeryInfo:
     """Run one optimizer step and return its report.
 
-    by_rank: True if each rank has its own Gramians (`reduce: local`). Raises UserError for a loss
-    function without `task_grads`.
+    by_rank: True if each rank has its own Gramians (`reduce: local`). Raises UserError for a model
+    whose modules do not write into the sink.
     """
     if not losses_of.takes_sink:
         raise UserError(
-            "scope='tensor' needs a model whose layers write into task_grads: one backward per task never has the T "
-            "gradients of a tensor at once. Use scope='global'."
+            "scope='tensor' needs one backward pass for all tasks, else the T gradients of a tensor are never there "
+            "at once: give the trunk in GradientSurgery(..., model=...), or use scope='global'"
         )
     target = parts.target
     num_tasks = len(parts.tasks)
