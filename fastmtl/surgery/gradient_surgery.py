@@ -50,8 +50,17 @@ log = logging.getLogger(__name__)
 class GradientSurgery:
     """Gradient surgery, or a plain sum of losses, on a DeepSpeed engine or a torch optimizer.
 
-    In each step, the method turns G into one weight per task. The weighted sum of task gradients
+        surgery = GradientSurgery(engine, "pcgrad", tasks=["kind", "degree"], model=trunk)
+        with surgery.rows(batch["task"]):
+            losses = losses_of(trunk(batch["ids"]))  # {task: (sum of its rows' losses, rows)}
+        info = surgery.backward(losses)
+        if info.skipped is None:
+            engine.step()
+
+    One row of J [T, P] per task is the task's gradient of the P shared numbers. In each step, the
+    method turns the Gramian G = J J^T into one weight per task. The weighted sum of task gradients
     becomes the gradient of the shared parameters; all other parameters get their ordinary gradient.
+    docs/surgery.md has complete scripts.
 
     Args:
         target: DeepSpeed engine (ZeRO 0 to 3), or a torch optimizer. With several processes and an
@@ -59,19 +68,23 @@ class GradientSurgery:
         method: "sum", "pcgrad", "gradvac", or a Gramian weighting of TorchJD in lower case
             ("upgrad", "mgda", ...). "sum" adds the losses and ignores `storage`, `scope`, `reduce`
             and `dtype`.
-        tasks: task names, in the order of the segments and of the rows of J.
-        model: trunk of any architecture, whose modules then pass task gradients in one backward.
-            Call it inside `rows`. Without `model`, each task has a backward pass of its own, except
-            for models of fastmtl.surgery.functional.
+        tasks: names of the T tasks, in the order of the rows of J; `rows` numbers them from 0.
+        model: the trunk, the part of the network that all tasks share, of any architecture. One
+            backward pass then gives all task gradients. Run its forward inside `rows`. Without
+            `model`, each task has a backward pass of its own, except for models whose layers take
+            `task_grads` (fastmtl.surgery.functional).
         shared: parameters whose task gradients are merged; default: all that `model` or else the
             target trains. After freezing or unfreezing a parameter, create a new GradientSurgery.
         sparse: shared embedding tables [V, d] whose gradients are kept only for the rows in use;
-            default: the large tables of `model` that only an nn.Embedding uses.
-        per_task_modules: classes, names of classes, or modules of `model` (or their names) that run
-            as a whole once per task, because they use parameters in tensors without rows.
-        passes: "one" backward pass for all tasks, or "per_task", which leaves `model` unchanged.
+            default: the tables of `model` with more than 2048 rows that only an nn.Embedding uses.
+        per_task_modules: modules of `model` that run as a whole once per task, because they use
+            parameters in tensors without rows, such as tables of relative positions: classes, names
+            of classes, modules, or their names. Known classes need no entry.
+        passes: "one" backward pass for all tasks, or "per_task": T backward passes, for any model;
+            `model` stays unchanged, and `rows` has no effect.
         verify_every: compare task gradients with those of T passes in the first step (None), in the
-            first and every n-th step (n), or never (0). Without `model`, None means never.
+            first and every n-th step (n), or never (0). A difference, such as from BatchNorm, is an
+            error. Without `model`, None means never.
         storage: "stacked" stores J. "kept" stores inputs and output gradients of the layers and
             multiplies them for G and for merging. "replay" keeps only G and runs forward and
             backward twice. "auto" is "stacked" where supported (ZeRO 0 to 2 without offload), else
@@ -208,8 +221,8 @@ class GradientSurgery:
             loss_fn: loss_fn(micro_batch, ...) -> {task: (sum of the rows' losses, number of rows)}.
                 The sum is a scalar tensor. `loss_fn` may declare two keyword arguments: `model`,
                 the engine or its module, depending on the pass (required for replay under
-                DeepSpeed); `task_grads`, the sink for a model whose layers write into it. Without
-                `task_grads`, each task has a backward pass of its own.
+                DeepSpeed); `task_grads`, the sink for layers of fastmtl.surgery.functional. With
+                GradientSurgery(model=...), it runs the forward inside `rows`.
             counts: rows of each task in the whole step over all ranks; required with several
                 micro-batches; with one, the rows are counted.
             weights: factor of a task's loss in this step, times `task_weights`; equal on all ranks.
@@ -244,19 +257,21 @@ class GradientSurgery:
 
     @contextmanager
     def rows(self, tasks: Any) -> Iterator[None]:
-        """Run forwards of `model` in this block, whose rows belong to `tasks`.
+        """Give the task of each row for the forwards of `model` in this block.
 
-        The first dimension of the model's inputs is the B rows. Blocks before one `backward` add
-        up. Without gradients (torch.no_grad) the block has no effect.
+        A row is an element of the first dimension [B, ...] of the model's inputs. The task's loss
+        may depend on its own rows only. Several blocks before one `backward` add up, for example
+        one for each task. Without gradients (torch.no_grad) the block has no effect.
 
         Args:
-            tasks: int64 [B] with each row's number of its task, -1 for a row of no task; or the
-                names of the rows' tasks; or {task: number of rows}, in the order of the rows. Rows
-                in the order of `tasks` cost no copy, a tensor on the host no wait for the device.
+            tasks: int64 [B], the position of each row's task in the argument `tasks` of
+                GradientSurgery, -1 for a row of no task; or B names of tasks; or
+                {task: number of rows}, in the order of the rows. Rows may have any order; rows
+                sorted by task cost no copy, and numbers on the host no wait for the device.
 
         Raises:
-            UserError: an unknown task; without `model`; for storage "replay" and scope "tensor"
-                outside the `loss_fn` of `run`.
+            UserError: an unknown task; no `model`; a model whose inputs do not have B rows;
+                storage "replay" or scope "tensor" outside the `loss_fn` of `run`.
         """
         if self._model is None:
             raise UserError("rows: surgery has no model: give the trunk in GradientSurgery(..., model=...)")
@@ -276,9 +291,11 @@ class GradientSurgery:
             raise
 
     def detach(self) -> None:
-        """Undo the changes to `model`, which then runs as before surgery.
+        """Undo the changes to `model`, whose modules then have their own forwards again.
 
-        Raises UserError, and changes nothing, if another library has replaced a forward since.
+        Call it before another GradientSurgery takes the model. Later steps of this object need one
+        backward pass per task. Raises UserError, and changes nothing, if another library has
+        replaced a forward since.
         """
         if self._attached is not None:
             self._attached.detach()
