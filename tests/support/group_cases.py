@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import mixed_rows
 import torch
 import torch.distributed as dist
 from op_recorder import OpRecorder
@@ -309,6 +310,15 @@ def after_failure(rank: int) -> bool:
     return all(map(torch.equal, *found))
 
 
+def mixed(rank: int) -> dict[str, str]:
+    """Return the errors of a model whose rows mix on rank 1 only."""
+    return {
+        "stacked": message(lambda: mixed_rows.train(1, mix="attention" if rank else "")),
+        "replay": message(lambda: mixed_rows.train(1, mix="attention" if rank else "", storage="replay")),
+        "outputs": message(lambda: mixed_rows.train(1, mix="trained batch norm", evaluates=rank == 0)),
+    }
+
+
 def main(directory: Path) -> None:
     rank = int(os.environ["RANK"])
     assert message(lambda: make_surgery(Net(), CASES[0])) == ""  # one process: no group yet
@@ -322,6 +332,7 @@ def main(directory: Path) -> None:
             found[case.name] = train(case, parts, WORLD * case.accumulation)
     found["skipped"] = skipped(rank)
     found["after failure"] = after_failure(rank)
+    found["mixed"] = mixed(rank)
     torch.save(found, directory / f"{rank}.pt")
     dist.destroy_process_group()
 

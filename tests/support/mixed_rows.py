@@ -38,13 +38,15 @@ class Trunk(nn.Module):
         self.words: Any = nn.Embedding(11, WIDTH)
         self.twice = nn.Linear(WIDTH, WIDTH)
         self.norm, self.scale, self.dropout = nn.LayerNorm(WIDTH), Scale(), nn.Dropout(0.2)
-        self.batch_norm = nn.BatchNorm1d(LENGTH, affine=False)
+        self.batch_norm, self.trained_norm = nn.BatchNorm1d(LENGTH, affine=False), nn.BatchNorm1d(LENGTH)
+        self.attention = nn.MultiheadAttention(WIDTH, 2, dropout=0.2, batch_first=True)
         self.last = nn.Linear(WIDTH, WIDTH)
         self.mix, self._checkpointed = MIXES[mix], checkpointed
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.words(ids)
         x = checkpoint(self._layer, x, use_reentrant=False) if self._checkpointed else self._layer(x)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
         return self.last(self.mix(self, x)).mean(1)
 
     def _layer(self, x: Tensor) -> Tensor:
@@ -64,6 +66,7 @@ def attend(trunk: Trunk, x: Tensor) -> Tensor:
 MIXES: Mapping[str, Callable[[Trunk, Tensor], Tensor]] = {
     "": lambda trunk, x: x,
     "batch norm": lambda trunk, x: trunk.batch_norm(x),
+    "trained batch norm": lambda trunk, x: trunk.trained_norm(x),
     "mean of the batch": lambda trunk, x: x * (1 + x.mean(0)),
     "attention": attend,
     "transposed": across_positions,
@@ -88,6 +91,7 @@ def train(
     *,
     mix: str = "",
     negatives: bool = False,
+    evaluates: bool = False,
     accumulation: int = 1,
     checkpointed: bool = False,
     dtype: torch.dtype = torch.float32,
@@ -98,11 +102,12 @@ def train(
 ) -> dict[str, Any]:
     """Train for some steps and return all numbers that they leave behind.
 
-    negatives: True for losses with in-batch negatives. factors: of each step's first loss. options:
+    negatives: True for losses with in-batch negatives. evaluates: True for a trunk in evaluation
+    mode. factors: of each step's first loss. options:
     of GradientSurgery.
     """
     torch.manual_seed(0)
-    trunk = Trunk(mix, checkpointed).to(dtype)
+    trunk = Trunk(mix, checkpointed).to(dtype).train(not evaluates)
     heads = nn.ModuleDict({name: nn.Sequential(nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 2)) for name in TASKS}).to(dtype)
     optimizer = torch.optim.SGD([*trunk.parameters(), *heads.parameters()], lr=0.1)
     surgery = GradientSurgery(

@@ -88,6 +88,13 @@ def test_errors_on_both_ranks(ranks: list[dict[str, Any]], name: str, text: str)
         assert rank[name].startswith("UserError") and re.search(text, rank[name]), rank[name]
 
 
+def test_rows_that_mix_on_one_rank_stop_both(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["mixed"] == ranks[1]["mixed"]
+    for name in ("stacked", "replay"):
+        assert "rows of different tasks mix" in ranks[0]["mixed"][name]
+    assert "module trained_norm (BatchNorm1d) gives other outputs" in ranks[0]["mixed"]["outputs"]
+
+
 def test_a_failed_step_leaves_nothing(ranks: list[dict[str, Any]]) -> None:
     assert all(rank["after failure"] for rank in ranks)
 

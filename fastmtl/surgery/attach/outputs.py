@@ -34,6 +34,10 @@ _DROPOUTS = {
 }
 
 
+# Functions that drop inside, and the place of their argument `dropout_p`.
+_DROP_INSIDE = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward: 10}
+
+
 class WithoutDropout(TorchFunctionMode):
     """Mode in which torch's functions drop nothing."""
 
@@ -43,10 +47,11 @@ class WithoutDropout(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in _DROPOUTS:
             return args[0] if args else kwargs["input"]
-        if func is F.scaled_dot_product_attention:
-            if len(args) > 4:
-                args = (*args[:4], 0.0, *args[5:])
-            elif "dropout_p" in kwargs:
+        if func in _DROP_INSIDE:
+            place = _DROP_INSIDE[func]
+            if len(args) > place:
+                args = (*args[:place], 0.0, *args[place + 1 :])
+            else:
                 kwargs["dropout_p"] = 0.0
         return func(*args, **kwargs)
 

@@ -23,21 +23,23 @@ class Comparison:
     """Norms of the task gradients of n shared parameters, found by one pass and by T passes.
 
     differences, one_pass, per_task: [n, T], norms of the difference and of both gradients.
-    narrow: True if an operation has computed in 16 bits.
+    narrow: True if an operation has computed in 16 bits. other_cause: of differences, besides rows
+    that mix.
     """
 
     differences: Tensor
     one_pass: Tensor
     per_task: Tensor
     narrow: bool
+    other_cause: str
 
     @classmethod
-    def of_norms(cls, tasks: Sequence[Sequence[Norms]], narrow: bool) -> Comparison:
+    def of_norms(cls, tasks: Sequence[Sequence[Norms]], narrow: bool, other_cause: str) -> Comparison:
         """Return the comparison of T lists, each with the norms of n parameters."""
         differences, one_pass, per_task = torch.stack(
             [torch.stack([torch.stack(norms) for norms in task]) for task in tasks], dim=1
         ).unbind(-1)
-        return cls(differences, one_pass, per_task, narrow)
+        return cls(differences, one_pass, per_task, narrow, other_cause)
 
     def relative(self) -> Tensor:
         """Return the differences relative to the norms, float64 [n, T]; NaN where not finite."""

@@ -81,7 +81,8 @@ class ProbeSink(Sink):
             [compare_dense(found.get((key, False, t)), found.get((key, True, t)), zero) for key in self._index]
             for t in range(self.num_tasks)
         ]
-        return Comparison.of_norms(norms, any(dtype.itemsize < 4 for dtype in self._dtypes))
+        narrow = any(dtype.itemsize < 4 for dtype in self._dtypes)
+        return Comparison.of_norms(norms, narrow, "a repeated forward draws other random numbers, not of torch")
 
     def _add(self, parameter: nn.Parameter, task: int, gradient: Tensor) -> None:
         left, right = self._maps_of(parameter, gradient.device)

@@ -79,7 +79,11 @@ class Verifier:
             return
         tolerance = _NARROW_TOLERANCE if narrow_anywhere else _TOLERANCE
         largest = max(numbers, default=0.0)
-        lines = [_of_parameters(numbers, self._names, self._tasks, tolerance)] if largest > tolerance else []
+        lines = (
+            [_of_parameters(numbers, self._names, self._tasks, tolerance, found.other_cause)]
+            if largest > tolerance
+            else []
+        )
         if mismatches:
             lines += _from_all_ranks(output_mismatches)
         if lines:
@@ -110,7 +114,9 @@ def _computes_narrow(shared: Sequence[nn.Parameter], device: torch.device) -> bo
     return bool(precisions & {"tf32", "bf16"}) or any(parameter.dtype.itemsize < 4 for parameter in shared)
 
 
-def _of_parameters(relative: Sequence[float], names: Sequence[str], tasks: Sequence[str], tolerance: float) -> str:
+def _of_parameters(
+    relative: Sequence[float], names: Sequence[str], tasks: Sequence[str], tolerance: float, other_cause: str
+) -> str:
     """Return the sentence about parameters with a difference. relative: [n * T]."""
     rows = [relative[start : start + len(tasks)] for start in range(0, len(relative), len(tasks))]
     wrong = [(row, name) for row, name in zip(rows, names, strict=True) if max(row) > tolerance]
@@ -123,9 +129,9 @@ def _of_parameters(relative: Sequence[float], names: Sequence[str], tasks: Seque
     more = f" and {len(wrong) - _NAMED} more parameters" if len(wrong) > _NAMED else ""
     return (
         f"one pass gives other task gradients than a pass per task for {', '.join(named)}{more}: rows of different "
-        "tasks mix (BatchNorm in training, attention across the batch, in-batch negatives), or a tensor's first "
-        "dimension only looks like rows; leave these parameters out of `shared` (their gradient is then the plain "
-        'sum), name the module in per_task_modules=[...], or use passes="per_task"'
+        "tasks mix (BatchNorm in training, attention across the batch, in-batch negatives), a tensor's first "
+        f"dimension only looks like rows, or {other_cause}; leave these parameters out of `shared` (their gradient is "
+        'then the plain sum), name the module in per_task_modules=[...], or use passes="per_task"'
     )
 
 
