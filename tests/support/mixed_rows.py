@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastmtl.errors import UserError
 from fastmtl.surgery import GradientSurgery
 from fastmtl.surgery.losses import Losses
 
@@ -97,14 +98,15 @@ def train(
     dtype: torch.dtype = torch.float32,
     dtype_of_j: torch.dtype = torch.float32,
     autocast: bool = False,
+    in_loop: bool = False,
     factors: Sequence[float] = (),
     **options: Any,
 ) -> dict[str, Any]:
     """Train for some steps and return all numbers that they leave behind.
 
     negatives: True for losses with in-batch negatives. evaluates: True for a trunk in evaluation
-    mode. factors: of each step's first loss. options:
-    of GradientSurgery.
+    mode. factors: of each step's first loss. in_loop: True to call `backward` instead of `run`.
+    options: of GradientSurgery. Raises UserError, after a check that no parameter has a gradient.
     """
     torch.manual_seed(0)
     trunk = Trunk(mix, checkpointed).to(dtype).train(not evaluates)
@@ -128,7 +130,15 @@ def train(
     for step in range(steps):
         factor = factors[step] if step < len(factors) else 1.0
         batches = [torch.randint(0, 11, (len(TASK_OF_ROW), LENGTH)) for _ in range(accumulation)]
-        infos.append(surgery.run(batches, losses_of, counts))
+        try:
+            if not in_loop:
+                infos.append(surgery.run(batches, losses_of, counts))
+            for number, ids in enumerate(batches if in_loop else (), start=1):
+                info = surgery.backward(losses_of(ids), counts, last=number == accumulation)
+                infos += [] if info is None else [info]
+        except UserError:
+            assert all(p.grad is None for group in optimizer.param_groups for p in group["params"])
+            raise
         if infos[-1].skipped is None:
             optimizer.step()
         optimizer.zero_grad()

@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 import pytest
+import surgery_cases
 import torch
 from mixed_rows import MIXES, TASKS, train
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ MODES: dict[str, dict[str, Any]] = {
 RIGHT: dict[str, tuple[float, dict[str, Any]]] = {
     **{name: (1e-5, options) for name, options in MODES.items()},
     "accumulated": (1e-5, {"accumulation": 2, "checkpointed": True}),
+    "backward": (1e-5, {"accumulation": 2, "in_loop": True}),
     "kept-accumulated": (1e-5, {"accumulation": 2, "storage": "kept"}),
     "replay-accumulated": (1e-5, {"accumulation": 2, "checkpointed": True, "storage": "replay"}),
     "sketch": (1e-5, {"reduce": "sketch", "sketch_size": 64}),
@@ -116,9 +118,22 @@ def test_a_storage_with_wrong_numbers_is_found(mode: str, monkeypatch: pytest.Mo
 
 def test_a_module_that_mixes_rows_hides_it() -> None:
     """Its parameters are shared, so it runs per task, which changes its outputs."""
-    for mode in ("stacked", "replay"):
+    for options in (MODES["stacked"], MODES["replay"], {"in_loop": True}):
         with pytest.raises(UserError, match="module trained_norm .BatchNorm1d. gives other outputs on the rows"):
-            train(mix="trained batch norm", **MODES[mode])
+            train(mix="trained batch norm", **options)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_layers_that_take_task_grads(mode: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Only where `verify_every` is given."""
+    caplog.set_level("INFO", "fastmtl.surgery")
+    for every, lines in ((None, 0), (2, 1)):
+        model = surgery_cases.make()
+        surgery = surgery_cases.surgery_on(model, verify_every=every, **MODES[mode])
+        surgery.run([surgery_cases.batch()], lambda batch, task_grads, net=model: net(batch, task_grads))
+        assert len([record for record in caplog.records if "compared" in record.message]) == lines
+    with pytest.raises(UserError, match="cuda_graphs: verify_every compares only steps that are not recorded"):
+        surgery.record_with(lambda *_: (None, ()))
 
 
 @pytest.mark.parametrize("mode", ["stacked", "replay"])
