@@ -75,6 +75,14 @@ def test_micro_batches_before_the_last_send_nothing(sink: StackSink) -> None:
     assert sent_early(sink) == 0
 
 
+def test_the_order_is_that_of_the_first_step_which_may_send(sink: StackSink) -> None:
+    """A step that is compared with T passes sends nothing early, and no order is known after it."""
+    other, parameters = StackSink(sink.dense, TASKS, ranks=Together()), sink.dense
+    for last, sent in ((False, 0), (True, 0), (True, NUMBER), (False, 0), (True, NUMBER)):
+        step(other, parameters, parameters[1:] + parameters[:1], last=last)
+        assert sent_early(other) == sent
+
+
 def test_no_more_than_two_are_on_their_way(sink: StackSink, monkeypatch: pytest.MonkeyPatch) -> None:
     under_way, most = 0, 0
     start, share = early_scatter.start_scatter, collectives.Scattering.share

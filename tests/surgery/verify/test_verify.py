@@ -22,7 +22,7 @@ from fastmtl.surgery.segments import Segments
 from fastmtl.surgery.sinks import keep
 from fastmtl.surgery.verify.comparison import Comparison, compare_dense, compare_table
 from fastmtl.surgery.verify.probe import ProbeSink
-from fastmtl.surgery.verify.verifier import Verifier
+from fastmtl.surgery.verify.verifier import Verifier, _computes_narrow
 
 MODES: dict[str, dict[str, Any]] = {
     "stacked": {},
@@ -161,6 +161,20 @@ def test_the_steps_that_are_checked(every: int | None, expected: list[int]) -> N
             return
     verifier.settle(lambda: not_finite)
     assert verifier.due and verifier.next_step()
+
+
+@pytest.mark.parametrize(("kind", "counts"), [("matmul", (True, True)), ("conv", (False, True))])
+def test_rounded_products_allow_larger_differences(kind: str, counts: tuple[bool, bool]) -> None:
+    """TF32 for convolutions matters only to a model that has some."""
+    setting: Any = getattr(torch.backends.mkldnn, kind)
+    before = setting.fp32_precision
+    models = [nn.Linear(2, 2).weight], [nn.Conv1d(2, 2, 3).weight]
+    assert not any(_computes_narrow(shared, torch.device("cpu")) for shared in models)
+    setting.fp32_precision = "tf32"
+    try:
+        assert tuple(_computes_narrow(shared, torch.device("cpu")) for shared in models) == counts
+    finally:
+        setting.fp32_precision = before
 
 
 def test_small_gradients_are_compared_with_the_whole_one() -> None:
