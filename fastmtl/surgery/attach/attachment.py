@@ -24,6 +24,7 @@ from fastmtl.surgery.rules.embedding import embedding_rule
 from fastmtl.surgery.rules.general import WHOLE, run_by_task, unsupported
 from fastmtl.surgery.rules.trees import Unsupported, tensors_in
 from fastmtl.surgery.sinks.sink import Sink
+from fastmtl.surgery.verify.unchanged import unchanged
 
 _WAYS_OUT = (
     "a module reads it that belongs to another one, or it is used outside of `model` or of surgery.rows: name the "
@@ -106,6 +107,7 @@ class Attachment:
         self.forget()
         self.sink, self.verifying = sink, verifying
         sink.ways_out = _WAYS_OUT
+        sink.used = True
 
     def forget(self) -> None:
         """Drop all row maps, at the end of backward."""
@@ -198,6 +200,8 @@ class Attachment:
         if not (site.own or site.beneath):
             return plain(*args, **kwargs)
         assert isinstance(where, RowMap)
+        if site.beneath is not None and not site.gathered:
+            self._let_zero3_gather(site, plain, args, kwargs)
         owned = site.own if site.beneath is None else [item for item in site.beneath if item.available]
         whole = next((names for kind, names in WHOLE.items() if isinstance(site.module, kind)), ())
 
@@ -224,6 +228,17 @@ class Attachment:
             found = output_mismatch(name, module, lambda: plain(*args, **kwargs), by_task, self._device)
             self.output_mismatches += [] if found is None else [found]
         return output
+
+    def _let_zero3_gather(
+        self, site: Site, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Run a module once, so that ZeRO 3 learns which parameters beneath it the module itself
+        reads, and from then on gathers these for the module's forward.
+        """
+        site.gathered = True
+        if not all(item.available for item in site.beneath or ()):
+            with torch.no_grad(), unchanged(self._device, site.module):
+                plain(*args, **kwargs)
 
     @contextmanager
     def _inside(self, task: OneTask) -> Iterator[None]:

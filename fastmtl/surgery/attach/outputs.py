@@ -94,7 +94,9 @@ def _has_drawn(state: RandomState) -> bool:
 
 
 def _difference(whole: Tensor, by_task: Tensor) -> float:
-    """Return the norm of the difference, relative to that of `whole`."""
+    """Return the norm of the difference, relative to that of `whole`, which may have one row."""
+    if whole.shape != by_task.shape and whole.shape != (1, *by_task.shape[1:]):
+        return float("inf")
     if not whole.is_floating_point():
         return 0.0 if torch.equal(whole.expand_as(by_task), by_task) else 1.0
     wide = whole.double().expand_as(by_task)

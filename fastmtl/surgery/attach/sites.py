@@ -34,7 +34,8 @@ class Site:
     """A module with shared parameters.
 
     own: shared parameters that its forward reads. rule: for its class, None for the general rule.
-    beneath: for a module that runs once per task, all shared parameters in it; else None.
+    beneath: for a module that runs once per task, all shared parameters in it; else None. gathered:
+    True once ZeRO 3 gathers all parameters that the module itself reads.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Site:
     own: list[Owned] = field(default_factory=list)
     rule: Rule | None = None
     beneath: list[Owned] | None = None
+    gathered: bool = False
 
 
 def find_sites(
@@ -52,7 +54,7 @@ def find_sites(
     per_task_modules: classes, names of classes, names of modules, or modules, in addition to
     PER_TASK.
     Raises UserError for an entry that names nothing in the model, and for modules whose rows are
-    not in the first dimension.
+    not in the first dimension, such as torch's recurrent ones.
     """
     known = {id(parameter) for parameter in shared}
     modules = dict(model.named_modules())
@@ -121,6 +123,12 @@ def _matching(entries: Sequence[type[nn.Module] | str | nn.Module], modules: dic
 
 
 def _check_layout(name: str, module: nn.Module) -> None:
+    if isinstance(module, nn.RNNBase):
+        raise UserError(
+            f"module {name} ({type(module).__name__}) has states with the rows in the second dimension, and reads its "
+            "weights from a list of its own, which one backward pass does not support: leave its parameters out of "
+            '`shared` (their gradient is then the plain sum), or use passes="per_task"'
+        )
     if getattr(module, "batch_first", True) is False:
         raise UserError(
             f"module {name} ({type(module).__name__}) has batch_first=False: rows of the batch must be the first "

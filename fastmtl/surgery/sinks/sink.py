@@ -41,7 +41,7 @@ class Sink(ABC):
 
     ways_out: for the message about a shared parameter whose gradient bypasses the sink.
     in_backward: True from the end of forward to the end of backward. used: True if a layer has used
-    the sink since `arm`.
+    the sink since `arm`, or if an attached model has it.
 
     `anchor` is a zero scalar that requires a gradient. The embedding's output depends on `anchor`.
     So the gradient of a loss with respect to `anchor` needs a backward through every layer, but no
