@@ -68,7 +68,8 @@ CASES = [
     *(Case(zero, "bert_tied", 1) for zero in (2, 3)),
     *(Case(zero, "albert", 1) for zero in (1, 3)),
     *(Case(zero, "bert", 1, "views") for zero in (2, 3)),
-    *(Case(3, kind, 1) for kind in ("t5", "deberta_v2")),  # modules that run once per task
+    # Modules that run once per task, and read parameters of modules inside them.
+    *(Case(3, kind, 1) for kind in ("t5", "deberta_v2", "transformer_layers")),
 ]
 
 
@@ -142,10 +143,12 @@ def make_batch(inputs: Inputs, step: int, part: int, parts: int) -> Batch:
 def run_steps(target: Any, net: Net, case: Case, parts: list[int], of: int, step_fn: Callable[[], Any]) -> None:
     """Run the micro-batches `parts` of `of` in each step.
 
-    The reference has an optimizer as target.
+    A reference has an optimizer as target. `scope: tensor` needs all T gradients of a tensor at
+    once, so there the reference is attached, too.
     """
-    attached = not isinstance(target, torch.optim.Optimizer)
-    options = {**case.options, "model": net.trunk} if attached else reference_options(case, net)
+    attached = not isinstance(target, torch.optim.Optimizer) or case.variant == "tensor"
+    shared = [p for p in net.trunk.parameters() if p.requires_grad]
+    options = {**case.options, "model": net.trunk} if attached else {"shared": shared}
     surgery = GradientSurgery(target, "pcgrad", tasks=NAMES, seed=3, **options)
     rows: Callable[[Tensor], AbstractContextManager[Any]] = surgery.rows if attached else nullcontext
     if net.views:
@@ -153,10 +156,7 @@ def run_steps(target: Any, net: Net, case: Case, parts: list[int], of: int, step
 
     def loss_fn(batch: Batch, model: Any) -> Losses:
         with rows(batch.tasks):
-            return model(batch)
-
-    def plain(batch: Batch) -> Losses:
-        return net(batch)
+            return (model or net)(batch)  # an optimizer has no model
 
     inputs = make_example(case.kind).inputs
     for step in range(STEPS):
@@ -166,19 +166,9 @@ def run_steps(target: Any, net: Net, case: Case, parts: list[int], of: int, step
             for number, batch in enumerate(batches, start=1):
                 info = surgery.backward(loss_fn(batch, net), counts, last=number == len(batches))
         else:
-            info = surgery.run(batches, loss_fn if attached else plain, counts)
+            info = surgery.run(batches, loss_fn, counts)
         assert info is not None and info.skipped is None
         step_fn()
-
-
-def reference_options(case: Case, net: Net) -> dict[str, Any]:
-    """Return options for one backward pass per task of an unchanged model.
-
-    `scope: tensor` needs all T gradients of a tensor at once, so there the model is attached.
-    """
-    if case.variant == "tensor":
-        return {"scope": "tensor", "model": net.trunk}
-    return {"shared": [p for p in net.trunk.parameters() if p.requires_grad]}
 
 
 def engine_config(case: Case) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import attached_cases
 import choices_cases
 import loads
 import numpy as np
@@ -334,7 +335,8 @@ def main(directory: Path) -> None:
         keep(engine, directory / f"{case.name}.safetensors")
         if case is CASES[0]:  # all is imported: DeepSpeed collects garbage for each engine in ZeRO 3
             gc.freeze()
-    choices_cases.run_all(ranks, lambda engine, name: keep(engine, directory / f"{name}.safetensors"))
+    for each in (choices_cases, attached_cases):
+        each.run_all(ranks, lambda engine, name: keep(engine, directory / f"{name}.safetensors"))
     for zero in (1, 2):
         waits = waits_of_a_step(zero, ranks.world, ranks.rank)
         (directory / f"waits-zero{zero}-{ranks.rank}.txt").write_text("\n".join(waits))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -44,15 +44,22 @@ class Net(nn.Module):
         self.tasks = [f"task{t}" for t in range(num_tasks)]
 
     def forward(self) -> Losses:
+        """Return the losses of the batch, as `losses_of` does."""
+        return self.losses_of(self.features(self.trunk, self.inputs))
+
+    def losses_of(self, features: Tensor, rows: Tensor | None = None, labels: Tensor | None = None) -> Losses:
         """Return the losses of the tasks that have rows, and a zero with 0 rows of every second
         other one.
+
+        rows, labels: [B] for the features of other rows than the net's.
         """
-        features = self.features(self.trunk, self.inputs)
+        rows = self.task_of_row if rows is None else rows
+        labels = self.labels if labels is None else labels
         losses = {}
         for t, (name, head) in enumerate(zip(self.tasks, self.heads, strict=True)):
-            chosen = self.task_of_row == t
+            chosen = rows == t
             if chosen.any() or t % 2:
-                loss = F.cross_entropy(head(features[chosen]), self.labels[chosen], reduction="sum")
+                loss = F.cross_entropy(head(features[chosen]), labels[chosen], reduction="sum")
                 losses[name] = loss, int(chosen.sum())
         return losses
 
@@ -158,12 +165,15 @@ class OnePass:
             )
 
     def step(self, weights: Sequence[float], rows: Any, seed: int = 0) -> dict[str, Tensor]:
-        """Run a step by `run` and return the merged gradients. rows: what `surgery.rows` gets."""
+        """Run a step by `run` and return the merged gradients.
+
+        rows: what `surgery.rows` gets; None if the net itself calls it.
+        """
         self.weights.copy_(torch.tensor(weights))
         self.net.zero_grad()
 
         def loss_fn(batch: None) -> Losses:
-            with self.surgery.rows(rows):
+            with nullcontext() if rows is None else self.surgery.rows(rows):
                 return self.net()
 
         torch.manual_seed(seed)

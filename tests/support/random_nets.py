@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from examples import Example, Inputs
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 WIDTH, POSITIONS, WORDS = 6, 3, 7
@@ -91,6 +94,19 @@ def _scaled_flat(module: Any, x: Tensor) -> Tensor:
     return module(x.flatten(0, 1))[0].view_as(x)
 
 
+def _attention(module: Any, x: Tensor) -> Tensor:
+    later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+    return module(x, x.tanh(), x, attn_mask=later, need_weights=False)[0]
+
+
+def _cell(module: Any, x: Tensor) -> Tensor:
+    return x + module(x[:, 0], x[:, 1]).unsqueeze(1)
+
+
+def _bag(module: Any, x: Tensor) -> Tensor:
+    return x + module((x[..., 0].abs() * 4).long() % WORDS).unsqueeze(1)
+
+
 KINDS = {
     "linear": Kind(lambda: nn.Linear(WIDTH, WIDTH), _plain),
     "linear without bias": Kind(lambda: nn.Linear(WIDTH, WIDTH, bias=False), _flat),
@@ -109,6 +125,12 @@ KINDS = {
     "scale of flat rows": Kind(Scale, _scaled_flat),
     "start": Kind(Start, _plain),
     "gate": Kind(Gate, lambda module, x: module(hidden=x)),
+    "normed": Kind(lambda: weight_norm(nn.Linear(WIDTH, WIDTH)), _flat),
+    "attention": Kind(lambda: nn.MultiheadAttention(WIDTH, 2, batch_first=True), _attention),
+    "bilinear": Kind(lambda: nn.Bilinear(WIDTH, WIDTH, WIDTH), lambda module, x: module(x, x.tanh())),
+    "cell": Kind(lambda: nn.GRUCell(WIDTH, WIDTH), _cell),
+    "bag": Kind(lambda: nn.EmbeddingBag(WORDS, WIDTH), _bag),
+    "transposed conv": Kind(lambda: nn.ConvTranspose1d(WIDTH, WIDTH, 3, padding=1), _channels),
 }
 
 
@@ -116,24 +138,29 @@ class RandomNet(nn.Module):
     """Layers of KINDS one after the other on word embeddings or numbers.
 
     uses: for each layer, the index of the layer whose module it uses: its own, or that of an
-    earlier layer of the same kind.
+    earlier layer of the same kind. repeats: True if activation checkpointing repeats every layer.
     """
 
-    def __init__(self, kinds: Sequence[str], uses: Sequence[int], *, words: bool) -> None:
+    def __init__(self, kinds: Sequence[str], uses: Sequence[int], *, words: bool, repeats: bool) -> None:
         super().__init__()
         self.words = nn.Embedding(WORDS, WIDTH, padding_idx=1) if words else None
         self.layers = nn.ModuleList(
             KINDS[kind].make() if uses[k] == k else nn.Identity() for k, kind in enumerate(kinds)
         )
-        self._kinds, self._uses = list(kinds), list(uses)
+        self._kinds, self._uses, self._repeats = list(kinds), list(uses), repeats
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, WIDTH] for ids int64 [B, L] or numbers [B, L, WIDTH]."""
         if self.words is not None:
             x = self.words(x)
         for kind, use in zip(self._kinds, self._uses, strict=True):
-            x = x + KINDS[kind].call(self.layers[use], x.tanh()) if kind != "start" else self.layers[use](x)
+            layer = partial(self._layer, kind, self.layers[use])
+            x = checkpoint(layer, x, use_reentrant=False) if self._repeats else layer(x)
         return x.sum(1)
+
+    @staticmethod
+    def _layer(kind: str, module: nn.Module, x: Tensor) -> Tensor:
+        return module(x) if kind == "start" else x + KINDS[kind].call(module, x.tanh())
 
 
 def first_uses(kinds: Sequence[str], again: Sequence[bool]) -> list[int]:
@@ -142,11 +169,18 @@ def first_uses(kinds: Sequence[str], again: Sequence[bool]) -> list[int]:
 
 
 def make_example(
-    kinds: Sequence[str], again: Sequence[bool], frozen: Sequence[bool], rows: int, seed: int, *, words: bool
+    kinds: Sequence[str],
+    again: Sequence[bool],
+    frozen: Sequence[bool],
+    rows: int,
+    seed: int,
+    *,
+    words: bool,
+    repeats: bool,
 ) -> Example:
     """Return a net of these kinds in float64 with a batch. frozen: flags of the layers."""
     torch.manual_seed(seed)
-    net = RandomNet(kinds, first_uses(kinds, again), words=words)
+    net = RandomNet(kinds, first_uses(kinds, again), words=words, repeats=repeats)
     for layer, flag in zip(net.layers, frozen, strict=True):
         layer.requires_grad_(not flag)
     for parameter in net.parameters():

@@ -23,15 +23,21 @@ OPTIONS: list[dict[str, Any]] = [
 @given(
     layers=LAYERS.filter(bool),
     words=st.booleans(),
+    repeats=st.booleans(),
     rows=st.lists(st.integers(-1, 3), min_size=1, max_size=9).filter(lambda rows: max(rows) >= 0),
     options=st.sampled_from(OPTIONS),
     seed=st.integers(0, 1000),
 )
 def test_any_net(
-    layers: list[tuple[str, bool, bool]], words: bool, rows: list[int], options: dict[str, Any], seed: int
+    layers: list[tuple[str, bool, bool]],
+    words: bool,
+    repeats: bool,
+    rows: list[int],
+    options: dict[str, Any],
+    seed: int,
 ) -> None:
     kinds, again, frozen = zip(*layers, strict=True)
-    example = make_example(kinds, again, frozen, len(rows), seed, words=words)
+    example = make_example(kinds, again, frozen, len(rows), seed, words=words, repeats=repeats)
     assume(any(p.requires_grad for p in example.trunk.parameters()))
     net = Net(example, torch.tensor(rows), 4)
     expected, expected_own = per_task(net)
