@@ -64,6 +64,12 @@ def find_shared(
         trainable = {id(p) for p in target.parameters}
         found = target.arranged([p for p in shared if id(p) in trainable])
         foreign = [whole_shape(p) for p in shared if p.requires_grad and id(p) not in trainable]
+        if foreign and target.sharded:
+            raise UserError(
+                f"shared: {len(foreign)} parameters are not the optimiser's (the first has shape {tuple(foreign[0])}): "
+                "make the optimiser after fully_shard; after a forward, call reshard() on the model, so that its "
+                "modules have the optimiser's parameters again"
+            )
         if foreign:
             raise UserError(
                 f"shared: {len(foreign)} parameters are not the target's (the first has shape "
@@ -91,6 +97,24 @@ def check_model(model: object, passes: str, per_task_modules: Sequence[object], 
         isinstance(verify_every, bool) or not isinstance(verify_every, int) or verify_every < 0
     ):
         raise UserError(f"verify_every must be None (first step), 0 (never) or a number of steps, got {verify_every!r}")
+
+
+def check_sharded(target: Target, shared: Sequence[nn.Parameter], model: nn.Module | None, passes: str) -> None:
+    """Raise UserError where surgery cannot follow parameters of fully_shard from forward on."""
+    if not target.sharded:
+        return
+    if model is None or passes != "one":
+        raise UserError(
+            "target: fully_shard gives modules other tensors than the optimiser's for their forward, so surgery needs "
+            'the modules: give GradientSurgery(..., model=trunk), with passes="one"'
+        )
+    in_model = {id(parameter) for parameter in model.parameters()}
+    outside = [parameter for parameter in shared if id(parameter) not in in_model]
+    if outside:
+        raise UserError(
+            f"shared: {len(outside)} parameters are not in `model` (the first has shape {tuple(outside[0].shape)}): "
+            "under fully_shard, give a `model` that has all shared parameters"
+        )
 
 
 def check_parameters(argument: str, given: Iterable[nn.Parameter]) -> list[nn.Parameter]:
@@ -150,7 +174,7 @@ def check_options(
         return "none"
     if storage in ("stacked", "kept") and not stacks:
         raise UserError(
-            f"storage='{storage}' needs every gradient at hand, which ZeRO 3 and offload do not give: use "
+            f"storage='{storage}' needs every gradient at hand, which ZeRO 3, offload and fully_shard do not give: use "
             "storage='replay'"
         )
     chosen = storage if storage != "auto" else ("stacked" if stacks else "replay")
@@ -190,7 +214,7 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 def check_backward(storage: str, scope: str, *, joint: bool) -> None:
     """Raise UserError for storage "replay" and scope "tensor", which run the forward themselves."""
     if not joint and storage not in ("stacked", "kept"):
-        reason = "scope='tensor'" if scope == "tensor" else "storage='replay' (ZeRO 3, offload)"
+        reason = "scope='tensor'" if scope == "tensor" else "storage='replay' (ZeRO 3, offload, fully_shard)"
         raise UserError(f"backward: {reason} runs the forward itself; use run(micro_batches, loss_fn)")
 
 

@@ -41,14 +41,14 @@ def check_max_norm(max_norm: float | None, target: Target, storage: str, reduce:
         raise UserError("max_norm: SurgeryAdamW clips by its own max_norm: give it there")
     reduces = world_size() > 1 and not target.sums_ranks
     if joint and (reduces or target.loss_scale() != 1.0):
-        reason = "in several processes DeepSpeed reduces" if reduces else "under fp16 DeepSpeed scales"
+        reason = "in several processes the target reduces" if reduces else "under fp16 DeepSpeed scales"
         raise UserError(f"max_norm: for a sum, {reason} the gradient: {advice}")
     if not joint and storage in ("replay", "none"):
         raise UserError(
             f"max_norm: storage='replay' and scope='tensor' merge inside the target's own backward: {advice}"
         )
     if joint and not target.stacks:
-        raise UserError(f"max_norm: ZeRO 3 and offload do not expose the whole gradient: {advice}")
+        raise UserError(f"max_norm: ZeRO 3, offload and fully_shard do not expose the whole gradient: {advice}")
     if not joint and reduce != "exact":
         raise UserError(f"max_norm: reduce='{reduce}' does not give the norm of the gradient of all ranks: {advice}")
 

@@ -153,6 +153,8 @@ class GradientSurgery:
             sparse = large_tables(model, shared or ()) if model is not None and attaches else ()
         sparse = checks.check_parameters("sparse", sparse)
         shared = checks.find_shared(self._target, shared, sparse)
+        if chosen is not None:
+            checks.check_sharded(self._target, shared, model, passes)
         if not shared and chosen is not None:
             log.warning("no shared parameter is trained, so no task gradients can conflict: falling back to sum")
             chosen = None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmtl.surgery.attach.attachment import Attachment
+from fastmtl.surgery.jacobian.tables import is_sharded
 from fastmtl.surgery.ranks.collectives import sum_over_ranks
 from fastmtl.surgery.solver import Solver
 from fastmtl.surgery.targets.protocol import Target
@@ -44,13 +46,15 @@ class Parts:
         """
         bad = torch.zeros(len(self.own), dtype=torch.float64, device=self.target.device)
 
-        def flag(k: int) -> Callable[[Tensor], None]:
+        def flag(k: int, parameter: Any) -> Any:
             def add(gradient: Tensor) -> None:
                 bad[k] += ~torch.isfinite(gradient.norm())
 
-            return add
+            if is_sharded(parameter):  # FSDP calls no hook of the gradient itself
+                return parameter.register_post_accumulate_grad_hook(lambda p: add(p.grad.to_local()))
+            return parameter.register_hook(add)
 
-        handles = [parameter.register_hook(flag(k)) for k, parameter in enumerate(self.own)]
+        handles = [flag(k, parameter) for k, parameter in enumerate(self.own)]
         try:
             yield bad
         finally:

@@ -135,6 +135,11 @@ class LossFunction:
         self._declares_sink = "task_grads" in declared
         self.takes_sink = self._declares_sink or attached is not None
         self._takes_model = "model" in declared
+        if self._declares_sink and target.sharded:
+            raise UserError(
+                "loss_fn declares task_grads, but layers that are called with it do not know the parameters of "
+                "fully_shard: leave task_grads out, and run `model` in a block `with surgery.rows(...)`"
+            )
 
     def __call__(self, micro_batch: Any, sink: Sink, *, training_pass: bool = False, verifying: bool = False) -> Losses:
         """Return a micro-batch's losses.

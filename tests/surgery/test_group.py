@@ -77,7 +77,7 @@ def compare_reports(found: dict[str, Any], expected: dict[str, Any], bound: floa
         ("shape", r"parameter number 9 of the optimiser, .* \(its shape, its dtype or requires_grad\)"),
         ("frozen", r"parameter number 3 of the optimiser, .* \(its shape, its dtype or requires_grad\)"),
         ("number", r"the optimiser has 1[35] parameters on rank [01], and another number on other ranks"),
-        ("sharded", r"a parameter of shape \(6,\) is sharded by FSDP or is a DTensor"),
+        ("sharded", r"a parameter of shape \(6,\) is of FullyShardedDataParallel \(FSDP1\)"),
         ("group", "has a process group of 1 of 2 processes"),
         ("late", "the process group has 2 ranks, and had 1 when GradientSurgery was made"),
     ],

@@ -19,6 +19,8 @@ from fastmtl.surgery.attach.forward import RuledForward
 from fastmtl.surgery.attach.outputs import output_mismatch
 from fastmtl.surgery.attach.row_map import OneTask, RowMap
 from fastmtl.surgery.attach.sites import Site, check_kind, find_sites
+from fastmtl.surgery.attach.unsharded import Unsharded
+from fastmtl.surgery.jacobian.tables import is_sharded
 from fastmtl.surgery.rules.aliases import aliases, replaced
 from fastmtl.surgery.rules.embedding import embedding_rule
 from fastmtl.surgery.rules.general import WHOLE, run_by_task, unsupported
@@ -69,6 +71,7 @@ class Attachment:
             for site in sites
             for owned in (*site.own, *(site.beneath or ()))
         }
+        self._unsharded = Unsharded(trunk, lambda: self.active) if any(map(is_sharded, shared)) else None
         self.sink: Sink | None = None
         self._maps: list[RowMap] = []  # of the blocks since the last backward
         self.verifying = False
@@ -108,6 +111,8 @@ class Attachment:
         self.sink, self.verifying = sink, verifying
         sink.ways_out = _WAYS_OUT
         sink.used = True
+        if self._unsharded is not None:
+            sink.in_graph = self._unsharded.of
 
     def forget(self) -> None:
         """Drop all row maps, at the end of backward."""
@@ -135,6 +140,8 @@ class Attachment:
         for forward in self._forwards:
             forward.restore()
         self._forwards.clear()
+        if self._unsharded is not None:
+            self._unsharded.remove()
 
     def _parameter(self, module: nn.Module, name: str) -> nn.Parameter | None:
         """Return the sink's parameter `name` of a module, or the module's own if not shared."""
@@ -187,6 +194,8 @@ class Attachment:
     ) -> Any:
         sink = self.sink
         assert sink is not None
+        if self._unsharded is not None:
+            self._unsharded.check(site.name or "model", site.module, site.own)
         if isinstance(where, OneTask) and (where.aliased or site.rule is None):
             own = [item for item in site.own if sink.wants(item.parameter) and item.name not in item.holder.__dict__]
             with replaced([(item, aliases(item, [where.task], sink)[0]) for item in own]):

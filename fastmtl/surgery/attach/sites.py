@@ -145,10 +145,10 @@ def check_kind(model: nn.Module) -> None:
             "model: it is compiled (torch.compile), which one backward pass does not support: give the "
             'model that is not compiled, or use passes="per_task"'
         )
-    if kinds & {"FSDPModule", "FullyShardedDataParallel"}:
+    if "FullyShardedDataParallel" in kinds:
         raise UserError(
-            "model: its parameters are sharded by FSDP, which one backward pass does not support: use "
-            "DeepSpeed's ZeRO 3"
+            "model: its parameters are sharded by FullyShardedDataParallel (FSDP1), which one backward pass does not "
+            "support: use torch.distributed.fsdp.fully_shard, or DeepSpeed's ZeRO 3"
         )
     if "DataParallel" in kinds:
         raise UserError("model: torch.nn.DataParallel copies the model for each device: use DistributedDataParallel")

@@ -67,5 +67,13 @@ class Tables:
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """Return the shape of the whole parameter, even where ZeRO 3 has partitioned it."""
+    """Return the shape of the whole parameter, even where ZeRO 3 has partitioned it.
+
+    A DTensor's `shape` is that of the whole, too.
+    """
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def is_sharded(parameter: object) -> bool:
+    """Return True for a DTensor, without importing its class, which takes long."""
+    return hasattr(parameter, "device_mesh")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastmtl.surgery.jacobian.tables import is_sharded
 from fastmtl.surgery.sinks.sink import Sink
 
 
@@ -29,7 +30,12 @@ class Owned(NamedTuple):
 
     @property
     def available(self) -> bool:
-        """True if the parameter has its values now; ZeRO 3 gathers them for a module's forward."""
+        """True if the parameter has its values now.
+
+        ZeRO 3 and FSDP gather them for a module's forward.
+        """
+        if is_sharded(getattr(self.holder, self.name)):
+            return False
         status = getattr(self.parameter, "ds_status", None)
         return status is None or status.name == "AVAILABLE"
 

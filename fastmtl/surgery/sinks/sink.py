@@ -17,7 +17,7 @@ Shapes: T tasks, P numbers in the dense shared parameters, N rows, V x d an embe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -40,6 +40,7 @@ class Sink(ABC):
     for the table rows in use (word embeddings); `dense` holds the others.
 
     ways_out: for the message about a shared parameter whose gradient bypasses the sink.
+    in_graph: returns the tensor that stands for a parameter in autograd's graph, by default itself.
     in_backward: True from the end of forward to the end of backward. used: True if a layer has used
     the sink since `arm`, or if an attached model has it.
 
@@ -60,6 +61,7 @@ class Sink(ABC):
         self._index = {id(parameter): k for k, parameter in enumerate(parameters)}
         self._uses = Uses()
         self.ways_out = "use the ops of fastmtl.surgery.functional for it, or leave it out of `shared`"
+        self.in_graph: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter
         self._totals: set[torch.dtype] | None = None
 
     @contextmanager
@@ -138,9 +140,10 @@ class Sink(ABC):
         `own`. names: names of parameters by id, for messages. retain_graph: True if the graph is
         needed again. Raises UserError if a gradient of `shared` bypasses the sink.
         """
-        # Layers that use the sink give autograd no gradient of a shared parameter. If autograd has
-        # one, it comes from another operation and would be lost.
-        anchor, *rest = differentiate(terms, [self.anchor, *own, *shared], names, retain_graph=retain_graph)
+        # Layers that use the sink give autograd no gradient of `shared`; any would be lost.
+        tensors = [self.in_graph(parameter) for parameter in shared]
+        names = dict(names) | {id(tensor): names[id(p)] for tensor, p in zip(tensors, shared, strict=True)}
+        anchor, *rest = differentiate(terms, [self.anchor, *own, *tensors], names, retain_graph=retain_graph)
         if anchor is None and not self.used:
             raise UserError(
                 "loss_fn takes task_grads but the model does not use it: pass it to the layers, embedding included, or "

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastmtl.errors import UserError
 from fastmtl.measure.ranges import profile_range
+from fastmtl.surgery.clipping import shared_norm
 from fastmtl.surgery.info import SurgeryInfo
 from fastmtl.surgery.parts import Parts
 from fastmtl.surgery.random_state import RandomState
@@ -36,6 +37,7 @@ def replay(
     scale = target.loss_scale()
     sink.clear()
     sink.start_sketch(parts.solver.step_seed, target.device)
+    measures = step.verifies and target.sharded and all(parameter.grad is None for parameter in parts.shared)
     if step.verifies:
         verify_forward(parts, step, micro_batches[0], losses_of)
     states = []
@@ -68,4 +70,7 @@ def replay(
                     target.backward(step.total(losses), last=number == len(micro_batches))
     after.restore()
     parts.check_own(bad_own)
+    norm = shared_norm(info)
+    if measures and norm is not None and not sink.sketches:
+        target.check_norm(parts.shared, norm)
     return info

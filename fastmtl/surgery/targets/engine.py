@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -26,6 +26,7 @@ class EngineTarget:
 
     merges = False
     sums_ranks = False
+    sharded = False
     clipping = "set gradient_clipping in the engine's config"
 
     def __init__(self, engine: Any) -> None:
@@ -110,6 +111,9 @@ class EngineTarget:
         self.engine.set_gradient_accumulation_boundary(True)
         scale = scaled_by if self.wants_float32() else None
         self.engine.backward(Surrogate.apply(merged, scale, *parameters), scale_wrt_gas=False)
+
+    def check_norm(self, parameters: Sequence[nn.Parameter], expected: float) -> None:
+        pass
 
     def merging_optimizer(self, norm: float | None) -> SurgeryAdamW | None:
         return None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastmtl.errors import UserError
+from fastmtl.surgery.jacobian.tables import is_sharded
 from fastmtl.surgery.ranks.collectives import world_size
 from fastmtl.surgery.targets.engine import EngineTarget
 from fastmtl.surgery.targets.flat import FlatParameters
@@ -14,6 +15,7 @@ from fastmtl.surgery.targets.flat_engine import FlatTarget
 from fastmtl.surgery.targets.group import GroupTarget
 from fastmtl.surgery.targets.optimizer import OptimizerTarget
 from fastmtl.surgery.targets.protocol import Target
+from fastmtl.surgery.targets.sharded import ShardedTarget
 
 
 def find_target(target: Any) -> Target:
@@ -22,6 +24,8 @@ def find_target(target: Any) -> Target:
     Raises UserError for any other object.
     """
     if isinstance(target, torch.optim.Optimizer):
+        if any(is_sharded(parameter) for group in target.param_groups for parameter in group["params"]):
+            return ShardedTarget(target)
         return GroupTarget(target) if world_size() > 1 else OptimizerTarget(target)
     if hasattr(target, "zero_optimization_stage") and hasattr(target, "module"):
         return FlatTarget(target) if isinstance(target.module, FlatParameters) else EngineTarget(target)

@@ -26,7 +26,7 @@ class GroupTarget(OptimizerTarget):
     has the same `.grad`, and its optimizer makes the same update. SurgeryAdamW reads `.grad`, too,
     since its own merging knows this rank's task gradients only.
 
-    Raises UserError if the parameters differ between ranks, or are those of FSDP.
+    Raises UserError if the parameters differ between ranks, or are those of FSDP1.
     """
 
     sums_ranks = True
@@ -36,10 +36,11 @@ class GroupTarget(OptimizerTarget):
         self.merges, self._merging = False, None
         every = list({id(parameter): parameter for parameter in self._every()}.values())
         for parameter in every:
-            if hasattr(parameter, "device_mesh") or hasattr(parameter, "_fsdp_flattened"):
+            if hasattr(parameter, "_fsdp_flattened"):
                 raise UserError(
-                    f"target: a parameter of shape {tuple(parameter.shape)} is sharded by FSDP or is a DTensor, which "
-                    "GradientSurgery does not support: use DistributedDataParallel, or DeepSpeed's ZeRO"
+                    f"target: a parameter of shape {tuple(parameter.shape)} is of FullyShardedDataParallel (FSDP1), "
+                    "which GradientSurgery does not support: use torch.distributed.fsdp.fully_shard, "
+                    "DistributedDataParallel, or DeepSpeed's ZeRO"
                 )
         check_same_parameters(every, self.device)
         self._sent = self.parameters  # in the order of J, where known, so that its parts need no copy

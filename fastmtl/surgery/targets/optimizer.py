@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -27,6 +27,7 @@ class OptimizerTarget:
     factor = 1.0
     can_discard = False
     sums_ranks = False
+    sharded = False
     clipping = "call torch.nn.utils.clip_grad_norm_ before optimizer.step()"
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -79,6 +80,9 @@ class OptimizerTarget:
 
     def _every(self) -> Iterator[nn.Parameter]:
         return (p for group in self._groups for p in group["params"])
+
+    def check_norm(self, parameters: Sequence[nn.Parameter], expected: float) -> None:
+        pass
 
     def merging_optimizer(self, norm: float | None) -> SurgeryAdamW | None:
         if self._merging is None or (self._merging.max_norm is not None and norm is None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ class Target(Protocol):
     can_discard: `discard` can drop gradients after they were handed over.
     sums_ranks: `sum_over_ranks` gives sums, so surgery has the whole gradient before `hand_over`.
     clipping: the way to clip gradients without surgery, for messages.
+    sharded: fully_shard has sharded the parameters, and modules have other tensors in forward.
     factor: multiplies merged gradients before they are handed over.
     """
 
@@ -35,6 +36,7 @@ class Target(Protocol):
     merges: bool
     can_discard: bool
     sums_ranks: bool
+    sharded: bool
     clipping: str
     factor: float
 
@@ -89,6 +91,13 @@ class Target(Protocol):
 
     def check_trained(self) -> None:
         """Raise UserError if a parameter was frozen or unfrozen since construction."""
+        ...
+
+    def check_norm(self, parameters: Sequence[nn.Parameter], expected: float) -> None:
+        """Raise UserError if its own backward gave the parameters a gradient of another norm.
+
+        Only a target with `sharded` measures it, and only if it had no gradient before.
+        """
         ...
 
     def merging_optimizer(self, norm: float | None) -> SurgeryAdamW | None:
