@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastmtl.surgery.random_state import RandomState
-from fastmtl.surgery.rules.trees import tensors_in
+from fastmtl.surgery.rules.trees import Unsupported, tensors_in
 from fastmtl.surgery.verify.unchanged import unchanged
 
 log = logging.getLogger(__name__)
@@ -62,11 +62,19 @@ def output_mismatch(
     """Return a sentence if the outputs of `run` and `run_by_task` differ, None if they agree.
 
     A module that draws random numbers besides dropout cannot be compared; the log says so.
-    Parameters, buffers and random state stay as they are.
+    Parameters, buffers and random state stay as they are. Raises Unsupported for an output whose
+    first dimension is not the rows, such as the state of an LSTM.
     """
     with torch.no_grad(), WithoutDropout(), unchanged(device, module) as state:
         whole, draws = run(), _has_drawn(state)
         by_task = run_by_task()
+    pairs = list(zip(tensors_in(whole), tensors_in(by_task), strict=True))
+    for one, joined in pairs:
+        if not _expands(one, joined):
+            raise Unsupported(
+                f"an output of shape {tuple(one.shape)} for the batch, but {tuple(joined.shape)} joined from its runs "
+                "per task: its first dimension is not the rows"
+            )
     if draws:
         log.warning(
             "module %s (%s) draws random numbers besides dropout, so that its outputs per task cannot be checked",
@@ -74,7 +82,6 @@ def output_mismatch(
             type(module).__name__,
         )
         return None
-    pairs = list(zip(tensors_in(whole), tensors_in(by_task), strict=True))
     largest = max((_difference(*pair) for pair in pairs), default=0.0)
     if largest <= _tolerance([x for pair in pairs for x in pair]):
         return None
@@ -84,6 +91,11 @@ def output_mismatch(
         "into evaluation mode, use a normalization of single rows, leave its parameters out of `shared` and freeze its "
         'statistics, or use passes="per_task"'
     )
+
+
+def _expands(whole: Tensor, by_task: Tensor) -> bool:
+    """Return True if `whole` has the shape of `by_task`, or one row for all rows of it."""
+    return whole.shape[1:] == by_task.shape[1:] and whole.shape[:1] in (by_task.shape[:1], (1,))
 
 
 def _has_drawn(state: RandomState) -> bool:

@@ -90,7 +90,7 @@ def run_by_task(
 
 def _join(rows: Divides, parts: Sequence[Tensor]) -> Tensor:
     sizes = [size or min(rows.batch, 1) for size in rows.groups]  # one row runs for a task without rows
-    if all(part.dim() for part in parts):
+    if all(part.dim() and part.shape[1:] == parts[0].shape[1:] for part in parts):
         factors = {len(part) // size for part, size in zip(parts, sizes, strict=True) if size}
         k = factors.pop() if len(factors) == 1 else (0 if factors else 1)
         if k and all(len(part) == size * k for part, size in zip(parts, sizes, strict=True)):

@@ -15,6 +15,7 @@ from mixed_rows import MIXES, TASKS, train
 from torch import Tensor, nn
 
 from fastmtl.errors import UserError
+from fastmtl.surgery import GradientSurgery
 from fastmtl.surgery.jacobian.dense import Jacobian
 from fastmtl.surgery.rules.linear import linear_rule
 from fastmtl.surgery.rules.table import RULES
@@ -134,6 +135,41 @@ def test_layers_that_take_task_grads(mode: str, caplog: pytest.LogCaptureFixture
         assert len([record for record in caplog.records if "compared" in record.message]) == lines
     with pytest.raises(UserError, match="cuda_graphs: verify_every compares only steps that are not recorded"):
         surgery.record_with(lambda *_: (None, ()))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.cells = nn.LSTM(3, 4, layers, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, (state, _) = self.cells(x)
+        return state[-1].square().sum(1)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (1, 3)])
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_a_module_with_rows_in_the_second_dimension_of_an_output(layers: int, sizes: tuple[int, int]) -> None:
+    """An LSTM's state is [layers, B, size], also with batch_first=True."""
+    model, x = Recurrent(layers), torch.randn(4, 5, 3)
+
+    def step(**options: Any) -> Tensor:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        surgery = GradientSurgery(optimizer, "pcgrad", tasks=["a", "b"], model=model, **options)
+        try:
+            with surgery.rows(dict(zip(["a", "b"], sizes, strict=True))):
+                a, b = model(x).split(sizes)
+            surgery.backward({"a": (a.sum(), sizes[0]), "b": (b.sum(), sizes[1])})
+        finally:
+            surgery.detach()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    with pytest.raises(UserError, match=r"module cells .LSTM. has .*per_task_modules"):
+        step()
+    model.zero_grad()
+    found = step(per_task_modules=[Recurrent])
+    model.zero_grad()
+    torch.testing.assert_close(found, step(passes="per_task"))
 
 
 @pytest.mark.parametrize("mode", ["stacked", "replay"])
