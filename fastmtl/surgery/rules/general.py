@@ -95,7 +95,7 @@ def _join(rows: Divides, parts: Sequence[Tensor]) -> Tensor:
         k = factors.pop() if len(factors) == 1 else (0 if factors else 1)
         if k and all(len(part) == size * k for part, size in zip(parts, sizes, strict=True)):
             return rows.join(parts)
-        if all(len(part) == 1 and part.shape == parts[0].shape for part in parts):
+        if all(len(part) == 1 for part in parts):
             return rows.spread(parts)
     shapes = ", ".join(str(tuple(part.shape)) for part in parts)
     raise Unsupported(f"outputs of shapes {shapes} for tasks with {sizes} rows: neither rows of the batch nor one row")
