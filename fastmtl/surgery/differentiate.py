@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastmtl.errors import UserError
 
+# A part of torch's error about a compiled function whose backward runs twice.
+_DONATED = "compiled with non-empty donated buffers"
 # Parts of torch's and DeepSpeed's errors about checkpointing that calls backward in backward.
 _REENTRANT = ("use_reentrant=True", "Checkpointing is not compatible with .grad()")
 
@@ -40,6 +42,12 @@ def differentiate(
                 "re-entrant activation checkpointing runs a backward of its own, without task gradients: use "
                 'model.gradient_checkpointing_enable({"use_reentrant": False}), or '
                 "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            ) from None
+        if _DONATED in str(error):
+            raise UserError(
+                "the backward of a compiled function runs several times here, for a pass per task or a comparison with "
+                "one (verify_every), and torch.compile has freed its buffers after the first: set "
+                "torch._functorch.config.donated_buffer = False before compiling"
             ) from None
         raise
     for parameter, gradient in zip(inputs, found, strict=True):

@@ -7,7 +7,7 @@ modules again during backward.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UserError
-from fastmtl.surgery.attach.forward import RuledForward
+from fastmtl.surgery.attach.compiled import check_compiled, eager, explained
+from fastmtl.surgery.attach.forward import RuledForward, leave_graphs
 from fastmtl.surgery.attach.outputs import output_mismatch
 from fastmtl.surgery.attach.row_map import OneTask, RowMap
 from fastmtl.surgery.attach.sites import Site, check_kind, find_sites
@@ -61,6 +62,7 @@ class Attachment:
         check_kind(model)
         trunk = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         sites = find_sites(trunk, shared, per_task_modules)
+        check_compiled(trunk, sites)
         for site in sites:
             if isinstance(site.module.__dict__.get("forward"), RuledForward):
                 raise UserError(
@@ -74,11 +76,12 @@ class Attachment:
         self._unsharded = Unsharded(trunk, lambda: self.active) if any(map(is_sharded, shared)) else None
         self.sink: Sink | None = None
         self._maps: list[RowMap] = []  # of the blocks since the last backward
-        self.verifying = False
+        self.verifying, self._until_end = False, ExitStack()
         self.output_mismatches: list[str] = []
         self._where: list[RowMap | OneTask] = []  # the innermost block or run
         self._again: RowMap | OneTask | None = None  # the map of the forward that backward is in
         self._forwards = [RuledForward(site.module, partial(self._run, site)) for site in sites]
+        leave_graphs()
         self._names = [site.name or type(site.module).__name__ for site in sites]
 
     @contextmanager
@@ -87,11 +90,13 @@ class Attachment:
         if not torch.is_grad_enabled():
             yield
             return
+        leave_graphs()
         rows = RowMap(tasks, len(self._tasks), self._device, self._parameter)
         self._maps.append(rows)
         self._where.append(rows)
         try:
-            yield
+            with explained():
+                yield
         finally:
             self._where.pop()
 
@@ -109,6 +114,8 @@ class Attachment:
         """Let the next forwards pass task gradients to `sink`. verifying: see the class."""
         self.forget()
         self.sink, self.verifying = sink, verifying
+        if verifying:  # several backwards follow, and a compiled graph may allow only one
+            self._until_end.enter_context(eager())
         sink.ways_out = _WAYS_OUT
         sink.used = True
         if self._unsharded is not None:
@@ -116,6 +123,7 @@ class Attachment:
 
     def forget(self) -> None:
         """Drop all row maps, at the end of backward."""
+        self._until_end.close()
         self.sink, self._again = None, None
         self._maps.clear()
         self.output_mismatches.clear()

@@ -139,12 +139,6 @@ def _check_layout(name: str, module: nn.Module) -> None:
 def check_kind(model: nn.Module) -> None:
     """Raise UserError for a model whose modules cannot be given another forward."""
     kinds = {base.__name__ for module in model.modules() for base in type(module).__mro__}
-    compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
-    if compiled or "OptimizedModule" in kinds:
-        raise UserError(
-            "model: it is compiled (torch.compile), which one backward pass does not support: give the "
-            'model that is not compiled, or use passes="per_task"'
-        )
     if "FullyShardedDataParallel" in kinds:
         raise UserError(
             "model: its parameters are sharded by FullyShardedDataParallel (FSDP1), which one backward pass does not "
