@@ -7,7 +7,7 @@ modules again during backward.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from fastmtl.surgery.rules.embedding import embedding_rule
 from fastmtl.surgery.rules.general import WHOLE, run_by_task, unsupported
 from fastmtl.surgery.rules.trees import Unsupported, tensors_in
 from fastmtl.surgery.sinks.sink import Sink
-from fastmtl.surgery.verify.unchanged import unchanged
+from fastmtl.surgery.verify.unchanged import keep_buffers, unchanged
 
 _WAYS_OUT = (
     "a module reads it that belongs to another one, or it is used outside of `model` or of surgery.rows: name the "
@@ -226,7 +226,7 @@ class Attachment:
             inside = where.only(task, aliased=one_row or site.beneath is not None)
             if site.beneath is not None:  # checkpointing inside it repeats modules of one task in backward
                 self._mark(where, (args, kwargs))
-            with self._inside(inside):
+            with self._inside(inside), nullcontext() if where.groups[task] else keep_buffers(site.module):
                 output = plain(*args, **kwargs)
             if site.beneath is not None:
                 self._mark(inside, output)

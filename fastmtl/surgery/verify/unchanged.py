@@ -13,6 +13,22 @@ from fastmtl.surgery.random_state import RandomState
 
 
 @contextmanager
+def keep_buffers(module: nn.Module) -> Iterator[None]:
+    """Let the module use copies of its buffers in the block, whose results are dropped.
+
+    The buffers themselves must not change: a graph before the block may need them for backward.
+    """
+    before = [(inner._buffers, dict(inner._buffers)) for inner in module.modules() if inner._buffers]
+    for buffers, found in before:
+        buffers.update({name: None if buffer is None else buffer.clone() for name, buffer in found.items()})
+    try:
+        yield
+    finally:
+        for buffers, found in before:
+            buffers.update(found)
+
+
+@contextmanager
 def unchanged(device: torch.device, module: nn.Module | None = None) -> Iterator[RandomState]:
     """Restore torch's random state after the block, and the buffers of modules that run inside.
 

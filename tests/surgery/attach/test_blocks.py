@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -172,3 +173,19 @@ def test_a_pass_per_task_leaves_the_model_unchanged() -> None:
     surgery.backward(losses)
     found = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
     assert_same([found], [{name: sum(task[name] for task in gradients) for name in gradients[0]}], 1e-5)
+
+
+def test_a_block_for_each_task_updates_statistics_once() -> None:
+    """The runs for tasks without rows in a block leave no trace in BatchNorm's buffers."""
+    torch.manual_seed(0)
+    trunk = nn.Sequential(nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3), nn.Flatten())
+    plain, x = copy.deepcopy(trunk), torch.randn(5, 2, 4)
+    surgery = GradientSurgery(torch.optim.SGD(trunk.parameters(), lr=0.1), tasks=["a", "b", "c"], model=trunk)
+    losses = {}
+    for task, rows in (("a", x[:2]), ("b", x[2:])):
+        with surgery.rows({task: len(rows)}):
+            losses[task] = trunk(rows).square().sum(), len(rows)
+        plain(rows)
+    surgery.backward(losses)
+    for found, expected in zip(trunk.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(found, expected)
