@@ -30,6 +30,7 @@ PARTS: dict[str, tuple[list[str], list[str]]] = {
     "full disk": (["full_disk.py"], ["--fillings", "5"]),
     "kernels": (["kernels.py"], ["--shapes", "200"]),
     "kills": (["kills.py"], ["--kills", "2"]),
+    "task gradients": (["task_gradients.py"], ["--seeds", "1", "--nets", "100"]),
     "sharded": (["sharded.py"], []),
     "steps": (["steps.py"], ["--steps", "200"]),
 }

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastmtl.surgery import GradientSurgery
 from fastmtl.surgery.losses import Losses
 from fastmtl.surgery.methods.table import METHODS
+from fastmtl.surgery.sinks.stack import StackSink
 
 LABELS = 3
 Gradients = list[dict[str, Tensor]]  # one per task: parameter -> gradient
@@ -183,14 +184,22 @@ class OnePass:
         return merged_of(self.net)
 
     def gradients(self, rows: Any, seed: int = 0) -> tuple[Gradients, dict[str, Tensor]]:
-        """Return each task's gradient of the trunk, and the gradients of the heads, by T steps
-        whose weights are 1 for one task.
+        """Return each task's gradient of the trunk, and the gradients of the heads.
+
+        These are merged gradients with the weight 1 for one task: of J if it is stored, else of T
+        steps.
         """
-        found, own = [], dict[str, Tensor]()
-        for t in range(len(self.net.tasks)):
-            merged = self.step([float(t == other) for other in range(len(self.net.tasks))], rows, seed)
+        found: Gradients = []
+        own: dict[str, Tensor] = {}
+        sink = self.surgery._sink
+        for weights in torch.eye(len(self.net.tasks)):
+            if isinstance(sink, StackSink) and found:
+                by_id = sink.combine(weights)
+                merged = {name: by_id[id(p)] for name, p in self.net.named_parameters() if id(p) in by_id}
+            else:
+                merged = self.step(weights.tolist(), rows, seed)
+                own = {name: g for name, g in merged.items() if name.startswith("heads.")}
             found.append({name: g for name, g in merged.items() if name.startswith("trunk.")})
-            own = {name: g for name, g in merged.items() if name.startswith("heads.")}
         return found, own
 
     def gramian(self) -> Tensor:

@@ -50,6 +50,18 @@ class Gate(nn.Module):
         return hidden + self.gain * self.inner(hidden).tanh()
 
 
+class Repeating(nn.Module):
+    """A module without a rule of its own, in which activation checkpointing repeats another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(WIDTH, WIDTH), Scale())
+        self.gain = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x * self.gain, use_reentrant=False)[0].tanh()
+
+
 class Kind(NamedTuple):
     """A kind of layer: its module, and the layer's output [B, L, WIDTH] for x of this shape."""
 
@@ -125,6 +137,7 @@ KINDS = {
     "scale of flat rows": Kind(Scale, _scaled_flat),
     "start": Kind(Start, _plain),
     "gate": Kind(Gate, lambda module, x: module(hidden=x)),
+    "repeating": Kind(Repeating, _plain),
     "normed": Kind(lambda: weight_norm(nn.Linear(WIDTH, WIDTH)), _flat),
     "attention": Kind(lambda: nn.MultiheadAttention(WIDTH, 2, batch_first=True), _attention),
     "bilinear": Kind(lambda: nn.Bilinear(WIDTH, WIDTH, WIDTH), lambda module, x: module(x, x.tanh())),

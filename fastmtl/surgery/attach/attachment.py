@@ -156,16 +156,16 @@ class Attachment:
         found = self._parameters.get((id(module), name))
         return getattr(module, name) if found is None else found
 
-    def _now(self) -> RowMap | OneTask | None:
-        """Return the map of the forward that runs now; None if it runs without surgery."""
+    def _now(self, site: Site) -> RowMap | OneTask | None:
+        """Return the map of a site whose forward runs now; None if it runs without surgery."""
         if self.sink is None or not self.sink.active or not torch.is_grad_enabled():
             return None
         if self._where:
             return self._where[-1]
-        return self._of_backward() if self.sink.in_backward else None
+        return self._of_backward(site) if self.sink.in_backward else None
 
-    def _of_backward(self) -> RowMap | OneTask | None:
-        """Return the map of the forward that checkpointing repeats in backward."""
+    def _of_backward(self, site: Site) -> RowMap | OneTask | None:
+        """Return the map of a site whose forward checkpointing repeats in backward."""
         if self._again is None and len(self._maps) < 2:
             return self._maps[0] if self._maps else None
         if self._again is None:
@@ -174,11 +174,13 @@ class Attachment:
                 "backward, and the output of `model` does not show which one: call `model` itself in each block, or "
                 "run a backward after each block, with last=False"
             )
+        if isinstance(self._again, OneTask) and not site.inside:  # what is repeated contains the runs per task
+            return self._again.every
         return self._again
 
     def _run(self, site: Site, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute the forward of a site."""
-        where = self._now()
+        where = self._now(site)
         if where is None:
             return plain(*args, **kwargs)
         is_trunk = not site.name
@@ -224,11 +226,11 @@ class Attachment:
 
         def run(task: int, args: tuple[Any, ...], kwargs: dict[str, Any], *, one_row: bool) -> Any:
             inside = where.only(task, aliased=one_row or site.beneath is not None)
-            if site.beneath is not None:  # checkpointing inside it repeats modules of one task in backward
+            if site.around:  # checkpointing inside it repeats modules of one task in backward
                 self._mark(where, (args, kwargs))
             with self._inside(inside), nullcontext() if where.groups[task] else keep_buffers(site.module):
                 output = plain(*args, **kwargs)
-            if site.beneath is not None:
+            if site.around:
                 self._mark(inside, output)
             return output
 

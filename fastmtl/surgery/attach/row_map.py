@@ -31,7 +31,7 @@ class RowMap:
     def __init__(
         self, tasks: Sequence[int], num_tasks: int, device: torch.device, parameter: FindParameter = getattr
     ) -> None:
-        self.batch, self._num_tasks, self._device, self.parameter = len(tasks), num_tasks, device, parameter
+        self.batch, self._num_tasks, self.device, self.parameter = len(tasks), num_tasks, device, parameter
         rows_of = Counter(tasks)
         self.sizes = [rows_of[task] for task in range(num_tasks)]
         last = [task if task >= 0 else num_tasks for task in tasks]
@@ -55,7 +55,7 @@ class RowMap:
         k = rows // self.batch if self.batch else 0
         if k not in self._segments:
             host = tuple(accumulate((size * k for size in self.sizes), initial=0))
-            offsets = upload(torch.tensor(host, dtype=torch.int32), self._device)
+            offsets = upload(torch.tensor(host, dtype=torch.int32), self.device)
             self._segments[k] = Segments(offsets, host, self._order)
         return self._segments[k]
 
@@ -83,7 +83,7 @@ class RowMap:
         """Return [B, ...], the part of each row's task. parts: T tensors [1, ...]."""
         if self._group_of_row is None:
             groups = torch.tensor([min(task, self._num_tasks - 1) for task in self._tasks], dtype=torch.int64)
-            self._group_of_row = upload(groups, self._device)
+            self._group_of_row = upload(groups, self.device)
         return torch.cat(list(parts)).index_select(0, self._group_of_row)
 
     @property
@@ -94,23 +94,22 @@ class RowMap:
     def only(self, task: int, *, aliased: bool) -> OneTask:
         """Return the map inside a run of one task's rows."""
         if (task, aliased) not in self._only:
-            self._only[task, aliased] = OneTask(task, self._num_tasks, self._device, self.parameter, aliased=aliased)
+            self._only[task, aliased] = OneTask(task, self, aliased=aliased)
         return self._only[task, aliased]
 
 
 class OneTask:
     """The map inside a run of one task: every row of every tensor belongs to that task.
 
-    aliased: every module inside uses aliases of its parameters, and no other rule.
+    every: the map of all tasks, outside the run. aliased: every module inside uses aliases of its
+    parameters, and no other rule.
     """
 
     batch = 1
 
-    def __init__(
-        self, task: int, num_tasks: int, device: torch.device, parameter: FindParameter, *, aliased: bool
-    ) -> None:
-        self.aliased = aliased
-        self.task, self._num_tasks, self._device, self.parameter = task, num_tasks, device, parameter
+    def __init__(self, task: int, every: RowMap, *, aliased: bool) -> None:
+        self.task, self.every, self.aliased = task, every, aliased
+        self.parameter = every.parameter
         self._segments: dict[int, Segments] = {}
 
     def fits(self, rows: int) -> bool:
@@ -118,8 +117,9 @@ class OneTask:
 
     def segments(self, rows: int) -> Segments:
         if rows not in self._segments:
-            host = (0,) * (self.task + 1) + (rows,) * (self._num_tasks - self.task)
-            self._segments[rows] = Segments(upload(torch.tensor(host, dtype=torch.int32), self._device), host)
+            host = (0,) * (self.task + 1) + (rows,) * (len(self.every.sizes) - self.task)
+            offsets = upload(torch.tensor(host, dtype=torch.int32), self.every.device)
+            self._segments[rows] = Segments(offsets, host)
         return self._segments[rows]
 
 

@@ -36,6 +36,7 @@ class Site:
     own: shared parameters that its forward reads. rule: for its class, None for the general rule.
     beneath: for a module that runs once per task, all shared parameters in it; else None. gathered:
     True once ZeRO 3 gathers all parameters that the module itself reads.
+    around: True if it runs once per task and other sites are in it. inside: True for these.
     """
 
     name: str
@@ -44,6 +45,8 @@ class Site:
     rule: Rule | None = None
     beneath: list[Owned] | None = None
     gathered: bool = False
+    around: bool = False
+    inside: bool = False
 
 
 def find_sites(
@@ -82,7 +85,19 @@ def find_sites(
             sites[0:1] = [site] if module is model else [sites[0]]
             if module is not model:
                 sites.append(site)
+    _find_nested(sites)
     return sites
+
+
+def _find_nested(sites: Sequence[Site]) -> None:
+    """Set `around` and `inside` of all sites."""
+    once_per_task = {site.name: site for site in sites if site.beneath is not None or (site.own and site.rule is None)}
+    for site in sites:
+        parts = site.name.split(".") if site.name else []
+        for depth in range(len(parts)):
+            holder = once_per_task.get(".".join(parts[:depth]))
+            if holder is not None:
+                holder.around = site.inside = True
 
 
 def _owned(module: nn.Module, known: Collection[int], nested: set[str], name: str) -> Iterator[Owned]:

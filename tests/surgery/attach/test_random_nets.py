@@ -19,7 +19,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     layers=LAYERS.filter(bool),
     words=st.booleans(),
