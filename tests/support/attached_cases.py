@@ -23,7 +23,7 @@ from fastmtl.surgery import GradientSurgery
 from fastmtl.surgery.losses import Losses
 
 STEPS, ROWS, TASKS, LABELS = 2, 12, 3, 3
-LR, MOMENTUM, CLIP = 0.05, 0.9, 1.0
+LR, MOMENTUM, CLIP = 0.5, 0.9, 1.0
 SEED = 6  # one layer, and a table of words that is large enough for compact rows
 NAMES = [f"task{t}" for t in range(TASKS)]
 

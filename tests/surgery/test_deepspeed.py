@@ -139,7 +139,7 @@ def test_one_pass_of_two_ranks_equals_a_pass_per_task(results: Path, case: attac
     names = [name for name in expected if expected[name].is_floating_point()]
     moved = torch.cat([(expected[name] - before[name]).flatten() for name in names])
     error = torch.cat([(found[name] - expected[name]).flatten() for name in names])
-    assert moved.norm() > 0.1
+    assert moved.norm() > 0.5
     if case.has("autocast"):
         assert 1e-6 * moved.norm() < error.norm() <= 0.05 * moved.norm()
     elif case.has("bf16"):
