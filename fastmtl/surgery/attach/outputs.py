@@ -56,6 +56,7 @@ class WithoutDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@torch.no_grad()  # the outputs may contain inputs, and checkpointing counts what autograd saves
 def output_mismatch(
     name: str, module: nn.Module, run: Callable[[], Any], run_by_task: Callable[[], Any], device: torch.device
 ) -> str | None:
@@ -65,7 +66,7 @@ def output_mismatch(
     Parameters, buffers and random state stay as they are. Raises Unsupported for an output whose
     first dimension is not the rows.
     """
-    with torch.no_grad(), WithoutDropout(), unchanged(device, module) as state:
+    with WithoutDropout(), unchanged(device, module) as state:
         whole, draws = run(), _has_drawn(state)
         by_task = run_by_task()
     pairs = list(zip(tensors_in(whole), tensors_in(by_task), strict=True))
