@@ -21,7 +21,7 @@ LAYERS = (
     ("fastmtl.files", "fastmtl.system", "fastmtl.recipes"),
     ("fastmtl.config", "fastmtl.measure"),
     ("fastmtl.data", "fastmtl.surgery", "fastmtl.tracking"),
-    ("fastmtl.model",),
+    ("fastmtl.model", "fastmtl.integrations"),
     ("fastmtl.cuda_graphs",),
     ("fastmtl.engine", "fastmtl.inference"),
     ("fastmtl.training",),

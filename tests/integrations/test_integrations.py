@@ -1,0 +1,183 @@
+"""The examples of the integrations' pages on one and two processes, against a plain loop.
+
+A resumed run must have the same bits as a run without interruption: integration_cases.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import integration_cases as cases
+import pytest
+import torch
+from launch import cpu_environment
+from torch import Tensor
+
+from fastmtl.errors import UserError
+from fastmtl.integrations import loop
+from fastmtl.surgery import GradientSurgery
+
+pytestmark = pytest.mark.slow(15)
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = ("trainer", "accelerate")
+DROPOUT = {
+    "vocab_size=100,": "vocab_size=100, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,",
+    "Dropout(0.1)": "Dropout(0.0)",
+}
+
+
+def example(page: str) -> str:
+    """Return the first example of a page."""
+    found = re.search(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def without_dropout(page: str) -> str:
+    """Return a page's example without dropout, whose steps a plain loop can repeat."""
+    found = example(page)
+    for dropout, without in DROPOUT.items():
+        found = found.replace(dropout, without)
+    assert found != example(page)
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Return what one process has found, then each of two ranks."""
+    directory = tmp_path_factory.mktemp("integrations")
+    for page in PAGES:
+        (directory / f"{page}_dropout.py").write_text(example(page), encoding="utf-8")
+        (directory / f"{page}.py").write_text(without_dropout(page), encoding="utf-8")
+    command = [sys.executable, cases.__file__, str(directory)]
+    run = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    return [torch.load(directory / f"{name}.pt", weights_only=False) for name in ("alone", 0, 1)]
+
+
+def plain_loop(page: str, ranks: list[dict[str, Any]]) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """Return losses and weights of a torch loop in one process on the same rows.
+
+    Each task has a backward pass of its own.
+    """
+    names: dict[str, Any] = {}
+    code = without_dropout(page)
+    exec(code[: re.search(r"^\(args,\) =|^folder, ", code, re.MULTILINE).start()], names)  # the definitions
+    model = names["TwoTasks"]()
+    model.load_state_dict(ranks[0]["start"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cases.RATE, weight_decay=0.0)
+    last = 0.0 if page == "trainer" else 1.0
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, last, total_iters=cases.STEPS)
+    surgery = GradientSurgery(optimizer, "pcgrad", tasks=["kind", "degree"], shared=model.encoder.parameters())
+    losses = []
+    for parts in zip(*(rank["steps"] for rank in ranks), strict=True):
+        batches = [batch for part in parts for batch in part]
+        batch = {key: torch.cat([each[key] for each in batches]) for key in batches[0]}
+        info = surgery.backward(names["losses_of"](model, batch))
+        assert info is not None
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(info.losses)
+    return losses, dict(model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("page", "way"),
+    [*(("trainer", way) for way in cases.WAYS), *(("accelerate", way) for way in cases.WAYS[:3])],
+)
+def test_equals_a_plain_loop(found: list[dict[str, Any]], page: str, way: str) -> None:
+    ranks = [rank[f"{page}-{way}"] for rank in (found[:1] if way == "plain" else found[1:])]
+    if way == "zero3":  # the ranks' parts of the weights are no weights
+        ranks = [{**rank, "start": found[1][f"{page}-ddp"]["start"]} for rank in ranks]
+    losses, weights = plain_loop(page, ranks)
+    for rank in ranks:
+        assert (rank["attached"] == 0) == (page == "trainer")  # its `train` detaches
+        assert len(losses) >= cases.STEPS and all(list(step) == ["kind", "degree"] for step in losses)
+        for mine, expected in zip(rank["losses"], losses, strict=True):
+            assert mine == pytest.approx(expected, rel=1e-4)
+        for name, weight in weights.items():
+            torch.testing.assert_close(rank["weights"][name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_trainer_logs_the_losses_of_tasks(found: list[dict[str, Any]]) -> None:
+    for way in cases.WAYS:
+        run = found[0 if way == "plain" else 1][f"trainer-{way}"]
+        for entry, losses in zip(run["history"], run["losses"], strict=True):
+            assert entry["loss"] == pytest.approx(sum(losses.values()), rel=1e-5)
+            assert entry["loss_degree"] == losses["degree"]
+            assert entry["conflict_rate"] in (0, 1)
+
+
+def test_evaluation_gives_the_mean_over_rows(found: list[dict[str, Any]]) -> None:
+    loss, expected = found[0]["trainer-plain"]["evaluated"]
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("compute_loss_func", "compute_loss_func: unsupported by MultiTaskTrainer: compute the losses in losses_of"),
+        ("label_smoothing_factor", "smooth the labels in losses_of"),
+        ("compute_metrics", "override prediction_step"),
+        ("optimizers", "another optimizer than SurgeryAdamW"),
+        ("predictions", "losses_of returns losses only: override prediction_step"),
+        ("trunk", "the model has no module 'encode'"),
+        ("task_column", "a batch has no 'job'"),
+    ],
+)
+def test_what_trainer_refuses(found: list[dict[str, Any]], name: str, text: str) -> None:
+    assert text in found[0]["errors"][name]
+
+
+def test_losses_must_fit_the_rows_of_their_micro_batch() -> None:
+    loss = torch.zeros(())
+    loop.check_rows({"a": (loss, 2), "b": (loss, 0)}, {"a": 2})
+    with pytest.raises(UserError, match="no loss of task b, which has 3 rows"):
+        loop.check_rows({"a": (loss, 2)}, {"a": 2, "b": 3})
+    with pytest.raises(UserError, match="the loss of task a has 7 rows, but its micro-batch has 2: give count_rows"):
+        loop.check_rows({"a": (loss, 7)}, {"a": 2})
+
+
+def test_counts_of_something_else_than_rows() -> None:
+    """A loss per token is the mean over the tokens of all micro-batches."""
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    lengths = [torch.tensor([1, 2, 3]), torch.tensor([2, 0, 1])]
+    batches = [{"x": torch.randn(3, 3), "tokens": tokens, "task": ["a", "b", "a"]} for tokens in lengths]
+
+    def count_rows(batch: dict[str, Any]) -> dict[str, int]:
+        return {"a": int(batch["tokens"][0::2].sum()), "b": int(batch["tokens"][1])}
+
+    def losses_of(model: Any, batch: dict[str, Any]) -> dict[str, tuple[Tensor, int]]:
+        sums = model(batch["x"]).squeeze(1).square() * batch["tokens"]
+        counts = count_rows(batch)
+        return {"a": (sums[0::2].sum(), counts["a"]), "b": (sums[1], counts["b"])}
+
+    surgery = loop.LoopSurgery(
+        optimizer, model, "sum", tasks=["a", "b"], trunk="", losses_of=losses_of, count_rows=count_rows
+    )
+    for batch in batches:
+        surgery.add(batch)
+    info = surgery.run()
+    found = model.weight.grad
+    model.zero_grad()
+    losses = [losses_of(model, batch) for batch in batches]
+    means = {task: sum(each[task][0] for each in losses) / rows for task, rows in {"a": 7, "b": 2}.items()}
+    sum(means.values(), torch.zeros(())).backward()
+    torch.testing.assert_close(found, model.weight.grad)
+    assert info.losses == pytest.approx({task: float(mean.detach()) for task, mean in means.items()}, rel=1e-5)
+    surgery.detach()
+
+
+def test_a_missing_library_is_named_with_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    optional = importlib.import_module("fastmtl.integrations.optional")
+    monkeypatch.setattr(optional, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=re.escape("MultiTaskTrainer needs accelerate: pip install 'fastmtl-torch[acc")):
+        optional.require("accelerate", "MultiTaskTrainer")
