@@ -23,6 +23,7 @@ Passes = Literal["one", "per_task"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SKETCH_SIZE = 32_768
+FEATURES_OF_ALL = "backward: give features for every micro-batch of a step, or for none"
 
 
 def check_tasks(tasks: Sequence[str]) -> list[str]:
@@ -216,6 +217,20 @@ def check_backward(storage: str, scope: str, *, joint: bool) -> None:
     if not joint and storage not in ("stacked", "kept"):
         reason = "scope='tensor'" if scope == "tensor" else "storage='replay' (ZeRO 3, offload, fully_shard)"
         raise UserError(f"backward: {reason} runs the forward itself; use run(micro_batches, loss_fn)")
+
+
+def check_several_tasks(storage: str, scope: str, *, table: bool) -> None:
+    """Raise UserError where rows of several tasks are unsupported. table: given as bool [B, T]."""
+    if scope == "tensor":
+        raise UserError(
+            "rows: scope='tensor' needs all task gradients of a tensor in one backward pass, and rows of several tasks "
+            "need several: use scope='global', or backward(losses, features=...)"
+        )
+    if storage == "replay" and world_size() > 1 and not table:
+        raise UserError(
+            "rows: with storage='replay' (ZeRO 3, offload) all ranks run the same passes, so that each rank must give "
+            "rows of several tasks as bool [B, number of tasks]"
+        )
 
 
 def check_counts_given(counts: Mapping[str, int] | None, *, several: bool) -> None:

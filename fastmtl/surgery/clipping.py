@@ -42,7 +42,7 @@ def check_max_norm(max_norm: float | None, target: Target, storage: str, reduce:
     reduces = world_size() > 1 and not target.sums_ranks
     if joint and (reduces or target.loss_scale() != 1.0):
         reason = "in several processes the target reduces" if reduces else "under fp16 DeepSpeed scales"
-        raise UserError(f"max_norm: for a sum, {reason} the gradient: {advice}")
+        raise UserError(f"max_norm: for a sum and for features, {reason} the gradient: {advice}")
     if not joint and storage in ("replay", "none"):
         raise UserError(
             f"max_norm: storage='replay' and scope='tensor' merge inside the target's own backward: {advice}"

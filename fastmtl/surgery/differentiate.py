@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from fastmtl.errors import UserError
 
@@ -21,9 +22,15 @@ Term = tuple[Tensor, float]
 
 
 def differentiate(
-    terms: Sequence[Term], inputs: Sequence[Tensor], names: Mapping[int, str], *, retain_graph: bool = False
+    terms: Sequence[Term],
+    inputs: Sequence[Tensor] | Sequence[GradientEdge],
+    names: Mapping[int, str],
+    *,
+    retain_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of the sum of scalar * factor over the terms, one for each input.
+
+    inputs: tensors, or edges of the graph.
 
     None for an input that the sum does not depend on.
 
@@ -51,7 +58,7 @@ def differentiate(
             ) from None
         raise
     for parameter, gradient in zip(inputs, found, strict=True):
-        if gradient is not None and gradient.layout != torch.strided:
+        if gradient is not None and gradient.layout != torch.strided and isinstance(parameter, Tensor):
             raise UserError(
                 f"parameter {names[id(parameter)]} of shape {tuple(parameter.shape)} gets a sparse gradient: make the "
                 "embedding with sparse=False, and give its weight in GradientSurgery(..., sparse=[...]) to keep only "

@@ -20,7 +20,7 @@ from torch import nn
 from fastmtl.errors import UserError
 from fastmtl.surgery import checks
 from fastmtl.surgery.attach.attachment import Attachment
-from fastmtl.surgery.attach.row_map import read_rows
+from fastmtl.surgery.attach.reading import is_table, read_rows
 from fastmtl.surgery.attach.sites import large_tables
 from fastmtl.surgery.checks import Passes, Reduce, Scope, Storage
 from fastmtl.surgery.clipping import check_max_norm
@@ -36,6 +36,7 @@ from fastmtl.surgery.sinks.source import MergingSink
 from fastmtl.surgery.sinks.tensor import TensorSink
 from fastmtl.surgery.solver import Solver
 from fastmtl.surgery.step_losses import LossFunction, Step
+from fastmtl.surgery.steps.features import FeaturesStep
 from fastmtl.surgery.steps.joint import ClippedJointStep, JointStep
 from fastmtl.surgery.steps.replay import replay
 from fastmtl.surgery.steps.stacked import RecordedMerging, RecordMerging, StackedStep
@@ -189,7 +190,7 @@ class GradientSurgery:
         self._parts = Parts(
             self._target, self._solver, self.tasks, shared, own, max_norm, self._attached, self._verifier
         )
-        self._open: JointStep | StackedStep | None = None
+        self._open: JointStep | StackedStep | FeaturesStep | None = None
         self._warned = False
         self._recorded: RecordedMerging | None = None
         self._not_recorded: Sequence[str] = ()
@@ -208,10 +209,11 @@ class GradientSurgery:
     def run(
         self,
         micro_batches: Sequence[Any],
-        loss_fn: Callable[..., Losses],
+        loss_fn: Callable[..., Losses | tuple[Losses, Any]],
         counts: Mapping[str, int] | None = None,
         weights: Mapping[str, float] | None = None,
         *,
+        features: bool = False,
         stop: bool = False,
     ) -> SurgeryInfo:
         """Run forward and backward of one step, and give the target one merged gradient.
@@ -228,6 +230,7 @@ class GradientSurgery:
             counts: rows of each task in the whole step over all ranks; required with several
                 micro-batches; with one, the rows are counted.
             weights: factor of a task's loss in this step, times `task_weights`; equal on all ranks.
+            features: True if `loss_fn` returns (losses, features); see `backward`.
             stop: request the end of training after this step, for example after a signal. The flag
                 is reduced with the losses: `info.stop` is True if any rank requests it.
 
@@ -244,9 +247,11 @@ class GradientSurgery:
         if not micro_batches:
             raise UserError("micro_batches: a step needs at least one")
         checks.check_counts_given(counts, several=len(micro_batches) > 1)
-        losses_of = LossFunction(loss_fn, self._target, self._attached)
-        step = self._new_step(counts, weights, stop)
+        losses_of = LossFunction(loss_fn, self._target, None if features else self._attached)
+        step = self._new_step(counts, weights, stop, features=features)
         try:
+            if features:
+                return self._features_step(step).run(micro_batches, losses_of)
             if isinstance(self._sink, TensorSink):
                 return tensor_scope(self._parts, self._sink, step, micro_batches, losses_of, by_rank=self._by_rank)
             if isinstance(self._sink, GramianSink):
@@ -270,21 +275,29 @@ class GradientSurgery:
                 GradientSurgery, -1 for a row of no task; or B names of tasks; or
                 {task: number of rows}, in the order of the rows. Rows may have any order; rows
                 sorted by task cost no copy, and numbers on the host no wait for the device.
+                For rows of several tasks, a tuple of names takes the place of a name; or bool
+                [B, T] gives each row's tasks. There is then a backward pass for each set of tasks
+                without common rows; storage "replay" repeats the forward, too.
 
         Raises:
             UserError: an unknown task; no `model`; a model whose inputs do not have B rows;
-                storage "replay" or scope "tensor" outside the `loss_fn` of `run`.
+                storage "replay" or scope "tensor" outside the `loss_fn` of `run`; rows of several
+                tasks with scope "tensor", or with storage "replay" on several ranks in another form
+                than bool [B, T].
         """
         if self._model is None:
             raise UserError("rows: surgery has no model: give the trunk in GradientSurgery(..., model=...)")
-        numbers = read_rows(tasks, self.tasks)
-        attached = self._attached
+        numbers, attached = read_rows(tasks, self.tasks), self._attached
+        if attached is not None and any(len(row) > 1 for row in numbers):
+            checks.check_several_tasks(self.storage, self._scope, table=is_table(tasks))
+        equal_sets = self.storage == "replay" and is_table(tasks)
         starts = attached is not None and torch.is_grad_enabled() and not attached.active
         if attached is not None and starts:
             due = self._open is None and self._verifier is not None and self._verifier.due
             attached.begin(self.task_grads, verifying=due)
         try:
-            with without_reduction(self._model), nullcontext() if attached is None else attached.rows(numbers):
+            rows = nullcontext() if attached is None else attached.rows(numbers, equal_sets=equal_sets)
+            with without_reduction(self._model), rows:
                 yield
         except BaseException:
             if attached is not None and starts:
@@ -321,6 +334,7 @@ class GradientSurgery:
         counts: Mapping[str, int] | None = None,
         weights: Mapping[str, float] | None = None,
         *,
+        features: Any = None,
         last: bool = True,
         stop: bool = False,
     ) -> SurgeryInfo | None:
@@ -331,15 +345,25 @@ class GradientSurgery:
         Args:
             losses: as `loss_fn` of `run` returns them.
             counts, weights, stop: as in `run`; only those of a step's first call are used.
+            features: tensor that the trunk has computed and the heads read, or a tuple, list or
+                mapping of such tensors. The method then merges the tasks' gradients of `features`
+                in place of those of the parameters, and the trunk has one plain backward. The
+                forward runs outside of `rows`, without `task_grads`, and in ZeRO 3 through
+                `engine(...)` in place of `engine.module`. `storage`, `scope` and `dtype` have no
+                effect.
             last: True for the last micro-batch of the step, which also merges the gradient.
 
         Returns:
             The report of the step for its last micro-batch, None before.
 
         Raises:
-            UserError: as in `run`; and for storage "replay" and scope "tensor", which need `run`.
+            UserError: as in `run`; without `features`, for storage "replay" and scope "tensor",
+                which need `run`; for features that no loss depends on, or that depend on each
+                other; in ZeRO 3 for an operation that reads features for several tasks.
             TrainingError: as in `run`.
         """
+        if features is not None:
+            return self._backward_of_features(losses, features, counts, weights, last=last, stop=stop)
         checks.check_backward(self.storage, self._scope, joint=self._joint)
         takes_sink = self._sink.active
         if self._attached is not None and not takes_sink:
@@ -349,6 +373,8 @@ class GradientSurgery:
                 checks.check_counts_given(counts, several=not last)
                 self._open = self._start(self._new_step(counts, weights, stop))
             step = self._open
+            if isinstance(step, FeaturesStep):
+                raise UserError(checks.FEATURES_OF_ALL)
             if last:
                 self._open = None
             if not takes_sink and not self._joint:
@@ -363,6 +389,33 @@ class GradientSurgery:
             if self._attached is not None:
                 self._attached.forget()
         return step.finish() if last else None
+
+    def _backward_of_features(
+        self,
+        losses: Losses,
+        features: Any,
+        counts: Mapping[str, int] | None,
+        weights: Mapping[str, float] | None,
+        *,
+        last: bool,
+        stop: bool,
+    ) -> SurgeryInfo | None:
+        step, self._open = self._open, None
+        if self._sink.active:
+            self._sink.disarm()
+            if self._attached is not None:
+                self._attached.forget()
+            raise UserError("features: run the forward outside of surgery.rows and without task_grads")
+        if step is None:
+            checks.check_counts_given(counts, several=not last)
+            step = self._features_step(self._new_step(counts, weights, stop, features=True))
+        if not isinstance(step, FeaturesStep):
+            raise UserError(checks.FEATURES_OF_ALL)
+        step.backward(losses, features, last=last)
+        if last:
+            return step.finish()
+        self._open = step
+        return None
 
     @property
     def not_recorded(self) -> list[str]:
@@ -380,7 +433,14 @@ class GradientSurgery:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._solver.load_state_dict(state)
 
-    def _new_step(self, counts: Mapping[str, int] | None, weights: Mapping[str, float] | None, stop: bool) -> Step:
+    def _new_step(
+        self,
+        counts: Mapping[str, int] | None,
+        weights: Mapping[str, float] | None,
+        stop: bool,
+        *,
+        features: bool = False,
+    ) -> Step:
         if not self._plain:  # in a plain sum, autograd decides which parameters get a gradient
             self._target.check_trained()
         self._target.begin()
@@ -394,9 +454,12 @@ class GradientSurgery:
             # Every loss depends on shared parameters; if none is trained, a loss may be constant.
             constants=not self._parts.shared,
             stop=stop,
-            check_rows=None if self._attached is None else self._attached.check_losses,
-            verifies=self._verifier is not None and self._verifier.next_step(),
+            check_rows=None if self._attached is None or features else self._attached.check_losses,
+            verifies=not features and self._verifier is not None and self._verifier.next_step(),
         )
+
+    def _features_step(self, step: Step) -> FeaturesStep:
+        return FeaturesStep(self._parts, self._sink, step, by_rank=self._by_rank, merges=not self._joint)
 
     def _start(self, step: Step) -> JointStep | StackedStep:
         if not self._joint:

@@ -21,6 +21,8 @@ def check_losses(losses: Losses, tasks: list[str], *, constants: bool = False) -
     constants: allow losses that depend on no trained parameter, such as those of a head without
     parameters on a frozen encoder.
     """
+    if isinstance(losses, tuple):
+        raise UserError(f"the losses are a tuple: {_EXPECTED}; to return (losses, features), set features=True in run")
     if not isinstance(losses, Mapping):
         raise UserError(f"the losses are of type {type(losses).__name__}: {_EXPECTED}")
     unknown = [name for name in losses if name not in tasks]

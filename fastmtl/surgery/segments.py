@@ -29,6 +29,10 @@ class Segments:
     def num_tasks(self) -> int:
         return len(self.host) - 1
 
+    def fixed(self) -> Segments:
+        """Return segments that no later pass changes; see attach/several.py."""
+        return self
+
     def sort(self, rows: Tensor) -> Tensor:
         """Return rows [B k, ...] in the order of their tasks: `rows` itself without `order`, else a
         copy. Row b of the batch has the k rows from b k.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,15 +82,15 @@ class Step:
         assert self._counts is not None
         return self._task_weights[self._tasks.index(name)] / max(self._counts.get(name, 0), 1)
 
-    def terms(self, losses: Losses, scale: float = 1.0, only: str | None = None) -> list[Term]:
+    def terms(self, losses: Losses, scale: float = 1.0, only: Collection[str] | None = None) -> list[Term]:
         """Return (summed loss, its factor times `scale`) of each task in this micro-batch.
 
-        The sum of the products is the micro-batch's part of the step's loss. only: a task, if those
-        of the other tasks are to have the factor 0. Raises UserError if no loss can be
+        The sum of the products is the micro-batch's part of the step's loss. only: tasks, if the
+        losses of all others are to have the factor 0. Raises UserError if no loss can be
         differentiated.
         """
         found = [
-            (loss, self.factor(name) * scale if only in (None, name) else 0.0)
+            (loss, self.factor(name) * scale if only is None or name in only else 0.0)
             for name, (loss, _) in losses.items()
             if loss.requires_grad
         ]
@@ -101,13 +101,15 @@ class Step:
             )
         return found
 
-    def total(self, losses: Losses) -> Tensor:
-        """Return this micro-batch's part of the step's loss, a scalar.
+    def total(self, losses: Losses, only: Collection[str] | None = None) -> Tensor:
+        """Return this micro-batch's part of the step's loss, a scalar. only: as for `terms`.
 
         Raises UserError if no loss can be differentiated.
         """
         self.terms(losses)
-        return torch.stack([loss * self.factor(name) for name, (loss, _) in losses.items()]).sum()
+        factors = [self.factor(name) if only is None or name in only else 0.0 for name in losses]
+        terms = zip(losses.values(), factors, strict=True)
+        return torch.stack([loss * factor for (loss, _), factor in terms]).sum()
 
     def summarize(self, sums: Sequence[float]) -> tuple[dict[str, float], bool]:
         """Return each task's unweighted mean loss, and True if any rank requests the end of
@@ -129,7 +131,7 @@ class LossFunction:
     attached: surgery inside the user's model, whose modules then take the sink without arguments.
     """
 
-    def __init__(self, loss_fn: Callable[..., Losses], target: Target, attached: Attachment | None = None) -> None:
+    def __init__(self, loss_fn: Callable[..., Any], target: Target, attached: Attachment | None = None) -> None:
         self._loss_fn, self._target, self._attached = loss_fn, target, attached
         declared = inspect.signature(loss_fn).parameters
         self._declares_sink = "task_grads" in declared

@@ -16,6 +16,7 @@ import attached_cases
 import choices_cases
 import loads
 import numpy as np
+import several_cases
 import torch
 from op_recorder import OpRecorder
 from safetensors.torch import save_file
@@ -337,6 +338,11 @@ def main(directory: Path) -> None:
             gc.freeze()
     for each in (choices_cases, attached_cases):
         each.run_all(ranks, lambda engine, name: keep(engine, directory / f"{name}.safetensors"))
+    several_cases.run_all(
+        ranks.rank,
+        lambda engine, name: keep(engine, directory / f"{name}.safetensors"),
+        lambda state, name: save_file(state, directory / f"{name}-{ranks.rank}.safetensors"),
+    )
     for zero in (1, 2):
         waits = waits_of_a_step(zero, ranks.world, ranks.rank)
         (directory / f"waits-zero{zero}-{ranks.rank}.txt").write_text("\n".join(waits))

@@ -15,6 +15,7 @@ import choices_cases
 import deepspeed_cases as cases
 import loads
 import pytest
+import several_cases
 import torch
 from launch import cpu_environment, two_processes
 from safetensors.torch import load_file
@@ -147,6 +148,18 @@ def test_one_pass_of_two_ranks_equals_a_pass_per_task(results: Path, case: attac
         assert error.norm() <= 2**-8 * magnitude + 0.05 * moved.norm()
     else:
         assert error.norm() <= 1e-5 * moved.norm()
+
+
+@pytest.mark.parametrize("case", several_cases.CASES, ids=lambda case: case.name)
+def test_rows_of_several_tasks_and_features(results: Path, case: several_cases.Case) -> None:
+    """Two ranks equal T float64 backward passes of the joined batch."""
+    files = [f"{case.name}-{rank}" for rank in (0, 1)] if isinstance(case.target, str) else [case.name]
+    before, expected = several_cases.Net().state_dict(), several_cases.expected(case)
+    moved = max((expected[name] - before[name]).abs().max() for name in expected)
+    for file in files:
+        found = load_file(results / f"{file}.safetensors")
+        error = max((found[name] - expected[name]).abs().max() for name in expected)
+        assert moved > 0.1 and error <= (0.05 if case.precision == "bf16" else 1e-5) * moved
 
 
 @pytest.mark.parametrize("number", range(len(cases.RANDOM)))

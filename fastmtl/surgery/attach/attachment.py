@@ -18,10 +18,13 @@ from fastmtl.errors import UserError
 from fastmtl.surgery.attach.compiled import check_compiled, eager, explained
 from fastmtl.surgery.attach.forward import RuledForward, leave_graphs
 from fastmtl.surgery.attach.outputs import output_mismatch
+from fastmtl.surgery.attach.reading import RowTasks
 from fastmtl.surgery.attach.row_map import OneTask, RowMap
+from fastmtl.surgery.attach.several import SeveralTasks, passes_of
 from fastmtl.surgery.attach.sites import Site, check_kind, find_sites
 from fastmtl.surgery.attach.unsharded import Unsharded
 from fastmtl.surgery.jacobian.tables import is_sharded
+from fastmtl.surgery.ranks.collectives import union_over_ranks
 from fastmtl.surgery.rules.aliases import aliases, replaced
 from fastmtl.surgery.rules.embedding import embedding_rule
 from fastmtl.surgery.rules.general import WHOLE, run_by_task, unsupported
@@ -85,13 +88,22 @@ class Attachment:
         self._names = [site.name or type(site.module).__name__ for site in sites]
 
     @contextmanager
-    def rows(self, tasks: Sequence[int]) -> Iterator[None]:
-        """Map the rows of the forwards in this block. tasks: the number of each row's task."""
+    def rows(self, tasks: Sequence[RowTasks], *, equal_sets: bool = False) -> Iterator[None]:
+        """Map the rows of the forwards in this block.
+
+        equal_sets: True to give every rank the same sets of tasks, and so the same passes. All
+        ranks then enter the block.
+        """
         if not torch.is_grad_enabled():
             yield
             return
         leave_graphs()
-        rows = RowMap(tasks, len(self._tasks), self._device, self._parameter)
+        sets = sorted(union_over_ranks(set(tasks)) if equal_sets else set(tasks))
+        if any(len(row) > 1 for row in sets):
+            rows: RowMap = SeveralTasks(tasks, sets, len(self._tasks), self._device, self._parameter)
+        else:
+            numbers = [row[0] if row else -1 for row in tasks]
+            rows = RowMap(numbers, len(self._tasks), self._device, self._parameter)
         self._maps.append(rows)
         self._where.append(rows)
         try:
@@ -128,10 +140,21 @@ class Attachment:
         self._maps.clear()
         self.output_mismatches.clear()
 
+    def passes(self) -> list[list[str]]:
+        """Return the tasks of each backward pass that the blocks since the last backward need."""
+        sets = [row for found in self._maps if isinstance(found, SeveralTasks) for row in found.sets]
+        return [[self._tasks[task] for task in tasks] for tasks in passes_of(sets, len(self._tasks))]
+
+    def enter(self, names: Sequence[str]) -> None:
+        """Begin the backward pass of the losses of these tasks."""
+        for found in self._maps:
+            if isinstance(found, SeveralTasks):
+                found.enter([self._tasks.index(name) for name in names])
+
     def check_losses(self, rows: Mapping[str, int]) -> None:
         """Raise UserError for a task that has losses, but no row. rows: of each task's loss."""
         for name, number in rows.items():
-            if number and not any(found.sizes[self._tasks.index(name)] for found in self._maps):
+            if number and not any(found.has_rows(self._tasks.index(name)) for found in self._maps):
                 raise UserError(f"rows: task {name} has losses of {number} rows, but no row of the batch belongs to it")
 
     def detach(self) -> None:
@@ -208,7 +231,7 @@ class Attachment:
             self._unsharded.check(site.name or "model", site.module, site.own)
         if isinstance(where, OneTask) and (where.aliased or site.rule is None):
             own = [item for item in site.own if sink.wants(item.parameter) and item.name not in item.holder.__dict__]
-            with replaced([(item, aliases(item, [where.task], sink)[0]) for item in own]):
+            with replaced([(item, aliases(item, [where.task], where.task_of, sink)[0]) for item in own]):
                 return plain(*args, **kwargs)
         x = _only_tensor(args, kwargs) if site.rule is not None and site.beneath is None else None
         if x is not None and x.dim():

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastmtl.errors import UserError, quoted, unknown_name
 from fastmtl.surgery.segments import Segments
 from fastmtl_kernels.upload import upload
 
 FindParameter = Callable[[nn.Module, str], nn.Parameter | None]
-_EXPECTED = "give the task of each row (int64 [B] or names), or {task: number of rows} in the order of the rows"
 
 
 class RowMap:
@@ -31,7 +28,7 @@ class RowMap:
     def __init__(
         self, tasks: Sequence[int], num_tasks: int, device: torch.device, parameter: FindParameter = getattr
     ) -> None:
-        self.batch, self._num_tasks, self.device, self.parameter = len(tasks), num_tasks, device, parameter
+        self.batch, self.num_tasks, self.device, self.parameter = len(tasks), num_tasks, device, parameter
         rows_of = Counter(tasks)
         self.sizes = [rows_of[task] for task in range(num_tasks)]
         last = [task if task >= 0 else num_tasks for task in tasks]
@@ -49,6 +46,14 @@ class RowMap:
     def fits(self, rows: int) -> bool:
         """Return True if a tensor with so many rows has equally many for each row of the batch."""
         return rows % self.batch == 0 if self.batch else rows == 0
+
+    def has_rows(self, task: int) -> bool:
+        """Return True if a row belongs to the task."""
+        return self.sizes[task] > 0
+
+    def task_of(self, part: int) -> int:
+        """Return the task that a part of `split` belongs to, -1 for none."""
+        return part
 
     def segments(self, rows: int) -> Segments:
         """Return the tasks' segments of a tensor with `rows` = B * k rows."""
@@ -82,7 +87,7 @@ class RowMap:
     def spread(self, parts: Sequence[Tensor]) -> Tensor:
         """Return [B, ...], the part of each row's task. parts: T tensors [1, ...]."""
         if self._group_of_row is None:
-            groups = torch.tensor([min(task, self._num_tasks - 1) for task in self._tasks], dtype=torch.int64)
+            groups = torch.tensor([min(task, len(self.sizes) - 1) for task in self._tasks], dtype=torch.int64)
             self._group_of_row = upload(groups, self.device)
         return torch.cat(list(parts)).index_select(0, self._group_of_row)
 
@@ -94,8 +99,11 @@ class RowMap:
     def only(self, task: int, *, aliased: bool) -> OneTask:
         """Return the map inside a run of one task's rows."""
         if (task, aliased) not in self._only:
-            self._only[task, aliased] = OneTask(task, self, aliased=aliased)
+            self._only[task, aliased] = self._inside(task, aliased=aliased)
         return self._only[task, aliased]
+
+    def _inside(self, task: int, *, aliased: bool) -> OneTask:
+        return OneTask(task, self, aliased=aliased)
 
 
 class OneTask:
@@ -110,51 +118,23 @@ class OneTask:
     def __init__(self, task: int, every: RowMap, *, aliased: bool) -> None:
         self.task, self.every, self.aliased = task, every, aliased
         self.parameter = every.parameter
-        self._segments: dict[int, Segments] = {}
+        self._segments: dict[tuple[int, int], Segments] = {}
 
     def fits(self, rows: int) -> bool:
         return True
 
+    def task_of(self, part: int) -> int:
+        """Return the task of the rows, which are part number `part` of the batch; -1 for none."""
+        return self.every.task_of(part)
+
     def segments(self, rows: int) -> Segments:
-        if rows not in self._segments:
-            host = (0,) * (self.task + 1) + (rows,) * (len(self.every.sizes) - self.task)
+        return self.segments_of(self.task, rows)
+
+    def segments_of(self, task: int, rows: int) -> Segments:
+        """Return the segments in which all `rows` belong to a task, or to none if it is -1."""
+        if (task, rows) not in self._segments:
+            end = rows if task >= 0 else 0
+            host = (0,) * (task + 1) + (end,) * (self.every.num_tasks - task)
             offsets = upload(torch.tensor(host, dtype=torch.int32), self.every.device)
-            self._segments[rows] = Segments(offsets, host)
-        return self._segments[rows]
-
-
-def read_rows(given: Any, tasks: list[str]) -> list[int]:
-    """Return the number of each row's task, -1 for a row of no task.
-
-    given: int64 [B] with numbers of tasks, where -1 is no task; names of tasks, one per row; or
-    {task: number of rows}, in the order of the rows. A tensor on the host causes no wait for the
-    device.
-    Raises UserError for anything else, and for unknown tasks.
-    """
-    if isinstance(given, Mapping):
-        return [number for name, rows in given.items() for number in [_number(name, tasks)] * _count(name, rows)]
-    if hasattr(given, "tolist"):
-        if getattr(given, "ndim", 1) != 1 or "int" not in str(given.dtype):
-            raise UserError(f"rows: a tensor of shape {tuple(given.shape)} and {given.dtype}: {_EXPECTED}")
-        given = given.tolist()
-    if isinstance(given, str) or not isinstance(given, Sequence):
-        raise UserError(f"rows is of type {type(given).__name__}: {_EXPECTED}")
-    return [_number(task, tasks) for task in given]
-
-
-def _number(task: Any, tasks: list[str]) -> int:
-    if isinstance(task, str):
-        if task not in tasks:
-            raise unknown_name("task in rows", task, tasks)
-        return tasks.index(task)
-    if isinstance(task, bool) or not isinstance(task, int):
-        raise UserError(f"rows: {quoted(task)} is no task: {_EXPECTED}")
-    if not -1 <= task < len(tasks):
-        raise UserError(f"rows: there is no task {task}: use 0 to {len(tasks) - 1} as in `tasks`, -1 for a row of none")
-    return task
-
-
-def _count(name: Any, rows: Any) -> int:
-    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
-        raise UserError(f"rows: task {quoted(name)} has {quoted(rows)} rows: give an integer that is not negative")
-    return rows
+            self._segments[task, rows] = Segments(offsets, host)
+        return self._segments[task, rows]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fastmtl.measure.ranges import profile_range
+
+_Value = TypeVar("_Value")
 
 BUCKET = 1 << 23  # most numbers in one collective, since each is sent from a copy
 
@@ -30,6 +34,16 @@ def max_over_ranks(value: Tensor) -> Tensor:
         with profile_range("communication"):
             dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return value
+
+
+def union_over_ranks(values: set[_Value]) -> set[_Value]:
+    """Return the union of the ranks' sets of small objects. The host waits for all ranks."""
+    if world_size() == 1:
+        return values
+    gathered: list[set[_Value]] = [set() for _ in range(world_size())]
+    with profile_range("communication"):
+        dist.all_gather_object(gathered, values)
+    return set().union(*gathered)
 
 
 def column_pieces(num_tasks: int, columns: int) -> list[slice]:

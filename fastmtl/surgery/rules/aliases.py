@@ -1,12 +1,14 @@
 """Aliases of a parameter, one per task: each task's uses of the parameter go through its own alias.
 
+With rows of several tasks, there is an alias for each set of tasks that a row has.
+
 Autograd adds up the gradient of an alias over all uses, and so finds the task's gradient of the
 parameter without a formula of the layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -40,24 +42,34 @@ class Owned(NamedTuple):
         return status is None or status.name == "AVAILABLE"
 
 
-def aliases(owned: Owned, tasks: Sequence[int], sink: Sink) -> tuple[Tensor, ...]:
-    """Return one alias of the parameter for each task in `tasks`."""
-    return _Aliases.apply(getattr(owned.holder, owned.name), owned.parameter, tuple(tasks), sink)
+# Number of a part of the rows -> task that the part belongs to in the pass that runs now, or -1
+TaskOf = Callable[[int], int]
+
+
+def aliases(owned: Owned, parts: Sequence[int], task_of: TaskOf, sink: Sink) -> tuple[Tensor, ...]:
+    """Return one alias of the parameter for each of the parts into which the rows are divided."""
+    return _Aliases.apply(getattr(owned.holder, owned.name), owned.parameter, tuple(parts), task_of, sink)
 
 
 class _Aliases(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, parameter: nn.Parameter, tasks: tuple[int, ...], sink: Sink) -> Any:
+    def forward(
+        ctx: Any, value: Tensor, parameter: nn.Parameter, parts: tuple[int, ...], task_of: TaskOf, sink: Sink
+    ) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.parameter, ctx.tasks, ctx.sink = parameter, tasks, sink
+        ctx.parameter, ctx.parts, ctx.task_of, ctx.sink = parameter, parts, task_of, sink
         sink.expect(parameter)
-        return tuple(value.view_as(value) for _ in tasks)
+        return tuple(value.view_as(value) for _ in parts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = {task: dy for task, dy in zip(ctx.tasks, gradients, strict=True) if dy is not None}
+        found: dict[int, Tensor] = {}
+        for part, dy in zip(ctx.parts, gradients, strict=True):
+            if dy is not None:
+                task = ctx.task_of(part)
+                found[task] = dy if task not in found else found[task] + dy
         gradient = ctx.sink.deliver_tasks(ctx.parameter, found) if ctx.needs_input_grad[0] and found else None
-        return gradient, None, None, None
+        return gradient, None, None, None, None
 
 
 @contextmanager

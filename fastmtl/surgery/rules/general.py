@@ -2,6 +2,8 @@
 
 No formula of the module is needed. A task without rows runs too, on a row of another task: in ZeRO
 3, every rank must call the same modules in the same order.
+
+With rows of several tasks, a "task" is here a set of tasks that a row has (attach/several.py).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ class Divides(Protocol):
 
     @property
     def groups(self) -> list[int]: ...
+    def task_of(self, part: int) -> int: ...
     def fits(self, rows: int) -> bool: ...
     def split(self, x: Tensor) -> tuple[Tensor, ...]: ...
     def join(self, parts: Sequence[Tensor]) -> Tensor: ...
@@ -54,11 +57,11 @@ def run_by_task(
     arguments that every task gets as they are if they have two dimensions.
     Raises Unsupported for arguments and outputs that are neither rows of the batch nor one row.
     """
-    tasks, cut = range(sink.num_tasks), dict(kwargs)
+    tasks, cut = range(len(rows.groups)), dict(kwargs)
     uncut = {name: cut.pop(name) for name in whole if isinstance(cut.get(name), Tensor) and cut[name].dim() == 2}
     wanted = [item for item in owned if sink.wants(item.parameter)]
     by_parameter = {id(item.parameter): item for item in wanted}  # a tied parameter has several places
-    made = {key: aliases(item, tasks, sink) for key, item in by_parameter.items()}
+    made = {key: aliases(item, tasks, rows.task_of, sink) for key, item in by_parameter.items()}
     tensors = [x for x in tensors_in((args, cut)) if x.dim()]
     one_row = rows.batch != 1 and bool(tensors) and all(len(x) == 1 for x in tensors)
     if not tensors:

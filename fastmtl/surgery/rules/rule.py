@@ -31,7 +31,10 @@ class Rows(Protocol):
     def batch(self) -> int: ...
 
     def segments(self, n: int) -> Segments:
-        """Return the tasks' rows among n = B k rows, k for each row of the batch."""
+        """Return the tasks' rows among n = B k rows, k for each row of the batch.
+
+        Only backward reads them: with rows of several tasks, they change from pass to pass.
+        """
 
     def parameter(self, module: nn.Module, name: str) -> nn.Parameter | None:
         """Return the parameter `name` of `module` as the sink knows it, None where it is None."""

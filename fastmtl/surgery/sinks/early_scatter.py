@@ -61,6 +61,11 @@ class EarlyScatter:
             if not pending <= known:
                 pending.add(0)  # an id of no parameter, so the piece is never complete
 
+    @property
+    def begun(self) -> bool:
+        """True from `begin` to `shares` or `reset`."""
+        return bool(self._pending)
+
     def complete(self, key: int) -> None:
         """Record that this backward has written the parameter with id `key` for the last time."""
         for number, pending in enumerate(self._pending):

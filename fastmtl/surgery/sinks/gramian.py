@@ -20,6 +20,8 @@ class GramianSink(GramianSource):
     this rank keeps its share of J's columns until `gramian`. If False, a weight's task gradients go
     into G and are dropped as soon as the last use of the weight has delivered. There must then be
     only one forward until `clear`, and `forward_done` between it and its backward.
+    tasks_of_pass: numbers of the tasks to which the gradients of a backward belong; None: all. Only
+    these are sent to other ranks. Needs `accumulates`.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class GramianSink(GramianSource):
     ) -> None:
         super().__init__(parameters, num_tasks, sparse=sparse, ranks=ranks, sketch_size=sketch_size)
         self.accumulates = True
+        self.tasks_of_pass: list[int] | None = None
         self._shares: dict[int, Tensor] = {}
         self._parts: dict[int, Tensor] = {}
         self._largest = 0
@@ -50,9 +53,14 @@ class GramianSink(GramianSource):
         if self._sketch is not None:
             self._sketch.add(self._index[key], gradients)
         elif self.accumulates:
-            share = self._ranks.scatter(gradients).to(torch.float32)
-            before = self._shares.get(key)
-            self._shares[key] = share if before is None else before.add_(share)
+            tasks, before = self.tasks_of_pass, self._shares.get(key)
+            share = self._ranks.scatter(gradients if tasks is None else gradients[tasks]).to(torch.float32)
+            if tasks is not None and before is None:
+                before = self._shares[key] = share.new_zeros(self.num_tasks, share.shape[1])
+            if tasks is not None and before is not None:
+                before[tasks] += share
+            else:
+                self._shares[key] = share if before is None else before.add_(share)
         elif key in self._parts:
             raise RuntimeError("a weight's task gradients were added to the Gramian before its last use had written")
         else:

@@ -68,7 +68,7 @@ class KeepSink(MergingSink):
         self.check_active()
         rows = segments.host[-1]
         # Detached: an attached tensor would keep its autograd graph, and all tensors saved there.
-        self._pairs.setdefault(id(weight), []).append(Pair(dy.detach()[:rows], x.detach()[:rows], segments))
+        self._pairs.setdefault(id(weight), []).append(Pair(dy.detach()[:rows], x.detach()[:rows], segments.fixed()))
         db = None
         if bias is not None and needed[1]:
             db = self.products(bias, dy, lambda dy, rows: dy[rows].sum(0), segments)
@@ -200,9 +200,10 @@ def _multiply(pairs: list[Pair], out: Tensor) -> None:
 
 def _product(pairs: list[Pair], task: int, out: Tensor | None = None) -> Tensor:
     """Return one task's gradient of a weight [out, in], written into `out` if given."""
-    rows = [pair.segments.rows()[task] for pair in pairs]
-    dy = _joined([pair.dy[part] for pair, part in zip(pairs, rows, strict=True)])
-    x = _joined([pair.x[part] for pair, part in zip(pairs, rows, strict=True)])
+    parts = [(pair, pair.segments.rows()[task]) for pair in pairs]
+    parts = [(pair, rows) for pair, rows in parts if rows.stop > rows.start] or parts[:1]
+    dy = _joined([pair.dy[rows] for pair, rows in parts])
+    x = _joined([pair.x[rows] for pair, rows in parts])
     return torch.mm(dy.t(), x, out=out)
 
 
@@ -215,13 +216,17 @@ def _merge(pairs: list[Pair], weights: Tensor, by_segments: dict[Segments, Tenso
     """
     dtype = pairs[0].dy.dtype
     largest = weights.abs().max().clamp(min=1e-30) if dtype == torch.float16 else None
-    rows = []
-    for dy, _, segments in pairs:
+    rows: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    for dy, x, segments in pairs:
         if segments not in by_segments:
             by_segments[segments] = segments.per_row(weights)[:, None]
         per_row = by_segments[segments]
-        rows.append(cast(dy * (per_row if largest is None else per_row / largest), dtype))
-    product = _joined(rows).t() @ _joined([pair.x for pair in pairs])
+        weighted, key = dy * (per_row if largest is None else per_row / largest), (x.data_ptr(), len(x))
+        if key in rows:  # one input in several passes needs one product
+            weighted = rows[key][0] + weighted
+        rows[key] = weighted, x
+    found = list(rows.values())
+    product = _joined([cast(weighted, dtype) for weighted, _ in found]).t() @ _joined([x for _, x in found])
     return product if largest is None else product.float() * largest
 
 

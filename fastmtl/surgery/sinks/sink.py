@@ -174,7 +174,8 @@ class Sink(ABC):
     def deliver_tasks(self, parameter: nn.Parameter, gradients: Mapping[int, Tensor]) -> Tensor | None:
         """Take the gradients of some tasks, by the task's number; those of the others are zero.
 
-        Returns the parameter's gradient for autograd, as `deliver`.
+        -1 stands for rows of no task, which count only in plain gradients. Returns the parameter's
+        gradient for autograd, as `deliver`.
         """
         if not self.takes(parameter):
             return torch.stack(list(gradients.values())).sum(0)
@@ -186,7 +187,8 @@ class Sink(ABC):
         like = next(iter(gradients.values()))
         every = like.new_zeros(self.num_tasks, *like.shape)
         for task, gradient in gradients.items():
-            every[task] = gradient
+            if task >= 0:
+                every[task] = gradient
         return self.take(parameter, every)
 
     def products(self, parameter: nn.Parameter, dy: Tensor, product: Product, segments: Segments) -> Tensor | None:

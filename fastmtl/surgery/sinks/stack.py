@@ -66,7 +66,7 @@ class StackSink(MergingSink):
         key = id(parameter)
         if self.early.is_sent(key):
             raise RuntimeError("a weight's task gradients were sent to the other ranks before its last use had written")
-        if self._uses.count_delivery(key):
+        if self.early.begun and self._uses.count_delivery(key):
             self.early.complete(key)
 
     @property
@@ -98,7 +98,8 @@ class StackSink(MergingSink):
 
     def take_tasks(self, parameter: nn.Parameter, gradients: Mapping[int, Tensor]) -> Tensor | None:
         for task, gradient in gradients.items():
-            self.stack_of(parameter).add_task(parameter, task, gradient)
+            if task >= 0:
+                self.stack_of(parameter).add_task(parameter, task, gradient)
         self.written(parameter)
         return None
 

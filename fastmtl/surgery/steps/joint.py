@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +25,12 @@ from fastmtl_kernels.cast import cast
 
 
 class JointStep:
-    """One optimizer step by the target's own backward. sink: never armed, so layers ignore it."""
+    """One optimizer step by the target's own backward. sink: never armed, so layers ignore it.
 
-    _own_backward = True
+    own_backward: True if the target's own backward is used, so that the losses come from its model.
+    """
+
+    own_backward = True
 
     def __init__(self, parts: Parts, sink: Sink, step: Step) -> None:
         self._parts, self._sink, self._step = parts, sink, step
@@ -36,7 +39,7 @@ class JointStep:
         """Run all micro-batches; the target then has the joint gradient. Return the report."""
         for number, micro_batch in enumerate(micro_batches, start=1):
             with profile_range("forward"):
-                losses = losses_of(micro_batch, self._sink, training_pass=self._own_backward)
+                losses = losses_of(micro_batch, self._sink, training_pass=self.own_backward)
             self.backward(losses, takes_sink=losses_of.takes_sink, last=number == len(micro_batches))
             # A live autograd graph would bring the default stream into the next CUDA graph.
             del losses
@@ -45,8 +48,18 @@ class JointStep:
     def backward(self, losses: Losses, *, takes_sink: bool, last: bool) -> None:
         """Run backward for one micro-batch."""
         self._step.take(losses)
+        self.add(losses, last=last)
+
+    def add(self, losses: Losses, *, last: bool, watch: Callable[[Tensor], None] | None = None) -> None:
+        """Add the gradients of a micro-batch, whose losses `step` has taken.
+
+        watch: gets the factor with which backward starts, the loss scale of the target.
+        """
+        total = self._step.total(losses)
+        if watch is not None:
+            total.register_hook(watch)
         with profile_range("backward"):
-            self._parts.target.backward(self._step.total(losses), last=last)
+            self._parts.target.backward(total, last=last)
 
     def finish(self) -> SurgeryInfo:
         """Return the report of the step."""
@@ -62,17 +75,18 @@ class ClippedJointStep(JointStep):
     the gradient is handed over before, so that a GPU has work during the wait.
     """
 
-    _own_backward = False
+    own_backward = False
 
     def __init__(self, parts: Parts, sink: Sink, step: Step) -> None:
         super().__init__(parts, sink, step)
         self._gradients: list[Tensor | None] = [None] * len(parts.target.parameters)
 
-    def backward(self, losses: Losses, *, takes_sink: bool, last: bool) -> None:
+    def add(self, losses: Losses, *, last: bool, watch: Callable[[Tensor], None] | None = None) -> None:
         """Compute one micro-batch's gradients and add them to those before, in float32."""
         target = self._parts.target
         target.check_forward()
-        self._step.take(losses)
+        if watch is not None:
+            watch(torch.ones((), device=target.device))
         with profile_range("backward"):
             found = differentiate(self._step.terms(losses), target.parameters, target.names)
             for k, gradient in enumerate(found):

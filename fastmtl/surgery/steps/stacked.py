@@ -27,6 +27,7 @@ from fastmtl.surgery.sinks.sink import Sink
 from fastmtl.surgery.sinks.source import MergingSink
 from fastmtl.surgery.sinks.stack import StackSink
 from fastmtl.surgery.step_losses import LossFunction, Step
+from fastmtl.surgery.steps.passes import enter_pass, losses_of_passes
 from fastmtl.surgery.steps.per_task import backward_per_task
 from fastmtl.surgery.steps.verified import verify_backward
 from fastmtl.surgery.stopwatch import Stopwatch
@@ -109,13 +110,16 @@ class StackedStep:
         step.take(losses)
         with profile_range("backward"):
             if takes_sink:
-                verifies = step.verifies
-                # The ranks' decision is a collective, which pieces of J under way would precede on
-                # some ranks and follow on others.
-                sink.forward_done(last=last and not verifies)
-                terms = step.terms(losses, self._scale)
-                names = parts.target.names
-                self._add_own(sink.backward(terms, parts.shared, parts.own, names, retain_graph=verifies))
+                verifies, passes = step.verifies, losses_of_passes(parts, losses)
+                for k, (tasks, of_pass) in enumerate(passes, start=1):
+                    last_pass = k == len(passes)
+                    enter_pass(parts, tasks)
+                    # The ranks' decision is a collective, which pieces of J under way would precede
+                    # on some ranks and follow on others.
+                    sink.forward_done(last=last and last_pass and not verifies)
+                    terms, names = step.terms(of_pass, self._scale), parts.target.names
+                    retain = verifies or not last_pass
+                    self._add_own(sink.backward(terms, parts.shared, parts.own, names, retain_graph=retain))
                 if verifies:
                     verify_backward(parts, sink, step, losses, self._scale)
             else:

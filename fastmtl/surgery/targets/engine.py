@@ -52,6 +52,7 @@ class EngineTarget:
                 "with ZeRO 1"
             )
         self.stacks = stage < 3 and not engine.zero_use_cpu_optimizer()
+        self.one_backward = stage == 3
         self.can_discard = self.stacks and hasattr(getattr(engine, "optimizer", None), "check_grad_overflow")
         self._own_forward = False
         engine.register_forward_pre_hook(self._record_forward)

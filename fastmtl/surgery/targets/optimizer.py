@@ -26,6 +26,7 @@ class OptimizerTarget:
     stacks = True
     factor = 1.0
     can_discard = False
+    one_backward = False
     sums_ranks = False
     sharded = False
     clipping = "call torch.nn.utils.clip_grad_norm_ before optimizer.step()"

@@ -23,6 +23,7 @@ class Target(Protocol):
     stacks: merged gradients can be handed over; otherwise a step needs `replay`.
     merges: there may be a `merging_optimizer`.
     can_discard: `discard` can drop gradients after they were handed over.
+    one_backward: a forward allows a single backward (ZeRO 3, fully_shard).
     sums_ranks: `sum_over_ranks` gives sums, so surgery has the whole gradient before `hand_over`.
     clipping: the way to clip gradients without surgery, for messages.
     sharded: fully_shard has sharded the parameters, and modules have other tensors in forward.
@@ -35,6 +36,7 @@ class Target(Protocol):
     stacks: bool
     merges: bool
     can_discard: bool
+    one_backward: bool
     sums_ranks: bool
     sharded: bool
     clipping: str

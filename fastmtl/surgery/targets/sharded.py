@@ -31,6 +31,7 @@ class ShardedTarget(OptimizerTarget):
     """
 
     stacks = False
+    one_backward = True
     sharded = True
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:

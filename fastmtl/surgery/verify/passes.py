@@ -48,7 +48,7 @@ def compare_backwards(
 
 
 def compare_forwards(
-    run: Callable[[Sink, int | None], Sequence[Term]],
+    run: Callable[[Sink, int | None, int], tuple[Sequence[Term], int]],
     num_tasks: int,
     shared: Sequence[nn.Parameter],
     names: Mapping[int, str],
@@ -58,17 +58,24 @@ def compare_forwards(
 
     Every pass runs forward again, with equal random numbers: ZeRO 3 allows one backward for each.
 
-    run(sink, task): runs the forward with this sink, and returns the terms of its losses; those of
-    other tasks have the factor 0. None stands for all tasks.
+    run(sink, task, number): runs the forward with this sink, and returns the terms of its losses;
+    those of other tasks have the factor 0. None stands for the tasks of pass `number`: there are
+    several if rows have several tasks. Returns their number, too.
     """
     probe = ProbeSink(shared, num_tasks)
     with unchanged(device) as state:
-        for task in (None, *range(num_tasks)):
+
+        def project(task: int | None, number: int) -> int:
             state.restore()
             probe.task = task
             with probe.armed(device):
-                terms = run(probe, task)
+                terms, passes = run(probe, task, number)
                 probe.forward_done()
                 probe.backward(terms, shared, (), names)
-                del terms
+            return passes
+
+        for number in range(1, project(None, 0)):
+            project(None, number)
+        for task in range(num_tasks):
+            project(task, 0)
     return probe.comparison()

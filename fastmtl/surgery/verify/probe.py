@@ -47,7 +47,8 @@ class ProbeSink(Sink):
 
     def take_tasks(self, parameter: nn.Parameter, gradients: Mapping[int, Tensor]) -> Tensor | None:
         for task, gradient in gradients.items():
-            self._add(parameter, task, gradient)
+            if task >= 0 or self.task is not None:
+                self._add(parameter, task, gradient)
         return None
 
     def take_products(self, parameter: nn.Parameter, dy: Tensor, product: Product, segments: Segments) -> Tensor | None:
