@@ -7,7 +7,7 @@ does not require. T tasks, P shared parameters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -87,25 +87,34 @@ class PaddedModel(TaskModel):
         return encoded.last_hidden_state[:, 0]
 
 
-def step(model: TaskModel, batches: Sequence[TaskBatch]) -> None:
-    """Run one step. Write the encoder's merged gradient and each head's own gradient to `.grad`."""
+def step(
+    model: TaskModel, batches: Sequence[TaskBatch], features: Callable[[], Sequence[Tensor]] | None = None
+) -> None:
+    """Run one step. Write the encoder's merged gradient and each head's own gradient to `.grad`.
+
+    features: as for task_gradients.
+    """
     model.zero_grad()
-    merged = pcgrad(task_gradients(model, batches))
+    merged = pcgrad(task_gradients(model, batches, features))
     parameters = trained(model.encoder)
     pieces = merged.split([parameter.numel() for parameter in parameters])
     for parameter, piece in zip(parameters, pieces, strict=True):
         parameter.grad = piece.view(parameter.shape)
 
 
-def task_gradients(model: TaskModel, batches: Sequence[TaskBatch]) -> list[Tensor]:
+def task_gradients(
+    model: TaskModel, batches: Sequence[TaskBatch], features: Callable[[], Sequence[Tensor]] | None = None
+) -> list[Tensor]:
     """Return the encoder's gradient of each task's loss: a list of T tensors [P].
 
-    The gradients of the heads are left in `.grad`.
+    The gradients of the heads are left in `.grad`. features: runs one forward for tasks with the
+    same rows, and returns each task's features; None for a forward per task.
     """
-    gradients = []
+    gradients, of_tasks = [], None if features is None else features()
     for task, batch in enumerate(batches):
         model.encoder.zero_grad()
-        model.loss(task, model.features(batch), batch).backward()
+        loss = model.loss(task, model.features(batch) if of_tasks is None else of_tasks[task], batch)
+        loss.backward(retain_graph=of_tasks is not None and task + 1 < len(batches))
         gradients.append(torch.cat([_gradient(p).flatten() for p in trained(model.encoder)]))
     return gradients
 

@@ -166,6 +166,9 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
             list[str] | None,
             typer.Option(metavar="NAME", help="With --model: a way in the table; may be repeated.", show_default=False),
         ] = None,
+        same_rows: Annotated[
+            bool, typer.Option("--same-rows", help="With --model: every row has the losses of all tasks.")
+        ] = False,
         sweep: Annotated[bool, typer.Option("--sweep", help="Instead: 2 to 32 tasks in equally many tokens.")] = False,
         rounds: Rounds = 7,
         device: Device = "cpu",
@@ -216,6 +219,8 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
             raise UserError("--model excludes --sweep and --tokens: choose --tasks and --rows")
         if model is None and way:
             raise UserError("--way needs --model: without it, every variant is measured")
+        if model is None and same_rows:
+            raise UserError("--same-rows needs --model: fastmtl's encoder has rows of one task each")
         old = _prepare(device, threads, json_file, compare)
         from fastmtl.bench.models.run import bench_model, check_ways
         from fastmtl.bench.models.workload import shape_of
@@ -228,7 +233,8 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         size = Size(chosen, tasks or 3, tokens, device, precision)
         with progress() as say:
             if model is not None:
-                result = bench_model(model, size, rounds, say, ways, commit, keeper(json_file))
+                keep = keeper(json_file)
+                result = bench_model(model, size, rounds, say, ways, commit, keep, same_rows=same_rows)
             elif sweep:
                 result = bench_tasks(size, rounds, say, commit=commit)
             else:

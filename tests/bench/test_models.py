@@ -23,7 +23,7 @@ def bench(*arguments: str) -> None:
     cli.app(["bench", "surgery", "--rounds", "1", "--shape", "tiny", *arguments], standalone_mode=False)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, "vit --same-rows"])
 def test_every_way_has_the_gradients_of_the_textbook_loop(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -31,7 +31,8 @@ def test_every_way_has_the_gradients_of_the_textbook_loop(
     monkeypatch.setattr(run, "in_own_process", lambda _, name, *__, preload: (100 + len(name)) * MIB)
     monkeypatch.setenv("COLUMNS", "160")
     file = tmp_path / "model.json"
-    bench("--model", model, "--json", str(file))
+    bench("--model", *model.split(), "--json", str(file))
+    model = model.replace(" --same-rows", ", same rows")
     result = json.loads(file.read_text())
     assert set(result["variants"]) == set(ways.WAYS) and not result["skipped"]
     assert result["benchmark"] == f"surgery {model}"
@@ -73,6 +74,8 @@ def test_what_cannot_be_measured_is_said_before(monkeypatch: pytest.MonkeyPatch)
         bench("--model", "vit", "--sweep")
     with pytest.raises(UserError, match="--way needs --model"):
         bench("--way", "one pass")
+    with pytest.raises(UserError, match="--same-rows needs --model"):
+        bench("--same-rows")
     with pytest.raises(UserError, match="--way.*two passes"):
         bench("--model", "vit", "--way", "two passes")
     monkeypatch.setitem(sys.modules, "peft", None)

@@ -40,24 +40,28 @@ def bench_model(
     ways: Sequence[str] = tuple(WAYS),
     commit: str | None = None,
     keep: Keep | None = None,
+    *,
+    same_rows: bool = False,
 ) -> dict[str, Any]:
     """Measure times and peak memory of ways to compute a step, and return the result, JSON-ready.
 
     model: a key of MODELS. size: its tokens and dropout are ignored. ways: from check_ways. commit,
-    keep: as in bench_variants, whose result has the same form.
+    keep: as in bench_variants, whose result has the same form. same_rows: True for T losses of the
+    same rows.
 
     Raises GradientMismatch if a way's gradient is not the textbook's, before anything is timed.
     """
     say("building models")
-    workload = ModelWorkload(model, size)
+    workload = ModelWorkload(model, size, same_rows=same_rows)
     checked, errors, skipped = check_variants(workload, {name: partial(build, name, workload) for name in ways}, say)
     peers = [variant.name for variant in checked if variant.peer]
     peaks: dict[str, int | None] = {}
+    shown = f"{model}, same rows" if same_rows else model
     j = storage_costs(workload.padded.encoder, tasks=workload.tasks)["stacked"]
     about = {
-        "benchmark": f"surgery {model}",
+        "benchmark": f"surgery {shown}",
         "environment": environment(workload.device, commit),
-        "model": model,
+        "model": shown,
         "shape": dataclasses.asdict(size.shape),
         "precision": size.precision,
         "tasks": workload.tasks,
@@ -86,11 +90,13 @@ def bench_model(
             workload.padded.zero_grad()
             peaks[name] = gpu_peak_of_step(partial(build, name, workload), workload.device)
         else:
-            peaks[name] = in_own_process(peak_of, name, model, size, torch.get_num_threads(), preload=PRELOAD)
+            peaks[name] = in_own_process(
+                peak_of, name, model, size, same_rows, torch.get_num_threads(), preload=PRELOAD
+            )
         kept(samples)
     return result(samples)
 
 
-def peak_of(name: str, model: str, size: Size, threads: int) -> int | None:
+def peak_of(name: str, model: str, size: Size, same_rows: bool, threads: int) -> int | None:
     """Return the peak resident bytes of this process after steps of a way; None if unknown."""
-    return peak_of_steps(lambda: build(name, ModelWorkload(model, size)), threads)
+    return peak_of_steps(lambda: build(name, ModelWorkload(model, size, same_rows=same_rows)), threads)

@@ -47,7 +47,8 @@ def _surgery(**options: Any) -> Callable[[str, ModelWorkload], Variant]:
 
     def build(name: str, workload: ModelWorkload) -> Variant:
         model, batches = twin(workload.padded), workload.padded_batches
-        rows = dict(zip(workload.names, workload.counts, strict=True))
+        counts = dict(zip(workload.names, workload.counts, strict=True))
+        rows = {tuple(workload.names): workload.counts[0]} if workload.same_rows else counts
         surgery = GradientSurgery(
             torch.optim.SGD(trained(model)),
             "pcgrad",
@@ -62,7 +63,7 @@ def _surgery(**options: Any) -> Callable[[str, ModelWorkload], Variant]:
         def losses_of(_: object) -> Losses:
             with surgery.rows(rows):
                 means = model.losses(workload.features(model), batches)
-            return {name: (mean * rows[name], rows[name]) for name, mean in zip(rows, means, strict=True)}
+            return {name: (mean * count, count) for (name, count), mean in zip(counts.items(), means, strict=True)}
 
         def step() -> None:
             model.zero_grad()
@@ -75,7 +76,8 @@ def _surgery(**options: Any) -> Callable[[str, ModelWorkload], Variant]:
 
 def _textbook(name: str, workload: ModelWorkload) -> Variant:
     model, batches = workload.padded, workload.padded_batches
-    return _peer(name, workload, model, lambda: textbook.step(model, batches))
+    features = (lambda: workload.features(model)) if workload.same_rows else None
+    return _peer(name, workload, model, lambda: textbook.step(model, batches, features))
 
 
 def _autojac(name: str, workload: ModelWorkload) -> Variant:

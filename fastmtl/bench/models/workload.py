@@ -65,19 +65,22 @@ class ModelWorkload:
     padded: the model. padded_batches: one batch per task, each padded to its longest row. joint:
     the rows of all tasks in this order, padded to the longest of all. tokens: their number, without
     and with padding.
+
+    same_rows: True if all tasks have the same rows, those of the first one. `joint` has them once.
     """
 
-    def __init__(self, model: str, size: Size) -> None:
+    def __init__(self, model: str, size: Size, *, same_rows: bool = False) -> None:
         family, tasks, shape = MODELS[model], size.tasks, size.shape
         self.tasks, self.device, self.dtype = tasks, torch.device(size.device), PRECISIONS[size.precision]
         self.names = [f"task{task}" for task in range(tasks)]
         kinds = [KINDS[task % len(KINDS)] for task in range(tasks)]
         random = np.random.default_rng(SEED)
         parts = [self._placed(inputs) for inputs in family.inputs(shape, tasks, random)]
+        self.same_rows, parts = same_rows, parts[:1] * tasks if same_rows else parts
         labels = [torch.from_numpy(labels_of(*kind, shape.rows, random)).to(self.device) for kind in kinds]
         self.padded_batches = [Batch(*pair) for pair in zip(parts, labels, strict=True)]
         self.counts = [len(values) for values in labels]
-        self.joint = joined(parts)
+        self.joint = joined(parts[:1] if same_rows else parts)
         self.tokens = family.tokens(shape, self.joint)
         torch.manual_seed(SEED)
         self.padded = TrunkModel(family.trunk(shape), shape.hidden, kinds, family.position)
@@ -85,8 +88,12 @@ class ModelWorkload:
         self.padded.to(self.device, self.dtype)
 
     def features(self, model: TrunkModel) -> Sequence[Tensor]:
-        """Run the joint batch; return the features of each task's rows, [B, width]."""
-        return model.hidden(self.joint).split(self.counts)
+        """Run the joint batch; return the features of each task's rows, [B, width].
+
+        They are views, from which a backward finds the gradient of each task.
+        """
+        hidden = model.hidden(self.joint)
+        return [hidden.view_as(hidden) for _ in self.names] if self.same_rows else hidden.split(self.counts)
 
     def _placed(self, inputs: Inputs) -> Inputs:
         """Return the inputs on the device; images get the precision of the model."""
