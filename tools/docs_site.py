@@ -27,11 +27,12 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CODE_OF_CONDUCT.md": "code-of-conduct.md",
     "SECURITY.md": "security.md",
+    "examples/README.md": "examples.md",
 }
 NAV = {
     "Start": ["install", "recipes", "data"],
     "Train": ["training", "models", "multi-host", "papers", "reproductions"],
-    "Plug in": ["surgery", "surgery-reference", "trainer", "accelerate", "extending"],
+    "Plug in": ["surgery", "surgery-reference", "trainer", "accelerate", "examples", "extending"],
     "Kernels": ["kernels", "compile-table", "compile-table-triton-3.6"],
     "Measure": ["benchmarks", "profiling", "scale-out", "gpu-check"],
     "Design": ["design", "design-deepspeed", "design-kernels", "design-cuda-graphs"],

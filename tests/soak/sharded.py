@@ -18,10 +18,10 @@ import architectures
 import sharded_cases as cases
 import torch
 import torch.distributed as dist
-from examples import Example
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from trunk_examples import Example
 
 from fastmtl.surgery import GradientSurgery
 from fastmtl.surgery.losses import Losses

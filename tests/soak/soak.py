@@ -32,6 +32,7 @@ PARTS: dict[str, tuple[list[str], list[str]]] = {
     "kills": (["kills.py"], ["--kills", "2"]),
     "task gradients": (["task_gradients.py"], ["--seeds", "1", "--nets", "100"]),
     "sharded": (["sharded.py"], []),
+    "examples": (["examples.py"], ["--alone"]),
     "steps": (["steps.py"], ["--steps", "200"]),
 }
 

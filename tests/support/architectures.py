@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from examples import Draw, Example, Inputs
 from torch import Tensor, nn
+from trunk_examples import Draw, Example, Inputs
 
 
 def states(trunk: nn.Module, inputs: Inputs) -> Tensor:

@@ -16,8 +16,8 @@ from typing import Any
 import architectures
 import torch
 import torch.nn.functional as F
-from examples import Example, Features, Inputs
 from torch import Tensor, nn
+from trunk_examples import Example, Features, Inputs
 
 from fastmtl.surgery import GradientSurgery
 from fastmtl.surgery.losses import Losses

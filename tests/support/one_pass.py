@@ -16,8 +16,8 @@ import architectures
 import numpy as np
 import torch
 import torch.nn.functional as F
-from examples import Example, Features
 from torch import Tensor, nn
+from trunk_examples import Example, Features
 
 from fastmtl.surgery import GradientSurgery
 from fastmtl.surgery.losses import Losses

@@ -7,11 +7,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from examples import Example, Inputs
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
+from trunk_examples import Example, Inputs
 
 WIDTH, POSITIONS, WORDS = 6, 3, 7
 

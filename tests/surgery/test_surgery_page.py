@@ -1,10 +1,12 @@
-"""The examples of docs/surgery.md and docs/surgery-reference.md, run unchanged.
+"""The examples of docs/surgery.md, docs/surgery-reference.md and examples/.
 
-A block of Python is a complete example, or continues the one before it.
+Those of the pages run unchanged: a block of Python is a complete example, or continues the one
+before it. Those of examples/ run in a tiny size.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -12,8 +14,6 @@ from pathlib import Path
 
 import pytest
 from launch import cpu_environment
-
-from fastmtl.engine.distributed import free_port
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "surgery.md").read_text(encoding="utf-8")
@@ -25,10 +25,11 @@ PRINTED = re.findall(r"```text\n(.*?)```", TEXT, flags=re.DOTALL)
 # first start on a CPU, DeepSpeed compiles an operator for a minute that only its sharded inference
 # uses.
 RUN = """
-import deepspeed, runpy, sys
+import deepspeed, json, runpy, sys
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-for script in sys.argv[1:]:
-    print("running", script)
+for script, *arguments in json.loads(sys.argv[1]):
+    print("running", script, flush=True)
+    sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
 """
 EXAMPLES: list[str] = []
@@ -39,6 +40,15 @@ for block in BLOCKS:
         EXAMPLES[-1] += block
 REFERENCE = (ROOT / "docs" / "surgery-reference.md").read_text(encoding="utf-8")
 SCRIPTS = [*EXAMPLES, *re.findall(r"```python\n(import torch\n.*?)```", REFERENCE, flags=re.DOTALL)]
+FILES = ROOT / "examples"
+# In this order: glue.py, the first that uses DeepSpeed, connects its one process for all that
+# follow.
+TINY = {
+    "physics.py": ["--points", "8", "--width", "8"],
+    "vit.py": ["--batch", "9", "--width", "16"],
+    "glue.py": ["--batch", "2", "--width", "16"],
+    "llama_lora.py": ["--batch", "2", "--width", "16", "--rank", "2"],
+}
 
 
 def test_every_way_is_shown() -> None:
@@ -62,37 +72,66 @@ def test_short_versions_are_those_of_the_first_example() -> None:
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[str]]:
-    """The lines that each script prints.
+def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The lines that each script prints, by its number in SCRIPTS or its name in FILES.
 
     Scripts without DeepSpeed run first, before DeepSpeed connects its ranks.
     """
     folder = tmp_path_factory.mktemp("examples")
-    order = sorted(range(len(SCRIPTS)), key=lambda number: "deepspeed" in SCRIPTS[number])
-    scripts = [folder / f"{number}.py" for number in order]
-    for number, script in zip(order, scripts, strict=True):
-        script.write_text(SCRIPTS[number], encoding="utf-8")
-    ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    command = [sys.executable, "-c", RUN, *map(str, scripts)]
-    done = subprocess.run(command, env=cpu_environment() | ranks, capture_output=True, text=True, timeout=120)
+    for number, text in enumerate(SCRIPTS):
+        (folder / f"{number}.py").write_text(text, encoding="utf-8")
+    plain: list[list[str]] = []
+    with_deepspeed: list[list[str]] = []
+    for number, text in enumerate(SCRIPTS):
+        (with_deepspeed if "deepspeed" in text else plain).append([f"{folder}/{number}.py"])
+    files = [[str(FILES / name), "--steps", "2", *size] for name, size in TINY.items()]
+    scripts = [*plain, *files, *with_deepspeed]
+    command = [sys.executable, "-c", RUN, json.dumps(scripts)]
+    done = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     lines = done.stdout.splitlines()
-    starts = [*(lines.index(f"running {script}") for script in scripts), len(lines)]
-    return {number: lines[starts[k] : starts[k + 1]] for k, number in enumerate(order)}
+    starts = [*(lines.index(f"running {script}") for script, *_ in scripts), len(lines)]
+    return {Path(script).name: lines[starts[k] + 1 : starts[k + 1]] for k, (script, *_) in enumerate(scripts)}
 
 
-@pytest.mark.slow(10)
+@pytest.mark.slow(15)
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_example_runs(number: int, printed: dict[int, list[str]]) -> None:
-    steps = [line for line in printed[number] if "conflicts" in line]
+def test_example_runs(number: int, printed: dict[str, list[str]]) -> None:
+    steps = [line for line in printed[f"{number}.py"] if "conflicts" in line]
     assert len(steps) == 5
     if number == 0:  # losses depend on the machine in their last digits
         assert [shape_of(line) for line in steps] == [shape_of(line) for line in PRINTED[0].splitlines()]
 
 
-def test_example_of_the_reference_runs(printed: dict[int, list[str]]) -> None:
-    _, line = printed[len(EXAMPLES)]
+def test_example_of_the_reference_runs(printed: dict[str, list[str]]) -> None:
+    (line,) = printed[f"{len(EXAMPLES)}.py"]
     assert re.fullmatch(r"tensor\(\[1\.0+, -?\d\.\d+\]\)", line)
+
+
+def test_page_of_the_examples_shows_every_file() -> None:
+    assert {path.name for path in FILES.glob("*.py")} == TINY.keys() == shown_on_page().keys()
+    for name in TINY:
+        lines = len((FILES / name).read_text(encoding="utf-8").splitlines())
+        assert lines <= 120, f"{name} has {lines} lines"
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_example_prints_what_its_page_shows(name: str, printed: dict[str, list[str]]) -> None:
+    known = [line for line in printed[name] if not line.startswith("DeepSpeed ")]
+    assert [line.split()[1] for line in known if line.startswith("step")] == ["0", "1"]
+    assert line_kinds(known) == line_kinds(shown_on_page()[name])
+
+
+def shown_on_page() -> dict[str, list[str]]:
+    """Return the lines that examples/README.md shows after the command `python examples/NAME`."""
+    page = (FILES / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```text\n\$ python examples/(\S+)\n(.*?)```", page, flags=re.DOTALL)
+    return {name: text.splitlines() for name, text in blocks}
+
+
+def line_kinds(lines: list[str]) -> list[str]:
+    """Return the lines with "#" for every number, each kind once."""
+    return list(dict.fromkeys(re.sub(r" +(-?\d+(\.\d+)?|nan)", " #", line) for line in lines))
 
 
 def shape_of(line: str) -> str:

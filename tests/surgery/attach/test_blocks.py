@@ -11,10 +11,10 @@ import architectures
 import pytest
 import torch
 import torch.nn.functional as F
-from examples import Example
 from one_pass import Net, OnePass, assert_same, assert_same_own, draw_rows, per_task
 from random_nets import make_example
 from torch import Tensor, nn
+from trunk_examples import Example
 
 from fastmtl.errors import UserError
 from fastmtl.surgery import GradientSurgery
