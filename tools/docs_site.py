@@ -32,7 +32,7 @@ PAGES = {
 NAV = {
     "Start": ["install", "recipes", "data"],
     "Train": ["training", "models", "multi-host", "papers", "reproductions"],
-    "Plug in": ["surgery", "surgery-reference", "trainer", "accelerate", "examples", "extending"],
+    "Plug in": ["surgery", "surgery-reference", "trainer", "accelerate", "lightning", "peft", "examples", "extending"],
     "Kernels": ["kernels", "compile-table", "compile-table-triton-3.6"],
     "Measure": ["benchmarks", "profiling", "scale-out", "gpu-check"],
     "Design": ["design", "design-deepspeed", "design-kernels", "design-cuda-graphs"],

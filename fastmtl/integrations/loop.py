@@ -9,10 +9,10 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastmtl.errors import UserError, quoted
-from fastmtl.surgery.attach.row_map import read_rows
+from fastmtl.surgery.attach.reading import read_rows
 from fastmtl.surgery.gradient_surgery import GradientSurgery
 from fastmtl.surgery.info import SurgeryInfo
 from fastmtl.surgery.losses import Losses
@@ -26,10 +26,10 @@ CountRows = Callable[[Any], Mapping[str, int]]
 
 @dataclasses.dataclass(frozen=True)
 class _MicroBatch:
-    """A micro-batch. tasks: number of each row's task. counts: rows of each task's loss."""
+    """A micro-batch. tasks: its task column, on the host. counts: rows of each task's loss."""
 
     inputs: Any
-    tasks: list[int]
+    tasks: Any
     counts: Mapping[str, int]
 
 
@@ -45,8 +45,8 @@ class LoopSurgery:
         losses_of: losses_of(model, batch) -> {task: (sum of the rows' losses, number of rows)}.
             `model` is the wrapped model, or the module of the engine in passes without DeepSpeed's
             own backward.
-        task_column: key of a batch with the task of each row: its number in `tasks`, int64 [B], or
-            its name.
+        task_column: key of a batch with the tasks of its rows, in a form of GradientSurgery.rows:
+            numbers in `tasks`, int64 [B], names, or bool [B, T] for rows of several tasks.
         count_rows: count_rows(batch) -> {task: number of rows of its loss}; default: the rows of
             the task column. Give it if a loss counts something else, such as tokens.
         options: further arguments of GradientSurgery.
@@ -80,12 +80,13 @@ class LoopSurgery:
             raise UserError(
                 f"task_column: a batch has no {quoted(self._column)}: give the name of the column with each row's task"
             ) from None
-        tasks = read_rows(column, self.surgery.tasks)
+        tasks = column.cpu() if isinstance(column, Tensor) else column
+        rows = read_rows(tasks, self.surgery.tasks)
         if self._count_rows is not None:
             counts = self._count_rows(batch)
         else:
-            rows = Counter(tasks)
-            counts = {name: rows[number] for number, name in enumerate(self.surgery.tasks)}
+            rows_of = Counter(task for row in rows for task in row)
+            counts = {name: rows_of[number] for number, name in enumerate(self.surgery.tasks)}
         self._waiting.append(_MicroBatch(batch, tasks, counts))
 
     def run(self) -> SurgeryInfo:

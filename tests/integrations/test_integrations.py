@@ -19,31 +19,37 @@ from launch import cpu_environment
 from torch import Tensor
 
 from fastmtl.errors import UserError
-from fastmtl.integrations import loop
+from fastmtl.integrations import loop, optional
+from fastmtl.integrations.trainer import MultiTaskTrainer
 from fastmtl.surgery import GradientSurgery
 
 pytestmark = pytest.mark.slow(15)
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ("trainer", "accelerate")
+# By name: the page, and the number of its example.
+EXAMPLES = {
+    "trainer": ("trainer", 0),
+    "accelerate": ("accelerate", 0),
+    "fabric": ("lightning", 0),
+    "lightning": ("lightning", 1),
+    "peft": ("peft", 0),
+}
 DROPOUT = {
     "vocab_size=100,": "vocab_size=100, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,",
     "Dropout(0.1)": "Dropout(0.0)",
 }
 
 
-def example(page: str) -> str:
-    """Return the first example of a page."""
-    found = re.search(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert found is not None
-    return found[1]
+def example(name: str) -> str:
+    page, number = EXAMPLES[name]
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[number]
 
 
-def without_dropout(page: str) -> str:
-    """Return a page's example without dropout, whose steps a plain loop can repeat."""
-    found = example(page)
+def without_dropout(name: str) -> str:
+    """Return an example without dropout, whose steps a plain loop can repeat."""
+    found = example(name)
     for dropout, without in DROPOUT.items():
         found = found.replace(dropout, without)
-    assert found != example(page)
     return found
 
 
@@ -51,27 +57,33 @@ def without_dropout(page: str) -> str:
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Return what one process has found, then each of two ranks."""
     directory = tmp_path_factory.mktemp("integrations")
-    for page in PAGES:
-        (directory / f"{page}_dropout.py").write_text(example(page), encoding="utf-8")
-        (directory / f"{page}.py").write_text(without_dropout(page), encoding="utf-8")
+    for name in EXAMPLES:
+        (directory / f"{name}_dropout.py").write_text(example(name), encoding="utf-8")
+        (directory / f"{name}.py").write_text(without_dropout(name), encoding="utf-8")
+    start, loss = "def losses_of(model, batch):", "mse_loss(degree,"
+    skipped = example("trainer").replace(start, f"calls = []\n{start}\n    calls.append(1)")
+    skipped = skipped.replace(loss, "mse_loss(degree / (len(calls) != 3),")  # division by zero in the second step
+    (directory / "skipped.py").write_text(skipped, encoding="utf-8")
+    passes = without_dropout("peft").replace("tasks=TASKS,", 'tasks=TASKS, passes="per_task",')
+    (directory / "peft_passes.py").write_text(passes, encoding="utf-8")
     command = [sys.executable, cases.__file__, str(directory)]
     run = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     return [torch.load(directory / f"{name}.pt", weights_only=False) for name in ("alone", 0, 1)]
 
 
-def plain_loop(page: str, ranks: list[dict[str, Any]]) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+def plain_loop(name: str, ranks: list[dict[str, Any]]) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Return losses and weights of a torch loop in one process on the same rows.
 
     Each task has a backward pass of its own.
     """
     names: dict[str, Any] = {}
-    code = without_dropout(page)
+    code = without_dropout("trainer" if name == "trainer" else "accelerate")  # others have the same model
     exec(code[: re.search(r"^\(args,\) =|^folder, ", code, re.MULTILINE).start()], names)  # the definitions
     model = names["TwoTasks"]()
     model.load_state_dict(ranks[0]["start"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=cases.RATE, weight_decay=0.0)
-    last = 0.0 if page == "trainer" else 1.0
+    last = 0.0 if name == "trainer" else 1.0
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, last, total_iters=cases.STEPS)
     surgery = GradientSurgery(optimizer, "pcgrad", tasks=["kind", "degree"], shared=model.encoder.parameters())
     losses = []
@@ -89,21 +101,40 @@ def plain_loop(page: str, ranks: list[dict[str, Any]]) -> tuple[list[dict[str, f
 
 
 @pytest.mark.parametrize(
-    ("page", "way"),
-    [*(("trainer", way) for way in cases.WAYS), *(("accelerate", way) for way in cases.WAYS[:3])],
+    ("name", "way"),
+    [
+        *(("trainer", way) for way in cases.WAYS),
+        *(("accelerate", way) for way in cases.WAYS[:3]),
+        *((name, way) for name in ("fabric", "lightning") for way in cases.WAYS[:2]),
+    ],
 )
-def test_equals_a_plain_loop(found: list[dict[str, Any]], page: str, way: str) -> None:
-    ranks = [rank[f"{page}-{way}"] for rank in (found[:1] if way == "plain" else found[1:])]
+def test_equals_a_plain_loop(found: list[dict[str, Any]], name: str, way: str) -> None:
+    ranks = [rank[f"{name}-{way}"] for rank in (found[:1] if way == "plain" else found[1:])]
     if way == "zero3":  # the ranks' parts of the weights are no weights
-        ranks = [{**rank, "start": found[1][f"{page}-ddp"]["start"]} for rank in ranks]
-    losses, weights = plain_loop(page, ranks)
+        ranks = [{**rank, "start": found[1][f"{name}-ddp"]["start"]} for rank in ranks]
+    losses, weights = plain_loop(name, ranks)
     for rank in ranks:
-        assert (rank["attached"] == 0) == (page == "trainer")  # its `train` detaches
+        assert (rank["attached"] == 0) == (name in ("trainer", "lightning"))  # which detach at the end
         assert len(losses) >= cases.STEPS and all(list(step) == ["kind", "degree"] for step in losses)
         for mine, expected in zip(rank["losses"], losses, strict=True):
             assert mine == pytest.approx(expected, rel=1e-4)
-        for name, weight in weights.items():
-            torch.testing.assert_close(rank["weights"][name], weight, rtol=1e-3, atol=1e-4)
+        for key, weight in weights.items():
+            torch.testing.assert_close(rank["weights"][key], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_lora_per_task_equals_a_pass_per_task(found: list[dict[str, Any]]) -> None:
+    expected = found[0]["peft-passes"]
+    for run in (found[0]["peft-plain"], found[1]["peft-ddp"], found[2]["peft-ddp"]):
+        for mine, losses in zip(run["losses"], expected["losses"], strict=True):
+            assert mine == pytest.approx(losses, rel=1e-4)
+        for key, weight in expected["weights"].items():
+            torch.testing.assert_close(run["weights"][key], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_skipped_step_changes_nothing(found: list[dict[str, Any]]) -> None:
+    run = found[0]["skipped"]
+    assert run["skipped"] == [None, "degree", *[None] * (cases.STEPS - 2)]
+    assert all(bool(weight.isfinite().all()) for weight in run["weights"].values())
 
 
 def test_trainer_logs_the_losses_of_tasks(found: list[dict[str, Any]]) -> None:
@@ -177,7 +208,18 @@ def test_counts_of_something_else_than_rows() -> None:
 
 
 def test_a_missing_library_is_named_with_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    optional = importlib.import_module("fastmtl.integrations.optional")
     monkeypatch.setattr(optional, "find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "fastmtl.integrations.lightning", raising=False)
     with pytest.raises(UserError, match=re.escape("MultiTaskTrainer needs accelerate: pip install 'fastmtl-torch[acc")):
-        optional.require("accelerate", "MultiTaskTrainer")
+        MultiTaskTrainer(tasks=["a"], trunk="", losses_of=lambda model, batch: {})
+    with pytest.raises(UserError, match=re.escape("MultiTaskModule needs lightning: pip install 'fastmtl-torch[light")):
+        importlib.import_module("fastmtl.integrations.lightning")
+
+
+def test_only_one_module_imports_an_optional_library_at_its_start() -> None:
+    found = {}
+    for file in sorted((DOCS.parent / "fastmtl").rglob("*.py")):
+        names = re.findall(r"^(?:from|import) (accelerate|lightning|peft)\b", file.read_text(), flags=re.MULTILINE)
+        if names:
+            found[file.name] = names
+    assert found == {"lightning.py": ["lightning"]}

@@ -17,6 +17,8 @@ from typing import Any
 from unittest import mock
 
 import deepspeed
+import lightning  # noqa: F401 before the ranks are forked
+import peft  # noqa: F401
 import torch
 import torch.distributed as dist
 import transformers
@@ -31,6 +33,8 @@ from fastmtl.surgery import SurgeryAdamW
 from fastmtl.surgery.attach.forward import RuledForward
 
 WORLD, STEPS, RATE = 2, 4, 0.01
+# Lightning is the last, since it removes the variables of a launcher at its end.
+PAGES = ("trainer", "accelerate", "fabric", "peft", "lightning")
 WAYS = ("plain", "ddp", "zero2", "zero3")
 
 
@@ -40,6 +44,7 @@ class Record:
     def __init__(self) -> None:
         self.steps: list[list[dict[str, Tensor]]] = []
         self.losses: list[dict[str, float]] = []
+        self.skipped: list[str | None] = []
         self.weights: dict[str, Tensor] = {}
 
     @contextmanager
@@ -50,6 +55,7 @@ class Record:
             self.steps.append([dict(waiting.inputs) for waiting in loop._waiting])
             info = run(loop)
             self.losses.append(info.losses)
+            self.skipped.append(info.skipped)
             return info
 
         def recorded_init(loop: LoopSurgery, target: Any, model: Any, *args: Any, **keywords: Any) -> None:
@@ -74,10 +80,12 @@ def run_example(script: Path, *arguments: str) -> tuple[dict[str, Any], dict[str
     record = Record()
     with record.recording(), mock.patch.object(sys, "argv", [str(script), *arguments]):
         names = runpy.run_path(str(script))
-    model = names["trainer"].model_wrapped if "trainer" in names else names["model"]
+    trainer = names.get("trainer")
+    model = trainer.model_wrapped if isinstance(trainer, MultiTaskTrainer) else names["model"]
     found = {
         "steps": record.steps,
-        "losses": record.losses,
+        "losses": record.losses or names["history"],
+        "skipped": record.skipped,
         "start": record.weights,
         "weights": weights_of(model),
         "attached": sum(isinstance(vars(x).get("forward"), RuledForward) for x in unwrapped(model).modules()),
@@ -132,9 +140,11 @@ def check(directory: Path, page: str, way: str) -> dict[str, Any]:
     One way also resumes a run with dropout, which needs the random state.
     """
     found: dict[str, Any] = {}
-    for name in (page, f"{page}_dropout") if way == "ddp" else (page,):
+    for name in (page, f"{page}_dropout") if way == "ddp" and page in ("trainer", "accelerate") else (page,):
         script, folder = directory / f"{name}.py", directory / f"{way}-{name}"
         arguments, resume = [str(folder)], ["resume"]
+        if page in ("fabric", "lightning"):
+            arguments.append("1" if way == "plain" else str(WORLD))
         if page == "trainer":
             arguments = trainer_arguments(folder, way)
             resume = ["--resume_from_checkpoint", str(folder / f"checkpoint-{STEPS - 1}")]
@@ -146,7 +156,8 @@ def check(directory: Path, page: str, way: str) -> dict[str, Any]:
         forget_accelerate()
         resumed = run_example(script, *arguments, *resume)[1]
         forget_accelerate()
-        assert resumed["losses"] == whole["losses"][STEPS - 1 :], "a resumed run has other losses"
+        assert resumed["losses"] == whole["losses"][-len(resumed["losses"]) :], "a resumed run has other losses"
+        assert 0 < len(resumed["losses"]) < len(whole["losses"])
         assert all(torch.equal(x, whole["weights"][name]) for name, x in resumed["weights"].items())
         found = found or whole
     return found
@@ -195,8 +206,13 @@ def alone(directory: Path) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         del os.environ[name]
     found: dict[str, Any] = {"errors": errors(directory)}
-    for page in ("trainer", "accelerate"):
+    for page in PAGES:
         found[f"{page}-plain"] = check(directory, page, "plain")
+    found["skipped"] = run_example(
+        directory / "skipped.py", *trainer_arguments(directory / "skipped", "plain"), "--save_strategy", "no"
+    )[1]
+    forget_accelerate()
+    found["peft-passes"] = run_example(directory / "peft_passes.py", str(directory / "passes"))[1]
     torch.save(found, directory / "alone.pt")
 
 
@@ -208,6 +224,8 @@ def together(directory: Path) -> None:
         zero = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(directory / "zero2.json")}
         with mock.patch.dict(os.environ, zero if way == "zero2" else {}):
             found[f"accelerate-{way}"] = check(directory, "accelerate", way)
+    for page in PAGES[2:]:
+        found[f"{page}-ddp"] = check(directory, page, "ddp")
     torch.save(found, directory / f"{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
