@@ -12,6 +12,7 @@ from pathlib import Path
 from launch import cpu_environment, two_processes
 
 FILES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+MORE = {"vit.py": [["--features"]]}  # further runs
 NUMBER = re.compile(r"\d+\.\d+")
 
 
@@ -19,21 +20,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--alone", action="store_true", help="one process only")
     options = parser.parse_args()
+    starts = [[sys.executable], *([] if options.alone else [two_processes()])]
     figures: dict[str, str] = {}
     for file in FILES:
-        starts = [[sys.executable]] if options.alone else [[sys.executable], two_processes()]
-        for processes, start in enumerate(starts, start=1):
-            done = subprocess.run(
-                [*start, str(file)], env=cpu_environment(), capture_output=True, text=True, timeout=600
-            )
-            assert done.returncode == 0, f"{file.name} on {processes}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
-            steps = [line for line in done.stdout.splitlines() if line.startswith("step ")]
-            first, last = (
-                sum(map(float, NUMBER.findall(line.split("conflicts")[0]))) for line in (steps[0], steps[-1])
-            )
-            assert last < 0.6 * first, f"{file.name} on {processes} does not learn: losses {first:.3f}, then {last:.3f}"
-            figures[f"{file.name} on {processes}"] = f"losses {first:.3f} to {last:.3f}"
+        for arguments in [[], *MORE.get(file.name, [])]:
+            for processes, start in enumerate(starts, start=1):
+                name = " ".join([file.name, *arguments, f"on {processes}"])
+                figures[name] = train(name, [*start, str(file), *arguments])
     print(json.dumps(figures))
+
+
+def train(name: str, command: list[str]) -> str:
+    """Return the sums of the losses of the first and the last printed step."""
+    done = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        sys.exit(f"{name}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
+    steps = [line.split("conflicts")[0] for line in done.stdout.splitlines() if line.startswith("step ")]
+    first, *_, last = (sum(map(float, NUMBER.findall(line))) for line in steps)
+    if not last < 0.6 * first:
+        sys.exit(f"{name} does not learn: losses {first:.3f}, then {last:.3f}")
+    return f"losses {first:.3f} to {last:.3f}"
 
 
 if __name__ == "__main__":
