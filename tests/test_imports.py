@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("fastmtl_kernels",),
     ("fastmtl.errors", "fastmtl.version"),
-    ("fastmtl.files", "fastmtl.system", "fastmtl.recipes"),
+    ("fastmtl.files", "fastmtl.pages", "fastmtl.system", "fastmtl.recipes"),
     ("fastmtl.config", "fastmtl.measure"),
     ("fastmtl.data", "fastmtl.surgery", "fastmtl.tracking"),
     ("fastmtl.model", "fastmtl.integrations"),

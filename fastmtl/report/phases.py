@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastmtl.config import Recipe
-from fastmtl.report import page
+from fastmtl.pages import page
 from fastmtl.training.phases import phases_of
 
 

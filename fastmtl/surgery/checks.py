@@ -250,6 +250,37 @@ def check_per_task(storage: str) -> None:
         )
 
 
+def check_watched(*, joint: bool, scope: str, sketches: bool, recorded: bool, watched: bool) -> None:
+    """Raise UserError where no Gramian of whole task gradients can be measured by layer."""
+    if joint:
+        raise UserError(
+            'diagnose: the method "sum" takes no task gradients: use the method "equal", which gives the same sum and '
+            "takes them"
+        )
+    if scope == "tensor":
+        raise UserError(
+            "diagnose: scope='tensor' has no task gradients of whole steps, since it merges in each micro-batch: use "
+            "scope='global' while you measure"
+        )
+    if sketches:
+        raise UserError(
+            "diagnose: reduce='sketch' adds up all layers before it estimates cosines: use reduce='exact' or 'local'"
+        )
+    if recorded:
+        raise UserError("diagnose: a step that runs as a CUDA graph is not measured: leave cuda_graphs out")
+    if watched:
+        raise UserError("diagnose: this GradientSurgery is measured already: call stop() of that diagnosis before")
+
+
+def check_features_watched(*, watched: bool) -> None:
+    """Raise UserError for a step with features in a measurement of layers."""
+    if watched:
+        raise UserError(
+            "diagnose: a step with features takes no task gradients of the trunk's parameters: leave features out, or "
+            "call stop() of the diagnosis before"
+        )
+
+
 def check_cuda_graphs(cuda_graphs: object) -> None:
     """Raise UserError for True: surgery does not import CUDA graphs, so it expects a function."""
     if cuda_graphs is True:

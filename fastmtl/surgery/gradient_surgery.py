@@ -30,9 +30,10 @@ from fastmtl.surgery.methods.method import Reduction
 from fastmtl.surgery.methods.table import find_method
 from fastmtl.surgery.parts import Parts
 from fastmtl.surgery.sinks.gramian import GramianSink
+from fastmtl.surgery.sinks.layer_gramians import LayerGramians, LayerWatcher
 from fastmtl.surgery.sinks.make import make_sink
 from fastmtl.surgery.sinks.sink import Sink
-from fastmtl.surgery.sinks.source import MergingSink
+from fastmtl.surgery.sinks.source import GramianSource, MergingSink
 from fastmtl.surgery.sinks.tensor import TensorSink
 from fastmtl.surgery.solver import Solver
 from fastmtl.surgery.step_losses import LossFunction, Step
@@ -66,9 +67,9 @@ class GradientSurgery:
     Args:
         target: DeepSpeed engine (ZeRO 0 to 3), or a torch optimizer. With several processes and an
             optimizer, surgery sums the gradients over the ranks and adds the sums to `.grad`.
-        method: "sum", "pcgrad", "gradvac", or a Gramian weighting of TorchJD in lower case
+        method: "sum", "pcgrad", "gradvac", "equal", or a Gramian weighting of TorchJD in lower case
             ("upgrad", "mgda", ...). "sum" adds the losses and ignores `storage`, `scope`, `reduce`
-            and `dtype`.
+            and `dtype`. "equal" gives the same sum, but also cosines, norms and `diagnose`.
         tasks: names of the T tasks, in the order of the rows of J; `rows` numbers them from 0.
         model: the trunk, the part of the network that all tasks share, of any architecture. One
             backward pass then gives all task gradients. Run its forward inside `rows`. Without
@@ -192,6 +193,7 @@ class GradientSurgery:
         )
         self._open: JointStep | StackedStep | FeaturesStep | None = None
         self._warned = False
+        self._watcher: LayerWatcher | None = None
         self._recorded: RecordedMerging | None = None
         self._not_recorded: Sequence[str] = ()
         checks.check_cuda_graphs(cuda_graphs)
@@ -203,6 +205,8 @@ class GradientSurgery:
         method = self._solver.method
         if self._verifier is not None and self._model is None:
             raise UserError("cuda_graphs: verify_every compares only steps that are not recorded: give one of them")
+        if self._watcher is not None:
+            raise UserError("cuda_graphs: diagnose measures only steps that are not recorded: call its stop() before")
         if method is not None:  # a sum has nothing to record
             self._recorded, self._not_recorded = record(self._sink, method, self._target, self.storage)
 
@@ -422,6 +426,30 @@ class GradientSurgery:
         """Reasons why steps were not recorded, as in the log; empty without `cuda_graphs`."""
         return list(self._not_recorded)
 
+    @property
+    def shared_names(self) -> dict[int, str]:
+        """Names of the shared parameters by id.
+
+        They are those in `model` or in the engine. Otherwise a parameter has a number.
+        """
+        return {id(parameter): self._target.names[id(parameter)] for parameter in self._parts.shared}
+
+    def watch(self, watcher: LayerWatcher | None) -> None:
+        """Give the Gramians of layers in later steps to `watcher`; None ends this.
+
+        fastmtl.surgery.diagnose calls it. Raises UserError where no step has the Gramian of whole
+        task gradients, and if there is a watcher already.
+        """
+        if watcher is not None:
+            checks.check_watched(
+                joint=self._joint,
+                scope=self._scope,
+                sketches=isinstance(self._sink, GramianSource) and self._sink.sketches,
+                recorded=self._recorded is not None,
+                watched=self._watcher is not None,
+            )
+        self._watcher = watcher
+
     def kept_tensors(self) -> list[torch.Tensor]:
         """Return the tensors that hold task gradients now, and the buffers of `cuda_graphs`."""
         return self._sink.tensors() + ([] if self._recorded is None else self._recorded.tensors())
@@ -441,11 +469,15 @@ class GradientSurgery:
         *,
         features: bool = False,
     ) -> Step:
+        if features:
+            checks.check_features_watched(watched=self._watcher is not None)
         if not self._plain:  # in a plain sum, autograd decides which parameters get a gradient
             self._target.check_trained()
         self._target.begin()
         step_weights = checks.check_task_weights(weights or {}, self.tasks, "weights")
         self._solver.next_step()
+        if isinstance(self._sink, GramianSource):
+            self._sink.layers = self._layers_to_measure()
         return Step(
             counts,
             tasks=self.tasks,
@@ -460,6 +492,15 @@ class GradientSurgery:
 
     def _features_step(self, step: Step) -> FeaturesStep:
         return FeaturesStep(self._parts, self._sink, step, by_rank=self._by_rank, merges=not self._joint)
+
+    def _layers_to_measure(self) -> LayerGramians | None:
+        watcher = self._watcher
+        if watcher is None or not watcher.next_step():
+            return None
+        target, number = self._target, len(self.tasks)
+        found = LayerGramians(watcher.layer_of, number, target.device, scale=target.loss_scale(), by_rank=self._by_rank)
+        watcher.take(self._solver.step, found)
+        return found
 
     def _start(self, step: Step) -> JointStep | StackedStep:
         if not self._joint:

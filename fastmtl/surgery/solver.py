@@ -40,6 +40,11 @@ class Solver:
         """Seed of this step's count-sketch, the same on every rank."""
         return (self._seed * 1_000_003 + self._step) % (1 << 31)
 
+    @property
+    def step(self) -> int:
+        """Number of this step, from 1; it continues after `load_state_dict`."""
+        return self._step
+
     def next_step(self) -> None:
         self._step += 1
 

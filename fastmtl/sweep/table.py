@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmtl.files.writing import replace_text
-from fastmtl.report.plots import plain
+from fastmtl.pages.plots import plain
 from fastmtl.sweep.runs import Result
 
 

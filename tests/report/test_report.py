@@ -15,8 +15,8 @@ import pytest
 import fastmtl
 from fastmtl.config import Recipe
 from fastmtl.errors import UserError
+from fastmtl.pages.plots import BINS, curves
 from fastmtl.report import write_report
-from fastmtl.report.plots import BINS, curves
 from fastmtl.training.results import collect_results
 
 RECIPE = Recipe.model_validate(

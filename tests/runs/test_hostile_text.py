@@ -17,7 +17,7 @@ from rich.console import Console
 from fastmtl import cli
 from fastmtl.config import parse_recipe
 from fastmtl.errors import LINE_CHARACTERS, printable
-from fastmtl.report.plots import curves
+from fastmtl.pages.plots import curves
 from fastmtl.tracking.display import BarDisplay, LineDisplay, scores_table
 
 EVIL = "\x1b[31mevil\nsecond\rline\x07\u202e\u2028" + "x" * 120

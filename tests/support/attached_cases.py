@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from trunk_examples import Example, Features, Inputs
 
-from fastmtl.surgery import GradientSurgery
+from fastmtl.surgery import GradientSurgery, diagnose
 from fastmtl.surgery.losses import Losses
 
 STEPS, ROWS, TASKS, LABELS = 2, 12, 3, 3
@@ -177,6 +177,8 @@ def run_steps(target: Any, net: Net, case: Case, parts: list[int], of: int, step
         with rows(batch.tasks):
             return (model or net)(batch)  # an optimizer has no model
 
+    measures = attached and not case.has("tensor")
+    diagnosis = diagnose(surgery, every=1) if measures else None
     inputs = make_example(case.kind).inputs
     for step in range(STEPS):
         batches = [make_batch(inputs, step, part, of) for part in parts]
@@ -187,6 +189,12 @@ def run_steps(target: Any, net: Net, case: Case, parts: list[int], of: int, step
         else:
             info = surgery.run(batches, loss_fn, counts)
         assert info is not None and info.skipped is None
+        if diagnosis is not None:
+            assert all(name.startswith("trunk.") for name in diagnosis.layers)
+            assert info.cosines is not None and info.task_norms is not None
+            gram = info.cosines * info.task_norms * info.task_norms[:, None]
+            layers = torch.from_numpy(diagnosis.gramians()[1][-1]).sum(0).float()
+            torch.testing.assert_close(layers, gram.nan_to_num(), rtol=1e-4, atol=1e-5 * float(gram.nan_to_num().max()))
         step_fn()
 
 

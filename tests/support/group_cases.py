@@ -27,9 +27,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastmtl.cuda_graphs.merging import record_merging
 from fastmtl.errors import TrainingError, UserError
-from fastmtl.surgery import GradientSurgery, SurgeryAdamW, functional
+from fastmtl.surgery import GradientSurgery, SurgeryAdamW, diagnose, functional
 from fastmtl.surgery.info import SurgeryInfo
 from fastmtl.surgery.losses import Losses
+from fastmtl.surgery.ranks import collectives
 from fastmtl.surgery.segments import Segments
 from fastmtl.surgery.sinks.sink import Sink
 from fastmtl.surgery.targets import group
@@ -57,6 +58,12 @@ class Case:
     ddp: str = ""
     bucket: int = group.BUCKET
     recorded: bool = False
+
+    @property
+    def measures(self) -> bool:
+        """True if `diagnose` supports the case."""
+        options = dict(self.options)
+        return self.method != "sum" and not self.recorded and not options.keys() & {"scope", "sketch_size"}
 
 
 def _case(name: str, method: str = "pcgrad", **more: Any) -> Case:
@@ -170,7 +177,8 @@ def make_surgery(net: Net, case: Case, number: int = 1, trunk: nn.Module | None 
 
 
 def train(case: Case, parts: list[int], of: int, *, by_rank: bool = False) -> dict[str, Any]:
-    """Return weights, gradients, names of parameters without gradient, and the reports.
+    """Return weights, gradients, names of parameters without gradient, the reports, and the Gramian
+    of each shared parameter in each step.
 
     by_rank: True for a surgery of its own for each part; their gradients add up in `.grad`.
     """
@@ -184,6 +192,7 @@ def train(case: Case, parts: list[int], of: int, *, by_rank: bool = False) -> di
     trunk = model if case.passes == "model" else None
     optimizer, *surgeries = make_surgery(net, case, len(parts) if by_rank else 1, trunk)
     infos: list[SurgeryInfo] = []
+    diagnosis = diagnose(surgeries[0], every=1, layer_of=str) if case.measures else None  # a layer per parameter
     for step in range(STEPS):
         optimizer.zero_grad()
         batches = [make_part(step, part, of) for part in parts]
@@ -219,6 +228,7 @@ def train(case: Case, parts: list[int], of: int, *, by_rank: bool = False) -> di
         "missing": missing,
         "gradients": gradients,
         "reports": [report_of(info) for info in infos],
+        "layers": torch.zeros(0) if diagnosis is None else torch.from_numpy(diagnosis.gramians()[1]),
     }
 
 
@@ -328,7 +338,7 @@ def main(directory: Path) -> None:
     found |= {name: text for name, text in errors(rank)}
     for case in CASES:
         parts = [rank * case.accumulation + a for a in range(case.accumulation)]
-        with mock.patch.object(group, "BUCKET", case.bucket):
+        with mock.patch.object(group, "BUCKET", case.bucket), mock.patch.object(collectives, "BUCKET", case.bucket):
             found[case.name] = train(case, parts, WORLD * case.accumulation)
     found["skipped"] = skipped(rank)
     found["after failure"] = after_failure(rank)

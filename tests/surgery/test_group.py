@@ -56,6 +56,15 @@ def test_two_ranks_equal_one_process(ranks: list[dict[str, Any]], case: cases.Ca
     for mine, wanted in zip(found["reports"], () if local else expected["reports"], strict=not local):
         compare_reports(mine, {**wanted, "stop": mine["stop"]}, max(bound, 1e-4))
     assert [report["stop"] for report in found["reports"]] == [False, True]
+    assert torch.equal(found["layers"], other["layers"])
+    if case.measures and not local:
+        norms = expected["layers"].diagonal(dim1=-2, dim2=-1).sqrt()
+        allowed = max(bound, 1e-5) * norms[..., None] * norms[..., None, :]
+        assert ((found["layers"] - expected["layers"]).abs() <= 4 * allowed + 1e-12).all() and allowed.any()
+    elif case.measures:  # the mean of the ranks' Gramians, as in the report
+        for layers, report in zip(found["layers"], found["reports"], strict=True):
+            gram = report["cosines"] * report["task_norms"] * report["task_norms"][:, None]
+            torch.testing.assert_close(layers.sum(0).float(), gram.nan_to_num(), rtol=1e-5, atol=1e-6)
 
 
 def compare_reports(found: dict[str, Any], expected: dict[str, Any], bound: float) -> None:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fastmtl.surgery.jacobian.compact_rows import Rows, coalesce, rows_gramian, weighted_rows, weighted_table
 from fastmtl.surgery.ranks.protocol import Ranks
+
+
+class TakesTables(Protocol):
+    """Receiver of the Gramian [T, T] of each table, by the table's id."""
+
+    def add_table(self, key: int, gram: Tensor) -> None: ...
 
 
 class Tables:
@@ -29,17 +36,21 @@ class Tables:
         """Return the pairs of one task's gradient of a table."""
         return self._rows[id(table)][task] if id(table) in self._rows else []
 
-    def gramian(self, device: torch.device) -> Tensor:
+    def gramian(self, device: torch.device, each: TakesTables | None = None) -> Tensor:
         """Return the sum of all tables' Gramians, float32 [T, T].
 
-        The rows of all `ranks` are gathered before, so each of these ranks returns the same.
+        The rows of all `ranks` are gathered before, so each of these ranks returns the same. each:
+        receives the Gramian of each table.
         """
         total = torch.zeros(self._num_tasks, self._num_tasks, device=device)
         shapes = [whole_shape(table) for table in self._tables]
         pairs = zip(self.items(), shapes, strict=True)  # every table, even without rows, for the collectives
         compact = [coalesce(per_task, shape, total) for (_, per_task), shape in pairs]
-        for tasks in self._ranks.gather_rows(compact, shapes):
-            total += rows_gramian(tasks)
+        for table, tasks in zip(self._tables, self._ranks.gather_rows(compact, shapes), strict=True):
+            part = rows_gramian(tasks)
+            total += part
+            if each is not None:
+                each.add_table(id(table), part)
         return total
 
     def merged(self, weights: Tensor) -> dict[int, Tensor]:

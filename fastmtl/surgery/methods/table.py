@@ -12,11 +12,12 @@ from typing import Any
 
 from fastmtl.errors import UserError, listed, quoted, unknown_name
 from fastmtl.surgery.methods import torchjd
+from fastmtl.surgery.methods.equal import Equal
 from fastmtl.surgery.methods.gradvac import GradVac
 from fastmtl.surgery.methods.method import Method, Reduction
 from fastmtl.surgery.methods.pcgrad import PCGrad
 
-METHODS: dict[str, Callable[..., Method]] = {"pcgrad": PCGrad, "gradvac": GradVac}
+METHODS: dict[str, Callable[..., Method]] = {"pcgrad": PCGrad, "gradvac": GradVac, "equal": Equal}
 
 
 def method_names() -> list[str]:

@@ -21,6 +21,11 @@ class Alone:
     def scatter(self, piece: Tensor) -> Tensor:
         return piece
 
+    def spans_of_share(
+        self, spans: Sequence[tuple[int, slice]], num_tasks: int, columns: int
+    ) -> list[tuple[int, slice]]:
+        return list(spans)
+
     def gather_rows(self, tables: Sequence[list[Rows]], shapes: Sequence[torch.Size]) -> list[list[Rows]]:
         return list(tables)
 

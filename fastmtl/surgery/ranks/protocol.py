@@ -23,6 +23,15 @@ class Ranks(Protocol):
         """Sum the ranks' columns [T, n] of J, and return this rank's share of the sums."""
         ...
 
+    def spans_of_share(
+        self, spans: Sequence[tuple[int, slice]], num_tasks: int, columns: int
+    ) -> list[tuple[int, slice]]:
+        """Return the parts of the spans that are in this rank's share, and their places in it.
+
+        spans: pairs of any number and a part of the columns of J [num_tasks, columns].
+        """
+        ...
+
     def gather_rows(self, tables: Sequence[list[Rows]], shapes: Sequence[torch.Size]) -> list[list[Rows]]:
         """Return the (ids, rows) pairs of each table's T tasks, summed over the ranks.
 

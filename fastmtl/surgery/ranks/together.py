@@ -27,6 +27,22 @@ class Together:
         with profile_range("communication"):
             return torch.cat([start_scatter(piece[:, columns]).share() for columns in column_pieces(*piece.shape)], 1)
 
+    def spans_of_share(
+        self, spans: Sequence[tuple[int, slice]], num_tasks: int, columns: int
+    ) -> list[tuple[int, slice]]:
+        if not self.many:
+            return list(spans)
+        found, place = [], 0
+        for piece in column_pieces(num_tasks, columns):
+            size = -(-(piece.stop - piece.start) // world_size())
+            first = piece.start + dist.get_rank() * size
+            for key, span in spans:
+                start, stop = max(span.start, first), min(span.stop, first + size, piece.stop)
+                if start < stop:
+                    found.append((key, slice(place + start - first, place + stop - first)))
+            place += size
+        return found
+
     def gather_rows(self, tables: Sequence[list[Rows]], shapes: Sequence[torch.Size]) -> list[list[Rows]]:
         """Return the sums of all ranks' rows over equal ids, as `coalesce` does.
 

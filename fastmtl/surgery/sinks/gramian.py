@@ -79,13 +79,13 @@ class GramianSink(GramianSource):
         if self._sketch is not None:
             return self._sketched_gramian(self._sketch)
         total = torch.zeros(self.num_tasks, self.num_tasks, device=self.anchor.device)
-        for share in self._shares.values():
-            total += gramian(share)
-        for part in self._parts.values():
-            total += part
-        for held in self._uses.held.values():  # other uses never deliver: no loss depends on them
-            total += gramian(self._ranks.scatter(held).to(torch.float32))
-        return self._ranks.total(total) + self._tables.gramian(total.device)
+        for key, share in self._shares.items():
+            self._add_part(total, key, gramian(share))
+        for key, part in self._parts.items():
+            self._add_part(total, key, part)
+        for key, held in self._uses.held.items():  # other uses never deliver: no loss depends on them
+            self._add_part(total, key, gramian(self._ranks.scatter(held).to(torch.float32)))
+        return self._of_all_ranks(total)
 
     def clear(self) -> None:
         super().clear()

@@ -9,6 +9,7 @@ Given the task weights c, the merged gradient is one more product: (c[task of ro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -97,7 +98,7 @@ class KeepSink(MergingSink):
         """
         device = self.anchor.device
         total = torch.zeros(self.num_tasks, self.num_tasks, device=device)
-        vectors, buffer = [], torch.empty(0)
+        vectors, buffer = dict[int, Tensor](), torch.empty(0)
         for parameter in self.dense:  # in the same order on every rank, for the collectives
             pairs, found = self._pairs.get(id(parameter)), self._delivered.get(id(parameter))
             if pairs:
@@ -115,16 +116,22 @@ class KeepSink(MergingSink):
             if self._sketch is not None:
                 self._sketch.add(self._index[id(parameter)], columns)
             elif parameter.dim() < 2:
-                vectors.append(columns)
+                vectors[id(parameter)] = columns
             else:
-                total += self._share(columns)
+                self._add_part(total, id(parameter), gramian(self._share(columns)))
         inputs = (pair.x for pairs in self._pairs.values() for pair in pairs)
         self._most = buffer.nbytes + sum({t.data_ptr(): t.nbytes for t in (*self.tensors(), *inputs)}.values())
         if self._sketch is not None:
             return self._sketched_gramian(self._sketch)
         if vectors:
-            total += self._share(torch.cat(vectors, 1))
-        return self._ranks.total(total) + self._tables.gramian(device)
+            joined = torch.cat(list(vectors.values()), 1)
+            share = self._share(joined)
+            total += gramian(share)
+            if self.layers is not None:
+                ends = accumulate((vector.shape[1] for vector in vectors.values()), initial=0)
+                spans = [(key, slice(*span)) for key, span in zip(vectors, pairwise(ends), strict=True)]
+                self.layers.add_columns(share, self._ranks.spans_of_share(spans, *joined.shape))
+        return self._of_all_ranks(total)
 
     @torch.no_grad()
     def combine(self, weights: Tensor, *, narrow: bool = False) -> Merged:
@@ -181,12 +188,11 @@ class KeepSink(MergingSink):
         return found
 
     def _share(self, gradients: Tensor) -> Tensor:
-        """Return the Gramian of n columns [T, n] of J.
+        """Return this rank's share of n columns [T, n] of J, after their sum over ranks.
 
-        If J is a sum over ranks, the columns are summed over ranks first, and the result is that of
-        this rank's share of them. They are float32 then, since the ranks' dtypes may differ.
+        If J is a sum over ranks, they are float32, since the ranks' dtypes may differ.
         """
-        return gramian(self._ranks.scatter(cast(gradients, torch.float32)) if self.scatters else gradients)
+        return self._ranks.scatter(cast(gradients, torch.float32)) if self.scatters else gradients
 
 
 def _multiply(pairs: list[Pair], out: Tensor) -> None:

@@ -14,6 +14,7 @@ from fastmtl.surgery.jacobian.tables import Tables
 from fastmtl.surgery.merged import Merged
 from fastmtl.surgery.ranks.alone import Alone
 from fastmtl.surgery.ranks.protocol import Ranks
+from fastmtl.surgery.sinks.layer_gramians import LayerGramians
 from fastmtl.surgery.sinks.sink import Sink
 
 
@@ -22,6 +23,8 @@ class GramianSource(Sink):
 
     ranks: the ranks whose gradients add up to J. sketch_size: buckets of a count-sketch from which
     G is estimated; None for the exact G.
+
+    layers: receives the Gramians of layers from `gramian`, None for a step that measures none.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class GramianSource(Sink):
         self._tables = Tables(self._tables_of, num_tasks, self._ranks)
         self._sketch_size = sketch_size
         self._sketch: CountSketch | None = None
+        self.layers: LayerGramians | None = None
 
     @property
     def sketches(self) -> bool:
@@ -78,6 +82,22 @@ class GramianSource(Sink):
 
     def tensors(self) -> list[Tensor]:
         return [*([] if self._sketch is None else [self._sketch.values]), *self._tables.tensors()]
+
+    def _add_part(self, total: Tensor, key: int, part: Tensor) -> None:
+        """Add the Gramian of this rank's share of a dense parameter to `total` and to its layer."""
+        total += part
+        if self.layers is not None:
+            self.layers.add(key, part)
+
+    def _of_all_ranks(self, total: Tensor) -> Tensor:
+        """Return G of all ranks and tables, and finish `layers`.
+
+        total: Gramian of this rank's share of the dense parameters.
+        """
+        found = self._ranks.total(total) + self._tables.gramian(total.device, self.layers)
+        if self.layers is not None:
+            self.layers.finish(self._ranks)
+        return found
 
     def _sketched_gramian(self, sketch: CountSketch) -> Tensor:
         self._ranks.total(sketch.values)

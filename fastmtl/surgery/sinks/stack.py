@@ -189,8 +189,12 @@ class StackSink(MergingSink):
             return self._sketched_gramian(self._sketch)
         total = torch.zeros(self.num_tasks, self.num_tasks, device=self.anchor.device)
         if jacobian is not None:
-            total += gramian(jacobian.complete() if self.early is None else self.early.shares())
-        return self._ranks.total(total) + self._tables.gramian(total.device)
+            columns = jacobian.complete() if self.early is None else self.early.shares()
+            total += gramian(columns)
+            if self.layers is not None:
+                spans = list(jacobian.spans().items())
+                self.layers.add_columns(columns, self._ranks.spans_of_share(spans, *jacobian.buffer.shape))
+        return self._of_all_ranks(total)
 
     def combine(self, weights: Tensor, *, narrow: bool = False) -> Merged:
         self.jacobian.complete()
