@@ -81,8 +81,8 @@ class MultiTaskModule(LightningModule):
             if self.max_norm is not None:
                 self.clip_gradients(optimizer, self.max_norm, "norm")
             optimizer.step()
+            self._step_schedulers("step", self.trainer.global_step)
         optimizer.zero_grad()
-        self._step_schedulers("step", self.trainer.global_step)
         self.after_step(info)
 
     def on_train_epoch_end(self) -> None:

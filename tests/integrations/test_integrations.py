@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import integration_cases as cases
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from fastmtl.errors import UserError
 from fastmtl.integrations import loop, optional
+from fastmtl.integrations.accelerate import AcceleratedSurgery
+from fastmtl.integrations.fabric import check_strategy
 from fastmtl.integrations.trainer import MultiTaskTrainer
 from fastmtl.surgery import GradientSurgery
 
@@ -165,6 +168,30 @@ def test_evaluation_gives_the_mean_over_rows(found: list[dict[str, Any]]) -> Non
 )
 def test_what_trainer_refuses(found: list[dict[str, Any]], name: str, text: str) -> None:
     assert text in found[0]["errors"][name]
+
+
+def test_lightning_steps_schedulers_by_their_frequency(found: list[dict[str, Any]]) -> None:
+    assert found[0]["schedulers"] == [("step", 1)] * 3 + [("step", 3), ("step", 1), ("epoch", 2)]
+
+
+def test_unsupported_strategies_are_named() -> None:
+    def accelerator(kind: str, scaler: object) -> Any:
+        return SimpleNamespace(distributed_type=SimpleNamespace(value=kind), scaler=scaler)
+
+    def strategy(name: str, scaler: object) -> Any:
+        return type(name, (), {"precision": SimpleNamespace(scaler=scaler)})()
+
+    for kind, scaler, text in (
+        ("FSDP", None, "accelerator: FSDP is unsupported"),
+        ("NO", object(), "use bf16, or fp16"),
+    ):
+        with pytest.raises(UserError, match=text):
+            AcceleratedSurgery(accelerator(kind, scaler), torch.nn.Linear(1, 1), None)
+    check_strategy(strategy("DDPStrategy", None))
+    with pytest.raises(UserError, match="strategy: DeepSpeedStrategy is unsupported: use a single device or DDP"):
+        check_strategy(strategy("DeepSpeedStrategy", None))
+    with pytest.raises(UserError, match="16-mixed"):
+        check_strategy(strategy("DDPStrategy", object()))
 
 
 def test_losses_must_fit_the_rows_of_their_micro_batch() -> None:

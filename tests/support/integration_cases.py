@@ -5,6 +5,7 @@ Usage: integration_cases.py DIRECTORY, which has an example NAME.py for each pag
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import runpy
@@ -12,13 +13,13 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import deepspeed
-import lightning  # noqa: F401 before the ranks are forked
-import peft  # noqa: F401
 import torch
 import torch.distributed as dist
 import transformers
@@ -202,6 +203,22 @@ def errors(directory: Path) -> dict[str, str]:
     return found
 
 
+def stepped_schedulers() -> list[tuple[str, int]]:
+    """Return interval and number of each call of a scheduler in four steps and two epochs."""
+    lightning, calls = importlib.import_module("fastmtl.integrations.lightning"), []
+    configs = [
+        SimpleNamespace(interval=interval, frequency=frequency, scheduler=SimpleNamespace())
+        for interval, frequency in (("step", 1), ("step", 3), ("epoch", 2))
+    ]
+    for config in configs:
+        config.scheduler.step = partial(lambda each: calls.append((each.interval, each.frequency)), config)
+    module = SimpleNamespace(trainer=SimpleNamespace(lr_scheduler_configs=configs))
+    for interval, count in (("step", 4), ("epoch", 2)):
+        for number in range(1, count + 1):
+            lightning.MultiTaskModule._step_schedulers(module, interval, number)
+    return calls
+
+
 def alone(directory: Path) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         del os.environ[name]
@@ -212,6 +229,7 @@ def alone(directory: Path) -> None:
         directory / "skipped.py", *trainer_arguments(directory / "skipped", "plain"), "--save_strategy", "no"
     )[1]
     forget_accelerate()
+    found["schedulers"] = stepped_schedulers()
     found["peft-passes"] = run_example(directory / "peft_passes.py", str(directory / "passes"))[1]
     torch.save(found, directory / "alone.pt")
 
@@ -231,6 +249,8 @@ def together(directory: Path) -> None:
 
 
 if __name__ == "__main__":
+    for library in ("lightning", "peft"):  # else each rank would import it
+        importlib.import_module(library)
     os.environ["ACCELERATE_USE_CPU"] = "true"
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     where = Path(sys.argv[1])

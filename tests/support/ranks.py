@@ -5,6 +5,7 @@ Under a launcher each rank takes seconds to import them.
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import sys
@@ -24,7 +25,7 @@ def run_ranks(world: int, function: Callable[..., object], *arguments: Any, deep
     deepspeed: False if no rank makes an engine.
     """
     if deepspeed:  # else each rank would import it at its start, and torch's compiler with its first engine
-        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
     fork, port = multiprocessing.get_context("fork"), free_port()
     ranks = [fork.Process(target=_run, args=(rank, world, port, function, arguments)) for rank in range(world)]
