@@ -174,7 +174,7 @@ def test_local_is_refused_where_ranks_would_part(method: str, monkeypatch: pytes
 
 def test_tensor_scope_needs_the_sink() -> None:
     model = make()
-    with pytest.raises(UserError, match="Use scope='global'"):
+    with pytest.raises(UserError, match="or use scope='global'"):
         surgery_on(model, scope="tensor").run([batch()], lambda b: model(b))
 
 
