@@ -190,7 +190,7 @@ def test_rounded_products_allow_larger_differences(kind: str, counts: tuple[bool
     """TF32 for convolutions matters only to a model that has some."""
     setting: Any = getattr(torch.backends.mkldnn, kind)
     before = setting.fp32_precision
-    models = [nn.Linear(2, 2).weight], [nn.Conv1d(2, 2, 3).weight]
+    models = list(nn.Linear(2, 2, bias=False).parameters()), list(nn.Conv1d(2, 2, 3, bias=False).parameters())
     assert not any(_computes_narrow(shared, torch.device("cpu")) for shared in models)
     setting.fp32_precision = "tf32"
     try:
