@@ -84,9 +84,17 @@ class Sink(ABC):
         self._uses.forget()
 
     def check_active(self) -> None:
-        """Raise RuntimeError if a backward runs outside `armed`; its forward has run inside."""
+        """Raise RuntimeError if a backward runs outside `armed`; its forward has run inside.
+
+        Raises UserError in a backward with create_graph=True.
+        """
         if not self.active:
             raise RuntimeError(NOT_ARMED)
+        if torch.is_grad_enabled():
+            raise UserError(
+                "one pass for all tasks has no second derivatives (torch.autograd.grad with create_graph=True inside "
+                'the losses): use passes="per_task", or leave task_grads out'
+            )
 
     def wants(self, parameter: nn.Parameter | None) -> bool:
         """Return True if the sink takes gradients of the parameter, which is shared and trained."""

@@ -180,6 +180,16 @@ def test_what_has_no_task_is_refused(reason: str, options: dict[str, Any]) -> No
         OnePass(net, **options).step([1.0, 1.0, 1.0], net.task_of_row)
 
 
+def test_a_loss_with_derivatives_of_the_model_is_refused() -> None:
+    model = nn.Linear(3, 1)
+    surgery = GradientSurgery(torch.optim.SGD(model.parameters(), lr=0.1), "pcgrad", tasks=["a", "b"], model=model)
+    x = torch.randn(4, 3, requires_grad=True)
+    with surgery.rows({"a": 2, "b": 2}):
+        y = model(x).square()
+        with pytest.raises(UserError, match=r'no second derivatives.*use passes="per_task"'):
+            torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
 def test_a_pass_per_task_leaves_the_model_unchanged() -> None:
     net = make("t5", dropout=0.0)
     gradients, _ = per_task(net)
