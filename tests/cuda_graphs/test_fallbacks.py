@@ -212,12 +212,14 @@ def test_the_sink_is_notified_of_every_weight(make_batch: MakeBatch) -> None:
     """Forward expects each weight once and backward completes it once, as in eager execution."""
 
     class Early:
+        begun = False
+
         def __init__(self) -> None:
             self.expected: list[int] = []
             self.complete_ones: list[int] = []
 
         def begin(self, expected: dict[int, int]) -> None:
-            self.expected = [*expected]
+            self.expected, self.begun = [*expected], True
             assert set(expected.values()) == {1}
 
         def is_sent(self, key: int) -> bool:

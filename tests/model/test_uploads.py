@@ -21,7 +21,7 @@ from fastmtl.model.encoder.context import ForwardContext
 from fastmtl_kernels.varlen_attention.plan import AttentionPlan
 
 # Made once and kept; and the flag of several ranks, which the host reads at once.
-WAIT = {("common.py", "dropout_table"), ("distributed.py", "any"), ("step_losses.py", "take")}
+WAIT = {("common.py", "dropout_table"), ("distributed.py", "any"), ("step_losses.py", "check")}
 
 
 def _copies(path: Path) -> Iterator[tuple[str, str]]:

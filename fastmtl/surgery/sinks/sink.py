@@ -86,11 +86,11 @@ class Sink(ABC):
     def check_active(self) -> None:
         """Raise RuntimeError if a backward runs outside `armed`; its forward has run inside.
 
-        Raises UserError in a backward with create_graph=True.
+        Raises UserError in a backward with create_graph=True inside a forward.
         """
         if not self.active:
             raise RuntimeError(NOT_ARMED)
-        if torch.is_grad_enabled():
+        if self.used and not self.in_backward and torch.is_grad_enabled():
             raise UserError(
                 "one pass for all tasks has no second derivatives (torch.autograd.grad with create_graph=True inside "
                 'the losses): use passes="per_task", or leave task_grads out'

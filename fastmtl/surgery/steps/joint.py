@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ class ClippedJointStep(JointStep):
         found, self._gradients = self._gradients, []
         merged, reached = by_parameter(target.parameters, found, exclusive=exclusive)
         del found
-        with profile_range("communication"):
+        with profile_range("communication") if target.sums_ranks else nullcontext():
             return merged, target.sum_over_ranks(merged, reached)
 
 

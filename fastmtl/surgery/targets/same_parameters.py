@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastmtl.errors import UserError
+from fastmtl_kernels.upload import upload
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -19,14 +20,14 @@ def check_same_parameters(parameters: Sequence[nn.Parameter], device: torch.devi
     Each rank sends two numbers, then four per parameter: a sum of its bits, and a hash of its
     shape, its dtype and whether it is trained.
     """
-    if not _equal(torch.tensor([len(parameters)], device=device))[0]:
+    if not _equal(upload(torch.tensor([len(parameters)]), device))[0]:
         raise UserError(
             f"target: the optimiser has {len(parameters)} parameters on rank {dist.get_rank()}, and another number on "
             "other ranks: give every rank the same model and the same parameters"
         )
     kinds = [hash((*p.shape, p.element_size(), p.dtype.is_floating_point, p.requires_grad)) for p in parameters]
     sums = torch.stack([_sum_of_bits(parameter).to(device) for parameter in parameters])
-    same = zip(_equal(torch.tensor(kinds, device=device)), _equal(sums), strict=True)
+    same = zip(_equal(upload(torch.tensor(kinds), device)), _equal(sums), strict=True)
     for number, (parameter, (same_kind, same_numbers)) in enumerate(zip(parameters, same, strict=True)):
         if not same_kind or not same_numbers:
             what = "its numbers" if same_kind else "its shape, its dtype or requires_grad"

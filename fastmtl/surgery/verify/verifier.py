@@ -15,6 +15,7 @@ from fastmtl.surgery.jacobian.tables import whole_shape
 from fastmtl.surgery.ranks.collectives import max_over_ranks, world_size
 from fastmtl.surgery.stopwatch import Stopwatch
 from fastmtl.surgery.verify.comparison import Comparison
+from fastmtl_kernels.upload import upload
 
 log = logging.getLogger(__name__)
 
@@ -70,10 +71,8 @@ class Verifier:
         relative = found.relative()
         finite = torch.isfinite(relative)
         narrow = found.narrow or _computes_narrow(self.shared, self._device)
-        flags = [float(narrow), float(len(output_mismatches))]
-        packed = torch.cat(
-            [relative.where(finite, 0).flatten(), (~finite.all()).double()[None], relative.new_tensor(flags)]
-        )
+        flags = upload(torch.tensor([narrow, len(output_mismatches)], dtype=torch.float64), relative.device)
+        packed = torch.cat([relative.where(finite, 0).flatten(), (~finite.all()).double()[None], flags])
         *numbers, not_finite, narrow_anywhere, mismatches = max_over_ranks(packed).tolist()
         if not_finite:
             return
