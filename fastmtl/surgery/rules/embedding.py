@@ -72,10 +72,7 @@ class _Embedding(torch.autograd.Function):
         segments: Segments,
         task_grads: Sink,
     ) -> Tensor:
-        ctx.save_for_backward(ids)
-        ctx.parameters, ctx.padding_idx = known, padding_idx
-        ctx.segments, ctx.task_grads = segments, task_grads
-        task_grads.expect(*known)
+        _keep(ctx, ids, known, padding_idx, segments, task_grads)
         return F.embedding(ids, weight)
 
     @staticmethod
@@ -101,10 +98,7 @@ class _OneRow(torch.autograd.Function):
         segments: Segments,
         task_grads: Sink,
     ) -> Tensor:
-        ctx.save_for_backward(ids)
-        ctx.parameters, ctx.padding_idx = known, padding_idx
-        ctx.segments, ctx.task_grads = segments, task_grads
-        task_grads.expect(*known)
+        _keep(ctx, ids, known, padding_idx, segments, task_grads)
         return F.embedding(ids, weight).expand(batch, -1, -1)
 
     @staticmethod
@@ -120,6 +114,14 @@ class _OneRow(torch.autograd.Function):
             host = tuple(len(ids) * task for task in range(len(parts)))
             table = _deliver(ctx, ids.repeat(len(sums)), torch.cat(sums), host, dy.dtype)
         return torch.zeros_like(sink.anchor), None, table, None, None, None, None, None
+
+
+def _keep(ctx: Any, ids: Tensor, known: Known, padding_idx: int | None, segments: Segments, task_grads: Sink) -> None:
+    """Keep in `ctx` what backward needs, and count the use of the table."""
+    ctx.save_for_backward(ids)
+    ctx.parameters, ctx.padding_idx = known, padding_idx
+    ctx.segments, ctx.task_grads = segments, task_grads
+    task_grads.expect(*known)
 
 
 def _deliver(ctx: Any, ids: Tensor, rows: Tensor, host: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
