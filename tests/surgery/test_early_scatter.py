@@ -24,12 +24,14 @@ def sink(monkeypatch: pytest.MonkeyPatch) -> Iterator[StackSink]:
     """Return a sink for five parameters, a piece of J each, after a first step in reverse order."""
     monkeypatch.setattr(collectives, "BUCKET", TASKS * SIZE)
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
-    parameters = [nn.Parameter(torch.zeros(SIZE)) for _ in range(NUMBER)]
-    sink = StackSink(parameters, TASKS, ranks=Together())
-    step(sink, parameters, parameters[::-1])
-    yield sink
-    dist.destroy_process_group()
+    try:
+        monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+        parameters = [nn.Parameter(torch.zeros(SIZE)) for _ in range(NUMBER)]
+        sink = StackSink(parameters, TASKS, ranks=Together())
+        step(sink, parameters, parameters[::-1])
+        yield sink
+    finally:  # a group that is left behind fails the tests that follow
+        dist.destroy_process_group()
 
 
 def step(sink: StackSink, used: list[nn.Parameter], written: list[nn.Parameter], *, last: bool = True) -> None:
