@@ -5,6 +5,9 @@ It checks the arguments, selects an implementation and calls it.
     P = softmax(softmax_scale * Q K^T)    over the keys of the query's own sequence
     O = (keep * P / (1 - dropout_p)) V    keep[query, key] drawn by a counter generator from `seed`
 
+Optional: Q and K are rotated by their places, a bias by relative position is added to the scores,
+and keys outside a window are skipped.
+
 qkv [N, 3, heads, head_dim]; cu_seqlens [B + 1]. fastmtl_kernels.varlen_attention.reference defines
 every value, and the entries that dropout keeps: all implementations drop the same ones.
 """
@@ -18,6 +21,7 @@ from fastmtl_kernels.checks import check_dropout, describe
 from fastmtl_kernels.dispatch import RowImpl, select
 from fastmtl_kernels.varlen_attention import cpp, reference
 from fastmtl_kernels.varlen_attention.plan import AttentionPlan, check_cu_seqlens
+from fastmtl_kernels.varlen_attention.position_terms import PositionTerms
 
 
 def varlen_attention(
@@ -29,8 +33,14 @@ def varlen_attention(
     seed: Tensor | None = None,
     impl: RowImpl = "auto",
     plan: AttentionPlan | None = None,
+    window: int | None = None,
+    rotary: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_offsets: Tensor | None = None,
 ) -> Tensor:
-    """Return the attention of every token over its own sequence, differentiable in qkv.
+    """Return the attention of every token over its own sequence, differentiable in qkv and bias.
+
+    A place is the index of a token in its sequence.
 
     Args:
         qkv: [N, 3, heads, head_dim], floating point, any strides. Rows past cu_seqlens[-1] belong
@@ -47,6 +57,17 @@ def varlen_attention(
         plan: the result of AttentionPlan.make for cu_seqlens and the rows and device of qkv; one
             plan serves all layers of a batch. Only the Triton kernels need it. If it is None,
             cu_seqlens is copied to the host to make one, which waits for the GPU.
+        window: the query at place i sees the keys at the places j with |i - j| <= window; None for
+            all keys of the sequence.
+        rotary: [2, P, head_dim // 2], cosines and sines, on qkv's device; float64 for float64 qkv,
+            else float32; without a gradient. P is at least the length of the longest sequence. The
+            rows of Q and K at place i become [x1 cos - x2 sin, x2 cos + x1 sin], with cos and sin
+            of row i, and x1, x2 the halves of their columns. None for no rotation.
+        bias: [G, heads, 2 R - 1], floating point, on qkv's device. R is at least the length of the
+            longest sequence. bias[g, head, j - i + R - 1] is added to the score of query i and key
+            j, after softmax_scale, in sequences of group g. None for no bias.
+        bias_offsets: [G + 1] int32 on qkv's device, ascending from 0 to B: sequences
+            bias_offsets[g]:bias_offsets[g + 1] are group g. None where G is 1.
 
     Returns:
         [N, heads, head_dim] of qkv's dtype.
@@ -56,9 +77,11 @@ def varlen_attention(
         RuntimeError: the implementation is not available here; the message gives the reason.
     """
     _check(qkv, cu_seqlens, softmax_scale, plan)
+    terms = PositionTerms(window, rotary, bias, bias_offsets)
+    terms.check(qkv)
     check_dropout(dropout_p, seed, qkv.device)
     scale = qkv.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    chosen = select("varlen_attention", impl, qkv, head_dim=qkv.shape[-1])
+    chosen = select("varlen_attention", impl, qkv, head_dim=qkv.shape[-1], position_terms=int(terms.given))
     if chosen == "triton":
         from fastmtl_kernels.varlen_attention.triton import launch
 
@@ -66,9 +89,10 @@ def varlen_attention(
         return launch.varlen_attention(qkv, plan, scale, dropout_p, seed)
     offsets = cu_seqlens.tolist()
     check_cu_seqlens(offsets, qkv.shape[0])
+    terms.check_values(offsets)
     if chosen == "cpp":
         return cpp.varlen_attention(qkv, cu_seqlens, scale, dropout_p, seed)
-    return reference.varlen_attention(qkv, offsets, scale, dropout_p, seed)
+    return reference.varlen_attention(qkv, offsets, scale, dropout_p, seed, terms)
 
 
 def _check(qkv: Tensor, cu_seqlens: Tensor, softmax_scale: float | None, plan: AttentionPlan | None) -> None:
