@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from fastmtl_kernels.add_layer_norm.api import add_layer_norm
 from fastmtl_kernels.combined_adamw.api import combined_adamw
+from fastmtl_kernels.disentangled_attention.api import disentangled_attention
 from fastmtl_kernels.dispatch import Implementation, implementations
 from fastmtl_kernels.dropout.api import dropout
 from fastmtl_kernels.embed_layer_norm.api import embed_layer_norm
@@ -26,6 +27,7 @@ __all__ = [
     "add_layer_norm",
     "combine",
     "combined_adamw",
+    "disentangled_attention",
     "dropout",
     "embed_layer_norm",
     "gradvac_weights",

@@ -93,6 +93,7 @@ _CUDA = Candidate(
 )
 _TRITON = Candidate("triton", "Triton", "the Triton kernels", "cuda")
 _TORCH = Candidate("torch", "matrix products by torch")
+_PADDED = Candidate("padded", "plain torch on padded texts; no Triton kernel computes its position terms")
 _REFERENCE = Candidate("reference", "plain torch")
 
 _ONE_TENSOR = Limit(
@@ -144,6 +145,7 @@ OPERATIONS: dict[str, tuple[Candidate, ...]] = {
         replace(_TRITON, limits=(_HEAD_DIM, _TRITON_TERMS)),
         _REFERENCE,
     ),
+    "disentangled_attention": (_PADDED, _REFERENCE),
     "add_layer_norm": _ROWS,
     "embed_layer_norm": _ROWS,
     "dropout": _ROWS,

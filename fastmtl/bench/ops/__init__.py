@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 OPERATIONS = (
     "varlen_attention",
+    "disentangled_attention",
     "add_layer_norm",
     "embed_layer_norm",
     "dropout",
