@@ -7,6 +7,7 @@ machine.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,14 +25,15 @@ def kept_bytes(workload: Workload, model: PaddedModel | MultiTaskModel) -> dict[
     kept_bytes_per_token: of the whole model in training. kept_bytes_per_token_and_layer: of one
     layer, which is the difference between a model of two layers and one of one layer.
     """
-    layers = model.encoder.encoder.layer
+    stack: Any = model.encoder.encoder  # of transformers' BertModel or of PackedBert
+    layers = stack.layer
     counts = {}
     try:
         for number in (1, 2, len(layers)):
-            model.encoder.encoder.layer = layers[:number]
+            stack.layer = layers[:number]
             counts[number] = _kept(model.train(), _forward(workload, model), workload.device)
     finally:
-        model.encoder.encoder.layer = layers
+        stack.layer = layers
     tokens = workload.packed_batch.num_tokens
     return {
         "kept_bytes_per_token": counts[len(layers)] / tokens,

@@ -32,6 +32,7 @@ from fastmtl.cuda_graphs.options import unsupported_reason
 from fastmtl.cuda_graphs.recorder import Recorder, Recordings, Turn
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.model.encoder.context import ForwardContext
+from fastmtl.model.encoder.encoder import PackedEncoder
 from fastmtl.model.encoder.layers import overrides_norm
 from fastmtl.surgery.sinks.sink import Sink
 from fastmtl.surgery.sinks.stack import StackSink
@@ -73,14 +74,11 @@ def _run(*functions: Callable[[], None]) -> None:
 class EncoderGraphs:
     """The recordings of one encoder, made when a bucket first occurs and replayed afterwards.
 
-    head_dim: columns of an attention head.
     recorder: None for CUDA graphs, which need an NVIDIA GPU; another recorder runs on any device.
     """
 
-    def __init__(
-        self, embeddings: nn.Module, layers: nn.ModuleList, head_dim: int, recorder: Recorder | None = None
-    ) -> None:
-        self._embeddings, self._layers, self._head_dim = embeddings, layers, head_dim
+    def __init__(self, encoder: PackedEncoder, recorder: Recorder | None = None) -> None:
+        self._encoder = encoder
         self.recordings = Recordings(recorder)
         self._checks_device = recorder is None
         self._places: dict[nn.Module, list[tuple[dict[str, Any], str]]] = {}
@@ -96,12 +94,12 @@ class EncoderGraphs:
         This needs a sink that takes the gradients of all embedding parameters, and among those that
         are trained only the word table as a sparse parameter (kept as rows, not as a table).
         """
-        if sink is None or overrides_norm(self._embeddings):
+        if sink is None or overrides_norm(self._encoder.embeddings):
             return False
-        parameters = self._trained(self._embeddings)
-        return all(map(sink.wants, self._embeddings.parameters())) and [
+        parameters = self._trained(self._encoder.embeddings)
+        return all(map(sink.wants, self._encoder.embeddings.parameters())) and [
             parameter for parameter in parameters if sink.is_sparse(parameter)
-        ] == [self._words()]
+        ] == [self._encoder.words]
 
     def run(
         self, hidden: Tensor | None, batch: PackedBatch, context: ForwardContext, extra: Sequence[str] = ()
@@ -116,10 +114,10 @@ class EncoderGraphs:
         """
         if not batch.num_tokens:
             return None
-        sink, words, inside = context.armed, self._words(), hidden is None
-        parameters = self._trained(self._layers)
+        sink, words, inside = context.armed, self._encoder.words, hidden is None
+        parameters = self._in_layers()
         if inside:
-            parameters = [*(p for p in self._trained(self._embeddings) if p is not words), *parameters]
+            parameters = [*(p for p in self._trained(self._encoder.embeddings) if p is not words), *parameters]
         of = (sink, inside, words.dtype, *(parameter.data_ptr() for parameter in (words, *parameters)))
         if of != self._of:
             self._of = of
@@ -131,14 +129,16 @@ class EncoderGraphs:
         assert context.seeds is not None and (sink is None or isinstance(sink, StackSink))
         recorded, plan = self._find(batch, parameters, sink, inside)
         inputs = [batch.input_ids, batch.token_type_ids, batch.position_ids] if hidden is None else [hidden]
-        recorded.static.fill(inputs, batch.host, plan, context.seeds)
+        recorded.static.fill(inputs, batch.host, plan, context.seeds.tensor)
         one = Pass(recorded, batch, parameters, sink, words if inside else None)
         self.recordings.take(one)
         begin = sink.anchor if sink is not None and hidden is None else hidden
         return _Replay.apply(begin, one, *([] if sink is not None else parameters))
 
-    def _words(self) -> nn.Parameter:
-        return self._embeddings.get_submodule("word_embeddings").weight  # type: ignore[return-value]
+    def _in_layers(self) -> list[nn.Parameter]:
+        """Return the trained parameters of the layers, and of what follows them but the pooler."""
+        parts = [part for name, part in self._encoder.named_children() if name not in ("embeddings", "pooler")]
+        return [parameter for part in parts for parameter in self._trained(part)]
 
     def _trained(self, module: nn.Module) -> list[nn.Parameter]:
         """Return the trained parameters of a module.
@@ -166,14 +166,18 @@ class EncoderGraphs:
             return "the encoder is frozen"
         if any(hasattr(parameter, "ds_id") for parameter in parameters):
             return "ZeRO 3 gives weights no fixed address"
-        if overrides_norm(self._layers):
+        if overrides_norm(self._encoder):
             return "LayerNorm is not fastmtl's"
         if sink is not None and not all(sink.wants(p) and not sink.is_sparse(p) for p in parameters):
             return "some weights of the layers are not shared parameters"
-        shared = [] if sink is None else self._trained(self._layers)
+        shared = [] if sink is None else self._in_layers()
         if any(size * words.element_size() % 16 for p in shared if p.dim() == 2 for size in p.shape):
             return "per-task matrix products need widths that are multiples of 16 bytes"
-        against = unsupported_reason(words, self._head_dim, grouped=sink is not None) if self._checks_device else ""
+        against = (
+            unsupported_reason(words, self._encoder.settings.head_dim, grouped=sink is not None)
+            if self._checks_device
+            else ""
+        )
         if against:
             return against
         if sink is None:
@@ -215,16 +219,14 @@ class EncoderGraphs:
             else:
                 self._kept.popitem(last=False)
         if key not in self._kept:
-            embeddings = self._embeddings if inside else None
-            words, tasks = self._words(), batch.num_tasks
-            static = StaticLayers(self._layers, embeddings, parameters, bucket, tasks, words, sink, self._gradients)
+            static = StaticLayers(self._encoder, inside, parameters, bucket, batch.num_tasks, sink, self._gradients)
             self._kept[key] = Recorded(static, self.recordings)
         self._kept.move_to_end(key)
         return self._kept[key], plan
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EncoderGraphs:
         """Return graphs of the copied encoder, without recordings: these read the old weights."""
-        return EncoderGraphs(copy.deepcopy(self._embeddings, memo), copy.deepcopy(self._layers, memo), self._head_dim)
+        return EncoderGraphs(copy.deepcopy(self._encoder, memo))
 
 
 class Pass(Turn):

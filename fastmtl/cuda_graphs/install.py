@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastmtl.cuda_graphs.encoder import EncoderGraphs
 from fastmtl.cuda_graphs.heads import HeadGraphs
 from fastmtl.cuda_graphs.recorder import Recorder
-from fastmtl.model.encoder.bert import PackedBert
+from fastmtl.model.encoder.encoder import PackedEncoder
 from fastmtl.model.masked_lm import MaskedLanguageModel
 from fastmtl.model.multitask import MultiTaskModel
 
@@ -22,9 +22,8 @@ def install_cuda_graphs(model: MultiTaskModel | MaskedLanguageModel, recorder: R
         record_heads(model, recorder)
 
 
-def record_encoder(encoder: PackedBert, recorder: Recorder | None = None) -> EncoderGraphs:
-    head_dim = encoder.config.hidden_size // encoder.config.num_attention_heads
-    graphs = encoder.recorded = EncoderGraphs(encoder.embeddings, encoder.encoder.layer, head_dim, recorder)
+def record_encoder(encoder: PackedEncoder, recorder: Recorder | None = None) -> EncoderGraphs:
+    graphs = encoder.recorded = EncoderGraphs(encoder, recorder)
     return graphs
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from fastmtl.config import Recipe
 from fastmtl.errors import UserError, unknown_name
-from fastmtl.model.encoder.bert import PackedBert, Pooler
+from fastmtl.model.encoder.encoder import PackedEncoder
+from fastmtl.model.encoder.pooler import Pooler
 from fastmtl.model.encoder.pretrained import save_encoder
 from fastmtl.model.heads.embed import Projection, Recurrent
 from fastmtl.model.saved_model import load_model
@@ -96,10 +97,10 @@ def _own_pooling(recipe: Recipe, task: str | None, *, adapters: bool) -> str:
 
 
 def _write_sentence_transformers(
-    directory: Path, encoder: PackedBert, pooling: str, projection: torch.nn.Linear | None
+    directory: Path, encoder: PackedEncoder, pooling: str, projection: torch.nn.Linear | None
 ) -> None:
     # The keys and module names of sentence-transformers 2 to 5, which 6 reads as well.
-    size = encoder.config.hidden_size
+    size = encoder.settings.hidden_size
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
     _write(directory / "sentence_bert_config.json", {"max_seq_length": encoder.max_length, "do_lower_case": False})
     versions = {"fastmtl": __version__, "transformers": transformers.__version__, "pytorch": torch.__version__}

@@ -97,7 +97,7 @@ class Predictor:
         config = self.task(task)
         with tempfile.TemporaryDirectory(prefix="fastmtl-") as cache:
             dataset = tokenize(rows, self._tokenizer, config, self.model.encoder.max_length, cache)
-            check_token_types([dataset], self.model.encoder.config.type_vocab_size)
+            check_token_types([dataset], self.model.encoder.settings.type_vocab_size)
             return score(self._forward, self.recipe, {task: dataset})[task].scores
 
     def task(self, name: str) -> TaskConfig:

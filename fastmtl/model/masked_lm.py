@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import BertConfig
 from transformers.activations import ACT2FN
 
 from fastmtl.config import MLM, OptimizerConfig
 from fastmtl.data.masking import MaskedBatch
-from fastmtl.model.encoder.bert import PackedBert
 from fastmtl.model.encoder.bert_files import base_name
+from fastmtl.model.encoder.encoder import PackedEncoder
+from fastmtl.model.encoder.settings import EncoderSettings
 from fastmtl.model.encoder.weights import load_exactly, read_weights
 from fastmtl.model.groups import parameter_groups
 
@@ -34,10 +34,10 @@ class MaskedLanguageModel(nn.Module):
     encoder: not copied, so that training also changes the model from which it comes.
     """
 
-    def __init__(self, encoder: PackedBert) -> None:
+    def __init__(self, encoder: PackedEncoder) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = OutputLayer(encoder.config)
+        self.head = OutputLayer(encoder.settings)
 
     def forward(self, batch: MaskedBatch, task_grads: Sink | None = None) -> dict[str, tuple[Tensor, int]]:
         """Return {"mlm": (fp32 0-dim sum of the masked tokens' cross-entropies, their number)}.
@@ -46,7 +46,7 @@ class MaskedLanguageModel(nn.Module):
         gradient for the word embeddings would not reach the sink.
         """
         hidden = self.encoder(batch.batch)
-        words = self.encoder.embeddings.word_embeddings.weight
+        words = self.encoder.words
         logits = self.head(hidden.index_select(0, batch.positions), words)
         loss = functional.cross_entropy(logits.float(), batch.targets, reduction="sum")
         return {MLM: (loss, len(batch.targets))}
@@ -79,10 +79,10 @@ class OutputLayer(nn.Module):
     Parameters have the names that they have in `cls.predictions` of transformers' BertForMaskedLM.
     """
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
-        self.transform = Transform(config)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.transform = Transform(settings)
+        self.bias = nn.Parameter(torch.zeros(settings.vocab_size))
 
     def forward(self, hidden: Tensor, words: Tensor) -> Tensor:
         """Map hidden states [M, d] and word embeddings [V, d] to logits [M, V]."""
@@ -92,12 +92,12 @@ class OutputLayer(nn.Module):
 class Transform(nn.Module):
     """Layer before the logits: LN(gelu(A h + a)). gelu stands for the encoder's activation."""
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.activation = ACT2FN[config.hidden_act]
-        nn.init.normal_(self.dense.weight, std=config.initializer_range)
+        self.dense = nn.Linear(settings.hidden_size, settings.hidden_size)
+        self.LayerNorm = nn.LayerNorm(settings.hidden_size, eps=settings.layer_norm_eps)
+        self.activation = ACT2FN[settings.hidden_act]
+        nn.init.normal_(self.dense.weight, std=settings.initializer_range)
         nn.init.zeros_(self.dense.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:

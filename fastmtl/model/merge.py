@@ -171,7 +171,7 @@ def join(first: TrainedModel, second: TrainedModel, *, rounded: torch.dtype = to
 def _check_encoders(first: TrainedModel, second: TrainedModel, rounded: torch.dtype) -> None:
     between = f"{first.name} and {second.name}"
     for key in ("num_attention_heads", "hidden_act", "layer_norm_eps"):  # not visible in the weights
-        ours, theirs = getattr(first.model.encoder.config, key), getattr(second.model.encoder.config, key)
+        ours, theirs = getattr(first.model.encoder.settings, key), getattr(second.model.encoder.settings, key)
         if ours != theirs:
             raise UserError(f"{between} have different encoders: {key} is {ours} and {theirs}")
     ours, theirs = (_encoder(source.tensors) for source in (first, second))
@@ -202,7 +202,7 @@ def _check_adapters(first: TrainedModel, second: TrainedModel) -> None:
 def _adapter_settings(source: TrainedModel) -> dict[str, Any]:
     """Return the adapter's settings that have to be equal in both models to join them."""
     config = source.recipe.adapter
-    everywhere = range(source.model.encoder.config.num_hidden_layers)
+    everywhere = range(source.model.encoder.settings.num_hidden_layers)
     layers = sorted(everywhere if config.layers is None else config.layers)
     return {**config.model_dump(exclude={"dropout", "init"}), "layers": layers}
 

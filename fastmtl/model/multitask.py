@@ -14,7 +14,8 @@ from fastmtl.config import OptimizerConfig, Recipe, TaskConfig
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
 from fastmtl.model.adapters import build_adapter
-from fastmtl.model.encoder.bert import PackedBert, Pooler
+from fastmtl.model.encoder.encoder import PackedEncoder
+from fastmtl.model.encoder.pooler import Pooler
 from fastmtl.model.groups import parameter_groups
 from fastmtl.model.heads import build_head
 from fastmtl.model.heads.batch import Examples, HeadBatch, RecordedHeads, Vectors
@@ -43,16 +44,16 @@ class MultiTaskModel(SmartModel):
     Raises UserError, naming the key, for settings that do not fit together.
     """
 
-    def __init__(self, recipe: Recipe, encoder: PackedBert) -> None:
+    def __init__(self, recipe: Recipe, encoder: PackedEncoder) -> None:
         super().__init__()
         self.recipe = recipe
         self.encoder = encoder
-        self.adapter = build_adapter(recipe.adapter, encoder.config, recipe.task_names)
+        self.adapter = build_adapter(recipe.adapter, encoder.settings, recipe.task_names)
         heads, self.losses = [], []
         autocast = recipe.deepspeed.get("torch_autocast", {}).get("enabled")
         for name, task in recipe.tasks.items():
             try:
-                heads.append(build_head(task, encoder.config.hidden_size, encoder.config.initializer_range))
+                heads.append(build_head(task, encoder.settings.hidden_size, encoder.settings.initializer_range))
                 self.losses.append(build_loss(task))
                 if task.mnr.cached and autocast:
                     raise UserError(
@@ -78,7 +79,7 @@ class MultiTaskModel(SmartModel):
 
     @property
     def hidden_size(self) -> int:
-        return self.encoder.config.hidden_size
+        return self.encoder.settings.hidden_size
 
     @property
     def task_weights(self) -> dict[str, float]:
@@ -136,7 +137,7 @@ class MultiTaskModel(SmartModel):
 
         Only the rows of words in the batch are not zero. [] if the encoder is frozen.
         """
-        weight = self.encoder.embeddings.word_embeddings.weight
+        weight = self.encoder.words
         return [weight] if weight.requires_grad else []
 
     def task_parameters(self) -> dict[str, list[nn.Parameter]]:

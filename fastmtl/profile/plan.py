@@ -141,7 +141,7 @@ class Plan:
         tokenizer = load_tokenizer(phase.recipe.encoder)
         self.model = PhaseModel(phase).model.to("meta")
         self.corpus = Corpus.load(phase.recipe, tokenizer, self.model.encoder.max_length)
-        check_token_types([*self.corpus.train, *self.corpus.dev], self.model.encoder.config.type_vocab_size)
+        check_token_types([*self.corpus.train, *self.corpus.dev], self.model.encoder.settings.type_vocab_size)
         self._loads: dict[int, list[Load]] = {}
 
     def parameters(self) -> int:

@@ -140,8 +140,8 @@ class Shape:
 
         model: on any device, also on meta. storage: as GradientSurgery.storage names it.
         """
-        config, engine, gradient = model.encoder.config, recipe.engine, recipe.gradient
-        table = model.encoder.embeddings.word_embeddings.weight
+        encoder, engine, gradient = model.encoder.settings, recipe.engine, recipe.gradient
+        table = model.encoder.words
         shared = model.shared_parameters()
         trained = [p for p in model.parameters() if p.requires_grad]
         everything = sum(p.numel() for p in model.parameters()) + sum(b.numel() for b in model.buffers())
@@ -154,13 +154,13 @@ class Shape:
         return cls(
             load=max(loads, key=lambda load: load.tokens),
             loads=tuple(loads),
-            hidden=config.hidden_size,
-            layers=config.num_hidden_layers,
-            heads=config.num_attention_heads,
-            intermediate=config.intermediate_size,
-            positions=config.max_position_embeddings,
-            types=config.type_vocab_size,
-            dropout=config.hidden_dropout_prob > 0,
+            hidden=encoder.hidden_size,
+            layers=encoder.num_hidden_layers,
+            heads=encoder.num_attention_heads,
+            intermediate=encoder.intermediate_size,
+            positions=encoder.positions,
+            types=encoder.type_vocab_size,
+            dropout=encoder.hidden_dropout_prob > 0,
             tasks=len(recipe.tasks),
             adapter=_adapter(recipe, model),
             dense=sum(p.numel() for p in shared) - sparse,

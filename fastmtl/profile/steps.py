@@ -38,7 +38,7 @@ class Steps:
         self._engine = build_engine(recipe, model, world, TOTAL_STEPS)
         self._surgery = build_surgery(recipe, self._engine, model)
         self._accounting = Accounting(device)
-        layers = model.encoder.encoder.layer
+        layers = model.encoder.layers
         self._accounting.watch_recomputation([*layers, *([] if model.adapter is None else [model.adapter])])
         self._engine.train()
         self._counting = False

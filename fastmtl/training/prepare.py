@@ -88,7 +88,7 @@ def prepare(
     ranks.agree()
     encoder = model.model.encoder
     corpus = ranks.in_turn(lambda: Corpus.load(recipe, tokenizer, encoder.max_length, rows))
-    check_token_types([*corpus.train, *corpus.dev], encoder.config.type_vocab_size)
+    check_token_types([*corpus.train, *corpus.dev], encoder.settings.type_vocab_size)
     digests = corpus.digests(recipe)
     data_changes = {} if found is None else changed_rows(at.data, digests)
     refuse(str(found and found.path), data_changes, accept_changes)

@@ -102,7 +102,7 @@ def test_weights_at_another_address_and_another_sink_are_recorded_anew(make_batc
         "this forward falls back to eager execution: the weights' addresses or the sink change too often"
     ]
     other_encoder = copy.deepcopy(encoder)
-    assert graphs_of(other_encoder)._layers is other_encoder.encoder.layer
+    assert graphs_of(other_encoder)._encoder is other_encoder
 
 
 def test_where_enough_is_kept_a_larger_recording_serves(make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,16 +85,14 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Started]]:
 def test_the_host_starts_the_same_for_every_batch(make_batch: MakeBatch, started: list[Started]) -> None:
     encoder = make_encoder(dtype=torch.bfloat16).to(META)
     sink = make_sink(encoder, 3)
-    embeddings, layers = encoder.embeddings, encoder.encoder.layer
-    words = embeddings.word_embeddings.weight
-    parameters = [p for part in (embeddings, layers) for p in part.parameters() if p is not words]
+    parameters = [p for p in encoder.parameters() if p is not encoder.words]
     batches = [make_batch(lengths) for lengths in ([[150, 2], [70], [30]], [[5], [], [140, 7]])]
     plans = [AttentionPlan.make(b.host.cu_seqlens, rows_of(b.num_tokens)) for b in batches]
     bucket = Bucket.of(batches[0].num_tokens, plans[0])
     assert bucket.rows == rows_of(batches[1].num_tokens)
     bucket = dataclasses.replace(bucket, tiles=4, blocks=8)
     with sink.armed(META):
-        static = StaticLayers(layers, embeddings, parameters, bucket, 3, words, sink, None)
+        static = StaticLayers(encoder, True, parameters, bucket, 3, sink, None)
         found = []
         # The first forward makes views of seeds and plan, which a warm-up makes before recording.
         for batch, plan in zip([batches[0], *batches], [plans[0], *plans], strict=True):

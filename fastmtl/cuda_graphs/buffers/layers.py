@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fastmtl.cuda_graphs.buffers.batch import Bucket, StaticBatch
 from fastmtl.cuda_graphs.writes import RecordedWrites
 from fastmtl.data.packed_batch import HostOffsets
-from fastmtl.model.encoder.context import ForwardContext, place
+from fastmtl.model.encoder.context import ForwardContext, Seeds, num_seeds
+from fastmtl.model.encoder.encoder import PackedEncoder
 from fastmtl.surgery.sinks.stack import StackSink
 from fastmtl_kernels.varlen_attention.plan import TILE, AttentionPlan
 
@@ -26,44 +27,44 @@ class StaticLayers:
     one buffer `_rows` [N, d]. Forward writes the last hidden states into `_rows`. Backward reads
     their gradient there and overwrites it by the gradient of the input.
 
-    embeddings: None if the input is hidden states [n, d]. Otherwise the inputs are three tensors
-        [n]: ids of words, token types and positions. The gradient of the input is then that of the
+    embeds: False if the input is hidden states [n, d]. Otherwise the inputs are three tensors [n]:
+        ids of words, token types and positions. The gradient of the input is then that of the
         looked-up rows of the word table [n, d].
-    parameters: the trained parameters, without the word table.
-    words: the word table [V, d]. All buffers have its width, dtype and device.
+    parameters: the trained parameters, without the word table. All buffers have the dtype and
+        device of the word table.
     sink: takes the task gradients of the parameters. Without a sink, backward writes the gradients
         into `gradients` [P], one after another.
     """
 
     def __init__(
         self,
-        layers: nn.ModuleList,
-        embeddings: nn.Module | None,
+        encoder: PackedEncoder,
+        embeds: bool,
         parameters: Sequence[nn.Parameter],
         bucket: Bucket,
         num_tasks: int,
-        words: nn.Parameter,
         sink: StackSink | None,
         gradients: Tensor | None,
     ) -> None:
-        rows, width, dtype, device = bucket.rows, words.shape[1], words.dtype, words.device
+        words = encoder.words
+        rows, width, dtype, device = bucket.rows, encoder.settings.hidden_size, words.dtype, words.device
         self.batch = StaticBatch(bucket, num_tasks, device)
-        self._layers, self._embeddings, self._parameters = layers, embeddings, list(parameters)
-        if embeddings is None:
+        self._encoder, self._embeds, self._parameters = encoder, embeds, list(parameters)
+        if not embeds:
             self._inputs = [torch.zeros(rows, width, dtype=dtype, device=device, requires_grad=True)]
         else:
             self._inputs = [torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(3)]
         self._filled = 0
         self._rows = torch.zeros(rows, width, dtype=dtype, device=device)
-        self._seeds = torch.zeros(place(len(layers), 0), dtype=torch.int64, device=device)
+        self._seeds = torch.zeros(num_seeds(len(encoder.layers)), dtype=torch.int64, device=device)
         self.writes: RecordedWrites | None = None
         if sink is not None:
-            table = None if embeddings is None else words
+            table = words if embeds else None
             self.writes = RecordedWrites(sink, parameters, table, self.batch.segments.offsets, rows, dtype)
         # Backward is recorded once for each of these values of `stores`.
         self.ways = (True,) if sink is None else (True, False)
         self._gradients = gradients
-        context = self.batch.segments, self.writes, self.batch.cu_seqlens, self._seeds, self.batch.plan
+        context = self.batch.segments, self.writes, self.batch.cu_seqlens, Seeds(self._seeds), self.batch.plan
         self._context = ForwardContext(*context)
         self._out: Tensor | None = None
 
@@ -72,7 +73,7 @@ class StaticLayers:
 
         inputs: hidden states [n, d], or ids of words, token types and positions, int64 [n] each.
         host: offsets of the batch. plan: its attention plan, as in `StaticBatch.fill`.
-        seeds: dropout seeds, int64 [places] (see context.py).
+        seeds: dropout seeds, int64 [num_seeds(layers)] (see context.py).
         """
         number = len(inputs[0])
         with torch.no_grad():
@@ -103,10 +104,9 @@ class StaticLayers:
     def forward(self) -> None:
         with torch.enable_grad():
             hidden = self._inputs[0]
-            if self._embeddings is not None:
-                hidden = self._embeddings(*self._inputs, self._context)
-            for layer in self._layers:
-                hidden = layer(hidden, None, self._context)
+            if self._embeds:
+                hidden = self._encoder.embeddings(*self._inputs, self._context)
+            hidden = self._encoder.run_layers(hidden, self._context)
         self._out = hidden
         self._rows.copy_(hidden.detach())
 
@@ -121,11 +121,11 @@ class StaticLayers:
             wanted += self._parameters
         else:
             self.writes.begin(stores=stores)
-            if self._embeddings is not None:
+            if self._embeds:
                 wanted = [self.writes.anchor]
         assert self._out is not None
         dx, *gradients = torch.autograd.grad(self._out, wanted, self._rows, retain_graph=True)
-        if self._embeddings is not None:
+        if self._embeds:
             assert self.writes is not None and self.writes.rows is not None
             dx, self.writes.rows = self.writes.rows, None
         self._rows.copy_(dx)

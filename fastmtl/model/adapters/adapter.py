@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig
 
 from fastmtl.config import AdapterConfig
 from fastmtl.errors import UserError
 from fastmtl.model.encoder.context import ForwardContext
+from fastmtl.model.encoder.settings import EncoderSettings
 
 
 class Top(nn.Module):
     """Task-specific layers after the encoder's last one; a subclass defines `forward`.
 
-    num_layers: number of layers for which it uses dropout places (see context.py). Their numbers
+    num_layers: number of layers for which it uses dropout seeds (see context.py). Their numbers
     follow those of the encoder's layers.
     """
 
@@ -36,10 +36,10 @@ class Adapter(nn.Module):
     layers: numbers of the layers that have the adapter. dropout: rates of TS, one per task.
     """
 
-    def __init__(self, config: AdapterConfig, bert: BertConfig, task_names: list[str]) -> None:
+    def __init__(self, config: AdapterConfig, encoder: EncoderSettings, task_names: list[str]) -> None:
         super().__init__()
         self.top: Top | None = None
-        self.layers = _layers(config, bert.num_hidden_layers)
+        self.layers = _layers(config, encoder.num_hidden_layers)
         self.dropout = _dropout(config, task_names)
 
     def task_specific(self, layer: int, hidden: Tensor, context: ForwardContext) -> Tensor:
@@ -51,11 +51,12 @@ class Adapter(nn.Module):
         """Dropout rates of TS(h), one per task; 0 outside training."""
         return self.dropout if self.training else [0.0] * len(self.dropout)
 
-    def forward(self, layer: int, hidden: Tensor, context: ForwardContext) -> Tensor | None:
-        """Return TS(h) [N, d_m] of a layer, or None if the layer has no adapter.
+    def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor | None:
+        """Return TS(h) [N, d_m] of the layer `context.layer`, or None if it has no adapter.
 
-        layer: its number, from 0. hidden: its input h [N, d_m].
+        hidden: the layer's input h [N, d_m].
         """
+        layer = context.layer
         return self.task_specific(layer, hidden, context) if layer in self.layers else None
 
     def initialise(self, scheme: str, std: float, last: list[nn.Parameter]) -> None:
@@ -77,8 +78,8 @@ class Adapter(nn.Module):
 class NoAdapter(Adapter):
     """Adapter that changes no layer of the encoder, for a recipe that has only a top."""
 
-    def __init__(self, config: AdapterConfig, bert: BertConfig, task_names: list[str]) -> None:
-        super().__init__(config, bert, task_names)
+    def __init__(self, config: AdapterConfig, encoder: EncoderSettings, task_names: list[str]) -> None:
+        super().__init__(config, encoder, task_names)
         self.layers = []
 
 

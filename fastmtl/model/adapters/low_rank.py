@@ -7,24 +7,24 @@ setting `activation`. Parameters for T tasks and L layers: T L 2 d_m d_s.
 from __future__ import annotations
 
 from torch import Tensor
-from transformers import BertConfig
 
 from fastmtl.config import AdapterConfig
 from fastmtl.model.adapters.adapter import Adapter
 from fastmtl.model.adapters.per_task import PerLayer
-from fastmtl.model.encoder.context import ADAPTER, ForwardContext, place
+from fastmtl.model.encoder.context import ADAPTER, ForwardContext
+from fastmtl.model.encoder.settings import EncoderSettings
 from fastmtl.model.owners import within
 from fastmtl_kernels import low_rank
 
 
 class LowRank(Adapter):
-    def __init__(self, config: AdapterConfig, bert: BertConfig, task_names: list[str]) -> None:
-        super().__init__(config, bert, task_names)
-        num_tasks, outer, inner = len(task_names), bert.hidden_size, config.size
+    def __init__(self, config: AdapterConfig, encoder: EncoderSettings, task_names: list[str]) -> None:
+        super().__init__(config, encoder, task_names)
+        num_tasks, outer, inner = len(task_names), encoder.hidden_size, config.size
         self.encode = PerLayer(self.layers, num_tasks, outer, inner)
         self.decode = PerLayer(self.layers, num_tasks, inner, outer)
         self.activation = config.activation
-        self.initialise(config.init, bert.initializer_range, last=list(self.decode.parameters()))
+        self.initialise(config.init, encoder.initializer_range, last=list(self.decode.parameters()))
 
     def task_specific(self, layer: int, hidden: Tensor, context: ForwardContext) -> Tensor:
         encode, decode = self.encode.at(layer), self.decode.at(layer)
@@ -37,7 +37,7 @@ class LowRank(Adapter):
                 context.segments,
                 activation=self.activation,
                 dropout_p=self.rates,
-                seed=context.seed(place(layer, ADAPTER)),
+                seed=context.seed(ADAPTER),
             )
 
         return within((encode, decode), hidden, call)

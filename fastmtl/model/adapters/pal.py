@@ -16,31 +16,31 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig
 
 from fastmtl.config import AdapterConfig
 from fastmtl.errors import UserError
 from fastmtl.model.adapters.adapter import Adapter
 from fastmtl.model.adapters.per_task import PerLayer, PerTaskLinear
-from fastmtl.model.encoder.context import ADAPTER, ForwardContext, place
+from fastmtl.model.encoder.context import ADAPTER, ForwardContext
+from fastmtl.model.encoder.settings import EncoderSettings
 from fastmtl.model.owners import Owner, within
 from fastmtl_kernels import pal
 
 
 class Pal(Adapter):
-    def __init__(self, config: AdapterConfig, bert: BertConfig, task_names: list[str]) -> None:
-        super().__init__(config, bert, task_names)
+    def __init__(self, config: AdapterConfig, encoder: EncoderSettings, task_names: list[str]) -> None:
+        super().__init__(config, encoder, task_names)
         if config.size % config.heads:
             raise UserError(f"adapter.size: {config.size} is not a multiple of adapter.heads: {config.heads}")
-        num_tasks, outer, size = len(task_names), bert.hidden_size, config.size
+        num_tasks, outer, size = len(task_names), encoder.hidden_size, config.size
         self.num_heads, self.activation = config.heads, config.activation
-        self.attention_dropout = bert.attention_probs_dropout_prob
+        self.attention_dropout = encoder.attention_probs_dropout_prob
         self.encode = PerTaskLinear(num_tasks, outer, size)
         self.encode_inner = PerLayer(range(config.projections - 1), num_tasks, size, size)
         self.attention = nn.ModuleDict({str(layer): PalAttention(num_tasks, size) for layer in self.layers})
         self.decode_inner = PerLayer(range(config.projections - 1), num_tasks, size, size)
         self.decode = PerTaskLinear(num_tasks, size, outer)
-        self.initialise(config.init, bert.initializer_range, last=[self.decode.weight])
+        self.initialise(config.init, encoder.initializer_range, last=[self.decode.weight])
         if config.init == "no_influence":  # at first V_D's input is an average of rows V_E h
             for module in (self.attention, self.encode_inner, self.decode_inner):
                 for parameter in module.parameters():
@@ -68,7 +68,7 @@ class Pal(Adapter):
                 activation=self.activation,
                 dropout_p=self.attention_dropout if self.training else 0.0,
                 out_dropout_p=self.rates,
-                seed=context.seed(place(layer, ADAPTER)),
+                seed=context.seed(ADAPTER),
                 plan=context.plan,
             )
 

@@ -12,11 +12,10 @@ while `layer` still applies its two LayerNorms: LN(LN(h)).
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig
 
 from fastmtl.config import AdapterConfig
 from fastmtl.errors import UserError
@@ -24,6 +23,7 @@ from fastmtl.model.adapters.adapter import Top, fill
 from fastmtl.model.adapters.pal import Pal
 from fastmtl.model.encoder.bert_layer import Layer
 from fastmtl.model.encoder.context import ForwardContext
+from fastmtl.model.encoder.settings import EncoderSettings
 
 
 class LayerOnTop(Top):
@@ -32,23 +32,23 @@ class LayerOnTop(Top):
     Parameters have the names of transformers' BertLayer.
     """
 
-    def __init__(self, config: AdapterConfig, bert: BertConfig, task_names: list[str]) -> None:
+    def __init__(self, config: AdapterConfig, encoder: EncoderSettings, task_names: list[str]) -> None:
         super().__init__()
-        self.num_layers = len(task_names)
-        self.tasks = nn.ModuleList(Layer(bert, bert.num_hidden_layers + task) for task in range(self.num_layers))
+        self.num_layers, self.first = len(task_names), encoder.num_hidden_layers
+        self.tasks = nn.ModuleList(Layer(encoder) for _ in task_names)
         for name, module in self.tasks.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
                 if config.init == "no_influence" and name.endswith("output.dense"):  # of attention and feed-forward
                     nn.init.zeros_(module.weight)
                 else:
-                    fill(module.weight, config.init, bert.initializer_range)
+                    fill(module.weight, config.init, encoder.initializer_range)
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         offsets = context.segments.host
         rows = hidden.split([stop - start for start, stop in zip(offsets, offsets[1:], strict=False)])
         parts = [
-            layer(part, None, context.of_task(task))
+            layer(part, None, context.of_task(task).at(self.first + task))
             for task, (layer, part) in enumerate(zip(self.tasks, rows, strict=True))
         ]
         return torch.cat(parts)
@@ -59,19 +59,18 @@ class PalOnTop(Top):
 
     num_layers = 1
 
-    def __init__(self, config: AdapterConfig, bert: BertConfig, task_names: list[str]) -> None:
+    def __init__(self, config: AdapterConfig, encoder: EncoderSettings, task_names: list[str]) -> None:
         super().__init__()
         size = config.top_size or config.size
         if size % config.heads:
             key = "size" if config.top_size is None else "top_size"
             raise UserError(f"adapter.{key}: {size} is not a multiple of adapter.heads: {config.heads}")
-        self.layer = bert.num_hidden_layers
-        one_more = copy.copy(bert)
-        one_more.num_hidden_layers += 1
+        self.layer = encoder.num_hidden_layers
+        one_more = dataclasses.replace(encoder, num_hidden_layers=self.layer + 1)
         self.pal = Pal(config.model_copy(update={"size": size, "layers": [self.layer]}), one_more, task_names)
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
-        return hidden + self.pal.task_specific(self.layer, hidden, context)
+        return hidden + self.pal.task_specific(self.layer, hidden, context.at(self.layer))
 
 
 TOPS: dict[str, type[Top]] = {"layer": LayerOnTop, "pal": PalOnTop}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 from torch import Tensor, nn
-from transformers import BertConfig
 from transformers.activations import ACT2FN
 
-from fastmtl.model.encoder.context import ATTENTION, ATTENTION_OUTPUT, OUTPUT, ForwardContext, place
+from fastmtl.model.encoder.context import ATTENTION_OUTPUT, OUTPUT, ForwardContext
 from fastmtl.model.encoder.layers import AddLayerNorm, Projection, TaskLinear
+from fastmtl.model.encoder.settings import EncoderSettings
 from fastmtl.model.owners import within
 from fastmtl.surgery.rules.projections import projections
 
@@ -22,14 +22,13 @@ class Layer(nn.Module):
     """One layer: h' = LN(h + MHA(h)), and its output LN(h' + FFN(h') + TS(h)).
 
     TS(h) is the task-specific output of an adapter, left out if the layer has none.
-    index: the layer's number, from 0; it determines the places of the dropout seeds (context.py).
     """
 
-    def __init__(self, config: BertConfig, index: int) -> None:
+    def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
-        self.attention = Attention(config, index)
-        self.intermediate = Intermediate(config)
-        self.output = Output(config.intermediate_size, config, place(index, OUTPUT))
+        self.attention = Attention(settings)
+        self.intermediate = Intermediate(settings)
+        self.output = Output(settings.intermediate_size, settings, OUTPUT)
 
     def forward(self, hidden: Tensor, task_specific: Tensor | None, context: ForwardContext) -> Tensor:
         """Map hidden states h [N, d] to [N, d]. task_specific: TS(h) [N, d], or None."""
@@ -40,26 +39,25 @@ class Layer(nn.Module):
 class Attention(nn.Module):
     """Attention sublayer: LN(h + dropout(W MHA(h) + b))."""
 
-    def __init__(self, config: BertConfig, index: int) -> None:
+    def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
-        self.self = SelfAttention(config, place(index, ATTENTION))
-        self.output = Output(config.hidden_size, config, place(index, ATTENTION_OUTPUT))
+        self.self = SelfAttention(settings)
+        self.output = Output(settings.hidden_size, settings, ATTENTION_OUTPUT)
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         return self.output(self.self(hidden, context), hidden, None, context)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention within each sequence. at: place of its dropout seed (context.py)."""
+    """Multi-head attention within each sequence."""
 
-    def __init__(self, config: BertConfig, at: int) -> None:
+    def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
-        self.num_heads = config.num_attention_heads
-        self.at = at
-        self.dropout = config.attention_probs_dropout_prob
-        self.query = Projection(config.hidden_size, config.hidden_size)
-        self.key = Projection(config.hidden_size, config.hidden_size)
-        self.value = Projection(config.hidden_size, config.hidden_size)
+        self.num_heads = settings.num_attention_heads
+        self.dropout = settings.attention_probs_dropout_prob
+        self.query = Projection(settings.hidden_size, settings.hidden_size)
+        self.key = Projection(settings.hidden_size, settings.hidden_size)
+        self.value = Projection(settings.hidden_size, settings.hidden_size)
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         parts = self.query, self.key, self.value
@@ -69,17 +67,17 @@ class SelfAttention(nn.Module):
             return projections(hidden, weights, biases, context.segments, context.task_grads)
 
         qkv = within(parts, hidden, project)
-        return context.attend(qkv, self.num_heads, self.dropout if self.training else 0.0, self.at)
+        return context.attend(qkv, self.num_heads, self.dropout if self.training else 0.0)
 
 
 class Intermediate(nn.Module):
     """First half of the feed-forward part: activation(W x + b)."""
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
-        self.dense = TaskLinear(config.hidden_size, config.intermediate_size)
-        self.activation = ACT2FN[config.hidden_act]
-        self.backward_reads_result = config.hidden_act in _BACKWARD_READS_RESULT
+        self.dense = TaskLinear(settings.hidden_size, settings.intermediate_size)
+        self.activation = ACT2FN[settings.hidden_act]
+        self.backward_reads_result = settings.hidden_act in _BACKWARD_READS_RESULT
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         before = self.dense(hidden, context)
@@ -92,11 +90,11 @@ class Intermediate(nn.Module):
 class Output(nn.Module):
     """End of the attention and of the feed-forward part: LN(residual + dropout(W x + b) + ts)."""
 
-    def __init__(self, in_features: int, config: BertConfig, at: int) -> None:
+    def __init__(self, in_features: int, settings: EncoderSettings, at: int) -> None:
         super().__init__()
-        self.dense = TaskLinear(in_features, config.hidden_size)
-        p, eps = config.hidden_dropout_prob, config.layer_norm_eps
-        self.LayerNorm = AddLayerNorm(config.hidden_size, eps=eps, p=p, at=at)
+        self.dense = TaskLinear(in_features, settings.hidden_size)
+        p, eps = settings.hidden_dropout_prob, settings.layer_norm_eps
+        self.LayerNorm = AddLayerNorm(settings.hidden_size, eps=eps, p=p, at=at)
 
     def forward(self, x: Tensor, residual: Tensor, ts: Tensor | None, context: ForwardContext) -> Tensor:
         return self.LayerNorm(residual, self.dense(x, context), ts, context)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,19 +17,27 @@ from fastmtl_kernels.varlen_attention.plan import AttentionPlan
 if TYPE_CHECKING:
     from fastmtl.surgery.sinks.sink import Sink
 
-# A place is the index of a dropout's seed in ForwardContext.seeds. The embeddings have place 0.
-# Each layer has four more, one for each of its dropouts.
+# The dropouts with a seed of their own: one after the embeddings, four in each layer.
 EMBEDDINGS = 0
 ATTENTION, ATTENTION_OUTPUT, OUTPUT, ADAPTER = range(4)
 _IN_LAYER = 4
 
 
-def place(layer: int, which: int) -> int:
-    """Return the place of a dropout of a layer.
+def num_seeds(num_layers: int) -> int:
+    """Return the number of dropout seeds of a forward: of the embeddings and of all layers."""
+    return 1 + _IN_LAYER * num_layers
 
-    which: the dropout; ATTENTION, ATTENTION_OUTPUT, OUTPUT or ADAPTER.
-    """
-    return 1 + _IN_LAYER * layer + which
+
+class Seeds:
+    """Dropout seeds of a forward: tensor, int64 [num_seeds(layers)], and its parts [1]."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._parts = tensor.split([1] * len(tensor))
+
+    def at(self, layer: int | None, which: int) -> Tensor:
+        """Return the seed, int64 [1], of a dropout of a layer; EMBEDDINGS belongs to no layer."""
+        return self._parts[which if layer is None else 1 + _IN_LAYER * layer + which]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,17 +57,21 @@ class ForwardContext(SegmentContext):
     """Data of one forward pass of the encoder; a row is a token.
 
     segments: the tokens of each task. cu_seqlens: int32 [B + 1], the bounds of the sequences.
-    seeds: dropout seeds, int64 [places], indexed by `place`; None outside training.
+    seeds: dropout seeds; None outside training.
     plan: attention plan of the batch; None if the device's attention needs no plan.
     recomputed: results to compute again in backward (recompute.py); None to keep all results.
     batch: the batch; None in a recording, which serves many batches.
+    layer: number of the layer that runs, from 0; None before the layers.
+    common: data that all layers of this family of encoders read (`PackedEncoder.begin`), or None.
     """
 
     cu_seqlens: Tensor
-    seeds: Tensor | None
+    seeds: Seeds | None
     plan: AttentionPlan | None
     recomputed: RecomputedResults | None = None
     batch: PackedBatch | None = None
+    layer: int | None = None
+    common: Any = None
 
     @classmethod
     def build(
@@ -77,13 +88,12 @@ class ForwardContext(SegmentContext):
 
         All seeds are drawn here at once. The dropout masks therefore depend only on the generator's
         state before the forward, and a result computed again in backward has the same mask.
-        num_layers: layers that need places for seeds, those of a top included.
+        num_layers: layers that need seeds, those of a top included.
         plan: False to make no attention plan yet; `planned` adds it.
         """
         seeds = None
         if training:
-            places = place(num_layers, 0)
-            seeds = torch.randint(1 << 62, (places,), device=batch.input_ids.device)
+            seeds = Seeds(torch.randint(1 << 62, (num_seeds(num_layers),), device=batch.input_ids.device))
         segments = Segments(batch.token_offsets, batch.host.token_offsets)
         context = cls(segments, task_grads, batch.cu_seqlens, seeds, None, recomputed, batch)
         return context.planned() if plan else context
@@ -97,6 +107,10 @@ class ForwardContext(SegmentContext):
         plan = self.batch.attention_plan()
         return self if plan is None else replace(self, plan=plan)
 
+    def at(self, layer: int) -> ForwardContext:
+        """Return the context of the layer with this number, from 0."""
+        return replace(self, layer=layer)
+
     def of_task(self, task: int) -> ForwardContext:
         """Return the context of one task's tokens, for modules that only this task uses.
 
@@ -105,31 +119,32 @@ class ForwardContext(SegmentContext):
         assert self.batch is not None
         batch = self.batch.task(task)
         segments = Segments(batch.token_offsets, batch.host.token_offsets)
-        return ForwardContext(segments, None, batch.cu_seqlens, self.seeds, None, self.recomputed, batch).planned()
+        task_context = ForwardContext(segments, None, batch.cu_seqlens, self.seeds, None, self.recomputed, batch)
+        return task_context.planned()
 
-    def seed(self, at: int) -> Tensor | None:
-        """Return the dropout seed at a place, int64 [1] on the device; None outside training."""
-        return None if self._seeds is None else self._seeds[at]
+    def seed(self, which: int) -> Tensor | None:
+        """Return the seed of a dropout of the layer that runs, int64 [1] on the device.
 
-    @cached_property
-    def _seeds(self) -> tuple[Tensor, ...] | None:
-        return None if self.seeds is None else self.seeds.split([1] * len(self.seeds))
+        which: ATTENTION, ATTENTION_OUTPUT, OUTPUT or ADAPTER; EMBEDDINGS before the layers.
+        None outside training.
+        """
+        return None if self.seeds is None else self.seeds.at(self.layer, which)
 
     @property
     def armed(self) -> Sink | None:
         """The sink, if it is armed, so that it accepts gradients; else None."""
         return None if self.task_grads is None or not self.task_grads.active else self.task_grads
 
-    def attend(self, qkv: Tensor, num_heads: int, dropout: float, at: int) -> Tensor:
+    def attend(self, qkv: Tensor, num_heads: int, dropout: float) -> Tensor:
         """Return multi-head attention within each sequence, [N, heads * size].
 
         qkv [N, 3, heads * size]: queries, keys and values.
-        dropout: dropout rate of the attention probabilities. at: the place of its seed.
+        dropout: dropout rate of the attention probabilities.
         """
         return varlen_attention(
             qkv.unflatten(2, (num_heads, -1)),
             self.cu_seqlens,
             dropout_p=dropout,
-            seed=self.seed(at),
+            seed=self.seed(ATTENTION),
             plan=self.plan,
         ).flatten(1)

@@ -54,7 +54,7 @@ class AddLayerNorm(nn.LayerNorm):
     """LayerNorm(residual + dropout(x) + ts).
 
     ts: the output of the layer's adapter, if there is one.
-    at: the place of the dropout seed, see context.py. p: the dropout rate in training.
+    at: which of the layer's dropouts it is (context.py). p: the dropout rate in training.
     norm_override: as in TaskLayerNorm.
     """
 

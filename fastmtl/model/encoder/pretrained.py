@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from fastmtl.config import EncoderConfig
 from fastmtl.errors import UserError, quoted
 from fastmtl.files.user_path import user_path
-from fastmtl.model.encoder.bert import PackedBert
-from fastmtl.model.encoder.families import FAMILIES, Family, read_config
+from fastmtl.model.encoder.encoder import PackedEncoder
+from fastmtl.model.encoder.families import FAMILIES, read_config
+from fastmtl.model.encoder.family import Family
 from fastmtl.model.encoder.weights import load_exactly, read_weights
 from fastmtl.system import nvidia_apex
 
@@ -44,25 +45,26 @@ def encoder_directory(path: str) -> Path:
     return directory
 
 
-def load_encoder(config: EncoderConfig) -> PackedBert:
+def load_encoder(config: EncoderConfig) -> PackedEncoder:
     """Load the encoder from `config.path`: float32, on the CPU, in training mode.
 
     Raises UserError if the encoder is of an unsupported family (families.py), or if a tensor is
     missing, unknown or of the wrong shape.
     """
     directory = encoder_directory(config.path)
-    family, settings = read_config(directory / "config.json")
-    if config.hidden_dropout is not None:
-        settings.hidden_dropout_prob = config.hidden_dropout
-    if config.attention_dropout is not None:
-        settings.attention_probs_dropout_prob = config.attention_dropout
-    if config.max_length is not None and config.max_length > settings.max_position_embeddings:
-        raise UserError(
-            f"encoder.max_length: {config.max_length}, but {directory} has {settings.max_position_embeddings} positions"
-        )
+    family, found = read_config(directory / "config.json")
+    for rate, names in (
+        (config.hidden_dropout, family.hidden_dropout),
+        (config.attention_dropout, family.attention_dropout),
+    ):
+        for name in names if rate is not None else ():
+            setattr(found, name, rate)
+    most = family.encoder.settings_of(found).max_tokens
+    if config.max_length is not None and config.max_length > most:
+        raise UserError(f"encoder.max_length: {config.max_length}, but {directory} has {most} positions")
     weights = read_encoder_weights(directory, family)
     with torch.device("meta"):  # draws no random numbers for weights that are replaced below
-        encoder = family.encoder(settings, recompute=config.recompute, max_length=config.max_length)
+        encoder = family.encoder(found, recompute=config.recompute, max_length=config.max_length)
         if any(name.startswith("pooler.") for name in weights):
             encoder.reserve_pooler()
     load_exactly(encoder, weights, str(directory))
@@ -110,16 +112,18 @@ def load_tokenizer(config: EncoderConfig) -> PreTrainedTokenizerBase:
 
 
 def save_encoder(
-    directory: Path, config: BertConfig, tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
+    directory: Path, config: PretrainedConfig, tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Save config.json, model.safetensors and the tokenizer's files for transformers' AutoModel.
 
     tensors: {parameter name in the encoder: tensor}.
     """
-    config.architectures = [FAMILIES[config.model_type].architecture]
+    family = FAMILIES[config.model_type]
+    config.architectures = [family.architecture]
     # Chunks of a layer's input change no result. With chunks, transformers refuses an input whose
     # length is not a multiple of the chunk size.
     config.chunk_size_feed_forward = 0
     config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    renamed = {family.file_name(name): tensor for name, tensor in tensors.items()}
+    save_file(renamed, directory / "model.safetensors", metadata={"format": "pt"})

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class TopModule(Protocol):
     """Layers after the encoder's last one.
 
-    num_layers: number of layers for which it uses dropout places (see context.py).
+    num_layers: number of layers for which it uses dropout seeds (see context.py).
     """
 
     num_layers: int
@@ -34,10 +34,10 @@ class LayerAdapter(Protocol):
     @property
     def top(self) -> TopModule | None: ...
 
-    def __call__(self, layer: int, hidden: Tensor, context: ForwardContext) -> Tensor | None:
+    def __call__(self, hidden: Tensor, context: ForwardContext) -> Tensor | None:
         """Return the term [N, d] to add to the layer's feed-forward output, or None for no term.
 
-        layer: index from 0. hidden: the input of the layer [N, d].
+        hidden: the input [N, d] of the layer `context.layer`.
         """
 
 

@@ -100,7 +100,7 @@ def test_outputs_and_gradients_follow_the_formula(name: str, settings: dict, mak
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(batch.num_tokens, 24, dtype=torch.float64, generator=generator, requires_grad=True)
     upstream = torch.randn(hidden.shape, dtype=torch.float64, generator=generator)
-    total = sum((adapter(layer, hidden, context) * upstream).sum() for layer in range(3))
+    total = sum((adapter(hidden, context.at(layer)) * upstream).sum() for layer in range(3))
     names = [key for key, _ in adapter.named_parameters()]
     gradients = torch.autograd.grad(total, [hidden, *adapter.parameters()])
 
@@ -149,7 +149,7 @@ def test_no_influence_is_exactly_zero_and_can_learn(name: str, settings: dict, m
     adapter = build(name, init="no_influence", **settings).double()
     batch = make_batch(LENGTHS)
     hidden = torch.randn(batch.num_tokens, 24, dtype=torch.float64)
-    total = sum(adapter(layer, hidden, context_of(batch)) for layer in range(3))
+    total = sum(adapter(hidden, context_of(batch).at(layer)) for layer in range(3))
     assert not total.any()
     total.backward(torch.randn(total.shape, dtype=total.dtype))
     assert any(p.grad[0].any() and p.grad[2].any() for key, p in adapter.named_parameters() if key.endswith("weight"))
@@ -174,7 +174,7 @@ def test_only_the_listed_layers_carry_the_adapter(make_batch: MakeBatch) -> None
     hidden = torch.randn(batch.num_tokens, 24, dtype=torch.float64)
     for name in ("pal", "low_rank", "lora"):
         adapter = build(name, layers=[2, 0]).double()
-        given = [adapter(layer, hidden, context_of(batch)) is not None for layer in range(3)]
+        given = [adapter(hidden, context_of(batch).at(layer)) is not None for layer in range(3)]
         assert given == [True, False, True]
         assert not any(".1." in key for key, _ in adapter.named_parameters())
 
@@ -185,18 +185,18 @@ def test_dropout_is_each_tasks_own_and_for_training_only(name: str, make_batch: 
     batch = make_batch([[40], [40], [40]])
     hidden = torch.randn(120, 24, dtype=torch.float64)
     adapter.eval()
-    exact = adapter(0, hidden, context_of(batch))
+    exact = adapter(hidden, context_of(batch).at(0))
     adapter.train()
     context = context_of(batch, training=True)
-    dropped = adapter(0, hidden, context)
+    dropped = adapter(hidden, context.at(0))
     zeros = dropped[:40] == 0
     assert 0.4 < zeros.double().mean() < 0.6
     torch.testing.assert_close(dropped[:40][~zeros], 2 * exact[:40][~zeros])
     assert torch.equal(dropped[40:], exact[40:])
-    assert torch.equal(dropped, adapter(0, hidden, context))  # a recomputed pass
-    others = [adapter(1, hidden, context), adapter(0, hidden, context_of(batch, training=True))]
+    assert torch.equal(dropped, adapter(hidden, context.at(0)))  # a recomputed pass
+    others = [adapter(hidden, context.at(1)), adapter(hidden, context_of(batch, training=True).at(0))]
     assert all(((other[:40] == 0) != zeros).any() for other in others)
-    uniform = build(name, dropout=0.5)(0, hidden.float(), context)
+    uniform = build(name, dropout=0.5)(hidden.float(), context.at(0))
     assert 0.45 < (uniform == 0).double().mean() < 0.55
 
 
@@ -205,10 +205,10 @@ def test_dropout_on_attention_is_the_encoders(make_batch: MakeBatch) -> None:
     adapter = build("pal", bert).double()
     hidden = torch.randn(30, 24, dtype=torch.float64)
     first, second = (context_of(make_batch([[30], [], []]), training=True) for _ in range(2))
-    assert not torch.equal(adapter(0, hidden, first), adapter(0, hidden, second))
-    assert torch.equal(adapter(0, hidden, first), adapter(0, hidden, first))  # a recomputed pass
+    assert not torch.equal(adapter(hidden, first.at(0)), adapter(hidden, second.at(0)))
+    assert torch.equal(adapter(hidden, first.at(0)), adapter(hidden, first.at(0)))  # a recomputed pass
     adapter.eval()
-    assert torch.equal(adapter(0, hidden, first), adapter(0, hidden, second))
+    assert torch.equal(adapter(hidden, first.at(0)), adapter(hidden, second.at(0)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,64 @@
+"""Small random encoders of every family, in Hugging Face's format, and transformers' results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from fastmtl.data.packed_batch import PackedBatch
+
+_SIZES = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 80,
+}
+_ROBERTA = {**_SIZES, "type_vocab_size": 1, "pad_token_id": 1, "layer_norm_eps": 1e-5}
+# name of a case: (model_type, values of config.json).
+FAMILY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("bert", _SIZES),
+    "roberta": ("roberta", _ROBERTA),
+    "xlm-roberta": ("xlm-roberta", {**_ROBERTA, "hidden_act": "gelu_new"}),
+    "camembert": ("camembert", _ROBERTA),
+}
+
+
+def save_encoder_of(case: str, directory: Path) -> Path:
+    """Save a random encoder of a case, as transformers' AutoModel does; return the directory."""
+    kind, values = FAMILY_CASES[case]
+    torch.manual_seed(7)
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **values))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # biases and norms, which start as zeros and ones
+                parameter += 0.1 * torch.randn(parameter.shape)
+            else:
+                parameter *= 3
+    model.save_pretrained(directory)
+    return directory
+
+
+def padded_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """Return transformers' hidden states of one padded batch: real tokens, in packed order [N, d].
+
+    Token types are given where the model has a table of them with two rows or more.
+    """
+    bounds = batch.host.cu_seqlens
+    lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    padding = getattr(model.config, "pad_token_id", None) or 0
+
+    def pad(values: Tensor, value: int = 0) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(values.split(lengths), batch_first=True, padding_value=value)
+
+    mask = pad(torch.ones_like(batch.input_ids))
+    types = {}
+    if getattr(model.config, "type_vocab_size", 0) > 1:
+        types["token_type_ids"] = pad(batch.token_type_ids)
+    hidden = model(input_ids=pad(batch.input_ids, padding), attention_mask=mask, **types).last_hidden_state
+    return hidden[mask.bool()]
