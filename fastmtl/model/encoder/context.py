@@ -135,16 +135,35 @@ class ForwardContext(SegmentContext):
         """The sink, if it is armed, so that it accepts gradients; else None."""
         return None if self.task_grads is None or not self.task_grads.active else self.task_grads
 
-    def attend(self, qkv: Tensor, num_heads: int, dropout: float) -> Tensor:
+    def attend(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        dropout: float,
+        *,
+        window: int | None = None,
+        rotary: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
         """Return multi-head attention within each sequence, [N, heads * size].
 
         qkv [N, 3, heads * size]: queries, keys and values.
         dropout: dropout rate of the attention probabilities.
+        window, rotary: as in `varlen_attention`.
+        bias: as there, [G, heads, 2 R - 1], with G = 1 or, with a bias for each task, G = T.
         """
+        of_tasks = None
+        if bias is not None and len(bias) > 1:
+            assert self.batch is not None
+            of_tasks = self.batch.seq_offsets
         return varlen_attention(
             qkv.unflatten(2, (num_heads, -1)),
             self.cu_seqlens,
             dropout_p=dropout,
             seed=self.seed(ATTENTION),
             plan=self.plan,
+            window=window,
+            rotary=rotary,
+            bias=bias,
+            bias_offsets=of_tasks,
         ).flatten(1)
