@@ -27,7 +27,7 @@ from fastmtl.surgery.jacobian.tables import is_sharded
 from fastmtl.surgery.ranks.collectives import union_over_ranks
 from fastmtl.surgery.rules.aliases import aliases, replaced
 from fastmtl.surgery.rules.embedding import embedding_rule
-from fastmtl.surgery.rules.general import WHOLE, run_by_task, unsupported
+from fastmtl.surgery.rules.general import WHOLE, UnsupportedModule, run_by_task
 from fastmtl.surgery.rules.trees import Unsupported, tensors_in
 from fastmtl.surgery.sinks.sink import Sink
 from fastmtl.surgery.verify.unchanged import keep_buffers, unchanged
@@ -212,7 +212,7 @@ class Attachment:
         try:
             output = self._ruled(site, where, plain, args, kwargs)
         except Unsupported as reason:
-            raise unsupported(site.name or "model", site.module, reason) from None
+            raise UnsupportedModule(site.name or "model", site.module, reason) from None
         if is_trunk and self._where:
             self._mark(where, output)
         return output

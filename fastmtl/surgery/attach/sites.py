@@ -18,13 +18,19 @@ from fastmtl.surgery.rules.rule import Rule
 from fastmtl.surgery.rules.table import find_rule
 
 # Classes that use parameters beneath them in tensors without rows, such as tables of relative
-# positions. A class of a model file is given by its name.
+# positions, or with rows in another dimension than the first, as in LongformerSelfAttention. A
+# class of a model file is given by its name.
 PER_TASK: tuple[type[nn.Module] | str, ...] = (
     nn.MultiheadAttention,
     "DebertaEncoder",
     "DebertaV2Encoder",
     "MPNetEncoder",
     "T5Attention with relative_attention_bias",
+    "UMT5Attention with relative_attention_bias",
+    "MT5Attention with relative_attention_bias",
+    "FunnelEncoder",
+    "FunnelDecoder",
+    "LongformerSelfAttention",
 )
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)  # have parameters, but no forward
 

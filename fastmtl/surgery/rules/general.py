@@ -104,10 +104,12 @@ def _join(rows: Divides, parts: Sequence[Tensor]) -> Tensor:
     raise Unsupported(f"outputs of shapes {shapes} for tasks with {sizes} rows: neither rows of the batch nor one row")
 
 
-def unsupported(name: str, module: nn.Module, reason: Unsupported) -> UserError:
-    """Return the error for a module that cannot run task by task."""
-    return UserError(
-        f"module {name} ({type(module).__name__}) has {reason}: name a module around it in "
-        "per_task_modules=[...], leave its parameters out of `shared` (their gradient is then the plain sum), or use "
-        'passes="per_task"'
-    )
+class UnsupportedModule(UserError):
+    """The error for a module that cannot run task by task. what: the message without ways out."""
+
+    def __init__(self, name: str, module: nn.Module, reason: Unsupported) -> None:
+        self.what = f"module {name} ({type(module).__name__}) has {reason}"
+        super().__init__(
+            f"{self.what}: name a module around it in per_task_modules=[...], leave its parameters out of `shared` "
+            '(their gradient is then the plain sum), or use passes="per_task"'
+        )
