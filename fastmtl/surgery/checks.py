@@ -1,20 +1,19 @@
-"""Checks of the arguments of GradientSurgery: names, weights, parameters and options."""
+"""Checks of the arguments of GradientSurgery: names, weights and options."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastmtl.errors import UserError, quoted, unknown_name
 from fastmtl.surgery.jacobian.tables import whole_shape
 from fastmtl.surgery.methods.method import Method
 from fastmtl.surgery.ranks.collectives import world_size
-from fastmtl.surgery.targets.protocol import Target
 
 Storage = Literal["auto", "stacked", "kept", "replay"]
 Scope = Literal["global", "tensor"]
@@ -50,41 +49,6 @@ def check_task_weights(given: Mapping[str, float], tasks: list[str], argument: s
     return [float(given.get(name, 1.0)) for name in tasks]
 
 
-def find_shared(
-    target: Target, shared: Iterable[nn.Parameter] | None, sparse: Sequence[nn.Parameter]
-) -> list[nn.Parameter]:
-    """Return the trainable shared parameters, each once; by default all of the target.
-
-    Raises UserError for parameters of another model, and for `sparse` parameters that are not
-    shared embedding tables.
-    """
-    if shared is None:
-        found = target.parameters
-    else:
-        shared = check_parameters("shared", shared)
-        trainable = {id(p) for p in target.parameters}
-        found = target.arranged([p for p in shared if id(p) in trainable])
-        foreign = [whole_shape(p) for p in shared if p.requires_grad and id(p) not in trainable]
-        if foreign and target.sharded:
-            raise UserError(
-                f"shared: {len(foreign)} parameters are not the optimiser's (the first has shape {tuple(foreign[0])}): "
-                "make the optimiser after fully_shard; after a forward, call reshard() on the model, so that its "
-                "modules have the optimiser's parameters again"
-            )
-        if foreign:
-            raise UserError(
-                f"shared: {len(foreign)} parameters are not the target's (the first has shape "
-                f"{tuple(foreign[0])}): make the target of the model that has them"
-            )
-    known = {id(p) for p in found}
-    for table in sparse:
-        if table.requires_grad and id(table) not in known:
-            raise UserError(f"sparse: a parameter of shape {tuple(whole_shape(table))} is not among the shared ones")
-        if len(whole_shape(table)) != 2:
-            raise UserError(f"sparse: an embedding table has two dimensions, got {tuple(whole_shape(table))}")
-    return list(found)
-
-
 def check_model(model: object, passes: str, per_task_modules: Sequence[object], verify_every: int | None) -> None:
     """Raise UserError for an invalid value of one of these arguments of GradientSurgery."""
     _check_choice("passes", passes, ("one", "per_task"))
@@ -98,42 +62,6 @@ def check_model(model: object, passes: str, per_task_modules: Sequence[object], 
         isinstance(verify_every, bool) or not isinstance(verify_every, int) or verify_every < 0
     ):
         raise UserError(f"verify_every must be None (first step), 0 (never) or a number of steps, got {verify_every!r}")
-
-
-def check_sharded(target: Target, shared: Sequence[nn.Parameter], model: nn.Module | None, passes: str) -> None:
-    """Raise UserError where surgery cannot follow parameters of fully_shard from forward on."""
-    if not target.sharded:
-        return
-    if model is None or passes != "one":
-        raise UserError(
-            "target: fully_shard gives modules other tensors than the optimiser's for their forward, so surgery needs "
-            'the modules: give GradientSurgery(..., model=trunk), with passes="one"'
-        )
-    in_model = {id(parameter) for parameter in model.parameters()}
-    outside = [parameter for parameter in shared if id(parameter) not in in_model]
-    if outside:
-        raise UserError(
-            f"shared: {len(outside)} parameters are not in `model` (the first has shape {tuple(outside[0].shape)}): "
-            "under fully_shard, give a `model` that has all shared parameters"
-        )
-
-
-def check_parameters(argument: str, given: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Return each parameter once, in the given order.
-
-    Raises UserError, naming `argument`, for anything that is not a parameter.
-    """
-    advice = f"give parameters, for example {argument}=model.encoder.parameters()"
-    if isinstance(given, Tensor | nn.Module | str) or not isinstance(given, Iterable):
-        raise UserError(f"{argument} is of type {type(given).__name__}, not a list: {advice}")
-    unique = {}
-    for item in given:
-        if isinstance(item, tuple):
-            raise UserError(f"{argument} has pairs of names and parameters: use parameters() for named_parameters()")
-        if not isinstance(item, Tensor):
-            raise UserError(f"{argument} has {quoted(item)}, which is no parameter: {advice}")
-        unique[id(item)] = item
-    return list(unique.values())
 
 
 def check_options(

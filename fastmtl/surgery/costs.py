@@ -13,8 +13,9 @@ from torch import nn
 from fastmtl.errors import UserError
 from fastmtl.surgery.attach.forward import RuledForward
 from fastmtl.surgery.attach.sites import find_sites, large_tables
-from fastmtl.surgery.checks import check_parameters, check_tasks
+from fastmtl.surgery.checks import check_tasks
 from fastmtl.surgery.jacobian.tables import whole_shape
+from fastmtl.surgery.parameters import check_parameters
 from fastmtl.surgery.rules.embedding import embedding_rule
 from fastmtl.surgery.rules.linear import linear_rule
 from fastmtl.surgery.rules.transposed_linear import transposed_linear_rule

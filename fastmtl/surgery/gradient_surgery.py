@@ -8,41 +8,30 @@ not depend on how the rows are distributed.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from fastmtl.errors import UserError
 from fastmtl.surgery import checks
 from fastmtl.surgery.attach.attachment import Attachment
-from fastmtl.surgery.attach.reading import is_table, read_rows
-from fastmtl.surgery.attach.sites import large_tables
 from fastmtl.surgery.checks import Passes, Reduce, Scope, Storage
 from fastmtl.surgery.clipping import check_max_norm
 from fastmtl.surgery.info import SurgeryInfo
 from fastmtl.surgery.losses import Losses
 from fastmtl.surgery.methods.method import Reduction
 from fastmtl.surgery.methods.table import find_method
+from fastmtl.surgery.parameters import check_sharded, choose_parameters
 from fastmtl.surgery.parts import Parts
-from fastmtl.surgery.sinks.gramian import GramianSink
-from fastmtl.surgery.sinks.layer_gramians import LayerGramians, LayerWatcher
+from fastmtl.surgery.sinks.layer_gramians import LayerWatcher
 from fastmtl.surgery.sinks.make import make_sink
 from fastmtl.surgery.sinks.sink import Sink
-from fastmtl.surgery.sinks.source import GramianSource, MergingSink
-from fastmtl.surgery.sinks.tensor import TensorSink
 from fastmtl.surgery.solver import Solver
-from fastmtl.surgery.step_losses import LossFunction, Step
-from fastmtl.surgery.steps.features import FeaturesStep
-from fastmtl.surgery.steps.joint import ClippedJointStep, JointStep
-from fastmtl.surgery.steps.replay import replay
-from fastmtl.surgery.steps.stacked import RecordedMerging, RecordMerging, StackedStep
-from fastmtl.surgery.steps.tensor_scope import tensor_scope
-from fastmtl.surgery.targets.ddp import without_reduction
+from fastmtl.surgery.steps.runner import Settings, StepRunner
+from fastmtl.surgery.steps.stacked import RecordMerging
 from fastmtl.surgery.targets.find import find_target
 from fastmtl.surgery.verify.verifier import Verifier
 
@@ -122,8 +111,8 @@ class GradientSurgery:
         *,
         tasks: Sequence[str],
         model: nn.Module | None = None,
-        shared: Sequence[nn.Parameter] | None = None,
-        sparse: Sequence[nn.Parameter] | None = None,
+        shared: Iterable[nn.Parameter] | None = None,
+        sparse: Iterable[nn.Parameter] | None = None,
         per_task_modules: Sequence[type[nn.Module] | str | nn.Module] = (),
         passes: Passes = "one",
         verify_every: int | None = None,
@@ -142,22 +131,15 @@ class GradientSurgery:
         self._target = find_target(target)
         chosen = find_method(method, reduction, options)
         self.tasks = checks.check_tasks(tasks)
-        self._weights = checks.check_task_weights(task_weights or {}, self.tasks)
+        weights = checks.check_task_weights(task_weights or {}, self.tasks)
         checks.check_model(model, passes, per_task_modules, verify_every)
         attaches = model is not None and passes == "one" and chosen is not None
-        if shared is not None:
-            shared = checks.check_parameters("shared", shared)
-        elif model is not None:
-            shared = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if model is not None:
             self._target.learn_names(model)
-        if sparse is None:
-            sparse = large_tables(model, shared or ()) if model is not None and attaches else ()
-        sparse = checks.check_parameters("sparse", sparse)
-        shared = checks.find_shared(self._target, shared, sparse)
+        merged, tables = choose_parameters(self._target, model, shared, sparse, attaches=attaches)
         if chosen is not None:
-            checks.check_sharded(self._target, shared, model, passes)
-        if not shared and chosen is not None:
+            check_sharded(self._target, merged, model, passes)
+        if not merged and chosen is not None:
             log.warning("no shared parameter is trained, so no task gradients can conflict: falling back to sum")
             chosen = None
         self.storage = checks.check_options(
@@ -171,44 +153,37 @@ class GradientSurgery:
         )
         check_max_norm(max_norm, self._target, self.storage, reduce, joint=chosen is None)
         if reduce == "sketch":
-            checks.check_sketch(sketch_size, sparse)
-        self._joint, self._scope, self._by_rank = chosen is None, scope, reduce == "local"
-        self._plain = method == "sum"
-        self._solver = Solver(chosen, method, self.tasks, seed, by_rank=self._by_rank)
-        mode = "tensor" if scope == "tensor" and not self._joint else self.storage
+            checks.check_sketch(sketch_size, tables)
+        mode = "tensor" if scope == "tensor" and chosen is not None else self.storage
         self._sink = make_sink(
-            mode, shared, len(self.tasks), sparse=sparse, dtype=dtype, reduce=reduce, sketch_size=sketch_size
+            mode, merged, len(self.tasks), sparse=tables, dtype=dtype, reduce=reduce, sketch_size=sketch_size
         )
-        shared_ids = {id(p) for p in shared}
-        own = [p for p in self._target.parameters if id(p) not in shared_ids]
-        self._model, self._passes = model, passes
-        self._attached: Attachment | None = None
-        if model is not None and attaches and shared:
-            self._attached = Attachment(model, shared, self.tasks, self._target.device, per_task_modules)
-        self._verifier: Verifier | None = None
-        if chosen is not None and (verify_every if self._attached is None else verify_every != 0):
-            self._verifier = Verifier(verify_every, shared, self.tasks, self._target.names, self._target.device)
-        self._parts = Parts(
-            self._target, self._solver, self.tasks, shared, own, max_norm, self._attached, self._verifier
+        self._sink.per_task, device = self._target.per_task, self._target.device
+        attached: Attachment | None = None
+        if model is not None and attaches and merged:
+            attached = Attachment(model, merged, self.tasks, device, per_task_modules, self._target.per_task)
+        verifier: Verifier | None = None
+        if chosen is not None and (verify_every if attached is None else verify_every != 0):
+            names = self._target.names
+            verifier = Verifier(verify_every, merged, self.tasks, names, device, self._target.per_task)
+        ids = {id(parameter) for parameter in merged}
+        own = [parameter for parameter in self._target.parameters if id(parameter) not in ids]
+        solver = Solver(chosen, method, self.tasks, seed, by_rank=reduce == "local")
+        parts = Parts(self._target, solver, self.tasks, merged, own, max_norm, attached, verifier)
+        settings = Settings(
+            model=model,
+            task_weights=weights,
+            storage=self.storage,
+            scope=scope,
+            by_rank=reduce == "local",
+            joint=chosen is None,
+            plain=method == "sum",
+            per_task=passes == "per_task",
         )
-        self._open: JointStep | StackedStep | FeaturesStep | None = None
-        self._warned = False
-        self._watcher: LayerWatcher | None = None
-        self._recorded: RecordedMerging | None = None
-        self._not_recorded: Sequence[str] = ()
+        self._runner = StepRunner(parts, self._sink, settings)
         checks.check_cuda_graphs(cuda_graphs)
         if cuda_graphs:
             self.record_with(cuda_graphs)
-
-    def record_with(self, record: RecordMerging) -> None:
-        """Set the argument `cuda_graphs` to `record` after construction."""
-        method = self._solver.method
-        if self._verifier is not None and self._model is None:
-            raise UserError("cuda_graphs: verify_every compares only steps that are not recorded: give one of them")
-        if self._watcher is not None:
-            raise UserError("cuda_graphs: diagnose measures only steps that are not recorded: call its stop() before")
-        if method is not None:  # a sum has nothing to record
-            self._recorded, self._not_recorded = record(self._sink, method, self._target, self.storage)
 
     def run(
         self,
@@ -248,23 +223,7 @@ class GradientSurgery:
             TrainingError: five skipped steps in a row; a loss ("sum") or gradient (scope "tensor")
                 that is not finite and has reached the target, so the step cannot be skipped.
         """
-        if not micro_batches:
-            raise UserError("micro_batches: a step needs at least one")
-        checks.check_counts_given(counts, several=len(micro_batches) > 1)
-        losses_of = LossFunction(loss_fn, self._target, None if features else self._attached)
-        step = self._new_step(counts, weights, stop, features=features)
-        try:
-            if features:
-                return self._features_step(step).run(micro_batches, losses_of)
-            if isinstance(self._sink, TensorSink):
-                return tensor_scope(self._parts, self._sink, step, micro_batches, losses_of, by_rank=self._by_rank)
-            if isinstance(self._sink, GramianSink):
-                return replay(self._parts, self._sink, step, micro_batches, losses_of)
-            self._check_takes_sink(losses_of.takes_sink)
-            return self._start(step).run(micro_batches, losses_of)
-        finally:
-            if self._attached is not None:
-                self._attached.forget()
+        return self._runner.run(micro_batches, loss_fn, counts, weights, features=features, stop=stop)
 
     @contextmanager
     def rows(self, tasks: Any) -> Iterator[None]:
@@ -289,48 +248,8 @@ class GradientSurgery:
                 tasks with scope "tensor", or with storage "replay" on several ranks in another form
                 than bool [B, T].
         """
-        if self._model is None:
-            raise UserError("rows: surgery has no model: give the trunk in GradientSurgery(..., model=...)")
-        numbers, attached = read_rows(tasks, self.tasks), self._attached
-        if attached is not None and any(len(row) > 1 for row in numbers):
-            checks.check_several_tasks(self.storage, self._scope, table=is_table(tasks))
-        equal_sets = self.storage == "replay" and is_table(tasks)
-        starts = attached is not None and torch.is_grad_enabled() and not attached.active
-        if attached is not None and starts:
-            due = self._open is None and self._verifier is not None and self._verifier.due
-            attached.begin(self.task_grads, verifying=due)
-        try:
-            rows = nullcontext() if attached is None else attached.rows(numbers, equal_sets=equal_sets)
-            with without_reduction(self._model), rows:
-                yield
-        except BaseException:
-            if attached is not None and starts:
-                attached.forget()
-                self._sink.disarm()
-            raise
-
-    def detach(self) -> None:
-        """Undo the changes to `model`, whose modules then have their own forwards again.
-
-        Call it before another GradientSurgery takes the model. Later steps of this object need one
-        backward pass per task. Raises UserError, and changes nothing, if another library has
-        replaced a forward since.
-        """
-        if self._attached is not None:
-            self._attached.detach()
-        self._attached = None
-        self._parts = dataclasses.replace(self._parts, attached=None)
-
-    @property
-    def task_grads(self) -> Sink:
-        """The sink to pass to a model of fastmtl's layers, before its losses go to `backward`.
-
-        Reading it arms the sink until that `backward`. Raises UserError if that is unsupported.
-        """
-        checks.check_backward(self.storage, self._scope, joint=self._joint)
-        if not self._joint:
-            self._sink.arm(self._target.device)
-        return self._sink
+        with self._runner.rows(tasks):
+            yield
 
     def backward(
         self,
@@ -366,65 +285,33 @@ class GradientSurgery:
                 other; in ZeRO 3 for an operation that reads features for several tasks.
             TrainingError: as in `run`.
         """
-        if features is not None:
-            return self._backward_of_features(losses, features, counts, weights, last=last, stop=stop)
-        checks.check_backward(self.storage, self._scope, joint=self._joint)
-        takes_sink = self._sink.active
-        if self._attached is not None and not takes_sink:
-            raise UserError("backward: no forward of `model` ran in a block `with surgery.rows(...)` for these losses")
-        try:
-            if self._open is None:
-                checks.check_counts_given(counts, several=not last)
-                self._open = self._start(self._new_step(counts, weights, stop))
-            step = self._open
-            if isinstance(step, FeaturesStep):
-                raise UserError(checks.FEATURES_OF_ALL)
-            if last:
-                self._open = None
-            if not takes_sink and not self._joint:
-                self._sink.arm(self._target.device)
-            self._check_takes_sink(takes_sink)
-            step.backward(losses, takes_sink=takes_sink, last=last)
-        except BaseException:
-            self._open = None
-            raise
-        finally:
-            self._sink.disarm()
-            if self._attached is not None:
-                self._attached.forget()
-        return step.finish() if last else None
+        return self._runner.backward(losses, counts, weights, features=features, last=last, stop=stop)
 
-    def _backward_of_features(
-        self,
-        losses: Losses,
-        features: Any,
-        counts: Mapping[str, int] | None,
-        weights: Mapping[str, float] | None,
-        *,
-        last: bool,
-        stop: bool,
-    ) -> SurgeryInfo | None:
-        step, self._open = self._open, None
-        if self._sink.active:
-            self._sink.disarm()
-            if self._attached is not None:
-                self._attached.forget()
-            raise UserError("features: run the forward outside of surgery.rows and without task_grads")
-        if step is None:
-            checks.check_counts_given(counts, several=not last)
-            step = self._features_step(self._new_step(counts, weights, stop, features=True))
-        if not isinstance(step, FeaturesStep):
-            raise UserError(checks.FEATURES_OF_ALL)
-        step.backward(losses, features, last=last)
-        if last:
-            return step.finish()
-        self._open = step
-        return None
+    def detach(self) -> None:
+        """Undo the changes to `model`, whose modules then have their own forwards again.
+
+        Call it before another GradientSurgery takes the model. Later steps of this object need one
+        backward pass per task. Raises UserError, and changes nothing, if another library has
+        replaced a forward since.
+        """
+        self._runner.detach()
+
+    @property
+    def task_grads(self) -> Sink:
+        """The sink to pass to a model of fastmtl's layers, before its losses go to `backward`.
+
+        Reading it arms the sink until that `backward`. Raises UserError if that is unsupported.
+        """
+        return self._runner.arm()
+
+    def record_with(self, record: RecordMerging) -> None:
+        """Set the argument `cuda_graphs` to `record` after construction."""
+        self._runner.record_with(record)
 
     @property
     def not_recorded(self) -> list[str]:
         """Reasons why steps were not recorded, as in the log; empty without `cuda_graphs`."""
-        return list(self._not_recorded)
+        return list(self._runner.not_recorded)
 
     @property
     def shared_names(self) -> dict[int, str]:
@@ -432,7 +319,7 @@ class GradientSurgery:
 
         They are those in `model` or in the engine. Otherwise a parameter has a number.
         """
-        return {id(parameter): self._target.names[id(parameter)] for parameter in self._parts.shared}
+        return {id(parameter): self._target.names[id(parameter)] for parameter in self._runner.parts.shared}
 
     def watch(self, watcher: LayerWatcher | None) -> None:
         """Give the Gramians of layers in later steps to `watcher`; None ends this.
@@ -440,80 +327,15 @@ class GradientSurgery:
         fastmtl.surgery.diagnose calls it. Raises UserError where no step has the Gramian of whole
         task gradients, and if there is a watcher already.
         """
-        if watcher is not None:
-            checks.check_watched(
-                joint=self._joint,
-                scope=self._scope,
-                sketches=isinstance(self._sink, GramianSource) and self._sink.sketches,
-                recorded=self._recorded is not None,
-                watched=self._watcher is not None,
-            )
-        self._watcher = watcher
+        self._runner.watch(watcher)
 
     def kept_tensors(self) -> list[torch.Tensor]:
         """Return the tensors that hold task gradients now, and the buffers of `cuda_graphs`."""
-        return self._sink.tensors() + ([] if self._recorded is None else self._recorded.tensors())
+        return self._sink.tensors() + self._runner.recorded_tensors()
 
     def state_dict(self) -> dict[str, Any]:
         """Return seed, counts of steps and skipped steps, and the method's state, for JSON."""
-        return self._solver.state_dict()
+        return self._runner.parts.solver.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._solver.load_state_dict(state)
-
-    def _new_step(
-        self,
-        counts: Mapping[str, int] | None,
-        weights: Mapping[str, float] | None,
-        stop: bool,
-        *,
-        features: bool = False,
-    ) -> Step:
-        if features:
-            checks.check_features_watched(watched=self._watcher is not None)
-        if not self._plain:  # in a plain sum, autograd decides which parameters get a gradient
-            self._target.check_trained()
-        self._target.begin()
-        step_weights = checks.check_task_weights(weights or {}, self.tasks, "weights")
-        self._solver.next_step()
-        if isinstance(self._sink, GramianSource):
-            self._sink.layers = self._layers_to_measure()
-        return Step(
-            counts,
-            tasks=self.tasks,
-            task_weights=[fixed * of_step for fixed, of_step in zip(self._weights, step_weights, strict=True)],
-            device=self._target.device,
-            # Every loss depends on shared parameters; if none is trained, a loss may be constant.
-            constants=not self._parts.shared,
-            stop=stop,
-            check_rows=None if self._attached is None or features else self._attached.check_losses,
-            verifies=not features and self._verifier is not None and self._verifier.next_step(),
-        )
-
-    def _features_step(self, step: Step) -> FeaturesStep:
-        return FeaturesStep(self._parts, self._sink, step, by_rank=self._by_rank, merges=not self._joint)
-
-    def _layers_to_measure(self) -> LayerGramians | None:
-        watcher = self._watcher
-        if watcher is None or not watcher.next_step():
-            return None
-        target, number = self._target, len(self.tasks)
-        found = LayerGramians(watcher.layer_of, number, target.device, scale=target.loss_scale(), by_rank=self._by_rank)
-        watcher.take(self._solver.step, found)
-        return found
-
-    def _start(self, step: Step) -> JointStep | StackedStep:
-        if not self._joint:
-            assert isinstance(self._sink, MergingSink)
-            return StackedStep(self._parts, self._sink, step, self._recorded)
-        kind = JointStep if self._parts.max_norm is None else ClippedJointStep
-        return kind(self._parts, self._sink, step)
-
-    def _check_takes_sink(self, takes_sink: bool) -> None:
-        """Raise UserError, or warn once, for a model whose layers do not write into the sink."""
-        if takes_sink or self._joint:
-            return
-        checks.check_per_task(self.storage)
-        if not self._warned and self._passes == "one":
-            self._warned = True
-            log.warning("no `model` was given: running one backward pass per task (see docs/surgery.md)")
+        self._runner.parts.solver.load_state_dict(state)

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UserError
+from fastmtl.surgery.advice import PER_TASK_PASSES
 from fastmtl.surgery.attach.compiled import check_compiled, eager, explained
 from fastmtl.surgery.attach.forward import RuledForward, leave_graphs
 from fastmtl.surgery.attach.outputs import output_mismatch
+from fastmtl.surgery.attach.position import Position
 from fastmtl.surgery.attach.reading import RowTasks
 from fastmtl.surgery.attach.row_map import OneTask, RowMap
 from fastmtl.surgery.attach.several import SeveralTasks, passes_of
@@ -25,9 +27,10 @@ from fastmtl.surgery.attach.sites import Site, check_kind, find_sites
 from fastmtl.surgery.attach.unsharded import Unsharded
 from fastmtl.surgery.jacobian.tables import is_sharded
 from fastmtl.surgery.ranks.collectives import union_over_ranks
-from fastmtl.surgery.rules.aliases import aliases, replaced
+from fastmtl.surgery.rules.aliases import Owned, aliases, replaced
 from fastmtl.surgery.rules.embedding import embedding_rule
-from fastmtl.surgery.rules.general import WHOLE, UnsupportedModule, run_by_task
+from fastmtl.surgery.rules.general import WHOLE, RunTask, UnsupportedModule, run_by_task
+from fastmtl.surgery.rules.rule import Rule
 from fastmtl.surgery.rules.trees import Unsupported, tensors_in
 from fastmtl.surgery.sinks.sink import Sink
 from fastmtl.surgery.verify.unchanged import keep_buffers, unchanged
@@ -35,7 +38,7 @@ from fastmtl.surgery.verify.unchanged import keep_buffers, unchanged
 _WAYS_OUT = (
     "a module reads it that belongs to another one, or it is used outside of `model` or of surgery.rows: name the "
     "module that uses it in per_task_modules=[...], leave it out of `shared` (its gradient is then the plain sum), or "
-    'use passes="per_task"'
+    "use "
 )
 
 
@@ -45,7 +48,7 @@ class Attachment:
     Outside a `rows` block, without gradients, and while no sink is active, a module runs as before.
 
     model: the trunk, or a DistributedDataParallel of it. shared: parameters whose task gradients
-    are taken. per_task_modules: see GradientSurgery.
+    are taken. per_task_modules: see GradientSurgery. per_task: of the target, for messages.
 
     verifying: True to compare the outputs of modules that run once per task with those of one run;
     `output_mismatches` receives a sentence for each module whose outputs differ.
@@ -60,12 +63,13 @@ class Attachment:
         tasks: Sequence[str],
         device: torch.device,
         per_task_modules: Sequence[type[nn.Module] | str | nn.Module] = (),
+        per_task: str = PER_TASK_PASSES,
     ) -> None:
-        self._tasks, self._device = list(tasks), device
-        check_kind(model)
+        self._tasks, self._device, self._per_task = list(tasks), device, per_task
+        check_kind(model, per_task)
         trunk = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        sites = find_sites(trunk, shared, per_task_modules)
-        check_compiled(trunk, sites)
+        sites = find_sites(trunk, shared, per_task_modules, per_task)
+        check_compiled(trunk, sites, per_task)
         for site in sites:
             if isinstance(site.module.__dict__.get("forward"), RuledForward):
                 raise UserError(
@@ -78,11 +82,9 @@ class Attachment:
         }
         self._unsharded = Unsharded(trunk, lambda: self.active) if any(map(is_sharded, shared)) else None
         self.sink: Sink | None = None
-        self._maps: list[RowMap] = []  # of the blocks since the last backward
+        self._position = Position()
         self.verifying, self._until_end = False, ExitStack()
         self.output_mismatches: list[str] = []
-        self._where: list[RowMap | OneTask] = []  # the innermost block or run
-        self._again: RowMap | OneTask | None = None  # the map of the forward that backward is in
         self._forwards = [RuledForward(site.module, partial(self._run, site)) for site in sites]
         leave_graphs()
         self._names = [site.name or type(site.module).__name__ for site in sites]
@@ -104,13 +106,8 @@ class Attachment:
         else:
             numbers = [row[0] if row else -1 for row in tasks]
             rows = RowMap(numbers, len(self._tasks), self._device, self._parameter)
-        self._maps.append(rows)
-        self._where.append(rows)
-        try:
-            with explained():
-                yield
-        finally:
-            self._where.pop()
+        with self._position.block(rows), explained():
+            yield
 
     @property
     def active(self) -> bool:
@@ -120,7 +117,7 @@ class Attachment:
     @property
     def used(self) -> bool:
         """True if there was a `rows` block since the last backward."""
-        return bool(self._maps)
+        return bool(self._position.maps)
 
     def begin(self, sink: Sink, *, verifying: bool = False) -> None:
         """Let the next forwards pass task gradients to `sink`. verifying: see the class."""
@@ -128,7 +125,7 @@ class Attachment:
         self.sink, self.verifying = sink, verifying
         if verifying:  # several backwards follow, and a compiled graph may allow only one
             self._until_end.enter_context(eager())
-        sink.ways_out = _WAYS_OUT
+        sink.ways_out, sink.per_task = _WAYS_OUT + self._per_task, self._per_task
         sink.used = True
         if self._unsharded is not None:
             sink.in_graph = self._unsharded.of
@@ -136,25 +133,25 @@ class Attachment:
     def forget(self) -> None:
         """Drop all row maps, at the end of backward."""
         self._until_end.close()
-        self.sink, self._again = None, None
-        self._maps.clear()
+        self.sink = None
+        self._position.forget()
         self.output_mismatches.clear()
 
     def passes(self) -> list[list[str]]:
         """Return the tasks of each backward pass that the blocks since the last backward need."""
-        sets = [row for found in self._maps if isinstance(found, SeveralTasks) for row in found.sets]
+        sets = [row for found in self._position.maps if isinstance(found, SeveralTasks) for row in found.sets]
         return [[self._tasks[task] for task in tasks] for tasks in passes_of(sets, len(self._tasks))]
 
     def enter(self, names: Sequence[str]) -> None:
         """Begin the backward pass of the losses of these tasks."""
-        for found in self._maps:
+        for found in self._position.maps:
             if isinstance(found, SeveralTasks):
                 found.enter([self._tasks.index(name) for name in names])
 
     def check_losses(self, rows: Mapping[str, int]) -> None:
         """Raise UserError for a task that has losses, but no row. rows: of each task's loss."""
         for name, number in rows.items():
-            if number and not any(found.has_rows(self._tasks.index(name)) for found in self._maps):
+            if number and not any(found.has_rows(self._tasks.index(name)) for found in self._position.maps):
                 raise UserError(f"rows: task {name} has losses of {number} rows, but no row of the batch belongs to it")
 
     def detach(self) -> None:
@@ -183,23 +180,9 @@ class Attachment:
         """Return the map of a site whose forward runs now; None if it runs without surgery."""
         if self.sink is None or not self.sink.active or not torch.is_grad_enabled():
             return None
-        if self._where:
-            return self._where[-1]
-        return self._of_backward(site) if self.sink.in_backward else None
-
-    def _of_backward(self, site: Site) -> RowMap | OneTask | None:
-        """Return the map of a site whose forward checkpointing repeats in backward."""
-        if self._again is None and len(self._maps) < 2:
-            return self._maps[0] if self._maps else None
-        if self._again is None:
-            raise UserError(
-                "rows: activation checkpointing repeats a forward in backward, but several blocks precede this "
-                "backward, and the output of `model` does not show which one: call `model` itself in each block, or "
-                "run a backward after each block, with last=False"
-            )
-        if isinstance(self._again, OneTask) and not site.inside:  # what is repeated contains the runs per task
-            return self._again.every
-        return self._again
+        if self._position.now is not None:
+            return self._position.now
+        return self._position.of_backward(site) if self.sink.in_backward else None
 
     def _run(self, site: Site, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute the forward of a site."""
@@ -208,13 +191,13 @@ class Attachment:
             return plain(*args, **kwargs)
         is_trunk = not site.name
         if is_trunk and isinstance(where, RowMap):
-            _check_inputs(where, args, kwargs)
+            where.check_inputs([x for x in tensors_in((args, dict(kwargs))) if x.dim()])
         try:
             output = self._ruled(site, where, plain, args, kwargs)
         except Unsupported as reason:
-            raise UnsupportedModule(site.name or "model", site.module, reason) from None
-        if is_trunk and self._where:
-            self._mark(where, output)
+            raise UnsupportedModule(site.name or "model", site.module, reason, self._per_task) from None
+        if is_trunk and self._position.now is not None:
+            self._position.mark(where, output)
         return output
 
     def _ruled(
@@ -225,23 +208,32 @@ class Attachment:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
+        """Compute the forward of a site during surgery, in the way that its parameters need."""
         sink = self.sink
         assert sink is not None
         if self._unsharded is not None:
             self._unsharded.check(site.name or "model", site.module, site.own)
         if isinstance(where, OneTask) and (where.aliased or site.rule is None):
-            own = [item for item in site.own if sink.wants(item.parameter) and item.name not in item.holder.__dict__]
-            with replaced([(item, aliases(item, [where.task], where.task_of, sink)[0]) for item in own]):
+            with replaced(_aliases_of_task(site, where, sink)):
                 return plain(*args, **kwargs)
-        x = _only_tensor(args, kwargs) if site.rule is not None and site.beneath is None else None
-        if x is not None and x.dim():
-            one_row = len(x) == 1 and where.batch != 1
-            if one_row and site.rule is embedding_rule or not one_row and where.fits(len(x)):
-                assert site.rule is not None
-                return site.rule(site.module, where, sink, x)
+        x = _only_tensor(args, kwargs)
+        if site.rule is not None and site.beneath is None and x is not None and _is_covered(site.rule, where, x):
+            return site.rule(site.module, where, sink, x)
         if not (site.own or site.beneath):
             return plain(*args, **kwargs)
         assert isinstance(where, RowMap)
+        return self._by_task(site, where, sink, plain, args, kwargs)
+
+    def _by_task(
+        self,
+        site: Site,
+        where: RowMap,
+        sink: Sink,
+        plain: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run a site once per task; in the first step, compare its outputs with those of one run."""
         if site.beneath is not None and not site.gathered:
             self._let_zero3_gather(site, plain, args, kwargs)
         owned = site.own if site.beneath is None else [item for item in site.beneath if item.available]
@@ -250,26 +242,24 @@ class Attachment:
         def run(task: int, args: tuple[Any, ...], kwargs: dict[str, Any], *, one_row: bool) -> Any:
             inside = where.only(task, aliased=one_row or site.beneath is not None)
             if site.around:  # checkpointing inside it repeats modules of one task in backward
-                self._mark(where, (args, kwargs))
-            with self._inside(inside), nullcontext() if where.groups[task] else keep_buffers(site.module):
+                self._position.mark(where, (args, kwargs))
+            kept = nullcontext() if where.groups[task] else keep_buffers(site.module)
+            with self._position.inside(inside), kept:
                 output = plain(*args, **kwargs)
             if site.around:
-                self._mark(inside, output)
+                self._position.mark(inside, output)
             return output
 
         output = run_by_task(run, owned, where, sink, args, kwargs, whole)
         if self.verifying and not sink.in_backward:
-
-            def by_task() -> Any:  # without gradients, all modules run as before surgery
-                return run_by_task(as_before, (), where, sink, args, kwargs, whole)
-
-            def as_before(task: int, args: tuple[Any, ...], kwargs: dict[str, Any], *, one_row: bool) -> Any:
-                return plain(*args, **kwargs)
-
-            name, module = site.name or "model", site.module
-            found = output_mismatch(name, module, lambda: plain(*args, **kwargs), by_task, self._device)
-            self.output_mismatches += [] if found is None else [found]
+            by_task = partial(run_by_task, _as_before(plain), (), where, sink, args, kwargs, whole)
+            self._compare_outputs(site, lambda: plain(*args, **kwargs), by_task)
         return output
+
+    def _compare_outputs(self, site: Site, run: Callable[[], Any], by_task: Callable[[], Any]) -> None:
+        """Record a sentence if a site's outputs of its runs per task are not those of one run."""
+        found = output_mismatch(site.name or "model", site.module, run, by_task, self._device, self._per_task)
+        self.output_mismatches += [] if found is None else [found]
 
     def _let_zero3_gather(
         self, site: Site, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -282,43 +272,27 @@ class Attachment:
             with torch.no_grad(), unchanged(self._device, site.module):
                 plain(*args, **kwargs)
 
-    @contextmanager
-    def _inside(self, task: OneTask) -> Iterator[None]:
-        self._where.append(task)
-        try:
-            yield
-        finally:
-            self._where.pop()
 
-    def _mark(self, where: RowMap | OneTask, tree: Any) -> None:
-        """Let backward know `where` it is as soon as it reaches the tensors of `tree`."""
+def _aliases_of_task(site: Site, where: OneTask, sink: Sink) -> list[tuple[Owned, Tensor]]:
+    """Return aliases of the task that runs now, for parameters that a run around has not replaced."""
+    own = [item for item in site.own if sink.wants(item.parameter) and item.name not in item.holder.__dict__]
+    return [(item, aliases(item, [where.task], where.task_of, sink)[0]) for item in own]
 
-        def enter(_: Tensor) -> None:
-            self._again = where
 
-        for x in tensors_in(tree):
-            if x.requires_grad:
-                x.register_hook(enter)
+def _as_before(plain: Callable[..., Any]) -> RunTask:
+    """Return a function that runs a module as before surgery: without gradients, all modules do."""
+    return lambda task, args, kwargs, *, one_row: plain(*args, **kwargs)
+
+
+def _is_covered(rule: Rule, where: RowMap | OneTask, x: Tensor) -> bool:
+    """Return True if a rule can tell the rows of its input x."""
+    if not x.dim():
+        return False
+    one_row = len(x) == 1 and where.batch != 1
+    return rule is embedding_rule if one_row else where.fits(len(x))
 
 
 def _only_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """Return the only argument if it is a tensor."""
     given = [*args, *kwargs.values()]
     return given[0] if len(given) == 1 and isinstance(given[0], Tensor) else None
-
-
-def _check_inputs(rows: RowMap, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raise UserError if no input of the trunk has the rows of the map in its first dimension."""
-    tensors = [x for x in tensors_in((args, dict(kwargs))) if x.dim()]
-    if not tensors or any(len(x) == rows.batch for x in tensors):
-        return
-    shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
-    if all(len(x) == 1 for x in tensors):
-        raise UserError(
-            f"rows: the model gets inputs of shapes {shapes}, one packed row for {rows.batch} rows: give it padded "
-            "rows [B, length]; packed batches need fastmtl's own encoder"
-        )
-    raise UserError(
-        f"rows: the model gets inputs of shapes {shapes}, but `rows` has {rows.batch} rows: the first dimension must "
-        "be the rows of the batch"
-    )

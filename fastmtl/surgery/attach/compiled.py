@@ -14,8 +14,11 @@ from fastmtl.surgery.attach.forward import OUTSIDE, compiler_is_imported
 from fastmtl.surgery.attach.sites import Site
 
 
-def check_compiled(model: nn.Module, sites: Sequence[Site]) -> None:
-    """Raise UserError for a compiled module that runs outside of graphs as a whole."""
+def check_compiled(model: nn.Module, sites: Sequence[Site], per_task: str) -> None:
+    """Raise UserError for a compiled module that runs outside of graphs as a whole.
+
+    per_task: of the target, for the message.
+    """
     compiled = dict[int, tuple[str, nn.Module]]()
     for name, module in model.named_modules():
         if getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule":
@@ -29,7 +32,7 @@ def check_compiled(model: nn.Module, sites: Sequence[Site]) -> None:
             which = f"module {name} ({type(inner).__name__}) is compiled" if name else "model: it is compiled"
             raise UserError(
                 f"{which} as a whole (torch.compile), but {OUTSIDE}: compile smaller blocks that have no shared "
-                'parameter of their own and do not run once per task, compile nothing, or use passes="per_task"'
+                f"parameter of their own and do not run once per task, compile nothing, or use {per_task}"
             )
 
 

@@ -58,13 +58,18 @@ class WithoutDropout(TorchFunctionMode):
 
 @torch.no_grad()  # the outputs may contain inputs, and checkpointing counts what autograd saves
 def output_mismatch(
-    name: str, module: nn.Module, run: Callable[[], Any], run_by_task: Callable[[], Any], device: torch.device
+    name: str,
+    module: nn.Module,
+    run: Callable[[], Any],
+    run_by_task: Callable[[], Any],
+    device: torch.device,
+    per_task: str,
 ) -> str | None:
     """Return a sentence if the outputs of `run` and `run_by_task` differ, None if they agree.
 
     A module that draws random numbers besides dropout cannot be compared; the log says so.
-    Parameters, buffers and random state stay as they are. Raises Unsupported for an output whose
-    first dimension is not the rows.
+    Parameters, buffers and random state stay as they are. per_task: of the target, for the sentence.
+    Raises Unsupported for an output whose first dimension is not the rows.
     """
     with WithoutDropout(), unchanged(device, module) as state:
         whole, draws = run(), _has_drawn(state)
@@ -90,7 +95,7 @@ def output_mismatch(
         f"module {name} ({type(module).__name__}) gives other outputs on the rows of each task than on the whole "
         f"batch (difference {largest:.1g} of their norm), so its rows mix, as in BatchNorm during training: put it "
         "into evaluation mode, use a normalization of single rows, leave its parameters out of `shared` and freeze its "
-        'statistics, or use passes="per_task"'
+        f"statistics, or use {per_task}"
     )
 
 

@@ -9,6 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from fastmtl.errors import UserError
 from fastmtl.surgery.segments import Segments
 from fastmtl_kernels.upload import upload
 
@@ -46,6 +47,24 @@ class RowMap:
     def fits(self, rows: int) -> bool:
         """Return True if a tensor with so many rows has equally many for each row of the batch."""
         return rows % self.batch == 0 if self.batch else rows == 0
+
+    def check_inputs(self, tensors: Sequence[Tensor]) -> None:
+        """Raise UserError if no input of the trunk has the rows of the map in its first dimension.
+
+        tensors: the inputs that have a dimension.
+        """
+        if not tensors or any(len(x) == self.batch for x in tensors):
+            return
+        shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
+        if all(len(x) == 1 for x in tensors):
+            raise UserError(
+                f"rows: the model gets inputs of shapes {shapes}, one packed row for {self.batch} rows: give it padded "
+                "rows [B, length]; packed batches need fastmtl's own encoder"
+            )
+        raise UserError(
+            f"rows: the model gets inputs of shapes {shapes}, but `rows` has {self.batch} rows: the first dimension "
+            "must be the rows of the batch"
+        )
 
     def has_rows(self, task: int) -> bool:
         """Return True if a row belongs to the task."""

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastmtl.errors import UserError, listed, quoted
+from fastmtl.surgery.advice import PER_TASK_PASSES
 from fastmtl.surgery.jacobian.tables import whole_shape
 from fastmtl.surgery.rules.aliases import Owned
 from fastmtl.surgery.rules.embedding import embedding_rule
@@ -56,12 +57,15 @@ class Site:
 
 
 def find_sites(
-    model: nn.Module, shared: Collection[nn.Parameter], per_task_modules: Sequence[type[nn.Module] | str | nn.Module]
+    model: nn.Module,
+    shared: Collection[nn.Parameter],
+    per_task_modules: Sequence[type[nn.Module] | str | nn.Module],
+    per_task: str = PER_TASK_PASSES,
 ) -> list[Site]:
     """Return the sites of a model; the first one is the model itself.
 
     per_task_modules: classes, names of classes, names of modules, or modules, in addition to
-    PER_TASK.
+    PER_TASK. per_task: of the target, for messages.
     Raises UserError for an entry that names nothing in the model, and for modules whose rows are
     not in the first dimension, such as torch's recurrent ones.
     """
@@ -86,7 +90,7 @@ def find_sites(
         if name in per_task:
             beneath = [item for inner in module.modules() for item in _shared(inner, known)]
         if own or beneath:
-            _check_layout(name, module)
+            _check_layout(name, module, per_task)
             site = Site(name, module, own, find_rule(module), beneath)
             sites[0:1] = [site] if module is model else [sites[0]]
             if module is not model:
@@ -143,12 +147,12 @@ def _matching(entries: Sequence[type[nn.Module] | str | nn.Module], modules: dic
                 yield name
 
 
-def _check_layout(name: str, module: nn.Module) -> None:
+def _check_layout(name: str, module: nn.Module, per_task: str) -> None:
     if isinstance(module, nn.RNNBase):
         raise UserError(
             f"module {name} ({type(module).__name__}) has states with the rows in the second dimension, and reads its "
             "weights from a list of its own, which one backward pass does not support: leave its parameters out of "
-            '`shared` (their gradient is then the plain sum), or use passes="per_task"'
+            f"`shared` (their gradient is then the plain sum), or use {per_task}"
         )
     if getattr(module, "batch_first", True) is False:
         raise UserError(
@@ -157,8 +161,11 @@ def _check_layout(name: str, module: nn.Module) -> None:
         )
 
 
-def check_kind(model: nn.Module) -> None:
-    """Raise UserError for a model whose modules cannot be given another forward."""
+def check_kind(model: nn.Module, per_task: str) -> None:
+    """Raise UserError for a model whose modules cannot be given another forward.
+
+    per_task: of the target, for the message.
+    """
     kinds = {base.__name__ for module in model.modules() for base in type(module).__mro__}
     if "FullyShardedDataParallel" in kinds:
         raise UserError(
@@ -169,7 +176,7 @@ def check_kind(model: nn.Module) -> None:
         raise UserError("model: torch.nn.DataParallel copies the model for each device: use DistributedDataParallel")
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise UserError(
-            'model: a ScriptModule has no forward that can be replaced: give the model itself, or use passes="per_task"'
+            f"model: a ScriptModule has no forward that can be replaced: give the model itself, or use {per_task}"
         )
 
 

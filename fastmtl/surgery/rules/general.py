@@ -105,11 +105,14 @@ def _join(rows: Divides, parts: Sequence[Tensor]) -> Tensor:
 
 
 class UnsupportedModule(UserError):
-    """The error for a module that cannot run task by task. what: the message without ways out."""
+    """The error for a module that cannot run task by task.
 
-    def __init__(self, name: str, module: nn.Module, reason: Unsupported) -> None:
+    what: the message without ways out. per_task: of the target.
+    """
+
+    def __init__(self, name: str, module: nn.Module, reason: Unsupported, per_task: str) -> None:
         self.what = f"module {name} ({type(module).__name__}) has {reason}"
         super().__init__(
             f"{self.what}: name a module around it in per_task_modules=[...], leave its parameters out of `shared` "
-            '(their gradient is then the plain sum), or use passes="per_task"'
+            f"(their gradient is then the plain sum), or use {per_task}"
         )

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UserError
+from fastmtl.surgery.advice import PER_TASK_PASSES
 from fastmtl.surgery.differentiate import Term, differentiate
 from fastmtl.surgery.segments import Segments
 from fastmtl.surgery.sinks.plain import Product, sum_of_products, sum_of_rows, table_gradient
@@ -39,7 +40,8 @@ class Sink(ABC):
     parameters: the shared ones that are trained. sparse: those of them whose gradient is kept only
     for the table rows in use (word embeddings); `dense` holds the others.
 
-    ways_out: for the message about a shared parameter whose gradient bypasses the sink.
+    ways_out: for the message about a shared parameter whose gradient bypasses the sink. per_task: of
+    the target, for messages.
     in_graph: returns the tensor that stands for a parameter in autograd's graph, by default itself.
     in_backward: True from the end of forward to the end of backward. used: True if a layer has used
     the sink since `arm`, or if an attached model has it.
@@ -61,6 +63,7 @@ class Sink(ABC):
         self._index = {id(parameter): k for k, parameter in enumerate(parameters)}
         self._uses = Uses()
         self.ways_out = "use the ops of fastmtl.surgery.functional for it, or leave it out of `shared`"
+        self.per_task = PER_TASK_PASSES
         self.in_graph: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter
         self._totals: set[torch.dtype] | None = None
 
@@ -93,7 +96,7 @@ class Sink(ABC):
         if self.used and not self.in_backward and torch.is_grad_enabled():
             raise UserError(
                 "one pass for all tasks has no second derivatives (torch.autograd.grad with create_graph=True inside "
-                'the losses): use passes="per_task", or leave task_grads out'
+                f"the losses): use {self.per_task}, or leave task_grads out"
             )
 
     def wants(self, parameter: nn.Parameter | None) -> bool:

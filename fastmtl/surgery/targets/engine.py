@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UserError
+from fastmtl.surgery.advice import PER_TASK_PASSES
 from fastmtl.surgery.merged import Merged
 from fastmtl.surgery.ranks.collectives import world_size
 from fastmtl.surgery.targets.adamw import SurgeryAdamW
@@ -52,6 +53,7 @@ class EngineTarget:
                 "with ZeRO 1"
             )
         self.stacks = stage < 3 and not engine.zero_use_cpu_optimizer()
+        self.per_task = PER_TASK_PASSES if self.stacks else f"ZeRO 0 to 2 without offload, with {PER_TASK_PASSES}"
         self.one_backward = stage == 3
         self.can_discard = self.stacks and hasattr(getattr(engine, "optimizer", None), "check_grad_overflow")
         self._own_forward = False

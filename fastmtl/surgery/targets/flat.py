@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UserError
-from fastmtl.surgery.checks import check_parameters
 from fastmtl.surgery.merged import Merged
+from fastmtl.surgery.parameters import check_parameters
 
 
 class FlatParameters(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UserError
+from fastmtl.surgery.advice import PER_TASK_PASSES
 from fastmtl.surgery.merged import Merged
 from fastmtl.surgery.ranks.collectives import world_size
 from fastmtl.surgery.targets.adamw import SurgeryAdamW
@@ -30,6 +31,7 @@ class OptimizerTarget:
     sums_ranks = False
     sharded = False
     clipping = "call torch.nn.utils.clip_grad_norm_ before optimizer.step()"
+    per_task = PER_TASK_PASSES
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._world = world_size()

@@ -26,6 +26,7 @@ class Target(Protocol):
     one_backward: a forward allows a single backward (ZeRO 3, fully_shard).
     sums_ranks: `sum_over_ranks` gives sums, so surgery has the whole gradient before `hand_over`.
     clipping: the way to clip gradients without surgery, for messages.
+    per_task: the way to have a backward pass per task, for messages.
     sharded: fully_shard has sharded the parameters, and modules have other tensors in forward.
     factor: multiplies merged gradients before they are handed over.
     """
@@ -40,6 +41,7 @@ class Target(Protocol):
     sums_ranks: bool
     sharded: bool
     clipping: str
+    per_task: str
     factor: float
 
     def learn_names(self, model: nn.Module) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UserError
+from fastmtl.surgery.advice import PER_TASK_PASSES
 from fastmtl.surgery.jacobian.tables import is_sharded
 from fastmtl.surgery.merged import Merged
 from fastmtl.surgery.ranks.collectives import sum_over_ranks, world_size
@@ -33,6 +34,7 @@ class ShardedTarget(OptimizerTarget):
     stacks = False
     one_backward = True
     sharded = True
+    per_task = f"DistributedDataParallel in place of fully_shard, with {PER_TASK_PASSES}"
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         if isinstance(optimizer, SurgeryAdamW):

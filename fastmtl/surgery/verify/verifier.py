@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fastmtl.errors import UserError, listed, quoted
+from fastmtl.surgery.advice import PER_TASK_PASSES
 from fastmtl.surgery.jacobian.tables import whole_shape
 from fastmtl.surgery.ranks.collectives import max_over_ranks, world_size
 from fastmtl.surgery.stopwatch import Stopwatch
@@ -26,7 +27,8 @@ _TOLERANCE, _NARROW_TOLERANCE = 1e-5, 2e-2
 class Verifier:
     """Check of the task gradients in the first step, and in every n-th if `every` is n, not None.
 
-    shared: the parameters that are compared. names: of them, by id.
+    shared: the parameters that are compared. names: of them, by id. per_task: of the target, for
+    the message.
     """
 
     def __init__(
@@ -36,8 +38,9 @@ class Verifier:
         tasks: Sequence[str],
         names: Mapping[int, str],
         device: torch.device,
+        per_task: str = PER_TASK_PASSES,
     ) -> None:
-        self.shared = list(shared)
+        self.shared, self._per_task = list(shared), per_task
         self._every, self._tasks, self._device = every, list(tasks), device
         self._names = [names[id(parameter)] for parameter in shared]
         self._steps, self._pending, self._logged = 0, True, False
@@ -79,7 +82,7 @@ class Verifier:
         tolerance = _NARROW_TOLERANCE if narrow_anywhere else _TOLERANCE
         largest = max(numbers, default=0.0)
         lines = (
-            [_of_parameters(numbers, self._names, self._tasks, tolerance, found.other_cause)]
+            [_of_parameters(numbers, self._names, self._tasks, tolerance, found.other_cause, self._per_task)]
             if largest > tolerance
             else []
         )
@@ -114,7 +117,12 @@ def _computes_narrow(shared: Sequence[nn.Parameter], device: torch.device) -> bo
 
 
 def _of_parameters(
-    relative: Sequence[float], names: Sequence[str], tasks: Sequence[str], tolerance: float, other_cause: str
+    relative: Sequence[float],
+    names: Sequence[str],
+    tasks: Sequence[str],
+    tolerance: float,
+    other_cause: str,
+    per_task: str,
 ) -> str:
     """Return the sentence about parameters with a difference. relative: [n * T]."""
     rows = [relative[start : start + len(tasks)] for start in range(0, len(relative), len(tasks))]
@@ -130,7 +138,7 @@ def _of_parameters(
         f"one pass gives other task gradients than a pass per task for {', '.join(named)}{more}: rows of different "
         "tasks mix (BatchNorm in training, attention across the batch, in-batch negatives), a tensor's first "
         f"dimension only looks like rows, or {other_cause}; leave these parameters out of `shared` (their gradient is "
-        'then the plain sum), name the module in per_task_modules=[...], or use passes="per_task"'
+        f"then the plain sum), name the module in per_task_modules=[...], or use {per_task}"
     )
 
 
