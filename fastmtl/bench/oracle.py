@@ -67,18 +67,20 @@ class TextbookGradients:
             gram += piece @ piece.t()
             self.norms[name] = piece.norm(dim=1).sum().item()
         self._gram = gram.cpu()
-        self._merged: dict[tuple[int, ...], dict[str, Tensor]] = {}
+        self._merged: dict[tuple[float, ...], dict[str, Tensor]] = {}
 
-    def merged(self, order: Tensor | None) -> dict[str, Tensor]:
+    def merged(self, order: Tensor | None, gram: Tensor | None = None) -> dict[str, Tensor]:
         """Return the merged gradient of every parameter by name, float32.
 
-        order: PCGrad's projection order, int64 [T, T]; None: the gradients are summed.
+        order: PCGrad's projection order, int64 [T, T]; None: the gradients are summed. gram: see
+        Variant.
         """
-        key = () if order is None else tuple(order.flatten().tolist())
+        gram = self._gram if gram is None else gram
+        key = () if order is None else (*order.flatten().tolist(), *gram.flatten().tolist())
         if key not in self._merged:
             weights = torch.ones(len(self._rows), dtype=torch.float64)
             if order is not None:
-                values, vectors = torch.linalg.eigh(self._gram)
+                values, vectors = torch.linalg.eigh(gram)
                 coordinates = vectors * values.clamp(min=0).sqrt()  # rows with the same inner products as the gradients
                 merged = textbook.pcgrad(list(coordinates), order)
                 weights = torch.linalg.pinv(coordinates.t()) @ merged
@@ -115,19 +117,19 @@ class Oracle:
             self._rounded = TextbookGradients(model, batches)
         self._whole = math.hypot(*self._exact.norms.values())
 
-    def expected(self, order: Tensor | None) -> dict[str, Tensor]:
+    def expected(self, order: Tensor | None, gram: Tensor | None = None) -> dict[str, Tensor]:
         """Return the correct gradient of every parameter by name, float32.
 
-        order: PCGrad's projection order, int64 [T, T]; None: the gradients are summed.
+        order, gram: see TextbookGradients.merged.
         """
-        return self._exact.merged(order)
+        return self._exact.merged(order, gram)
 
     def allowed(self, variant: Variant) -> dict[str, float]:
         """Return each parameter's largest allowed error, relative to its gradients' norms."""
-        expected = self.expected(variant.order)
+        expected = self.expected(variant.order, variant.gram)
         if self._rounded is None:
             return dict.fromkeys(expected, variant.tolerance)
-        rounded = self._rounded.merged(variant.order)
+        rounded = self._rounded.merged(variant.order, variant.gram)
         errors = {name: self._error(name, rounded[name], wanted) for name, wanted in expected.items()}
         least = statistics.median(errors.values())
         return {name: variant.tolerance + 2 * max(error, least) for name, error in errors.items()}
@@ -139,7 +141,7 @@ class Oracle:
         or if PCGrad's gradient is too close to the sum. Raises Skipped if an optional variant
         fails.
         """
-        expected, allowed = self.expected(variant.order), self.allowed(variant)
+        expected, allowed = self.expected(variant.order, variant.gram), self.allowed(variant)
         summed = self.expected(None)
         apart = max(self._error(name, wanted, summed[name]) / allowed[name] for name, wanted in expected.items())
         if variant.order is not None and apart < APART:

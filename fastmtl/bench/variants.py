@@ -37,7 +37,8 @@ class Variant:
     order: int64 [T, T], the projection order of the first step after torch.manual_seed(SEED); None
     if the gradients are summed. tolerance: the largest relative error of a gradient. peer: True if
     the textbook loop or another library computes the step. optional: True if the step may fail for
-    reasons outside fastmtl; it is skipped then.
+    reasons outside fastmtl; it is skipped then. gram: float64 [T, T], the Gramian that PCGrad gets;
+    None for that of the task gradients.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Variant:
     tolerance: float = FLOAT32
     peer: bool = False
     optional: bool = False
+    gram: Tensor | None = None
 
 
 def build(name: str, workload: Workload) -> Variant:

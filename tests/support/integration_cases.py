@@ -238,9 +238,9 @@ def together(directory: Path) -> None:
     dist.init_process_group("gloo")
     warnings.simplefilter("ignore")
     found = {f"trainer-{way}": check(directory, "trainer", way) for way in WAYS[1:]}
-    for way in WAYS[1:3]:
-        zero = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(directory / "zero2.json")}
-        with mock.patch.dict(os.environ, zero if way == "zero2" else {}):
+    for way in WAYS[1:]:
+        zero = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(directory / f"{way}.json")}
+        with mock.patch.dict(os.environ, {} if way == "ddp" else zero):
             found[f"accelerate-{way}"] = check(directory, "accelerate", way)
     for page in PAGES[2:]:
         found[f"{page}-ddp"] = check(directory, page, "ddp")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastmtl.bench import textbook, torchjd_steps
 from fastmtl.bench.models.workload import ModelWorkload, TrunkModel
@@ -74,6 +75,42 @@ def _surgery(**options: Any) -> Callable[[str, ModelWorkload], Variant]:
     return build
 
 
+def _features(name: str, workload: ModelWorkload) -> Variant:
+    """Build surgery on the gradients of the trunk's output, for which nothing is attached.
+
+    Without a conflict in the output, the result is the sum. With one loss per row there is none.
+    """
+    model, batches, names = twin(workload.padded), workload.padded_batches, workload.names
+    shared = trained(model.encoder)
+    surgery = GradientSurgery(torch.optim.SGD(trained(model)), "pcgrad", tasks=names, shared=shared, seed=SEED)
+
+    def losses_of(_: object) -> tuple[Losses, Tensor]:
+        hidden = model.hidden(workload.joint)
+        means = model.losses(workload.of_tasks(hidden), batches)
+        losses = zip(names, means, workload.counts, strict=True)
+        return {name: (mean * count, count) for name, mean, count in losses}, hidden
+
+    def step() -> None:
+        model.zero_grad()
+        surgery.run([None], losses_of, features=True)
+
+    gram = _gramian_of_features(workload)
+    if not (gram < 0).any():
+        return Variant(name, model, step, None, summed_tolerance(workload.dtype))
+    return Variant(name, model, step, draw_order(workload.tasks, SEED, 1), FLOAT32, gram=gram)
+
+
+def _gramian_of_features(workload: ModelWorkload) -> Tensor:
+    """Return float64 [T, T], the inner products of the tasks' gradients of the hidden states."""
+    model = workload.padded
+    with torch.no_grad():
+        hidden = model.hidden(workload.joint)
+    hidden.requires_grad_()
+    losses = model.losses(workload.of_tasks(hidden), workload.padded_batches)
+    rows = torch.stack([torch.autograd.grad(loss, hidden)[0].flatten() for loss in losses]).double()
+    return (rows @ rows.t()).cpu()
+
+
 def _textbook(name: str, workload: ModelWorkload) -> Variant:
     model, batches = workload.padded, workload.padded_batches
     features = (lambda: workload.features(model)) if workload.same_rows else None
@@ -102,6 +139,7 @@ WAYS: dict[str, Callable[[str, ModelWorkload], Variant]] = {
     JOINT: _joint,
     "one pass": _surgery(),
     "replay": _surgery(storage="replay"),
+    "features": _features,
     "T passes": _surgery(passes="per_task"),
     "textbook": _textbook,
     "torchjd autojac": _autojac,

@@ -88,11 +88,14 @@ class ModelWorkload:
         self.padded.to(self.device, self.dtype)
 
     def features(self, model: TrunkModel) -> Sequence[Tensor]:
-        """Run the joint batch; return the features of each task's rows, [B, width].
+        """Run the joint batch; return the features of each task's rows, [B, width]."""
+        return self.of_tasks(model.hidden(self.joint))
+
+    def of_tasks(self, hidden: Tensor) -> Sequence[Tensor]:
+        """Return each task's rows of the hidden states of the joint batch.
 
         They are views, from which a backward finds the gradient of each task.
         """
-        hidden = model.hidden(self.joint)
         return [hidden.view_as(hidden) for _ in self.names] if self.same_rows else hidden.split(self.counts)
 
     def _placed(self, inputs: Inputs) -> Inputs:
