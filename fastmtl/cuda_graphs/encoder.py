@@ -270,7 +270,7 @@ class Pass(Turn):
             stores = writes.jacobian.reserve(self._parameters, self._tasks)
         self._recorded.backward[stores]()
         static.release()
-        found = static.result(self._offsets[-1])
+        found = static.input_gradient(self._offsets[-1])
         if writes is not None and self._sink is not None:
             writes.mark_written(self._sink)
             if self._words is not None:

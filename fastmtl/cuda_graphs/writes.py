@@ -52,14 +52,14 @@ class RecordedWrites(Sink):
         self.rows: Tensor | None = None
         self.stores = False
         self.jacobian: Jacobian = sink.stack_of(parameters[0])
-        self.order: list[nn.Parameter] = []  # those written, in order
+        self.order: dict[nn.Parameter, None] = {}  # those written, by their last write
         self._offsets = offsets
         self._ones = torch.ones(num_rows, _COLUMNS, dtype=dtype, device=offsets.device)
         self._absent = torch.empty(0)
 
     def begin(self, *, stores: bool) -> None:
         """Prepare for a backward. stores: see the class."""
-        self.stores, self.order = stores, []
+        self.stores, self.order = stores, {}
         self._absent = self._offsets.diff() == 0
 
     def linear(
@@ -100,23 +100,24 @@ class RecordedWrites(Sink):
             wanted = [parameter for parameter in parameters if parameter is not None and self.wants(parameter)]
             if not wanted:
                 continue
-            found = self._product(dy, right)
+            stores = self._stores(wanted)
+            found = self._product(dy, right, stores=stores)
             found = found if parameters is weights else found[..., 0]
             columns = self.jacobian.adjacent(wanted) if len(wanted) == len(parameters) else None
             if columns is not None:
-                self._write_columns(columns, found)
-                self.order += wanted
+                self._write(wanted, columns, found, stores=stores)
                 continue
             for parameter, part in zip(parameters, found.chunk(len(parameters), dim=1), strict=True):
                 if parameter is not None and self.wants(parameter):
-                    self._write(parameter, part)
+                    self._write([parameter], self.jacobian.columns_of(parameter), part, stores=stores)
 
     def take(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
         """Write the task gradients [T, *shape] of a parameter into J.
 
         gradients: zeros for a task without rows.
         """
-        self._write(parameter, gradients)
+        columns = self.jacobian.columns_of(parameter)
+        self._write([parameter], columns, gradients, stores=self._stores([parameter]))
         return None
 
     def deliver_rows(
@@ -134,7 +135,9 @@ class RecordedWrites(Sink):
         elif self.wants(table):
             columns = -(-len(table) // _COLUMNS) * _COLUMNS
             indicators = (ids[:, None] == torch.arange(columns, device=ids.device)).to(rows.dtype)
-            self._write(table, self._product(indicators, rows)[:, : len(table)])
+            stores = self._stores([table])
+            found = self._product(indicators, rows, stores=stores)[:, : len(table)]
+            self._write([table], self.jacobian.columns_of(table), found, stores=stores)
         return None
 
     def mark_written(self, sink: StackSink) -> None:
@@ -142,22 +145,28 @@ class RecordedWrites(Sink):
         for parameter in self.order:
             sink.written(parameter)
 
-    def _product(self, left: Tensor, right: Tensor) -> Tensor:
+    def _stores(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Return True if a write of these parameters overwrites J: their first of the backward.
+
+        A weight that several layers share is written once for each of them.
+        """
+        return self.stores and not any(parameter in self.order for parameter in parameters)
+
+    def _product(self, left: Tensor, right: Tensor, *, stores: bool) -> Tensor:
         """Return [T, m, n]: left^T right over the rows of each task.
 
-        left: [N, m]. right: [N, n].
+        left: [N, m]. right: [N, n]. stores: a task without rows may have undefined results.
         """
         found = grouped_mm(left.t(), right, offs=self._offsets[1:])
-        if not self.stores:  # in place: a masked float32 copy would be as large as J
+        if not stores:  # in place: a masked float32 copy would be as large as J
             found.masked_fill_(self._absent[:, None, None], 0)
         return found
 
-    def _write(self, parameter: nn.Parameter, gradients: Tensor) -> None:
-        self._write_columns(self.jacobian.columns_of(parameter), gradients)
-        self.order.append(parameter)
-
-    def _write_columns(self, columns: Tensor, gradients: Tensor) -> None:
-        if self.stores:
-            columns.copy_(gradients)
+    def _write(self, parameters: Sequence[nn.Parameter], columns: Tensor, found: Tensor, *, stores: bool) -> None:
+        if stores:
+            columns.copy_(found)
         else:
-            columns += gradients
+            columns += found
+        for parameter in parameters:
+            self.order.pop(parameter, None)
+            self.order[parameter] = None

@@ -147,10 +147,11 @@ def _cache_instead(cache_dir: str | Path, why: str) -> Path:
 def check_token_types(datasets: Iterable[TokenizedDataset | None], token_types: int) -> None:
     """Raise UserError for data with second texts if the encoder has only one token type.
 
-    token_types: `type_vocab_size` of the encoder's config.json.
+    token_types: rows of the encoder's table of token types; 0 for an encoder without a table, to
+    which token types make no difference.
     """
     for dataset in datasets:
-        if dataset is not None and token_types < 2 and (dataset.second_text < np.diff(dataset.offsets)).any():
+        if dataset is not None and token_types == 1 and (dataset.second_text < np.diff(dataset.offsets)).any():
             raise UserError(
                 f"{dataset.path}: its pairs need two token types, and the encoder has {token_types} (type_vocab_size "
                 "in its config.json): set pairs: bi for this task, or take another encoder"

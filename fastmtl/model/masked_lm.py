@@ -1,7 +1,7 @@
-"""Masked language modelling (Devlin et al. 2019) with the output layer of BertForMaskedLM.
+"""Masked language modelling (Devlin et al. 2019) with the output layer of transformers' classes.
 
-logits = W LN(gelu(A h + a)) + b, where h is the hidden state of a masked token and W is the
-encoder's table of word embeddings.
+logits = W LN(activation(A h + a)) + b, where h [d] is the hidden state of a masked token and W
+[V, e] is the encoder's table of word embeddings. `Family.masked_lm` describes each class's layer.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from fastmtl.config import MLM, OptimizerConfig
 from fastmtl.data.masking import MaskedBatch
 from fastmtl.model.encoder.bert_files import base_name
 from fastmtl.model.encoder.encoder import PackedEncoder
+from fastmtl.model.encoder.families import FAMILIES
+from fastmtl.model.encoder.family import MaskedLm
 from fastmtl.model.encoder.settings import EncoderSettings
 from fastmtl.model.encoder.weights import load_exactly, read_weights
 from fastmtl.model.groups import parameter_groups
 
 if TYPE_CHECKING:
     from fastmtl.surgery.sinks.sink import Sink
-
-PREFIX = "cls.predictions."
 
 
 class MaskedLanguageModel(nn.Module):
@@ -37,7 +37,7 @@ class MaskedLanguageModel(nn.Module):
     def __init__(self, encoder: PackedEncoder) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = OutputLayer(encoder.settings)
+        self.head = OutputLayer(encoder.settings, FAMILIES[encoder.config.model_type].masked_lm)
 
     def forward(self, batch: MaskedBatch, task_grads: Sink | None = None) -> dict[str, tuple[Tensor, int]]:
         """Return {"mlm": (fp32 0-dim sum of the masked tokens' cross-entropies, their number)}.
@@ -76,45 +76,53 @@ class MaskedLanguageModel(nn.Module):
 class OutputLayer(nn.Module):
     """Map hidden states to logits of the vocabulary.
 
-    Parameters have the names that they have in `cls.predictions` of transformers' BertForMaskedLM.
+    described: the layer of the encoder's family.
     """
 
-    def __init__(self, settings: EncoderSettings) -> None:
+    def __init__(self, settings: EncoderSettings, described: MaskedLm) -> None:
         super().__init__()
-        self.transform = Transform(settings)
+        self.described = described
+        self.transform = Transform(settings, described)
         self.bias = nn.Parameter(torch.zeros(settings.vocab_size))
 
     def forward(self, hidden: Tensor, words: Tensor) -> Tensor:
-        """Map hidden states [M, d] and word embeddings [V, d] to logits [M, V]."""
+        """Map hidden states [M, d] and word embeddings [V, e] to logits [M, V]."""
         return functional.linear(self.transform(hidden), words, self.bias)
 
 
 class Transform(nn.Module):
-    """Layer before the logits: LN(gelu(A h + a)). gelu stands for the encoder's activation."""
+    """Layer before the logits: LN(activation(A h + a))."""
 
-    def __init__(self, settings: EncoderSettings) -> None:
+    def __init__(self, settings: EncoderSettings, described: MaskedLm) -> None:
         super().__init__()
-        self.dense = nn.Linear(settings.hidden_size, settings.hidden_size)
-        self.LayerNorm = nn.LayerNorm(settings.hidden_size, eps=settings.layer_norm_eps)
-        self.activation = ACT2FN[settings.hidden_act]
+        size, biased = settings.embedding_size, described.biased
+        self.dense = nn.Linear(settings.hidden_size, size, bias=biased)
+        self.LayerNorm = nn.LayerNorm(size, eps=settings.layer_norm_eps, bias=biased)
+        self.activation = ACT2FN[described.activation or settings.hidden_act]
         nn.init.normal_(self.dense.weight, std=settings.initializer_range)
-        nn.init.zeros_(self.dense.bias)
+        if biased:
+            nn.init.zeros_(self.dense.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Map hidden states h [M, d] of M masked tokens to [M, d]."""
+        """Map hidden states h [M, d] of M masked tokens to [M, e]."""
         return self.LayerNorm(self.activation(self.dense(hidden)))
 
 
 def load_output_layer(head: OutputLayer, directory: Path) -> bool:
-    """Load the output layer's weights, `cls.predictions.*`, from a Hugging Face directory.
+    """Load the output layer's weights from a Hugging Face directory.
 
     Return True if they were loaded, False if the directory has none of them.
     Raises UserError if the directory has only some of them.
     """
+    described = head.described
+    files = {"transform.dense": described.dense, "transform.LayerNorm": described.norm}
+    names = {}
+    for name in head.state_dict():
+        module, _, parameter = name.rpartition(".")
+        names[name] = f"{files[module]}.{parameter}" if module else described.bias
     tensors = {base_name(name): tensor for name, tensor in read_weights(directory).items()}
-    ours = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX) and ".decoder." not in name}
-    found = {name.removeprefix(PREFIX): tensor for name, tensor in ours.items()}
+    found = {name: tensors[name] for name in names.values() if name in tensors}
     if not found:
         return False
-    load_exactly(head, found, f"{directory}: {PREFIX}*")
+    load_exactly(head, found, str(directory), names)
     return True

@@ -82,5 +82,5 @@ def test_a_new_output_layer_where_the_encoder_has_none(tiny_bert: Path, director
     tensors = load_file(directory / "model.safetensors")
     del tensors["cls.predictions.transform.dense.weight"]
     save_file(tensors, directory / "model.safetensors")
-    with pytest.raises(UserError, match="lacks the tensors transform.dense.weight"):
+    with pytest.raises(UserError, match="lacks the tensors cls.predictions.transform.dense.weight"):
         load_output_layer(model.head, directory)

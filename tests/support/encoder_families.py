@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
 from fastmtl.data.packed_batch import PackedBatch
 
@@ -26,14 +26,36 @@ FAMILY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta": ("roberta", _ROBERTA),
     "xlm-roberta": ("xlm-roberta", {**_ROBERTA, "hidden_act": "gelu_new"}),
     "camembert": ("camembert", _ROBERTA),
+    "electra": ("electra", {**_SIZES, "embedding_size": 16}),
+    "electra, wide": ("electra", {**_SIZES, "embedding_size": 32}),
+    "albert": ("albert", {**_SIZES, "embedding_size": 16}),
+    "albert, groups": (
+        "albert",
+        {**_SIZES, "embedding_size": 32, "num_hidden_layers": 4, "num_hidden_groups": 2, "inner_group_num": 2},
+    ),
+    "distilbert": (
+        "distilbert",
+        {
+            "vocab_size": 100,
+            "dim": 32,
+            "n_layers": 3,
+            "n_heads": 4,
+            "hidden_dim": 48,
+            "max_position_embeddings": 80,
+            "activation": "relu",
+        },
+    ),
 }
 
 
 def save_encoder_of(case: str, directory: Path) -> Path:
-    """Save a random encoder of a case, as transformers' AutoModel does; return the directory."""
+    """Save a random encoder of a case with an output layer, as AutoModelForMaskedLM does.
+
+    Return the directory.
+    """
     kind, values = FAMILY_CASES[case]
     torch.manual_seed(7)
-    model = AutoModel.from_config(AutoConfig.for_model(kind, **values))
+    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(kind, **values))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # biases and norms, which start as zeros and ones
@@ -44,8 +66,10 @@ def save_encoder_of(case: str, directory: Path) -> Path:
     return directory
 
 
-def padded_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """Return transformers' hidden states of one padded batch: real tokens, in packed order [N, d].
+def padded_hidden(model: PreTrainedModel, batch: PackedBatch, what: str = "last_hidden_state") -> Tensor:
+    """Return transformers' results for one padded batch: real tokens, in packed order [N, d].
+
+    what: the result of the model that is returned.
 
     Token types are given where the model has a table of them with two rows or more.
     """
@@ -60,5 +84,5 @@ def padded_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     types = {}
     if getattr(model.config, "type_vocab_size", 0) > 1:
         types["token_type_ids"] = pad(batch.token_type_ids)
-    hidden = model(input_ids=pad(batch.input_ids, padding), attention_mask=mask, **types).last_hidden_state
-    return hidden[mask.bool()]
+    found = model(input_ids=pad(batch.input_ids, padding), attention_mask=mask, **types)
+    return getattr(found, what)[mask.bool()]

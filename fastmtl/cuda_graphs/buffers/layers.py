@@ -25,7 +25,8 @@ class StaticLayers:
     The order of calls is `fill`, `forward`, `take`, `backward`. The buffers have N rows, as many as
     the bucket; a batch uses the first n of them; d is the hidden size. There are input buffers and
     one buffer `_rows` [N, d]. Forward writes the last hidden states into `_rows`. Backward reads
-    their gradient there and overwrites it by the gradient of the input.
+    their gradient there and overwrites it by the gradient of the input, which has a buffer of its
+    own if its width is not d.
 
     embeds: False if the input is hidden states [n, d]. Otherwise the inputs are three tensors [n]:
         ids of words, token types and positions. The gradient of the input is then that of the
@@ -56,6 +57,8 @@ class StaticLayers:
             self._inputs = [torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(3)]
         self._filled = 0
         self._rows = torch.zeros(rows, width, dtype=dtype, device=device)
+        projected = embeds and words.shape[1] != width
+        self._dx = torch.zeros(rows, words.shape[1], dtype=dtype, device=device) if projected else self._rows
         self._seeds = torch.zeros(num_seeds(len(encoder.layers)), dtype=torch.int64, device=device)
         self.writes: RecordedWrites | None = None
         if sink is not None:
@@ -128,19 +131,22 @@ class StaticLayers:
         if self._embeds:
             assert self.writes is not None and self.writes.rows is not None
             dx, self.writes.rows = self.writes.rows, None
-        self._rows.copy_(dx)
+        self._dx.copy_(dx)
         if self._gradients is not None:
             flat = [gradient.reshape(-1) for gradient in gradients]
             parts = self._gradients.split([len(part) for part in flat])
             torch._foreach_copy_(list(parts), flat)
 
     def result(self, num_rows: int) -> Tensor:
-        """Return a copy of the first num_rows rows of `_rows`.
+        """Return a copy of the last hidden states' first num_rows rows, after `forward`.
 
-        They are the last hidden states after `forward`, and the input's gradient after `backward`.
         The next replay does not change the copy.
         """
         return self._rows[:num_rows].clone()
+
+    def input_gradient(self, num_rows: int) -> Tensor:
+        """Return a copy of the first num_rows rows of the input's gradient, after `backward`."""
+        return self._dx[:num_rows].clone()
 
     def take(self, dy: Tensor) -> None:
         """Copy the gradient [n, d] of the last hidden states into `_rows`, for `backward`.

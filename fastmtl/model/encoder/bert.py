@@ -11,8 +11,8 @@ from fastmtl.model.encoder.bert_files import check_config, encoder_name
 from fastmtl.model.encoder.bert_layer import Layer
 from fastmtl.model.encoder.context import EMBEDDINGS, ForwardContext
 from fastmtl.model.encoder.encoder import PackedEncoder
-from fastmtl.model.encoder.family import Family
-from fastmtl.model.encoder.layers import TaskEmbedding, TaskLayerNorm
+from fastmtl.model.encoder.family import Family, MaskedLm
+from fastmtl.model.encoder.layers import TaskEmbedding, TaskLayerNorm, TaskLinear
 from fastmtl.model.encoder.settings import EncoderSettings
 from fastmtl.model.owners import within
 from fastmtl_kernels import dropout, embed_layer_norm
@@ -54,6 +54,7 @@ def bert_settings(config: PretrainedConfig, first_position: int = 0) -> EncoderS
         intermediate_size=config.intermediate_size,
         hidden_act=config.hidden_act,
         hidden_dropout_prob=config.hidden_dropout_prob,
+        sublayer_dropout_probs=(config.hidden_dropout_prob,) * 2,
         attention_probs_dropout_prob=config.attention_probs_dropout_prob,
         layer_norm_eps=config.layer_norm_eps,
         initializer_range=config.initializer_range,
@@ -65,19 +66,25 @@ def bert_settings(config: PretrainedConfig, first_position: int = 0) -> EncoderS
 
 
 class Embeddings(nn.Module):
-    """Embeddings of words, positions and token types, with LayerNorm and dropout."""
+    """Embeddings of words, positions and token types, with LayerNorm and dropout.
 
-    def __init__(self, settings: EncoderSettings) -> None:
+    settings: a table with 0 rows is left out.
+    projects: a linear layer maps the embeddings, of settings.embedding_size, to the hidden size.
+    """
+
+    def __init__(self, settings: EncoderSettings, *, projects: bool = False) -> None:
         super().__init__()
-        self.word_embeddings = TaskEmbedding(settings.vocab_size, settings.embedding_size)
-        self.position_embeddings = TaskEmbedding(settings.positions, settings.embedding_size)
-        self.token_type_embeddings = TaskEmbedding(settings.type_vocab_size, settings.embedding_size)
-        self.LayerNorm = TaskLayerNorm(settings.embedding_size, eps=settings.layer_norm_eps)
+        size = settings.embedding_size
+        self.word_embeddings = TaskEmbedding(settings.vocab_size, size)
+        self.position_embeddings = TaskEmbedding(settings.positions, size) if settings.positions else None
+        self.token_type_embeddings = TaskEmbedding(settings.type_vocab_size, size) if settings.type_vocab_size else None
+        self.LayerNorm = TaskLayerNorm(size, eps=settings.layer_norm_eps)
         self.dropout = settings.hidden_dropout_prob
         self.first_position = settings.first_position
+        self.project = TaskLinear(size, settings.hidden_size) if projects else None
 
     def forward(self, ids: Tensor, token_types: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
-        """Return dropout(LN(words + positions + types)) [N, e].
+        """Return dropout(LN(words + positions + types)) [N, e], or [N, d] after the projection.
 
         ids, token_types: int64 [N], the rows of these tables. positions: int64 [N], from 0 in every
         sequence.
@@ -88,18 +95,19 @@ class Embeddings(nn.Module):
         p, seed, norm = self.dropout if self.training else 0.0, context.seed(EMBEDDINGS), self.LayerNorm
 
         def embed(ids: Tensor) -> Tensor:
+            tables = [(words, ids), (places, positions), (types, token_types)]
             if norm.norm_override is not None:
-                summed = embedding(ids, words.weight) + embedding(positions, places.weight)
-                summed = summed + embedding(token_types, types.weight)
+                summed = sum(embedding(rows, table.weight) for table, rows in tables if table is not None)
+                assert isinstance(summed, Tensor)
                 hidden = norm.norm_override(summed, norm.weight, norm.bias, list(norm.weight.shape), norm.eps)
                 return dropout(hidden, p, seed) if p else hidden
             return embed_layer_norm(
                 ids,
-                positions,
-                token_types,
+                None if places is None else positions,
+                None if types is None else token_types,
                 words.weight,
-                places.weight,
-                types.weight,
+                None if places is None else places.weight,
+                None if types is None else types.weight,
                 norm.weight,
                 norm.bias,
                 dropout_p=p,
@@ -109,7 +117,9 @@ class Embeddings(nn.Module):
                 task_grads=context.armed,
             )
 
-        return within((norm, types, places, words), ids, embed)
+        owners = [owner for owner in (norm, types, places, words) if owner is not None]
+        hidden = within(owners, ids, embed)
+        return hidden if self.project is None else self.project(hidden, context)
 
 
 class Layers(nn.Module):
@@ -120,4 +130,5 @@ class Layers(nn.Module):
         self.layer = nn.ModuleList(Layer(settings) for _ in range(settings.num_hidden_layers))
 
 
-FAMILY = Family(check_config, PackedBert, encoder_name, "BertModel")
+MASKED_LM = MaskedLm("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias")
+FAMILY = Family(check_config, PackedBert, encoder_name, "BertModel", MASKED_LM)

@@ -28,7 +28,7 @@ class Layer(nn.Module):
         super().__init__()
         self.attention = Attention(settings)
         self.intermediate = Intermediate(settings)
-        self.output = Output(settings.intermediate_size, settings, OUTPUT)
+        self.output = Output(settings.intermediate_size, settings, OUTPUT, settings.sublayer_dropout_probs[1])
 
     def forward(self, hidden: Tensor, task_specific: Tensor | None, context: ForwardContext) -> Tensor:
         """Map hidden states h [N, d] to [N, d]. task_specific: TS(h) [N, d], or None."""
@@ -42,7 +42,7 @@ class Attention(nn.Module):
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
         self.self = SelfAttention(settings)
-        self.output = Output(settings.hidden_size, settings, ATTENTION_OUTPUT)
+        self.output = Output(settings.hidden_size, settings, ATTENTION_OUTPUT, settings.sublayer_dropout_probs[0])
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
         return self.output(self.self(hidden, context), hidden, None, context)
@@ -90,11 +90,10 @@ class Intermediate(nn.Module):
 class Output(nn.Module):
     """End of the attention and of the feed-forward part: LN(residual + dropout(W x + b) + ts)."""
 
-    def __init__(self, in_features: int, settings: EncoderSettings, at: int) -> None:
+    def __init__(self, in_features: int, settings: EncoderSettings, at: int, p: float) -> None:
         super().__init__()
         self.dense = TaskLinear(in_features, settings.hidden_size)
-        p, eps = settings.hidden_dropout_prob, settings.layer_norm_eps
-        self.LayerNorm = AddLayerNorm(settings.hidden_size, eps=eps, p=p, at=at)
+        self.LayerNorm = AddLayerNorm(settings.hidden_size, eps=settings.layer_norm_eps, p=p, at=at)
 
     def forward(self, x: Tensor, residual: Tensor, ts: Tensor | None, context: ForwardContext) -> Tensor:
         return self.LayerNorm(residual, self.dense(x, context), ts, context)

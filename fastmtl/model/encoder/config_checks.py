@@ -24,13 +24,20 @@ def make_config(values: Mapping[str, Any], path: Path, smallest: Mapping[str, in
         raise UserError(f"{path}: a decoder (is_decoder, add_cross_attention); fastmtl reads encoders")
     try:
         config = type(AutoConfig.for_model(kind)).from_dict(dict(values))
-        sizes = {name: int(getattr(config, name)) for name in smallest}
     except Exception as error:  # transformers raises other classes in other versions
         raise UserError(f"{path}: not a configuration of {kind}: {error}") from error
-    for name, size in sizes.items():
-        if size < smallest[name]:
-            raise UserError(f"{path}: {name}: {size} is less than {smallest[name]}; take another encoder")
+    check_sizes(path, config, smallest)
     return config
+
+
+def check_sizes(path: Path, config: PretrainedConfig, smallest: Mapping[str, int]) -> None:
+    """Raise UserError if a size of the configuration is no integer or less than in `smallest`."""
+    for name, least in smallest.items():
+        size = getattr(config, name, None)
+        if not isinstance(size, int):
+            raise UserError(f"{path}: {name}: {size!r} is not an integer")
+        if size < least:
+            raise UserError(f"{path}: {name}: {size} is less than {least}; take another encoder")
 
 
 def check_heads(path: Path, width: int, heads: int, name: str = "hidden_size") -> None:

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from fastmtl.errors import UserError
 from fastmtl.files.json_files import read_json
-from fastmtl.model.encoder import bert, roberta
+from fastmtl.model.encoder import albert, bert, distilbert, electra, roberta
 from fastmtl.model.encoder.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -19,6 +19,9 @@ FAMILIES: dict[str, Family] = {
     "roberta": roberta.family("RobertaModel"),
     "xlm-roberta": roberta.family("XLMRobertaModel"),
     "camembert": roberta.family("CamembertModel"),
+    "electra": electra.FAMILY,
+    "albert": albert.FAMILY,
+    "distilbert": distilbert.FAMILY,
 }
 
 

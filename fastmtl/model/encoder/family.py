@@ -18,6 +18,24 @@ def same_name(name: str) -> str:
 
 
 @dataclass(frozen=True)
+class MaskedLm:
+    """The output layer for masked language modelling in transformers' class of a family.
+
+    It computes W LN(activation(A h + a)) + b, with the word table W.
+    dense, norm, bias: names of A and a, of LN, and of b in files of this class. A and LN have
+        `.weight` and `.bias`.
+    activation: None for the encoder's hidden_act.
+    biased: True if A and LN have biases.
+    """
+
+    dense: str
+    norm: str
+    bias: str
+    activation: str | None = None
+    biased: bool = True
+
+
+@dataclass(frozen=True)
 class Family:
     """Functions that read, build and save the encoders of one `model_type`.
 
@@ -29,6 +47,7 @@ class Family:
     architecture: name of transformers' class, written into config.json as `architectures`.
     file_name(name of a tensor in the encoder's state_dict): returns its name in `architecture`, so
         that transformers.AutoModel loads a saved encoder.
+    masked_lm: the output layer that weight files may have beside the encoder.
     hidden_dropout, attention_dropout: the attributes of the configuration that the settings
         encoder.hidden_dropout and encoder.attention_dropout replace.
     """
@@ -37,6 +56,7 @@ class Family:
     encoder: type[PackedEncoder]
     encoder_name: Callable[[str], str | None]
     architecture: str
+    masked_lm: MaskedLm
     file_name: Callable[[str], str] = same_name
     hidden_dropout: tuple[str, ...] = ("hidden_dropout_prob",)
     attention_dropout: tuple[str, ...] = ("attention_probs_dropout_prob",)

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from fastmtl.errors import UserError
 from fastmtl.model.encoder import bert_files
 from fastmtl.model.encoder.bert import PackedBert, bert_settings
-from fastmtl.model.encoder.family import Family
+from fastmtl.model.encoder.family import Family, MaskedLm
 from fastmtl.model.encoder.settings import EncoderSettings
 
 # Smallest allowed number of usable positions, that of the setting encoder.max_length.
@@ -48,6 +48,10 @@ def check_config(values: Mapping[str, Any], path: Path) -> PretrainedConfig:
     return config
 
 
+MASKED_LM = MaskedLm("lm_head.dense", "lm_head.layer_norm", "lm_head.bias", activation="gelu")
+
+
 def family(architecture: str) -> Family:
     """Return the family of one of transformers' classes with RoBERTa's layers."""
-    return Family(check_config, PackedRoberta, partial(bert_files.encoder_name, prefix="roberta."), architecture)
+    encoder_name = partial(bert_files.encoder_name, prefix="roberta.")
+    return Family(check_config, PackedRoberta, encoder_name, architecture, MASKED_LM)

@@ -12,6 +12,8 @@ class EncoderSettings:
     Each family makes them from transformers' configuration, whose names differ between families.
 
     embedding_size: width of the word table; other than hidden_size if the family projects it.
+    hidden_dropout_prob: the rate after the embeddings. sublayer_dropout_probs: the rates after the
+        attention part and after the feed-forward part of a layer.
     hidden_act: name of the activation in transformers' ACT2FN.
     type_vocab_size: rows of the table of token types, 0 without one.
     positions: rows of the table of positions, 0 without one.
@@ -27,6 +29,7 @@ class EncoderSettings:
     intermediate_size: int
     hidden_act: str
     hidden_dropout_prob: float
+    sublayer_dropout_probs: tuple[float, float]
     attention_probs_dropout_prob: float
     layer_norm_eps: float
     initializer_range: float
