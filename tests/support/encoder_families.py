@@ -48,14 +48,14 @@ FAMILY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def save_encoder_of(case: str, directory: Path) -> Path:
+def save_encoder_of(case: str, directory: Path, **changes: Any) -> Path:
     """Save a random encoder of a case with an output layer, as AutoModelForMaskedLM does.
 
-    Return the directory.
+    changes: other values of config.json. Return the directory.
     """
     kind, values = FAMILY_CASES[case]
     torch.manual_seed(7)
-    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(kind, **values))
+    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(kind, **(values | changes)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # biases and norms, which start as zeros and ones

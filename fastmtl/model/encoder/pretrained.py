@@ -20,6 +20,9 @@ from fastmtl.model.encoder.weights import load_exactly, read_weights
 from fastmtl.system import nvidia_apex
 
 MINILM = "minilm"
+# Files with a tokenizer's vocabulary. transformers converts all but the first to a fast tokenizer;
+# for the last three it needs the packages sentencepiece and protobuf.
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spm.model", "spiece.model", "sentencepiece.bpe.model")
 
 
 def encoder_directory(path: str) -> Path:
@@ -89,8 +92,8 @@ def load_tokenizer(config: EncoderConfig) -> PreTrainedTokenizerBase:
     its ids is outside the encoder's vocabulary.
     """
     directory = encoder_directory(config.path)
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
-        raise UserError(f"{directory}: no tokenizer: expected tokenizer.json or vocab.txt")
+    if not any((directory / name).is_file() for name in VOCABULARIES):
+        raise UserError(f"{directory}: no tokenizer: expected one of {', '.join(VOCABULARIES)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), use_fast=True, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception for a damaged tokenizer.json

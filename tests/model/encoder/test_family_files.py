@@ -1,0 +1,70 @@
+"""The files of encoder families: what config.json may say, and names of tensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from encoder_families import FAMILY_CASES
+from transformers import AutoConfig
+
+from fastmtl.errors import UserError
+from fastmtl.model.encoder import albert, distilbert
+from fastmtl.model.encoder.families import FAMILIES, read_config
+
+
+def config_file(case: str, directory: Path, changes: dict[str, Any]) -> Path:
+    kind, values = FAMILY_CASES[case]
+    path = directory / "config.json"
+    AutoConfig.for_model(kind, **values).save_pretrained(directory)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        ("roberta", {"pad_token_id": None}, "pad_token_id None is no id of the 100 words"),
+        ("roberta", {"max_position_embeddings": 9}, "leaves 7 tokens for a text, since positions start at .* = 2"),
+        ("xlm-roberta", {"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key' is not"),
+        ("camembert", {"is_decoder": True}, "a decoder"),
+        ("electra", {"embedding_size": 0}, "embedding_size: 0 is less than 1"),
+        ("electra", {"hidden_act": "gelo"}, "hidden_act: unknown activation 'gelo'"),
+        ("albert", {"inner_group_num": "two"}, "inner_group_num"),
+        ("albert", {"num_hidden_groups": 0}, "num_hidden_groups: 0 is less than 1"),
+        ("distilbert", {"dim": 30}, "dim 30 is not a multiple of 4 attention heads"),
+        ("distilbert", {"activation": "gelo"}, "activation: unknown activation 'gelo'"),
+        ("distilbert", {"max_position_embeddings": 4}, "max_position_embeddings: 4 is less than 8"),
+    ],
+)
+def test_a_config_that_is_not_supported_is_named(
+    case: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = config_file(case, tmp_path, changes)
+    with pytest.raises(UserError, match=f"config.json: .*{message}"):
+        read_config(path)
+
+
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_settings_have_berts_names(case: str, tmp_path: Path) -> None:
+    family, config = read_config(config_file(case, tmp_path, {}))
+    found = family.encoder.settings_of(config)
+    assert (found.hidden_size, found.num_attention_heads, found.intermediate_size, found.vocab_size) == (32, 4, 48, 100)
+    if case in ("roberta", "xlm-roberta", "camembert"):
+        assert (found.max_tokens, found.first_position) == (78, 2)
+
+
+def test_names_map_both_ways() -> None:
+    pairs = [
+        (distilbert.NAMES, "encoder.layer.3.attention.self.query.weight", "transformer.layer.3.attention.q_lin.weight"),
+        (distilbert.NAMES, "encoder.layer.0.output.LayerNorm.bias", "transformer.layer.0.output_layer_norm.bias"),
+        (albert.NAMES, "groups.1.0.output.dense.bias", "encoder.albert_layer_groups.1.albert_layers.0.ffn_output.bias"),
+        (albert.NAMES, "pooler.dense.weight", "pooler.weight"),
+    ]
+    for names, here, there in pairs:
+        assert names.file_name(here) == there
+        assert names.encoder_name(there) == names.encoder_name(names.prefix + there) == here
+    assert distilbert.NAMES.encoder_name("vocab_transform.weight") is None
+    assert FAMILIES["roberta"].encoder_name("roberta.embeddings.position_ids") is None
