@@ -46,11 +46,7 @@ def recipe_of(encoder: Path, data: Path) -> Recipe:
     pair = {**files["same"], "columns": {**columns, "text_pair": "b"}}
     tasks = {
         "kind": {"type": "classification", "num_labels": 3, "data": {**files["kind"], "columns": columns}},
-        "same": {
-            "type": "binary",
-            "pooling": "mean",
-            "data": {**files["same"], "columns": columns | {"text_pair": "b"}},
-        },
+        "same": {"type": "binary", "pooling": "mean", "data": pair},
     }
     return Recipe.model_validate(
         {
