@@ -1,4 +1,4 @@
-"""Small tokenizers of each kind: WordPiece, byte-level BPE and Unigram, in Hugging Face's format."""
+"""Small tokenizers in Hugging Face's format: WordPiece, byte-level BPE and Unigram."""
 
 from __future__ import annotations
 
