@@ -53,7 +53,7 @@ Dropout dropout_of(const std::optional<Tensor>& seed, int64_t threshold, double 
 }
 
 struct ForwardArgs {
-  const void *residual, *x, *ts;  // ts: null where there is none
+  const void *residual, *x, *ts;  // x, ts: null where there is none
   const float *weight, *bias;
   void *y, *z;
   float *mean, *rstd;
@@ -75,12 +75,12 @@ FASTMTL_INLINE void normalise(const scalar_t* z, float mean, float rstd, const f
 
 template <typename scalar_t>
 FASTMTL_INLINE void forward_part(const ForwardArgs& args, int64_t first, int64_t last, uint8_t* row_dropped,
-                                 scalar_t* no_ts) {
+                                 scalar_t* zeros) {
   const int64_t d = args.num_columns;
   for (int64_t row = first; row < last; ++row) {
     const scalar_t* residual = static_cast<const scalar_t*>(args.residual) + row * d;
-    const scalar_t* x = static_cast<const scalar_t*>(args.x) + row * d;
-    const scalar_t* ts = args.ts ? static_cast<const scalar_t*>(args.ts) + row * d : no_ts;
+    const scalar_t* x = args.x ? static_cast<const scalar_t*>(args.x) + row * d : zeros;
+    const scalar_t* ts = args.ts ? static_cast<const scalar_t*>(args.ts) + row * d : zeros;
     scalar_t* z = static_cast<scalar_t*>(args.z) + row * d;
     scalar_t* y = static_cast<scalar_t*>(args.y) + row * d;
     uint8_t* dropped = args.mask ? args.mask + row * mask_bytes(d) : row_dropped;
@@ -106,7 +106,7 @@ FASTMTL_INLINE void forward_part(const ForwardArgs& args, int64_t first, int64_t
 }
 
 struct BackwardArgs {
-  const void *dy, *z;
+  const void *dy, *dsum, *z;  // dsum: null where z was no result
   const float *mean, *rstd, *weight;
   void *dz, *dx;  // dx: null where it is not wanted
   const uint8_t* mask;
@@ -115,13 +115,14 @@ struct BackwardArgs {
 };
 
 // Adds to sums [2, num_columns]: the gradients of weight and bias.
-template <typename scalar_t>
+template <bool kHasSum, typename scalar_t>
 FASTMTL_INLINE void backward_part(const BackwardArgs& args, int64_t first, int64_t last, float* sums) {
   const int64_t d = args.num_columns;
   float *dweight = sums, *dbias = sums + d;
   for (int64_t row = first; row < last; ++row) {
     const scalar_t* dy = static_cast<const scalar_t*>(args.dy) + row * d;
     const scalar_t* z = static_cast<const scalar_t*>(args.z) + row * d;
+    const scalar_t* dsum = kHasSum ? static_cast<const scalar_t*>(args.dsum) + row * d : nullptr;
     scalar_t* dz = static_cast<scalar_t*>(args.dz) + row * d;
     const float mean = args.mean[row], rstd = args.rstd[row];
     Lanes sum_g[kUnroll] = {}, sum_gh[kUnroll] = {};
@@ -136,7 +137,8 @@ FASTMTL_INLINE void backward_part(const BackwardArgs& args, int64_t first, int64
     const float mean_g = total(sum_g) / d, mean_gh = total(sum_gh) / d;
     const auto dz_at = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
       const Lanes h = (get(z + c, count) - mean) * rstd;
-      const Lanes lanes = (get(dy + c, count) * get(args.weight + c, count) - mean_g - h * mean_gh) * rstd;
+      Lanes lanes = (get(dy + c, count) * get(args.weight + c, count) - mean_g - h * mean_gh) * rstd;
+      if constexpr (kHasSum) lanes += get(dsum + c, count);
       put(lanes, dz + c, count);
       return lanes;
     };
@@ -184,14 +186,15 @@ FASTMTL_INLINE void normalise_part(const NormaliseArgs& args, int64_t first, int
 // One function for each dtype, compiled for several instruction sets.
 #define FASTMTL_ROW_KERNELS(scalar_t)                                                                               \
   FASTMTL_CLONES void forward_rows(const ForwardArgs& args, int64_t first, int64_t last, uint8_t* dropped,          \
-                                   scalar_t* no_ts) {                                                               \
-    forward_part<scalar_t>(args, first, last, dropped, no_ts);                                                      \
+                                   scalar_t* zeros) {                                                               \
+    forward_part<scalar_t>(args, first, last, dropped, zeros);                                                      \
   }                                                                                                                 \
   FASTMTL_CLONES void normalise_rows(const NormaliseArgs& args, int64_t first, int64_t last, scalar_t) {            \
     normalise_part<scalar_t>(args, first, last);                                                                    \
   }                                                                                                                 \
   FASTMTL_CLONES void backward_rows(const BackwardArgs& args, int64_t first, int64_t last, float* sums, scalar_t) { \
-    backward_part<scalar_t>(args, first, last, sums);                                                               \
+    if (args.dsum) backward_part<true, scalar_t>(args, first, last, sums);                                          \
+    else backward_part<false, scalar_t>(args, first, last, sums);                                                   \
   }                                                                                                                 \
   FASTMTL_CLONES void dropout_rows(const void* x, void* out, int64_t d, const Dropout& dropout, int64_t first,      \
                                    int64_t last, uint8_t* dropped, scalar_t) {                                      \
@@ -202,26 +205,45 @@ FASTMTL_ROW_KERNELS(BFloat16)
 FASTMTL_ROW_KERNELS(Half)
 #undef FASTMTL_ROW_KERNELS
 
-void add_layer_norm_out(Tensor residual, Tensor x, std::optional<Tensor> ts, Tensor weight, Tensor bias,
-                        std::optional<Tensor> seed, int64_t threshold, double scale, double eps, int64_t num_rows,
-                        Tensor y, Tensor z, Tensor mean, Tensor rstd, std::optional<Tensor> mask) {
+const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
+
+const void* data_or_null(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+
+// The bias, or zeros in its place.
+class Bias {
+ public:
+  Bias(const char* op, const std::optional<Tensor>& bias, int64_t num_columns)
+      : zeros_(bias ? 0 : num_columns, 0.0f), data_(bias ? floats(*bias) : zeros_.data()) {
+    if (bias) check(op, "bias", *bias, ScalarType::Float, num_columns);
+  }
+  const float* data() const { return data_; }
+
+ private:
+  std::vector<float> zeros_;
+  const float* data_;
+};
+
+// z and y of rows past num_rows are zeros.
+void add_layer_norm_out(Tensor residual, std::optional<Tensor> x, std::optional<Tensor> ts, Tensor weight,
+                        std::optional<Tensor> bias, std::optional<Tensor> seed, int64_t threshold, double scale,
+                        double eps, int64_t num_rows, Tensor y, Tensor z, Tensor mean, Tensor rstd,
+                        std::optional<Tensor> mask) {
   const char* op = "add_layer_norm_out";
   const int64_t n = residual.size(0), d = residual.size(1);
   const ScalarType dtype = residual.scalar_type();
   STD_TORCH_CHECK(num_rows >= 0 && num_rows <= n, op, ": num_rows must be at most the rows there are");
   check(op, "residual", residual, dtype, n * d);
-  check(op, "x", x, dtype, n * d);
+  if (x) check(op, "x", *x, dtype, n * d);
   if (ts) check(op, "ts", *ts, dtype, n * d);
   check(op, "weight", weight, ScalarType::Float, d);
-  check(op, "bias", bias, ScalarType::Float, d);
+  const Bias added(op, bias, d);
   check(op, "y", y, dtype, n * d);
   check(op, "z", z, dtype, n * d);
   check(op, "mean", mean, ScalarType::Float, n);
   check(op, "rstd", rstd, ScalarType::Float, n);
   if (mask) check(op, "mask", *mask, ScalarType::Byte, n * mask_bytes(d));
-  const auto floats = [](const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); };
-  const ForwardArgs args{residual.const_data_ptr(), x.const_data_ptr(), ts ? ts->const_data_ptr() : nullptr,
-                         floats(weight), floats(bias), y.mutable_data_ptr(), z.mutable_data_ptr(),
+  const ForwardArgs args{residual.const_data_ptr(), data_or_null(x), data_or_null(ts),
+                         floats(weight), added.data(), y.mutable_data_ptr(), z.mutable_data_ptr(),
                          static_cast<float*>(mean.mutable_data_ptr()), static_cast<float*>(rstd.mutable_data_ptr()),
                          mask ? static_cast<uint8_t*>(mask->mutable_data_ptr()) : nullptr, d, static_cast<float>(eps),
                          dropout_of(seed, threshold, scale)};
@@ -229,14 +251,16 @@ void add_layer_norm_out(Tensor residual, Tensor x, std::optional<Tensor> ts, Ten
     using scalar_t = decltype(zero);
     torch::stable::parallel_for(0, num_rows, kChunk, [&](int64_t first, int64_t last) {
       std::vector<uint8_t> dropped(mask_bytes(d), 0);
-      std::vector<scalar_t> no_ts(d, zero);
-      forward_rows(args, first, last, dropped.data(), no_ts.data());
+      std::vector<scalar_t> zeros(d, zero);
+      forward_rows(args, first, last, dropped.data(), zeros.data());
     });
   });
-  std::memset(static_cast<char*>(args.y) + num_rows * d * y.element_size(), 0, (n - num_rows) * d * y.element_size());
+  const int64_t done = num_rows * d * y.element_size(), rest = (n - num_rows) * d * y.element_size();
+  for (void* rows : {args.y, args.z}) std::memset(static_cast<char*>(rows) + done, 0, rest);
 }
 
-void layer_norm_again_out(Tensor z, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, int64_t num_rows, Tensor y) {
+void layer_norm_again_out(Tensor z, Tensor mean, Tensor rstd, Tensor weight, std::optional<Tensor> bias,
+                          int64_t num_rows, Tensor y) {
   const char* op = "layer_norm_again_out";
   const int64_t n = z.size(0), d = z.size(1);
   const ScalarType dtype = z.scalar_type();
@@ -245,10 +269,9 @@ void layer_norm_again_out(Tensor z, Tensor mean, Tensor rstd, Tensor weight, Ten
   check(op, "mean", mean, ScalarType::Float, n);
   check(op, "rstd", rstd, ScalarType::Float, n);
   check(op, "weight", weight, ScalarType::Float, d);
-  check(op, "bias", bias, ScalarType::Float, d);
+  const Bias added(op, bias, d);
   check(op, "y", y, dtype, n * d);
-  const auto floats = [](const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); };
-  const NormaliseArgs args{z.const_data_ptr(), floats(mean), floats(rstd), floats(weight), floats(bias),
+  const NormaliseArgs args{z.const_data_ptr(), floats(mean), floats(rstd), floats(weight), added.data(),
                            y.mutable_data_ptr(), d};
   for_dtype(op, dtype, [&](auto zero) {
     torch::stable::parallel_for(0, num_rows, kChunk, [&](int64_t first, int64_t last) {
@@ -259,13 +282,15 @@ void layer_norm_again_out(Tensor z, Tensor mean, Tensor rstd, Tensor weight, Ten
 }
 
 // sums [2, T, d]: gradients of weight and bias over the rows of each task. mask: forward's, where dx is given.
-void add_layer_norm_backward_out(Tensor dy, Tensor z, Tensor mean, Tensor rstd, Tensor weight,
-                                 std::optional<Tensor> mask, double scale, Tensor token_offsets, Tensor dz,
-                                 std::optional<Tensor> dx, Tensor sums) {
+// dsum: the gradient of z, where z was a result as well.
+void add_layer_norm_backward_out(Tensor dy, std::optional<Tensor> dsum, Tensor z, Tensor mean, Tensor rstd,
+                                 Tensor weight, std::optional<Tensor> mask, double scale, Tensor token_offsets,
+                                 Tensor dz, std::optional<Tensor> dx, Tensor sums) {
   const char* op = "add_layer_norm_backward_out";
   const int64_t n = dy.size(0), d = dy.size(1), num_tasks = token_offsets.numel() - 1;
   const ScalarType dtype = dy.scalar_type();
   check(op, "dy", dy, dtype, n * d);
+  if (dsum) check(op, "dsum", *dsum, dtype, n * d);
   check(op, "z", z, dtype, n * d);
   check(op, "mean", mean, ScalarType::Float, n);
   check(op, "rstd", rstd, ScalarType::Float, n);
@@ -279,11 +304,9 @@ void add_layer_norm_backward_out(Tensor dy, Tensor z, Tensor mean, Tensor rstd, 
   const int32_t* offsets = static_cast<const int32_t*>(token_offsets.const_data_ptr());
   STD_TORCH_CHECK(num_tasks >= 1 && offsets[0] == 0 && std::is_sorted(offsets, offsets + num_tasks + 1) &&
                       offsets[num_tasks] <= n, op, ": token_offsets must ascend from 0 to at most the rows there are");
-  const auto floats = [](const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); };
-  const BackwardArgs args{dy.const_data_ptr(), z.const_data_ptr(), floats(mean), floats(rstd), floats(weight),
-                          dz.mutable_data_ptr(), dx ? dx->mutable_data_ptr() : nullptr,
-                          mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr, d,
-                          static_cast<float>(scale)};
+  const BackwardArgs args{dy.const_data_ptr(), data_or_null(dsum), z.const_data_ptr(), floats(mean), floats(rstd),
+                          floats(weight), dz.mutable_data_ptr(), dx ? dx->mutable_data_ptr() : nullptr,
+                          static_cast<const uint8_t*>(data_or_null(mask)), d, static_cast<float>(scale)};
   const int64_t num_rows = offsets[num_tasks], num_chunks = (num_rows + kChunk - 1) / kChunk;
   // Chunk p's part of task t is slot p + t: along the rows one of the two grows with every part.
   std::vector<float> partials((num_chunks + num_tasks) * 2 * d, 0.0f);

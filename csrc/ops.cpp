@@ -29,13 +29,18 @@ void combined_adamw_meta(std::vector<Tensor>, Tensor, std::vector<Tensor>, std::
 void combined_adamw_rows_meta(std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>,
                               double, double, double, double, double, double, double) {}
 
-void add_layer_norm_out_meta(Tensor, Tensor, std::optional<Tensor>, Tensor, Tensor, std::optional<Tensor>, int64_t,
-                             double, double, int64_t, Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>) {}
+void add_layer_norm_out_meta(Tensor, std::optional<Tensor>, std::optional<Tensor>, Tensor, std::optional<Tensor>,
+                             std::optional<Tensor>, int64_t, double, double, int64_t, Tensor, Tensor, Tensor, Tensor,
+                             std::optional<Tensor>) {}
 
-void add_layer_norm_backward_out_meta(Tensor, Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>, double, Tensor,
-                                      Tensor, std::optional<Tensor>, Tensor) {}
+void add_layer_norm_backward_out_meta(Tensor, std::optional<Tensor>, Tensor, Tensor, Tensor, Tensor,
+                                      std::optional<Tensor>, double, Tensor, Tensor, std::optional<Tensor>, Tensor) {}
 
-void layer_norm_again_out_meta(Tensor, Tensor, Tensor, Tensor, Tensor, int64_t, Tensor) {}
+void layer_norm_again_out_meta(Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>, int64_t, Tensor) {}
+
+void geglu_out_meta(Tensor, bool, Tensor) {}
+
+void geglu_backward_out_meta(Tensor, Tensor, bool, Tensor) {}
 
 void row_dropout_out_meta(Tensor, Tensor, int64_t, double, Tensor) {}
 
@@ -63,15 +68,17 @@ STABLE_TORCH_LIBRARY(fastmtl, m) {
       "Tensor(c!) exp_avg_sq, Tensor(d!)? copy, float decay, float beta1_left, float beta2, float beta2_left, "
       "float step_size, float root, float eps) -> ()");
   m.def(
-      "add_layer_norm_out(Tensor residual, Tensor x, Tensor? ts, Tensor weight, Tensor bias, Tensor? seed, "
+      "add_layer_norm_out(Tensor residual, Tensor? x, Tensor? ts, Tensor weight, Tensor? bias, Tensor? seed, "
       "int threshold, float scale, float eps, int num_rows, "
       "Tensor(a!) y, Tensor(b!) z, Tensor(c!) mean, Tensor(d!) rstd, Tensor(e!)? mask) -> ()");
   m.def(
-      "add_layer_norm_backward_out(Tensor dy, Tensor z, Tensor mean, Tensor rstd, Tensor weight, Tensor? mask, "
-      "float scale, Tensor token_offsets, Tensor(a!) dz, Tensor(b!)? dx, Tensor(c!) sums) -> ()");
+      "add_layer_norm_backward_out(Tensor dy, Tensor? dsum, Tensor z, Tensor mean, Tensor rstd, Tensor weight, "
+      "Tensor? mask, float scale, Tensor token_offsets, Tensor(a!) dz, Tensor(b!)? dx, Tensor(c!) sums) -> ()");
   m.def(
-      "layer_norm_again_out(Tensor z, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, int num_rows, "
+      "layer_norm_again_out(Tensor z, Tensor mean, Tensor rstd, Tensor weight, Tensor? bias, int num_rows, "
       "Tensor(a!) y) -> ()");
+  m.def("geglu_out(Tensor x, bool tanh, Tensor(a!) y) -> ()");
+  m.def("geglu_backward_out(Tensor dy, Tensor x, bool tanh, Tensor(a!) dx) -> ()");
   m.def("row_dropout_out(Tensor x, Tensor seed, int threshold, float scale, Tensor(a!) out) -> ()");
   m.def("pool_out(Tensor x, Tensor cu_seqlens, int mode, Tensor(a!) out, Tensor(b!)? winners) -> ()");
   m.def("pool_backward_out(Tensor dout, Tensor cu_seqlens, int mode, Tensor? winners, Tensor(a!) dx) -> ()");
@@ -91,6 +98,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastmtl, Meta, m) {
   m.impl("add_layer_norm_out", TORCH_BOX(&add_layer_norm_out_meta));
   m.impl("add_layer_norm_backward_out", TORCH_BOX(&add_layer_norm_backward_out_meta));
   m.impl("layer_norm_again_out", TORCH_BOX(&layer_norm_again_out_meta));
+  m.impl("geglu_out", TORCH_BOX(&geglu_out_meta));
+  m.impl("geglu_backward_out", TORCH_BOX(&geglu_backward_out_meta));
   m.impl("row_dropout_out", TORCH_BOX(&row_dropout_out_meta));
   m.impl("pool_out", TORCH_BOX(&pool_out_meta));
   m.impl("pool_backward_out", TORCH_BOX(&pool_backward_out_meta));

@@ -1,4 +1,4 @@
-// Walking over rows of numbers of any supported dtype by vectors of eight fp32 lanes.
+// Walking over rows of numbers of any supported dtype by vectors of eight fp32 lanes, and functions of such vectors.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -40,6 +40,23 @@ FASTMTL_INLINE void put(Lanes lanes, scalar_t* ptr, int64_t count) {
 FASTMTL_INLINE float total(const Lanes (&acc)[kUnroll]) {
   const Lanes lanes = (acc[0] + acc[1]) + (acc[2] + acc[3]);
   return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+}
+
+// 2^x for x <= 0, to 2e-7 of its value; 0 below 2^-126. The polynomial is Cephes' exp2f.
+FASTMTL_INLINE Lanes exp2_lanes(Lanes x) {
+  const Lanes lowest = {-126, -126, -126, -126, -126, -126, -126, -126};
+  const LaneMask too_low = x < lowest;
+  const Lanes clamped = too_low ? lowest : x;
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+  const Lanes shifted = clamped + 0x1.8p23f;
+  const Lanes f = clamped - (shifted - 0x1.8p23f);
+  Lanes y = 1.535336188319500e-4f * f + 1.339887440266574e-3f;
+  y = y * f + 9.618437357674640e-3f;
+  y = y * f + 5.550332471162809e-2f;
+  y = y * f + 2.402264791363012e-1f;
+  y = y * f + 6.931472028550421e-1f;
+  y = y * f + 1.0f;
+  return (Lanes)(((LaneBits)y + ((LaneBits)shifted << 23)) & ~(LaneBits)too_low);
 }
 
 // Calls fn with a zero of the C++ type of a dtype.

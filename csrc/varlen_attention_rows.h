@@ -57,23 +57,6 @@ FASTMTL_GATHER_SCATTER(BFloat16)
 FASTMTL_GATHER_SCATTER(Half)
 #undef FASTMTL_GATHER_SCATTER
 
-// 2^x for x <= 0, to 2e-7 of its value; 0 below 2^-126. The polynomial is Cephes' exp2f.
-FASTMTL_INLINE Lanes exp2_lanes(Lanes x) {
-  const Lanes lowest = {-126, -126, -126, -126, -126, -126, -126, -126};
-  const LaneMask too_low = x < lowest;
-  const Lanes clamped = too_low ? lowest : x;
-  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
-  const Lanes shifted = clamped + 0x1.8p23f;
-  const Lanes f = clamped - (shifted - 0x1.8p23f);
-  Lanes y = 1.535336188319500e-4f * f + 1.339887440266574e-3f;
-  y = y * f + 9.618437357674640e-3f;
-  y = y * f + 5.550332471162809e-2f;
-  y = y * f + 2.402264791363012e-1f;
-  y = y * f + 6.931472028550421e-1f;
-  y = y * f + 1.0f;
-  return (Lanes)(((LaneBits)y + ((LaneBits)shifted << 23)) & ~(LaneBits)too_low);
-}
-
 FASTMTL_INLINE Lanes unless_dropped(Lanes lanes, const int8_t* dropped) {
   LaneBytes bytes;
   std::memcpy(&bytes, dropped, sizeof(bytes));

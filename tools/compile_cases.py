@@ -21,6 +21,7 @@ from fastmtl_kernels.combined_adamw.reference import Update, Written
 from fastmtl_kernels.dispatch import MAX_RANK
 from fastmtl_kernels.dropout import triton as dropout_triton
 from fastmtl_kernels.embed_layer_norm import triton as embed_layer_norm_triton
+from fastmtl_kernels.geglu import triton as geglu_triton
 from fastmtl_kernels.layer_norm.common import RowNorm
 from fastmtl_kernels.pool import triton as pool_triton
 from fastmtl_kernels.task_gradients import triton as gradients_triton
@@ -93,6 +94,27 @@ def add_layer_norm_in_part() -> None:
             add_layer_norm_triton.backward(
                 rows, rows, numbers, numbers, column, drawn, call, dx_dtype=x_dtype, want_sums=sums
             )
+
+
+def pre_norm() -> None:
+    """Call LayerNorm without bias, whose sum is a result too, and embeddings of words alone."""
+    for dtype in (torch.bfloat16, torch.float32):
+        rows, column, ids = meta(ROWS, 768, dtype=dtype), meta(768, dtype=dtype), meta(ROWS, dtype=torch.int64)
+        call = RowNorm(add_layer_norm_triton, 0.0, 1e-5, tasks(), None, True, returns_sum=True)
+        _, z, mean, rstd, _ = add_layer_norm_triton.forward(rows, rows, None, column, None, None, call)
+        add_layer_norm_triton.backward(
+            rows, z, mean, rstd, column, None, call, dsum=rows, dx_dtype=dtype, want_sums=True
+        )
+        add_layer_norm_triton.recompute(z, mean, rstd, column, None, call)
+        words = meta(50368, 768, dtype=dtype)
+        embed_layer_norm_triton.forward((ids, None, None), (words, None, None), column, None, None, call)
+
+
+def geglu() -> None:
+    sizes = [(dtype, width) for dtype in DTYPES for width in (1152, 2624)] + [(torch.bfloat16, 96)]
+    for (dtype, width), approximate in itertools.product(sizes, ("none", "tanh")):
+        x = meta(ROWS, 2 * width, dtype=dtype)
+        geglu_triton.backward(geglu_triton.forward(x, approximate), x, approximate)
 
 
 def embed_layer_norm() -> None:
@@ -269,9 +291,11 @@ def _maps(
 CASES = (
     add_layer_norm,
     add_layer_norm_in_part,
+    pre_norm,
     embed_layer_norm,
     dropout,
     pool,
+    geglu,
     gradients,
     combined_adamw,
     attention,

@@ -150,6 +150,7 @@ OPERATIONS: dict[str, tuple[Candidate, ...]] = {
     "embed_layer_norm": _ROWS,
     "dropout": _ROWS,
     "pool": _ROWS,
+    "geglu": _ROWS,
     "low_rank": _MAPS,
     "lora": _MAPS,
     "pal": (replace(_MAPS_TRITON, limits=(_RANK, _PAL_HEAD_DIM)), _TORCH, _REFERENCE),

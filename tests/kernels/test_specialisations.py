@@ -28,6 +28,7 @@ from fastmtl_kernels.combined_adamw import triton as combined_adamw_triton
 from fastmtl_kernels.combined_adamw.reference import Update, Written  # noqa: E402
 from fastmtl_kernels.dropout import triton as dropout_triton
 from fastmtl_kernels.embed_layer_norm import triton as embed_layer_norm_triton
+from fastmtl_kernels.geglu import triton as geglu_triton
 from fastmtl_kernels.layer_norm.common import RowNorm  # noqa: E402
 from fastmtl_kernels.pool import triton as pool_triton
 from fastmtl_kernels.task_gradients import triton as gradients_triton
@@ -90,6 +91,12 @@ def pool() -> None:
         pool_triton.backward(out, where, winners, "max", len(ids))
 
 
+def geglu() -> None:
+    for _, _, ids, _ in batches():
+        x = rows_of(len(ids))[0]
+        geglu_triton.backward(geglu_triton.forward(x, "none"), x, "none")
+
+
 def attention() -> None:
     for lengths, where, ids, seed in batches():
         plan = AttentionPlan.make(where.tolist(), len(ids))
@@ -132,7 +139,7 @@ def dense_step() -> None:
         combined_adamw_triton.combined_adamw(gradients, torch.zeros(TASKS), targets, update, None)
 
 
-OPERATIONS = [add_layer_norm, embed_layer_norm, dropout, pool, attention, low_rank, compact_rows, dense_step]
+OPERATIONS = [add_layer_norm, embed_layer_norm, dropout, pool, geglu, attention, low_rank, compact_rows, dense_step]
 
 
 @pytest.fixture

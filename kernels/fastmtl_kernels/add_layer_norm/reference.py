@@ -3,9 +3,9 @@
     z = residual + dropout(x) + ts
     y = (z - mean(z)) / sqrt(var(z) + eps) * weight + bias    mean and biased variance over columns
 
-residual, x, ts [N, d]; weight, bias [d]. Any floating dtypes; arithmetic in float32, in float64
-where residual is float64; z and y have residual's dtype. Dropout is that of
-fastmtl_kernels.dropout.reference. Rows past the last token offset belong to no task: y and the
+residual, x, ts [N, d]; weight, bias [d], bias may be None. Any floating dtypes; arithmetic in
+float32, in float64 where residual is float64; z and y have residual's dtype. Dropout is that of
+fastmtl_kernels.dropout.reference. Rows past the last token offset belong to no task: y, z and the
 gradients are zero there, whatever the inputs contain. Gradients by autograd.
 
 Source: Ba et al., Layer Normalization, 2016; Devlin et al., BERT, 2019 (the order of dropout, sum
@@ -26,7 +26,7 @@ def add_layer_norm(
     residual: Tensor,
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     *,
     ts: Tensor | None,
     dropout_p: float,
@@ -34,12 +34,14 @@ def add_layer_norm(
     seed: Tensor | None,
     tasks: TaskRows,
     task_grads: TaskSink | None,
-) -> Tensor:
-    """Return y [N, d]; the arguments are those of fastmtl_kernels.add_layer_norm, checked."""
+) -> tuple[Tensor, Tensor]:
+    """Return y and z [N, d]; the arguments are those of fastmtl_kernels.add_layer_norm, checked."""
     dtype = torch.promote_types(residual.dtype, torch.float32)
     stop = tasks.host[-1]
     z = residual[:stop].to(dtype) + dropout(x[:stop].to(dtype), dropout_p, seed)
     if ts is not None:
         z = z + ts[:stop].to(dtype)
-    y = layer_norm(z.to(residual.dtype).to(dtype), weight, bias, eps, tasks, task_grads)
-    return torch.cat([y.to(residual.dtype), zeros_like_tail(residual, stop)])
+    z = z.to(residual.dtype)
+    y = layer_norm(z.to(dtype), weight, bias, eps, tasks, task_grads)
+    tail = zeros_like_tail(residual, stop)
+    return torch.cat([y.to(residual.dtype), tail]), torch.cat([z, tail])

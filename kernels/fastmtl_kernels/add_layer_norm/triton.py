@@ -2,10 +2,10 @@
 
     z = residual + dropout(x) + ts       y = (z - mean(z)) / sqrt(var(z) + eps) * weight + bias
 
-residual, x, ts, y, z [num_rows, D] contiguous, each float32, float16 or bfloat16; weight, bias [D];
-mean, rstd [num_rows] float32; token_offsets [num_tasks + 1] int32. Arithmetic in float32. A program
-keeps whole rows in registers, so each tensor is read or written once. The kernels of backward are
-in fastmtl_kernels.layer_norm.triton.
+residual, x, ts, y, z [num_rows, D] contiguous, each float32, float16 or bfloat16; weight, bias [D],
+bias may be None; mean, rstd [num_rows] float32; token_offsets [num_tasks + 1] int32. Arithmetic in
+float32. A program keeps whole rows in registers, so each tensor is read or written once. The
+kernels of backward are in fastmtl_kernels.layer_norm.triton.
 
 Source: see fastmtl_kernels.add_layer_norm.reference.
 """
@@ -50,6 +50,7 @@ def _add_layer_norm_fwd_kernel(
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_TS: tl.constexpr,
     DROPOUT: tl.constexpr,
 ) -> None:
@@ -65,12 +66,14 @@ def _add_layer_norm_fwd_kernel(
     z = load_rows(residual_ptr, offs, mask) + x
     if HAS_TS:
         z += load_rows(ts_ptr, offs, mask)
-    tl.store(z_ptr + offs, z.to(z_ptr.dtype.element_ty), mask=mask)
-    y, mean, rstd = normalise(z.to(z_ptr.dtype.element_ty).to(tl.float32), weight_ptr, bias_ptr, eps, D, BLOCK_D)
+    written = (rows < num_rows)[:, None] & mask_d[None, :]
+    tl.store(z_ptr + offs, z.to(z_ptr.dtype.element_ty), mask=written)
+    z = z.to(z_ptr.dtype.element_ty).to(tl.float32)
+    y, mean, rstd = normalise(z, weight_ptr, bias_ptr, eps, D, BLOCK_D, HAS_BIAS)
     tl.store(mean_ptr + rows, mean, mask=mask_m)
     tl.store(rstd_ptr + rows, rstd, mask=mask_m)
     y = tl.where(mask_m[:, None], y, 0.0).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + offs, y, mask=(rows < num_rows)[:, None] & mask_d[None, :])
+    tl.store(y_ptr + offs, y, mask=written)
 
 
 @triton.jit(
@@ -90,6 +93,7 @@ def _layer_norm_recompute_kernel(
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ) -> None:
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = rows < tl.load(token_offsets_ptr + num_tasks)
@@ -100,9 +104,10 @@ def _layer_norm_recompute_kernel(
     mean = tl.load(mean_ptr + rows, mask=mask_m, other=0.0)
     rstd = tl.load(rstd_ptr + rows, mask=mask_m, other=0.0)
     weight = load_rows(weight_ptr, offs_d, mask_d)
-    bias = load_rows(bias_ptr, offs_d, mask_d)
-    # The same expression as in `normalise`, so that y has the same bits.
-    y = (z - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
+    # The same expressions as in `normalise`, so that y has the same bits.
+    y = (z - mean[:, None]) * rstd[:, None] * weight[None, :]
+    if HAS_BIAS:
+        y += load_rows(bias_ptr, offs_d, mask_d)[None, :]
     y = tl.where(mask_m[:, None], y, 0.0).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + offs, y, mask=(rows < num_rows)[:, None] & mask_d[None, :])
 
@@ -112,13 +117,13 @@ def forward(
     x: Tensor,
     ts: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     seed: Tensor | None,
     call: RowNorm,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Return y and z [N, d] of residual's dtype, mean and rstd [N] float32, and the seed.
 
-    Rows of no task are zeros in y and undefined in z, mean and rstd. Backward draws the dropout
+    Rows of no task are zeros in y and z, and undefined in mean and rstd. Backward draws the dropout
     mask again from the seed.
     """
     num_rows, num_columns = residual.shape
@@ -132,7 +137,7 @@ def forward(
                 x_ptr=x.contiguous(),
                 ts_ptr=None if ts is None else ts.contiguous(),
                 weight_ptr=weight.contiguous(),
-                bias_ptr=bias.contiguous(),
+                bias_ptr=None if bias is None else bias.contiguous(),
                 seed_ptr=seed,
                 token_offsets_ptr=call.tasks.offsets,
                 y_ptr=y,
@@ -145,6 +150,7 @@ def forward(
                 keep_scale=1 / (1 - call.dropout_p),
                 eps=call.eps,
                 D=num_columns,
+                HAS_BIAS=bias is not None,
                 HAS_TS=ts is not None,
                 DROPOUT=seed is not None,
                 **shape,
@@ -152,7 +158,7 @@ def forward(
     return y, z, mean, rstd, seed
 
 
-def recompute(z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, call: RowNorm) -> Tensor:
+def recompute(z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None, call: RowNorm) -> Tensor:
     """Return the y [N, d] that forward returned, bit for bit, from the tensors that it kept."""
     num_rows, num_columns = z.shape
     y = torch.empty_like(z)
@@ -164,12 +170,13 @@ def recompute(z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tenso
                 mean_ptr=mean,
                 rstd_ptr=rstd,
                 weight_ptr=weight.contiguous(),
-                bias_ptr=bias.contiguous(),
+                bias_ptr=None if bias is None else bias.contiguous(),
                 token_offsets_ptr=call.tasks.offsets,
                 y_ptr=y,
                 num_rows=num_rows,
                 num_tasks=call.tasks.num_tasks,
                 D=num_columns,
+                HAS_BIAS=bias is not None,
                 **shape,
             )
     return y

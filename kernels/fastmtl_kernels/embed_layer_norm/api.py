@@ -1,11 +1,12 @@
-"""The embeddings of a BERT on packed rows: the sum of three tables' rows, LayerNorm and dropout.
+"""The embeddings of a BERT on packed rows: a sum of one to three tables' rows, LayerNorm, dropout.
 
     z = words[input_ids] + positions[position_ids] + types[token_type_ids]
     h = (z - mean(z)) rstd,  rstd = 1 / sqrt(var + eps)    y = dropout(h weight + bias)
     dh = keep dy / (1 - dropout_p)                         dz, dweight, dbias as in add_layer_norm
     gradient of row v of a table: the sum of dz's rows whose id is v
 
-ids [N]; words [V, d], positions [M, d], types [K, d]; weight, bias [d]; y [N, d]. keep is 0 for an
+ids [N]; words [V, d], positions [M, d], types [K, d]; weight, bias [d]; y [N, d]. positions, types
+and bias may be missing, as in models with rotary positions. keep is 0 for an
 element that dropout drops, else 1. Statistics and sums are float32. z is kept for backward in
 words' dtype; backward draws the dropout mask again. A sink receives the gradient of a table as ids
 [N] and rows [N, d], so that no gradient of the size of T tables is needed here. An implementation
@@ -40,13 +41,13 @@ from fastmtl_kernels.task_sink import (
 
 def embed_layer_norm(
     input_ids: Tensor,
-    position_ids: Tensor,
-    token_type_ids: Tensor,
+    position_ids: Tensor | None,
+    token_type_ids: Tensor | None,
     words: Tensor,
-    positions: Tensor,
-    types: Tensor,
+    positions: Tensor | None,
+    types: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     *,
     dropout_p: float = 0.0,
     eps: float = 1e-12,
@@ -55,20 +56,20 @@ def embed_layer_norm(
     task_grads: TaskSink | None = None,
     impl: RowImpl = "auto",
 ) -> Tensor:
-    """Return dropout(LayerNorm(the sum of three table rows per token)).
+    """Return dropout(LayerNorm(the sum of each token's table rows)).
 
     The rows are words[input_ids], positions[position_ids] and types[token_type_ids].
 
     Args:
         input_ids: [N], int64 or int32, rows of `words`. All three kinds of ids must be valid rows
             of their tables, also past the last token offset.
-        position_ids: [N], int64 or int32, rows of `positions`.
-        token_type_ids: [N], int64 or int32, rows of `types`.
+        position_ids: [N], int64 or int32, rows of `positions`; None without this table.
+        token_type_ids: [N], int64 or int32, rows of `types`; None without this table.
         words: [V, d], floating point.
-        positions: [M, d].
-        types: [K, d].
+        positions: [M, d]; None for none.
+        types: [K, d]; None for none.
         weight: [d], the factor of LayerNorm.
-        bias: [d], the summand of LayerNorm.
+        bias: [d], the summand of LayerNorm; None for none.
         dropout_p: the probability of dropping an element of the result, in [0, 1).
         eps: added to the variance.
         seed: int64 of one element on the tables' device; needed if dropout_p > 0. Each call in a
@@ -86,10 +87,11 @@ def embed_layer_norm(
         ValueError: an argument has the wrong shape, dtype or device; the message names it.
         RuntimeError: the implementation is not available here; the message gives the reason.
     """
-    tables = {"words": words, "positions": positions, "types": types}
-    ids = {"input_ids": input_ids, "position_ids": position_ids, "token_type_ids": token_type_ids}
-    _check(ids, tables)
-    check_columns(words, {"weight": weight, "bias": bias})
+    _check(
+        {"input_ids": input_ids, "position_ids": position_ids, "token_type_ids": token_type_ids},
+        {"words": words, "positions": positions, "types": types},
+    )
+    check_columns(words, {"weight": weight} if bias is None else {"weight": weight, "bias": bias})
     check_dropout(dropout_p, seed, words.device)
     check_sink(token_offsets, task_grads)
     tasks = TaskRows.make(token_offsets, input_ids.shape[0], words.device)
@@ -127,13 +129,13 @@ class _EmbedLayerNorm(torch.autograd.Function):
         ctx: Any,
         anchor: Tensor | None,
         input_ids: Tensor,
-        position_ids: Tensor,
-        token_type_ids: Tensor,
+        position_ids: Tensor | None,
+        token_type_ids: Tensor | None,
         words: Tensor,
-        positions: Tensor,
-        types: Tensor,
+        positions: Tensor | None,
+        types: Tensor | None,
         weight: Tensor,
-        bias: Tensor,
+        bias: Tensor | None,
         seed: Tensor | None,
         call: RowNorm,
     ) -> Tensor:
@@ -143,10 +145,11 @@ class _EmbedLayerNorm(torch.autograd.Function):
         # A sink recognises a parameter as the same Python object, and with activation checkpointing
         # ctx.saved_tensors returns other objects.
         ctx.parameters = words, positions, types, weight, bias
-        ctx.table_rows = [len(table) for table in ctx.parameters[:3]]  # ZeRO 3 changes the shapes before backward
+        # ZeRO 3 changes the shapes before backward.
+        ctx.table_rows = [0 if table is None else len(table) for table in ctx.parameters[:3]]
         ctx.call = call
         if call.sink is not None:
-            call.sink.expect(*ctx.parameters)
+            call.sink.expect(*(parameter for parameter in ctx.parameters if parameter is not None))
         return y
 
     @staticmethod
@@ -167,7 +170,18 @@ class _EmbedLayerNorm(torch.autograd.Function):
         return d_anchor, None, None, None, *d_tables, d_weight, d_bias, None, None
 
 
-def _check(ids: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
+def _check(ids: dict[str, Tensor | None], tables: dict[str, Tensor | None]) -> None:
+    for (name, index), (of, table) in zip(list(ids.items())[1:], list(tables.items())[1:], strict=True):
+        if (index is None) != (table is None):
+            given, missing = (of, name) if index is None else (name, of)
+            raise ValueError(f"{missing} must be given with {given}, got None")
+    _check_given(
+        {name: index for name, index in ids.items() if index is not None or name == "input_ids"},
+        {name: table for name, table in tables.items() if table is not None or name == "words"},
+    )
+
+
+def _check_given(ids: dict[str, Any], tables: dict[str, Any]) -> None:
     words = tables["words"]
     for name, table in tables.items():
         if not isinstance(table, Tensor) or table.dim() != 2 or 0 in table.shape or not table.is_floating_point():

@@ -16,18 +16,22 @@ from fastmtl_kernels.layer_norm.common import RowNorm
 
 
 def forward(
-    ids: tuple[Tensor, Tensor, Tensor],
-    tables: tuple[Tensor, Tensor, Tensor],
+    ids: tuple[Tensor, Tensor | None, Tensor | None],
+    tables: tuple[Tensor, Tensor | None, Tensor | None],
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     seed: Tensor | None,
     call: RowNorm,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y and z [N, d] of words' dtype, and mean and rstd [N] float32.
 
-    ids and tables are in the order word, position, type.
+    ids and tables are in the order word, position, type; None for a missing table.
     """
-    words, positions, types = (F.embedding(index, table) for index, table in zip(ids, tables, strict=True))
+    words = F.embedding(ids[0], tables[0])
+    positions, types = (
+        None if index is None or table is None else F.embedding(index, table)
+        for index, table in zip(ids[1:], tables[1:], strict=True)
+    )
     plain = call._replace(dropout_p=0.0)
     y, z, mean, rstd = layer_norm.forward(words, positions, types, weight, bias, None, None, plain)
     return y if seed is None else dropout(y, call.dropout_p, seed, out=y), z, mean, rstd

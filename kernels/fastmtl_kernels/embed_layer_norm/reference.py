@@ -4,10 +4,10 @@
     y = dropout(LayerNorm(z) * weight + bias)
 
 ids int64 or int32 [N]; words [V, d], positions [M, d], types [K, d], weight and bias [d], any
-floating dtypes; arithmetic in float32, in float64 where words are float64; z and y [N, d] have
-words' dtype. LayerNorm, dropout and rows of no task are as in
-fastmtl_kernels.add_layer_norm.reference. Gradients by autograd; a sink receives the gradient of a
-table as ids and rows.
+floating dtypes; positions, types and bias may be None. Arithmetic in float32, in float64 where
+words are float64; z and y [N, d] have words' dtype. LayerNorm, dropout and rows of no task are as
+in fastmtl_kernels.add_layer_norm.reference. Gradients by autograd; a sink receives the gradient of
+a table as ids and rows.
 
 Source: Devlin et al., BERT, 2019.
 """
@@ -26,10 +26,10 @@ from fastmtl_kernels.task_sink import TaskRows, TaskSink, table_gradient
 
 
 def embed_layer_norm(
-    ids: tuple[Tensor, Tensor, Tensor],
-    tables: tuple[Tensor, Tensor, Tensor],
+    ids: tuple[Tensor, Tensor | None, Tensor | None],
+    tables: tuple[Tensor, Tensor | None, Tensor | None],
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     *,
     dropout_p: float,
     eps: float,
@@ -39,8 +39,8 @@ def embed_layer_norm(
 ) -> Tensor:
     """Return y [N, d].
 
-    ids and tables are in the order word, position, type; the other arguments are those of
-    fastmtl_kernels.embed_layer_norm, checked.
+    ids and tables are in the order word, position, type, None for a missing table; the other
+    arguments are those of fastmtl_kernels.embed_layer_norm, checked.
     """
     dtype = torch.promote_types(tables[0].dtype, torch.float32)
     stop = tasks.host[-1]
@@ -48,6 +48,7 @@ def embed_layer_norm(
     z = sum(
         _TableRows.apply(anchor, index[:stop], table, dtype, tasks, task_grads)
         for index, table in zip(ids, tables, strict=True)
+        if index is not None and table is not None
     )
     z = z.to(tables[0].dtype).to(dtype)
     y = dropout(layer_norm(z, weight, bias, eps, tasks, task_grads), dropout_p, seed)

@@ -4,8 +4,8 @@
     y = dropout((z - mean(z)) / sqrt(var(z) + eps) * weight + bias)
 
 ids int32 or int64 [num_rows]; tables [rows, D] contiguous, each float32, float16 or bfloat16; y, z
-[num_rows, D]. Arithmetic in float32. Backward applies the dropout mask to dy, then runs
-fastmtl_kernels.layer_norm.triton.
+[num_rows, D]. positions, types and bias may be None. Arithmetic in float32. Backward applies the
+dropout mask to dy, then runs fastmtl_kernels.layer_norm.triton.
 
 Source: see fastmtl_kernels.embed_layer_norm.reference.
 """
@@ -55,6 +55,9 @@ def _embed_layer_norm_fwd_kernel(
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    HAS_TYPES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
 ) -> None:
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -64,13 +67,16 @@ def _embed_layer_norm_fwd_kernel(
     mask = mask_m[:, None] & mask_d[None, :]
     offs = rows.to(tl.int64)[:, None] * D + offs_d[None, :]
     word = tl.load(input_ids_ptr + rows, mask=mask_m, other=0).to(tl.int64)
-    position = tl.load(position_ids_ptr + rows, mask=mask_m, other=0).to(tl.int64)
-    kind = tl.load(token_type_ids_ptr + rows, mask=mask_m, other=0).to(tl.int64)
     z = load_rows(words_ptr, word[:, None] * D + offs_d[None, :], mask)
-    z += load_rows(positions_ptr, position[:, None] * D + offs_d[None, :], mask)
-    z += load_rows(types_ptr, kind[:, None] * D + offs_d[None, :], mask)
+    if HAS_POSITIONS:
+        position = tl.load(position_ids_ptr + rows, mask=mask_m, other=0).to(tl.int64)
+        z += load_rows(positions_ptr, position[:, None] * D + offs_d[None, :], mask)
+    if HAS_TYPES:
+        kind = tl.load(token_type_ids_ptr + rows, mask=mask_m, other=0).to(tl.int64)
+        z += load_rows(types_ptr, kind[:, None] * D + offs_d[None, :], mask)
     tl.store(z_ptr + offs, z.to(z_ptr.dtype.element_ty), mask=mask)
-    y, mean, rstd = normalise(z.to(z_ptr.dtype.element_ty).to(tl.float32), weight_ptr, bias_ptr, eps, D, BLOCK_D)
+    z = z.to(z_ptr.dtype.element_ty).to(tl.float32)
+    y, mean, rstd = normalise(z, weight_ptr, bias_ptr, eps, D, BLOCK_D, HAS_BIAS)
     tl.store(mean_ptr + rows, mean, mask=mask_m)
     tl.store(rstd_ptr + rows, rstd, mask=mask_m)
     if DROPOUT:
@@ -80,16 +86,16 @@ def _embed_layer_norm_fwd_kernel(
 
 
 def forward(
-    ids: tuple[Tensor, Tensor, Tensor],
-    tables: tuple[Tensor, Tensor, Tensor],
+    ids: tuple[Tensor, Tensor | None, Tensor | None],
+    tables: tuple[Tensor, Tensor | None, Tensor | None],
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     seed: Tensor | None,
     call: RowNorm,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y and z [N, d] of words' dtype, and mean and rstd [N] float32.
 
-    ids and tables are in the order word, position, type.
+    ids and tables are in the order word, position, type; None for a missing table.
     """
     num_rows, num_columns, words = ids[0].shape[0], tables[0].shape[1], tables[0]
     y, z = (torch.empty(num_rows, num_columns, dtype=words.dtype, device=words.device) for _ in range(2))
@@ -99,13 +105,13 @@ def forward(
         with torch.cuda.device_of(words):
             _embed_layer_norm_fwd_kernel[(triton.cdiv(num_rows, shape["BLOCK_M"]),)](
                 input_ids_ptr=ids[0].contiguous(),
-                position_ids_ptr=ids[1].contiguous(),
-                token_type_ids_ptr=ids[2].contiguous(),
+                position_ids_ptr=_contiguous(ids[1]),
+                token_type_ids_ptr=_contiguous(ids[2]),
                 words_ptr=tables[0].contiguous(),
-                positions_ptr=tables[1].contiguous(),
-                types_ptr=tables[2].contiguous(),
+                positions_ptr=_contiguous(tables[1]),
+                types_ptr=_contiguous(tables[2]),
                 weight_ptr=weight.contiguous(),
-                bias_ptr=bias.contiguous(),
+                bias_ptr=_contiguous(bias),
                 seed_ptr=seed,
                 token_offsets_ptr=call.tasks.offsets,
                 y_ptr=y,
@@ -118,10 +124,17 @@ def forward(
                 keep_scale=1 / (1 - call.dropout_p),
                 eps=call.eps,
                 D=num_columns,
+                HAS_POSITIONS=tables[1] is not None,
+                HAS_TYPES=tables[2] is not None,
+                HAS_BIAS=bias is not None,
                 DROPOUT=seed is not None,
                 **shape,
             )
     return y, z, mean, rstd
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def backward(

@@ -21,7 +21,7 @@ class RowNorm(NamedTuple):
 
     kernels: the module of the implementation. saves: whether forward keeps tensors for a backward.
     sums_dtype: dtype of the gradients of weight and bias if there is no sink; an implementation may
-    return float32 instead.
+    return float32 instead. returns_sum: whether z is a result as well.
     """
 
     kernels: ModuleType
@@ -32,3 +32,4 @@ class RowNorm(NamedTuple):
     saves: bool
     sums_dtype: torch.dtype = torch.float32
     register: Register | None = None
+    returns_sum: bool = False

@@ -18,32 +18,33 @@ from fastmtl_kernels.philox import keep_threshold
 
 def forward(
     residual: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     ts: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     seed: Tensor | None,
     mask: Tensor | None,
     call: RowNorm,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y and z [N, d] of residual's dtype, and mean and rstd [N] float32.
 
-    Rows of no task are zeros in y and undefined in z, mean and rstd. mask: uint8
+    Rows of no task are zeros in y and z, and undefined in mean and rstd. mask: uint8
     [N, 8 ceil(d / 64)], which receives the dropout mask, one bit per element; None if it is not
     needed.
     """
     num_rows = residual.shape[0]
     y = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     # The kernel reads a row of z before it writes that row of y, so both can share memory if no
-    # backward needs z.
-    z = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device) if call.saves else y
+    # backward needs z and z is no result.
+    own = call.saves or call.returns_sum
+    z = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device) if own else y
     mean, rstd = (torch.empty(num_rows, dtype=torch.float32, device=residual.device) for _ in range(2))
     torch.ops.fastmtl.add_layer_norm_out(
         residual.contiguous(),
-        cast(x, residual.dtype).contiguous(),
+        None if x is None else cast(x, residual.dtype).contiguous(),
         None if ts is None else cast(ts, residual.dtype).contiguous(),
         cast(weight, torch.float32).contiguous(),
-        cast(bias, torch.float32).contiguous(),
+        None if bias is None else cast(bias, torch.float32).contiguous(),
         seed,
         keep_threshold(call.dropout_p),
         1 / (1 - call.dropout_p),
@@ -59,19 +60,27 @@ def forward(
 
 
 def backward(
-    dy: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, mask: Tensor | None, call: RowNorm
+    dy: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    call: RowNorm,
+    dsum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return dz and dx [N, d] and the gradients of weight and bias.
 
     dx is None if there is no dropout mask, since it then equals dz. The gradients are one float32
     tensor with weight's first: [2, T, d], one per task, if there is a sink; else [2, 1, d], summed
-    over all tasks.
+    over all tasks. dsum: the gradient of z, where z is a result as well.
     """
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     dx = None if mask is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
     totals = torch.empty(2, call.tasks.num_tasks, z.shape[1], dtype=torch.float32, device=z.device)
     torch.ops.fastmtl.add_layer_norm_backward_out(
         cast(dy, z.dtype).contiguous(),
+        None if dsum is None else cast(dsum, z.dtype).contiguous(),
         z,
         mean,
         rstd,

@@ -2,8 +2,8 @@
 
     y = (z - mean(z)) / sqrt(var(z) + eps) * weight + bias    mean and biased variance over columns
 
-z [n, d] has the n rows that belong to tasks; weight, bias [d]. Every task uses its own copy of the
-parameters, so that autograd computes one gradient per task for the sink.
+z [n, d] has the n rows that belong to tasks; weight, bias [d], bias may be None. Every task uses
+its own copy of the parameters, so that autograd computes one gradient per task for the sink.
 
 Source: Ba et al., Layer Normalization, 2016.
 """
@@ -17,14 +17,14 @@ from fastmtl_kernels.task_sink import TaskRows, TaskSink, per_task
 
 
 def layer_norm(
-    z: Tensor, weight: Tensor, bias: Tensor, eps: float, tasks: TaskRows, task_grads: TaskSink | None
+    z: Tensor, weight: Tensor, bias: Tensor | None, eps: float, tasks: TaskRows, task_grads: TaskSink | None
 ) -> Tensor:
     """Return y [n, d] in the dtype of z."""
     task_of_row = task_index(tasks)
     centred = z - z.mean(-1, keepdim=True)
     normalised = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-    weights, biases = (per_task(parameter, tasks.num_tasks, z.dtype, task_grads) for parameter in (weight, bias))
-    return normalised * weights[task_of_row] + biases[task_of_row]
+    y = normalised * per_task(weight, tasks.num_tasks, z.dtype, task_grads)[task_of_row]
+    return y if bias is None else y + per_task(bias, tasks.num_tasks, z.dtype, task_grads)[task_of_row]
 
 
 def task_index(tasks: TaskRows) -> Tensor:

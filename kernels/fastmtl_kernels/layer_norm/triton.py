@@ -43,7 +43,13 @@ _SUMS = tl.constexpr(2)
 
 @triton.jit
 def normalise(
-    z: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor, eps: tl.tensor, D: tl.constexpr, BLOCK_D: tl.constexpr
+    z: tl.tensor,
+    weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    eps: tl.tensor,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Return y = LayerNorm(z) [BLOCK_M, BLOCK_D], and mean and rstd [BLOCK_M] of z.
 
@@ -55,8 +61,10 @@ def normalise(
     centred = tl.where(mask_d[None, :], z - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
     weight = load_rows(weight_ptr, offs_d, mask_d)
-    bias = load_rows(bias_ptr, offs_d, mask_d)
-    return centred * rstd[:, None] * weight[None, :] + bias[None, :], mean, rstd
+    y = centred * rstd[:, None] * weight[None, :]
+    if HAS_BIAS:
+        y += load_rows(bias_ptr, offs_d, mask_d)[None, :]
+    return y, mean, rstd
 
 
 @triton.jit(
@@ -65,6 +73,7 @@ def normalise(
 )
 def _add_layer_norm_bwd_kernel(
     dy_ptr: tl.tensor,
+    dsum_ptr: tl.tensor,
     z_ptr: tl.tensor,
     mean_ptr: tl.tensor,
     rstd_ptr: tl.tensor,
@@ -83,6 +92,7 @@ def _add_layer_norm_bwd_kernel(
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    HAS_SUM: tl.constexpr,
     WANT_SUMS: tl.constexpr,
     STORE_DX: tl.constexpr,
     DROP_X: tl.constexpr,
@@ -118,6 +128,8 @@ def _add_layer_norm_bwd_kernel(
                 h = tl.where(mask, (z - mean[:, None]) * rstd[:, None], 0.0)
                 g = dy * weight[None, :]
                 dz = (g - (tl.sum(g, 1) / D)[:, None] - h * (tl.sum(g * h, 1) / D)[:, None]) * rstd[:, None]
+                if HAS_SUM:
+                    dz += load_rows(dsum_ptr, offs, mask)
                 tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
                 if DROP_X:
                     dz = tl.where(keep, dz * keep_scale, 0.0)
@@ -187,6 +199,7 @@ def backward(
     *,
     dx_dtype: torch.dtype | None,
     want_sums: bool,
+    dsum: Tensor | None = None,
     drop_y: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return dz and dx [N, d] and the gradients of weight and bias.
@@ -194,8 +207,8 @@ def backward(
     The gradients are one tensor with weight's first: float32 [2, T, d], one per task, if there is a
     sink; else [2, 1, d] of call.sums_dtype, summed over all tasks. Undefined if not want_sums.
 
-    dx_dtype: dtype of dx; None if dx is not needed. seed: of dropout, or None. drop_y: True if
-    dropout was applied to y, False if to x.
+    dx_dtype: dtype of dx; None if dx is not needed. seed: of dropout, or None. dsum: the gradient
+    of z, where z is a result as well. drop_y: True if dropout was applied to y, False if to x.
     """
     num_rows, num_columns = z.shape
     num_groups, group_size = (1, call.tasks.num_tasks) if call.sink is None else (call.tasks.num_tasks, 1)
@@ -215,6 +228,7 @@ def backward(
         if num_rows:
             _add_layer_norm_bwd_kernel[(programs,)](
                 dy_ptr=dy.contiguous(),
+                dsum_ptr=None if dsum is None else dsum.contiguous(),
                 z_ptr=z,
                 mean_ptr=mean,
                 rstd_ptr=rstd,
@@ -231,6 +245,7 @@ def backward(
                 threshold=keep_threshold(call.dropout_p),
                 keep_scale=1 / (1 - call.dropout_p),
                 D=num_columns,
+                HAS_SUM=dsum is not None,
                 WANT_SUMS=want_sums,
                 STORE_DX=own_dx,
                 DROP_X=seed is not None and not drop_y,

@@ -11,7 +11,7 @@ from add_layer_norm_cases import Case, cases, check, run
 from hypothesis import given, settings
 from row_cases import RecordingSink
 
-from fastmtl_kernels.add_layer_norm.api import add_layer_norm
+from fastmtl_kernels.add_layer_norm.api import add_layer_norm, add_layer_norm_with_sum
 from fastmtl_kernels.dispatch import unsupported_reason
 from fastmtl_kernels.philox import keep_mask
 
@@ -115,6 +115,16 @@ def test_frozen_parameters_and_inputs(impl: Any) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_the_sum_alone_has_a_gradient(impl: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    residual, x = (torch.randn(9, 5, generator=generator).requires_grad_() for _ in range(2))
+    total, _ = add_layer_norm_with_sum(residual, x, torch.ones(5), None, token_offsets=(0, 7), impl=impl)
+    assert torch.equal(total[:7], (residual + x)[:7]) and not total[7:].any()
+    for gradient in torch.autograd.grad(total.sum(), [residual, x]):
+        assert torch.equal(gradient[:7], torch.ones(7, 5)) and not gradient[7:].any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_offsets_of_any_kind(impl: Any) -> None:
     class Both:
         offsets = torch.tensor([0, 3, 7], dtype=torch.int32)
@@ -149,7 +159,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("ts", dict(ts=torch.randn(5, 4))),
     ("weight", dict(weight=torch.ones(3))),
     ("weight", dict(weight=torch.ones(4, dtype=torch.int32))),
-    ("bias", dict(bias=None)),
+    ("bias", dict(bias=torch.ones(4, dtype=torch.int32))),
     ("bias", dict(bias=torch.ones(1, 4))),
     ("dropout_p", dict(dropout_p=1.0, seed=torch.tensor([0]))),
     ("seed", dict(dropout_p=0.1)),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from row_cases import DTYPES, LAYOUTS, RecordingSink, assert_close, nan_filled, split_points, strided
 from torch import Tensor
 
-from fastmtl_kernels.add_layer_norm.api import add_layer_norm
+from fastmtl_kernels.add_layer_norm.api import add_layer_norm, add_layer_norm_with_sum
 
 NAMES = ("residual", "x", "weight", "bias", "ts")
 SHARED = ("weight", "bias")
@@ -19,7 +19,10 @@ SHARED = ("weight", "bias")
 
 @dataclass(frozen=True)
 class Case:
-    """sizes: rows of each task, None without offsets. tail: rows of no task, NaN in them."""
+    """sizes: rows of each task, None without offsets. tail: rows of no task, NaN in them.
+
+    with_sum: the sum is a result too, without ts.
+    """
 
     sizes: tuple[int, ...] | None
     tail: int
@@ -31,6 +34,8 @@ class Case:
     dropout_p: float
     sink: bool
     seed: int
+    bias: bool = True
+    with_sum: bool = False
 
     @property
     def offsets(self) -> tuple[int, ...] | None:
@@ -42,19 +47,28 @@ class Case:
 
     def tensors(self, device: str) -> tuple[dict[str, Any], Tensor]:
         """Return the inputs by name, and the gradient of y."""
+        made = self._made(device)
+        left_out = {"ts": not self.ts or self.with_sum, "bias": not self.bias, "dsum": True}
+        made = {name: value for name, value in made.items() if not left_out.get(name)}
+        return made, made.pop("dy")
+
+    def gradients(self, device: str) -> list[Tensor]:
+        """Return the gradient of y, and of the sum if it is a result."""
+        made = self._made(device)
+        return [made["dy"], made["dsum"]] if self.with_sum else [made["dy"]]
+
+    def _made(self, device: str) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(self.seed)
         made = {}
-        for name in (*NAMES, "dy"):
-            rows = name in ("residual", "x", "ts", "dy")
+        for name in (*NAMES, "dy", "dsum"):
+            rows = name in ("residual", "x", "ts", "dy", "dsum")
             shape = (self.num_rows, self.columns) if rows else (self.columns,)
             dtype = self.dtype if rows else self.parameter_dtype
             values = torch.randn(shape, generator=generator).to(device, dtype)
             if rows and self.offsets is not None:
                 values[self.offsets[-1] :] = float("nan")
             made[name] = strided(values, self.layout).detach()
-        if not self.ts:
-            del made["ts"]
-        return made, made.pop("dy")
+        return made
 
 
 def cases(max_rows: int = 90, max_columns: int = 140) -> st.SearchStrategy[Case]:
@@ -72,6 +86,8 @@ def cases(max_rows: int = 90, max_columns: int = 140) -> st.SearchStrategy[Case]
         dropout_p=st.sampled_from([0.0, 0.1, 0.7]),
         sink=st.booleans(),
         seed=st.integers(0, 2**31),
+        bias=st.booleans(),
+        with_sum=st.booleans(),
     )
 
 
@@ -84,17 +100,19 @@ def run(case: Case, impl: Any, device: str, wide: torch.dtype | None = None) -> 
 
     Gradients that the sink receives are [T, d]; the others are autograd's.
     """
-    tensors, dy = case.tensors(device)
+    (tensors, _), gradients = case.tensors(device), case.gradients(device)
     if wide is not None:
-        tensors, dy = {name: tensor.to(wide) for name, tensor in tensors.items()}, dy.to(wide)
+        tensors = {name: tensor.to(wide) for name, tensor in tensors.items()}
+        gradients = [gradient.to(wide) for gradient in gradients]
     for tensor in tensors.values():
         tensor.requires_grad_()
     sink = RecordingSink()
     offsets = None if case.offsets is None else torch.tensor(case.offsets, dtype=torch.int32, device=device)
     use_sink = case.sink and offsets is not None
     makers: list[Callable[[], Tensor]] = []
-    y = add_layer_norm(
-        **tensors,
+    operation: Callable[..., Any] = add_layer_norm_with_sum if case.with_sum else add_layer_norm
+    found = operation(
+        **{"bias": None, **tensors},
         dropout_p=case.dropout_p,
         eps=EPS,
         seed=torch.tensor([case.seed * 2**20 + 1], device=device),
@@ -103,10 +121,11 @@ def run(case: Case, impl: Any, device: str, wide: torch.dtype | None = None) -> 
         register=lambda _, make: makers.append(make),
         impl=impl,
     )
-    results = {"y": y.detach()}
+    *sums, y = found if case.with_sum else (found,)
+    results = dict(zip(("y", "z"), (part.detach() for part in (y, *sums)), strict=False))
     if makers:
         results["y again"] = makers[0]()
-    y.backward(dy)
+    torch.autograd.backward([y, *sums], gradients)
     for name, tensor in tensors.items():
         if use_sink and name in SHARED:
             assert tensor.grad is None and id(tensor) in sink.expected
@@ -124,7 +143,7 @@ def check(case: Case, impl: Any, device: str = "cpu") -> None:
     again, _ = run(case, impl, device)
     exact, _ = run(case, "reference", device, torch.float64)
     oracle, _ = run(case, "reference", device)
-    tensors, dy = case.tensors(device)
+    (tensors, _), (dy, *dsums) = case.tensors(device), case.gradients(device)
     stop = case.num_rows if case.offsets is None else case.offsets[-1]
     z = sum_of_parts(tensors)[:stop]
     assert found.keys() == exact.keys()
@@ -132,13 +151,16 @@ def check(case: Case, impl: Any, device: str = "cpu") -> None:
         assert all(torch.equal(found[name], torch.zeros_like(found[name])) for name in found)
         return
     rstd = (z.var(-1, unbiased=False) + EPS).rsqrt()[:, None]
+    bias = tensors.get("bias", torch.zeros(1))
     g = dy[:stop].double().abs() * tensors["weight"].double().abs()
     # A rounding of z is relative to its largest element, and moves h by rstd times as much.
     moved = (z.abs().amax(-1, keepdim=True) * rstd).clamp(min=1)
     rows_scale = (g.amax(-1, keepdim=True) * rstd * moved * (1 + rstd * z.abs().amax())).max() / (1 - case.dropout_p)
+    rows_scale = rows_scale + sum(dsum[:stop].double().abs().max() for dsum in dsums) / (1 - case.dropout_p)
     sums_scale = (dy[:stop].double().abs() * moved).sum(0).max()
     scales = {
-        "y": (moved * tensors["weight"].double().abs()).max() + tensors["bias"].double().abs().max(),
+        "y": (moved * tensors["weight"].double().abs()).max() + bias.double().abs().max(),
+        "z": z.abs().max() / (1 - case.dropout_p),
         "residual": rows_scale,
         "x": rows_scale,
         "ts": rows_scale,
