@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import cpu_environment, two_processes
+from launch import cpu_environment, nothing_in_shared_memory, two_processes
 
 from fastmtl.data.baseline import bag_of_words_score
 from fastmtl.data.corpus import demo_directory
@@ -30,6 +30,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command.append(f"data.cache_dir={output.parent / 'cache'}")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "dev scores" in done.stdout
+    assert nothing_in_shared_memory(launcher[launcher.index("--master_port") + 1])
     return output
 
 

@@ -1,4 +1,4 @@
-"""The whole chain with the real launcher: train, stop, resume, and the files of a run."""
+"""The whole chain with the real launchers: train, stop, resume, and the files of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from launch import cpu_environment, two_processes
+from launch import cpu_environment, nothing_in_shared_memory, two_processes
 from left_by_run import lasting as _lasting
 from left_by_run import lines as _lines
 
@@ -93,21 +93,25 @@ def _launch(recipe: Path, output: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=cpu_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def _finish(run: subprocess.Popen[str]) -> str:
-    text, _ = run.communicate(timeout=200)
-    assert run.returncode == 0, text[-4000:]
-    return text
+def _torchrun(port: str) -> list[str]:
+    return ["torchrun", "--nproc-per-node", "2", "--master-port", port, "--no-python", "fastmtl", "train"]
 
 
 @pytest.fixture(scope="module")
 def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("whole") / "run"
-    run = _launch(recipe, output)
-    text = _finish(run)
-    assert "dev scores" in text
-    command: Any = run.args
-    port = command[command.index("--master_port") + 1]
-    assert not list(Path("/dev/shm").glob(f"*_{port}_*")), "memory that nobody gives back"
+    """Return the run of torchrun; test_demo_recipe.py has one of the deepspeed command."""
+    output, port = tmp_path_factory.mktemp("whole") / "run", free_port()
+    done = subprocess.run(
+        [*_torchrun(port), str(recipe), "--output", str(output)],
+        env=cpu_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "dev scores" in done.stdout
+    assert nothing_in_shared_memory(port)
     return output
 
 
@@ -157,6 +161,7 @@ def test_killed_stopped_and_resumed_run_is_bitwise_the_same(whole: Path, recipe:
     assert run.returncode
     killed = _steps(output)
     assert 4 <= killed < _steps(whole)
+    assert _lines(output)[0]["loss"] == _lines(whole)[0]["loss"]  # of the other launcher
 
     run = _launch(recipe, output, "--resume")
     _wait_for_steps(run, output, killed + 3)
@@ -166,8 +171,7 @@ def test_killed_stopped_and_resumed_run_is_bitwise_the_same(whole: Path, recipe:
     assert killed < _steps(output) < _steps(whole)
 
     # Another launcher, and batches without prefetching: the run is equal.
-    command = ["torchrun", "--nproc-per-node", "2", "--master-port", free_port(), "--no-python", "fastmtl", "train"]
-    command += [str(recipe), "--output", str(output), "--resume", "data.prefetch=0"]
+    command = [*_torchrun(free_port()), str(recipe), "--output", str(output), "--resume", "data.prefetch=0"]
     done = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert _lasting(output) == _lasting(whole)
@@ -193,11 +197,3 @@ def test_one_process_trains_without_a_launcher(recipe: Path, tmp_path: Path) -> 
     done = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line["step"] for line in _lines(tmp_path / "run")] == [1, 2, 3, 3]
-
-
-def test_torchrun(whole: Path, recipe: Path, tmp_path: Path) -> None:
-    command = ["torchrun", "--nproc-per-node", "2", "--master-port", free_port(), "--no-python", "fastmtl", "train"]
-    command += [str(recipe), "train.max_steps=2", "--output", str(tmp_path / "run")]
-    done = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert _lines(tmp_path / "run")[0]["loss"] == _lines(whole)[0]["loss"]

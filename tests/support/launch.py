@@ -30,3 +30,8 @@ def two_processes() -> list[str]:
     """Return the start of a command: `deepspeed` with two local processes on a free port."""
     run = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
     return [*run, "--master_port", free_port()]
+
+
+def nothing_in_shared_memory(port: str) -> bool:
+    """Return True if the launch with this port has left no shared memory, which nobody would free."""
+    return not list(Path("/dev/shm").glob(f"*_{port}_*"))
