@@ -36,6 +36,7 @@ class Rows:
         self.outlive = shared and shape.storage == "kept" and not shape.joint
         self.recomputes = shape.recompute == "cheap"
         self.d = tokens * shape.hidden * number
+        self.e = tokens * shape.embedding * number
         self.f = tokens * shape.intermediate * number
         self.s = tokens * adapter_size * number
         # fastmtl_kernels.varlen_attention.cpp: maximum and sum per row and head.
@@ -43,7 +44,8 @@ class Rows:
         self.adapter_stats = 0 if shape.adapter is None else tokens * shape.adapter.heads * 2 * FLOAT
         # fastmtl_kernels.add_layer_norm.cpp: mean, rstd, and one bit per element for dropout.
         self.norm_stats = tokens * 2 * FLOAT
-        self.mask = tokens * -(-shape.hidden // 64) * 8 if shape.dropout else 0
+        mask = tokens * -(-shape.hidden // 64) * 8
+        self.masks = tuple(mask if dropout else 0 for dropout in shape.sublayer_dropouts)
         # fastmtl.surgery.rules.projections: a copy of three weights that are not adjacent in a flat
         # buffer.
         self.projections = 0 if shape.zero in (1, 2) else 3 * shape.hidden**2 * number
@@ -60,16 +62,19 @@ class Rows:
         """Return the bytes that backward recomputes of an input from LayerNorm or activation."""
         return self.input(nbytes) - self.result(nbytes)
 
-    @property
-    def norm(self) -> int:
-        """Bytes that add_layer_norm keeps: z, statistics, mask. The next layer keeps its output."""
-        return self.d + self.norm_stats + self.mask
+    def norm(self, which: int) -> int:
+        """Return the bytes that add_layer_norm keeps: z, statistics, mask.
+
+        which: 0 for that of the attention part, 1 for that of the feed-forward part. The next layer
+        keeps its output.
+        """
+        return self.d + self.norm_stats + self.masks[which]
 
     @property
     def layer(self) -> int:
         """Bytes of q, k, v, attention's output, norms, a norm's output, activation in and out."""
         attention = 3 * self.d + self.attention_stats + self.input(self.d)
-        return attention + 2 * self.norm + self.result(self.d) + self.f + self.result(self.f)
+        return attention + self.norm(0) + self.norm(1) + self.result(self.d) + self.f + self.result(self.f)
 
     @property
     def kept(self) -> int:
@@ -98,10 +103,13 @@ def has_adapter(shape: Shape, layer: int) -> bool:
 
 def embeddings_forward(ledger: Ledger, rows: Rows, *, trained: bool) -> None:
     """Hold the embeddings' output as activations."""
-    with ledger.holding(2 * rows.d):
-        ledger.hold("activations", rows.d if trained else 0)  # the sum of the tables' rows, kept by LayerNorm
-    with ledger.holding(rows.d if rows.shape.dropout else 0):
+    with ledger.holding(2 * rows.e):
+        ledger.hold("activations", rows.e if trained else 0)  # the sum of the tables' rows, kept by LayerNorm
+    with ledger.holding(rows.e if rows.shape.dropout else 0):
+        ledger.hold("activations", rows.e)
+    if rows.shape.projects:
         ledger.hold("activations", rows.d)
+        ledger.drop("activations", rows.e - rows.input(rows.e))
 
 
 def embeddings_backward(ledger: Ledger, rows: Rows, weight: Weight, table: int, *, summed: bool) -> None:
@@ -111,19 +119,24 @@ def embeddings_backward(ledger: Ledger, rows: Rows, weight: Weight, table: int, 
     rows that are weighted or in 16 bits are then added in float32.
     """
     shape = rows.shape
-    ledger.touch(2 * rows.d)
-    ledger.drop("activations", rows.d)
+    if shape.projects:
+        ledger.hold("workspace", rows.e)
+        weight(ledger, shape.embedding * shape.hidden, rows.d)
+        _drop_output_gradient(ledger, rows, rows.d)
+        _drop_input(ledger, rows, rows.e, rows.input(rows.e))
+    ledger.touch(2 * rows.e)
+    ledger.drop("activations", rows.e)
     narrow = shape.number_bytes < FLOAT
     weighted = not shape.joint and shape.storage == "replay"
-    with ledger.holding(rows.d):
-        for numbers in (table, shape.positions * shape.hidden, shape.types * shape.hidden):
+    with ledger.holding(rows.e):
+        for numbers in (table, shape.positions * shape.embedding, shape.types * shape.embedding):
             if not summed:
-                weight(ledger, numbers, rows.d)
+                weight(ledger, numbers, rows.e)
                 continue
-            wide = shape.load.tokens * shape.hidden * FLOAT * (narrow + weighted)
+            wide = shape.load.tokens * shape.embedding * FLOAT * (narrow + weighted)
             with ledger.holding(wide + (numbers * FLOAT if narrow else 0)):
                 weight(ledger, numbers, 0)
-    ledger.drop("workspace", rows.d)
+    ledger.drop("workspace", rows.e)
 
 
 def layer_without_graph(ledger: Ledger, rows: Rows) -> None:
@@ -137,12 +150,12 @@ def first_adapter_forward(ledger: Ledger, rows: Rows) -> None:
     with ledger.holding(rows.d):
         layer_without_graph(ledger, rows)
         with ledger.holding(2 * rows.d):
-            ledger.hold("activations", rows.norm + rows.d)
+            ledger.hold("activations", rows.norm(1) + rows.d)
 
 
 def first_adapter_backward(ledger: Ledger, rows: Rows) -> None:
-    _norm_backward(ledger, rows, 1 if rows.mask else 0)
-    ledger.drop("workspace", rows.d if rows.mask else 0)
+    _norm_backward(ledger, rows, 1)
+    ledger.drop("workspace", rows.d if rows.masks[1] else 0)
     _adapter_backward(ledger, rows)
     ledger.drop("activations", rows.adapter + rows.d)
 
@@ -158,13 +171,13 @@ def layer_forward(ledger: Ledger, rows: Rows, *, adapts: bool) -> None:
             ledger.hold("activations", rows.input(rows.d) + rows.attention_stats)
             ledger.touch(rows.d)
         with ledger.holding(rows.d):
-            ledger.hold("activations", rows.norm + rows.result(rows.d))
+            ledger.hold("activations", rows.norm(0) + rows.result(rows.d))
         with ledger.holding(rows.d - rows.result(rows.d)):
             ledger.hold("activations", rows.f)
             with ledger.holding(rows.f - rows.result(rows.f)):
                 ledger.hold("activations", rows.result(rows.f))
                 with ledger.holding(rows.d):
-                    ledger.hold("activations", rows.norm + rows.d)
+                    ledger.hold("activations", rows.norm(1) + rows.d)
 
 
 def layer_backward(
@@ -177,9 +190,10 @@ def layer_backward(
     """
     hidden, intermediate = rows.shape.hidden, rows.shape.intermediate
     d, f = rows.d, rows.f
-    split = 1 if rows.mask else 0  # without dropout, dx and dz are one tensor
+    # Without dropout, dx and dz are one tensor.
+    split, split_first = (1 if rows.masks[1] else 0), (1 if rows.masks[0] else 0)
     # The second norm: dz goes to the residual and the adapter, dx to the dense layer.
-    _norm_backward(ledger, rows, split)
+    _norm_backward(ledger, rows, 1)
     # output.dense
     with ledger.holding(rows.recomputed(f)):
         ledger.hold("workspace", f)
@@ -203,11 +217,12 @@ def layer_backward(
         ledger.drop("workspace", d)
     ledger.hold("task gradients", d if keeps_dz else 0)
     # The first norm.
-    _norm_backward(ledger, rows, split)
+    _norm_backward(ledger, rows, 0)
+    keeps_dz = rows.outlive and not split_first
     # attention.output.dense
     ledger.hold("workspace", d)
     weight(ledger, hidden * hidden, d)
-    _drop_output_gradient(ledger, rows, split * d)
+    _drop_output_gradient(ledger, rows, split_first * d)
     _drop_input(ledger, rows, d, rows.input(d))
     # Attention: all of q, k, v at once.
     ledger.hold("workspace", 3 * d)
@@ -249,11 +264,11 @@ def recompute_layer(ledger: Ledger, rows: Rows, *, adapts: bool) -> None:
     ledger.drop("activations", rows.d)
 
 
-def _norm_backward(ledger: Ledger, rows: Rows, split: int) -> None:
+def _norm_backward(ledger: Ledger, rows: Rows, which: int) -> None:
     """Replace dy by dz, and with dropout by dz and dx; drop z, its statistics and mask."""
-    ledger.hold("workspace", (1 + split) * rows.d)
+    ledger.hold("workspace", 2 * rows.d if rows.masks[which] else rows.d)
     ledger.drop("workspace", rows.d)
-    ledger.drop("activations", rows.norm)
+    ledger.drop("activations", rows.norm(which))
 
 
 def _adapter_backward(ledger: Ledger, rows: Rows) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fastmtl.profile import layers
-from fastmtl.profile.layers import Rows, Weight
+from fastmtl.profile.layers import FLOAT, Rows, Weight
 from fastmtl.profile.ledger import Ledger
 from fastmtl.profile.shape import Shape
 
@@ -100,7 +100,9 @@ class Pass:
                 continue
             if shape.recompute == "full":
                 layers.recompute_layer(ledger, rows, adapts=adapts)
-            weigh, recomputed = weight if self._trained else _ignore_weight, self._recomputes_input(layer)
+            shares = shape.layers - layer > shape.own_layers  # weights of a layer above, whose gradient is held
+            weigh = (_add_weight if shares else weight) if self._trained else _ignore_weight
+            recomputed = self._recomputes_input(layer)
             layers.layer_backward(ledger, rows, weigh, adapts=adapts, recomputed_input=recomputed, at_once=at_once)
         if own is None:
             weight(ledger, shape.own, 0)
@@ -112,3 +114,8 @@ class Pass:
 
 def _ignore_weight(ledger: Ledger, numbers: int, rows: int) -> None:
     """Do nothing: for frozen weights, and for the tasks' own, which are counted all together."""
+
+
+def _add_weight(ledger: Ledger, numbers: int, rows: int) -> None:
+    """Add to a gradient that is held already: a product of its size, temporary."""
+    ledger.touch(numbers * FLOAT)

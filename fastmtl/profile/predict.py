@@ -114,7 +114,7 @@ def _stacked(ledger: Ledger, shape: Shape) -> None:
 def _kept(ledger: Ledger, shape: Shape) -> None:
     """Run `kept`: inputs stay as activations, output gradients as task gradients, for surgery."""
     numbers, narrow, linears = shape.number_bytes, shape.number_bytes < FLOAT, shape.linears
-    tables = (shape.positions + shape.types) * shape.hidden
+    tables = (shape.positions + shape.types) * shape.embedding
     vectors = shape.dense - tables - linears
     ledger.hold("task gradients", _sketch(shape))
     with ledger.holding(shape.own * FLOAT, "gradients"):
@@ -203,7 +203,7 @@ def _delivered_of(shape: Shape, stays: bool) -> Weight:
 
     stays: there are no earlier tables to add them to.
     """
-    tables = (shape.positions * shape.hidden, shape.types * shape.hidden)
+    tables = (shape.positions * shape.embedding, shape.types * shape.embedding)
 
     def weight(ledger: Ledger, numbers: int, rows: int) -> None:
         nbytes = shape.tasks * numbers * FLOAT if numbers in tables else 0
@@ -238,7 +238,7 @@ def _stack_of(shape: Shape, sends: bool) -> Weight:
 def _compact_rows(ledger: Ledger, shape: Shape, number: int) -> None:
     """Keep the word embeddings' gradient: rows and their ids."""
     if shape.table and not (shape.sketch_size is not None and shape.storage == "replay"):
-        row = shape.hidden * shape.number_bytes + INT64
+        row = shape.embedding * shape.number_bytes + INT64
         ledger.hold("task gradients", shape.loads[number].tokens * row)
 
 
@@ -246,7 +246,7 @@ def _merged_table(ledger: Ledger, shape: Shape) -> None:
     ledger.hold("gradients", shape.table * FLOAT)
     if shape.table:  # weighted rows; on GPUs those of all tasks, and a concatenated copy
         rows = 2 * _tokens(shape) if shape.on_gpu else shape.load.largest_task
-        ledger.touch(rows * shape.hidden * FLOAT)
+        ledger.touch(rows * shape.embedding * FLOAT)
 
 
 def _scatters(shape: Shape) -> bool:
@@ -285,7 +285,7 @@ def _gramian_of_rows(shape: Shape) -> int:
     rows = max(2 * own if shape.on_gpu else own, own + shape.load.largest_task)
     if shape.world > 1 and shape.reduce == "exact":
         rows = max(rows, own + 3 * gathered)
-    return rows * shape.hidden * FLOAT
+    return rows * shape.embedding * FLOAT
 
 
 def _tokens(shape: Shape) -> int:

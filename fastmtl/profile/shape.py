@@ -62,6 +62,10 @@ class AdapterShape:
 class Shape:
     """A step of one rank. Sizes are numbers of parameters, not bytes, unless the name says so.
 
+    embedding: width of the tables of words, positions and types. projects: a Linear maps it to the
+    hidden size. own_layers: those with weights of their own; the others share theirs. dropout:
+    after the embeddings. sublayer_dropouts: after a layer's attention part, and after its
+    feed-forward part.
     loads: the step's micro-batches. load: the largest of them. number_bytes: of each weight,
     activation and gradient. merged_bytes: of each number of a dense gradient that surgery has
     merged; float32 with fp16's loss scale. dense: trained shared parameters without the word
@@ -81,7 +85,11 @@ class Shape:
     intermediate: int
     positions: int
     types: int
+    embedding: int
+    projects: bool
+    own_layers: int
     dropout: bool
+    sublayer_dropouts: tuple[bool, bool]
     tasks: int
     adapter: AdapterShape | None
     dense: int
@@ -117,7 +125,8 @@ class Shape:
     @property
     def linears(self) -> int:
         """The number of weights in the encoder's Linears."""
-        return self.layers * self.hidden * (4 * self.hidden + 2 * self.intermediate)
+        projection = self.embedding * self.hidden if self.projects else 0
+        return self.own_layers * self.hidden * (4 * self.hidden + 2 * self.intermediate) + projection
 
     @property
     def largest(self) -> int:
@@ -160,7 +169,11 @@ class Shape:
             intermediate=encoder.intermediate_size,
             positions=encoder.positions,
             types=encoder.type_vocab_size,
+            embedding=encoder.embedding_size,
+            own_layers=len(set(model.encoder.layers)),
+            projects=getattr(model.encoder.embeddings, "project", None) is not None,
             dropout=encoder.hidden_dropout_prob > 0,
+            sublayer_dropouts=(encoder.sublayer_dropout_probs[0] > 0, encoder.sublayer_dropout_probs[1] > 0),
             tasks=len(recipe.tasks),
             adapter=_adapter(recipe, model),
             dense=sum(p.numel() for p in shared) - sparse,

@@ -86,7 +86,7 @@ def _surgery(shape: Shape) -> Iterator[Collective]:
         passes = 1
     else:
         # The sums of rows of small tables are float32, products have the weights' type.
-        tables = {shape.positions * shape.hidden, shape.types * shape.hidden}
+        tables = {shape.positions * shape.embedding, shape.types * shape.embedding}
         pieces = [(size, FLOAT if size in tables else shape.number_bytes) for size in shape.sizes]
         passes = shape.accumulation
     found = _pieces(shape, pieces)
@@ -96,7 +96,7 @@ def _surgery(shape: Shape) -> Iterator[Collective]:
     if shape.table and shape.storage != "none":
         rows = sum(load.unique for load in shape.loads) * shape.world
         yield Collective("rows' ids", "all_gather", rows * INT64)
-        yield Collective("rows of J", "all_gather", rows * shape.hidden * FLOAT)
+        yield Collective("rows of J", "all_gather", rows * shape.embedding * FLOAT)
 
 
 def _pieces(shape: Shape, pieces: list[tuple[int, int]]) -> dict[int, int]:

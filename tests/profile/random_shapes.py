@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 from sent import Sent
-from transformers import BertConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from fastmtl.config import Recipe, parse_recipe
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.packing import pack
 from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.engine.distributed import Ranks, start
-from fastmtl.model.encoder.bert import PackedBert
+from fastmtl.model.encoder.families import FAMILIES
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.profile.predict import predict
 from fastmtl.profile.shape import Load, Shape
@@ -44,7 +44,7 @@ ADAPTERS: tuple[dict[str, Any] | None, ...] = (
 KEPT = 2  # recipes with J that are also measured with `storage: kept`
 
 
-def draw(random: np.random.Generator) -> tuple[Recipe, BertConfig, list[PackedBatch]]:
+def draw(random: np.random.Generator) -> tuple[Recipe, PretrainedConfig, list[PackedBatch]]:
     """Return a recipe, an encoder's configuration and the micro-batches of a step."""
 
     def one(*choices: Any) -> Any:
@@ -53,16 +53,20 @@ def draw(random: np.random.Generator) -> tuple[Recipe, BertConfig, list[PackedBa
     heads = one(2, 4)
     hidden = heads * one(8, 16, 24, 32)
     dropout = one(0.0, 0.1)
-    config = BertConfig(
-        vocab_size=int(random.integers(40, 4000)),
-        hidden_size=hidden,
-        num_hidden_layers=int(random.integers(1, 5)),
-        num_attention_heads=heads,
-        intermediate_size=hidden * one(2, 3, 4),
-        max_position_embeddings=one(64, 512),
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
+    sizes = {
+        "vocab_size": int(random.integers(40, 4000)),
+        "hidden_size": hidden,
+        "num_hidden_layers": int(random.integers(1, 5)),
+        "num_attention_heads": heads,
+        "intermediate_size": hidden * one(2, 3, 4),
+        "max_position_embeddings": one(64, 512),
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+    }
+    family = one("bert", "bert", "roberta", "electra", "albert")
+    if family in ("electra", "albert"):
+        sizes["embedding_size"] = one(8, hidden)
+    config = AutoConfig.for_model(family, **sizes)
     tasks = int(random.integers(1, 5))
     method, precision, zero = one("sum", "pcgrad", "pcgrad", "gradvac"), one("fp32", "fp32", "bf16"), one(0, 1, 1, 2, 3)
     storage = "replay" if zero == 3 else one("stacked", "replay")
@@ -82,7 +86,7 @@ def draw(random: np.random.Generator) -> tuple[Recipe, BertConfig, list[PackedBa
 
 
 def _batch(
-    random: np.random.Generator, config: BertConfig, tasks: int, rows: int, longest: int, recipe: Recipe
+    random: np.random.Generator, config: PretrainedConfig, tasks: int, rows: int, longest: int, recipe: Recipe
 ) -> PackedBatch:
     parts = []
     for _ in range(tasks):
@@ -102,10 +106,10 @@ def _batch(
     return pack(parts, [rows * recipe.engine.accumulation] * tasks)
 
 
-def compare(recipe: Recipe, config: BertConfig, batches: list[PackedBatch], ranks: Ranks) -> dict[str, Any]:
+def compare(recipe: Recipe, config: PretrainedConfig, batches: list[PackedBatch], ranks: Ranks) -> dict[str, Any]:
     batches = [replace(b, group_counts=tuple(n * ranks.world for n in b.group_counts or ())) for b in batches]
     torch.manual_seed(0)
-    model = MultiTaskModel(recipe, PackedBert(config, recompute=recipe.encoder.recompute))
+    model = MultiTaskModel(recipe, FAMILIES[config.model_type].encoder(config, recompute=recipe.encoder.recompute))
     on_meta = copy.deepcopy(model).to("meta")
     steps = Steps(recipe, model, ranks.world, ranks.device)
     steps.counted(batches)
@@ -118,6 +122,7 @@ def compare(recipe: Recipe, config: BertConfig, batches: list[PackedBatch], rank
     predicted = predict(shape)
     return {
         "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
+        "family": config.model_type,
         "encoder": f"{config.num_hidden_layers} x {config.hidden_size}, vocabulary {config.vocab_size}",
         "tokens": shape.load.tokens,
         "storage": steps.storage,

@@ -33,6 +33,18 @@ FAMILY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "albert",
         {**_SIZES, "embedding_size": 32, "num_hidden_layers": 4, "num_hidden_groups": 2, "inner_group_num": 2},
     ),
+    "distilbert": (
+        "distilbert",
+        {
+            "vocab_size": 100,
+            "dim": 32,
+            "n_layers": 3,
+            "n_heads": 4,
+            "hidden_dim": 48,
+            "max_position_embeddings": 80,
+            "activation": "relu",
+        },
+    ),
 }
 
 

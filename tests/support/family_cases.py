@@ -28,6 +28,7 @@ CASES = {
     "xlm-roberta": "unigram",
     "electra": "wordpiece",
     "albert": "unigram",
+    "distilbert": "wordpiece",
 }
 TEXTS = ["the film was good", "a dull and boring story , not good at all", "he ran", "she reads a lovely book " * 9]
 PAIRS = [("a dog ran", "the dog runs"), ("she eats soup", "a car drove to the city"), ("he sat", "he sat on the cat")]

@@ -18,6 +18,14 @@ from fastmtl.surgery.rules.projections import projections
 _BACKWARD_READS_RESULT = ("relu", "sigmoid", "tanh")
 
 
+def activation_of(name: str) -> nn.Module:
+    """Return the activation with this name in transformers' ACT2FN.
+
+    transformers computes `gelu_new` in eight operations; torch has the same function in one.
+    """
+    return nn.GELU(approximate="tanh") if name == "gelu_new" else ACT2FN[name]
+
+
 class Layer(nn.Module):
     """One layer: h' = LN(h + MHA(h)), and its output LN(h' + FFN(h') + TS(h)).
 
@@ -76,7 +84,7 @@ class Intermediate(nn.Module):
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
         self.dense = TaskLinear(settings.hidden_size, settings.intermediate_size)
-        self.activation = ACT2FN[settings.hidden_act]
+        self.activation = activation_of(settings.hidden_act)
         self.backward_reads_result = settings.hidden_act in _BACKWARD_READS_RESULT
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
