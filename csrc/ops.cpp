@@ -48,10 +48,12 @@ void pool_out_meta(Tensor, Tensor, int64_t, Tensor, std::optional<Tensor>) {}
 
 void pool_backward_out_meta(Tensor, Tensor, int64_t, std::optional<Tensor>, Tensor) {}
 
-void varlen_attention_out_meta(Tensor, Tensor, std::optional<Tensor>, int64_t, double, double, Tensor, Tensor) {}
+void varlen_attention_out_meta(Tensor, Tensor, std::optional<Tensor>, int64_t, double, double, Tensor, Tensor, int64_t,
+                               std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>) {}
 
 void varlen_attention_backward_out_meta(Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>, int64_t, double, double,
-                                        Tensor) {}
+                                        Tensor, int64_t, std::optional<Tensor>, std::optional<Tensor>,
+                                        std::optional<Tensor>, std::optional<Tensor>) {}
 
 }  // namespace
 
@@ -84,10 +86,12 @@ STABLE_TORCH_LIBRARY(fastmtl, m) {
   m.def("pool_backward_out(Tensor dout, Tensor cu_seqlens, int mode, Tensor? winners, Tensor(a!) dx) -> ()");
   m.def(
       "varlen_attention_out(Tensor qkv, Tensor cu_seqlens, Tensor? seed, int threshold, float keep_scale, float scale, "
-      "Tensor(a!) out, Tensor(b!) stats) -> ()");
+      "Tensor(a!) out, Tensor(b!) stats, int window=-1, Tensor? rotary=None, Tensor? bias=None, "
+      "Tensor? bias_offsets=None) -> ()");
   m.def(
       "varlen_attention_backward_out(Tensor dout, Tensor qkv, Tensor stats, Tensor cu_seqlens, Tensor? seed, "
-      "int threshold, float keep_scale, float scale, Tensor(a!) dqkv) -> ()");
+      "int threshold, float keep_scale, float scale, Tensor(a!) dqkv, int window=-1, Tensor? rotary=None, "
+      "Tensor? bias=None, Tensor? bias_offsets=None, Tensor(b!)? dbias=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, Meta, m) {

@@ -163,10 +163,11 @@ struct Philox {
   int32_t threshold;
 };
 
-inline void draw_dropped_portable(Philox philox, int64_t first_row, int64_t rows, int64_t groups, uint32_t head,
-                                  int8_t* dropped) {
+inline void draw_dropped_portable(Philox philox, int64_t first_row, int64_t rows, int64_t first_group, int64_t groups,
+                                  uint32_t head, int8_t* dropped) {
   for (int64_t n = 0; n < rows * groups; ++n) {
-    uint32_t c[4] = {static_cast<uint32_t>(n % groups), static_cast<uint32_t>(first_row + n / groups), head, 0};
+    uint32_t c[4] = {static_cast<uint32_t>(first_group + n % groups), static_cast<uint32_t>(first_row + n / groups), head,
+                     0};
     uint32_t key_a = static_cast<uint32_t>(philox.seed), key_b = static_cast<uint32_t>(philox.seed >> 32);
     for (int round = 0; round < 10; ++round) {
       const uint64_t a = static_cast<uint64_t>(c[0]) * kPhiloxA, b = static_cast<uint64_t>(c[2]) * kPhiloxB;
@@ -184,13 +185,14 @@ inline void draw_dropped_portable(Philox philox, int64_t first_row, int64_t rows
 #if defined(__x86_64__)
 // Eight counters at a time, in the low halves of the 64-bit lanes of two vectors: the even ones and the odd ones.
 __attribute__((target("avx2"))) inline void draw_dropped_avx2(Philox philox, int64_t first_row, int64_t rows,
-                                                              int64_t groups, uint32_t head, int8_t* dropped) {
+                                                              int64_t first_group, int64_t groups, uint32_t head,
+                                                              int8_t* dropped) {
   const __m256i mul_a = _mm256_set1_epi64x(kPhiloxA), mul_b = _mm256_set1_epi64x(kPhiloxB);
   const __m256i limit = _mm256_set1_epi32(philox.threshold);
-  const __m256i last_group = _mm256_set1_epi64x(groups - 1), all_groups = _mm256_set1_epi64x(groups);
+  const __m256i last_group = _mm256_set1_epi64x(first_group + groups - 1), all_groups = _mm256_set1_epi64x(groups);
   const __m256i row_step = _mm256_set1_epi64x(8 / groups), group_step = _mm256_set1_epi64x(8 % groups);
   const auto row_of = [&](int64_t n) { return static_cast<long long>(first_row + n / groups); };
-  const auto group_of = [&](int64_t n) { return static_cast<long long>(n % groups); };
+  const auto group_of = [&](int64_t n) { return static_cast<long long>(first_group + n % groups); };
   __m256i group[2], row[2];
   for (int v = 0; v < 2; ++v) {
     group[v] = _mm256_set_epi64x(group_of(6 + v), group_of(4 + v), group_of(2 + v), group_of(v));
@@ -236,14 +238,14 @@ __attribute__((target("avx2"))) inline void draw_dropped_avx2(Philox philox, int
 }
 #endif
 
-// What dropout drops of the queries first_row:first_row + rows and of 4 * groups keys, as
+// What dropout drops of the queries first_row:first_row + rows and of 4 * groups keys from 4 * first_group on, as
 // fastmtl_kernels/varlen_attention/reference.py defines it: -1 or 0, [rows, 4 * groups], with space for 32 more.
-inline void draw_dropped(Philox philox, int64_t first_row, int64_t rows, int64_t groups, uint32_t head,
-                         int8_t* dropped) {
+inline void draw_dropped(Philox philox, int64_t first_row, int64_t rows, int64_t first_group, int64_t groups,
+                         uint32_t head, int8_t* dropped) {
 #if defined(__x86_64__)
-  if (has_fma()) return draw_dropped_avx2(philox, first_row, rows, groups, head, dropped);
+  if (has_fma()) return draw_dropped_avx2(philox, first_row, rows, first_group, groups, head, dropped);
 #endif
-  draw_dropped_portable(philox, first_row, rows, groups, head, dropped);
+  draw_dropped_portable(philox, first_row, rows, first_group, groups, head, dropped);
 }
 
 }  // namespace fastmtl

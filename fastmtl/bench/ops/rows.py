@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -21,11 +21,14 @@ class Rows:
     dropout.
     """
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: Size, by_task: Sequence[Sequence[int]] | None = None) -> None:
+        """Make the sequences. by_task: the lengths for each task; None for those of a step."""
         self.size, self.device, self.dtype = size, torch.device(size.device), PRECISIONS[size.precision]
         random = np.random.default_rng(SEED)
-        by_task = [random.permutation(lengths).tolist() for lengths in lengths_of(size.shape, size.tasks, size.tokens)]
-        self.lengths: list[int] = sum(by_task, [])
+        if by_task is None:
+            of_step = lengths_of(size.shape, size.tasks, size.tokens)
+            by_task = [random.permutation(lengths).tolist() for lengths in of_step]
+        self.lengths: list[int] = [length for lengths in by_task for length in lengths]
         self.task_rows = (0, *accumulate(sum(lengths) for lengths in by_task))
         self.task_sequences = (0, *accumulate(len(lengths) for lengths in by_task))
         self.offsets = [0, *accumulate(self.lengths)]

@@ -1,6 +1,7 @@
 """varlen_attention, compared with torch's attention on padded, nested and packed rows.
 
-Padded: softmax and SDPA. Nested: SDPA. Packed: torch.nn.attention.varlen.
+Padded: softmax and SDPA. Nested: SDPA. Packed: torch.nn.attention.varlen. The cases with position
+terms are in attention_positions.py.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastmtl.bench.ops import attention_positions
 from fastmtl.bench.ops.case import Case, Run, Tensors, Way, Work, ours, plain
 from fastmtl.bench.ops.layout import Apart, Padded
 from fastmtl.bench.ops.rows import Rows
@@ -56,7 +58,8 @@ def cases(size: Size) -> list[Case]:
             ("qkv",),
             size.dropout,
             tokens,
-        )
+        ),
+        *attention_positions.cases(size),
     ]
 
 

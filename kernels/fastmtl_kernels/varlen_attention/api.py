@@ -91,7 +91,7 @@ def varlen_attention(
     check_cu_seqlens(offsets, qkv.shape[0])
     terms.check_values(offsets)
     if chosen == "cpp":
-        return cpp.varlen_attention(qkv, cu_seqlens, scale, dropout_p, seed)
+        return cpp.varlen_attention(qkv, cu_seqlens, scale, dropout_p, seed, terms)
     return reference.varlen_attention(qkv, offsets, scale, dropout_p, seed, terms)
 
 

@@ -1,11 +1,11 @@
-// Runs what csrc/varlen_attention_rows.h and csrc/small_matrix.h are made of as CPUs without AVX2 and FMA would, beside
+// Runs what csrc/varlen_attention_rows.h, csrc/varlen_attention_positions.h and csrc/small_matrix.h are made of as CPUs without AVX2 and FMA would, beside
 // what this CPU takes. Prints every function that differs, and fails; prints how many calls were compared otherwise.
 #include <cmath>
 #include <cstdio>
 #include <random>
 #include <vector>
 
-#include "varlen_attention_rows.h"
+#include "varlen_attention_positions.h"
 
 using namespace fastmtl;
 
@@ -71,6 +71,30 @@ void compare_large_scores(int64_t rows, int64_t length) {
     }
 }
 
+void compare_position_terms(int64_t rows, int64_t length, int64_t head_dim) {
+  const int64_t keys = round_up(length, kLanes), width = round_up(head_dim, kLanes), half = head_dim / 2;
+  const std::vector<float> cos = normal(rows * half), sin = normal(rows * half), unturned = normal(rows * width);
+  std::vector<float> turned[2] = {unturned, unturned};
+  rotate(turned[0].data(), rows, head_dim, cos.data(), sin.data(), -1.0f);
+  rotate_portable(turned[1].data(), rows, head_dim, cos.data(), sin.data(), -1.0f);
+  expect_near("rotate", turned[1], turned[0]);
+
+  const std::vector<float> table = normal(rows + keys), plain = normal(rows * keys), sums = normal(rows + keys);
+  for (const float* bias : {static_cast<const float*>(nullptr), table.data() + rows}) {
+    std::vector<float> scores[2] = {plain, plain};
+    add_terms(scores[0].data(), rows, length, 0.3f, bias, -5, 7);
+    add_terms_portable(scores[1].data(), rows, length, 0.3f, bias, -5, 7);
+    // An infinity is near no number, not even itself.
+    for (std::vector<float>& one : scores)
+      for (float& score : one) score = std::isinf(score) ? -1e5f : score;
+    expect_near("add_terms", scores[1], scores[0]);
+  }
+  std::vector<float> added[2] = {sums, sums};
+  add_diagonals(plain.data(), rows, length, added[0].data() + rows);
+  add_diagonals_portable(plain.data(), rows, length, added[1].data() + rows);
+  expect_near("add_diagonals", added[1], added[0]);
+}
+
 void compare(int64_t rows, int64_t length, int64_t head_dim) {
   compare_gather_and_scatter<float>(rows, head_dim);
   compare_gather_and_scatter<BFloat16>(rows, head_dim);
@@ -104,7 +128,7 @@ void compare(int64_t rows, int64_t length, int64_t head_dim) {
   std::vector<int8_t> dropped[2];
   for (int portable = 0; portable < 2; ++portable) {
     dropped[portable].resize(rows * keys + 32);
-    (portable ? draw_dropped_portable : draw_dropped)({0x123456789abcdefull, -1000000000}, 77, rows, keys / 4, 5,
+    (portable ? draw_dropped_portable : draw_dropped)({0x123456789abcdefull, -1000000000}, 77, rows, 6, keys / 4, 5,
                                                       dropped[portable].data());
     dropped[portable].resize(rows * keys);
   }
@@ -126,6 +150,7 @@ void compare(int64_t rows, int64_t length, int64_t head_dim) {
     expect_near("softmax_backward's dS", g[1], g[0]);
   }
   compare_large_scores(rows, length);
+  compare_position_terms(rows, length, head_dim);
 }
 
 }  // namespace
