@@ -162,6 +162,8 @@ class EncoderGraphs:
         self._changes += 1
         if self._changes > _CHANGES:
             return "the weights' addresses or the sink change too often"
+        if self._encoder.not_recorded:
+            return self._encoder.not_recorded
         if not parameters:
             return "the encoder is frozen"
         if any(hasattr(parameter, "ds_id") for parameter in parameters):

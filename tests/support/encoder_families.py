@@ -20,6 +20,14 @@ _SIZES = {
     "max_position_embeddings": 80,
 }
 _ROBERTA = {**_SIZES, "type_vocab_size": 1, "pad_token_id": 1, "layer_norm_eps": 1e-5}
+_DEBERTA = {
+    **_SIZES,
+    "layer_norm_eps": 1e-5,
+    "relative_attention": True,
+    "position_buckets": 8,
+    "max_relative_positions": -1,
+    "position_biased_input": False,
+}
 # name of a case: (model_type, values of config.json).
 FAMILY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("bert", _SIZES),
@@ -45,6 +53,28 @@ FAMILY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "activation": "relu",
         },
     ),
+    "deberta-v2": (
+        "deberta-v2",
+        {**_DEBERTA, "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "norm_rel_ebd": "layer_norm"},
+    ),
+    "deberta-v2, other": (
+        "deberta-v2",
+        {
+            **_DEBERTA,
+            "position_buckets": -1,
+            "max_relative_positions": 20,
+            "position_biased_input": True,
+            "type_vocab_size": 2,
+            "embedding_size": 16,
+            "pos_att_type": "p2c|c2p",
+            "conv_kernel_size": 3,
+            "conv_groups": 2,
+            "conv_act": "gelu",
+        },
+    ),
+    "deberta-v2, p2c": ("deberta-v2", {**_DEBERTA, "pos_att_type": ["p2c"]}),
+    "deberta-v2, plain": ("deberta-v2", {**_DEBERTA, "relative_attention": False, "pos_att_type": ["c2p"]}),
+    "mpnet": ("mpnet", {**_SIZES, "layer_norm_eps": 1e-5}),
 }
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 from transformers import PretrainedConfig
 
 from fastmtl.config import Recompute
 from fastmtl.model.encoder.bert_files import check_config, encoder_name
-from fastmtl.model.encoder.bert_layer import Layer
+from fastmtl.model.encoder.bert_layer import Layer, SelfAttention
 from fastmtl.model.encoder.context import EMBEDDINGS, ForwardContext
 from fastmtl.model.encoder.encoder import PackedEncoder
 from fastmtl.model.encoder.family import Family, MaskedLm
@@ -58,7 +60,7 @@ def bert_settings(config: PretrainedConfig, first_position: int = 0) -> EncoderS
         attention_probs_dropout_prob=config.attention_probs_dropout_prob,
         layer_norm_eps=config.layer_norm_eps,
         initializer_range=config.initializer_range,
-        type_vocab_size=config.type_vocab_size,
+        type_vocab_size=getattr(config, "type_vocab_size", 0),
         positions=config.max_position_embeddings,
         first_position=first_position,
         max_tokens=config.max_position_embeddings - first_position,
@@ -125,9 +127,11 @@ class Embeddings(nn.Module):
 class Layers(nn.Module):
     """Container of the layers, whose weights thus have transformers' names `encoder.layer.<i>`."""
 
-    def __init__(self, settings: EncoderSettings) -> None:
+    def __init__(
+        self, settings: EncoderSettings, self_attention: Callable[[EncoderSettings], nn.Module] = SelfAttention
+    ) -> None:
         super().__init__()
-        self.layer = nn.ModuleList(Layer(settings) for _ in range(settings.num_hidden_layers))
+        self.layer = nn.ModuleList(Layer(settings, self_attention) for _ in range(settings.num_hidden_layers))
 
 
 MASKED_LM = MaskedLm("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from fastmtl.model.encoder.context import ATTENTION_OUTPUT, OUTPUT, ForwardContext
-from fastmtl.model.encoder.layers import AddLayerNorm, Projection, TaskLinear
+from fastmtl.model.encoder.layers import AddLayerNorm, Projection, TaskLinear, project
 from fastmtl.model.encoder.settings import EncoderSettings
-from fastmtl.model.owners import within
-from fastmtl.surgery.rules.projections import projections
 
 # Activations whose backward reads their result. Autograd keeps such a result in any case, so there
 # is no gain in computing it again.
@@ -30,11 +29,14 @@ class Layer(nn.Module):
     """One layer: h' = LN(h + MHA(h)), and its output LN(h' + FFN(h') + TS(h)).
 
     TS(h) is the task-specific output of an adapter, left out if the layer has none.
+    self_attention: the class of MHA; None for SelfAttention.
     """
 
-    def __init__(self, settings: EncoderSettings) -> None:
+    def __init__(
+        self, settings: EncoderSettings, self_attention: Callable[[EncoderSettings], nn.Module] | None = None
+    ) -> None:
         super().__init__()
-        self.attention = Attention(settings)
+        self.attention = Attention(settings, self_attention or SelfAttention)
         self.intermediate = Intermediate(settings)
         self.output = Output(settings.intermediate_size, settings, OUTPUT, settings.sublayer_dropout_probs[1])
 
@@ -47,9 +49,9 @@ class Layer(nn.Module):
 class Attention(nn.Module):
     """Attention sublayer: LN(h + dropout(W MHA(h) + b))."""
 
-    def __init__(self, settings: EncoderSettings) -> None:
+    def __init__(self, settings: EncoderSettings, self_attention: Callable[[EncoderSettings], nn.Module]) -> None:
         super().__init__()
-        self.self = SelfAttention(settings)
+        self.self = self_attention(settings)
         self.output = Output(settings.hidden_size, settings, ATTENTION_OUTPUT, settings.sublayer_dropout_probs[0])
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
@@ -68,13 +70,10 @@ class SelfAttention(nn.Module):
         self.value = Projection(settings.hidden_size, settings.hidden_size)
 
     def forward(self, hidden: Tensor, context: ForwardContext) -> Tensor:
-        parts = self.query, self.key, self.value
+        return self.attend(project((self.query, self.key, self.value), hidden, context), context)
 
-        def project(hidden: Tensor) -> Tensor:
-            weights, biases = [part.weight for part in parts], [part.bias for part in parts]
-            return projections(hidden, weights, biases, context.segments, context.task_grads)
-
-        qkv = within(parts, hidden, project)
+    def attend(self, qkv: Tensor, context: ForwardContext) -> Tensor:
+        """Map queries, keys and values [N, 3, d] to the mixed values [N, d]."""
         return context.attend(qkv, self.num_heads, self.dropout if self.training else 0.0)
 
 

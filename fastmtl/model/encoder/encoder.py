@@ -44,7 +44,12 @@ class PackedEncoder(nn.Module):
         every layer. Gradients have the same bits in all three cases.
     max_length: largest number of tokens per sequence, at most settings.max_tokens, the default.
     Attribute recorded: replays recordings in training, as CUDA graphs do; None by default.
+    Attribute not_recorded: the reason why no recording can be made of this family; "" if one can.
+    Attribute left_out: names of tensors that files may have and this configuration does not use.
     """
+
+    not_recorded = ""
+    left_out: frozenset[str] = frozenset()
 
     embeddings: nn.Module
 

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from fastmtl.errors import UserError
 from fastmtl.files.json_files import read_json
-from fastmtl.model.encoder import albert, bert, distilbert, electra, roberta
+from fastmtl.model.encoder import albert, bert, deberta, distilbert, electra, mpnet, roberta
 from fastmtl.model.encoder.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -22,6 +22,8 @@ FAMILIES: dict[str, Family] = {
     "electra": electra.FAMILY,
     "albert": albert.FAMILY,
     "distilbert": distilbert.FAMILY,
+    "mpnet": mpnet.FAMILY,
+    "deberta-v2": deberta.FAMILY,
 }
 
 

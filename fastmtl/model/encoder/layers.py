@@ -8,13 +8,14 @@ instead of `.grad`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
 from fastmtl.model.encoder.context import ForwardContext, SegmentContext
-from fastmtl.model.owners import Owner
+from fastmtl.model.owners import Owner, within
 from fastmtl.surgery import functional
+from fastmtl.surgery.rules.projections import projections
 from fastmtl_kernels import add_layer_norm, dropout
 
 
@@ -34,6 +35,16 @@ class Projection(Owner, nn.Linear):  # type: ignore[misc]
 
     weight: nn.Parameter
     bias: nn.Parameter
+
+
+def project(parts: Sequence[Projection], x: Tensor, context: SegmentContext) -> Tensor:
+    """Map x [N, in] by k Linears of one input to [N, k, out]."""
+
+    def call(x: Tensor) -> Tensor:
+        weights, biases = [part.weight for part in parts], [part.bias for part in parts]
+        return projections(x, weights, biases, context.segments, context.task_grads)
+
+    return within(parts, x, call)
 
 
 # (x [N, d], weight [d], bias [d], [d] as a list, eps) -> LayerNorm of each row [N, d].

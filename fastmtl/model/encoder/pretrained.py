@@ -70,7 +70,8 @@ def load_encoder(config: EncoderConfig) -> PackedEncoder:
         encoder = family.encoder(found, recompute=config.recompute, max_length=config.max_length)
         if any(name.startswith("pooler.") for name in weights):
             encoder.reserve_pooler()
-    load_exactly(encoder, weights, str(directory))
+    used = {name: tensor for name, tensor in weights.items() if name not in encoder.left_out}
+    load_exactly(encoder, used, str(directory))
     if config.layer_norm == "apex":
         encoder.use_layer_norm(nvidia_apex.layer_norm())
     return encoder

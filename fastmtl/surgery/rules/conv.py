@@ -48,6 +48,27 @@ def conv_rule(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, rows: Rows, sink: Sink,
     return _Conv.apply(x, module.weight, module.bias, known, settings, segments, sink)
 
 
+def conv1d(
+    x: Tensor,
+    weight: nn.Parameter,
+    bias: nn.Parameter | None,
+    padding: int,
+    groups: int,
+    segments: Segments,
+    task_grads: Sink | None = None,
+) -> Tensor:
+    """Convolve x [N, in, positions], with `padding` zeros at both ends; return [N, out, positions].
+
+    weight: [out, in / groups, kernel]. bias: [out]. Task gradients as in functional.linear.
+    """
+    if task_grads is None or not task_grads.active:
+        return F.conv1d(x, weight, bias, padding=padding, groups=groups)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    settings = Settings((1,), (padding,), (1,), groups)
+    return _Conv.apply(x, weight, bias, (weight, bias), settings, segments, task_grads)
+
+
 def is_plain_convolution(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
     """Return True if the module computes torch's convolution; a subclass may compute another."""
     return type(module)._conv_forward in (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward)

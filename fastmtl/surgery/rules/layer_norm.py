@@ -3,7 +3,7 @@
     Y = H W + b,  H = (X - mean(X)) rstd
     dW_t = sum of dY H over the rows of t,  db_t = sum of dY over the rows of t
 
-Shapes: X, Y, dY [N, d]; W, b [d]; d may be several dimensions. Sums in float32.
+Shapes: X, Y, dY [N, d]; W, b [d]; d may be several dimensions. Sums in float32, or float64.
 """
 
 from __future__ import annotations
@@ -88,5 +88,6 @@ class _LayerNorm(torch.autograd.Function):
 
             dw = sink.products(weight, dy, product, segments)
         if bias is not None and ctx.needs_input_grad[2]:
-            db = sink.products(bias, dy, lambda dy, rows: dy[rows].sum(0, dtype=torch.float32), segments)
+            wide = torch.promote_types(dy.dtype, torch.float32)
+            db = sink.products(bias, dy, lambda dy, rows: dy[rows].sum(0, dtype=wide), segments)
         return dx, dw, db, None, None, None, None

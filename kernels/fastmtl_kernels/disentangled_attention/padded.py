@@ -9,13 +9,12 @@ scores and softmax in float32 or wider. Gradients by autograd.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastmtl_kernels.disentangled_attention.reference import skew
 from fastmtl_kernels.philox import keep_threshold, philox
+from fastmtl_kernels.texts import to_rows, to_texts
 
 
 def disentangled_attention(
@@ -39,7 +38,7 @@ def disentangled_attention(
         return sum((table[:, :0].sum() for table in (pos_key, pos_query) if table is not None), empty)
     rows = bounds[:-1, None] + torch.arange(length, device=qkv.device)  # [B, L]
     real = rows < bounds[1:, None]
-    q, k, v = _Texts.apply(qkv, bounds, length).permute(2, 0, 3, 1, 4)  # [B, heads, L, head_dim] each
+    q, k, v = to_texts(qkv, bounds, length).permute(2, 0, 3, 1, 4)  # [B, heads, L, head_dim] each
     scores = (q @ k.mT).to(dtype)
     if pos_key is not None:
         by_distance = _by_distance(pos_key, position_rows, group_offsets, len(bounds) - 1)
@@ -53,7 +52,7 @@ def disentangled_attention(
     if seed is not None and dropout_p > 0:
         probabilities = probabilities * _keep(seed, rows, num_heads, dropout_p) / (1 - dropout_p)
     mixed = probabilities.to(qkv.dtype) @ v
-    return _Rows.apply(mixed.transpose(1, 2), bounds, num_rows)
+    return to_rows(mixed.transpose(1, 2), bounds, num_rows)
 
 
 def _by_distance(table: Tensor, position_rows: Tensor, group_offsets: Tensor | None, num_sequences: int) -> Tensor:
@@ -80,48 +79,3 @@ def _keep(seed: Tensor, rows: Tensor, num_heads: int, dropout_p: float) -> Tenso
     words = torch.stack(philox(seed.reshape(()), quads, rows[:, None, :, None], heads, torch.zeros_like(quads)), -1)
     signed = words - ((words >> 31) << 32)
     return signed.flatten(-2)[..., :length] >= keep_threshold(dropout_p)
-
-
-class _Texts(torch.autograd.Function):
-    """Rows [N, ...] as texts [B, L, ...], zeros in the padding."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bounds: Tensor, length: int) -> Tensor:
-        ctx.save_for_backward(bounds)
-        ctx.num_rows = len(x)
-        return _texts(x, bounds, length)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        (bounds,) = ctx.saved_tensors
-        return _Rows.apply(dy, bounds, ctx.num_rows), None, None
-
-
-class _Rows(torch.autograd.Function):
-    """Texts [B, L, ...] as rows [N, ...], zeros in the rows of no sequence."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bounds: Tensor, num_rows: int) -> Tensor:
-        ctx.save_for_backward(bounds)
-        ctx.length = x.shape[1]
-        return _rows(x, bounds, num_rows)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        (bounds,) = ctx.saved_tensors
-        return _Texts.apply(dy, bounds, ctx.length), None, None
-
-
-def _texts(x: Tensor, bounds: Tensor, length: int) -> Tensor:
-    rows = bounds[:-1, None] + torch.arange(length, device=x.device)
-    padding = rows >= bounds[1:, None]
-    texts = x.index_select(0, rows.clamp(max=len(x) - 1).flatten()).unflatten(0, rows.shape)
-    return texts.masked_fill(padding.view(*padding.shape, *(1,) * (x.dim() - 1)), 0)
-
-
-def _rows(x: Tensor, bounds: Tensor, num_rows: int) -> Tensor:
-    row = torch.arange(num_rows, device=x.device)
-    sequence = torch.searchsorted(bounds[1:].contiguous(), row, right=True).clamp(max=len(x) - 1)
-    place = (row - bounds[sequence]).clamp(max=x.shape[1] - 1)
-    outside = (row >= bounds[-1]).view(-1, *(1,) * (x.dim() - 2))
-    return x.flatten(0, 1).index_select(0, sequence * x.shape[1] + place).masked_fill(outside, 0)

@@ -11,8 +11,10 @@ from encoder_families import FAMILY_CASES
 from transformers import AutoConfig
 
 from fastmtl.errors import UserError
-from fastmtl.model.encoder import albert, distilbert
+from fastmtl.model.encoder import albert, deberta_files, distilbert, mpnet
 from fastmtl.model.encoder.families import FAMILIES, read_config
+
+_POS_KEY = "encoder.layer.2.attention.self.pos_key_proj.bias"
 
 
 def config_file(case: str, directory: Path, changes: dict[str, Any]) -> Path:
@@ -34,6 +36,14 @@ def config_file(case: str, directory: Path, changes: dict[str, Any]) -> Path:
         ("electra", {"hidden_act": "gelo"}, "hidden_act: unknown activation 'gelo'"),
         ("albert", {"inner_group_num": "two"}, "inner_group_num"),
         ("albert", {"num_hidden_groups": 0}, "num_hidden_groups: 0 is less than 1"),
+        ("mpnet", {"relative_attention_num_buckets": 16}, "relative_attention_num_buckets 16 is less than 32"),
+        ("mpnet", {"max_position_embeddings": 9}, "max_position_embeddings: 9 is less than 10"),
+        ("deberta-v2", {"pos_att_type": ["p2p"]}, "relative_attention needs c2p or p2c in pos_att_type, got "),
+        ("deberta-v2", {"position_buckets": 60, "max_relative_positions": 31}, "position_buckets 60 with distances up"),
+        ("deberta-v2", {"attention_head_size": 16}, "attention_head_size 16 is not supported, only 8"),
+        ("deberta-v2", {"conv_kernel_size": 4}, "conv_kernel_size 4 is even"),
+        ("deberta-v2", {"conv_kernel_size": 3, "conv_groups": 3}, "hidden_size 32 is not a multiple of conv_groups 3"),
+        ("deberta-v2", {"conv_kernel_size": 3, "conv_act": "tan"}, "conv_act: unknown activation 'tan'"),
         ("distilbert", {"dim": 30}, "dim 30 is not a multiple of 4 attention heads"),
         ("distilbert", {"activation": "gelo"}, "activation: unknown activation 'gelo'"),
         ("distilbert", {"max_position_embeddings": 4}, "max_position_embeddings: 4 is less than 8"),
@@ -52,7 +62,7 @@ def test_settings_have_berts_names(case: str, tmp_path: Path) -> None:
     family, config = read_config(config_file(case, tmp_path, {}))
     found = family.encoder.settings_of(config)
     assert (found.hidden_size, found.num_attention_heads, found.intermediate_size, found.vocab_size) == (32, 4, 48, 100)
-    if case in ("roberta", "xlm-roberta", "camembert"):
+    if case in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         assert (found.max_tokens, found.first_position) == (78, 2)
 
 
@@ -62,9 +72,14 @@ def test_names_map_both_ways() -> None:
         (distilbert.NAMES, "encoder.layer.0.output.LayerNorm.bias", "transformer.layer.0.output_layer_norm.bias"),
         (albert.NAMES, "groups.1.0.output.dense.bias", "encoder.albert_layer_groups.1.albert_layers.0.ffn_output.bias"),
         (albert.NAMES, "pooler.dense.weight", "pooler.weight"),
+        (mpnet.NAMES, "encoder.layer.1.attention.output.LayerNorm.bias", "encoder.layer.1.attention.LayerNorm.bias"),
+        (mpnet.NAMES, "encoder.relative_attention_bias.weight", "encoder.relative_attention_bias.weight"),
+        (deberta_files.NAMES, "encoder.layer.0.conv.conv.bias", "encoder.conv.conv.bias"),
+        (deberta_files.NAMES, "encoder.layer.2.attention.self.pos_key.bias", _POS_KEY),
     ]
     for names, here, there in pairs:
         assert names.file_name(here) == there
         assert names.encoder_name(there) == names.encoder_name(names.prefix + there) == here
+    assert deberta_files.NAMES.encoder_name("lm_predictions.lm_head.dense.weight") is None
     assert distilbert.NAMES.encoder_name("vocab_transform.weight") is None
     assert FAMILIES["roberta"].encoder_name("roberta.embeddings.position_ids") is None
