@@ -55,6 +55,15 @@ void varlen_attention_backward_out_meta(Tensor, Tensor, Tensor, Tensor, std::opt
                                         Tensor, int64_t, std::optional<Tensor>, std::optional<Tensor>,
                                         std::optional<Tensor>, std::optional<Tensor>) {}
 
+void disentangled_attention_out_meta(Tensor, Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>,
+                                     std::optional<Tensor>, std::optional<Tensor>, int64_t, double, double, Tensor,
+                                     Tensor) {}
+
+void disentangled_attention_backward_out_meta(Tensor, Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>,
+                                              std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>,
+                                              int64_t, double, double, Tensor, std::optional<Tensor>,
+                                              std::optional<Tensor>) {}
+
 }  // namespace
 
 // Tensor lists are task-major: grads[t * K + k] is task t's gradient of tensor k, K tensors per task.
@@ -92,9 +101,19 @@ STABLE_TORCH_LIBRARY(fastmtl, m) {
       "varlen_attention_backward_out(Tensor dout, Tensor qkv, Tensor stats, Tensor cu_seqlens, Tensor? seed, "
       "int threshold, float keep_scale, float scale, Tensor(a!) dqkv, int window=-1, Tensor? rotary=None, "
       "Tensor? bias=None, Tensor? bias_offsets=None, Tensor(b!)? dbias=None) -> ()");
+  m.def(
+      "disentangled_attention_out(Tensor qkv, Tensor cu_seqlens, Tensor position_rows, Tensor? pos_key, "
+      "Tensor? pos_query, Tensor? group_offsets, Tensor? seed, int threshold, float keep_scale, float scale, "
+      "Tensor(a!) out, Tensor(b!) stats) -> ()");
+  m.def(
+      "disentangled_attention_backward_out(Tensor dout, Tensor qkv, Tensor stats, Tensor cu_seqlens, "
+      "Tensor position_rows, Tensor? pos_key, Tensor? pos_query, Tensor? group_offsets, Tensor? seed, int threshold, "
+      "float keep_scale, float scale, Tensor(a!) dqkv, Tensor(b!)? dpos_key, Tensor(c!)? dpos_query) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, Meta, m) {
+  m.impl("disentangled_attention_out", TORCH_BOX(&disentangled_attention_out_meta));
+  m.impl("disentangled_attention_backward_out", TORCH_BOX(&disentangled_attention_backward_out_meta));
   m.impl("gramian", TORCH_BOX(&gramian_meta));
   m.impl("combine_out", TORCH_BOX(&combine_out_meta));
   m.impl("combined_adamw_", TORCH_BOX(&combined_adamw_meta));

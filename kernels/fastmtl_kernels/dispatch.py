@@ -140,7 +140,7 @@ OPERATIONS: dict[str, tuple[Candidate, ...]] = {
     "pcgrad_weights": _WEIGHTS,
     "gradvac_weights": _WEIGHTS,
     "varlen_attention": (_CPP, replace(_TRITON, limits=(_HEAD_DIM, _TERMS)), _REFERENCE),
-    "disentangled_attention": (_PADDED, _REFERENCE),
+    "disentangled_attention": (_CPP, _PADDED, _REFERENCE),
     "add_layer_norm": _ROWS,
     "embed_layer_norm": _ROWS,
     "dropout": _ROWS,

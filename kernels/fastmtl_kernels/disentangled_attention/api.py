@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from fastmtl_kernels.checks import check_dropout, describe
-from fastmtl_kernels.disentangled_attention import padded, reference
+from fastmtl_kernels.disentangled_attention import cpp, padded, reference
 from fastmtl_kernels.dispatch import select
 from fastmtl_kernels.varlen_attention.plan import check_cu_seqlens
 
-DisentangledImpl = Literal["auto", "reference", "padded"]
+DisentangledImpl = Literal["auto", "reference", "cpp", "padded"]
 
 
 def disentangled_attention(
@@ -62,8 +62,8 @@ def disentangled_attention(
         dropout_p: the probability of dropping an entry of P, in [0, 1).
         seed: int64 of one element on qkv's device; needed where dropout_p > 0. Equal seeds drop
             equal entries, those that varlen_attention drops.
-        impl: "auto", "reference" (plain torch text by text, reads offsets on the host) or "padded"
-            (plain torch on padded texts, waits for no device).
+        impl: "auto", "reference" (plain torch text by text, reads offsets on the host), "cpp" (CPU
+            tensors) or "padded" (plain torch on padded texts, waits for no device).
 
     Returns:
         [N, heads, head_dim] of qkv's dtype.
@@ -88,6 +88,10 @@ def disentangled_attention(
     check_cu_seqlens(offsets, qkv.shape[0])
     groups = [0, len(offsets) - 1] if group_offsets is None else group_offsets.tolist()
     _check_values(offsets, groups, position_rows, [t for t in (pos_key, pos_query) if t is not None][0].shape[1])
+    if chosen == "cpp":
+        return cpp.disentangled_attention(
+            qkv, cu_seqlens, position_rows, pos_key, pos_query, group_offsets, scale, dropout_p, seed
+        )
     return reference.disentangled_attention(
         qkv, offsets, position_rows, pos_key, pos_query, groups, scale, dropout_p, seed
     )

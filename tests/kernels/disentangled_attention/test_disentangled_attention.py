@@ -14,9 +14,11 @@ from torch import Tensor
 
 from fastmtl_kernels.disentangled_attention.api import disentangled_attention
 from fastmtl_kernels.disentangled_attention.buckets import position_rows, span
+from fastmtl_kernels.dispatch import unsupported_reason
 from fastmtl_kernels.varlen_attention import reference
 
-IMPLS = ["reference", "padded"]
+REASON = unsupported_reason("disentangled_attention", "cpp", torch.device("cpu"))
+IMPLS = ["reference", "padded", pytest.param("cpp", marks=pytest.mark.skipif(bool(REASON), reason=REASON or "built"))]
 SEED = torch.tensor([2026])
 
 
@@ -101,13 +103,13 @@ def test_against_float64(
     more: int,
 ) -> None:
     """The table may have rows for longer sequences, and tables are views with large strides."""
+    if impl == "cpp" and dtype == torch.float64:
+        dtype = torch.float32
     longest = max(lengths, default=0) + more
     first, stop, rows = position_rows(longest, buckets, 60)
     qkv, key, query, cu, offsets = batch_of(lengths, tail, heads, head_dim, groups, stop - first, dtype)
     key, query = (torch.stack([t, t], 2)[:, :, 1] for t in (key, query))
     key, query = (None if tables == "query" else key), (None if tables == "key" else query)
-    if impl == "cpp" and dtype == torch.float64:
-        dtype, qkv = torch.float32, qkv.float()
     grad = torch.randn(len(qkv), heads, head_dim).to(dtype)
     inputs = [t.detach().requires_grad_() for t in (qkv, key, query) if t is not None]
     named = dict(zip(["qkv", *(n for n, t in (("key", key), ("query", query)) if t is not None)], inputs, strict=True))
@@ -148,6 +150,26 @@ def test_against_float64(
         assert not found[0][-tail:].any() and not found[1][-tail:].any()
 
 
+@pytest.mark.skipif(bool(REASON), reason=REASON or "built")
+def test_equal_bits_for_any_number_of_threads() -> None:
+    _, stop, rows = position_rows(200, -1, 200)
+    lengths = [200, 3, 0, 77, 130, 1, 9, *[40] * 12]
+    qkv, key, query, cu, groups = batch_of(lengths, 0, 3, 20, 2, stop, torch.float32)
+    inputs = [qkv.requires_grad_(), key.requires_grad_(), query.requires_grad_()]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 3):
+            torch.set_num_threads(threads)
+            out = disentangled_attention(
+                qkv, cu, rows, pos_key=key, pos_query=query, group_offsets=groups, dropout_p=0.1, seed=SEED, impl="cpp"
+            )
+            results.append([out, *torch.autograd.grad(out, inputs, torch.ones_like(out))])
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
 def test_rows_are_those_of_transformers() -> None:
     """Buckets of both signs, in the linear part, on its edge, beyond it and past the last row."""
     from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
@@ -163,7 +185,7 @@ def test_rows_are_those_of_transformers() -> None:
     assert position_rows(0, 4, 9)[2].numel() == 0
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["reference", "padded"])
 @pytest.mark.parametrize("kinds", [["c2p", "p2c"], ["p2c"], ["c2p"]])
 def test_is_the_attention_of_transformers(impl: Any, kinds: list[str]) -> None:
     """The result equals that of DeBERTa's layer on a padded batch of the same sequences."""
