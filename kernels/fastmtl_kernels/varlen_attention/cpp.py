@@ -6,9 +6,9 @@
                                                            dQ = softmax_scale * dS K
                                                            dK = softmax_scale * dS^T Q
 
-With position terms (see the reference), Q and K are rotated when they are loaded, and dQ and dK back
-when they are stored. Blocks of keys outside the window are skipped. S gets the bias, whose gradient
-is the sum of dS over each diagonal, per group of sequences.
+When position terms are given (see the reference), Q and K are rotated when they are loaded, and dQ
+and dK back when they are stored. Blocks of keys outside the window are skipped. S gets the bias,
+whose gradient is the sum of dS over each diagonal, per group of sequences.
 
 qkv [N, 3, heads, head_dim], float32, bfloat16 or float16, any head_dim; arithmetic in float32. No
 sequence is padded. Forward keeps, for each row of S, the largest score and the inverse of the sum

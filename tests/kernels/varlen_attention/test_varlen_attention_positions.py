@@ -27,8 +27,8 @@ def assert_near(
 ) -> None:
     """Check the errors: roundings of 16-bit results, and of sums at their largest terms.
 
-    A score s is rounded by about 2^-24 s (2^-53 s in float64), and so is the share of its key. dS is
-    a difference of numbers as large as dP, which may cancel.
+    A score s is rounded by about 2^-24 s (2^-53 s in float64), and so is the share of its key. dS
+    is a difference of numbers as large as dP, which may cancel.
     """
     dtype = qkv.dtype
     step = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
