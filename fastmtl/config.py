@@ -66,6 +66,9 @@ class EncoderConfig(Section):
     """
 
     path: str = "minilm"
+    implementation: Literal["auto", "packed", "transformers"] = Field(
+        "auto", description="auto: packed for families that fastmtl has packed, else transformers' own modules"
+    )
     max_length: Int | None = Field(None, ge=8, description="tokens per text; default: the encoder's positions")
     hidden_dropout: float | None = Field(None, ge=0, lt=1, description="default: the encoder's config.json")
     attention_dropout: float | None = Field(None, ge=0, lt=1)

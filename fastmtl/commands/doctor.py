@@ -61,6 +61,7 @@ def diagnose() -> list[Finding]:
             *_guard("kernels", "fastmtl_kernels", _kernels),
             *_guard("kernels", "native kernels", _native),
             *_guard("kernels", "C++ compiler", _compiler),
+            *_guard("packages", "encoders", _encoders),
             *_guard("packages", "apex", _apex),
             *_guard("packages", "DeepSpeed's Adam", _deepspeed_adam),
             *_guard("packages", "minilm", _minilm),
@@ -248,6 +249,14 @@ def _minilm() -> list[tuple[str, Status, str]]:
     if absent:
         return [("minilm", "broken", f"{model} lacks {' and '.join(absent)}")]
     return [("minilm", "ok", str(model))]
+
+
+def _encoders() -> list[tuple[str, Status, str]]:
+    from fastmtl.model.encoder.families import FAMILIES
+
+    return [
+        ("encoders", "ok", f"packed: {', '.join(FAMILIES)}; other text encoders run as transformers' modules, padded")
+    ]
 
 
 def _launcher() -> list[tuple[str, Status, str]]:

@@ -17,6 +17,7 @@ def install_cuda_graphs(model: MultiTaskModel | MaskedLanguageModel, recorder: R
     without CUDA graphs, with a warning in the log.
     recorder: used instead of CUDA graphs, for instance for tests on a CPU.
     """
+    assert isinstance(model.encoder, PackedEncoder), "check_recipe refuses CUDA graphs for other encoders"
     record_encoder(model.encoder, recorder)
     if isinstance(model, MultiTaskModel):
         record_heads(model, recorder)

@@ -18,6 +18,7 @@ from fastmtl.engine.fused_optimizers import build_adam
 from fastmtl.engine.gradient_norm import leave_norm_to_surgery, max_norm, surgery_clips
 from fastmtl.engine.settings import deepspeed_config, deepspeed_section, set_buckets
 from fastmtl.errors import UserError, listed, quoted
+from fastmtl.model.encoder.transformers_encoder import TransformersEncoder
 from fastmtl.model.masked_lm import MaskedLanguageModel
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery.checks import DTYPES, check_options
@@ -123,10 +124,12 @@ def build_surgery(recipe: Recipe, engine: Any, model: Model, tasks: list[str] | 
     forward returns; default: the recipe's tasks.
     """
     gradient = recipe.gradient
-    return GradientSurgery(
+    trunk = None if recipe.encoder.freeze or gradient.method == "sum" else model.encoder.trunk
+    surgery = GradientSurgery(
         engine,
         gradient.method,
         tasks=tasks or recipe.task_names,
+        model=trunk,
         shared=model.shared_parameters(),
         sparse=model.sparse_parameters(),
         storage=gradient.storage,
@@ -141,6 +144,9 @@ def build_surgery(recipe: Recipe, engine: Any, model: Model, tasks: list[str] | 
         cuda_graphs=record_merging if recipe.engine.cuda_graphs else False,
         max_norm=max_norm(recipe, model, world_size()),
     )
+    if isinstance(model.encoder, TransformersEncoder):
+        model.encoder.rows = None if trunk is None else surgery.rows
+    return surgery
 
 
 def build_optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from fastmtl.config import Recipe
 from fastmtl.errors import UserError, unknown_name
-from fastmtl.model.encoder.encoder import PackedEncoder
+from fastmtl.model.encoder.base import Encoder
 from fastmtl.model.encoder.pooler import Pooler
 from fastmtl.model.encoder.pretrained import save_encoder
 from fastmtl.model.heads.embed import Projection, Recurrent
@@ -69,8 +69,7 @@ def export(
     written = target.with_name(f".{target.name}.new")
     shutil.rmtree(written, ignore_errors=True)
     written.mkdir(parents=True)
-    config = model.encoder.config
-    save_encoder(written, config, model.encoder.state_dict(), tokenizer)
+    save_encoder(written, model.encoder, model.encoder.state_dict(), tokenizer)
     if chosen is not None:
         projection = embed.dense if isinstance(embed, Projection) else None
         _write_sentence_transformers(written, model.encoder, chosen, projection)
@@ -97,7 +96,7 @@ def _own_pooling(recipe: Recipe, task: str | None, *, adapters: bool) -> str:
 
 
 def _write_sentence_transformers(
-    directory: Path, encoder: PackedEncoder, pooling: str, projection: torch.nn.Linear | None
+    directory: Path, encoder: Encoder, pooling: str, projection: torch.nn.Linear | None
 ) -> None:
     # The keys and module names of sentence-transformers 2 to 5, which 6 reads as well.
     size = encoder.settings.hidden_size

@@ -14,7 +14,7 @@ from fastmtl.config import OptimizerConfig, Recipe, TaskConfig
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
 from fastmtl.model.adapters import build_adapter
-from fastmtl.model.encoder.encoder import PackedEncoder
+from fastmtl.model.encoder.base import Encoder
 from fastmtl.model.encoder.pooler import Pooler
 from fastmtl.model.groups import parameter_groups
 from fastmtl.model.heads import build_head
@@ -44,10 +44,11 @@ class MultiTaskModel(SmartModel):
     Raises UserError, naming the key, for settings that do not fit together.
     """
 
-    def __init__(self, recipe: Recipe, encoder: PackedEncoder) -> None:
+    def __init__(self, recipe: Recipe, encoder: Encoder) -> None:
         super().__init__()
         self.recipe = recipe
         self.encoder = encoder
+        encoder.check_recipe(recipe)
         self.adapter = build_adapter(recipe.adapter, encoder.settings, recipe.task_names)
         heads, self.losses = [], []
         autocast = recipe.deepspeed.get("torch_autocast", {}).get("enabled")
@@ -69,7 +70,8 @@ class MultiTaskModel(SmartModel):
                 heads[-1].uncertainty = Uncertainty(squared_error=kind(task) == "score")
         self.heads = nn.ModuleList(heads)
         self.smart = Smart(recipe) if recipe.smart.used else None
-        encoder.requires_grad_(not recipe.encoder.freeze)
+        if recipe.encoder.freeze:
+            encoder.requires_grad_(False)
         self.recorded_heads: RecordedHeads | None = None
         if recipe.encoder.layer_norm == "apex" and recipe.gradient.method != "sum" and not recipe.encoder.freeze:
             raise UserError(
@@ -137,8 +139,7 @@ class MultiTaskModel(SmartModel):
 
         Only the rows of words in the batch are not zero. [] if the encoder is frozen.
         """
-        weight = self.encoder.words
-        return [weight] if weight.requires_grad else []
+        return [table for table in self.encoder.tables if table.requires_grad]
 
     def task_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters that are not shared: {"adapters": [...], "heads": [...]}."""

@@ -59,7 +59,7 @@ def save_model(
     written = directory.with_name(f".{directory.name}.new")
     shutil.rmtree(written, ignore_errors=True)
     written.mkdir(parents=True)
-    save_encoder(written, model.encoder.config, parts["encoder"], tokenizer)
+    save_encoder(written, model.encoder, parts["encoder"], tokenizer)
     save_file(parts["adapter"], written / "adapters.safetensors", metadata={"format": "pt"})
     save_file(heads, written / "heads.safetensors", metadata={"format": "pt"})
     entries = {

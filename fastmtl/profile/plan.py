@@ -16,6 +16,7 @@ from fastmtl.data.stream import BatchStream
 from fastmtl.data.tokenized import check_token_types
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.model.add_task import complete
+from fastmtl.model.encoder.encoder import PackedEncoder
 from fastmtl.model.encoder.pretrained import load_tokenizer
 from fastmtl.profile.predict import Prediction, predict
 from fastmtl.profile.shape import Load, Shape
@@ -140,6 +141,11 @@ class Plan:
         self.phase, self._on_gpu = phase, on_gpu
         tokenizer = load_tokenizer(phase.recipe.encoder)
         self.model = PhaseModel(phase).model.to("meta")
+        if not isinstance(self.model.encoder, PackedEncoder):
+            raise UserError(
+                f"encoder.implementation: {phase.recipe.encoder.implementation} runs transformers' own modules, whose "
+                "memory fastmtl profile cannot predict: profile a packed encoder, or train with train.max_steps=5"
+            )
         self.corpus = Corpus.load(phase.recipe, tokenizer, self.model.encoder.max_length)
         check_token_types([*self.corpus.train, *self.corpus.dev], self.model.encoder.settings.type_vocab_size)
         self._loads: dict[int, list[Load]] = {}

@@ -10,6 +10,7 @@ from fastmtl.config import Recipe, Recompute
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.engine.gradient_norm import surgery_clips
 from fastmtl.engine.settings import REDUCE_BUCKET_SIZE, overlaps
+from fastmtl.model.encoder.encoder import PackedEncoder
 from fastmtl.model.multitask import MultiTaskModel
 
 
@@ -149,6 +150,7 @@ class Shape:
 
         model: on any device, also on meta. storage: as GradientSurgery.storage names it.
         """
+        assert isinstance(model.encoder, PackedEncoder)
         encoder, engine, gradient = model.encoder.settings, recipe.engine, recipe.gradient
         table = model.encoder.words
         shared = model.shared_parameters()

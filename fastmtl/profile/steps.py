@@ -13,6 +13,7 @@ from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.engine.build import build_engine, build_surgery
 from fastmtl.measure import ranges
 from fastmtl.measure.accounting import Accounting
+from fastmtl.model.encoder.encoder import PackedEncoder
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.profile.engine_tensors import gradient_buffers, optimiser_tensors, partitioned_weights
 from fastmtl.surgery import SurgeryInfo
@@ -38,6 +39,7 @@ class Steps:
         self._engine = build_engine(recipe, model, world, TOTAL_STEPS)
         self._surgery = build_surgery(recipe, self._engine, model)
         self._accounting = Accounting(device)
+        assert isinstance(model.encoder, PackedEncoder)
         layers = model.encoder.layers
         self._accounting.watch_recomputation([*layers, *([] if model.adapter is None else [model.adapter])])
         self._engine.train()

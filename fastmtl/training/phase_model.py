@@ -10,6 +10,7 @@ from torch import Tensor
 from fastmtl.config import MLM
 from fastmtl.engine.distributed import Ranks
 from fastmtl.errors import UserError
+from fastmtl.model.encoder.encoder import PackedEncoder
 from fastmtl.model.encoder.pretrained import encoder_directory, load_encoder
 from fastmtl.model.masked_lm import MaskedLanguageModel, load_output_layer
 from fastmtl.model.multitask import MultiTaskModel
@@ -30,12 +31,17 @@ class PhaseModel:
         self.phase = phase
         torch.manual_seed(phase.recipe.seed)
         self.model = MultiTaskModel(phase.recipe, load_encoder(phase.recipe.encoder))
-        self.notes: list[str] = []
+        self.notes = [self.model.encoder.note] if self.model.encoder.note and not phase.index else []
         for part, module in (("adapters", self.model.adapter), ("heads", self.model.heads)):
             if module is not None and part not in phase.parts:
                 module.requires_grad_(False)
         self.trained: MultiTaskModel | MaskedLanguageModel = self.model
         if phase.objective == MLM:
+            if not isinstance(self.model.encoder, PackedEncoder):
+                raise UserError(
+                    f"phases.{phase.index} ({phase.name}): objective: mlm needs a packed encoder, and "
+                    f"encoder.implementation: {phase.recipe.encoder.implementation} runs transformers' own modules"
+                )
             self.trained = MaskedLanguageModel(self.model.encoder)
             if not load_output_layer(self.trained.head, encoder_directory(phase.recipe.encoder.path)):
                 self.notes.append("the encoder has no output layer for masked words: a new one is trained along")

@@ -19,9 +19,13 @@ from fastmtl.engine.distributed import Ranks, join, this_process
 from fastmtl.engine.early_errors import errors_reach_rank_0
 from fastmtl.engine.fused_optimizers import check_fused_optimizer
 from fastmtl.engine.recipe_changes import Changes, changed_rows, refuse, resume_notes
+from fastmtl.errors import UserError
 from fastmtl.files.output_folder import check_room
 from fastmtl.model.add_task import complete
+from fastmtl.model.encoder.one_pass import check_one_pass
 from fastmtl.model.encoder.pretrained import load_tokenizer
+from fastmtl.model.encoder.transformers_encoder import TransformersEncoder
+from fastmtl.model.heads import RECURRENT
 from fastmtl.training.early_checks import check_schedules
 from fastmtl.training.phase_model import PhaseModel
 from fastmtl.training.phases import Phase, phases_of
@@ -76,6 +80,7 @@ def prepare(
         rows = rows or CorpusRows.read(recipe)
         check_schedules(phases, rows, ranks.world)
         tokenizer = load_tokenizer(recipe.encoder)
+        _check_first_token(recipe, tokenizer)
         checkpoints = Checkpoints(output / "checkpoints", recipe, ranks)
         found = checkpoints.find() if resume else None
         changes = {} if found is None else found.changes(recipe)
@@ -118,12 +123,13 @@ def check_run(
     if not ranks.is_main:
         return None
     files = [dataset for dataset in (*start.corpus.train, *start.corpus.dev) if dataset is not None]
+    note = start.model.model.encoder.note
     skipped = sum(len(dataset.skipped) for dataset in files)
     parts = [
         _counted(len(start.recipe.tasks), "task"),
         _counted(len(files), "file"),
         _counted(sum(map(len, files)), "row") + (f" ({_counted(skipped, 'bad one')} skipped)" if skipped else ""),
-        f"encoder {start.recipe.encoder.path}",
+        f"encoder {start.recipe.encoder.path}" + (f" ({note.removeprefix('encoder: ')})" if note else ""),
         _counted(ranks.world, "process", "processes"),
     ]
     if start.found is not None:
@@ -137,4 +143,23 @@ def _counted(number: int, one: str, many: str | None = None) -> str:
 
 def _checked_models(phases: list[Phase], first: int) -> PhaseModel:
     """Build the models of all phases, to find their errors now; return that of phase `first`."""
-    return [model for model in map(PhaseModel, phases) if model.phase.index == first][0]
+    return [model for model in map(_checked_model, phases) if model.phase.index == first][0]
+
+
+def _checked_model(phase: Phase) -> PhaseModel:
+    model, recipe = PhaseModel(phase), phase.recipe
+    encoder = model.model.encoder
+    if isinstance(encoder, TransformersEncoder) and recipe.gradient.method != "sum" and not recipe.encoder.freeze:
+        check_one_pass(encoder, recipe.gradient.method)
+    return model
+
+
+def _check_first_token(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError for a task that reads the state of [CLS] if the tokenizer has no [CLS]."""
+    for name, task in recipe.tasks.items() if tokenizer.cls_token_id is None else ():
+        if task.head.cls or (task.pooling == "cls" and task.head.name not in RECURRENT):
+            key = "head.cls" if task.head.cls else "pooling: cls"
+            raise UserError(
+                f"tasks.{name}.{key} reads a text's first token, and the tokenizer of {recipe.encoder.path} has no "
+                "[CLS]: use pooling: mean or max"
+            )

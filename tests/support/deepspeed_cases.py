@@ -20,7 +20,7 @@ import several_cases
 import torch
 from op_recorder import OpRecorder
 from safetensors.torch import save_file
-from transformers import BertConfig
+from transformers import BertConfig, BertModel
 
 from fastmtl.bench.waits import host_waits
 from fastmtl.config import Recipe, parse_recipe
@@ -31,7 +31,9 @@ from fastmtl.data.packing import pack
 from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.engine import gradient_norm
 from fastmtl.errors import UserError
+from fastmtl.model.encoder.base import Encoder
 from fastmtl.model.encoder.bert import PackedBert
+from fastmtl.model.encoder.transformers_encoder import TransformersEncoder
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery.gradient_surgery import GradientSurgery
 from fastmtl.surgery.info import SurgeryInfo
@@ -56,8 +58,9 @@ class Case:
     # with recompute full), "backward-pieces", "late" (in as many pieces, after backward), "flat"
     # (parameters), "flat-autocast", "graphs-pieces", "flat-graphs" (recorded layers and merging,
     # without an adapter), "left-out" (another library's model whose ranks leave out tasks without
-    # rows, so that heads are reached on one rank only), or an option's value: "tensor" (scope),
-    # "local", "sketch" (reduce), "cheap", "full" (recompute).
+    # rows, so that heads are reached on one rank only), "padded" (transformers' own modules, also
+    # "flat-padded" and "padded-tensor"), or an option's value: "tensor" (scope), "local", "sketch"
+    # (reduce), "cheap", "full" (recompute).
     variant: str = ""
 
     @property
@@ -91,6 +94,11 @@ CASES = [
     Case(2, 4, "pcgrad", variant="graphs-pieces"),
     Case(1, 1, "pcgrad", variant="left-out"),
     *(Case(1, 4, method, variant="flat-graphs") for method in ("sum", "pcgrad")),
+    Case(0, 4, "pcgrad", storage="kept", variant="padded"),
+    Case(2, 1, "pcgrad", variant="padded"),
+    Case(3, 4, "pcgrad", variant="padded"),
+    Case(1, 1, "pcgrad", variant="flat-padded"),
+    Case(3, 1, "pcgrad", variant="padded-tensor"),
 ]
 PIECE = 1000  # numbers in a collective, for cases with many collectives
 
@@ -107,17 +115,20 @@ def make_recipe(case: Case) -> Recipe:
     task = {"data": {"train": "none"}}
     adapter = {"name": "pal", "size": 8, "heads": 2, "projections": 2}
     values = {
-        "adapter": {"name": "none"} if "graphs" in case.variant else adapter,
+        "adapter": {"name": "none"} if "graphs" in case.variant or "padded" in case.variant else adapter,
         "tasks": {
             "kind": {**task, "type": "classification", "num_labels": 3},
             "same": {**task, "type": "binary", "weight": 0.5},
             "degree": {**task, "type": "regression", "range": [0, 5], "pairs": "bi", "pooling": "mean"},
         },
-        "encoder": {"recompute": RECOMPUTES.get(case.variant, "none")},
+        "encoder": {
+            "recompute": RECOMPUTES.get(case.variant, "none"),
+            "implementation": "transformers" if "padded" in case.variant else "auto",
+        },
         "gradient": {
             "method": case.method,
             "storage": case.storage,
-            "scope": "tensor" if case.variant == "tensor" else "global",
+            "scope": "tensor" if case.variant.endswith("tensor") else "global",
             "reduce": case.variant if case.variant in ("local", "sketch") else "exact",
             "sketch_size": 256,
         },
@@ -148,8 +159,15 @@ def make_model(recipe: Recipe) -> MultiTaskModel:
         max_position_embeddings=16,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
+        pad_token_id=None,  # transformers' word table takes no gradient for it
     )
-    model = MultiTaskModel(recipe, PackedBert(config, recompute=recipe.encoder.recompute))
+    encoder: Encoder = PackedBert(config, recompute=recipe.encoder.recompute)
+    if recipe.encoder.implementation == "transformers":
+        with torch.random.fork_rng():  # the heads get the weights that they have with a packed encoder
+            padded = BertModel(config, add_pooling_layer=False)
+        padded.load_state_dict(encoder.state_dict())
+        encoder = TransformersEncoder(padded, config)
+    model = MultiTaskModel(recipe, encoder)
     for head in recipe.tasks.values():
         head.head.dropout = 0.0
     return model.eval()  # no dropout: the reference draws its masks in another order
@@ -223,7 +241,7 @@ def run_steps(
 
 def make_surgery(target: Any, model: MultiTaskModel, recipe: Recipe) -> GradientSurgery:
     """Return the surgery. It clips an engine's gradients if `build_engine` leaves this to it."""
-    return GradientSurgery(
+    surgery = GradientSurgery(
         target,
         recipe.gradient.method,
         tasks=recipe.task_names,
@@ -236,7 +254,11 @@ def make_surgery(target: Any, model: MultiTaskModel, recipe: Recipe) -> Gradient
         task_weights=model.task_weights,
         seed=3,
         max_norm=gradient_norm.max_norm(recipe, model, collectives.world_size()) if hasattr(target, "module") else None,
+        model=model.encoder.trunk,
     )
+    if isinstance(model.encoder, TransformersEncoder):
+        model.encoder.rows = surgery.rows
+    return surgery
 
 
 def engine_forward(zero: int, world: int) -> str:
@@ -320,6 +342,7 @@ def main(directory: Path) -> None:
         model = make_model(recipe)
         recorder, heads, merging = OpRecorder(), OpRecorder(), OpRecorder()
         if "graphs" in case.variant:
+            assert isinstance(model.encoder, PackedBert)
             record_encoder(model.encoder.train(), recorder)
             record_heads(model, heads)
         engine = build_engine(recipe, model, ranks.world, STEPS)

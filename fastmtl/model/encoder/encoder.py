@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from fastmtl.config import Recompute
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
+from fastmtl.model.encoder.base import Encoder
 from fastmtl.model.encoder.context import ForwardContext
 from fastmtl.model.encoder.layers import AddLayerNorm, Norm, TaskLayerNorm
 from fastmtl.model.encoder.pooler import Pooler, UnusedPooler
@@ -30,7 +31,7 @@ def _call(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     return function(*arguments)
 
 
-class PackedEncoder(nn.Module):
+class PackedEncoder(Encoder):
     """Encoder for packed sequences of N tokens in all, without padding. Hidden size d.
 
     A subclass is a family of encoders. It defines `settings_of`, `layers` and `words`, and creates

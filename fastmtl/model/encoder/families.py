@@ -27,15 +27,32 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def read_config(path: Path) -> tuple[Family, PretrainedConfig]:
-    """Return the family and the checked configuration of an encoder's config.json.
+def runs_packed(implementation: str, path: Path) -> bool:
+    """Return True if the encoder of a config.json runs packed.
 
-    Raises UserError, naming the file, if fastmtl does not support the encoder.
+    implementation: the setting encoder.implementation. Raises UserError if it is "packed" and
+    fastmtl has not packed the family.
+    """
+    if implementation == "auto":
+        kind = read_json(path).get("model_type")
+        return isinstance(kind, str) and kind in FAMILIES
+    if implementation == "packed":
+        read_config(path)
+    return implementation == "packed"
+
+
+def read_config(path: Path) -> tuple[Family, PretrainedConfig]:
+    """Return the family and the checked configuration of a packed encoder's config.json.
+
+    Raises UserError, naming the file, if fastmtl has not packed the family.
     """
     values = read_json(path)
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         said = "has no model_type" if kind is None else f"has model_type '{kind}'"
         supported = " or ".join(f"'{name}'" for name in FAMILIES)
-        raise UserError(f"{path}: {said}; fastmtl reads encoders of model_type {supported}")
+        raise UserError(
+            f"{path}: {said}; fastmtl has packed encoders of model_type {supported}; other encoders "
+            "run with encoder.implementation: auto"
+        )
     return FAMILIES[kind], FAMILIES[kind].check_config(values, path)

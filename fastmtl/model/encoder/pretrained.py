@@ -8,14 +8,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastmtl.config import EncoderConfig
 from fastmtl.errors import UserError, quoted
+from fastmtl.files.json_files import read_json
 from fastmtl.files.user_path import user_path
-from fastmtl.model.encoder.encoder import PackedEncoder
-from fastmtl.model.encoder.families import FAMILIES, read_config
+from fastmtl.model.encoder.base import Encoder
+from fastmtl.model.encoder.families import FAMILIES, read_config, runs_packed
 from fastmtl.model.encoder.family import Family
+from fastmtl.model.encoder.transformers_encoder import TransformersEncoder
+from fastmtl.model.encoder.transformers_files import build, find_class, set_dropout
 from fastmtl.model.encoder.weights import load_exactly, read_weights
 from fastmtl.system import nvidia_apex
 
@@ -48,13 +51,28 @@ def encoder_directory(path: str) -> Path:
     return directory
 
 
-def load_encoder(config: EncoderConfig) -> PackedEncoder:
+def load_encoder(config: EncoderConfig) -> Encoder:
     """Load the encoder from `config.path`: float32, on the CPU, in training mode.
 
-    Raises UserError if the encoder is of an unsupported family (families.py), or if a tensor is
-    missing, unknown or of the wrong shape.
+    Raises UserError for a model that is no text encoder, and if a tensor is missing, unknown or of
+    the wrong shape.
     """
     directory = encoder_directory(config.path)
+    if runs_packed(config.implementation, directory / "config.json"):
+        return _load_packed(config, directory)
+    return _load_transformers(config, directory)
+
+
+def _load_transformers(config: EncoderConfig, directory: Path) -> TransformersEncoder:
+    path = directory / "config.json"
+    found, kind = find_class(read_json(path), path)
+    set_dropout(found, "hidden_dropout", config.hidden_dropout)
+    set_dropout(found, "attention_dropout", config.attention_dropout)
+    model = build(kind, found, read_weights(directory), str(directory))
+    return TransformersEncoder(model, found, recompute=config.recompute, max_length=config.max_length)
+
+
+def _load_packed(config: EncoderConfig, directory: Path) -> Encoder:
     family, found = read_config(directory / "config.json")
     for rate, names in (
         (config.hidden_dropout, family.hidden_dropout),
@@ -89,8 +107,8 @@ def read_encoder_weights(directory: Path, family: Family) -> dict[str, Tensor]:
 def load_tokenizer(config: EncoderConfig) -> PreTrainedTokenizerBase:
     """Load the fast tokenizer from `config.path`.
 
-    Raises UserError if there is none, if it cannot be read or has no [CLS] or [SEP], and if one of
-    its ids is outside the encoder's vocabulary.
+    Raises UserError if there is none, if it cannot be read, if it has no [CLS] or [SEP] for a
+    packed encoder, and if one of its ids is outside the encoder's vocabulary.
     """
     directory = encoder_directory(config.path)
     if not any((directory / name).is_file() for name in VOCABULARIES):
@@ -101,9 +119,11 @@ def load_tokenizer(config: EncoderConfig) -> PreTrainedTokenizerBase:
         raise UserError(f"{directory}: its tokenizer cannot be read: {error}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{directory}: {type(tokenizer).__name__} is no fast tokenizer; save one as tokenizer.json")
-    if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
+    path = directory / "config.json"
+    packed = runs_packed(config.implementation, path)
+    if packed and (tokenizer.cls_token_id is None or tokenizer.sep_token_id is None):
         raise UserError(f"{directory}: the tokenizer has no [CLS] or [SEP] token")
-    vocab_size = read_config(directory / "config.json")[1].vocab_size
+    vocab_size = (read_config(path)[1] if packed else find_class(read_json(path), path)[0]).vocab_size
     if len(tokenizer) > vocab_size:
         raise UserError(f"{directory}: the tokenizer has {len(tokenizer)} ids, vocab_size is {vocab_size}")
     token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
@@ -116,18 +136,23 @@ def load_tokenizer(config: EncoderConfig) -> PreTrainedTokenizerBase:
 
 
 def save_encoder(
-    directory: Path, config: PretrainedConfig, tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
+    directory: Path, encoder: Encoder, tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Save config.json, model.safetensors and the tokenizer's files for transformers' AutoModel.
 
-    tensors: {parameter name in the encoder: tensor}.
+    tensors: {name in the encoder's state dict: tensor}.
     """
-    family = FAMILIES[config.model_type]
-    config.architectures = [family.architecture]
+    config = encoder.config
+    if isinstance(encoder, TransformersEncoder):
+        config.architectures = [type(encoder.model).__name__]
+        renamed = encoder.file_tensors(tensors)
+    else:
+        family = FAMILIES[config.model_type]
+        config.architectures = [family.architecture]
+        renamed = {family.file_name(name): tensor for name, tensor in tensors.items()}
     # Chunks of a layer's input change no result. With chunks, transformers refuses an input whose
     # length is not a multiple of the chunk size.
     config.chunk_size_feed_forward = 0
     config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    renamed = {family.file_name(name): tensor for name, tensor in tensors.items()}
     save_file(renamed, directory / "model.safetensors", metadata={"format": "pt"})

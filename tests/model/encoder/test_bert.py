@@ -105,6 +105,7 @@ def test_other_activations_are_made_again(tiny_bert: Path, make_batch: MakeBatch
         gradients = []
         for setting in ("none", "cheap"):
             encoder = load_encoder(no_dropout(tiny_bert))
+            assert isinstance(encoder, PackedBert)
             encoder.recompute = setting
             for layer in encoder.encoder.layer:
                 layer.intermediate.activation, layer.intermediate.keeps_result = ACT2FN[name], name == "relu"
@@ -154,7 +155,7 @@ def test_bf16_is_within_its_rounding(tiny_bert: Path, make_batch: MakeBatch) -> 
 
 
 def test_takes_a_batch_without_tokens(tiny_bert: Path, make_batch: MakeBatch) -> None:
-    encoder: PackedBert = load_encoder(EncoderConfig(path=str(tiny_bert)))
+    encoder = load_encoder(EncoderConfig(path=str(tiny_bert)))
     assert encoder(make_batch([[], []])).shape == (0, 32)
 
 

@@ -44,9 +44,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def loaded(directory: Path, dropout: float = 0.0, recompute: str = "none") -> PackedEncoder:
-    return load_encoder(
+    encoder = load_encoder(
         EncoderConfig(path=str(directory), hidden_dropout=dropout, attention_dropout=dropout, recompute=recompute)
     )
+    assert isinstance(encoder, PackedEncoder)
+    return encoder
 
 
 def batch_of(encoder: PackedEncoder, make_batch: MakeBatch) -> PackedBatch:
@@ -169,7 +171,7 @@ def test_a_saved_encoder_is_what_transformers_loads(
     encoder = loaded(saved(case)).eval()
     tokenizer = AutoTokenizer.from_pretrained(save_tiny_bert(tmp_path / "tiny"))
     (tmp_path / "model").mkdir()
-    save_encoder(tmp_path / "model", encoder.config, encoder.state_dict(), tokenizer)
+    save_encoder(tmp_path / "model", encoder, encoder.state_dict(), tokenizer)
     theirs, info = AutoModel.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not info["unexpected_keys"] and not [name for name in info["missing_keys"] if "pooler" not in name]
     batch = batch_of(encoder, make_batch)

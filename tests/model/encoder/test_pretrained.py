@@ -114,7 +114,7 @@ def test_loading_draws_no_random_numbers(bert: Path) -> None:
 def test_other_model_types_are_refused(kind: str | None, bert: Path) -> None:
     edit(bert / "config.json", model_type=kind)
     with pytest.raises(UserError, match=f"config.json: has .*{kind or 'no model_type'}.*of model_type 'bert'"):
-        load_encoder(EncoderConfig(path=str(bert)))
+        load_encoder(EncoderConfig(path=str(bert), implementation="packed"))
 
 
 @pytest.mark.parametrize(
