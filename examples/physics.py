@@ -43,8 +43,8 @@ net = nn.Sequential(*layers).to(device)
 k = nn.Parameter(torch.tensor(1.0, device=device))
 optimizer = torch.optim.AdamW([*net.parameters(), k], lr=args.lr, weight_decay=0.0)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
-# The derivatives below run backward through the network themselves, which one pass for all tasks
-# cannot. So each loss has a backward pass.
+# The losses contain derivatives of the network, which are backward passes themselves. A pass for
+# all tasks cannot be differentiated again, so each loss has a backward pass of its own.
 surgery = GradientSurgery(optimizer, args.method, tasks=TASKS, shared=list(net.parameters()), passes="per_task")
 
 

@@ -26,6 +26,8 @@ class AcceleratedSurgery(LoopSurgery):
 
     def __init__(self, accelerator: Any, model: Any, optimizer: Any, method: str = "pcgrad", **arguments: Any) -> None:
         require("accelerate", "AcceleratedSurgery")
+        if not hasattr(accelerator, "distributed_type"):
+            raise UserError(f"accelerator is of type {type(accelerator).__name__}: give the accelerate.Accelerator")
         kind = str(accelerator.distributed_type.value)
         if kind not in _SUPPORTED:
             raise UserError(f"accelerator: {kind} is unsupported: use a single process, DDP, or DeepSpeed's ZeRO")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastmtl.errors import UserError
-from fastmtl.integrations.loop import LoopSurgery
+from fastmtl.integrations.loop import LoopSurgery, check_model
 from fastmtl.integrations.optional import require
 
 
@@ -24,8 +24,11 @@ class FabricSurgery(LoopSurgery):
 
     def __init__(self, fabric: Any, model: Any, optimizer: Any, method: str = "pcgrad", **arguments: Any) -> None:
         require("lightning", "FabricSurgery")
+        if not hasattr(fabric, "strategy"):
+            raise UserError(f"fabric is of type {type(fabric).__name__}: give the lightning.fabric.Fabric")
         check_strategy(fabric.strategy)
-        super().__init__(optimizer.optimizer, model, method, **arguments)
+        check_model(model)
+        super().__init__(getattr(optimizer, "optimizer", optimizer), model, method, **arguments)
 
 
 def check_strategy(strategy: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastmtl.errors import UserError
 from fastmtl.integrations.fabric import check_strategy
@@ -13,6 +13,9 @@ from fastmtl.integrations.loop import CountRows, LoopSurgery
 from fastmtl.integrations.optional import require
 from fastmtl.surgery.info import SurgeryInfo
 from fastmtl.surgery.losses import Losses
+from fastmtl.surgery.random_state import RandomState
+from fastmtl.surgery.ranks.collectives import gather_over_ranks
+from fastmtl.surgery.targets.adamw import SurgeryAdamW
 
 require("lightning", "MultiTaskModule")
 
@@ -31,6 +34,10 @@ class MultiTaskModule(LightningModule):
         accumulate: micro-batches per optimizer step; the last step of an epoch may have fewer.
         max_norm: bound of the gradient's norm in each step; None: no clipping.
         surgery: further arguments of GradientSurgery.
+
+    Raises:
+        UserError: an invalid argument; when training starts, an unsupported strategy, precision,
+            optimizer or scheduler.
     """
 
     def __init__(
@@ -46,6 +53,8 @@ class MultiTaskModule(LightningModule):
         surgery: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+            raise UserError(f"accumulate must be a positive number of micro-batches, got {accumulate!r}")
         self.automatic_optimization = False
         self.accumulate, self.max_norm = accumulate, max_norm
         self._arguments: dict[str, Any] = {
@@ -58,10 +67,11 @@ class MultiTaskModule(LightningModule):
         }
         self._surgery: LoopSurgery | None = None
         self._saved: Mapping[str, Any] | None = None
+        self._random: list[tuple[Tensor, Tensor | None]] = []  # of each rank, from a checkpoint
 
     def losses_of(self, batch: Any) -> Losses:
         """Return {task: (sum of the rows' losses, number of rows)} of a batch."""
-        raise NotImplementedError("define losses_of(self, batch) in your MultiTaskModule")
+        raise UserError(f"losses_of: define losses_of(self, batch) in {type(self).__name__}")
 
     def after_step(self, info: SurgeryInfo) -> None:
         """Log the losses of a step and its conflicts. info: the report of the step."""
@@ -71,7 +81,11 @@ class MultiTaskModule(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Keep a micro-batch; run and update the whole step with the last one."""
-        assert self._surgery is not None
+        if self._surgery is None:
+            raise UserError(
+                "training_step: surgery begins in on_train_start: train with Trainer.fit, and call "
+                "super().on_train_start() in an override"
+            )
         self._surgery.add(batch)
         if (batch_idx + 1) % self.accumulate and not self.trainer.is_last_batch:
             return
@@ -90,9 +104,13 @@ class MultiTaskModule(LightningModule):
 
     def on_train_start(self) -> None:
         check_strategy(self.trainer.strategy)
+        if self.automatic_optimization:
+            raise UserError("automatic_optimization: MultiTaskModule steps the optimizer itself: leave it at False")
         optimizer: Any = self.optimizers()
         if isinstance(optimizer, list):
             raise UserError(f"configure_optimizers: gave {len(optimizer)} optimizers: surgery needs a single one")
+        if self.max_norm is not None and isinstance(optimizer.optimizer, SurgeryAdamW):
+            raise UserError("max_norm: SurgeryAdamW keeps no .grad to clip: give max_norm to SurgeryAdamW instead")
         if any(config.reduce_on_plateau for config in self.trainer.lr_scheduler_configs):
             raise UserError("configure_optimizers: ReduceLROnPlateau is unsupported: use a scheduler without a metric")
         self.on_train_end()  # of a run that has ended with an error
@@ -101,6 +119,9 @@ class MultiTaskModule(LightningModule):
         )
         if self._saved is not None:
             self._surgery.load_state_dict(self._saved)
+        if len(self._random) == self.trainer.world_size:
+            RandomState(*self._random[self.global_rank], self.device).restore()
+        self._random = []
 
     def on_train_end(self) -> None:
         if self._surgery is not None:
@@ -108,10 +129,15 @@ class MultiTaskModule(LightningModule):
         self._surgery = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the state of surgery, and the random state of every rank. All ranks call this."""
         checkpoint["surgery"] = None if self._surgery is None else self._surgery.state_dict()
+        if self._surgery is None:
+            return
+        state = RandomState.capture(self.device)
+        checkpoint["surgery_random"] = gather_over_ranks((state.cpu, None if state.cuda is None else state.cuda.cpu()))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._saved = checkpoint.get("surgery")
+        self._saved, self._random = checkpoint.get("surgery"), checkpoint.get("surgery_random", [])
 
     def _step_schedulers(self, interval: str, number: int) -> None:
         """Step the schedulers of an interval, as Lightning does not in manual optimization."""

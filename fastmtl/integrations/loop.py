@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmtl.errors import UserError, quoted
+from fastmtl.errors import UserError, listed, quoted
 from fastmtl.surgery.attach.reading import read_rows
 from fastmtl.surgery.gradient_surgery import GradientSurgery
 from fastmtl.surgery.info import SurgeryInfo
-from fastmtl.surgery.losses import Losses
+from fastmtl.surgery.losses import Losses, check_counts, check_losses
 from fastmtl.surgery.ranks.collectives import sum_over_ranks, world_size
 from fastmtl.surgery.targets.ddp import without_reduction
 
@@ -50,6 +50,9 @@ class LoopSurgery:
         count_rows: count_rows(batch) -> {task: number of rows of its loss}; default: the rows of
             the task column. Give it if a loss counts something else, such as tokens.
         options: further arguments of GradientSurgery.
+
+    Raises:
+        UserError: an invalid argument; later, a batch or losses that do not fit it.
     """
 
     def __init__(
@@ -65,6 +68,10 @@ class LoopSurgery:
         count_rows: CountRows | None = None,
         **options: Any,
     ) -> None:
+        check_model(model)
+        for name, function in (("losses_of", losses_of), ("count_rows", count_rows)):
+            if function is not None and not callable(function):
+                raise UserError(f"{name} is of type {type(function).__name__}: give a function")
         self._model, self._losses_of, self._column = model, losses_of, task_column
         self._count_rows = count_rows
         module = find_trunk(model, trunk)
@@ -77,13 +84,16 @@ class LoopSurgery:
         try:
             column = batch[self._column]
         except (KeyError, IndexError, TypeError):
+            columns = f" (its columns are {listed(map(str, batch))})" if isinstance(batch, Mapping) else ""
             raise UserError(
-                f"task_column: a batch has no {quoted(self._column)}: give the name of the column with each row's task"
+                f"task_column: a batch has no {quoted(self._column)}{columns}: give the name of the column with each "
+                "row's task, as the collator returns it"
             ) from None
         tasks = column.cpu() if isinstance(column, Tensor) else column
         rows = read_rows(tasks, self.surgery.tasks)
         if self._count_rows is not None:
             counts = self._count_rows(batch)
+            check_counts(counts, self.surgery.tasks, "count_rows")
         else:
             rows_of = Counter(task for row in rows for task in row)
             counts = {name: rows_of[number] for number, name in enumerate(self.surgery.tasks)}
@@ -121,8 +131,15 @@ class LoopSurgery:
         model = self._model if model is None else model
         with without_reduction(model), self.surgery.rows(batch.tasks) if self._has_trunk else nullcontext():
             losses = self._losses_of(model, batch.inputs)
+        check_losses(losses, self.surgery.tasks, constants=True)
         check_rows(losses, batch.counts)
         return losses
+
+
+def check_model(model: Any) -> None:
+    """Raise UserError for a model to call that is no module, such as an optimizer."""
+    if not isinstance(unwrapped(model), nn.Module):
+        raise UserError(f"model is of type {type(model).__name__}: give the model to call, a torch.nn.Module")
 
 
 def check_rows(losses: Losses, counts: Mapping[str, int]) -> None:

@@ -34,13 +34,15 @@ def check_losses(losses: Losses, tasks: list[str], *, constants: bool = False) -
         _check_entry(name, entry, constants)
 
 
-def check_counts(counts: Mapping[str, int], tasks: list[str]) -> None:
-    """Raise UserError for an unknown task, and for an invalid number of rows."""
+def check_counts(counts: Mapping[str, int], tasks: list[str], argument: str = "counts") -> None:
+    """Raise UserError, naming `argument`, for an unknown task and an invalid number of rows."""
+    if not isinstance(counts, Mapping):
+        raise UserError(f"{argument}: got an object of type {type(counts).__name__}: give {{task: number of rows}}")
     unknown = [name for name in counts if name not in tasks]
     if unknown:
-        raise UserError(f"counts: of {listed(unknown)}, tasks are {listed(tasks)}")
+        raise UserError(f"{argument}: of {listed(unknown)}, tasks are {listed(tasks)}")
     for name, rows in counts.items():
-        _check_rows(f"counts: task {name}", rows)
+        _check_rows(f"{argument}: task {name}", rows)
 
 
 def _check_entry(name: str, entry: Any, constants: bool) -> None:

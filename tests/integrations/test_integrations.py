@@ -180,6 +180,8 @@ def test_unsupported_strategies_are_named() -> None:
     def strategy(name: str, scaler: object) -> Any:
         return type(name, (), {"precision": SimpleNamespace(scaler=scaler)})()
 
+    with pytest.raises(UserError, match=r"accelerator is of type Linear: give the accelerate\.Accelerator"):
+        AcceleratedSurgery(torch.nn.Linear(1, 1), None, None)
     for kind, scaler, text in (
         ("FSDP", None, "accelerator: FSDP is unsupported"),
         ("NO", object(), "use bf16, or fp16"),
@@ -200,6 +202,29 @@ def test_losses_must_fit_the_rows_of_their_micro_batch() -> None:
         loop.check_rows({"a": (loss, 2)}, {"a": 2, "b": 3})
     with pytest.raises(UserError, match="the loss of task a has 7 rows, but its micro-batch has 2: give count_rows"):
         loop.check_rows({"a": (loss, 7)}, {"a": 2})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"model": "net"}, "model is of type str: give the model to call"),
+        ({"losses_of": 3}, "losses_of is of type int: give a function"),
+        ({"count_rows": 3}, "count_rows is of type int: give a function"),
+        ({"count_rows": lambda batch: None}, "count_rows: got an object of type NoneType"),
+        ({"count_rows": lambda batch: {"b": 1}}, "count_rows: of b, tasks are a"),
+        ({"task_column": "job"}, r"task_column: a batch has no 'job' \(its columns are task\): give the name"),
+        ({"losses_of": lambda model, batch: None}, "the losses are of type NoneType: give {task: "),
+        ({"losses_of": lambda model, batch: {"a": torch.ones(())}}, "the loss of task a is of type Tensor, not a pair"),
+    ],
+)
+def test_wrong_arguments_of_a_loop(arguments: dict[str, Any], text: str) -> None:
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    given = {"model": model, "losses_of": lambda model, batch: {}, "tasks": ["a"], "trunk": None, **arguments}
+    with pytest.raises(UserError, match=text):
+        surgery = loop.LoopSurgery(optimizer, **given)
+        surgery.add({"task": [0]})
+        surgery.run()
 
 
 def test_counts_of_something_else_than_rows() -> None:

@@ -37,6 +37,7 @@ WORLD, STEPS, RATE = 2, 4, 0.01
 # Lightning is the last, since it removes the variables of a launcher at its end.
 PAGES = ("trainer", "accelerate", "fabric", "peft", "lightning")
 WAYS = ("plain", "ddp", "zero2", "zero3")
+WITH_DROPOUT = ("trainer", "accelerate", "lightning")
 
 
 class Record:
@@ -141,7 +142,7 @@ def check(directory: Path, page: str, way: str) -> dict[str, Any]:
     One way also resumes a run with dropout, which needs the random state.
     """
     found: dict[str, Any] = {}
-    for name in (page, f"{page}_dropout") if way == "ddp" and page in ("trainer", "accelerate") else (page,):
+    for name in (page, f"{page}_dropout") if way == "ddp" and page in WITH_DROPOUT else (page,):
         script, folder = directory / f"{name}.py", directory / f"{way}-{name}"
         arguments, resume = [str(folder)], ["resume"]
         if page in ("fabric", "lightning"):

@@ -233,7 +233,7 @@ class Attachment:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Run a site once per task; in the first step, compare its outputs with those of one run."""
+        """Run a site once per task; compare its outputs with those of one run, if verifying."""
         if site.beneath is not None and not site.gathered:
             self._let_zero3_gather(site, plain, args, kwargs)
         owned = site.own if site.beneath is None else [item for item in site.beneath if item.available]
@@ -274,7 +274,7 @@ class Attachment:
 
 
 def _aliases_of_task(site: Site, where: OneTask, sink: Sink) -> list[tuple[Owned, Tensor]]:
-    """Return aliases of the task that runs now, for parameters that a run around has not replaced."""
+    """Return aliases for the task that runs now, but of parameters that are replaced already."""
     own = [item for item in site.own if sink.wants(item.parameter) and item.name not in item.holder.__dict__]
     return [(item, aliases(item, [where.task], where.task_of, sink)[0]) for item in own]
 

@@ -68,8 +68,8 @@ def output_mismatch(
     """Return a sentence if the outputs of `run` and `run_by_task` differ, None if they agree.
 
     A module that draws random numbers besides dropout cannot be compared; the log says so.
-    Parameters, buffers and random state stay as they are. per_task: of the target, for the sentence.
-    Raises Unsupported for an output whose first dimension is not the rows.
+    Parameters, buffers and random state stay as they are. per_task: of the target. Raises
+    Unsupported for an output whose first dimension is not the rows.
     """
     with WithoutDropout(), unchanged(device, module) as state:
         whole, draws = run(), _has_drawn(state)

@@ -36,14 +36,18 @@ def max_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
+def gather_over_ranks(value: _Value) -> list[_Value]:
+    """Return the small objects of all ranks, in their order. The host waits for all ranks."""
+    gathered = [value] * world_size()
+    if world_size() > 1:
+        with profile_range("communication"):
+            dist.all_gather_object(gathered, value)
+    return gathered
+
+
 def union_over_ranks(values: set[_Value]) -> set[_Value]:
     """Return the union of the ranks' sets of small objects. The host waits for all ranks."""
-    if world_size() == 1:
-        return values
-    gathered: list[set[_Value]] = [set() for _ in range(world_size())]
-    with profile_range("communication"):
-        dist.all_gather_object(gathered, values)
-    return set().union(*gathered)
+    return set().union(*gather_over_ranks(values))
 
 
 def column_pieces(num_tasks: int, columns: int) -> list[slice]:

@@ -40,8 +40,8 @@ class Sink(ABC):
     parameters: the shared ones that are trained. sparse: those of them whose gradient is kept only
     for the table rows in use (word embeddings); `dense` holds the others.
 
-    ways_out: for the message about a shared parameter whose gradient bypasses the sink. per_task: of
-    the target, for messages.
+    ways_out: for the message about a shared parameter whose gradient bypasses the sink.
+    per_task: of the target, for messages.
     in_graph: returns the tensor that stands for a parameter in autograd's graph, by default itself.
     in_backward: True from the end of forward to the end of backward. used: True if a layer has used
     the sink since `arm`, or if an attached model has it.

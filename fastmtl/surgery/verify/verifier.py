@@ -13,7 +13,7 @@ from torch import nn
 from fastmtl.errors import UserError, listed, quoted
 from fastmtl.surgery.advice import PER_TASK_PASSES
 from fastmtl.surgery.jacobian.tables import whole_shape
-from fastmtl.surgery.ranks.collectives import max_over_ranks, world_size
+from fastmtl.surgery.ranks.collectives import gather_over_ranks, max_over_ranks, world_size
 from fastmtl.surgery.stopwatch import Stopwatch
 from fastmtl.surgery.verify.comparison import Comparison
 from fastmtl_kernels.upload import upload
@@ -143,8 +143,4 @@ def _of_parameters(
 
 
 def _from_all_ranks(sentences: Sequence[str]) -> list[str]:
-    if world_size() == 1:
-        return list(sentences)
-    gathered: list[list[str]] = [[] for _ in range(world_size())]
-    dist.all_gather_object(gathered, list(sentences))
-    return list(dict.fromkeys(sentence for of_rank in gathered for sentence in of_rank))
+    return list(dict.fromkeys(sentence for of_rank in gather_over_ranks(list(sentences)) for sentence in of_rank))
