@@ -22,6 +22,7 @@ Passes = Literal["one", "per_task"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SKETCH_SIZE = 32_768
+FEATURES_OUTSIDE = "features: run the forward outside of surgery.rows and without task_grads"
 FEATURES_OF_ALL = "backward: give features for every micro-batch of a step, or for none"
 
 

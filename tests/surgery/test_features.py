@@ -228,10 +228,27 @@ def _dependent(net: Net, surgery: GradientSurgery) -> None:
     surgery.backward(net.losses([z, top], ALL), features={"z": z, "top": top})
 
 
+def _twice(net: Net, surgery: GradientSurgery) -> None:
+    (z,) = net.features(False)
+    surgery.backward(net.losses([z], ALL), features=[z, z])
+
+
 def _armed(net: Net, surgery: GradientSurgery) -> None:
     surgery.task_grads  # noqa: B018
     (z,) = net.features(False)
     surgery.backward(net.losses([z], ALL), features=z)
+
+
+def _armed_in_run(net: Net, surgery: GradientSurgery) -> None:
+    def loss_fn(_: object) -> Any:
+        surgery.task_grads  # noqa: B018
+        (z,) = net.features(False)
+        return net.losses([z], ALL), z
+
+    try:
+        surgery.run([0], loss_fn, features=True)
+    finally:
+        assert not surgery._sink.active
 
 
 def _mixed(net: Net, surgery: GradientSurgery) -> None:
@@ -255,6 +272,8 @@ REFUSED: dict[str, tuple[Callable[[Net, GradientSurgery], None], str]] = {
     "unread": (_unread, "no loss depends on one of the tensors"),
     "around": (_around, "the loss of task a depends on none of them"),
     "dependent": (_dependent, "one of the tensors is computed from another"),
+    "twice": (_twice, "one of the tensors is given twice"),
+    "armed in run": (_armed_in_run, "run the forward outside of surgery.rows"),
     "armed": (_armed, "run the forward outside of surgery.rows"),
     "mixed": (_mixed, "for every micro-batch of a step, or for none"),
     "no pair": (_no_pair, r"loss_fn returns dict: with features=True return \(losses, features\)"),

@@ -42,6 +42,13 @@ def diagnose(surgery: GradientSurgery, *, every: int = 10, layer_of: Callable[[s
     """
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise UserError(f"every must be a positive number of steps, got {every!r}")
+    if not isinstance(surgery, GradientSurgery):
+        raise UserError(
+            f"surgery is of type {type(surgery).__name__}: give a GradientSurgery, which an integration has as its "
+            "attribute `surgery`"
+        )
+    if layer_of is not None and not callable(layer_of):
+        raise UserError(f"layer_of is of type {type(layer_of).__name__}: give a function from a name to its layer's")
     return Diagnosis(surgery, every, layer_of)
 
 

@@ -50,7 +50,9 @@ def _chain(tensor: Tensor) -> Iterator[GradientEdge]:
 
 
 def check_independent(edges: Sequence[GradientEdge]) -> None:
-    """Raise UserError if one feature is computed from another, whose gradient would count twice."""
+    """Raise UserError if a feature is given twice or computed from another: it would count twice."""
+    if len(set(edges)) < len(edges):
+        raise UserError("features: one of the tensors is given twice: give each of them once")
     others = {edge.node for edge in edges}
     for edge in edges:
         below = [node for node, _ in edge.node.next_functions if node is not None]

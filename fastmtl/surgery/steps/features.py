@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge
 
 from fastmtl.errors import UserError
 from fastmtl.measure.ranges import profile_range
+from fastmtl.surgery.checks import FEATURES_OUTSIDE
 from fastmtl.surgery.clipping import check_max_norm
 from fastmtl.surgery.features.edges import chains_of, check_independent
 from fastmtl.surgery.features.gradients import Found, Readers, backward_of_each, by_task
@@ -71,7 +72,12 @@ class FeaturesStep:
         return self.finish()
 
     def backward(self, losses: Losses, features: Any, *, last: bool) -> None:
-        """Run backward for one micro-batch."""
+        """Run backward for one micro-batch.
+
+        Raises UserError for a forward that has passed gradients of the trunk to the sink.
+        """
+        if self._sink.active:
+            raise UserError(FEATURES_OUTSIDE)
         if self._merges and not self._parts.target.one_backward:
             self._parts.target.check_forward()  # DeepSpeed takes every backward of its outputs for its own
         self._step.take(losses)

@@ -93,6 +93,7 @@ class StepRunner:
             self._check_takes_sink(losses_of.takes_sink)
             return self._start(step).run(micro_batches, losses_of)
         finally:
+            self._sink.disarm()
             self._forget_rows()
 
     @contextmanager
@@ -172,7 +173,7 @@ class StepRunner:
         if self._sink.active:
             self._sink.disarm()
             self._forget_rows()
-            raise UserError("features: run the forward outside of surgery.rows and without task_grads")
+            raise UserError(checks.FEATURES_OUTSIDE)
         if step is None:
             checks.check_counts_given(counts, several=not last)
             step = self._features_step(self._new_step(counts, weights, stop, features=True))
