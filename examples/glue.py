@@ -91,7 +91,6 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
 settings = {"train_micro_batch_size_per_gpu": args.batch, "zero_optimization": {"stage": 2}, "gradient_clipping": 1.0}
 engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
 surgery = GradientSurgery(engine, args.method, tasks=TASKS, model=model.encoder)
-
 draw = random.Random(engine.global_rank)
 for step in range(args.steps):
     batch = {task: collate(draw.sample(train[task], args.batch)) for task in TASKS}
@@ -106,7 +105,8 @@ for step in range(args.steps):
         engine.step()
     if engine.global_rank == 0 and (step % 50 == 0 or step == args.steps - 1):
         shown = "  ".join(f"{task} {loss:.3f}" for task, loss in info.losses.items())
-        print(f"step {step:3}  {shown}  conflicts {info.conflict_rate:.0%}", flush=True)
+        conflicts = "" if info.conflict_rate is None else f"  conflicts {info.conflict_rate:.0%}"  # None with sum
+        print(f"step {step:3}  {shown}{conflicts}", flush=True)
 
 model.eval()
 with torch.no_grad():

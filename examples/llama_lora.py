@@ -96,7 +96,8 @@ for step in range(args.steps):
         engine.step()
     if engine.global_rank == 0 and (step % 20 == 0 or step == args.steps - 1):
         shown = "  ".join(f"{task} {loss:.3f}" for task, loss in info.losses.items())
-        print(f"step {step:3}  {shown}  conflicts {info.conflict_rate:.0%}", flush=True)
+        conflicts = "" if info.conflict_rate is None else f"  conflicts {info.conflict_rate:.0%}"  # None with sum
+        print(f"step {step:3}  {shown}{conflicts}", flush=True)
 
 model.eval()
 with torch.no_grad():

@@ -74,7 +74,8 @@ for step in range(args.steps):
     scheduler.step()
     if rank == 0 and (step % 500 == 0 or step == args.steps - 1):
         shown = "  ".join(f"{task} {loss:.4f}" for task, loss in info.losses.items())
-        print(f"step {step:4}  {shown}  conflicts {info.conflict_rate:.0%}  k {k.item():.3f}", flush=True)
+        conflicts = "" if info.conflict_rate is None else f"  conflicts {info.conflict_rate:.0%}"  # None with sum
+        print(f"step {step:4}  {shown}{conflicts}  k {k.item():.3f}", flush=True)
 
 with torch.no_grad():
     points = torch.cartesian_prod(torch.linspace(0, 1, 51), torch.linspace(0, 1, 51)).to(device)

@@ -49,6 +49,7 @@ TINY = {
     "glue.py": ["--batch", "2", "--width", "16"],
     "llama_lora.py": ["--batch", "2", "--width", "16", "--rank", "2"],
 }
+WITHOUT_SURGERY = ("physics.py", "vit.py")  # those that also run with --method sum
 
 
 def test_every_way_is_shown() -> None:
@@ -85,6 +86,9 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     for number, text in enumerate(SCRIPTS):
         (with_deepspeed if "deepspeed" in text else plain).append([f"{folder}/{number}.py"])
     files = [[str(FILES / name), "--steps", "2", *size] for name, size in TINY.items()]
+    for name in WITHOUT_SURGERY:
+        (folder / f"sum_{name}").write_text((FILES / name).read_text(encoding="utf-8"), encoding="utf-8")
+        plain.append([f"{folder}/sum_{name}", "--steps", "2", "--method", "sum", *TINY[name]])
     scripts = [*plain, *files, *with_deepspeed]
     command = [sys.executable, "-c", RUN, json.dumps(scripts)]
     done = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, timeout=180)
@@ -121,6 +125,12 @@ def test_example_prints_what_its_page_shows(name: str, printed: dict[str, list[s
     known = [line for line in printed[name] if not line.startswith("DeepSpeed ")]
     assert [line.split()[1] for line in known if line.startswith("step")] == ["0", "1"]
     assert line_kinds(known) == line_kinds(shown_on_page()[name])
+
+
+@pytest.mark.parametrize("name", WITHOUT_SURGERY)
+def test_example_without_surgery_prints_no_conflicts(name: str, printed: dict[str, list[str]]) -> None:
+    steps = [line for line in printed[f"sum_{name}"] if line.startswith("step")]
+    assert len(steps) == 2 and not any("conflicts" in line for line in steps)
 
 
 def shown_on_page() -> dict[str, list[str]]:
