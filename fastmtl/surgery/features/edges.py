@@ -50,7 +50,7 @@ def _chain(tensor: Tensor) -> Iterator[GradientEdge]:
 
 
 def check_independent(edges: Sequence[GradientEdge]) -> None:
-    """Raise UserError if a feature is given twice or computed from another: it would count twice."""
+    """Raise UserError for features that would count twice: equal, or computed from another."""
     if len(set(edges)) < len(edges):
         raise UserError("features: one of the tensors is given twice: give each of them once")
     others = {edge.node for edge in edges}
