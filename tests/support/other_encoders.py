@@ -50,7 +50,8 @@ def save_other(name: str, directory: Path) -> Path:
     torch.manual_seed(0)
     model: Any = found(config)
     model.save_pretrained(directory)
-    PreTrainedTokenizerFast(tokenizer_object=words, **named).save_pretrained(directory)
+    inputs = ["input_ids", "attention_mask", *([] if name == "t5" else ["token_type_ids"])]
+    PreTrainedTokenizerFast(tokenizer_object=words, model_input_names=inputs, **named).save_pretrained(directory)
     return directory
 
 
