@@ -29,8 +29,8 @@ STORAGES: tuple[Storage, ...] = ("stacked", "kept", "replay")
 def make_step(storage: Storage, rows: int, *, measured: bool) -> Callable[[], object]:
     """Return a function that runs one step of a new model. rows: of each task."""
     torch.manual_seed(0)
-    size = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
-    trunk = BertModel(BertConfig(**size), add_pooling_layer=False)
+    config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    trunk = BertModel(config, add_pooling_layer=False)
     heads = nn.ModuleList(nn.Linear(384, 3) for _ in TASKS)
     optimizer = torch.optim.SGD([*trunk.parameters(), *heads.parameters()], lr=1e-3)
     surgery = GradientSurgery(optimizer, "pcgrad", tasks=TASKS, model=trunk, storage=storage, verify_every=0)
@@ -62,11 +62,11 @@ def main() -> None:
         steps = {measured: make_step(storage, options.rows, measured=measured) for measured in (False, True)}
         seconds: dict[bool, list[float]] = {measured: [] for measured in steps}
         for number in range(options.steps + 1):
-            for measured, step in steps.items():
+            for diagnosed, step in steps.items():
                 begun = time.perf_counter()
                 step()
                 if number:  # the first step allocates
-                    seconds[measured].append(time.perf_counter() - begun)
+                    seconds[diagnosed].append(time.perf_counter() - begun)
         without, measured = (statistics.median(found) for found in seconds.values())
         spread = " and ".join(f"{min(found):.2f} to {max(found):.2f}" for found in seconds.values())
         print(
