@@ -71,7 +71,7 @@ def find_sites(
     """
     known = {id(parameter) for parameter in shared}
     modules = dict(model.named_modules())
-    per_task = set(_matching(PER_TASK, modules))
+    whole = set(_matching(PER_TASK, modules))  # names of modules that run once per task
     for entry in per_task_modules:
         found = set(_matching((entry,), modules))
         if not found:
@@ -80,14 +80,14 @@ def find_sites(
                 f"per_task_modules: {quoted(getattr(entry, '__name__', entry))} names no module and no class in "
                 f"{type(model).__name__}" + (f"; its modules are {names}" if names else "")
             )
-        per_task |= found
+        whole |= found
     sites, nested = [Site("", model)], set[str]()
     for name, module in modules.items():
         if isinstance(module, _CONTAINERS) or name in nested:
             continue
         own = list(_owned(module, known, nested, name))
         beneath = None
-        if name in per_task:
+        if name in whole:
             beneath = [item for inner in module.modules() for item in _shared(inner, known)]
         if own or beneath:
             _check_layout(name, module, per_task)
