@@ -170,10 +170,10 @@ def join(first: TrainedModel, second: TrainedModel, *, rounded: torch.dtype = to
 
 def _check_encoders(first: TrainedModel, second: TrainedModel, rounded: torch.dtype) -> None:
     between = f"{first.name} and {second.name}"
-    for key in ("num_attention_heads", "hidden_act", "layer_norm_eps"):  # not visible in the weights
-        ours, theirs = getattr(first.model.encoder.settings, key), getattr(second.model.encoder.settings, key)
-        if ours != theirs:
-            raise UserError(f"{between} have different encoders: {key} is {ours} and {theirs}")
+    one, other = first.model.encoder.beside_weights(), second.model.encoder.beside_weights()
+    for key in sorted(one.keys() | other.keys()):
+        if one.get(key) != other.get(key):
+            raise UserError(f"{between} have different encoders: {key} is {one.get(key)} and {other.get(key)}")
     ours, theirs = (_encoder(source.tensors) for source in (first, second))
     wrong = sorted(ours.keys() ^ theirs.keys())
     wrong += [name for name in ours if name in theirs and not _same_bits(ours[name].to(rounded).float(), theirs[name])]
@@ -183,9 +183,11 @@ def _check_encoders(first: TrainedModel, second: TrainedModel, rounded: torch.dt
             f"{wrong[0]}. Their tasks fit together where both were trained on the same encoder with encoder.freeze: "
             "true and the same engine.precision."
         )
-    ours, theirs = first.model.encoder.max_length, second.model.encoder.max_length
-    if ours != theirs:
-        raise UserError(f"{between} cut texts at different lengths: encoder.max_length is {ours} and {theirs}")
+    lengths = first.model.encoder.max_length, second.model.encoder.max_length
+    if lengths[0] != lengths[1]:
+        raise UserError(
+            f"{between} cut texts at different lengths: encoder.max_length is {lengths[0]} and {lengths[1]}"
+        )
     if tokenizer_state(first.tokenizer) != tokenizer_state(second.tokenizer):
         raise UserError(f"{between} have different tokenizers")
 

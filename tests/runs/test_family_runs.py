@@ -80,8 +80,13 @@ def test_an_encoder_that_is_not_packed_is_merged_and_exported(directory: Path, t
     texts = fastmtl.load(tmp_path / "joined", device="cpu").predict("first", TEXTS)
     outcome: dict[str, Any] = json.loads((directory / "outcomes.json").read_text(encoding="utf-8"))
     assert [list(answer.probabilities or ()) for answer in texts] == outcome[OTHERS[0]]["kind"]
-    with pytest.raises(UserError, match="have different encoders"):
-        join(one, rename_tasks(TrainedModel.read(directory / "megatron" / "model"), {"kind": "a", "same": "b"}))
+    other = rename_tasks(TrainedModel.read(directory / "megatron" / "model"), {"kind": "a", "same": "b"})
+    with pytest.raises(UserError, match="have different encoders: .* is .* and "):
+        join(one, other)
+    copied = rename_tasks(TrainedModel.read(directory / OTHERS[0] / "model"), {"kind": "a", "same": "b"})
+    copied.model.encoder.config.q_groups = 1
+    with pytest.raises(UserError, match="have different encoders: q_groups is 4 and 1"):
+        join(one, copied)
     notes = export(directory / "t5" / "model", tmp_path / "exported", "sentence-transformers")
     assert notes == [f"pooling: mean; texts are cut at {MAX_LENGTH} tokens"]
     saved, again = (load_file(path / "model.safetensors") for path in (directory / "t5" / "model", tmp_path / "exported"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -46,6 +46,11 @@ class Encoder(nn.Module):
     def tables(self) -> list[nn.Parameter]:
         """The tables whose gradients are stored as rows: by default that of the words."""
         return [self.words]
+
+    def beside_weights(self) -> dict[str, Any]:
+        """Return the settings that change the results of the same weights, by name."""
+        names = ("num_attention_heads", "hidden_act", "layer_norm_eps")
+        return {name: getattr(self.settings, name) for name in names}
 
     def check_recipe(self, recipe: Recipe) -> None:
         """Raise UserError, naming the key, for a setting that the encoder does not support."""

@@ -24,6 +24,8 @@ from fastmtl.surgery.differentiate import leaves_of
 if TYPE_CHECKING:
     from fastmtl.surgery.sinks.sink import Sink
 
+# Entries of a configuration that say how it was written.
+_OF_FILES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 _PREFIX = "model."  # of names in the state dict, which weight files do not have
 _TRIED = (7, 5)  # lengths of two texts on which a new encoder is tried
 # Bound of a difference by rounding, relative to the largest hidden state.
@@ -82,6 +84,10 @@ class TransformersEncoder(Encoder):
     @property
     def tables(self) -> list[nn.Parameter]:
         return large_tables(self.model, list(self.parameters()))
+
+    def beside_weights(self) -> dict[str, Any]:
+        entries = self.config.to_dict().items()
+        return {name: value for name, value in entries if name not in _OF_FILES and "drop" not in name}
 
     def check_recipe(self, recipe: Recipe) -> None:
         check_recipe(type(self.model).__name__, recipe)
