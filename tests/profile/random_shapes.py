@@ -41,10 +41,11 @@ ADAPTERS: tuple[dict[str, Any] | None, ...] = (
 )
 
 
+FAMILY_NAMES = ("bert", "electra", "bert", "albert", "roberta")
 KEPT = 2  # recipes with J that are also measured with `storage: kept`
 
 
-def draw(random: np.random.Generator) -> tuple[Recipe, PretrainedConfig, list[PackedBatch]]:
+def draw(random: np.random.Generator, family: str) -> tuple[Recipe, PretrainedConfig, list[PackedBatch]]:
     """Return a recipe, an encoder's configuration and the micro-batches of a step."""
 
     def one(*choices: Any) -> Any:
@@ -63,9 +64,8 @@ def draw(random: np.random.Generator) -> tuple[Recipe, PretrainedConfig, list[Pa
         "hidden_dropout_prob": dropout,
         "attention_probs_dropout_prob": dropout,
     }
-    family = one("bert", "bert", "roberta", "electra", "albert")
     if family in ("electra", "albert"):
-        sizes["embedding_size"] = one(8, hidden)
+        sizes["embedding_size"] = 16
     config = AutoConfig.for_model(family, **sizes)
     tasks = int(random.integers(1, 5))
     method, precision, zero = one("sum", "pcgrad", "pcgrad", "gradvac"), one("fp32", "fp32", "bf16"), one(0, 1, 1, 2, 3)
@@ -155,7 +155,7 @@ def main() -> None:
     gc.freeze()  # all is imported: DeepSpeed collects garbage for each engine in ZeRO 3
     torch.set_num_threads(1)
     random = np.random.default_rng(seed)
-    drawn = [draw(random) for _ in range(number)]
+    drawn = [draw(random, FAMILY_NAMES[index % len(FAMILY_NAMES)]) for index in range(number)]
     stacked = [one for one in drawn if one[0].gradient.storage == "stacked" and one[0].gradient.method != "sum"]
     drawn += [(_kept(recipe), *rest) for recipe, *rest in stacked if not recipe.encoder.freeze][:KEPT]  # type: ignore[arg-type]
     # ZeRO 3 last: DeepSpeed replaces torch's linear layer for the rest of the process.
