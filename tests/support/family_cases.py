@@ -30,6 +30,8 @@ CASES = {
     "electra": "wordpiece",
     "albert": "unigram",
     "distilbert": "wordpiece",
+    "mpnet": "bytes",
+    "deberta-v2": "unigram",
 }
 # Cases of other_encoders.py, which are not packed. T5 has no [CLS].
 OTHERS = ("squeezebert", "megatron", "t5")
