@@ -55,6 +55,5 @@ def save_other(name: str, directory: Path) -> Path:
     return directory
 
 
-def edit_config(directory: Path, **values: Any) -> None:
-    path = directory / "config.json"
+def edit_json(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))

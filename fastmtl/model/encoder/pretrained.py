@@ -114,7 +114,9 @@ def load_tokenizer(config: EncoderConfig) -> PreTrainedTokenizerBase:
     if not any((directory / name).is_file() for name in VOCABULARIES):
         raise UserError(f"{directory}: no tokenizer: expected one of {', '.join(VOCABULARIES)}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), use_fast=True, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(directory), use_fast=True, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # tokenizers raises bare Exception for a damaged tokenizer.json
         raise UserError(f"{directory}: its tokenizer cannot be read: {error}") from error
     if not tokenizer.is_fast:

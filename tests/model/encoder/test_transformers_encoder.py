@@ -10,10 +10,11 @@ from typing import Any, Literal
 import packed_batches
 import pytest
 import torch
-from other_encoders import KINDS, edit_config, save_other
+from other_encoders import KINDS, edit_json, save_other
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForTextEncoding
 
+from fastmtl.bench.waits import host_waits
 from fastmtl.config import EncoderConfig, Recipe
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
@@ -119,6 +120,14 @@ def test_bert_gives_the_hidden_states_of_the_packed_encoder(tiny_bert: Path, mak
     torch.testing.assert_close(states["transformers"], states["packed"], rtol=1e-4, atol=1e-5)
 
 
+def test_the_host_waits_for_the_masks_of_transformers_only(tiny_bert: Path, make_batch: MakeBatch) -> None:
+    encoder = load_encoder(EncoderConfig(path=str(tiny_bert), implementation="transformers"))
+    batch = make_batch(LENGTHS)
+    waits = host_waits(lambda: encoder(batch))
+    assert all(wait.partition(": ")[2].startswith("transformers/") for wait in waits), waits
+    assert host_waits(lambda: batch.seq_offsets.tolist())  # a wait would be found
+
+
 def test_parameters_without_an_effect_are_not_trained(saved: Callable[[str], Path]) -> None:
     encoder = loaded(saved("squeezebert"))
     assert [name for name, p in encoder.named_parameters() if not p.requires_grad] == [
@@ -149,7 +158,7 @@ def test_other_models_and_damaged_directories_are_refused(
     values: dict[str, Any], message: str, saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
     directory = shutil.copytree(saved("megatron"), tmp_path / "model")
-    edit_config(directory, **values)
+    edit_json(directory / "config.json", **values)
     with pytest.raises(UserError, match=message):
         load_encoder(settings(directory))
 
@@ -158,8 +167,12 @@ def test_code_of_a_directory_or_a_hub_is_never_run(saved: Callable[[str], Path],
     directory = shutil.copytree(saved("megatron"), tmp_path / "model")
     ran = tmp_path / "ran"
     (directory / "code.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Mine: pass\n")
-    edit_config(directory, auto_map={"AutoModel": "code.Mine"}, attn_implementation="someone/kernel")
+    edit_json(directory / "config.json", auto_map={"AutoModel": "code.Mine"}, attn_implementation="someone/kernel")
+    edit_json(
+        directory / "tokenizer_config.json", tokenizer_class="Mine", auto_map={"AutoTokenizer": ["code.Mine", None]}
+    )
     encoder = loaded(directory)
+    load_tokenizer(settings(directory))
     assert not ran.exists()
     assert not hasattr(encoder.config, "auto_map") and encoder.model.config._attn_implementation in ("eager", "sdpa")
 
