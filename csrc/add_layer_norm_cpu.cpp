@@ -53,7 +53,7 @@ Dropout dropout_of(const std::optional<Tensor>& seed, int64_t threshold, double 
 }
 
 struct ForwardArgs {
-  const void *residual, *x, *ts;  // x, ts: null where there is none
+  const void *residual, *x, *ts;  // x, ts: null where there is none; z is residual itself where there is neither
   const float *weight, *bias;
   void *y, *z;
   float *mean, *rstd;
@@ -87,8 +87,10 @@ FASTMTL_INLINE void forward_part(const ForwardArgs& args, int64_t first, int64_t
     args.dropout.draw(row, d, dropped);
     Lanes sums[kUnroll] = {}, squares[kUnroll] = {};
     for_vectors(d, [&](int64_t c, int64_t count, int k) __attribute__((always_inline)) {
-      const Lanes f = drop(get(x + c, count) * args.dropout.scale, dropped, c);
-      put(get(residual + c, count) + f + get(ts + c, count), z + c, count);
+      if (z != residual) {
+        const Lanes f = drop(get(x + c, count) * args.dropout.scale, dropped, c);
+        put(get(residual + c, count) + f + get(ts + c, count), z + c, count);
+      }
       sums[k] += get(z + c, count);
     });
     const float mean = total(sums) / d;
@@ -223,7 +225,7 @@ class Bias {
   const float* data_;
 };
 
-// z and y of rows past num_rows are zeros.
+// z and y of rows past num_rows are zeros. Without x and ts, z may be residual, which is not written then.
 void add_layer_norm_out(Tensor residual, std::optional<Tensor> x, std::optional<Tensor> ts, Tensor weight,
                         std::optional<Tensor> bias, std::optional<Tensor> seed, int64_t threshold, double scale,
                         double eps, int64_t num_rows, Tensor y, Tensor z, Tensor mean, Tensor rstd,
@@ -239,6 +241,8 @@ void add_layer_norm_out(Tensor residual, std::optional<Tensor> x, std::optional<
   const Bias added(op, bias, d);
   check(op, "y", y, dtype, n * d);
   check(op, "z", z, dtype, n * d);
+  const bool in_place = n > 0 && z.const_data_ptr() == residual.const_data_ptr();
+  STD_TORCH_CHECK(!in_place || (!x && !ts), op, ": z must not be residual where there is a sum");
   check(op, "mean", mean, ScalarType::Float, n);
   check(op, "rstd", rstd, ScalarType::Float, n);
   if (mask) check(op, "mask", *mask, ScalarType::Byte, n * mask_bytes(d));
@@ -256,7 +260,8 @@ void add_layer_norm_out(Tensor residual, std::optional<Tensor> x, std::optional<
     });
   });
   const int64_t done = num_rows * d * y.element_size(), rest = (n - num_rows) * d * y.element_size();
-  for (void* rows : {args.y, args.z}) std::memset(static_cast<char*>(rows) + done, 0, rest);
+  std::memset(static_cast<char*>(args.y) + done, 0, rest);
+  if (!in_place) std::memset(static_cast<char*>(args.z) + done, 0, rest);
 }
 
 void layer_norm_again_out(Tensor z, Tensor mean, Tensor rstd, Tensor weight, std::optional<Tensor> bias,

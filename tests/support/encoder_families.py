@@ -28,6 +28,11 @@ _DEBERTA = {
     "max_relative_positions": -1,
     "position_biased_input": False,
 }
+_MODERNBERT = {
+    **{name: size for name, size in _SIZES.items() if name != "num_hidden_layers"},
+    **{"num_hidden_layers": 4, "local_attention": 17, "global_attn_every_n_layers": 3},
+    **{f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")},
+}
 # name of a case: (model_type, values of config.json).
 FAMILY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("bert", _SIZES),
@@ -75,6 +80,11 @@ FAMILY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "deberta-v2, p2c": ("deberta-v2", {**_DEBERTA, "pos_att_type": ["p2c"]}),
     "deberta-v2, plain": ("deberta-v2", {**_DEBERTA, "relative_attention": False, "pos_att_type": ["c2p"]}),
     "mpnet": ("mpnet", {**_SIZES, "layer_norm_eps": 1e-5}),
+    "modernbert": ("modernbert", _MODERNBERT),
+    "modernbert, biased": (
+        "modernbert",
+        {**_MODERNBERT, "attention_bias": True, "mlp_bias": True, "hidden_activation": "silu", "num_hidden_layers": 2},
+    ),
 }
 
 

@@ -32,6 +32,7 @@ CASES = {
     "distilbert": "wordpiece",
     "mpnet": "bytes",
     "deberta-v2": "unigram",
+    "modernbert": "bytes",
 }
 # Cases of other_encoders.py, which are not packed. T5 has no [CLS].
 OTHERS = ("squeezebert", "megatron", "t5")

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from fastmtl.errors import UserError
 from fastmtl.files.json_files import read_json
-from fastmtl.model.encoder import albert, bert, deberta, distilbert, electra, mpnet, roberta
+from fastmtl.model.encoder import albert, bert, deberta, distilbert, electra, modernbert, mpnet, roberta
 from fastmtl.model.encoder.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -24,6 +24,7 @@ FAMILIES: dict[str, Family] = {
     "distilbert": distilbert.FAMILY,
     "mpnet": mpnet.FAMILY,
     "deberta-v2": deberta.FAMILY,
+    "modernbert": modernbert.FAMILY,
 }
 
 

@@ -33,7 +33,7 @@ from fastmtl_kernels.task_sink import TaskRows, TaskSink, TokenOffsets, check_si
 
 def add_layer_norm(
     residual: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     *,
@@ -50,7 +50,7 @@ def add_layer_norm(
 
     Args:
         residual: [N, d], floating point, any strides.
-        x: [N, d], the rows that dropout is applied to.
+        x: [N, d], the rows that dropout is applied to; None for none, and without dropout.
         weight: [d], the factor of LayerNorm.
         bias: [d], the summand of LayerNorm; None for none.
         ts: [N, d], the output of a task-specific layer (an adapter), added after dropout.
@@ -101,6 +101,8 @@ def add_layer_norm_with_sum(
     The arguments and errors are those of `add_layer_norm`. Both results are [N, d] of residual's
     dtype and differentiable; z is the tensor that backward needs, so it takes no more memory.
     """
+    if x is None:
+        raise ValueError("x must be floating point of residual's shape, got None")
     y, z = _normalised(
         residual, x, weight, bias, None, dropout_p, eps, seed, token_offsets, task_grads, register, impl, True
     )
@@ -110,7 +112,7 @@ def add_layer_norm_with_sum(
 
 def _normalised(
     residual: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     ts: Tensor | None,
@@ -124,7 +126,9 @@ def _normalised(
     returns_sum: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Check the arguments; return y, and z if it is asked for."""
-    _check_rows(residual, {"x": x} if ts is None else {"x": x, "ts": ts})
+    _check_rows(residual, {name: rows for name, rows in (("x", x), ("ts", ts)) if rows is not None})
+    if x is None and dropout_p > 0:
+        raise ValueError("dropout_p must be 0 where x is None: dropout applies to x")
     check_columns(residual, {"weight": weight} if bias is None else {"weight": weight, "bias": bias})
     check_dropout(dropout_p, seed, residual.device)
     check_sink(token_offsets, task_grads)
@@ -159,7 +163,7 @@ class _AddLayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any,
         residual: Tensor,
-        x: Tensor,
+        x: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         ts: Tensor | None,
@@ -175,7 +179,7 @@ class _AddLayerNorm(torch.autograd.Function):
         # ctx.saved_tensors returns other objects.
         ctx.parameters = weight, bias
         ctx.call = call
-        ctx.dtypes = x.dtype, None if ts is None else ts.dtype
+        ctx.dtypes = None if x is None else x.dtype, None if ts is None else ts.dtype
         if call.register is not None and any(ctx.needs_input_grad):
             # Detached: the copies keep their memory when ZeRO 3 releases that of the parameters.
             kept = z.detach(), mean, rstd, weight.detach(), None if bias is None else bias.detach()

@@ -16,7 +16,7 @@ from fastmtl_kernels.layer_norm.common import RowNorm
 
 def forward(
     residual: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     ts: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
@@ -26,7 +26,7 @@ def forward(
     """Return y and z [N, d] of residual's dtype, mean and rstd [N] float32, and the dropout mask.
 
     The mask is uint8 [N, 8 ceil(d / 64)], one bit per element; None if no backward follows or
-    nothing is dropped. Rows of no task are zeros in y and z, and undefined in all other results.
+    nothing is dropped. Rows of no task: see layer_norm.cpp.forward.
     """
     num_rows, num_columns = residual.shape
     mask = None

@@ -3,8 +3,9 @@
     z = residual + dropout(x) + ts
     y = (z - mean(z)) / sqrt(var(z) + eps) * weight + bias    mean and biased variance over columns
 
-residual, x, ts [N, d]; weight, bias [d], bias may be None. Any floating dtypes; arithmetic in
-float32, in float64 where residual is float64; z and y have residual's dtype. Dropout is that of
+residual, x, ts [N, d]; weight, bias [d]; x, ts and bias may be None. Any floating dtypes;
+arithmetic in float32, in float64 where residual is float64; z and y have residual's dtype. Dropout
+is that of
 fastmtl_kernels.dropout.reference. Rows past the last token offset belong to no task: y, z and the
 gradients are zero there, whatever the inputs contain. Gradients by autograd.
 
@@ -24,7 +25,7 @@ from fastmtl_kernels.task_sink import TaskRows, TaskSink
 
 def add_layer_norm(
     residual: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     *,
@@ -38,7 +39,9 @@ def add_layer_norm(
     """Return y and z [N, d]; the arguments are those of fastmtl_kernels.add_layer_norm, checked."""
     dtype = torch.promote_types(residual.dtype, torch.float32)
     stop = tasks.host[-1]
-    z = residual[:stop].to(dtype) + dropout(x[:stop].to(dtype), dropout_p, seed)
+    z = residual[:stop].to(dtype)
+    if x is not None:
+        z = z + dropout(x[:stop].to(dtype), dropout_p, seed)
     if ts is not None:
         z = z + ts[:stop].to(dtype)
     z = z.to(residual.dtype)

@@ -2,10 +2,10 @@
 
     z = residual + dropout(x) + ts       y = (z - mean(z)) / sqrt(var(z) + eps) * weight + bias
 
-residual, x, ts, y, z [num_rows, D] contiguous, each float32, float16 or bfloat16; weight, bias [D],
-bias may be None; mean, rstd [num_rows] float32; token_offsets [num_tasks + 1] int32. Arithmetic in
-float32. A program keeps whole rows in registers, so each tensor is read or written once. The
-kernels of backward are in fastmtl_kernels.layer_norm.triton.
+residual, x, ts, y, z [num_rows, D] contiguous, each float32, float16 or bfloat16; weight, bias [D];
+x, ts and bias may be None; mean, rstd [num_rows] float32; token_offsets [num_tasks + 1] int32.
+Arithmetic in float32. A program keeps whole rows in registers, so each tensor is read or written
+once. The kernels of backward are in fastmtl_kernels.layer_norm.triton.
 
 Source: see fastmtl_kernels.add_layer_norm.reference.
 """
@@ -51,6 +51,7 @@ def _add_layer_norm_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_X: tl.constexpr,
     HAS_TS: tl.constexpr,
     DROPOUT: tl.constexpr,
 ) -> None:
@@ -60,15 +61,18 @@ def _add_layer_norm_fwd_kernel(
     mask_d = offs_d < D
     mask = mask_m[:, None] & mask_d[None, :]
     offs = rows.to(tl.int64)[:, None] * D + offs_d[None, :]
-    x = load_rows(x_ptr, offs, mask)
-    if DROPOUT:
-        x = tl.where(keep_rows(seed_ptr, rows, 0, threshold, BLOCK_D), x * keep_scale, 0.0)
-    z = load_rows(residual_ptr, offs, mask) + x
+    written = (rows < num_rows)[:, None] & mask_d[None, :]
+    z = load_rows(residual_ptr, offs, mask)
+    if HAS_X:
+        x = load_rows(x_ptr, offs, mask)
+        if DROPOUT:
+            x = tl.where(keep_rows(seed_ptr, rows, 0, threshold, BLOCK_D), x * keep_scale, 0.0)
+        z += x
     if HAS_TS:
         z += load_rows(ts_ptr, offs, mask)
-    written = (rows < num_rows)[:, None] & mask_d[None, :]
-    tl.store(z_ptr + offs, z.to(z_ptr.dtype.element_ty), mask=written)
-    z = z.to(z_ptr.dtype.element_ty).to(tl.float32)
+    if HAS_X or HAS_TS:
+        tl.store(z_ptr + offs, z.to(z_ptr.dtype.element_ty), mask=written)
+        z = z.to(z_ptr.dtype.element_ty).to(tl.float32)
     y, mean, rstd = normalise(z, weight_ptr, bias_ptr, eps, D, BLOCK_D, HAS_BIAS)
     tl.store(mean_ptr + rows, mean, mask=mask_m)
     tl.store(rstd_ptr + rows, rstd, mask=mask_m)
@@ -114,7 +118,7 @@ def _layer_norm_recompute_kernel(
 
 def forward(
     residual: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     ts: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
@@ -123,18 +127,21 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Return y and z [N, d] of residual's dtype, mean and rstd [N] float32, and the seed.
 
-    Rows of no task are zeros in y and z, and undefined in mean and rstd. Backward draws the dropout
-    mask again from the seed.
+    z is residual itself if there is neither x nor ts. Rows of no task are zeros in y, and in z if
+    it is a sum; they are undefined in mean and rstd. Backward draws the dropout mask again from the
+    seed.
     """
     num_rows, num_columns = residual.shape
-    y, z = (torch.empty(num_rows, num_columns, dtype=residual.dtype, device=residual.device) for _ in range(2))
+    residual = residual.contiguous()
+    y = torch.empty(num_rows, num_columns, dtype=residual.dtype, device=residual.device)
+    z = residual if x is None and ts is None else torch.empty_like(y)
     mean, rstd = torch.empty(2, num_rows, dtype=torch.float32, device=residual.device)
     shape = block_shape(num_columns)
     if num_rows:
         with torch.cuda.device_of(residual):
             _add_layer_norm_fwd_kernel[(triton.cdiv(num_rows, shape["BLOCK_M"]),)](
-                residual_ptr=residual.contiguous(),
-                x_ptr=x.contiguous(),
+                residual_ptr=residual,
+                x_ptr=None if x is None else x.contiguous(),
                 ts_ptr=None if ts is None else ts.contiguous(),
                 weight_ptr=weight.contiguous(),
                 bias_ptr=None if bias is None else bias.contiguous(),
@@ -151,6 +158,7 @@ def forward(
                 eps=call.eps,
                 D=num_columns,
                 HAS_BIAS=bias is not None,
+                HAS_X=x is not None,
                 HAS_TS=ts is not None,
                 DROPOUT=seed is not None,
                 **shape,

@@ -28,19 +28,24 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y and z [N, d] of residual's dtype, and mean and rstd [N] float32.
 
-    Rows of no task are zeros in y and z, and undefined in mean and rstd. mask: uint8
-    [N, 8 ceil(d / 64)], which receives the dropout mask, one bit per element; None if it is not
-    needed.
+    z is residual itself if there is neither x nor ts. Rows of no task are zeros in y, and in z if
+    it is a sum; they are undefined in mean and rstd. mask: uint8 [N, 8 ceil(d / 64)], which
+    receives the dropout mask, one bit per element; None if it is not needed.
     """
     num_rows = residual.shape[0]
     y = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
-    # The kernel reads a row of z before it writes that row of y, so both can share memory if no
-    # backward needs z and z is no result.
-    own = call.saves or call.returns_sum
-    z = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device) if own else y
+    residual = residual.contiguous()
+    if x is None and ts is None:
+        z = residual
+    elif call.saves or call.returns_sum:
+        z = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    else:
+        # The kernel reads a row of z before it writes that row of y, so both can share memory if no
+        # backward needs z and z is no result.
+        z = y
     mean, rstd = (torch.empty(num_rows, dtype=torch.float32, device=residual.device) for _ in range(2))
     torch.ops.fastmtl.add_layer_norm_out(
-        residual.contiguous(),
+        residual,
         None if x is None else cast(x, residual.dtype).contiguous(),
         None if ts is None else cast(ts, residual.dtype).contiguous(),
         cast(weight, torch.float32).contiguous(),

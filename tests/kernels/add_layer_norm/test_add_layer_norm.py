@@ -154,7 +154,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("residual", dict(residual=torch.ones(6, 4, dtype=torch.int64))),
     ("residual", dict(residual=torch.randn(6, 0))),
     ("x", dict(x=torch.randn(6, 3))),
-    ("x", dict(x=None)),
+    ("dropout_p", dict(x=None, dropout_p=0.1, seed=torch.tensor([0]))),
     ("x", dict(x=torch.empty(6, 4, device="meta"))),
     ("ts", dict(ts=torch.randn(5, 4))),
     ("weight", dict(weight=torch.ones(3))),

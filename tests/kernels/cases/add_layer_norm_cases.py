@@ -21,7 +21,7 @@ SHARED = ("weight", "bias")
 class Case:
     """sizes: rows of each task, None without offsets. tail: rows of no task, NaN in them.
 
-    with_sum: the sum is a result too, without ts.
+    with_sum: the sum is a result too, without ts. alone: without x and dropout, unless with_sum.
     """
 
     sizes: tuple[int, ...] | None
@@ -36,6 +36,7 @@ class Case:
     seed: int
     bias: bool = True
     with_sum: bool = False
+    alone: bool = False
 
     @property
     def offsets(self) -> tuple[int, ...] | None:
@@ -48,9 +49,13 @@ class Case:
     def tensors(self, device: str) -> tuple[dict[str, Any], Tensor]:
         """Return the inputs by name, and the gradient of y."""
         made = self._made(device)
-        left_out = {"ts": not self.ts or self.with_sum, "bias": not self.bias, "dsum": True}
+        left_out = {"ts": not self.ts or self.with_sum, "bias": not self.bias, "dsum": True, "x": not self.has_x}
         made = {name: value for name, value in made.items() if not left_out.get(name)}
         return made, made.pop("dy")
+
+    @property
+    def has_x(self) -> bool:
+        return self.with_sum or not self.alone
 
     def gradients(self, device: str) -> list[Tensor]:
         """Return the gradient of y, and of the sum if it is a result."""
@@ -88,6 +93,7 @@ def cases(max_rows: int = 90, max_columns: int = 140) -> st.SearchStrategy[Case]
         seed=st.integers(0, 2**31),
         bias=st.booleans(),
         with_sum=st.booleans(),
+        alone=st.booleans(),
     )
 
 
@@ -112,8 +118,8 @@ def run(case: Case, impl: Any, device: str, wide: torch.dtype | None = None) -> 
     makers: list[Callable[[], Tensor]] = []
     operation: Callable[..., Any] = add_layer_norm_with_sum if case.with_sum else add_layer_norm
     found = operation(
-        **{"bias": None, **tensors},
-        dropout_p=case.dropout_p,
+        **{"x": None, "bias": None, **tensors},
+        dropout_p=case.dropout_p if case.has_x else 0.0,
         eps=EPS,
         seed=torch.tensor([case.seed * 2**20 + 1], device=device),
         token_offsets=offsets,
@@ -177,5 +183,4 @@ def check(case: Case, impl: Any, device: str = "cpu") -> None:
 
 def sum_of_parts(tensors: dict[str, Tensor]) -> Tensor:
     """Return z without dropout, float64, for magnitudes."""
-    z = tensors["residual"].double() + tensors["x"].double()
-    return z + tensors["ts"].double() if "ts" in tensors else z
+    return sum((tensors[name].double() for name in ("x", "ts") if name in tensors), tensors["residual"].double())

@@ -89,7 +89,9 @@ def test_hidden_states_and_gradients_per_task_equal_transformers(
 ) -> None:
     ours = loaded(saved(case)).to(dtype)
     ours.pooler = None
-    theirs = AutoModel.from_pretrained(saved(case), attn_implementation="eager").to(dtype).eval()
+    # Eager attention of ModernBERT has a softmax in float32.
+    attention = "sdpa" if dtype == torch.float64 and case.startswith("modernbert") else "eager"
+    theirs = AutoModel.from_pretrained(saved(case), attn_implementation=attention).to(dtype).eval()
     batch = batch_of(ours, make_batch)
     hidden, expected = ours(batch), padded_hidden(theirs, batch)
     assert (hidden - expected).abs().max() <= tolerance * expected.abs().max()

@@ -11,7 +11,7 @@ from encoder_families import FAMILY_CASES
 from transformers import AutoConfig
 
 from fastmtl.errors import UserError
-from fastmtl.model.encoder import albert, deberta_files, distilbert, mpnet
+from fastmtl.model.encoder import albert, deberta_files, distilbert, modernbert, mpnet
 from fastmtl.model.encoder.families import FAMILIES, read_config
 
 _POS_KEY = "encoder.layer.2.attention.self.pos_key_proj.bias"
@@ -47,6 +47,19 @@ def config_file(case: str, directory: Path, changes: dict[str, Any]) -> Path:
         ("distilbert", {"dim": 30}, "dim 30 is not a multiple of 4 attention heads"),
         ("distilbert", {"activation": "gelo"}, "activation: unknown activation 'gelo'"),
         ("distilbert", {"max_position_embeddings": 4}, "max_position_embeddings: 4 is less than 8"),
+        ("modernbert", {"norm_bias": True}, "norm_bias True is not supported, only False"),
+        ("modernbert", {"hidden_activation": "gelo"}, "hidden_activation: unknown activation 'gelo'"),
+        ("modernbert", {"hidden_size": 36}, "hidden_size / num_attention_heads is 9; rotary positions need an even"),
+        (
+            "modernbert",
+            {"rope_parameters": {"full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}},
+            "rope_parameters: full_attention: rope_type 'linear' is not supported, only 'default'",
+        ),
+        (
+            "modernbert",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": -1.0}}},
+            "the base of the rotations of sliding_attention, -1.0, is no positive number",
+        ),
     ],
 )
 def test_a_config_that_is_not_supported_is_named(
@@ -82,4 +95,19 @@ def test_names_map_both_ways() -> None:
         assert names.encoder_name(there) == names.encoder_name(names.prefix + there) == here
     assert deberta_files.NAMES.encoder_name("lm_predictions.lm_head.dense.weight") is None
     assert distilbert.NAMES.encoder_name("vocab_transform.weight") is None
+    assert FAMILIES["modernbert"].encoder_name("model.layers.2.attn.Wqkv.weight") == "layers.2.attn.Wqkv.weight"
+    assert FAMILIES["modernbert"].encoder_name("head.dense.weight") is None
     assert FAMILIES["roberta"].encoder_name("roberta.embeddings.position_ids") is None
+
+
+def test_old_keys_of_modernbert(tmp_path: Path) -> None:
+    """Files of transformers 4 give the bases of the rotations and every n-th global layer."""
+    path = config_file("modernbert", tmp_path, {})
+    values = json.loads(path.read_text())
+    for name in ("layer_types", "rope_parameters"):
+        values.pop(name, None)
+    old = {"global_rope_theta": 7e4, "local_rope_theta": 3e3, "global_attn_every_n_layers": 2}
+    path.write_text(json.dumps({**values, **old}))
+    _, config = read_config(path)
+    assert list(modernbert.rope_thetas(config).values()) == [7e4, 3e3]
+    assert modernbert.layer_kinds(config) == [modernbert.WHOLE, modernbert.WINDOWED] * 2
