@@ -5,7 +5,7 @@ This module imports torch and numpy only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,7 +24,8 @@ LENGTHS = ((10, 16, 21, 27, 35, 46, 60, 96), (9, 14, 18, 24, 33, 46, 62, 100), (
 class Shape:
     """The size of an encoder, and the number of sequences of each task in a step.
 
-    rows: the number of sequences. vocabulary, positions: rows of the word and position tables.
+    rows: the number of sequences. vocabulary, positions: rows of the word and position tables; an
+    encoder without the latter has texts of at most so many tokens.
     """
 
     name: str
@@ -38,7 +39,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """The number of the encoder's parameters.
+        """The number of the encoder's parameters, of a BERT of this size.
 
         The encoder has three tables and a LayerNorm, and in each layer six linear maps and two
         LayerNorms.
@@ -54,6 +55,15 @@ SHAPES = {
     # For trying a command in a moment; its times mean nothing.
     "tiny": Shape("tiny", hidden=32, layers=2, heads=2, intermediate=64, rows=4, vocabulary=100, positions=128),
 }
+# Shapes for `bench step`, each with the encoder's family.
+STEP_SHAPES = {
+    **{name: (shape, "bert") for name, shape in SHAPES.items()},
+    "roberta-base": (replace(SHAPES["bert-base"], name="roberta-base", vocabulary=50265, positions=514), "roberta"),
+    "modernbert-base": (
+        Shape("modernbert-base", 768, 22, heads=12, intermediate=1152, rows=8, vocabulary=50368, positions=8192),
+        "modernbert",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,8 @@ class Size:
 
     tokens: number in the whole step, split equally between tasks; None: each task has shape.rows
     texts. device: "cpu" or "cuda". precision: of weights and activations, a key of PRECISIONS.
-    dropout: the probability for hidden states and attention probabilities.
+    dropout: the probability for hidden states and attention probabilities. family: the encoder's
+    model_type, one of CONFIGS in workload.py.
     """
 
     shape: Shape
@@ -71,6 +82,7 @@ class Size:
     device: str = "cpu"
     precision: str = "fp32"
     dropout: float = 0.0
+    family: str = "bert"
 
 
 def lengths_of(shape: Shape, tasks: int, tokens: int | None = None) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import BertConfig, BertModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,22 @@ class TaskModel(nn.Module):
 
 
 class PaddedModel(TaskModel):
-    """A BertModel, and for each task a linear head on the first token's hidden state."""
+    """A model of transformers, and for each task a linear head on the first token's hidden state.
 
-    encoder: BertModel
+    Token types are given to an encoder that has a table of them.
+    """
 
-    def __init__(self, config: BertConfig, kinds: Sequence[tuple[str, int]]) -> None:
-        super().__init__(BertModel(config, add_pooling_layer=False), config.hidden_size, kinds)
+    encoder: PreTrainedModel
+
+    def __init__(self, config: PretrainedConfig, kinds: Sequence[tuple[str, int]]) -> None:
+        self._has_types = hasattr(config, "type_vocab_size")
+        options = {"add_pooling_layer": False} if self._has_types else {}
+        super().__init__(AutoModel.from_config(config, **options), config.hidden_size, kinds)
 
     def features(self, batch: PaddedBatch) -> Tensor:
         """Return the last hidden state of each text's first token, [B, hidden]."""
-        encoded = self.encoder(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+        types = {"token_type_ids": batch.token_type_ids} if self._has_types else {}
+        encoded = self.encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **types)
         return encoded.last_hidden_state[:, 0]
 
 

@@ -7,7 +7,7 @@ packed and the padded model compute the same numbers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,18 +15,46 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig
+from transformers import BertConfig, ModernBertConfig, PretrainedConfig, RobertaConfig
 
-from fastmtl.bench.sizes import PRECISIONS, SEED, Size, lengths_of
+from fastmtl.bench.sizes import PRECISIONS, SEED, Shape, Size, lengths_of
 from fastmtl.bench.textbook import PaddedBatch, PaddedModel
 from fastmtl.config import Recompute, parse_recipe
 from fastmtl.cuda_graphs.install import install_cuda_graphs
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.packing import pack
 from fastmtl.data.tokenized import TokenizedDataset
-from fastmtl.model.encoder.bert import PackedBert
+from fastmtl.model.encoder.encoder import PackedEncoder
+from fastmtl.model.encoder.families import FAMILIES
 from fastmtl.model.multitask import MultiTaskModel
 
+
+def _bert_sizes(shape: Shape, dropout: float) -> dict[str, Any]:
+    return {
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": shape.intermediate,
+        "max_position_embeddings": shape.positions,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+    }
+
+
+def _modernbert(shape: Shape, dropout: float) -> ModernBertConfig:
+    sizes: dict[str, Any] = {n: size for n, size in _bert_sizes(shape, dropout).items() if "dropout" not in n}
+    sizes |= dict.fromkeys(("embedding_dropout", "attention_dropout", "mlp_dropout"), dropout)
+    sizes |= {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
+    return ModernBertConfig(**sizes)
+
+
+# {family: its configuration, from a shape and the dropout}. The id of padding is 0.
+CONFIGS: dict[str, Callable[[Shape, float], PretrainedConfig]] = {
+    "bert": lambda shape, dropout: BertConfig(**_bert_sizes(shape, dropout)),
+    "roberta": lambda shape, dropout: RobertaConfig(**_bert_sizes(shape, dropout), pad_token_id=0),
+    "modernbert": _modernbert,
+}
 Model = TypeVar("Model", bound=nn.Module)
 # Types and numbers of outputs of tasks 0, 1 and 2; they repeat from task 3 on.
 KINDS = (("binary", 1), ("regression", 1), ("classification", 5))
@@ -40,7 +68,7 @@ class Workload:
 
     def __init__(self, size: Size) -> None:
         shape, tasks, tokens = size.shape, size.tasks, size.tokens
-        self.shape, self.tasks, self._dropout = shape, tasks, size.dropout
+        self.shape, self.family, self.tasks, self._dropout = shape, size.family, tasks, size.dropout
         self.device, self.dtype = torch.device(size.device), PRECISIONS[size.precision]
         self._kinds = [KINDS[task % len(KINDS)] for task in range(tasks)]
         random = np.random.default_rng(SEED)
@@ -52,20 +80,15 @@ class Workload:
 
     @cached_property
     def padded(self) -> PaddedModel:
-        config = BertConfig(
-            vocab_size=self.shape.vocabulary,
-            hidden_size=self.shape.hidden,
-            num_hidden_layers=self.shape.layers,
-            num_attention_heads=self.shape.heads,
-            intermediate_size=self.shape.intermediate,
-            max_position_embeddings=self.shape.positions,
-            hidden_dropout_prob=self._dropout,
-            attention_probs_dropout_prob=self._dropout,
-        )
+        config = CONFIGS[self.family](self.shape, self._dropout)
         torch.manual_seed(SEED)
         model = PaddedModel(config, self._kinds)
         make_conflicts(model.heads, self._kinds)
         return model.to(self.device, self.dtype)
+
+    @property
+    def encoder_class(self) -> type[PackedEncoder]:
+        return FAMILIES[self.family].encoder
 
     @cached_property
     def packed(self) -> MultiTaskModel:
@@ -75,7 +98,7 @@ class Workload:
         config, weights = self.padded.encoder.config, self.padded.state_dict()
         recipe = {**self.recipe, "encoder": {"recompute": recompute}}
         with torch.device("meta"):
-            encoder = PackedBert(config, recompute=recompute)
+            encoder = self.encoder_class(config, recompute=recompute)
             model = MultiTaskModel(parse_recipe(recipe, "benchmark"), encoder)
         model.load_state_dict({name: weights[plain_name(name)] for name in model.state_dict()}, assign=True)
         if cuda_graphs:
@@ -88,7 +111,7 @@ class Workload:
         An adapter that outputs zeros takes as much time as any other.
         """
         recipe = {**self.recipe, "adapter": {"name": adapter, "size": size, "init": "no_influence"}}
-        model = MultiTaskModel(parse_recipe(recipe, "benchmark"), PackedBert(self.padded.encoder.config))
+        model = MultiTaskModel(parse_recipe(recipe, "benchmark"), self.encoder_class(self.padded.encoder.config))
         weights = self.packed.state_dict()
         missing = model.load_state_dict(weights, strict=False).missing_keys
         assert all(name.startswith("adapter.") for name in missing), missing
@@ -111,12 +134,13 @@ class Workload:
 
     def _rows(self, task: int, lengths: np.ndarray, random: np.random.Generator) -> TokenizedDataset:
         kind, outputs = self._kinds[task]
+        one_type = kind == "classification" or self.family == "roberta"
         labels = labels_of(kind, outputs, len(lengths), random)
         return TokenizedDataset(
-            # 0 is [PAD], which no text contains: BertModel gives its embedding no gradient.
+            # 0 is [PAD], which no text contains: transformers gives its embedding no gradient.
             tokens=random.integers(1, self.shape.vocabulary, lengths.sum()).astype(np.int32),
             offsets=np.concatenate([[0], np.cumsum(lengths)]),
-            second_text=(lengths if kind == "classification" else lengths // 2).astype(np.int32),
+            second_text=(lengths if one_type else lengths // 2).astype(np.int32),
             sequences_per_example=1,
             labels=labels,
             ids=[str(row) for row in range(len(lengths))],

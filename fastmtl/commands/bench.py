@@ -18,6 +18,10 @@ ShapeName = Annotated[
     Literal["minilm", "bert-base", "tiny"],
     typer.Option("--shape", help="The encoder's size; tiny is for trying a command."),
 ]
+StepShapeName = Annotated[
+    Literal["minilm", "bert-base", "roberta-base", "modernbert-base", "tiny"],
+    typer.Option("--shape", help="The encoder and its size; tiny is for trying a command."),
+]
 Tokens = Annotated[
     int | None,
     typer.Option(min=1024, metavar="N", help="Tokens of a step. Default: the shape's texts.", show_default=False),
@@ -243,7 +247,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
 
     @bench.command("step")
     def step(
-        shape: ShapeName = "minilm",
+        shape: StepShapeName = "minilm",
         tasks: Annotated[int, typer.Option(min=1, metavar="N", help="Tasks of a step.")] = 3,
         rows: Annotated[
             int | None,
@@ -276,6 +280,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
 
           [cyan]fastmtl bench step[/cyan]
           [cyan]fastmtl bench step --shape bert-base --rows 32 --rounds 3[/cyan]
+          [cyan]fastmtl bench step --shape modernbert-base --rounds 3[/cyan]
           [cyan]fastmtl bench step --sweep adapters --plot plots[/cyan]
           [cyan]fastmtl bench step --sweep recompute --rows 8 --threads 1[/cyan]
         """
@@ -284,14 +289,17 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
             raise UserError("--rows and --tokens exclude each other: so many texts, or as many as have so many tokens")
         if sweep is not None and compiled:
             raise UserError("--sweep and --compiled exclude each other: compiling takes minutes at each point")
+        if sweep == "recompute" and shape == "modernbert-base":
+            raise UserError("--sweep recompute counts bytes in layers with BERT's names: use another --shape")
         old = _prepare(device, threads, json_file, compare)
         from fastmtl.bench.report import keeper, progress
-        from fastmtl.bench.sizes import SHAPES, Size
+        from fastmtl.bench.sizes import STEP_SHAPES, Size
         from fastmtl.bench.step import bench_step, bench_sweep
         from fastmtl.bench.step_ways import COMPILED, DEFAULT
 
-        chosen = SHAPES[shape] if rows is None else dataclasses.replace(SHAPES[shape], rows=rows)
-        size = Size(chosen, tasks, tokens, device, precision)
+        chosen, family = STEP_SHAPES[shape]
+        chosen = chosen if rows is None else dataclasses.replace(chosen, rows=rows)
+        size = Size(chosen, tasks, tokens, device, precision, family=family)
         with progress() as say:
             if sweep is not None:
                 result = bench_sweep(sweep, size, rounds, say, commit, keeper(json_file))

@@ -24,7 +24,7 @@ def quiet(_: str) -> None:
 
 
 def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sizes.SHAPES, "minilm", TINY)
+    monkeypatch.setitem(sizes.STEP_SHAPES, "minilm", (TINY, "bert"))
     file = tmp_path / "step.json"
     cli.app(["bench", "step", "--rounds", "2", "--json", str(file)], standalone_mode=False)
     result = json.loads(file.read_text())
@@ -38,6 +38,12 @@ def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert result["loss_error"] <= 1e-5
     assert result["padded_tokens"] > result["tokens"]
     assert "dropout 0.1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", ["roberta", "modernbert"])
+def test_other_families_have_transformers_losses(family: str) -> None:
+    result = step.bench_step(Size(TINY, family=family), 1, quiet)
+    assert set(result["steps"]) == set(DEFAULT) and result["loss_error"] <= 1e-5
 
 
 def test_other_losses_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +100,7 @@ def test_the_compiled_encoder_is_one_of_a_copy(monkeypatch: pytest.MonkeyPatch) 
 def test_sweeps(
     sweep: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sizes.SHAPES, "minilm", TINY)
+    monkeypatch.setitem(sizes.STEP_SHAPES, "minilm", (TINY, "bert"))
     monkeypatch.setattr(step, "TOKENS", (128, 256))
     monkeypatch.setattr(step, "TASKS", (2, 4))
     monkeypatch.setenv("COLUMNS", "160")
