@@ -22,6 +22,7 @@ from fastmtl.model.encoder.encoder import PackedEncoder
 from fastmtl.model.encoder.one_pass import check_one_pass
 from fastmtl.model.encoder.pretrained import load_encoder, load_tokenizer
 from fastmtl.model.encoder.transformers_encoder import TransformersEncoder
+from fastmtl.model.groups import parameter_groups
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery.gradient_surgery import GradientSurgery
 
@@ -78,6 +79,16 @@ def test_hidden_states_are_those_of_transformers(
         found = encoder(batch)
     assert torch.equal(found, expected) and found.std() > 0.1
     assert ("padding changes" in encoder.note) == (name == "convbert")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_biases_and_norms_have_no_weight_decay(name: str, saved: Callable[[str], Path]) -> None:
+    encoder = loaded(saved(name))
+    groups = parameter_groups([("encoder", encoder, 1e-3)], weight_decay=0.1)
+    decays = {id(parameter): group["weight_decay"] > 0 for group in groups for parameter in group["params"]}
+    for key, parameter in encoder.named_parameters():
+        if parameter.requires_grad:
+            assert decays[id(parameter)] == (parameter.dim() > 1 and not key.endswith(".bias")), key
 
 
 @pytest.mark.parametrize("name", KINDS)
