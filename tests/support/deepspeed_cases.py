@@ -18,6 +18,7 @@ import loads
 import numpy as np
 import several_cases
 import torch
+from encoder_families import config_of
 from op_recorder import OpRecorder
 from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
@@ -33,6 +34,7 @@ from fastmtl.engine import gradient_norm
 from fastmtl.errors import UserError
 from fastmtl.model.encoder.base import Encoder
 from fastmtl.model.encoder.bert import PackedBert
+from fastmtl.model.encoder.families import FAMILIES
 from fastmtl.model.encoder.transformers_encoder import TransformersEncoder
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery.gradient_surgery import GradientSurgery
@@ -42,6 +44,9 @@ from fastmtl.surgery.sinks.early_scatter import EarlyScatter
 
 STEPS, ROWS = 3, 8
 RECOMPUTES = {"cheap": "cheap", "full": "full", "pieces": "full"}  # by variant
+# One family of each kind: BERT's layers with other embeddings, shared layers, relative positions in
+# the scores, and rotations with windows.
+FAMILIES_OF_KINDS = ("electra", "albert", "mpnet", "deberta-v2")
 FLAT = [(0, 4, "sum"), (2, 1, "pcgrad")]
 ONE_STEP = [("sum", "auto"), ("pcgrad", "stacked"), ("pcgrad", "replay")]
 
@@ -62,11 +67,12 @@ class Case:
     # "flat-padded" and "padded-tensor"), or an option's value: "tensor" (scope), "local", "sketch"
     # (reduce), "cheap", "full" (recompute).
     variant: str = ""
+    family: str = ""  # a case of encoder_families.py; "" for the BERT of make_model
 
     @property
     def name(self) -> str:
         name = f"zero{self.zero}-acc{self.accumulation}-{self.method}-{self.precision}-{self.storage}"
-        return f"{name}-{self.variant}" if self.variant else name
+        return "-".join(filter(None, [name, self.variant, self.family]))
 
 
 CASES = [
@@ -99,6 +105,7 @@ CASES = [
     Case(3, 4, "pcgrad", variant="padded"),
     Case(1, 1, "pcgrad", variant="flat-padded"),
     Case(3, 1, "pcgrad", variant="padded-tensor"),
+    *(Case(zero, 1, "pcgrad", family=family) for zero in (0, 1, 2, 3) for family in FAMILIES_OF_KINDS),
 ]
 PIECE = 1000  # numbers in a collective, for cases with many collectives
 
@@ -148,8 +155,12 @@ def make_recipe(case: Case) -> Recipe:
     return parse_recipe(values, "test")
 
 
-def make_model(recipe: Recipe) -> MultiTaskModel:
+def make_model(recipe: Recipe, family: str = "") -> MultiTaskModel:
+    """Return the model of a recipe. family: as in Case."""
     torch.manual_seed(0)
+    if family:
+        other = config_of(family, vocab_size=50, num_hidden_layers=2)
+        return MultiTaskModel(recipe, FAMILIES[other.model_type].encoder(other)).eval()
     config = BertConfig(
         vocab_size=50,
         hidden_size=16,
@@ -339,7 +350,7 @@ def main(directory: Path) -> None:
 
     for case in CASES:
         recipe = make_recipe(case)
-        model = make_model(recipe)
+        model = make_model(recipe, case.family)
         recorder, heads, merging = OpRecorder(), OpRecorder(), OpRecorder()
         if "graphs" in case.variant:
             assert isinstance(model.encoder, PackedBert)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
 from fastmtl.data.packed_batch import PackedBatch
 
@@ -88,14 +88,19 @@ FAMILY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def config_of(case: str, **changes: Any) -> PretrainedConfig:
+    """Return transformers' configuration of a case. changes: other values of config.json."""
+    kind, values = FAMILY_CASES[case]
+    return AutoConfig.for_model(kind, **(values | changes))
+
+
 def save_encoder_of(case: str, directory: Path, **changes: Any) -> Path:
     """Save a random encoder of a case with an output layer, as AutoModelForMaskedLM does.
 
     changes: other values of config.json. Return the directory.
     """
-    kind, values = FAMILY_CASES[case]
     torch.manual_seed(7)
-    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(kind, **(values | changes)))
+    model = AutoModelForMaskedLM.from_config(config_of(case, **changes))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # biases and norms, which start as zeros and ones
@@ -110,7 +115,6 @@ def padded_hidden(model: PreTrainedModel, batch: PackedBatch, what: str = "last_
     """Return transformers' results for one padded batch: real tokens, in packed order [N, d].
 
     what: the result of the model that is returned.
-
     Token types are given where the model has a table of them with two rows or more.
     """
     bounds = batch.host.cu_seqlens

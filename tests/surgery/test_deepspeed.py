@@ -45,7 +45,7 @@ def reference(case: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tenso
     """
     recipe = cases.make_recipe(case)
     recipe.encoder.implementation = "auto"
-    model = cases.make_model(recipe)
+    model = cases.make_model(recipe, case.family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.SGD(model.parameter_groups(recipe.optimizer), lr=recipe.optimizer.lr, momentum=0.9)
     parts = 2 if case.variant == "local" else 1
