@@ -46,7 +46,7 @@ STEPS, ROWS = 3, 8
 RECOMPUTES = {"cheap": "cheap", "full": "full", "pieces": "full"}  # by variant
 # One family of each kind: BERT's layers with other embeddings, shared layers, relative positions in
 # the scores, and rotations with windows.
-FAMILIES_OF_KINDS = ("electra", "albert", "mpnet", "deberta-v2")
+FAMILIES_OF_KINDS = ("electra", "albert", "mpnet", "deberta-v2", "modernbert")
 FLAT = [(0, 4, "sum"), (2, 1, "pcgrad")]
 ONE_STEP = [("sum", "auto"), ("pcgrad", "stacked"), ("pcgrad", "replay")]
 
