@@ -112,7 +112,9 @@ def encoder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Packed
 
     def load(case: str, dropout: float = 0.0) -> PackedEncoder:
         directory = save_encoder_of(case, tmp_path_factory.mktemp("encoder"))
-        return load_encoder(EncoderConfig(path=str(directory), hidden_dropout=dropout, attention_dropout=dropout))
+        encoder = load_encoder(EncoderConfig(path=str(directory), hidden_dropout=dropout, attention_dropout=dropout))
+        assert isinstance(encoder, PackedEncoder)
+        return encoder
 
     return load
 
