@@ -114,15 +114,21 @@ def load_output_layer(head: OutputLayer, directory: Path) -> bool:
     Return True if they were loaded, False if the directory has none of them.
     Raises UserError if the directory has only some of them.
     """
-    described = head.described
+    tensors = {base_name(name): tensor for name, tensor in read_weights(directory).items()}
+    for described in (head.described, head.described.other):
+        names = {} if described is None else _names_in_files(head, described)
+        found = {name: tensors[name] for name in names.values() if name in tensors}
+        if found:
+            load_exactly(head, found, str(directory), names)
+            return True
+    return False
+
+
+def _names_in_files(head: OutputLayer, described: MaskedLm) -> dict[str, str]:
+    """Return {name of a tensor of the layer: its name in files}."""
     files = {"transform.dense": described.dense, "transform.LayerNorm": described.norm}
     names = {}
     for name in head.state_dict():
         module, _, parameter = name.rpartition(".")
         names[name] = f"{files[module]}.{parameter}" if module else described.bias
-    tensors = {base_name(name): tensor for name, tensor in read_weights(directory).items()}
-    found = {name: tensors[name] for name in names.values() if name in tensors}
-    if not found:
-        return False
-    load_exactly(head, found, str(directory), names)
-    return True
+    return names

@@ -121,4 +121,10 @@ NAMES = Names(
     prefix="deberta.",
     kept=("embeddings.", "encoder."),
 )
-MASKED_LM = MaskedLm("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias")
+# Files of Microsoft have the second names, and those that transformers saves with `legacy: false`.
+MASKED_LM = MaskedLm(
+    "cls.predictions.transform.dense",
+    "cls.predictions.transform.LayerNorm",
+    "cls.predictions.bias",
+    other=MaskedLm("lm_predictions.lm_head.dense", "lm_predictions.lm_head.LayerNorm", "lm_predictions.lm_head.bias"),
+)

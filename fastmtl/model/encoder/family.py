@@ -26,6 +26,7 @@ class MaskedLm:
         `.weight` and `.bias`.
     activation: None for the encoder's hidden_act.
     biased: True if A and LN have biases.
+    other: the same layer under the names that other files have, or None.
     """
 
     dense: str
@@ -33,6 +34,7 @@ class MaskedLm:
     bias: str
     activation: str | None = None
     biased: bool = True
+    other: MaskedLm | None = None
 
 
 @dataclass(frozen=True)
