@@ -84,7 +84,7 @@ def varlen_attention(
         softmax_scale,
         dropout_p,
         seed,
-        -1 if terms.window is None else terms.window,
+        -1 if terms.window is None else min(terms.window, len(qkv)),
         None if rotary is None else rotary.contiguous(),
         None if bias is None else bias.float().contiguous(),
         None if offsets is None else offsets.contiguous(),

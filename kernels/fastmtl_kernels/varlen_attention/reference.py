@@ -100,7 +100,7 @@ def _by_distance(bias: Tensor, length: int) -> Tensor:
 def _outside(window: int, length: int, device: torch.device) -> Tensor:
     """Return True for each query and key that are more than `window` places apart, bool [i, j]."""
     places = torch.arange(length, device=device)
-    return (places[:, None] - places).abs() > window
+    return (places[:, None] - places).abs() > min(window, length)
 
 
 def keep_mask(seed: Tensor, first_row: int, length: int, num_heads: int, dropout_p: float) -> Tensor:
