@@ -144,7 +144,7 @@ def _dense(
         scores = scores + bias[group[:, None, None], torch.arange(num_heads)[:, None], index[:, None]].transpose(0, 1)
     seen = sequence[:, None] == sequence
     if window is not None:
-        seen &= distance.abs() <= window
+        seen &= distance.abs() <= min(window, num_tokens)
     probabilities = scores.masked_fill(~seen, -math.inf).softmax(-1)
     if dropout_p > 0:
         keep = [reference.keep_mask(seed, a, b - a, num_heads, dropout_p) for a, b in pairwise(offsets)]
