@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fastmtl.profile import layers
-from fastmtl.profile.layers import FLOAT, Rows, Weight
+from fastmtl.profile.layers import Rows, Weight
 from fastmtl.profile.ledger import Ledger
 from fastmtl.profile.shape import Shape
 
@@ -101,7 +101,7 @@ class Pass:
             if shape.recompute == "full":
                 layers.recompute_layer(ledger, rows, adapts=adapts)
             shares = shape.layers - layer > shape.own_layers  # weights of a layer above, whose gradient is held
-            weigh = (_add_weight if shares else weight) if self._trained else _ignore_weight
+            weigh = (self._add_weight if shares else weight) if self._trained else _ignore_weight
             recomputed = self._recomputes_input(layer)
             layers.layer_backward(ledger, rows, weigh, adapts=adapts, recomputed_input=recomputed, at_once=at_once)
         if own is None:
@@ -111,11 +111,12 @@ class Pass:
         elif below:
             ledger.drop("workspace", rows.d)
 
+    def _add_weight(self, ledger: Ledger, numbers: int, rows: int) -> None:
+        """Add to a gradient that is held already: a product, unless it is added to J directly."""
+        shape = self._shape
+        if shape.joint or shape.storage != "stacked" or shape.j_bytes != shape.number_bytes:
+            ledger.touch(numbers * shape.number_bytes)
+
 
 def _ignore_weight(ledger: Ledger, numbers: int, rows: int) -> None:
     """Do nothing: for frozen weights, and for the tasks' own, which are counted all together."""
-
-
-def _add_weight(ledger: Ledger, numbers: int, rows: int) -> None:
-    """Add to a gradient that is held already: a product of its size, temporary."""
-    ledger.touch(numbers * FLOAT)
