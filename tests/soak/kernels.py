@@ -26,6 +26,8 @@ CHECKS: list[tuple[str, str, dict[str, Any]]] = [
     ("varlen_attention.test_varlen_attention", "test_against_float64", {"impl": "reference"}),
     ("varlen_attention.test_varlen_attention", "test_against_float64", {"impl": "cpp"}),
     ("varlen_attention.test_varlen_attention_positions", "test_against_float64", {"impl": "cpp"}),
+    ("disentangled_attention.test_disentangled_attention", "test_against_float64", {"impl": "padded"}),
+    ("disentangled_attention.test_disentangled_attention", "test_against_float64", {"impl": "cpp"}),
     ("add_layer_norm.test_add_layer_norm", "test_any_case", {"impl": "cpp"}),
     ("embed_layer_norm.test_embed_layer_norm", "test_any_case", {"impl": "cpp"}),
     ("dropout.test_dropout", "test_any_case", {"impl": "reference"}),
