@@ -8,6 +8,7 @@ schedule, precision, engine. `load_recipe` reads a bundled name or a file and ap
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -112,6 +113,44 @@ class AdapterConfig(Section):
         if self.top == "none":
             return self.name
         return f"{self.top} on top" if self.name == "none" else f"{self.name} with a {self.top} on top"
+
+
+class LoraConfig(Section):
+    """LoRA: W x + scale B A dropout(x) in chosen linear layers of the encoder; off by default.
+
+    `path` is a folder of PEFT, which then gives rank, alpha, targets, layers and rslora, too.
+    """
+
+    rank: Int | None = Field(None, ge=1, description="rows of A, columns of B; default: no LoRA")
+    alpha: float = Field(8.0, gt=0, description="scale is alpha / rank")
+    targets: list[str] | Literal["all-linear"] = Field(
+        ["query", "value"],
+        description="query, key, value, attention_output, intermediate, output, or ends of modules' names as in PEFT",
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the input of A")
+    tasks: Literal["shared", "own"] = Field("shared", description="one LoRA for all tasks, or one for each")
+    layers: list[Int] | None = Field(None, description="layers with a LoRA; default: all")
+    rslora: bool = Field(False, description="scale is alpha / sqrt(rank)")
+    path: str | None = Field(None, description="PEFT's folder to start from; own: it may have a folder per task")
+
+    @property
+    def used(self) -> bool:
+        return self.rank is not None or self.path is not None
+
+    @property
+    def shared(self) -> bool:
+        """True if there is a LoRA for all tasks, whose gradients surgery merges."""
+        return self.used and self.tasks == "shared"
+
+    @property
+    def scale(self) -> float:
+        assert self.rank is not None
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def summary(self) -> str:
+        """Return the name in reports: "none", "rank 8, shared"."""
+        return f"rank {self.rank}, {self.tasks}" if self.used else "none"
 
 
 class HeadConfig(Section):
@@ -534,6 +573,7 @@ class Recipe(Section):
     )
     encoder: EncoderConfig = Field(default_factory=EncoderConfig)
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    lora: LoraConfig = Field(default_factory=LoraConfig)
     tasks: dict[str, TaskConfig] = Field(min_length=1)
     data: DataConfig = Field(default_factory=DataConfig)
     sampler: SamplerConfig = Field(default_factory=SamplerConfig)
@@ -563,6 +603,11 @@ class Recipe(Section):
         order.
         """
         return list(self.tasks)
+
+    @property
+    def shares(self) -> bool:
+        """True if the tasks share trained parameters: an encoder that is not frozen, or a LoRA."""
+        return not self.encoder.freeze or (self.lora.shared and self.add_to is None)
 
     @property
     def jacobian_dtype(self) -> Literal["float32", "bfloat16"]:

@@ -25,7 +25,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         model_dir: ModelDir,
         out: OutDir,
         layout: Annotated[
-            Literal["sentence-transformers", "transformers"],
+            Literal["sentence-transformers", "transformers", "peft"],
             typer.Option("--format", help="The library that loads it."),
         ] = "sentence-transformers",
         pooling: Annotated[
@@ -38,12 +38,14 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         task: Annotated[
             str | None,
             typer.Option(
-                metavar="T", help="Export the vectors of this task. Not for models with adapters.", show_default=False
+                metavar="T",
+                help="Export the vectors of this task, or its own LoRA. Not for models with adapters.",
+                show_default=False,
             ),
         ] = None,
         debug: Debug = False,
     ) -> None:
-        """Write a model's encoder for another library.
+        """Write a model's encoder, or its LoRA, for another library.
 
         [bold]Examples[/bold]
 
@@ -53,11 +55,15 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         For transformers.AutoModel.from_pretrained("encoder"):
           [cyan]fastmtl export runs/demo/model encoder --format transformers[/cyan]
 
-        Adapters and heads are not part of the encoder and are not exported.
+        For peft.PeftModel.from_pretrained(encoder, "lora"):
+          [cyan]fastmtl export runs/demo/model lora --format peft[/cyan]
+
+        A LoRA is merged into the exported encoder. Adapters and heads are not part of
+        the encoder and are not exported.
         """
         set_debug(debug)
-        if layout == "transformers" and (pooling is not None or task is not None):
-            raise UserError("--format transformers has no pooling: leave --pooling and --task out")
+        if layout != "sentence-transformers" and pooling is not None:
+            raise UserError(f"--format {layout} has no pooling: leave --pooling out")
         _check_new(out)
         from fastmtl.inference.export import export as write
         from fastmtl.model.saved_model import model_directory

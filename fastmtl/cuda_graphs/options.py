@@ -23,7 +23,7 @@ def check_cuda_graphs(recipe: Recipe) -> None:
     """
     if not recipe.engine.cuda_graphs:
         return
-    surgery = recipe.gradient.method != "sum" and not recipe.encoder.freeze
+    surgery = recipe.gradient.method != "sum" and recipe.shares
     gradient, engine = recipe.gradient, recipe.engine
     others = {
         "smart": recipe.smart.used,

@@ -42,7 +42,7 @@ def check_engine(recipe: Recipe, world: int) -> None:
     if recipe.deepspeed:
         check_section(config, deepspeed_section(recipe))
     gradient = recipe.gradient
-    if recipe.encoder.freeze:  # no gradient is merged, so the options of merging have no effect
+    if not recipe.shares:  # no gradient is merged, so the options of merging have no effect
         return
     method = find_method(gradient.method, gradient.reduction, gradient.options)
     if method is not None:

@@ -194,6 +194,7 @@ class Checkpoints:
             "flat_parameters": engine.flat_parameters,
             "tasks": self._recipe.task_names,
             "adapter": self._recipe.adapter.summary,
+            **({"lora": self._recipe.lora.summary} if self._recipe.lora.used else {}),
             "recipe": self._recipe.model_dump(mode="json"),
         }
 

@@ -19,7 +19,7 @@ FREE = re.compile(
     r"description"
     r"|(phases\.\d+\.)?train\.(epochs|max_steps|eval_tokens|checkpoint_every|log_every)"
     r"|data\.(dir|cache_dir|prefetch)"
-    r"|encoder\.path"
+    r"|(encoder|lora)\.path"
     r"|tasks\..+\.data\.(train|dev|test)"
 )
 LENGTH = re.compile(r"(phases\.\d+\.)?train\.(epochs|max_steps)")

@@ -1,8 +1,9 @@
 """`add_to`: add new tasks to a trained model without changing its own tasks.
 
 The run trains a second model that has only the new tasks. Its encoder is that of the trained model,
-frozen, and its adapters are of the same kind. The second model contains no weight of an old task,
-so neither the optimiser nor weight decay can change one. At the end it is joined with the trained
+frozen, and its adapters are of the same kind. A LoRA that the trained model's tasks share is frozen
+as well. The second model contains no weight of an old task, so neither the optimiser nor weight
+decay can change one. At the end it is joined with the trained
 model.
 """
 
@@ -28,12 +29,13 @@ if TYPE_CHECKING:
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FOR_TRAINING = {
     "adapter": {"dropout", "init"},
+    "lora": {"dropout"},
     "encoder": {"hidden_dropout", "attention_dropout", "recompute", "layer_norm"},
 }
 
 
 def complete(recipe: Recipe) -> Recipe:
-    """Return the recipe with its sections encoder and adapter set as in the model `add_to`.
+    """Return the recipe with its sections encoder, adapter and lora set as in the model `add_to`.
 
     A recipe without `add_to` is returned unchanged.
     Raises UserError, naming the key, if the recipe sets one of these values differently, or has a
@@ -50,6 +52,7 @@ def complete(recipe: Recipe) -> Recipe:
     sections = {
         "encoder": _section(recipe, "encoder", encoder.model_dump(), directory),
         "adapter": _section(recipe, "adapter", base.adapter.model_dump(), directory),
+        "lora": _section(recipe, "lora", {**base.lora.model_dump(), "path": None}, directory),
     }
     return recipe.model_copy(update=sections)
 

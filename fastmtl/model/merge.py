@@ -23,6 +23,7 @@ from fastmtl.data.corpus import demo_directory
 from fastmtl.data.tokenized import tokenizer_state
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.files.user_path import user_path
+from fastmtl.model.lora import Lora
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.model.saved_model import load_model, read_about, save_model
 
@@ -47,7 +48,8 @@ TRAINING_SECTIONS = {
 }
 # Sections that `join` combines. Any other section, apart from those above, has to be equal in both
 # models.
-JOINED_SECTIONS = {"description", "add_to", "encoder", "adapter", "tasks", "data"}
+JOINED_SECTIONS = {"description", "add_to", "encoder", "adapter", "lora", "tasks", "data"}
+STACKED = ("adapter.", "lora.own.")  # tensors that are stacked over the tasks
 LEARNED_WEIGHT = ".uncertainty."  # learned weights of the tasks' losses, which only training needs
 # Name of a tensor that belongs to one task. The groups are the text before the task's index, the
 # index, and the text after it.
@@ -152,6 +154,7 @@ def join(first: TrainedModel, second: TrainedModel, *, rounded: torch.dtype = to
         )
     _check_encoders(first, second, rounded)
     _check_adapters(first, second)
+    _check_loras(first, second, rounded)
     tensors = {name: tensor for name, tensor in first.tensors.items() if LEARNED_WEIGHT not in name}
     counts = len(first.recipe.tasks), len(second.recipe.tasks)
     for name, tensor in second.tensors.items():
@@ -159,7 +162,7 @@ def join(first: TrainedModel, second: TrainedModel, *, rounded: torch.dtype = to
             continue
         if found := ONE_TASKS.match(name):
             tensors[f"{found[1]}{int(found[2]) + counts[0]}{found[3]}"] = tensor
-        elif name.startswith("adapter."):
+        elif name.startswith(STACKED):
             ours = first.tensors[name]
             if (*ours.shape[:1], *tensor.shape[:1]) != counts or ours.shape[1:] != tensor.shape[1:]:
                 raise UserError(f"{first.name}: {name} is not stacked over its tasks, so that no task can be added")
@@ -201,6 +204,34 @@ def _check_adapters(first: TrainedModel, second: TrainedModel) -> None:
         raise UserError(f"{first.name} and {second.name} have different adapters: {wrong}")
 
 
+def _check_loras(first: TrainedModel, second: TrainedModel, rounded: torch.dtype) -> None:
+    """Raise UserError unless both have no LoRA, one for each task, or an equal one for all."""
+    between = f"{first.name} and {second.name}"
+    loras = [source.model.lora for source in (first, second)]
+    ours, theirs = ({} if lora is None else _lora_settings(lora) for lora in loras)
+    both = {key: (ours.get(key), theirs.get(key)) for key in {**ours, **theirs}}
+    wrong = ", ".join(f"lora.{key} is {one} and {other}" for key, (one, other) in both.items() if one != other)
+    if wrong:
+        raise UserError(f"{between} have different LoRAs: {wrong}")
+    different = [
+        name
+        for name, tensor in first.tensors.items()
+        if name.startswith("lora.shared.") and not _same_bits(tensor.to(rounded).float(), second.tensors[name])
+    ]
+    if different:
+        raise UserError(
+            f"{between} each have a LoRA for all their tasks, and the two differ, as in {different[0]}. One model has "
+            "one: train with lora.tasks: own, or train the second model on the encoder that `fastmtl export --format "
+            "transformers` writes of the first, with the first LoRA merged into it"
+        )
+
+
+def _lora_settings(lora: Lora) -> dict[str, Any]:
+    """Return the settings of a LoRA that have to be equal in both models to join them."""
+    config = lora.config
+    return {"tasks": config.tasks, "rank": config.rank, "scale": config.scale, "targets": ", ".join(lora.pairs)}
+
+
 def _adapter_settings(source: TrainedModel) -> dict[str, Any]:
     """Return the adapter's settings that have to be equal in both models to join them."""
     config = source.recipe.adapter
@@ -217,6 +248,7 @@ def _joined_recipe(first: TrainedModel, second: TrainedModel) -> Recipe:
     values["data"] = first.recipe.data.model_dump(mode="json", include={"dir", "on_bad_row", "cache_dir"})
     values["train"] = {"eval_tokens": first.recipe.train.eval_tokens}
     values["tasks"] |= {name: _task_values(name, first.recipe, second.recipe) for name in second.recipe.tasks}
+    values["lora"]["path"] = None
     rates = {**_dropout_rates(first.recipe), **_dropout_rates(second.recipe)}
     values["adapter"]["dropout"] = rates if len(set(rates.values())) > 1 else next(iter(rates.values()))
     return parse_recipe(values, f"{first.name} and {second.name}")

@@ -22,6 +22,7 @@ from fastmtl.model.heads.batch import Examples, HeadBatch, RecordedHeads, Vector
 from fastmtl.model.heads.embed import Recurrent
 from fastmtl.model.heads.outputs import kind, predictions, targets
 from fastmtl.model.heads.pooling import pooling
+from fastmtl.model.lora import build_lora
 from fastmtl.model.losses.smart import Smart, SmartModel
 from fastmtl.model.losses.task_loss import TaskLoss, build_loss
 from fastmtl.model.losses.weighting import Uncertainty
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 class MultiTaskModel(SmartModel):
     """A model with one encoder for all tasks of a recipe.
 
-    Modules: `encoder`; `adapter`, whose parameters are stacked over the tasks, or None; `heads`,
-    one for each task, in the order of the recipe.
+    Modules: `encoder`; `adapter`, whose parameters are stacked over the tasks, or None; `lora`, for
+    all tasks or stacked over them, or None; `heads`, one for each task, in the order of the recipe.
     Every module uses only its own parameters, and every batch runs all heads, with no rows for a
     task that has no examples. Under ZeRO 3 all ranks therefore gather the same parameters in the
     same order.
@@ -69,6 +70,7 @@ class MultiTaskModel(SmartModel):
             if recipe.weighting.name == "uncertainty":
                 heads[-1].uncertainty = Uncertainty(squared_error=kind(task) == "score")
         self.heads = nn.ModuleList(heads)
+        self.lora = build_lora(recipe.lora, encoder, len(recipe.tasks))  # last: heads begin as without it
         self.smart = Smart(recipe) if recipe.smart.used else None
         if recipe.encoder.freeze:
             encoder.requires_grad_(False)
@@ -131,8 +133,11 @@ class MultiTaskModel(SmartModel):
             return self(batch, returns="predictions")
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters for gradient surgery: the encoder's, or [] if it is frozen."""
-        return [parameter for parameter in self.encoder.parameters() if parameter.requires_grad]
+        """Return the parameters for gradient surgery: encoder and shared LoRA, where trained."""
+        shared = list(self.encoder.parameters())
+        if self.lora is not None and self.recipe.lora.shared:
+            shared += self.lora.parameters()
+        return [parameter for parameter in shared if parameter.requires_grad]
 
     def sparse_parameters(self) -> list[nn.Parameter]:
         """Return the shared parameters whose gradients are stored as rows: the word embeddings.
@@ -142,15 +147,22 @@ class MultiTaskModel(SmartModel):
         return [table for table in self.encoder.tables if table.requires_grad]
 
     def task_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Return the parameters that are not shared: {"adapters": [...], "heads": [...]}."""
+        """Return the parameters that are not shared: {"adapters": [...], "heads": [...]}.
+
+        A LoRA of each task is among the adapters.
+        """
         adapters = [] if self.adapter is None else list(self.adapter.parameters())
+        if self.lora is not None and not self.recipe.lora.shared:
+            adapters += self.lora.parameters()
         return {"adapters": adapters, "heads": list(self.heads.parameters())}
 
     def parameter_groups(self, config: OptimizerConfig) -> list[dict[str, Any]]:
-        """Return the optimiser's groups: `encoder`, `adapters` and `heads` (see groups.py)."""
+        """Return the optimiser's groups: `encoder`, `adapters`, `lora`, `heads` (see groups.py)."""
         parts = [("encoder", self.encoder, config.lr), ("heads", self.heads, config.head_lr)]
         if self.adapter is not None:
             parts.insert(1, ("adapters", self.adapter, config.adapter_lr))
+        if self.lora is not None:
+            parts.insert(-1, ("lora", self.lora, config.adapter_lr))
         rated = [(name, module, config.lr if lr is None else lr) for name, module, lr in parts]
         return parameter_groups(rated, config.weight_decay)
 
@@ -182,7 +194,7 @@ class MultiTaskModel(SmartModel):
         return losses
 
     def _vectors(self, batch: PackedBatch, task_grads: Sink | None, noise: Tensor | None = None) -> Vectors:
-        hidden = self.encoder(batch, self.adapter, task_grads, noise)
+        hidden = self.encoder(batch, self.adapter, task_grads, noise, self.lora)
         found: Vectors = {name: pooling(name)(hidden, batch) for name in self._poolings()}
         if "pooler" in found:
             assert isinstance(self.encoder.pooler, Pooler)

@@ -4,6 +4,7 @@
 |---|---|
 | config.json, model.safetensors, tokenizer | the encoder, for transformers.AutoModel |
 | adapters.safetensors | the adapters |
+| lora.safetensors | the LoRA, if there is one |
 | heads.safetensors | the heads; names are `<task>.<parameter>` |
 | fastmtl.json | the recipe |
 
@@ -50,7 +51,7 @@ def save_model(
     about: further entries of fastmtl.json.
     """
     tensors = model.state_dict() if state_dict is None else state_dict
-    parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "adapter": {}, "heads": {}}
+    parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "adapter": {}, "lora": {}, "heads": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = tensor.detach().cpu().contiguous()
@@ -61,6 +62,8 @@ def save_model(
     written.mkdir(parents=True)
     save_encoder(written, model.encoder, parts["encoder"], tokenizer)
     save_file(parts["adapter"], written / "adapters.safetensors", metadata={"format": "pt"})
+    if parts["lora"]:
+        save_file(parts["lora"], written / "lora.safetensors", metadata={"format": "pt"})
     save_file(heads, written / "heads.safetensors", metadata={"format": "pt"})
     entries = {
         "format": FORMAT,
@@ -130,6 +133,9 @@ def load_model(directory: Path) -> tuple[MultiTaskModel, Recipe, PreTrainedToken
     if model.adapter is not None:
         adapters = directory / "adapters.safetensors"
         load_exactly(model.adapter, read_tensors(adapters), str(adapters))
+    if model.lora is not None:
+        lora = directory / "lora.safetensors"
+        load_exactly(model.lora, read_tensors(lora), str(lora))
     heads = directory / "heads.safetensors"
     names = {name: _head_name(name, recipe) for name in model.heads.state_dict()}
     load_exactly(model.heads, read_tensors(heads), str(heads), names)

@@ -18,6 +18,7 @@ from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.model.saved_model import load_model
 
 Tensors = dict[str, Tensor]
+SHARED = ("encoder.", "lora.shared.")
 ANY = "*"  # replaces the task's index in a tensor's name, since the index differs between models
 
 
@@ -25,7 +26,7 @@ ANY = "*"  # replaces the task's index in a tensor's name, since the index diffe
 class TaskWeights:
     """Tensors of a model, split into those of the encoder and those of each task.
 
-    encoder: {name in the state dict: tensor}.
+    encoder: {name in the state dict: tensor}, with those of a LoRA that all tasks share.
     own: {task: {name: tensor}}. The tensor is either the task's slice of a tensor stacked over the
         tasks, or a tensor of the task's own module in a module list. In the second case `*`
         replaces the task's index in the name: heads.*.dense.weight.
@@ -39,7 +40,7 @@ class TaskWeights:
         """Split the state dict of a `MultiTaskModel` that has these tasks, in this order."""
         weights = cls({}, {task: {} for task in tasks})
         for name, tensor in state_dict.items():
-            if name.startswith("encoder."):
+            if name.startswith(SHARED):
                 weights.encoder[name] = tensor
             elif found := ONE_TASKS.match(name):
                 weights.own[tasks[int(found[2])]][f"{found[1]}{ANY}{found[3]}"] = tensor
@@ -84,7 +85,7 @@ def read_task_weights(directory: Path) -> tuple[TaskWeights, Recipe]:
 
 
 def take_over(model: MultiTaskModel, weights: TaskWeights) -> list[str]:
-    """Copy `weights` into `model`: the encoder, and each task's head and adapter where they fit.
+    """Copy `weights` into `model`: the encoder, and each task's own parts where they fit.
 
     A part fits if `weights` has the same tensor names and shapes for a task of the same name.
     Return the parts that do not fit, which keep their weights: "head of sst", "adapter of sst".
@@ -94,8 +95,8 @@ def take_over(model: MultiTaskModel, weights: TaskWeights) -> list[str]:
         for name in ours.encoder.keys() & weights.encoder.keys():  # the model may have a pooler that `weights` lacks
             ours.encoder[name].copy_(weights.encoder[name])
         for task, tensors in ours.own.items():
-            for what in ("adapter", "head"):
-                mine, theirs = (_part(found, what == "adapter") for found in (tensors, weights.own.get(task, {})))
+            for what, prefix in (("adapter", "adapter."), ("lora", "lora."), ("head", "heads.")):
+                mine, theirs = (_part(found, prefix) for found in (tensors, weights.own.get(task, {})))
                 if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in theirs.items()}:
                     new += [f"{what} of {task}"] if mine else []
                     continue
@@ -108,5 +109,5 @@ def _is_adapter(name: str) -> bool:
     return name.startswith("adapter.")
 
 
-def _part(tensors: Tensors, adapter: bool) -> Tensors:
-    return {name: tensor for name, tensor in tensors.items() if _is_adapter(name) == adapter}
+def _part(tensors: Tensors, prefix: str) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -7,93 +7,16 @@ N x d numbers are counted in the model's dtype, statistics in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from fastmtl.profile.ledger import Ledger
+from fastmtl.profile.lora import Weight, ignore_weight
+from fastmtl.profile.lora_shape import LAYER_INPUT
+from fastmtl.profile.rows import FLOAT, Rows
 from fastmtl.profile.shape import Shape
 
-FLOAT = 4
 INT64 = 8
 # Vectors [B, d] of pooling and a head: pooled, sliced by task, dropout's output and mask, features.
 HEAD_VECTORS = 5
-
-# Called for every parameter gradient with its number of elements and the bytes of dY, the output's
-# gradient.
-Weight = Callable[[Ledger, int, int], None]
-
-
-class Rows:
-    """Bytes of tensors with a row per token: d, f, s for widths hidden, intermediate, adapter_size.
-
-    keeps_inputs: linear layers keep their inputs. shared: surgery needs the layers' gradients.
-    """
-
-    def __init__(self, shape: Shape, *, keeps_inputs: bool, adapter_size: int = 0, shared: bool = False) -> None:
-        tokens, number = shape.load.tokens, shape.number_bytes
-        self.shape = shape
-        self.keeps_inputs = keeps_inputs
-        # With `storage: kept`, tensors of shared layers outlive their backward.
-        self.outlive = shared and shape.storage == "kept" and not shape.joint
-        self.recomputes = shape.recompute == "cheap"
-        self.d = tokens * shape.hidden * number
-        self.e = tokens * shape.embedding * number
-        self.f = tokens * shape.intermediate * number
-        self.s = tokens * adapter_size * number
-        # fastmtl_kernels.varlen_attention.cpp: maximum and sum per row and head.
-        self.attention_stats = tokens * shape.heads * 2 * FLOAT
-        self.adapter_stats = 0 if shape.adapter is None else tokens * shape.adapter.heads * 2 * FLOAT
-        # fastmtl_kernels.add_layer_norm.cpp: mean, rstd, and one bit per element for dropout.
-        self.norm_stats = tokens * 2 * FLOAT
-        mask = tokens * -(-shape.hidden // 64) * 8
-        self.masks = tuple(mask if dropout else 0 for dropout in shape.sublayer_dropouts)
-        # fastmtl.surgery.rules.projections: a copy of three weights that are not adjacent in a flat
-        # buffer.
-        self.projections = 0 if shape.zero in (1, 2) else 3 * shape.hidden**2 * number
-
-    def input(self, nbytes: int) -> int:
-        """Return the bytes that a linear layer keeps of its input; a frozen one needs none."""
-        return nbytes if self.keeps_inputs else 0
-
-    def result(self, nbytes: int) -> int:
-        """Return the bytes that a Linear keeps of an input from LayerNorm or the activation."""
-        return 0 if self.recomputes else self.input(nbytes)
-
-    def recomputed(self, nbytes: int) -> int:
-        """Return the bytes that backward recomputes of an input from LayerNorm or activation."""
-        return self.input(nbytes) - self.result(nbytes)
-
-    def norm(self, which: int) -> int:
-        """Return the bytes that add_layer_norm keeps: z, statistics, mask.
-
-        which: 0 for that of the attention part, 1 for that of the feed-forward part. The next layer
-        keeps its output.
-        """
-        return self.d + self.norm_stats + self.masks[which]
-
-    @property
-    def layer(self) -> int:
-        """Bytes of q, k, v, attention's output, norms, a norm's output, activation in and out."""
-        attention = 3 * self.d + self.attention_stats + self.input(self.d)
-        return attention + self.norm(0) + self.norm(1) + self.result(self.d) + self.f + self.result(self.f)
-
-    @property
-    def kept(self) -> int:
-        """Bytes that a layer keeps from forward to backward, including its input."""
-        return self.d if self.shape.recompute == "full" else self.layer + self.result(self.d)
-
-    @property
-    def pal(self) -> int:
-        """Bytes that PAL keeps: V_E h, q, k, v, attention's output, and an activation's input."""
-        adapter = self.shape.adapter
-        return 5 * self.s + self.adapter_stats + (self.d if adapter is not None and adapter.gelu else 0)
-
-    @property
-    def adapter(self) -> int:
-        """Bytes that the adapter beside one layer keeps."""
-        adapter = self.shape.adapter
-        if adapter is None or adapter.name == "none":
-            return 0
-        return self.pal if adapter.name == "pal" else self.s * (2 if adapter.gelu else 1)
+EMBEDDED = "embedded"  # input of the embeddings' projection
 
 
 def has_adapter(shape: Shape, layer: int) -> bool:
@@ -109,7 +32,7 @@ def embeddings_forward(ledger: Ledger, rows: Rows, *, trained: bool) -> None:
         ledger.hold("activations", rows.e)
     if rows.shape.projects:
         ledger.hold("activations", rows.d)
-        ledger.drop("activations", rows.e - rows.input(rows.e))
+        ledger.drop("activations", rows.e - rows.input(rows.e, EMBEDDED))
 
 
 def embeddings_backward(ledger: Ledger, rows: Rows, weight: Weight, table: int, *, summed: bool) -> None:
@@ -122,8 +45,8 @@ def embeddings_backward(ledger: Ledger, rows: Rows, weight: Weight, table: int, 
     if shape.projects:
         ledger.hold("workspace", rows.e)
         weight(ledger, shape.embedding * shape.hidden, rows.d)
-        _drop_output_gradient(ledger, rows, rows.d)
-        _drop_input(ledger, rows, rows.e, rows.input(rows.e))
+        _drop_output_gradient(ledger, rows, rows.d, EMBEDDED)
+        _drop_input(ledger, rows, rows.e, rows.input(rows.e, EMBEDDED), EMBEDDED)
     ledger.touch(2 * rows.e)
     ledger.drop("activations", rows.e)
     narrow = shape.number_bytes < FLOAT
@@ -165,28 +88,42 @@ def layer_forward(ledger: Ledger, rows: Rows, *, adapts: bool) -> None:
     if adapts:
         ledger.hold("activations", rows.adapter)
     with ledger.holding(rows.d if adapts else 0):
-        with ledger.holding(rows.projections):
+        attended, normed = rows.input(rows.d, "attended"), rows.result(rows.d, "normed")
+        activated = rows.result(rows.f, "activated")
+        rows.lora.forward(ledger, LAYER_INPUT)
+        with ledger.holding(rows.projections + rows.lora.outputs(LAYER_INPUT)):
             ledger.hold("activations", 3 * rows.d)
-        with ledger.holding(rows.d - rows.input(rows.d)):
-            ledger.hold("activations", rows.input(rows.d) + rows.attention_stats)
+        with ledger.holding(rows.d - attended):
+            ledger.hold("activations", attended + rows.attention_stats)
             ledger.touch(rows.d)
+            rows.lora.forward(ledger, "attended")
         with ledger.holding(rows.d):
-            ledger.hold("activations", rows.norm(0) + rows.result(rows.d))
-        with ledger.holding(rows.d - rows.result(rows.d)):
+            ledger.hold("activations", rows.norm(0) + normed)
+        with ledger.holding(rows.d - normed):
             ledger.hold("activations", rows.f)
-            with ledger.holding(rows.f - rows.result(rows.f)):
-                ledger.hold("activations", rows.result(rows.f))
+            rows.lora.forward(ledger, "normed")
+            with ledger.holding(rows.f - activated):
+                ledger.hold("activations", activated)
+                rows.lora.forward(ledger, "activated")
                 with ledger.holding(rows.d):
                     ledger.hold("activations", rows.norm(1) + rows.d)
 
 
 def layer_backward(
-    ledger: Ledger, rows: Rows, weight: Weight, *, adapts: bool, recomputed_input: bool, at_once: bool = False
+    ledger: Ledger,
+    rows: Rows,
+    weight: Weight,
+    *,
+    adapts: bool,
+    recomputed_input: bool,
+    at_once: bool = False,
+    of_lora: Weight = ignore_weight,
 ) -> None:
     """Replace dy, held as workspace, by the gradient of the layer's input; drop activations.
 
     The layer's input is dropped, its output is not. recomputed_input: the input is recomputed, not
-    held. at_once: the gradients of the weights of q, k and v are one product.
+    held. at_once: the gradients of the weights of q, k and v are one product. of_lora: called in
+    place of `weight` for the matrices of a LoRA.
     """
     hidden, intermediate = rows.shape.hidden, rows.shape.intermediate
     d, f = rows.d, rows.f
@@ -195,21 +132,23 @@ def layer_backward(
     # The second norm: dz goes to the residual and the adapter, dx to the dense layer.
     _norm_backward(ledger, rows, 1)
     # output.dense
-    with ledger.holding(rows.recomputed(f)):
+    with ledger.holding(rows.recomputed(f, "activated")):
+        rows.lora.backward(ledger, "activated", of_lora)
         ledger.hold("workspace", f)
         weight(ledger, hidden * intermediate, d)
-        _drop_output_gradient(ledger, rows, split * d)
-    _drop_input(ledger, rows, f, rows.result(f))
+        _drop_output_gradient(ledger, rows, split * d, "activated")
+    _drop_input(ledger, rows, f, rows.result(f, "activated"), "activated")
     # The activation.
     ledger.hold("workspace", f)
     ledger.drop("workspace", f)
     ledger.drop("activations", f)
     # intermediate.dense, whose input is also the residual.
-    with ledger.holding(rows.recomputed(d)):
+    with ledger.holding(rows.recomputed(d, "normed")):
+        rows.lora.backward(ledger, "normed", of_lora)
         ledger.hold("workspace", d)
         weight(ledger, hidden * intermediate, f)
-        _drop_output_gradient(ledger, rows, f)
-    _drop_input(ledger, rows, d, rows.result(d))
+        _drop_output_gradient(ledger, rows, f, "normed")
+    _drop_input(ledger, rows, d, rows.result(d, "normed"), "normed")
     keeps_dz = rows.outlive and not split
     if adapts or keeps_dz:
         ledger.touch(d)  # dz is read later, so it is not added to in place
@@ -220,10 +159,11 @@ def layer_backward(
     _norm_backward(ledger, rows, 0)
     keeps_dz = rows.outlive and not split_first
     # attention.output.dense
+    rows.lora.backward(ledger, "attended", of_lora)
     ledger.hold("workspace", d)
     weight(ledger, hidden * hidden, d)
-    _drop_output_gradient(ledger, rows, split_first * d)
-    _drop_input(ledger, rows, d, rows.input(d))
+    _drop_output_gradient(ledger, rows, split_first * d, "attended")
+    _drop_input(ledger, rows, d, rows.input(d, "attended"), "attended")
     # Attention: all of q, k, v at once.
     ledger.hold("workspace", 3 * d)
     ledger.drop("workspace", d)
@@ -233,7 +173,8 @@ def layer_backward(
     ledger.touch(rows.projections)
     for _ in range(1 if at_once else 3):
         weight(ledger, (3 if at_once else 1) * hidden * hidden, 3 * d if at_once else d)
-    _drop_output_gradient(ledger, rows, 3 * d)
+    rows.lora.backward(ledger, LAYER_INPUT, of_lora)
+    _drop_output_gradient(ledger, rows, 3 * d, LAYER_INPUT)
     if keeps_dz:
         ledger.touch(d)
     ledger.drop("workspace", d)
@@ -243,19 +184,20 @@ def layer_backward(
         ledger.drop("activations", rows.adapter)
         ledger.drop("workspace", d)
     ledger.drop("workspace", d if recomputed_input else 0)
-    _drop_input(ledger, rows, d, 0 if recomputed_input else d)
+    _drop_input(ledger, rows, d, 0 if recomputed_input else d, LAYER_INPUT)
 
 
-def _drop_output_gradient(ledger: Ledger, rows: Rows, nbytes: int) -> None:
+def _drop_output_gradient(ledger: Ledger, rows: Rows, nbytes: int, site: str) -> None:
     """Drop a Linear's output gradient, held as workspace, or keep it for surgery."""
     ledger.drop("workspace", nbytes)
-    ledger.hold("task gradients", nbytes if rows.outlive else 0)
+    ledger.hold("task gradients", nbytes if rows.outlive or site in rows.sites_outlive else 0)
 
 
-def _drop_input(ledger: Ledger, rows: Rows, nbytes: int, held: int) -> None:
+def _drop_input(ledger: Ledger, rows: Rows, nbytes: int, held: int, site: str) -> None:
     """Drop a Linear's input, held as activations or recomputed, or keep it for surgery."""
     ledger.drop("activations", held)
-    ledger.hold("activations", nbytes if rows.outlive else 0)
+    stays = rows.outlive or (site in rows.sites_outlive and site in rows.lora.keeps)
+    ledger.hold("activations", nbytes if stays else 0)
 
 
 def recompute_layer(ledger: Ledger, rows: Rows, *, adapts: bool) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fastmtl.profile import layers
-from fastmtl.profile.layers import Rows, Weight
 from fastmtl.profile.ledger import Ledger
+from fastmtl.profile.lora import Weight, ignore_weight
+from fastmtl.profile.rows import Rows
 from fastmtl.profile.shape import Shape
 
 
@@ -17,20 +18,32 @@ class Pass:
         shape = replace(shape, load=shape.loads[number])
         adapter = shape.adapter
         self._ledger, self._shape = ledger, shape
-        self._trained = shape.dense > 0
+        self._trained = shape.encoder_trained
         # DeepSpeed's linear layer of ZeRO 3 keeps its input even if its weight is frozen.
         keeps_inputs = self._trained or shape.zero == 3
         size = 0 if adapter is None else adapter.size
         self._rows = Rows(shape, keeps_inputs=keeps_inputs, adapter_size=size, shared=self._trained)
+        self._rows_with_lora = Rows(
+            shape, keeps_inputs=keeps_inputs, adapter_size=size, shared=self._trained, lora=shape.lora
+        )
         self._top = "none" if adapter is None else adapter.top
         self._on_top = Rows(shape, keeps_inputs=True, adapter_size=0 if adapter is None else adapter.top_size)
         carrying = 0 if adapter is None else adapter.layers
         # The first layer in autograd's graph; nothing below it is trained.
-        self._first = 0 if self._trained else shape.layers - carrying
+        first = shape.layers - carrying if shape.lora is None else min(shape.lora.first, shape.layers - carrying)
+        self._first = 0 if self._trained else first
 
     def _starts_graph(self, layer: int) -> bool:
         """Return whether autograd's graph starts at the layer, only because it has an adapter."""
-        return not self._trained and layer == self._first
+        return not self._trained and layer == self._first and not self._has_lora(layer)
+
+    def _has_lora(self, layer: int) -> bool:
+        """Return whether a layer has a LoRA; the layers with one are taken as adjacent."""
+        lora = self._shape.lora
+        return lora is not None and lora.first <= layer < lora.first + lora.layers
+
+    def _rows_of(self, layer: int) -> Rows:
+        return self._rows_with_lora if self._has_lora(layer) else self._rows
 
     def _recomputes_input(self, layer: int) -> bool:
         """Return whether backward recomputes the input of a layer, which is a LayerNorm's output.
@@ -44,6 +57,7 @@ class Pass:
         ledger.phase = "forward"
         layers.embeddings_forward(ledger, rows, trained=self._trained)
         for layer in range(shape.layers):
+            rows = self._rows_of(layer)
             if layer < self._first:
                 layers.layer_without_graph(ledger, rows)
                 continue
@@ -84,13 +98,15 @@ class Pass:
             layers.layer_backward(
                 ledger,
                 self._on_top,
-                _ignore_weight,
+                ignore_weight,
                 adapts=False,
                 recomputed_input=self._recomputes_input(shape.layers),
             )
         if self._top == "pal":
             layers.pal_on_top_backward(ledger, self._on_top, recomputed_input=self._recomputes_input(shape.layers))
+        lora = shape.lora is not None and shape.lora.shared
         for layer in reversed(range(self._first, shape.layers)):
+            rows = self._rows_of(layer)
             adapts = layers.has_adapter(shape, layer)
             if self._starts_graph(layer):
                 if shape.recompute == "full":
@@ -101,9 +117,16 @@ class Pass:
             if shape.recompute == "full":
                 layers.recompute_layer(ledger, rows, adapts=adapts)
             shares = shape.layers - layer > shape.own_layers  # weights of a layer above, whose gradient is held
-            weigh = (self._add_weight if shares else weight) if self._trained else _ignore_weight
-            recomputed = self._recomputes_input(layer)
-            layers.layer_backward(ledger, rows, weigh, adapts=adapts, recomputed_input=recomputed, at_once=at_once)
+            adds = self._add_weight if shares else weight
+            layers.layer_backward(
+                ledger,
+                rows,
+                adds if self._trained else ignore_weight,
+                adapts=adapts,
+                recomputed_input=self._recomputes_input(layer),
+                at_once=at_once,
+                of_lora=adds if lora else ignore_weight,
+            )
         if own is None:
             weight(ledger, shape.own, 0)
         if self._trained:
@@ -116,7 +139,3 @@ class Pass:
         shape = self._shape
         if shape.joint or shape.storage != "stacked" or shape.j_bytes != shape.number_bytes:
             ledger.touch(numbers * shape.number_bytes)
-
-
-def _ignore_weight(ledger: Ledger, numbers: int, rows: int) -> None:
-    """Do nothing: for frozen weights, and for the tasks' own, which are counted all together."""

@@ -18,6 +18,7 @@ from fastmtl.errors import UserError, unknown_name
 from fastmtl.model.add_task import complete
 from fastmtl.model.encoder.encoder import PackedEncoder
 from fastmtl.model.encoder.pretrained import load_tokenizer
+from fastmtl.model.lora.start import with_settings_of_path
 from fastmtl.profile.predict import Prediction, predict
 from fastmtl.profile.shape import Load, Shape
 from fastmtl.surgery.methods.table import find_method
@@ -71,7 +72,7 @@ def choose_phase(recipe: Recipe, name: str | None) -> Phase:
 
     Raises UserError for an unknown name, and for a phase of masked language modelling.
     """
-    phases = phases_of(complete(recipe))
+    phases = phases_of(with_settings_of_path(complete(recipe)))
     if name is not None:
         names = {phase.name or "": phase for phase in phases}
         if name not in names:

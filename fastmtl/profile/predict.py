@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 from fastmtl.measure.parts import Bytes, total
 from fastmtl.profile import deepspeed
-from fastmtl.profile.layers import FLOAT, INT64, Weight
+from fastmtl.profile.layers import INT64
 from fastmtl.profile.ledger import Ledger
+from fastmtl.profile.lora import Weight, output_gradients
 from fastmtl.profile.passes import Pass
+from fastmtl.profile.rows import FLOAT
 from fastmtl.profile.shape import Shape
 from fastmtl.surgery.ranks.collectives import BUCKET
 from fastmtl.surgery.sinks.early_scatter import IN_FLIGHT
@@ -113,8 +115,9 @@ def _stacked(ledger: Ledger, shape: Shape) -> None:
 
 def _kept(ledger: Ledger, shape: Shape) -> None:
     """Run `kept`: inputs stay as activations, output gradients as task gradients, for surgery."""
-    numbers, narrow, linears = shape.number_bytes, shape.number_bytes < FLOAT, shape.linears
-    tables = (shape.positions + shape.types) * shape.embedding
+    numbers, narrow, linears = shape.number_bytes, shape.number_bytes < FLOAT, shape.shared_linears
+    lora = shape.lora if shape.lora is not None and shape.lora.shared else None
+    tables = (shape.positions + shape.types) * shape.embedding if shape.encoder_trained else 0
     vectors = shape.dense - tables - linears
     ledger.hold("task gradients", _sketch(shape))
     with ledger.holding(shape.own * FLOAT, "gradients"):
@@ -126,7 +129,8 @@ def _kept(ledger: Ledger, shape: Shape) -> None:
             ledger.drop("gradients", shape.own * numbers)
             _compact_rows(ledger, shape, number)
         ledger.phase = "surgery"
-        largest = shape.tasks * shape.hidden * shape.intermediate
+        matrix = shape.hidden * shape.intermediate if shape.encoder_trained or lora is None else lora.largest
+        largest = shape.tasks * matrix
         with ledger.holding(largest * numbers):
             ledger.touch(_scattered(shape, largest) + (largest * FLOAT if narrow and _scatters(shape) else 0))
             ledger.touch(shape.tasks * vectors * FLOAT)
@@ -135,7 +139,7 @@ def _kept(ledger: Ledger, shape: Shape) -> None:
         ledger.drop("task gradients", shape.tasks * (vectors + tables) * FLOAT)
         rows = _tokens(shape)
         inputs = ledger.held["activations"] // max(1, shape.layers)
-        gradients = rows * (5 * shape.hidden + shape.intermediate) * numbers
+        gradients = rows * output_gradients(shape) * numbers
         weighted = rows * shape.intermediate * (numbers + (FLOAT if narrow else 0))
         for _ in range(shape.layers):
             ledger.touch(weighted)

@@ -12,6 +12,7 @@ from fastmtl.engine.gradient_norm import surgery_clips
 from fastmtl.engine.settings import REDUCE_BUCKET_SIZE, overlaps
 from fastmtl.model.encoder.encoder import PackedEncoder
 from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.profile.lora_shape import LoraShape, lora_shape
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Shape:
     moments: numbers that the optimiser keeps per weight. copies_to_decay: weight decay is added to
     a copy of the gradient. joint: gradients are summed. storage: "stacked", "kept", "replay", or
     "none" with scope "tensor". overlap: DeepSpeed reduces during backward, as on GPUs. in_hand: all
-    gradients of a sum are ready before DeepSpeed gets one.
+    gradients of a sum are ready before DeepSpeed gets one. freezes: the encoder is frozen.
     """
 
     load: Load
@@ -118,6 +119,8 @@ class Shape:
     overlap: bool
     bucket: int
     in_hand: bool = False
+    lora: LoraShape | None = None
+    freezes: bool = False
 
     @property
     def trained(self) -> int:
@@ -128,6 +131,16 @@ class Shape:
         """The number of weights in the encoder's Linears."""
         projection = self.embedding * self.hidden if self.projects else 0
         return self.own_layers * self.hidden * (4 * self.hidden + 2 * self.intermediate) + projection
+
+    @property
+    def encoder_trained(self) -> bool:
+        return self.dense > 0 and not self.freezes
+
+    @property
+    def shared_linears(self) -> int:
+        """The number of trained weights in Linears that tasks share, a LoRA's included."""
+        lora = self.lora.numbers if self.lora is not None and self.lora.shared else 0
+        return (self.linears if self.encoder_trained else 0) + lora
 
     @property
     def largest(self) -> int:
@@ -178,6 +191,8 @@ class Shape:
             sublayer_dropouts=(encoder.sublayer_dropout_probs[0] > 0, encoder.sublayer_dropout_probs[1] > 0),
             tasks=len(recipe.tasks),
             adapter=_adapter(recipe, model),
+            lora=lora_shape(model),
+            freezes=recipe.encoder.freeze,
             dense=sum(p.numel() for p in shared) - sparse,
             table=sparse,
             own=total - sum(p.numel() for p in shared),

@@ -90,6 +90,7 @@ def _head(output: Path, recipe: Recipe, results: dict[str, Any]) -> str:
         "mean dev score": "–" if results["mean"] is None else f"{results['mean']:.3f}",
         "gradient method": recipe.gradient.method,
         "adapter": recipe.adapter.summary,
+        **({"LoRA": recipe.lora.summary} if recipe.lora.used else {}),
         "encoder": Path(recipe.encoder.path).name,
         "engine": f"ZeRO {engine.zero}, {engine.precision}",
         "processes": str(world),

@@ -25,11 +25,12 @@ def phase_table(recipe: Recipe, steps: list[dict[str, Any]], evaluations: list[d
             for name, rate in line["lr"].items():
                 peak[name] = max(rate, peak.get(name, 0.0))
         settings = phase.recipe
+        adapts = settings.adapter.name != "none" or settings.lora.used
         rows.append(
             [
                 str(phase.name),
                 "masked words" if phase.objective == "mlm" else ", ".join(settings.task_names),
-                ", ".join(name for name in phase.parts if name != "adapters" or settings.adapter.name != "none"),
+                ", ".join(name for name in phase.parts if name != "adapters" or adapts),
                 settings.adapter.name,
                 settings.sampler.name,
                 settings.gradient.method,

@@ -12,6 +12,7 @@ from fastmtl.engine.distributed import Ranks
 from fastmtl.errors import UserError
 from fastmtl.model.encoder.encoder import PackedEncoder
 from fastmtl.model.encoder.pretrained import encoder_directory, load_encoder
+from fastmtl.model.lora.start import load_start
 from fastmtl.model.masked_lm import MaskedLanguageModel, load_output_layer
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.model.task_weights import read_task_weights, take_over
@@ -32,7 +33,10 @@ class PhaseModel:
         torch.manual_seed(phase.recipe.seed)
         self.model = MultiTaskModel(phase.recipe, load_encoder(phase.recipe.encoder))
         self.notes = [self.model.encoder.note] if self.model.encoder.note and not phase.index else []
-        for part, module in (("adapters", self.model.adapter), ("heads", self.model.heads)):
+        if self.model.lora is not None:
+            load_start(self.model.lora, phase.recipe)
+        parts = ("adapters", self.model.adapter), ("adapters", self.model.lora), ("heads", self.model.heads)
+        for part, module in parts:
             if module is not None and part not in phase.parts:
                 module.requires_grad_(False)
         self.trained: MultiTaskModel | MaskedLanguageModel = self.model

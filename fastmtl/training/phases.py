@@ -39,6 +39,11 @@ class Phase:
     keep: Literal["best", "best_of_each", "last"] = "best"
 
     @property
+    def trains_shared(self) -> bool:
+        """True if weights that tasks share are trained: the encoder, or a LoRA for all tasks."""
+        return not self.recipe.encoder.freeze or (self.recipe.shares and "adapters" in self.parts)
+
+    @property
     def loss_names(self) -> list[str]:
         """Names of the losses in a step: the tasks, or `mlm`."""
         return [MLM] if self.objective == MLM else self.recipe.task_names
@@ -113,16 +118,19 @@ def _phase(recipe: Recipe, given: PhaseConfig, index: int, name: str) -> Phase:
     parts = ("encoder", "adapters", "heads") if given.trains == "all" else tuple(given.trains.split("+"))
     freeze = recipe.encoder.freeze if given.trains == "all" else "encoder" not in parts
     update["encoder"] = recipe.encoder.model_copy(update={"freeze": freeze})
-    if "adapters" in parts and given.trains != "all" and update["adapter"].name == update["adapter"].top == "none":
-        raise UserError(f"trains: {given.trains}, but adapter.name is none")
-    if given.keep == "best_of_each" and not freeze:
+    adapts = recipe.lora.used or not update["adapter"].name == update["adapter"].top == "none"
+    if "adapters" in parts and given.trains != "all" and not adapts:
+        raise UserError(f"trains: {given.trains}, but adapter.name is none and there is no lora")
+    phase = Phase(index, name, recipe.model_copy(update=update), parts, keep=given.keep)
+    if given.keep == "best_of_each" and phase.trains_shared:
+        other = "trains: heads, adapters or adapters+heads" if not recipe.lora.shared else "trains: heads"
         raise UserError(
-            "keep: best_of_each needs a frozen encoder: where tasks share what is trained, the best epoch of one "
-            "cannot be taken alone; use trains: heads, adapters or adapters+heads"
+            "keep: best_of_each needs a frozen encoder and no trained lora.tasks: shared: where tasks share what is "
+            f"trained, the best epoch of one cannot be taken alone; use {other}"
         )
-    if freeze and given.gradient is None:
-        update["gradient"] = GradientConfig()  # sum: the tasks share nothing that is trained
-    return Phase(index, name, recipe.model_copy(update=update), parts, keep=given.keep)
+    if not phase.trains_shared and given.gradient is None:  # sum: the tasks share nothing that is trained
+        phase.recipe.gradient = GradientConfig()
+    return phase
 
 
 def _mlm_phase(recipe: Recipe, given: PhaseConfig, update: dict[str, Any], index: int, name: str) -> Phase:

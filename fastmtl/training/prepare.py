@@ -26,6 +26,7 @@ from fastmtl.model.encoder.one_pass import check_one_pass
 from fastmtl.model.encoder.pretrained import load_tokenizer
 from fastmtl.model.encoder.transformers_encoder import TransformersEncoder
 from fastmtl.model.heads import RECURRENT
+from fastmtl.model.lora.start import with_settings_of_path
 from fastmtl.training.early_checks import check_schedules
 from fastmtl.training.phase_model import PhaseModel
 from fastmtl.training.phases import Phase, phases_of
@@ -72,7 +73,7 @@ def prepare(
     UserError for a setting, a file or a checkpoint that this run cannot use.
     """
     with errors_reach_rank_0():  # all checks that are possible before DeepSpeed starts
-        recipe = complete(recipe)
+        recipe = with_settings_of_path(complete(recipe))
         phases = phases_of(recipe)  # first, so that a wrong name is found before data are read
         for phase in phases:
             check_fused_optimizer(phase.recipe)

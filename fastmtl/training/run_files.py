@@ -99,8 +99,8 @@ class RunFiles:
             if name in tasks:
                 write_cs224n(folder / f"{name}-dev.csv", self._recipe.tasks[name], task.dataset.ids, task.scores)
                 np.save(folder / f".{name}-dev.npy", task.scores)  # for the report, also after a resume
-        for name in [] if phase.recipe.encoder.freeze else self._recipe.task_names:
-            if name not in scored:  # existing files are of an older encoder
+        for name in self._recipe.task_names if phase.trains_shared else []:
+            if name not in scored:  # existing files are of older shared weights
                 for file in (folder / f"{name}-dev.csv", folder / f".{name}-dev.npy"):
                     file.unlink(missing_ok=True)
 

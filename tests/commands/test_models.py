@@ -6,96 +6,29 @@ import csv
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from saved_models import SENTENCES, SINGLE, TASKS, assert_same_predictions, run, scores
 from transformers import AutoModel, AutoTokenizer
 
 import fastmtl
-from fastmtl import cli
 from fastmtl.config import Recipe
 from fastmtl.data.readers import Rows, read_file
 from fastmtl.data.stream import evaluation_batches
 from fastmtl.data.tokenized import tokenize
 from fastmtl.errors import UserError
 from fastmtl.model import add_task
-from fastmtl.model.encoder.pretrained import load_encoder, load_tokenizer
 from fastmtl.model.merge import TrainedModel, join
-from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.model.saved_model import load_model, save_model
+from fastmtl.model.saved_model import load_model
 from fastmtl_kernels import pool
 
-SENTENCES = ["the film was good", "a dull and boring story , not good at all", "he ran", "she reads a lovely book"]
-PAIRS = [("a dog ran", "the dog runs"), ("she eats soup", "a car drove to the city"), ("he sat", "he sat on the cat")]
-SINGLE = {"id": "id", "text": "a", "label": "y"}
-TASKS: dict[str, dict[str, Any]] = {
-    "tone": {
-        "type": "classification",
-        "num_labels": 3,
-        "pooling": "mean",
-        "data": {"dev": "tone.csv", "columns": SINGLE},
-    },
-    "same": {
-        "type": "binary",
-        "head": {"name": "mlp", "hidden": [8]},
-        "data": {"columns": {**SINGLE, "text_pair": "b"}},
-    },
-    "near": {"type": "regression", "range": [0, 5], "pairs": "bi", "data": {"columns": {**SINGLE, "text_pair": "b"}}},
-}
 Make = Callable[..., Path]
-
-
-@pytest.fixture
-def make(tiny_bert: Path, tmp_path: Path) -> Make:
-    """Return make(name, tasks, seed=0, section={...}, ...) -> a model with random weights."""
-
-    def make(name: str, tasks: list[str] | dict[str, dict], *, seed: int = 0, **sections: dict) -> Path:
-        values = {
-            "tasks": tasks if isinstance(tasks, dict) else {task: TASKS[task] for task in tasks},
-            "adapter": {"name": "low_rank", "size": 4},
-            "data": {"dir": str(tmp_path / name)},
-            **sections,
-            "encoder": {"path": str(tiny_bert), "freeze": True, **sections.get("encoder", {})},
-        }
-        recipe = Recipe.model_validate(values)
-        torch.manual_seed(seed)
-        model = MultiTaskModel(recipe, load_encoder(recipe.encoder))
-        for parameter in (p for part in model.task_parameters().values() for p in part):
-            torch.nn.init.normal_(parameter, std=0.3)
-        directory = tmp_path / name
-        save_model(directory, model, recipe, load_tokenizer(recipe.encoder))
-        return directory
-
-    return make
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["fastmtl", *map(str, arguments)])
-    monkeypatch.setattr(cli, "_debug", False)
-    try:
-        cli.main()
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    return 0
-
-
-def scores(directory: Path, task: str) -> np.ndarray:
-    predictor = fastmtl.load(directory, device="cpu")
-    answers = predictor.predict(task, PAIRS if "text_pair" in predictor.task(task).data.columns else SENTENCES)
-    return np.array([a.label if a.probabilities is None else a.probabilities for a in answers])
-
-
-def assert_same_predictions(joined: Path, source: Path, task: str, name: str | None = None) -> None:
-    ours, theirs = scores(joined, name or task), scores(source, task)
-    assert ours.tobytes() == theirs.tobytes()
-    assert np.ptp(ours, axis=0).max() > 1e-5  # the vectors depend on the texts
 
 
 @pytest.mark.slow
@@ -241,7 +174,7 @@ def write_rows(path: Path, count: int) -> None:
 @pytest.mark.slow(15)
 def test_a_task_is_added_without_touching_the_others(make: Make, tmp_path: Path) -> None:
     """Train in bf16, so that the run's encoder differs from the trained one in the last bits."""
-    base = make("base", ["same", "tone"])
+    base = make("base", ["same", "tone"], lora={"rank": 2, "alpha": 1.0, "tasks": "own"})
     before = {path.name: path.read_bytes() for path in base.iterdir()}
     for split, count in (("train", 24), ("dev", 6)):
         write_rows(tmp_path / f"{split}.csv", count)
@@ -264,10 +197,11 @@ def test_a_task_is_added_without_touching_the_others(make: Make, tmp_path: Path)
     assert (model / "model.safetensors").read_bytes() == before["model.safetensors"]
     for name in ("same", "tone"):
         assert_same_predictions(model, base, name)
-    old, new = load_file(base / "adapters.safetensors"), load_file(model / "adapters.safetensors")
-    for name, tensor in old.items():
-        assert torch.equal(new[name][:2], tensor)
-        assert len(new[name]) == 3
+    for file in ("adapters.safetensors", "lora.safetensors"):
+        old, new = load_file(base / file), load_file(model / file)
+        for name, tensor in old.items():
+            assert torch.equal(new[name][:2], tensor)
+            assert len(new[name]) == 3 and new[name][2].any()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"]["mood"] for line in lines if "loss" in line]
     assert len(losses) == 6

@@ -16,13 +16,14 @@ from sinks import Mode, sink_of
 from torch import nn
 from torch.nn.functional import layer_norm
 
-from fastmtl.config import parse_recipe
+from fastmtl.config import LoraConfig, parse_recipe
 from fastmtl.cuda_graphs import encoder as graphs
 from fastmtl.cuda_graphs.install import record_encoder
 from fastmtl.cuda_graphs.recorder import Unrecorded
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.engine.build import check_engine
 from fastmtl.errors import UserError
+from fastmtl.model.lora import build_lora
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery
 from fastmtl.surgery.losses import Losses
@@ -128,6 +129,8 @@ def test_reasons_are_warned_once(make_batch: MakeBatch, caplog: pytest.LogCaptur
 
     encoder = make_encoder(OpRecorder())
     assert reason_of(encoder, noise=torch.zeros(1)) == "it uses noise"
+    lora = build_lora(LoraConfig(rank=1), encoder, 3)
+    assert reason_of(encoder, lora=lora) == "it uses a LoRA"
     encoder.recompute = "full"
     assert reason_of(encoder) == "it uses recompute"
     sink = make_sink(make_encoder(), 3)

@@ -22,8 +22,10 @@ def recurrent(name: str) -> dict:
         {"tasks": recurrent("rnn")},
         {"adapter": {"name": "pal", "size": 12, "top": "layer"}},
         {"adapter": {"name": "low_rank", "size": 12, "top": "pal"}},
+        {"lora": {"rank": 2}},
+        {"lora": {"rank": 2, "tasks": "own"}},
     ],
-    ids=["lstm", "rnn", "layer on top", "pal on top"],
+    ids=["lstm", "rnn", "layer on top", "pal on top", "lora", "lora of each task"],
 )
 def test_only_matrices_decay(sections: dict, make_model: Callable[..., MultiTaskModel]) -> None:
     """Adapter parameters have a dimension for tasks; an adjustment's matrix is named a bias."""
@@ -31,6 +33,6 @@ def test_only_matrices_decay(sections: dict, make_model: Callable[..., MultiTask
     groups = model.parameter_groups(OptimizerConfig())
     decays = {id(parameter): group["weight_decay"] > 0 for group in groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
-        is_stacked = name.startswith("adapter.") and not name.startswith("adapter.top.tasks.")
+        is_stacked = name.startswith(("adapter.", "lora.own.")) and not name.startswith("adapter.top.tasks.")
         is_matrix = parameter.dim() - is_stacked >= 2 and not name.endswith("row_bias")
         assert decays[id(parameter)] == is_matrix, name

@@ -42,6 +42,14 @@ ADAPTERS: tuple[dict[str, Any] | None, ...] = (
 
 
 FAMILY_NAMES = ("bert", "electra", "bert", "albert", "roberta")
+# Recipes with a LoRA: its section, freeze, recompute, storage, precision, ZeRO stage.
+LORAS: tuple[tuple[dict[str, Any], bool, str, str, str, int], ...] = (
+    ({"rank": 4}, True, "none", "stacked", "fp32", 1),
+    ({"rank": 8, "targets": "all-linear", "dropout": 0.1}, True, "cheap", "replay", "bf16", 2),
+    ({"rank": 8, "targets": ["query", "output"], "tasks": "own"}, True, "none", "stacked", "fp32", 0),
+    ({"rank": 4, "targets": "all-linear", "layers": [1, 2]}, False, "full", "stacked", "bf16", 3),
+    ({"rank": 16, "targets": "all-linear"}, True, "none", "kept", "fp32", 1),
+)
 KEPT = 2  # recipes with J that are also measured with `storage: kept`
 
 
@@ -83,6 +91,30 @@ def draw(random: np.random.Generator, family: str) -> tuple[Recipe, PretrainedCo
     rows, longest = int(random.integers(1, 24)), one(12, 24, 48)
     batches = [_batch(random, config, tasks, rows, longest, recipe) for _ in range(recipe.engine.accumulation)]
     return recipe, config, batches
+
+
+def with_lora(
+    lora: dict[str, Any], freeze: bool, recompute: str, storage: str, precision: str, zero: int
+) -> tuple[Recipe, PretrainedConfig, list[PackedBatch]]:
+    """Return a recipe with a LoRA, an encoder's configuration and a step's micro-batch."""
+    config = AutoConfig.for_model(
+        "bert",
+        vocab_size=500,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=192,
+        max_position_embeddings=64,
+    )
+    values = {
+        "tasks": {f"task{k}": {"type": "binary", "data": {}, "pooling": "mean"} for k in range(3)},
+        "lora": lora,
+        "encoder": {"recompute": recompute, "freeze": freeze},
+        "gradient": {"method": "pcgrad", "storage": "replay" if zero == 3 else storage},
+        "engine": {"zero": zero, "precision": precision},
+    }
+    recipe = parse_recipe(values, "drawn")
+    return recipe, config, [_batch(np.random.default_rng(3), config, 3, 8, 30, recipe)]
 
 
 def _batch(
@@ -158,6 +190,8 @@ def main() -> None:
     drawn = [draw(random, FAMILY_NAMES[index % len(FAMILY_NAMES)]) for index in range(number)]
     stacked = [one for one in drawn if one[0].gradient.storage == "stacked" and one[0].gradient.method != "sum"]
     drawn += [(_kept(recipe), *rest) for recipe, *rest in stacked if not recipe.encoder.freeze][:KEPT]  # type: ignore[arg-type]
+    if ranks.world == 1:
+        drawn += [with_lora(*settings) for settings in LORAS]
     # ZeRO 3 last: DeepSpeed replaces torch's linear layer for the rest of the process.
     for recipe, config, batches in sorted(drawn, key=lambda one: one[0].engine.zero == 3):
         found = compare(recipe, config, batches, ranks)

@@ -11,7 +11,7 @@ from fastmtl.bench.activations import kept_bytes
 from fastmtl.bench.sizes import Size
 from fastmtl.bench.workload import Workload
 from fastmtl.config import Recompute
-from fastmtl.profile.layers import Rows
+from fastmtl.profile.rows import Rows
 from fastmtl.profile.shape import Load, Shape
 
 ODD = sizes.Shape("odd", hidden=72, layers=3, heads=3, intermediate=200, rows=5, vocabulary=100, positions=128)

@@ -38,8 +38,14 @@ def results(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def all_compared() -> list[dict[str, Any]]:
+def all_measured() -> list[dict[str, Any]]:
     return results(start(NUMBER, SEED))
+
+
+@pytest.fixture(scope="module")
+def all_compared(all_measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return those of the drawn shapes, none of which has a LoRA."""
+    return [entry for entry in all_measured if "lora" not in entry["recipe"]]
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +75,13 @@ def test_the_peak_is_predicted_within_ten_per_cent(compared: list[dict[str, Any]
     off = [(error, entry) for error, entry in zip(found, compared, strict=True) if abs(error) > 0.1]
     assert not off, json.dumps(off, indent=1)
     assert sorted(map(abs, found))[NUMBER // 2] < 0.02  # half of the errors are much smaller
+
+
+@pytest.mark.slow(25)
+def test_the_peak_with_a_lora_is_predicted(all_measured: list[dict[str, Any]]) -> None:
+    loras = [entry for entry in all_measured if "lora" in entry["recipe"]]
+    assert [entry["storage"] for entry in loras] == ["stacked", "replay", "stacked", "kept", "replay"]
+    assert all(abs(error) < 0.05 for error in errors(loras)), errors(loras)
 
 
 @pytest.mark.slow(25)

@@ -64,7 +64,8 @@ class Case:
     # (parameters), "flat-autocast", "graphs-pieces", "flat-graphs" (recorded layers and merging,
     # without an adapter), "left-out" (another library's model whose ranks leave out tasks without
     # rows, so that heads are reached on one rank only), "padded" (transformers' own modules, also
-    # "flat-padded" and "padded-tensor"), or an option's value: "tensor" (scope), "local", "sketch"
+    # "flat-padded" and "padded-tensor"), "lora" (for all tasks, encoder frozen), "lora-own" (one
+    # for each task, beside the adapter), or an option's value: "tensor" (scope), "local", "sketch"
     # (reduce), "cheap", "full" (recompute).
     variant: str = ""
     family: str = ""  # a case of encoder_families.py; "" for the BERT of make_model
@@ -106,6 +107,8 @@ CASES = [
     Case(1, 1, "pcgrad", variant="flat-padded"),
     Case(3, 1, "pcgrad", variant="padded-tensor"),
     *(Case(zero, 1, "pcgrad", family=family) for zero in (0, 1, 2, 3) for family in FAMILIES_OF_KINDS),
+    *(Case(zero, 1, "pcgrad", variant="lora") for zero in (0, 1, 2, 3)),
+    *(Case(zero, 1, "pcgrad", variant="lora-own") for zero in (1, 3)),
 ]
 PIECE = 1000  # numbers in a collective, for cases with many collectives
 
@@ -121,8 +124,11 @@ RANDOM = [
 def make_recipe(case: Case) -> Recipe:
     task = {"data": {"train": "none"}}
     adapter = {"name": "pal", "size": 8, "heads": 2, "projections": 2}
+    lora = {"lora": "shared", "lora-own": "own"}.get(case.variant)
     values = {
-        "adapter": {"name": "none"} if "graphs" in case.variant or "padded" in case.variant else adapter,
+        "adapter": {"name": "none"}
+        if "graphs" in case.variant or "padded" in case.variant or lora == "shared"
+        else adapter,
         "tasks": {
             "kind": {**task, "type": "classification", "num_labels": 3},
             "same": {**task, "type": "binary", "weight": 0.5},
@@ -130,8 +136,10 @@ def make_recipe(case: Case) -> Recipe:
         },
         "encoder": {
             "recompute": RECOMPUTES.get(case.variant, "none"),
+            "freeze": case.variant == "lora",
             "implementation": "transformers" if "padded" in case.variant else "auto",
         },
+        "lora": {"rank": 2, "targets": ["query", "value", "intermediate"], "tasks": lora} if lora else {},
         "gradient": {
             "method": case.method,
             "storage": case.storage,
@@ -181,6 +189,9 @@ def make_model(recipe: Recipe, family: str = "") -> MultiTaskModel:
     model = MultiTaskModel(recipe, encoder)
     for head in recipe.tasks.values():
         head.head.dropout = 0.0
+    for parameter in () if model.lora is None else model.lora.parameters():
+        if not parameter.any():  # B, which is zero in a new model
+            parameter.data.normal_(std=0.3)
     return model.eval()  # no dropout: the reference draws its masks in another order
 
 

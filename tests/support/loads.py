@@ -19,6 +19,9 @@ from fastmtl.model.multitask import MultiTaskModel
 
 # An adapter, and its layer on top of the encoder; tests under ZeRO use the first four, by stage.
 ADAPTERS = ["none", "pal+pal", "low_rank+layer", "lora+layer", "pal", "low_rank", "lora"]
+# A LoRA instead of an adapter: one for all tasks with a frozen and with a trained encoder, and one
+# for each task.
+LORAS = ["frozen:shared", "trained:shared", "trained:own"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +51,14 @@ def make_recipe(load: Load, zero: int = 1) -> Recipe:
         name: {**kinds[(t + load.seed) % 3], "data": {"train": "none"}, "head": {"dropout": 0.0}, "weight": 0.5 + t}
         for t, name in enumerate(load.tasks)
     }
-    name, _, top = load.adapter.partition("+")
+    encoder, _, lora = load.adapter.rpartition(":")
+    name, _, top = ("none" if encoder else load.adapter).partition("+")
     projections = 1 + load.seed % 3 if name == "pal" else 1
     adapter = {"name": name, "top": top or "none", "size": 4, "heads": 2, "projections": projections}
     values = {
+        "encoder": {"freeze": encoder == "frozen"},
         "adapter": adapter,
+        "lora": {"rank": 2, "targets": ["query", "value", "output"], "tasks": lora} if encoder else {},
         "tasks": tasks,
         "gradient": {"method": "pcgrad"},
         "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0},
@@ -75,7 +81,11 @@ def make_model(load: Load, zero: int = 1) -> MultiTaskModel:
         attention_probs_dropout_prob=0.0,
         initializer_range=0.3,
     )
-    return MultiTaskModel(make_recipe(load, zero), PackedBert(config)).eval()
+    model = MultiTaskModel(make_recipe(load, zero), PackedBert(config)).eval()
+    for parameter in () if model.lora is None else model.lora.parameters():
+        if not parameter.any():  # B, which is zero in a new model
+            parameter.data.normal_(std=0.3)
+    return model
 
 
 def make_batches(load: Load, parts: int) -> list[PackedBatch]:
@@ -113,17 +123,16 @@ def jacobian(model: MultiTaskModel, load: Load) -> tuple[Tensor, dict[str, Tenso
     In the model's dtype, with one backward per task.
     """
     (joined,) = make_batches(load, 1)
-    names = [name for name, _ in model.named_parameters()]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     shared_ids = {id(p) for p in model.shared_parameters()}
     rows: list[Tensor] = []
     own: dict[str, Tensor] = {}
     for task, count in load.counts().items():
         loss = model.task_weights[task] * model(joined)[task][0] / max(count, 1)
-        found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
-        by_name = dict(zip(names, found, strict=True))
-        shared = [by_name[n].flatten().double() for n, p in model.named_parameters() if id(p) in shared_ids]
-        rows.append(torch.cat(shared))
-        for name, parameter in model.named_parameters():
+        found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True, materialize_grads=True)
+        by_name = dict(zip(trained, found, strict=True))
+        rows.append(torch.cat([by_name[n].flatten().double() for n, p in trained.items() if id(p) in shared_ids]))
+        for name, parameter in trained.items():
             if id(parameter) not in shared_ids:
                 own[name] = own.get(name, torch.zeros(())) + by_name[name].double()
     return torch.stack(rows), own

@@ -172,7 +172,27 @@ def main(directory: Path, bert: Path) -> None:
         with contextlib.nullcontext() if name == "three" else results_only():  # a test reads its report
             train(make_recipe(directory, bert, phases, zero), directory / name)
     with results_only():
+        train_loras(directory, bert)
         train_in_parts(directory, bert)
+
+
+def train_loras(directory: Path, bert: Path) -> None:
+    """Train heads, then a LoRA of all tasks; from there one of each task, in ZeRO 3."""
+    from fastmtl.inference.export import export
+    from fastmtl.train import train
+
+    heads = {"name": "heads", "trains": "heads"}
+    phases: list[dict[str, Any]] = [
+        heads,
+        {"name": "lora", "trains": "adapters+heads", "gradient": {"method": "pcgrad"}},
+    ]
+    lora = {"rank": 4, "alpha": 16.0, "targets": ["query", "value", "output"], "dropout": 0.1, "layers": [1]}
+    common = {"adapter": {"name": "none"}, "optimizer": {"lr": 3e-3, "adapter_lr": 1e-2}}
+    train(make_recipe(directory, bert, phases, zero=2, lora=lora, **common), directory / "lora")
+    export(directory / "lora" / "model", directory / "peft", "peft")
+    lora = {"path": str(directory / "peft"), "tasks": "own"}
+    recipe = make_recipe(directory, bert, [], zero=3, lora=lora, train={"max_steps": 2}, **common)
+    train(recipe, directory / "lora-own")
 
 
 def train_in_parts(directory: Path, bert: Path) -> None:

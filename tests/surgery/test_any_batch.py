@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from loads import ADAPTERS, Load, jacobian, make_batches, make_model, merge
+from loads import ADAPTERS, LORAS, Load, jacobian, make_batches, make_model, merge
 from torch import Tensor
 
 from fastmtl.model.multitask import MultiTaskModel
@@ -22,7 +22,7 @@ from fastmtl.surgery.methods.order import draw_order
 LOADS = st.builds(
     Load,
     rows=st.lists(st.integers(0, 5), min_size=1, max_size=8).filter(any).map(tuple),
-    adapter=st.sampled_from(ADAPTERS),
+    adapter=st.sampled_from(ADAPTERS + LORAS),
     accumulation=st.sampled_from([1, 4]),
     seed=st.integers(0, 1000),
 )
@@ -107,7 +107,7 @@ def test_bfloat16_within_twice_the_error_of_torch(load: Load, storage: Any) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", ADAPTERS + LORAS)
 def test_every_adapter_meets_a_task_without_rows_and_one_token_sequences(adapter: str) -> None:
     for storage in ("stacked", "kept", "replay"):
         load = Load((3, 0, 2, 1), adapter, 1, 4)

@@ -135,6 +135,29 @@ def test_masked_words_come_before_the_tasks(runs: Path, tiny_bert: Path) -> None
 
 
 @pytest.mark.slow(40)
+def test_a_lora_is_trained_with_surgery_and_goes_on_as_one_of_each_task(runs: Path, tiny_bert: Path) -> None:
+    assert same(weights(runs / "lora", "model"), read_encoder_weights(tiny_bert, FAMILIES["bert"]))
+    steps = [line for line in lines(runs / "lora") if "loss" in line]
+    assert {name for line in steps if line["phase"] == "lora" for name in line["lr"]} == {"lora", "heads"}
+    assert all(bool(line["cosines"]) == (line["phase"] == "lora") for line in steps)
+    first, own = weights(runs / "lora", "lora"), weights(runs / "lora-own", "lora")
+    assert len(first) == 6 and all(tensor.any() for tensor in first.values())
+    for name, tensor in first.items():
+        stacked = own[name.replace("shared.", "own.")]
+        assert stacked.shape == (3, *tensor.shape) and not torch.equal(stacked[0], stacked[1])
+        torch.testing.assert_close(stacked, tensor.expand_as(stacked), rtol=0, atol=0.1)
+    about = json.loads((runs / "lora-own" / "model" / "fastmtl.json").read_text())["recipe"]["lora"]
+    settings = ("rank", "alpha", "targets", "layers", "dropout")
+    modules = [f"encoder.layer.1.{name}" for name in ("attention.self.query", "attention.self.value", "output.dense")]
+    assert [about[key] for key in settings] == [4, 16.0, modules, None, 0.0]
+    kept = json.loads((runs / "lora" / "results.json").read_text())["dev"]
+    from fastmtl.inference.predict import evaluate_split, load
+
+    found = evaluate_split(load(runs / "lora"), "dev", None, None).metrics
+    assert found["degree"]["pearson"] == pytest.approx(kept["degree"]["pearson"], abs=1e-5)
+
+
+@pytest.mark.slow(40)
 def test_two_ranks_do_what_one_does(runs: Path) -> None:
     """ZeRO 2, two micro-batches a step: Gradient Compromise with gradvac, then masked words."""
     one, two = ([line for line in lines(runs / f"ranks-{world}") if "loss" in line] for world in (1, 2))
@@ -151,6 +174,17 @@ def recipe(*phases: dict[str, Any], **sections: Any) -> Recipe:
         "para": {"type": "binary", "data": {"train": "x", "dev": "x"}},
     }
     return parse_recipe({"tasks": tasks, "phases": list(phases), **sections}, "test")
+
+
+def test_a_phase_trains_a_lora_as_an_adapter() -> None:
+    phases = [{"trains": "adapters"}, {"trains": "heads"}, {"trains": "heads", "keep": "best_of_each"}]
+    shared = recipe(*phases, lora={"rank": 2}, gradient={"method": "pcgrad"})
+    assert [phase.trains_shared for phase in phases_of(shared)] == [True, False, False]
+    assert [phase.recipe.gradient.method for phase in phases_of(shared)] == ["pcgrad", "sum", "sum"]
+    own = recipe(*phases, {"trains": "adapters", "keep": "best_of_each"}, lora={"rank": 2, "tasks": "own"})
+    assert not any(phase.trains_shared for phase in phases_of(own))
+    with pytest.raises(UserError, match="trained lora.tasks: shared"):
+        phases_of(recipe({"trains": "adapters", "keep": "best_of_each"}, lora={"rank": 2}))
 
 
 def test_settings_of_a_phase_replace_single_ones_of_the_recipe() -> None:

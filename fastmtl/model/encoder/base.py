@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from fastmtl.config import Recipe
 from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.model.encoder.context import LinearAdapter
 from fastmtl.model.encoder.pooler import Pooler, UnusedPooler
 from fastmtl.model.encoder.protocols import LayerAdapter, RecordedEncoder
 from fastmtl.model.encoder.settings import EncoderSettings
@@ -65,6 +66,7 @@ class Encoder(nn.Module):
         adapter: LayerAdapter | None = None,
         task_grads: Sink | None = None,
         noise: Tensor | None = None,
+        lora: LinearAdapter | None = None,
     ) -> Tensor:
         """Return the hidden states [N, d]; the arguments are those of PackedEncoder.forward."""
         raise NotImplementedError

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.model.encoder.recompute import RecomputedResults
@@ -40,6 +40,19 @@ class Seeds:
         return self._parts[which if layer is None else 1 + _IN_LAYER * layer + which]
 
 
+class LinearAdapter(Protocol):
+    """LoRA: terms that are added to the outputs of linear layers.
+
+    training: draws dropout. by_task: each task has its own terms.
+    """
+
+    training: bool
+    by_task: bool
+
+    def term(self, linear: nn.Module, x: Tensor, context: ForwardContext) -> Tensor | None:
+        """Return the term [N, out] for a layer with input x [N, in], or None for no term."""
+
+
 @dataclass(frozen=True, eq=False)
 class SegmentContext:
     """Data that a linear layer needs besides its input x to compute gradients per task.
@@ -50,6 +63,13 @@ class SegmentContext:
 
     segments: Segments
     task_grads: Sink | None
+
+    def term(self, linear: nn.Module, x: Tensor) -> Tensor | None:
+        """Return the term [N, out] that a LoRA adds to a layer's output, or None for no term.
+
+        linear: the layer. x: its input [N, in].
+        """
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +83,7 @@ class ForwardContext(SegmentContext):
     batch: the batch; None in a recording, which serves many batches.
     layer: number of the layer that runs, from 0; None before the layers.
     common: data that all layers of this family of encoders read (`PackedEncoder.begin`), or None.
+    lora: the LoRA of the linear layers, or None.
     """
 
     cu_seqlens: Tensor
@@ -72,6 +93,7 @@ class ForwardContext(SegmentContext):
     batch: PackedBatch | None = None
     layer: int | None = None
     common: Any = None
+    lora: LinearAdapter | None = None
 
     @classmethod
     def build(
@@ -83,6 +105,7 @@ class ForwardContext(SegmentContext):
         task_grads: Sink | None = None,
         recomputed: RecomputedResults | None = None,
         plan: bool = True,
+        lora: LinearAdapter | None = None,
     ) -> ForwardContext:
         """Build the context of a batch. In training, draw its seeds from the device's generator.
 
@@ -95,7 +118,7 @@ class ForwardContext(SegmentContext):
         if training:
             seeds = Seeds(torch.randint(1 << 62, (num_seeds(num_layers),), device=batch.input_ids.device))
         segments = Segments(batch.token_offsets, batch.host.token_offsets)
-        context = cls(segments, task_grads, batch.cu_seqlens, seeds, None, recomputed, batch)
+        context = cls(segments, task_grads, batch.cu_seqlens, seeds, None, recomputed, batch, lora=lora)
         return context.planned() if plan else context
 
     def planned(self) -> ForwardContext:
@@ -114,13 +137,16 @@ class ForwardContext(SegmentContext):
     def of_task(self, task: int) -> ForwardContext:
         """Return the context of one task's tokens, for modules that only this task uses.
 
-        It has no sink: only shared parameters need a gradient per task.
+        It has no sink, since only shared parameters need a gradient per task, and no LoRA.
         """
         assert self.batch is not None
         batch = self.batch.task(task)
         segments = Segments(batch.token_offsets, batch.host.token_offsets)
         task_context = ForwardContext(segments, None, batch.cu_seqlens, self.seeds, None, self.recomputed, batch)
         return task_context.planned()
+
+    def term(self, linear: nn.Module, x: Tensor) -> Tensor | None:
+        return None if self.lora is None else self.lora.term(linear, x, self)
 
     def seed(self, which: int) -> Tensor | None:
         """Return the seed of a dropout of the layer that runs, int64 [1] on the device.
@@ -134,6 +160,11 @@ class ForwardContext(SegmentContext):
     def armed(self) -> Sink | None:
         """The sink, if it is armed, so that it accepts gradients; else None."""
         return None if self.task_grads is None or not self.task_grads.active else self.task_grads
+
+    @property
+    def by_task(self) -> bool:
+        """True if layers compute something else for each task: T gradients, or their own LoRA."""
+        return self.armed is not None or (self.lora is not None and self.lora.by_task)
 
     def attend(
         self,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from fastmtl.config import Recompute
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
 from fastmtl.model.encoder.base import Encoder
-from fastmtl.model.encoder.context import ForwardContext
+from fastmtl.model.encoder.context import ForwardContext, LinearAdapter
 from fastmtl.model.encoder.layers import AddLayerNorm, Norm, TaskLayerNorm
 from fastmtl.model.encoder.pooler import Pooler, UnusedPooler
 from fastmtl.model.encoder.protocols import LayerAdapter, RecordedEncoder
@@ -47,11 +48,19 @@ class PackedEncoder(Encoder):
     Attribute recorded: replays recordings in training, as CUDA graphs do; None by default.
     Attribute not_recorded: the reason why no recording can be made of this family; "" if one can.
     Attribute left_out: names of tensors that files may have and this configuration does not use.
+    Attribute linears: {name in lora.targets: name of the module in a layer}; by default BERT's.
     """
 
     not_recorded = ""
     left_out: frozenset[str] = frozenset()
-
+    linears: ClassVar[Mapping[str, str]] = {
+        "query": "attention.self.query",
+        "key": "attention.self.key",
+        "value": "attention.self.value",
+        "attention_output": "attention.output.dense",
+        "intermediate": "intermediate.dense",
+        "output": "output.dense",
+    }
     embeddings: nn.Module
 
     def __init__(
@@ -128,6 +137,7 @@ class PackedEncoder(Encoder):
         adapter: LayerAdapter | None = None,
         task_grads: Sink | None = None,
         noise: Tensor | None = None,
+        lora: LinearAdapter | None = None,
     ) -> Tensor:
         """Return the hidden states [N, d] after the last layer, or after the adapter's top.
 
@@ -135,25 +145,40 @@ class PackedEncoder(Encoder):
         output of this layer, or None for no term.
         task_grads: sink for the gradients per task; used while it is armed.
         noise [N, d]: added to the output of the embeddings.
+        lora: adds terms to the outputs of linear layers.
         """
         top = None if adapter is None else adapter.top
         num_layers = len(self.layers) + (0 if top is None else top.num_layers)
-        training = self.training or (adapter is not None and adapter.training)
+        training = self.training or any(part is not None and part.training for part in (adapter, lora))
         recompute = self.recompute if torch.is_grad_enabled() else "none"
         recomputed = RecomputedResults() if recompute == "cheap" else None
         recorded = self.recorded if self.training and torch.is_grad_enabled() else None
         context = ForwardContext.build(
-            batch, num_layers, training=training, task_grads=task_grads, recomputed=recomputed, plan=recorded is None
+            batch,
+            num_layers,
+            training=training,
+            task_grads=task_grads,
+            recomputed=recomputed,
+            plan=recorded is None,
+            lora=lora,
         )
+        # With the sink, backward would run through all layers below the first one that is trained.
+        frozen = not any(parameter.requires_grad for parameter in self.embeddings.parameters())
 
         def embedded() -> Tensor:
-            hidden = self.embeddings(batch.input_ids, batch.token_type_ids, batch.position_ids, context)
+            of_embeddings = replace(context, task_grads=None) if frozen else context
+            hidden = self.embeddings(batch.input_ids, batch.token_type_ids, batch.position_ids, of_embeddings)
             return hidden if noise is None else hidden + noise.to(hidden.dtype)
 
         if recorded is None:
             hidden = embedded()
         else:
-            unsupported = {"an adapter": adapter, "noise": noise, "recompute": recompute != "none" or None}
+            unsupported = {
+                "an adapter": adapter,
+                "a LoRA": lora,
+                "noise": noise,
+                "recompute": recompute != "none" or None,
+            }
             extra = [name for name, value in unsupported.items() if value is not None]
             before = None if recorded.embeds(context.armed) and not extra else embedded()
             found = recorded.run(before, batch, context, extra)

@@ -23,8 +23,10 @@ class TaskLinear(nn.Linear):
     weight: nn.Parameter
 
     def forward(self, x: Tensor, context: SegmentContext) -> Tensor:  # type: ignore[override]
-        """Map [N, in_features] to [N, out_features]."""
-        return functional.linear(x, self.weight, self.bias, context.segments, context.task_grads)
+        """Map [N, in_features] to [N, out_features]; a LoRA of the context adds its term."""
+        y = functional.linear(x, self.weight, self.bias, context.segments, context.task_grads)
+        term = context.term(self, x)
+        return y if term is None else y.add_(term)
 
 
 class Projection(Owner, nn.Linear):  # type: ignore[misc]
@@ -38,11 +40,12 @@ class Projection(Owner, nn.Linear):  # type: ignore[misc]
 
 
 def project(parts: Sequence[Projection], x: Tensor, context: SegmentContext) -> Tensor:
-    """Map x [N, in] by k Linears of one input to [N, k, out]."""
+    """Map x [N, in] by k Linears of one input to [N, k, out]; a LoRA of the context adds terms."""
 
     def call(x: Tensor) -> Tensor:
         weights, biases = [part.weight for part in parts], [part.bias for part in parts]
-        return projections(x, weights, biases, context.segments, context.task_grads)
+        terms = {i: term for i, part in enumerate(parts) if (term := context.term(part, x)) is not None}
+        return projections(x, weights, biases, context.segments, context.task_grads, terms)
 
     return within(parts, x, call)
 

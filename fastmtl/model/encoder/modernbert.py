@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,12 @@ _SUPPORTED = {"norm_bias": False, "classifier_bias": False, "classifier_activati
 class PackedModernBert(PackedEncoder):
     """ModernBERT encoder for packed sequences."""
 
+    linears: ClassVar[Mapping[str, str]] = {
+        "query_key_value": "attn.Wqkv",
+        "attention_output": "attn.Wo",
+        "intermediate": "mlp.Wi",
+        "output": "mlp.Wo",
+    }
     embeddings: Embeddings
 
     def __init__(

@@ -15,6 +15,7 @@ from fastmtl.config import Recipe, Recompute
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
 from fastmtl.model.encoder.base import Encoder
+from fastmtl.model.encoder.context import LinearAdapter
 from fastmtl.model.encoder.padding import Padding
 from fastmtl.model.encoder.protocols import LayerAdapter
 from fastmtl.model.encoder.transformers_settings import check_recipe, max_tokens, settings_of
@@ -113,12 +114,14 @@ class TransformersEncoder(Encoder):
         adapter: LayerAdapter | None = None,
         task_grads: Sink | None = None,
         noise: Tensor | None = None,
+        lora: LinearAdapter | None = None,
     ) -> Tensor:
         """Return the hidden states [N, d] after the last layer.
 
-        task_grads: not used, since surgery attaches to the model. adapter, noise: always None.
+        task_grads: not used, since surgery attaches to the model. adapter, noise, lora: always
+        None.
         """
-        assert adapter is None and noise is None, "check_recipe refuses adapters and SMART"
+        assert adapter is None and noise is None and lora is None, "check_recipe refuses adapters, SMART and LoRA"
         padding = Padding.of(batch)
         bounds = batch.host.seq_offsets
         tasks = [task for task, stop in enumerate(bounds[1:]) for _ in range(bounds[task], stop)]

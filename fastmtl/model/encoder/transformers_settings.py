@@ -21,6 +21,7 @@ def check_recipe(name: str, recipe: Recipe) -> None:
     settings = {
         f"adapter.name: {adapter.name}": adapter.name != "none",
         f"adapter.top: {adapter.top}": adapter.top != "none",
+        "lora": recipe.lora.used,
         "smart": recipe.smart.used,
         "engine.cuda_graphs: true": recipe.engine.cuda_graphs,
         f"encoder.layer_norm: {encoder.layer_norm}": encoder.layer_norm != "fastmtl",

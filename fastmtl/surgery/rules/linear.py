@@ -59,8 +59,9 @@ class _Linear(torch.autograd.Function):
         segments: Segments,
         task_grads: Sink,
     ) -> Tensor:
-        # The parameters themselves are saved: ZeRO 3 gathers their storage again for backward.
-        ctx.save_for_backward(x, weight, bias)
+        # The parameters themselves are saved: ZeRO 3 gathers their storage again for backward. A
+        # frozen layer, such as one with a LoRA, needs no input.
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:3]) else None, weight, bias)
         # The sink finds parameters by id; checkpointing replaces saved tensors by other objects.
         ctx.parameters = known
         ctx.segments, ctx.task_grads = segments, task_grads

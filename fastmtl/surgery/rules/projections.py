@@ -10,7 +10,7 @@ into one, k in x out numbers; a copy of the outputs would be N k out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,12 +30,14 @@ def projections(
     biases: Sequence[nn.Parameter],
     segments: Segments,
     task_grads: Sink | None = None,
+    terms: Mapping[int, Tensor] | None = None,
 ) -> Tensor:
     """Apply k Linears to x [N, in] and return their outputs side by side, [N, k, out].
 
-    weights: k tensors [out, in]. biases: k tensors [out]. Task gradients are taken as in
-    functional.linear. Raises UserError for an x of other dimensions, or with fewer rows than the
-    segments have.
+    weights: k tensors [out, in]. biases: k tensors [out]. terms: {number of a Linear: term [N, out]
+    to add to its output}; autograd's addition to a slice would copy all of dY.
+    Task gradients are taken as in functional.linear. Raises UserError for an x of other dimensions,
+    or with fewer rows than the segments have.
     """
     if task_grads is not None and not task_grads.active:
         task_grads = None
@@ -43,22 +45,29 @@ def projections(
         check_rows("projections", x, 2, segments)
     if torch.is_autocast_enabled(x.device.type):  # backward needs x in the dtype of the product
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _Projections.apply(x, segments, task_grads, *weights, *biases)
+    terms = terms or {}
+    return _Projections.apply(x, segments, task_grads, tuple(terms), *weights, *biases, *terms.values())
 
 
 class _Projections(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, segments: Segments, task_grads: Sink | None, *parameters: nn.Parameter) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, segments: Segments, task_grads: Sink | None, columns: tuple[int, ...], *inputs: Any
+    ) -> Tensor:
+        parameters, terms = inputs[: len(inputs) - len(columns)], inputs[len(inputs) - len(columns) :]
         number = len(parameters) // 2
         weights, biases = parameters[:number], parameters[number:]
         # As in linear.py: ZeRO 3 gathers the weights again, and the sink finds parameters by id.
-        ctx.save_for_backward(x, *weights)
-        ctx.parameters = parameters
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[4 : 4 + len(parameters)]) else None, *weights)
+        ctx.parameters, ctx.columns = parameters, columns
         ctx.segments, ctx.task_grads = segments, task_grads
         if task_grads is not None:
             for pair in zip(weights, biases, strict=True):
                 task_grads.expect(*pair)
-        return F.linear(x, _stacked(weights), _stacked(biases)).view(len(x), number, len(biases[0]))
+        y = F.linear(x, _stacked(weights), _stacked(biases)).view(len(x), number, len(biases[0]))
+        for column, term in zip(columns, terms, strict=True):
+            y[:, column] += term
+        return y
 
     @staticmethod
     @once_differentiable
@@ -66,12 +75,13 @@ class _Projections(torch.autograd.Function):
         x, *gathered = ctx.saved_tensors
         rows = dy.flatten(1)
         dx = rows.mm(cast(_stacked(gathered), dy.dtype)) if ctx.needs_input_grad[0] else None
-        return dx, None, None, *_gradients(ctx, rows, x)
+        return dx, None, None, None, *_gradients(ctx, rows, x), *(dy[:, column] for column in ctx.columns)
 
 
 def _gradients(ctx: Any, rows: Tensor, x: Tensor) -> list[Tensor | None]:
     """Return autograd's gradients of k weights, then k biases. rows [N, k out]: dY flattened."""
-    sink, parameters, needed = ctx.task_grads, ctx.parameters, ctx.needs_input_grad[3:]
+    sink, parameters = ctx.task_grads, ctx.parameters
+    needed = ctx.needs_input_grad[4 : 4 + len(parameters)]
     if not any(needed):
         return [None] * len(parameters)
     number = len(parameters) // 2

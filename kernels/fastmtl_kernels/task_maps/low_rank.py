@@ -2,7 +2,7 @@
 
     y = dropout(activation(x down_t + down_bias_t) up_t + up_bias_t)      for the rows of task t
 
-x, y [N, d]; down [T, d, r], up [T, r, d], down_bias [T, r], up_bias [T, d]. Dropout has a
+x [N, d], y [N, e]; down [T, d, r], up [T, r, e], down_bias [T, r], up_bias [T, e]. Dropout has a
 probability for each task; its mask is that of fastmtl_kernels.philox. Triton needs one launch in
 forward and three in backward: the rows, the partial gradients of the weights, and their sums.
 
@@ -48,14 +48,14 @@ def low_rank(
         x: [N, d], floating point, any strides.
         down: [T, d, r]. Parameters of another dtype than x's are converted. A transposed view of a
             tensor [T, r, d] is as fast.
-        up: [T, r, d], or a transposed view of a tensor [T, d, r].
+        up: [T, r, e], or a transposed view of a tensor [T, e, r].
         token_offsets: task t has the rows token_offsets[t]:token_offsets[t + 1]. An int32 [T + 1]
             on x's device, or a sequence of T + 1 integers, or an object with both as `offsets` and
             `host`. impl "torch" and "reference" need the integers, and wait for a GPU if only the
             tensor is given. A task may have no rows; its gradients are zero. Rows past the last
             offset are padding: zeros in y and in x's gradient.
         down_bias: [T, r].
-        up_bias: [T, d].
+        up_bias: [T, e].
         activation: "identity", "gelu" (by erf) or "relu".
         dropout_p: the probability of dropping an element of y, in [0, 1): one number, or one for
             each task.
@@ -64,7 +64,7 @@ def low_rank(
         impl: "auto", "reference", "torch" or "triton" (CUDA tensors, r <= 256, in float32 r <= 64).
 
     Returns:
-        y [N, d] of x's dtype.
+        y [N, e] of x's dtype.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value; the message names it.
@@ -72,14 +72,14 @@ def low_rank(
     """
     check_rows(x)
     tasks = TaskRows.make(token_offsets, x.shape[0], x.device)
-    num_tasks, columns = tasks.num_tasks, x.shape[1]
-    check_parameter("down", down, (num_tasks, columns, None), x, "[T, d, r]")
+    num_tasks = tasks.num_tasks
+    check_parameter("down", down, (num_tasks, x.shape[1], None), x, "[T, d, r]")
     rank = down.shape[2]
-    check_parameter("up", up, (num_tasks, rank, columns), x, "[T, r, d]")
+    check_parameter("up", up, (num_tasks, rank, None), x, "[T, r, e]")
     if down_bias is not None:
         check_parameter("down_bias", down_bias, (num_tasks, rank), x, "[T, r]")
     if up_bias is not None:
-        check_parameter("up_bias", up_bias, (num_tasks, columns), x, "[T, d]")
+        check_parameter("up_bias", up_bias, (num_tasks, up.shape[2]), x, "[T, e]")
     check_activation(activation)
     rates = task_rates("dropout_p", dropout_p, num_tasks, seed, x.device)
     x = to_autocast(x)

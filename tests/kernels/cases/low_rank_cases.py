@@ -20,7 +20,7 @@ class Case:
     """sizes: rows of each task. tail: rows of no task, NaN in them.
 
     rates: dropout, cut to the number of tasks. transposed: the parameters' memory is [T, out, in],
-    as that of torch's linear layers.
+    as that of torch's linear layers. out: columns of y; None for `columns`.
     """
 
     sizes: tuple[int, ...]
@@ -35,6 +35,7 @@ class Case:
     activation: str
     rates: tuple[float, ...] | float | None
     seed: int
+    out: int | None = None
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -47,17 +48,17 @@ class Case:
     def tensors(self, device: str) -> tuple[dict[str, Any], Tensor]:
         """Return the inputs by name, and the gradient of y."""
         generator = torch.Generator().manual_seed(self.seed)
-        num_tasks = len(self.sizes)
+        num_tasks, out = len(self.sizes), self.out or self.columns
         shapes = {
             "x": (self.offsets[-1] + self.tail, self.columns),
             "down": (num_tasks, self.columns, self.rank),
-            "up": (num_tasks, self.rank, self.columns),
+            "up": (num_tasks, self.rank, out),
             "down_bias": (num_tasks, self.rank),
-            "up_bias": (num_tasks, self.columns),
+            "up_bias": (num_tasks, out),
         }
         made = {}
         for name in (*shapes, "dy"):
-            shape = shapes.get(name, shapes["x"])
+            shape = shapes.get(name, (shapes["x"][0], out))
             values = torch.randn(shape, generator=generator)
             if len(shape) == 3 and not (self.activation == "relu" and name == "down"):
                 values /= shape[1] ** 0.5
@@ -93,6 +94,7 @@ def cases(max_rows: int = 90, max_columns: int = 140, max_rank: int = 70) -> st.
         activation=st.sampled_from(ACTIVATIONS),
         rates=st.sampled_from([None, 0.0, 0.3, (0.5, 0.0, 0.1, 0.9)]),
         seed=st.integers(0, 2**31),
+        out=st.sampled_from([None, None, 1, 33]),
     )
 
 

@@ -213,6 +213,7 @@ def test_settings_of_the_encoder_that_do_not_fit(
         ({"adapter": {"name": "pal"}}, "adapter.name: pal needs a packed encoder"),
         ({"adapter": {"top": "layer"}}, "adapter.top: layer needs a packed encoder"),
         ({"smart": {"strength": 1.0}}, "smart needs a packed encoder"),
+        ({"lora": {"rank": 2}}, "lora needs a packed encoder"),
         ({"engine": {"cuda_graphs": True}}, "engine.cuda_graphs: true needs a packed encoder"),
         ({"encoder": {"layer_norm": "apex"}}, "encoder.layer_norm: apex needs a packed encoder"),
         ({"tasks": {"sst": {**TASKS["sst"], "pooling": "pooler"}}}, "tasks.sst: pooling: pooler needs "),
