@@ -30,6 +30,8 @@ from fastmtl_kernels.task_maps.triton import launch as low_rank_triton
 from fastmtl_kernels.task_sink import TaskRows
 from fastmtl_kernels.varlen_attention.plan import AttentionPlan
 from fastmtl_kernels.varlen_attention.triton import launch as varlen_attention_triton
+from fastmtl_kernels.varlen_attention.triton import rotary as rotary_triton
+from fastmtl_kernels.varlen_attention.triton.bias import Bias, BiasSums, bias_gradient
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = {torch.bfloat16: (128, 256, 384, 512, 768, 1024), torch.float32: (384, 768, 1024), torch.float16: (384, 768)}
@@ -193,13 +195,59 @@ def attention() -> None:
         _attention(torch.bfloat16, num_heads, 64, 0.1)
 
 
-def _attention(dtype: torch.dtype, num_heads: int, head_dim: int, rate: float) -> None:
-    """Run forward and backward on a batch with a short and a long sequence."""
+def _attention(
+    dtype: torch.dtype,
+    num_heads: int,
+    head_dim: int,
+    rate: float,
+    *,
+    window: int | None = None,
+    rotary: bool = False,
+    groups: int = 0,
+) -> None:
+    """Run forward and backward on a batch with a short and a long sequence.
+
+    groups: those of the bias; 0 for no bias.
+    """
     plan = AttentionPlan.make([0, 20, 200], 208, "meta")
     qkv = meta(208, 3, num_heads, head_dim, dtype=dtype)
     drawn = seed() if rate else None
-    out, stats = varlen_attention_triton.forward(qkv, plan, 0.125, rate, drawn)
-    varlen_attention_triton.backward(qkv, out, stats, torch.empty_like(out), plan, 0.125, rate, drawn)
+    table = meta(2, 512, head_dim // 2, dtype=torch.float32)
+    bias = sums = None
+    if rotary:
+        qkv = rotary_triton.rotated(qkv, table, plan)
+    if groups:
+        rows = meta(groups + 1, dtype=torch.int32) if groups > 1 else None
+        bias = Bias(meta(groups, num_heads, 1023, dtype=dtype), rows)
+        sums = BiasSums.empty(bias, plan, num_heads)
+    out, stats = varlen_attention_triton.forward(qkv, plan, 0.125, rate, drawn, window, bias)
+    dout = torch.empty_like(out)
+    dqkv = varlen_attention_triton.backward(qkv, out, stats, dout, plan, 0.125, rate, drawn, window, bias, sums)
+    if rotary:
+        rotary_triton.rotate_back(dqkv, table, plan)
+    if bias is not None and sums is not None:
+        bias_gradient(bias, sums, plan)
+
+
+def attention_in_window() -> None:
+    """Call attention with a window and rotary positions, for ModernBERT's window and a shorter one.
+
+    Only a window of less than 63 changes the kernels of short sequences.
+    """
+    for dtype, window, rate in (
+        *((dtype, 64, 0.1) for dtype in DTYPES),
+        (torch.bfloat16, 64, 0.0),
+        (torch.bfloat16, 16, 0.1),
+    ):
+        _attention(dtype, 12, 64, rate, window=window, rotary=True)
+
+
+def attention_with_bias() -> None:
+    """Call attention with a bias of one group or of several, for MPNet's heads."""
+    for dtype in DTYPES:
+        _attention(dtype, 12, 64, 0.1, groups=3)
+    _attention(torch.bfloat16, 12, 64, 0.0, groups=1)
+    _attention(torch.bfloat16, 12, 64, 0.1, window=64, rotary=True, groups=3)
 
 
 def low_rank() -> None:
@@ -300,6 +348,8 @@ CASES = (
     gradients,
     combined_adamw,
     attention,
+    attention_in_window,
+    attention_with_bias,
     low_rank,
     low_rank_of_many_tasks,
     low_rank_in_part,

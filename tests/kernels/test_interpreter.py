@@ -35,4 +35,4 @@ def test_kernels_in_the_interpreter(interpret: Callable[..., None], folders: tup
 def test_every_file_is_run() -> None:
     """Every file of these tests is run by a process."""
     run = {file for folders in GROUPS for folder in folders for file in files_of(folder)}
-    assert run == set(HERE.rglob("test_*_interpreted.py")) and len(run) == 10
+    assert run == set(HERE.rglob("test_*_interpreted.py")) and len(run) == 11

@@ -37,6 +37,8 @@ from fastmtl_kernels.task_maps.triton import launch as low_rank_triton
 from fastmtl_kernels.task_sink import TaskRows  # noqa: E402
 from fastmtl_kernels.varlen_attention.plan import AttentionPlan  # noqa: E402
 from fastmtl_kernels.varlen_attention.triton import launch as varlen_attention_triton
+from fastmtl_kernels.varlen_attention.triton import rotary
+from fastmtl_kernels.varlen_attention.triton.bias import Bias, BiasSums, bias_gradient  # noqa: E402
 
 KERNELS = Path(inspect.getfile(dropout_triton)).parents[1]
 WIDTH, HEADS, TASKS = 64, 4, 3
@@ -106,6 +108,21 @@ def attention() -> None:
         varlen_attention_triton.backward(qkv, out, stats, out, plan, 0.25, 0.1, seed)
 
 
+def attention_with_positions() -> None:
+    """Launch attention with rotary positions and a bias whose size depends on the batch."""
+    for lengths, where, ids, seed in batches():
+        plan = AttentionPlan.make(where.tolist(), len(ids))
+        qkv = torch.zeros(len(ids), 3, HEADS, WIDTH // HEADS, dtype=torch.bfloat16)
+        table = torch.zeros(2, max(lengths), WIDTH // HEADS // 2)
+        qkv = rotary.rotated(qkv, table, plan)
+        bias = Bias(torch.zeros(len(lengths), HEADS, 2 * max(lengths) - 1), where)
+        sums = BiasSums.empty(bias, plan, HEADS)
+        out, stats = varlen_attention_triton.forward(qkv, plan, 0.25, 0.1, seed, 64, bias)
+        dqkv = varlen_attention_triton.backward(qkv, out, stats, out, plan, 0.25, 0.1, seed, 64, bias, sums)
+        rotary.rotate_back(dqkv, table, plan)
+        bias_gradient(bias, sums, plan)
+
+
 def low_rank() -> None:
     weight, bias = torch.zeros(TASKS, WIDTH, 16, dtype=torch.bfloat16), torch.zeros(TASKS, 16, dtype=torch.bfloat16)
     second, second_bias = weight.mT, torch.zeros(TASKS, WIDTH, dtype=torch.bfloat16)
@@ -139,7 +156,18 @@ def dense_step() -> None:
         combined_adamw_triton.combined_adamw(gradients, torch.zeros(TASKS), targets, update, None)
 
 
-OPERATIONS = [add_layer_norm, embed_layer_norm, dropout, pool, geglu, attention, low_rank, compact_rows, dense_step]
+OPERATIONS = [
+    add_layer_norm,
+    embed_layer_norm,
+    dropout,
+    pool,
+    geglu,
+    attention,
+    attention_with_positions,
+    low_rank,
+    compact_rows,
+    dense_step,
+]
 
 
 @pytest.fixture

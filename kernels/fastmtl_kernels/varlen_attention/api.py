@@ -56,7 +56,9 @@ def varlen_attention(
             64).
         plan: the result of AttentionPlan.make for cu_seqlens and the rows and device of qkv; one
             plan serves all layers of a batch. Only the Triton kernels need it. If it is None,
-            cu_seqlens is copied to the host to make one, which waits for the GPU.
+            cu_seqlens is copied to the host to make one, which waits for the GPU. With a plan, the
+            Triton kernels do not compare rotary, bias and bias_offsets with the sequences: places
+            and distances that these lack give NaN.
         window: the query at place i sees the keys at the places j with |i - j| <= window; None for
             all keys of the sequence.
         rotary: [2, P, head_dim // 2], cosines and sines, on qkv's device; float64 for float64 qkv,
@@ -81,12 +83,15 @@ def varlen_attention(
     terms.check(qkv)
     check_dropout(dropout_p, seed, qkv.device)
     scale = qkv.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    chosen = select("varlen_attention", impl, qkv, head_dim=qkv.shape[-1], position_terms=int(terms.given))
+    chosen = select("varlen_attention", impl, qkv, head_dim=qkv.shape[-1])
     if chosen == "triton":
         from fastmtl_kernels.varlen_attention.triton import launch
 
-        plan = plan or AttentionPlan.make(cu_seqlens.tolist(), qkv.shape[0], qkv.device)
-        return launch.varlen_attention(qkv, plan, scale, dropout_p, seed)
+        if plan is None:
+            offsets = cu_seqlens.tolist()
+            plan = AttentionPlan.make(offsets, qkv.shape[0], qkv.device)
+            terms.check_values(offsets)
+        return launch.varlen_attention(qkv, plan, scale, dropout_p, seed, terms, terms.group_rows(cu_seqlens))
     offsets = cu_seqlens.tolist()
     check_cu_seqlens(offsets, qkv.shape[0])
     if terms.given:

@@ -82,6 +82,12 @@ class PositionTerms(NamedTuple):
                     f"bias_offsets must ascend from 0 to the number of sequences, {num_sequences}, got {offsets}"
                 )
 
+    def group_rows(self, cu_seqlens: Tensor) -> Tensor | None:
+        """Return the first row of each group and the last's end, [G + 1]; None for one group."""
+        if self.bias_offsets is None or len(self.bias_offsets) == 2:
+            return None
+        return cu_seqlens.index_select(0, self.bias_offsets)
+
     def groups(self, num_sequences: int) -> list[int]:
         """Return the group of each sequence: its row of bias. Read bias_offsets."""
         if self.bias_offsets is None:

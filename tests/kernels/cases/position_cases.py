@@ -115,6 +115,19 @@ def exact_results(qkv: Tensor, grad: Tensor, arguments: dict[str, Any]) -> list[
     return results(qkv.double().nan_to_num(), grad.double(), wide, _dense)
 
 
+def assert_near_oracle(result: Tensor, oracle: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """Check the error: at most twice the oracle's own in this dtype, plus rounding.
+
+    A kernel rounds rotated Q and K, P and dS to the dtype of its products: a few units of the
+    largest entry.
+    """
+    assert result.dtype == dtype and result.shape == exact.shape
+    size = float(exact.abs().max()) if exact.numel() else 0.0
+    off = float((oracle.double() - exact).abs().max()) if exact.numel() else 0.0
+    error = (result.double() - exact).abs()
+    assert (error <= 2 * off + 8 * torch.finfo(dtype).eps * size + 1e-6).all(), (error.max(), off, size)
+
+
 def _dense(
     qkv: Tensor,
     cu_seqlens: Tensor,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from position_cases import assert_near_oracle, exact_results, position_cases, results
 from torch import Tensor
 
 from fastmtl_kernels.dispatch import unsupported_reason
@@ -69,6 +70,21 @@ def test_against_the_oracle(
             size = truth.abs().max()
             assert (result.double() - truth).abs().max() <= 2 * off + 4 * torch.finfo(dtype).eps * size + 1e-7
         assert not result[sum(lengths) :].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_positions_against_the_oracle(dtype: torch.dtype, data: st.DataObject) -> None:
+    """A window, rotary positions and a bias: the error, and equal bits of repeated runs."""
+    case = data.draw(position_cases(dtypes=[dtype], head_dims=[2, 16, 34, 64], longest=400))
+    qkv, grad, arguments = case.inputs("cuda")
+    found, again = (results(qkv, grad, arguments | {"impl": "triton"}) for _ in range(2))
+    rounded = results(qkv, grad, arguments | {"impl": "reference"})
+    qkv, grad, arguments = case.inputs()
+    for result, twin, oracle, exact in zip(found, again, rounded, exact_results(qkv, grad, arguments), strict=True):
+        assert torch.equal(result, twin)
+        assert_near_oracle(result.cpu(), oracle.cpu(), exact, dtype)
 
 
 def test_a_cpu_drops_the_same_entries() -> None:
