@@ -42,6 +42,15 @@ def base_of(directory: Path) -> torch.nn.Module:
     return AutoModel.from_pretrained(str(directory), add_pooling_layer=False)
 
 
+def start_model(model: Path, folder: Path, tasks: str) -> torch.nn.Module:
+    """Return the LoRA of a new run with the tasks of a model that starts from a folder of PEFT."""
+    given = json.loads((model / "fastmtl.json").read_text())["recipe"]
+    recipe = parse_recipe({**given, "lora": {"path": str(folder), "tasks": tasks}}, "test")
+    found = PhaseModel(phases_of(with_settings_of_path(recipe))[0]).model.lora
+    assert found is not None
+    return found
+
+
 def test_peft_and_transformers_load_a_lora_of_all_tasks(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,6 +88,9 @@ def test_peft_and_transformers_load_the_lora_of_each_task(
         )
         for matrix in "AB"
     }
+    started = start_model(model, tmp_path / "peft", "own")
+    saved = load_file(model / "lora.safetensors")
+    assert all(torch.equal(started.get_parameter(name), tensor) for name, tensor in saved.items())
     capsys.readouterr()
     vectors = []
     for task in ("tone", "near"):

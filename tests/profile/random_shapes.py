@@ -44,10 +44,9 @@ ADAPTERS: tuple[dict[str, Any] | None, ...] = (
 FAMILY_NAMES = ("bert", "electra", "bert", "albert", "roberta")
 # Recipes with a LoRA: its section, freeze, recompute, storage, precision, ZeRO stage.
 LORAS: tuple[tuple[dict[str, Any], bool, str, str, str, int], ...] = (
-    ({"rank": 4}, True, "none", "stacked", "fp32", 1),
     ({"rank": 8, "targets": "all-linear", "dropout": 0.1}, True, "cheap", "replay", "bf16", 2),
     ({"rank": 8, "targets": ["query", "output"], "tasks": "own"}, True, "none", "stacked", "fp32", 0),
-    ({"rank": 4, "targets": "all-linear", "layers": [1, 2]}, False, "full", "stacked", "bf16", 3),
+    ({"rank": 4, "layers": [1, 2]}, False, "full", "stacked", "bf16", 1),
     ({"rank": 16, "targets": "all-linear"}, True, "none", "kept", "fp32", 1),
 )
 KEPT = 2  # recipes with J that are also measured with `storage: kept`

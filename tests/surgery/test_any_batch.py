@@ -107,7 +107,7 @@ def test_bfloat16_within_twice_the_error_of_torch(load: Load, storage: Any) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter", ADAPTERS + LORAS)
+@pytest.mark.parametrize("adapter", ADAPTERS)
 def test_every_adapter_meets_a_task_without_rows_and_one_token_sequences(adapter: str) -> None:
     for storage in ("stacked", "kept", "replay"):
         load = Load((3, 0, 2, 1), adapter, 1, 4)

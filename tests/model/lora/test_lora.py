@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from encoder_families import FAMILY_CASES, padded_hidden, save_encoder_of
+from encoder_families import padded_hidden, save_encoder_of
 from packed_batches import build_model
 from peft import PeftModel
 from torch import Tensor, nn
@@ -31,8 +31,8 @@ MakeBatch = Callable[..., PackedBatch]
 MakeModel = Callable[..., MultiTaskModel]
 
 LENGTHS = [[5, 1, 17, 9], [3, 30], [12, 7]]
-# One case for each class of encoders.
-CASES = {FAMILIES[kind].encoder: case for case, (kind, _) in reversed(FAMILY_CASES.items())}.values()
+# Families with other layers than BERT's, or with other names in transformers.
+CASES = ["bert", "roberta", "distilbert", "albert", "deberta-v2", "modernbert"]
 NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 
 
@@ -202,7 +202,7 @@ def test_no_lora_is_the_default(make_model: MakeModel) -> None:
     assert not any("lora" in name for name in model.state_dict())
 
 
-@pytest.mark.parametrize("case", ["bert", "albert", "mpnet", "deberta-v2"])
+@pytest.mark.parametrize("case", ["albert", "deberta-v2"])
 def test_gradients_per_task_of_a_frozen_encoders_lora(case: str, make_batch: MakeBatch, tmp_path: Path) -> None:
     """Surgery on the LoRA alone, also where layers share it and on relative positions."""
     base = save_encoder_of(case, tmp_path / "base")
