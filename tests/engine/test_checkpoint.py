@@ -8,16 +8,14 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launch import cpu_environment
 from safetensors.torch import load_file
+from scripts import run_script
 
 from fastmtl.config import Recipe, parse_recipe
 from fastmtl.engine.checkpoint import Checkpoints
@@ -36,9 +34,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     One rank saves; two ranks save, and load the checkpoint of one; one rank loads that of two.
     """
     directory = tmp_path_factory.mktemp("checkpoints")
-    command = [sys.executable, str(WORKER), str(directory)]
-    done = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    run_script(WORKER, directory)
     return directory
 
 

@@ -7,13 +7,12 @@ the calls without flat parameters.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from scripts import run_script
 from torch import Tensor
 
 from fastmtl.bench.waits import host_waits
@@ -23,9 +22,7 @@ SCRIPT = Path(__file__).with_name("step_calls_cases.py")
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, Any]]:
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, dict[str, Any]] = json.loads(run_script(SCRIPT, timeout=300).splitlines()[-1])
     return result
 
 

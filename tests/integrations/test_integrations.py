@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from typing import Any
 import integration_cases as cases
 import pytest
 import torch
-from launch import cpu_environment
+from scripts import run_script
 from torch import Tensor
 
 from fastmtl.errors import UserError
@@ -69,9 +68,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     (directory / "skipped.py").write_text(skipped, encoding="utf-8")
     passes = without_dropout("peft").replace("tasks=TASKS,", 'tasks=TASKS, passes="per_task",')
     (directory / "peft_passes.py").write_text(passes, encoding="utf-8")
-    command = [sys.executable, cases.__file__, str(directory)]
-    run = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    run_script(cases.__file__, directory, timeout=300)
     return [torch.load(directory / f"{name}.pt", weights_only=False) for name in ("alone", 0, 1)]
 
 

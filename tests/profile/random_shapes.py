@@ -1,7 +1,7 @@
 """Measure random small recipes and the model's predictions; print JSON for the tests.
 
-It runs in one or two separate processes, since DeepSpeed's engine needs a process group. Every rank
-has the same rows.
+Usage: random_shapes.py NUMBER SEED RANKS. It runs in separate processes, since DeepSpeed's engine
+needs a process group. Every rank has the same rows.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ranks import run_ranks
 from sent import Sent
 from transformers import AutoConfig, PretrainedConfig
 
@@ -180,8 +181,7 @@ def _kept(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def main() -> None:
-    number, seed = int(sys.argv[1]), int(sys.argv[2])
+def main(number: int, seed: int) -> None:
     ranks = start()
     gc.freeze()  # all is imported: DeepSpeed collects garbage for each engine in ZeRO 3
     torch.set_num_threads(1)
@@ -199,4 +199,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    *drawn_by, world = map(int, sys.argv[1:])
+    if world == 1:
+        main(*drawn_by)
+    else:
+        run_ranks(world, main, *drawn_by)

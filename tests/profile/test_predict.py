@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import python_path
-
-from fastmtl.engine.distributed import free_port
+from scripts import run_script
 
 NUMBER, SEED = 14, 5
 NUMBER_ON_TWO_RANKS, SEED_ON_TWO_RANKS = 4, 5
@@ -20,26 +15,14 @@ KEPT, KEPT_ON_TWO_RANKS = 2, 1  # also measured with `storage: kept` by random_s
 SCRIPT = Path(__file__).parent / "random_shapes.py"
 
 
-def start(number: int, seed: int, **environment: str) -> subprocess.Popen[str]:
-    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(number), str(seed)],
-        env={**inherited, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def results(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
-    out, err = process.communicate()
-    assert process.returncode == 0, err[-3000:]
+def results(number: int, seed: int, ranks: int) -> list[dict[str, Any]]:
+    out = run_script(SCRIPT, number, seed, ranks)
     return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
 
 
 @pytest.fixture(scope="module")
 def all_measured() -> list[dict[str, Any]]:
-    return results(start(NUMBER, SEED))
+    return results(NUMBER, SEED, 1)
 
 
 @pytest.fixture(scope="module")
@@ -101,21 +84,8 @@ def test_what_stays_between_steps_is_predicted_part_by_part(compared: list[dict[
 
 @pytest.fixture(scope="module")
 def compared_on_two_ranks() -> list[dict[str, Any]]:
-    port = free_port()
-    ranks = [
-        start(
-            NUMBER_ON_TWO_RANKS,
-            SEED_ON_TWO_RANKS,
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE="2",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-        )
-        for rank in range(2)
-    ]
-    compared, silent = (results(process) for process in ranks)
-    assert len(compared) == NUMBER_ON_TWO_RANKS + KEPT_ON_TWO_RANKS and not silent
+    compared = results(NUMBER_ON_TWO_RANKS, SEED_ON_TWO_RANKS, 2)
+    assert len(compared) == NUMBER_ON_TWO_RANKS + KEPT_ON_TWO_RANKS  # of rank 0 alone
     return compared
 
 

@@ -15,8 +15,6 @@ an inner product is uncertain, the projection is nearly 0.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -24,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import run_script
 import torch
-from launch import cpu_environment
 
 from fastmtl_kernels._native import why_unavailable
 
@@ -69,9 +67,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], np.ndarr
 
     @cache
     def under_deepspeed() -> dict[str, np.ndarray]:
-        command = [sys.executable, ways.__file__, str(directory)]
-        done = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, timeout=400)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        run_script(ways.__file__, directory)
         return {name: losses for world in (1, 2) for name, losses in np.load(directory / f"{world}.npz").items()}
 
     @cache

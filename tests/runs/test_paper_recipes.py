@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import cpu_environment
+from scripts import run_script
 
 from fastmtl.config import load_recipe
 from fastmtl.recipes.files import bundled_recipes
@@ -24,10 +22,7 @@ PAPERS = [name for name in bundled_recipes() if name.startswith("papers/")]
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("papers")
-    environment = cpu_environment()
-    command = [sys.executable, str(WORKER), str(directory), str(tiny_bert)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    run_script(WORKER, directory, tiny_bert)
     return json.loads((directory / "outcomes.json").read_text(encoding="utf-8"))
 
 

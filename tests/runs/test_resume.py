@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import cpu_environment
+from scripts import run_script
 from left_by_run import lasting, lines, same, weights
 from safetensors.torch import load_file
 
@@ -21,11 +19,7 @@ CASES = Path(__file__).with_name("resume_cases.py")
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
     directory = tmp_path_factory.mktemp("resumed")
-    environment = cpu_environment()
-    command = [sys.executable, str(CASES), str(directory), str(tiny_bert)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    (directory / "log.txt").write_text(done.stdout)
+    (directory / "log.txt").write_text(run_script(CASES, directory, tiny_bert))
     return directory
 
 

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import subprocess
-import sys
 from typing import Any
 
 import group_cases as cases
 import pytest
 import torch
-from launch import cpu_environment
+from scripts import run_script
 from torch import Tensor
 
 pytestmark = pytest.mark.slow(6)
@@ -24,9 +22,7 @@ pytestmark = pytest.mark.slow(6)
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Return what each rank has found."""
     directory = tmp_path_factory.mktemp("group")
-    command = [sys.executable, cases.__file__, str(directory)]
-    run = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    run_script(cases.__file__, directory, timeout=300)
     return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(cases.WORLD)]
 
 

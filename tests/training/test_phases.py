@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import phase_cases as cases
 import pytest
 import torch
-from launch import cpu_environment
 from left_by_run import lasting, lines, same, weights
 from safetensors.torch import load_file
+from scripts import run_script
 
 from fastmtl.config import Recipe, load_recipe, parse_recipe
 from fastmtl.errors import UserError
@@ -25,9 +23,7 @@ from fastmtl.training.phases import phases_of
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
     directory = tmp_path_factory.mktemp("phases")
-    command = [sys.executable, cases.__file__, str(directory), str(tiny_bert)]
-    done = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_script(cases.__file__, directory, tiny_bert)
     return directory
 
 
