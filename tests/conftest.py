@@ -23,10 +23,14 @@ settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
 
+gc.disable()  # until all modules are imported: collections would look at their objects again and again
+
+
 def pytest_collection_finish() -> None:
     """Exclude the objects made by imports, millions that stay alive, from garbage collection."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:
