@@ -33,5 +33,5 @@ def two_processes() -> list[str]:
 
 
 def nothing_in_shared_memory(port: str) -> bool:
-    """Return True if the launch with this port has left no shared memory, which nobody would free."""
+    """Return True if the launch with this port has left no shared memory, which stays for ever."""
     return not list(Path("/dev/shm").glob(f"*_{port}_*"))
