@@ -92,7 +92,7 @@ def layer_forward(ledger: Ledger, rows: Rows, *, adapts: bool) -> None:
         activated = rows.result(rows.f, "activated")
         rows.lora.forward(ledger, LAYER_INPUT)
         with ledger.holding(rows.projections + rows.lora.outputs(LAYER_INPUT)):
-            ledger.hold("activations", 3 * rows.d)
+            ledger.hold("activations", 3 * rows.d + rows.relative)
         with ledger.holding(rows.d - attended):
             ledger.hold("activations", attended + rows.attention_stats)
             ledger.touch(rows.d)
@@ -167,7 +167,7 @@ def layer_backward(
     # Attention: all of q, k, v at once.
     ledger.hold("workspace", 3 * d)
     ledger.drop("workspace", d)
-    ledger.drop("activations", 3 * d + rows.attention_stats)
+    ledger.drop("activations", 3 * d + rows.relative + rows.attention_stats)
     ledger.hold("workspace", d if recomputed_input else 0)
     ledger.hold("workspace", d)
     ledger.touch(rows.projections)

@@ -47,6 +47,11 @@ class Rows:
         self.adapter_stats = 0 if shape.adapter is None else tokens * shape.adapter.heads * 2 * FLOAT
         # fastmtl_kernels.add_layer_norm.cpp: mean, rstd, and one bit per element for dropout.
         self.norm_stats = tokens * 2 * FLOAT
+        # fastmtl.model.encoder.deberta: relative positions after dropout, and each projection of
+        # them; a copy for each task while there are gradients per task.
+        copies = shape.tasks if shared and not shape.joint else 1
+        distances = copies * min(max(2 * shape.load.longest - 1, 0), shape.distances)
+        self.relative = distances * shape.hidden * number * (shape.terms + (shape.dropout and shape.terms > 0))
         mask = tokens * -(-shape.hidden // 64) * 8
         self.masks = tuple(mask if dropout else 0 for dropout in shape.sublayer_dropouts)
         # fastmtl.surgery.rules.projections: a copy of three weights that are not adjacent in a flat
@@ -79,7 +84,7 @@ class Rows:
     @property
     def layer(self) -> int:
         """Bytes of q, k, v, attention's output, norms, a norm's output, activation in and out."""
-        attention = 3 * self.d + self.attention_stats + self.input(self.d, "attended")
+        attention = 3 * self.d + self.relative + self.attention_stats + self.input(self.d, "attended")
         ends = self.result(self.d, "normed") + self.f + self.result(self.f, "activated")
         return attention + self.norm(0) + self.norm(1) + ends + self.lora.kept
 

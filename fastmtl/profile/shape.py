@@ -20,23 +20,25 @@ class Load:
     """The size of a micro-batch on one rank.
 
     unique: different tokens per task, summed over tasks. largest_task: tokens of the task with the
-    most.
+    most. longest: tokens of the longest text.
     """
 
     tokens: int
     sequences: int
     unique: int
     largest_task: int
+    longest: int = 0
 
     @classmethod
     def of(cls, batch: PackedBatch) -> Load:
-        offsets = batch.host.token_offsets
+        offsets, bounds = batch.host.token_offsets, batch.host.cu_seqlens
         pieces = [batch.input_ids[start:stop] for start, stop in zip(offsets, offsets[1:], strict=False)]
         return cls(
             tokens=batch.num_tokens,
-            sequences=len(batch.host.cu_seqlens) - 1,
+            sequences=len(bounds) - 1,
             unique=sum(len(piece.unique()) for piece in pieces),
             largest_task=max(len(piece) for piece in pieces),
+            longest=max((stop - start for start, stop in zip(bounds, bounds[1:], strict=False)), default=0),
         )
 
 
@@ -67,7 +69,8 @@ class Shape:
     embedding: width of the tables of words, positions and types. projects: a Linear maps it to the
     hidden size. own_layers: those with weights of their own; the others share theirs. dropout:
     after the embeddings. sublayer_dropouts: after a layer's attention part, and after its
-    feed-forward part.
+    feed-forward part. distances, terms: rows of the table of relative positions that each layer
+    projects, and the number of projections; 0 without such a table.
     loads: the step's micro-batches. load: the largest of them. number_bytes: of each weight,
     activation and gradient. merged_bytes: of each number of a dense gradient that surgery has
     merged; float32 with fp16's loss scale. dense: trained shared parameters without the word
@@ -92,6 +95,8 @@ class Shape:
     own_layers: int
     dropout: bool
     sublayer_dropouts: tuple[bool, bool]
+    distances: int
+    terms: int
     tasks: int
     adapter: AdapterShape | None
     dense: int
@@ -189,6 +194,8 @@ class Shape:
             projects=getattr(model.encoder.embeddings, "project", None) is not None,
             dropout=encoder.hidden_dropout_prob > 0,
             sublayer_dropouts=(encoder.sublayer_dropout_probs[0] > 0, encoder.sublayer_dropout_probs[1] > 0),
+            distances=model.encoder.distances,
+            terms=model.encoder.terms,
             tasks=len(recipe.tasks),
             adapter=_adapter(recipe, model),
             lora=lora_shape(model),

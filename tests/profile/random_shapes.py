@@ -42,7 +42,7 @@ ADAPTERS: tuple[dict[str, Any] | None, ...] = (
 )
 
 
-FAMILY_NAMES = ("bert", "electra", "bert", "albert", "roberta")
+FAMILY_NAMES = ("bert", "electra", "bert", "albert", "deberta-v2")
 # Recipes with a LoRA: its section, freeze, recompute, storage, precision, ZeRO stage.
 LORAS: tuple[tuple[dict[str, Any], bool, str, str, str, int], ...] = (
     ({"rank": 8, "targets": "all-linear", "dropout": 0.1}, True, "cheap", "replay", "bf16", 2),
@@ -62,7 +62,7 @@ def draw(random: np.random.Generator, family: str) -> tuple[Recipe, PretrainedCo
     heads = one(2, 4)
     hidden = heads * one(8, 16, 24, 32)
     dropout = one(0.0, 0.1)
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": int(random.integers(40, 4000)),
         "hidden_size": hidden,
         "num_hidden_layers": int(random.integers(1, 5)),
@@ -74,6 +74,8 @@ def draw(random: np.random.Generator, family: str) -> tuple[Recipe, PretrainedCo
     }
     if family in ("electra", "albert"):
         sizes["embedding_size"] = 16
+    if family == "deberta-v2":
+        sizes |= {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 32}
     config = AutoConfig.for_model(family, **sizes)
     tasks = int(random.integers(1, 5))
     method, precision, zero = one("sum", "pcgrad", "pcgrad", "gradvac"), one("fp32", "fp32", "bf16"), one(0, 1, 1, 2, 3)

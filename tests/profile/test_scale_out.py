@@ -39,9 +39,9 @@ def shape(**changes: Any) -> Shape:
     values: dict[str, Any] = {
         "load": load, "loads": (load,), "hidden": 64, "layers": 2, "heads": 4, "intermediate": 256, "positions": 64,
         "types": 2, "embedding": 64, "projects": False, "own_layers": 2, "dropout": True,
-        "sublayer_dropouts": (True, True), "tasks": 3, "adapter": None, "dense": 400_000, "table": 64_000, "own": 300,
-        "frozen": 0, "sizes": (200_000, 150_000, 50_000), "groups": (460_000, 4_300), "joint": False,
-        "storage": "stacked", "scope": "global", "reduce": "exact", "sketch_size": None, "j_bytes": 4,
+        "sublayer_dropouts": (True, True), "distances": 0, "terms": 0, "tasks": 3, "adapter": None, "dense": 400_000,
+        "table": 64_000, "own": 300, "frozen": 0, "sizes": (200_000, 150_000, 50_000), "groups": (460_000, 4_300),
+        "joint": False, "storage": "stacked", "scope": "global", "reduce": "exact", "sketch_size": None, "j_bytes": 4,
         "merged_bytes": 4, "number_bytes": 4, "moments": 2, "copies_to_decay": False, "accumulation": 1,
         "recompute": "none", "zero": 1, "world": 4, "offload": False, "on_gpu": True, "overlap": True,
         "bucket": 464_300,

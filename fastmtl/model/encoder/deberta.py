@@ -59,6 +59,8 @@ class PackedDeberta(PackedBert):
             groups, activation = getattr(config, "conv_groups", 1), getattr(config, "conv_act", "tanh")
             first = ConvolvedLayer(sizes, attention, kernel=kernel, groups=groups, activation=activation)
             self.encoder.layer[0] = first
+        if self.encoder.rel_embeddings is not None:
+            self.distances, self.terms = self.encoder.rel_embeddings.num_embeddings, len(self.relative.terms)
         if not sizes.positions:  # files of DeBERTa-v3 have this table
             self.left_out = frozenset({"embeddings.position_embeddings.weight"})
 

@@ -47,6 +47,8 @@ class PackedEncoder(Encoder):
     max_length: largest number of tokens per sequence, at most settings.max_tokens, the default.
     Attribute recorded: replays recordings in training, as CUDA graphs do; None by default.
     Attribute not_recorded: the reason why no recording can be made of this family; "" if one can.
+    Attributes distances, terms: rows of the table of relative positions that each layer projects,
+    and the number of projections; 0 without such a table.
     Attribute left_out: names of tensors that files may have and this configuration does not use.
     Attribute linears: {name in lora.targets: name of the module in a layer}; by default BERT's.
     """
@@ -61,6 +63,8 @@ class PackedEncoder(Encoder):
         "intermediate": "intermediate.dense",
         "output": "output.dense",
     }
+    distances: int = 0
+    terms: int = 0
     embeddings: nn.Module
 
     def __init__(
