@@ -20,6 +20,9 @@ from fastmtl.surgery.sinks.sink import Sink
 
 # Arguments that are the same for all rows if they have two dimensions, by class.
 WHOLE: Mapping[type[nn.Module], tuple[str, ...]] = {nn.MultiheadAttention: ("attn_mask",)}
+# The argument with the positions of a text's tokens, the same for all rows, which older versions of
+# transformers give to attention.
+_POSITIONS = "cache_position"
 
 
 class Divides(Protocol):
@@ -59,6 +62,8 @@ def run_by_task(
     """
     tasks, cut = range(len(rows.groups)), dict(kwargs)
     uncut = {name: cut.pop(name) for name in whole if isinstance(cut.get(name), Tensor) and cut[name].dim() == 2}
+    if isinstance(cut.get(_POSITIONS), Tensor):
+        uncut[_POSITIONS] = cut.pop(_POSITIONS)
     wanted = [item for item in owned if sink.wants(item.parameter)]
     by_parameter = {id(item.parameter): item for item in wanted}  # a tied parameter has several places
     made = {key: aliases(item, tasks, rows.task_of, sink) for key, item in by_parameter.items()}

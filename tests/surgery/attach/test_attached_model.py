@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastmtl.errors import UserError
+from fastmtl.surgery import GradientSurgery
 
 KINDS = ["bert", "llama_lora", "t5", "convnet"]  # rules, LoRA, modules that run once per task
 
@@ -203,3 +204,25 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert torch.equal(found[name], gradient), name
+
+
+class Shift(nn.Module):
+    """Add a row of a table to each token, by its position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.ones(4, 3))
+
+    def forward(self, x: Tensor, cache_position: Tensor) -> Tensor:
+        return x * self.table[cache_position]
+
+
+def test_positions_of_tokens_belong_to_all_rows() -> None:
+    """There are twice as many positions as rows, so their number does not show that they are none."""
+    trunk, x = Shift(), torch.arange(24.0).view(2, 4, 3)
+    surgery = GradientSurgery(torch.optim.SGD(trunk.parameters(), 0.1), "equal", tasks=["a", "b"], model=trunk)
+    with surgery.rows([1, 0]):
+        y = trunk(x, cache_position=torch.arange(4))
+    info = surgery.backward({"a": (y[1].sum(), 1), "b": (y[0].sum(), 1)})
+    assert info is not None and info.task_norms == pytest.approx([float(x[1].norm()), float(x[0].norm())])
+    assert torch.equal(trunk.table.grad, x.sum(0))  # type: ignore[arg-type]
