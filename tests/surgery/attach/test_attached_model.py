@@ -218,7 +218,7 @@ class Shift(nn.Module):
 
 
 def test_positions_of_tokens_belong_to_all_rows() -> None:
-    """There are twice as many positions as rows, so their number does not show that they are none."""
+    """Twice as many positions as rows: their number does not show that they are no rows."""
     trunk, x = Shift(), torch.arange(24.0).view(2, 4, 3)
     surgery = GradientSurgery(torch.optim.SGD(trunk.parameters(), 0.1), "equal", tasks=["a", "b"], model=trunk)
     with surgery.rows([1, 0]):
