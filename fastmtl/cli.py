@@ -17,6 +17,7 @@ from fastmtl.commands.options import Debug, ModelDir
 from fastmtl.errors import UserError, one_line, printable
 from fastmtl.files.output_folder import OutputFolder, check_output
 from fastmtl.system.failures import explained
+from fastmtl.system.garbage import without_collections
 from fastmtl.system.launcher_variables import is_first, world_size
 from fastmtl.system.streams import hide_stored_exceptions, secure
 from fastmtl.version import __version__
@@ -122,9 +123,10 @@ def train(
     DIR gets config.yaml, metrics.jsonl, tensorboard/, checkpoints/, model/,
     predictions/ and report.html.
     """
-    from fastmtl.config import load_recipe
-    from fastmtl.engine.early_errors import errors_reach_rank_0
-    from fastmtl.training.early_checks import check_recipe
+    with without_collections():
+        from fastmtl.config import load_recipe
+        from fastmtl.engine.early_errors import errors_reach_rank_0
+        from fastmtl.training.early_checks import check_recipe
 
     _set_debug(debug)
     directory = output or Path("runs") / Path(recipe).stem
@@ -148,7 +150,8 @@ def train(
         if found is not None:
             print(found)
         return
-    from fastmtl.train import train as run
+    with without_collections():
+        from fastmtl.train import train as run
 
     run(settings, directory, resume=resume, accept_changes=accept_changes, local_rank=context.obj, rows=rows)
     if folder is not None:
