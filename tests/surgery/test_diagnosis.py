@@ -196,6 +196,10 @@ def recorded(surgery: GradientSurgery) -> None:
     surgery.record_with(lambda *given: record_merging(*given, recorder=OpRecorder()))
 
 
+def untyped(value: Any) -> Any:
+    return value
+
+
 def with_features(surgery: GradientSurgery) -> None:
     features = torch.ones(2, requires_grad=True)
     surgery.backward({"a": (features.sum(), 2)}, features=features)
@@ -208,8 +212,8 @@ def with_features(surgery: GradientSurgery) -> None:
         ({"scope": "tensor"}, diagnose, "use scope='global' while you measure"),
         ({"reduce": "sketch"}, diagnose, "reduce='sketch' adds up all layers"),
         ({}, lambda surgery: diagnose(surgery, every=0), "every must be a positive number of steps, got 0"),
-        ({}, lambda surgery: diagnose(None), "surgery is of type NoneType: give a GradientSurgery"),
-        ({}, lambda surgery: diagnose(surgery, layer_of="x"), "layer_of is of type str: give a function"),
+        ({}, lambda surgery: diagnose(untyped(None)), "surgery is of type NoneType: give a GradientSurgery"),
+        ({}, lambda surgery: diagnose(surgery, layer_of=untyped("x")), "layer_of is of type str: give a function"),
         ({}, lambda surgery: (diagnose(surgery), diagnose(surgery)), "call stop\\(\\) of that diagnosis"),
         ({"model": None}, lambda surgery: (recorded(surgery), diagnose(surgery)), "leave cuda_graphs out"),
         ({"model": None}, lambda surgery: (diagnose(surgery), recorded(surgery)), "call its stop\\(\\) before"),
