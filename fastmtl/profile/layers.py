@@ -64,7 +64,8 @@ def embeddings_backward(ledger: Ledger, rows: Rows, weight: Weight, table: int, 
 
 def layer_without_graph(ledger: Ledger, rows: Rows) -> None:
     """Run a frozen layer with nothing trained below it: its output replaces its input."""
-    ledger.touch(max(3 * rows.d + rows.projections, 4 * rows.d + rows.attention_stats, rows.d + 2 * rows.f))
+    inside = (2 if rows.shape.gated else 1) * rows.d + rows.o + rows.f + rows.undropped
+    ledger.touch(max(3 * rows.d + rows.projections, 4 * rows.d + rows.attention_stats, inside))
 
 
 def first_adapter_forward(ledger: Ledger, rows: Rows) -> None:
@@ -100,7 +101,8 @@ def layer_forward(ledger: Ledger, rows: Rows, *, adapts: bool) -> None:
         with ledger.holding(rows.d):
             ledger.hold("activations", rows.norm(0) + normed)
         with ledger.holding(rows.d - normed):
-            ledger.hold("activations", rows.f)
+            ledger.hold("activations", rows.o)
+            ledger.touch(rows.f + rows.undropped)
             rows.lora.forward(ledger, "normed")
             with ledger.holding(rows.f - activated):
                 ledger.hold("activations", activated)
@@ -125,8 +127,8 @@ def layer_backward(
     held. at_once: the gradients of the weights of q, k and v are one product. of_lora: called in
     place of `weight` for the matrices of a LoRA.
     """
-    hidden, intermediate = rows.shape.hidden, rows.shape.intermediate
-    d, f = rows.d, rows.f
+    hidden, intermediate, opened = rows.shape.hidden, rows.shape.intermediate, rows.shape.opened
+    d, f, o = rows.d, rows.f, rows.o
     # Without dropout, dx and dz are one tensor.
     split, split_first = (1 if rows.masks[1] else 0), (1 if rows.masks[0] else 0)
     # The second norm: dz goes to the residual and the adapter, dx to the dense layer.
@@ -139,15 +141,15 @@ def layer_backward(
         _drop_output_gradient(ledger, rows, split * d, "activated")
     _drop_input(ledger, rows, f, rows.result(f, "activated"), "activated")
     # The activation.
-    ledger.hold("workspace", f)
+    ledger.hold("workspace", o)
     ledger.drop("workspace", f)
-    ledger.drop("activations", f)
+    ledger.drop("activations", o)
     # intermediate.dense, whose input is also the residual.
     with ledger.holding(rows.recomputed(d, "normed")):
         rows.lora.backward(ledger, "normed", of_lora)
         ledger.hold("workspace", d)
-        weight(ledger, hidden * intermediate, f)
-        _drop_output_gradient(ledger, rows, f, "normed")
+        weight(ledger, hidden * opened, o)
+        _drop_output_gradient(ledger, rows, o, "normed")
     _drop_input(ledger, rows, d, rows.result(d, "normed"), "normed")
     keeps_dz = rows.outlive and not split
     if adapts or keeps_dz:

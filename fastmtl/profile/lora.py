@@ -20,7 +20,7 @@ def ignore_weight(ledger: Ledger, numbers: int, rows: int) -> None:
 def output_gradients(shape: Shape) -> int:
     """Return the numbers per token in the output gradients of a layer's shared Linears."""
     lora = shape.lora if shape.lora is not None and shape.lora.shared else None
-    sizes = {LAYER_INPUT: 3 * shape.hidden, "attended": shape.hidden, "normed": shape.intermediate}
+    sizes = {LAYER_INPUT: 3 * shape.hidden, "attended": shape.hidden, "normed": shape.opened}
     sizes["activated"] = shape.hidden
     trained = set(sizes) if shape.encoder_trained else set() if lora is None else {site for site, *_ in lora.sites}
     return sum(sizes[site] for site in trained) + (0 if lora is None else lora.rank * len(lora.sites))

@@ -16,6 +16,8 @@ FLOAT = 4
 class Rows:
     """Bytes of tensors with a row per token: d, f, s for widths hidden, intermediate, adapter_size.
 
+    o: of the feed-forward part's first map, of width f or 2 f. A gated part has a dropout of its
+    own, counted where the embeddings have one; undropped: its input.
     keeps_inputs: linear layers keep their inputs. shared: surgery needs the layers' gradients.
     lora: the LoRA of the layer, or None.
     """
@@ -41,6 +43,8 @@ class Rows:
         self.d = tokens * shape.hidden * number
         self.e = tokens * shape.embedding * number
         self.f = tokens * shape.intermediate * number
+        self.o = tokens * shape.opened * number
+        self.undropped = self.f if shape.gated and shape.dropout else 0
         self.s = tokens * adapter_size * number
         # fastmtl_kernels.varlen_attention.cpp: maximum and sum per row and head.
         self.attention_stats = tokens * shape.heads * 2 * FLOAT
@@ -85,7 +89,7 @@ class Rows:
     def layer(self) -> int:
         """Bytes of q, k, v, attention's output, norms, a norm's output, activation in and out."""
         attention = 3 * self.d + self.relative + self.attention_stats + self.input(self.d, "attended")
-        ends = self.result(self.d, "normed") + self.f + self.result(self.f, "activated")
+        ends = self.result(self.d, "normed") + self.o + self.result(self.f, "activated")
         return attention + self.norm(0) + self.norm(1) + ends + self.lora.kept
 
     @property

@@ -66,6 +66,7 @@ class AdapterShape:
 class Shape:
     """A step of one rank. Sizes are numbers of parameters, not bytes, unless the name says so.
 
+    gated: the first map of the feed-forward part has 2 x intermediate outputs, two factors.
     embedding: width of the tables of words, positions and types. projects: a Linear maps it to the
     hidden size. own_layers: those with weights of their own; the others share theirs. dropout:
     after the embeddings. sublayer_dropouts: after a layer's attention part, and after its
@@ -88,6 +89,7 @@ class Shape:
     layers: int
     heads: int
     intermediate: int
+    gated: bool
     positions: int
     types: int
     embedding: int
@@ -135,7 +137,12 @@ class Shape:
     def linears(self) -> int:
         """The number of weights in the encoder's Linears."""
         projection = self.embedding * self.hidden if self.projects else 0
-        return self.own_layers * self.hidden * (4 * self.hidden + 2 * self.intermediate) + projection
+        return self.own_layers * self.hidden * (4 * self.hidden + self.opened + self.intermediate) + projection
+
+    @property
+    def opened(self) -> int:
+        """The number of outputs of the feed-forward part's first map."""
+        return (2 if self.gated else 1) * self.intermediate
 
     @property
     def encoder_trained(self) -> bool:
@@ -187,6 +194,7 @@ class Shape:
             layers=encoder.num_hidden_layers,
             heads=encoder.num_attention_heads,
             intermediate=encoder.intermediate_size,
+            gated=model.encoder.gated,
             positions=encoder.positions,
             types=encoder.type_vocab_size,
             embedding=encoder.embedding_size,

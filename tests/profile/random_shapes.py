@@ -42,7 +42,7 @@ ADAPTERS: tuple[dict[str, Any] | None, ...] = (
 )
 
 
-FAMILY_NAMES = ("bert", "electra", "bert", "albert", "deberta-v2")
+FAMILY_NAMES = ("bert", "electra", "modernbert", "albert", "deberta-v2")
 # Recipes with a LoRA: its section, freeze, recompute, storage, precision, ZeRO stage.
 LORAS: tuple[tuple[dict[str, Any], bool, str, str, str, int], ...] = (
     ({"rank": 8, "targets": "all-linear", "dropout": 0.1}, True, "cheap", "replay", "bf16", 2),
@@ -76,6 +76,9 @@ def draw(random: np.random.Generator, family: str) -> tuple[Recipe, PretrainedCo
         sizes["embedding_size"] = 16
     if family == "deberta-v2":
         sizes |= {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 32}
+    if family == "modernbert":
+        sizes |= dict.fromkeys(("embedding_dropout", "attention_dropout", "mlp_dropout"), dropout)
+        sizes |= {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
     config = AutoConfig.for_model(family, **sizes)
     tasks = int(random.integers(1, 5))
     method, precision, zero = one("sum", "pcgrad", "pcgrad", "gradvac"), one("fp32", "fp32", "bf16"), one(0, 1, 1, 2, 3)

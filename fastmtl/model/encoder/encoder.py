@@ -45,6 +45,7 @@ class PackedEncoder(Encoder):
         "none": no results; "cheap": those of LayerNorm and of the activation; "full": those of
         every layer. Gradients have the same bits in all three cases.
     max_length: largest number of tokens per sequence, at most settings.max_tokens, the default.
+    gated: True if the feed-forward part multiplies two halves of its first map's output.
     Attribute recorded: replays recordings in training, as CUDA graphs do; None by default.
     Attribute not_recorded: the reason why no recording can be made of this family; "" if one can.
     Attributes distances, terms: rows of the table of relative positions that each layer projects,
@@ -66,6 +67,7 @@ class PackedEncoder(Encoder):
     distances: int = 0
     terms: int = 0
     embeddings: nn.Module
+    gated = False
 
     def __init__(
         self, config: PretrainedConfig, *, recompute: Recompute = "none", max_length: int | None = None

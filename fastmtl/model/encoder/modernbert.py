@@ -52,6 +52,7 @@ class PackedModernBert(PackedEncoder):
         "output": "mlp.Wo",
     }
     embeddings: Embeddings
+    gated = True
 
     def __init__(
         self, config: PretrainedConfig, *, recompute: Recompute = "none", max_length: int | None = None
@@ -78,7 +79,7 @@ class PackedModernBert(PackedEncoder):
             intermediate_size=config.intermediate_size,
             hidden_act=config.hidden_activation,
             hidden_dropout_prob=config.embedding_dropout,
-            sublayer_dropout_probs=(config.attention_dropout, config.mlp_dropout),
+            sublayer_dropout_probs=(config.attention_dropout, 0.0),
             attention_probs_dropout_prob=config.attention_dropout,
             layer_norm_eps=config.norm_eps,
             initializer_range=config.initializer_range,

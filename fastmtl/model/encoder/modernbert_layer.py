@@ -45,10 +45,12 @@ class Layer(nn.Module):
 
     def forward(self, hidden: Tensor, task_specific: Tensor | None, context: ForwardContext) -> Tensor:
         """Map hidden states h [N, d] to [N, d]. task_specific: TS(h) [N, d], or None."""
-        attended = self.attn(hidden if self.attn_norm is None else self.attn_norm(hidden, context), context)
-        hidden, normed = self.mlp_norm(hidden, attended, context)
+        hidden, normed = self.mlp_norm(hidden, self._attended(hidden, context), context)
         hidden = hidden + self.mlp(normed, context)
         return hidden if task_specific is None else hidden + task_specific
+
+    def _attended(self, hidden: Tensor, context: ForwardContext) -> Tensor:
+        return self.attn(hidden if self.attn_norm is None else self.attn_norm(hidden, context), context)
 
 
 class PreNorm(nn.LayerNorm):
@@ -134,8 +136,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         """Map [N, d] to [N, d]."""
-        before, seed = self.Wi(x, context), context.seed(OUTPUT)
-        p = self.dropout if self.training else 0.0
+        return self.Wo(self._activated(self.Wi(x, context), context), context)
+
+    def _activated(self, before: Tensor, context: ForwardContext) -> Tensor:
+        """Map Wi x [N, 2 f] to dropout(activation(a) b) [N, f]."""
+        p, seed = self.dropout if self.training else 0.0, context.seed(OUTPUT)
 
         def make(before: Tensor) -> Tensor:
             return dropout(self.gated(before), p, seed)
@@ -143,7 +148,7 @@ class FeedForward(nn.Module):
         result = make(before)
         if context.recomputed is not None and result.requires_grad:
             context.recomputed.register(result, partial(make, before.detach()))
-        return self.Wo(result, context)
+        return result
 
 
 def _gated(activation: str) -> Callable[[Tensor], Tensor]:
