@@ -1,6 +1,12 @@
 // The position terms of disentangled attention on CPUs: checked arguments, tables, and what they add to the scores.
 #pragma once
 
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
 #include "disentangled_attention_rows.h"
 #include "varlen_attention_batch.h"
 

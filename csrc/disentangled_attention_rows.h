@@ -4,7 +4,11 @@
 // entries of a row of scores lie side by side in the band, one entry further on (or back) than those of the row before.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "varlen_attention_rows.h"
 

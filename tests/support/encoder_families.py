@@ -78,7 +78,6 @@ FAMILY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "deberta-v2, p2c": ("deberta-v2", {**_DEBERTA, "pos_att_type": ["p2c"], "legacy": False}),
-    "deberta-v2, plain": ("deberta-v2", {**_DEBERTA, "relative_attention": False, "pos_att_type": ["c2p"]}),
     "mpnet": ("mpnet", {**_SIZES, "layer_norm_eps": 1e-5}),
     "modernbert": ("modernbert", _MODERNBERT),
     "modernbert, biased": (

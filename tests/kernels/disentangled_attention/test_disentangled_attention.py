@@ -73,7 +73,7 @@ def gradients(out: Tensor, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     lengths=st.lists(st.one_of(st.integers(0, 9), st.integers(0, 80)), max_size=6),
     tail=st.integers(0, 3),
