@@ -25,15 +25,18 @@ def kept_bytes(workload: Workload, model: PaddedModel | MultiTaskModel) -> dict[
     kept_bytes_per_token: of the whole model in training. kept_bytes_per_token_and_layer: of one
     layer, which is the difference between a model of two layers and one of one layer.
     """
-    stack: Any = model.encoder.encoder  # of transformers' BertModel or of PackedBert
-    layers = stack.layer
-    counts = {}
+    encoder: Any = model.encoder
+    # The same names in transformers' model and in fastmtl's.
+    parts, name = (encoder._modules, "layers") if "layers" in encoder._modules else (encoder.encoder._modules, "layer")
+    layers, counts = parts[name], {}
+    with torch.no_grad():  # makes tables of rotations, which all later forwards share
+        _forward(workload, model)()
     try:
         for number in (1, 2, len(layers)):
-            stack.layer = layers[:number]
+            parts[name] = layers[:number]
             counts[number] = _kept(model.train(), _forward(workload, model), workload.device)
     finally:
-        stack.layer = layers
+        parts[name] = layers
     tokens = workload.packed_batch.num_tokens
     return {
         "kept_bytes_per_token": counts[len(layers)] / tokens,

@@ -289,8 +289,6 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
             raise UserError("--rows and --tokens exclude each other: so many texts, or as many as have so many tokens")
         if sweep is not None and compiled:
             raise UserError("--sweep and --compiled exclude each other: compiling takes minutes at each point")
-        if sweep == "recompute" and shape == "modernbert-base":
-            raise UserError("--sweep recompute counts bytes in layers with BERT's names: use another --shape")
         old = _prepare(device, threads, json_file, compare)
         from fastmtl.bench.report import keeper, progress
         from fastmtl.bench.sizes import STEP_SHAPES, Size

@@ -11,6 +11,7 @@ import torch
 
 from fastmtl import cli
 from fastmtl.bench import sizes, step
+from fastmtl.bench.activations import kept_bytes
 from fastmtl.bench.sizes import Shape, Size
 from fastmtl.bench.step_ways import COMPILED, DEFAULT, WAYS, products
 from fastmtl.bench.workload import Workload
@@ -44,6 +45,14 @@ def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_other_families_have_transformers_losses(family: str) -> None:
     result = step.bench_step(Size(TINY, family=family), 1, quiet)
     assert set(result["steps"]) == set(DEFAULT) and result["loss_error"] <= 1e-5
+
+
+@pytest.mark.parametrize(("recompute", "of_d", "of_f"), [("none", 8, 3), ("cheap", 6, 2), ("full", 1, 0)])
+def test_bytes_that_modernbert_keeps(recompute: Any, of_d: int, of_f: int) -> None:
+    work = Workload(Size(TINY, dropout=step.DROPOUT, family="modernbert"))
+    found = kept_bytes(work, work.recomputing(recompute))["kept_bytes_per_token_and_layer"]
+    statistics = 0 if recompute == "full" else 8 * TINY.heads + 16 + 8  # of attention and LayerNorm, and a mask
+    assert found == pytest.approx(4 * (of_d * TINY.hidden + of_f * TINY.intermediate) + statistics, abs=0.5)
 
 
 def test_other_losses_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
