@@ -108,7 +108,10 @@ def forward(
             )
         if len(plan.blocks):
             long_fwd_kernel[(len(plan.blocks) * num_heads,)](
-                out_ptr=out, stats_ptr=stats, blocks_ptr=plan.blocks, **common | long_fwd_options(qkv)
+                out_ptr=out,
+                stats_ptr=stats,
+                blocks_ptr=plan.blocks,
+                **common | long_fwd_options(qkv, bias=bias is not None),
             )
     return out, stats
 

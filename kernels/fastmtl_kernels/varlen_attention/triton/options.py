@@ -38,13 +38,15 @@ def tile_bwd_options(qkv: Tensor, *, bias: bool) -> dict[str, Any]:
     return options | (_register_bound(qkv) if bias else {})
 
 
-def long_fwd_options(qkv: Tensor) -> dict[str, Any]:
+def long_fwd_options(qkv: Tensor, *, bias: bool) -> dict[str, Any]:
     """Return options that keep long_fwd_kernel within the registers of sm_90.
 
-    Heads that cannot be loaded with vector instructions need more warps.
+    Heads that cannot be loaded with vector instructions need more warps. With a bias, nothing is
+    loaded ahead: the places of 64 x 64 numbers of the bias would take the registers.
     """
     wide = qkv.dtype == torch.float32 and 16 < qkv.shape[3] < 32
-    return ({"num_warps": 8, "num_stages": 1} if wide else {}) | _register_bound(qkv)
+    options = {"num_warps": 8, "num_stages": 1} if wide else {"num_stages": 1} if bias else {}
+    return options | _register_bound(qkv)
 
 
 def long_bwd_options(qkv: Tensor, dropout_p: float, window: int | None, *, bias: bool) -> dict[str, Any]:
