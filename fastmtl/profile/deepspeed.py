@@ -113,7 +113,12 @@ def hand_over(ledger: Ledger, shape: Shape) -> None:
         ledger.drop("gradients", shape.trained * number)
         ledger.touch(bucket(shape) if shape.zero == 2 else 0, "gradients")
     else:
-        ledger.touch(bucket(shape) if shape.zero else min(shape.trained, REDUCE_BUCKET_SIZE) * number, "gradients")
+        # Merged gradients of one tensor stay in it until all are handed over.
+        merged = (
+            shape.dense * number if shape.zero and shape.storage == "stacked" and shape.merged_bytes == number else 0
+        )
+        buffer = bucket(shape) if shape.zero else min(shape.trained, REDUCE_BUCKET_SIZE) * number
+        ledger.touch(buffer + merged, "gradients")
 
 
 def reduce_in_hand(ledger: Ledger, shape: Shape) -> None:

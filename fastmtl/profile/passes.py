@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fastmtl.profile import layers
+from fastmtl.profile.layer import LayerMemory
 from fastmtl.profile.ledger import Ledger
 from fastmtl.profile.lora import Weight, ignore_weight
+from fastmtl.profile.on_top import LayersOnTop, pal_on_top_backward, pal_on_top_forward
+from fastmtl.profile.post_norm import PostNorm
+from fastmtl.profile.pre_norm import PreNorm
 from fastmtl.profile.rows import Rows
 from fastmtl.profile.shape import Shape
 
@@ -23,11 +27,14 @@ class Pass:
         keeps_inputs = self._trained or shape.zero == 3
         size = 0 if adapter is None else adapter.size
         self._rows = Rows(shape, keeps_inputs=keeps_inputs, adapter_size=size, shared=self._trained)
-        self._rows_with_lora = Rows(
-            shape, keeps_inputs=keeps_inputs, adapter_size=size, shared=self._trained, lora=shape.lora
-        )
+        with_lora = Rows(shape, keeps_inputs=keeps_inputs, adapter_size=size, shared=self._trained, lora=shape.lora)
+        kind = PreNorm if shape.pre_norm else PostNorm
+        self._layers: list[LayerMemory] = [
+            kind(with_lora if self._has_lora(number) else self._rows, first=number == 0)
+            for number in range(shape.layers)
+        ]
         self._top = "none" if adapter is None else adapter.top
-        self._on_top = Rows(shape, keeps_inputs=True, adapter_size=0 if adapter is None else adapter.top_size)
+        self._pal = Rows(shape, keeps_inputs=True, adapter_size=0 if adapter is None else adapter.top_size)
         carrying = 0 if adapter is None else adapter.layers
         # The first layer in autograd's graph; nothing below it is trained.
         first = shape.layers - carrying if shape.lora is None else min(shape.lora.first, shape.layers - carrying)
@@ -42,40 +49,35 @@ class Pass:
         lora = self._shape.lora
         return lora is not None and lora.first <= layer < lora.first + lora.layers
 
-    def _rows_of(self, layer: int) -> Rows:
-        return self._rows_with_lora if self._has_lora(layer) else self._rows
-
-    def _recomputes_input(self, layer: int) -> bool:
-        """Return whether backward recomputes the input of a layer, which is a LayerNorm's output.
+    def _recomputes_input(self, number: int) -> bool:
+        """Return whether backward recomputes the input of a layer, since a LayerNorm made it.
 
         The number shape.layers stands for the adapter on top.
         """
-        return self._rows.recomputes and layer > self._first
+        normed = number == self._shape.layers or self._layers[number].ends_normed
+        return normed and self._rows.recomputes and number > self._first
 
     def forward(self) -> None:
         ledger, rows, shape = self._ledger, self._rows, self._shape
         ledger.phase = "forward"
         layers.embeddings_forward(ledger, rows, trained=self._trained)
-        for layer in range(shape.layers):
-            rows = self._rows_of(layer)
-            if layer < self._first:
-                layers.layer_without_graph(ledger, rows)
+        for number, layer in enumerate(self._layers):
+            if number < self._first:
+                layer.without_graph(ledger)
                 continue
-            adapts, before = layers.has_adapter(shape, layer), ledger.held["activations"]
-            if self._starts_graph(layer):
-                layers.first_adapter_forward(ledger, rows)
+            before = ledger.held["activations"]
+            if self._starts_graph(number):
+                layer.first_adapter_forward(ledger)
             else:
-                layers.layer_forward(ledger, rows, adapts=adapts)
+                layer.forward(ledger, adapts=layers.has_adapter(shape, number))
             if shape.recompute == "full":
                 ledger.drop("activations", ledger.held["activations"] - before - rows.d)
-            ledger.drop("activations", rows.d if self._recomputes_input(layer) else 0)
+            ledger.drop("activations", rows.d if self._recomputes_input(number) else 0)
+        self._layers[-1].finish_forward(ledger, graph=self._first < shape.layers)
         if self._top == "layer":
-            layers.layer_forward(ledger, self._on_top, adapts=False)
-            ledger.touch(rows.d)  # the tasks' rows are concatenated
-            if shape.recompute == "full":
-                ledger.drop("activations", self._on_top.layer)
+            LayersOnTop(shape).forward(ledger)
         if self._top == "pal":
-            layers.pal_on_top_forward(ledger, self._on_top)
+            pal_on_top_forward(ledger, self._pal)
         if self._top != "none" and self._recomputes_input(shape.layers):
             ledger.drop("activations", rows.d)
         layers.heads_forward(ledger, rows)
@@ -90,49 +92,48 @@ class Pass:
         ledger.phase = "backward"
         below = self._trained or self._first < shape.layers or self._top != "none"
         at_once = own is None and (shape.joint or shape.scope != "tensor")
+        on_top = LayersOnTop.numbers(shape) if self._top == "layer" else 0
+        recomputes_input = self._recomputes_input(shape.layers)
         layers.heads_backward(ledger, rows, below=below)
-        ledger.hold("gradients", own or 0)
+        ledger.hold("gradients", own - on_top * shape.number_bytes if own else 0)
         if self._top == "layer":
-            if shape.recompute == "full":
-                layers.recompute_layer(ledger, self._on_top, adapts=False)
-            layers.layer_backward(
-                ledger,
-                self._on_top,
-                ignore_weight,
-                adapts=False,
-                recomputed_input=self._recomputes_input(shape.layers),
-            )
+            weigh = weight if own is None else self._hold_weight if own else ignore_weight
+            LayersOnTop(shape).backward(ledger, weigh, recomputed_input=recomputes_input)
         if self._top == "pal":
-            layers.pal_on_top_backward(ledger, self._on_top, recomputed_input=self._recomputes_input(shape.layers))
+            pal_on_top_backward(ledger, self._pal, recomputed_input=recomputes_input)
+        if self._first < shape.layers:
+            self._layers[-1].finish_backward(ledger)
         lora = shape.lora is not None and shape.lora.shared
-        for layer in reversed(range(self._first, shape.layers)):
-            rows = self._rows_of(layer)
-            adapts = layers.has_adapter(shape, layer)
-            if self._starts_graph(layer):
+        for number in reversed(range(self._first, shape.layers)):
+            layer, adapts = self._layers[number], layers.has_adapter(shape, number)
+            if self._starts_graph(number):
                 if shape.recompute == "full":
-                    layers.first_adapter_forward(ledger, rows)
+                    layer.first_adapter_forward(ledger)
                     ledger.drop("activations", rows.d)
-                layers.first_adapter_backward(ledger, rows)
+                layer.first_adapter_backward(ledger)
                 continue
             if shape.recompute == "full":
-                layers.recompute_layer(ledger, rows, adapts=adapts)
-            shares = shape.layers - layer > shape.own_layers  # weights of a layer above, whose gradient is held
+                layer.recompute(ledger, adapts=adapts)
+            shares = shape.layers - number > shape.own_layers  # weights of a layer above, whose gradient is held
             adds = self._add_weight if shares else weight
-            layers.layer_backward(
+            layer.backward(
                 ledger,
-                rows,
                 adds if self._trained else ignore_weight,
                 adapts=adapts,
-                recomputed_input=self._recomputes_input(layer),
+                recomputed_input=self._recomputes_input(number),
                 at_once=at_once,
                 of_lora=adds if lora else ignore_weight,
             )
         if own is None:
-            weight(ledger, shape.own, 0)
+            weight(ledger, shape.own - on_top, 0)
         if self._trained:
             layers.embeddings_backward(ledger, rows, weight, shape.table if own is None else 0, summed=own is None)
         elif below:
             ledger.drop("workspace", rows.d)
+
+    def _hold_weight(self, ledger: Ledger, numbers: int, rows: int) -> None:
+        """Hold the gradient of a weight that belongs to one task."""
+        ledger.hold("gradients", numbers * self._shape.number_bytes)
 
     def _add_weight(self, ledger: Ledger, numbers: int, rows: int) -> None:
         """Add to a gradient that is held already: a product, unless it is added to J directly."""

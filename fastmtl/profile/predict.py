@@ -11,9 +11,18 @@ from dataclasses import dataclass
 
 from fastmtl.measure.parts import Bytes, total
 from fastmtl.profile import deepspeed
+from fastmtl.profile.gradients import (
+    delivered_of,
+    gradient_of,
+    own_gradients,
+    scattered,
+    scatters,
+    stack_of,
+    task_gradients_of,
+)
 from fastmtl.profile.layers import INT64
 from fastmtl.profile.ledger import Ledger
-from fastmtl.profile.lora import Weight, output_gradients
+from fastmtl.profile.lora import output_gradients
 from fastmtl.profile.passes import Pass
 from fastmtl.profile.rows import FLOAT
 from fastmtl.profile.shape import Shape
@@ -39,6 +48,7 @@ class Prediction:
 
 def predict(shape: Shape) -> Prediction:
     kept = deepspeed.kept(shape)
+    kept["activations"] = shape.rotations * FLOAT  # made in the first forward
     if shape.storage == "stacked" and not shape.joint:
         kept["task gradients"] = shape.tasks * shape.dense * shape.j_bytes
     ledger = Ledger(kept)
@@ -65,7 +75,7 @@ def _own_pass(ledger: Ledger, shape: Shape) -> None:
         pass_ = Pass(ledger, shape, number)
         pass_.forward()
         deepspeed.begin_backward(ledger, shape, first)
-        pass_.backward(_gradient_of(shape, first))
+        pass_.backward(gradient_of(shape, first))
         deepspeed.end_backward(ledger, shape, last)
 
 
@@ -73,7 +83,7 @@ def _joint_in_hand(ledger: Ledger, shape: Shape) -> None:
     """Run the backward of a summed loss: all gradients exist before DeepSpeed gets one."""
     pass_ = Pass(ledger, shape, 0)
     pass_.forward()
-    pass_.backward(_gradient_of(shape, first=True))
+    pass_.backward(gradient_of(shape, first=True))
     deepspeed.reduce_in_hand(ledger, shape)
 
 
@@ -84,7 +94,7 @@ def _first_pass(ledger: Ledger, shape: Shape) -> None:
     for number in range(shape.accumulation):
         pass_ = Pass(ledger, shape, number)
         pass_.forward()
-        pass_.backward(_task_gradients_of(shape, keeps and number == 0), own=0)
+        pass_.backward(task_gradients_of(shape, keeps and number == 0), own=0)
         _compact_rows(ledger, shape, number)
     ledger.phase = "surgery"
     ledger.touch(_gramian_of_rows(shape))
@@ -93,14 +103,14 @@ def _first_pass(ledger: Ledger, shape: Shape) -> None:
 
 def _stacked(ledger: Ledger, shape: Shape) -> None:
     ledger.hold("task gradients", _sketch(shape))
-    with ledger.holding(shape.own * FLOAT, "gradients"):
+    with own_gradients(ledger, shape) as take:
         for number in range(shape.accumulation):
             pass_ = Pass(ledger, shape, number)
             pass_.forward()
-            pass_.backward(_stack_of(shape, sends=number == shape.accumulation - 1), own=shape.own * shape.number_bytes)
-            ledger.drop("gradients", shape.own * shape.number_bytes)
+            pass_.backward(stack_of(shape, sends=number == shape.accumulation - 1), own=shape.own * shape.number_bytes)
+            take()
             _compact_rows(ledger, shape, number)
-        if _scatters(shape):
+        if scatters(shape):
             _last_pieces(ledger, shape)
         ledger.phase = "surgery"
         ledger.touch(_gramian_of_rows(shape))
@@ -120,19 +130,19 @@ def _kept(ledger: Ledger, shape: Shape) -> None:
     tables = (shape.positions + shape.types) * shape.embedding if shape.encoder_trained else 0
     vectors = shape.dense - tables - linears
     ledger.hold("task gradients", _sketch(shape))
-    with ledger.holding(shape.own * FLOAT, "gradients"):
+    with own_gradients(ledger, shape) as take:
         for number in range(shape.accumulation):
             pass_ = Pass(ledger, shape, number)
             pass_.forward()
             ledger.hold("task gradients", shape.tasks * vectors * FLOAT if number == 0 else 0)
-            pass_.backward(_delivered_of(shape, stays=number == 0), own=shape.own * numbers)
-            ledger.drop("gradients", shape.own * numbers)
+            pass_.backward(delivered_of(shape, stays=number == 0), own=shape.own * numbers)
+            take()
             _compact_rows(ledger, shape, number)
         ledger.phase = "surgery"
         matrix = shape.hidden * shape.intermediate if shape.encoder_trained or lora is None else lora.largest
         largest = shape.tasks * matrix
         with ledger.holding(largest * numbers):
-            ledger.touch(_scattered(shape, largest) + (largest * FLOAT if narrow and _scatters(shape) else 0))
+            ledger.touch(scattered(shape, largest) + (largest * FLOAT if narrow and scatters(shape) else 0))
             ledger.touch(shape.tasks * vectors * FLOAT)
         ledger.touch(_gramian_of_rows(shape))
         ledger.hold("gradients", (shape.dense - linears) * shape.merged_bytes)
@@ -152,93 +162,6 @@ def _kept(ledger: Ledger, shape: Shape) -> None:
         deepspeed.hand_over(ledger, shape)
 
 
-def _gradient_of(shape: Shape, first: bool) -> Weight:
-    """Return the function that counts autograd's gradient of a parameter.
-
-    In replay's second pass its rows are weighted before. With `scope: tensor` its T task gradients
-    are merged. first: the micro-batch is the step's first one.
-    """
-    keeps = deepspeed.keeps_gradients(shape) and first
-
-    def weight(ledger: Ledger, numbers: int, rows: int) -> None:
-        nbytes = numbers * shape.number_bytes
-        if not shape.joint and shape.storage == "replay":
-            ledger.touch(rows + (rows // shape.number_bytes * FLOAT if shape.number_bytes < FLOAT else 0) + nbytes)
-        if not shape.joint and shape.scope == "tensor":
-            ledger.touch(2 * shape.tasks * nbytes)
-        if keeps:
-            ledger.hold("gradients", nbytes)
-        else:
-            ledger.touch(nbytes, "gradients")
-
-    return weight
-
-
-def _task_gradients_of(shape: Shape, stay: bool) -> Weight:
-    """Return the function that counts a parameter's T task gradients, stacked.
-
-    stay: this rank keeps its share, to sum it over micro-batches.
-    """
-    tasks, number = shape.tasks, shape.number_bytes
-
-    def weight(ledger: Ledger, numbers: int, rows: int) -> None:
-        nbytes = tasks * numbers * number
-        with ledger.holding(nbytes):
-            ledger.touch(nbytes)
-            ledger.touch(tasks * numbers * FLOAT if number < FLOAT else 0)
-            ledger.touch(_scattered(shape, tasks * numbers))
-        if stay:
-            ledger.hold("task gradients", deepspeed.share(tasks * numbers * FLOAT, shape.world))
-
-    return weight
-
-
-def _scattered(shape: Shape, numbers: int) -> int:
-    """Return the bytes for sending a parameter's T gradients, `numbers` together, to the ranks."""
-    if shape.world == 1:
-        return 0
-    copies = 2 if numbers // shape.tasks % shape.world else 1  # one is padded
-    piece, share = min(numbers, BUCKET) * shape.number_bytes, numbers * shape.number_bytes // shape.world
-    return share + max(copies * piece, share)
-
-
-def _delivered_of(shape: Shape, stays: bool) -> Weight:
-    """Return the function that counts task gradients of `kept`: T stacked tables, no Linears.
-
-    stays: there are no earlier tables to add them to.
-    """
-    tables = (shape.positions * shape.embedding, shape.types * shape.embedding)
-
-    def weight(ledger: Ledger, numbers: int, rows: int) -> None:
-        nbytes = shape.tasks * numbers * FLOAT if numbers in tables else 0
-        with ledger.holding(nbytes):
-            ledger.touch(0 if stays else 2 * nbytes)
-            ledger.hold("task gradients", nbytes if stays else 0)
-
-    return weight
-
-
-def _stack_of(shape: Shape, sends: bool) -> Weight:
-    """Return the function that counts task gradients of `stacked`.
-
-    They are added into J directly if the dtypes are equal. sends: complete pieces go to the ranks,
-    and this rank keeps its share.
-    """
-    same, sends = shape.j_bytes == shape.number_bytes, sends and _scatters(shape)
-    written = 0
-
-    def weight(ledger: Ledger, numbers: int, rows: int) -> None:
-        nonlocal written
-        ledger.touch(0 if same else numbers * shape.number_bytes)
-        if sends:
-            before, written = written // BUCKET, written + shape.tasks * numbers
-            whole = written // BUCKET
-            ledger.hold("workspace", deepspeed.share((whole - before) * BUCKET * shape.j_bytes, shape.world))
-            ledger.touch(min(whole, IN_FLIGHT) * BUCKET * shape.j_bytes)
-
-    return weight
-
-
 def _compact_rows(ledger: Ledger, shape: Shape, number: int) -> None:
     """Keep the word embeddings' gradient: rows and their ids."""
     if shape.table and not (shape.sketch_size is not None and shape.storage == "replay"):
@@ -251,11 +174,6 @@ def _merged_table(ledger: Ledger, shape: Shape) -> None:
     if shape.table:  # weighted rows; on GPUs those of all tasks, and a concatenated copy
         rows = 2 * _tokens(shape) if shape.on_gpu else shape.load.largest_task
         ledger.touch(rows * shape.embedding * FLOAT)
-
-
-def _scatters(shape: Shape) -> bool:
-    """Return whether each rank gets its share of the columns of J, summed over ranks."""
-    return shape.world > 1 and shape.reduce == "exact" and shape.dense > 0
 
 
 def _last_pieces(ledger: Ledger, shape: Shape) -> None:

@@ -6,8 +6,9 @@ in the model's dtype, statistics in float32.
 
 from __future__ import annotations
 
+from fastmtl.profile.ledger import Ledger
 from fastmtl.profile.lora import LoraRows
-from fastmtl.profile.lora_shape import LAYER_INPUT, LoraShape
+from fastmtl.profile.lora_shape import LoraShape
 from fastmtl.profile.shape import Shape
 
 FLOAT = 4
@@ -16,8 +17,7 @@ FLOAT = 4
 class Rows:
     """Bytes of tensors with a row per token: d, f, s for widths hidden, intermediate, adapter_size.
 
-    o: of the feed-forward part's first map, of width f or 2 f. A gated part has a dropout of its
-    own, counted where the embeddings have one; undropped: its input.
+    o is for the outputs of the feed-forward part's first map, f or 2 f.
     keeps_inputs: linear layers keep their inputs. shared: surgery needs the layers' gradients.
     lora: the LoRA of the layer, or None.
     """
@@ -44,7 +44,6 @@ class Rows:
         self.e = tokens * shape.embedding * number
         self.f = tokens * shape.intermediate * number
         self.o = tokens * shape.opened * number
-        self.undropped = self.f if shape.gated and shape.dropout else 0
         self.s = tokens * adapter_size * number
         # fastmtl_kernels.varlen_attention.cpp: maximum and sum per row and head.
         self.attention_stats = tokens * shape.heads * 2 * FLOAT
@@ -86,18 +85,6 @@ class Rows:
         return self.d + self.norm_stats + self.masks[which]
 
     @property
-    def layer(self) -> int:
-        """Bytes of q, k, v, attention's output, norms, a norm's output, activation in and out."""
-        attention = 3 * self.d + self.relative + self.attention_stats + self.input(self.d, "attended")
-        ends = self.result(self.d, "normed") + self.o + self.result(self.f, "activated")
-        return attention + self.norm(0) + self.norm(1) + ends + self.lora.kept
-
-    @property
-    def kept(self) -> int:
-        """Bytes that a layer keeps from forward to backward, including its input."""
-        return self.d if self.shape.recompute == "full" else self.layer + self.result(self.d, LAYER_INPUT)
-
-    @property
     def pal(self) -> int:
         """Bytes that PAL keeps: V_E h, q, k, v, attention's output, and an activation's input."""
         adapter = self.shape.adapter
@@ -110,3 +97,33 @@ class Rows:
         if adapter is None or adapter.name == "none":
             return 0
         return self.pal if adapter.name == "pal" else self.s * (2 if adapter.gelu else 1)
+
+
+def drop_output_gradient(ledger: Ledger, rows: Rows, nbytes: int, site: str) -> None:
+    """Drop a Linear's output gradient, held as workspace, or keep it for surgery."""
+    ledger.drop("workspace", nbytes)
+    ledger.hold("task gradients", nbytes if rows.outlive or site in rows.sites_outlive else 0)
+
+
+def drop_input(ledger: Ledger, rows: Rows, nbytes: int, held: int, site: str) -> None:
+    """Drop a Linear's input, held as activations or recomputed, or keep it for surgery."""
+    ledger.drop("activations", held)
+    stays = rows.outlive or (site in rows.sites_outlive and site in rows.lora.keeps)
+    ledger.hold("activations", nbytes if stays else 0)
+
+
+def norm_backward(ledger: Ledger, rows: Rows, which: int) -> None:
+    """Replace dy by dz, and with dropout by dz and dx; drop z, its statistics and mask."""
+    ledger.hold("workspace", 2 * rows.d if rows.masks[which] else rows.d)
+    ledger.drop("workspace", rows.d)
+    ledger.drop("activations", rows.norm(which))
+
+
+def adapter_backward(ledger: Ledger, rows: Rows) -> None:
+    adapter, number = rows.shape.adapter, rows.shape.number_bytes
+    assert adapter is not None
+    derived = rows.d if adapter.dropout or (adapter.gelu and adapter.name == "pal") else 0
+    with ledger.holding(derived):
+        ledger.touch(5 * rows.s + adapter.shared * number if adapter.name == "pal" else 2 * rows.s)
+    with ledger.holding(rows.s):
+        ledger.touch(rows.d + adapter.shared * number)

@@ -66,7 +66,9 @@ class AdapterShape:
 class Shape:
     """A step of one rank. Sizes are numbers of parameters, not bytes, unless the name says so.
 
-    gated: the first map of the feed-forward part has 2 x intermediate outputs, two factors.
+    pre_norm: layers have LayerNorms before their parts, not after. gated: the first map of the
+    feed-forward part has 2 x intermediate outputs, two factors. rotations: numbers in the tables of
+    rotary positions.
     embedding: width of the tables of words, positions and types. projects: a Linear maps it to the
     hidden size. own_layers: those with weights of their own; the others share theirs. dropout:
     after the embeddings. sublayer_dropouts: after a layer's attention part, and after its
@@ -89,7 +91,9 @@ class Shape:
     layers: int
     heads: int
     intermediate: int
+    pre_norm: bool
     gated: bool
+    rotations: int
     positions: int
     types: int
     embedding: int
@@ -194,7 +198,9 @@ class Shape:
             layers=encoder.num_hidden_layers,
             heads=encoder.num_attention_heads,
             intermediate=encoder.intermediate_size,
+            pre_norm=model.encoder.pre_norm,
             gated=model.encoder.gated,
+            rotations=model.encoder.rotations,
             positions=encoder.positions,
             types=encoder.type_vocab_size,
             embedding=encoder.embedding_size,

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from ranks import run_ranks
 from sent import Sent
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, DistilBertConfig, PretrainedConfig
 
 from fastmtl.config import Recipe, parse_recipe
 from fastmtl.data.packed_batch import PackedBatch
@@ -42,7 +42,11 @@ ADAPTERS: tuple[dict[str, Any] | None, ...] = (
 )
 
 
-FAMILY_NAMES = ("bert", "electra", "modernbert", "albert", "deberta-v2")
+# The two ranks draw the first four.
+FAMILY_NAMES = (
+    *("bert", "modernbert", "deberta-v2", "albert"),
+    *("electra", "distilbert", "mpnet", "roberta", "xlm-roberta", "camembert"),
+)
 # Recipes with a LoRA: its section, freeze, recompute, storage, precision, ZeRO stage.
 LORAS: tuple[tuple[dict[str, Any], bool, str, str, str, int], ...] = (
     ({"rank": 8, "targets": "all-linear", "dropout": 0.1}, True, "cheap", "replay", "bf16", 2),
@@ -79,6 +83,13 @@ def draw(random: np.random.Generator, family: str) -> tuple[Recipe, PretrainedCo
     if family == "modernbert":
         sizes |= dict.fromkeys(("embedding_dropout", "attention_dropout", "mlp_dropout"), dropout)
         sizes |= {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
+    if family == "distilbert":
+        names = DistilBertConfig.attribute_map | {
+            "intermediate_size": "hidden_dim",
+            "hidden_dropout_prob": "dropout",
+            "attention_probs_dropout_prob": "attention_dropout",
+        }
+        sizes = {names.get(name, name): size for name, size in sizes.items()}
     config = AutoConfig.for_model(family, **sizes)
     tasks = int(random.integers(1, 5))
     method, precision, zero = one("sum", "pcgrad", "pcgrad", "gradvac"), one("fp32", "fp32", "bf16"), one(0, 1, 1, 2, 3)

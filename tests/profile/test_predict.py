@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from scripts import run_script
 
+from fastmtl.model.encoder.families import FAMILIES
+
 NUMBER, SEED = 14, 5
 NUMBER_ON_TWO_RANKS, SEED_ON_TWO_RANKS = 4, 5
 KEPT, KEPT_ON_TWO_RANKS = 2, 1  # also measured with `storage: kept` by random_shapes.py
@@ -44,6 +46,7 @@ def errors(compared: list[dict[str, Any]]) -> list[float]:
 @pytest.mark.slow(25)
 def test_random_shapes_are_of_all_kinds(compared: list[dict[str, Any]]) -> None:
     assert len(compared) == NUMBER >= 12
+    assert {entry["family"] for entry in compared} == set(FAMILIES)
     engines = [entry["recipe"].get("engine", {}) for entry in compared]
     assert {engine.get("zero", 1) for engine in engines} == {0, 1, 2, 3}
     assert {engine.get("precision", "fp32") for engine in engines} == {"fp32", "bf16"}

@@ -38,6 +38,7 @@ def shape(**changes: Any) -> Shape:
     load = Load(tokens=900, sequences=36, unique=300, largest_task=400)
     values: dict[str, Any] = {
         "load": load, "loads": (load,), "hidden": 64, "layers": 2, "heads": 4, "intermediate": 256, "positions": 64,
+        "pre_norm": False, "gated": False, "rotations": 0,
         "types": 2, "embedding": 64, "projects": False, "own_layers": 2, "dropout": True,
         "sublayer_dropouts": (True, True), "distances": 0, "terms": 0, "tasks": 3, "adapter": None, "dense": 400_000,
         "table": 64_000, "own": 300, "frozen": 0, "sizes": (200_000, 150_000, 50_000), "groups": (460_000, 4_300),

@@ -45,7 +45,9 @@ class PackedEncoder(Encoder):
         "none": no results; "cheap": those of LayerNorm and of the activation; "full": those of
         every layer. Gradients have the same bits in all three cases.
     max_length: largest number of tokens per sequence, at most settings.max_tokens, the default.
-    gated: True if the feed-forward part multiplies two halves of its first map's output.
+    Attribute pre_norm: True if layers have a LayerNorm before each part, and one follows the last.
+    Attribute gated: True if the feed-forward part multiplies the halves of its first map's output.
+    Attribute rotations: numbers in tables of rotations, which are kept between forwards.
     Attribute recorded: replays recordings in training, as CUDA graphs do; None by default.
     Attribute not_recorded: the reason why no recording can be made of this family; "" if one can.
     Attributes distances, terms: rows of the table of relative positions that each layer projects,
@@ -64,10 +66,12 @@ class PackedEncoder(Encoder):
         "intermediate": "intermediate.dense",
         "output": "output.dense",
     }
+    pre_norm: bool = False
+    gated: bool = False
+    rotations: int = 0
     distances: int = 0
     terms: int = 0
     embeddings: nn.Module
-    gated = False
 
     def __init__(
         self, config: PretrainedConfig, *, recompute: Recompute = "none", max_length: int | None = None

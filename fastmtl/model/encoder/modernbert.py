@@ -51,8 +51,9 @@ class PackedModernBert(PackedEncoder):
         "intermediate": "mlp.Wi",
         "output": "mlp.Wo",
     }
-    embeddings: Embeddings
+    pre_norm = True
     gated = True
+    embeddings: Embeddings
 
     def __init__(
         self, config: PretrainedConfig, *, recompute: Recompute = "none", max_length: int | None = None
@@ -66,6 +67,7 @@ class PackedModernBert(PackedEncoder):
             for index, kind in enumerate(layer_kinds(config))
         )
         self.final_norm = PreNorm(config.hidden_size, eps=config.norm_eps)
+        self.rotations = 2 * self.settings.max_tokens * self.settings.head_dim  # two tables of cosines and sines
         self._rotations: dict[tuple[torch.dtype, torch.device], Rotations] = {}
 
     @staticmethod
@@ -79,7 +81,7 @@ class PackedModernBert(PackedEncoder):
             intermediate_size=config.intermediate_size,
             hidden_act=config.hidden_activation,
             hidden_dropout_prob=config.embedding_dropout,
-            sublayer_dropout_probs=(config.attention_dropout, 0.0),
+            sublayer_dropout_probs=(config.attention_dropout, config.mlp_dropout),
             attention_probs_dropout_prob=config.attention_dropout,
             layer_norm_eps=config.norm_eps,
             initializer_range=config.initializer_range,

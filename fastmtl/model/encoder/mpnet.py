@@ -67,7 +67,7 @@ class PackedMpnet(PackedBert):
             return functional.embedding(ids, table.weight, segments, context.task_grads)
 
         bias = within((table,), ids, look_up).unflatten(0, (-1, len(buckets))).transpose(1, 2)
-        return replace(context, common=bias)
+        return replace(context, common=bias.contiguous())  # one copy for all layers
 
 
 class MpnetLayers(Layers):
