@@ -7,7 +7,6 @@ machine.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,27 +18,21 @@ from fastmtl.measure.accounting import Accounting
 from fastmtl.model.multitask import MultiTaskModel
 
 
-def kept_bytes(workload: Workload, model: PaddedModel | MultiTaskModel) -> dict[str, float]:
+def kept_bytes(workload: Workload, build: Callable[[Workload], PaddedModel | MultiTaskModel]) -> dict[str, float]:
     """Return the bytes that the forward of all tasks' rows keeps for backward, per real token.
 
+    build: returns the model of a workload.
     kept_bytes_per_token: of the whole model in training. kept_bytes_per_token_and_layer: of one
     layer, which is the difference between a model of two layers and one of one layer.
     """
-    encoder: Any = model.encoder
-    # The same names in transformers' model and in fastmtl's.
-    parts, name = (encoder._modules, "layers") if "layers" in encoder._modules else (encoder.encoder._modules, "layer")
-    layers, counts = parts[name], {}
-    with torch.no_grad():  # makes tables of rotations, which all later forwards share
-        _forward(workload, model)()
-    try:
-        for number in (1, 2, len(layers)):
-            parts[name] = layers[:number]
-            counts[number] = _kept(model.train(), _forward(workload, model), workload.device)
-    finally:
-        parts[name] = layers
+    counts = {}
+    for number in {1, 2, workload.shape.layers}:
+        work = workload if number == workload.shape.layers else workload.with_layers(number)
+        model = build(work)
+        counts[number] = _kept(model.train(), _forward(work, model), work.device)
     tokens = workload.packed_batch.num_tokens
     return {
-        "kept_bytes_per_token": counts[len(layers)] / tokens,
+        "kept_bytes_per_token": counts[workload.shape.layers] / tokens,
         "kept_bytes_per_token_and_layer": (counts[2] - counts[1]) / tokens,
     }
 
@@ -52,6 +45,8 @@ def _forward(workload: Workload, model: PaddedModel | MultiTaskModel) -> Callabl
 
 
 def _kept(model: nn.Module, forward: Callable[[], object], device: torch.device) -> int:
+    with torch.no_grad():
+        forward()  # tables that are cached, of rotations for instance, are not counted
     accounting = Accounting(device)
     accounting.name([*model.parameters(), *model.buffers()], "weights")
     with accounting, ranges.listening(accounting.on_range):

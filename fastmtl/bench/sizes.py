@@ -73,7 +73,7 @@ class Size:
     tokens: number in the whole step, split equally between tasks; None: each task has shape.rows
     texts. device: "cpu" or "cuda". precision: of weights and activations, a key of PRECISIONS.
     dropout: the probability for hidden states and attention probabilities. family: the encoder's
-    model_type, one of CONFIGS in workload.py.
+    model_type, one of CONFIGS in configs.py.
     """
 
     shape: Shape

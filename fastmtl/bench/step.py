@@ -169,7 +169,7 @@ def _measured(
         for name, entry in found.items():
             say(f"counting bytes: {name}")
             model = WAYS[name].model
-            entry |= {} if model is None else kept_bytes(workload, model(workload))
+            entry |= {} if model is None else kept_bytes(workload, model)
     return {**about, "steps": found, "skipped": skipped}
 
 

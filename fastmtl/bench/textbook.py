@@ -7,6 +7,7 @@ does not require. T tasks, P shared parameters.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,10 @@ class PaddedModel(TaskModel):
     encoder: PreTrainedModel
 
     def __init__(self, config: PretrainedConfig, kinds: Sequence[tuple[str, int]]) -> None:
-        self._has_types = hasattr(config, "type_vocab_size")
-        options = {"add_pooling_layer": False} if self._has_types else {}
+        self._has_types = getattr(config, "type_vocab_size", 0) > 0
+        kind: Any = MODEL_MAPPING[type(config)]
+        pools = "add_pooling_layer" in inspect.signature(kind).parameters
+        options = {"add_pooling_layer": False} if pools else {}
         super().__init__(AutoModel.from_config(config, **options), config.hidden_size, kinds)
 
     def features(self, batch: PaddedBatch) -> Tensor:

@@ -7,7 +7,8 @@ packed and the padded model compute the same numbers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,9 +16,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, ModernBertConfig, PretrainedConfig, RobertaConfig
 
-from fastmtl.bench.sizes import PRECISIONS, SEED, Shape, Size, lengths_of
+from fastmtl.bench.configs import CONFIGS
+from fastmtl.bench.sizes import PRECISIONS, SEED, Size, lengths_of
 from fastmtl.bench.textbook import PaddedBatch, PaddedModel
 from fastmtl.config import Recompute, parse_recipe
 from fastmtl.cuda_graphs.install import install_cuda_graphs
@@ -28,33 +29,6 @@ from fastmtl.model.encoder.encoder import PackedEncoder
 from fastmtl.model.encoder.families import FAMILIES
 from fastmtl.model.multitask import MultiTaskModel
 
-
-def _bert_sizes(shape: Shape, dropout: float) -> dict[str, Any]:
-    return {
-        "vocab_size": shape.vocabulary,
-        "hidden_size": shape.hidden,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "intermediate_size": shape.intermediate,
-        "max_position_embeddings": shape.positions,
-        "hidden_dropout_prob": dropout,
-        "attention_probs_dropout_prob": dropout,
-    }
-
-
-def _modernbert(shape: Shape, dropout: float) -> ModernBertConfig:
-    sizes: dict[str, Any] = {n: size for n, size in _bert_sizes(shape, dropout).items() if "dropout" not in n}
-    sizes |= dict.fromkeys(("embedding_dropout", "attention_dropout", "mlp_dropout"), dropout)
-    sizes |= {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
-    return ModernBertConfig(**sizes)
-
-
-# {family: its configuration, from a shape and the dropout}. The id of padding is 0.
-CONFIGS: dict[str, Callable[[Shape, float], PretrainedConfig]] = {
-    "bert": lambda shape, dropout: BertConfig(**_bert_sizes(shape, dropout)),
-    "roberta": lambda shape, dropout: RobertaConfig(**_bert_sizes(shape, dropout), pad_token_id=0),
-    "modernbert": _modernbert,
-}
 Model = TypeVar("Model", bound=nn.Module)
 # Types and numbers of outputs of tasks 0, 1 and 2; they repeat from task 3 on.
 KINDS = (("binary", 1), ("regression", 1), ("classification", 5))
@@ -68,7 +42,7 @@ class Workload:
 
     def __init__(self, size: Size) -> None:
         shape, tasks, tokens = size.shape, size.tasks, size.tokens
-        self.shape, self.family, self.tasks, self._dropout = shape, size.family, tasks, size.dropout
+        self.size, self.shape, self.family, self.tasks = size, shape, size.family, tasks
         self.device, self.dtype = torch.device(size.device), PRECISIONS[size.precision]
         self._kinds = [KINDS[task % len(KINDS)] for task in range(tasks)]
         random = np.random.default_rng(SEED)
@@ -80,7 +54,7 @@ class Workload:
 
     @cached_property
     def padded(self) -> PaddedModel:
-        config = CONFIGS[self.family](self.shape, self._dropout)
+        config = CONFIGS[self.family](self.shape, self.size.dropout)
         torch.manual_seed(SEED)
         model = PaddedModel(config, self._kinds)
         make_conflicts(model.heads, self._kinds)
@@ -100,7 +74,8 @@ class Workload:
         with torch.device("meta"):
             encoder = self.encoder_class(config, recompute=recompute)
             model = MultiTaskModel(parse_recipe(recipe, "benchmark"), encoder)
-        model.load_state_dict({name: weights[plain_name(name)] for name in model.state_dict()}, assign=True)
+        names = {name: self._padded_name(name) for name in model.state_dict()}
+        model.load_state_dict({name: weights[there] for name, there in names.items()}, assign=True)
         if cuda_graphs:
             install_cuda_graphs(model)
         return model
@@ -116,6 +91,15 @@ class Workload:
         missing = model.load_state_dict(weights, strict=False).missing_keys
         assert all(name.startswith("adapter.") for name in missing), missing
         return model.to(self.device, self.dtype)
+
+    def with_layers(self, number: int) -> Workload:
+        """Return the workload of the same rows for an encoder with another number of layers."""
+        return Workload(replace(self.size, shape=replace(self.shape, layers=number)))
+
+    def _padded_name(self, name: str) -> str:
+        """Return the name in `padded` of a tensor of `packed`."""
+        module, _, rest = name.partition(".")
+        return f"encoder.{FAMILIES[self.family].file_name(rest)}" if module == "encoder" else plain_name(name)
 
     @property
     def recipe(self) -> dict[str, Any]:
