@@ -16,10 +16,10 @@ from transformers.activations import ACT2FN
 
 from fastmtl.config import MLM, OptimizerConfig
 from fastmtl.data.masking import MaskedBatch
-from fastmtl.model.encoder.bert_files import base_name
 from fastmtl.model.encoder.encoder import PackedEncoder
 from fastmtl.model.encoder.families import FAMILIES
 from fastmtl.model.encoder.family import MaskedLm
+from fastmtl.model.encoder.names import base_name
 from fastmtl.model.encoder.settings import EncoderSettings
 from fastmtl.model.encoder.weights import load_exactly, read_weights
 from fastmtl.model.groups import parameter_groups

@@ -156,8 +156,9 @@ def _checked_model(phase: Phase) -> PhaseModel:
 
 
 def _check_first_token(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError for a task that reads the state of [CLS] if the tokenizer has no [CLS]."""
-    for name, task in recipe.tasks.items() if tokenizer.cls_token_id is None else ():
+    """Raise UserError for a task that reads a text's first state if no added token is first."""
+    added = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+    for name, task in recipe.tasks.items() if not added[0] else ():
         if task.head.cls or (task.pooling == "cls" and task.head.name not in RECURRENT):
             key = "head.cls" if task.head.cls else "pooling: cls"
             raise UserError(

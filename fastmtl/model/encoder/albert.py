@@ -65,7 +65,8 @@ def check_config(values: Mapping[str, Any], path: Path) -> PretrainedConfig:
     Raises UserError if fastmtl does not support the encoder.
     """
     config = bert_files.check_config(values, path)
-    check_sizes(path, config, {"embedding_size": 1, "num_hidden_groups": 1, "inner_group_num": 1})
+    least = dict.fromkeys(("embedding_size", "num_hidden_layers", "num_hidden_groups", "inner_group_num"), 1)
+    check_sizes(path, config, least)
     return config
 
 

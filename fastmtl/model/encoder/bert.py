@@ -9,7 +9,7 @@ from torch.nn.functional import embedding
 from transformers import PretrainedConfig
 
 from fastmtl.config import Recompute
-from fastmtl.model.encoder.bert_files import check_config, encoder_name
+from fastmtl.model.encoder.bert_files import check_config, names
 from fastmtl.model.encoder.bert_layer import Layer, SelfAttention
 from fastmtl.model.encoder.context import EMBEDDINGS, ForwardContext
 from fastmtl.model.encoder.encoder import PackedEncoder
@@ -135,4 +135,4 @@ class Layers(nn.Module):
 
 
 MASKED_LM = MaskedLm("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias")
-FAMILY = Family(check_config, PackedBert, encoder_name, "BertModel", MASKED_LM)
+FAMILY = Family(check_config, PackedBert, names("bert.").encoder_name, "BertModel", MASKED_LM)

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from fastmtl.model.encoder.config_checks import check_activation, check_heads, check_value, make_config
+from fastmtl.model.encoder.names import Names
 
 # Smallest values allowed in config.json. max_position_embeddings is at least 8, the smallest value
 # of the setting encoder.max_length.
@@ -34,23 +35,6 @@ def check_config(values: Mapping[str, Any], path: Path) -> PretrainedConfig:
     return config
 
 
-def encoder_name(name: str, prefix: str = "bert.") -> str | None:
-    """Map a tensor's name in a weight file to its name in PackedBert.
-
-    prefix: as in `base_name`.
-    Return None for a tensor that is not the encoder's, such as one of an MLM head.
-    """
-    name = base_name(name, prefix)
-    if name == "embeddings.position_ids":  # a buffer of old transformers versions
-        return None
-    return name if name.startswith(("embeddings.", "encoder.", "pooler.")) else None
-
-
-def base_name(name: str, prefix: str = "bert.") -> str:
-    """Map a tensor's name in a weight file to its name in transformers' base model.
-
-    This removes the prefix in files of a model with a head, and replaces `gamma` and `beta`, the
-    names of LayerNorm's weight and bias in old files.
-    """
-    name = name.removeprefix(prefix)
-    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+def names(prefix: str) -> Names:
+    """Return the names of a family whose modules have the names in its files."""
+    return Names(parts={}, prefix=prefix, kept=("embeddings.", "encoder.", "pooler."))

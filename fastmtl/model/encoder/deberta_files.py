@@ -24,6 +24,16 @@ _SMALLEST_SIZES = {
     "type_vocab_size": 0,
     "max_position_embeddings": 8,
 }
+# Keys that transformers' configuration takes without a check.
+_OTHER_KEYS = {
+    "position_buckets": int,
+    "embedding_size": int,
+    "share_att_key": bool,
+    "norm_rel_ebd": str,
+    "conv_kernel_size": int,
+    "conv_groups": int,
+    "conv_act": str,
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,9 @@ def check_config(values: Mapping[str, Any], path: Path) -> PretrainedConfig:
     Raises UserError if fastmtl does not support the encoder.
     """
     config = make_config(values, path, _SMALLEST_SIZES)
+    for name, kind in _OTHER_KEYS.items():
+        if name in values and type(values[name]) is not kind:
+            raise UserError(f"{path}: {name}: {values[name]!r} is no {kind.__name__}")
     check_heads(path, config.hidden_size, config.num_attention_heads)
     check_activation(path, config.hidden_act)
     check_value(path, values, "attention_head_size", config.hidden_size // config.num_attention_heads)
@@ -120,6 +133,7 @@ NAMES = Names(
     },
     prefix="deberta.",
     kept=("embeddings.", "encoder."),
+    unused=("_embeddings._weight",),  # in files of mDeBERTa, from its pretraining
 )
 # Files of Microsoft have the second names, and those that transformers saves with `legacy: false`.
 MASKED_LM = MaskedLm(

@@ -56,4 +56,9 @@ def read_config(path: Path) -> tuple[Family, PretrainedConfig]:
             f"{path}: {said}; fastmtl has packed encoders of model_type {supported}; other encoders "
             "run with encoder.implementation: auto"
         )
-    return FAMILIES[kind], FAMILIES[kind].check_config(values, path)
+    family = FAMILIES[kind]
+    config = family.check_config(values, path)
+    for name in family.hidden_dropout + family.attention_dropout:
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"{path}: {name}: {getattr(config, name)} is no dropout rate; set one from 0 to below 1")
+    return family, config

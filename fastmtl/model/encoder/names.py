@@ -1,10 +1,23 @@
-"""Names of tensors in weight files, for families whose names differ from those of their modules."""
+"""Names of tensors in weight files, and those of the modules' tensors."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+# Buffers that old versions of transformers saved.
+_BUFFERS = ("position_ids", "token_type_ids")
+
+
+def base_name(name: str, prefix: str = "") -> str:
+    """Map a tensor's name in a weight file to its name in transformers' base model.
+
+    prefix: of the encoder's tensors in files of a model with a head; it is removed. `gamma` and
+    `beta`, the names of LayerNorm's weight and bias in old files, are replaced.
+    """
+    name = name.removeprefix(prefix)
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
 @dataclass(frozen=True)
@@ -15,16 +28,18 @@ class Names:
         the name's pieces between dots, and `*` in both stands for one number.
     prefix: of the encoder's tensors in files of a model with a head, such as `distilbert.`.
     kept: beginnings of the names of the encoder's tensors in files, after the prefix.
+    unused: ends of the names of tensors that no encoder of the family reads.
     """
 
     parts: Mapping[str, str]
     prefix: str
     kept: tuple[str, ...]
+    unused: tuple[str, ...] = ()
 
     def encoder_name(self, name: str) -> str | None:
         """Map a name in a file to the module's, None for a tensor that is not the encoder's."""
-        name = name.removeprefix(self.prefix)
-        if not name.startswith(self.kept) or name.endswith("position_ids"):  # a buffer of old versions
+        name = base_name(name, self.prefix)
+        if not name.startswith(self.kept) or name.endswith(_BUFFERS + self.unused):
             return None
         return _replaced(name, {there: here for here, there in self.parts.items()})
 

@@ -88,8 +88,9 @@ def _load_packed(config: EncoderConfig, directory: Path) -> Encoder:
         encoder = family.encoder(found, recompute=config.recompute, max_length=config.max_length)
         if any(name.startswith("pooler.") for name in weights):
             encoder.reserve_pooler()
-    used = {name: tensor for name, tensor in weights.items() if name not in encoder.left_out}
-    load_exactly(encoder, used, str(directory))
+    # Under the names in files, since messages name tensors.
+    used = {family.file_name(name): tensor for name, tensor in weights.items() if name not in encoder.left_out}
+    load_exactly(encoder, used, str(directory), {name: family.file_name(name) for name in encoder.state_dict()})
     if config.layer_norm == "apex":
         encoder.use_layer_norm(nvidia_apex.layer_norm())
     return encoder
@@ -107,8 +108,8 @@ def read_encoder_weights(directory: Path, family: Family) -> dict[str, Tensor]:
 def load_tokenizer(config: EncoderConfig) -> PreTrainedTokenizerBase:
     """Load the fast tokenizer from `config.path`.
 
-    Raises UserError if there is none, if it cannot be read, if it has no [CLS] or [SEP] for a
-    packed encoder, and if one of its ids is outside the encoder's vocabulary.
+    Raises UserError if there is none, if it cannot be read, if it adds no token such as [CLS] to
+    a packed encoder's texts, and if one of its ids is outside the encoder's vocabulary.
     """
     directory = encoder_directory(config.path)
     if not any((directory / name).is_file() for name in VOCABULARIES):
@@ -117,14 +118,17 @@ def load_tokenizer(config: EncoderConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             str(directory), use_fast=True, local_files_only=True, trust_remote_code=False
         )
+        tokenizer("a")  # fails without the vocabulary's file, in whose place another kind's was found
     except Exception as error:  # tokenizers raises bare Exception for a damaged tokenizer.json
         raise UserError(f"{directory}: its tokenizer cannot be read: {error}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{directory}: {type(tokenizer).__name__} is no fast tokenizer; save one as tokenizer.json")
     path = directory / "config.json"
     packed = runs_packed(config.implementation, path)
-    if packed and (tokenizer.cls_token_id is None or tokenizer.sep_token_id is None):
-        raise UserError(f"{directory}: the tokenizer has no [CLS] or [SEP] token")
+    if packed and not tokenizer("")["input_ids"]:
+        raise UserError(
+            f"{directory}: the tokenizer adds no token such as [CLS] to a text; take the encoder's own tokenizer"
+        )
     vocab_size = (read_config(path)[1] if packed else find_class(read_json(path), path)[0]).vocab_size
     if len(tokenizer) > vocab_size:
         raise UserError(f"{directory}: the tokenizer has {len(tokenizer)} ids, vocab_size is {vocab_size}")

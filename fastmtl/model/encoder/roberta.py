@@ -7,7 +7,6 @@ padding_idx + 1, so that a text has at most max_position_embeddings - padding_id
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,10 @@ def check_config(values: Mapping[str, Any], path: Path) -> PretrainedConfig:
     config = bert_files.check_config(values, path)
     padding, positions, words = config.pad_token_id, config.max_position_embeddings, config.vocab_size
     if not isinstance(padding, int) or not 0 <= padding < words:
-        raise UserError(f"{path}: pad_token_id {padding} is no id of the {words} words; positions start behind it")
+        raise UserError(
+            f"{path}: pad_token_id {padding} is no id of the {words} words, and positions start behind it: give the id "
+            "of the tokenizer's padding"
+        )
     if positions - padding - 1 < _SHORTEST:
         raise UserError(
             f"{path}: max_position_embeddings {positions} leaves {positions - padding - 1} tokens for a text, since "
@@ -53,5 +55,4 @@ MASKED_LM = MaskedLm("lm_head.dense", "lm_head.layer_norm", "lm_head.bias", acti
 
 def family(architecture: str) -> Family:
     """Return the family of one of transformers' classes with RoBERTa's layers."""
-    encoder_name = partial(bert_files.encoder_name, prefix="roberta.")
-    return Family(check_config, PackedRoberta, encoder_name, architecture, MASKED_LM)
+    return Family(check_config, PackedRoberta, bert_files.names("roberta.").encoder_name, architecture, MASKED_LM)

@@ -24,6 +24,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_LFS = b"version https://git-lfs"
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
@@ -46,8 +47,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises UserError, naming the file, if it is missing, damaged or no weight file.
     """
     try:
-        with path.open("rb"):  # safetensors reports a file without read permission as missing
-            pass
+        with path.open("rb") as file:  # safetensors reports a file without read permission as missing
+            pointer = file.read(len(_LFS)) == _LFS
+        if pointer:
+            raise UserError(f"{path}: a pointer of Git LFS in place of the weights: run git lfs pull in its folder")
         if path.suffix == ".safetensors":
             return load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
@@ -55,7 +58,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: the file is missing") from None
     except PermissionError:
         raise UserError(f"{path}: no permission to read it") from None
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except pickle.UnpicklingError:  # torch's message suggests to run the objects' code
+        raise UserError(f"{path}: damaged, or no file of weights: it holds other objects than tensors") from None
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise UserError(f"{path}: damaged, or no file of weights: {str(error).splitlines()[0]}") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path}: expected a mapping of names to tensors")

@@ -44,6 +44,11 @@ def config_file(case: str, directory: Path, changes: dict[str, Any]) -> Path:
         ("deberta-v2", {"conv_kernel_size": 4}, "conv_kernel_size 4 is even"),
         ("deberta-v2", {"conv_kernel_size": 3, "conv_groups": 3}, "hidden_size 32 is not a multiple of conv_groups 3"),
         ("deberta-v2", {"conv_kernel_size": 3, "conv_act": "tan"}, "conv_act: unknown activation 'tan'"),
+        ("deberta-v2", {"position_buckets": "8"}, "position_buckets: '8' is no int"),
+        ("deberta-v2", {"norm_rel_ebd": None}, "norm_rel_ebd: None is no str"),
+        ("albert", {"num_hidden_layers": 0}, "num_hidden_layers: 0 is less than 1"),
+        ("bert", {"hidden_dropout_prob": 1.5}, "hidden_dropout_prob: 1.5 is no dropout rate"),
+        ("modernbert", {"mlp_dropout": -0.5}, "mlp_dropout: -0.5 is no dropout rate"),
         ("distilbert", {"dim": 30}, "dim 30 is not a multiple of 4 attention heads"),
         ("distilbert", {"activation": "gelo"}, "activation: unknown activation 'gelo'"),
         ("distilbert", {"max_position_embeddings": 4}, "max_position_embeddings: 4 is less than 8"),
@@ -97,7 +102,19 @@ def test_names_map_both_ways() -> None:
     assert distilbert.NAMES.encoder_name("vocab_transform.weight") is None
     assert FAMILIES["modernbert"].encoder_name("model.layers.2.attn.Wqkv.weight") == "layers.2.attn.Wqkv.weight"
     assert FAMILIES["modernbert"].encoder_name("head.dense.weight") is None
-    assert FAMILIES["roberta"].encoder_name("roberta.embeddings.position_ids") is None
+    assert deberta_files.NAMES.encoder_name("deberta.embeddings.word_embeddings._weight") is None
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_names_of_old_files(kind: str) -> None:
+    """Old files have LayerNorms with gamma and beta, and buffers."""
+    prefix = {"camembert": "roberta.", "xlm-roberta": "roberta.", "deberta-v2": "deberta.", "modernbert": "model."}
+    encoder_name, before = FAMILIES[kind].encoder_name, prefix.get(kind, f"{kind}.")
+    for old, new in (("gamma", "weight"), ("beta", "bias")):
+        for start in ("", before):
+            assert encoder_name(f"{start}embeddings.LayerNorm.{old}") == f"embeddings.LayerNorm.{new}"
+    for buffer in ("position_ids", "token_type_ids"):
+        assert encoder_name(f"{before}embeddings.{buffer}") is None
 
 
 def test_old_keys_of_modernbert(tmp_path: Path) -> None:

@@ -246,6 +246,9 @@ def test_weights_of_a_pickle_are_read_without_running_it(saved: Callable[[str], 
     torch.save({"weights": Path}, directory / "pytorch_model.bin")
     with pytest.raises(UserError, match="pytorch_model.bin: damaged, or no file of weights"):
         load_encoder(settings(directory))
+    (directory / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\n")
+    with pytest.raises(UserError, match="pytorch_model.bin: a pointer of Git LFS in place of the weights: run git lfs"):
+        load_encoder(settings(directory))
     torch.save({f"bert.{name}": tensor.half() for name, tensor in tensors.items()}, directory / "pytorch_model.bin")
     found = loaded(directory).file_tensors(loaded(directory).state_dict())
     assert all(
