@@ -23,6 +23,7 @@ from fastmtl.cuda_graphs.recorder import Unrecorded
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.engine.build import check_engine
 from fastmtl.errors import UserError
+from fastmtl.model.encoder.bert import PackedBert
 from fastmtl.model.lora import build_lora
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery
@@ -260,6 +261,7 @@ def test_losses_and_merged_gradients_of_a_model(
     for recorder in (OpRecorder(), None):
         model = make_model().train()
         if recorder is not None:
+            assert isinstance(model.encoder, PackedBert)
             record_encoder(model.encoder, recorder)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         surgery = GradientSurgery(
@@ -281,4 +283,5 @@ def test_losses_and_merged_gradients_of_a_model(
             found.append([*map(torch.tensor, info.losses.values()), *(p.grad.clone() for p in model.parameters())])
             optimizer.zero_grad()
         assert_close(*found)
-    assert graphs_of(ways[0][0].encoder)._kept
+    encoder = ways[0][0].encoder
+    assert isinstance(encoder, PackedBert) and graphs_of(encoder)._kept

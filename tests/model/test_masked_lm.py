@@ -15,6 +15,7 @@ from fastmtl.data.packing import pack
 from fastmtl.data.readers import Rows
 from fastmtl.data.tokenized import tokenize
 from fastmtl.errors import UserError
+from fastmtl.model.encoder.encoder import PackedEncoder
 from fastmtl.model.encoder.pretrained import load_encoder
 from fastmtl.model.masked_lm import MaskedLanguageModel, load_output_layer
 
@@ -32,6 +33,12 @@ def directory(tmp_path: Path, tiny_bert: Path) -> Path:
     return tmp_path
 
 
+def masked_model(directory: Path) -> MaskedLanguageModel:
+    encoder = load_encoder(EncoderConfig(path=str(directory)))
+    assert isinstance(encoder, PackedEncoder)
+    return MaskedLanguageModel(encoder)
+
+
 def masked(directory: Path, tmp_path: Path) -> MaskedBatch:
     task = TaskConfig.model_validate({"type": "binary", "data": {}})
     rows = Rows(Path("made"), ["0", "1", "2"], TEXTS, None, None)
@@ -45,7 +52,7 @@ def masked(directory: Path, tmp_path: Path) -> MaskedBatch:
 
 
 def test_loss_and_gradients_are_those_of_transformers(directory: Path, tmp_path: Path) -> None:
-    ours = MaskedLanguageModel(load_encoder(EncoderConfig(path=str(directory))))
+    ours = masked_model(directory)
     assert load_output_layer(ours.head, directory)
     theirs = BertForMaskedLM.from_pretrained(str(directory))
     given = masked(directory, tmp_path)
@@ -73,7 +80,7 @@ def test_loss_and_gradients_are_those_of_transformers(directory: Path, tmp_path:
 
 def test_a_new_output_layer_where_the_encoder_has_none(tiny_bert: Path, directory: Path) -> None:
     torch.manual_seed(0)
-    model = MaskedLanguageModel(load_encoder(EncoderConfig(path=str(tiny_bert))))
+    model = masked_model(tiny_bert)
     before = {name: tensor.clone() for name, tensor in model.head.state_dict().items()}
     assert not load_output_layer(model.head, tiny_bert)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.head.state_dict().items())

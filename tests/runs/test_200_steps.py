@@ -18,16 +18,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
-from scripts import run_script
 import torch
+import training_ways as ways
+from scripts import run_script
 
 from fastmtl_kernels._native import why_unavailable
-
-import training_ways as ways
 
 MARGIN = 4
 # Ways whose losses are equal to the last bit.

@@ -56,7 +56,9 @@ def test_predictions_are_those_of_transformers_with_the_saved_heads(case: str, d
                 hidden = encoder(**{name: tokens[name] for name in tokens.keys() & takes}).last_hidden_state[0]
             vector = hidden[0] if task == "kind" and case != "t5" else hidden.mean(0)
             logits = vector @ heads[f"{task}.dense.weight"].T + heads[f"{task}.dense.bias"]
-            expected = logits.softmax(-1) if task == "kind" else torch.stack([1 - logits.sigmoid()[0], logits.sigmoid()[0]])
+            expected = (
+                logits.softmax(-1) if task == "kind" else torch.stack([1 - logits.sigmoid()[0], logits.sigmoid()[0]])
+            )
             torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-5)
     before = load_file(directory / f"{case}-encoder" / "model.safetensors")
     after = load_file(model / "model.safetensors")
@@ -89,7 +91,9 @@ def test_an_encoder_that_is_not_packed_is_merged_and_exported(directory: Path, t
         join(one, copied)
     notes = export(directory / "t5" / "model", tmp_path / "exported", "sentence-transformers")
     assert notes == [f"pooling: mean; texts are cut at {MAX_LENGTH} tokens"]
-    saved, again = (load_file(path / "model.safetensors") for path in (directory / "t5" / "model", tmp_path / "exported"))
+    saved, again = (
+        load_file(path / "model.safetensors") for path in (directory / "t5" / "model", tmp_path / "exported")
+    )
     assert saved.keys() == again.keys() and all(torch.equal(saved[name], again[name]) for name in saved)
     with pytest.raises(UserError, match="pooling: pooler needs encoder.implementation: packed"):
         export(directory / "t5" / "model", tmp_path / "pooled", "sentence-transformers", pooling="pooler")

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripts import run_script
 from left_by_run import lasting, lines, same, weights
 from safetensors.torch import load_file
+from scripts import run_script
 
 pytestmark = pytest.mark.slow(12)
 
@@ -66,9 +66,7 @@ def test_other_rows_are_refused_and_the_same_rows_elsewhere_are_not(runs: Path) 
 
 def test_accepted_changes_count_and_are_recorded(runs: Path) -> None:
     rates = [line["lr"]["encoder"] for line in lines(runs / "changed") if "loss" in line]
-    assert rates == [0.003] * 4 + [
-        pytest.approx(0.5 * (1 - step / 12)) for step in range(5, 13)
-    ]  # of the next step
+    assert rates == [0.003] * 4 + [pytest.approx(0.5 * (1 - step / 12)) for step in range(5, 13)]  # of the next step
     assert "linear follows the new number of steps" in (runs / "log.txt").read_text()
     (record,) = [json.loads(text) for text in (runs / "changed" / "changes.jsonl").read_text().splitlines()]
     assert record["step"] == 4 and record["changes"]["optimizer.lr"] == [0.003, 0.5]

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import python_path
 import torch
 import yaml
+from launch import python_path
 
 from fastmtl.engine.distributed import Ranks, free_port
 from fastmtl.errors import UserError

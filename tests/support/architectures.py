@@ -194,9 +194,11 @@ def umt5(draw: Draw) -> Example:
     """UMT5's encoder; every layer has a bias table of its own."""
     from transformers import UMT5Config, UMT5EncoderModel
 
-    sizes = {"d_model": draw.hidden, "d_kv": draw.one_of(3, 4), "d_ff": draw.inner, "num_heads": draw.heads}
-    biases = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 16}
-    config = UMT5Config(vocab_size=draw.vocab, num_layers=2, **sizes, **biases, dropout_rate=draw.dropout)
+    sizes: dict[str, Any] = {"d_kv": draw.one_of(3, 4), "d_ff": draw.inner, "num_heads": draw.heads}
+    biases: dict[str, Any] = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 16}
+    config = UMT5Config(
+        vocab_size=draw.vocab, d_model=draw.hidden, num_layers=2, **sizes, **biases, dropout_rate=draw.dropout
+    )
     return draw.example(UMT5EncoderModel(config), draw.tokens_and_mask(), states, draws=True)
 
 
@@ -204,8 +206,13 @@ def funnel(draw: Draw) -> Example:
     """Funnel, whose layers project a table of relative positions and pool the tokens."""
     from transformers import FunnelConfig, FunnelModel
 
-    sizes = {"d_model": draw.hidden, "n_head": draw.heads, "d_head": draw.one_of(3, 4), "d_inner": draw.inner}
-    rates = {"hidden_dropout": draw.dropout, "attention_dropout": draw.dropout}
+    sizes: dict[str, Any] = {
+        "d_model": draw.hidden,
+        "n_head": draw.heads,
+        "d_head": draw.one_of(3, 4),
+        "d_inner": draw.inner,
+    }
+    rates: dict[str, Any] = {"hidden_dropout": draw.dropout, "attention_dropout": draw.dropout}
     kind = draw.one_of("relative_shift", "factorized")
     config = FunnelConfig(
         vocab_size=draw.vocab, block_sizes=[1, 1], num_decoder_layers=1, attention_type=kind, **sizes, **rates

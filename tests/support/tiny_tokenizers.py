@@ -20,8 +20,8 @@ def save_tokenizer(kind: str, directory: Path) -> None:
     The last two write pairs as `<s> a </s></s> b </s>`, and have no token types.
     """
     if kind == "wordpiece":
-        with tempfile.TemporaryDirectory() as made:
-            for file in save_tiny_bert(Path(made) / "bert").glob("tokenizer*"):
+        with tempfile.TemporaryDirectory() as folder:
+            for file in save_tiny_bert(Path(folder) / "bert").glob("tokenizer*"):
                 shutil.copy(file, directory)
     elif kind == "bytes":
         made = Tokenizer(models.BPE())

@@ -17,6 +17,7 @@ from transformers import BertConfig, BertModel
 from fastmtl.config import AdapterConfig, Recompute
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import TrainingError, UserError
+from fastmtl.model.encoder.encoder import PackedEncoder
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery import GradientSurgery, SurgeryInfo, gradient_surgery
 from fastmtl.surgery.losses import Losses
@@ -35,6 +36,7 @@ def make(adapter: str = "pal", dropout: float = 0.0, recompute: Recompute = "non
     recipe = cases.make_recipe(cases.Case(1, 1, "pcgrad"))
     recipe.adapter = AdapterConfig(name=adapter, size=8, heads=2)
     model = cases.make_model(recipe)
+    assert isinstance(model.encoder, PackedEncoder)
     model.encoder.recompute = recompute
     if dropout:
         model.train()

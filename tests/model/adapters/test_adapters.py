@@ -16,6 +16,7 @@ from fastmtl.config import AdapterConfig
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
 from fastmtl.model.adapters import Adapter, build_adapter
+from fastmtl.model.encoder.bert import bert_settings
 from fastmtl.model.encoder.context import ForwardContext
 
 MakeBatch = Callable[..., PackedBatch]
@@ -44,7 +45,7 @@ BERT = BertConfig(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, at
 def build(name: str, bert: BertConfig = BERT, **settings: Any) -> Adapter:
     torch.manual_seed(0)
     settings = {"size": 8, "heads": 4, **settings}
-    adapter = build_adapter(AdapterConfig(name=name, **settings), bert, TASKS)
+    adapter = build_adapter(AdapterConfig(name=name, **settings), bert_settings(bert), TASKS)
     assert adapter is not None
     return adapter
 
@@ -227,8 +228,8 @@ def test_dropout_on_attention_is_the_encoders(make_batch: MakeBatch) -> None:
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        build_adapter(AdapterConfig(**settings), BERT, TASKS)
+        build_adapter(AdapterConfig(**settings), bert_settings(BERT), TASKS)
 
 
 def test_none_is_no_module() -> None:
-    assert build_adapter(AdapterConfig(), BERT, TASKS) is None
+    assert build_adapter(AdapterConfig(), bert_settings(BERT), TASKS) is None

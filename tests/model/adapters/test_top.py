@@ -17,6 +17,7 @@ from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
 from fastmtl.model.adapters import build_adapter
 from fastmtl.model.adapters.top import Top
+from fastmtl.model.encoder.bert import bert_settings
 from fastmtl.model.encoder.context import ForwardContext
 from fastmtl.model.multitask import MultiTaskModel
 
@@ -35,7 +36,7 @@ def sizes(dropout: float = 0.0, **others: int) -> BertConfig:
 def build(top: Any, bert: BertConfig, **settings: Any) -> Top:
     torch.manual_seed(0)
     settings = {"name": "none", "size": 8, "heads": 2, **settings}
-    adapter = build_adapter(AdapterConfig(top=top, **settings), bert, TASKS)
+    adapter = build_adapter(AdapterConfig(top=top, **settings), bert_settings(bert), TASKS)
     assert adapter is not None and adapter.top is not None
     return adapter.top
 
@@ -212,7 +213,7 @@ def test_a_top_stands_after_the_last_layer(
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        build_adapter(AdapterConfig(**settings), sizes(), TASKS)
+        build_adapter(AdapterConfig(**settings), bert_settings(sizes()), TASKS)
 
 
 def test_summary() -> None:

@@ -14,7 +14,7 @@ from op_recorder import OpRecorder
 from torch import Tensor
 from transformers import AutoModel, AutoModelForMaskedLM
 
-from fastmtl.config import EncoderConfig
+from fastmtl.config import EncoderConfig, Recompute
 from fastmtl.cuda_graphs.install import record_encoder
 from fastmtl.data.masking import MaskedBatch
 from fastmtl.data.packed_batch import PackedBatch
@@ -43,7 +43,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return directory
 
 
-def loaded(directory: Path, dropout: float = 0.0, recompute: str = "none") -> PackedEncoder:
+def loaded(directory: Path, dropout: float = 0.0, recompute: Recompute = "none") -> PackedEncoder:
     encoder = load_encoder(
         EncoderConfig(path=str(directory), hidden_dropout=dropout, attention_dropout=dropout, recompute=recompute)
     )
@@ -102,7 +102,7 @@ def test_hidden_states_and_gradients_per_task_equal_transformers(
     assert {id(p) for p in inputs.values()} == {
         id(p) for name, p in of_theirs.items() if not name.startswith("pooler.")
     }
-    by_task = []
+    by_task: list[dict[str, Tensor]] = []
     for start, stop in pairwise(batch.host.token_offsets):
         rows = slice(start, stop)
         gradients = torch.autograd.grad(expected[rows], [*inputs.values()], upstream[rows], retain_graph=True)
@@ -120,8 +120,8 @@ def test_hidden_states_and_gradients_per_task_equal_transformers(
     check({name: p.grad for name, p in ours.named_parameters()}, {n: sum(task[n] for task in by_task) for n in inputs})
     if dtype == torch.float32:
         found = task_gradients(ours, batch, upstream)
-        for task, gradients in enumerate(by_task):
-            check({name: found[name][task] for name in found}, gradients)
+        for task, of_task in enumerate(by_task):
+            check({name: found[name][task] for name in found}, of_task)
 
 
 @every_family
