@@ -151,6 +151,9 @@ def _kept(ledger: Ledger, shape: Shape) -> None:
         inputs = ledger.held["activations"] // max(1, shape.layers)
         gradients = rows * output_gradients(shape) * numbers
         weighted = rows * shape.intermediate * (numbers + (FLOAT if narrow else 0))
+        uses = shape.layers // max(1, shape.own_layers)
+        if uses > 1:  # inputs and weighted gradients of a shared weight's uses are concatenated
+            ledger.touch(3 * uses * rows * shape.hidden * numbers)
         for _ in range(shape.layers):
             ledger.touch(weighted)
             ledger.hold("gradients", linears // shape.layers * shape.merged_bytes)
