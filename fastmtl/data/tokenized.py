@@ -28,7 +28,7 @@ from fastmtl.files.user_path import cache_path
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 _ARRAYS = ("tokens", "offsets", "second_text")
 
 
@@ -205,11 +205,15 @@ def _encode(
         ids, types = encoded["input_ids"], encoded["token_type_ids"]
         long = [index for index, sequence in enumerate(ids) if len(sequence) > max_length]
         for index in long:
-            pair = None if pairs is None else pairs[index]
+            # A list, since a call with one text drops an empty second text.
             cut = tokenizer(
-                texts[index], pair, truncation="longest_first", max_length=max_length, return_token_type_ids=True
+                texts[index : index + 1],
+                None if pairs is None else pairs[index : index + 1],
+                truncation="longest_first",
+                max_length=max_length,
+                return_token_type_ids=True,
             )
-            ids[index], types[index] = cut["input_ids"], cut["token_type_ids"]
+            ids[index], types[index] = cut["input_ids"][0], cut["token_type_ids"][0]
     if any(kind != sorted(kind) or kind[-1:] > [1] for kind in types):
         raise UserError(
             f"{rows.path}: the encoder's tokenizer gives token types other than 0 for a first text and 1 for a second; "

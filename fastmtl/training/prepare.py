@@ -162,6 +162,6 @@ def _check_first_token(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> No
         if task.head.cls or (task.pooling == "cls" and task.head.name not in RECURRENT):
             key = "head.cls" if task.head.cls else "pooling: cls"
             raise UserError(
-                f"tasks.{name}.{key} reads a text's first token, and the tokenizer of {recipe.encoder.path} has no "
-                "[CLS]: use pooling: mean or max"
+                f"tasks.{name}.{key} reads a text's first token, and the tokenizer of {recipe.encoder.path} begins "
+                "no text with [CLS]: use pooling: mean or max"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,9 @@ def test_long_pairs_are_cut_and_counted(tokenizer: Any, tmp_path: Path) -> None:
     assert data.truncated == 1 and data.lengths.max() == 14
     cut = tokenizer(TEXTS[1], OTHERS[1], truncation="longest_first", max_length=14)
     assert sequence(data, 1) == cut["input_ids"]
+    empty = dataclasses.replace(rows(), pair_texts=["", ""])
+    data = tokenize(empty, tokenizer, config(), 7, tmp_path)
+    assert sequence(data, 0)[-2:] == sequence(data, 1)[-2:] == [tokenizer.sep_token_id] * 2
 
 
 def test_single_texts_cannot_be_bi_encoded(tokenizer: Any, tmp_path: Path) -> None:

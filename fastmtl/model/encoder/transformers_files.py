@@ -122,7 +122,9 @@ def build(kind: type[nn.Module], config: PretrainedConfig, weights: Mapping[str,
     parts = {name for name, _ in model.named_children()}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     surplus = [name for name in sorted(found["unexpected_keys"]) if name.removeprefix(prefix).split(".")[0] in parts]
-    surplus = [name for name in surplus if not name.endswith(("position_ids", "token_type_ids"))]  # old buffers
+    # Buffers of old versions, and tables from the pretraining of mDeBERTa.
+    unused = ("position_ids", "token_type_ids", "_embeddings._weight")
+    surplus = [name for name in surplus if not name.endswith(unused)]
     if surplus:
         raise UserError(
             f"{source} holds tensors that {kind.__name__} of its config.json does not have: {listed(surplus, 5)}. Do "
