@@ -6,12 +6,14 @@ import inspect
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import family_cases
 import pytest
 import torch
+import torch.distributed as distributed
 from family_cases import ADDED, CASES, MAX_LENGTH, OTHERS, PAIRS, TEXTS
 from launch import cpu_environment
 from safetensors.torch import load_file
@@ -100,6 +102,15 @@ def test_an_encoder_that_is_not_packed_is_merged_and_exported(directory: Path, t
 
 
 @pytest.mark.slow(20)
+@pytest.fixture
+def ends_process_group() -> Iterator[None]:
+    """Destroy the process group that a checked recipe has begun."""
+    yield
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("ends_process_group")
 def test_runs_that_need_a_packed_encoder_or_a_first_token_are_refused(directory: Path) -> None:
     recipe = family_cases.recipe_of(directory / "t5-encoder", directory / "data")
     with pytest.raises(UserError, match="tasks.kind.pooling: cls reads a text's first token, and the tokenizer of"):

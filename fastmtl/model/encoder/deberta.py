@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -136,7 +137,7 @@ class DisentangledSelfAttention(SelfAttention):
         self.pos_key = Projection(size, size) if "c2p" in own else None
         self.pos_query = Projection(size, size) if "p2c" in own else None
         # As transformers, which rounds the root to float32.
-        self.scale = 1 / float(torch.tensor(float(settings.head_dim * relative.factor), device="cpu").sqrt())
+        self.scale = 1 / float(np.sqrt(np.float32(settings.head_dim * relative.factor)))
 
     def attend(self, qkv: Tensor, context: ForwardContext) -> Tensor:
         qkv = qkv.unflatten(2, (self.num_heads, -1))
