@@ -101,7 +101,6 @@ def test_an_encoder_that_is_not_packed_is_merged_and_exported(directory: Path, t
         export(directory / "t5" / "model", tmp_path / "pooled", "sentence-transformers", pooling="pooler")
 
 
-@pytest.mark.slow(20)
 @pytest.fixture
 def ends_process_group() -> Iterator[None]:
     """Destroy the process group that a checked recipe has begun."""
@@ -110,6 +109,7 @@ def ends_process_group() -> Iterator[None]:
         distributed.destroy_process_group()
 
 
+@pytest.mark.slow(20)
 @pytest.mark.usefixtures("ends_process_group")
 def test_runs_that_need_a_packed_encoder_or_a_first_token_are_refused(directory: Path) -> None:
     recipe = family_cases.recipe_of(directory / "t5-encoder", directory / "data")
