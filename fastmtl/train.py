@@ -27,8 +27,10 @@ from fastmtl.engine.checkpoint import Checkpoints
 from fastmtl.engine.distributed import Ranks, StopFlag, this_process
 from fastmtl.engine.gather import gathered_state_dict
 from fastmtl.files.writing import writing
-from fastmtl.inference.evaluation import Scores, score
-from fastmtl.inference.metrics import evaluate_predictions, load_libraries, mean_score, selected_score
+from fastmtl.inference.evaluation import score
+from fastmtl.inference.metrics import load_libraries
+from fastmtl.inference.scores import Scores
+from fastmtl.inference.selection import evaluate_scores, mean_score, selected_score
 from fastmtl.measure import heap
 from fastmtl.measure.ranges import profile_iter, profile_range
 from fastmtl.model.saved_model import restore_previous
@@ -223,7 +225,7 @@ def run_phase(
                 run.files.set_aside()
         at.epoch, at.step_in_epoch = at.epoch + 1, 0
         scored = {} if phase.objective == MLM else evaluate(recipe, engine, job.corpus, ranks)
-        dev = {name: evaluate_predictions(recipe.tasks[name], s.scores, s.labels) for name, s in scored.items()}
+        dev = {name: evaluate_scores(recipe.tasks[name], s) for name, s in scored.items()}
         value = selected_score(dev, recipe) if dev else None
         if dev:
             with writing(run.files.output / "metrics.jsonl"):

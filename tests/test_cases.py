@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from fastmtl.config import EncoderConfig, Recipe, load_recipe, parse_recipe
-from fastmtl.data.readers import Rows
+from fastmtl.data.rows import Rows
 from fastmtl.data.tokenized import check_token_types, tokenize
 from fastmtl.engine.build import check_engine
 from fastmtl.engine.settings import deepspeed_config

@@ -70,6 +70,8 @@ def unsupported_reason(hidden: Tensor, head_dim: int, *, grouped: bool) -> str:
 def heads_unsupported_reason(recipe: Recipe) -> str:
     """Return why the heads and losses of the recipe's tasks cannot be recorded, "" if they can."""
     for name, task in recipe.tasks.items():
+        if task.scores != "rows":
+            return f"task '{name}' of type {task.type} has another number of units in every batch"
         if "mnr" in task.losses and task.mnr.cached:
             return f"the loss of task '{name}' spans a whole step (mnr.cached)"
         if "mnr" in task.losses and world_size() > 1:

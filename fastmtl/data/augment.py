@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from fastmtl.config import AugmentConfig
-from fastmtl.data.readers import Rows
+from fastmtl.data.rows import Rows
 from fastmtl.data.wordnet import WordNet, find_wordnet
 from fastmtl.files.user_path import cache_path
 

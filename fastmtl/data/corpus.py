@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Literal
 from fastmtl.config import DataConfig, Recipe
 from fastmtl.data.augment import augment
 from fastmtl.data.filters import drop_longest
-from fastmtl.data.readers import Rows, read_rows
+from fastmtl.data.readers import read_rows
+from fastmtl.data.rows import Rows
 from fastmtl.data.tokenized import TokenizedDataset, check_pairs, tokenize
 from fastmtl.data.wordnet import wordnet_place
 from fastmtl.errors import UserError
@@ -86,7 +87,9 @@ class Corpus:
                 found = read.take(name, split)
                 if split == "train" and task.data.augment is not None:
                     found = augment(found, task.data.augment, recipe.seed, recipe.data.cache_dir)
-                made[name, split] = tokenize(found, tokenizer, task, max_length, recipe.data.cache_dir)
+                keeps = split == "dev" or recipe.smart.follows == "gap"  # evaluated
+                cache_dir = recipe.data.cache_dir
+                made[name, split] = tokenize(found, tokenizer, task, max_length, cache_dir, keep_rows=keeps)
         return cls([made[name, "train"] for name in recipe.tasks], [made.get((name, "dev")) for name in recipe.tasks])
 
     def only(self, recipe: Recipe, tasks: list[str]) -> Corpus:

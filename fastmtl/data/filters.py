@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastmtl.data.readers import Rows
+from fastmtl.data.rows import Rows
 
 
 def drop_longest(rows: Rows, share: float) -> Rows:

@@ -97,8 +97,7 @@ class MaskedStream(BatchStream):
         tasks, rows = draw
         number = 0
         for t, dataset in enumerate(self._datasets):
-            per_example = dataset.sequences_per_example
-            sequences = (rows[tasks == t, None] * per_example + np.arange(per_example)).reshape(-1)
+            sequences = dataset.sequences(rows[tasks == t])
             number += int(_chosen(dataset.offsets[sequences + 1] - dataset.offsets[sequences]).sum())
         return number
 

@@ -21,6 +21,31 @@ from fastmtl_kernels.varlen_attention.plan import AttentionPlan, needs_plan
 
 
 @dataclass(frozen=True, eq=False)
+class Units:
+    """The units of the E examples of one task in a batch, U in all (see UnitTable).
+
+    example: int64 [U], the example of each unit, from 0 and ascending.
+    offsets: int64 [E + 1]; example e has the units offsets[e] to offsets[e + 1] - 1.
+    rows: int64 [U], the row of each unit among the N tokens; None if the units are sequences.
+    host: the offsets as Python integers.
+    """
+
+    example: Tensor
+    offsets: Tensor
+    rows: Tensor | None
+    host: tuple[int, ...]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Units:
+        """Return the units with each tensor replaced by function(tensor)."""
+        rows = None if self.rows is None else function(self.rows)
+        return Units(function(self.example), function(self.offsets), rows, self.host)
+
+    def none(self) -> Units:
+        """Return the units of no example."""
+        return Units(self.example[:0], self.offsets[:1], None if self.rows is None else self.rows[:0], (0,))
+
+
+@dataclass(frozen=True, eq=False)
 class PackedBatch:
     """One batch: its tensors, and the offsets as Python integers.
 
@@ -28,17 +53,21 @@ class PackedBatch:
     cu_seqlens: int32 [B + 1], sequence b is rows cu_seqlens[b]:cu_seqlens[b + 1].
     seq_offsets, token_offsets: int32 [T + 1]; sequences and tokens of task t are
     offsets[t]:offsets[t + 1].
-    labels: T tensors, int64 [E_t] (classification) or float32 [E_t] (binary, regression); None
-    for a task without labels.
+    labels: T tensors with the labels of the examples, or of their units, in the dtypes of
+    fastmtl.data.rows.Rows; None for a task without labels.
     example_ids: T tensors int64 [E_t], the positions of the examples in their data set.
     pairs: T entries; for bi-encoded pairs int64 [E_t, 2], the indices of both texts among the B
-    sequences; None for a task with one sequence per example.
-    group_counts: T integers, the examples of each task over all ranks and micro-batches of this
-    optimiser step; None outside training.
+    sequences, or [U_t, 2] for units that are compared with a query; else None.
+    group_counts: T integers, the loss terms of each task over all ranks and micro-batches of this
+    optimiser step; None outside training. A loss term is an example, or of type tokens a word with
+    a label.
     host: the offsets as Python integers, so that no operation waits for the device.
     plan: the AttentionPlan if `prepared` made one, else None.
     cached: data that the loss of a task needs about the whole step, added by
     fastmtl.model.losses.cached_pairs; else None.
+    units: T entries, a Units or None for a task whose head gives one output per example; () stands
+    for None each.
+    terms: T integers, the loss terms of each task in this batch; None: the numbers of examples.
     """
 
     input_ids: Tensor
@@ -54,6 +83,8 @@ class PackedBatch:
     group_counts: tuple[int, ...] | None = None
     plan: AttentionPlan | None = None
     cached: Any = None
+    units: tuple[Units | None, ...] = ()
+    terms: tuple[int, ...] | None = None
 
     @property
     def num_tasks(self) -> int:
@@ -67,6 +98,15 @@ class PackedBatch:
     def counts(self) -> tuple[int, ...]:
         """The number of examples of each task in this batch."""
         return tuple(int(ids.shape[0]) for ids in self.example_ids)
+
+    @property
+    def loss_terms(self) -> tuple[int, ...]:
+        """The number of loss terms of each task in this batch."""
+        return self.counts if self.terms is None else self.terms
+
+    def units_of(self, index: int) -> Units | None:
+        """Return the units of the task `index`."""
+        return self.units[index] if self.units else None
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Return the batch on `device`, after calling `prepared`.
@@ -101,7 +141,7 @@ class PackedBatch:
         def mapped(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return function(value)
-            if isinstance(value, AttentionPlan):
+            if isinstance(value, AttentionPlan | Units):
                 return value.map(function)
             if isinstance(value, tuple):
                 return tuple(mapped(item) for item in value)
@@ -125,12 +165,20 @@ class PackedBatch:
             token_offsets=tuple(offsets(token_stop - token_start)),
         )
         pair = self.pairs[index]
-        counts = self.group_counts
 
         def only(values: tuple[Tensor | None, ...], keep: Tensor | None) -> tuple[Tensor | None, ...]:
             return tuple(
                 keep if t == index else (None if value is None else value[:0]) for t, value in enumerate(values)
             )
+
+        units = tuple(None if one is None else one.none() for one in self.units)
+        own = self.units_of(index)
+        if own is not None:
+            own = own if own.rows is None else dataclasses.replace(own, rows=own.rows - token_start)
+            units = (*units[:index], own, *units[index + 1 :])
+
+        def number(numbers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+            return None if numbers is None else tuple(n if t == index else 0 for t, n in enumerate(numbers))
 
         return PackedBatch(
             input_ids=self.input_ids[rows],
@@ -143,7 +191,9 @@ class PackedBatch:
             example_ids=only(self.example_ids, self.example_ids[index]),  # type: ignore[arg-type]
             pairs=only(self.pairs, None if pair is None else pair - seq_start),
             host=host,
-            group_counts=None if counts is None else tuple(n if t == index else 0 for t, n in enumerate(counts)),
+            group_counts=number(self.group_counts),
+            units=units,
+            terms=number(self.terms),
         )
 
 

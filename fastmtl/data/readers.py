@@ -3,54 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from fastmtl.config import DataConfig, TaskConfig
-from fastmtl.data.columns import check_columns, check_undecided_quotes, looks_like_row, names_columns, uses_quotes
-from fastmtl.data.formats import check_format, find_layout
-from fastmtl.data.labels import CELLS, BadCell, Labels
-from fastmtl.data.records import BadRow, Record, open_source
-from fastmtl.errors import UserError, quoted
+from fastmtl.data.formats import check_format
+from fastmtl.data.records import BadRow
+from fastmtl.data.rows import Rows
+from fastmtl.data.types import DATA_TYPES
+from fastmtl.errors import UserError
 from fastmtl.files.user_path import user_path
-
-
-@dataclass(frozen=True)
-class Rows:
-    """n rows of a task.
-
-    labels: int64 [n] (classification) or float32 [n] (binary: 0 or 1; regression); None for files
-    without labels. skipped: the bad rows that were left out (`on_bad_row: skip`). notes: messages
-    for the user about rows that were left out or changed for other reasons.
-    """
-
-    path: Path
-    ids: list[str]
-    texts: list[str]
-    pair_texts: list[str] | None
-    labels: np.ndarray | None
-    skipped: list[BadRow] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def take(self, chosen: Sequence[int], note: str | None = None) -> Rows:
-        """Return the rows at the positions `chosen`, in that order."""
-        return dataclasses.replace(
-            self,
-            ids=[self.ids[row] for row in chosen],
-            texts=[self.texts[row] for row in chosen],
-            pair_texts=None if self.pair_texts is None else [self.pair_texts[row] for row in chosen],
-            labels=None if self.labels is None else self.labels[np.asarray(chosen, dtype=np.int64)],
-            notes=self.notes if note is None else [*self.notes, note],
-        )
 
 
 def read_rows(
@@ -94,57 +58,11 @@ def read_file(
             raise UserError(f"{path}, {bad}. Fix the row, or set data.on_bad_row=skip to leave such rows out.")
         skipped.append(bad)
 
-    files = task.data
-    check_format(files.format)
-    source = open_source(path, partial(uses_quotes, files), partial(names_columns, path, task), report)
-    layout = find_layout(files.format, source.header, {str(k): v for k, v in files.columns.items()}, str(path))
-    check_columns(path, source, layout, files, require_labels=require_labels)
-    labels_of = Labels(task, layout) if require_labels else None
-    undecided = source.delimiter is not None and files.quotes is None and not uses_quotes(files, source.delimiter)
-
-    ids, texts, pair_texts, labels, lines = [], [], [], [], []
-    for position, record in enumerate(source.records(partial(looks_like_row, source, layout, task))):
-        try:
-            text = _text(record, layout.text)
-            pair_text = None if layout.text_pair is None else _text(record, layout.text_pair)
-            label = None if labels_of is None else labels_of.read(record)
-            row_id = None if layout.id is None else _cell(record, layout.id)
-        except BadCell as bad:
-            report(BadRow(record.line, str(bad.column), bad.reason))
-            continue
-        if undecided:
-            check_undecided_quotes(path, record, layout)
-        ids.append(row_id or str(position))
-        texts.append(text)
-        pair_texts.append(pair_text)
-        labels.append(label)
-        lines.append(record.line)
-    if not ids:
+    check_format(task.data.format)
+    rows = DATA_TYPES[task.type].read(path, task, report, require_labels=require_labels)
+    if not len(rows):
         raise UserError(f"{path}: no rows" + (f" ({len(skipped)} bad ones were skipped)" if skipped else ""))
-    dtype = np.int64 if task.type == "classification" else np.float32
-    return Rows(
-        path=path,
-        ids=ids,
-        texts=texts,
-        pair_texts=None if layout.text_pair is None else [str(text) for text in pair_texts],
-        labels=None if labels_of is None else np.array(labels, dtype=dtype),
-        skipped=skipped,
-        notes=_repeated_ids(path, ids, lines),
-    )
-
-
-def _repeated_ids(path: Path, ids: list[str], lines: list[int]) -> list[str]:
-    first: dict[str, int] = {}
-    repeated = [
-        (row_id, line) for row_id, line in zip(ids, lines, strict=True) if first.setdefault(row_id, line) != line
-    ]
-    if not repeated:
-        return []
-    row_id, line = repeated[0]
-    return [
-        f"{path.name}: {len(repeated)} rows have an id that an earlier row has too, the first is {quoted(row_id)} in "
-        f"line {line} and line {first[row_id]}"
-    ]
+    return dataclasses.replace(rows, skipped=skipped)
 
 
 def _share(rows: int, fraction: float) -> np.ndarray:
@@ -155,36 +73,3 @@ def _share(rows: int, fraction: float) -> np.ndarray:
     """
     drawn = np.random.default_rng(0).permutation(rows)[: max(1, round(fraction * rows))]
     return np.sort(drawn)
-
-
-def _text(record: Record, column: str | int) -> str:
-    text = _cell(record, column)
-    if not text:
-        raise BadCell(column, "expected a text, found none")
-    return " ".join(text.split())  # a BERT tokenizer treats several spaces as one
-
-
-def _cell(record: Record, column: str | int) -> str:
-    """Return the text of a cell without surrounding spaces, "" for an empty or missing cell.
-
-    Raises BadCell for a value that is not text or a number.
-    """
-    value = record.cells.get(column)
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return ""
-    if not isinstance(value, CELLS):
-        raise BadCell(column, f"expected a text, found {_kind(value)}")
-    text = str(value)
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise BadCell(
-                column, f"expected a text, found half of a surrogate pair (U+{ord(text[error.start]):04X})"
-            ) from None
-    return text.strip()
-
-
-def _kind(value: object) -> str:
-    names: dict[type, str] = {bytes: "binary data", list: "a list", dict: "an object"}
-    return names.get(type(value), f"{type(value).__name__} {quoted(value)}")

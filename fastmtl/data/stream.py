@@ -83,8 +83,7 @@ class BatchStream:
         A step has `engine.accumulation` micro-batches. epoch, start_step: counted from 0.
         """
         for _, group in self._groups(epoch, start_step):
-            all_tasks = np.concatenate([tasks for shares in group for tasks, _ in shares])
-            counts = np.bincount(all_tasks, minlength=len(self._datasets)).tolist()
+            counts = self._terms(*map(np.concatenate, zip(*(draw for shares in group for draw in shares), strict=True)))
             yield [self._pack(shares[self._rank], counts) for shares in group]
 
     def rest(self, epochs: int, epoch: int, start_step: int) -> Iterator[list[PackedBatch]]:
@@ -107,6 +106,14 @@ class BatchStream:
     def _pack(self, draw: Draw, group_counts: Sequence[int]) -> PackedBatch:
         tasks, rows = draw
         return pack([(dataset, rows[tasks == t]) for t, dataset in enumerate(self._datasets)], group_counts)
+
+    def _terms(self, tasks: np.ndarray, rows: np.ndarray) -> list[int]:
+        """Return the number of loss terms of each task in the given rows of the tasks."""
+        counts = np.bincount(tasks, minlength=len(self._datasets)).tolist()
+        for t, dataset in enumerate(self._datasets):
+            if dataset.loss_terms is not None:
+                counts[t] = int(dataset.loss_terms[rows[tasks == t]].sum())
+        return counts
 
     def _micro_batches(self, epoch: int) -> list[list[Draw]]:
         """Return all micro-batches of an epoch, each as a list with the rows of each rank."""

@@ -11,8 +11,7 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,31 +19,77 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastmtl.config import TaskConfig
-from fastmtl.data.readers import Rows
 from fastmtl.data.records import BadRow
+from fastmtl.data.rows import Rows, ranges
+from fastmtl.data.types import DATA_TYPES
 from fastmtl.errors import UserError, one_line
 from fastmtl.files.user_path import cache_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CACHE_VERSION = 3
-_ARRAYS = ("tokens", "offsets", "second_text")
+CACHE_VERSION = 4
+
+
+@dataclass(frozen=True)
+class UnitTable:
+    """The units of n examples: what the head scores one by one, of tokens or of sequences.
+
+    They are words of type tokens, places of an answer's ends of type span, or texts of types choice
+    and ranking.
+
+    offsets: int64 [n + 1]; example i has the units offsets[i] to offsets[i + 1] - 1.
+    places: int32 [U], the position of each unit's token in its example, which has one sequence;
+    None if the units are sequences.
+    items: int32 [U], the number of each unit's item in its row (`Rows.items`), or None.
+    spans: int32 [U, 2], first character and end of each unit in its row's text, or None.
+    labelled: True if the labels have one value per unit, not one per example.
+    query_first: True if the first sequence of an example is a query that is no unit.
+    """
+
+    offsets: np.ndarray
+    places: np.ndarray | None
+    items: np.ndarray | None = None
+    spans: np.ndarray | None = None
+    labelled: bool = False
+    query_first: bool = False
+
+    def take(self, rows: np.ndarray) -> UnitTable:
+        """Return the units of the examples `rows`, int64 [k]."""
+        units = self.positions(rows)
+        return dataclasses.replace(
+            self,
+            offsets=np.concatenate([[0], np.cumsum(np.diff(self.offsets)[rows])]),
+            places=_chosen(self.places, units),
+            items=_chosen(self.items, units),
+            spans=_chosen(self.spans, units),
+        )
+
+    def positions(self, rows: np.ndarray) -> np.ndarray:
+        """Return the positions of the units of the examples `rows`, int64."""
+        return ranges(self.offsets[rows], self.offsets[rows + 1])
 
 
 @dataclass(frozen=True)
 class TokenizedDataset:
     """The token ids of n examples of one file.
 
-    An example has S sequences: 2 for a pair whose texts are encoded apart (`pairs: bi`), else 1.
-    Example i has the sequences S i to S i + S - 1.
+    Example i has sequences_per_example sequences one after the other, 2 for a pair whose texts are
+    encoded apart (`pairs: bi`), else 1; or as many as example_offsets say.
 
     tokens: int32 [all tokens], memory-mapped.
-    offsets: int64 [S n + 1]; sequence s is tokens[offsets[s]:offsets[s + 1]].
-    second_text: int32 [S n], the position in the sequence at which the second text (token type 1)
+    offsets: int64 [S + 1]; sequence s is tokens[offsets[s]:offsets[s + 1]].
+    second_text: int32 [S], the position in the sequence at which the second text (token type 1)
     begins; the length of the sequence if it has one text.
-    labels: int64 or float32 [n], or None. ids: the ids of the rows in the file.
+    labels: one per example or per unit, with the dtypes of `Rows`; or None.
+    ids: the id of each example's row in the file.
     truncated: number of examples that were cut to max_length. skipped, notes: as in `Rows`.
+    example_offsets: int64 [n + 1]; example i has the sequences example_offsets[i] to
+    example_offsets[i + 1] - 1. None: sequences_per_example each.
+    units: see UnitTable; None if the head gives one output per example.
+    loss_terms: int64 [n], the number of loss terms of each example; None for 1 each.
+    rows: the rows that the examples are made of; None for training rows.
+    row_of: int64 [n], the position in `rows` of each example's row; None if they are the same.
     """
 
     tokens: np.ndarray
@@ -57,6 +102,11 @@ class TokenizedDataset:
     skipped: list[BadRow]
     path: Path
     notes: list[str] = field(default_factory=list)
+    example_offsets: np.ndarray | None = None
+    units: UnitTable | None = None
+    loss_terms: np.ndarray | None = None
+    rows: Rows | None = None
+    row_of: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -64,13 +114,37 @@ class TokenizedDataset:
     @property
     def lengths(self) -> np.ndarray:
         """The number of tokens of each example, in all its sequences, int64 [n]."""
+        if self.example_offsets is not None:
+            return np.diff(self.offsets[self.example_offsets])
         return np.diff(self.offsets[:: self.sequences_per_example])
 
+    def sequences(self, rows: np.ndarray) -> np.ndarray:
+        """Return the numbers of the sequences of the examples `rows`, one example after the other.
+
+        rows: int64 [k].
+        """
+        if self.example_offsets is not None:
+            return ranges(self.example_offsets[rows], self.example_offsets[rows + 1])
+        per_example = self.sequences_per_example
+        return (rows[:, None] * per_example + np.arange(per_example)).reshape(-1)
+
+    def labels_of(self, rows: np.ndarray) -> np.ndarray | None:
+        """Return the labels of the examples `rows`, int64 [k], or those of their units."""
+        if self.labels is None:
+            return None
+        return self.labels[self.units.positions(rows) if self.units is not None and self.units.labelled else rows]
+
     def digest(self) -> str:
-        """Return the SHA-256 of the rows' tokens, offsets, labels and ids."""
+        """Return the SHA-256 of the rows' tokens, offsets, units, labels and ids."""
         digest = hashlib.sha256(json.dumps([self.sequences_per_example, self.ids]).encode("utf-8"))
         labels = np.zeros(0) if self.labels is None else self.labels
-        for array in (self.tokens, self.offsets, self.second_text, labels):
+        arrays = [self.tokens, self.offsets, self.second_text, labels]
+        if self.example_offsets is not None:
+            arrays.append(self.example_offsets)
+        if self.units is not None:
+            given = (self.units.offsets, self.units.places, self.units.items, self.units.spans)
+            arrays.extend(array for array in given if array is not None)
+        for array in arrays:
             digest.update(f"{array.dtype} {array.shape} ".encode())
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
@@ -80,57 +154,87 @@ class TokenizedDataset:
 
         The result is in memory, not memory-mapped.
         """
-        per_example = self.sequences_per_example
-        sequences = (np.asarray(rows)[:, None] * per_example + np.arange(per_example)).reshape(-1)
-        pieces = [self.tokens[self.offsets[s] : self.offsets[s + 1]] for s in sequences]
+        rows = np.asarray(rows, dtype=np.int64)
+        sequences = self.sequences(rows)
+        starts, stops = self.offsets[sequences], self.offsets[sequences + 1]
+        per_example = self.example_offsets
         return dataclasses.replace(
             self,
-            tokens=np.concatenate([np.zeros(0, np.int32), *pieces]),
-            offsets=np.concatenate([[0], np.cumsum([len(piece) for piece in pieces], dtype=np.int64)]),
+            tokens=np.asarray(self.tokens[ranges(starts, stops)]),
+            offsets=np.concatenate([[0], np.cumsum(stops - starts)]),
             second_text=self.second_text[sequences],
-            labels=None if self.labels is None else self.labels[rows],
+            labels=self.labels_of(rows),
             ids=[self.ids[row] for row in rows],
+            example_offsets=None
+            if per_example is None
+            else np.concatenate([[0], np.cumsum(np.diff(per_example)[rows])]),
+            units=None if self.units is None else self.units.take(rows),
+            loss_terms=None if self.loss_terms is None else self.loss_terms[rows],
+            row_of=rows if self.row_of is None and self.rows is not None else _chosen(self.row_of, rows),
         )
 
 
+def _chosen(array: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
+    return None if array is None else array[rows]
+
+
 def tokenize(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, max_length: int, cache_dir: str | Path
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskConfig,
+    max_length: int,
+    cache_dir: str | Path,
+    *,
+    keep_rows: bool = False,
 ) -> TokenizedDataset:
     """Return the token ids of `rows`, from the cache in `cache_dir` if they are there.
 
     The key of a cache entry is a digest of texts, tokenizer and settings. max_length: the most
     tokens of a sequence, [CLS] and [SEP] included; in a pair the longer text is cut first. A
     damaged cache entry is rebuilt. If the cache is not writable, a temporary folder is used and a
-    line on standard error says so. Raises UserError where `check_pairs` raises it, and for token
-    types other than 0 and 1.
+    line on standard error says so. keep_rows: whether the result has the rows, which an evaluation
+    needs. Raises UserError where `check_pairs` raises it, and for token types other than 0 and 1.
     """
-    check_pairs(rows, task)
-    bi = task.pairs == "bi"
-    key = _digest(rows, tokenizer, bi, max_length)
+    kind = DATA_TYPES[task.type]
+    key = _digest(rows, tokenizer, [task.type, *kind.settings(task)], max_length)
     entry = cache_path(cache_dir) / f"tokens-{key}"
-    arrays = _load(entry)
-    if arrays is None:
-        made = _encode(rows, tokenizer, bi, max_length)
+    found = _load(entry)
+    if found is None:
+        made = kind.encode(rows, tokenizer, task, max_length)
         try:
             _store(entry, *made)
         except OSError as error:
             entry = _cache_instead(cache_dir, str(error.strerror)) / entry.name
             _store(entry, *made)
-        arrays = _load(entry)
-        assert arrays is not None
-    tokens, offsets, second_text, truncated = arrays
+        found = _load(entry)
+        assert found is not None
+    arrays, truncated = found
+    labels, loss_terms = kind.label(rows, arrays, task)
+    row_of = arrays.get("row_of")
     return TokenizedDataset(
-        tokens=tokens,
-        offsets=offsets,
-        second_text=second_text,
-        sequences_per_example=2 if bi else 1,
-        labels=rows.labels,
-        ids=rows.ids,
+        tokens=arrays["tokens"],
+        offsets=arrays["offsets"],
+        second_text=arrays["second_text"],
+        sequences_per_example=2 if task.pairs == "bi" else 1,
+        labels=labels,
+        ids=rows.ids if row_of is None else [rows.ids[row] for row in row_of],
         truncated=truncated,
         skipped=rows.skipped,
         path=rows.path,
         notes=rows.notes,
+        example_offsets=arrays.get("example_offsets"),
+        units=_units(arrays, labelled=rows.items is not None and rows.items.labelled, query_first=task.pairs == "bi"),
+        loss_terms=loss_terms,
+        rows=rows if keep_rows else None,
+        row_of=row_of,
     )
+
+
+def _units(arrays: Mapping[str, np.ndarray], *, labelled: bool, query_first: bool) -> UnitTable | None:
+    if "unit_offsets" not in arrays:
+        return None
+    found = {name: arrays.get(f"unit_{name}") for name in ("places", "items", "spans")}
+    return UnitTable(arrays["unit_offsets"], **found, labelled=labelled, query_first=query_first)
 
 
 @functools.cache
@@ -175,7 +279,7 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return model
 
 
-def _digest(rows: Rows, tokenizer: PreTrainedTokenizerBase, bi: bool, max_length: int) -> str:
+def _digest(rows: Rows, tokenizer: PreTrainedTokenizerBase, of_type: list[Any], max_length: int) -> str:
     import tokenizers
     import transformers
 
@@ -185,62 +289,10 @@ def _digest(rows: Rows, tokenizer: PreTrainedTokenizerBase, bi: bool, max_length
     call = [tokenizer.truncation_side, getattr(tokenizer, "split_special_tokens", False)]
     digest = hashlib.sha256()
     state = tokenizer_state(tokenizer)
-    settings = [CACHE_VERSION, bi, max_length, state, code, call, rows.texts, rows.pair_texts]
+    items = None if rows.items is None else [rows.items.texts, rows.items.offsets.tolist()]
+    settings = [CACHE_VERSION, of_type, max_length, state, code, call, rows.texts, rows.pair_texts, items]
     digest.update(json.dumps(settings).encode("utf-8"))
     return digest.hexdigest()[:32]
-
-
-def _encode(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, bi: bool, max_length: int
-) -> tuple[dict[str, np.ndarray], int]:
-    if bi:
-        assert rows.pair_texts is not None
-        texts = [text for pair in zip(rows.texts, rows.pair_texts, strict=True) for text in pair]
-        pairs = None
-    else:
-        texts, pairs = rows.texts, rows.pair_texts
-    with _state_kept(tokenizer):
-        # A tokenizer without token types in its model_input_names returns them only on request.
-        encoded = tokenizer(texts, pairs, verbose=False, return_token_type_ids=True)
-        ids, types = encoded["input_ids"], encoded["token_type_ids"]
-        long = [index for index, sequence in enumerate(ids) if len(sequence) > max_length]
-        for index in long:
-            # A list, since a call with one text drops an empty second text.
-            cut = tokenizer(
-                texts[index : index + 1],
-                None if pairs is None else pairs[index : index + 1],
-                truncation="longest_first",
-                max_length=max_length,
-                return_token_type_ids=True,
-            )
-            ids[index], types[index] = cut["input_ids"][0], cut["token_type_ids"][0]
-    if any(kind != sorted(kind) or kind[-1:] > [1] for kind in types):
-        raise UserError(
-            f"{rows.path}: the encoder's tokenizer gives token types other than 0 for a first text and 1 for a second; "
-            "fix the post_processor of its tokenizer.json"
-        )
-    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-    arrays = {
-        "tokens": np.fromiter((token for sequence in ids for token in sequence), np.int32, int(lengths.sum())),
-        "offsets": np.concatenate([[0], np.cumsum(lengths)]),
-        "second_text": (lengths - np.fromiter(map(sum, types), np.int64, len(types))).astype(np.int32),
-    }
-    return arrays, len({index // (2 if bi else 1) for index in long})
-
-
-@contextmanager
-def _state_kept(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Restore the tokenizer's truncation and padding after the block.
-
-    A call of the tokenizer changes both, and saving the tokenizer would write them to its file.
-    """
-    backend = tokenizer.backend_tokenizer
-    truncation, padding = backend.truncation, backend.padding
-    try:
-        yield
-    finally:
-        backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
-        backend.no_padding() if padding is None else backend.enable_padding(**padding)
 
 
 def _store(entry: Path, arrays: dict[str, np.ndarray], truncated: int) -> None:
@@ -264,12 +316,12 @@ def _store(entry: Path, arrays: dict[str, np.ndarray], truncated: int) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _load(entry: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, int] | None:
+def _load(entry: Path) -> tuple[dict[str, np.ndarray], int] | None:
     try:
         meta = json.loads((entry / "meta.json").read_text(encoding="utf-8"))
-        if any(zlib.crc32((entry / f"{name}.npy").read_bytes()) != meta["crc32"][name] for name in _ARRAYS):
+        names = {"tokens", "offsets", "second_text", *meta["crc32"]}
+        if any(zlib.crc32((entry / f"{name}.npy").read_bytes()) != meta["crc32"][name] for name in names):
             return None
-        tokens, offsets, second_text = (np.load(entry / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
-        return tokens, offsets, second_text, int(meta["truncated"])
+        return {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in names}, int(meta["truncated"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,27 +11,12 @@ from fastmtl.config import Recipe
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.stream import evaluation_batches
 from fastmtl.data.tokenized import TokenizedDataset
+from fastmtl.inference.scores import Scores
 
 # A function that runs the model on a batch in evaluation mode; it returns {task: scores [E_t, ...]}
-# for the E_t rows of each task t in the batch.
+# or [U_t, ...] for the E_t examples of each task t in the batch, or their units.
 Predict = Callable[[PackedBatch], dict[str, torch.Tensor]]
 Gather = Callable[[object], list]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The scores of a task's data set, in the order of its rows.
-
-    scores: output of `MultiTaskModel.predict`, float32 [n, classes] for classification, else [n].
-    labels: [n], or None if the data set has none.
-    """
-
-    dataset: TokenizedDataset
-    scores: np.ndarray
-
-    @property
-    def labels(self) -> np.ndarray | None:
-        return self.dataset.labels
 
 
 def score(
@@ -44,7 +28,7 @@ def score(
     world: int = 1,
     all_gather: Gather = lambda value: [value],
 ) -> dict[str, Scores]:
-    """Score every row of the data sets; return {task: Scores}, complete on every rank.
+    """Score every example of the data sets; return {task: Scores}, complete on every rank.
 
     predict: runs the model on a batch; each rank calls it for its share of the rows. all_gather:
     returns the objects of all ranks in rank order. Every rank runs the same number of batches per
@@ -71,6 +55,8 @@ def score(
         gathered = all_gather((rows, outputs))
         all_rows = np.concatenate([part for rank_rows, _ in gathered for part in rank_rows])
         all_outputs = np.concatenate([part for _, rank_outputs in gathered for part in rank_outputs])
+        if dataset.units is not None:
+            all_rows = dataset.units.positions(all_rows)
         ordered = np.empty_like(all_outputs)
         ordered[all_rows] = all_outputs
         result[name] = Scores(dataset, ordered)

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from fastmtl.config import Recipe, TaskConfig
-from fastmtl.errors import UserError, unknown_name
+from fastmtl.config import TaskConfig
+from fastmtl.errors import UserError
 
 
 def load_libraries() -> None:
@@ -29,49 +29,6 @@ def load_libraries() -> None:
 CLASS_METRICS = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
 REGRESSION_METRICS = ("pearson", "spearman", "mse")
 LOWER_IS_BETTER = ("mse",)
-
-
-def metric_names(task: TaskConfig) -> tuple[str, ...]:
-    """Return the names of all metrics of the task's type, in the order of a table's columns."""
-    return REGRESSION_METRICS if task.type == "regression" else CLASS_METRICS
-
-
-def check_metrics(recipe: Recipe) -> None:
-    """Raise UserError if the recipe names a metric that its task does not have.
-
-    The message names the key and the nearest valid name. Called before training.
-    """
-    for name, task in recipe.tasks.items():
-        valid = [metric for metric in metric_names(task) if metric not in LOWER_IS_BETTER]
-        if task.metric_name not in valid:
-            why = unknown_name(f"metric of a {task.type} task", task.metric_name, valid)
-            raise UserError(f"tasks.{name}.metric: {why} (The mean over tasks needs metrics where more is better.)")
-    wanted = recipe.early_stopping.metric
-    choices = ["mean", *(f"{name}/{metric}" for name, task in recipe.tasks.items() for metric in metric_names(task))]
-    if wanted not in choices:
-        raise UserError(f"early_stopping.metric: {unknown_name('metric', wanted, choices)}")
-
-
-def check_early_stopping(recipe: Recipe) -> None:
-    """Raise UserError if there is no dev file for the metric of early stopping.
-
-    The message names the key. Called before training.
-    """
-    wanted, patience = recipe.early_stopping.metric, recipe.early_stopping.patience
-    scored = [name for name, task in recipe.tasks.items() if task.data.dev is not None]
-    if wanted == "mean":
-        if patience is not None and not scored:
-            raise UserError(
-                f"early_stopping.patience: {patience}, but no task has a dev file, so there is no metric to stop by: "
-                "name one as tasks.<task>.data.dev, or leave patience out"
-            )
-        return
-    task = wanted.rsplit("/", 1)[0]
-    if task not in scored:
-        raise UserError(
-            f"early_stopping.metric: {wanted}: task {task} has no dev file: name one as tasks.{task}.data.dev, "
-            "or choose another metric"
-        )
 
 
 def predicted_labels(task: TaskConfig, scores: np.ndarray) -> np.ndarray:
@@ -133,32 +90,6 @@ def label_statistics(task: TaskConfig, labels: Any) -> dict[str, float]:
         return {str(k): int(n) for k, n in enumerate(np.bincount(labels.astype(np.int64), minlength=num_classes))}
     values = {"mean": labels.mean(), "deviation": labels.std(), "smallest": labels.min(), "largest": labels.max()}
     return {name: round(float(value), 4) for name, value in values.items()}
-
-
-def mean_score(metrics: dict[str, dict[str, float]], recipe: Recipe) -> float:
-    """Return the mean over tasks of each task's own metric (`tasks.<task>.metric`).
-
-    metrics: {task: {metric: value}} of the evaluated tasks. Raises UserError if there is none.
-    """
-    values = [metrics[name][task.metric_name] for name, task in recipe.tasks.items() if name in metrics]
-    if not values:
-        raise UserError("no task of the recipe has a dev file: there is nothing to take the mean of")
-    return float(np.mean(values))
-
-
-def selected_score(metrics: dict[str, dict[str, float]], recipe: Recipe) -> float:
-    """Return the value of `early_stopping.metric`; the greater value is always better.
-
-    A metric of which the lower value is better (mse) is negated. Raises UserError for a task
-    without a dev file.
-    """
-    wanted = recipe.early_stopping.metric
-    if wanted == "mean":
-        return mean_score(metrics, recipe)
-    task, metric = wanted.rsplit("/", 1)
-    if task not in metrics:
-        raise UserError(f"early_stopping.metric: {wanted} is not known: task {task} has no dev file")
-    return -metrics[task][metric] if metric in LOWER_IS_BETTER else metrics[task][metric]
 
 
 def _classes(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -8,37 +8,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastmtl.config import DataConfig, Recipe, TaskConfig
 from fastmtl.data.corpus import demo_directory
 from fastmtl.data.packed_batch import PackedBatch
-from fastmtl.data.readers import Rows, read_file, read_rows
+from fastmtl.data.readers import read_file, read_rows
+from fastmtl.data.rows import Rows
 from fastmtl.data.tokenized import check_token_types, tokenize
-from fastmtl.errors import UserError, quoted, unknown_name
+from fastmtl.errors import UserError, unknown_name
 from fastmtl.files.user_path import user_path
 from fastmtl.inference.evaluation import score
-from fastmtl.inference.metrics import evaluate_predictions, mean_score, predicted_labels
 from fastmtl.inference.predictions import write_cs224n, write_table
+from fastmtl.inference.scores import Scores
+from fastmtl.inference.selection import evaluate_scores, mean_score
+from fastmtl.inference.types import INFERENCE_TYPES
+from fastmtl.inference.types.single import Prediction
 from fastmtl.model.saved_model import load_model, model_directory
 
-Text = str | tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The prediction for one row.
-
-    label: the class id, the class name if the recipe has label_names, or the value of a regression
-    task.
-    probabilities: those of all classes in the order of their ids (binary: 0 and 1); None for
-    regression.
-    """
-
-    label: int | str | float
-    probabilities: tuple[float, ...] | None = None
+__all__ = ["Evaluation", "Prediction", "Predictor", "evaluate_file", "evaluate_split", "load", "predict_file"]
 
 
 @dataclass(frozen=True)
@@ -67,38 +56,33 @@ class Predictor:
         self.device = device
         self._tokenizer = tokenizer
 
-    def predict(self, task: str, texts: Sequence[Text]) -> list[Prediction]:
+    def predict(self, task: str, texts: Sequence[Any]) -> list[Any]:
         """Return a prediction per text, in order.
 
-        texts: strings, or pairs (text, other text) for tasks of two sentences. Raises UserError for
-        an unknown task, and for texts of another type.
+        texts: strings, or pairs (text, other text) for tasks of two sentences; docs/tasks.md gives
+        those of the other task types, and the classes of the predictions. Raises UserError for an
+        unknown task, and for texts of another type.
         """
         config = self.task(task)
+        kind = INFERENCE_TYPES[config.type]
         if not texts:
             return []
-        scores = self.scores(task, _rows_of(texts))
-        return [_prediction(config, row) for row in scores]
+        return kind.predictions(config, self.scores(task, kind.rows_of(config, texts)))
 
     def evaluate(self, task: str, rows: Rows) -> dict[str, float]:
         """Return the task's metrics on labelled rows (from `fastmtl.data.readers.read_file`).
 
         Raises UserError for an unknown task and for rows without labels.
         """
-        if rows.labels is None:
-            raise UserError(f"{rows.path}: there are no labels to evaluate against")
-        return evaluate_predictions(self.task(task), self.scores(task, rows), rows.labels)
+        return evaluate_scores(self.task(task), self.scores(task, rows))
 
-    def scores(self, task: str, rows: Rows) -> np.ndarray:
-        """Return the model's output for the rows, float32.
-
-        By the task's type it is [n, classes] probabilities (classification), [n] probabilities of
-        class 1 (binary) or [n] values (regression).
-        """
+    def scores(self, task: str, rows: Rows) -> Scores:
+        """Return the model's scores for the rows."""
         config = self.task(task)
         with tempfile.TemporaryDirectory(prefix="fastmtl-") as cache:
-            dataset = tokenize(rows, self._tokenizer, config, self.model.encoder.max_length, cache)
+            dataset = tokenize(rows, self._tokenizer, config, self.model.encoder.max_length, cache, keep_rows=True)
             check_token_types([dataset], self.model.encoder.settings.type_vocab_size)
-            return score(self._forward, self.recipe, {task: dataset})[task].scores
+            return score(self._forward, self.recipe, {task: dataset})[task]
 
     def task(self, name: str) -> TaskConfig:
         if name not in self.recipe.tasks:
@@ -179,7 +163,7 @@ def predict_file(
         raise UserError(f"cannot write {target}: there is no directory {target.parent}")
     rows = read_file(source, config, on_bad_row=predictor.recipe.data.on_bad_row, require_labels=False)
     scores = predictor.scores(task, rows)
-    (write_cs224n if layout == "cs224n" else write_table)(target, config, rows.ids, scores)
+    (write_cs224n if layout == "cs224n" else write_table)(target, config, scores)
     return len(rows), _skipped(task, rows)
 
 
@@ -192,47 +176,3 @@ def _evaluate(predictor: Predictor, rows: dict[str, Rows], notes: list[str]) -> 
 
 def _skipped(task: str, rows: Rows) -> list[str]:
     return [f"{task}: {len(rows.skipped)} bad rows were skipped, the first: {rows.skipped[0]}"] if rows.skipped else []
-
-
-def _rows_of(texts: Sequence[Text]) -> Rows:
-    if isinstance(texts, str):
-        raise UserError("predict takes a list of texts or pairs, not one string: write [text]")
-    pairs = not isinstance(texts[0], str)
-    for position, text in enumerate(texts):
-        good = (
-            isinstance(text, (tuple, list)) and len(text) == 2 and all(isinstance(part, str) for part in text)
-            if pairs
-            else isinstance(text, str)
-        )
-        if not good:
-            wanted = "a pair of strings (text, other text)" if pairs else "a string"
-            raise UserError(f"texts[{position}] is not {wanted} like the first one: {quoted(text)}")
-        for part in text if pairs else (text,):
-            _check_unicode(position, str(part))
-    return Rows(
-        ids=[str(position) for position in range(len(texts))],
-        texts=[text[0] if pairs else text for text in texts],  # type: ignore[misc]
-        pair_texts=[text[1] for text in texts] if pairs else None,
-        labels=None,
-        skipped=[],
-        path=Path("texts"),
-    )
-
-
-def _check_unicode(position: int, text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        found = quoted(text[error.start])
-        raise UserError(
-            f"texts[{position}], character {error.start + 1}: {found} is half of a surrogate pair, no character; fix "
-            "or replace it"
-        ) from None
-
-
-def _prediction(task: TaskConfig, scores: np.ndarray) -> Prediction:
-    if task.type == "regression":
-        return Prediction(float(scores))
-    probabilities = (1 - float(scores), float(scores)) if task.type == "binary" else tuple(map(float, scores))
-    label = int(predicted_labels(task, np.asarray([scores]))[0])
-    return Prediction(task.label_names[label] if task.label_names else label, probabilities)

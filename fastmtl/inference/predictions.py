@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from fastmtl.config import TaskConfig
 from fastmtl.errors import UserError
 from fastmtl.files.writing import replace_text
-from fastmtl.inference.metrics import predicted_labels
+from fastmtl.inference.scores import Scores
+from fastmtl.inference.types import INFERENCE_TYPES
+from fastmtl.inference.types.single import texts
 
 # The columns' names in the project's own files, with its spelling.
 CS224N_COLUMN = {
@@ -22,48 +21,32 @@ CS224N_COLUMN = {
 }
 
 
-def write_table(path: Path, task: TaskConfig, ids: Sequence[str], scores: np.ndarray) -> None:
-    """Write a CSV file: id, predicted and, for classes, the probabilities p_<class>.
+def write_table(path: Path, task: TaskConfig, scores: Scores) -> None:
+    """Write a CSV file with a header: the id of each row, the prediction and the probabilities.
 
-    scores: the output of `MultiTaskModel.predict`. Class names are the recipe's label_names, or the
-    class ids if it has none. Raises UserError if the file cannot be written.
+    docs/tasks.md gives the columns of each task type. Raises UserError if the file cannot be
+    written.
     """
-    rows = io.StringIO()
-    writer = csv.writer(rows, lineterminator="\n")
-    probabilities = _probabilities(task, scores)
-    names = [_name(task, label) for label in range(probabilities.shape[1])]
-    writer.writerow(["id", "predicted", *(f"p_{name}" for name in names)])
-    for row_id, value, row in zip(ids, _texts(task, scores), probabilities, strict=True):
-        writer.writerow([row_id, value, *(f"{probability:.6f}" for probability in row)])
-    _write(path, rows.getvalue())
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    header, lines = INFERENCE_TYPES[task.type].table(task, scores)
+    writer.writerow(header)
+    writer.writerows(lines)
+    _write(path, text.getvalue())
 
 
-def write_cs224n(path: Path, task: TaskConfig, ids: Sequence[str], scores: np.ndarray) -> None:
+def write_cs224n(path: Path, task: TaskConfig, scores: Scores) -> None:
     """Write a file in the hand-in format of CS224N's default project (minBERT).
 
     It has a header `id \\t Predicted_...` and lines `id , value`. Raises UserError if the file
-    cannot be written.
+    cannot be written, and for a task of another type.
     """
+    if task.type not in CS224N_COLUMN:
+        raise UserError(f"the format cs224n has no tasks of type {task.type}: use the format table")
+    ids = scores.dataset.ids
     lines = [f"id \t {CS224N_COLUMN[task.type]} \n"]
-    lines.extend(f"{row_id} , {value} \n" for row_id, value in zip(ids, _texts(task, scores), strict=True))
+    lines.extend(f"{row_id} , {value} \n" for row_id, value in zip(ids, texts(task, scores.scores), strict=True))
     _write(path, "".join(lines))
-
-
-def _texts(task: TaskConfig, scores: np.ndarray) -> list[str]:
-    if task.type == "regression":
-        return [f"{value:.6f}" for value in scores]
-    return [_name(task, int(label)) for label in predicted_labels(task, scores)]
-
-
-def _name(task: TaskConfig, label: int) -> str:
-    return task.label_names[label] if task.label_names else str(label)
-
-
-def _probabilities(task: TaskConfig, scores: np.ndarray) -> np.ndarray:
-    """Return the probabilities of all classes, float [n, classes]; for regression [n, 0]."""
-    if task.type == "regression":
-        return np.empty((len(scores), 0))
-    return np.stack([1 - scores, scores], axis=1) if task.type == "binary" else scores
 
 
 def _write(path: Path, text: str) -> None:

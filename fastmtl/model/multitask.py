@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.config import OptimizerConfig, Recipe, TaskConfig
-from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.config.types import TYPES
+from fastmtl.data.packed_batch import PackedBatch, Units
 from fastmtl.errors import UserError
 from fastmtl.model.adapters import build_adapter
 from fastmtl.model.encoder.base import Encoder
@@ -26,6 +27,7 @@ from fastmtl.model.lora import build_lora
 from fastmtl.model.losses.smart import Smart, SmartModel
 from fastmtl.model.losses.task_loss import TaskLoss, build_loss
 from fastmtl.model.losses.weighting import Uncertainty
+from fastmtl.model.types import UNIT_TYPES
 from fastmtl.surgery.random_state import RandomState
 
 if TYPE_CHECKING:
@@ -99,7 +101,7 @@ class MultiTaskModel(SmartModel):
     ) -> dict[str, Any]:
         """Return the losses of all tasks, or the predictions of the tasks that have examples.
 
-        returns: "losses" for {task: (fp32 0-dim sum over its examples, number of examples)},
+        returns: "losses" for {task: (fp32 0-dim sum over its loss terms, number of loss terms)},
         "predictions" for the result of `predict`.
         A task without examples has the loss 0, which its head computes from no rows. All ranks then
         have the same autograd graph; ZeRO 3 needs this, since it gathers parameters collectively.
@@ -115,19 +117,21 @@ class MultiTaskModel(SmartModel):
         vectors, rest = self._vectors(batch, task_grads), HeadBatch.of(batch)
         if returns == "predictions":
             tasks = zip(self.recipe.tasks.items(), self._examples(vectors, rest), batch.counts, strict=True)
-            return {name: predictions(task, found.outputs) for (name, task), found, count in tasks if count}
+            heads = zip(tasks, self.heads, strict=True)
+            return {name: _predictions(task, found, head) for ((name, task), found, count), head in heads if count}
         recorded = self.recorded_heads if torch.is_grad_enabled() and terms is None else None
         losses = None if recorded is None else recorded.run(vectors, rest)
         if losses is None:
             losses = self.losses_of(vectors, rest, terms)
-        return dict(zip(self.recipe.task_names, zip(losses, batch.counts, strict=True), strict=True))
+        return dict(zip(self.recipe.task_names, zip(losses, batch.loss_terms, strict=True), strict=True))
 
     def predict(self, batch: PackedBatch) -> dict[str, Tensor]:
         """Return {task: fp32 predictions} for each task that has examples, without gradients.
 
         The rows have the order of the batch's example_ids.
         classification: probabilities [E, C]; binary: the probability of class 1 [E]; regression:
-        the score [E] in label units.
+        the score [E] in label units; types whose head scores units: [U, ...], as in
+        fastmtl.model.types.
         """
         with torch.no_grad():
             return self(batch, returns="predictions")
@@ -189,7 +193,7 @@ class MultiTaskModel(SmartModel):
         if terms is not None:
             losses = [loss + term for loss, term in zip(losses, terms(examples), strict=True)]
         if self.recipe.weighting.name == "uncertainty":
-            weighted = zip(self.heads, losses, batch.counts, strict=True)
+            weighted = zip(self.heads, losses, batch.loss_terms, strict=True)
             losses = [head.get_submodule("uncertainty")(loss, count) for head, loss, count in weighted]
         return losses
 
@@ -199,8 +203,11 @@ class MultiTaskModel(SmartModel):
         if "pooler" in found:
             assert isinstance(self.encoder.pooler, Pooler)
             found["pooler"] = self.encoder.pooler(found["pooler"], batch, task_grads)
-        for index, head in enumerate(self.heads):
+        for index, (task, head) in enumerate(zip(self.recipe.tasks.values(), self.heads, strict=True)):
             embed = head.get_submodule("embed")
+            if task.scores == "tokens":
+                units = batch.units_of(index)
+                found[index] = hidden[:0] if units is None or units.rows is None else hidden[units.rows]
             if isinstance(embed, Recurrent):
                 start, stop = batch.host.seq_offsets[index : index + 2]
                 lengths = np.diff(batch.host.cu_seqlens[start : stop + 1]).tolist()
@@ -211,15 +218,17 @@ class MultiTaskModel(SmartModel):
         found = []
         for index, (name, head) in enumerate(zip(self.recipe.task_names, self.heads, strict=True)):
             task, first, stop = self.recipe.tasks[name], *batch.seq_offsets[index : index + 2]
-            own = vectors.get(index)
-            u = head.get_submodule("embed")(vectors[task.pooling][first:stop]) if own is None else own
+            own, embed = vectors.get(index), head.get_submodule("embed")
+            u = vectors[task.pooling][first:stop] if own is None else own
+            u = u if isinstance(embed, Recurrent) else embed(u)
+            units = None if task.scores == "rows" else _units(batch, index, u)
             v = None
             if task.pairs == "bi":
                 pairs = batch.pairs[index]
                 if pairs is None and len(u):
                     raise UserError(f"tasks.{name}.pairs: bi, but its examples are single texts")
                 u, v = (u, u) if pairs is None else (u[pairs[:, 0] - first], u[pairs[:, 1] - first])
-            found.append(Examples(head(u, v).float(), u, v))
+            found.append(Examples(head(u, v).float(), u, v, units))
         return found
 
     def _loss(self, index: int, found: Examples, batch: HeadBatch) -> Tensor:
@@ -230,6 +239,8 @@ class MultiTaskModel(SmartModel):
             if count:
                 raise ValueError(f"task '{name}': the batch has no labels for its examples")
             labels = found.outputs.new_zeros(0)
+        if found.units is not None:
+            return loss.of_units(found, labels if count else labels.long(), self.heads[index])
         total = loss(found.outputs, targets(task, labels)).sum() if count else found.outputs.sum()
         if loss.pairs:
             assert found.v is not None
@@ -243,7 +254,25 @@ class MultiTaskModel(SmartModel):
     def _poolings(self) -> list[str]:
         """Return the names of the poolings that the heads read, each once."""
         tasks = zip(self.recipe.tasks.values(), self.heads, strict=True)
-        return list(dict.fromkeys(task.pooling for task, head in tasks if not isinstance(head.embed, Recurrent)))
+        pooled = [
+            task.pooling for task, head in tasks if not isinstance(head.embed, Recurrent) and task.scores != "tokens"
+        ]
+        return list(dict.fromkeys(pooled))
+
+
+def _units(batch: HeadBatch, index: int, u: Tensor) -> Units:
+    """Return the units of a task in the batch; those of no example if the task is absent."""
+    units = batch.units[index] if batch.units else None
+    if units is not None:
+        return units
+    none = u.new_zeros(0, dtype=torch.int64)
+    return Units(none, u.new_zeros(1, dtype=torch.int64), none, (0,))
+
+
+def _predictions(task: TaskConfig, found: Examples, head: nn.Module) -> Tensor:
+    if task.type in UNIT_TYPES:
+        return UNIT_TYPES[task.type].predictions(task, found, head)
+    return predictions(task, found.outputs)
 
 
 def _check_trained(task: TaskConfig, head: nn.Module, loss: TaskLoss) -> None:
@@ -253,7 +282,7 @@ def _check_trained(task: TaskConfig, head: nn.Module, loss: TaskLoss) -> None:
     """
     own = [name for name, _ in head.named_parameters() if not name.startswith("embed.")]
     if own and not loss.reads_outputs:
-        default = {"binary": "bce", "regression": "mse"}[task.type]
+        default = TYPES[task.type].loss
         raise UserError(
             f"loss: {task.loss_name} reads u and v only, so the weights of the {task.head.name} head would stay "
             f"random: use head.name: cosine, or add a loss of the outputs, as in [{default}, {next(iter(task.losses))}]"

@@ -13,7 +13,7 @@ from fastmtl.engine.recipe_changes import CHANGES_FILE
 from fastmtl.errors import UserError
 from fastmtl.files.json_files import read_json
 from fastmtl.files.writing import replace_text
-from fastmtl.inference.metrics import metric_names
+from fastmtl.inference.selection import metric_names
 from fastmtl.pages import page, plots
 from fastmtl.report.phases import phase_table
 from fastmtl.tracking.metrics_file import read_metrics

@@ -17,8 +17,8 @@ from fastmtl.config import Recipe
 from fastmtl.data.corpus import Corpus
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.tokenized import TokenizedDataset
-from fastmtl.inference.evaluation import Scores
-from fastmtl.inference.metrics import evaluate_predictions
+from fastmtl.inference.scores import Scores
+from fastmtl.inference.selection import evaluate_scores
 from fastmtl.model.losses.cached_pairs import cache_pairs
 from fastmtl.model.losses.smart import Smart
 from fastmtl.model.losses.weighting import DynamicWeightAverage
@@ -92,7 +92,7 @@ class Objectives:
             tasks = self._recipe.tasks
             gaps = {}
             for name, found in scored.items():
-                metrics = evaluate_predictions(tasks[name], found.scores, found.labels)
+                metrics = evaluate_scores(tasks[name], found)
                 gaps[name] = metrics[tasks[name].metric_name] - dev[name][tasks[name].metric_name]
             self._smart.follow(gaps)
             notes.append(_listed("gaps between training and dev rows", gaps))

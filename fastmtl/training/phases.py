@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from fastmtl.config import MLM, TRAINS, GradientConfig, PhaseConfig, Recipe, Section
 from fastmtl.errors import UserError, unknown_name
-from fastmtl.inference.metrics import check_early_stopping, check_metrics
+from fastmtl.inference.selection import check_early_stopping, check_metrics
 
 SEED_STEP = 10_000  # added per phase, so that each has another order of rows and other new weights
 S = TypeVar("S", bound=Section)

@@ -159,7 +159,8 @@ def _check_first_token(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> No
     """Raise UserError for a task that reads a text's first state if no added token is first."""
     added = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
     for name, task in recipe.tasks.items() if not added[0] else ():
-        if task.head.cls or (task.pooling == "cls" and task.head.name not in RECURRENT):
+        pools = task.scores != "tokens" and task.head.name not in RECURRENT
+        if task.head.cls or (task.pooling == "cls" and pools):
             key = "head.cls" if task.head.cls else "pooling: cls"
             raise UserError(
                 f"tasks.{name}.{key} reads a text's first token, and the tokenizer of {recipe.encoder.path} begins "

@@ -9,21 +9,21 @@ import datetime
 import importlib.metadata
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from fastmtl.config import Recipe
-from fastmtl.inference.metrics import confusion, evaluate_predictions, mean_score
+from fastmtl.inference.scores import Scores
+from fastmtl.inference.selection import evaluate_scores, mean_score
+from fastmtl.inference.types import INFERENCE_TYPES
 from fastmtl.version import __version__
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "numpy")
-SCATTER_POINTS = 800  # more would overlap and only make the file larger
 
 
 def collect_results(
     recipe: Recipe,
-    scored: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    scored: Mapping[str, Scores],
     data: Mapping[str, Mapping[str, Mapping[str, Any]]],
     *,
     steps: int,
@@ -32,13 +32,16 @@ def collect_results(
 ) -> dict[str, Any]:
     """Return the results of a run as JSON values.
 
-    scored: {task: (scores, labels)} of the dev rows, with the scores of `MultiTaskModel.predict`.
+    scored: {task: scores of its dev rows}.
     data: {task: {"train" | "dev": {"rows": n, "skipped": n, "truncated": n,
     "labels": the result of `label_statistics`}}}.
     steps, seconds: optimiser steps and training time of the whole run.
     """
-    dev = {name: evaluate_predictions(recipe.tasks[name], *pair) for name, pair in scored.items()}
-    regression = {name: pair for name, pair in scored.items() if recipe.tasks[name].type == "regression"}
+    dev = {name: evaluate_scores(recipe.tasks[name], scores) for name, scores in scored.items()}
+    summaries = {
+        name: INFERENCE_TYPES[recipe.tasks[name].type].summary(recipe.tasks[name], scores)
+        for name, scores in scored.items()
+    }
     return {
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "steps": steps,
@@ -46,23 +49,13 @@ def collect_results(
         "world_size": world_size,
         "dev": dev,
         "mean": mean_score(dev, recipe) if dev else None,
-        "confusion": {
-            name: confusion(recipe.tasks[name], *pair).tolist()
-            for name, pair in scored.items()
-            if name not in regression
-        },
-        "scatter": {name: _sample(*pair) for name, pair in regression.items()},
+        "confusion": {name: found.confusion for name, found in summaries.items() if found.confusion is not None},
+        "names": {name: found.names for name, found in summaries.items() if found.names},
+        "scatter": {name: found.scatter for name, found in summaries.items() if found.scatter is not None},
+        "per_label": {name: asdict(found.per_label) for name, found in summaries.items() if found.per_label},
+        "errors": {name: asdict(found.errors) for name, found in summaries.items() if found.errors},
         "data": {task: {split: dict(counts) for split, counts in splits.items()} for task, splits in data.items()},
         "versions": {"python": platform.python_version(), "fastmtl": __version__, **_versions()},
-    }
-
-
-def _sample(scores: np.ndarray, labels: np.ndarray) -> dict[str, list[float]]:
-    """Return labels and scores of at most SCATTER_POINTS rows, evenly spaced."""
-    chosen = np.unique(np.linspace(0, len(scores) - 1, min(len(scores), SCATTER_POINTS)).astype(np.int64))
-    return {
-        "labels": [round(float(value), 4) for value in np.asarray(labels)[chosen]],
-        "scores": [round(float(value), 4) for value in np.asarray(scores)[chosen]],
     }
 
 

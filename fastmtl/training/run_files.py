@@ -18,9 +18,9 @@ from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.engine.distributed import Ranks
 from fastmtl.engine.recipe_changes import CHANGES_FILE, Changes
 from fastmtl.files.writing import replace_text
-from fastmtl.inference.evaluation import Scores
-from fastmtl.inference.metrics import label_statistics
-from fastmtl.inference.predictions import write_cs224n
+from fastmtl.inference.predictions import CS224N_COLUMN, write_cs224n, write_table
+from fastmtl.inference.scores import Scores
+from fastmtl.inference.types import INFERENCE_TYPES
 from fastmtl.model.add_task import Addition
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.model.saved_model import save_model
@@ -97,7 +97,9 @@ class RunFiles:
         folder.mkdir(exist_ok=True)
         for name, task in scored.items():
             if name in tasks:
-                write_cs224n(folder / f"{name}-dev.csv", self._recipe.tasks[name], task.dataset.ids, task.scores)
+                config = self._recipe.tasks[name]
+                write = write_cs224n if config.type in CS224N_COLUMN else write_table
+                write(folder / f"{name}-dev.csv", config, task)
                 np.save(folder / f".{name}-dev.npy", task.scores)  # for the report, also after a resume
         for name in self._recipe.task_names if phase.trains_shared else []:
             if name not in scored:  # existing files are of older shared weights
@@ -161,8 +163,7 @@ class RunFiles:
         for name, split, dataset in self._datasets():
             file = self.output / "predictions" / f".{name}-dev.npy"
             if split == "dev" and file.is_file():
-                assert dataset.labels is not None
-                kept[name] = (np.load(file), dataset.labels)
+                kept[name] = Scores(dataset, np.load(file))
         counts: dict[str, dict[str, dict[str, Any]]] = {}
         for name, split, dataset in self._datasets():
             numbers: dict[str, Any] = {
@@ -170,8 +171,9 @@ class RunFiles:
                 "skipped": len(dataset.skipped),
                 "truncated": dataset.truncated,
             }
-            if dataset.labels is not None and len(dataset):
-                numbers["labels"] = label_statistics(self._recipe.tasks[name], dataset.labels)
+            if len(dataset):
+                config = self._recipe.tasks[name]
+                numbers["labels"] = INFERENCE_TYPES[config.type].statistics(config, dataset)
             counts.setdefault(name, {})[split] = numbers
         return collect_results(self._recipe, kept, counts, steps=steps, seconds=seconds, world_size=self._ranks.world)
 

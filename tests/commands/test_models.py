@@ -19,7 +19,8 @@ from transformers import AutoModel, AutoTokenizer
 
 import fastmtl
 from fastmtl.config import Recipe
-from fastmtl.data.readers import Rows, read_file
+from fastmtl.data.readers import read_file
+from fastmtl.data.rows import Rows
 from fastmtl.data.stream import evaluation_batches
 from fastmtl.data.tokenized import tokenize
 from fastmtl.errors import UserError

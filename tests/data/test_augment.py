@@ -10,7 +10,7 @@ import pytest
 
 from fastmtl.config import AugmentConfig, TaskConfig
 from fastmtl.data.augment import augment, change, missing_rows
-from fastmtl.data.readers import Rows
+from fastmtl.data.rows import Rows
 from fastmtl.data.wordnet import PARTS_OF_SPEECH, WordNet, find_wordnet
 from fastmtl.errors import UserError
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from fastmtl.config import TaskConfig
-from fastmtl.data.readers import Rows, read_file
+from fastmtl.data.readers import read_file
+from fastmtl.data.rows import Rows
 from fastmtl.errors import UserError
 
 SPAM = TaskConfig.model_validate(

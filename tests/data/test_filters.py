@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fastmtl.data.filters import drop_longest
-from fastmtl.data.readers import Rows
+from fastmtl.data.rows import Rows
 
 
 def rows(words: list[int], pair_words: list[int] | None = None) -> Rows:

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastmtl.config import Recipe, TaskConfig, parse_recipe
 from fastmtl.data.masking import MaskedStream
-from fastmtl.data.readers import Rows
+from fastmtl.data.rows import Rows
 from fastmtl.data.stream import BatchStream
 from fastmtl.data.tokenized import TokenizedDataset, tokenize
 

@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 
 from fastmtl.config import TaskConfig
 from fastmtl.data import tokenized
-from fastmtl.data.readers import Rows
+from fastmtl.data.rows import Rows
 from fastmtl.data.tokenized import check_token_types, tokenize
+from fastmtl.data.types import single
 from fastmtl.errors import UserError
 
 TEXTS, OTHERS = ["the cat sat", "a very long story about the dog and the house"], ["it ran", "so do we"]
@@ -94,7 +95,7 @@ def test_cache_is_used_and_keyed_by_everything(tokenizer: Any, tmp_path: Path, m
     def refuse(*arguments: object) -> None:
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(tokenized, "_encode", refuse)
+    monkeypatch.setattr(single, "encode_sequences", refuse)
     again = tokenize(rows(), tokenizer, config(), 64, tmp_path)
     assert isinstance(again.tokens, np.memmap)
     assert again.tokens.tolist() == first.tokens.tolist()

@@ -12,15 +12,8 @@ from hypothesis.extra import numpy as hnp
 
 from fastmtl.config import Recipe, TaskConfig
 from fastmtl.errors import UserError
-from fastmtl.inference.metrics import (
-    check_metrics,
-    confusion,
-    evaluate_predictions,
-    label_statistics,
-    mean_score,
-    predicted_labels,
-    selected_score,
-)
+from fastmtl.inference.metrics import confusion, evaluate_predictions, label_statistics, predicted_labels
+from fastmtl.inference.selection import check_metrics, mean_score, selected_score
 
 CLASSES = TaskConfig.model_validate({"type": "classification", "num_labels": 3, "data": {}})
 BINARY = TaskConfig.model_validate({"type": "binary", "data": {}})

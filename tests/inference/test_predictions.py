@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scored import scored
 
 from fastmtl.config import TaskConfig
 from fastmtl.errors import UserError
@@ -25,34 +26,34 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def test_table_has_probabilities_beside_the_labels(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
-    write_table(path, CLASSES, ["x", "y"], np.array([[0.1, 0.7, 0.2], [0.5, 0.25, 0.25]]))
+    write_table(path, CLASSES, scored(np.array([[0.1, 0.7, 0.2], [0.5, 0.25, 0.25]]), ids=["x", "y"]))
     assert read(path) == [
         {"id": "x", "predicted": "1", "p_0": "0.100000", "p_1": "0.700000", "p_2": "0.200000"},
         {"id": "y", "predicted": "0", "p_0": "0.500000", "p_1": "0.250000", "p_2": "0.250000"},
     ]
-    write_table(path, BINARY, ["x"], np.array([0.75]))
+    write_table(path, BINARY, scored(np.array([0.75]), ids=["x"]))
     assert read(path) == [{"id": "x", "predicted": "1", "p_0": "0.250000", "p_1": "0.750000"}]
-    write_table(path, REGRESSION, ["x"], np.array([3.25]))
+    write_table(path, REGRESSION, scored(np.array([3.25]), ids=["x"]))
     assert read(path) == [{"id": "x", "predicted": "3.250000"}]
     assert [p.name for p in tmp_path.iterdir()] == ["out.csv"]
 
 
 def test_table_survives_names_and_ids_with_commas_and_quotes(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
-    write_table(path, NAMED, ['a "b", c'], np.array([[0.2, 0.8]]))
+    write_table(path, NAMED, scored(np.array([[0.2, 0.8]]), ids=['a "b", c']))
     assert read(path) == [{"id": 'a "b", c', "predicted": "so, so", "p_bad": "0.200000", "p_so, so": "0.800000"}]
 
 
 def test_cs224n_lines(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
-    write_cs224n(path, CLASSES, ["a1", "a2"], np.array([[0.1, 0.7, 0.2], [0.5, 0.25, 0.25]]))
+    write_cs224n(path, CLASSES, scored(np.array([[0.1, 0.7, 0.2], [0.5, 0.25, 0.25]]), ids=["a1", "a2"]))
     assert path.read_text() == "id \t Predicted_Sentiment \na1 , 1 \na2 , 0 \n"
-    write_cs224n(path, BINARY, ["a1"], np.array([0.2]))
+    write_cs224n(path, BINARY, scored(np.array([0.2]), ids=["a1"]))
     assert path.read_text() == "id \t Predicted_Is_Paraphrase \na1 , 0 \n"
-    write_cs224n(path, REGRESSION, ["a1"], np.array([2.5]))
+    write_cs224n(path, REGRESSION, scored(np.array([2.5]), ids=["a1"]))
     assert path.read_text() == "id \t Predicted_Similiary \na1 , 2.500000 \n"
 
 
 def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot write .*absent/out\.csv: No such file"):
-        write_table(tmp_path / "absent" / "out.csv", BINARY, ["x"], np.array([0.5]))
+        write_table(tmp_path / "absent" / "out.csv", BINARY, scored(np.array([0.5]), ids=["x"]))

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 from fastmtl.config import EncoderConfig, OptimizerConfig, TaskConfig
 from fastmtl.data.masking import MaskedBatch
 from fastmtl.data.packing import pack
-from fastmtl.data.readers import Rows
+from fastmtl.data.rows import Rows
 from fastmtl.data.tokenized import tokenize
 from fastmtl.errors import UserError
 from fastmtl.model.encoder.encoder import PackedEncoder

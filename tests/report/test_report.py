@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scored import scored
 
 import fastmtl
 from fastmtl.config import Recipe
@@ -31,9 +32,9 @@ RECIPE = Recipe.model_validate(
     }
 )
 SCORED = {
-    "sst": (np.eye(3)[[0, 1, 1, 2]], np.array([0, 1, 2, 2])),
-    "para": (np.array([0.9, 0.2, 0.7]), np.array([1.0, 0.0, 0.0])),
-    "sts": (np.array([0.5, 2.0, 4.5, 3.0]), np.array([0.0, 2.5, 5.0, 2.0])),
+    "sst": scored(np.eye(3)[[0, 1, 1, 2]], np.array([0, 1, 2, 2])),
+    "para": scored(np.array([0.9, 0.2, 0.7]), np.array([1.0, 0.0, 0.0])),
+    "sts": scored(np.array([0.5, 2.0, 4.5, 3.0]), np.array([0.0, 2.5, 5.0, 2.0])),
 }
 LABELS = {"0": 1092, "1": 2218, "2": 5234}
 DATA = {"sst": {"train": {"rows": 8544, "skipped": 2, "truncated": 7, "labels": LABELS}}}
@@ -198,8 +199,8 @@ def test_a_long_run_stays_small(tmp_path: Path) -> None:
 
 def test_results_sample_the_scatter_and_name_the_versions() -> None:
     rng = np.random.default_rng(0)
-    scored = {"sts": (rng.random(9000), rng.random(9000))}
-    results = collect_results(RECIPE, scored, {}, steps=1, seconds=1.0, world_size=1)
+    some = {"sts": scored(rng.random(9000), rng.random(9000))}
+    results = collect_results(RECIPE, some, {}, steps=1, seconds=1.0, world_size=1)
     points = results["scatter"]["sts"]
     assert len(points["labels"]) == len(points["scores"]) == 800
     assert {"python", "torch", "numpy"} <= set(results["versions"])

@@ -14,7 +14,8 @@ from random import Random
 import numpy as np
 from fuzzed_files import Case, draw_case
 
-from fastmtl.data.readers import Rows, read_file
+from fastmtl.data.readers import read_file
+from fastmtl.data.rows import Rows
 from fastmtl.errors import UserError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"

@@ -65,7 +65,7 @@ def build_batch(lengths: Sequence[Sequence[int]], *, pairs: Sequence[bool] | Non
 
 
 def build_model(encoder_folder: Path, **sections: dict) -> MultiTaskModel:
-    """Build a model of the three tasks above; sections: other sections of its recipe."""
+    """Build a model; sections: those of its recipe. Its tasks are by default the three above."""
     encoder = {"path": str(encoder_folder), **sections.pop("encoder", {})}
     recipe = Recipe.model_validate({"tasks": TASKS, **sections, "encoder": encoder})
     torch.manual_seed(3)

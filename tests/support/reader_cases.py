@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from fastmtl.config import TaskConfig
-from fastmtl.data.readers import Rows, read_file
+from fastmtl.data.readers import read_file
+from fastmtl.data.rows import Rows
 from fastmtl.errors import UserError
 
 Case = Callable[[Path, Path], None]

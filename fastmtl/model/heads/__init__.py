@@ -16,6 +16,7 @@ from fastmtl.model.heads.linear_cosine import LinearCosineHead
 from fastmtl.model.heads.mlp import MlpHead
 from fastmtl.model.heads.outputs import kind, num_outputs
 from fastmtl.model.heads.squash import Squashed
+from fastmtl.model.types import UNIT_TYPES
 
 # A head is created with (task, size d of u and v, standard deviation of its last layer's initial
 # weights). For E examples it maps u and v, the vectors [E, d] of their first and second sequences,
@@ -50,6 +51,8 @@ def build_head(task: TaskConfig, hidden_size: int, std: float) -> nn.Module:
     if config.adjustment:
         head = Adjusted(head, num_outputs(task))
     head.embed = embed
+    if task.type in UNIT_TYPES:
+        UNIT_TYPES[task.type].add_parts(task, head)
     return head
 
 
@@ -64,6 +67,8 @@ def _embed(config: HeadConfig, hidden_size: int) -> tuple[nn.Module, int]:
 
 def _check(task: TaskConfig) -> None:
     config = task.head
+    if task.scores == "tokens" and config.name in RECURRENT:
+        raise UserError(f"head.name: {config.name} gives one state per text, and a {task.type} task scores tokens")
     if task.pairs == "bi" and (not config.features or len(set(config.features)) < len(config.features)):
         raise UserError(f"head.features: {config.features}: name at least one feature of the pair, and each once")
     if config.name in RECURRENT:

@@ -8,11 +8,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.data.packed_batch import PackedBatch, Units
 
 # Vectors of the sequences, one per row. A key is a pooling's name, with the pooled sequences of the
-# whole batch [B, d], or the index of a task with a recurrent head, with that task's sequences
-# [sequences of the task, size].
+# whole batch [B, d], or the index of a task: with a recurrent head, that task's sequences
+# [sequences of the task, size]; with a head that scores tokens, the hidden states of its units
+# [U, d].
 Vectors = dict[str | int, Tensor]
 
 
@@ -28,10 +29,18 @@ class HeadBatch:
     labels: tuple[Tensor | None, ...]
     pairs: tuple[Tensor | None, ...]
     cached: Any = None
+    units: tuple[Units | None, ...] = ()
+    terms: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, batch: PackedBatch) -> HeadBatch:
-        return cls(batch.host.seq_offsets, batch.counts, batch.labels, batch.pairs, batch.cached)
+        return cls(
+            batch.host.seq_offsets, batch.counts, batch.labels, batch.pairs, batch.cached, batch.units, batch.terms
+        )
+
+    @property
+    def loss_terms(self) -> tuple[int, ...]:
+        return self.counts if self.terms is None else self.terms
 
     @property
     def sizes(self) -> Hashable:
@@ -44,14 +53,17 @@ class HeadBatch:
 class Examples:
     """Examples of one task in a batch.
 
-    outputs: result of the head, float32 [E, num_outputs] (outputs.py).
-    u, v: inputs of the head [E, d], the vectors of the examples' first and second sequences. v is
-    None if an example is a single sequence.
+    outputs: result of the head, float32 [E, num_outputs] (outputs.py), or [U, num_outputs] for a
+    head that scores the U units of the examples.
+    u, v: inputs of the head [E, d] or [U, d], the vectors of the examples' first and second
+    sequences. v is None if an example is a single sequence.
+    units: the units of the examples; None if the head gives one output per example.
     """
 
     outputs: Tensor
     u: Tensor
     v: Tensor | None
+    units: Units | None = None
 
 
 class RecordedHeads(Protocol):

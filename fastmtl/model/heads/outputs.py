@@ -26,14 +26,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastmtl.config import TaskConfig
+from fastmtl.model.types import UNIT_TYPES
 
 RANGE_WIDTH = 4.0
 
-Kind = Literal["classes", "binary", "score", "bins"]
+Kind = Literal["classes", "binary", "score", "bins", "units"]
 
 
 def kind(task: TaskConfig) -> Kind:
-    """Return the kind of a task's outputs, as in the table above."""
+    """Return the kind of a task's outputs, as in the table above.
+
+    "units" stands for the outputs of the types in fastmtl.model.types.
+    """
     match task.type:
         case "classification":
             return "score" if "mse" in task.losses else "classes"
@@ -41,6 +45,8 @@ def kind(task: TaskConfig) -> Kind:
             return "binary"
         case "regression":
             return "bins" if "cross_entropy" in task.losses else "score"
+        case _:
+            return "units"
 
 
 def num_outputs(task: TaskConfig) -> int:
@@ -51,6 +57,8 @@ def num_outputs(task: TaskConfig) -> int:
             return task.num_labels
         case "bins":
             return task.bins
+        case "units":
+            return UNIT_TYPES[task.type].num_outputs(task)
     return 1
 
 

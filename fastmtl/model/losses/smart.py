@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.config import Recipe, TaskConfig
-from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.data.packed_batch import PackedBatch, Units
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.model.heads.batch import Examples
 from fastmtl.model.heads.outputs import kind
+from fastmtl.model.types import UNIT_TYPES
 from fastmtl.surgery.random_state import RandomState
 from fastmtl_kernels import pool
 
@@ -113,9 +114,10 @@ class Smart:
         if self._any(self._proximal):
             targets = self._taught(batch, begun, model.training)
             for index, (name, task) in tasks:
-                strength = self.scale[name] * self._proximal[name]
+                strength, units = self.scale[name] * self._proximal[name], found[index].units
                 if strength:
-                    terms[index] = terms[index] + strength * divergence(task, outputs[index], targets[index]).sum()
+                    distance = divergence(task, outputs[index], targets[index], units).sum()
+                    terms[index] = terms[index] + strength * distance
         if self._any(self._adversarial):
             noise = self.noise(batch, outputs[0].device, model.hidden_size)
             after = RandomState.capture(outputs[0].device)
@@ -127,7 +129,8 @@ class Smart:
                 strength, other = self.scale[name] * self._adversarial[name], perturbed[index].outputs
                 # Outputs of tasks without a term are part of the graph too, as a sum of no rows: a
                 # layer's backward needs gradients for the rows of all tasks.
-                term = strength * divergence(task, other, outputs[index]).sum() if strength else other[:0].sum()
+                units = found[index].units
+                term = strength * divergence(task, other, outputs[index], units).sum() if strength else other[:0].sum()
                 terms[index] = terms[index] + term
         return terms
 
@@ -163,7 +166,7 @@ class Smart:
             found = model.examples(batch, noise=noise)
             tasks = enumerate(self._recipe.tasks.items())
             distance = sum(
-                divergence(task, found[index].outputs, outputs[index]).sum()
+                divergence(task, found[index].outputs, outputs[index], found[index].units).sum()
                 for index, (name, task) in tasks
                 if self.scale[name] * self._adversarial[name]
             )
@@ -200,12 +203,16 @@ class SmartModel(nn.Module):
         raise NotImplementedError
 
 
-def divergence(task: TaskConfig, p: Tensor, q: Tensor) -> Tensor:
+def divergence(task: TaskConfig, p: Tensor, q: Tensor, units: Units | None = None) -> Tensor:
     """Return l(p, q) [E], the distance of two outputs p and q [E, num_outputs] of a task's head.
 
-    For scores it is the squared difference, otherwise KL(p, q) + KL(q, p).
+    For scores it is the squared difference, for a head that scores units the divergence of its
+    type, otherwise KL(p, q) + KL(q, p).
     """
     match kind(task):
+        case "units":
+            assert units is not None
+            return UNIT_TYPES[task.type].divergence(task, p, q, units)
         case "score":
             return (p - q).square().sum(1)
         case "binary":

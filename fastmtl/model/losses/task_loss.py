@@ -6,12 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from fastmtl.config import TaskConfig
 from fastmtl.errors import UserError, unknown_name
+from fastmtl.model.heads.batch import Examples
 from fastmtl.model.losses.pairs import PAIR_LOSSES, PairLoss
+from fastmtl.model.types import UNIT_TYPES
+from fastmtl.model.types.spec import UnitLoss
 
 Function = Callable[[Tensor, Tensor], Tensor]
 
@@ -56,15 +59,21 @@ class TaskLoss:
 
     outputs: (weight, function) of each loss of the head's outputs.
     pairs: (weight, loss) of each loss of u and v (pairs.py).
+    units: (weight, loss) of each loss of a task whose head scores units (fastmtl.model.types).
     """
 
-    def __init__(self, outputs: list[tuple[float, Function]], pairs: list[tuple[float, PairLoss]]) -> None:
-        self._outputs, self.pairs = outputs, pairs
+    def __init__(
+        self,
+        outputs: list[tuple[float, Function]],
+        pairs: list[tuple[float, PairLoss]],
+        units: list[tuple[float, UnitLoss]] | None = None,
+    ) -> None:
+        self._outputs, self.pairs, self._units = outputs, pairs, units or []
 
     @property
     def reads_outputs(self) -> bool:
         """True if the task has a loss of the head's outputs, not only losses of u and v."""
-        return bool(self._outputs)
+        return bool(self._outputs or self._units)
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the weighted sum [E] of the task's losses of the head's outputs.
@@ -74,6 +83,14 @@ class TaskLoss:
         """
         terms = [weight * function(outputs, targets) for weight, function in self._outputs]
         return torch.stack(terms or [0.0 * outputs.sum(1)]).sum(0)
+
+    def of_units(self, found: Examples, labels: Tensor, head: nn.Module) -> Tensor:
+        """Return the weighted sum, 0-dim, of the losses of a task whose head scores units.
+
+        found: the task's examples. labels: as in PackedBatch. head: the task's head.
+        """
+        terms = [weight * loss(found, labels, head).sum() for weight, loss in self._units]
+        return torch.stack([*terms, 0.0 * found.outputs.sum()]).sum()
 
     def of_pairs(self, u: Tensor, v: Tensor, labels: Tensor) -> Tensor:
         """Return the weighted sum [E] of the task's losses of the vectors u and v [E, d]."""
@@ -89,6 +106,8 @@ def build_loss(task: TaskConfig) -> TaskLoss:
     """
     types = {name: loss.types for name, loss in LOSSES.items()}
     types.update({name: loss.types for name, loss in PAIR_LOSSES.items()})
+    if task.type in UNIT_TYPES:
+        return _unit_loss(task)
     for name in task.losses:
         if name not in types:
             raise unknown_name("loss", name, types)
@@ -109,3 +128,11 @@ def build_loss(task: TaskConfig) -> TaskLoss:
         [(weight, LOSSES[name].function) for name, weight in task.losses.items() if name in LOSSES],
         [(weight, PAIR_LOSSES[name](task)) for name, weight in task.losses.items() if name in PAIR_LOSSES],
     )
+
+
+def _unit_loss(task: TaskConfig) -> TaskLoss:
+    known = UNIT_TYPES[task.type].losses
+    for name in task.losses:
+        if name not in known:
+            raise unknown_name(f"loss of a {task.type} task", name, known)
+    return TaskLoss([], [], [(weight, known[name](task)) for name, weight in task.losses.items()])

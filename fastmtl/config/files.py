@@ -1,0 +1,82 @@
+"""The files of a task and the section data of a recipe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from fastmtl.config.base import Int, Section
+from fastmtl.errors import quoted
+
+
+class AugmentConfig(Section):
+    """Easy data augmentation: new training rows until all classes have equally many.
+
+    `synonyms`, `insertions` and `swaps` are shares of a text's words.
+    """
+
+    name: Literal["eda"] = "eda"
+    synonyms: float = Field(0.1, ge=0, le=1, description="replaced by a synonym, at least one word; 0: none")
+    insertions: float = Field(0.1, ge=0, le=1, description="synonyms of words inserted anywhere; as above")
+    swaps: float = Field(0.1, ge=0, le=1, description="pairs of words that change places; as above")
+    deletions: float = Field(0.1, ge=0, lt=1, description="probability that a word is deleted")
+    wordnet: str | None = Field(None, description="WordNet's folder; default: that of Debian or nltk")
+
+    @property
+    def uses_synonyms(self) -> bool:
+        return bool(self.synonyms or self.insertions)
+
+
+Role = Literal["id", "text", "text_pair", "label", "words", "answers", "answer", "answer_start", "choices", "group"]
+
+
+class FileConfig(Section):
+    """The files of a task.
+
+    `format` names a known layout; `columns` maps id, text, text_pair and label to columns of any
+    CSV, TSV, JSONL or Parquet file.
+    """
+
+    train: str | None = None
+    dev: str | None = None
+    test: str | None = None
+    format: str = "table"
+    columns: dict[Role, str | Int | list[str | Int]] = Field(default_factory=dict)
+    header: bool | None = Field(
+        None, description="whether line 1 of a CSV or TSV names the columns; needed where columns are numbers"
+    )
+    quotes: Literal["csv", "none"] | None = Field(
+        None,
+        description="csv: cells in double quotes, quotes inside doubled; none: quotes are text; default: none for "
+        "glue and for table with tabs, else csv",
+    )
+    limit: Int | None = Field(None, ge=1, description="read at most this many training rows")
+    augment: AugmentConfig | None = Field(None, description="classification, binary: make new training rows")
+
+    @model_validator(mode="after")
+    def _columns_by_number(self) -> FileConfig:
+        several = [role for role, column in self.columns.items() if isinstance(column, list)]
+        for role in several:
+            if role not in ("label", "choices") or not self.columns[role]:
+                raise ValueError(f"columns.{role}: give the name or number of one column")
+        columns = [one for given in self.columns.values() for one in (given if isinstance(given, list) else [given])]
+        names = [column for column in columns if isinstance(column, str)]
+        if self.header is False and names:
+            raise ValueError(f"header: false leaves no names, so columns are numbers from 0, not {quoted(names[0])}")
+        if any(isinstance(column, int) and column < 0 for column in columns):
+            raise ValueError(f"columns: {self.columns}: numbers of columns begin at 0")
+        return self
+
+
+class DataConfig(Section):
+    dir: str | None = Field(
+        None, description="folder of the tasks' files with relative paths; default: the bundled demo corpus"
+    )
+    on_bad_row: Literal["error", "skip"] = "error"
+    fraction: float = Field(
+        1.0, gt=0, le=1, description="share of each training file, the same rows for every seed and model"
+    )
+    drop_longest: float = Field(0.0, ge=0, lt=1, description="share of a task's training rows with the most words")
+    cache_dir: str = Field("~/.cache/fastmtl", description="tokenised texts, keyed by content and tokenizer")
+    prefetch: Int = Field(2, ge=0, description="number of steps whose batches are prepared in advance; 0: none")

@@ -1,0 +1,31 @@
+"""Task type span: the part of a context that answers a question, or no answer."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from fastmtl.config.base import Int, Section
+from fastmtl.config.types.spec import Task, TypeSpec, check_no_names, check_one_text
+
+
+class SpanConfig(Section):
+    """Settings of a task of type span."""
+
+    stride: Int = Field(128, ge=0, description="tokens that two windows of a long context share")
+    max_answer: Int = Field(30, ge=1, description="tokens of the longest answer")
+    unanswerable: bool = Field(False, description="whether a question may have no answer in its context")
+
+
+def check(task: Task) -> None:
+    check_no_names(task, "a task of type span has answers in the text, no names")
+    check_one_text(task)
+
+
+SPAN = TypeSpec(
+    "cross_entropy",
+    lambda task: "f1",
+    check,
+    ("text", "text_pair", "answers", "answer", "answer_start"),
+    "tokens",
+    "span",
+)

@@ -1,0 +1,97 @@
+"""The checked rows of a task's file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fastmtl.data.records import BadRow
+
+# Answers to a question: (first character in the context, text) each. An empty list: no answer.
+Answers = list[tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class Items:
+    """The parts of each row, one row after the other: the words of a sentence, or candidates.
+
+    texts: the parts of all rows. offsets: int64 [n + 1]; row i has the parts
+    texts[offsets[i]:offsets[i + 1]]. labelled: True if the rows' labels have one value per part.
+    """
+
+    texts: list[str]
+    offsets: np.ndarray
+    labelled: bool
+
+    def of(self, row: int) -> list[str]:
+        """Return the parts of a row."""
+        return self.texts[self.offsets[row] : self.offsets[row + 1]]
+
+    def positions(self, chosen: np.ndarray) -> np.ndarray:
+        """Return the positions of the parts of the rows `chosen`, int64, row by row."""
+        return ranges(self.offsets[chosen], self.offsets[chosen + 1])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """n rows of a task.
+
+    texts: the text, question or query of each row; for words the sentence. pair_texts: second
+    texts or contexts. labels: by the task's type
+        classification  int64 [n] class ids
+        binary, regression  float32 [n]
+        multilabel      float32 [n, C], 0 or 1
+        tokens          int64 [words], tag ids; -100 for a word without a label
+        choice          int64 [n], the number of the right text from 0
+        ranking         float32 [candidates], grades
+    None for files without labels and for type span, whose labels are in `answers`.
+    items: words or candidates. answers: those of each row. skipped: the bad rows that were left out
+    (`on_bad_row: skip`). notes: messages for the user about rows that were left out or changed for
+    other reasons.
+    """
+
+    path: Path
+    ids: list[str]
+    texts: list[str]
+    pair_texts: list[str] | None
+    labels: np.ndarray | None
+    skipped: list[BadRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    items: Items | None = None
+    answers: list[Answers] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, chosen: Sequence[int], note: str | None = None) -> Rows:
+        """Return the rows at the positions `chosen`, in that order."""
+        rows = np.asarray(chosen, dtype=np.int64)
+        items, labels = self.items, self.labels
+        positions = None if items is None else items.positions(rows)
+        if items is not None and positions is not None:
+            counts = np.diff(items.offsets)[rows]
+            texts = [items.texts[position] for position in positions.tolist()]
+            items = Items(texts, np.concatenate([[0], np.cumsum(counts)]), items.labelled)
+        if labels is not None:
+            labels = labels[rows if items is None or not items.labelled else positions]
+        return dataclasses.replace(
+            self,
+            ids=[self.ids[row] for row in chosen],
+            texts=[self.texts[row] for row in chosen],
+            pair_texts=None if self.pair_texts is None else [self.pair_texts[row] for row in chosen],
+            labels=labels,
+            notes=self.notes if note is None else [*self.notes, note],
+            items=items,
+            answers=None if self.answers is None else [self.answers[row] for row in chosen],
+        )
+
+
+def ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """Return starts[0], ..., stops[0] - 1, starts[1], ..., stops[1] - 1, ..., int64."""
+    sizes = stops - starts
+    total = int(sizes.sum())
+    return np.arange(total) + np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)

@@ -1,0 +1,84 @@
+"""Reading and tokenisation of rows with one label: classification, binary and regression."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastmtl.config import TaskConfig
+from fastmtl.data.cells import cell_of, repeated_ids, text_of
+from fastmtl.data.columns import check_columns, check_undecided_quotes, looks_like_row, names_columns, uses_quotes
+from fastmtl.data.encode import encode_sequences
+from fastmtl.data.formats import find_layout
+from fastmtl.data.labels import BadCell, Labels
+from fastmtl.data.records import BadRow, OnBadRow, open_source
+from fastmtl.data.rows import Rows
+from fastmtl.data.types.spec import Arrays, DataType
+from fastmtl.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def read(path: Path, task: TaskConfig, bad: OnBadRow, *, require_labels: bool) -> Rows:
+    """Return the rows of one file, as `ReadRows`."""
+    files = task.data
+    source = open_source(path, partial(uses_quotes, files), partial(names_columns, path, task), bad)
+    columns = {str(role): column for role, column in files.columns.items() if not isinstance(column, list)}
+    layout = find_layout(files.format, source.header, columns, str(path))
+    check_columns(path, source, layout, files, require_labels=require_labels)
+    labels_of = Labels(task, layout) if require_labels else None
+    undecided = source.delimiter is not None and files.quotes is None and not uses_quotes(files, source.delimiter)
+
+    ids, texts, pair_texts, labels, lines = [], [], [], [], []
+    for position, record in enumerate(source.records(partial(looks_like_row, source, layout, task))):
+        try:
+            text = text_of(record, layout.text)
+            pair_text = None if layout.text_pair is None else text_of(record, layout.text_pair)
+            label = None if labels_of is None else labels_of.read(record)
+            row_id = None if layout.id is None else cell_of(record, layout.id)
+        except BadCell as cell:
+            bad(BadRow(record.line, str(cell.column), cell.reason))
+            continue
+        if undecided:
+            check_undecided_quotes(path, record, layout)
+        ids.append(row_id or str(position))
+        texts.append(text)
+        pair_texts.append(pair_text)
+        labels.append(label)
+        lines.append(record.line)
+    dtype = np.int64 if task.type == "classification" else np.float32
+    return Rows(
+        path=path,
+        ids=ids,
+        texts=texts,
+        pair_texts=None if layout.text_pair is None else [str(text) for text in pair_texts],
+        labels=None if labels_of is None else np.array(labels, dtype=dtype),
+        notes=repeated_ids(path, ids, lines),
+    )
+
+
+def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, max_length: int) -> tuple[Arrays, int]:
+    """Tokenise each row as one sequence, or as two with `pairs: bi`; see `Encode`."""
+    if task.pairs == "bi":
+        if rows.pair_texts is None:
+            raise UserError(f"{rows.path}: pairs: bi needs two texts per row, the file has one; leave `pairs` out")
+        texts = [text for pair in zip(rows.texts, rows.pair_texts, strict=True) for text in pair]
+        arrays, long = encode_sequences(texts, None, tokenizer, max_length, rows.path)
+        return arrays, len({index // 2 for index in long})
+    arrays, long = encode_sequences(rows.texts, rows.pair_texts, tokenizer, max_length, rows.path)
+    return arrays, len(long)
+
+
+def label(
+    rows: Rows, arrays: Mapping[str, np.ndarray], task: TaskConfig
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return the rows' labels, and one loss term per row; see `Label`."""
+    return rows.labels, None
+
+
+SINGLE = DataType(read, encode, label, lambda task: [task.pairs == "bi"])

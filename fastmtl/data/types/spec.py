@@ -1,0 +1,64 @@
+"""The description of a task type for the reading and tokenisation of its files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from fastmtl.config import TaskConfig
+from fastmtl.data.records import OnBadRow
+from fastmtl.data.rows import Rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# The arrays of tokenised rows by name; the names are fields of TokenizedDataset and UnitTable.
+Arrays = dict[str, np.ndarray]
+
+
+class ReadRows(Protocol):
+    """A function that reads a file of one task type.
+
+    It calls `bad` for a bad row, which it then leaves out. require_labels: False leaves the labels
+    unread. Raises UserError for a file that cannot be read at all.
+    """
+
+    def __call__(self, path: Path, task: TaskConfig, bad: OnBadRow, *, require_labels: bool) -> Rows: ...
+
+
+class Encode(Protocol):
+    """A function that tokenises rows.
+
+    It returns the arrays of the examples, and how many of them were cut to `max_length` tokens. An
+    array whose name ends in `offsets` begins with 0 and counts from the first row.
+    """
+
+    def __call__(
+        self, rows: Rows, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, max_length: int
+    ) -> tuple[Arrays, int]: ...
+
+
+class Label(Protocol):
+    """A function that returns the labels of the examples and the number of loss terms of each.
+
+    The second is int64 [n], or None for 1 each: a task's loss is a mean over its terms. labels:
+    None for rows without labels. arrays: the result of `Encode`.
+    """
+
+    def __call__(
+        self, rows: Rows, arrays: Mapping[str, np.ndarray], task: TaskConfig
+    ) -> tuple[np.ndarray | None, np.ndarray | None]: ...
+
+
+@dataclass(frozen=True)
+class DataType:
+    """A task type. settings: function that returns the task's settings that `encode` reads."""
+
+    read: ReadRows
+    encode: Encode
+    label: Label
+    settings: Callable[[TaskConfig], list[Any]]

@@ -1,0 +1,8 @@
+"""Evaluation, predictions and summaries by task type."""
+
+from fastmtl.inference.types.single import SINGLE
+from fastmtl.inference.types.spec import InferenceType
+
+INFERENCE_TYPES: dict[str, InferenceType] = {"classification": SINGLE, "binary": SINGLE, "regression": SINGLE}
+
+__all__ = ["INFERENCE_TYPES", "InferenceType"]

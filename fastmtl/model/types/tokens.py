@@ -1,0 +1,36 @@
+"""Task type tokens: a softmax over the tags of each word."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastmtl.config import TaskConfig
+from fastmtl.data.packed_batch import Units
+from fastmtl.model.heads.batch import Examples
+from fastmtl.model.types.spec import UnitLoss, UnitType
+
+IGNORED = -100  # the label of a word without one
+
+
+def cross_entropy(task: TaskConfig) -> UnitLoss:
+    """Return - log softmax(logits)[tag] of each unit, [U], 0 for a word without a label."""
+
+    def loss(found: Examples, labels: Tensor, head: nn.Module) -> Tensor:
+        return functional.cross_entropy(found.outputs, labels, ignore_index=IGNORED, reduction="none")
+
+    return loss
+
+
+def predictions(task: TaskConfig, found: Examples, head: nn.Module) -> Tensor:
+    """Return the probabilities of each unit's tags, [U, C]."""
+    return found.outputs.softmax(dim=1)
+
+
+def divergence(task: TaskConfig, p: Tensor, q: Tensor, units: Units) -> Tensor:
+    """Return KL(p, q) + KL(q, p) of each unit, [U]."""
+    log_p, log_q = p.log_softmax(1), q.log_softmax(1)
+    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1)
+
+
+TOKENS = UnitType(lambda task: task.num_labels or 0, {"cross_entropy": cross_entropy}, predictions, divergence)
