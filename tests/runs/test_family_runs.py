@@ -81,9 +81,10 @@ def test_an_encoder_that_is_not_packed_is_merged_and_exported(directory: Path, t
     one, two = (TrainedModel.read(directory / case / "model") for case in (OTHERS[0], ADDED))
     joined = join(rename_tasks(one, {"kind": "first", "same": "second"}), two)
     joined.save(tmp_path / "joined")
-    texts = fastmtl.load(tmp_path / "joined", device="cpu").predict("first", TEXTS)
-    outcome: dict[str, Any] = json.loads((directory / "outcomes.json").read_text(encoding="utf-8"))
-    assert [list(answer.probabilities or ()) for answer in texts] == outcome[OTHERS[0]]["kind"]
+    # Both in this process: another number of threads, as of the process that trained, may round
+    # otherwise.
+    alone = fastmtl.load(directory / OTHERS[0] / "model", device="cpu").predict("kind", TEXTS)
+    assert fastmtl.load(tmp_path / "joined", device="cpu").predict("first", TEXTS) == alone
     other = rename_tasks(TrainedModel.read(directory / "megatron" / "model"), {"kind": "a", "same": "b"})
     with pytest.raises(UserError, match="have different encoders: .* is .* and "):
         join(one, other)
