@@ -30,7 +30,7 @@ PAGES = {
     "examples/README.md": "examples.md",
 }
 NAV = {
-    "Start": ["install", "recipes", "data", "encoders"],
+    "Start": ["install", "recipes", "tasks", "data", "encoders"],
     "Train": ["training", "models", "multi-host", "papers", "reproductions"],
     "Plug in": ["surgery", "surgery-reference", "trainer", "accelerate", "lightning", "peft", "examples", "extending"],
     "Kernels": ["kernels", "compile-table", "compile-table-triton-3.6"],
