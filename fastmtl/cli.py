@@ -151,7 +151,7 @@ def train(
             print(found)
         return
     with without_collections():
-        from fastmtl.train import train as run
+        from fastmtl.loop import train as run
 
     run(settings, directory, resume=resume, accept_changes=accept_changes, local_rank=context.obj, rows=rows)
     if folder is not None:

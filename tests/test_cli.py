@@ -38,9 +38,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         given = {"resume": resume, "accept_changes": accept_changes, "local_rank": local_rank, "rows": rows}
         calls.append({"recipe": recipe, "output": output, **given})
 
-    module = types.ModuleType("fastmtl.train")
+    module = types.ModuleType("fastmtl.loop")
     module.train = train  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "fastmtl.train", module)
+    monkeypatch.setitem(sys.modules, "fastmtl.loop", module)
     return calls
 
 
@@ -55,13 +55,13 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    module = types.ModuleType("fastmtl.train")
+    module = types.ModuleType("fastmtl.loop")
 
     def train(*_: object, **__: Any) -> None:
         raise error
 
     module.train = train  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "fastmtl.train", module)
+    monkeypatch.setitem(sys.modules, "fastmtl.loop", module)
 
 
 def test_help_is_instant_and_teaches() -> None:

@@ -1,4 +1,4 @@
-"""Training steps of a recipe, as in fastmtl.train, with or without tensor accounting."""
+"""Training steps of a recipe, as in fastmtl.loop, with or without tensor accounting."""
 
 from __future__ import annotations
 

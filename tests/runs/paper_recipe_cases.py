@@ -21,8 +21,8 @@ from results_only import results_only
 
 from fastmtl.config import load_recipe
 from fastmtl.data.corpus import demo_directory
+from fastmtl.loop import train
 from fastmtl.recipes.files import bundled_recipes
-from fastmtl.train import train
 
 FILES = {"ids-sst": "sentiment", "ids-cfimdb": "sentiment", "quora": "paraphrase", "sts": "similarity"}
 ROWS = {"train": 48, "dev": 12}

@@ -14,7 +14,7 @@ from results_only import results_only
 
 from fastmtl.config import Recipe
 from fastmtl.errors import UserError
-from fastmtl.train import train
+from fastmtl.loop import train
 from fastmtl.training.prepare import check_run
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from tiny_bert import save_tiny_bert
 
 from fastmtl.errors import TrainingError, UserError
-from fastmtl.train import train
+from fastmtl.loop import train
 from fastmtl.training import prepare
 
 SIZE = 24 << 20

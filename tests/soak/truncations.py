@@ -19,8 +19,8 @@ from fastmtl.config import Recipe
 from fastmtl.engine.checkpoint import Checkpoints
 from fastmtl.engine.distributed import Ranks
 from fastmtl.errors import UserError
+from fastmtl.loop import train
 from fastmtl.model.saved_model import load_model
-from fastmtl.train import train
 
 
 def offsets_of(size: int, count: int) -> list[int]:

@@ -21,7 +21,7 @@ from tiny_tokenizers import save_tokenizer
 
 import fastmtl
 from fastmtl.config import EncoderConfig, Recipe
-from fastmtl.train import train
+from fastmtl.loop import train
 
 # case of encoder_families.py: its tokenizer.
 CASES = {

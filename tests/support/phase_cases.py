@@ -113,7 +113,7 @@ def make_recipe(directory: Path, bert: Path, phases: list[dict[str, Any]], zero:
 
 def train_until(recipe: Recipe, output: Path, step: int, *, resume: bool) -> None:
     """Stop the run after a step, like `kill`."""
-    from fastmtl.train import train
+    from fastmtl.loop import train
 
     original = Tracker.step
 
@@ -147,7 +147,7 @@ def break_off_between_phases(recipe: Recipe, output: Path) -> None:
 
 def run_on_ranks(directory: Path, bert: Path, world: int) -> None:
     """Run the same steps on any number of ranks: no dropout, and rows distributed over them."""
-    from fastmtl.train import train
+    from fastmtl.loop import train
 
     group = {"name": "compromise", "batch_size": 8 // world, "batches_per_step": 5}
     grouped = {"name": "group", "gradient": {"method": "gradvac"}, "sampler": group, "accumulation": 2}
@@ -160,7 +160,7 @@ def run_on_ranks(directory: Path, bert: Path, world: int) -> None:
 
 
 def main(directory: Path, bert: Path) -> None:
-    from fastmtl.train import train
+    from fastmtl.loop import train
 
     write_data(directory)
     with results_only():
@@ -179,7 +179,7 @@ def main(directory: Path, bert: Path) -> None:
 def train_loras(directory: Path, bert: Path) -> None:
     """Train heads, then a LoRA of all tasks; from there one of each task, in ZeRO 3."""
     from fastmtl.inference.export import export
-    from fastmtl.train import train
+    from fastmtl.loop import train
 
     heads = {"name": "heads", "trains": "heads"}
     phases: list[dict[str, Any]] = [
@@ -196,7 +196,7 @@ def train_loras(directory: Path, bert: Path) -> None:
 
 
 def train_in_parts(directory: Path, bert: Path) -> None:
-    from fastmtl.train import train
+    from fastmtl.loop import train
 
     # steps of "three": 4 x 6 of heads, 2 x 6 of tune, 6 of adapters
     recipe = make_recipe(directory, bert, RUNS["three"])

@@ -15,4 +15,4 @@ def results_only() -> contextlib.AbstractContextManager[object]:
     def write(output: Path, results: dict[str, Any]) -> None:
         (output / "results.json").write_text(json.dumps(results), encoding="utf-8")
 
-    return mock.patch("fastmtl.train.write_report", write)
+    return mock.patch("fastmtl.loop.write_report", write)

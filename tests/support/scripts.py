@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-IMPORTS = ("fastmtl.train", "deepspeed.runtime.zero.muon.muon_optimizer")  # torch's compiler comes with the latter
+IMPORTS = ("fastmtl.loop", "deepspeed.runtime.zero.muon.muon_optimizer")  # torch's compiler comes with the latter
 
 
 def run_script(script: str | Path, *arguments: object, timeout: float = 600, **environment: str) -> str:
