@@ -24,7 +24,7 @@ setup(
     package_dir={"": ".", "fastmtl_kernels": "kernels/fastmtl_kernels"},
     package_data={
         "fastmtl": ["py.typed", "recipes/**/*.yaml"],
-        "fastmtl.data": ["demo/*.csv"],
+        "fastmtl.data": ["demo/*.csv", "demo/*.conll"],
         "fastmtl_kernels": ["py.typed"],
     },
     include_package_data=False,

@@ -59,7 +59,7 @@ def run_installed(wheel: Path, folder: Path, code: str) -> str:
 
 def package_files(tree: Path) -> set[str]:
     """Return every file of the two packages that a wheel must have, by its path there."""
-    kinds = {".py", ".yaml", ".csv", ".typed"}
+    kinds = {".py", ".yaml", ".csv", ".conll", ".typed"}
     roots = {tree / "fastmtl": tree, tree / "kernels": tree / "kernels"}
     return {
         str(path.relative_to(base))

@@ -1,11 +1,13 @@
-"""Write the demo corpus, fastmtl/data/demo/<task>-<split>.csv. Every run writes the same bytes.
+"""Write the demo corpus, fastmtl/data/demo/<task>-<split>.*. Every run writes the same bytes.
 
 Usage: python tools/make_demo_corpus.py [DIR]
 
-There are three tasks on sentences written for this project, without third-party licences. Train and
+There are five tasks on sentences written for this project, without third-party licences. Train and
 dev share words, but no template and no sentence. A bag of words does not solve the tasks: they
-depend on which of two opinions is the writer's (sentiment), who did what to whom (paraphrase), and
-which parts of two statements mean the same in other words (similarity).
+depend on which of two opinions is the writer's (sentiment), who did what to whom (paraphrase),
+which parts of two statements mean the same in other words (similarity), what a name is in its
+sentence (entities), and which part of a stay an opinion is about (complaints). demo_labels.py has
+the last two.
 """
 
 from __future__ import annotations
@@ -15,10 +17,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from demo_labels import LABELLED
+
 ROWS = {
     "sentiment": {"train": 2400, "dev": 400},
     "paraphrase": {"train": 2400, "dev": 400},
     "similarity": {"train": 1600, "dev": 400},
+    "entities": {"train": 1000, "dev": 200},
+    "complaints": {"train": 1000, "dev": 200},
 }
 
 # Opinions by class, worst to best. The last two of each class are for dev only.
@@ -189,7 +195,7 @@ TASKS: dict[str, tuple[Callable[..., tuple[int, tuple[str, ...], str]], str]] = 
 
 
 def make(directory: Path) -> None:
-    """Write the train and the dev file of each of the three tasks into `directory`."""
+    """Write the train and the dev file of each task into `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     for task, (draw_row, header) in TASKS.items():
         seen: set[str] = set()
@@ -205,6 +211,17 @@ def make(directory: Path) -> None:
                 row = len(lines) - 1
                 lines.append("\t".join([str(row), f"{task[:3]}-{split}-t{template:02d}-{row:05d}", *texts, label]))
             (directory / f"{task}-{split}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for task, (draw_lines, header, ending) in LABELLED.items():
+        seen = set()
+        for split, number in ROWS[task].items():
+            draw = random.Random(f"{task}-{split}")
+            rows: list[str] = []
+            while len(rows) < number:
+                text, lines_of_row = draw_lines(draw, split, len(rows))
+                if text not in seen:
+                    seen.add(text)
+                    rows.append(lines_of_row)
+            (directory / f"{task}-{split}.{ending}").write_text(header + "\n".join(rows) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
