@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from fastmtl.data.file_bytes import find_bad_byte
@@ -27,12 +29,12 @@ OnBadLine = Callable[[int, str, str], None]
 ADVICE = "write it twice inside a quoted cell, or set quotes: none where quotes are text"
 
 
-def parse_first(lines: Sequence[Line], delimiter: str, *, quoted: bool) -> tuple[list[str], int]:
+def parse_first(lines: Iterator[Line], delimiter: str, *, quoted: bool) -> tuple[list[str], int]:
     """Return the cells of the first row, and how many lines the row has.
 
     quoted: whether the file has CSV quotes. Raises ValueError if the quotes of the row are wrong.
     """
-    reader = _reader(lines, 0, delimiter, quoted)
+    reader = _reader((text + "\n" for _, text in lines), delimiter, quoted)
     with _long_cells():
         try:
             return next(reader), reader.line_num
@@ -41,57 +43,70 @@ def parse_first(lines: Sequence[Line], delimiter: str, *, quoted: bool) -> tuple
 
 
 def parse_rows(
-    lines: Sequence[Line], delimiter: str, *, quoted: bool, looks_like_row: LooksLikeRow, on_bad_line: OnBadLine
+    lines: Iterator[Line], delimiter: str, *, quoted: bool, looks_like_row: LooksLikeRow, on_bad_line: OnBadLine
 ) -> Iterator[tuple[int, list[str]]]:
     """Yield every valid row: the number of its first line, and its cells.
 
-    quoted: whether the file has CSV quotes. on_bad_line: called for every bad row.
+    quoted: whether the file has CSV quotes. on_bad_line: called for every bad row. Only the lines
+    of a row are kept in memory, and those that are read again after a bad row.
     """
-    begin = 0
-    while begin < len(lines):
-        start = begin  # after a bad row a new reader begins on the next line
-        reader = _reader(lines, start, delimiter, quoted)
-        while begin < len(lines):
-            number = lines[begin][0]
+    row: list[Line] = []  # the lines that the reader has taken for the next row
+    again: deque[Line] = deque()
+
+    def texts() -> Iterator[str]:
+        for line in chain(_emptied(again), lines):
+            row.append(line)
+            yield line[1] + "\n"
+
+    reading = True
+    while reading:
+        reader = _reader(texts(), delimiter, quoted)  # after a bad row a new reader begins on the next line
+        while True:
+            row.clear()
             try:
                 with _long_cells():
-                    cells = next(reader)
+                    cells = next(reader, None)
             except csv.Error as error:
-                last = lines[min(start + reader.line_num, len(lines)) - 1][0]
+                number, last = row[0][0], row[-1][0]
                 spans = f"the quoted cell that begins here reaches line {last}: " if last != number else ""
                 on_bad_line(number, "1", spans + _problem(str(error), delimiter))
-                begin += 1
                 break
-            end = start + reader.line_num
-            swallowed = _swallowed(lines, begin, cells, delimiter, looks_like_row) if end > begin + 1 else None
+            if cells is None:
+                reading = False
+                break
+            number = row[0][0]
+            swallowed = _swallowed(row, cells, delimiter, looks_like_row) if len(row) > 1 else None
             if swallowed is not None:
                 on_bad_line(
                     number,
                     "1",
-                    f"the quoted cell that begins here ends in line {lines[end - 1][0]}, and line {swallowed} looks "
+                    f"the quoted cell that begins here ends in line {row[-1][0]}, and line {swallowed} looks "
                     f"like a row of its own. Where the quote belongs to the text, {ADVICE}",
                 )
-                begin += 1
                 break
-            bad_byte = next(((line, *found) for line, text in lines[begin:end] if (found := find_bad_byte(text))), None)
+            bad_byte = next(((line, *found) for line, text in row if (found := find_bad_byte(text))), None)
             if bad_byte is None:
                 yield number, cells
             else:
                 line, position, reason = bad_byte
                 on_bad_line(number, f"byte {position}", reason if line == number else f"{reason} in line {line}")
-            begin = end
+        again.extendleft(reversed(row[1:]))
 
 
-def _swallowed(
-    lines: Sequence[Line], begin: int, cells: list[str], delimiter: str, looks_like_row: LooksLikeRow
-) -> int | None:
+def _emptied(lines: deque[Line]) -> Iterator[Line]:
+    """Yield the lines and remove them."""
+    while lines:
+        yield lines.popleft()
+
+
+def _swallowed(lines: list[Line], cells: list[str], delimiter: str, looks_like_row: LooksLikeRow) -> int | None:
     """Return the number of a line inside a quoted cell that looks like a complete row, or None.
 
-    cells: those of the row that begins at lines[begin]. The first and the last line of a quoted
+    lines, cells: those of the row. The first and the last line of a quoted
     cell also contain the neighbouring cells. Such a line counts only if the part of it inside the
     quotes contains a delimiter.
     """
-    at = begin
+    at = 0
     for column, cell in enumerate(cells):
         pieces = cell.split("\n")
         for index, piece in enumerate(pieces if len(pieces) > 1 else []):
@@ -108,14 +123,9 @@ def _swallowed(
     return None
 
 
-def _reader(
-    lines: Sequence[Line], start: int, delimiter: str, quoted: bool
-) -> Any:  # csv gives its readers no public type
+def _reader(texts: Iterator[str], delimiter: str, quoted: bool) -> Any:  # csv gives its readers no public type
     return csv.reader(
-        (lines[index][1] + "\n" for index in range(start, len(lines))),
-        delimiter=delimiter,
-        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
-        strict=quoted,
+        texts, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, strict=quoted
     )
 
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, dropwhile, islice
 from pathlib import Path
 from typing import Any
 
+from fastmtl.data import spill
 from fastmtl.data.delimited import ADVICE, Line, LooksLikeRow, parse_first, parse_rows
-from fastmtl.data.file_bytes import JSON_LINES, PARQUET, decoded_lines, ending, find_bad_byte, read_bytes
+from fastmtl.data.file_bytes import JSON_LINES, PARQUET, Content, ending, find_bad_byte
 from fastmtl.errors import UserError, one_line, shortened
+
+_OBJECT = 400  # bytes of a JSON object in memory, besides its texts
+_PARQUET_ROWS = 8192  # rows that are read at once
 
 
 @dataclass(frozen=True)
@@ -70,39 +76,35 @@ def open_source(
     if ending(path) in PARQUET:
         return _parquet(path)
 
-    content = read_bytes(path)
-    lines = list(decoded_lines(content))
-    if ending(path) in JSON_LINES or (not ending(path) and content.lstrip()[:1] == b"{"):
-        lines = [line for line in lines if line[1].strip()]
-        _check_any(path, lines)
-        return _json_lines(lines, bad)
-    while lines and not lines[0][1].strip():  # a line of tabs only cannot be a header
-        del lines[0]
-    _check_any(path, lines)
-    return _delimited(path, lines, quoted, header, bad)
+    content = Content(path)
+    if ending(path) in JSON_LINES or (not ending(path) and content.first_byte() == b"{"):
+        return _json_lines(path, content, bad)
+    return _delimited(path, content, quoted, header, bad)
 
 
-def _check_any(path: Path, lines: list[Line]) -> None:
-    if not lines:
+def _check_any(path: Path, lines: Iterator[Line]) -> Iterator[Line]:
+    """Return the lines. Raises UserError if there are none."""
+    first = next(lines, None)
+    if first is None:
         raise UserError(f"{path}: the file is empty")
+    return chain([first], lines)
 
 
 def _delimited(
     path: Path,
-    lines: list[Line],
+    content: Content,
     quoted: Callable[[str], bool],
     has_header: Callable[[list[str]], bool],
     bad: OnBadRow,
 ) -> Source:
-    number, text = lines[0]
+    first_lines = list(islice(_check_any(path, _rows_of_cells(content)), 100))
+    number, text = first_lines[0]
     bad_byte = find_bad_byte(text)
     if bad_byte is not None:  # an error even with on_bad_row: skip, since this line may be the header
         raise UserError(f"{path}, line {number}, byte {bad_byte[0]}: {bad_byte[1]}")
-    delimiter = "\t" if ending(path) == ".tsv" or _has_tabs(lines) else ","
-    if delimiter == ",":
-        lines = [line for line in lines if line[1].strip()]
+    delimiter = "\t" if ending(path) == ".tsv" or _has_tabs(first_lines) else ","
     try:
-        cells, taken = parse_first(lines, delimiter, quoted=quoted(delimiter))
+        cells, taken = parse_first(_lines(content, delimiter), delimiter, quoted=quoted(delimiter))
         first = [cell.strip() for cell in cells]
         names_columns = has_header(first)
         if names_columns and taken > 1:
@@ -112,29 +114,43 @@ def _delimited(
             raise
         raise UserError(f"{path}, line {number}: {error}") from None
     header = first if names_columns else [""] * len(first)
-    records = partial(
-        _cells_by_column, lines[1:] if names_columns else lines, header, delimiter, quoted(delimiter), bad
-    )
+    lines = partial(_lines, content, delimiter, skip=int(names_columns))
+    records = partial(_cells_by_column, lines, header, delimiter, quoted(delimiter), bad)
     return Source(header, records, first, delimiter)
 
 
-def _has_tabs(lines: list[Line]) -> bool:
-    """Return whether the delimiter is the tab.
+def _rows_of_cells(content: Content) -> Iterator[Line]:
+    """Yield the lines from the first that is not blank; a line of tabs only cannot be a header."""
+    return dropwhile(lambda line: not line[1].strip(), content.lines())
 
-    It is if the first line has tabs and no commas, or if it has both and most of the first 100
-    lines have tabs.
+
+def _lines(content: Content, delimiter: str, skip: int = 0) -> Iterator[Line]:
+    lines = _rows_of_cells(content)
+    return islice(lines if delimiter == "\t" else (line for line in lines if line[1].strip()), skip, None)
+
+
+def _has_tabs(lines: list[Line]) -> bool:
+    """Return whether the delimiter is the tab. lines: the first 100 lines of the file.
+
+    It is if the first line has tabs and no commas, or if it has both and most of the lines have
+    tabs.
     """
-    first, several = lines[0][1], lines[:100]
-    return "\t" in first and ("," not in first or 2 * sum("\t" in text for _, text in several) > len(several))
+    first = lines[0][1]
+    return "\t" in first and ("," not in first or 2 * sum("\t" in text for _, text in lines) > len(lines))
 
 
 def _cells_by_column(
-    lines: list[Line], header: list[str], delimiter: str, quoted: bool, bad: OnBadRow, looks_like_row: LooksLikeRow
+    lines: Callable[[], Iterator[Line]],
+    header: list[str],
+    delimiter: str,
+    quoted: bool,
+    bad: OnBadRow,
+    looks_like_row: LooksLikeRow,
 ) -> Iterator[Record]:
     def report(line: int, column: str, reason: str) -> None:
         bad(BadRow(line, column, reason))
 
-    rows = parse_rows(lines, delimiter, quoted=quoted, looks_like_row=looks_like_row, on_bad_line=report)
+    rows = parse_rows(lines(), delimiter, quoted=quoted, looks_like_row=looks_like_row, on_bad_line=report)
     for line, cells in rows:
         if len(cells) != len(header):
             where = (header[len(cells)] or str(len(cells) + 1)) if len(cells) < len(header) else str(len(header) + 1)
@@ -143,9 +159,36 @@ def _cells_by_column(
         yield Record(line, {**dict(enumerate(cells)), **dict(zip(header, cells, strict=True))})
 
 
-def _json_lines(lines: list[Line], bad: OnBadRow) -> Source:
-    records = []
+def _json_lines(path: Path, content: Content, bad: OnBadRow) -> Source:
+    """Open a file of JSON lines. Every line is parsed here, since any may have a further column.
+
+    The records of a large file are not kept: `Source.records` parses the lines again.
+    """
+    lines = (line for line in content.lines() if line[1].strip())
+    records: list[Record] | None = []
     header: dict[str, None] = {}
+    size = 0
+    for number, value, length in _objects(_check_any(path, lines), bad):
+        header.update(dict.fromkeys(value))
+        size += length + _OBJECT
+        if size > spill.IN_MEMORY:
+            records = None
+        if records is not None:
+            records.append(Record(number, value))
+    if records is not None:
+        kept = records
+        return Source(list(header), lambda _: iter(kept))
+
+    def parsed_again(_: LooksLikeRow) -> Iterator[Record]:
+        again = (line for line in content.lines() if line[1].strip())
+        objects = _objects(again, lambda _: None)  # bad lines have been reported
+        return (Record(number, value) for number, value, _ in objects)
+
+    return Source(list(header), parsed_again)
+
+
+def _objects(lines: Iterator[Line], bad: OnBadRow) -> Iterator[tuple[int, dict[Any, Any], int]]:
+    """Yield the number of every line, its JSON object and its number of characters."""
     for number, text in lines:
         bad_byte = find_bad_byte(text)
         if bad_byte is not None:
@@ -159,11 +202,9 @@ def _json_lines(lines: list[Line], bad: OnBadRow) -> Source:
             bad(BadRow(number, "1", str(error)))
         else:
             if isinstance(value, dict):
-                header.update(dict.fromkeys(value))
-                records.append(Record(number, value))
+                yield number, value, len(text)
             else:
                 bad(BadRow(number, "1", f"expected a JSON object, found {type(value).__name__}"))
-    return Source(list(header), lambda _: iter(records))
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -180,11 +221,25 @@ def _parquet(path: Path) -> Source:
 
     if not path.exists():
         raise UserError(f"{path}: no such file")
-    try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(read_bytes(path)))
-        rows = table.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: not a readable Parquet file: {error}") from None
-    if not table.column_names or not rows:
+    content = Content(path)
+
+    @contextmanager
+    def readable() -> Iterator[Any]:
+        try:
+            with content.open() as file, pyarrow.parquet.ParquetFile(pyarrow.PythonFile(file, "r")) as opened:
+                yield opened
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path}: not a readable Parquet file: {error}") from None
+
+    def records(_: LooksLikeRow) -> Iterator[Record]:
+        with readable() as file:
+            rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(_PARQUET_ROWS))
+            yield from (Record(number, row) for number, row in enumerate(rows, start=1))
+
+    with readable() as file:
+        names, rows = file.schema_arrow.names, file.metadata.num_rows
+    if not names or not rows:
         raise UserError(f"{path}: no rows")
-    return Source(table.column_names, lambda _: (Record(number, row) for number, row in enumerate(rows, start=1)))
+    return Source(names, records)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -22,8 +20,8 @@ from fastmtl.config import TaskConfig
 from fastmtl.data.records import BadRow
 from fastmtl.data.rows import Rows, ranges
 from fastmtl.data.types import DATA_TYPES
-from fastmtl.errors import UserError, one_line
-from fastmtl.files.user_path import cache_path
+from fastmtl.errors import UserError
+from fastmtl.files.user_path import cache_instead, cache_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -204,7 +202,7 @@ def tokenize(
         try:
             _store(entry, *made)
         except OSError as error:
-            entry = _cache_instead(cache_dir, str(error.strerror)) / entry.name
+            entry = cache_instead(cache_dir, str(error.strerror)) / entry.name
             _store(entry, *made)
         found = _load(entry)
         assert found is not None
@@ -235,17 +233,6 @@ def _units(arrays: Mapping[str, np.ndarray], *, labelled: bool, query_first: boo
         return None
     found = {name: arrays.get(f"unit_{name}") for name in ("places", "items", "spans")}
     return UnitTable(arrays["unit_offsets"], **found, labelled=labelled, query_first=query_first)
-
-
-@functools.cache
-def _cache_instead(cache_dir: str | Path, why: str) -> Path:
-    """Return a temporary folder that replaces the cache, and print a warning.
-
-    why: the reason, for the warning. The result is cached: one folder and one warning per process.
-    """
-    folder = Path(tempfile.mkdtemp(prefix="fastmtl-"))
-    print(one_line(f"fastmtl: data.cache_dir={cache_dir} is not writable ({why}); using {folder}"), file=sys.stderr)
-    return folder
 
 
 def check_token_types(datasets: Iterable[TokenizedDataset | None], token_types: int) -> None:

@@ -39,3 +39,14 @@ def cache_path(path: str | Path) -> Path:
         note = one_line(f"fastmtl: data.cache_dir={path}: this user has no home directory; using {folder}")
         print(note, file=sys.stderr)
         return folder
+
+
+@functools.cache
+def cache_instead(cache_dir: str | Path, why: str) -> Path:
+    """Return a temporary folder that replaces the cache, and print a warning.
+
+    why: the reason, for the warning. The result is cached: one folder and one warning per process.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="fastmtl-"))
+    print(one_line(f"fastmtl: data.cache_dir={cache_dir} is not writable ({why}); using {folder}"), file=sys.stderr)
+    return folder
