@@ -246,7 +246,7 @@ def predict(
     rows, notes = predict_file(load(model_dir), task, input_file, output_file, layout)
     for note in notes:
         print(printable(note))
-    print(printable(f"{rows} predictions in {output_file}"))
+    print(printable(f"{rows} prediction{'s' if rows != 1 else ''} in {output_file}"))
 
 
 models.register(app, _set_debug)
