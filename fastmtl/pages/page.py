@@ -23,6 +23,7 @@ p { margin: .25rem 0 1rem; color: var(--soft); max-width: 46rem; }
 .facts div { min-width: 6rem; } .facts dt { color: var(--soft); font-size: .8rem; }
 .facts dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
 .grid { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
+.grid > hr { flex: 0 0 100%; height: 0; margin: 0; border: 0; }
 figure { margin: 0; padding: .75rem .9rem; background: var(--panel); border: 1px solid var(--rule); border-radius: 8px;
   max-width: 100%; overflow-x: auto; }
 figcaption, caption { color: var(--ink); font-size: .88rem; font-weight: 600; text-align: left; padding-bottom: .4rem; }
@@ -34,11 +35,17 @@ td.own { font-weight: 700; } tbody tr:last-child > * { border-bottom: 0; }
 .matrix td, .matrix th { text-align: center; } .matrix th { border: 0; }
 .matrix td { min-width: 3rem; border: 1px solid var(--panel); }
 .matrix small { display: block; font-size: .72rem; opacity: .75; line-height: 1; padding-bottom: .15rem; }
+.texts :is(td, th) { text-align: left; }
+.texts td { white-space: normal; overflow-wrap: break-word; max-width: 28rem; vertical-align: top; }
+.texts tbody th { max-width: 10rem; overflow: hidden; text-overflow: ellipsis; vertical-align: top; }
 .wide { overflow-x: auto; } details { margin-top: .75rem; } summary { cursor: pointer; font-weight: 600; }
 pre { background: var(--panel); border: 1px solid var(--rule); border-radius: 8px; padding: 1rem; overflow-x: auto;
   font: .82rem/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 @media print { figure { break-inside: avoid; } }
 """
+
+
+NEW_LINE = "<hr>"  # in a section
 
 
 def page(title: str, body: Sequence[str]) -> str:
@@ -63,7 +70,8 @@ def facts(values: dict[str, str]) -> str:
 def section(title: str, explanation: str, content: Sequence[str]) -> str:
     """Return the HTML of a section: a heading, a sentence, and tables and figures in a row.
 
-    content: the HTML of each table or figure. Without content the result is ''.
+    content: the HTML of each table or figure; NEW_LINE starts another row.
+    Without content the result is ''.
     """
     if not content:
         return ""
@@ -75,10 +83,18 @@ def figure(caption: str, svg: str) -> str:
     return f"<figure><figcaption>{escape(caption)}</figcaption>{svg}</figure>"
 
 
-def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], own: frozenset[tuple[int, int]]) -> str:
+def table(
+    caption: str,
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    own: frozenset[tuple[int, int]],
+    *,
+    texts: bool = False,
+) -> str:
     """Return the HTML of a table. The first cell of a row is the row's heading.
 
-    own: (row, column) of the bold cells, counted from 0.
+    own: (row, column) of the bold cells, counted from 0. texts: the cells are texts of
+    several lines.
     """
     columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     lines = []
@@ -89,7 +105,8 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], own:
         )
         lines.append(f'<tr><th scope="row">{escape(name)}</th>{values}</tr>')
     body = f"<thead><tr>{columns}</tr></thead><tbody>{''.join(lines)}</tbody>"
-    return f"<figure><table><caption>{escape(caption)}</caption>{body}</table></figure>"
+    kind = ' class="texts"' if texts else ""
+    return f"<figure><table{kind}><caption>{escape(caption)}</caption>{body}</table></figure>"
 
 
 def matrix(caption: str, names: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
@@ -110,6 +127,11 @@ def matrix(caption: str, names: Sequence[str], counts: Sequence[Sequence[int]]) 
 def _cell(count: int, share: float) -> str:
     shade = f"background: rgb(var(--accent) / {0.62 * share:.2f})"
     return f'<td style="{shade}">{count}<small>{share:.0%}</small></td>'
+
+
+def folded(summary: str, html: str) -> str:
+    """Return the HTML of a part that a click unfolds."""
+    return f"<details><summary>{escape(summary)}</summary>{html}</details>"
 
 
 def details(summary: str, text: str) -> str:

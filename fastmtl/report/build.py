@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import collections
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
 from fastmtl.config import Recipe, TaskConfig, load_recipe
 from fastmtl.engine.recipe_changes import CHANGES_FILE
-from fastmtl.errors import UserError
+from fastmtl.errors import UserError, listed
 from fastmtl.files.json_files import read_json
 from fastmtl.files.writing import replace_text
-from fastmtl.inference.selection import metric_names
+from fastmtl.inference.metrics import LOWER_IS_BETTER
 from fastmtl.pages import page, plots
+from fastmtl.report.gradients import gradient_parts
 from fastmtl.report.phases import phase_table
+from fastmtl.report.predictions import prediction_parts
 from fastmtl.tracking.metrics_file import read_metrics
+from fastmtl.tracking.titles import metric_columns, title_of
 
-TITLES = {
-    "accuracy": "accuracy",
-    "macro_precision": "macro precision",
-    "macro_recall": "macro recall",
-    "macro_f1": "macro F1",
-    "pearson": "Pearson",
-    "spearman": "Spearman",
-    "mse": "MSE",
-}
+COLUMNS = 8  # metrics side by side on the page
+SHARES = 12  # labels whose shares fit into a cell
 
 
 def write_report(output: Path, results: dict[str, Any] | None = None) -> Path:
@@ -55,18 +49,20 @@ def write_report(output: Path, results: dict[str, Any] | None = None) -> Path:
         page.section("Phases", "Steps count through the whole run.", phase_table(recipe, steps, evaluations)),
         page.section(
             "Loss",
-            "Mean per row, each on its own scale. Faint: the steps; strong: their moving average.",
+            "Mean per row (tokens: per word), each on its own scale. Faint: the steps; strong: their moving average.",
             _losses(recipe, steps),
         ),
         page.section("Dev metrics over the run", "", _dev_curves(recipe, evaluations)),
         page.section(
-            "Predictions on the dev rows", "Counts, and shares of the true class.", _predictions(recipe, results)
+            "Predictions on the dev rows",
+            "Matrices: counts, and shares of the true class. Errors: the worst rows first.",
+            prediction_parts(recipe, results),
         ),
         page.section(
             "Do the tasks agree?",
             "Cosines between the tasks' gradients of the shared parameters. Below zero two tasks pull against each "
             "other; the conflict rate is the share of such pairs.",
-            _gradients(recipe, steps),
+            gradient_parts(recipe, steps),
         ),
         page.section("Speed and schedule", "", _speed(steps)),
         page.section("Data", "", [_data(recipe, results)] if results["data"] else []),
@@ -105,11 +101,19 @@ def _head(output: Path, recipe: Recipe, results: dict[str, Any]) -> str:
 
 def _scores(recipe: Recipe, results: dict[str, Any]) -> str:
     dev = results["dev"]
-    columns = [metric for metric in TITLES if any(metric in values for values in dev.values())]
-    rows = [[task, *(f"{values[m]:.3f}" if m in values else "" for m in columns)] for task, values in dev.items()]
-    own = frozenset((number, 1 + columns.index(recipe.tasks[task].metric_name)) for number, task in enumerate(dev))
-    mean = "" if results["mean"] is None else f", mean {results['mean']:.3f}"
-    return page.table(f"Scores of the kept model{mean}", ["task", *(TITLES[m] for m in columns)], rows, own)
+    caption = "Scores of the kept model" + ("" if results["mean"] is None else f", mean {results['mean']:.3f}")
+    columns = metric_columns(recipe, dev)
+    if len(columns) <= COLUMNS:
+        rows = [[task, *(f"{values[m]:.3f}" if m in values else "" for m in columns)] for task, values in dev.items()]
+        own = frozenset((number, 1 + columns.index(recipe.tasks[task].metric_name)) for number, task in enumerate(dev))
+        return page.table(caption, ["task", *map(title_of, columns)], rows, own)
+    rows = []
+    for task, values in dev.items():
+        chosen = recipe.tasks[task].metric_name
+        others = ", ".join(f"{title_of(metric)} {value:.3f}" for metric, value in values.items() if metric != chosen)
+        rows.append([task, title_of(chosen), f"{values[chosen]:.3f}", others])
+    own = frozenset((number, 2) for number in range(len(rows)))
+    return page.table(caption, ["task", "metric", "score", "other metrics"], rows, own, texts=True)
 
 
 def _losses(recipe: Recipe, steps: list[dict[str, Any]]) -> list[str]:
@@ -133,7 +137,7 @@ def _dev_curves(recipe: Recipe, evaluations: list[dict[str, Any]]) -> list[str]:
         return []
     at = [line["step"] for line in evaluations]
     own = {
-        f"{name} ({TITLES[task.metric_name]})": (
+        f"{name} ({title_of(task.metric_name)})": (
             at,
             [line["dev"].get(name, {}).get(task.metric_name) for line in evaluations],
         )
@@ -146,74 +150,16 @@ def _dev_curves(recipe: Recipe, evaluations: list[dict[str, Any]]) -> list[str]:
             plots.curves(own, name="dev metrics", ylabel="score", smooth=False, markers=True, size=plots.WIDE),
         )
     ]
-    for name, task in recipe.tasks.items():
-        shown = [metric for metric in metric_names(task) if metric != "mse"]
-        curves = {
-            TITLES[metric]: (at, [line["dev"].get(name, {}).get(metric) for line in evaluations]) for metric in shown
-        }
-        svg = plots.curves(
-            curves, name=f"dev metrics of {name}", ylabel="score", smooth=False, markers=True, size=plots.TALL
-        )
-        result.append(page.figure(name, svg))
+    for name in recipe.tasks:
+        found = [line["dev"].get(name, {}) for line in evaluations]
+        shown = dict.fromkeys(metric for values in found for metric in values if metric not in LOWER_IS_BETTER)
+        curves = {title_of(metric): (at, [values.get(metric) for values in found]) for metric in shown}
+        if curves:
+            svg = plots.curves(
+                curves, name=f"dev metrics of {name}", ylabel="score", smooth=False, markers=True, size=plots.TALL
+            )
+            result.append(page.figure(name, svg))
     return result
-
-
-def _predictions(recipe: Recipe, results: dict[str, Any]) -> list[str]:
-    result = []
-    for name, counts in results["confusion"].items():
-        names = recipe.tasks[name].label_names or [str(label) for label in range(len(counts))]
-        result.append(page.matrix(f"{name}: confusion matrix", names, counts))
-    for name, points in results["scatter"].items():
-        limits = recipe.tasks[name].range
-        assert limits is not None  # the recipe demands it of a regression task
-        svg = plots.scatter(points["labels"], points["scores"], limits, name=f"predictions of {name}")
-        result.append(page.figure(f"{name}: predictions against labels", svg))
-    return result
-
-
-def _gradients(recipe: Recipe, steps: list[dict[str, Any]]) -> list[str]:
-    with_cosines = [line for line in steps if line["cosines"]]
-    if not with_cosines:
-        return []
-    at = [line["step"] for line in with_cosines]
-    cosines = {
-        pair.replace("/", " · "): (at, [line["cosines"].get(pair) for line in with_cosines])
-        for pair in dict.fromkeys(pair for line in with_cosines for pair in line["cosines"])
-    }
-    rate = {"conflict rate": (at, [line["conflict_rate"] for line in with_cosines])}
-    norms = {
-        name: (at, [line["task_norms"].get(name) for line in with_cosines])
-        for name in recipe.task_names
-        if any(line["task_norms"].get(name) for line in with_cosines)
-    }
-    result = [
-        page.figure(
-            "Cosine between task gradients",
-            plots.curves(cosines, name="cosines", ylabel="cosine", zero_line=True, size=plots.WIDE),
-        ),
-        page.figure(
-            "Conflict rate",
-            plots.curves(rate, name="conflict rate", ylabel="share of pairs", ylim=(-0.03, 1.03)),
-        ),
-    ]
-    if norms:
-        svg = plots.curves(norms, name="gradient norms", ylabel="norm", log=True, size=plots.TALL)
-        result.append(page.figure("Norm of the task gradients", svg))
-    return [*result, _surgery(steps)]
-
-
-def _surgery(steps: list[dict[str, Any]]) -> str:
-    """Return the HTML of three facts: the time and memory of surgery, and the skipped steps."""
-    skipped = collections.Counter(line["skipped"] for line in steps if line["skipped"])
-    reasons = ", ".join(f"{name} {count:,}" for name, count in skipped.items())
-    seconds = statistics.median(line["surgery_seconds"] for line in steps)
-    return page.facts(
-        {
-            "time in surgery, median step": f"{1e3 * seconds:.1f} ms",
-            "task gradients held": f"{max(line['surgery_bytes'] for line in steps) / 2**20:.1f} MiB",
-            "steps skipped, gradient not finite": f"{sum(skipped.values()):,}{f' ({reasons})' if reasons else ''}",
-        }
-    )
 
 
 def _speed(steps: list[dict[str, Any]]) -> list[str]:
@@ -262,13 +208,16 @@ def _changes(output: Path) -> list[str]:
 
 
 def _labels(task: TaskConfig, labels: dict[str, float]) -> str:
-    if not labels:
-        return ""
-    if task.type == "regression":
+    """Return the shares of the labels, or other numbers about them.
+
+    labels: whole numbers are counts, of which the result has the shares.
+    """
+    if not all(isinstance(value, int) for value in labels.values()):
         return ", ".join(f"{name} {value:.3g}" for name, value in labels.items())
-    names = task.label_names or list(labels)
     total = sum(labels.values())
-    return ", ".join(f"{name}: {n / total:.1%}" for name, n in zip(names, labels.values(), strict=True))
+    names = task.label_names if len(task.label_names or ()) == len(labels) else labels
+    shares = [f"{name}: {n / max(total, 1):.1%}" for name, n in zip(names or labels, labels.values(), strict=True)]
+    return listed(shares, SHARES)
 
 
 def _versions(results: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from fastmtl.config import Recipe
 from fastmtl.errors import printable
+from fastmtl.tracking.titles import metric_columns, title_of
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -108,16 +109,18 @@ def summarize(losses: dict[str, float], conflict_rate: float | None, tokens_per_
     return "  ".join([*parts, f"{rate} tokens/s"])
 
 
-SCORE_COLUMNS = {"accuracy": "accuracy", "macro_f1": "macro F1", "pearson": "Pearson", "spearman": "Spearman"}
+# Metrics that metrics.jsonl, results.json and the report have, but the terminal has no room for.
+HIDDEN = frozenset({"macro_precision", "macro_recall", "mse"})
+COLUMNS = 5  # metrics side by side within 80 characters
 
 
 def scores_table(recipe: Recipe, metrics: dict[str, dict[str, float]], mean: float | None, title: str) -> Table:
-    """Return a table of accuracy, macro F1, Pearson and Spearman of every task.
+    """Return a table of the tasks' metrics; few have columns of their own, many are listed.
 
     metrics: {task: {metric: value}}. mean: the mean over tasks of each task's own metric, for the
     caption. The tasks' own metrics are bold.
     """
-    shown = [name for name in SCORE_COLUMNS if any(name in values for values in metrics.values())]
+    shown = [name for name in metric_columns(recipe, metrics) if name not in HIDDEN]
     own = ", ".join(f"{task} {recipe.tasks[task].metric_name}" for task in metrics)
     caption = None if mean is None else f"mean {mean:.3f} ({own})"
     table = Table(
@@ -127,11 +130,20 @@ def scores_table(recipe: Recipe, metrics: dict[str, dict[str, float]], mean: flo
         caption_justify="left",
     )
     table.add_column("task")
-    for name in shown:
-        table.add_column(SCORE_COLUMNS[name], justify="right")
+    wide = len(shown) <= COLUMNS
+    for name in shown if wide else ():
+        table.add_column(title_of(name), justify="right")
+    if not wide:
+        for head in ("metric", "score", "other metrics"):
+            table.add_column(head, justify="right" if head == "score" else "left")
     for task, values in metrics.items():
         chosen = recipe.tasks[task].metric_name
-        cells = [f"{values[name]:.3f}" if name in values else "" for name in shown]
-        bold = [f"[bold]{cell}[/bold]" if name == chosen else cell for name, cell in zip(shown, cells, strict=True)]
-        table.add_row(Text(task), *bold)
+        if wide:
+            cells = [f"{values[name]:.3f}" if name in values else "" for name in shown]
+            bold = [f"[bold]{cell}[/bold]" if name == chosen else cell for name, cell in zip(shown, cells, strict=True)]
+            table.add_row(Text(task), *bold)
+        else:
+            others = [name for name in values if name in shown and name != chosen]
+            listed = ", ".join(f"{title_of(name)} {values[name]:.3f}" for name in others)
+            table.add_row(Text(task), title_of(chosen), f"[bold]{values[chosen]:.3f}[/bold]", listed)
     return table

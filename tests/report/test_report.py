@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -18,6 +19,7 @@ from fastmtl.config import Recipe
 from fastmtl.errors import UserError
 from fastmtl.pages.plots import BINS, curves
 from fastmtl.report import write_report
+from fastmtl.report.predictions import fold
 from fastmtl.training.results import collect_results
 
 RECIPE = Recipe.model_validate(
@@ -32,10 +34,12 @@ RECIPE = Recipe.model_validate(
     }
 )
 SCORED = {
-    "sst": scored(np.eye(3)[[0, 1, 1, 2]], np.array([0, 1, 2, 2])),
+    "sst": scored(np.eye(3)[[0, 1, 1, 2]], np.array([0, 1, 2, 2]), ids=["a", "b", "c</td>", "d"]),
     "para": scored(np.array([0.9, 0.2, 0.7]), np.array([1.0, 0.0, 0.0])),
     "sts": scored(np.array([0.5, 2.0, 4.5, 3.0]), np.array([0.0, 2.5, 5.0, 2.0])),
 }
+HOSTILE = "<script>x</script>\n\u202e\x00 & " + "long " * 100
+SCORED["sst"].rows.texts[2] = HOSTILE
 LABELS = {"0": 1092, "1": 2218, "2": 5234}
 DATA = {"sst": {"train": {"rows": 8544, "skipped": 2, "truncated": 7, "labels": LABELS}}}
 
@@ -154,6 +158,57 @@ def test_confusion_matrix_holds_the_counts(built: Path) -> None:
     assert table is not None
     assert re.findall(r">(\d+)<small>", table[0]) == ["1", "0", "0", "0", "1", "0", "0", "1", "1"]
     assert re.findall(r'scope="row">(\w+)<', table[0]) == ["bad", "fair", "good"]
+
+
+def test_metrics_of_each_class_and_the_worst_rows_are_there(built: Path) -> None:
+    """The class fair is right once of two times, good once of two rows; row c is wrong."""
+    results = json.loads((built / "results.json").read_text())
+    assert results["per_label"]["sst"]["rows"] == [
+        ["bad", "1.000", "1.000", "1.000", "1"],
+        ["fair", "0.500", "1.000", "0.667", "1"],
+        ["good", "1.000", "0.500", "0.667", "2"],
+    ]
+    assert [row[0] for row in results["errors"]["sts"]["rows"]] == ["3", "0", "1", "2"]
+    assert results["errors"]["sts"]["head"] == ["row", "text", "label", "predicted"]
+    assert results["errors"]["para"]["rows"] == [["2", "text 2", "0", "1", "0.700"]]
+    ((row_id, text, *values),) = results["errors"]["sst"]["rows"]
+    assert (row_id, *values) == ("c</td>", "good", "fair", "1.000")
+    assert text.startswith("<script>x</script> \\u202e\\x00 & long") and text.endswith("...") and len(text) < 300
+    page = Page((built / "report.html").read_text())
+    assert {row_id, text, "sst: metrics of each label", "sts: largest errors"} <= set(page.text)
+
+
+def test_many_classes_tasks_and_metrics(tmp_path: Path) -> None:
+    """Rare classes are summed, a long table is folded, cosines of many pairs are a table."""
+    names = [f"tag {label}" for label in range(40)]
+    counts = np.random.default_rng(0).integers(0, 9, (40, 40))
+    counts[7] += 100
+    shown, folded = fold(names, counts.tolist())
+    assert len(shown) == len(folded) == 16 and shown[-1] == "25 others" and "tag 7" in shown
+    assert np.sum(folded) == counts.sum() and folded[shown.index("tag 7")][shown.index("tag 7")] == counts[7, 7]
+    kinds = {"classification": 3, "binary": 3, "regression": 2}
+    tasks: dict[str, Any] = {f"{kind} {n}": {"type": kind, "data": {}} for kind, k in kinds.items() for n in range(k)}
+    for name in tasks:
+        tasks[name] |= {"c": {"num_labels": 40}, "r": {"range": [0, 1]}}.get(name[0], {})
+    recipe = Recipe.model_validate({"tasks": tasks})
+    labels = np.arange(80) % 40
+    found = scored(np.eye(40)[labels[::-1]], labels)
+    results = collect_results(recipe, {"classification 0": found}, {}, steps=1, seconds=1.0, world_size=1)
+    results["dev"]["binary 0"] = {"accuracy": 0.5, **{f"metric_{n}": 0.25 for n in range(6)}}
+    pairs = {f"{one}/{other}": -0.5 for one, other in itertools.combinations(tasks, 2)}
+    line = step_line(1, loss={}, cosines=pairs, task_norms={})
+    (tmp_path / "config.yaml").write_text(recipe.dump())
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line))
+    text = write_report(tmp_path, results).read_text()
+    page = Page(text)
+    assert {"25 others", "other metrics", "classification 0: metrics of each label (40 rows)"} <= set(page.text)
+    assert "metric 0 0.250, metric 1 0.250" in " ".join(page.text)
+    assert page.text.count("-0.50") == 2 * len(pairs)
+    assert len(results["errors"]["classification 0"]["rows"]) == 10
+    for key in ("names", "per_label", "errors"):  # files of older versions
+        del results[key]
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "largest errors" not in write_report(tmp_path, results).read_text()
 
 
 def test_shares_of_the_labels_are_told(built: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -191,6 +192,16 @@ def test_lines_come_at_most_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -
         now[0] = float(step)
         display.update(step, 0, "x")
     assert len(out.getvalue().splitlines()) == 5
+
+
+def test_scores_of_many_metrics_are_listed_per_task() -> None:
+    values = {"task": {"type": "span", "data": {}}, "sst": {"type": "classification", "num_labels": 5, "data": {}}}
+    metrics = {"task": {"f1": 0.9, "exact_match": 0.5, "roc_auc": 0.25}, "sst": {**DEV["sst"], "map": 0.125, "x": 1.0}}
+    out = io.StringIO()
+    Console(file=out, width=80).print(scores_table(Recipe.model_validate({"tasks": values}), metrics, 0.7, "scores"))
+    lines = [[cell.strip() for cell in re.split("[│┃]", line)] for line in out.getvalue().splitlines()]
+    assert ["", "task", "F1", "0.900", "exact match 0.500, ROC AUC 0.250", ""] in lines
+    assert ["", "sst", "accuracy", "0.500", "macro F1 0.400, mAP 0.125, x 1.000", ""] in lines
 
 
 def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:

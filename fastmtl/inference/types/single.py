@@ -21,7 +21,8 @@ from fastmtl.inference.metrics import (
     predicted_labels,
 )
 from fastmtl.inference.scores import Scores
-from fastmtl.inference.types.spec import InferenceType, Summary
+from fastmtl.inference.types.spec import InferenceType, Summary, Table
+from fastmtl.inference.types.texts import shown, text_cells, text_columns, worst
 
 Text = str | tuple[str, str]
 SCATTER_POINTS = 800  # more would overlap and only make the file larger
@@ -134,9 +135,50 @@ def summary(task: TaskConfig, scores: Scores) -> Summary:
     labels = scores.labels
     assert labels is not None
     if task.type == "regression":
-        return Summary(scatter=_sample(scores.scores, labels))
+        return Summary(scatter=_sample(scores.scores, labels), errors=_largest_errors(scores, labels))
     counts = confusion(task, scores.scores, labels)
-    return Summary([_name(task, label) for label in range(len(counts))], counts.tolist())
+    names = [_name(task, label) for label in range(len(counts))]
+    return Summary(names, counts.tolist(), per_label=per_class(names, counts), errors=_wrong_rows(task, scores, labels))
+
+
+def per_class(names: Sequence[str], counts: np.ndarray) -> Table:
+    """Return precision, recall, F1 and support of each class, from a confusion matrix [C, C].
+
+    Precision is 0 for a class that is never predicted, recall for one without rows.
+    """
+    right, support, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+    values = right / predicted.clip(1), right / support.clip(1), 2 * right / (support + predicted).clip(1)
+    rows = [
+        [shown(name), *(f"{value:.3f}" for value in of_class), f"{number:,}"]
+        for name, *of_class, number in zip(names, *values, support.tolist(), strict=True)
+    ]
+    return Table(["class", "precision", "recall", "F1", "rows"], rows)
+
+
+def _wrong_rows(task: TaskConfig, scores: Scores, labels: np.ndarray) -> Table:
+    """Return the wrong predictions, the least probable right class first."""
+    right, predicted = labels.astype(np.int64), predicted_labels(task, scores.scores)
+    probabilities, every = _probabilities(task, scores.scores), np.arange(len(labels))
+    rows = [
+        [
+            *text_cells(scores, row),
+            shown(_name(task, right[row])),
+            shown(_name(task, predicted[row])),
+            f"{probabilities[row, predicted[row]]:.3f}",
+        ]
+        for row in worst(-probabilities[every, right], predicted != right)
+    ]
+    return Table([*text_columns(scores), "label", "predicted", "probability"], rows)
+
+
+def _largest_errors(scores: Scores, labels: np.ndarray) -> Table:
+    """Return the rows whose predictions are farthest from their labels."""
+    distances = np.abs(scores.scores - labels)
+    rows = [
+        [*text_cells(scores, row), f"{labels[row]:.3f}", f"{scores.scores[row]:.3f}"]
+        for row in worst(distances, distances > 0)
+    ]
+    return Table([*text_columns(scores), "label", "predicted"], rows)
 
 
 def _sample(scores: np.ndarray, labels: np.ndarray) -> dict[str, list[float]]:
