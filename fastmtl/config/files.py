@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fastmtl.config.base import Int, Section
 from fastmtl.errors import quoted
@@ -34,13 +34,14 @@ Role = Literal["id", "text", "text_pair", "label", "words", "answers", "answer",
 class FileConfig(Section):
     """The files of a task.
 
-    `format` names a known layout; `columns` maps id, text, text_pair and label to columns of any
-    CSV, TSV, JSONL or Parquet file.
+    `train`, `dev` and `test` name a file or a pattern of files, or several of them. `format` names
+    a known layout; `columns` maps id, text, text_pair and label to columns of any CSV, TSV, JSONL
+    or Parquet file.
     """
 
-    train: str | None = None
-    dev: str | None = None
-    test: str | None = None
+    train: str | list[str] | None = Field(None, description="a file, a pattern such as parts/*.csv, or a list of them")
+    dev: str | list[str] | None = Field(None, description="as train")
+    test: str | list[str] | None = Field(None, description="as train")
     format: str = "table"
     columns: dict[Role, str | Int | list[str | Int]] = Field(default_factory=dict)
     header: bool | None = Field(
@@ -53,6 +54,18 @@ class FileConfig(Section):
     )
     limit: Int | None = Field(None, ge=1, description="read at most this many training rows")
     augment: AugmentConfig | None = Field(None, description="classification, binary: make new training rows")
+
+    @field_validator("train", "dev", "test", mode="before")
+    @classmethod
+    def _names(cls, names: Any) -> Any:
+        if isinstance(names, list) and (not names or not all(isinstance(name, str) for name in names)):
+            raise ValueError(f"give the name of a file, or a list of names, not {quoted(names)}")
+        return names
+
+    def names(self, split: Literal["train", "dev", "test"]) -> list[str]:
+        """Return the names of a split's files; empty if there are none."""
+        given = getattr(self, split)
+        return given if isinstance(given, list) else [] if given is None else [given]
 
     @model_validator(mode="after")
     def _columns_by_number(self) -> FileConfig:

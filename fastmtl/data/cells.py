@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from fastmtl.data.labels import CELLS, BadCell
+from fastmtl.data.places import Place
 from fastmtl.data.records import Record
 from fastmtl.errors import quoted
 
 
-def repeated_ids(path: Path, ids: list[str], lines: list[int]) -> list[str]:
+def repeated_ids(place: Place, ids: list[str], lines: list[int]) -> list[str]:
     first: dict[str, int] = {}
     repeated = [
         (row_id, line) for row_id, line in zip(ids, lines, strict=True) if first.setdefault(row_id, line) != line
@@ -19,7 +19,7 @@ def repeated_ids(path: Path, ids: list[str], lines: list[int]) -> list[str]:
         return []
     row_id, line = repeated[0]
     return [
-        f"{path.name}: {len(repeated)} rows have an id that an earlier row has too, the first is {quoted(row_id)} in "
+        f"{place.name}: {len(repeated)} rows have an id that an earlier row has too, the first is {quoted(row_id)} in "
         f"line {line} and line {first[row_id]}"
     ]
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from fastmtl.config import FileConfig, TaskConfig
 from fastmtl.data.formats import Layout, has_header, is_quoted
 from fastmtl.data.labels import Labels
+from fastmtl.data.places import Place
 from fastmtl.data.records import Record, Source
 from fastmtl.errors import UserError, listed, quoted, shortened
 
@@ -22,7 +22,7 @@ def uses_quotes(files: FileConfig, delimiter: str) -> bool:
     return is_quoted(files.format, delimiter) if files.quotes is None else files.quotes == "csv"
 
 
-def names_columns(path: Path, task: TaskConfig, first: list[str]) -> bool:
+def names_columns(place: Place, task: TaskConfig, first: list[str]) -> bool:
     """Return whether the first line of a file names the columns.
 
     first: the cells of that line. Raises UserError, instead of guessing, if the recipe gives
@@ -36,7 +36,7 @@ def names_columns(path: Path, task: TaskConfig, first: list[str]) -> bool:
         layout = Layout(text=0, label=column)
         if Labels(task, layout).can_read(first[column]):
             raise UserError(
-                f"{path}, line 1: the columns are numbers, and this line could be a row (column {column} holds "
+                f"{place}, line 1: the columns are numbers, and this line could be a row (column {column} holds "
                 f"{quoted(first[column])}). Set header: false in the task's data if it is one, header: true if it "
                 "names the columns."
             )
@@ -47,7 +47,7 @@ def _by_name(files: FileConfig) -> bool:
     return any(isinstance(column, str) for column in files.columns.values())
 
 
-def check_columns(path: Path, source: Source, layout: Layout, files: FileConfig, *, require_labels: bool) -> None:
+def check_columns(place: Place, source: Source, layout: Layout, files: FileConfig, *, require_labels: bool) -> None:
     """Raise UserError for a column that is missing or occurs twice in the header."""
     for role, column in layout.columns.items():
         if role == "label" and not require_labels:
@@ -60,10 +60,10 @@ def check_columns(path: Path, source: Source, layout: Layout, files: FileConfig,
             continue
         if not there:
             names = listed(filter(None, source.header)) or f"{len(source.first or ())} columns without names"
-            raise UserError(f"{path}: no column '{shortened(str(column))}' for {role}; the file has {names}")
+            raise UserError(f"{place}: no column '{shortened(str(column))}' for {role}; the file has {names}")
         if source.header.count(column) > 1:  # type: ignore[arg-type]
             raise UserError(
-                f"{path}, line 1: two columns are named '{shortened(str(column))}': give its number instead"
+                f"{place}, line 1: two columns are named '{shortened(str(column))}': give its number instead"
             )
 
 
@@ -86,7 +86,7 @@ def _index(header: list[str], column: str) -> int | None:
     return header.index(column) if column in header else None
 
 
-def check_undecided_quotes(path: Path, record: Record, layout: Layout) -> None:
+def check_undecided_quotes(place: Place, record: Record, layout: Layout) -> None:
     """Raise UserError for a text with CSV quotes.
 
     Called for files that are read without quotes because the recipe has no `quotes`.
@@ -94,7 +94,7 @@ def check_undecided_quotes(path: Path, record: Record, layout: Layout) -> None:
     for column in (layout.text, layout.text_pair):
         cell = None if column is None else record.cells.get(column)
         if isinstance(cell, str) and '""' in cell[1:-1] and _CSV_QUOTED.fullmatch(cell.strip()):
-            where = f"{path}, line {record.line}, column {shortened(str(column))}"
+            where = f"{place}, line {record.line}, column {shortened(str(column))}"
             raise UserError(
                 f"{where}: {quoted(cell)} is quoted as CSV does it, but files with tabs are read without quotes. "
                 "Set quotes: csv in the task's data, or quotes: none if the quotes belong to the text."

@@ -119,7 +119,7 @@ def _found(recipe: Recipe) -> DataConfig:
     Raises UserError if `data.dir` is not a directory.
     """
     data = recipe.data
-    files = [file for task in recipe.tasks.values() for file in (task.data.train, task.data.dev) if file is not None]
+    files = [file for task in recipe.tasks.values() for split in ("train", "dev") for file in task.data.names(split)]
     relative = [file for file in files if not user_path(file).is_absolute()]
     if relative and data.dir is not None and not user_path(data.dir).is_dir():
         raise UserError(f"data.dir: {data.dir}: no such directory (the working directory is {Path.cwd()})")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +19,7 @@ def encode_sequences(
     pairs: list[str] | None,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    path: Path,
+    path: object,
 ) -> tuple[dict[str, np.ndarray], list[int]]:
     """Tokenise S texts, or S pairs, into a sequence each.
 
@@ -46,7 +45,9 @@ def encode_sequences(
     return sequence_arrays(ids, types, path), long
 
 
-def sequence_arrays(ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]], path: Path) -> dict[str, np.ndarray]:
+def sequence_arrays(
+    ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]], path: object
+) -> dict[str, np.ndarray]:
     """Return the arrays tokens, offsets and second_text of S sequences.
 
     ids, types: the token ids and token types of each sequence. Raises UserError for token types

@@ -3,46 +3,58 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
 
 from fastmtl.config import DataConfig, TaskConfig
 from fastmtl.data.formats import check_format
+from fastmtl.data.places import Place, find_places
 from fastmtl.data.records import BadRow
 from fastmtl.data.rows import Rows
 from fastmtl.data.types import DATA_TYPES
 from fastmtl.errors import UserError
-from fastmtl.files.user_path import user_path
 
 
 def read_rows(
     task: TaskConfig, data: DataConfig, split: Literal["train", "dev", "test"], *, require_labels: bool = True
 ) -> Rows:
-    """Return the rows of a task's train, dev or test file. Relative paths start at `data.dir`.
+    """Return the rows of a task's train, dev or test files. Relative paths start at `data.dir`.
 
     Of the training rows, a random share `data.fraction` is kept, the same rows in every run, and of
-    these the first `limit`. Raises UserError where `read_file` raises it.
+    these the first `limit`. Raises UserError where `find_places` and `read_file` raise it.
     """
-    name = getattr(task.data, split)
-    if name is None:
+    names = task.data.names(split)
+    if not names:
         raise UserError(f"the task has no {split} file: set tasks.<name>.data.{split}")
-    path = user_path(data.dir or ".") / name
-    rows = read_file(path, task, on_bad_row=data.on_bad_row, require_labels=require_labels)
+    places = find_places(names, data.dir or ".")
+    rows = read_places(places, task, on_bad_row=data.on_bad_row, require_labels=require_labels)
     if split != "train":
         return rows
     return rows.take(_share(len(rows), data.fraction)[: task.data.limit].tolist())
 
 
 def read_file(
-    path: Path,
+    path: Place,
     task: TaskConfig,
     *,
     on_bad_row: Literal["error", "skip"] = "error",
     require_labels: bool = True,
 ) -> Rows:
-    """Return the rows of one file in the task's format.
+    """Return the rows of one file in the task's format; see `read_places`."""
+    return read_places([path], task, on_bad_row=on_bad_row, require_labels=require_labels)
+
+
+def read_places(
+    places: Sequence[Place],
+    task: TaskConfig,
+    *,
+    on_bad_row: Literal["error", "skip"] = "error",
+    require_labels: bool = True,
+) -> Rows:
+    """Return the rows of one or more files in the task's format, one file after the other.
 
     on_bad_row: "skip" leaves bad rows out. require_labels: whether every row needs a label. If
     False, the label column is not read, so it may be missing, empty or -1.
@@ -51,17 +63,29 @@ def read_file(
     out of range, wrong number of columns, not UTF-8, wrong quotes) unless on_bad_row is "skip",
     and naming the file if it has no rows or lacks a required column.
     """
+    check_format(task.data.format)
+    numbers = itertools.count()
+    return Rows.join([_read_place(place, task, on_bad_row, numbers, require_labels=require_labels) for place in places])
+
+
+def _read_place(
+    place: Place,
+    task: TaskConfig,
+    on_bad_row: Literal["error", "skip"],
+    numbers: Iterator[int],
+    *,
+    require_labels: bool,
+) -> Rows:
     skipped: list[BadRow] = []
 
     def report(bad: BadRow) -> None:
         if on_bad_row == "error":
-            raise UserError(f"{path}, {bad}. Fix the row, or set data.on_bad_row=skip to leave such rows out.")
+            raise UserError(f"{place}, {bad}. Fix the row, or set data.on_bad_row=skip to leave such rows out.")
         skipped.append(bad)
 
-    check_format(task.data.format)
-    rows = DATA_TYPES[task.type].read(path, task, report, require_labels=require_labels)
+    rows = DATA_TYPES[task.type].read(place, task, report, require_labels=require_labels, numbers=numbers)
     if not len(rows):
-        raise UserError(f"{path}: no rows" + (f" ({len(skipped)} bad ones were skipped)" if skipped else ""))
+        raise UserError(f"{place}: no rows" + (f" ({len(skipped)} bad ones were skipped)" if skipped else ""))
     return dataclasses.replace(rows, skipped=skipped)
 
 

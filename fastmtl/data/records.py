@@ -14,6 +14,7 @@ from typing import Any
 from fastmtl.data import spill
 from fastmtl.data.delimited import ADVICE, Line, LooksLikeRow, parse_first, parse_rows
 from fastmtl.data.file_bytes import JSON_LINES, PARQUET, Content, ending, find_bad_byte
+from fastmtl.data.places import Place, Table
 from fastmtl.errors import UserError, one_line, shortened
 
 _OBJECT = 400  # bytes of a JSON object in memory, besides its texts
@@ -64,15 +65,18 @@ class Source:
 
 
 def open_source(
-    path: Path, quoted: Callable[[str], bool], header: Callable[[list[str]], bool], bad: OnBadRow
+    place: Place, quoted: Callable[[str], bool], header: Callable[[list[str]], bool], bad: OnBadRow
 ) -> Source:
-    """Open a file by its suffix: JSON lines, Parquet, or else text with tabs or commas.
+    """Open a table, or a file by its suffix: JSON lines, Parquet, or else tabs or commas.
 
     quoted: a function that takes the delimiter and returns whether the file has CSV quotes.
     header: a function that takes the cells of the first line and returns whether they name the
     columns. bad: called with every bad row, while `Source.records` yields the rows. Raises
     UserError for a missing, unreadable or empty file and for an unreadable first line.
     """
+    if isinstance(place, Table):
+        return _table(place)
+    path = place
     if ending(path) in PARQUET:
         return _parquet(path)
 
@@ -213,6 +217,11 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
         raise ValueError(f"the key '{shortened(twice)}' occurs twice in the JSON object")
     return found
+
+
+def _table(table: Table) -> Source:
+    rows = (cells for batch in table.batches() for cells in batch)
+    return Source(table.header, lambda _: (Record(number, cells) for number, cells in enumerate(rows, start=1)))
 
 
 def _parquet(path: Path) -> Source:

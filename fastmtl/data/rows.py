@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
+from fastmtl.data.places import Place
 from fastmtl.data.records import BadRow
+from fastmtl.errors import UserError
 
 # Answers to a question: (first character in the context, text) each. An empty list: no answer.
 Answers = list[tuple[int, str]]
@@ -26,6 +27,13 @@ class Items:
     texts: list[str]
     offsets: np.ndarray
     labelled: bool
+
+    @classmethod
+    def join(cls, parts: Sequence[Items]) -> Items:
+        """Return the parts of the rows of several places, one place after the other."""
+        sizes = np.concatenate([np.diff(part.offsets) for part in parts])
+        texts = [text for part in parts for text in part.texts]
+        return cls(texts, np.concatenate([[0], np.cumsum(sizes)]), parts[0].labelled)
 
     def of(self, row: int) -> list[str]:
         """Return the parts of a row."""
@@ -49,12 +57,12 @@ class Rows:
         choice          int64 [n], the number of the right text from 0
         ranking         float32 [candidates], grades
     None for files without labels and for type span, whose labels are in `answers`.
-    items: words or candidates. answers: those of each row. skipped: the bad rows that were left out
-    (`on_bad_row: skip`). notes: messages for the user about rows that were left out or changed for
-    other reasons.
+    path: the file or files, for messages. items: words or candidates. answers: those of each row.
+    skipped: the bad rows that were left out (`on_bad_row: skip`). notes: messages for the user
+    about rows that were left out or changed for other reasons.
     """
 
-    path: Path
+    path: Place | str
     ids: list[str]
     texts: list[str]
     pair_texts: list[str] | None
@@ -66,6 +74,35 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @classmethod
+    def join(cls, parts: Sequence[Rows]) -> Rows:
+        """Return the rows of several places of one task, one place after the other.
+
+        Raises UserError if only some of them have second texts.
+        """
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        for part in parts:
+            if (part.pair_texts is None) != (first.pair_texts is None):
+                one, two = (part, first) if part.pair_texts is None else (first, part)
+                raise UserError(f"{one.path} has one text per row and {two.path} has two; a split has either")
+        items = [part.items for part in parts if part.items is not None]
+        labels = [part.labels for part in parts if part.labels is not None]
+        return cls(
+            path=f"{first.path} and {len(parts) - 1} more",
+            ids=[row_id for part in parts for row_id in part.ids],
+            texts=[text for part in parts for text in part.texts],
+            pair_texts=None
+            if first.pair_texts is None
+            else [text for part in parts for text in (part.pair_texts or ())],
+            labels=np.concatenate(labels) if labels else None,
+            skipped=[bad for part in parts for bad in part.skipped],
+            notes=[note for part in parts for note in part.notes],
+            items=Items.join(items) if items else None,
+            answers=None if first.answers is None else [answers for part in parts for answers in (part.answers or ())],
+        )
 
     def take(self, chosen: Sequence[int], note: str | None = None) -> Rows:
         """Return the rows at the positions `chosen`, in that order."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastmtl.config import TaskConfig
+from fastmtl.data.places import Place
 from fastmtl.data.records import BadRow
 from fastmtl.data.rows import Rows, ranges
 from fastmtl.data.types import DATA_TYPES
@@ -98,7 +99,7 @@ class TokenizedDataset:
     ids: list[str]
     truncated: int
     skipped: list[BadRow]
-    path: Path
+    path: Place | str
     notes: list[str] = field(default_factory=list)
     example_offsets: np.ndarray | None = None
     units: UnitTable | None = None

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastmtl.config import DataConfig, Recipe, TaskConfig
 from fastmtl.data.corpus import demo_directory
 from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.data.places import missing
 from fastmtl.data.readers import read_file, read_rows
 from fastmtl.data.rows import Rows
 from fastmtl.data.tokenized import check_token_types, tokenize
@@ -128,10 +129,11 @@ def evaluate_split(
     rows, notes = {}, []
     for name in tasks or recipe.task_names:
         config = predictor.task(name)
-        if getattr(config.data, split) is None:
+        if not config.data.names(split):
             notes.append(f"{name}: the recipe names no {split} file")
         else:
-            _check_there(data, getattr(config.data, split), given=data_dir is not None)
+            for file in config.data.names(split):
+                _check_there(data, file, given=data_dir is not None)
             rows[name] = read_rows(config, data, split)
     if not rows:
         raise UserError(f"the recipe names no {split} file for {', '.join(tasks or recipe.task_names)}")
@@ -143,9 +145,10 @@ def _check_there(data: DataConfig, file: str, *, given: bool) -> None:
 
     given: the user has given the folder, so the advice does not explain the recipe's.
     """
-    path = user_path(data.dir or ".") / file
-    if path.exists():
+    folder = user_path(data.dir or ".")
+    if not missing(file, folder):
         return
+    path = folder / file
     why = "" if given or path.is_absolute() else f" below {Path.cwd()}; the recipe's data.dir counts from there"
     raise UserError(f"{path}: no such file{why}. Say where the recipe's files are with --data DIR.")
 

@@ -264,8 +264,8 @@ def _task_values(name: str, first: Recipe, second: Recipe) -> dict[str, Any]:
     if first.data.dir != second.data.dir:
         folder = user_path(second.data.dir or demo_directory()).absolute()
         for split in ("train", "dev", "test"):
-            if values["data"][split] is not None:
-                values["data"][split] = str(folder / values["data"][split])
+            found = [str(folder / user_path(file)) for file in second.tasks[name].data.names(split)]
+            values["data"][split] = found if isinstance(values["data"][split], list) else next(iter(found), None)
     return values
 
 

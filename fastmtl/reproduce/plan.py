@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastmtl.config import Recipe, load_recipe
+from fastmtl.data.places import missing
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.reproduce.tables import PaperResults, Variant
 
@@ -118,8 +119,8 @@ def _override(key: str, value: object) -> str:
 def _missing_files(recipe: Recipe) -> tuple[str, ...]:
     if recipe.data.dir is None:
         return ()
-    names = (name for task in recipe.tasks.values() for name in (task.data.train, task.data.dev) if name is not None)
-    return tuple(name for name in dict.fromkeys(names) if not (Path(recipe.data.dir) / name).is_file())
+    names = (name for task in recipe.tasks.values() for split in ("train", "dev") for name in task.data.names(split))
+    return tuple(name for name in dict.fromkeys(names) if missing(name, recipe.data.dir))
 
 
 def describe(options: Options, paper: PaperResults, runs: Sequence[PlannedRun]) -> list[str]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +14,7 @@ from fastmtl.data.columns import check_columns, check_undecided_quotes, looks_li
 from fastmtl.data.encode import encode_sequences
 from fastmtl.data.formats import find_layout
 from fastmtl.data.labels import BadCell, Labels
+from fastmtl.data.places import Place
 from fastmtl.data.records import BadRow, OnBadRow, open_source
 from fastmtl.data.rows import Rows
 from fastmtl.data.types.spec import Arrays, DataType
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def read(path: Path, task: TaskConfig, bad: OnBadRow, *, require_labels: bool) -> Rows:
-    """Return the rows of one file, as `ReadRows`."""
+def read(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: bool, numbers: Iterator[int]) -> Rows:
+    """Return the rows of one place; see `ReadRows`."""
     files = task.data
-    source = open_source(path, partial(uses_quotes, files), partial(names_columns, path, task), bad)
+    source = open_source(place, partial(uses_quotes, files), partial(names_columns, place, task), bad)
     columns = {str(role): column for role, column in files.columns.items() if not isinstance(column, list)}
-    layout = find_layout(files.format, source.header, columns, str(path))
-    check_columns(path, source, layout, files, require_labels=require_labels)
+    layout = find_layout(files.format, source.header, columns, str(place))
+    check_columns(place, source, layout, files, require_labels=require_labels)
     labels_of = Labels(task, layout) if require_labels else None
     undecided = source.delimiter is not None and files.quotes is None and not uses_quotes(files, source.delimiter)
 
     ids, texts, pair_texts, labels, lines = [], [], [], [], []
-    for position, record in enumerate(source.records(partial(looks_like_row, source, layout, task))):
+    for record, number in zip(source.records(partial(looks_like_row, source, layout, task)), numbers, strict=False):
         try:
             text = text_of(record, layout.text)
             pair_text = None if layout.text_pair is None else text_of(record, layout.text_pair)
@@ -45,20 +45,20 @@ def read(path: Path, task: TaskConfig, bad: OnBadRow, *, require_labels: bool) -
             bad(BadRow(record.line, str(cell.column), cell.reason))
             continue
         if undecided:
-            check_undecided_quotes(path, record, layout)
-        ids.append(row_id or str(position))
+            check_undecided_quotes(place, record, layout)
+        ids.append(row_id or str(number))
         texts.append(text)
         pair_texts.append(pair_text)
         labels.append(label)
         lines.append(record.line)
     dtype = np.int64 if task.type == "classification" else np.float32
     return Rows(
-        path=path,
+        path=place,
         ids=ids,
         texts=texts,
         pair_texts=None if layout.text_pair is None else [str(text) for text in pair_texts],
         labels=None if labels_of is None else np.array(labels, dtype=dtype),
-        notes=repeated_ids(path, ids, lines),
+        notes=repeated_ids(place, ids, lines),
     )
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from fastmtl.config import TaskConfig
+from fastmtl.data.places import Place
 from fastmtl.data.records import OnBadRow
 from fastmtl.data.rows import Rows
 
@@ -21,13 +21,16 @@ Arrays = dict[str, np.ndarray]
 
 
 class ReadRows(Protocol):
-    """A function that reads a file of one task type.
+    """A function that reads a file, or another place, of one task type.
 
     It calls `bad` for a bad row, which it then leaves out. require_labels: False leaves the labels
-    unread. Raises UserError for a file that cannot be read at all.
+    unread. numbers: yields the number of the next row over all places of a split, from 0; it is the
+    id of a row without one. Raises UserError for a file that cannot be read at all.
     """
 
-    def __call__(self, path: Path, task: TaskConfig, bad: OnBadRow, *, require_labels: bool) -> Rows: ...
+    def __call__(
+        self, place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: bool, numbers: Iterator[int]
+    ) -> Rows: ...
 
 
 class Encode(Protocol):
