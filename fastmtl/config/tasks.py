@@ -8,7 +8,7 @@ from pydantic import Field, StrictFloat, field_validator, model_validator
 
 from fastmtl.config.base import Int, Section
 from fastmtl.config.files import FileConfig
-from fastmtl.config.types import TYPES, MultilabelConfig, RankingConfig, SpanConfig, TokensConfig
+from fastmtl.config.types import TYPES, ChoiceConfig, MultilabelConfig, RankingConfig, SpanConfig, TokensConfig
 from fastmtl.errors import quoted
 from fastmtl.files.label_text import as_label
 
@@ -76,6 +76,7 @@ class TaskConfig(Section):
     tokens: TokensConfig = Field(default_factory=TokensConfig)
     span: SpanConfig = Field(default_factory=SpanConfig)
     multilabel: MultilabelConfig = Field(default_factory=MultilabelConfig)
+    choice: ChoiceConfig = Field(default_factory=ChoiceConfig)
     ranking: RankingConfig = Field(default_factory=RankingConfig)
 
     @field_validator("label_names", mode="before")

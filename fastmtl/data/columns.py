@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from fastmtl.config import FileConfig, TaskConfig
 from fastmtl.data.formats import Layout, has_header, is_quoted
@@ -52,19 +53,25 @@ def check_columns(place: Place, source: Source, layout: Layout, files: FileConfi
     for role, column in layout.columns.items():
         if role == "label" and not require_labels:
             continue
-        if isinstance(column, int):
-            there = source.first is not None and column < len(source.first)
-        else:
-            there = column in source.header
-        if not there and role == "id" and "id" not in files.columns:
+        if role == "id" and "id" not in files.columns and column not in source.header:
             continue
-        if not there:
-            names = listed(filter(None, source.header)) or f"{len(source.first or ())} columns without names"
-            raise UserError(f"{place}: no column '{shortened(str(column))}' for {role}; the file has {names}")
-        if source.header.count(column) > 1:  # type: ignore[arg-type]
-            raise UserError(
-                f"{place}, line 1: two columns are named '{shortened(str(column))}': give its number instead"
-            )
+        check_column(place, source, role, column)
+
+
+def check_column(place: Place, source: Source, role: str, column: str | int) -> None:
+    """Raise UserError for a column that is missing or occurs twice in the header.
+
+    role: its key in `data.columns`, for the message.
+    """
+    if isinstance(column, int):
+        there = source.first is not None and column < len(source.first)
+    else:
+        there = column in source.header
+    if not there:
+        names = listed(filter(None, source.header)) or f"{len(source.first or ())} columns without names"
+        raise UserError(f"{place}: no column '{shortened(str(column))}' for {role}; the file has {names}")
+    if source.header.count(column) > 1:  # type: ignore[arg-type]
+        raise UserError(f"{place}, line 1: two columns are named '{shortened(str(column))}': give its number instead")
 
 
 def looks_like_row(source: Source, layout: Layout, task: TaskConfig, cells: list[str]) -> bool:
@@ -86,12 +93,12 @@ def _index(header: list[str], column: str) -> int | None:
     return header.index(column) if column in header else None
 
 
-def check_undecided_quotes(place: Place, record: Record, layout: Layout) -> None:
-    """Raise UserError for a text with CSV quotes.
+def check_undecided_quotes(place: Place, record: Record, columns: Iterable[str | int | None]) -> None:
+    """Raise UserError for a text with CSV quotes. columns: those with texts.
 
     Called for files that are read without quotes because the recipe has no `quotes`.
     """
-    for column in (layout.text, layout.text_pair):
+    for column in columns:
         cell = None if column is None else record.cells.get(column)
         if isinstance(cell, str) and '""' in cell[1:-1] and _CSV_QUOTED.fullmatch(cell.strip()):
             where = f"{place}, line {record.line}, column {shortened(str(column))}"

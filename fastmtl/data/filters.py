@@ -10,7 +10,8 @@ from fastmtl.data.rows import Rows
 def drop_longest(rows: Rows, share: float) -> Rows:
     """Return the rows without the floor(share * n) rows that have the most words.
 
-    n: the number of rows. The words of both texts of a pair count. Among rows with equally many
+    n: the number of rows. The words of both texts of a pair count, and those of all
+    candidates. Among rows with equally many
     words the last are dropped. Dropping the longest rows bounds the memory of a batch. Source:
     "BERT: A Master of All Trades or Jack of None?", section 4.1, with the share 0.02.
     """
@@ -18,6 +19,9 @@ def drop_longest(rows: Rows, share: float) -> Rows:
     if number == 0:
         return rows
     words = np.array([len(text.split()) for text in rows.texts])
+    if rows.items is not None:
+        of_items = np.array([0, *(len(text.split()) for text in rows.items.texts)])
+        words += np.diff(np.cumsum(of_items)[rows.items.offsets])
     if rows.pair_texts is not None:
         words += [len(text.split()) for text in rows.pair_texts]
     kept = np.sort(np.argsort(words, kind="stable")[: len(rows) - number])

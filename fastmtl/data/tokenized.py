@@ -252,7 +252,7 @@ def check_token_types(datasets: Iterable[TokenizedDataset | None], token_types: 
 
 def check_pairs(rows: Rows, task: TaskConfig) -> None:
     """Raise UserError if the task has `pairs: bi` and its rows have one text each."""
-    if task.pairs == "bi" and rows.pair_texts is None:
+    if task.pairs == "bi" and rows.pair_texts is None and rows.items is None:
         raise UserError(f"{rows.path}: pairs: bi needs two texts per row, the file has one; leave `pairs` out")
 
 

@@ -56,15 +56,20 @@ def evaluate_predictions(task: TaskConfig, scores: np.ndarray, labels: Any) -> d
         raise UserError("there are no rows to evaluate")
     if len(labels) != len(scores):
         raise ValueError(f"{len(scores)} predictions for {len(labels)} labels")
+    check_finite(scores)
+    if task.type == "regression":
+        return _regression(scores.astype(np.float64), labels.astype(np.float64))
+    return _classes(predicted_labels(task, scores), labels.astype(np.int64))
+
+
+def check_finite(scores: np.ndarray) -> None:
+    """Raise UserError for scores [n, ...] that are not finite."""
     broken = int((~np.isfinite(scores)).reshape(len(scores), -1).any(axis=1).sum())
     if broken:
         raise UserError(
             f"{broken} of {len(scores)} predictions are not finite: the training diverged; lower optimizer.lr, "
             "or raise schedule.warmup, or use engine.precision=bf16 instead of fp16"
         )
-    if task.type == "regression":
-        return _regression(scores.astype(np.float64), labels.astype(np.float64))
-    return _classes(predicted_labels(task, scores), labels.astype(np.int64))
 
 
 def confusion(task: TaskConfig, scores: np.ndarray, labels: Any) -> np.ndarray:

@@ -21,6 +21,7 @@ from fastmtl.model.groups import parameter_groups
 from fastmtl.model.heads import build_head
 from fastmtl.model.heads.batch import Examples, HeadBatch, RecordedHeads, Vectors
 from fastmtl.model.heads.embed import Recurrent
+from fastmtl.model.heads.features import precise
 from fastmtl.model.heads.outputs import kind, predictions, targets
 from fastmtl.model.heads.pooling import pooling
 from fastmtl.model.lora import build_lora
@@ -228,7 +229,7 @@ class MultiTaskModel(SmartModel):
                 if pairs is None and len(u):
                     raise UserError(f"tasks.{name}.pairs: bi, but its examples are single texts")
                 u, v = (u, u) if pairs is None else (u[pairs[:, 0] - first], u[pairs[:, 1] - first])
-            found.append(Examples(head(u, v).float(), u, v, units))
+            found.append(Examples(precise(head(u, v)), u, v, units))
         return found
 
     def _loss(self, index: int, found: Examples, batch: HeadBatch) -> Tensor:

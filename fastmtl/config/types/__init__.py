@@ -3,7 +3,7 @@ model/types and inference/types.
 """
 
 from fastmtl.config.types.binary import BINARY
-from fastmtl.config.types.choice import CHOICE
+from fastmtl.config.types.choice import CHOICE, ChoiceConfig
 from fastmtl.config.types.classification import CLASSIFICATION
 from fastmtl.config.types.multilabel import MULTILABEL, MultilabelConfig
 from fastmtl.config.types.ranking import RANKING, RankingConfig
@@ -23,4 +23,4 @@ TYPES: dict[str, TypeSpec] = {
     "ranking": RANKING,
 }
 
-__all__ = ["TYPES", "MultilabelConfig", "RankingConfig", "SpanConfig", "TokensConfig", "TypeSpec"]
+__all__ = ["TYPES", "ChoiceConfig", "MultilabelConfig", "RankingConfig", "SpanConfig", "TokensConfig", "TypeSpec"]

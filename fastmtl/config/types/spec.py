@@ -20,7 +20,10 @@ class Task(Protocol):
     tokens: Any
     span: Any
     multilabel: Any
+    choice: Any
     ranking: Any
+    losses: Any
+    mnr: Any
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,18 @@ def check_one_text(task: Task) -> None:
     if task.pooling != "cls":
         raise ValueError(f"pooling: a task of type {task.type} reads the states of tokens: leave it out")
     check_not_augmented(task)
+
+
+def check_table(task: Task) -> None:
+    """Raise ValueError for a `data.format` other than table."""
+    if task.data.format != "table":
+        raise ValueError(f"data.format: a file of type {task.type} is a table; leave it out")
+
+
+def check_one_label(task: Task) -> None:
+    """Raise ValueError if `data.columns` names several columns for the label."""
+    if isinstance(task.data.columns.get("label"), list):
+        raise ValueError(f"data.columns.label: a task of type {task.type} has one column of labels")
 
 
 def check_not_augmented(task: Task) -> None:

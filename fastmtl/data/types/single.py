@@ -45,7 +45,7 @@ def read(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: bool,
             bad(BadRow(record.line, str(cell.column), cell.reason))
             continue
         if undecided:
-            check_undecided_quotes(place, record, layout)
+            check_undecided_quotes(place, record, (layout.text, layout.text_pair))
         ids.append(row_id or str(number))
         texts.append(text)
         pair_texts.append(pair_text)

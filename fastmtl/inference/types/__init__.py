@@ -1,8 +1,16 @@
 """Evaluation, predictions and summaries by task type."""
 
+from fastmtl.inference.types.choice import CHOICE
+from fastmtl.inference.types.ranking import RANKING
 from fastmtl.inference.types.single import SINGLE
 from fastmtl.inference.types.spec import InferenceType
 
-INFERENCE_TYPES: dict[str, InferenceType] = {"classification": SINGLE, "binary": SINGLE, "regression": SINGLE}
+INFERENCE_TYPES: dict[str, InferenceType] = {
+    "classification": SINGLE,
+    "binary": SINGLE,
+    "regression": SINGLE,
+    "choice": CHOICE,
+    "ranking": RANKING,
+}
 
 __all__ = ["INFERENCE_TYPES", "InferenceType"]

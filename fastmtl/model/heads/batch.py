@@ -53,8 +53,8 @@ class HeadBatch:
 class Examples:
     """Examples of one task in a batch.
 
-    outputs: result of the head, float32 [E, num_outputs] (outputs.py), or [U, num_outputs] for a
-    head that scores the U units of the examples.
+    outputs: result of the head, float32 or wider: [E, num_outputs] (outputs.py), or for a head that
+    scores the U units of the examples [U, num_outputs].
     u, v: inputs of the head [E, d] or [U, d], the vectors of the examples' first and second
     sequences. v is None if an example is a single sequence.
     units: the units of the examples; None if the head gives one output per example.

@@ -5,6 +5,7 @@ largest. Negative cosines give scores below the range, unless `squash: relu` rai
 smallest label; `squash: sigmoid` keeps scores within the range by a smooth function.
 For a binary task the score is the logit of class 1. Without squash, pairs with a cosine of at least
 0.5 are therefore predicted as class 1.
+For a ranking task the score is the cosine itself; ranking.scale multiplies it in the losses.
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ class CosineHead(nn.Module):
             raise UserError("head.name: cosine compares two sequences: it needs pairs: bi, not pairs: cross")
         self.dropout = nn.Dropout(task.head.dropout)
         self.squash = task.head.squash
+        self.in_range = kind(task) != "units"
 
     def forward(self, u: Tensor, v: Tensor) -> Tensor:
         cosine = cosine_of(self.dropout(u), self.dropout(v))
+        if not self.in_range:
+            return cosine[:, None]
         return from_unit_range(SQUASHES[self.squash](cosine) if self.squash else cosine)[:, None]
 
 

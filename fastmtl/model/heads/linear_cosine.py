@@ -17,7 +17,9 @@ class LinearCosineHead(LinearHead):
         if task.pairs != "bi":
             raise UserError("head.name: linear_cosine compares two sequences: it needs pairs: bi, not pairs: cross")
         if num_outputs(task) != 1:
-            raise UserError("head.name: linear_cosine gives one number: it fits binary tasks, and regression by mse")
+            raise UserError(
+                "head.name: linear_cosine gives one number: it fits binary tasks, ranking, and regression by mse"
+            )
         super().__init__(task, hidden_size, std)
 
     def forward(self, u: Tensor, v: Tensor | None) -> Tensor:

@@ -60,6 +60,7 @@ class TaskLoss:
     outputs: (weight, function) of each loss of the head's outputs.
     pairs: (weight, loss) of each loss of u and v (pairs.py).
     units: (weight, loss) of each loss of a task whose head scores units (fastmtl.model.types).
+    reads_outputs: True if the task has a loss of the head's outputs, not only losses of u and v.
     """
 
     def __init__(
@@ -67,13 +68,11 @@ class TaskLoss:
         outputs: list[tuple[float, Function]],
         pairs: list[tuple[float, PairLoss]],
         units: list[tuple[float, UnitLoss]] | None = None,
+        *,
+        reads_outputs: bool,
     ) -> None:
         self._outputs, self.pairs, self._units = outputs, pairs, units or []
-
-    @property
-    def reads_outputs(self) -> bool:
-        """True if the task has a loss of the head's outputs, not only losses of u and v."""
-        return bool(self._outputs or self._units)
+        self.reads_outputs = reads_outputs
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the weighted sum [E] of the task's losses of the head's outputs.
@@ -118,21 +117,30 @@ def build_loss(task: TaskConfig) -> TaskLoss:
             raise UserError(f"loss: {name} compares the vectors of two texts: it needs pairs: bi, not pairs: cross")
     if {"cross_entropy", "mse"} <= task.losses.keys():
         raise UserError("loss: cross_entropy reads the outputs as logits and mse as a score: take one of the two")
+    _check_settings(task)
+    return TaskLoss(
+        [(weight, LOSSES[name].function) for name, weight in task.losses.items() if name in LOSSES],
+        [(weight, PAIR_LOSSES[name](task)) for name, weight in task.losses.items() if name in PAIR_LOSSES],
+        reads_outputs=any(name in LOSSES for name in task.losses),
+    )
+
+
+def _check_settings(task: TaskConfig) -> None:
+    """Raise UserError for a setting of a loss that the task does not have."""
     for key, name in (("mnr", "mnr"), ("margin", "cosine_embedding")):
         default = TaskConfig.model_fields[key].get_default(call_default_factory=True)
         if name not in task.losses and getattr(task, key) != default:
             raise UserError(
                 f"{key}: a setting of the loss {name}, which this task does not have; its loss is {task.loss_name}"
             )
-    return TaskLoss(
-        [(weight, LOSSES[name].function) for name, weight in task.losses.items() if name in LOSSES],
-        [(weight, PAIR_LOSSES[name](task)) for name, weight in task.losses.items() if name in PAIR_LOSSES],
-    )
 
 
 def _unit_loss(task: TaskConfig) -> TaskLoss:
-    known = UNIT_TYPES[task.type].losses
+    kind = UNIT_TYPES[task.type]
+    known = kind.losses
     for name in task.losses:
         if name not in known:
             raise unknown_name(f"loss of a {task.type} task", name, known)
-    return TaskLoss([], [], [(weight, known[name](task)) for name, weight in task.losses.items()])
+    _check_settings(task)
+    losses = [(weight, known[name](task)) for name, weight in task.losses.items()]
+    return TaskLoss([], [], losses, reads_outputs=any(name not in kind.of_vectors for name in task.losses))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from fastmtl.config import TaskConfig
 from fastmtl.data.packed_batch import Units
 from fastmtl.model.heads.batch import Examples
-from fastmtl.model.types.segments import segment_log_softmax, segment_sum
+from fastmtl.model.types.segments import segment_divergence, segment_log_softmax
 from fastmtl.model.types.spec import UnitLoss, UnitType
 
 
@@ -30,8 +30,7 @@ def predictions(task: TaskConfig, found: Examples, head: nn.Module) -> Tensor:
 
 def divergence(task: TaskConfig, p: Tensor, q: Tensor, units: Units) -> Tensor:
     """Return KL(p, q) + KL(q, p) of the softmax over each example's texts, [E]."""
-    log_p, log_q = (segment_log_softmax(x.squeeze(1), units) for x in (p, q))
-    return segment_sum((log_p.exp() - log_q.exp()) * (log_p - log_q), units)
+    return segment_divergence(p.squeeze(1), q.squeeze(1), units)
 
 
 CHOICE = UnitType(lambda task: 1, {"cross_entropy": cross_entropy}, predictions, divergence)

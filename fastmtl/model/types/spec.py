@@ -29,6 +29,7 @@ class UnitType:
     units) -> the distances of two outputs p and q, for SMART; it raises UserError if there is none.
     add_parts: adds submodules to a head, such as the transitions of a CRF; the head's parameters
     are read in its own modules' forward only, as ZeRO 3 demands.
+    of_vectors: names of the losses that read u and v only, not the head's outputs.
     """
 
     num_outputs: Callable[[TaskConfig], int]
@@ -36,3 +37,4 @@ class UnitType:
     predictions: Callable[[TaskConfig, Examples, nn.Module], Tensor]
     divergence: Callable[[TaskConfig, Tensor, Tensor, Units], Tensor]
     add_parts: Callable[[TaskConfig, nn.Module], None] = no_parts
+    of_vectors: tuple[str, ...] = ()

@@ -100,7 +100,7 @@ def test_formulas(model: MultiTaskModel) -> None:
     labels = torch.from_numpy(data[0].labels)
     expected = functional.cross_entropy(tags.outputs, labels, reduction="sum", ignore_index=-100)
     torch.testing.assert_close(losses["tags"][0], expected)
-    padded = torch.full((3, 5), -torch.inf)
+    padded = torch.full((3, 5), -torch.inf, dtype=torch.float64)
     for row, (start, stop) in enumerate([(0, 2), (2, 7), (7, 10)]):
         padded[row, : stop - start] = which.outputs[start:stop, 0]
     choices = torch.from_numpy(data[2].labels)
