@@ -40,7 +40,8 @@ def run_rank(arguments: argparse.Namespace) -> None:
     from fastmtl.engine.distributed import start
     from fastmtl.model.encoder.bert import PackedBert
     from fastmtl.model.multitask import MultiTaskModel
-    from fastmtl.profile.shape import Load, Shape
+    from fastmtl.profile.load import Load
+    from fastmtl.profile.shape import Shape
     from fastmtl.profile.steps import Steps
     from fastmtl.profile.traffic import traffic
 

@@ -74,4 +74,5 @@ def heads_backward(ledger: Ledger, rows: Rows, *, below: bool) -> None:
 
 
 def _head_bytes(shape: Shape) -> int:
-    return HEAD_VECTORS * shape.load.sequences * shape.hidden * shape.number_bytes
+    pooled = HEAD_VECTORS * shape.load.sequences * shape.hidden * shape.number_bytes
+    return pooled + sum(units * kept for units, kept in zip(shape.load.units, shape.unit_bytes, strict=False))

@@ -22,9 +22,9 @@ from fastmtl.errors import UserError
 from fastmtl.measure.harness import peak_bytes, summary
 from fastmtl.measure.heap import free_at_once
 from fastmtl.model.encoder.pretrained import load_tokenizer
+from fastmtl.profile.load import Load
 from fastmtl.profile.nvml import Nvml
 from fastmtl.profile.plan import TIMED, Draw, Point, choose_phase, draw, settings
-from fastmtl.profile.shape import Load
 from fastmtl.profile.steps import Steps
 from fastmtl.training.phase_model import PhaseModel
 

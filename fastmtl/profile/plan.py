@@ -19,8 +19,9 @@ from fastmtl.model.add_task import complete
 from fastmtl.model.encoder.encoder import PackedEncoder
 from fastmtl.model.encoder.pretrained import load_tokenizer
 from fastmtl.model.lora.start import with_settings_of_path
+from fastmtl.profile.load import Load
 from fastmtl.profile.predict import Prediction, predict
-from fastmtl.profile.shape import Load, Shape
+from fastmtl.profile.shape import Shape
 from fastmtl.surgery.methods.table import find_method
 from fastmtl.training.phase_model import PhaseModel
 from fastmtl.training.phases import Phase, phases_of

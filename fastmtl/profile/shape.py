@@ -6,40 +6,14 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastmtl.config import Recipe, Recompute
-from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.config import Recipe, Recompute, TaskConfig
 from fastmtl.engine.gradient_norm import surgery_clips
 from fastmtl.engine.settings import REDUCE_BUCKET_SIZE, overlaps
 from fastmtl.model.encoder.encoder import PackedEncoder
+from fastmtl.model.heads.outputs import num_outputs
 from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.profile.load import Load
 from fastmtl.profile.lora_shape import LoraShape, lora_shape
-
-
-@dataclass(frozen=True)
-class Load:
-    """The size of a micro-batch on one rank.
-
-    unique: different tokens per task, summed over tasks. largest_task: tokens of the task with the
-    most. longest: tokens of the longest text.
-    """
-
-    tokens: int
-    sequences: int
-    unique: int
-    largest_task: int
-    longest: int = 0
-
-    @classmethod
-    def of(cls, batch: PackedBatch) -> Load:
-        offsets, bounds = batch.host.token_offsets, batch.host.cu_seqlens
-        pieces = [batch.input_ids[start:stop] for start, stop in zip(offsets, offsets[1:], strict=False)]
-        return cls(
-            tokens=batch.num_tokens,
-            sequences=len(bounds) - 1,
-            unique=sum(len(piece.unique()) for piece in pieces),
-            largest_task=max(len(piece) for piece in pieces),
-            longest=max((stop - start for start, stop in zip(bounds, bounds[1:], strict=False)), default=0),
-        )
 
 
 @dataclass(frozen=True)
@@ -83,6 +57,7 @@ class Shape:
     a copy of the gradient. joint: gradients are summed. storage: "stacked", "kept", "replay", or
     "none" with scope "tensor". overlap: DeepSpeed reduces during backward, as on GPUs. in_hand: all
     gradients of a sum are ready before DeepSpeed gets one. freezes: the encoder is frozen.
+    unit_bytes: for each task whose head scores tokens, what the head keeps per token; 0 for others.
     """
 
     load: Load
@@ -132,6 +107,7 @@ class Shape:
     in_hand: bool = False
     lora: LoraShape | None = None
     freezes: bool = False
+    unit_bytes: tuple[int, ...] = ()
 
     @property
     def trained(self) -> int:
@@ -214,6 +190,7 @@ class Shape:
             adapter=_adapter(recipe, model),
             lora=lora_shape(model),
             freezes=recipe.encoder.freeze,
+            unit_bytes=tuple(_unit_bytes(task, recipe, encoder.hidden_size) for task in recipe.tasks.values()),
             dense=sum(p.numel() for p in shared) - sparse,
             table=sparse,
             own=total - sum(p.numel() for p in shared),
@@ -273,6 +250,20 @@ def _adapter(recipe: Recipe, model: MultiTaskModel) -> AdapterShape | None:
         top=config.top,
         top_size=config.top_size or config.size,
     )
+
+
+def _unit_bytes(task: TaskConfig, recipe: Recipe, hidden_size: int) -> int:
+    """Return the bytes that a head keeps of each token that it scores, 0 for one that scores texts.
+
+    They are each layer's input, its dropout's output and mask, and outputs and their log-softmax.
+    """
+    if task.scores != "tokens":
+        return 0
+    widths = [hidden_size, task.head.projection or 0]
+    if task.head.name == "mlp":
+        widths += task.head.hidden or [hidden_size]
+    number_bytes = 4 if recipe.engine.precision == "fp32" else 2
+    return 3 * sum(widths) * number_bytes + 2 * num_outputs(task) * 4
 
 
 def _moments(recipe: Recipe) -> int:

@@ -23,12 +23,13 @@ from transformers import AutoConfig, DistilBertConfig, PretrainedConfig
 from fastmtl.config import Recipe, parse_recipe
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.packing import pack
-from fastmtl.data.tokenized import TokenizedDataset
+from fastmtl.data.tokenized import TokenizedDataset, UnitTable
 from fastmtl.engine.distributed import Ranks, start
 from fastmtl.model.encoder.families import FAMILIES
 from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.profile.load import Load
 from fastmtl.profile.predict import predict
-from fastmtl.profile.shape import Load, Shape
+from fastmtl.profile.shape import Shape
 from fastmtl.profile.steps import Steps
 from fastmtl.profile.traffic import Collective, traffic
 
@@ -54,6 +55,13 @@ LORAS: tuple[tuple[dict[str, Any], bool, str, str, str, int], ...] = (
     ({"rank": 4, "layers": [1, 2]}, False, "full", "stacked", "bf16", 1),
     ({"rank": 16, "targets": "all-linear"}, True, "none", "kept", "fp32", 1),
 )
+# Recipes whose heads score tokens or several texts of a row: types, settings of the tokens' head,
+# precision, storage, ZeRO stage.
+UNITS: tuple[tuple[list[str], dict[str, Any], str, str, int], ...] = (
+    (["tokens", "choice", "binary"], {}, "fp32", "stacked", 2),
+    (["tokens", "tokens"], {"name": "mlp", "hidden": [100]}, "bf16", "replay", 1),
+)
+TAGS = 50
 KEPT = 2  # recipes with J that are also measured with `storage: kept`
 
 
@@ -133,6 +141,52 @@ def with_lora(
     return recipe, config, [_batch(np.random.default_rng(3), config, 3, 8, 30, recipe)]
 
 
+def with_units(
+    types: list[str], head: dict[str, Any], precision: str, storage: str, zero: int
+) -> tuple[Recipe, PretrainedConfig, list[PackedBatch]]:
+    """Return a recipe whose heads score units, an encoder's configuration and a micro-batch."""
+    sizes = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 192, "max_position_embeddings": 128}
+    config = AutoConfig.for_model("bert", num_hidden_layers=1, num_attention_heads=4, **sizes)
+    random, rows = np.random.default_rng(3), 24
+    tasks: dict[str, dict[str, Any]] = {f"task{k}": {"type": name, "data": {}} for k, name in enumerate(types)}
+    for task in tasks.values():
+        if task["type"] == "tokens":
+            task |= {"label_names": [f"tag {k}" for k in range(TAGS)], "head": head}
+    values = {
+        "tasks": tasks,
+        "gradient": {"method": "pcgrad", "storage": storage},
+        "engine": {"zero": zero, "precision": precision},
+    }
+    recipe = parse_recipe(values, "drawn")
+    parts = [(_units_of(random, config, name, rows), np.arange(rows)) for name in types]
+    counts = [rows if data.loss_terms is None else int(data.loss_terms.sum()) for data, _ in parts]
+    return recipe, config, [pack(parts, counts)]
+
+
+def _units_of(random: np.random.Generator, config: PretrainedConfig, kind: str, rows: int) -> TokenizedDataset:
+    """Return rows of one type: words are four of five tokens, and a row has 1 to 4 texts."""
+    counts = random.integers(1, 5, rows) if kind == "choice" else np.ones(rows, dtype=np.int64)
+    lengths = random.integers(3, 90, counts.sum())
+    words = (4 * lengths + 4) // 5 - 2
+    offsets = np.concatenate([[0], np.cumsum(words if kind == "tokens" else counts)])
+    places = np.concatenate([1 + np.arange(number) for number in words]).astype(np.int32)
+    tagged, zeros = kind == "tokens", np.zeros(rows, np.int64 if kind == "choice" else np.float32)
+    return TokenizedDataset(
+        tokens=random.integers(0, config.vocab_size, lengths.sum()).astype(np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        second_text=lengths.astype(np.int32),
+        sequences_per_example=1,
+        labels=random.integers(0, TAGS, offsets[-1]) if tagged else zeros,
+        ids=[str(row) for row in range(rows)],
+        truncated=0,
+        skipped=[],
+        path=Path("random"),
+        example_offsets=offsets if kind == "choice" else None,
+        units=None if kind == "binary" else UnitTable(offsets, places if tagged else None, labelled=tagged),
+        loss_terms=words.astype(np.int64) if tagged else None,
+    )
+
+
 def _batch(
     random: np.random.Generator, config: PretrainedConfig, tasks: int, rows: int, longest: int, recipe: Recipe
 ) -> PackedBatch:
@@ -173,6 +227,7 @@ def compare(recipe: Recipe, config: PretrainedConfig, batches: list[PackedBatch]
         "family": config.model_type,
         "encoder": f"{config.num_hidden_layers} x {config.hidden_size}, vocabulary {config.vocab_size}",
         "tokens": shape.load.tokens,
+        "units": sum(shape.load.units),
         "storage": steps.storage,
         "measured": peak.parts,
         "phase": peak.range,
@@ -207,6 +262,7 @@ def main(number: int, seed: int) -> None:
     drawn += [(_kept(recipe), *rest) for recipe, *rest in stacked if not recipe.encoder.freeze][:KEPT]  # type: ignore[arg-type]
     if ranks.world == 1:
         drawn += [with_lora(*settings) for settings in LORAS]
+        drawn += [with_units(*settings) for settings in UNITS]
     # ZeRO 3 last: DeepSpeed replaces torch's linear layer for the rest of the process.
     for recipe, config, batches in sorted(drawn, key=lambda one: one[0].engine.zero == 3):
         found = compare(recipe, config, batches, ranks)

@@ -14,10 +14,11 @@ from fastmtl.config import Recompute
 from fastmtl.model.encoder.bert import PackedBert
 from fastmtl.model.encoder.families import FAMILIES
 from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.profile.load import Load
 from fastmtl.profile.post_norm import PostNorm
 from fastmtl.profile.pre_norm import PreNorm
 from fastmtl.profile.rows import Rows
-from fastmtl.profile.shape import Load, Shape
+from fastmtl.profile.shape import Shape
 
 ODD = sizes.Shape("odd", hidden=72, layers=3, heads=3, intermediate=200, rows=5, vocabulary=100, positions=128)
 # Families whose layers are BERT's.

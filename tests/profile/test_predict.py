@@ -29,8 +29,8 @@ def all_measured() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def all_compared(all_measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return those of the drawn shapes, none of which has a LoRA."""
-    return [entry for entry in all_measured if "lora" not in entry["recipe"]]
+    """Return those of the drawn shapes, none of which has a LoRA or scores tokens."""
+    return [entry for entry in all_measured if "lora" not in entry["recipe"] and not entry["units"]]
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,15 @@ def test_the_peak_with_a_lora_is_predicted(all_measured: list[dict[str, Any]]) -
     loras = [entry for entry in all_measured if "lora" in entry["recipe"]]
     assert [entry["storage"] for entry in loras] == ["replay", "none", "stacked", "kept"]
     assert all(abs(error) < 0.05 for error in errors(loras)), errors(loras)
+
+
+@pytest.mark.slow(25)
+def test_the_peak_with_heads_that_score_tokens_is_predicted(all_measured: list[dict[str, Any]]) -> None:
+    found = [entry for entry in all_measured if entry["units"]]
+    assert [entry["storage"] for entry in found] == ["stacked", "replay"]
+    assert all(abs(error) < 0.03 for error in errors(found)), errors(found)
+    activations = sum(entry["measured"]["activations"] for entry in found)
+    assert activations > 0.4 * sum(sum(entry["measured"].values()) for entry in found)
 
 
 @pytest.mark.slow(25)

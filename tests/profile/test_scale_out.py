@@ -15,8 +15,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from fastmtl.errors import UserError
 from fastmtl.profile.floors import floors
 from fastmtl.profile.links import CLUSTERS, Cluster, Kind, Link, find_cluster, sent
+from fastmtl.profile.load import Load
 from fastmtl.profile.scale_out import TASKS, WORLDS, Parts, passes, scale_out, step, ways
-from fastmtl.profile.shape import Load, Shape
+from fastmtl.profile.shape import Shape
 from fastmtl.profile.traffic import traffic
 from fastmtl.surgery.ranks.collectives import BUCKET
 from fastmtl.surgery.ranks.together import Together
