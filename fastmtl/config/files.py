@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fastmtl.config.base import Int, Section
+from fastmtl.config.base import Int, Section, Whole
 from fastmtl.errors import quoted
 
 
@@ -53,6 +53,10 @@ class FileConfig(Section):
         "glue and for table with tabs, else csv",
     )
     limit: Int | None = Field(None, ge=1, description="read at most this many training rows")
+    dev_fraction: float | None = Field(
+        None, ge=0, lt=1, description="share of the training rows that are the dev rows; default: data.dev_fraction"
+    )
+    dev_seed: Whole | None = Field(None, ge=0, le=2**62, description="draws these rows; default: data.dev_seed")
     augment: AugmentConfig | None = Field(None, description="classification, binary: make new training rows")
 
     @field_validator("train", "dev", "test", mode="before")
@@ -66,6 +70,12 @@ class FileConfig(Section):
         """Return the names of a split's files; empty if there are none."""
         given = getattr(self, split)
         return given if isinstance(given, list) else [] if given is None else [given]
+
+    @model_validator(mode="after")
+    def _dev_rows_once(self) -> FileConfig:
+        if self.dev is not None and self.dev_fraction:
+            raise ValueError(f"dev_fraction: {self.dev_fraction:g}: the task has dev files too: leave out one of both")
+        return self
 
     @model_validator(mode="after")
     def _columns_by_number(self) -> FileConfig:
@@ -90,6 +100,24 @@ class DataConfig(Section):
     fraction: float = Field(
         1.0, gt=0, le=1, description="share of each training file, the same rows for every seed and model"
     )
+    dev_fraction: float | None = Field(
+        None, gt=0, lt=1, description="share of the training rows that are the dev rows of a task without a dev file"
+    )
+    dev_seed: Whole = Field(1, ge=0, le=2**62, description="draws the dev rows of dev_fraction")
     drop_longest: float = Field(0.0, ge=0, lt=1, description="share of a task's training rows with the most words")
     cache_dir: str = Field("~/.cache/fastmtl", description="tokenised texts, keyed by content and tokenizer")
     prefetch: Int = Field(2, ge=0, description="number of steps whose batches are prepared in advance; 0: none")
+
+    def dev_share(self, files: FileConfig) -> float:
+        """Return the share of a task's training rows that are its dev rows; 0 for none."""
+        if files.dev is not None:
+            return 0.0
+        return (self.dev_fraction or 0.0) if files.dev_fraction is None else files.dev_fraction
+
+    def seed_of_dev(self, files: FileConfig) -> int:
+        """Return the seed that draws a task's dev rows."""
+        return self.dev_seed if files.dev_seed is None else files.dev_seed
+
+    def has_dev(self, files: FileConfig) -> bool:
+        """Return whether a task has dev rows: in files of its own, or a share of its training rows."""
+        return files.dev is not None or self.dev_share(files) > 0

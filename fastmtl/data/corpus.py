@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from fastmtl.config import DataConfig, Recipe
 from fastmtl.data.augment import augment
 from fastmtl.data.filters import drop_longest
-from fastmtl.data.readers import read_rows
+from fastmtl.data.readers import Split, read_splits
 from fastmtl.data.rows import Rows
 from fastmtl.data.tokenized import TokenizedDataset, check_pairs, tokenize
 from fastmtl.data.wordnet import wordnet_place
@@ -20,9 +20,6 @@ from fastmtl.files.user_path import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-Split = Literal["train", "dev"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +47,7 @@ class CorpusRows:
         for name, task in recipe.tasks.items():
             if task.data.augment is not None and task.data.augment.uses_synonyms:
                 wordnet_place(task.data.augment.wordnet)
-            for split in _splits(recipe, name):
-                found = read_rows(task, data, split)
+            for split, found in read_splits(task, data, list(_splits(recipe, name))).items():
                 check_pairs(found, task)
                 rows[name, split] = drop_longest(found, data.drop_longest) if split == "train" else found
         return cls({key: len(found) for key, found in rows.items()}, rows)
@@ -65,7 +61,7 @@ class CorpusRows:
 class Corpus:
     """The tokenised data sets `train` and `dev`: a list each, one data set per task.
 
-    Tasks are in the recipe's order. `dev` has None for a task without a dev file.
+    Tasks are in the recipe's order. `dev` has None for a task without dev rows.
     """
 
     train: list[TokenizedDataset]
@@ -109,7 +105,7 @@ class Corpus:
 
 def _splits(recipe: Recipe, task: str) -> Iterator[Split]:
     yield "train"
-    if recipe.tasks[task].data.dev is not None:
+    if recipe.data.has_dev(recipe.tasks[task].data):
         yield "dev"
 
 

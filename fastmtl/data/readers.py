@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from fastmtl.config import DataConfig, TaskConfig
+from fastmtl.data.dev_rows import split_rows
 from fastmtl.data.formats import check_format
 from fastmtl.data.places import Place, find_places
 from fastmtl.data.records import BadRow
@@ -17,23 +18,39 @@ from fastmtl.data.rows import Rows
 from fastmtl.data.types import DATA_TYPES
 from fastmtl.errors import UserError
 
+Split = Literal["train", "dev", "test"]
 
-def read_rows(
-    task: TaskConfig, data: DataConfig, split: Literal["train", "dev", "test"], *, require_labels: bool = True
-) -> Rows:
-    """Return the rows of a task's train, dev or test files. Relative paths start at `data.dir`.
 
-    Of the training rows, a random share `data.fraction` is kept, the same rows in every run, and of
-    these the first `limit`. Raises UserError where `find_places` and `read_file` raise it.
+def read_rows(task: TaskConfig, data: DataConfig, split: Split, *, require_labels: bool = True) -> Rows:
+    """Return the rows of a task's train, dev or test split; see `read_splits`."""
+    splits: tuple[Split, ...] = ("train", "dev") if split == "dev" and data.dev_share(task.data) else (split,)
+    return read_splits(task, data, splits, require_labels=require_labels)[split]
+
+
+def read_splits(
+    task: TaskConfig, data: DataConfig, splits: Sequence[Split], *, require_labels: bool = True
+) -> dict[Split, Rows]:
+    """Return the rows of some splits of a task. Relative paths start at `data.dir`.
+
+    Without a dev file, `dev_fraction` of the training rows are the dev rows. Of the other training
+    rows, a random share `data.fraction` is kept, the same rows in every run, and of these the first
+    `limit`. Raises UserError where `find_places`, `read_places` and `split_rows` raise it.
     """
-    names = task.data.names(split)
-    if not names:
-        raise UserError(f"the task has no {split} file: set tasks.<name>.data.{split}")
-    places = find_places(names, data.dir or ".")
-    rows = read_places(places, task, on_bad_row=data.on_bad_row, require_labels=require_labels)
-    if split != "train":
-        return rows
-    return rows.take(_share(len(rows), data.fraction)[: task.data.limit].tolist())
+    found: dict[Split, Rows] = {}
+    for split in splits:
+        if split in found:
+            continue
+        names = task.data.names(split)
+        if not names:
+            raise UserError(f"the task has no {split} file: set tasks.<name>.data.{split}")
+        places = find_places(names, data.dir or ".")
+        rows = read_places(places, task, on_bad_row=data.on_bad_row, require_labels=require_labels)
+        if split == "train":
+            if data.dev_share(task.data):
+                rows, found["dev"] = split_rows(rows, task, data)
+            rows = rows.take(_share(len(rows), data.fraction)[: task.data.limit].tolist())
+        found[split] = rows
+    return found
 
 
 def read_file(

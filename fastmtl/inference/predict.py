@@ -129,12 +129,15 @@ def evaluate_split(
     rows, notes = {}, []
     for name in tasks or recipe.task_names:
         config = predictor.task(name)
-        if not config.data.names(split):
+        drawn = split == "dev" and data.dev_share(config.data) > 0
+        files = config.data.names("train" if drawn else split)
+        if not files:
             notes.append(f"{name}: the recipe names no {split} file")
         else:
-            for file in config.data.names(split):
+            for file in files:
                 _check_there(data, file, given=data_dir is not None)
             rows[name] = read_rows(config, data, split)
+            notes.extend(f"{name}: {note}" for note in rows[name].notes if drawn)
     if not rows:
         raise UserError(f"the recipe names no {split} file for {', '.join(tasks or recipe.task_names)}")
     return _evaluate(predictor, rows, notes)

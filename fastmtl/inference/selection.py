@@ -46,12 +46,12 @@ def check_early_stopping(recipe: Recipe) -> None:
     The message names the key. Called before training.
     """
     wanted, patience = recipe.early_stopping.metric, recipe.early_stopping.patience
-    scored = [name for name, task in recipe.tasks.items() if task.data.dev is not None]
+    scored = [name for name, task in recipe.tasks.items() if recipe.data.has_dev(task.data)]
     if wanted == "mean":
         if patience is not None and not scored:
             raise UserError(
                 f"early_stopping.patience: {patience}, but no task has a dev file, so there is no metric to stop by: "
-                "name one as tasks.<task>.data.dev, or leave patience out"
+                "name one as tasks.<task>.data.dev, set data.dev_fraction, or leave patience out"
             )
         return
     task = wanted.rsplit("/", 1)[0]

@@ -248,6 +248,11 @@ def _joined_recipe(first: TrainedModel, second: TrainedModel) -> Recipe:
     values["data"] = first.recipe.data.model_dump(mode="json", include={"dir", "on_bad_row", "cache_dir"})
     values["train"] = {"eval_tokens": first.recipe.train.eval_tokens}
     values["tasks"] |= {name: _task_values(name, first.recipe, second.recipe) for name in second.recipe.tasks}
+    for recipe in (first.recipe, second.recipe):
+        for name, task in recipe.tasks.items():
+            if recipe.data.dev_share(task.data):  # the joined recipe has no data.dev_fraction
+                share, seed = recipe.data.dev_share(task.data), recipe.data.seed_of_dev(task.data)
+                values["tasks"][name]["data"].update(dev_fraction=share, dev_seed=seed)
     values["lora"]["path"] = None
     rates = {**_dropout_rates(first.recipe), **_dropout_rates(second.recipe)}
     values["adapter"]["dropout"] = rates if len(set(rates.values())) > 1 else next(iter(rates.values()))

@@ -53,7 +53,7 @@ class Smart:
         self._proximal = _per_task("smart.proximal", recipe.smart.proximal, names)
         if recipe.smart.follows == "gap":
             for name, task in recipe.tasks.items():
-                if (self._adversarial[name] or self._proximal[name]) and task.data.dev is None:
+                if (self._adversarial[name] or self._proximal[name]) and not recipe.data.has_dev(task.data):
                     raise UserError(
                         f"smart.follows: gap needs dev rows of every task with a term; {name} has no dev file"
                     )
