@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -83,10 +83,10 @@ GLUE = {
 FORMATS = {"cs224n": CS224N, "glue": GLUE, "table": {}}
 
 
-def check_format(name: str) -> None:
-    """Raise UserError for an unknown format."""
-    if name not in FORMATS:
-        raise unknown_name("data format", name, FORMATS)
+def check_format(name: str, formats: Iterable[str]) -> None:
+    """Raise UserError for a format that is not one of `formats`, those of the task's type."""
+    if name not in formats:
+        raise unknown_name("data format", name, formats)
 
 
 def is_quoted(name: str, delimiter: str) -> bool:

@@ -80,7 +80,7 @@ def read_places(
     out of range, wrong number of columns, not UTF-8, wrong quotes) unless on_bad_row is "skip",
     and naming the file if it has no rows or lacks a required column.
     """
-    check_format(task.data.format)
+    check_format(task.data.format, DATA_TYPES[task.type].formats)
     numbers = itertools.count()
     return Rows.join([_read_place(place, task, on_bad_row, numbers, require_labels=require_labels) for place in places])
 

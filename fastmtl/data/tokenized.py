@@ -220,7 +220,7 @@ def tokenize(
         truncated=truncated,
         skipped=rows.skipped,
         path=rows.path,
-        notes=rows.notes,
+        notes=[*rows.notes, *kind.notes(rows, arrays, task)],
         example_offsets=arrays.get("example_offsets"),
         units=_units(arrays, labelled=rows.items is not None and rows.items.labelled, query_first=task.pairs == "bi"),
         loss_terms=loss_terms,

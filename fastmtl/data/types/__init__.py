@@ -4,11 +4,13 @@ from fastmtl.data.types.choice import CHOICE
 from fastmtl.data.types.ranking import RANKING
 from fastmtl.data.types.single import SINGLE
 from fastmtl.data.types.spec import DataType
+from fastmtl.data.types.tokens import TOKENS
 
 DATA_TYPES: dict[str, DataType] = {
     "classification": SINGLE,
     "binary": SINGLE,
     "regression": SINGLE,
+    "tokens": TOKENS,
     "choice": CHOICE,
     "ranking": RANKING,
 }

@@ -12,7 +12,7 @@ from fastmtl.config import TaskConfig
 from fastmtl.data.cells import cell_of, repeated_ids, text_of
 from fastmtl.data.columns import check_columns, check_undecided_quotes, looks_like_row, names_columns, uses_quotes
 from fastmtl.data.encode import encode_sequences
-from fastmtl.data.formats import find_layout
+from fastmtl.data.formats import FORMATS, find_layout
 from fastmtl.data.labels import BadCell, Labels
 from fastmtl.data.places import Place
 from fastmtl.data.records import BadRow, OnBadRow, open_source
@@ -81,4 +81,4 @@ def label(
     return rows.labels, None
 
 
-SINGLE = DataType(read, encode, label, lambda task: [task.pairs == "bi"])
+SINGLE = DataType(read, encode, label, lambda task: [task.pairs == "bi"], formats=tuple(FORMATS))

@@ -57,11 +57,23 @@ class Label(Protocol):
     ) -> tuple[np.ndarray | None, np.ndarray | None]: ...
 
 
+def no_notes(rows: Rows, arrays: Mapping[str, np.ndarray], task: TaskConfig) -> list[str]:
+    """Return no line."""
+    return []
+
+
 @dataclass(frozen=True)
 class DataType:
-    """A task type. settings: function that returns the task's settings that `encode` reads."""
+    """A task type.
+
+    settings: function that returns the task's settings that `encode` reads. formats: names of the
+    formats of its files. notes: function of (rows, result of `encode`, task) that returns lines for
+    the user about the tokenised rows.
+    """
 
     read: ReadRows
     encode: Encode
     label: Label
     settings: Callable[[TaskConfig], list[Any]]
+    formats: tuple[str, ...] = ("table",)
+    notes: Callable[[Rows, Mapping[str, np.ndarray], TaskConfig], list[str]] = no_notes

@@ -4,11 +4,13 @@ from fastmtl.inference.types.choice import CHOICE
 from fastmtl.inference.types.ranking import RANKING
 from fastmtl.inference.types.single import SINGLE
 from fastmtl.inference.types.spec import InferenceType
+from fastmtl.inference.types.tokens import TOKENS
 
 INFERENCE_TYPES: dict[str, InferenceType] = {
     "classification": SINGLE,
     "binary": SINGLE,
     "regression": SINGLE,
+    "tokens": TOKENS,
     "choice": CHOICE,
     "ranking": RANKING,
 }

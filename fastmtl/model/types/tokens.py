@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,8 +24,9 @@ def cross_entropy(task: TaskConfig) -> UnitLoss:
 
 
 def predictions(task: TaskConfig, found: Examples, head: nn.Module) -> Tensor:
-    """Return the probabilities of each unit's tags, [U, C]."""
-    return found.outputs.softmax(dim=1)
+    """Return the id of each unit's predicted tag and the probabilities of its tags, [U, 1 + C]."""
+    p = found.outputs.softmax(dim=1)
+    return torch.cat([p.argmax(dim=1, keepdim=True).to(p.dtype), p], dim=1)
 
 
 def divergence(task: TaskConfig, p: Tensor, q: Tensor, units: Units) -> Tensor:
