@@ -40,8 +40,9 @@ def augment(rows: Rows, config: AugmentConfig, seed: int, cache_dir: str | Path)
     """
     assert rows.labels is not None  # training rows have labels
     wordnet = find_wordnet(config.wordnet) if config.uses_synonyms else None
+    pairs = None if rows.pair_texts is None else list(rows.pair_texts)
     settings = [CACHE_VERSION, config.model_dump(exclude={"wordnet"}), seed, wordnet and wordnet.version]
-    key = hashlib.sha256(json.dumps([settings, rows.texts, rows.pair_texts, rows.labels.tolist()]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([settings, list(rows.texts), pairs, rows.labels.tolist()]).encode()).hexdigest()
     entry = cache_path(cache_dir) / f"augmented-{key[:32]}.json"
     made = _load(entry)
     if made is None:

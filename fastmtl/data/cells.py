@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+import numpy as np
 
 from fastmtl.data.labels import CELLS, BadCell
 from fastmtl.data.places import Place
 from fastmtl.data.records import Record
+from fastmtl.data.text_column import NumberColumn, taken
 from fastmtl.errors import quoted
 
 
-def repeated_ids(place: Place, ids: list[str], lines: list[int]) -> list[str]:
+def repeated_ids(place: Place, ids: Sequence[str], lines: Sequence[int]) -> list[str]:
+    """Return a note about rows whose id an earlier row has too; an empty list if there are none."""
+    if isinstance(ids, NumberColumn):
+        return []
+    hashes = np.fromiter(map(hash, ids), np.int64, len(ids))
+    order = np.argsort(hashes, kind="stable")
+    same = np.diff(hashes[order]) == 0
+    if not same.any():
+        return []
+    likely = np.unique(np.concatenate([order[:-1][same], order[1:][same]]))  # hashes of different ids may be equal
     first: dict[str, int] = {}
     repeated = [
-        (row_id, line) for row_id, line in zip(ids, lines, strict=True) if first.setdefault(row_id, line) != line
+        (row_id, lines[row])
+        for row, row_id in zip(likely.tolist(), taken(ids, likely), strict=True)
+        if first.setdefault(row_id, lines[row]) != lines[row]
     ]
     if not repeated:
         return []

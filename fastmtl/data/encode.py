@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def encode_sequences(
-    texts: list[str],
-    pairs: list[str] | None,
+    texts: Sequence[str],
+    pairs: Sequence[str] | None,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     path: object,
@@ -27,6 +27,7 @@ def encode_sequences(
     the sequences that were cut to `max_length` tokens, the longer text first. path: the file, for
     messages. Raises UserError for token types other than 0 and 1.
     """
+    texts, pairs = list(texts), None if pairs is None else list(pairs)
     with state_kept(tokenizer):
         # A tokenizer without token types in its model_input_names returns them only on request.
         encoded = tokenizer(texts, pairs, verbose=False, return_token_type_ids=True)

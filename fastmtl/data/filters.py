@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from fastmtl.data.rows import Rows
@@ -18,11 +20,15 @@ def drop_longest(rows: Rows, share: float) -> Rows:
     number = int(share * len(rows))
     if number == 0:
         return rows
-    words = np.array([len(text.split()) for text in rows.texts])
+    words = _words(rows.texts)
     if rows.items is not None:
-        of_items = np.array([0, *(len(text.split()) for text in rows.items.texts)])
-        words += np.diff(np.cumsum(of_items)[rows.items.offsets])
+        of_items = np.concatenate([[0], np.cumsum(_words(rows.items.texts))])
+        words += np.diff(of_items[rows.items.offsets])
     if rows.pair_texts is not None:
-        words += [len(text.split()) for text in rows.pair_texts]
+        words += _words(rows.pair_texts)
     kept = np.sort(np.argsort(words, kind="stable")[: len(rows) - number])
-    return rows.take(kept.tolist(), f"{number} of {len(rows)} rows left out, the longest")
+    return rows.take(kept, f"{number} of {len(rows)} rows left out, the longest")
+
+
+def _words(texts: Sequence[str]) -> np.ndarray:
+    return np.fromiter((len(text.split()) for text in texts), np.int64, len(texts))

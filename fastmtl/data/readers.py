@@ -15,6 +15,7 @@ from fastmtl.data.formats import check_format
 from fastmtl.data.places import Place, find_places
 from fastmtl.data.records import BadRow
 from fastmtl.data.rows import Rows
+from fastmtl.data.spill import spilling_to
 from fastmtl.data.types import DATA_TYPES
 from fastmtl.errors import UserError
 
@@ -44,11 +45,13 @@ def read_splits(
         if not names:
             raise UserError(f"the task has no {split} file: set tasks.<name>.data.{split}")
         places = find_places(names, data.dir or ".")
-        rows = read_places(places, task, on_bad_row=data.on_bad_row, require_labels=require_labels)
+        with spilling_to(data.cache_dir):
+            rows = read_places(places, task, on_bad_row=data.on_bad_row, require_labels=require_labels)
         if split == "train":
             if data.dev_share(task.data):
                 rows, found["dev"] = split_rows(rows, task, data)
-            rows = rows.take(_share(len(rows), data.fraction)[: task.data.limit].tolist())
+            if data.fraction < 1 or task.data.limit is not None:
+                rows = rows.take(_share(len(rows), data.fraction)[: task.data.limit])
         found[split] = rows
     return found
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from fastmtl.data.places import Place
 from fastmtl.data.records import BadRow
+from fastmtl.data.text_column import joined, taken
 from fastmtl.errors import UserError
 
 # Answers to a question: (first character in the context, text) each. An empty list: no answer.
@@ -24,7 +25,7 @@ class Items:
     texts[offsets[i]:offsets[i + 1]]. labelled: True if the rows' labels have one value per part.
     """
 
-    texts: list[str]
+    texts: Sequence[str]
     offsets: np.ndarray
     labelled: bool
 
@@ -32,12 +33,12 @@ class Items:
     def join(cls, parts: Sequence[Items]) -> Items:
         """Return the parts of the rows of several places, one place after the other."""
         sizes = np.concatenate([np.diff(part.offsets) for part in parts])
-        texts = [text for part in parts for text in part.texts]
+        texts = joined([part.texts for part in parts])
         return cls(texts, np.concatenate([[0], np.cumsum(sizes)]), parts[0].labelled)
 
     def of(self, row: int) -> list[str]:
         """Return the parts of a row."""
-        return self.texts[self.offsets[row] : self.offsets[row + 1]]
+        return list(self.texts[self.offsets[row] : self.offsets[row + 1]])
 
     def positions(self, chosen: np.ndarray) -> np.ndarray:
         """Return the positions of the parts of the rows `chosen`, int64, row by row."""
@@ -59,13 +60,14 @@ class Rows:
     None for files without labels and for type span, whose labels are in `answers`.
     path: the file or files, for messages. items: words or candidates. answers: those of each row.
     skipped: the bad rows that were left out (`on_bad_row: skip`). notes: messages for the user
-    about rows that were left out or changed for other reasons.
+    about rows that were left out or changed for other reasons. Texts and ids are lists or, for
+    large files, columns in a temporary file (see fastmtl.data.text_column).
     """
 
     path: Place | str
-    ids: list[str]
-    texts: list[str]
-    pair_texts: list[str] | None
+    ids: Sequence[str]
+    texts: Sequence[str]
+    pair_texts: Sequence[str] | None
     labels: np.ndarray | None
     skipped: list[BadRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -92,11 +94,9 @@ class Rows:
         labels = [part.labels for part in parts if part.labels is not None]
         return cls(
             path=f"{first.path} and {len(parts) - 1} more",
-            ids=[row_id for part in parts for row_id in part.ids],
-            texts=[text for part in parts for text in part.texts],
-            pair_texts=None
-            if first.pair_texts is None
-            else [text for part in parts for text in (part.pair_texts or ())],
+            ids=joined([part.ids for part in parts]),
+            texts=joined([part.texts for part in parts]),
+            pair_texts=None if first.pair_texts is None else joined([part.pair_texts or () for part in parts]),
             labels=np.concatenate(labels) if labels else None,
             skipped=[bad for part in parts for bad in part.skipped],
             notes=[note for part in parts for note in part.notes],
@@ -104,26 +104,45 @@ class Rows:
             answers=None if first.answers is None else [answers for part in parts for answers in (part.answers or ())],
         )
 
-    def take(self, chosen: Sequence[int], note: str | None = None) -> Rows:
+    def take(self, chosen: Sequence[int] | np.ndarray, note: str | None = None) -> Rows:
         """Return the rows at the positions `chosen`, in that order."""
         rows = np.asarray(chosen, dtype=np.int64)
         items, labels = self.items, self.labels
         positions = None if items is None else items.positions(rows)
         if items is not None and positions is not None:
             counts = np.diff(items.offsets)[rows]
-            texts = [items.texts[position] for position in positions.tolist()]
-            items = Items(texts, np.concatenate([[0], np.cumsum(counts)]), items.labelled)
+            offsets = np.concatenate([[0], np.cumsum(counts)])
+            items = Items(taken(items.texts, positions), offsets, items.labelled)
         if labels is not None:
             labels = labels[rows if items is None or not items.labelled else positions]
         return dataclasses.replace(
             self,
-            ids=[self.ids[row] for row in chosen],
-            texts=[self.texts[row] for row in chosen],
-            pair_texts=None if self.pair_texts is None else [self.pair_texts[row] for row in chosen],
+            ids=taken(self.ids, rows),
+            texts=taken(self.texts, rows),
+            pair_texts=None if self.pair_texts is None else taken(self.pair_texts, rows),
             labels=labels,
             notes=self.notes if note is None else [*self.notes, note],
             items=items,
-            answers=None if self.answers is None else [self.answers[row] for row in chosen],
+            answers=None if self.answers is None else [self.answers[row] for row in rows.tolist()],
+        )
+
+    def piece(self, start: int, stop: int) -> Rows:
+        """Return the rows from `start` to `stop`, with their texts in memory as lists."""
+        items, labels = self.items, self.labels
+        bounds = slice(start, stop)
+        part = bounds
+        if items is not None:
+            part = slice(*items.offsets[[start, min(stop, len(self))]].tolist())
+            offsets = items.offsets[start : stop + 1] - items.offsets[start]
+            items = Items(list(items.texts[part]), offsets, items.labelled)
+        return dataclasses.replace(
+            self,
+            ids=list(self.ids[bounds]),
+            texts=list(self.texts[bounds]),
+            pair_texts=None if self.pair_texts is None else list(self.pair_texts[bounds]),
+            labels=None if labels is None else labels[part if items is not None and items.labelled else bounds],
+            items=items,
+            answers=None if self.answers is None else self.answers[bounds],
         )
 
 

@@ -130,9 +130,13 @@ class NumberColumn(Sequence[str]):
             return [str(number) for number in self._numbers[index]]
         return str(self._numbers[index])
 
+    @property
+    def numbers(self) -> np.ndarray:
+        return np.asarray(self._numbers)
+
     def take(self, positions: np.ndarray) -> NumberColumn:
         """Return the numbers at the positions, int64 [k]."""
-        return NumberColumn(np.asarray(self._numbers)[positions])
+        return NumberColumn(self.numbers[positions])
 
 
 def row_numbers(numbers: array[int]) -> Sequence[str]:
@@ -152,8 +156,9 @@ def taken(column: Sequence[str], positions: np.ndarray) -> Sequence[str]:
 
 def joined(columns: Sequence[Sequence[str]]) -> Sequence[str]:
     """Return the texts of several columns, one column after the other."""
-    if len(columns) == 1:
-        return columns[0]
+    numbers = [column.numbers for column in columns if isinstance(column, NumberColumn)]
+    if len(numbers) == len(columns):
+        return NumberColumn(np.concatenate(numbers))
     builder = TextBuilder()
     for column in columns:
         builder.extend(column)

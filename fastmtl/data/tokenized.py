@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import os
-import shutil
-import tempfile
-import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastmtl.config import TaskConfig
+from fastmtl.data.display import tokenization_progress
 from fastmtl.data.places import Place
 from fastmtl.data.records import BadRow
 from fastmtl.data.rows import Rows, ranges
+from fastmtl.data.text_column import taken
+from fastmtl.data.token_cache import EntryWriter, NotWritable, array_pieces, entry_key, json_pieces, load_entry
 from fastmtl.data.types import DATA_TYPES
 from fastmtl.errors import UserError
 from fastmtl.files.user_path import cache_instead, cache_path
@@ -27,7 +27,8 @@ from fastmtl.files.user_path import cache_instead, cache_path
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CACHE_VERSION = 4
+# A tokenizer needs several hundred bytes of memory per token.
+PIECE_ROWS, PIECE_CHARACTERS = 16_384, 1 << 21
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class TokenizedDataset:
     second_text: np.ndarray
     sequences_per_example: int
     labels: np.ndarray | None
-    ids: list[str]
+    ids: Sequence[str]
     truncated: int
     skipped: list[BadRow]
     path: Place | str
@@ -135,7 +136,10 @@ class TokenizedDataset:
 
     def digest(self) -> str:
         """Return the SHA-256 of the rows' tokens, offsets, units, labels and ids."""
-        digest = hashlib.sha256(json.dumps([self.sequences_per_example, self.ids]).encode("utf-8"))
+        digest = hashlib.sha256(f"[{self.sequences_per_example}, [".encode())
+        for piece in json_pieces(self.ids):
+            digest.update(piece)
+        digest.update(b"]]")
         labels = np.zeros(0) if self.labels is None else self.labels
         arrays = [self.tokens, self.offsets, self.second_text, labels]
         if self.example_offsets is not None:
@@ -145,7 +149,8 @@ class TokenizedDataset:
             arrays.extend(array for array in given if array is not None)
         for array in arrays:
             digest.update(f"{array.dtype} {array.shape} ".encode())
-            digest.update(np.ascontiguousarray(array).data)
+            for part in array_pieces(array):
+                digest.update(part)
         return digest.hexdigest()
 
     def take(self, rows: np.ndarray) -> TokenizedDataset:
@@ -163,7 +168,7 @@ class TokenizedDataset:
             offsets=np.concatenate([[0], np.cumsum(stops - starts)]),
             second_text=self.second_text[sequences],
             labels=self.labels_of(rows),
-            ids=[self.ids[row] for row in rows],
+            ids=taken(self.ids, rows),
             example_offsets=None
             if per_example is None
             else np.concatenate([[0], np.cumsum(np.diff(per_example)[rows])]),
@@ -195,17 +200,16 @@ def tokenize(
     needs. Raises UserError where `check_pairs` raises it, and for token types other than 0 and 1.
     """
     kind = DATA_TYPES[task.type]
-    key = _digest(rows, tokenizer, [task.type, *kind.settings(task)], max_length)
+    key = entry_key(rows, tokenizer, [task.type, *kind.settings(task)], max_length)
     entry = cache_path(cache_dir) / f"tokens-{key}"
-    found = _load(entry)
+    found = load_entry(entry)
     if found is None:
-        made = kind.encode(rows, tokenizer, task, max_length)
         try:
-            _store(entry, *made)
-        except OSError as error:
-            entry = cache_instead(cache_dir, str(error.strerror)) / entry.name
-            _store(entry, *made)
-        found = _load(entry)
+            _make(entry, rows, tokenizer, task, max_length)
+        except NotWritable as error:
+            entry = cache_instead(cache_dir, str(error)) / entry.name
+            _make(entry, rows, tokenizer, task, max_length)
+        found = load_entry(entry)
         assert found is not None
     arrays, truncated = found
     labels, loss_terms = kind.label(rows, arrays, task)
@@ -216,7 +220,7 @@ def tokenize(
         second_text=arrays["second_text"],
         sequences_per_example=2 if task.pairs == "bi" else 1,
         labels=labels,
-        ids=rows.ids if row_of is None else [rows.ids[row] for row in row_of],
+        ids=rows.ids if row_of is None else taken(rows.ids, row_of),
         truncated=truncated,
         skipped=rows.skipped,
         path=rows.path,
@@ -227,6 +231,42 @@ def tokenize(
         rows=rows if keep_rows else None,
         row_of=row_of,
     )
+
+
+def _make(entry: Path, rows: Rows, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, max_length: int) -> None:
+    """Tokenise the rows in pieces and write the cache entry. Raises NotWritable."""
+    encode = DATA_TYPES[task.type].encode
+    writer = EntryWriter(entry)
+    try:
+        shown = tokenization_progress(getattr(rows.path, "name", str(rows.path)), len(rows))
+        with shown if len(rows) > PIECE_ROWS else nullcontext() as show:
+            done = 0
+            for piece in _pieces(rows):
+                arrays, truncated = encode(piece, tokenizer, task, max_length)
+                writer.append(arrays, truncated, len(piece))
+                done += len(piece)
+                if show is not None:
+                    show(done)
+        writer.finish()
+    finally:
+        writer.close()
+
+
+def _pieces(rows: Rows) -> Iterator[Rows]:
+    """Yield the rows in pieces of at most PIECE_ROWS rows and PIECE_CHARACTERS characters.
+
+    A row that is longer is a piece of its own.
+    """
+    for start in range(0, max(1, len(rows)), PIECE_ROWS):
+        pieces = [rows.piece(start, start + PIECE_ROWS)]
+        while pieces:
+            piece = pieces.pop()
+            texts = (piece.texts, piece.pair_texts or (), () if piece.items is None else piece.items.texts)
+            if len(piece) > 1 and sum(map(len, chain(*texts))) > PIECE_CHARACTERS:
+                half = len(piece) // 2
+                pieces += [piece.piece(half, len(piece)), piece.piece(0, half)]
+            else:
+                yield piece
 
 
 def _units(arrays: Mapping[str, np.ndarray], *, labelled: bool, query_first: bool) -> UnitTable | None:
@@ -254,62 +294,3 @@ def check_pairs(rows: Rows, task: TaskConfig) -> None:
     """Raise UserError if the task has `pairs: bi` and its rows have one text each."""
     if task.pairs == "bi" and rows.pair_texts is None and rows.items is None:
         raise UserError(f"{rows.path}: pairs: bi needs two texts per row, the file has one; leave `pairs` out")
-
-
-def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the settings that decide how a tokenizer splits texts, as JSON.
-
-    Truncation and padding are left out, since every call sets them.
-    """
-    model = json.loads(tokenizer.backend_tokenizer.to_str())
-    for state in ("truncation", "padding"):
-        model.pop(state, None)
-    return model
-
-
-def _digest(rows: Rows, tokenizer: PreTrainedTokenizerBase, of_type: list[Any], max_length: int) -> str:
-    import tokenizers
-    import transformers
-
-    # Token ids also depend on the versions of the libraries, and on two settings that each call
-    # takes from tokenizer_config.json.
-    code = [type(tokenizer).__name__, tokenizers.__version__, transformers.__version__]
-    call = [tokenizer.truncation_side, getattr(tokenizer, "split_special_tokens", False)]
-    digest = hashlib.sha256()
-    state = tokenizer_state(tokenizer)
-    items = None if rows.items is None else [rows.items.texts, rows.items.offsets.tolist()]
-    settings = [CACHE_VERSION, of_type, max_length, state, code, call, rows.texts, rows.pair_texts, items]
-    digest.update(json.dumps(settings).encode("utf-8"))
-    return digest.hexdigest()[:32]
-
-
-def _store(entry: Path, arrays: dict[str, np.ndarray], truncated: int) -> None:
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    # Write to a temporary folder, then rename: other processes see the whole entry or none.
-    temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=entry.parent))
-    try:
-        for name, array in arrays.items():
-            np.save(temporary / f"{name}.npy", array)
-        checks = {name: zlib.crc32((temporary / f"{name}.npy").read_bytes()) for name in arrays}
-        (temporary / "meta.json").write_text(json.dumps({"truncated": truncated, "crc32": checks}), encoding="utf-8")
-        if entry.exists():  # damaged, or another process was faster
-            if _load(entry) is not None:
-                return
-            shutil.rmtree(entry)
-        os.rename(temporary, entry)
-    except OSError:
-        if _load(entry) is None:
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _load(entry: Path) -> tuple[dict[str, np.ndarray], int] | None:
-    try:
-        meta = json.loads((entry / "meta.json").read_text(encoding="utf-8"))
-        names = {"tokens", "offsets", "second_text", *meta["crc32"]}
-        if any(zlib.crc32((entry / f"{name}.npy").read_bytes()) != meta["crc32"][name] for name in names):
-            return None
-        return {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in names}, int(meta["truncated"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastmtl.config import Recipe, parse_recipe
 from fastmtl.data.corpus import demo_directory
-from fastmtl.data.tokenized import tokenizer_state
+from fastmtl.data.token_cache import tokenizer_state
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.files.user_path import user_path
 from fastmtl.model.lora import Lora

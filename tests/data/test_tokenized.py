@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from fastmtl.config import TaskConfig
 from fastmtl.data import tokenized
 from fastmtl.data.rows import Rows
+from fastmtl.data.token_cache import load_entry
 from fastmtl.data.tokenized import check_token_types, tokenize
 from fastmtl.data.types import single
 from fastmtl.errors import UserError
@@ -107,7 +108,7 @@ def test_damaged_cache_is_made_again(tokenizer: Any, tmp_path: Path, name: str) 
     entry = next(tmp_path.iterdir())
     (entry / name).write_bytes((entry / name).read_bytes()[:-3])
     assert tokenize(rows(), tokenizer, config(), 64, tmp_path).tokens.tolist() == first
-    assert tokenized._load(entry) is not None
+    assert load_entry(entry) is not None
 
 
 def test_cache_that_cannot_be_written(tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from fastmtl.data.labels import BadCell, Labels
 from fastmtl.data.places import Place
 from fastmtl.data.records import BadRow, OnBadRow, open_source
 from fastmtl.data.rows import Rows
+from fastmtl.data.text_column import TextBuilder, row_numbers
 from fastmtl.data.types.spec import Arrays, DataType
 from fastmtl.errors import UserError
 
@@ -34,31 +36,38 @@ def read(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: bool,
     labels_of = Labels(task, layout) if require_labels else None
     undecided = source.delimiter is not None and files.quotes is None and not uses_quotes(files, source.delimiter)
 
-    ids, texts, pair_texts, labels, lines = [], [], [], [], []
+    dtype: type = np.int64 if task.type == "classification" else np.float32
+    ids, texts, pair_texts = TextBuilder(), TextBuilder(), TextBuilder()
+    numbered, lines = array("q"), array("q")
+    labels: array[Any] = array("q" if dtype is np.int64 else "d")
     for record, number in zip(source.records(partial(looks_like_row, source, layout, task)), numbers, strict=False):
         try:
             text = text_of(record, layout.text)
             pair_text = None if layout.text_pair is None else text_of(record, layout.text_pair)
             label = None if labels_of is None else labels_of.read(record)
-            row_id = None if layout.id is None else cell_of(record, layout.id)
+            row_id = "" if layout.id is None else cell_of(record, layout.id)
         except BadCell as cell:
             bad(BadRow(record.line, str(cell.column), cell.reason))
             continue
         if undecided:
             check_undecided_quotes(place, record, (layout.text, layout.text_pair))
-        ids.append(row_id or str(number))
+        numbered.append(number)
         texts.append(text)
-        pair_texts.append(pair_text)
-        labels.append(label)
-        lines.append(record.line)
-    dtype = np.int64 if task.type == "classification" else np.float32
+        if layout.id is not None:
+            ids.append(row_id or str(number))
+            lines.append(record.line)
+        if pair_text is not None:
+            pair_texts.append(pair_text)
+        if label is not None:
+            labels.append(label)
+    known = row_numbers(numbered) if layout.id is None else ids.done()
     return Rows(
         path=place,
-        ids=ids,
-        texts=texts,
-        pair_texts=None if layout.text_pair is None else [str(text) for text in pair_texts],
+        ids=known,
+        texts=texts.done(),
+        pair_texts=None if layout.text_pair is None else pair_texts.done(),
         labels=None if labels_of is None else np.array(labels, dtype=dtype),
-        notes=repeated_ids(place, ids, lines),
+        notes=[] if layout.id is None else repeated_ids(place, known, lines),
     )
 
 
