@@ -1,4 +1,4 @@
-"""What the task types choice and ranking share: rows with several texts each."""
+"""Rows with several texts each, of the task types choice and ranking."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from transformers import BertConfig
 from fastmtl.config import Recipe, parse_recipe
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.packing import pack
-from fastmtl.data.tokenized import TokenizedDataset
+from fastmtl.data.tokenized import TokenizedDataset, UnitTable
 from fastmtl.model.encoder.bert import PackedBert
 from fastmtl.model.multitask import MultiTaskModel
 
@@ -42,6 +42,15 @@ TASKS: dict[str, dict[str, Any]] = {
         "head": {"name": "cosine", "projection": 4},
     },
     "embedded": {"type": "binary", **_PAIRS, "loss": {"cosine_embedding": 1.0, "bce": 0.5}, "margin": -0.5},
+    "which": {"type": "choice", "head": {"name": "rnn", "size": 4}},
+    "listed": {"type": "ranking", "pooling": "max", "loss": ["listwise", "pairwise"], "head": {"name": "mlp"}},
+    "hard": {
+        "type": "ranking",
+        **_PAIRS,
+        "loss": {"triplet": 1.0, "listwise": 0.5},
+        "ranking": {"margin": 1.0},
+        "head": {"name": "linear_cosine", "projection": 4},
+    },
     "both": {**_SCORE, **_PAIRS, "loss": {"mse": 1.0, "mnr": 0.5}, "mnr": {"scale": 3.0, "similar": 0.4}},
 }
 ROWS = 4  # rows of each task in a step
@@ -58,7 +67,7 @@ def make_recipe(
         if "mnr" in task.get("loss", ""):
             tasks[name]["mnr"] = {**task.get("mnr", {}), "cached": cached}
     smart = {
-        "strength": {"max": 1.0, "bins": 0.5, "relu": 2.0},
+        "strength": {"max": 1.0, "bins": 0.5, "relu": 2.0, "hard": 1.0},
         "proximal": {"max": 0.5, "ordinal": 2.0, "ranked": 1.0},
         "momentum": 0.5,
         "noise": 0.05,
@@ -122,8 +131,18 @@ def make_data(recipe: Recipe, seed: int = 0) -> list[TokenizedDataset]:
     datasets = []
     for task in recipe.tasks.values():
         rows, per_example = STEPS * ROWS, 2 if task.pairs == "bi" else 1
-        lengths = random.choice([1, 2, 3, 7], rows * per_example)
+        counts = 2 + np.arange(rows) % 3  # candidates of each row
+        units = UnitTable(
+            np.concatenate([[0], np.cumsum(counts)]), None, labelled=task.type == "ranking", query_first=per_example > 1
+        )
+        offsets = None
+        if task.scores == "sequences":
+            offsets = units.offsets + (np.arange(rows + 1) if task.pairs == "bi" else 0)
+        sequences = rows * per_example if offsets is None else offsets[-1]
+        lengths = random.choice([1, 2, 3, 7], sequences)
         labels = {
+            "choice": random.integers(0, counts),
+            "ranking": random.integers(0, 3, counts.sum()).astype(np.float32),
             "classification": random.integers(0, 3, rows),
             "binary": (np.arange(rows) % 4 != 1).astype(np.float32),
             "regression": random.uniform(0, 5, rows).astype(np.float32),
@@ -139,6 +158,8 @@ def make_data(recipe: Recipe, seed: int = 0) -> list[TokenizedDataset]:
                 truncated=0,
                 skipped=[],
                 path=Path("none"),
+                example_offsets=offsets,
+                units=None if offsets is None else units,
             )
         )
     return datasets

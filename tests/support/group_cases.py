@@ -18,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import mixed_rows
+import ranked_groups
 import torch
 import torch.distributed as dist
 from op_recorder import OpRecorder
@@ -343,6 +344,8 @@ def main(directory: Path) -> None:
     found["skipped"] = skipped(rank)
     found["after failure"] = after_failure(rank)
     found["mixed"] = mixed(rank)
+    found["ranked"] = ranked_groups.gradients(ranked_groups.SHARES[rank])
+    found["ranked, one rank"] = ranked_groups.gradients([] if rank == 0 else range(len(ranked_groups.COUNTS)))
     torch.save(found, directory / f"{rank}.pt")
     dist.destroy_process_group()
 

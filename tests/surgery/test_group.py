@@ -11,6 +11,7 @@ from typing import Any
 
 import group_cases as cases
 import pytest
+import ranked_groups
 import torch
 from scripts import run_script
 from torch import Tensor
@@ -112,3 +113,11 @@ def test_a_gradient_that_is_not_finite_on_one_rank(ranks: list[dict[str, Any]]) 
         assert all(found["pcgrad-grad"]) and all(found["sum-clipped-grad"])
         assert found["sum"].startswith("the loss of task") and found["tensor"].startswith("the gradient of task")
     assert ranks[0]["skipped"] == ranks[1]["skipped"]
+
+
+@pytest.mark.parametrize("name", ["ranked", "ranked, one rank"])
+def test_negatives_of_both_ranks(ranks: list[dict[str, Any]], name: str) -> None:
+    """Losses and gradients of the ranks add up to those of one process."""
+    expected = ranked_groups.gradients(range(len(ranked_groups.COUNTS)))
+    for key, value in expected.items():
+        torch.testing.assert_close(ranks[0][name][key] + ranks[1][name][key], value)

@@ -63,7 +63,10 @@ def read(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: bool,
 
 
 def _choices(record: Record, columns: list[Column]) -> list[str]:
-    """Return the texts to choose from. Raises BadCell for fewer than two, and for a gap in columns."""
+    """Return the texts to choose from.
+
+    Raises BadCell for fewer than two, and for an empty column before a filled one.
+    """
     found = texts_of(record, columns)
     if len(columns) == 1 and not isinstance(record.cells.get(columns[0]), list | tuple):
         raise BadCell(columns[0], "expected a list of texts to choose from, found a text or nothing")
@@ -115,7 +118,7 @@ EXPECTED = {
 
 
 def _labelled(rows: Rows, labels: list[str], lines: list[int], task: TaskConfig, column: Column, bad: OnBadRow) -> Rows:
-    """Return the rows with the numbers of the right choices, without rows whose label names none."""
+    """Return the rows with the numbers of the right choices, without rows without one."""
     assert rows.items is not None
     kind, numbers = _kind_of(rows, labels, lines, task, column)
     kept = []
