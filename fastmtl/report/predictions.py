@@ -34,7 +34,8 @@ def prediction_parts(recipe: Recipe, results: dict[str, Any]) -> list[str]:
             svg = plots.scatter(points["labels"], points["scores"], limits, name=f"predictions of {name}")
             found.append(page.figure(f"{name}: predictions against labels", svg))
         if name in results.get("per_label", {}):
-            found.append(_table(f"{name}: metrics of each label", results["per_label"][name]))
+            values = results["per_label"][name]
+            found.append(_table(f"{name}: metrics by {values['head'][0]}", values))
         if name in results.get("errors", {}) and results["errors"][name]["rows"]:
             found.append(_table(f"{name}: largest errors", results["errors"][name], texts=True))
     return found

@@ -223,7 +223,6 @@ def test_quotes_of_a_file_with_tabs_are_decided(tmp_path: Path) -> None:
     [
         ({"type": "choice", "pairs": "bi"}, "pairs: bi does not go with type choice"),
         ({"type": "choice", "data": {"columns": {"label": ["a", "b"]}}}, "has one column of labels"),
-        ({"type": "choice", "data": {"format": "glue"}}, "data.format: a file of type choice is a table"),
         ({**HARD, "data": {"columns": {"choices": "a", "group": "b"}}}, "Name one of the two"),
         ({**GRADED, "data": {"columns": {"id": "a"}}}, "the content of the column group"),
         ({**GRADED, "loss": "mnr"}, "loss: mnr compares the vectors .* needs pairs: bi"),

@@ -175,7 +175,7 @@ def test_metrics_of_each_class_and_the_worst_rows_are_there(built: Path) -> None
     assert (row_id, *values) == ("c</td>", "good", "fair", "1.000")
     assert text.startswith("<script>x</script> \\u202e\\x00 & long") and text.endswith("...") and len(text) < 300
     page = Page((built / "report.html").read_text())
-    assert {row_id, text, "sst: metrics of each label", "sts: largest errors"} <= set(page.text)
+    assert {row_id, text, "sst: metrics by class", "sts: largest errors"} <= set(page.text)
 
 
 def test_many_classes_tasks_and_metrics(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_many_classes_tasks_and_metrics(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line))
     text = write_report(tmp_path, results).read_text()
     page = Page(text)
-    assert {"25 others", "other metrics", "classification 0: metrics of each label (40 rows)"} <= set(page.text)
+    assert {"25 others", "other metrics", "classification 0: metrics by class (40 rows)"} <= set(page.text)
     assert "metric 0 0.250, metric 1 0.250" in " ".join(page.text)
     assert page.text.count("-0.50") == 2 * len(pairs)
     assert len(results["errors"]["classification 0"]["rows"]) == 10

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from fastmtl.config.base import Section
-from fastmtl.config.types.spec import Task, TypeSpec, check_no_names, check_not_augmented, check_one_label, check_table
+from fastmtl.config.types.spec import Task, TypeSpec, check_no_names, check_not_augmented, check_one_label
 
 
 class ChoiceConfig(Section):
@@ -23,7 +23,6 @@ class ChoiceConfig(Section):
 def check(task: Task) -> None:
     check_no_names(task, "a task of type choice has texts to choose from, no names")
     check_one_label(task)
-    check_table(task)
     if task.pairs == "bi":
         raise ValueError("pairs: bi does not go with type choice: its texts are encoded with the question")
     check_not_augmented(task)

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from fastmtl.config.base import Int, Section
-from fastmtl.config.types.spec import Task, TypeSpec, check_no_names, check_not_augmented, check_one_label, check_table
+from fastmtl.config.types.spec import Task, TypeSpec, check_no_names, check_not_augmented, check_one_label
 
 COSINE_SCALE = 20.0  # as in the loss mnr: a softmax of bare cosines is nearly uniform
 
@@ -34,7 +34,6 @@ class RankingConfig(Section):
 def check(task: Task) -> None:
     check_no_names(task, "a task of type ranking has grades, no names")
     check_one_label(task)
-    check_table(task)
     check_not_augmented(task)
     columns = task.data.columns
     for role in ("text_pair", "group"):

@@ -74,12 +74,6 @@ def check_one_text(task: Task) -> None:
     check_not_augmented(task)
 
 
-def check_table(task: Task) -> None:
-    """Raise ValueError for a `data.format` other than table."""
-    if task.data.format != "table":
-        raise ValueError(f"data.format: a file of type {task.type} is a table; leave it out")
-
-
 def check_one_label(task: Task) -> None:
     """Raise ValueError if `data.columns` names several columns for the label."""
     if isinstance(task.data.columns.get("label"), list):

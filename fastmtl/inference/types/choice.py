@@ -91,7 +91,9 @@ def summary(task: TaskConfig, scores: Scores) -> Summary:
             ]
         )
     return Summary(
-        per_label=table_of_sizes("choices", np.diff(scores.offsets), {"accuracy": (best == labels).astype(float)}),
+        per_label=table_of_sizes(
+            "number of choices", np.diff(scores.offsets), {"accuracy": (best == labels).astype(float)}
+        ),
         errors=Table([*text_columns(scores), "right", "predicted", "p of right", "p of predicted"], lines),
     )
 

@@ -103,7 +103,8 @@ def summary(task: TaskConfig, scores: Scores) -> Summary:
     sizes = np.diff(scores.offsets)[relevant]
     by_size = {name: value[relevant] for name, value in values.items()}
     return Summary(
-        per_label=table_of_sizes("candidates", sizes, by_size), errors=Table([*text_columns(scores), *columns], lines)
+        per_label=table_of_sizes("number of candidates", sizes, by_size),
+        errors=Table([*text_columns(scores), *columns], lines),
     )
 
 
