@@ -26,7 +26,8 @@ class Summary:
 
     names, confusion: names of the classes, and the counts [C, C] of true (rows) and predicted
     (columns) classes. scatter: {"labels": [...], "scores": [...]} of at most a few hundred rows.
-    per_label: metrics of each label, or by another value; the first head names it. errors: rows with the largest errors, the worst first.
+    per_label: metrics of each label, or by another value; the first column's head names it. errors:
+    rows with the largest errors, the worst first.
     """
 
     names: list[str] = field(default_factory=list)
