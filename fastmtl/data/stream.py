@@ -9,7 +9,8 @@ into micro-batches, and the rows of each micro-batch are divided among the ranks
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from fastmtl.config import Recipe
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.packing import pack
 from fastmtl.data.schedule import Schedule, too_few_rows
+from fastmtl.data.token_cache import free_pages
 from fastmtl.data.token_plan import filled, whole_steps
 from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.errors import UserError
@@ -37,7 +39,7 @@ class BatchStream:
         self._datasets = datasets
         self._recipe = recipe
         self._rank, self._world = rank, world
-        self._lengths = [dataset.lengths for dataset in datasets]
+        self._lengths = [_lengths(dataset) for dataset in datasets]
         self._accumulation = recipe.engine.accumulation
         self._ends = [np.zeros(len(datasets), dtype=np.int64)]  # cached results of _left_out, beginning with epoch -1
         if recipe.sampler.batch_tokens is not None:
@@ -101,7 +103,8 @@ class BatchStream:
         """
         micro_batches = self._micro_batches(epoch)
         for step in range(start_step, self.steps(epoch)):
-            yield step, micro_batches[step * self._accumulation : (step + 1) * self._accumulation]
+            begin = step * self._accumulation
+            yield step, [micro_batches(number) for number in range(begin, begin + self._accumulation)]
 
     def _pack(self, draw: Draw, group_counts: Sequence[int]) -> PackedBatch:
         tasks, rows = draw
@@ -115,22 +118,29 @@ class BatchStream:
                 counts[t] = int(dataset.loss_terms[rows[tasks == t]].sum())
         return counts
 
-    def _micro_batches(self, epoch: int) -> list[list[Draw]]:
-        """Return all micro-batches of an epoch, each as a list with the rows of each rank."""
+    def _micro_batches(self, epoch: int) -> Callable[[int], list[Draw]]:
+        """Return a function that takes the number of a micro-batch of an epoch, from 0.
+
+        It returns a list with the rows of each rank. Micro-batches are made when they are needed,
+        since all of them together need far more memory than the sequence.
+        """
         tasks, rows = self._sequence(epoch)
-        lengths = self._row_lengths(tasks, rows)
         if self._recipe.sampler.batch_tokens is not None:
-            return [[(tasks[part], rows[part]) for part in parts] for parts in self._token_plan(epoch)]
+            plan = self._token_plan(epoch)
+            return lambda number: [(tasks[part].astype(np.int64), rows[part]) for part in plan[number]]
         cuts = [0]
         for stretch in self._schedule.stretches(epoch):
             rows_here, number, begin = int(stretch.counts.sum()), stretch.micro_batches, cuts[-1]
             cuts += [begin + rows_here * (m + 1) // number for m in range(number)]
-        result = []
-        for start, stop in zip(cuts, cuts[1:], strict=False):
-            order = start + np.argsort(-lengths[start:stop], kind="stable")  # longest first, for equal work per rank
-            parts = [np.sort(order[rank :: self._world]) for rank in range(self._world)]
-            result.append([(tasks[part], rows[part]) for part in parts])
-        return result
+
+        def divided(number: int) -> list[Draw]:
+            part = slice(cuts[number], cuts[number + 1])
+            here, drawn = tasks[part].astype(np.int64), rows[part]
+            order = np.argsort(-self._row_lengths(here, drawn), kind="stable")  # longest first, for equal work per rank
+            shares = [np.sort(order[rank :: self._world]) for rank in range(self._world)]
+            return [(here[share], drawn[share]) for share in shares]
+
+        return divided
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - one stream per run
     def _token_plan(self, epoch: int) -> list[list[np.ndarray]]:
@@ -164,7 +174,7 @@ class BatchStream:
         return self._ends[epoch + 1]
 
     def _sequence(self, epoch: int) -> Draw:
-        """Return the rows of an epoch in order.
+        """Return the rows of an epoch in order: tasks, int16 [n], and rows, int64 [n].
 
         Rows that the previous epoch left out come in the first stretch. In a stretch with Q_t rows
         of task t, the j-th of these rows (from 0) is placed at the fraction (j + 1/2) / Q_t of the
@@ -179,13 +189,17 @@ class BatchStream:
         taken = np.zeros_like(totals)
         tasks, rows = [], []
         for counts in stretches:
-            place = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts])
-            order = np.argsort(place, kind="stable")
-            tasks.append(np.repeat(np.arange(len(totals)), counts)[order])
-            upcoming = [source[t][taken[t] : taken[t] + count] for t, count in enumerate(counts)]
-            rows.append(np.concatenate(upcoming)[order])
+            own = np.repeat(np.arange(len(totals), dtype=np.int16), counts)
+            upcoming = _joined([source[t][taken[t] : taken[t] + count] for t, count in enumerate(counts)])
+            if np.count_nonzero(counts) > 1:
+                place = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts])
+                order = np.argsort(place, kind="stable")
+                del place
+                own, upcoming = own[order], upcoming[order]
+            tasks.append(own)
+            rows.append(upcoming)
             taken += counts
-        return np.concatenate(tasks), np.concatenate(rows)
+        return _joined(tasks), _joined(rows)
 
     def _rows(self, task: int, start: int, quota: int) -> np.ndarray:
         """Return the numbers of the next `quota` rows of a task if `start` rows are used already.
@@ -195,13 +209,14 @@ class BatchStream:
         """
         size = len(self._datasets[task])
         first, last = start // size, (start + max(quota, 1) - 1) // size
-        permutations = [
-            np.random.default_rng([self._recipe.seed, task, wrap]).permutation(size) for wrap in range(first, last + 1)
-        ]
-        return np.concatenate(permutations)[start - first * size :][:quota]
+        parts = []
+        for wrap in range(first, last + 1):
+            begin, end = (max(0, min(size, edge - wrap * size)) for edge in (start, start + quota))
+            parts.append(np.random.default_rng([self._recipe.seed, task, wrap]).permutation(size)[begin:end])
+        return _joined(parts)
 
     def _row_lengths(self, tasks: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        lengths = np.empty(len(rows), dtype=np.int64)
+        lengths = np.empty(len(rows), dtype=np.int32)
         for t, of_task in enumerate(self._lengths):
             lengths[tasks == t] = of_task[rows[tasks == t]]
         return lengths
@@ -227,15 +242,30 @@ def evaluation_batches(
     the row numbers in the data set. Task `task_index` of num_tasks has the rows; the others are
     empty.
     """
-    order = np.argsort(-dataset.lengths, kind="stable")
-    batches: list[list[int]] = []
+    lengths = dataset.lengths
+    order = np.argsort(-lengths, kind="stable")
+    bounds: list[int] = []
     tokens = max_tokens + 1
-    for row, length in zip(order.tolist(), dataset.lengths[order].tolist(), strict=True):
+    for place, length in enumerate(lengths[order].tolist()):
         if tokens + length > max_tokens:
-            batches.append([])
+            bounds.append(place)
             tokens = 0
-        batches[-1].append(row)
         tokens += length
+    bounds.append(len(order))
+    batches = list(itertools.pairwise(bounds))
     nothing: tuple[TokenizedDataset | None, np.ndarray] = (None, np.zeros(0, np.int64))
-    for rows in batches[rank::world]:
-        yield pack([(dataset, np.array(rows)) if t == task_index else nothing for t in range(num_tasks)])
+    for begin, end in batches[rank::world]:
+        yield pack([(dataset, order[begin:end]) if t == task_index else nothing for t in range(num_tasks)])
+
+
+def _lengths(dataset: TokenizedDataset) -> np.ndarray:
+    """Return the number of tokens of each example, int32 [n]."""
+    lengths = dataset.lengths.astype(np.int32)
+    free_pages(dataset.offsets)
+    return lengths
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Return one array of all parts, the part itself if the others are empty."""
+    filled = [part for part in parts if len(part)]
+    return filled[0] if len(filled) == 1 else np.concatenate(filled or parts)
