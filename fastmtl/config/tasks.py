@@ -132,6 +132,8 @@ class TaskConfig(Section):
                     f"data.columns.{role}: a task of type {self.type} has the columns id, {', '.join(spec.roles)}"
                 )
         spec.check(self)
+        if isinstance(self.data.columns.get("label"), list) and self.type != "multilabel":
+            raise ValueError("data.columns.label: several columns are for tasks of type multilabel: name one")
         if not self.losses or any(weight <= 0 for weight in self.losses.values()):
             raise ValueError("loss: name at least one, each with a weight above 0")
         if isinstance(self.loss, list) and len(self.losses) < len(self.loss):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from fastmtl.config import FileConfig, TaskConfig
 from fastmtl.data.formats import Layout, has_header, is_quoted
-from fastmtl.data.labels import Labels
+from fastmtl.data.label_sets import label_reader
 from fastmtl.data.places import Place
 from fastmtl.data.records import Record, Source
 from fastmtl.errors import UserError, listed, quoted, shortened
@@ -32,27 +32,40 @@ def names_columns(place: Place, task: TaskConfig, first: list[str]) -> bool:
     files = task.data
     if files.header is not None:
         return files.header
-    column = files.columns.get("label")
-    if files.format == "table" and isinstance(column, int) and not _by_name(files) and column < len(first):
-        layout = Layout(text=0, label=column)
-        if Labels(task, layout).can_read(first[column]):
+    columns = [column for column in label_columns(files) if isinstance(column, int)]
+    if files.format == "table" and columns and not _by_name(files) and max(columns) < len(first):
+        layout = Layout(text=0, label=columns[0], indicators=indicators(files))
+        if label_reader(task, layout).can_read([first[column] for column in columns]):
             raise UserError(
-                f"{place}, line 1: the columns are numbers, and this line could be a row (column {column} holds "
-                f"{quoted(first[column])}). Set header: false in the task's data if it is one, header: true if it "
+                f"{place}, line 1: the columns are numbers, and this line could be a row (column {columns[0]} holds "
+                f"{quoted(first[columns[0]])}). Set header: false in the task's data if it is one, header: true if it "
                 "names the columns."
             )
     return has_header(files.format, first)
 
 
+def label_columns(files: FileConfig) -> tuple[str | int, ...]:
+    """Return the columns of the labels that the recipe names, () for none."""
+    given = files.columns.get("label", [])
+    return tuple(given) if isinstance(given, list) else (given,)
+
+
+def indicators(files: FileConfig) -> tuple[str | int, ...]:
+    """Return the indicator columns, one for each label; () if one column has the labels."""
+    return label_columns(files) if isinstance(files.columns.get("label"), list) else ()
+
+
 def _by_name(files: FileConfig) -> bool:
-    return any(isinstance(column, str) for column in files.columns.values())
+    columns = [one for given in files.columns.values() for one in (given if isinstance(given, list) else [given])]
+    return any(isinstance(column, str) for column in columns)
 
 
 def check_columns(place: Place, source: Source, layout: Layout, files: FileConfig, *, require_labels: bool) -> None:
     """Raise UserError for a column that is missing or occurs twice in the header."""
-    for role, column in layout.columns.items():
-        if role == "label" and not require_labels:
-            continue
+    named = [(role, column) for role, column in layout.columns.items() if role != "label"]
+    if require_labels:
+        named += [("label", column) for column in layout.label_columns]
+    for role, column in named:
         if role == "id" and "id" not in files.columns and column not in source.header:
             continue
         check_column(place, source, role, column)
@@ -83,10 +96,11 @@ def looks_like_row(source: Source, layout: Layout, task: TaskConfig, cells: list
     """
     if len(cells) != len(source.header) or len(cells) < 2:
         return False
-    label = layout.label if isinstance(layout.label, int) else _index(source.header, layout.label)
-    if label is None or label >= len(cells):
+    places = [one if isinstance(one, int) else _index(source.header, one) for one in layout.label_columns]
+    labels = [cells[place] for place in places if place is not None and place < len(cells)]
+    if len(labels) < len(places):
         return source.delimiter == "\t"
-    return Labels(task, layout).can_read(cells[label])
+    return any(labels) and label_reader(task, layout).can_read(labels)  # an empty cell says nothing
 
 
 def _index(header: list[str], column: str) -> int | None:

@@ -14,7 +14,8 @@ class Layout:
     """The columns of a file, each by name or by number from 0.
 
     others: names of further columns that the file may have; they are not read. labels: the class id
-    of each label text. header: whether line 1 names the columns.
+    of each label text. header: whether line 1 names the columns. indicators: columns of one label
+    each, which replace the column `label`.
     """
 
     text: str | int
@@ -24,11 +25,16 @@ class Layout:
     others: frozenset[str] = frozenset()
     labels: Mapping[str, int] = field(default_factory=dict)
     header: bool = True
+    indicators: tuple[str | int, ...] = ()
 
     @property
     def columns(self) -> dict[str, str | int]:
         named = {"id": self.id, "text": self.text, "text_pair": self.text_pair, "label": self.label}
         return {role: column for role, column in named.items() if column is not None}
+
+    @property
+    def label_columns(self) -> tuple[str | int, ...]:
+        return self.indicators or (self.label,)
 
     def fits(self, header: list[str]) -> bool:
         """Return whether a header names the text columns of this layout and no unknown column."""

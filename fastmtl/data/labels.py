@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from decimal import Decimal
 
 from fastmtl.config import TaskConfig
@@ -32,16 +33,18 @@ class Labels:
     mean two classes. With two classes, true is class 1 and false is class 0.
     """
 
+    shape: tuple[int, ...] = ()  # of a row's labels
+
     def __init__(self, task: TaskConfig, layout: Layout) -> None:
         self._column = layout.label
         self._range = task.range if task.type == "regression" else None
-        self._classes = (task.num_labels or 0) if task.type == "classification" else 2
+        self._classes = 2 if task.type == "binary" else task.num_labels or 0
         names = {name: index for index, name in enumerate(task.label_names)} if task.label_names else layout.labels
         self._shown = names
         self._names = {as_label(name): index for name, index in names.items()}
         by_name_only = any(as_number(name) is not None or name in ("true", "false") for name in self._names)
         ids = {} if by_name_only else {str(index): index for index in range(self._classes)}
-        if ids and self._classes == 2:
+        if ids and self._classes == 2 and task.type != "multilabel":
             ids |= {"false": 0, "true": 1}
         self._ids = {**ids, **self._names}
 
@@ -51,17 +54,18 @@ class Labels:
         Raises BadCell for a cell that is neither.
         """
         value = record.cells.get(self._column)
-        found = self._find(value)
+        found = self.find(value)
         if found is None:
             shown = quoted(str(value)) if as_label(value) else "nothing"
             raise BadCell(self._column, f"expected {self._expected()}, found {shown}")
         return found
 
-    def can_read(self, value: object) -> bool:
-        """Return whether `value`, the content of a cell, is a valid label."""
-        return self._find(value) is not None
+    def can_read(self, values: Sequence[object]) -> bool:
+        """Return whether the only one of `values`, the content of a cell, is a valid label."""
+        return self.find(values[0]) is not None
 
-    def _find(self, value: object) -> float | int | None:
+    def find(self, value: object) -> float | int | None:
+        """Return the class id or number of a cell's content, None if it is none."""
         if value is not None and not isinstance(value, CELLS):
             return None
         label = as_label(value)

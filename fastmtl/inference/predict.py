@@ -25,10 +25,20 @@ from fastmtl.inference.predictions import write_cs224n, write_table
 from fastmtl.inference.scores import Scores
 from fastmtl.inference.selection import evaluate_scores, mean_score
 from fastmtl.inference.types import INFERENCE_TYPES
+from fastmtl.inference.types.multilabel import LabelsPrediction
 from fastmtl.inference.types.single import Prediction
 from fastmtl.model.saved_model import load_model, model_directory
 
-__all__ = ["Evaluation", "Prediction", "Predictor", "evaluate_file", "evaluate_split", "load", "predict_file"]
+__all__ = [
+    "Evaluation",
+    "LabelsPrediction",
+    "Prediction",
+    "Predictor",
+    "evaluate_file",
+    "evaluate_split",
+    "load",
+    "predict_file",
+]
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,10 @@ class Predictor:
     def task(self, name: str) -> TaskConfig:
         if name not in self.recipe.tasks:
             raise unknown_name("task", name, self.recipe.task_names)
-        return self.recipe.tasks[name]
+        config = self.recipe.tasks[name]
+        if config.multilabel.thresholds == "tuned":
+            raise UserError(f"task {name} has no thresholds yet: they are chosen when its training is evaluated")
+        return config
 
     def _forward(self, batch: PackedBatch) -> dict[str, Tensor]:
         return self.model.predict(batch.to(self.device))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from fastmtl.config import Recipe, TaskConfig
@@ -9,6 +11,7 @@ from fastmtl.errors import UserError, unknown_name
 from fastmtl.inference.metrics import LOWER_IS_BETTER
 from fastmtl.inference.scores import Scores
 from fastmtl.inference.types import INFERENCE_TYPES
+from fastmtl.inference.types.multilabel import thresholds
 
 
 def metric_names(task: TaskConfig) -> tuple[str, ...]:
@@ -22,6 +25,20 @@ def evaluate_scores(task: TaskConfig, scores: Scores) -> dict[str, float]:
     Raises UserError if there are no rows or labels, or a score is not finite.
     """
     return INFERENCE_TYPES[task.type].evaluate(task, scores)
+
+
+def with_thresholds(recipe: Recipe, scored: Mapping[str, Scores]) -> Recipe:
+    """Return the recipe with numbers for `multilabel.thresholds: tuned`, for a saved model.
+
+    scored: {task: scores of its dev rows}; a task without scores keeps the word.
+    """
+    tasks = dict(recipe.tasks)
+    for name, scores in scored.items():
+        if tasks[name].multilabel.thresholds == "tuned":
+            values = thresholds(tasks[name], scores).tolist()
+            section = tasks[name].multilabel.model_copy(update={"thresholds": values})
+            tasks[name] = tasks[name].model_copy(update={"multilabel": section})
+    return recipe.model_copy(update={"tasks": tasks})
 
 
 def check_metrics(recipe: Recipe) -> None:

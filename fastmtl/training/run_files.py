@@ -20,6 +20,7 @@ from fastmtl.engine.recipe_changes import CHANGES_FILE, Changes
 from fastmtl.files.writing import replace_text
 from fastmtl.inference.predictions import CS224N_COLUMN, write_cs224n, write_table
 from fastmtl.inference.scores import Scores
+from fastmtl.inference.selection import with_thresholds
 from fastmtl.inference.types import INFERENCE_TYPES
 from fastmtl.model.add_task import Addition
 from fastmtl.model.multitask import MultiTaskModel
@@ -88,9 +89,9 @@ class RunFiles:
         if not self._ranks.is_main:
             return
         assert state_dict is not None
-        recipe, directory = phase.recipe, self.output / "model"
+        recipe, directory = with_thresholds(phase.recipe, scored), self.output / "model"
         if phase.name is not None and directory.is_dir():
-            recipe, state_dict = self._with_others(phase, state_dict, tasks)
+            recipe, state_dict = self._with_others(recipe, state_dict, tasks)
         save = save_model if self._addition is None else self._addition.save
         save(directory, model, recipe, self._tokenizer, state_dict)
         folder = self.output / "predictions"
@@ -144,13 +145,14 @@ class RunFiles:
                 file.write(json.dumps(line) + "\n")
 
     def _with_others(
-        self, phase: Phase, state_dict: dict[str, Tensor], tasks: list[str]
+        self, recipe: Recipe, state_dict: dict[str, Tensor], tasks: list[str]
     ) -> tuple[Recipe, dict[str, Tensor]]:
         kept, before = read_task_weights(self.output / "model")
-        kept.replace(TaskWeights.of(state_dict, phase.recipe.task_names), tasks)
-        known = {**before.tasks, **phase.recipe.tasks}
+        kept.replace(TaskWeights.of(state_dict, recipe.task_names), tasks)
+        # A task that keeps its weights keeps its thresholds too.
+        known = {**recipe.tasks, **before.tasks, **{name: recipe.tasks[name] for name in tasks}}
         ordered = {name: known[name] for name in self._recipe.tasks if name in known}
-        return phase.recipe.model_copy(update={"tasks": ordered}), kept.state_dict(list(ordered))
+        return recipe.model_copy(update={"tasks": ordered}), kept.state_dict(list(ordered))
 
     def results(self, steps: int, seconds: float) -> dict[str, Any] | None:
         """Return the results of the run for its report, as JSON values; None on ranks other than 0.

@@ -136,6 +136,19 @@ def test_other_weights_of_the_losses_and_other_labels(make_batch: MakeBatch, mak
             torch.testing.assert_close(one, expected)
 
 
+def test_sets_of_labels(make_batch: MakeBatch, make_model: MakeModel) -> None:
+    """Labels [E, C] of type multilabel have a place in the buffers, beside labels [E]."""
+    sets = {"type": "multilabel", "label_names": ["a", "b", "c"], "data": {}}
+    recorder = OpRecorder()
+    ways = [made(make_model, one, tasks={"sets": sets, "binary": BINARY}) for one in (recorder, None)]
+    for seed in range(3):
+        batch = make_batch([[5, 1, 9], [4, 2]], seed=seed)
+        drawn = torch.randint(0, 2, (3, 3), generator=torch.Generator().manual_seed(seed)).float()
+        batch = dataclasses.replace(batch, labels=(drawn, batch.labels[1]))
+        assert_equal(*(step(model, [batch], seed) for model in ways))
+    assert len(recorder.recordings) == 2
+
+
 def _differs(make_batch: MakeBatch, make_model: MakeModel) -> bool:
     """Return whether a replay has other bits than the heads run eagerly."""
     found = []

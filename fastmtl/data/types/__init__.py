@@ -13,6 +13,7 @@ DATA_TYPES: dict[str, DataType] = {
     "tokens": TOKENS,
     "choice": CHOICE,
     "ranking": RANKING,
+    "multilabel": SINGLE,
 }
 
 __all__ = ["DATA_TYPES", "DataType"]

@@ -1,7 +1,11 @@
-"""Reading and tokenisation of rows with one label: classification, binary and regression."""
+"""Reading and tokenisation of rows with labels of their own: a class, a number or a set of labels.
+
+They are the rows of types classification, binary, regression and multilabel.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -11,10 +15,18 @@ import numpy as np
 
 from fastmtl.config import TaskConfig
 from fastmtl.data.cells import cell_of, repeated_ids, text_of
-from fastmtl.data.columns import check_columns, check_undecided_quotes, looks_like_row, names_columns, uses_quotes
+from fastmtl.data.columns import (
+    check_columns,
+    check_undecided_quotes,
+    indicators,
+    looks_like_row,
+    names_columns,
+    uses_quotes,
+)
 from fastmtl.data.encode import encode_sequences
 from fastmtl.data.formats import FORMATS, find_layout
-from fastmtl.data.labels import BadCell, Labels
+from fastmtl.data.label_sets import label_reader
+from fastmtl.data.labels import BadCell
 from fastmtl.data.places import Place
 from fastmtl.data.records import BadRow, OnBadRow, open_source
 from fastmtl.data.rows import Rows
@@ -31,9 +43,11 @@ def read(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: bool,
     files = task.data
     source = open_source(place, partial(uses_quotes, files), partial(names_columns, place, task), bad)
     columns = {str(role): column for role, column in files.columns.items() if not isinstance(column, list)}
-    layout = find_layout(files.format, source.header, columns, str(place))
+    layout = dataclasses.replace(
+        find_layout(files.format, source.header, columns, str(place)), indicators=indicators(files)
+    )
     check_columns(place, source, layout, files, require_labels=require_labels)
-    labels_of = Labels(task, layout) if require_labels else None
+    labels_of = label_reader(task, layout) if require_labels else None
     undecided = source.delimiter is not None and files.quotes is None and not uses_quotes(files, source.delimiter)
 
     dtype: type = np.int64 if task.type == "classification" else np.float32
@@ -59,14 +73,14 @@ def read(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: bool,
         if pair_text is not None:
             pair_texts.append(pair_text)
         if label is not None:
-            labels.append(label)
+            labels.extend(label if isinstance(label, list) else [label])
     known = row_numbers(numbered) if layout.id is None else ids.done()
     return Rows(
         path=place,
         ids=known,
         texts=texts.done(),
         pair_texts=None if layout.text_pair is None else pair_texts.done(),
-        labels=None if labels_of is None else np.array(labels, dtype=dtype),
+        labels=None if labels_of is None else np.array(labels, dtype=dtype).reshape(len(numbered), *labels_of.shape),
         notes=[] if layout.id is None else repeated_ids(place, known, lines),
     )
 

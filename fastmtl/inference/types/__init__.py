@@ -1,6 +1,7 @@
 """Evaluation, predictions and summaries by task type."""
 
 from fastmtl.inference.types.choice import CHOICE
+from fastmtl.inference.types.multilabel import MULTILABEL
 from fastmtl.inference.types.ranking import RANKING
 from fastmtl.inference.types.single import SINGLE
 from fastmtl.inference.types.spec import InferenceType
@@ -13,6 +14,7 @@ INFERENCE_TYPES: dict[str, InferenceType] = {
     "tokens": TOKENS,
     "choice": CHOICE,
     "ranking": RANKING,
+    "multilabel": MULTILABEL,
 }
 
 __all__ = ["INFERENCE_TYPES", "InferenceType"]

@@ -23,7 +23,7 @@ from fastmtl.model.heads.squash import SQUASHES, from_unit_range
 class CosineHead(nn.Module):
     def __init__(self, task: TaskConfig, hidden_size: int, std: float) -> None:
         super().__init__()
-        if task.type == "classification" or kind(task) == "bins":
+        if task.type in ("classification", "multilabel") or kind(task) == "bins":
             what = "by cross_entropy" if task.type == "regression" else "task"
             raise UserError(f"head.name: cosine gives one number, which does not fit a {task.type} {what}")
         if task.pairs != "bi":

@@ -9,6 +9,7 @@ E examples, C classes. An empty loss stands for any other loss that supports the
 | binary | | binary | logit of class 1 [E, 1] | its probability [E] |
 | regression | | score | score [E, 1] | score [E] in label units |
 | regression | cross_entropy | bins | logits [E, bins] | expected score [E] in label units |
+| multilabel | | labels | logits [E, C] of each label | their probabilities [E, C] |
 
 The unit of a score is a quarter of the label range, and its zero is the middle of the range. (The
 range of a classification task is 0 to C - 1.) A quarter is about the standard deviation of labels
@@ -30,7 +31,7 @@ from fastmtl.model.types import UNIT_TYPES
 
 RANGE_WIDTH = 4.0
 
-Kind = Literal["classes", "binary", "score", "bins", "units"]
+Kind = Literal["classes", "binary", "score", "bins", "labels", "units"]
 
 
 def kind(task: TaskConfig) -> Kind:
@@ -45,6 +46,8 @@ def kind(task: TaskConfig) -> Kind:
             return "binary"
         case "regression":
             return "bins" if "cross_entropy" in task.losses else "score"
+        case "multilabel":
+            return "labels"
         case _:
             return "units"
 
@@ -52,7 +55,7 @@ def kind(task: TaskConfig) -> Kind:
 def num_outputs(task: TaskConfig) -> int:
     """Return the number of columns of the outputs of a task's head."""
     match kind(task):
-        case "classes":
+        case "classes" | "labels":
             assert task.num_labels is not None
             return task.num_labels
         case "bins":
@@ -63,10 +66,10 @@ def num_outputs(task: TaskConfig) -> int:
 
 
 def targets(task: TaskConfig, labels: Tensor) -> Tensor:
-    """Map labels [E] to the targets [E] of a loss of the outputs.
+    """Map labels [E] to the targets [E] of a loss of the outputs; labels: [E, C] to [E, C].
 
-    classes: the int64 class ids. bins: the int64 index of the nearest bin. binary: the labels.
-    score: float32, in quarters of the label range.
+    classes: the int64 class ids. bins: the int64 index of the nearest bin. binary, labels: the
+    labels. score: float32, in quarters of the label range.
     """
     match kind(task):
         case "score":
@@ -88,6 +91,8 @@ def predictions(task: TaskConfig, outputs: Tensor) -> Tensor:
             return outputs.softmax(dim=1)
         case "binary":
             return outputs.squeeze(1).sigmoid()
+        case "labels":
+            return outputs.sigmoid()
         case "bins":
             low, high = _limits(task)
             return outputs.softmax(dim=1) @ torch.linspace(low, high, task.bins).to(outputs)

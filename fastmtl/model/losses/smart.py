@@ -207,7 +207,7 @@ def divergence(task: TaskConfig, p: Tensor, q: Tensor, units: Units | None = Non
     """Return l(p, q) [E], the distance of two outputs p and q [E, num_outputs] of a task's head.
 
     For scores it is the squared difference, for a head that scores units the divergence of its
-    type, otherwise KL(p, q) + KL(q, p).
+    type, otherwise KL(p, q) + KL(q, p), which is summed over the labels of type multilabel.
     """
     match kind(task):
         case "units":
@@ -215,7 +215,7 @@ def divergence(task: TaskConfig, p: Tensor, q: Tensor, units: Units | None = Non
             return UNIT_TYPES[task.type].divergence(task, p, q, units)
         case "score":
             return (p - q).square().sum(1)
-        case "binary":
+        case "binary" | "labels":
             return ((p.sigmoid() - q.sigmoid()) * (p - q)).sum(1)
     # The sum of both divergences is one product of differences. Computed one by one, divergences
     # of nearly equal outputs would be little more than rounding errors.

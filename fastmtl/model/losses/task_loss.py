@@ -38,18 +38,24 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def bce(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return - log sigmoid(output) for class 1, - log(1 - sigmoid(output)) for class 0, [E]."""
-    return functional.binary_cross_entropy_with_logits(outputs.squeeze(1), targets.float(), reduction="none")
+    """Return - log sigmoid(output) for class 1, - log(1 - sigmoid(output)) for class 0, [E].
+
+    With outputs and targets [E, C] of several labels it is the mean over the labels.
+    """
+    targets = targets.to(outputs.dtype)
+    if targets.dim() == 2:
+        return functional.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(1)
+    return functional.binary_cross_entropy_with_logits(outputs.squeeze(1), targets, reduction="none")
 
 
 def mse(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return (output - target)^2, [E]; their unit is a quarter of the label range (outputs.py)."""
-    return functional.mse_loss(outputs.squeeze(1), targets.float(), reduction="none")
+    return functional.mse_loss(outputs.squeeze(1), targets.to(outputs.dtype), reduction="none")
 
 
 LOSSES = {
     "cross_entropy": Loss(cross_entropy, ("classification", "regression")),
-    "bce": Loss(bce, ("binary",)),
+    "bce": Loss(bce, ("binary", "multilabel")),
     "mse": Loss(mse, ("regression", "classification")),
 }
 
