@@ -9,13 +9,16 @@ import numpy as np
 
 from fastmtl.data.labels import CELLS, BadCell
 from fastmtl.data.places import Place
-from fastmtl.data.records import Record
+from fastmtl.data.records import Record, where
 from fastmtl.data.text_column import NumberColumn, taken
 from fastmtl.errors import quoted
 
 
-def repeated_ids(place: Place, ids: Sequence[str], lines: Sequence[int]) -> list[str]:
-    """Return a note about rows whose id an earlier row has too; an empty list if there are none."""
+def repeated_ids(place: Place, ids: Sequence[str], lines: Sequence[int | str]) -> list[str]:
+    """Return a note about rows whose id an earlier row has too; an empty list if there are none.
+
+    lines: as in BadRow.
+    """
     if isinstance(ids, NumberColumn):
         return []
     hashes = np.fromiter(map(hash, ids), np.int64, len(ids))
@@ -24,7 +27,7 @@ def repeated_ids(place: Place, ids: Sequence[str], lines: Sequence[int]) -> list
     if not same.any():
         return []
     likely = np.unique(np.concatenate([order[:-1][same], order[1:][same]]))  # hashes of different ids may be equal
-    first: dict[str, int] = {}
+    first: dict[str, int | str] = {}
     repeated = [
         (row_id, lines[row])
         for row, row_id in zip(likely.tolist(), taken(ids, likely), strict=True)
@@ -35,7 +38,7 @@ def repeated_ids(place: Place, ids: Sequence[str], lines: Sequence[int]) -> list
     row_id, line = repeated[0]
     return [
         f"{place.name}: {len(repeated)} rows have an id that an earlier row has too, the first is {quoted(row_id)} in "
-        f"line {line} and line {first[row_id]}"
+        f"{where(line)} and {where(first[row_id])}"
     ]
 
 
@@ -51,6 +54,11 @@ def cell_of(record: Record, column: str | int) -> str:
 
     Raises BadCell for a value that is not text or a number.
     """
+    return content_of(record, column).strip()
+
+
+def content_of(record: Record, column: str | int) -> str:
+    """Return the text of a cell with its spaces; otherwise as `cell_of`."""
     value = record.cells.get(column)
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
@@ -64,7 +72,7 @@ def cell_of(record: Record, column: str | int) -> str:
             raise BadCell(
                 column, f"expected a text, found half of a surrogate pair (U+{ord(text[error.start]):04X})"
             ) from None
-    return text.strip()
+    return text
 
 
 def _kind(value: object) -> str:

@@ -98,10 +98,10 @@ def check_format(name: str, formats: Iterable[str]) -> None:
 def is_quoted(name: str, delimiter: str) -> bool:
     """Return whether files of the format `name` have CSV quotes by default.
 
-    Format `table` has quotes with commas and none with tabs: the definition of the media type
+    Tables have quotes with commas and none with tabs: the definition of the media type
     text/tab-separated-values has no quotes.
     """
-    return name == "cs224n" or (name == "table" and delimiter == ",")
+    return name == "cs224n" or (name != "glue" and delimiter == ",")
 
 
 def has_header(name: str, first: list[str]) -> bool:

@@ -103,7 +103,8 @@ def _read_place(
             raise UserError(f"{place}, {bad}. Fix the row, or set data.on_bad_row=skip to leave such rows out.")
         skipped.append(bad)
 
-    rows = DATA_TYPES[task.type].read(place, task, report, require_labels=require_labels, numbers=numbers)
+    read = DATA_TYPES[task.type].read
+    rows = read(place, task, report, require_labels=require_labels, numbers=numbers)
     if not len(rows):
         raise UserError(f"{place}: no rows" + (f" ({len(skipped)} bad ones were skipped)" if skipped else ""))
     return dataclasses.replace(rows, skipped=skipped)

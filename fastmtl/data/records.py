@@ -23,24 +23,33 @@ _PARQUET_ROWS = 8192  # rows that are read at once
 
 @dataclass(frozen=True)
 class BadRow:
-    """An unusable row: its line number (Parquet: row number), its column, and the error message."""
+    """An unusable row: its place in the file, its column, and the error message.
 
-    line: int
+    line: its line number (Parquet: row number), or a text for a file whose rows are no lines.
+    """
+
+    line: int | str
     column: str
     reason: str
 
     def __str__(self) -> str:
-        return one_line(f"line {self.line}, column {shortened(self.column)}: {self.reason}")
+        return one_line(f"{where(self.line)}, column {shortened(self.column)}: {self.reason}")
+
+
+def where(line: int | str) -> str:
+    """Return the place of a row as it appears in a message. line: as in BadRow."""
+    return f"line {line}" if isinstance(line, int) else line
 
 
 @dataclass(frozen=True)
 class Record:
     """One row of a file.
 
-    cells: the cells by column name; in CSV and TSV files also by column number from 0.
+    line: as in BadRow. cells: the cells by column name; in CSV and TSV files also by column number
+    from 0.
     """
 
-    line: int
+    line: int | str
     cells: Mapping[str | int, object]
 
 

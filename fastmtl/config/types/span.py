@@ -12,6 +12,7 @@ class SpanConfig(Section):
     """Settings of a task of type span."""
 
     stride: Int = Field(128, ge=0, description="tokens that two windows of a long context share")
+    max_question: Int = Field(64, ge=1, description="tokens of the longest question; longer ones are cut")
     max_answer: Int = Field(30, ge=1, description="tokens of the longest answer")
     unanswerable: bool = Field(False, description="whether a question may have no answer in its context")
 

@@ -3,6 +3,7 @@
 from fastmtl.data.types.choice import CHOICE
 from fastmtl.data.types.ranking import RANKING
 from fastmtl.data.types.single import SINGLE
+from fastmtl.data.types.span import SPAN
 from fastmtl.data.types.spec import DataType
 from fastmtl.data.types.tokens import TOKENS
 
@@ -11,6 +12,7 @@ DATA_TYPES: dict[str, DataType] = {
     "binary": SINGLE,
     "regression": SINGLE,
     "tokens": TOKENS,
+    "span": SPAN,
     "choice": CHOICE,
     "ranking": RANKING,
     "multilabel": SINGLE,

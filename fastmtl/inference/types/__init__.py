@@ -4,6 +4,7 @@ from fastmtl.inference.types.choice import CHOICE
 from fastmtl.inference.types.multilabel import MULTILABEL
 from fastmtl.inference.types.ranking import RANKING
 from fastmtl.inference.types.single import SINGLE
+from fastmtl.inference.types.span import SPAN
 from fastmtl.inference.types.spec import InferenceType
 from fastmtl.inference.types.tokens import TOKENS
 
@@ -12,6 +13,7 @@ INFERENCE_TYPES: dict[str, InferenceType] = {
     "binary": SINGLE,
     "regression": SINGLE,
     "tokens": TOKENS,
+    "span": SPAN,
     "choice": CHOICE,
     "ranking": RANKING,
     "multilabel": MULTILABEL,
