@@ -225,9 +225,11 @@ class BatchStream:
         for name, dataset, lengths in zip(self._recipe.task_names, self._datasets, self._lengths, strict=True):
             if lengths.max() > budget:
                 row = int(lengths.argmax())
+                texts = len(dataset.sequences(np.array([row])))
+                parts = f" with its {texts} texts" if dataset.example_offsets is not None else ""
                 raise UserError(
                     f"sampler.batch_tokens={budget} is less than the {lengths.max()} tokens of row "
-                    f"{dataset.ids[row]} of {name} "
+                    f"{dataset.ids[row]} of {name}{parts} "
                     f"({dataset.path}): raise it, or set encoder.max_length"
                 )
 

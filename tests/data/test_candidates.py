@@ -120,7 +120,7 @@ def hard(**changed: Any) -> list[dict[str, Any]]:
 
 
 LISTED = {"type": "ranking", "data": {"columns": {"text": "query", "choices": "positive", "label": "negatives"}}}
-BAD = {
+BAD: dict[str, tuple[dict[str, Any], list[dict[str, Any]] | str, str]] = {
     "beyond": (BARE, choice(label=3), "line 3, column label: expected a number from 0 to 2, .* from_1 .*, found '3'"),
     "half": (BARE, choice(label=0.5), "line 3, column label: expected a number from 0 to 2"),
     "none": (BARE, choice(label=None), "line 3, column label: expected the right choice, found nothing"),
@@ -255,6 +255,6 @@ def test_tokens(tmp_path: Path, tiny_bert: Path, settings: dict[str, Any], cut: 
             texts = [(rows.texts[row], item) if rows.texts[row] else (item, None) for item in items]
         expected += [tokenizer(*pair, truncation="longest_first", max_length=most)["input_ids"] for pair in texts]
     assert [part.tolist() for part in np.split(found.tokens, found.offsets[1:-1])] == expected
-    assert found.units is not None and found.units.offsets.tolist() == rows.items.offsets.tolist()  # type: ignore[union-attr]
+    assert found.units is not None and found.units.offsets.tolist() == rows.items.offsets.tolist()
     assert found.example_offsets is not None and found.example_offsets[-1] == len(expected)
     assert found.truncated == cut

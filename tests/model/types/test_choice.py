@@ -48,7 +48,7 @@ def test_losses_and_gradients_equal_bert_for_multiple_choice(tiny_bert: Path, tm
     loss.backward()
     expected = []
     for row, label in enumerate(LABELS):  # transformers takes one number of choices per batch
-        parts = range(*data.example_offsets[row : row + 2].tolist())  # type: ignore[index]
+        parts = range(*data.example_offsets[row : row + 2].tolist())
         sequences = [
             torch.from_numpy(data.tokens[data.offsets[s] : data.offsets[s + 1]].astype(np.int64)) for s in parts
         ]
