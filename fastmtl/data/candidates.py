@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,7 @@ from fastmtl.data.labels import BadCell
 from fastmtl.data.places import Place
 from fastmtl.data.records import OnBadRow, Record, Source, open_source
 from fastmtl.data.rows import Items, Rows
+from fastmtl.data.text_column import TextBuilder
 from fastmtl.errors import UserError, quoted
 
 if TYPE_CHECKING:
@@ -106,7 +108,9 @@ def _entry(line: int | str, column: Column, number: int, text: object) -> str:
 def items_of(candidates: Sequence[Sequence[str]], *, labelled: bool) -> Items:
     """Return the candidates of all rows as `Items`."""
     offsets = np.concatenate([[0], np.cumsum([len(texts) for texts in candidates], dtype=np.int64)])
-    return Items([text for texts in candidates for text in texts], offsets, labelled)
+    texts = TextBuilder()
+    texts.extend(chain.from_iterable(candidates))
+    return Items(texts.done(), offsets, labelled)
 
 
 def encode_candidates(

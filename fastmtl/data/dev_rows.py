@@ -29,8 +29,8 @@ def split_rows(rows: Rows, task: TaskConfig, data: DataConfig) -> tuple[Rows, Ro
     chosen = draw(len(rows), number, seed, strata)
     rest = np.setdiff1d(np.arange(len(rows)), chosen)
     note = f"{number:,} of {len(rows):,} training rows are the dev rows (data.dev_fraction={fraction:g}, seed {seed})"
-    dev = dataclasses.replace(rows.take(chosen.tolist()), skipped=[], notes=[note])
-    return rows.take(rest.tolist()), dev
+    dev = dataclasses.replace(rows.take(chosen), skipped=[], notes=[note])
+    return rows.take(rest), dev
 
 
 def draw(rows: int, number: int, seed: int, strata: np.ndarray | None = None) -> np.ndarray:

@@ -26,6 +26,7 @@ ROOT = HERE.parents[1]
 # The command of each part, and its options for a quick run.
 PARTS: dict[str, tuple[list[str], list[str]]] = {
     "readers": (["fuzz_readers.py"], ["--inputs", "50"]),
+    "large files": (["large_files.py"], ["--rows", "200000"]),
     "truncations": (["truncations.py"], ["--offsets", "5"]),
     "full disk": (["full_disk.py"], ["--fillings", "5"]),
     "kernels": (["kernels.py"], ["--shapes", "200"]),

@@ -52,8 +52,9 @@ def read(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: bool,
 
     dtype: type = np.int64 if task.type == "classification" else np.float32
     ids, texts, pair_texts = TextBuilder(), TextBuilder(), TextBuilder()
-    numbered, lines = array("q"), array("q")
-    labels: array[Any] = array("q" if dtype is np.int64 else "d")
+    numbered = array("q")
+    lines: array[Any] = array("q")  # the lines of tables are numbers
+    labels: array[Any] = array("q" if dtype is np.int64 else "f")
     for record, number in zip(source.records(partial(looks_like_row, source, layout, task)), numbers, strict=False):
         try:
             text = text_of(record, layout.text)

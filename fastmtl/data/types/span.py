@@ -21,6 +21,7 @@ from fastmtl.data.places import Place, Table
 from fastmtl.data.records import BadRow, OnBadRow, Record, Source
 from fastmtl.data.rows import Answers, Rows
 from fastmtl.data.squad import open_squad
+from fastmtl.data.text_column import TextBuilder
 from fastmtl.data.types.spec import Arrays, DataType
 from fastmtl.data.windows import windows
 from fastmtl.errors import UserError, quoted
@@ -47,7 +48,8 @@ def read(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: bool,
                 check_column(place, source, role, column)
     undecided = source.delimiter is not None and files.quotes is None and not uses_quotes(files, source.delimiter)
 
-    ids, questions, contexts, lines = [], [], [], []
+    ids, questions, contexts = TextBuilder(), TextBuilder(), TextBuilder()
+    lines: list[int | str] = []
     answers: list[Answers] = []
     for record, number in zip(source.records(partial(_looks_like_row, source, columns)), numbers, strict=False):
         try:
@@ -67,13 +69,14 @@ def read(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: bool,
         contexts.append(context)
         answers.append(found)
         lines.append(record.line)
+    known = ids.done()
     return Rows(
         path=place,
-        ids=ids,
-        texts=questions,
-        pair_texts=contexts,
+        ids=known,
+        texts=questions.done(),
+        pair_texts=contexts.done(),
         labels=None,
-        notes=repeated_ids(place, ids, lines),
+        notes=repeated_ids(place, known, lines),
         answers=answers if require_labels else None,
     )
 

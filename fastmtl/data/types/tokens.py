@@ -22,6 +22,7 @@ from fastmtl.data.records import BadRow, OnBadRow
 from fastmtl.data.rows import Items, Rows
 from fastmtl.data.sentences import Sentence, read_sentences
 from fastmtl.data.tags import allowed
+from fastmtl.data.text_column import TextBuilder
 from fastmtl.data.types.spec import Arrays, DataType
 from fastmtl.errors import listed, quoted
 from fastmtl.files.label_text import as_label, as_number
@@ -42,10 +43,8 @@ class _BadWord(Exception):
 
 def read(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: bool, numbers: Iterator[int]) -> Rows:
     """Return the sentences of one place; see `ReadRows`."""
-    ids, lines, counts = [], [], [0]
-    texts: list[str] = []
-    words: list[str] = []
-    labels = array("q")
+    ids, texts, words = TextBuilder(), TextBuilder(), TextBuilder()
+    lines, labels, counts = array("q"), array("q"), array("q", [0])
     tags = Tags(task)
     sentences = read_sentences(place, task, bad, require_labels=require_labels)
     for sentence, number in zip(sentences, numbers, strict=False):
@@ -60,14 +59,15 @@ def read(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: bool,
         texts.append(" ".join(found))
         words.extend(found)
         counts.append(len(found))
+    known = ids.done()
     return Rows(
         path=place,
-        ids=ids,
-        texts=texts,
+        ids=known,
+        texts=texts.done(),
         pair_texts=None,
         labels=np.array(labels, dtype=np.int64) if require_labels else None,
-        notes=repeated_ids(place, ids, lines),
-        items=Items(words, np.cumsum(counts), labelled=True),
+        notes=repeated_ids(place, known, lines),
+        items=Items(words.done(), np.cumsum(counts), labelled=True),
     )
 
 
