@@ -98,7 +98,7 @@ def _filled(cell: object) -> bool:
     return cell is not None and cell == cell and str(cell).strip() != ""  # not None, not nan
 
 
-def _entry(line: int | str, column: Column, number: int, text: object) -> str:
+def _entry(line: int, column: Column, number: int, text: object) -> str:
     try:
         return text_of(Record(line, {column: text}), column)
     except BadCell as cell:

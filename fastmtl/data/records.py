@@ -45,12 +45,18 @@ def where(line: int | str) -> str:
 class Record:
     """One row of a file.
 
-    line: as in BadRow. cells: the cells by column name; in CSV and TSV files also by column number
-    from 0.
+    line: its line number (Parquet: row number). cells: the cells by column name; in CSV and TSV
+    files also by column number from 0. name: its place in a file whose rows are no lines.
     """
 
-    line: int | str
+    line: int
     cells: Mapping[str | int, object]
+    name: str | None = None
+
+    @property
+    def place(self) -> int | str:
+        """The place of the row, as in BadRow."""
+        return self.name or self.line
 
 
 # Called with every bad row: either raises an error, or records the row so that it is skipped.

@@ -6,6 +6,7 @@ with questions {"id", "question", "answers": [{"text", "answer_start"}], "is_imp
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -57,13 +58,14 @@ def _parsed(line: str) -> Any:
 
 
 def _questions(articles: list[Any], bad: OnBadRow) -> Iterator[Record]:
+    numbers = itertools.count(1)
     for where, article in _each(articles, "data", dict, bad):
         for within, paragraph in _each(_list_of(article, "paragraphs", where, bad), f"{where}.paragraphs", dict, bad):
             for at, question in _each(_list_of(paragraph, "qas", within, bad), f"{within}.qas", dict, bad):
                 named = f"question {quoted(question['id'])} ({at})" if "id" in question else at
                 answers = [] if question.get("is_impossible") is True else question.get("answers")
                 found = (question.get("id"), question.get("question"), paragraph.get("context"), answers)
-                yield Record(named, dict(zip(HEADER, found, strict=True)))
+                yield Record(next(numbers), dict(zip(HEADER, found, strict=True)), named)
 
 
 def _each(values: list[Any], name: str, kind: type, bad: OnBadRow) -> Iterator[tuple[str, Any]]:

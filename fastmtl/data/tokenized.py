@@ -112,6 +112,11 @@ class TokenizedDataset:
         return len(self.ids)
 
     @property
+    def num_rows(self) -> int:
+        """The number of rows that the examples are made of."""
+        return len(self) if self.row_of is None else len(np.unique(self.row_of))
+
+    @property
     def lengths(self) -> np.ndarray:
         """The number of tokens of each example, in all its sequences, int64 [n]."""
         if self.example_offsets is not None:
@@ -152,6 +157,15 @@ class TokenizedDataset:
             for part in array_pieces(array):
                 digest.update(part)
         return digest.hexdigest()
+
+    def examples_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the positions of all examples of some rows, int64, ascending.
+
+        rows: int [k], ascending, from 0 to num_rows - 1.
+        """
+        if self.row_of is None:
+            return rows
+        return np.flatnonzero(np.isin(self.row_of, np.unique(self.row_of)[rows]))
 
     def take(self, rows: np.ndarray) -> TokenizedDataset:
         """Return a data set of the examples at the positions `rows`, int [k].

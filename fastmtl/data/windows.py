@@ -71,7 +71,7 @@ def windows(
     max_length: int,
     path: Place | str,
 ) -> tuple[dict[str, np.ndarray], int]:
-    """Return the arrays of the windows of all pairs, and the number of questions that are cut.
+    """Return the arrays of the windows of all pairs, and how many have a question that is cut.
 
     The arrays are as in `Encode`: every token of a window is a unit. unit_spans are those of the
     context's tokens in the context, -1 for all others. Questions have at most config.max_question
@@ -92,8 +92,8 @@ def windows(
         of_questions = _encoded(questions, tokenizer)
         tokens, spans, lengths, second, row_of, cut = [], [], [], [], [], 0
         for row, ((question, _), context) in enumerate(zip(of_questions, contexts, strict=True)):
-            if len(question) > config.max_question:
-                cut += 1
+            too_long = len(question) > config.max_question
+            if too_long:
                 left = tokenizer.truncation_side == "left"
                 question = question[-config.max_question :] if left else question[: config.max_question]
             ids, places = of_contexts[number[context]]
@@ -104,6 +104,7 @@ def windows(
                 lengths.append(head + stop - start + len(template.after))
                 second.append(lengths[-1] if template.second < 0 else head - template.second)
                 row_of.append(row)
+                cut += too_long
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     return {
         "tokens": np.concatenate(tokens),

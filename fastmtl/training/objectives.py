@@ -131,8 +131,8 @@ class Objectives:
             if name not in dev or rows is None or train is None:
                 samples.append(None)
                 continue
-            count = min(len(train), len(rows))
-            samples.append(train.take(np.arange(count) * len(train) // count))
+            count = min(train.num_rows, rows.num_rows)
+            samples.append(train.take(train.examples_of(np.arange(count) * train.num_rows // count)))
         return dataclasses.replace(self._corpus, dev=samples)
 
 

@@ -129,7 +129,8 @@ def check_run(
     parts = [
         _counted(len(start.recipe.tasks), "task"),
         _counted(len(files), "file"),
-        _counted(sum(map(len, files)), "row") + (f" ({_counted(skipped, 'bad one')} skipped)" if skipped else ""),
+        _counted(sum(dataset.num_rows for dataset in files), "row")
+        + (f" ({_counted(skipped, 'bad one')} skipped)" if skipped else ""),
         f"encoder {start.recipe.encoder.path}" + (f" ({note.removeprefix('encoder: ')})" if note else ""),
         _counted(ranks.world, "process", "processes"),
     ]

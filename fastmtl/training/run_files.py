@@ -15,6 +15,7 @@ from torch import Tensor
 from fastmtl.config import Recipe
 from fastmtl.data.corpus import Corpus
 from fastmtl.data.tokenized import TokenizedDataset
+from fastmtl.data.types import DATA_TYPES
 from fastmtl.engine.distributed import Ranks
 from fastmtl.engine.recipe_changes import CHANGES_FILE, Changes
 from fastmtl.files.writing import replace_text
@@ -67,9 +68,8 @@ class RunFiles:
             if dataset.skipped:
                 notes.append(f"{name} {split}: {len(dataset.skipped)} bad rows skipped, first {dataset.skipped[0]}")
             if dataset.truncated:
-                notes.append(
-                    f"{name} {split}: {dataset.truncated} of {len(dataset)} texts cut to the encoder's positions"
-                )
+                cut = DATA_TYPES[self._recipe.tasks[name].type].cut
+                notes.append(f"{name} {split}: {dataset.truncated} of {len(dataset)} {cut}")
         return notes
 
     def keep(
@@ -169,7 +169,7 @@ class RunFiles:
         counts: dict[str, dict[str, dict[str, Any]]] = {}
         for name, split, dataset in self._datasets():
             numbers: dict[str, Any] = {
-                "rows": len(dataset),
+                "rows": dataset.num_rows,
                 "skipped": len(dataset.skipped),
                 "truncated": dataset.truncated,
             }

@@ -58,9 +58,9 @@ def read(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: bool,
             if not context.strip():
                 raise BadCell(columns["text_pair"], "expected a text, found none")
             found = _answers(record, columns, context, task) if require_labels else []
-            row_id = cell_of(record, columns["id"]) if "id" in columns else None
+            row_id = cell_of(record, columns["id"]) if "id" in columns else ""
         except BadCell as cell:
-            bad(BadRow(record.line, str(cell.column), cell.reason))
+            bad(BadRow(record.place, str(cell.column), cell.reason))
             continue
         if undecided:
             check_undecided_quotes(place, record, [columns["text"], columns["text_pair"]])
@@ -68,15 +68,15 @@ def read(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: bool,
         questions.append(question)
         contexts.append(context)
         answers.append(found)
-        lines.append(record.line)
-    known = ids.done()
+        lines.append(record.place)
+    row_ids = ids.done()
     return Rows(
         path=place,
-        ids=known,
+        ids=row_ids,
         texts=questions.done(),
         pair_texts=contexts.done(),
         labels=None,
-        notes=repeated_ids(place, known, lines),
+        notes=repeated_ids(place, row_ids, lines),
         answers=answers if require_labels else None,
     )
 
@@ -200,5 +200,10 @@ def _characters(answers: Sequence[tuple[int, str]]) -> tuple[int, int]:
 
 
 SPAN = DataType(
-    read, encode, label, lambda task: [task.span.stride, task.span.max_question], formats=("table", "squad")
+    read,
+    encode,
+    label,
+    lambda task: [task.span.stride, task.span.max_question],
+    formats=("table", "squad"),
+    cut="windows have a question cut to span.max_question tokens",
 )

@@ -68,7 +68,7 @@ class DataType:
 
     settings: function that returns the task's settings that `encode` reads. formats: names of the
     formats of its files. notes: function of (rows, result of `encode`, task) that returns lines for
-    the user about the tokenised rows.
+    the user about the tokenised rows. cut: the end of the note "N of M ..." about cut examples.
     """
 
     read: ReadRows
@@ -77,3 +77,4 @@ class DataType:
     settings: Callable[[TaskConfig], list[Any]]
     formats: tuple[str, ...] = ("table",)
     notes: Callable[[Rows, Mapping[str, np.ndarray], TaskConfig], list[str]] = no_notes
+    cut: str = "texts cut to the encoder's positions"
