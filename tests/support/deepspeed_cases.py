@@ -22,6 +22,7 @@ from encoder_families import config_of
 from op_recorder import OpRecorder
 from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
+from unit_rows import unit_rows
 
 from fastmtl.bench.waits import host_waits
 from fastmtl.config import Recipe, parse_recipe
@@ -65,7 +66,8 @@ class Case:
     # without an adapter), "left-out" (another library's model whose ranks leave out tasks without
     # rows, so that heads are reached on one rank only), "padded" (transformers' own modules, also
     # "flat-padded" and "padded-tensor"), "lora" (for all tasks, encoder frozen), "lora-own" (one
-    # for each task, beside the adapter), or an option's value: "tensor" (scope), "local", "sketch"
+    # for each task, beside the adapter), "units" (heads that score words or several texts of a row;
+    # also "units-tensor"), or an option's value: "tensor" (scope), "local", "sketch"
     # (reduce), "cheap", "full" (recompute).
     variant: str = ""
     family: str = ""  # a case of encoder_families.py; "" for the BERT of make_model
@@ -109,6 +111,9 @@ CASES = [
     *(Case(zero, 1, "pcgrad", family=family) for zero in (0, 1, 2, 3) for family in FAMILIES_OF_KINDS),
     *(Case(zero, 1, "pcgrad", variant="lora") for zero in (0, 1, 2, 3)),
     Case(3, 1, "pcgrad", variant="lora-own"),
+    *(Case(zero, 1, "pcgrad", variant="units") for zero in (0, 1, 2, 3)),
+    Case(2, 4, "pcgrad", storage="kept", variant="units"),
+    Case(3, 1, "pcgrad", variant="units-tensor"),
 ]
 PIECE = 1000  # numbers in a collective, for cases with many collectives
 
@@ -125,7 +130,7 @@ def make_recipe(case: Case) -> Recipe:
     task = {"data": {"train": "none"}}
     adapter = {"name": "pal", "size": 8, "heads": 2, "projections": 2}
     lora = {"lora": "shared", "lora-own": "own"}.get(case.variant)
-    values = {
+    values: dict[str, Any] = {
         "adapter": {"name": "none"}
         if "graphs" in case.variant or "padded" in case.variant or lora == "shared"
         else adapter,
@@ -158,6 +163,17 @@ def make_recipe(case: Case) -> Recipe:
             "flat_parameters": case.variant.startswith("flat"),
         },
     }
+    if case.variant.startswith("units"):
+        values["tasks"] = {
+            "order": {**task, "type": "ranking", "pairs": "bi", "pooling": "mean"},
+            "tags": {**task, "type": "tokens", "label_names": list("OABC"), "weight": 0.5},
+            "same": values["tasks"]["same"],
+            "which": {**task, "type": "choice"},
+        }
+    if case.variant == "units-tensor":
+        # Adding a vector to all texts changes no order and no choice. Their gradients of the last
+        # LayerNorm's bias are therefore rounding errors, along which others would be projected.
+        del values["tasks"]["which"], values["tasks"]["order"]
     if case.variant.endswith("autocast"):
         values["deepspeed"] = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
     return parse_recipe(values, "test")
@@ -195,36 +211,46 @@ def make_model(recipe: Recipe, family: str = "") -> MultiTaskModel:
     return model.eval()  # no dropout: the reference draws its masks in another order
 
 
-def make_data() -> list[TokenizedDataset]:
-    random = np.random.default_rng(0)
-    datasets = []
-    for per_example, labels in (
-        (1, random.integers(0, 3, STEPS * ROWS)),
-        (1, random.integers(0, 2, STEPS * ROWS).astype(np.float32)),
-        (2, random.uniform(0, 5, STEPS * ROWS).astype(np.float32)),
-    ):
-        lengths = random.integers(2, 16, STEPS * ROWS * per_example)
-        datasets.append(
-            TokenizedDataset(
-                tokens=random.integers(0, 50, lengths.sum()).astype(np.int32),
-                offsets=np.concatenate([[0], np.cumsum(lengths)]),
-                second_text=(lengths // 2).astype(np.int32),
-                sequences_per_example=per_example,
-                labels=labels,
-                ids=[str(row) for row in range(STEPS * ROWS)],
-                truncated=0,
-                skipped=[],
-                path=Path("none"),
-            )
+def make_data(recipe: Recipe | None = None) -> list[TokenizedDataset]:
+    """Return the rows of three tasks of one label each, or of the variant "units"."""
+    random, rows = np.random.default_rng(0), STEPS * ROWS
+    types = [] if recipe is None else [task.type for task in recipe.tasks.values()]
+    if "tokens" in types:
+        made = {"binary": _one_label(random, 1, random.integers(0, 2, rows).astype(np.float32))}
+        units = {kind: unit_rows(kind, rows, random, vocabulary=50, longest=12) for kind in types if kind not in made}
+        return [(made | units)[kind] for kind in types]
+    return [
+        _one_label(random, per_example, labels)
+        for per_example, labels in (
+            (1, random.integers(0, 3, STEPS * ROWS)),
+            (1, random.integers(0, 2, STEPS * ROWS).astype(np.float32)),
+            (2, random.uniform(0, 5, STEPS * ROWS).astype(np.float32)),
         )
-    return datasets
+    ]
+
+
+def _one_label(random: np.random.Generator, per_example: int, labels: np.ndarray) -> TokenizedDataset:
+    lengths = random.integers(2, 16, STEPS * ROWS * per_example)
+    return TokenizedDataset(
+        tokens=random.integers(0, 50, lengths.sum()).astype(np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        second_text=(lengths // 2).astype(np.int32),
+        sequences_per_example=per_example,
+        labels=labels,
+        ids=[str(row) for row in range(STEPS * ROWS)],
+        truncated=0,
+        skipped=[],
+        path=Path("none"),
+    )
 
 
 def step_batches(data: list[TokenizedDataset], step: int, part: int, parts: int) -> PackedBatch:
     """Return one of `parts` pieces of a step's rows. The second task has rows in one piece only."""
     rows = np.arange(step * ROWS, (step + 1) * ROWS)
-    second = rows[:3] if part == 0 else rows[:0]
-    return pack([(data[0], rows[part::parts]), (data[1], second), (data[2], rows[part::parts])], (ROWS, 3, ROWS))
+    whole = [(one, rows[:3] if number == 1 else rows) for number, one in enumerate(data)]
+    counts = [len(rows) if one.loss_terms is None else int(one.loss_terms[rows].sum()) for one, rows in whole]
+    pieces = [(one, rows[part::parts] if len(rows) == ROWS else rows[: 3 * (part == 0)]) for one, rows in whole]
+    return pack(pieces, tuple(counts))
 
 
 def run_steps(
@@ -240,7 +266,7 @@ def run_steps(
 
     left_out: of the variant.
     """
-    data = make_data()
+    data = make_data(recipe)
 
     def loss_fn(batch: PackedBatch, model: Any, task_grads: Any) -> Any:
         return model(batch, task_grads)
@@ -291,7 +317,7 @@ def engine_forward(zero: int, world: int) -> str:
     model = make_model(recipe)
     engine = build_engine(recipe, model, world, STEPS)
     surgery = make_surgery(engine, model, recipe)
-    losses = engine(step_batches(make_data(), 0, 0, 1), surgery.task_grads)
+    losses = engine(step_batches(make_data(recipe), 0, 0, 1), surgery.task_grads)
     try:
         surgery.backward(losses)
     except UserError as error:
@@ -309,7 +335,7 @@ def waits_of_a_step(zero: int, world: int, rank: int) -> list[str]:
     model = make_model(recipe)
     engine = build_engine(recipe, model, world, STEPS)
     surgery = make_surgery(engine, model, recipe)
-    data = make_data()
+    data = make_data(recipe)
 
     def step(number: int) -> None:
         batch = step_batches(data, number, rank, world)

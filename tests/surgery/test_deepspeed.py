@@ -56,7 +56,7 @@ def reference(case: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tenso
         optimizer.step()
         optimizer.zero_grad()
 
-    data = cases.make_data()
+    data = cases.make_data(recipe)
     for index in range(cases.STEPS):
         for part, surgery in enumerate(surgeries):
             batch = cases.step_batches(data, index, part, parts)
