@@ -12,10 +12,30 @@ from fastmtl.config.base import Int, Section, Whole
 class WeightingConfig(Section):
     """Weights of the tasks' losses, multiplied by the fixed `tasks.<task>.weight`."""
 
-    name: Literal["fixed", "uncertainty", "dwa"] = Field(
-        "fixed", description="uncertainty: learned, one per task; dwa: by how fast the losses fell in the last epoch"
+    name: Literal["fixed", "uncertainty", "imtl_l", "dwa", "rlw", "stch", "famo", "gradnorm"] = Field(
+        "fixed", description="docs/recipes.md gives the formulas"
     )
     temperature: float = Field(2.0, gt=0, description="dwa: the higher, the more equal the weights")
+    mu: float = Field(1.0, gt=0, description="stch: the smaller, the more the largest loss counts")
+    alpha: float = Field(1.5, ge=0, description="gradnorm: the higher, the more a task that trains slowly counts")
+    lr: float = Field(0.025, gt=0, description="famo, gradnorm: learning rate of the weights")
+    weight_decay: float = Field(1e-3, ge=0, description="famo: of the weights' logits")
+
+    @model_validator(mode="after")
+    def _own_keys(self) -> WeightingConfig:
+        for key, names in _WEIGHTING_KEYS.items():
+            if self.name not in names and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is for weighting.name: {' and '.join(names)}, this one is {self.name}")
+        return self
+
+
+_WEIGHTING_KEYS = {
+    "temperature": ("dwa",),
+    "mu": ("stch",),
+    "alpha": ("gradnorm",),
+    "lr": ("famo", "gradnorm"),
+    "weight_decay": ("famo",),
+}
 
 
 class SmartConfig(Section):

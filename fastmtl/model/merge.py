@@ -24,6 +24,7 @@ from fastmtl.data.token_cache import tokenizer_state
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.files.user_path import user_path
 from fastmtl.model.lora import Lora
+from fastmtl.model.losses.weighting import LEARNED
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.model.saved_model import load_model, read_about, save_model
 
@@ -50,7 +51,8 @@ TRAINING_SECTIONS = {
 # models.
 JOINED_SECTIONS = {"description", "add_to", "encoder", "adapter", "lora", "tasks", "data"}
 STACKED = ("adapter.", "lora.own.")  # tensors that are stacked over the tasks
-LEARNED_WEIGHT = ".uncertainty."  # learned weights of the tasks' losses, which only training needs
+# Learned weights of the tasks' losses, which only training needs.
+LEARNED_WEIGHT = re.compile(rf"\.({'|'.join(LEARNED.values())})\.")
 # Name of a tensor that belongs to one task. The groups are the text before the task's index, the
 # index, and the text after it.
 ONE_TASKS = re.compile(r"(heads\.|adapter\.(?:.+\.)?tasks\.)(\d+)(\..+)")
@@ -155,10 +157,10 @@ def join(first: TrainedModel, second: TrainedModel, *, rounded: torch.dtype = to
     _check_encoders(first, second, rounded)
     _check_adapters(first, second)
     _check_loras(first, second, rounded)
-    tensors = {name: tensor for name, tensor in first.tensors.items() if LEARNED_WEIGHT not in name}
+    tensors = {name: tensor for name, tensor in first.tensors.items() if not LEARNED_WEIGHT.search(name)}
     counts = len(first.recipe.tasks), len(second.recipe.tasks)
     for name, tensor in second.tensors.items():
-        if LEARNED_WEIGHT in name:
+        if LEARNED_WEIGHT.search(name):
             continue
         if found := ONE_TASKS.match(name):
             tensors[f"{found[1]}{int(found[2]) + counts[0]}{found[3]}"] = tensor

@@ -27,7 +27,8 @@ from fastmtl.model.heads.pooling import pooling
 from fastmtl.model.lora import build_lora
 from fastmtl.model.losses.smart import Smart, SmartModel
 from fastmtl.model.losses.task_loss import TaskLoss, build_loss
-from fastmtl.model.losses.weighting import Uncertainty
+from fastmtl.model.losses.weighting import LEARNED, add_learned_weight, batch_weights, check_gradnorm
+from fastmtl.model.losses.weighting.batch_weights import weighted
 from fastmtl.model.types import UNIT_TYPES
 from fastmtl.surgery.random_state import RandomState
 
@@ -43,6 +44,7 @@ class MultiTaskModel(SmartModel):
     Every module uses only its own parameters, and every batch runs all heads, with no rows for a
     task that has no examples. Under ZeRO 3 all ranks therefore gather the same parameters in the
     same order.
+    Attribute batch_weights: weights of the losses that depend on the micro-batch, or None.
     Attribute recorded_heads: replays recordings of heads and losses in training, as CUDA graphs do;
     None by default.
     Raises UserError, naming the key, for settings that do not fit together.
@@ -70,8 +72,9 @@ class MultiTaskModel(SmartModel):
                     encoder.use_pooler()
             except UserError as error:
                 raise UserError(f"tasks.{name}: {error}") from None
-            if recipe.weighting.name == "uncertainty":
-                heads[-1].uncertainty = Uncertainty(squared_error=kind(task) == "score")
+            add_learned_weight(recipe, heads[-1], squared_error=kind(task) == "score")
+        check_gradnorm(recipe)
+        self.batch_weights = batch_weights(recipe)
         self.heads = nn.ModuleList(heads)
         self.lora = build_lora(recipe.lora, encoder, len(recipe.tasks))  # last: heads begin as without it
         self.smart = Smart(recipe) if recipe.smart.used else None
@@ -124,6 +127,8 @@ class MultiTaskModel(SmartModel):
         losses = None if recorded is None else recorded.run(vectors, rest)
         if losses is None:
             losses = self.losses_of(vectors, rest, terms)
+        if self.batch_weights is not None and torch.is_grad_enabled():
+            losses = weighted(losses, batch.loss_terms, self.batch_weights)
         return dict(zip(self.recipe.task_names, zip(losses, batch.loss_terms, strict=True), strict=True))
 
     def predict(self, batch: PackedBatch) -> dict[str, Tensor]:
@@ -193,9 +198,10 @@ class MultiTaskModel(SmartModel):
         losses = [self._loss(index, found, batch) for index, found in enumerate(examples)]
         if terms is not None:
             losses = [loss + term for loss, term in zip(losses, terms(examples), strict=True)]
-        if self.recipe.weighting.name == "uncertainty":
-            weighted = zip(self.heads, losses, batch.loss_terms, strict=True)
-            losses = [head.get_submodule("uncertainty")(loss, count) for head, loss, count in weighted]
+        learned = LEARNED.get(self.recipe.weighting.name)
+        if learned is not None:
+            parts = zip(self.heads, losses, batch.loss_terms, strict=True)
+            losses = [head.get_submodule(learned)(loss, count) for head, loss, count in parts]
         return losses
 
     def _vectors(self, batch: PackedBatch, task_grads: Sink | None, noise: Tensor | None = None) -> Vectors:

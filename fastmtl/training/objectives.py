@@ -1,7 +1,7 @@
 """The parts of the losses that change during a run.
 
-They are the dynamic weights of the tasks (`weighting.name: dwa`), the teacher and the strengths of
-SMART, and losses over the pairs of a whole step (`mnr.cached`).
+They are the weights of the losses (`weighting`), the teacher and the strengths of SMART, and losses
+over the pairs of a whole step (`mnr.cached`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from fastmtl.config import Recipe
@@ -21,9 +22,10 @@ from fastmtl.inference.scores import Scores
 from fastmtl.inference.selection import evaluate_scores
 from fastmtl.model.losses.cached_pairs import cache_pairs
 from fastmtl.model.losses.smart import Smart
-from fastmtl.model.losses.weighting import DynamicWeightAverage
+from fastmtl.model.losses.weighting import Famo, StepWeights, step_weights
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery.info import SurgeryInfo
+from fastmtl.surgery.ranks.collectives import sum_over_ranks
 
 Metrics = Mapping[str, Mapping[str, float]]
 
@@ -41,9 +43,10 @@ class Objectives:
     def __init__(self, recipe: Recipe, model: nn.Module, corpus: Corpus | None = None) -> None:
         self._recipe, self._corpus = recipe, corpus
         self._model = model if isinstance(model, MultiTaskModel) else None
-        self._average: DynamicWeightAverage | None = None
-        if self._model is not None and recipe.weighting.name == "dwa":
-            self._average = DynamicWeightAverage(recipe.task_names, recipe.weighting.temperature)
+        self._weights: StepWeights | None = None if self._model is None else step_weights(recipe)
+        batch_weights = None if self._model is None else self._model.batch_weights
+        self._famo = batch_weights if isinstance(batch_weights, Famo) else None
+        self._rows_of_step: list[PackedBatch] = []
         self._smart: Smart | None = None if self._model is None else self._model.smart
         if self._model is not None and self._smart is not None and self._smart.needs_teacher:
             self._smart.start_teacher(self._model)
@@ -54,25 +57,31 @@ class Objectives:
         With the loss mnr and `mnr.cached`, they get the results of a first pass over the whole
         step.
         """
-        return list(micro_batches) if self._model is None else cache_pairs(self._model, micro_batches)
+        prepared = list(micro_batches) if self._model is None else cache_pairs(self._model, micro_batches)
+        if self._famo is not None:
+            self._rows_of_step = prepared
+        return prepared
 
     def weights(self, of_step: Mapping[str, float] | None) -> Mapping[str, float] | None:
-        """Return {task: weight of its loss} for the next step: the dynamic weights times `of_step`.
+        """Return {task: weight of its loss} for the next step: the run's weights times `of_step`.
 
-        of_step: the sampler's weights for the step, None for 1 each. Without dynamic weights the
-        result is `of_step`.
+        of_step: the sampler's weights for the step, None for 1 each. Without weights that are known
+        before a step the result is `of_step`.
         """
-        if self._average is None:
+        if self._weights is None:
             return of_step
-        return {name: weight * (of_step or {}).get(name, 1.0) for name, weight in self._average.weights().items()}
+        return {name: weight * (of_step or {}).get(name, 1.0) for name, weight in self._weights.weights().items()}
 
     def after_step(self, info: SurgeryInfo) -> None:
-        """Update the dynamic weights and the teacher after an optimiser step.
+        """Update the weights of the losses and the teacher after an optimiser step.
 
         info: the result of surgery in the step. The teacher stays the same after a skipped step.
         """
-        if self._average is not None:
-            self._average.after_step(info.losses)
+        if self._weights is not None:
+            self._weights.after_step(info)
+        if self._famo is not None and info.skipped is None:
+            self._famo.after_step(info.losses, self._losses_again())
+        self._rows_of_step = []
         if self._model is not None and self._smart is not None and self._smart.teacher and info.skipped is None:
             self._smart.follow_model(self._model)
 
@@ -84,9 +93,9 @@ class Objectives:
         scores a corpus's dev rows.
         """
         notes = []
-        if self._average is not None:
-            self._average.after_epoch()
-            notes.append(_listed("weights of the losses", self._average.weights()))
+        if self._weights is not None:
+            self._weights.after_epoch()
+            notes.append(_listed("weights of the losses", self._weights.weights()))
         if self._smart is not None and self._recipe.smart.follows == "gap":
             scored = evaluate(self._sample(dev))
             tasks = self._recipe.tasks
@@ -101,8 +110,10 @@ class Objectives:
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint, as JSON values; the rest of it is in `tensors`."""
         state: dict[str, Any] = {}
-        if self._average is not None:
-            state["average"] = self._average.state_dict()
+        if self._weights is not None:
+            state["weights"] = self._weights.state_dict()
+        if self._famo is not None:
+            state["famo"] = self._famo.state_dict()
         if self._smart is not None:
             state["scale"] = self._smart.scale
         return state
@@ -112,12 +123,30 @@ class Objectives:
         return {} if self._smart is None or self._smart.teacher is None else dict(self._smart.teacher.state_dict())
 
     def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        if self._average is not None:
-            self._average.load_state_dict(state["average"])
+        if self._weights is not None:
+            self._weights.load_state_dict(state["weights"])
+        if self._famo is not None:
+            self._famo.load_state_dict(state["famo"])
         if self._smart is not None:
             self._smart.scale.update(state["scale"])
             if self._smart.teacher is not None:
                 self._smart.teacher.load_state_dict(dict(tensors))
+
+    def _losses_again(self) -> dict[str, float]:
+        """Return {task: mean loss over all ranks} of the last step's rows with the present weights.
+
+        The forward draws other dropout masks than the step.
+        """
+        assert self._model is not None
+        names = self._recipe.task_names
+        sums = torch.zeros(2, len(names), dtype=torch.float64, device=next(self._model.parameters()).device)
+        with torch.no_grad():
+            for batch in self._rows_of_step:
+                losses = self._model(batch).values()
+                sums[0] += torch.stack([loss for loss, _ in losses])
+                sums[1] += sums.new_tensor([terms for _, terms in losses])
+        totals, terms = sum_over_ranks(sums).tolist()
+        return {name: total / count for name, total, count in zip(names, totals, terms, strict=True) if count}
 
     def _sample(self, dev: Metrics) -> Corpus:
         """Return a corpus with training rows in place of the dev rows, for scores on training rows.

@@ -1,4 +1,4 @@
-"""Weights of the tasks' losses that change during a run."""
+"""Loss weights `dwa`: dynamic weight average, by how fast the losses fell."""
 
 from __future__ import annotations
 
@@ -6,37 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from fastmtl.model.losses.weighting.step_weights import StepWeights
+from fastmtl.surgery.info import SurgeryInfo
 
 
-class Uncertainty(nn.Module):
-    """Learned weight of a task's loss: L becomes exp(-s) L + s / 2, where L is its mean loss.
-
-    For a squared error, L becomes exp(-s) L / 2 + s / 2. s = log sigma^2 is learned, starts at 0.
-    Source: Kendall, Gal and Cipolla 2018, "Multi-Task Learning Using Uncertainty to Weigh Losses",
-    equations 7 and 10.
-    """
-
-    def __init__(self, *, squared_error: bool) -> None:
-        super().__init__()
-        self.factor = 0.5 if squared_error else 1.0
-        # "bias" in the name excludes the parameter from weight decay (see groups.py), which would
-        # pull the weight towards 1.
-        self.log_variance_bias = nn.Parameter(torch.zeros(1))
-
-    def forward(self, loss: Tensor, rows: int) -> Tensor:
-        """Return a loss with the gradient of the weighted loss and the value of the unweighted one.
-
-        The value is not weighted so that the losses of several runs can be compared.
-        loss: 0-dim, summed over `rows` rows.
-        """
-        s = self.log_variance_bias.to(loss.dtype).squeeze(0)
-        weighted = self.factor * (-s).exp() * loss + 0.5 * rows * s
-        return weighted + (loss - weighted).detach()
-
-
-class DynamicWeightAverage:
+class DynamicWeightAverage(StepWeights):
     """Task weights for each epoch e, larger for a task whose loss falls more slowly.
 
     w_t = T softmax_t(r_t / temperature), with r_t = L_t(e - 1) / L_t(e - 2). L_t(e) is the mean
@@ -60,17 +34,15 @@ class DynamicWeightAverage:
         powers = [math.exp((rate - max(rates)) / self._temperature) for rate in rates]
         return {name: len(powers) * power / sum(powers) for name, power in zip(self._tasks, powers, strict=True)}
 
-    def after_step(self, losses: Mapping[str, float]) -> None:
-        """Record the losses of a step.
-
-        losses: {task: mean loss} of the tasks with rows; NaN and inf are ignored.
-        """
-        for name, loss in losses.items():
+    def after_step(self, info: SurgeryInfo) -> None:
+        """Record the mean losses of a step; NaN and inf are ignored."""
+        for name, loss in info.losses.items():
             if math.isfinite(loss):
                 self._sums[name] = self._sums.get(name, 0.0) + loss
                 self._steps[name] = self._steps.get(name, 0) + 1
 
     def after_epoch(self) -> None:
+        """Take over the mean losses of the epoch that has ended."""
         means = {name: total / self._steps[name] for name, total in self._sums.items()}
         self._epochs = [*self._epochs, means][-2:]
         self._sums, self._steps = {}, {}
