@@ -139,6 +139,9 @@ class OptimizerConfig(Section):
     lr: float = Field(1e-4, ge=0, description="encoder")
     adapter_lr: float | None = Field(None, ge=0, description="default: lr")
     head_lr: float | None = Field(None, ge=0, description="default: lr")
+    layer_decay: float | None = Field(
+        None, gt=0, le=1, description="the encoder's rate is lr in its last layer, and this factor less per layer below"
+    )
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     momentum: float = Field(0.9, ge=0, description="sgd")

@@ -68,9 +68,8 @@ class MaskedLanguageModel(nn.Module):
     def parameter_groups(self, config: OptimizerConfig) -> list[dict[str, Any]]:
         """Return the optimiser's groups, named `encoder` and `heads` (see groups.py)."""
         head_lr = config.lr if config.head_lr is None else config.head_lr
-        return parameter_groups(
-            [("encoder", self.encoder, config.lr), ("heads", self.head, head_lr)], config.weight_decay
-        )
+        parts = [("encoder", self.encoder, config.lr), ("heads", self.head, head_lr)]
+        return parameter_groups(parts, config.weight_decay, config.layer_decay)
 
 
 class OutputLayer(nn.Module):

@@ -174,7 +174,7 @@ class MultiTaskModel(SmartModel):
         if self.lora is not None:
             parts.insert(-1, ("lora", self.lora, config.adapter_lr))
         rated = [(name, module, config.lr if lr is None else lr) for name, module, lr in parts]
-        return parameter_groups(rated, config.weight_decay)
+        return parameter_groups(rated, config.weight_decay, config.layer_decay)
 
     def examples(
         self, batch: PackedBatch, task_grads: Sink | None = None, noise: Tensor | None = None

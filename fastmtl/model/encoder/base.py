@@ -56,6 +56,14 @@ class Encoder(nn.Module):
     def check_recipe(self, recipe: Recipe) -> None:
         """Raise UserError, naming the key, for a setting that the encoder does not support."""
 
+    def layers_above(self) -> dict[int, int]:
+        """Return {id of a parameter: number of layers above the one that it belongs to}.
+
+        It is 0 for the last layer and for what follows it, and the number of layers for the
+        embeddings. A parameter of several layers belongs to the last of them.
+        """
+        raise NotImplementedError
+
     def use_pooler(self) -> None:
         """Train the encoder's pooler. Raises UserError if it has none."""
         raise NotImplementedError

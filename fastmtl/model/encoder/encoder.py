@@ -99,6 +99,14 @@ class PackedEncoder(Encoder):
         """The word table [V, e]; its gradient has the rows of the batch's words only."""
         raise NotImplementedError
 
+    def layers_above(self) -> dict[int, int]:
+        layers = list(self.layers)
+        found = {id(parameter): 0 for parameter in self.parameters()}
+        found |= {id(parameter): len(layers) for parameter in self.embeddings.parameters()}
+        for number, layer in enumerate(layers, start=1):
+            found |= {id(parameter): len(layers) - number for parameter in layer.parameters()}
+        return found
+
     def begin(self, context: ForwardContext) -> ForwardContext:
         """Return the context with `common`, data that all layers read; by default without.
 

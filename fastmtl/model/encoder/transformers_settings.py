@@ -23,6 +23,7 @@ def check_recipe(name: str, recipe: Recipe) -> None:
         f"adapter.top: {adapter.top}": adapter.top != "none",
         "lora": recipe.lora.used,
         "smart": recipe.smart.used,
+        "optimizer.layer_decay": recipe.optimizer.layer_decay is not None,
         "engine.cuda_graphs: true": recipe.engine.cuda_graphs,
         f"encoder.layer_norm: {encoder.layer_norm}": encoder.layer_norm != "fastmtl",
     }
