@@ -224,21 +224,22 @@ def run_phase(
             with writing(run.files.output / "model"):
                 run.files.set_aside()
         at.epoch, at.step_in_epoch = at.epoch + 1, 0
-        scored = {} if phase.objective == MLM else evaluate(recipe, engine, job.corpus, ranks)
-        dev = {name: evaluate_scores(recipe.tasks[name], s) for name, s in scored.items()}
-        value = selected_score(dev, recipe) if dev else None
-        if dev:
-            with writing(run.files.output / "metrics.jsonl"):
-                tracker.evaluation(at.step, at.epoch - 1, dev, mean_score(dev, recipe))
-        for note in objectives.after_epoch(dev, lambda corpus: evaluate(recipe, engine, corpus, ranks)):
-            tracker.message(note)
-        gained = at.gained(phase, dev, value)
-        at.epochs_without_gain = 0 if gained else at.epochs_without_gain + 1
-        to_keep = recipe.task_names if phase.keep == "last" else gained
-        if to_keep:
-            gathered = model.whole(gathered_state_dict(engine))
-            with writing(run.files.output / "model"):
-                run.files.keep(phase, scored, gathered, model.model, to_keep)
+        with objectives.averaged() as averages:
+            scored = {} if phase.objective == MLM else evaluate(recipe, engine, job.corpus, ranks)
+            dev = {name: evaluate_scores(recipe.tasks[name], s) for name, s in scored.items()}
+            value = selected_score(dev, recipe) if dev else None
+            if dev:
+                with writing(run.files.output / "metrics.jsonl"):
+                    tracker.evaluation(at.step, at.epoch - 1, dev, mean_score(dev, recipe))
+            for note in objectives.after_epoch(dev, lambda corpus: evaluate(recipe, engine, corpus, ranks)):
+                tracker.message(note)
+            gained = at.gained(phase, dev, value)
+            at.epochs_without_gain = 0 if gained else at.epochs_without_gain + 1
+            to_keep = recipe.task_names if phase.keep == "last" else gained
+            if to_keep:
+                gathered = model.whole(gathered_state_dict(engine, averages))
+                with writing(run.files.output / "model"):
+                    run.files.keep(phase, scored, gathered, model.model, to_keep)
         if cut:
             break
         patience = recipe.early_stopping.patience

@@ -180,6 +180,9 @@ class EngineConfig(Section):
 class TrainConfig(Section):
     epochs: Whole = Field(1, ge=1, le=1_000_000)
     max_steps: Int | None = Field(None, ge=1, description="stop after this many optimiser steps")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay per step of a moving average of the weights, which is evaluated and saved"
+    )
     eval_tokens: Int = Field(8192, ge=16, description="tokens per evaluation batch")
     checkpoint_every: Int | None = Field(
         None, ge=1, description="optimiser steps; in addition to the end of each epoch"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def gathered_state_dict(engine: Any) -> dict[str, Tensor] | None:
+def gathered_state_dict(engine: Any, instead: Mapping[str, Tensor] | None = None) -> dict[str, Tensor] | None:
     """Return all parameters and persistent buffers of the engine's module by name, on the CPU.
 
-    Floating-point tensors are float32. Every rank calls this function; rank 0 gets the result, the
+    Floating-point tensors are float32. instead: tensors that replace those of the module, by name.
+    Every rank calls this function; rank 0 gets the result, the
     others None.
     """
     import deepspeed
@@ -22,6 +24,6 @@ def gathered_state_dict(engine: Any) -> dict[str, Tensor] | None:
         # Gathered one by one, so that memory holds only one complete parameter besides the shards.
         with deepspeed.zero.GatheredParameters([tensor], enabled=partitioned):
             if engine.global_rank == 0:
-                whole = tensor.detach().to("cpu", copy=True)
+                whole = (instead or {}).get(name, tensor).detach().to("cpu", copy=True)
                 result[name] = whole.to(torch.float32) if whole.is_floating_point() else whole
     return result if engine.global_rank == 0 else None

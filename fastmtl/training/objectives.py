@@ -1,13 +1,15 @@
 """The parts of the losses that change during a run.
 
 They are the weights of the losses (`weighting`), the teacher and the strengths of SMART, and losses
-over the pairs of a whole step (`mnr.cached`).
+over the pairs of a whole step (`mnr.cached`). The moving average of the weights (`train.ema`) is
+here as well, since it changes at the same times.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,9 @@ from fastmtl.model.losses.weighting import Famo, StepWeights, step_weights
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery.info import SurgeryInfo
 from fastmtl.surgery.ranks.collectives import sum_over_ranks
+from fastmtl.training.average import WeightAverage
 
+EMA = "ema."  # before the names of averaged weights in a checkpoint
 Metrics = Mapping[str, Mapping[str, float]]
 
 
@@ -50,6 +54,7 @@ class Objectives:
         self._smart: Smart | None = None if self._model is None else self._model.smart
         if self._model is not None and self._smart is not None and self._smart.needs_teacher:
             self._smart.start_teacher(self._model)
+        self._average = None if recipe.train.ema is None else WeightAverage(model, recipe.train.ema)
 
     def prepare(self, micro_batches: Sequence[PackedBatch]) -> list[PackedBatch]:
         """Return a step's micro-batches, ready for the model.
@@ -84,6 +89,20 @@ class Objectives:
         self._rows_of_step = []
         if self._model is not None and self._smart is not None and self._smart.teacher and info.skipped is None:
             self._smart.follow_model(self._model)
+        if self._average is not None and info.skipped is None:
+            self._average.update()
+
+    @contextmanager
+    def averaged(self) -> Iterator[Mapping[str, Tensor]]:
+        """Give the model the averaged weights in the block; yield them by name, float32.
+
+        Without `train.ema` the model keeps its weights, and {} is yielded.
+        """
+        if self._average is None:
+            yield {}
+            return
+        with self._average.in_model():
+            yield self._average.tensors()
 
     def after_epoch(self, dev: Metrics, evaluate: Callable[[Corpus], Mapping[str, Scores]]) -> list[str]:
         """Update the dynamic weights and SMART's strengths after an epoch; return lines about them.
@@ -119,8 +138,10 @@ class Objectives:
         return state
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of SMART's teacher by name; {} without a teacher."""
-        return {} if self._smart is None or self._smart.teacher is None else dict(self._smart.teacher.state_dict())
+        """Return the tensors of SMART's teacher by name, and those of the average as ema.NAME."""
+        taught = {} if self._smart is None or self._smart.teacher is None else self._smart.teacher.state_dict()
+        averages = {} if self._average is None else self._average.tensors()
+        return {**taught, **{f"{EMA}{name}": tensor for name, tensor in averages.items()}}
 
     def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         if self._weights is not None:
@@ -130,7 +151,11 @@ class Objectives:
         if self._smart is not None:
             self._smart.scale.update(state["scale"])
             if self._smart.teacher is not None:
-                self._smart.teacher.load_state_dict(dict(tensors))
+                taught = {name: tensor for name, tensor in tensors.items() if not name.startswith(EMA)}
+                self._smart.teacher.load_state_dict(taught)
+        if self._average is not None:
+            averages = {name: tensor for name, tensor in tensors.items() if name.startswith(EMA)}
+            self._average.load({name.removeprefix(EMA): tensor for name, tensor in averages.items()})
 
     def _losses_again(self) -> dict[str, float]:
         """Return {task: mean loss over all ranks} of the last step's rows with the present weights.

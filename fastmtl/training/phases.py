@@ -85,6 +85,7 @@ def split(recipe: Recipe) -> list[Phase]:
     for phase in phases:
         with _named(phase):
             check_metrics(phase.recipe)
+            _check_average(phase.recipe)
             if phase.objective == "tasks":
                 check_early_stopping(phase.recipe)
     return phases
@@ -188,6 +189,12 @@ def _tasks(recipe: Recipe, given: PhaseConfig) -> dict[str, Any]:
         except ValidationError as error:
             raise UserError(f"loss: {name}: {error.errors()[0]['msg']}") from None
     return chosen
+
+
+def _check_average(recipe: Recipe) -> None:
+    """Raise UserError for `train.ema` in ZeRO 3, which keeps no whole weights between passes."""
+    if recipe.train.ema is not None and recipe.engine.zero == 3:
+        raise UserError("train.ema averages whole weights, which ZeRO 3 divides: use engine.zero 0, 1 or 2")
 
 
 def _check_adapters(phases: list[Phase]) -> None:
