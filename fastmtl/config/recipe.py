@@ -62,6 +62,9 @@ class Recipe(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     early_stopping: EarlyStoppingConfig = Field(default_factory=EarlyStoppingConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
+    tracking: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+        ["tensorboard"], description="libraries that get the numbers of the run, beside metrics.jsonl"
+    )
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="passed through to DeepSpeed")
     phases: list[PhaseConfig] = Field(default_factory=list, description="parts of the run, one after the other")
 

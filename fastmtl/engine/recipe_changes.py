@@ -16,7 +16,7 @@ CHANGES_FILE = "changes.jsonl"  # in the output folder: a line for each resume w
 # Settings that may change, since every step stays the same: length of the run, logging,
 # checkpoints, and paths of files (rows are compared by their digests).
 FREE = re.compile(
-    r"description"
+    r"description|tracking"
     r"|(phases\.\d+\.)?train\.(epochs|max_steps|eval_tokens|checkpoint_every|log_every)"
     r"|data\.(dir|cache_dir|prefetch)"
     r"|(encoder|lora)\.path"

@@ -44,6 +44,7 @@ TRAINING_SECTIONS = {
     "train",
     "early_stopping",
     "engine",
+    "tracking",
     "deepspeed",
     "phases",
 }

@@ -1,10 +1,10 @@
-"""The tracker, which records a run on the terminal, in metrics.jsonl and in TensorBoard."""
+"""The tracker, which records a run on the terminal, in metrics.jsonl and in other libraries."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rich.console import Console
 
 from fastmtl.config import Recipe
+from fastmtl.errors import one_line
+from fastmtl.tracking.backends import Backend, open_backend
+from fastmtl.tracking.backends.backend import flat
 from fastmtl.tracking.display import LastingConsole, open_display, scores_table, summarize
 from fastmtl.tracking.metrics_file import MetricsFile
 
@@ -79,7 +82,7 @@ class _Logged:
 
 
 class Tracker:
-    """Progress, metrics.jsonl and TensorBoard of a run. Without `is_main` all methods do nothing.
+    """Progress, metrics.jsonl and the libraries of `tracking`. Without `is_main` all methods do nothing.
 
     Reading a step's values waits until the device has done the step. So the lines of logged steps
     (`train.log_every`) are read and written together, about once per second. `flush` writes the
@@ -111,15 +114,13 @@ class Tracker:
         self._is_main = is_main
         if not is_main:
             return
-        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import; only this process needs it
-
         self._recipe = self._part = recipe
         self._phase: str | None = None
         self._total_steps = total_steps
         output.mkdir(parents=True, exist_ok=True)
         self._file = MetricsFile(output / "metrics.jsonl", resume_step, within_epoch=within_epoch)
-        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
         self._console = console or LastingConsole()
+        self._backends = {name: open_backend(name, output, recipe, resume_step) for name in recipe.tracking}
         self._display = open_display(self._console, total_steps, resume_step)
         self._waiting: list[_Logged] = []
         self._written = 0.0
@@ -184,7 +185,7 @@ class Tracker:
             "time": round(logged.time, 3),
         }
         self._file.write(line)
-        self._to_board(step, {key: line[key] for key in line if key not in ("step", "phase", "epoch", "time")})
+        self._send(step, {key: line[key] for key in line if key not in ("step", "phase", "epoch", "time")})
         return summarize(losses, conflict_rate, logged.tokens_per_second)
 
     def evaluation(self, step: int, epoch: int, dev: dict[str, dict[str, float]], mean: float) -> None:
@@ -207,7 +208,7 @@ class Tracker:
             }
             self._file.write(line)
             self._file.last_evaluation = step
-            self._to_board(step, {"dev": {**dev, "mean": mean}})
+            self._send(step, {"dev": {**dev, "mean": mean}})
         chosen = [f"{task} {self._recipe.tasks[task].metric_name} {self._chosen(task, dev):.3f}" for task in dev]
         self._display.message(f"epoch {epoch + 1}  step {step}  dev: {'  '.join(chosen)}  mean {mean:.3f}")
         self._restart_clock()
@@ -233,7 +234,8 @@ class Tracker:
         if self._is_main:
             self._display.close()
             self._file.close()
-            self._board.close()
+            for name in list(self._backends):
+                self._guarded(name, lambda backend: backend.close())
 
     def _restart_clock(self) -> None:
         self._tokens, self._since = 0, time.monotonic()
@@ -257,9 +259,16 @@ class Tracker:
         items = values if isinstance(values, Mapping) else dict(zip(self._part.task_names, values, strict=True))
         return {name: float(value) for name, value in items.items()}
 
-    def _to_board(self, step: int, values: Mapping[str, Any], prefix: str = "") -> None:
-        for key, value in values.items():
-            if isinstance(value, Mapping):
-                self._to_board(step, value, f"{prefix}{key}/")
-            elif isinstance(value, (int, float)):
-                self._board.add_scalar(f"{prefix}{key}", value, step)
+    def _send(self, step: int, line: Mapping[str, Any]) -> None:
+        """Send the numbers of a line to the libraries of `tracking`."""
+        numbers = {name: value for name, value in flat(line).items() if isinstance(value, (int, float))}
+        for name in list(self._backends):
+            self._guarded(name, lambda backend: backend.log(step, numbers))
+
+    def _guarded(self, name: str, call: Callable[[Backend], None]) -> None:
+        """Call a library. After an error the run goes on without it; metrics.jsonl has all lines."""
+        try:
+            call(self._backends[name])
+        except Exception as error:  # the libraries raise exceptions of many kinds
+            del self._backends[name]
+            self._display.message(f"tracking: {name} failed and is left out from here on: {one_line(str(error))}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fastmtl.config import Recipe
 from fastmtl.data.corpus import CorpusRows
 from fastmtl.data.schedule import Schedule
+from fastmtl.tracking.backends import check_tracking
 from fastmtl.training.phases import Phase, split
 
 
@@ -16,6 +17,7 @@ def check_recipe(recipe: Recipe, world: int) -> CorpusRows:
     world: number of processes. Raises UserError naming the file, line or key.
     """
     phases = split(recipe)
+    check_tracking(recipe)
     rows = CorpusRows.read(recipe)
     check_schedules(phases, rows, world)
     return rows

@@ -27,6 +27,7 @@ from fastmtl.model.encoder.pretrained import load_tokenizer
 from fastmtl.model.encoder.transformers_encoder import TransformersEncoder
 from fastmtl.model.heads import RECURRENT
 from fastmtl.model.lora.start import with_settings_of_path
+from fastmtl.tracking.backends import check_tracking
 from fastmtl.training.early_checks import check_schedules
 from fastmtl.training.phase_model import PhaseModel
 from fastmtl.training.phases import Phase, phases_of
@@ -75,6 +76,7 @@ def prepare(
     with errors_reach_rank_0():  # all checks that are possible before DeepSpeed starts
         recipe = with_settings_of_path(complete(recipe))
         phases = phases_of(recipe)  # first, so that a wrong name is found before data are read
+        check_tracking(recipe)
         for phase in phases:
             check_fused_optimizer(phase.recipe)
             check_engine(phase.recipe, ranks.world)
