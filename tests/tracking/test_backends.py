@@ -45,7 +45,8 @@ def run(output: Path, name: str, first: int, last: int, resume: int = 0) -> str:
 
 def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "")  # restored after the test
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     output = tmp_path / "reviews"
     run(output, "mlflow", 1, 2)

@@ -21,7 +21,10 @@ class MLflow(Backend):
     def __init__(self, output: Path, recipe: Recipe, resume_step: int) -> None:
         from mlflow import MlflowClient
 
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or (output / "mlflow").resolve().as_uri()
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        if not uri:
+            uri = (output / "mlflow").resolve().as_uri()
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # since version 3, folders are on request
         self._client = MlflowClient(tracking_uri=uri)
         self._id = known_id(output, "mlflow") if resume_step else None
         if self._id is not None:
