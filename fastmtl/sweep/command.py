@@ -10,43 +10,71 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from fastmtl.config import load_recipe
 from fastmtl.errors import UserError
-from fastmtl.sweep.grid import read_grid
+from fastmtl.sweep.grid import load_grid, read_grid
+from fastmtl.sweep.page import write_page
 from fastmtl.sweep.runs import INTERRUPTED, run_points
+from fastmtl.sweep.search import Budget, Search, check_optuna
+from fastmtl.sweep.space import Space, is_space
 from fastmtl.sweep.table import rows_of, write_plot, write_tables
 
 
-def run_sweep(recipe: str, grid: Path, overrides: Sequence[str], output: Path, launcher: Sequence[str] = ()) -> int:
+def run_sweep(
+    recipe: str,
+    grid: Path,
+    overrides: Sequence[str],
+    output: Path,
+    launcher: Sequence[str] = (),
+    budget: Budget | None = None,
+) -> int:
     """Run a sweep and return the exit status: 0, 1 if a point failed, 130 after a stop.
 
-    launcher: words of a command in front of `fastmtl train`. Raises UserError for an invalid grid
-    or settings, and for an output directory of another sweep.
+    launcher: words of a command in front of `fastmtl train`. budget: that of a search with Optuna;
+    None for every point of a grid. Raises UserError for an invalid grid or settings, for a grid
+    with distributions without a budget, and for an output directory of another sweep.
     """
     if "RANK" in os.environ:
         raise UserError("sweep starts its own processes: run it without a launcher, and name it with --launcher")
     if launcher and shutil.which(launcher[0]) is None:
         raise UserError(f"--launcher: there is no command {launcher[0]}")
-    points = read_grid(grid, recipe, overrides)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to the output directory {output}: {error.strerror}") from None
+    values = load_grid(grid)
+    if budget is None and is_space(values):
+        raise UserError(f"{grid}: a grid with distributions is searched: say how long with --trials N")
+    search, points = None, []
     console = Console()
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    results, status = run_points(output, points, say, launcher)
+    if budget is None:
+        points = read_grid(grid, recipe, overrides)
+    else:
+        check_optuna()
+        if not isinstance(values, dict) or not values:
+            raise UserError(f"{grid}: --trials searches a mapping of settings to lists or distributions of values")
+        load_recipe(recipe, overrides)
+        search = Search(output, recipe, overrides, Space(grid, values), budget, launcher, say)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to the output directory {output}: {error.strerror}") from None
+    results, status = run_points(output, points, say, launcher) if search is None else search.run()
+    if not results:
+        say("no trial was begun")
+        return status
     write_tables(output, results)
     write_plot(output, results)
+    if search is not None:
+        write_page(output, results, search.importances())
     header, rows = rows_of(results)
-    table = Table(title=f"{len(points)} points, the best mean first", title_justify="left")
+    table = Table(title=f"{len(results)} points, the best mean first", title_justify="left")
     for name in header:
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*row)
     console.print(table, markup=False)
-    say(f"{output / 'sweep.md'}\n{output / 'sweep.csv'}")
+    say(f"{output / 'sweep.md'}\n{output / 'sweep.csv'}" + (f"\n{output / 'sweep.html'}" if search else ""))
     if status == INTERRUPTED:
         say("stopped; run the same command to continue")
     return status

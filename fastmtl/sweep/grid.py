@@ -45,6 +45,16 @@ class Point:
         return ", ".join(f"{key}={_short(value)}" for key, value in self.settings.items())
 
 
+def load_grid(file: Path) -> Any:
+    """Return the content of a grid file. Raises UserError if it cannot be read as YAML."""
+    try:
+        return recipe_yaml.load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the grid {file}: {error.strerror}") from None
+    except ValueError as error:  # not UTF-8, or not YAML
+        raise UserError(f"{file}: not a YAML file: {error}") from None
+
+
 def read_grid(file: Path, recipe: str, overrides: Sequence[str] = ()) -> list[Point]:
     """Return the points of a sweep, with valid recipes.
 
@@ -52,14 +62,8 @@ def read_grid(file: Path, recipe: str, overrides: Sequence[str] = ()) -> list[Po
     overrides. Raises UserError naming the file if it is not a grid, and the point for invalid
     settings.
     """
-    try:
-        values = recipe_yaml.load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the grid {file}: {error.strerror}") from None
-    except ValueError as error:  # not UTF-8, or not YAML
-        raise UserError(f"{file}: not a YAML file: {error}") from None
     points = []
-    for settings in _settings(file, values):
+    for settings in _settings(file, load_grid(file)):
         lines = [f"{key}={_json(file, key, value)}" for key, value in settings.items()]  # JSON is YAML
         try:
             points.append(Point(settings, load_recipe(recipe, [*overrides, *lines])))

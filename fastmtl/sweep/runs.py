@@ -48,7 +48,7 @@ def run_points(
     status = OK
     for number, point in enumerate(points, start=1):
         place = directory / "points" / point.folder
-        found = _finished(place)
+        found = finished(place)
         if found is None and status != INTERRUPTED:
             say(f"point {number} of {len(points)}: {point.name}")
             try:
@@ -56,7 +56,7 @@ def run_points(
             except Interrupted:
                 status = INTERRUPTED
                 error = ""
-            found = None if error else _finished(place)
+            found = None if error else finished(place)
             if error:
                 say(f"{point.name}: {error}")
                 status = FAILED
@@ -80,12 +80,29 @@ def _check(directory: Path, points: Sequence[Point]) -> None:
 def _run(place: Path, point: Point, launcher: Sequence[str]) -> str:
     """Run a point and return the reason of its failure, "" if it succeeded."""
     place.mkdir(parents=True, exist_ok=True)
+    arguments = training_arguments(place, point)
+    return ended(place, run_fastmtl(*arguments, command=starting(launcher), log=place / "log.txt"))
+
+
+def starting(launcher: Sequence[str]) -> Sequence[str]:
+    """Return the words that start `fastmtl` in a child process."""
+    return [*launcher, "fastmtl"] if launcher else FASTMTL
+
+
+def training_arguments(place: Path, point: Point) -> list[str]:
+    """Write the recipe of a point to its folder; return the arguments that train it there."""
     file = place / "recipe.yaml"
     file.write_text(point.recipe.dump(), encoding="utf-8")
-    command = [*launcher, "fastmtl"] if launcher else FASTMTL
+    return ["train", str(file), "--output", str(place), "--resume"]
+
+
+def ended(place: Path, status: int) -> str:
+    """Tidy a run's folder after its end; return the reason of a failure, "" for a success.
+
+    status: the exit status of the command, whose output is in log.txt.
+    """
     log = place / "log.txt"
-    status = run_fastmtl("train", str(file), "--output", str(place), "--resume", command=command, log=log)
-    if status == 0 and _finished(place) is not None:
+    if status == 0 and finished(place) is not None:
         shutil.rmtree(place / "checkpoints", ignore_errors=True)  # the largest part of a run; not needed any more
         return ""
     printed = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
@@ -94,6 +111,7 @@ def _run(place: Path, point: Point, launcher: Sequence[str]) -> str:
     return f"failed with status {status}: {reason}" if status else f"stopped before its end: {reason}"
 
 
-def _finished(place: Path) -> dict[str, Any] | None:
+def finished(place: Path) -> dict[str, Any] | None:
+    """Return the contents of results.json of a finished run, None for any other."""
     file = place / "results.json"
     return read_json(file) if file.is_file() else None

@@ -82,7 +82,9 @@ class _Logged:
 
 
 class Tracker:
-    """Progress, metrics.jsonl and the libraries of `tracking`. Without `is_main` all methods do nothing.
+    """Progress, metrics.jsonl and the libraries of `tracking`.
+
+    Without `is_main` all methods do nothing.
 
     Reading a step's values waits until the device has done the step. So the lines of logged steps
     (`train.log_every`) are read and written together, about once per second. `flush` writes the
@@ -266,7 +268,7 @@ class Tracker:
             self._guarded(name, lambda backend: backend.log(step, numbers))
 
     def _guarded(self, name: str, call: Callable[[Backend], None]) -> None:
-        """Call a library. After an error the run goes on without it; metrics.jsonl has all lines."""
+        """Call a library. After an error the run goes on without it; metrics.jsonl has it all."""
         try:
             call(self._backends[name])
         except Exception as error:  # the libraries raise exceptions of many kinds

@@ -11,7 +11,7 @@ from fastmtl.tracking.backends.backend import Backend, flat
 
 
 class Trackio(Backend):
-    """A run in the project of TRACKIO_PROJECT, by default fastmtl. A resumed run continues its own."""
+    """A run in the project of TRACKIO_PROJECT, by default fastmtl; a resume continues it."""
 
     def __init__(self, output: Path, recipe: Recipe, resume_step: int) -> None:
         import trackio

@@ -11,7 +11,7 @@ from fastmtl.tracking.backends.backend import Backend, keep_id, known_id
 
 
 class Wandb(Backend):
-    """A run in the project of WANDB_PROJECT, by default fastmtl. A resumed run continues its own."""
+    """A run in the project of WANDB_PROJECT, by default fastmtl; a resume continues it."""
 
     def __init__(self, output: Path, recipe: Recipe, resume_step: int) -> None:
         import wandb

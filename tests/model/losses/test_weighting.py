@@ -173,7 +173,7 @@ def test_gradnorm_against_its_formula() -> None:
         weights.load_state_dict(state)
 
     step({"a": 1.0, "b": 1.0, "c": 1.0})
-    # Adam's first step has the length lr against the gradient's sign; the target is the mean norm 7 / 3.
+    # Adam's first step has the length lr against the gradient's sign; the target is 7 / 3.
     expected = torch.tensor([0.99, 1.01, 1.01])
     torch.testing.assert_close(torch.tensor(list(weights.weights().values())), 3 * expected / expected.sum())
     for _ in range(2000):

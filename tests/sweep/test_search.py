@@ -1,0 +1,148 @@
+"""Searches with Optuna: the space, the budget, pruning, a stop and its continuation, the page."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fastmtl.errors import UserError
+from fastmtl.sweep import search
+from fastmtl.sweep.command import run_sweep
+from fastmtl.sweep.runs import FAILED, INTERRUPTED, OK
+from fastmtl.sweep.search import Budget
+from fastmtl.sweep.space import Space
+
+pytest.importorskip("optuna")
+# A program in the place of the launcher. It writes a run's files: the mean of an evaluation grows
+# with the learning rate, and rates from 0.5 on fail. It ends at SIGTERM, as a run does.
+TRAINING = """
+import json, pathlib, signal, sys, time
+import yaml
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+place = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
+rate = yaml.safe_load((place / "recipe.yaml").read_text())["optimizer"]["lr"]
+if rate >= 0.5:
+    sys.exit("fastmtl: the training diverged")
+with (place / "metrics.jsonl").open("a") as file:
+    for epoch in range(4):
+        file.write(json.dumps({"step": epoch, "dev": {"one": {"accuracy": rate}}, "mean": rate + epoch / 100}) + "\\n")
+        file.flush()
+        time.sleep(PAUSE)
+(place / "results.json").write_text(json.dumps(
+    {"dev": {"one": {"accuracy": rate}}, "mean": rate + 0.03, "steps": 4, "seconds": 1.0}))
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    tasks = {"one": {"type": "binary", "data": {"train": "train.tsv", "dev": "dev.tsv"}}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"tasks": tasks}))
+    return str(tmp_path / "recipe.yaml")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "POLL", 0.02)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def launcher(tmp_path: Path, pause: float = 0.0) -> list[str]:
+    file = tmp_path / "training.py"
+    file.write_text(TRAINING.replace("PAUSE", str(pause)))
+    return [sys.executable, str(file)]
+
+
+def grid(tmp_path: Path, values: Any) -> Path:
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    return tmp_path / "space.yaml"
+
+
+def table(output: Path) -> list[dict[str, str]]:
+    with (output / "sweep.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+RATE = {"optimizer.lr": {"low": 1e-3, "high": 0.4, "log": True}, "engine.zero": [0, 1]}
+
+
+def test_a_search_ends_after_its_trials_and_goes_on_with_more(tmp_path: Path, recipe: str) -> None:
+    output, file = tmp_path / "sweep", grid(tmp_path, RATE)
+    assert run_sweep(recipe, file, [], output, launcher(tmp_path), Budget(3)) == OK
+    first = table(output)
+    assert len(first) == 3 and (output / "study.db").is_file()
+    assert run_sweep(recipe, file, [], output, launcher(tmp_path), Budget(8, parallel=3)) == OK
+    rows = table(output)
+    assert len(rows) == 8 and all(row in rows for row in first)
+    means = [float(row["mean"]) for row in rows if row["mean"]]
+    assert means == sorted(means, reverse=True)
+    page = (output / "sweep.html").read_text()
+    assert "optimizer.lr" in page and "Settings that matter" in page
+    with pytest.raises(UserError, match="has a search of engine.zero, optimizer.lr"):
+        run_sweep(recipe, grid(tmp_path, {"seed": [1, 2]}), [], output, launcher(tmp_path), Budget(9))
+
+
+def test_trials_with_low_scores_are_pruned_and_failures_are_told(tmp_path: Path, recipe: str) -> None:
+    """The first four trials end; then a trial below the median of their scores is stopped."""
+    output = tmp_path / "sweep"
+    rates = {"optimizer.lr": [0.1, 0.2, 0.3, 0.001, 0.9]}
+    assert run_sweep(recipe, grid(tmp_path, rates), [], output, launcher(tmp_path, 0.15), Budget(12)) == FAILED
+    errors = [row["error"] for row in table(output)]
+    assert any(error.startswith("pruned after") for error in errors)
+    assert any(error == "failed with status 1: the training diverged" for error in errors)
+
+
+def test_a_stop_leaves_running_trials_to_the_next_call(tmp_path: Path, recipe: str) -> None:
+    output, file = tmp_path / "sweep", grid(tmp_path, RATE)
+
+    def stop() -> None:
+        while not list(output.glob("points/*/metrics.jsonl")):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    assert run_sweep(recipe, file, [], output, launcher(tmp_path, 0.5), Budget(2)) == INTERRUPTED
+    (begun,) = output.glob("points/*")
+    assert not (begun / "results.json").exists()
+    assert run_sweep(recipe, file, [], output, launcher(tmp_path), Budget(2)) == OK
+    assert (begun / "results.json").is_file()
+    assert [row["error"] for row in table(output)] == ["", ""] and len(list(output.glob("points/*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (3, "give a list of values or a distribution like"),
+        ([], "give a list"),
+        ({"low": 1}, "give a list"),
+        ({"low": 0.0, "high": 1.0, "log": True}, "with log or step above 0"),
+        ({"low": 2, "high": 1}, "low is below high"),
+        ({"low": 1, "high": 8, "log": True, "step": 2}, "log and step exclude each other"),
+        ({"low": "1", "high": 2}, "are numbers"),
+    ],
+)
+def test_bad_distributions_name_the_key(given: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"space.yaml: optimizer.lr: .*{message}"):
+        Space(tmp_path / "space.yaml", {"optimizer.lr": given})
+
+
+def test_choices_may_be_any_value(tmp_path: Path) -> None:
+    from optuna.distributions import CategoricalDistribution, IntDistribution
+
+    space = Space(tmp_path / "s.yaml", {"adapter": [{"name": "pal"}, None], "x": {"low": 1, "high": 9, "step": 2}})
+    categorical, whole = space.distributions.values()
+    assert isinstance(categorical, CategoricalDistribution) and isinstance(whole, IntDistribution)
+    assert [space.settings({"adapter": choice})["adapter"] for choice in categorical.choices] == [{"name": "pal"}, None]
+
+
+def test_distributions_need_a_budget(tmp_path: Path, recipe: str) -> None:
+    with pytest.raises(UserError, match="space.yaml: a grid with distributions is searched: .*--trials N"):
+        run_sweep(recipe, grid(tmp_path, RATE), [], tmp_path / "sweep")
