@@ -94,7 +94,9 @@ def test_trials_with_low_scores_are_pruned_and_failures_are_told(tmp_path: Path,
     """The first four trials end; then a trial below the median of their scores is stopped."""
     output = tmp_path / "sweep"
     rates = {"optimizer.lr": [0.1, 0.2, 0.3, 0.001, 0.9]}
-    assert run_sweep(recipe, grid(tmp_path, rates), [], output, launcher(tmp_path, 0.15), Budget(12)) == FAILED
+    assert (
+        run_sweep(recipe, grid(tmp_path, rates), [], output, launcher(tmp_path, 0.1), Budget(10, parallel=2)) == FAILED
+    )
     errors = [row["error"] for row in table(output)]
     assert any(error.startswith("pruned after") for error in errors)
     assert any(error == "failed with status 1: the training diverged" for error in errors)
