@@ -122,7 +122,9 @@ class Tracker:
         output.mkdir(parents=True, exist_ok=True)
         self._file = MetricsFile(output / "metrics.jsonl", resume_step, within_epoch=within_epoch)
         self._console = console or LastingConsole()
-        self._backends = {name: open_backend(name, output, recipe, resume_step) for name in recipe.tracking}
+        self._backends: dict[str, Backend] = {
+            name: open_backend(name, output, recipe, resume_step) for name in recipe.tracking
+        }
         self._display = open_display(self._console, total_steps, resume_step)
         self._waiting: list[_Logged] = []
         self._written = 0.0

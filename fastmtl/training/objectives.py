@@ -145,7 +145,7 @@ class Objectives:
 
     def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         if self._weights is not None:
-            self._weights.load_state_dict(state["weights"])
+            self._weights.load_state_dict(state["weights"] if "weights" in state else state["average"])  # as in 0.1
         if self._famo is not None:
             self._famo.load_state_dict(state["famo"])
         if self._smart is not None:

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from fastmtl import train
+from fastmtl import loop
 from fastmtl.config import load_recipe
 from fastmtl.data.corpus import Corpus
 from fastmtl.measure import heap
@@ -110,10 +110,10 @@ def around_an_evaluation() -> tuple[int, int]:
         return 30 * MIB - (held - left)
 
     assert heap.map_large_blocks()
-    train.score = stays  # type: ignore[assignment]
+    loop.score = stays  # type: ignore[assignment]
     recipe = load_recipe("demo")
     corpus = Corpus([], [None] * len(recipe.task_names))
-    evaluate = partial(train.evaluate, recipe, Mock(), corpus, Mock())
+    evaluate = partial(loop.evaluate, recipe, Mock(), corpus, Mock())
     return evaluate(), stays()  # type: ignore[return-value]
 
 
@@ -126,9 +126,9 @@ def test_a_run_maps_large_blocks_before_it_makes_anything(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(heap, "map_large_blocks", called)
-    monkeypatch.setattr(train, "this_process", lambda _: pytest.fail("other processes were joined before"))
+    monkeypatch.setattr(loop, "this_process", lambda _: pytest.fail("other processes were joined before"))
     with pytest.raises(Called):
-        train.train(load_recipe("demo"), tmp_path)
+        loop.train(load_recipe("demo"), tmp_path)
 
 
 @with_glibc

@@ -119,7 +119,7 @@ def test_what_ranks_agree_on(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_a_run_cannot_have_is_refused_before_deepspeed_starts(
     sections: dict[str, Any], message: str, tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastmtl import train
+    from fastmtl import loop
     from fastmtl.config import load_recipe
     from fastmtl.training import prepare
 
@@ -128,17 +128,17 @@ def test_what_a_run_cannot_have_is_refused_before_deepspeed_starts(
 
     monkeypatch.setattr(prepare, "join", never)
     world = 2 if "reduce" in sections.get("gradient", ()) else 1
-    monkeypatch.setattr(train, "this_process", lambda _: Ranks(0, world, 0, train.torch.device("cpu")))
+    monkeypatch.setattr(loop, "this_process", lambda _: Ranks(0, world, 0, loop.torch.device("cpu")))
     given = recipe(tmp_path / "data", GOOD, **{"encoder": {"path": str(tiny_bert)}, **sections})
     with pytest.raises(UserError) as caught:
-        train.train(load_recipe(str(given)), tmp_path / "run")
+        loop.train(load_recipe(str(given)), tmp_path / "run")
     assert message in str(caught.value)
 
 
 def test_a_full_disk_is_told_before_deepspeed_starts(
     tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastmtl import train
+    from fastmtl import loop
     from fastmtl.config import load_recipe
     from fastmtl.training import prepare
 
@@ -151,7 +151,7 @@ def test_a_full_disk_is_told_before_deepspeed_starts(
     monkeypatch.setattr(prepare, "check_room", full)
     given = load_recipe(str(recipe(tmp_path / "data", GOOD, encoder={"path": str(tiny_bert)})))
     with pytest.raises(UserError, match="no space"):
-        train.train(given, tmp_path / "run")
+        loop.train(given, tmp_path / "run")
     weights = sum(tensor.numel() for tensor in prepare.PhaseModel(prepare.phases_of(given)[0]).trained.parameters())
     assert asked == [(tmp_path / "run", 14 * weights)]
 

@@ -130,19 +130,19 @@ def train_until(recipe: Recipe, output: Path, step: int, *, resume: bool) -> Non
 
 
 def break_off_between_phases(recipe: Recipe, output: Path) -> None:
-    from fastmtl import train
+    from fastmtl import loop
 
-    class Broken(train.PhaseModel):
+    class Broken(loop.PhaseModel):
         def take_over(self, *_: Any) -> None:
             raise RuntimeError("the power fails")
 
-    whole, train.PhaseModel = train.PhaseModel, Broken  # type: ignore[misc]
+    whole, loop.PhaseModel = loop.PhaseModel, Broken  # type: ignore[misc]
     try:
-        train.train(recipe, output)
+        loop.train(recipe, output)
     except RuntimeError:
         pass
     finally:
-        train.PhaseModel = whole  # type: ignore[misc]
+        loop.PhaseModel = whole  # type: ignore[misc]
 
 
 def run_on_ranks(directory: Path, bert: Path, world: int) -> None:

@@ -97,7 +97,7 @@ def test_teacher_strengths_and_dynamic_weights_go_on_after_a_stop(runs: Path) ->
     )
     assert {name.removeprefix("encoder.") for name in teacher if name.startswith("encoder.")} >= model.keys()
     kept = json.loads((last / "state.json").read_text())["objectives"]
-    assert kept["average"]["epochs"][1]["kind"] < kept["average"]["epochs"][0]["kind"]
+    assert kept["weights"]["epochs"][1]["kind"] < kept["weights"]["epochs"][0]["kind"]
     assert kept["scale"].keys() == {"kind", "same", "degree"} and all(value >= 0 for value in kept["scale"].values())
     assert any(kept["scale"].values())
 

@@ -14,7 +14,7 @@ IDS = "tracking.json"  # in a run's folder: the ids that the libraries gave to t
 
 
 class Backend(Protocol):
-    """A tracker. It is created with the output folder, the recipe and the step of a resume, or 0."""
+    """A tracker, created with the output folder, the recipe and the step of a resume, or 0."""
 
     def __init__(self, output: Path, recipe: Recipe, resume_step: int) -> None: ...
 
