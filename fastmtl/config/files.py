@@ -52,6 +52,9 @@ class FileConfig(Section):
         description="csv: cells in double quotes, quotes inside doubled; none: quotes are text; default: none for "
         "glue and for table with tabs, else csv",
     )
+    missing_labels: Literal["error", "leave_out"] = Field(
+        "error", description="a row whose label is empty or null: a bad row, or no row of this task"
+    )
     limit: Int | None = Field(None, ge=1, description="read at most this many training rows")
     dev_fraction: float | None = Field(
         None, ge=0, lt=1, description="share of the training rows that are the dev rows; default: data.dev_fraction"

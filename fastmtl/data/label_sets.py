@@ -19,8 +19,9 @@ class LabelSets:
 
     One column: a cell is a text of labels with `multilabel.separator` between them, or a list of
     labels in JSON and Parquet. A label is a name or its number from 0, by the rules of `Labels`. An
-    empty text or list is the empty set.
-    Indicator columns: one column for each label, with cells 0, 1, true or false.
+    empty text or list is the empty set, a null a missing label.
+    Indicator columns: one column for each label, with cells 0, 1, true or false. A row in which all
+    of them are empty has a missing label.
     """
 
     def __init__(self, task: TaskConfig, layout: Layout) -> None:
@@ -43,12 +44,15 @@ class LabelSets:
 
     def _read(self, values: Sequence[object]) -> list[float]:
         if self._indicates:
-            return [_indicated(column, value) for column, value in zip(self._columns, values, strict=True)]
+            missing = not any(as_label(value) for value in values)
+            cells = zip(self._columns, values, strict=True)
+            return [_indicated(column, value, missing=missing) for column, value in cells]
         (value,) = values
         if isinstance(value, str):
             return self._listed(value.split(self._separator) if value.strip() else [])
         if not as_label(value):
-            raise BadCell(self._columns[0], "expected labels, found nothing (a row without labels has an empty list)")
+            reason = "expected labels, found nothing (a row without labels has an empty list)"
+            raise BadCell(self._columns[0], reason, missing=True)
         return self._listed(value if isinstance(value, list) else [value])
 
     def _listed(self, items: Sequence[object]) -> list[float]:
@@ -65,10 +69,11 @@ class LabelSets:
         return row
 
 
-def _indicated(column: str | int, value: object) -> float:
+def _indicated(column: str | int, value: object, *, missing: bool) -> float:
     text = as_label(value) if value is None or isinstance(value, CELLS) else str(value)
     if text not in _INDICATORS:
-        raise BadCell(column, f"expected 0, 1, true or false, found {quoted(text) if text else 'nothing'}")
+        shown = quoted(text) if text else "nothing"
+        raise BadCell(column, f"expected 0, 1, true or false, found {shown}", missing=missing)
     return _INDICATORS[text]
 
 

@@ -7,7 +7,7 @@ from decimal import Decimal
 
 from fastmtl.config import TaskConfig
 from fastmtl.data.formats import Layout
-from fastmtl.data.records import Record
+from fastmtl.data.records import BadRow, Record
 from fastmtl.errors import listed, quoted
 from fastmtl.files.label_text import as_label, as_number
 
@@ -17,11 +17,18 @@ CELLS = (str, int, float, Decimal)
 
 
 class BadCell(Exception):
-    """Raised for an unusable cell. reason: a text with the expected and the found value."""
+    """Raised for an unusable cell. reason: a text with the expected and the found value.
 
-    def __init__(self, column: str | int, reason: str) -> None:
+    missing: True for the cell of a label that is empty or null.
+    """
+
+    def __init__(self, column: str | int, reason: str, *, missing: bool = False) -> None:
         super().__init__(reason)
-        self.column, self.reason = column, reason
+        self.column, self.reason, self.missing = column, reason, missing
+
+    def row(self, line: int | str) -> BadRow:
+        """Return the cell's row; line: as in BadRow."""
+        return BadRow(line, str(self.column), self.reason, self.missing)
 
 
 class Labels:
@@ -57,7 +64,7 @@ class Labels:
         found = self.find(value)
         if found is None:
             shown = quoted(str(value)) if as_label(value) else "nothing"
-            raise BadCell(self._column, f"expected {self._expected()}, found {shown}")
+            raise BadCell(self._column, f"expected {self._expected()}, found {shown}", missing=not as_label(value))
         return found
 
     def can_read(self, values: Sequence[object]) -> bool:

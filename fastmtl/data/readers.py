@@ -76,8 +76,9 @@ def read_places(
 ) -> Rows:
     """Return the rows of one or more files in the task's format, one file after the other.
 
-    on_bad_row: "skip" leaves bad rows out. require_labels: whether every row needs a label. If
-    False, the label column is not read, so it may be missing, empty or -1.
+    on_bad_row: "skip" leaves bad rows out. A row without a label is one, unless `missing_labels` of
+    the task's data is "leave_out". require_labels: whether every row needs a label. If False, the
+    label column is not read, so it may be missing, empty or -1.
 
     Raises UserError naming file, line and column for a bad row (missing text, label not a number or
     out of range, wrong number of columns, not UTF-8, wrong quotes) unless on_bad_row is "skip",
@@ -97,17 +98,33 @@ def _read_place(
     require_labels: bool,
 ) -> Rows:
     skipped: list[BadRow] = []
+    left_out = 0
 
     def report(bad: BadRow) -> None:
-        if on_bad_row == "error":
+        nonlocal left_out
+        if bad.missing and task.data.missing_labels == "leave_out":
+            left_out += 1
+        elif on_bad_row == "skip":
+            skipped.append(bad)
+        elif bad.missing:
+            raise UserError(
+                f"{place}, {bad}. Give the row a label, or set missing_labels: leave_out in the task's data to leave "
+                "out rows without one."
+            )
+        else:
             raise UserError(f"{place}, {bad}. Fix the row, or set data.on_bad_row=skip to leave such rows out.")
-        skipped.append(bad)
 
     read = DATA_TYPES[task.type].read
     rows = read(place, task, report, require_labels=require_labels, numbers=numbers)
     if not len(rows):
-        raise UserError(f"{place}: no rows" + (f" ({len(skipped)} bad ones were skipped)" if skipped else ""))
-    return dataclasses.replace(rows, skipped=skipped)
+        why = [f"{len(skipped)} bad ones were skipped"] if skipped else []
+        why += [f"{left_out} without a label were left out"] if left_out else []
+        raise UserError(f"{place}: no rows" + (f" ({', '.join(why)})" if why else ""))
+    notes = rows.notes
+    if left_out:
+        have = "1 row has" if left_out == 1 else f"{left_out} rows have"
+        notes = [*notes, f"{place.name}: {have} no label, left out (missing_labels: leave_out)"]
+    return dataclasses.replace(rows, skipped=skipped, notes=notes)
 
 
 def _share(rows: int, fraction: float) -> np.ndarray:

@@ -26,11 +26,13 @@ class BadRow:
     """An unusable row: its place in the file, its column, and the error message.
 
     line: its line number (Parquet: row number), or a text for a file whose rows are no lines.
+    missing: True for a row that only lacks its label (`data.missing_labels`).
     """
 
     line: int | str
     column: str
     reason: str
+    missing: bool = False
 
     def __str__(self) -> str:
         return one_line(f"{where(self.line)}, column {shortened(self.column)}: {self.reason}")

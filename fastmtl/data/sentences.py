@@ -14,7 +14,7 @@ from fastmtl.data.cells import cell_of
 from fastmtl.data.file_bytes import Content, ending, find_bad_byte
 from fastmtl.data.labels import BadCell
 from fastmtl.data.places import Place, Table
-from fastmtl.data.records import BadRow, OnBadRow, Record, Source, open_source
+from fastmtl.data.records import OnBadRow, Record, Source, open_source
 from fastmtl.errors import UserError, listed, quoted, shortened
 
 CONLLU = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
@@ -97,7 +97,7 @@ def _blocks(
                 continue
             cells = reader.cells(text)
         except BadCell as cell:
-            bad(BadRow(number, str(cell.column), cell.reason))
+            bad(cell.row(number))
             broken = True
             continue
         if cells is not None:
@@ -208,12 +208,12 @@ def _records(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: b
             texts = [_word(record, words, value) for value in _list(record, words)]
             if not texts:
                 raise BadCell(words, "expected a list of words, found an empty one")
-            tags = None if label is None else _list(record, label)
+            tags = None if label is None else _list(record, label, missing=record.cells.get(label) is None)
             if tags is not None and len(tags) != len(texts):
                 raise BadCell(str(label), f"{len(texts)} words, but {len(tags)} tags")
             found = cell_of(record, row_id) if isinstance(row_id, str) and row_id in record.cells else ""
         except BadCell as cell:
-            bad(BadRow(record.line, str(cell.column), cell.reason))
+            bad(cell.row(record.line))
             continue
         yield Sentence(found or None, [record.line] * len(texts), texts, tags, (words, str(label)))
 
@@ -229,10 +229,10 @@ def _column(place: Place, source: Source, task: TaskConfig, role: str, names: tu
     return found
 
 
-def _list(record: Record, column: str) -> list[object]:
+def _list(record: Record, column: str, *, missing: bool = False) -> list[object]:
     value = record.cells.get(column)
     if not isinstance(value, list):
-        raise BadCell(column, f"expected a list with a value per word, found {quoted(value)}")
+        raise BadCell(column, f"expected a list with a value per word, found {quoted(value)}", missing=missing)
     return value
 
 

@@ -151,7 +151,7 @@ def _crc32(path: Path) -> int:
 def entry_key(rows: Rows, tokenizer: PreTrainedTokenizerBase, of_type: list[Any], max_length: int) -> str:
     """Return the name of the rows' entry, a digest of their texts, the tokenizer and the settings.
 
-    of_type: the task's type and its settings.
+    of_type: the module of the function that tokenises, and its settings.
     """
     import tokenizers
     import transformers

@@ -214,7 +214,8 @@ def tokenize(
     needs. Raises UserError where `check_pairs` raises it, and for token types other than 0 and 1.
     """
     kind = DATA_TYPES[task.type]
-    key = entry_key(rows, tokenizer, [task.type, *kind.settings(task)], max_length)
+    # The module of `encode`, since types that tokenise by the same function share their entries.
+    key = entry_key(rows, tokenizer, [kind.encode.__module__, *kind.settings(task)], max_length)
     entry = cache_path(cache_dir) / f"tokens-{key}"
     found = load_entry(entry)
     if found is None:

@@ -188,7 +188,8 @@ def predict_file(
 
 def _evaluate(predictor: Predictor, rows: dict[str, Rows], notes: list[str]) -> Evaluation:
     metrics = {name: predictor.evaluate(name, task_rows) for name, task_rows in rows.items()}
-    notes = notes + [note for name, task_rows in rows.items() for note in _skipped(name, task_rows)]
+    for name, task_rows in rows.items():
+        notes = [*notes, *(f"{name}: {note}" for note in task_rows.notes), *_skipped(name, task_rows)]
     counts = {name: len(task_rows) for name, task_rows in rows.items()}
     return Evaluation(metrics, mean_score(metrics, predictor.recipe), counts, notes)
 

@@ -47,6 +47,11 @@ def check_metrics(recipe: Recipe) -> None:
     The message names the key and the nearest valid name. Called before training.
     """
     for name, task in recipe.tasks.items():
+        if task.multilabel.thresholds == "tuned" and not recipe.data.has_dev(task.data):
+            raise UserError(
+                f"tasks.{name}.multilabel.thresholds: tuned needs dev rows: name a file as tasks.{name}.data.dev, or "
+                "set data.dev_fraction"
+            )
         valid = [metric for metric in metric_names(task) if metric not in LOWER_IS_BETTER]
         if task.metric_name not in valid:
             why = unknown_name(f"metric of a {task.type} task", task.metric_name, valid)

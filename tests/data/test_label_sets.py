@@ -116,7 +116,6 @@ def test_a_quoted_line_with_labels_looks_like_a_row(tmp_path: Path) -> None:
         ({"columns": {"text": "t", "label": ["a", "b"]}}, "label_names has 3 names for the 2 columns"),
         ({"columns": {"text": "t", "label": ["a", "a"]}, "label_names": None}, "name each column once"),
         ({"label_names": ["a,b", "c"]}, "'a,b' contains ',', .* set multilabel.separator"),
-        ({"multilabel": {"thresholds": "tuned"}}, "tuned needs a dev file"),
         ({"multilabel": {"thresholds": [0.5]}}, "has 1 numbers for 3 labels"),
         ({"multilabel": {"thresholds": 1.0}}, "less than 1"),
         ({"type": "classification", "columns": {"text": "t", "label": NAMES}}, "several columns are for .* multilabel"),

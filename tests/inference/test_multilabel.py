@@ -13,7 +13,7 @@ from sklearn import metrics as sk
 from fastmtl.config import Recipe, TaskConfig
 from fastmtl.errors import UserError
 from fastmtl.inference.scores import Scores
-from fastmtl.inference.selection import evaluate_scores, with_thresholds
+from fastmtl.inference.selection import check_metrics, evaluate_scores, with_thresholds
 from fastmtl.inference.types import INFERENCE_TYPES
 from fastmtl.inference.types.multilabel import LabelsPrediction, thresholds, tuned_thresholds
 
@@ -86,6 +86,11 @@ def test_a_saved_model_has_the_numbers() -> None:
     assert evaluate_scores(saved["sets"], found) == evaluate_scores(recipe.tasks["sets"], found)
     assert saved["other"] == recipe.tasks["other"]
     assert thresholds(saved["sets"], scored(found.scores)).tolist() == numbers
+    check_metrics(recipe)
+    without = recipe.model_copy(deep=True)
+    without.tasks["sets"].data.dev = None
+    with pytest.raises(UserError, match="tasks.sets.multilabel.thresholds: tuned needs dev rows"):
+        check_metrics(without)
     with pytest.raises(UserError, match="there are no labels to evaluate against"):
         thresholds(recipe.tasks["sets"], scored(found.scores))
 

@@ -37,8 +37,6 @@ def check(task: Task) -> None:
                 f"label_names: {quoted(name)} contains {quoted(separator)}, which is between the labels of a cell: set "
                 "multilabel.separator"
             )
-    if thresholds == "tuned" and task.data.dev is None:
-        raise ValueError("multilabel.thresholds: tuned needs a dev file: name one as data.dev")
     if isinstance(thresholds, list) and len(thresholds) != len(task.label_names):
         raise ValueError(f"multilabel.thresholds has {len(thresholds)} numbers for {len(task.label_names)} labels")
 

@@ -45,7 +45,7 @@ def read(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: bool,
             labels.append(_label(record, columns["label"][0]) if require_labels else "")
             ids.append(cell_of(record, columns["id"][0]) if "id" in columns else "")
         except BadCell as cell:
-            bad(BadRow(record.line, str(cell.column), cell.reason))
+            bad(cell.row(record.line))
             texts, choices, labels = texts[: len(ids)], choices[: len(ids)], labels[: len(ids)]
             continue
         ids[-1] = ids[-1] or str(number)
@@ -88,7 +88,7 @@ def _label(record: Record, column: Column) -> str:
         raise BadCell(column, f"expected the right choice, found {quoted(value)}")
     label = " ".join(as_label(value).split())
     if not label:
-        raise BadCell(column, "expected the right choice, found nothing")
+        raise BadCell(column, "expected the right choice, found nothing", missing=True)
     return label
 
 

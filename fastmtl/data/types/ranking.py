@@ -21,7 +21,7 @@ from fastmtl.data.candidates import (
 from fastmtl.data.cells import cell_of, repeated_ids, text_of
 from fastmtl.data.labels import CELLS, BadCell
 from fastmtl.data.places import Place
-from fastmtl.data.records import BadRow, OnBadRow, Record, Source
+from fastmtl.data.records import OnBadRow, Record, Source
 from fastmtl.data.rows import Rows
 from fastmtl.data.types.spec import Arrays, DataType
 from fastmtl.errors import UserError, quoted, shortened
@@ -63,7 +63,7 @@ def _read_candidates(place: Place, source: Source, task: TaskConfig, bad: OnBadR
                 wanted = f"{quoted(first)}, the text of group {quoted(group)} in line {line}"
                 raise BadCell(columns["text"], f"expected {wanted}, found {quoted(query)}")
         except BadCell as cell:
-            bad(BadRow(record.line, str(cell.column), cell.reason))
+            bad(cell.row(record.line))
             continue
         queries.setdefault(group, (query, record.line))
         candidates.setdefault(group, []).append(candidate)
@@ -106,7 +106,7 @@ def _read_queries(
             text = text_of(record, columns["text"][0])
             row_id = cell_of(record, columns["id"][0]) if "id" in columns else ""
         except BadCell as cell:
-            bad(BadRow(record.line, str(cell.column), cell.reason))
+            bad(cell.row(record.line))
             continue
         ids.append(row_id or str(number))
         texts.append(text)
@@ -143,7 +143,8 @@ def _grades(record: Record, column: Column, count: int, task: TaskConfig) -> lis
     values = record.cells.get(column)
     if not isinstance(values, list | tuple) or len(values) != count:
         found = f"{len(values)}" if isinstance(values, list | tuple) else quoted(values)
-        raise BadCell(column, f"expected a list of {count} grades, one for each candidate, found {found}")
+        reason = f"expected a list of {count} grades, one for each candidate, found {found}"
+        raise BadCell(column, reason, missing=values is None)
     return [grade_of(value, column, task) for value in values]
 
 
@@ -153,8 +154,9 @@ def grade_of(value: object, column: Column, task: TaskConfig) -> float:
     most = LARGEST_EXPONENT if task.ranking.gains == "exponential" else float(np.finfo(np.float32).max)
     if number is None or not 0 <= number <= most:
         limit = f" to {most}, as ranking.gains is exponential" if task.ranking.gains == "exponential" else " on"
-        shown = "nothing" if value is None or value == "" else shortened(quoted(value))
-        raise BadCell(column, f"expected a grade, a number from 0{limit}, found {shown}")
+        missing = not as_label(value)
+        shown = "nothing" if missing else shortened(quoted(value))
+        raise BadCell(column, f"expected a grade, a number from 0{limit}, found {shown}", missing=missing)
     return number
 
 

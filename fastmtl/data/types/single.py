@@ -28,7 +28,7 @@ from fastmtl.data.formats import FORMATS, find_layout
 from fastmtl.data.label_sets import label_reader
 from fastmtl.data.labels import BadCell
 from fastmtl.data.places import Place
-from fastmtl.data.records import BadRow, OnBadRow, open_source
+from fastmtl.data.records import OnBadRow, open_source
 from fastmtl.data.rows import Rows
 from fastmtl.data.text_column import TextBuilder, row_numbers
 from fastmtl.data.types.spec import Arrays, DataType
@@ -62,7 +62,7 @@ def read(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: bool,
             label = None if labels_of is None else labels_of.read(record)
             row_id = "" if layout.id is None else cell_of(record, layout.id)
         except BadCell as cell:
-            bad(BadRow(record.line, str(cell.column), cell.reason))
+            bad(cell.row(record.line))
             continue
         if undecided:
             check_undecided_quotes(place, record, (layout.text, layout.text_pair))

@@ -18,7 +18,7 @@ from fastmtl.data.cells import cell_of, content_of, repeated_ids, text_of
 from fastmtl.data.columns import check_column, check_undecided_quotes, uses_quotes
 from fastmtl.data.labels import BadCell
 from fastmtl.data.places import Place, Table
-from fastmtl.data.records import BadRow, OnBadRow, Record, Source
+from fastmtl.data.records import OnBadRow, Record, Source
 from fastmtl.data.rows import Answers, Rows
 from fastmtl.data.squad import open_squad
 from fastmtl.data.text_column import TextBuilder
@@ -60,7 +60,7 @@ def read(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: bool,
             found = _answers(record, columns, context, task) if require_labels else []
             row_id = cell_of(record, columns["id"]) if "id" in columns else ""
         except BadCell as cell:
-            bad(BadRow(record.place, str(cell.column), cell.reason))
+            bad(cell.row(record.place))
             continue
         if undecided:
             check_undecided_quotes(place, record, [columns["text"], columns["text_pair"]])
@@ -110,6 +110,8 @@ def _answers(record: Record, columns: Columns, context: str, task: TaskConfig) -
     """Return the checked answers of a row. Raises BadCell."""
     if "answers" in columns:
         column = columns["answers"]
+        if record.cells.get(column) is None:
+            raise BadCell(column, "expected answers, found nothing", missing=True)
         pairs = _listed(record.cells.get(column), column)
         places = (column, column)
     else:
@@ -117,7 +119,8 @@ def _answers(record: Record, columns: Columns, context: str, task: TaskConfig) -
         text, start = content_of(record, places[1]), as_label(record.cells.get(places[0]))
         pairs = [] if not text.strip() and start in ("", "-1") else [(as_number(start), text, start)]
     if not pairs and not task.span.unanswerable:
-        raise BadCell(places[1], "there is no answer; span.unanswerable: true allows questions without one")
+        reason = "there is no answer; span.unanswerable: true allows questions without one"
+        raise BadCell(places[1], reason, missing=True)
     return [_checked(*pair, context, places) for pair in pairs]
 
 
