@@ -2,85 +2,46 @@
 
 from __future__ import annotations
 
+import csv
 import json
-import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import yaml
+from eight_tasks import ENDINGS, eight_tasks, write_eight_tasks
 from launch import cpu_environment, nothing_in_shared_memory, two_processes
 from left_by_run import lasting as _lasting
 from left_by_run import lines as _lines
+from left_by_run import same, weights
 
 from fastmtl import cli
 from fastmtl.engine.distributed import free_port
 
 pytestmark = pytest.mark.slow(75)
 
-COLORS, PLACES = ["red", "blue", "green"], ["road", "house", "river", "city"]
+DEV_ROWS = 31  # the last evaluation batch is not full on one of two ranks
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
-    """Return a recipe of three tasks on small files.
-
-    The tasks: which color, whether places are the same, how many words agree.
-    """
+    """Return a recipe with a task of every type."""
     directory = tmp_path_factory.mktemp("data")
-    draw = random.Random(0)
-
-    def sentence() -> str:
-        return f"the {draw.choice(COLORS)} car sat in the {draw.choice(PLACES)}"
-
-    for split, rows in (("train", 96), ("dev", 31)):  # 31: the last evaluation batch is not full on one of two ranks
-        kind, same, degree = [], [], []
-        for _ in range(rows):
-            one, two = sentence(), sentence()
-            kind.append(f"{one}\t{COLORS.index(one.split()[1])}")
-            same.append(f"{one}\t{two}\t{int(one.split()[-1] == two.split()[-1])}")
-            agree = sum(a == b for a, b in zip(one.split(), two.split(), strict=True))
-            degree.append(f"{one}\t{two}\t{agree - 5}")
-        for name, header, lines in (
-            ("kind", "text\tlabel", kind),
-            ("same", "a\tb\tlabel", same),
-            ("degree", "a\tb\tlabel", degree),
-        ):
-            (directory / f"{name}-{split}.tsv").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
-
-    def files(name: str, columns: dict[str, str]) -> dict[str, Any]:
-        return {"train": f"{name}-train.tsv", "dev": f"{name}-dev.tsv", "columns": columns}
-
-    pair = {"text": "a", "text_pair": "b", "label": "label"}
+    write_eight_tasks(directory, {"train": 100, "dev": DEV_ROWS})
     values = {
         "encoder": {"path": str(tiny_bert)},
-        "adapter": {"name": "low_rank", "size": 4},
+        "adapter": {"name": "pal", "size": 8, "heads": 2},
         "data": {"dir": str(directory), "cache_dir": str(directory / "cache")},
-        "tasks": {
-            "kind": {
-                "type": "classification",
-                "num_labels": 3,
-                "pooling": "mean",
-                "data": files("kind", {"text": "text", "label": "label"}),
-            },
-            "same": {"type": "binary", "data": files("same", pair)},
-            "degree": {
-                "type": "regression",
-                "range": [0, 2],
-                "pairs": "bi",
-                "pooling": "mean",
-                "data": files("degree", pair),
-            },
-        },
+        "tasks": eight_tasks(),
         "sampler": {"batch_size": 2},
         "gradient": {"method": "pcgrad"},
         "optimizer": {"lr": 3e-3, "head_lr": 1e-2},
-        "train": {"epochs": 2},
+        "engine": {"zero": 2},
+        "train": {"epochs": 2, "max_steps": 50},
     }
     path = directory / "recipe.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
@@ -118,9 +79,9 @@ def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     for name in ("config.yaml", "metrics.jsonl", "report.html", "model/model.safetensors", "model/heads.safetensors"):
         assert (whole / name).is_file(), name
-    for task in ("kind", "same", "degree"):
+    for task in ("kind", "same", "degree", "answer", "colors"):  # a line for each row
         rows = (whole / "predictions" / f"{task}-dev.csv").read_text(encoding="utf-8").splitlines()
-        assert len(rows) == 1 + 31
+        assert len(rows) == 1 + DEV_ROWS
     assert any(path.name.startswith("events") for path in (whole / "tensorboard").iterdir())
     steps = [line for line in _lines(whole) if "loss" in line]
     assert all(line["surgery_seconds"] > 0 and line["surgery_bytes"] > 0 for line in steps)
@@ -149,6 +110,47 @@ def test_evaluate_finds_the_scores_of_the_run(
             assert tasks[task][name] == pytest.approx(value, abs=1e-5)
 
 
+def test_predict_repeats_the_predictions_of_the_run(
+    whole: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for task, ending in ENDINGS.items():
+        output = tmp_path / f"{task}.csv"
+        command = ["predict", str(whole / "model"), "--task", task, "--input", f"{recipe.parent}/{task}-dev.{ending}"]
+        command += ["--format", "cs224n"] if ending == "tsv" else []
+        monkeypatch.setattr(sys, "argv", ["fastmtl", *command, "--output", str(output)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 0
+        found, kept = _cells(output), _cells(whole / "predictions" / f"{task}-dev.csv")
+        assert len(found) == len(kept) > DEV_ROWS
+        for one, two in zip(found, kept, strict=True):
+            assert one == [pytest.approx(cell, abs=2e-5) if isinstance(cell, float) else cell for cell in two]
+
+
+def _cells(file: Path) -> list[list[str | float]]:
+    """Return the cells of a file of predictions; cells with a decimal point are numbers."""
+    with file.open(encoding="utf-8", newline="") as stream:
+        return [[float(cell) if "." in cell else cell for cell in row] for row in csv.reader(stream)]
+
+
+def test_report_has_the_tables_of_each_type(whole: Path) -> None:
+    page = (whole / "report.html").read_text(encoding="utf-8")
+    metrics_by = {
+        "kind": "class",
+        "same": "class",
+        "tags": "entity type",
+        "answer": "questions",
+        "colors": "label",
+        "next": "number of choices",
+        "find": "number of candidates",
+    }
+    captions = [f"{task}: metrics by {column}" for task, column in metrics_by.items()]
+    captions += [f"{task}: confusion matrix" for task in ("kind", "same", "tags")]
+    captions += [f"{task}: largest errors" for task in ("kind", "same", "degree", "answer", "colors", "next")]
+    missing = [caption for caption in captions if caption not in page]
+    assert not missing
+
+
 def test_killed_stopped_and_resumed_run_is_bitwise_the_same(whole: Path, recipe: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     run = _launch(recipe, output, "train.checkpoint_every=2")
@@ -175,6 +177,11 @@ def test_killed_stopped_and_resumed_run_is_bitwise_the_same(whole: Path, recipe:
     done = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert _lasting(output) == _lasting(whole)
+    for part in ("model", "adapters", "heads"):
+        assert same(weights(output, part), weights(whole, part))
+    for task in ENDINGS:
+        one, two = (run / "predictions" / f"{task}-dev.csv" for run in (output, whole))
+        assert one.read_bytes() == two.read_bytes()
 
 
 def _steps(output: Path) -> int:
