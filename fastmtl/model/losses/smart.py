@@ -27,7 +27,7 @@ from fastmtl.config import Recipe, TaskConfig
 from fastmtl.data.packed_batch import PackedBatch, Units
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.model.heads.batch import Examples
-from fastmtl.model.heads.outputs import kind
+from fastmtl.model.heads.outputs import kind, num_outputs
 from fastmtl.model.types import UNIT_TYPES
 from fastmtl.surgery.random_state import RandomState
 from fastmtl_kernels import pool
@@ -57,6 +57,9 @@ class Smart:
                     raise UserError(
                         f"smart.follows: gap needs dev rows of every task with a term; {name} has no dev file"
                     )
+        for name, task in recipe.tasks.items():
+            if self._adversarial[name] or self._proximal[name]:
+                _check_divergence(name, task)
         self.scale = dict.fromkeys(names, 0.0 if recipe.smart.follows == "gap" else 1.0)
         self.teacher: SmartModel | None = None
         _check(recipe, any(self._adversarial.values()))
@@ -221,6 +224,16 @@ def divergence(task: TaskConfig, p: Tensor, q: Tensor, units: Units | None = Non
     # of nearly equal outputs would be little more than rounding errors.
     log_p, log_q = p.log_softmax(1), q.log_softmax(1)
     return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1)
+
+
+def _check_divergence(name: str, task: TaskConfig) -> None:
+    """Raise UserError if the outputs of a task's head have no distance."""
+    none = torch.zeros(0, num_outputs(task))
+    example = torch.zeros(0, dtype=torch.int64)
+    try:
+        divergence(task, none, none, Units(example, torch.zeros(1, dtype=torch.int64), None, (0,)))
+    except UserError as error:
+        raise UserError(f"tasks.{name}: {error}") from None
 
 
 def _per_task(key: str, given: float | Mapping[str, float], tasks: list[str]) -> dict[str, float]:

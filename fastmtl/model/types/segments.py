@@ -16,13 +16,13 @@ def segment_sum(x: Tensor, units: Units) -> Tensor:
 
 
 def padded(x: Tensor, units: Units, fill: float = 0.0) -> Tensor:
-    """Return each example's units in a row, [E, most units of an example]. x: [U].
+    """Return each example's units in a row, [E, most units of an example, ...]. x: [U, ...].
 
     fill: the value of the places without a unit.
     """
     most = max((stop - start for start, stop in pairwise(units.host)), default=0)
     place = torch.arange(len(x), device=x.device) - units.offsets[units.example]
-    return x.new_full((len(units.host) - 1, most), fill).index_put((units.example, place), x)
+    return x.new_full((len(units.host) - 1, most, *x.shape[1:]), fill).index_put((units.example, place), x)
 
 
 def segment_log_softmax(x: Tensor, units: Units) -> Tensor:
