@@ -34,11 +34,11 @@ NO_LABEL = -100  # the label of a word without one
 
 
 class _BadWord(Exception):
-    """Raised for a sentence that cannot be used. row: its message."""
+    """Raised for a sentence that cannot be used. row: its message. missing: as in BadRow."""
 
-    def __init__(self, line: int, column: str, reason: str) -> None:
+    def __init__(self, line: int, column: str, reason: str, *, missing: bool = False) -> None:
         super().__init__(reason)
-        self.row = BadRow(line, column, reason)
+        self.row = BadRow(line, column, reason, missing)
 
 
 def read(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: bool, numbers: Iterator[int]) -> Rows:
@@ -96,7 +96,8 @@ class Tags:
     def read(self, sentence: Sentence) -> list[int]:
         """Return the ids of a sentence's tags, -100 for a word without one; [] without labels.
 
-        Raises _BadWord for an unknown tag, and for a sequence that the scheme does not allow.
+        Raises _BadWord for an unknown tag, for a sequence that the scheme does not allow, and for a
+        sentence without any tag.
         """
         if sentence.tags is None:
             return []
@@ -111,6 +112,13 @@ class Tags:
                     f"{listed(self._names, 12)}",
                 )
             found.append(index)
+        if all(index == NO_LABEL for index in found):
+            raise _BadWord(
+                sentence.lines[0],
+                sentence.columns[1],
+                "expected a tag, but no word of the sentence has one",
+                missing=True,
+            )
         problem = self._allowed.problem(self._names, found) if self._scheme != "none" else None
         if problem is not None:
             position, reason = problem

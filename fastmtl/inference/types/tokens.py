@@ -22,6 +22,7 @@ from fastmtl.data.types.tokens import tag_without_token
 from fastmtl.errors import UserError, quoted
 from fastmtl.inference.entities import Entities, entity_counts, entity_types, precision_recall_f1
 from fastmtl.inference.metrics import check_finite
+from fastmtl.inference.pieces import word_scores
 from fastmtl.inference.scores import Scores
 from fastmtl.inference.types.single import check_unicode
 from fastmtl.inference.types.spec import InferenceType, Summary, Table
@@ -70,12 +71,13 @@ class Words:
         self._positions = ranges(starts, stops)
         self.offsets = np.concatenate([[0], np.cumsum(stops - starts)])
         word = dataset.units.items + np.repeat(self.offsets[:-1], np.diff(dataset.units.offsets))
-        # A word's prediction is that of its first piece.
-        first = np.concatenate([[True], word[1:] != word[:-1]])[: len(word)]
+        changes = word[1:] != word[:-1]
+        first, last = (np.concatenate(parts)[: len(word)] for parts in (([True], changes), (changes, [True])))
+        of_words = word_scores(task, scores.scores[first], scores.scores[last])
         self.tags = np.full(self.offsets[-1], tag_without_token(task))
         self.probabilities = np.full((len(self.tags), task.num_labels or 0), np.nan, dtype=np.float32)
-        self.tags[word[first]] = scores.scores[first, 0].astype(np.int64)
-        self.probabilities[word[first]] = scores.scores[first, 1:]
+        self.tags[word[first]] = of_words[:, 0].astype(np.int64)
+        self.probabilities[word[first]] = of_words[:, 1:]
 
     def texts(self, sentence: int) -> list[str]:
         assert self._rows.items is not None

@@ -143,6 +143,11 @@ def test_bad_rows_of_columns(tmp_path: Path, reason: str) -> None:
             '{"words": ["a"], "tags": [5]}',
             "line 1, column tags: the word 'a' has the tag 5",
         ),
+        (
+            "a.jsonl",
+            '{"words": ["a", "b"], "tags": [null, "_"]}',
+            "expected a tag, but no word of the sent",
+        ),
         ("a.jsonl", '{"words": [], "tags": []}', "line 1, column words: expected a list of words, found an empty one"),
         ("a.jsonl", '{"text": "a"}', "no column words or tokens for words; the file has text"),
         ("a.txt", "Ana B-PER\n", "set data.format to conll or conllu"),
@@ -225,7 +230,7 @@ def test_labels_of_pieces(tiny_bert: Path, tmp_path: Path) -> None:
     tags = ["B-PER", "E-PER", "O", "S-LOC", None, "O"]
     words = ["xyz", "xy", "cat", "xyz", "xyz", "dog"]
     (tmp_path / "a.jsonl").write_text(
-        json.dumps({"words": words, "tags": tags}) + '\n{"words": ["xy"], "tags": [null]}'
+        json.dumps({"words": words, "tags": tags}) + '\n{"words": ["xy", "."], "tags": [null, "O"]}'
     )
     config = task(IOBES, "iobes", "all")
     rows = read_file(tmp_path / "a.jsonl", config)
@@ -235,11 +240,11 @@ def test_labels_of_pieces(tiny_bert: Path, tmp_path: Path) -> None:
         assert dataset.labels is not None and dataset.loss_terms is not None
         return [IOBES[label] if label >= 0 else "-" for label in dataset.labels], dataset.loss_terms.tolist()
 
-    pieces = "B-PER I-PER I-PER I-PER E-PER O B-LOC I-LOC E-LOC - - - O - -"
-    assert labels(64, config) == (pieces.split(), [10, 0])
-    assert labels(9, config) == ("B-PER I-PER I-PER I-PER E-PER O S-LOC - -".split(), [7, 0])
-    assert labels(64, task(IOBES, "iobes", "last")) == ("B-PER E-PER O S-LOC - O -".split(), [5, 0])
+    pieces = "B-PER I-PER I-PER I-PER E-PER O B-LOC I-LOC E-LOC - - - O - - O"
+    assert labels(64, config) == (pieces.split(), [10, 1])
+    assert labels(9, config) == ("B-PER I-PER I-PER I-PER E-PER O S-LOC - - O".split(), [7, 1])
+    assert labels(64, task(IOBES, "iobes", "last")) == ("B-PER E-PER O S-LOC - O - O".split(), [5, 1])
     bio = [BIO.index(tag) for tag in ("B-PER", "I-PER")]
     assert piece_tags(task(subwords="all"))[0, 0, bio].tolist() == [BIO.index("I-PER")] * 2
     note = tokenize(rows, tokenizer, config, 9, tmp_path).notes
-    assert note[0].startswith("2 of 7 words have no token") and note[0].endswith("predicted as O")
+    assert note[0].startswith("2 of 8 words have no token") and note[0].endswith("predicted as O")

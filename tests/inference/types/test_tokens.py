@@ -13,8 +13,10 @@ from transformers import AutoTokenizer
 from fastmtl.config import TaskConfig
 from fastmtl.data.readers import read_file
 from fastmtl.data.tokenized import tokenize
+from fastmtl.data.types.tokens import piece_tags
 from fastmtl.errors import UserError
 from fastmtl.inference.entities import Entities, Mode, entity_counts, precision_recall_f1
+from fastmtl.inference.pieces import word_scores
 from fastmtl.inference.scores import Scores
 from fastmtl.inference.types.tokens import TOKENS, Entity
 
@@ -155,6 +157,25 @@ def test_summary(scores: Scores) -> None:
     assert plain.names == BIO and plain.per_label is not None
     assert plain.per_label.rows[0] == ["O", "1.000", "0.667", "0.800", "3"]
     assert TOKENS.statistics(task(), scores.dataset) == {"0": 2, "1": 1, "2": 1, "3": 1, "4": 0}
+
+
+def test_words_of_pieces_with_iobes() -> None:
+    """The pieces of each tag's words give the tag back; probabilities add up to 1."""
+    tokens = {"scheme": "iobes", "subwords": "all"}
+    config = TaskConfig.model_validate({"type": "tokens", "label_names": IOBES, "tokens": tokens, "data": {}})
+    tags, of_pieces = np.arange(len(IOBES)), piece_tags(config)
+    first, last = of_pieces[1, 0], of_pieces[0, 1]
+    assert [IOBES[tag] for tag in first] == [
+        "O",
+        *["B-PER", "I-PER", "I-PER", "B-PER", "B-LOC", "I-LOC", "I-LOC", "B-LOC"],
+    ]
+    pieces = [np.concatenate([part[:, None], 0.02 + 0.82 * np.eye(9)[part]], axis=1) for part in (first, last)]
+    found = word_scores(config, *pieces)
+    assert found[:, 0].tolist() == tags.tolist() == found[:, 1:].argmax(axis=1).tolist()
+    np.testing.assert_allclose(found[:, 1:].sum(axis=1), 1)
+    np.testing.assert_array_equal(word_scores(config, pieces[1], pieces[1]), pieces[1])  # words of one piece
+    mixed = word_scores(config, pieces[0][[1, 0]], pieces[1][[0, 1]])
+    assert [IOBES[int(tag)] for tag in mixed[:, 0]] == ["S-PER", "O"]
 
 
 def test_sentences_of_predict() -> None:
