@@ -9,6 +9,7 @@ import numpy as np
 
 from fastmtl.config import Recipe
 from fastmtl.pages import page, plots
+from fastmtl.tracking.titles import title_of
 
 CLASSES = 16  # rows of a confusion matrix that can be read
 LABELS = 30  # rows of a table that is not folded
@@ -59,5 +60,6 @@ def fold(names: Sequence[str], counts: Sequence[Sequence[int]]) -> tuple[list[st
 
 def _table(caption: str, table: dict[str, Any], *, texts: bool = False) -> str:
     """Return the HTML of a `Table` as results.json has it."""
-    html = page.table(caption, table["head"], table["rows"], frozenset(), texts=texts)
+    head = [title_of(name) for name in table["head"]]
+    html = page.table(caption, head, table["rows"], frozenset(), texts=texts)
     return html if len(table["rows"]) <= LABELS else page.folded(f"{caption} ({len(table['rows'])} rows)", html)
