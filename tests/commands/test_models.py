@@ -14,7 +14,16 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from saved_models import SENTENCES, SINGLE, TASKS, assert_same_predictions, run, scores
+from saved_models import (
+    MORE_ROWS,
+    MORE_TASKS,
+    SENTENCES,
+    SINGLE,
+    TASKS,
+    assert_same_predictions,
+    run,
+    scores,
+)
 from transformers import AutoModel, AutoTokenizer
 
 import fastmtl
@@ -59,6 +68,24 @@ def test_merged_tasks_predict_what_they_did(
     assert (scores(out, "tone") != scores(out, "mood")).any()
     assert (out / "model.safetensors").read_bytes() == (one / "model.safetensors").read_bytes()
     assert {path.suffix for path in out.iterdir()} <= {".safetensors", ".json", ".txt"}
+
+
+def test_tasks_of_all_types_are_merged(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Predictions, also those that no row of one label has, stay the same bit for bit."""
+    names = list(MORE_TASKS)
+    one = make("one", {name: MORE_TASKS[name] for name in names[:2]})
+    two = make("two", {name: MORE_TASKS[name] for name in names[2:]}, seed=1)
+    assert run(monkeypatch, "merge", tmp_path / "joined", two, one) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'joined'}: {', '.join([*names[2:], *names[:2]])}\n"
+    joined = fastmtl.load(tmp_path / "joined", device="cpu")
+    for path in (one, two):
+        alone = fastmtl.load(path, device="cpu")
+        for name in alone.recipe.task_names:
+            found = joined.predict(name, MORE_ROWS[name])
+            assert found == alone.predict(name, MORE_ROWS[name])
+            assert len(found) == len(MORE_ROWS[name]) and found[0] != found[1]
 
 
 def test_what_weighed_the_losses_in_training_is_left_behind(
@@ -179,10 +206,13 @@ def test_a_task_is_added_without_touching_the_others(make: Make, tmp_path: Path)
     before = {path.name: path.read_bytes() for path in base.iterdir()}
     for split, count in (("train", 24), ("dev", 6)):
         write_rows(tmp_path / f"{split}.csv", count)
+        tagged = "the O\nfilm B-X\nwas O\ngood O\n\n" * count
+        (tmp_path / f"{split}.conll").write_text(tagged)
     task = {**TASKS["tone"], "data": {"train": "train.csv", "dev": "dev.csv", "columns": SINGLE}}
+    words = {**MORE_TASKS["words"], "data": {"train": "train.conll", "dev": "dev.conll"}}
     recipe = {
         "add_to": str(base),
-        "tasks": {"mood": task},
+        "tasks": {"mood": task, "words": words},
         "data": {"dir": str(tmp_path), "cache_dir": str(tmp_path / "cache")},
         "adapter": {"dropout": 0.1},
         "optimizer": {"lr": 0.01, "weight_decay": 0.1},
@@ -202,13 +232,16 @@ def test_a_task_is_added_without_touching_the_others(make: Make, tmp_path: Path)
         old, new = load_file(base / file), load_file(model / file)
         for name, tensor in old.items():
             assert torch.equal(new[name][:2], tensor)
-            assert len(new[name]) == 3 and new[name][2].any()
+            assert len(new[name]) == 4 and new[name][2].any() and new[name][3].any()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"]["mood"] for line in lines if "loss" in line]
-    assert len(losses) == 6
-    assert losses[-1] < losses[0]
+    for name in ("mood", "words"):
+        losses = [line["loss"][name] for line in lines if "loss" in line]
+        assert len(losses) == 6
+        assert losses[-1] < losses[0]
     predictor = fastmtl.load(tmp_path / "run", device="cpu")
-    assert predictor.recipe.task_names == ["same", "tone", "mood"]
+    assert predictor.recipe.task_names == ["same", "tone", "mood", "words"]
+    (words_found,) = predictor.predict("words", [["the", "film", "was"]])
+    assert len(words_found.tags) == 3 and set(words_found.tags) <= {"O", "B-X", "I-X"}
     assert {answer.label for answer in predictor.predict("mood", SENTENCES)} <= {0, 1, 2}
     resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert add_task.complete(Recipe.model_validate(resolved)).model_dump(mode="json") == resolved

@@ -34,6 +34,21 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     "near": {"type": "regression", "range": [0, 5], "pairs": "bi", "data": {"columns": {**SINGLE, "text_pair": "b"}}},
 }
+# Tasks of the other types, and what `predict` takes for each.
+MORE_TASKS: dict[str, dict[str, Any]] = {
+    "words": {"type": "tokens", "label_names": ["O", "B-X", "I-X"], "tokens": {"scheme": "bio"}, "data": {}},
+    "answer": {"type": "span", "span": {"stride": 2, "max_question": 8}, "data": {}},
+    "topics": {"type": "multilabel", "label_names": ["a", "b"], "multilabel": {"thresholds": "tuned"}, "data": {}},
+    "which": {"type": "choice", "data": {}},
+    "order": {"type": "ranking", "pairs": "bi", "data": {}},
+}
+MORE_ROWS: dict[str, list[Any]] = {
+    "words": [sentence.split() for sentence in SENTENCES],
+    "answer": [(one, " ".join(SENTENCES)) for one, _ in PAIRS],
+    "topics": SENTENCES,
+    "which": [(one, SENTENCES[: 2 + row]) for row, (one, _) in enumerate(PAIRS)],
+    "order": [(one, SENTENCES[: 4 - row]) for row, (one, _) in enumerate(PAIRS)],
+}
 
 
 def save_random_model(
