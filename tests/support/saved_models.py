@@ -38,7 +38,7 @@ TASKS: dict[str, dict[str, Any]] = {
 MORE_TASKS: dict[str, dict[str, Any]] = {
     "words": {"type": "tokens", "label_names": ["O", "B-X", "I-X"], "tokens": {"scheme": "bio"}, "data": {}},
     "answer": {"type": "span", "span": {"stride": 2, "max_question": 8}, "data": {}},
-    "topics": {"type": "multilabel", "label_names": ["a", "b"], "multilabel": {"thresholds": "tuned"}, "data": {}},
+    "topics": {"type": "multilabel", "label_names": ["a", "b"], "multilabel": {"thresholds": [0.1, 0.9]}, "data": {}},
     "which": {"type": "choice", "data": {}},
     "order": {"type": "ranking", "pairs": "bi", "data": {}},
 }
