@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastmtl.config import FileConfig, TaskConfig
-from fastmtl.data.cells import text_of
+from fastmtl.data.cells import repeated_ids, text_of
 from fastmtl.data.columns import check_column, check_undecided_quotes, uses_quotes
 from fastmtl.data.encode import encode_sequences
 from fastmtl.data.labels import BadCell
 from fastmtl.data.places import Place
 from fastmtl.data.records import OnBadRow, Record, Source, open_source
 from fastmtl.data.rows import Items, Rows
-from fastmtl.data.text_column import TextBuilder
+from fastmtl.data.text_column import TextBuilder, row_numbers
 from fastmtl.errors import UserError, quoted
 
 if TYPE_CHECKING:
@@ -45,8 +45,9 @@ def _names_columns(place: Place, files: FileConfig, first: list[str]) -> bool:
 def columns_of(place: Place, source: Source, task: TaskConfig, roles: Sequence[str]) -> dict[str, list[Column]]:
     """Return the columns of each role, by default the one of the role's name.
 
-    Raises UserError for a column that is missing or occurs twice in the header. An `id`, and the
-    `text` of type choice, may be missing if the recipe does not name them.
+    A name such as `choices.text` is a part of the objects in column `choices`. Raises UserError for
+    a column that is missing or occurs twice in the header. An `id`, and the `text` of type choice,
+    may be missing if the recipe does not name them.
     """
     found: dict[str, list[Column]] = {}
     for role in roles:
@@ -56,22 +57,39 @@ def columns_of(place: Place, source: Source, task: TaskConfig, roles: Sequence[s
             continue
         found[role] = list(given) if isinstance(given, list) else [role if given is None else given]
         for column in found[role]:
-            check_column(place, source, role, column)
+            whole, part = _parts(column)
+            check_column(place, source, role, whole if part and column not in source.header else column)
     return found
 
 
-def records_of(place: Place, source: Source, task: TaskConfig, texts: Sequence[Column]) -> Iterator[Record]:
-    """Yield the records of a file. texts: the columns with texts.
+def _parts(column: Column) -> tuple[str, str]:
+    """Return the name of the column and of the part of its objects, "" without one."""
+    whole, _, part = str(column).partition(".")
+    return whole, part
+
+
+def records_of(place: Place, source: Source, task: TaskConfig, columns: Mapping[str, list[Column]]) -> Iterator[Record]:
+    """Yield the records of a file. columns: those of each role.
 
     Raises UserError for a text in CSV quotes in a file that is read without quotes only because the
     recipe has no `quotes`.
     """
     files = task.data
     undecided = source.delimiter is not None and files.quotes is None and not uses_quotes(files, source.delimiter)
+    of_texts = [column for role in ("text", "text_pair", "choices") for column in columns.get(role, [])]
+    nested = [one for given in columns.values() for one in given if isinstance(one, str) and one not in source.header]
     for record in source.records(partial(_inside_quotes, source)):
         if undecided:
-            check_undecided_quotes(place, record, texts)
+            check_undecided_quotes(place, record, of_texts)
+        if nested:
+            record = Record(record.line, {**record.cells, **{name: _nested(record, name) for name in nested}})
         yield record
+
+
+def _nested(record: Record, column: str) -> object:
+    whole, part = _parts(column)
+    cell = record.cells.get(whole)
+    return cell.get(part) if isinstance(cell, Mapping) else None
 
 
 def _inside_quotes(source: Source, cells: list[str]) -> bool:
@@ -105,12 +123,46 @@ def _entry(line: int, column: Column, number: int, text: object) -> str:
         raise BadCell(column, f"entry {number} of the list: {cell.reason}") from None
 
 
+class RowsBuilder:
+    """The rows of a place while they are read. Large columns move to temporary files."""
+
+    def __init__(self) -> None:
+        self._ids, self._texts, self._items = TextBuilder(), TextBuilder(), TextBuilder()
+        self._numbers, self._counts = array("q"), array("q")
+        self.lines: array[int] = array("q")
+
+    def add(self, record: Record, row_id: str | None, number: int, text: str, candidates: Sequence[str]) -> None:
+        """Add a row. row_id: the content of its id column, None in a file without one."""
+        if row_id is not None:
+            self._ids.append(row_id or str(number))
+        self._numbers.append(number)
+        self._texts.append(text)
+        self._items.extend(candidates)
+        self._counts.append(len(candidates))
+        self.lines.append(int(record.line))
+
+    def done(self, place: Place, *, has_ids: bool, labelled: bool) -> Rows:
+        """Return the rows without labels. labelled: as in `Items`."""
+        ids = self._ids.done() if has_ids else row_numbers(self._numbers)
+        return Rows(
+            path=place,
+            ids=ids,
+            texts=self._texts.done(),
+            pair_texts=None,
+            labels=None,
+            notes=repeated_ids(place, ids, self.lines) if has_ids else [],
+            items=Items(self._items.done(), offsets_of(self._counts), labelled),
+        )
+
+
+def offsets_of(counts: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return 0 and the cumulated counts, int64 [n + 1]."""
+    return np.concatenate([[0], np.cumsum(np.asarray(counts, dtype=np.int64))])
+
+
 def items_of(candidates: Sequence[Sequence[str]], *, labelled: bool) -> Items:
     """Return the candidates of all rows as `Items`."""
-    offsets = np.concatenate([[0], np.cumsum([len(texts) for texts in candidates], dtype=np.int64)])
-    texts = TextBuilder()
-    texts.extend(chain.from_iterable(candidates))
-    return Items(texts.done(), offsets, labelled)
+    return Items([text for texts in candidates for text in texts], offsets_of([*map(len, candidates)]), labelled)
 
 
 def encode_candidates(

@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from fastmtl.config import TaskConfig
+from fastmtl.data import spill
 from fastmtl.data.readers import read_file
 from fastmtl.data.rows import Rows
 from fastmtl.data.tokenized import tokenize
@@ -80,9 +81,15 @@ q2,two  words,third,3
 """
 
 
-def test_groups_that_are_apart(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_memory", [spill.IN_MEMORY, 10])
+def test_groups_that_are_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: int) -> None:
+    monkeypatch.setattr(spill, "IN_MEMORY", in_memory)
     rows = read_file(write(tmp_path / "f.csv", GROUPS), task_of(GRADED))
-    assert (rows.ids, rows.texts, parts(rows)) == (["q2", "q1"], ["two words", "one"], [["first", "third"], ["second"]])
+    assert (rows.ids, list(rows.texts), parts(rows)) == (
+        ["q2", "q1"],
+        ["two words", "one"],
+        [["first", "third"], ["second"]],
+    )
     assert rows.labels is not None and rows.labels.tolist() == [0.5, 3, 0]
     assert rows.notes == ["f.csv: in 1 of 2 groups all grades are equal, so they teach no order"]
 
@@ -109,6 +116,21 @@ def test_queries_with_positives_and_negatives(tmp_path: Path) -> None:
         )
         == 1
     )
+
+
+def test_parts_of_objects(tmp_path: Path) -> None:
+    """Columns of ARC and MS MARCO, as Hugging Face has them."""
+    rows = [{"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}]
+    columns = {"text": "question", "choices": "choices.text", "label": "answerKey"}
+    found = read_file(write(tmp_path / "f.parquet", rows), task_of({"type": "choice", "data": {"columns": columns}}))
+    assert parts(found) == [["a", "b"]] and found.labels is not None and found.labels.tolist() == [1]
+    rows = [{"query": "q", "passages": {"is_selected": [0, 1], "passage_text": ["a", "b"]}}]
+    columns = {"text": "query", "choices": "passages.passage_text", "label": "passages.is_selected"}
+    task = task_of({**GRADED, "data": {"columns": columns}})
+    found = read_file(write(tmp_path / "f.jsonl", rows), task)
+    assert parts(found) == [["a", "b"]] and found.labels is not None and found.labels.tolist() == [0, 1]
+    with pytest.raises(UserError, match="line 1, column passages.passage_text: expected a text or a list of texts"):
+        read_file(write(tmp_path / "f.jsonl", [{"query": "q", "passages": ["a"]}]), task)
 
 
 def choice(**changed: Any) -> list[dict[str, Any]]:
@@ -180,7 +202,7 @@ BAD: dict[str, tuple[dict[str, Any], list[dict[str, Any]] | str, str]] = {
     "other query": (
         GRADED,
         GROUPS + "q1,two,x,1\n",
-        "column text: expected 'one', the text of group 'q1' in line 3, found 'two'",
+        "column text: expected the text that group 'q1' has in line 3, found 'two'",
     ),
     "no candidate": (GRADED, GROUPS + "q1,one,,1\n", "line 5, column text_pair: expected a text, found none"),
     "no positive": (HARD, hard(positive=[]), "line 1, column positive: expected a text or a list of texts, found none"),

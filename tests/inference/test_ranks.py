@@ -46,7 +46,7 @@ def test_metrics_are_means_over_the_orders_of_equal_scores(groups: list[list[tup
                 expected[:2] = [ndcg_score([gain], scores, k=k) for gain in gains]
             else:
                 expected[:2] = [1.0, 1.0]
-            expected[2] = over_orders(group, lambda grades, n=relevant: sum(grade > 0 for grade in grades[:k]) / n)  # type: ignore[misc]
+            expected[2] = over_orders(group, lambda grades, n=relevant: sum(grade > 0 for grade in grades[:k]) / n)
             expected[3] = over_orders(
                 group, lambda grades: 1 / next(r for r, grade in enumerate(grades, 1) if grade > 0)
             )

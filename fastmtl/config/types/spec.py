@@ -22,8 +22,10 @@ class Task(Protocol):
     multilabel: Any
     choice: Any
     ranking: Any
-    losses: Any
     mnr: Any
+
+    @property
+    def losses(self) -> Any: ...
 
 
 @dataclass(frozen=True)

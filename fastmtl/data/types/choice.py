@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,19 +12,20 @@ import numpy as np
 from fastmtl.config import TaskConfig
 from fastmtl.data.candidates import (
     Column,
+    RowsBuilder,
     columns_of,
     encode_candidates,
-    items_of,
     labels_as_they_are,
     open_table,
     records_of,
     texts_of,
 )
-from fastmtl.data.cells import cell_of, repeated_ids, text_of
+from fastmtl.data.cells import cell_of, text_of
 from fastmtl.data.labels import CELLS, BadCell
 from fastmtl.data.places import Place
 from fastmtl.data.records import BadRow, OnBadRow, Record
 from fastmtl.data.rows import Rows
+from fastmtl.data.text_column import TextBuilder
 from fastmtl.data.types.spec import Arrays, DataType
 from fastmtl.errors import UserError, quoted
 from fastmtl.files.label_text import as_label, as_number
@@ -36,30 +38,21 @@ def read(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: bool,
     """Return the rows of one place; see `ReadRows`."""
     source = open_table(place, task, bad)
     columns = columns_of(place, source, task, ("id", "text", "choices", *(["label"] if require_labels else [])))
-    of_texts = [*columns.get("text", []), *columns["choices"]]
-    ids, texts, choices, labels, lines = [], [], [], [], []
-    for record, number in zip(records_of(place, source, task, of_texts), numbers, strict=False):
+    rows, labels = RowsBuilder(), LabelReader(task.choice.labels)
+    for record, number in zip(records_of(place, source, task, columns), numbers, strict=False):
         try:
-            texts.append(text_of(record, columns["text"][0]) if "text" in columns else "")
-            choices.append(_choices(record, columns["choices"]))
-            labels.append(_label(record, columns["label"][0]) if require_labels else "")
-            ids.append(cell_of(record, columns["id"][0]) if "id" in columns else "")
+            text = text_of(record, columns["text"][0]) if "text" in columns else ""
+            choices = _choices(record, columns["choices"])
+            label = _label(record, columns["label"][0]) if require_labels else ""
+            row_id = cell_of(record, columns["id"][0]) if "id" in columns else None
         except BadCell as cell:
             bad(cell.row(record.line))
-            texts, choices, labels = texts[: len(ids)], choices[: len(ids)], labels[: len(ids)]
             continue
-        ids[-1] = ids[-1] or str(number)
-        lines.append(record.line)
-    rows = Rows(
-        path=place,
-        ids=ids,
-        texts=texts,
-        pair_texts=None,
-        labels=None,
-        notes=repeated_ids(place, ids, lines),
-        items=items_of(choices, labelled=False),
-    )
-    return _labelled(rows, labels, lines, task, columns["label"][0], bad) if require_labels else rows
+        rows.add(record, row_id, number, text, choices)
+        if require_labels:
+            labels.add(label, choices)
+    found = rows.done(place, has_ids="id" in columns, labelled=False)
+    return labels.labelled(found, rows.lines, columns["label"][0], bad) if require_labels else found
 
 
 def _choices(record: Record, columns: list[Column]) -> list[str]:
@@ -117,47 +110,45 @@ EXPECTED = {
 }
 
 
-def _labelled(rows: Rows, labels: list[str], lines: list[int], task: TaskConfig, column: Column, bad: OnBadRow) -> Rows:
-    """Return the rows with the numbers of the right choices, without rows without one."""
-    assert rows.items is not None
-    kind, numbers = _kind_of(rows, labels, lines, task, column)
-    kept = []
-    for row, (label, line, number) in enumerate(zip(labels, lines, numbers, strict=True)):
-        if number is not None:
-            kept.append(row)
-            continue
-        count = len(rows.items.of(row))
-        expected = EXPECTED[kind].format(count=count, last=count - 1, letter=chr(ord("A") + min(count, 26) - 1))
-        bad(BadRow(line, str(column), f"expected {expected}, found {quoted(label)}"))
-    found = rows.take(kept) if len(kept) < len(rows) else rows
-    chosen = np.array([numbers[row] for row in kept], dtype=np.int64)
-    return dataclasses.replace(found, labels=chosen)
+class LabelReader:
+    """The labels of a file, in every meaning that the setting choice.labels allows."""
 
+    def __init__(self, setting: str) -> None:
+        kinds = ["from_0", "letters", "texts"] if setting == "auto" else [setting]
+        self._labels = TextBuilder()
+        self._numbers = {kind: array("q") for kind in kinds}  # of the right choices; -1: the label names none
 
-def _kind_of(
-    rows: Rows, labels: list[str], lines: list[int], task: TaskConfig, column: Column
-) -> tuple[str, list[int | None]]:
-    """Return what the labels of a file are, and the number of each row's right choice or None.
+    def add(self, label: str, choices: list[str]) -> None:
+        self._labels.append(label)
+        for kind, numbers in self._numbers.items():
+            number = number_of(kind, label, choices)
+            numbers.append(-1 if number is None else number)
 
-    With choice.labels: auto they are what names a choice in the most rows. Raises UserError if two
-    meanings fit all rows and differ.
-    """
-    assert rows.items is not None
-    choices = [rows.items.of(row) for row in range(len(rows))]
-    kinds = ["from_0", "letters", "texts"] if task.choice.labels == "auto" else [task.choice.labels]
-    found = {
-        kind: [number_of(kind, label, texts) for label, texts in zip(labels, choices, strict=True)] for kind in kinds
-    }
-    best = max(kinds, key=lambda kind: sum(number is not None for number in found[kind]))
-    for kind, numbers in found.items():
-        if kind == best or None in numbers or numbers == found[best]:
-            continue
-        row = next(row for row, (one, other) in enumerate(zip(numbers, found[best], strict=True)) if one != other)
-        raise UserError(
-            f"{rows.path}, line {lines[row]}, column {column}: {quoted(labels[row])} may be choice {numbers[row]} or "
-            f"{found[best][row]}, as all labels of the file fit both {best} and {kind}: set choice.labels of the task"
-        )
-    return best, found[best]
+    def labelled(self, rows: Rows, lines: Sequence[int], column: Column, bad: OnBadRow) -> Rows:
+        """Return the rows with the numbers of the right choices, without rows that have none.
+
+        Among several meanings that one counts which names a choice in the most rows. Raises
+        UserError if two fit all rows and differ.
+        """
+        assert rows.items is not None
+        labels, found = self._labels.done(), {kind: np.array(numbers) for kind, numbers in self._numbers.items()}
+        best = max(found, key=lambda kind: (found[kind] >= 0).sum())
+        for kind, numbers in found.items():
+            different = numbers != found[best]
+            if (numbers >= 0).all() and different.any():
+                row = int(different.argmax())
+                raise UserError(
+                    f"{rows.path}, line {lines[row]}, column {column}: {quoted(labels[row])} may be choice "
+                    f"{numbers[row]} or {found[best][row]}, as all labels of the file fit both {best} and {kind}: set "
+                    "choice.labels of the task"
+                )
+        counts = np.diff(rows.items.offsets)
+        for row in np.flatnonzero(found[best] < 0).tolist():
+            count = int(counts[row])
+            expected = EXPECTED[best].format(count=count, last=count - 1, letter=chr(ord("A") + min(count, 26) - 1))
+            bad(BadRow(lines[row], str(column), f"expected {expected}, found {quoted(labels[row])}"))
+        kept = np.flatnonzero(found[best] >= 0)
+        return dataclasses.replace(rows if len(kept) == len(rows) else rows.take(kept), labels=found[best][kept])
 
 
 def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, max_length: int) -> tuple[Arrays, int]:
