@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StrictFloat, field_validator, model_validator
 
 from fastmtl.config.base import Int, Section
+from fastmtl.config.class_weights import check_class_weights
 from fastmtl.config.files import FileConfig
 from fastmtl.config.types import TYPES, ChoiceConfig, MultilabelConfig, RankingConfig, SpanConfig, TokensConfig
 from fastmtl.errors import quoted
@@ -47,6 +48,7 @@ class MnrConfig(Section):
     )
 
 
+Weight = Annotated[float, Field(gt=0)]
 SECTIONS = {spec.section for spec in TYPES.values() if spec.section is not None}
 
 
@@ -71,6 +73,15 @@ class TaskConfig(Section):
     bins: Int = Field(6, ge=2, description="regression by cross_entropy: scores, evenly spread over the range")
     mnr: MnrConfig = Field(default_factory=MnrConfig)
     margin: float = Field(0.0, ge=-1, lt=1, description="cosine_embedding: largest cosine of class 0 without a loss")
+    class_weights: Literal["balanced"] | list[Weight] | dict[str | Int, Weight] | None = Field(
+        None,
+        description="factors of the losses of the classes, in their order or by name; multilabel: of rows that have "
+        "the label; balanced: from the training rows",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="cross_entropy, bce: share of the target for all classes"
+    )
+    focal_gamma: float = Field(2.0, ge=0, description="focal: how much less rows count that are already right")
     weight: float = Field(1.0, gt=0, description="fixed weight of the task's loss, applied before gradient surgery")
     metric: str | None = Field(None, description="default: that of the type, such as accuracy or pearson")
     tokens: TokensConfig = Field(default_factory=TokensConfig)
@@ -138,6 +149,7 @@ class TaskConfig(Section):
             raise ValueError("loss: name at least one, each with a weight above 0")
         if isinstance(self.loss, list) and len(self.losses) < len(self.loss):
             raise ValueError(f"loss: {self.loss}: name each once; {{{self.loss[0]}: 2.0}} gives it a weight")
+        check_class_weights(self)
         return self
 
     @property

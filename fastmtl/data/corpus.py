@@ -8,6 +8,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fastmtl.config import DataConfig, Recipe
 from fastmtl.data.augment import augment
 from fastmtl.data.filters import drop_longest
@@ -51,6 +53,10 @@ class CorpusRows:
                 check_pairs(found, task)
                 rows[name, split] = drop_longest(found, data.drop_longest) if split == "train" else found
         return cls({key: len(found) for key, found in rows.items()}, rows)
+
+    def labels(self, task: str) -> np.ndarray | None:
+        """Return the labels of a task's training rows, as in Rows; call this before `take`."""
+        return self._rows[task, "train"].labels
 
     def take(self, task: str, split: Split) -> Rows:
         """Return the rows of one file and remove them from this object."""

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from fastmtl.config import MLM, Recipe
-from fastmtl.data.corpus import Corpus
+from fastmtl.config.class_weights import BALANCED
+from fastmtl.data.class_weights import with_class_weights
+from fastmtl.data.corpus import Corpus, CorpusRows
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.stream import BatchStream
 from fastmtl.data.tokenized import check_token_types
@@ -73,7 +75,10 @@ def choose_phase(recipe: Recipe, name: str | None) -> Phase:
 
     Raises UserError for an unknown name, and for a phase of masked language modelling.
     """
-    phases = phases_of(with_settings_of_path(complete(recipe)))
+    recipe = with_settings_of_path(complete(recipe))
+    if any(task.class_weights == BALANCED for task in recipe.tasks.values()):
+        recipe = with_class_weights(recipe, CorpusRows.read(recipe))
+    phases = phases_of(recipe)
     if name is not None:
         names = {phase.name or "": phase for phase in phases}
         if name not in names:

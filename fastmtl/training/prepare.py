@@ -6,11 +6,12 @@ errors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastmtl.config import Recipe
+from fastmtl.data.class_weights import with_class_weights
 from fastmtl.data.corpus import Corpus, CorpusRows
 from fastmtl.data.tokenized import check_token_types
 from fastmtl.engine.build import check_engine
@@ -81,6 +82,7 @@ def prepare(
             check_fused_optimizer(phase.recipe)
             check_engine(phase.recipe, ranks.world)
         rows = rows or CorpusRows.read(recipe)
+        phases = [replace(phase, recipe=with_class_weights(phase.recipe, rows)) for phase in phases]
         check_schedules(phases, rows, ranks.world)
         tokenizer = load_tokenizer(recipe.encoder)
         _check_first_token(recipe, tokenizer)

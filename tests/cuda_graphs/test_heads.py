@@ -59,8 +59,23 @@ TASKS = {
         "binary": {**BINARY, "pairs": "bi", "head": {"name": "mlp"}, "loss": ["bce", "mnr"]},
         "score": {**SCORE, "loss": "cross_entropy", "bins": 4, "head": {"name": "mlp", "features": ["v", "product"]}},
     },
+    "weighted": {
+        "classes": {
+            **CLASSES,
+            "loss": ["cross_entropy", "focal"],
+            "class_weights": [1.0, 2.0, 0.5, 4.0, 1.0],
+            "label_smoothing": 0.1,
+        },
+        "binary": {**BINARY, "loss": "focal", "class_weights": [1.0, 3.0]},
+        "score": SCORE,
+    },
 }
-PAIRS = {"projected": [False, False, True], "cosines": [False, True, True], "networks": [False, True, True]}
+PAIRS = {
+    "projected": [False, False, True],
+    "weighted": [False, False, True],
+    "cosines": [False, True, True],
+    "networks": [False, True, True],
+}
 # Two batches with equal numbers of sequences; then a task without examples; then one task alone.
 LENGTHS = [[[5, 1, 9], [4, 2], [7, 8]], [[2, 30, 3], [9, 1], [12, 3]], [[8], [], [3, 3, 2, 9]], [[], [6, 5], []]]
 
@@ -96,7 +111,8 @@ def warned(model: MultiTaskModel) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("tasks", "weighting"), [("projected", "uncertainty"), ("cosines", "fixed"), ("networks", "fixed")]
+    ("tasks", "weighting"),
+    [("projected", "uncertainty"), ("cosines", "fixed"), ("networks", "fixed"), ("weighted", "fixed")],
 )
 def test_replays_have_the_bits_of_eager_execution(
     tasks: str, weighting: str, make_batch: MakeBatch, make_model: MakeModel
@@ -182,7 +198,7 @@ class OnMeta(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("tasks", ["projected", "cosines", "networks"])
+@pytest.mark.parametrize("tasks", list(TASKS))
 def test_the_host_reads_and_copies_nothing(
     tasks: str, make_batch: MakeBatch, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

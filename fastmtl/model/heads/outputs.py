@@ -5,6 +5,7 @@ E examples, C classes. An empty loss stands for any other loss that supports the
 | task | loss | kind | outputs | predictions |
 |---|---|---|---|---|
 | classification | | classes | logits [E, C] | probabilities [E, C] |
+| classification | ordinal | ordinal | logits [E, C - 1] (ordinal.py) | probabilities [E, C] |
 | classification | mse | score | score [E, 1] of the class id | shares [E, C] of 2 nearest classes |
 | binary | | binary | logit of class 1 [E, 1] | its probability [E] |
 | regression | | score | score [E, 1] | score [E] in label units |
@@ -27,11 +28,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastmtl.config import TaskConfig
+from fastmtl.model.heads.ordinal import ordinal_log_probabilities
 from fastmtl.model.types import UNIT_TYPES
 
 RANGE_WIDTH = 4.0
 
-Kind = Literal["classes", "binary", "score", "bins", "labels", "units"]
+Kind = Literal["classes", "binary", "score", "bins", "labels", "ordinal", "units"]
 
 
 def kind(task: TaskConfig) -> Kind:
@@ -41,7 +43,7 @@ def kind(task: TaskConfig) -> Kind:
     """
     match task.type:
         case "classification":
-            return "score" if "mse" in task.losses else "classes"
+            return "score" if "mse" in task.losses else "ordinal" if "ordinal" in task.losses else "classes"
         case "binary":
             return "binary"
         case "regression":
@@ -58,6 +60,9 @@ def num_outputs(task: TaskConfig) -> int:
         case "classes" | "labels":
             assert task.num_labels is not None
             return task.num_labels
+        case "ordinal":
+            assert task.num_labels is not None
+            return task.num_labels - 1
         case "bins":
             return task.bins
         case "units":
@@ -68,8 +73,8 @@ def num_outputs(task: TaskConfig) -> int:
 def targets(task: TaskConfig, labels: Tensor) -> Tensor:
     """Map labels [E] to the targets [E] of a loss of the outputs; labels: [E, C] to [E, C].
 
-    classes: the int64 class ids. bins: the int64 index of the nearest bin. binary, labels: the
-    labels. score: float32, in quarters of the label range.
+    classes, ordinal: the int64 class ids. bins: the int64 index of the nearest bin. binary, labels:
+    the labels. score: float32, in quarters of the label range.
     """
     match kind(task):
         case "score":
@@ -93,6 +98,8 @@ def predictions(task: TaskConfig, outputs: Tensor) -> Tensor:
             return outputs.squeeze(1).sigmoid()
         case "labels":
             return outputs.sigmoid()
+        case "ordinal":
+            return ordinal_log_probabilities(outputs).exp()
         case "bins":
             low, high = _limits(task)
             return outputs.softmax(dim=1) @ torch.linspace(low, high, task.bins).to(outputs)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,7 @@ from fastmtl.config import Recipe, TaskConfig
 from fastmtl.data.packed_batch import PackedBatch, Units
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.model.heads.batch import Examples
+from fastmtl.model.heads.ordinal import ordinal_log_probabilities
 from fastmtl.model.heads.outputs import kind, num_outputs
 from fastmtl.model.types import UNIT_TYPES
 from fastmtl.surgery.random_state import RandomState
@@ -222,7 +224,8 @@ def divergence(task: TaskConfig, p: Tensor, q: Tensor, units: Units | None = Non
             return ((p.sigmoid() - q.sigmoid()) * (p - q)).sum(1)
     # The sum of both divergences is one product of differences. Computed one by one, divergences
     # of nearly equal outputs would be little more than rounding errors.
-    log_p, log_q = p.log_softmax(1), q.log_softmax(1)
+    of = ordinal_log_probabilities if kind(task) == "ordinal" else partial(torch.log_softmax, dim=1)
+    log_p, log_q = of(p), of(q)
     return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1)
 
 

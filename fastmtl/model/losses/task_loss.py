@@ -12,6 +12,7 @@ from torch.nn import functional
 from fastmtl.config import TaskConfig
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.model.heads.batch import Examples
+from fastmtl.model.losses import class_losses
 from fastmtl.model.losses.pairs import PAIR_LOSSES, PairLoss
 from fastmtl.model.types import UNIT_TYPES
 from fastmtl.model.types.spec import UnitLoss
@@ -24,28 +25,20 @@ class Loss:
     """A loss of a head's outputs.
 
     function: maps outputs float32 [E, num_outputs] and targets [E] to losses [E]; outputs.py gives
-    their meaning.
+    their meaning. None if `build` returns it.
     types: the task types that the loss supports.
+    build: maps a task to the function, for a loss with settings of the task.
     """
 
-    function: Function
+    function: Function | None
     types: tuple[str, ...]
+    build: Callable[[TaskConfig], Function] | None = None
 
-
-def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return - log softmax(outputs)[target] of each example, [E]. outputs: [E, C]."""
-    return functional.cross_entropy(outputs, targets, reduction="none")
-
-
-def bce(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return - log sigmoid(output) for class 1, - log(1 - sigmoid(output)) for class 0, [E].
-
-    With outputs and targets [E, C] of several labels it is the mean over the labels.
-    """
-    targets = targets.to(outputs.dtype)
-    if targets.dim() == 2:
-        return functional.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(1)
-    return functional.binary_cross_entropy_with_logits(outputs.squeeze(1), targets, reduction="none")
+    def of(self, task: TaskConfig) -> Function:
+        """Return the function for a task."""
+        function = self.function if self.build is None else self.build(task)
+        assert function is not None, "a loss has a function or builds it"
+        return function
 
 
 def mse(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -54,9 +47,18 @@ def mse(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 LOSSES = {
-    "cross_entropy": Loss(cross_entropy, ("classification", "regression")),
-    "bce": Loss(bce, ("binary", "multilabel")),
+    "cross_entropy": Loss(None, ("classification", "regression"), class_losses.cross_entropy),
+    "bce": Loss(None, ("binary", "multilabel"), class_losses.bce),
     "mse": Loss(mse, ("regression", "classification")),
+    "focal": Loss(None, ("classification", "binary", "multilabel"), class_losses.focal),
+    "ordinal": Loss(None, ("classification",), class_losses.ordinal),
+}
+# Losses that give the same outputs different meanings.
+READ_AS = {
+    "cross_entropy": "logits",
+    "focal": "logits",
+    "mse": "a score",
+    "ordinal": "conditional logits",
 }
 
 
@@ -121,11 +123,13 @@ def build_loss(task: TaskConfig) -> TaskLoss:
             raise UserError(f"loss: {name} does not fit a {task.type} task; use {fitting}")
         if name in PAIR_LOSSES and task.pairs != "bi":
             raise UserError(f"loss: {name} compares the vectors of two texts: it needs pairs: bi, not pairs: cross")
-    if {"cross_entropy", "mse"} <= task.losses.keys():
-        raise UserError("loss: cross_entropy reads the outputs as logits and mse as a score: take one of the two")
+    meanings = {READ_AS[name]: name for name in task.losses if name in READ_AS}
+    if len(meanings) > 1 and task.type in ("classification", "regression"):
+        (one, first), (two, second), *_ = meanings.items()
+        raise UserError(f"loss: {first} reads the outputs as {one} and {second} as {two}: take one of the two")
     _check_settings(task)
     return TaskLoss(
-        [(weight, LOSSES[name].function) for name, weight in task.losses.items() if name in LOSSES],
+        [(weight, LOSSES[name].of(task)) for name, weight in task.losses.items() if name in LOSSES],
         [(weight, PAIR_LOSSES[name](task)) for name, weight in task.losses.items() if name in PAIR_LOSSES],
         reads_outputs=any(name in LOSSES for name in task.losses),
     )

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fastmtl.config import TaskConfig
 from fastmtl.data.packed_batch import Units
 from fastmtl.data.tags import allowed
 from fastmtl.errors import UserError
 from fastmtl.model.heads.batch import Examples
+from fastmtl.model.losses import class_losses
 from fastmtl.model.types.crf import Crf
 from fastmtl.model.types.spec import UnitLoss, UnitType
 
@@ -23,11 +23,14 @@ IGNORED = -100  # the label of a word without one
 
 def cross_entropy(task: TaskConfig) -> UnitLoss:
     """Return - log softmax(logits)[tag] of each unit, [U], 0 for a word without a label."""
+    function = class_losses.cross_entropy(task, ignored=IGNORED)
+    return lambda found, labels, head: function(found.outputs, labels)
 
-    def loss(found: Examples, labels: Tensor, head: nn.Module) -> Tensor:
-        return functional.cross_entropy(found.outputs, labels, ignore_index=IGNORED, reduction="none")
 
-    return loss
+def focal(task: TaskConfig) -> UnitLoss:
+    """Return the focal loss of each unit, [U], 0 for a word without a label."""
+    function = class_losses.focal(task, ignored=IGNORED)
+    return lambda found, labels, head: function(found.outputs, labels)
 
 
 def crf(task: TaskConfig) -> UnitLoss:
@@ -65,7 +68,7 @@ def divergence(task: TaskConfig, p: Tensor, q: Tensor, units: Units) -> Tensor:
 
 TOKENS = UnitType(
     lambda task: task.num_labels or 0,
-    {"cross_entropy": cross_entropy, "crf": crf},
+    {"cross_entropy": cross_entropy, "focal": focal, "crf": crf},
     predictions,
     divergence,
     add_parts,
