@@ -36,10 +36,10 @@ class Sentence:
     columns: tuple[str, str]
 
 
-def read_sentences(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: bool) -> Iterator[Sentence]:
+def read_sentences(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: bool) -> Iterator[Sentence | None]:
     """Yield the sentences of a place, by `data.format` or, for format table, the file's suffix.
 
-    bad: called for a sentence whose words cannot be read. require_labels: whether tags are read.
+    bad: called for a sentence whose words cannot be read, which becomes a None. require_labels: whether tags are read.
     Raises UserError for a file that cannot be read at all.
     """
     name = task.data.format
@@ -54,8 +54,12 @@ def read_sentences(place: Place, task: TaskConfig, bad: OnBadRow, *, require_lab
     return _lines(place, task, bad, unified=name == "conllu", require_labels=require_labels)
 
 
-def _lines(path: Path, task: TaskConfig, bad: OnBadRow, *, unified: bool, require_labels: bool) -> Iterator[Sentence]:
+def _lines(
+    path: Path, task: TaskConfig, bad: OnBadRow, *, unified: bool, require_labels: bool
+) -> Iterator[Sentence | None]:
     """Yield the sentences of a file with one word per line. unified: CoNLL-U."""
+    if "id" in task.data.columns:
+        raise UserError(f"{path}: columns.id: a sentence has its id in a comment, `# sent_id = ...`: leave it out")
     content = Content(path)
     reader = _UnifiedLine(task) if unified else _PlainLine(path, task, content)
     if require_labels and reader.label >= reader.width:
@@ -63,7 +67,11 @@ def _lines(path: Path, task: TaskConfig, bad: OnBadRow, *, unified: bool, requir
             f"{path}: no column {reader.label} for label; the file has {reader.width} columns, with numbers from 0"
         )
     columns = (reader.name(reader.words), reader.name(reader.label))
-    for sentence_id, lines in _blocks(content, reader, bad):
+    for block in _blocks(content, reader, bad):
+        if block is None:
+            yield None
+            continue
+        sentence_id, lines = block
         words = [cells[reader.words] for _, cells in lines]
         tags: list[object] | None = [cells[reader.label] for _, cells in lines] if require_labels else None
         yield Sentence(sentence_id, [number for number, _ in lines], words, tags, columns)
@@ -71,17 +79,19 @@ def _lines(path: Path, task: TaskConfig, bad: OnBadRow, *, unified: bool, requir
 
 def _blocks(
     content: Content, reader: _PlainLine | _UnifiedLine, bad: OnBadRow
-) -> Iterator[tuple[str | None, list[tuple[int, list[str]]]]]:
+) -> Iterator[tuple[str | None, list[tuple[int, list[str]]]] | None]:
     """Yield the id of each sentence, and the number and the cells of each line with a word.
 
-    A sentence with a bad line is left out.
+    A sentence with a bad line becomes a None.
     """
     found: list[tuple[int, list[str]]] = []
     sentence_id: str | None = None
     broken, before = False, 0
     for number, text in chain(content.lines(), [(sys.maxsize, "")]):
         if number > before + 1 or not text.strip():  # `Content.lines` leaves blank lines out
-            if found and not broken:
+            if broken:
+                yield None
+            elif found:
                 yield sentence_id, found
             found, sentence_id, broken = [], None, False
         before = number
@@ -192,7 +202,7 @@ class _UnifiedLine:
         return cells
 
 
-def _records(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: bool) -> Iterator[Sentence]:
+def _records(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: bool) -> Iterator[Sentence | None]:
     """Yield the sentences of a file with a list of words, and a list of tags, per row."""
     source = open_source(place, lambda _: False, lambda _: True, bad)
     if source.delimiter is not None:
@@ -214,6 +224,7 @@ def _records(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: b
             found = cell_of(record, row_id) if isinstance(row_id, str) and row_id in record.cells else ""
         except BadCell as cell:
             bad(cell.row(record.line))
+            yield None
             continue
         yield Sentence(found or None, [record.line] * len(texts), texts, tags, (words, str(label)))
 

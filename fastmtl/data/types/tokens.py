@@ -48,6 +48,8 @@ def read(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: bool,
     tags = Tags(task)
     sentences = read_sentences(place, task, bad, require_labels=require_labels)
     for sentence, number in zip(sentences, numbers, strict=False):
+        if sentence is None:
+            continue
         try:
             found = _words(sentence)
             labels.extend(tags.read(sentence))

@@ -117,6 +117,7 @@ def test_bad_rows_of_columns(tmp_path: Path, reason: str) -> None:
         read_file(file, task())
     assert reason in str(caught.value)
     rows = read_file(file, task(), on_bad_row="skip")
+    assert rows.ids[-1] in ("first", "1", "2") and ("Rome" not in content or rows.ids == ["0", "2"])
     assert len(rows.skipped) == 1 and str(rows.skipped[0]) in str(caught.value)
     assert all((words, tags) in [*EXPECTED, (["Ana"], [1]), (["Rome"], [3])] for words, tags in sentences(rows))
 
@@ -157,6 +158,25 @@ def test_bad_rows_of_other_formats(tmp_path: Path, file: str, content: str, reas
     (tmp_path / file).write_text(content)
     with pytest.raises(UserError) as caught:
         read_file(tmp_path / file, task(columns={"label": "xpos"} if file.endswith("u") else {}))
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "columns", "reason"),
+    [
+        ("a.conll", {"label": "ner"}, "columns.label: CoNLL columns have no names: give a number from 0"),
+        ("a.conll", {"label": 3}, "no column 3 for label; the file has 3 columns"),
+        ("a.conll", {"words": 3}, "no column 3 for words; the file has 3 columns"),
+        ("a.conll", {"id": 1}, "columns.id: a sentence has its id in a comment"),
+        ("a.conllu", {"label": "ner"}, "data.columns.label: 'ner' is no column of CoNLL-U, which has id, form"),
+        ("a.jsonl", {"label": "ner"}, "no column 'ner' for label; the file has words, tags"),
+    ],
+)
+def test_columns_that_a_file_does_not_have(tmp_path: Path, file: str, columns: dict[str, Any], reason: str) -> None:
+    content = {"a.conll": CONLL, "a.conllu": CONLLU, "a.jsonl": '{"words": ["a"], "tags": ["O"]}'}
+    (tmp_path / file).write_text(content[file])
+    with pytest.raises(UserError) as caught:
+        read_file(tmp_path / file, task(columns=columns))
     assert reason in str(caught.value)
 
 
