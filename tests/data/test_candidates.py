@@ -11,10 +11,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fastmtl.config import TaskConfig
+from fastmtl.config import Recipe, TaskConfig
 from fastmtl.data import spill
 from fastmtl.data.readers import read_file
 from fastmtl.data.rows import Rows
+from fastmtl.data.stream import BatchStream
 from fastmtl.data.tokenized import tokenize
 from fastmtl.errors import UserError
 
@@ -280,3 +281,13 @@ def test_tokens(tmp_path: Path, tiny_bert: Path, settings: dict[str, Any], cut: 
     assert found.units is not None and found.units.offsets.tolist() == rows.items.offsets.tolist()
     assert found.example_offsets is not None and found.example_offsets[-1] == len(expected)
     assert found.truncated == cut
+
+
+def test_the_longest_row_of_a_small_batch_is_named(tmp_path: Path, tiny_bert: Path) -> None:
+    from transformers import AutoTokenizer
+
+    recipe = Recipe.model_validate({"tasks": {"find": GRADED | {"data": {}}}, "sampler": {"batch_tokens": 20}})
+    rows = read_file(write(tmp_path / "f.csv", GROUPS), recipe.tasks["find"])
+    data = tokenize(rows, AutoTokenizer.from_pretrained(tiny_bert), recipe.tasks["find"], 64, tmp_path / "cache")
+    with pytest.raises(UserError, match=r"less than the \d+ tokens of row q2 of find with its 2 texts \(.*f.csv\)"):
+        BatchStream([data], recipe)
