@@ -31,8 +31,8 @@ class Task(Protocol):
 
 def check_class_weights(task: Task) -> None:
     """Raise ValueError for a key that does not fit the task's type or losses."""
-    _check_place(task, "class_weights", task.class_weights is not None, WEIGHTED)
-    _check_place(task, "label_smoothing", bool(task.label_smoothing), SMOOTHED)
+    _check_place(task, "class_weights", task.class_weights is not None, WITH_CLASSES, WEIGHTED)
+    _check_place(task, "label_smoothing", bool(task.label_smoothing), (*WITH_CLASSES, "choice"), SMOOTHED)
     if task.focal_gamma != 2.0 and "focal" not in task.losses:
         raise ValueError(f"focal_gamma: a setting of the loss focal; this task has {' + '.join(task.losses)}")
     if task.class_weights == BALANCED and task.data.augment is not None:
@@ -40,9 +40,9 @@ def check_class_weights(task: Task) -> None:
     class_weights(task)
 
 
-def _check_place(task: Task, key: str, given: bool, losses: tuple[str, ...]) -> None:
-    if given and task.type not in WITH_CLASSES:
-        raise ValueError(f"{key}: for tasks with classes ({', '.join(WITH_CLASSES)}), this one is of type {task.type}")
+def _check_place(task: Task, key: str, given: bool, types: tuple[str, ...], losses: tuple[str, ...]) -> None:
+    if given and task.type not in types:
+        raise ValueError(f"{key}: for tasks with classes ({', '.join(types)}), this one is of type {task.type}")
     if given and not set(losses) & task.losses.keys():
         raise ValueError(f"{key}: for the losses {', '.join(losses)}; this task has {' + '.join(task.losses)}")
 

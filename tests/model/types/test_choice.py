@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from packed_batches import build_model
+from ranked_groups import units_of
+from torch import nn
 from transformers import BertForMultipleChoice
 
+from fastmtl.config import TaskConfig
 from fastmtl.data.packing import pack
 from fastmtl.data.tokenized import TokenizedDataset, UnitTable
+from fastmtl.model.heads.batch import Examples
+from fastmtl.model.losses.task_loss import build_loss
 
 COUNTS, LABELS = [3, 2, 4], [2, 0, 1]
 TASK = {"type": "choice", "pooling": "pooler", "data": {}, "head": {"dropout": 0.0}}
@@ -70,3 +77,19 @@ def test_losses_and_gradients_equal_bert_for_multiple_choice(tiny_bert: Path, tm
     words = theirs.bert.embeddings.word_embeddings.weight.grad
     torch.testing.assert_close(model.encoder.tables[0].grad, words)
     assert words is not None and words.abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("settings", [{"label_smoothing": 0.2}, {"loss": "focal", "focal_gamma": 1.5}])
+def test_other_losses_are_those_of_each_row_as_classes(settings: dict[str, Any]) -> None:
+    scores = torch.randn(sum(COUNTS), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    scores.requires_grad_()
+    found = Examples(scores, scores, None, units_of(COUNTS))
+    loss = build_loss(TaskConfig.model_validate({**TASK, **settings})).of_units(
+        found, torch.tensor(LABELS), nn.Identity()
+    )
+    expected = []
+    for row, label in zip(scores.squeeze(1).split(COUNTS), LABELS, strict=True):
+        task = TaskConfig.model_validate({"type": "classification", "num_labels": len(row), "data": {}, **settings})
+        expected.append(build_loss(task)(row[None], torch.tensor([label])).sum())
+    torch.testing.assert_close(loss, torch.stack(expected).sum())
+    torch.testing.assert_close(*(torch.autograd.grad(x, scores)[0] for x in (loss, torch.stack(expected).sum())))
