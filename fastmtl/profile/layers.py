@@ -75,4 +75,5 @@ def heads_backward(ledger: Ledger, rows: Rows, *, below: bool) -> None:
 
 def _head_bytes(shape: Shape) -> int:
     pooled = HEAD_VECTORS * shape.load.sequences * shape.hidden * shape.number_bytes
-    return pooled + sum(units * kept for units, kept in zip(shape.load.units, shape.unit_bytes, strict=False))
+    pieces = ((shape.load.units, shape.unit_bytes), (shape.load.cells, shape.cell_bytes))
+    return pooled + sum(n * kept for numbers, nbytes in pieces for n, kept in zip(numbers, nbytes, strict=False))

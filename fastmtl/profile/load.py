@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from fastmtl.data.packed_batch import PackedBatch
 
@@ -13,7 +14,7 @@ class Load:
 
     unique: different tokens per task, summed over tasks. largest_task: tokens of the task with the
     most. longest: tokens of the longest text. units: for each task, the tokens that its head scores
-    one by one; () for none.
+    one by one; () for none. cells: for each task, its examples times the units of the longest.
     """
 
     tokens: int
@@ -22,6 +23,7 @@ class Load:
     largest_task: int
     longest: int = 0
     units: tuple[int, ...] = ()
+    cells: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, batch: PackedBatch) -> Load:
@@ -34,4 +36,9 @@ class Load:
             largest_task=max(len(piece) for piece in pieces),
             longest=max((stop - start for start, stop in zip(bounds, bounds[1:], strict=False)), default=0),
             units=tuple(0 if one is None or one.rows is None else len(one.rows) for one in batch.units),
+            cells=tuple(0 if one is None else _cells(one.host) for one in batch.units),
         )
+
+
+def _cells(offsets: tuple[int, ...]) -> int:
+    return (len(offsets) - 1) * max((stop - start for start, stop in pairwise(offsets)), default=0)

@@ -15,6 +15,10 @@ from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.profile.load import Load
 from fastmtl.profile.lora_shape import LoraShape, lora_shape
 
+# Vectors of the tags, besides the pairs, that the two sums of a CRF keep at each place: scores, with
+# other tags than the label excluded, results of sums and of choices at the end of an example.
+CRF_VECTORS = 3
+
 
 @dataclass(frozen=True)
 class AdapterShape:
@@ -58,6 +62,7 @@ class Shape:
     "none" with scope "tensor". overlap: DeepSpeed reduces during backward, as on GPUs. in_hand: all
     gradients of a sum are ready before DeepSpeed gets one. freezes: the encoder is frozen.
     unit_bytes: for each task whose head scores tokens, what the head keeps per token; 0 for others.
+    cell_bytes: what a CRF keeps for each of the task's `Load.cells`; 0 for tasks without one.
     """
 
     load: Load
@@ -108,6 +113,7 @@ class Shape:
     lora: LoraShape | None = None
     freezes: bool = False
     unit_bytes: tuple[int, ...] = ()
+    cell_bytes: tuple[int, ...] = ()
 
     @property
     def trained(self) -> int:
@@ -191,6 +197,7 @@ class Shape:
             lora=lora_shape(model),
             freezes=recipe.encoder.freeze,
             unit_bytes=tuple(_unit_bytes(task, recipe, encoder.hidden_size) for task in recipe.tasks.values()),
+            cell_bytes=tuple(_cell_bytes(task) for task in recipe.tasks.values()),
             dense=sum(p.numel() for p in shared) - sparse,
             table=sparse,
             own=total - sum(p.numel() for p in shared),
@@ -264,6 +271,12 @@ def _unit_bytes(task: TaskConfig, recipe: Recipe, hidden_size: int) -> int:
         widths += task.head.hidden or [hidden_size]
     number_bytes = 4 if recipe.engine.precision == "fp32" else 2
     return 3 * sum(widths) * number_bytes + 2 * num_outputs(task) * 4
+
+
+def _cell_bytes(task: TaskConfig) -> int:
+    """Return the bytes of two sums over the tags of neighbours, in float32, that a CRF keeps."""
+    tags = num_outputs(task)
+    return 2 * (tags + CRF_VECTORS) * tags * 4 if "crf" in task.losses else 0
 
 
 def _moments(recipe: Recipe) -> int:

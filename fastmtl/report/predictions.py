@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastmtl.config import Recipe
+from fastmtl.inference.types.texts import shown
 from fastmtl.pages import page, plots
 from fastmtl.tracking.titles import title_of
 
@@ -61,5 +62,6 @@ def fold(names: Sequence[str], counts: Sequence[Sequence[int]]) -> tuple[list[st
 def _table(caption: str, table: dict[str, Any], *, texts: bool = False) -> str:
     """Return the HTML of a `Table` as results.json has it."""
     head = [title_of(name) for name in table["head"]]
-    html = page.table(caption, head, table["rows"], frozenset(), texts=texts)
+    rows = [[shown(cell) for cell in row] for row in table["rows"]] if texts else table["rows"]
+    html = page.table(caption, head, rows, frozenset(), texts=texts)
     return html if len(table["rows"]) <= LABELS else page.folded(f"{caption} ({len(table['rows'])} rows)", html)

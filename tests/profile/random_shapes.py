@@ -55,11 +55,11 @@ LORAS: tuple[tuple[dict[str, Any], bool, str, str, str, int], ...] = (
     ({"rank": 4, "layers": [1, 2]}, False, "full", "stacked", "bf16", 1),
     ({"rank": 16, "targets": "all-linear"}, True, "none", "kept", "fp32", 1),
 )
-# Recipes whose heads score tokens or several texts of a row: types, settings of the tokens' head,
-# precision, storage, ZeRO stage.
+# Recipes whose heads score tokens or several texts of a row: types, settings of a task of type
+# tokens, precision, storage, ZeRO stage.
 UNITS: tuple[tuple[list[str], dict[str, Any], str, str, int], ...] = (
-    (["tokens", "choice", "binary"], {}, "fp32", "stacked", 2),
-    (["tokens", "tokens"], {"name": "mlp", "hidden": [100]}, "bf16", "replay", 1),
+    (["tokens", "choice", "binary"], {"loss": "crf"}, "fp32", "stacked", 2),
+    (["tokens", "tokens"], {"head": {"name": "mlp", "hidden": [100]}}, "bf16", "replay", 1),
 )
 TAGS = 50
 KEPT = 2  # recipes with J that are also measured with `storage: kept`
@@ -142,7 +142,7 @@ def with_lora(
 
 
 def with_units(
-    types: list[str], head: dict[str, Any], precision: str, storage: str, zero: int
+    types: list[str], tokens: dict[str, Any], precision: str, storage: str, zero: int
 ) -> tuple[Recipe, PretrainedConfig, list[PackedBatch]]:
     """Return a recipe whose heads score units, an encoder's configuration and a micro-batch."""
     sizes = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 192, "max_position_embeddings": 128}
@@ -151,7 +151,7 @@ def with_units(
     tasks: dict[str, dict[str, Any]] = {f"task{k}": {"type": name, "data": {}} for k, name in enumerate(types)}
     for task in tasks.values():
         if task["type"] == "tokens":
-            task |= {"label_names": [f"tag {k}" for k in range(TAGS)], "head": head}
+            task |= {"label_names": [f"tag {k}" for k in range(TAGS)], **tokens}
     values = {
         "tasks": tasks,
         "gradient": {"method": "pcgrad", "storage": storage},

@@ -166,14 +166,16 @@ def make_recipe(case: Case) -> Recipe:
     if case.variant.startswith("units"):
         values["tasks"] = {
             "order": {**task, "type": "ranking", "pairs": "bi", "pooling": "mean"},
-            "tags": {**task, "type": "tokens", "label_names": list("OABC"), "weight": 0.5},
+            "tags": {**task, "type": "tokens", "label_names": list("OABC"), "loss": "crf", "weight": 0.5},
+            "answer": {**task, "type": "span"},
             "same": values["tasks"]["same"],
             "which": {**task, "type": "choice"},
         }
     if case.variant == "units-tensor":
-        # Adding a vector to all texts changes no order and no choice. Their gradients of the last
-        # LayerNorm's bias are therefore rounding errors, along which others would be projected.
-        del values["tasks"]["which"], values["tasks"]["order"]
+        # Adding a vector to all hidden states changes no softmax over texts or tokens. Gradients of
+        # the last LayerNorm's bias are then rounding errors, along which others would be projected.
+        for name in ("which", "order", "answer"):
+            del values["tasks"][name]
     if case.variant.endswith("autocast"):
         values["deepspeed"] = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
     return parse_recipe(values, "test")
