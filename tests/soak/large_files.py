@@ -1,7 +1,7 @@
 """A file of five million rows: read, tokenised and drawn from in at most 1 GiB of memory.
 
 A new process prepares a run as `fastmtl train` does: it reads and checks the rows, tokenises them
-into the cache, builds the model and draws the batches of 200 steps. A second process does the same
+into the cache, builds the model and draws the batches of 5,000 steps. A second process does the same
 with the tokens of the cache. The memory is the peak of the process's resident pages, among them
 those of memory-mapped files.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from random import Random
 
 MOST = 1024  # MiB
-STEPS, BATCH_SIZE = 200, 32
+STEPS, BATCH_SIZE = 5000, 32  # so many that all pages of the tokens are read
 
 
 def main() -> None:
