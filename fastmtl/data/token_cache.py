@@ -8,6 +8,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 CACHE_VERSION = 5
 _TEXTS = 10_000  # texts that are read at once for a digest
 _BYTES = 1 << 20  # bytes of an array that are read at once
+_MAKING, _ABANDONED = ".making-", 24 * 3600.0  # seconds
 
 
 class NotWritable(Exception):
@@ -43,7 +45,8 @@ class EntryWriter:
         self._arrays: dict[str, _GrowingArray] = {}
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(prefix=".making-", dir=entry.parent))
+            _remove_abandoned(entry.parent)
+            self._folder = Path(tempfile.mkdtemp(prefix=_MAKING, dir=entry.parent))
         except OSError as error:
             raise NotWritable(error.strerror) from None
 
@@ -90,6 +93,14 @@ class EntryWriter:
         for array in self._arrays.values():
             array.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Remove the temporary folders of processes that were killed: none has written for a day."""
+    for folder in cache.glob(f"{_MAKING}*"):
+        with suppress(OSError):  # another process has finished or removed it
+            if time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir())) > _ABANDONED:
+                shutil.rmtree(folder)
 
 
 class _GrowingArray:
@@ -203,9 +214,9 @@ def array_pieces(array: np.ndarray) -> Iterator[memoryview]:
 def free_pages(array: np.ndarray) -> None:
     """Remove the pages of a memory-mapped array from the process's memory.
 
-    The next access reads them again. An array that is not memory-mapped is left alone.
+    The next access reads them again. Other arrays, and those that can be written, are left alone.
     """
-    base: Any = array
+    base: Any = None if array.flags.writeable else array
     while base is not None and not isinstance(base, mmap.mmap):
         base = getattr(base, "base", None)
     if base is not None and hasattr(mmap, "MADV_DONTNEED"):

@@ -162,8 +162,14 @@ def test_an_interruption_leaves_nothing(tokenizer: Any, tmp_path: Path, monkeypa
         with pytest.raises(KeyboardInterrupt):
             prepared(task, tmp_path, tmp_path / "cache", tokenizer)
     assert list((tmp_path / "cache").iterdir()) == []
+    killed, running = tmp_path / "cache" / ".making-a", tmp_path / "cache" / ".making-b"
+    for folder in (killed, running):
+        folder.mkdir()
+        (folder / "tokens.npy").touch()
+        os.utime(folder, (0, 0))
+    os.utime(killed / "tokens.npy", (0, 0))
     prepared(task, tmp_path, tmp_path / "cache", tokenizer)
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert not killed.exists() and running.exists() and len(list((tmp_path / "cache").glob("tokens-*"))) == 1
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -1,9 +1,9 @@
 """A file of five million rows: read, tokenised and drawn from in at most 1 GiB of memory.
 
 A new process prepares a run as `fastmtl train` does: it reads and checks the rows, tokenises them
-into the cache, builds the model and draws the batches of 5,000 steps. A second process does the same
-with the tokens of the cache. The memory is the peak of the process's resident pages, among them
-those of memory-mapped files.
+into the cache, builds the model and draws the batches of 5,000 steps. A second process does the
+same with the tokens of the cache. The memory is the peak of the process's resident pages, among
+them those of memory-mapped files.
 """
 
 from __future__ import annotations
