@@ -149,6 +149,38 @@ class PackedBatch:
 
         return dataclasses.replace(self, **{f.name: mapped(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
+    def of_task(self, index: int) -> PackedBatch:
+        """Return the batch with all its sequences given to the task `index`.
+
+        Exactly one task has sequences in this batch.
+        """
+        (own,) = (t for t, count in enumerate(self.counts) if count)
+
+        def moved(values: tuple[Any, ...], empty: Any = None) -> tuple[Any, ...]:
+            return tuple(values[own] if t == index else empty for t in range(len(values)))
+
+        def offsets(total: int) -> tuple[int, ...]:
+            return (0,) * (index + 1) + (total,) * (self.num_tasks - index)
+
+        host = dataclasses.replace(
+            self.host,
+            seq_offsets=offsets(self.host.seq_offsets[-1]),
+            token_offsets=offsets(self.host.token_offsets[-1]),
+        )
+        device = self.seq_offsets.device
+        return dataclasses.replace(
+            self,
+            seq_offsets=upload(torch.tensor(host.seq_offsets, dtype=torch.int32), device),
+            token_offsets=upload(torch.tensor(host.token_offsets, dtype=torch.int32), device),
+            labels=moved(self.labels),
+            example_ids=moved(self.example_ids, self.example_ids[own][:0]),
+            pairs=moved(self.pairs),
+            units=moved(self.units),
+            terms=None if self.terms is None else moved(self.terms, 0),
+            group_counts=None,
+            host=host,
+        )
+
     def task(self, index: int) -> PackedBatch:
         """Return the batch with the sequences of task `index` only; the other tasks are empty."""
         token_start, token_stop = self.host.token_offsets[index : index + 2]

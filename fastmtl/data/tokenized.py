@@ -226,7 +226,25 @@ def tokenize(
             _make(entry, rows, tokenizer, task, max_length)
         found = load_entry(entry)
         assert found is not None
-    arrays, truncated = found
+    return _dataset(rows, *found, task, keep_rows=keep_rows)
+
+
+def tokenize_in_memory(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, max_length: int
+) -> TokenizedDataset:
+    """Return the token ids of a few rows, without a cache; the result has the rows.
+
+    Raises UserError where `tokenize` raises it.
+    """
+    found = DATA_TYPES[task.type].encode(rows, tokenizer, task, max_length)
+    return _dataset(rows, *found, task, keep_rows=True)
+
+
+def _dataset(
+    rows: Rows, arrays: Mapping[str, np.ndarray], truncated: int, task: TaskConfig, *, keep_rows: bool
+) -> TokenizedDataset:
+    """Return the data set of encoded rows. arrays, truncated: the result of `Encode`."""
+    kind = DATA_TYPES[task.type]
     labels, loss_terms = kind.label(rows, arrays, task)
     row_of = arrays.get("row_of")
     return TokenizedDataset(

@@ -65,7 +65,7 @@ class Predictor:
         self.model = model.to(device).eval()
         self.recipe = recipe
         self.device = device
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
 
     def predict(self, task: str, texts: Sequence[Any]) -> list[Any]:
         """Return a prediction per text, in order.
@@ -91,7 +91,7 @@ class Predictor:
         """Return the model's scores for the rows."""
         config = self.task(task)
         with tempfile.TemporaryDirectory(prefix="fastmtl-") as cache:
-            dataset = tokenize(rows, self._tokenizer, config, self.model.encoder.max_length, cache, keep_rows=True)
+            dataset = tokenize(rows, self.tokenizer, config, self.model.encoder.max_length, cache, keep_rows=True)
             check_token_types([dataset], self.model.encoder.settings.type_vocab_size)
             return score(self._forward, self.recipe, {task: dataset})[task]
 

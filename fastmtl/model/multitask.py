@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -142,6 +142,28 @@ class MultiTaskModel(SmartModel):
         with torch.no_grad():
             return self(batch, returns="predictions")
 
+    @property
+    def runs_encoder_once(self) -> bool:
+        """True if all tasks get the same hidden states of a text: no layer has weights of a task."""
+        return self.adapter is None and (self.lora is None or self.recipe.lora.shared)
+
+    def predict_for_tasks(self, batch: PackedBatch, tasks: Sequence[str]) -> dict[str, Tensor]:
+        """Return {task: predictions} of the same texts, of one run of the encoder.
+
+        batch: all texts belong to one task; they are encoded alike for each of `tasks`. Only if
+        `runs_encoder_once`. The predictions are those of `predict`.
+        """
+        assert self.runs_encoder_once
+        found = {}
+        with torch.no_grad():
+            hidden = self.encoder(batch, None, None, None, self.lora)
+            for name in tasks:
+                index = self.recipe.task_names.index(name)
+                moved = batch.of_task(index)
+                examples = self._examples(self._pooled(hidden, moved, None), HeadBatch.of(moved))[index]
+                found[name] = _predictions(self.recipe.tasks[name], examples, self.heads[index])
+        return found
+
     def shared_parameters(self) -> list[nn.Parameter]:
         """Return the parameters for gradient surgery: encoder and shared LoRA, where trained."""
         shared = list(self.encoder.parameters())
@@ -206,6 +228,10 @@ class MultiTaskModel(SmartModel):
 
     def _vectors(self, batch: PackedBatch, task_grads: Sink | None, noise: Tensor | None = None) -> Vectors:
         hidden = self.encoder(batch, self.adapter, task_grads, noise, self.lora)
+        return self._pooled(hidden, batch, task_grads)
+
+    def _pooled(self, hidden: Tensor, batch: PackedBatch, task_grads: Sink | None) -> Vectors:
+        """Return the vectors that the heads read, given the hidden states [N, d]."""
         found: Vectors = {name: pooling(name)(hidden, batch) for name in self._poolings()}
         if "pooler" in found:
             assert isinstance(self.encoder.pooler, Pooler)

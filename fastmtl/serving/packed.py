@@ -1,0 +1,148 @@
+"""Predictions for many requests at once: the rows of all requests and tasks in one packed batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmtl.data.joining import joined
+from fastmtl.data.packing import pack
+from fastmtl.data.tokenized import TokenizedDataset, check_token_types, tokenize_in_memory
+from fastmtl.data.types import DATA_TYPES
+from fastmtl.inference.predict import Predictor
+from fastmtl.inference.scores import Scores
+from fastmtl.inference.types import INFERENCE_TYPES
+
+
+@dataclass(frozen=True)
+class Request:
+    """The texts of a request, tokenised for each task that it asks for.
+
+    Tasks that encode texts alike have the same object. tokens: those that the request costs.
+    """
+
+    datasets: Mapping[str, TokenizedDataset]
+    tokens: int
+
+
+class PackedPredictor:
+    """A model that answers several requests, each for several tasks, by one packed batch.
+
+    Without adapters inside of the layers the encoder runs once for all tasks of a text. With
+    adapters, or a LoRA of each task, a text is in the batch once per task. Not thread-safe:
+    `encode` and `predict` may each be called by one thread at a time.
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor, self._model = predictor, predictor.model
+        self.recipe = predictor.recipe
+
+    def encode(self, texts: Sequence[Any], tasks: Sequence[str]) -> Request:
+        """Tokenise the texts of a request. texts: as for `Predictor.predict`, for each of `tasks`.
+
+        Raises UserError for an unknown task and for texts of another kind.
+        """
+        found: dict[str, TokenizedDataset] = {}
+        alike: dict[Any, TokenizedDataset] = {}
+        for name in dict.fromkeys(tasks):
+            config = self._predictor.task(name)
+            key = self._key(name)
+            if key not in alike:
+                rows = INFERENCE_TYPES[config.type].rows_of(config, texts)
+                encoder = self._model.encoder
+                alike[key] = tokenize_in_memory(rows, self._predictor.tokenizer, config, encoder.max_length)
+                check_token_types([alike[key]], encoder.settings.type_vocab_size)
+            found[name] = alike[key]
+        runs = alike.values() if self._model.runs_encoder_once else found.values()
+        return Request(found, sum(len(dataset.tokens) for dataset in runs))
+
+    def predict(self, requests: Sequence[Request]) -> list[dict[str, list[Any]]]:
+        """Return {task: predictions of its texts} for each request, as `Predictor.predict` does."""
+        outputs: list[dict[str, Tensor]] = [{} for _ in requests]
+        if self._model.runs_encoder_once:
+            self._alike(requests, outputs)
+        else:
+            self._apart(requests, outputs)
+        result = []
+        for request, found in zip(requests, outputs, strict=True):
+            answers = {}
+            for name, dataset in request.datasets.items():
+                config = self.recipe.tasks[name]
+                scores = Scores(dataset, found[name].float().cpu().numpy())
+                answers[name] = INFERENCE_TYPES[config.type].predictions(config, scores)
+            result.append(answers)
+        return result
+
+    def _alike(self, requests: Sequence[Request], outputs: list[dict[str, Tensor]]) -> None:
+        """Run the encoder once for the texts of all requests that are encoded alike."""
+        groups: dict[Any, list[tuple[int, TokenizedDataset, list[str]]]] = {}
+        for number, request in enumerate(requests):
+            of_request: dict[Any, list[str]] = {}
+            for name in request.datasets:
+                of_request.setdefault(self._key(name), []).append(name)
+            for key, names in of_request.items():
+                groups.setdefault(key, []).append((number, request.datasets[names[0]], names))
+        for parts in groups.values():
+            datasets = [dataset for _, dataset, _ in parts]
+            wanted = list(dict.fromkeys(name for _, _, names in parts for name in names))
+            batch = self._packed({wanted[0]: joined(datasets)})
+            found = self._model.predict_for_tasks(batch, wanted)
+            for name, output in found.items():
+                pieces = output.split([_outputs(dataset) for dataset in datasets])
+                for (number, _, names), piece in zip(parts, pieces, strict=True):
+                    if name in names:
+                        outputs[number][name] = piece
+
+    def _apart(self, requests: Sequence[Request], outputs: list[dict[str, Tensor]]) -> None:
+        """Run one batch with the texts of all requests for all tasks."""
+        of_task: dict[str, list[tuple[int, TokenizedDataset]]] = {}
+        for number, request in enumerate(requests):
+            for name, dataset in request.datasets.items():
+                of_task.setdefault(name, []).append((number, dataset))
+        batch = self._packed({name: joined([dataset for _, dataset in parts]) for name, parts in of_task.items()})
+        found = self._model.predict(batch)
+        for name, parts in of_task.items():
+            pieces = found[name].split([_outputs(dataset) for _, dataset in parts])
+            for (number, _), piece in zip(parts, pieces, strict=True):
+                outputs[number][name] = piece
+
+    def _packed(self, datasets: Mapping[str, TokenizedDataset]) -> Any:
+        none = np.zeros(0, np.int64)
+        unlabelled = {name: dataclasses.replace(dataset, labels=None) for name, dataset in datasets.items()}
+        parts = [
+            (unlabelled[name], np.arange(len(unlabelled[name]))) if name in unlabelled else (None, none)
+            for name in self.recipe.task_names
+        ]
+        return pack(parts).to(self._predictor.device)
+
+    def _key(self, name: str) -> Any:
+        """Return a value that is equal for tasks which encode the same texts alike."""
+        config = self.recipe.tasks[name]
+        kind = DATA_TYPES[config.type]
+        return id(kind.encode), repr(kind.settings(config)), id(INFERENCE_TYPES[config.type].rows_of)
+
+
+def _outputs(dataset: TokenizedDataset) -> int:
+    """Return the number of rows of the model's predictions for a data set."""
+    return len(dataset) if dataset.units is None else int(dataset.units.offsets[-1])
+
+
+def warm_up(predictor: PackedPredictor) -> None:
+    """Run the model once, so that the first request need not wait for libraries to load."""
+    with torch.no_grad():
+        for name, task in predictor.recipe.tasks.items():
+            example = EXAMPLES.get(task.type, ["a text"])
+            predictor.predict([predictor.encode(example, [name])])
+
+
+EXAMPLES: dict[str, list[Any]] = {
+    "span": [("Who?", "A text.")],
+    "choice": [("Which?", ["one", "two"])],
+    "ranking": [("Which?", ["one", "two"])],
+}

@@ -1,0 +1,107 @@
+"""Answers of packed batches equal those of `Predictor.predict`, for every kind of model and task."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from saved_models import PAIRS, SENTENCES, save_random_model
+
+import fastmtl
+from fastmtl.errors import UserError
+from fastmtl.serving.packed import PackedPredictor
+
+TASKS: dict[str, dict[str, Any]] = {
+    "tone": {"type": "classification", "num_labels": 3, "pooling": "mean", "data": {}},
+    "kind": {"type": "binary", "head": {"name": "lstm", "size": 4}, "data": {}},
+    "near": {"type": "regression", "range": [0, 5], "pairs": "bi", "data": {}},
+    "topics": {"type": "multilabel", "label_names": ["a", "b", "c"], "pooling": "max", "data": {}},
+    "tags": {"type": "tokens", "label_names": ["O", "X"], "data": {}},
+    "which": {"type": "choice", "data": {}},
+    "order": {"type": "ranking", "data": {}},
+    "answer": {
+        "type": "span",
+        "span": {"stride": 4, "max_question": 8},
+        "data": {},
+    },
+}
+WORDS = [sentence.split() for sentence in SENTENCES]
+CHOICES = [("what ran", ["a dog", "the car", "she"]), ("who", ["he", "a cat"])]
+QUESTIONS = [("who ran", "the dog ran to the city and she saw it from the old house by the river " * 4)]
+# (texts, tasks) of four requests.
+ASKED: list[tuple[list[Any], list[str]]] = [
+    (SENTENCES, ["tone", "kind", "topics"]),
+    (PAIRS, ["near", "tone"]),
+    (WORDS, ["tags"]),
+    (SENTENCES[:1], ["kind"]),
+    (CHOICES, ["which", "order"]),
+    (QUESTIONS, ["answer"]),
+]
+MODELS: dict[str, dict[str, dict]] = {
+    "plain": {"adapter": {"name": "none"}},
+    "pal": {"adapter": {"name": "pal", "size": 8, "heads": 2}},
+    "lora": {"adapter": {"name": "none"}, "lora": {"rank": 2}},
+    "own lora": {"adapter": {"name": "none"}, "lora": {"rank": 2, "tasks": "own"}},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Any:
+    folder = tmp_path_factory.mktemp("model")
+    return fastmtl.load(save_random_model(folder, tiny_bert, TASKS, **MODELS[request.param]), device="cpu")
+
+
+def close(ours: Any, theirs: Any) -> None:
+    """Compare two predictions: numbers to six digits, everything else exactly."""
+    if dataclasses.is_dataclass(ours) and not isinstance(ours, type):
+        ours, theirs = dataclasses.asdict(ours), dataclasses.asdict(theirs)
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        ours, theirs = list(ours.values()), list(theirs.values())
+    if isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            close(one, other)
+    elif isinstance(ours, float):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    else:
+        assert ours == theirs
+
+
+def test_answers_equal_predictions_one_by_one(model: Any) -> None:
+    packed = PackedPredictor(model)
+    requests = [packed.encode(texts, tasks) for texts, tasks in ASKED]
+    for (texts, tasks), answers in zip(ASKED, packed.predict(requests), strict=True):
+        assert list(answers) == tasks
+        for task in tasks:
+            close(answers[task], model.predict(task, texts))
+
+
+def test_the_encoder_runs_once_for_all_tasks_of_a_text(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With adapters in layers, one batch has a text once per task; without, once in all."""
+    packed, tokens = PackedPredictor(model), []
+    encoder = model.model.encoder
+    original = encoder.forward
+    monkeypatch.setattr(
+        encoder,
+        "forward",
+        lambda batch, *rest, **more: (tokens.append(batch.num_tokens), original(batch, *rest, **more))[1],
+    )
+    tasks = ["tone", "kind", "topics"]
+    requests = [packed.encode(SENTENCES, tasks), packed.encode(SENTENCES[2:], tasks)]
+    packed.predict(requests)
+    once = sum(len(request.datasets["tone"].tokens) for request in requests)
+    expected = once if model.model.runs_encoder_once else 3 * once
+    assert tokens == [expected] and sum(request.tokens for request in requests) == expected
+
+
+def test_bad_texts_and_tasks(model: Any) -> None:
+    packed = PackedPredictor(model)
+    with pytest.raises(UserError, match="unknown task 'ton'"):
+        packed.encode(["x"], ["ton"])
+    with pytest.raises(UserError, match=r"texts\[1\] is not a string"):
+        packed.encode(["x", ["y", "z"]], ["tone"])
+    assert not torch.is_grad_enabled() or packed.predict([packed.encode(["x"], ["tone"])])
