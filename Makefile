@@ -12,6 +12,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 DOCS_STAMP := .venv/.installed-docs
+SOAK_STAMP := .venv/.installed-soak
 export PIP_NO_CACHE_DIR := 1
 # Tests start many processes, which share the compiled modules.
 export PYTHONDONTWRITEBYTECODE :=
@@ -59,7 +60,7 @@ test-fast: install
 # Checks that are too long for the tests, at most an hour on two cores: random files for the
 # readers, truncated and interrupted checkpoints, full disks, random kernel shapes, 2,000 steps.
 # make soak ARGS="--quick" runs a few of each, ARGS="--only kills" one part.
-soak: install
+soak: $(SOAK_STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/soak/soak.py $(ARGS)
 
 lint: install
@@ -78,6 +79,10 @@ docs: $(DOCS_STAMP)
 
 $(DOCS_STAMP): $(STAMP)
 	$(BIN)/pip install -q "fastmtl-torch[docs]"
+	@touch $@
+
+$(SOAK_STAMP): $(STAMP)
+	$(BIN)/pip install -q "fastmtl-torch[soak]"
 	@touch $@
 
 # Each target saves its result and figures in .benchmarks and has its own ARGS:

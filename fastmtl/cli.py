@@ -214,11 +214,14 @@ def evaluate(
 @app.command(no_args_is_help=True)
 def predict(
     model_dir: ModelDir,
-    task: Annotated[str, typer.Option(metavar="T", help="The task to predict.")],
     input_file: Annotated[
         Path, typer.Option("--input", metavar="F", help="Rows of the task, in its format; no labels needed.")
     ],
-    output_file: Annotated[Path, typer.Option("--output", metavar="F", help="The CSV file to write.")],
+    output_file: Annotated[
+        Path, typer.Option("--output", metavar="F", help="The CSV file to write; with --all-tasks a folder.")
+    ],
+    task: Annotated[str | None, typer.Option(metavar="T", help="The task to predict.", show_default=False)] = None,
+    all_tasks: Annotated[bool, typer.Option("--all-tasks", help="Predict all tasks of the model.")] = False,
     layout: Annotated[
         Literal["table", "cs224n"],
         typer.Option("--format", help="CSV with probabilities, or the CS224N hand-in format."),
@@ -236,14 +239,23 @@ def predict(
       [cyan]fastmtl predict runs/demo/model --task sentiment --input reviews.csv \\
         --output reviews-predicted.csv[/cyan]
 
+    All tasks, which read the same column; the encoder runs once:
+      [cyan]fastmtl predict runs/demo/model --all-tasks --input reviews.csv --output out[/cyan]
+
     A file to hand in for CS224N:
       [cyan]fastmtl predict runs/cs224n/model --task sst --input test.csv \\
         --output sst-out.csv --format cs224n[/cyan]
     """
     _set_debug(debug)
-    from fastmtl.inference.predict import load, predict_file
+    if (task is None) != all_tasks or (all_tasks and layout != "table"):
+        raise UserError("give --task T for one task, or --all-tasks for all of them (as tables)")
+    from fastmtl.inference.predict import load, predict_all_tasks, predict_file
 
-    rows, notes = predict_file(load(model_dir), task, input_file, output_file, layout)
+    predictor = load(model_dir)
+    if task is None:
+        rows, notes = predict_all_tasks(predictor, input_file, output_file)
+    else:
+        rows, notes = predict_file(predictor, task, input_file, output_file, layout)
     for note in notes:
         print(printable(note))
     print(printable(f"{rows} prediction{'s' if rows != 1 else ''} in {output_file}"))

@@ -26,7 +26,7 @@ LAYERS = (
     ("fastmtl.engine", "fastmtl.inference"),
     ("fastmtl.training",),
     ("fastmtl.report",),
-    ("fastmtl.loop", "fastmtl.bench", "fastmtl.profile", "fastmtl.sweep"),
+    ("fastmtl.loop", "fastmtl.bench", "fastmtl.profile", "fastmtl.serving", "fastmtl.sweep"),
     ("fastmtl.reproduce",),
     ("fastmtl.commands",),
     ("fastmtl", "fastmtl.cli"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -53,11 +53,20 @@ def score(
                 rows.append(batch.example_ids[index].cpu().numpy())
                 outputs.append(output.float().cpu().numpy())
         gathered = all_gather((rows, outputs))
-        all_rows = np.concatenate([part for rank_rows, _ in gathered for part in rank_rows])
-        all_outputs = np.concatenate([part for _, rank_outputs in gathered for part in rank_outputs])
-        if dataset.units is not None:
-            all_rows = dataset.units.positions(all_rows)
-        ordered = np.empty_like(all_outputs)
-        ordered[all_rows] = all_outputs
-        result[name] = Scores(dataset, ordered)
+        all_rows = [part for rank_rows, _ in gathered for part in rank_rows]
+        all_outputs = [part for _, rank_outputs in gathered for part in rank_outputs]
+        result[name] = Scores(dataset, in_order(dataset, all_rows, all_outputs))
     return result
+
+
+def in_order(dataset: TokenizedDataset, rows: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the outputs of all batches in the order of the data set.
+
+    rows: the numbers of the examples of each batch. outputs: one per example or unit of them.
+    """
+    numbers, found = np.concatenate(rows), np.concatenate(outputs)
+    if dataset.units is not None:
+        numbers = dataset.units.positions(numbers)
+    ordered = np.empty_like(found)
+    ordered[numbers] = found
+    return ordered

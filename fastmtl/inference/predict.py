@@ -17,9 +17,10 @@ from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.places import missing
 from fastmtl.data.readers import read_file, read_rows
 from fastmtl.data.rows import Rows
-from fastmtl.data.tokenized import check_token_types, tokenize
+from fastmtl.data.tokenized import TokenizedDataset, check_token_types, tokenize
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.files.user_path import user_path
+from fastmtl.inference.all_tasks import score_together
 from fastmtl.inference.evaluation import score
 from fastmtl.inference.predictions import write_cs224n, write_table
 from fastmtl.inference.scores import Scores
@@ -37,6 +38,7 @@ __all__ = [
     "evaluate_file",
     "evaluate_split",
     "load",
+    "predict_all_tasks",
     "predict_file",
 ]
 
@@ -89,11 +91,15 @@ class Predictor:
 
     def scores(self, task: str, rows: Rows) -> Scores:
         """Return the model's scores for the rows."""
+        return score(self._forward, self.recipe, {task: self.tokenized(task, rows)})[task]
+
+    def tokenized(self, task: str, rows: Rows) -> TokenizedDataset:
+        """Return the tokens of the rows, encoded for the task."""
         config = self.task(task)
-        with tempfile.TemporaryDirectory(prefix="fastmtl-") as cache:
+        with tempfile.TemporaryDirectory(prefix="fastmtl-") as cache:  # removed while the arrays are still mapped
             dataset = tokenize(rows, self.tokenizer, config, self.model.encoder.max_length, cache, keep_rows=True)
-            check_token_types([dataset], self.model.encoder.settings.type_vocab_size)
-            return score(self._forward, self.recipe, {task: dataset})[task]
+        check_token_types([dataset], self.model.encoder.settings.type_vocab_size)
+        return dataset
 
     def task(self, name: str) -> TaskConfig:
         if name not in self.recipe.tasks:
@@ -184,6 +190,30 @@ def predict_file(
     scores = predictor.scores(task, rows)
     (write_cs224n if layout == "cs224n" else write_table)(target, config, scores)
     return len(rows), _skipped(task, rows)
+
+
+def predict_all_tasks(predictor: Predictor, source: Path, target: Path) -> tuple[int, list[str]]:
+    """Predict the rows of a file for all tasks; write TASK.csv for each to the folder `target`.
+
+    Every task reads the file by its own columns, without labels. Tasks that read the same texts
+    share their batches (`score_together`). Returns the number of rows of the first task, and lines
+    for the user.
+    """
+    recipe, rows = predictor.recipe, {}
+    for name in recipe.task_names:
+        try:
+            rows[name] = read_file(
+                source, predictor.task(name), on_bad_row=recipe.data.on_bad_row, require_labels=False
+            )
+        except UserError as error:
+            raise UserError(f"task {name} cannot read it: {error}") from None
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {target}: {error.strerror}") from None
+    for name, scores in score_together(predictor, rows).items():
+        write_table(target / f"{name}.csv", recipe.tasks[name], scores)
+    return len(rows[recipe.task_names[0]]), [note for name, found in rows.items() for note in _skipped(name, found)]
 
 
 def _evaluate(predictor: Predictor, rows: dict[str, Rows], notes: list[str]) -> Evaluation:

@@ -144,7 +144,7 @@ class MultiTaskModel(SmartModel):
 
     @property
     def runs_encoder_once(self) -> bool:
-        """True if all tasks get the same hidden states of a text: no layer has weights of a task."""
+        """True if all tasks get the same hidden states: no layer has weights of one task."""
         return self.adapter is None and (self.lora is None or self.recipe.lora.shared)
 
     def predict_for_tasks(self, batch: PackedBatch, tasks: Sequence[str]) -> dict[str, Tensor]:

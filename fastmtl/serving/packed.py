@@ -14,7 +14,7 @@ from torch import Tensor
 from fastmtl.data.joining import joined
 from fastmtl.data.packing import pack
 from fastmtl.data.tokenized import TokenizedDataset, check_token_types, tokenize_in_memory
-from fastmtl.data.types import DATA_TYPES
+from fastmtl.data.types import encoding_key
 from fastmtl.inference.predict import Predictor
 from fastmtl.inference.scores import Scores
 from fastmtl.inference.types import INFERENCE_TYPES
@@ -124,8 +124,7 @@ class PackedPredictor:
     def _key(self, name: str) -> Any:
         """Return a value that is equal for tasks which encode the same texts alike."""
         config = self.recipe.tasks[name]
-        kind = DATA_TYPES[config.type]
-        return id(kind.encode), repr(kind.settings(config)), id(INFERENCE_TYPES[config.type].rows_of)
+        return encoding_key(config), id(INFERENCE_TYPES[config.type].rows_of)
 
 
 def _outputs(dataset: TokenizedDataset) -> int:

@@ -1,4 +1,4 @@
-"""Answers of packed batches equal those of `Predictor.predict`, for every kind of model and task."""
+"""Answers of packed batches equal those of `Predictor.predict`, for all models and tasks."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from saved_models import PAIRS, SENTENCES, save_random_model
 
 import fastmtl
+from fastmtl.config import FileConfig
+from fastmtl.data.readers import read_file
 from fastmtl.errors import UserError
+from fastmtl.inference.all_tasks import score_together
+from fastmtl.inference.predict import Predictor, predict_all_tasks
 from fastmtl.serving.packed import PackedPredictor
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -40,7 +45,7 @@ ASKED: list[tuple[list[Any], list[str]]] = [
     (CHOICES, ["which", "order"]),
     (QUESTIONS, ["answer"]),
 ]
-MODELS: dict[str, dict[str, dict]] = {
+MODELS: dict[str, Any] = {
     "plain": {"adapter": {"name": "none"}},
     "pal": {"adapter": {"name": "pal", "size": 8, "heads": 2}},
     "lora": {"adapter": {"name": "none"}, "lora": {"rank": 2}},
@@ -81,7 +86,7 @@ def test_answers_equal_predictions_one_by_one(model: Any) -> None:
 
 
 def test_the_encoder_runs_once_for_all_tasks_of_a_text(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With adapters in layers, one batch has a text once per task; without, once in all."""
+    """A text is in a batch once; with adapters inside of layers once per task."""
     packed, tokens = PackedPredictor(model), []
     encoder = model.model.encoder
     original = encoder.forward
@@ -105,3 +110,20 @@ def test_bad_texts_and_tasks(model: Any) -> None:
     with pytest.raises(UserError, match=r"texts\[1\] is not a string"):
         packed.encode(["x", ["y", "z"]], ["tone"])
     assert not torch.is_grad_enabled() or packed.predict([packed.encode(["x"], ["tone"])])
+
+
+def test_all_tasks_of_a_file_equal_those_one_by_one(model: Any, tmp_path: Path) -> None:
+    """`predict --all-tasks` and `predict --task T` write the same files."""
+    files = FileConfig.model_validate({"columns": {"id": "id", "text": "a"}})
+    file = tmp_path / "rows.csv"
+    file.write_text("id,a\n" + "".join(f'r{row},"{text}"\n' for row, text in enumerate(SENTENCES)))
+    tasks = {name: model.recipe.tasks[name].model_copy(update={"data": files}) for name in ("tone", "kind", "topics")}
+    recipe = model.recipe.model_copy(update={"tasks": {**model.recipe.tasks, **tasks}})
+    assert recipe.task_names == model.recipe.task_names
+    few = Predictor(model.model, recipe, model.tokenizer, model.device)
+    found = score_together(few, {name: read_file(file, few.task(name), require_labels=False) for name in tasks})
+    for name in tasks:
+        expected = few.scores(name, read_file(file, few.task(name), require_labels=False))
+        np.testing.assert_allclose(found[name].scores, expected.scores, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="task near cannot read it: "):
+        predict_all_tasks(few, file, tmp_path / "out")

@@ -34,6 +34,7 @@ PARTS: dict[str, tuple[list[str], list[str]]] = {
     "task gradients": (["task_gradients.py"], ["--seeds", "1", "--nets", "100"]),
     "sharded": (["sharded.py"], []),
     "examples": (["examples.py"], ["--alone"]),
+    "serving": (["serving.py"], ["--requests", "1000", "--bodies", "100"]),
     "steps": (["steps.py"], ["--steps", "200"]),
 }
 

@@ -1,5 +1,6 @@
 """Reading and tokenisation by task type."""
 
+from fastmtl.config import TaskConfig
 from fastmtl.data.types.choice import CHOICE
 from fastmtl.data.types.ranking import RANKING
 from fastmtl.data.types.single import SINGLE
@@ -18,4 +19,11 @@ DATA_TYPES: dict[str, DataType] = {
     "multilabel": SINGLE,
 }
 
-__all__ = ["DATA_TYPES", "DataType"]
+
+def encoding_key(task: TaskConfig) -> tuple[str, str]:
+    """Return a value that is equal for tasks which tokenise the same texts alike."""
+    kind = DATA_TYPES[task.type]
+    return kind.encode.__module__, repr(kind.settings(task))
+
+
+__all__ = ["DATA_TYPES", "DataType", "encoding_key"]
