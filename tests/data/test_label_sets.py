@@ -53,6 +53,11 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
     assert_sets(read_file(write_parquet(tmp_path / "a.parquet", text=["a"] * 3, labels=[[0, 2], [], [1]]), task()))
 
 
+def test_columns_named_text_and_id_need_no_mapping(tmp_path: Path) -> None:
+    rows = read_file(write(tmp_path / "a.csv", "id,text,labels\nx,one,red\n"), task({"label": "labels"}))
+    assert list(rows.ids) == ["x"] and list(rows.texts) == ["one"]
+
+
 def test_indicator_columns(tmp_path: Path) -> None:
     columns = {"text": "text", "label": NAMES}
     config = task(columns, label_names=None)

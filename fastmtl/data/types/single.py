@@ -43,6 +43,8 @@ def read(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: bool,
     files = task.data
     source = open_source(place, partial(uses_quotes, files), partial(names_columns, place, task), bad)
     columns = {str(role): column for role, column in files.columns.items() if not isinstance(column, list)}
+    if task.type == "multilabel":
+        columns = {**{role: role for role in ("id", "text") if role in source.header}, **columns}
     layout = dataclasses.replace(
         find_layout(files.format, source.header, columns, str(place)), indicators=indicators(files)
     )
