@@ -74,3 +74,25 @@ def test_loss_and_gradients_equal_transformers(case: str, tmp_path: Path) -> Non
     for name, (found, expected) in pairs.items():
         assert found is not None and expected is not None
         assert (found - expected).norm() <= 1e-11 + 1e-10 * expected.norm(), name
+
+
+def test_a_model_with_a_crf(tiny_bert: Path) -> None:
+    """Every batch gives gradients to the transitions; predicted tags follow the scheme."""
+    names = ["O", "B-X", "I-X"]
+    task = {**TASK, "label_names": names, "tokens": {"scheme": "bio"}, "loss": "crf"}
+    model = build_model(tiny_bert, tasks={"tags": task}).eval()
+    labels = np.random.default_rng(0).integers(0, 3, sum(LENGTHS))
+    data = dataset(labels)
+    crf = {name: p for name, p in model.heads[0].named_parameters() if name.startswith("crf.")}
+    assert len(crf) == 3
+    for rows, zero in ((np.arange(3), False), (np.arange(0), True)):
+        loss, terms = model(pack([(data, rows)]))["tags"]
+        assert terms == (0 if zero else len(labels))
+        for gradient in torch.autograd.grad(loss, list(crf.values())):
+            assert bool((gradient == 0).all()) == zero
+    with torch.no_grad():
+        model.heads[0].get_parameter("dense.bias").copy_(torch.tensor([3.0, 2.0, 4.0]))
+    found = model.predict(pack([(data, np.arange(3))]))["tags"]
+    assert found.shape == (len(labels), 4)
+    for tags in found[:, 0].long().split(LENGTHS):  # I-X has the largest scores, and may not begin a sentence
+        assert tags.tolist() == [1, *[2] * (len(tags) - 1)]
