@@ -140,7 +140,7 @@ def train(
                 check_output(directory, resume=resume)
             else:
                 folder = OutputFolder(directory, resume=resume)
-        rows = check_recipe(settings, world_size())
+        settings, rows = check_recipe(settings, world_size())
     if check:
         from fastmtl.training.prepare import check_run
 

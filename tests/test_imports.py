@@ -28,7 +28,7 @@ LAYERS = (
     ("fastmtl.report",),
     ("fastmtl.loop", "fastmtl.bench", "fastmtl.profile", "fastmtl.serving", "fastmtl.sweep"),
     ("fastmtl.reproduce",),
-    ("fastmtl.commands",),
+    ("fastmtl.commands", "fastmtl.from_python"),
     ("fastmtl", "fastmtl.cli"),
 )
 # The order may change; these may not.

@@ -134,8 +134,9 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
             raise UserError("--scale-out only predicts: leave out --find-max, --memory-limit and --trace")
         limit = _bytes(memory_limit) if memory_limit is not None else None
         from fastmtl.config import load_recipe
+        from fastmtl.data.completion import with_class_names
 
-        settings = load_recipe(recipe, overrides or [])
+        settings = with_class_names(load_recipe(recipe, overrides or []))
         directory = output or Path("profiles") / Path(recipe).stem
         _writable(directory)
         from fastmtl.bench.report import progress, wide

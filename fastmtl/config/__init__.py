@@ -8,7 +8,7 @@ schedule, precision, engine. `load_recipe` reads a bundled name or a file and ap
 
 from fastmtl.config.base import Section
 from fastmtl.config.encoder import AdapterConfig, EncoderConfig, LoraConfig, Recompute
-from fastmtl.config.files import AugmentConfig, DataConfig, FileConfig
+from fastmtl.config.files import FROM_PYTHON, AugmentConfig, DataConfig, FileConfig
 from fastmtl.config.load import load_recipe, parse_recipe
 from fastmtl.config.phases import MLM, TRAINS, PhaseConfig
 from fastmtl.config.recipe import Recipe
@@ -26,6 +26,7 @@ from fastmtl.config.training import (
 )
 
 __all__ = [
+    "FROM_PYTHON",
     "MLM",
     "TRAINS",
     "AdapterConfig",

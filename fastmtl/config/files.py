@@ -28,6 +28,8 @@ class AugmentConfig(Section):
         return bool(self.synonyms or self.insertions)
 
 
+FROM_PYTHON = "<python>"  # the name of a split whose rows a Python program passes to fastmtl.train
+
 Role = Literal["id", "text", "text_pair", "label", "words", "answers", "answer", "answer_start", "choices", "group"]
 
 
@@ -122,5 +124,5 @@ class DataConfig(Section):
         return self.dev_seed if files.dev_seed is None else files.dev_seed
 
     def has_dev(self, files: FileConfig) -> bool:
-        """Return whether a task has dev rows: in files of its own, or a share of its training rows."""
+        """Return whether a task has dev rows: files of its own, or a share of its training rows."""
         return files.dev is not None or self.dev_share(files) > 0

@@ -21,11 +21,21 @@ def load_recipe(recipe: str, overrides: Iterable[str] = ()) -> Recipe:
 
     Raises UserError naming the file and key for anything that is not a valid recipe.
     """
+    return parse_recipe(*recipe_values(recipe, overrides))
+
+
+def recipe_values(recipe: str, overrides: Iterable[str] = ()) -> tuple[dict[str, Any], str]:
+    """Return {section: settings} of a recipe with overrides, unchecked, and its file's name."""
     path = find_recipe(recipe)
     values = read_recipe(path)
+    apply_overrides(values, overrides)
+    return values, str(path)
+
+
+def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Change {section: settings} in place by `section.key=value` overrides."""
     for override in overrides:
         _apply_override(values, override)
-    return parse_recipe(values, str(path))
 
 
 def parse_recipe(values: dict[str, Any], source: str) -> Recipe:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastmtl.config import DataConfig, Recipe
+from fastmtl.config import FROM_PYTHON, DataConfig, Recipe
 from fastmtl.data.augment import augment
 from fastmtl.data.filters import drop_longest
+from fastmtl.data.places import Table
 from fastmtl.data.readers import Split, read_splits
 from fastmtl.data.rows import Rows
 from fastmtl.data.tokenized import TokenizedDataset, check_pairs, tokenize
@@ -38,18 +39,19 @@ class CorpusRows:
     _rows: dict[tuple[str, Split], Rows] = field(repr=False)
 
     @classmethod
-    def read(cls, recipe: Recipe) -> CorpusRows:
+    def read(cls, recipe: Recipe, tables: Mapping[tuple[str, str], Table] | None = None) -> CorpusRows:
         """Read the train and dev files of all tasks of a recipe.
 
-        Raises UserError for a task without a train file, for a missing file, and where `read_rows`
-        raises it.
+        tables: the rows of splits from Python, by task and split. Raises UserError for a task
+        without a train file, for a missing file, and where `read_splits` raises it.
         """
-        data = _found(recipe)
+        data = folder_of(recipe)
         rows: dict[tuple[str, Split], Rows] = {}
         for name, task in recipe.tasks.items():
             if task.data.augment is not None and task.data.augment.uses_synonyms:
                 wordnet_place(task.data.augment.wordnet)
-            for split, found in read_splits(task, data, list(_splits(recipe, name))).items():
+            own = {split: table for (other, split), table in (tables or {}).items() if other == name}
+            for split, found in read_splits(task, data, list(_splits(recipe, name)), own).items():
                 check_pairs(found, task)
                 rows[name, split] = drop_longest(found, data.drop_longest) if split == "train" else found
         return cls({key: len(found) for key, found in rows.items()}, rows)
@@ -115,14 +117,14 @@ def _splits(recipe: Recipe, task: str) -> Iterator[Split]:
         yield "dev"
 
 
-def _found(recipe: Recipe) -> DataConfig:
+def folder_of(recipe: Recipe) -> DataConfig:
     """Return the recipe's `data` section, with the demo directory if it names none.
 
     Raises UserError if `data.dir` is not a directory.
     """
     data = recipe.data
     files = [file for task in recipe.tasks.values() for split in ("train", "dev") for file in task.data.names(split)]
-    relative = [file for file in files if not user_path(file).is_absolute()]
+    relative = [file for file in files if file != FROM_PYTHON and not user_path(file).is_absolute()]
     if relative and data.dir is not None and not user_path(data.dir).is_dir():
         raise UserError(f"data.dir: {data.dir}: no such directory (the working directory is {Path.cwd()})")
     return data.model_copy(update={"dir": data.dir or str(demo_directory())})

@@ -17,7 +17,7 @@ from fastmtl.data import spill
 from fastmtl.data.spill import PIECE, Spill
 from fastmtl.errors import UserError
 
-JSON_LINES, PARQUET = (".jsonl", ".ndjson", ".json"), (".parquet", ".pq")
+JSON_LINES, PARQUET, ARROW = (".jsonl", ".ndjson", ".json"), (".parquet", ".pq"), (".arrow",)
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BLANK = b" \r\x0b\x0c"  # not tabs: a line of these is a row of empty cells in a TSV file
 _BAD_BYTE = re.compile("[\udc80-\udcff]")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 
 from fastmtl.config import DataConfig, TaskConfig
+from fastmtl.data.class_names import check_class_names, opened
 from fastmtl.data.dev_rows import split_rows
+from fastmtl.data.find_places import find_places
 from fastmtl.data.formats import check_format
-from fastmtl.data.places import Place, find_places
+from fastmtl.data.places import Place, Table
 from fastmtl.data.records import BadRow
 from fastmtl.data.rows import Rows
 from fastmtl.data.spill import spilling_to
@@ -29,10 +31,16 @@ def read_rows(task: TaskConfig, data: DataConfig, split: Split, *, require_label
 
 
 def read_splits(
-    task: TaskConfig, data: DataConfig, splits: Sequence[Split], *, require_labels: bool = True
+    task: TaskConfig,
+    data: DataConfig,
+    splits: Sequence[Split],
+    tables: Mapping[str, Table] | None = None,
+    *,
+    require_labels: bool = True,
 ) -> dict[Split, Rows]:
     """Return the rows of some splits of a task. Relative paths start at `data.dir`.
 
+    tables: the rows of splits from Python.
     Without a dev file, `dev_fraction` of the training rows are the dev rows. Of the other training
     rows, a random share `data.fraction` is kept, the same rows in every run, and of these the first
     `limit`. Raises UserError where `find_places`, `read_places` and `split_rows` raise it.
@@ -44,7 +52,8 @@ def read_splits(
         names = task.data.names(split)
         if not names:
             raise UserError(f"the task has no {split} file: set tasks.<name>.data.{split}")
-        places = find_places(names, data.dir or ".")
+        table = (tables or {}).get(split)
+        places = find_places(names, data.dir or ".", split) if table is None else [table]
         with spilling_to(data.cache_dir):
             rows = read_places(places, task, on_bad_row=data.on_bad_row, require_labels=require_labels)
         if split == "train":
@@ -97,6 +106,8 @@ def _read_place(
     *,
     require_labels: bool,
 ) -> Rows:
+    place = opened(place)
+    check_class_names(place, task)
     skipped: list[BadRow] = []
     left_out = 0
 

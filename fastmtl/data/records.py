@@ -1,10 +1,9 @@
-"""Reading of CSV, TSV, JSON lines (all UTF-8) and Parquet files as records with line numbers."""
+"""Reading of CSV, TSV, JSON lines (all UTF-8) and tables as records with line numbers."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, dropwhile, islice
@@ -13,12 +12,11 @@ from typing import Any
 
 from fastmtl.data import spill
 from fastmtl.data.delimited import ADVICE, Line, LooksLikeRow, parse_first, parse_rows
-from fastmtl.data.file_bytes import JSON_LINES, PARQUET, Content, ending, find_bad_byte
+from fastmtl.data.file_bytes import JSON_LINES, Content, ending, find_bad_byte
 from fastmtl.data.places import Place, Table
 from fastmtl.errors import UserError, one_line, shortened
 
 _OBJECT = 400  # bytes of a JSON object in memory, besides its texts
-_PARQUET_ROWS = 8192  # rows that are read at once
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class Source:
 def open_source(
     place: Place, quoted: Callable[[str], bool], header: Callable[[list[str]], bool], bad: OnBadRow
 ) -> Source:
-    """Open a table, or a file by its suffix: JSON lines, Parquet, or else tabs or commas.
+    """Open a table, or a file of text by its suffix: JSON lines, or else tabs or commas.
 
     quoted: a function that takes the delimiter and returns whether the file has CSV quotes.
     header: a function that takes the cells of the first line and returns whether they name the
@@ -94,9 +92,6 @@ def open_source(
     if isinstance(place, Table):
         return _table(place)
     path = place
-    if ending(path) in PARQUET:
-        return _parquet(path)
-
     content = Content(path)
     if ending(path) in JSON_LINES or (not ending(path) and content.first_byte() == b"{"):
         return _json_lines(path, content, bad)
@@ -239,33 +234,3 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _table(table: Table) -> Source:
     rows = (cells for batch in table.batches() for cells in batch)
     return Source(table.header, lambda _: (Record(number, cells) for number, cells in enumerate(rows, start=1)))
-
-
-def _parquet(path: Path) -> Source:
-    import pyarrow
-    import pyarrow.parquet
-
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    content = Content(path)
-
-    @contextmanager
-    def readable() -> Iterator[Any]:
-        try:
-            with content.open() as file, pyarrow.parquet.ParquetFile(pyarrow.PythonFile(file, "r")) as opened:
-                yield opened
-        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{path}: not a readable Parquet file: {error}") from None
-
-    def records(_: LooksLikeRow) -> Iterator[Record]:
-        with readable() as file:
-            rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(_PARQUET_ROWS))
-            yield from (Record(number, row) for number, row in enumerate(rows, start=1))
-
-    with readable() as file:
-        names, rows = file.schema_arrow.names, file.metadata.num_rows
-    if not names or not rows:
-        raise UserError(f"{path}: no rows")
-    return Source(names, records)

@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastmtl.config import DataConfig, Recipe, TaskConfig
+from fastmtl.config import FROM_PYTHON, DataConfig, Recipe, TaskConfig
 from fastmtl.data.corpus import demo_directory
+from fastmtl.data.find_places import find_places, missing
 from fastmtl.data.packed_batch import PackedBatch
-from fastmtl.data.places import missing
-from fastmtl.data.readers import read_file, read_rows
+from fastmtl.data.readers import read_places, read_rows
 from fastmtl.data.rows import Rows
 from fastmtl.data.tokenized import TokenizedDataset, check_token_types, tokenize
 from fastmtl.errors import UserError, unknown_name
@@ -130,7 +130,8 @@ def evaluate_file(predictor: Predictor, task: str, file: Path) -> Evaluation:
 
     The file has the format of the task's training files.
     """
-    rows = read_file(file, predictor.task(task), on_bad_row=predictor.recipe.data.on_bad_row, require_labels=True)
+    places = find_places([str(file)], ".")
+    rows = read_places(places, predictor.task(task), on_bad_row=predictor.recipe.data.on_bad_row)
     return _evaluate(predictor, {task: rows}, [])
 
 
@@ -150,7 +151,9 @@ def evaluate_split(
         config = predictor.task(name)
         drawn = split == "dev" and data.dev_share(config.data) > 0
         files = config.data.names("train" if drawn else split)
-        if not files:
+        if files == [FROM_PYTHON]:
+            notes.append(f"{name}: its {split} rows were objects of a Python program; name a file with --file")
+        elif not files:
             notes.append(f"{name}: the recipe names no {split} file")
         else:
             for file in files:
@@ -186,7 +189,9 @@ def predict_file(
     config = predictor.task(task)
     if not target.parent.is_dir():
         raise UserError(f"cannot write {target}: there is no directory {target.parent}")
-    rows = read_file(source, config, on_bad_row=predictor.recipe.data.on_bad_row, require_labels=False)
+    rows = read_places(
+        find_places([str(source)], "."), config, on_bad_row=predictor.recipe.data.on_bad_row, require_labels=False
+    )
     scores = predictor.scores(task, rows)
     (write_cs224n if layout == "cs224n" else write_table)(target, config, scores)
     return len(rows), _skipped(task, rows)

@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
-from fastmtl.config import Recipe, parse_recipe
+from fastmtl.config import FROM_PYTHON, Recipe, parse_recipe
 from fastmtl.data.corpus import demo_directory
 from fastmtl.data.token_cache import tokenizer_state
 from fastmtl.errors import UserError, unknown_name
@@ -272,7 +272,10 @@ def _task_values(name: str, first: Recipe, second: Recipe) -> dict[str, Any]:
     if first.data.dir != second.data.dir:
         folder = user_path(second.data.dir or demo_directory()).absolute()
         for split in ("train", "dev", "test"):
-            found = [str(folder / user_path(file)) for file in second.tasks[name].data.names(split)]
+            found = [
+                file if file == FROM_PYTHON else str(folder / user_path(file))
+                for file in second.tasks[name].data.names(split)
+            ]
             values["data"][split] = found if isinstance(values["data"][split], list) else next(iter(found), None)
     return values
 

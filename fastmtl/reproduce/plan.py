@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastmtl.config import Recipe, load_recipe
-from fastmtl.data.places import missing
+from fastmtl.data.find_places import missing
 from fastmtl.errors import UserError, unknown_name
 from fastmtl.reproduce.tables import PaperResults, Variant
 

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fastmtl.config import Recipe
+from fastmtl.data.completion import with_class_names
 from fastmtl.data.corpus import CorpusRows
+from fastmtl.data.places import Table
 from fastmtl.data.schedule import Schedule
 from fastmtl.tracking.backends import check_tracking
 from fastmtl.training.phases import Phase, split
 
 
-def check_recipe(recipe: Recipe, world: int) -> CorpusRows:
-    """Check everything of a run that needs no torch; return the rows of its files.
+def check_recipe(
+    recipe: Recipe, world: int, tables: Mapping[tuple[str, str], Table] | None = None
+) -> tuple[Recipe, CorpusRows]:
+    """Check everything of a run that needs no torch.
 
-    world: number of processes. Raises UserError naming the file, line or key.
+    Returns the recipe with the names of classes that the rows bring along, and the rows of its
+    files. world: number of processes. tables: rows from Python, by task and split. Raises UserError
+    naming the file, line or key.
     """
+    recipe = with_class_names(recipe, tables)
     phases = split(recipe)
     check_tracking(recipe)
-    rows = CorpusRows.read(recipe)
+    rows = CorpusRows.read(recipe, tables)
     check_schedules(phases, rows, world)
-    return rows
+    return recipe, rows
 
 
 def check_schedules(phases: Sequence[Phase], rows: CorpusRows, world: int) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fastmtl.config import Recipe
 from fastmtl.data.class_weights import with_class_weights
+from fastmtl.data.completion import with_class_names
 from fastmtl.data.corpus import Corpus, CorpusRows
 from fastmtl.data.tokenized import check_token_types
 from fastmtl.engine.build import check_engine
@@ -75,6 +76,8 @@ def prepare(
     UserError for a setting, a file or a checkpoint that this run cannot use.
     """
     with errors_reach_rank_0():  # all checks that are possible before DeepSpeed starts
+        if rows is None:
+            recipe = with_class_names(recipe)
         recipe = with_settings_of_path(complete(recipe))
         phases = phases_of(recipe)  # first, so that a wrong name is found before data are read
         check_tracking(recipe)
@@ -100,6 +103,7 @@ def prepare(
     corpus = ranks.in_turn(lambda: Corpus.load(recipe, tokenizer, encoder.max_length, rows))
     check_token_types([*corpus.train, *corpus.dev], encoder.settings.type_vocab_size)
     digests = corpus.digests(recipe)
+    _check_same_rows(ranks, digests)
     data_changes = {} if found is None else changed_rows(at.data, digests)
     refuse(str(found and found.path), data_changes, accept_changes)
     at.data = digests
@@ -108,6 +112,15 @@ def prepare(
     moved = jobs[at.phase].fit(at)
     notes = resume_notes(changes, recipe) + ([] if moved is None else [moved])
     return Start(recipe, tokenizer, corpus, checkpoints, found, changes, at, model, jobs, notes)
+
+
+def _check_same_rows(ranks: Ranks, digests: dict[str, str]) -> None:
+    """Raise UserError on all ranks if their data sets differ."""
+    every = ranks.all_gather(digests) if ranks.world > 1 else [digests]
+    for name in digests:
+        other = next((rank for rank, found in enumerate(every) if found.get(name) != every[0].get(name)), None)
+        if other is not None:
+            raise UserError(f"the rows of {name} differ between ranks 0 and {other}: give every process the same rows")
 
 
 def check_run(

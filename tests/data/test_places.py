@@ -1,4 +1,4 @@
-"""The places of a split's rows: several files and patterns, and dev rows drawn from the training rows."""
+"""The places of a split's rows: several files, patterns, and a share of the training rows."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from fastmtl.inference.selection import check_early_stopping
 
 def task(kind: str = "binary", **data: Any) -> TaskConfig:
     columns = {"text": "text", "label": "label"}
-    values: dict[str, Any] = {"regression": {"range": (0, 9)}, "classification": {"num_labels": 3}}.get(kind, {})
-    return TaskConfig.model_validate({"type": kind, "data": {"columns": columns, **data}, **values})
+    more: dict[str, Any] = {"regression": {"range": (0, 9)}, "classification": {"num_labels": 3}}
+    return TaskConfig.model_validate({"type": kind, "data": {"columns": columns, **data}, **more.get(kind, {})})
 
 
 @pytest.fixture

@@ -55,11 +55,26 @@ def check_no_names(task: Task, why: str) -> None:
             raise ValueError(f"{key}: {why}")
 
 
+# Endings of files of text, whose labels bring no names of classes.
+_TEXT = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".conll", ".conllu", ".gz")
+
+
+def may_bring_names(task: Task) -> bool:
+    """Return whether a task's training rows may bring the names of their classes.
+
+    Parquet and Arrow files, saved data sets and objects from Python may.
+    """
+    return any(not name.lower().endswith(_TEXT) for name in task.data.names("train"))
+
+
 def check_names(task: Task, what: str) -> None:
     """Raise ValueError unless a task has two label_names or more; set num_labels to their number.
 
+    A task may lack the names if its training rows may bring them.
     what: the names' kind in the message, such as "tags".
     """
+    if task.label_names is None and may_bring_names(task):
+        return
     if not task.label_names or len(task.label_names) < 2:
         raise ValueError(f"a task of type {task.type} needs label_names, its {what}: at least two")
     if task.num_labels not in (None, len(task.label_names)):

@@ -34,7 +34,7 @@ def split_tag(tag: str) -> tuple[str, str]:
 def check(task: Task) -> None:
     check_names(task, "tags")
     check_one_text(task)
-    if task.tokens.scheme != "none":
+    if task.tokens.scheme != "none" and task.label_names is not None:
         _check_scheme(task.label_names, task.tokens.scheme, every=task.tokens.subwords == "all")
 
 
