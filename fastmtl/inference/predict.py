@@ -130,8 +130,7 @@ def evaluate_file(predictor: Predictor, task: str, file: Path) -> Evaluation:
 
     The file has the format of the task's training files.
     """
-    places = find_places([str(file)], ".")
-    rows = read_places(places, predictor.task(task), on_bad_row=predictor.recipe.data.on_bad_row)
+    rows = _read(predictor, predictor.task(task), file, require_labels=True)
     return _evaluate(predictor, {task: rows}, [])
 
 
@@ -149,8 +148,7 @@ def evaluate_split(
     rows, notes = {}, []
     for name in tasks or recipe.task_names:
         config = predictor.task(name)
-        drawn = split == "dev" and data.dev_share(config.data) > 0
-        files = config.data.names("train" if drawn else split)
+        files = config.data.names("train" if split == "dev" and data.dev_share(config.data) else split)
         if files == [FROM_PYTHON]:
             notes.append(f"{name}: its {split} rows were objects of a Python program; name a file with --file")
         elif not files:
@@ -159,7 +157,6 @@ def evaluate_split(
             for file in files:
                 _check_there(data, file, given=data_dir is not None)
             rows[name] = read_rows(config, data, split)
-            notes.extend(f"{name}: {note}" for note in rows[name].notes if drawn)
     if not rows:
         raise UserError(f"the recipe names no {split} file for {', '.join(tasks or recipe.task_names)}")
     return _evaluate(predictor, rows, notes)
@@ -189,9 +186,7 @@ def predict_file(
     config = predictor.task(task)
     if not target.parent.is_dir():
         raise UserError(f"cannot write {target}: there is no directory {target.parent}")
-    rows = read_places(
-        find_places([str(source)], "."), config, on_bad_row=predictor.recipe.data.on_bad_row, require_labels=False
-    )
+    rows = _read(predictor, config, source, require_labels=False)
     scores = predictor.scores(task, rows)
     (write_cs224n if layout == "cs224n" else write_table)(target, config, scores)
     return len(rows), _skipped(task, rows)
@@ -207,9 +202,7 @@ def predict_all_tasks(predictor: Predictor, source: Path, target: Path) -> tuple
     recipe, rows = predictor.recipe, {}
     for name in recipe.task_names:
         try:
-            rows[name] = read_file(
-                source, predictor.task(name), on_bad_row=recipe.data.on_bad_row, require_labels=False
-            )
+            rows[name] = _read(predictor, predictor.task(name), source, require_labels=False)
         except UserError as error:
             raise UserError(f"task {name} cannot read it: {error}") from None
     try:
@@ -219,6 +212,12 @@ def predict_all_tasks(predictor: Predictor, source: Path, target: Path) -> tuple
     for name, scores in score_together(predictor, rows).items():
         write_table(target / f"{name}.csv", recipe.tasks[name], scores)
     return len(rows[recipe.task_names[0]]), [note for name, found in rows.items() for note in _skipped(name, found)]
+
+
+def _read(predictor: Predictor, task: TaskConfig, source: Path, *, require_labels: bool) -> Rows:
+    """Return the rows of a file, of the files of a pattern, or of a folder of Hugging Face's."""
+    places = find_places([str(source)], ".")
+    return read_places(places, task, on_bad_row=predictor.recipe.data.on_bad_row, require_labels=require_labels)
 
 
 def _evaluate(predictor: Predictor, rows: dict[str, Rows], notes: list[str]) -> Evaluation:
