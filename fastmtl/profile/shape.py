@@ -15,8 +15,8 @@ from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.profile.load import Load
 from fastmtl.profile.lora_shape import LoraShape, lora_shape
 
-# Vectors of the tags, besides the pairs, that the two sums of a CRF keep at each place: scores, with
-# other tags than the label excluded, results of sums and of choices at the end of an example.
+# Vectors of the tags, besides the pairs, that the two sums of a CRF keep at each place: scores,
+# results of the sums, and their values at the end of an example.
 CRF_VECTORS = 3
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import deepspeed
+import numpy as np
 import pytest
 import torch
 from op_recorder import OpRecorder
@@ -16,6 +17,7 @@ from recorded_encoders import assert_equal
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from unit_rows import unit_rows
 
 from fastmtl.cuda_graphs import heads as head_graphs
 from fastmtl.cuda_graphs import options as graph_options
@@ -25,6 +27,7 @@ from fastmtl.cuda_graphs.heads import HeadGraphs
 from fastmtl.cuda_graphs.install import record_heads
 from fastmtl.cuda_graphs.recorder import CudaRecorder, Recorder, Unrecorded
 from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.data.packing import pack
 from fastmtl.engine.build import build_engine
 from fastmtl.errors import UserError
 from fastmtl.model.heads.batch import HeadBatch
@@ -348,6 +351,16 @@ def test_reasons_are_warned_once(
     )
     given = cache_pairs(cached, [batch])[0]
     assert reason(cached, given) == "the loss of task 'score' spans a whole step (mnr.cached)"
+    random = np.random.default_rng(0)
+    words, one = (
+        pack([(unit_rows(kind, 3, random, vocabulary=90, longest=9), np.arange(3)) for kind in kinds])
+        for kinds in (("choice", "tokens"), ("tokens",))
+    )
+    tags = {"type": "tokens", "label_names": list("OABC"), "data": {}}
+    mixed = made(make_model, OpRecorder(), tasks={"which": {"type": "choice", "data": {}}, "tags": tags})
+    assert reason(mixed, words) == "task 'which' of type choice has another number of units in every batch"
+    alone = made(make_model, OpRecorder(), tasks={"tags": tags})
+    assert reason(alone, one) == "task 'tags' of type tokens has another number of units in every batch"
     pairs = make_batch(LENGTHS[0], pairs=PAIRS["networks"])
     monkeypatch.setattr(graph_options, "world_size", lambda: 2)
     ranks = made(make_model, OpRecorder(), tasks=TASKS["networks"])

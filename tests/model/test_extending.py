@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,17 +13,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from unit_rows import unit_rows
 
 from fastmtl.config import TaskConfig
+from fastmtl.config.types import TYPES
 from fastmtl.data import samplers
 from fastmtl.data.packed_batch import PackedBatch
+from fastmtl.data.packing import pack
+from fastmtl.data.rows import Rows
 from fastmtl.errors import UserError
+from fastmtl.inference.scores import Scores
 from fastmtl.model import adapters
 from fastmtl.model.heads import HEADS, pooling
 from fastmtl.model.heads.features import features, num_features
 from fastmtl.model.heads.outputs import num_outputs
 from fastmtl.model.losses import task_loss as losses
 from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.model.types import UNIT_TYPES
 from fastmtl.surgery import GradientSurgery
 from fastmtl.surgery.methods.table import METHODS
 from fastmtl.surgery.rules.table import RULES
@@ -71,6 +78,39 @@ def test_the_examples_train(
     sum(loss for loss, _ in results.values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())  # type: ignore[arg-type]
     assert all(p.grad.any() for p in model.adapter.parameters())
+
+
+def test_the_task_type_trains_and_is_evaluated(
+    examples: dict, make_model: Callable[..., MultiTaskModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Type tokens takes the example's place, as the recipe's types are fixed."""
+    monkeypatch.setitem(TYPES, "tokens", examples["KEYWORDS"])
+    monkeypatch.setitem(UNIT_TYPES, "tokens", examples["KEYWORDS_MODEL"])
+    task = {"type": "tokens", "label_names": ["no", "yes"], "data": {}}
+    model = make_model(tasks={"keys": task}, smart={"strength": 1.0})
+    data = unit_rows("tokens", 6, np.random.default_rng(0), vocabulary=90, longest=9, tags=2)
+    assert data.labels is not None and data.units is not None
+    batch = pack([(data, np.arange(6))])
+    loss, terms = model(batch)["keys"]
+    loss.backward()
+    assert terms == (data.labels >= 0).sum() < len(data.labels)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.heads.parameters())
+    model.eval()
+    logits = model.examples(batch)[0].outputs.squeeze(1)
+    labelled = torch.from_numpy(data.labels >= 0)
+    expected = functional.binary_cross_entropy_with_logits(
+        logits[labelled], torch.from_numpy(data.labels)[labelled].float(), reduction="sum"
+    )
+    model.smart = None
+    torch.testing.assert_close(model(batch)["keys"][0], expected)
+    rows = Rows(Path("made"), data.ids, ["text"] * 6, None, data.labels)
+    scores = Scores(dataclasses.replace(data, rows=rows), np.where(data.labels == 1, 0.75, 0.25))
+    scores.scores[missed := int(np.flatnonzero(data.labels == 1)[0])] = 0.25
+    config = model.recipe.tasks["keys"]
+    found, number = examples["evaluate"](config, scores), int((data.labels == 1).sum())
+    assert found[config.metric_name] == pytest.approx(1 - 1 / number)
+    row = int(np.searchsorted(data.units.offsets, missed, side="right")) - 1
+    assert examples["summary"](config, scores).errors.rows == [[str(row), "0.250"]]
 
 
 def test_the_method_weighs(examples: dict, monkeypatch: pytest.MonkeyPatch) -> None:
