@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from fastmtl.commands import bench, models, profile, recipes, serve, sweep
+from fastmtl.commands import bench, compare, models, profile, recipes, serve, sweep
 from fastmtl.commands.options import Debug, ModelDir
 from fastmtl.errors import UserError, one_line, printable
 from fastmtl.files.output_folder import OutputFolder, check_output
@@ -289,6 +289,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 
 bench.register(app, _set_debug)
+compare.register(app, _set_debug)
 serve.register(app, _set_debug)
 sweep.register(app, _set_debug)
 

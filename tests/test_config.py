@@ -258,3 +258,10 @@ def test_names_that_cannot_be_files_are_refused(name: str, reason: str) -> None:
 
 def test_names_of_any_language_are_taken() -> None:
     parse_recipe({"tasks": {"na\u00efve \u2603": {"type": "binary", "data": {}}}}, "test")
+
+
+def test_an_override_changes_one_place_of_an_anchor(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("tasks:\n  one: &same {type: binary, data: {train: x.csv}}\n  two: *same\n")
+    recipe = load_recipe(str(path), ["tasks.one.weight=2.0"])
+    assert (recipe.tasks["one"].weight, recipe.tasks["two"].weight) == (2.0, 1.0)

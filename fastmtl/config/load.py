@@ -56,10 +56,11 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     node = values
     for depth, parent in enumerate(parents):
-        child = node.setdefault(parent, {})
+        child = node.get(parent, {})
         if not isinstance(child, dict):
             raise UserError(f"{quoted(override)}: {'.'.join(parents[: depth + 1])} is a value, not a section")
-        node = child
+        node[parent] = dict(child)  # a copy, since a YAML alias has the same mapping elsewhere
+        node = node[parent]
     try:
         value = recipe_yaml.load(text)
     except ValueError as error:

@@ -69,7 +69,7 @@ class Batcher:
         return len(self._waiting) + self._tokenizing
 
     async def answer(self, texts: Sequence[Any], tasks: Sequence[str]) -> dict[str, list[Any]]:
-        """Return {task: predictions}. Raises UserError for bad texts, Overloaded for a full queue."""
+        """Return {task: predictions}. Raises UserError, or Overloaded for a full queue."""
         if self.length >= self.queue:
             raise Overloaded
         loop = asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""The steps of `fastmtl sweep`, from the grid to the written tables."""
+"""The steps of `fastmtl sweep` and `fastmtl compare`, up to the written tables."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from rich.table import Table
 
 from fastmtl.config import load_recipe
 from fastmtl.errors import UserError
+from fastmtl.sweep import compare_page
+from fastmtl.sweep.compare import Comparison
 from fastmtl.sweep.grid import load_grid, read_grid
 from fastmtl.sweep.page import write_page
 from fastmtl.sweep.runs import INTERRUPTED, run_points
@@ -34,10 +36,7 @@ def run_sweep(
     None for every point of a grid. Raises UserError for an invalid grid or settings, for a grid
     with distributions without a budget, and for an output directory of another sweep.
     """
-    if "RANK" in os.environ:
-        raise UserError("sweep starts its own processes: run it without a launcher, and name it with --launcher")
-    if launcher and shutil.which(launcher[0]) is None:
-        raise UserError(f"--launcher: there is no command {launcher[0]}")
+    _check_launcher("sweep", launcher)
     values = load_grid(grid)
     if budget is None and is_space(values):
         raise UserError(f"{grid}: a grid with distributions is searched: say how long with --trials N")
@@ -55,10 +54,7 @@ def run_sweep(
             raise UserError(f"{grid}: --trials searches a mapping of settings to lists or distributions of values")
         load_recipe(recipe, overrides)
         search = Search(output, recipe, overrides, Space(grid, values), budget, launcher, say)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to the output directory {output}: {error.strerror}") from None
+    _make(output)
     results, status = run_points(output, points, say, launcher) if search is None else search.run()
     if not results:
         say("no trial was begun")
@@ -68,13 +64,63 @@ def run_sweep(
     if search is not None:
         write_page(output, results, search.importances())
     header, rows = rows_of(results)
-    table = Table(title=f"{len(results)} points, the best mean first", title_justify="left")
+    _print(console, f"{len(results)} points, the best mean first", header, rows)
+    say(f"{output / 'sweep.md'}\n{output / 'sweep.csv'}" + (f"\n{output / 'sweep.html'}" if search else ""))
+    if status == INTERRUPTED:
+        say("stopped; run the same command to continue")
+    return status
+
+
+def run_comparison(
+    recipe: str,
+    overrides: Sequence[str],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    tuning: int | None,
+    output: Path,
+    launcher: Sequence[str] = (),
+) -> int:
+    """Compare methods (`Comparison`), print the table and return the exit status as `run_sweep`.
+
+    Raises UserError for unknown methods and invalid settings.
+    """
+    _check_launcher("compare", launcher)
+    console = Console()
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    comparison = Comparison(output, recipe, overrides, methods, seeds, tuning, launcher, say)
+    comparison.check()
+    _make(output)
+    compared, status = comparison.run()
+    if any(result.results is not None for one in compared for result in one.results):
+        header, rows = compare_page.rows_of(compare_page.write_comparison(output, compared, recipe))
+        _print(console, "dev scores, mean ± standard deviation over the seeds", header, rows)
+        say(f"{output / 'compare.html'}\n{output / 'compare.md'}")
+    if status == INTERRUPTED:
+        say("stopped; run the same command to continue")
+    return status
+
+
+def _print(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title, title_justify="left")
     for name in header:
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*row)
     console.print(table, markup=False)
-    say(f"{output / 'sweep.md'}\n{output / 'sweep.csv'}" + (f"\n{output / 'sweep.html'}" if search else ""))
-    if status == INTERRUPTED:
-        say("stopped; run the same command to continue")
-    return status
+
+
+def _check_launcher(command: str, launcher: Sequence[str]) -> None:
+    if "RANK" in os.environ:
+        raise UserError(f"{command} starts its own processes: run it without a launcher, and name it with --launcher")
+    if launcher and shutil.which(launcher[0]) is None:
+        raise UserError(f"--launcher: there is no command {launcher[0]}")
+
+
+def _make(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to the output directory {output}: {error.strerror}") from None

@@ -16,6 +16,7 @@ from fastmtl.config import Recipe
 from fastmtl.inference.scores import Scores
 from fastmtl.inference.selection import evaluate_scores, mean_score
 from fastmtl.inference.types import INFERENCE_TYPES
+from fastmtl.measure.harness import peak_bytes
 from fastmtl.version import __version__
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "numpy")
@@ -47,6 +48,7 @@ def collect_results(
         "steps": steps,
         "seconds": round(seconds, 1),
         "world_size": world_size,
+        "memory_mib": _peak_mib(),
         "dev": dev,
         "mean": mean_score(dev, recipe) if dev else None,
         "confusion": {name: found.confusion for name, found in summaries.items() if found.confusion is not None},
@@ -57,6 +59,14 @@ def collect_results(
         "data": {task: {split: dict(counts) for split, counts in splits.items()} for task, splits in data.items()},
         "versions": {"python": platform.python_version(), "fastmtl": __version__, **_versions()},
     }
+
+
+def _peak_mib() -> float | None:
+    """Return the peak memory of this process in MiB: of torch on its GPU, else the resident set."""
+    import torch
+
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else peak_bytes()
+    return None if peak is None else round(peak / 2**20, 1)
 
 
 def _versions() -> dict[str, str]:

@@ -1,0 +1,127 @@
+"""The runs of `fastmtl compare`: one recipe with several methods, each with several seeds.
+
+A method is a gradient method, a weighting of the losses, or `tuned`: the plain sum with weights of
+the tasks that Optuna has searched for the first seed. The search of `tuned` has as many runs as the
+other methods together, unless the user says otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from fastmtl.config import WeightingConfig, load_recipe
+from fastmtl.errors import UserError, unknown_name
+from fastmtl.sweep.grid import Point
+from fastmtl.sweep.runs import INTERRUPTED, OK, Result, run_points
+from fastmtl.sweep.search import Budget, Search, check_optuna
+from fastmtl.sweep.space import Space
+
+TUNED = "tuned"
+WEIGHTS = {"low": 0.1, "high": 10.0, "log": True}  # the range of the searched weights
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The results of a method, one per seed. weights: {task: weight} of `tuned`, else None."""
+
+    method: str
+    results: list[Result]
+    weights: dict[str, float] | None = None
+
+
+@dataclass
+class Comparison:
+    """The methods to compare on one recipe.
+
+    recipe, overrides: those of `fastmtl train`. tuning: the number of trials of `tuned`; None for
+    as many as the runs of all other methods. say: prints a line for the user.
+    """
+
+    directory: Path
+    recipe: str
+    overrides: Sequence[str]
+    methods: Sequence[str]
+    seeds: Sequence[int]
+    tuning: int | None
+    launcher: Sequence[str]
+    say: Callable[[str], None]
+
+    def check(self) -> None:
+        """Raise UserError for an unknown method, a repeated name, or settings that do not fit."""
+        from fastmtl.training.phases import phases_of
+
+        for given, what in ((self.methods, "method"), (self.seeds, "seed")):
+            if not given or len(set(given)) < len(given):
+                raise UserError(f"--{what}s: name at least one, and each once")
+        for method in self.methods:
+            if method == TUNED:
+                check_optuna()
+            settings = {} if method == TUNED else settings_of(method)
+            phases_of(load_recipe(self.recipe, [*self.overrides, *_lines(settings)]))
+
+    def run(self) -> tuple[list[Compared], int]:
+        """Run all methods that are not finished; return their results and a status."""
+        found: list[Compared] = []
+        status = OK
+        for method in self.methods:
+            weights = None
+            if method == TUNED and status != INTERRUPTED:
+                weights, status = self._searched(status)
+                if weights is None:
+                    continue
+            settings = tuned_settings(weights) if weights is not None else settings_of(method)
+            points = [self._point({**settings, "seed": seed}) for seed in self.seeds]
+            self.say(f"method {method}")
+            results, new = run_points(self.directory, points, self.say, self.launcher)
+            found.append(Compared(method, results, weights))
+            if new == INTERRUPTED:
+                return found, new
+            status = max(status, new)
+        return found, status
+
+    def _searched(self, status: int) -> tuple[dict[str, float] | None, int]:
+        """Search the weights of the tasks; return the best ones, None after a stop or failure."""
+        others = len(self.methods) - 1
+        trials = self.tuning or max(1, others) * len(self.seeds)
+        tasks = load_recipe(self.recipe, self.overrides).task_names
+        space = Space(Path("--methods tuned"), {f"tasks.{name}.weight": WEIGHTS for name in tasks})
+        directory = self.directory / "tuning"
+        directory.mkdir(parents=True, exist_ok=True)
+        lines = [*self.overrides, *_lines(settings_of("sum")), f"seed={self.seeds[0]}"]
+        self.say(f"method {TUNED}: searching the tasks' weights in {trials} trials")
+        search = Search(directory, self.recipe, lines, space, Budget(trials), self.launcher, self.say)
+        results, new = search.run()
+        scored = [result for result in results if result.results is not None and result.results["mean"] is not None]
+        if new == INTERRUPTED or not scored:
+            return None, max(status, new)
+        best = max(scored, key=lambda result: (result.results or {})["mean"])
+        return {key.split(".")[1]: value for key, value in best.point.settings.items()}, max(status, new)
+
+    def _point(self, settings: dict[str, Any]) -> Point:
+        return Point(settings, load_recipe(self.recipe, [*self.overrides, *_lines(settings)]))
+
+
+def settings_of(method: str) -> dict[str, Any]:
+    """Return the settings of a method by name. Raises UserError for an unknown one."""
+    from fastmtl.surgery.methods.table import method_names
+
+    weightings = get_args(WeightingConfig.model_fields["name"].annotation)
+    if method in weightings and method != "fixed":
+        return {"gradient.method": "equal" if method == "gradnorm" else "sum", "weighting.name": method}
+    if method not in method_names():
+        known = [*method_names(), *(name for name in weightings if name != "fixed"), TUNED]
+        raise unknown_name("method", method, known)
+    return {"gradient.method": method, "weighting.name": "fixed"}
+
+
+def tuned_settings(weights: dict[str, float]) -> dict[str, Any]:
+    """Return the settings of the sum with these weights of the tasks."""
+    return {**settings_of("sum"), **{f"tasks.{name}.weight": weight for name, weight in weights.items()}}
+
+
+def _lines(settings: dict[str, Any]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]

@@ -1,0 +1,98 @@
+"""Comparisons of methods: their runs, the search of `tuned`, statistics, and a stop."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fastmtl.errors import UserError
+from fastmtl.sweep import search
+from fastmtl.sweep.command import run_comparison
+from fastmtl.sweep.compare_page import half_width
+from fastmtl.sweep.runs import FAILED, OK
+
+pytest.importorskip("optuna")
+# A program in the place of the launcher: the score depends on the method, the weights and the seed.
+TRAINING = """
+import json, pathlib, sys
+import yaml
+place = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
+recipe = yaml.safe_load((place / "recipe.yaml").read_text())
+method, weighting, seed = recipe["gradient"]["method"], recipe["weighting"]["name"], recipe["seed"]
+if method == "gradvac":
+    sys.exit("fastmtl: the training diverged")
+ratio = recipe["tasks"]["one"]["weight"] / recipe["tasks"]["two"]["weight"]
+mean = {"sum": 0.5, "pcgrad": 0.6, "equal": 0.55}[method] + seed / 100 + 0.01 * min(ratio, 4)
+mean += (weighting != "fixed") / 10
+dev = {name: {"accuracy": mean} for name in ("one", "two")}
+results = {"dev": dev, "mean": mean, "steps": 4, "seconds": 10.0 * seed, "memory_mib": 100.0}
+(place / "results.json").write_text(json.dumps(results))
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(search, "POLL", 0.02)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    task = {"type": "binary", "data": {"train": "train.tsv", "dev": "dev.tsv"}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"tasks": {"one": task, "two": task}}))
+    (tmp_path / "training.py").write_text(TRAINING)
+    return str(tmp_path / "recipe.yaml")
+
+
+def compare(tmp_path: Path, recipe: str, methods: list[str], seeds: list[int], tuning: int | None = None) -> Any:
+    launcher = [sys.executable, str(tmp_path / "training.py")]
+    status = run_comparison(recipe, [], methods, seeds, tuning, tmp_path / "out", launcher)
+    return status, json.loads((tmp_path / "out" / "compare.json").read_text())["methods"]
+
+
+def test_methods_weightings_and_tuned(tmp_path: Path, recipe: str) -> None:
+    status, found = compare(tmp_path, recipe, ["sum", "tuned", "pcgrad", "famo", "gradnorm"], [1, 2], tuning=3)
+    assert status == OK and list(found) == ["sum", "tuned", "pcgrad", "famo", "gradnorm"]
+    assert found["sum"]["scores"]["mean"] == pytest.approx([0.52, 0.53])
+    assert found["pcgrad"]["scores"]["mean"] == pytest.approx([0.62, 0.63])
+    assert found["famo"]["scores"]["mean"] == pytest.approx([0.62, 0.63])  # 0.1 for a weighting
+    assert found["gradnorm"]["scores"]["one accuracy"] == pytest.approx([0.67, 0.68])
+    assert found["pcgrad"]["difference"] == pytest.approx([0.1, 0.0], abs=1e-9) and found["sum"]["difference"] is None
+    assert found["sum"]["seconds"] == [10.0, 20.0] and found["sum"]["memory_mib"] == [100.0, 100.0]
+    (weights,) = json.loads((tmp_path / "out" / "compare.json").read_text())["weights"]
+    ratio = min(weights["one"] / weights["two"], 4)
+    assert found["tuned"]["scores"]["mean"] == pytest.approx([0.51 + 0.01 * ratio, 0.52 + 0.01 * ratio])
+    assert len(list((tmp_path / "out" / "tuning" / "points").iterdir())) == 3
+    table = (tmp_path / "out" / "compare.md").read_text()
+    assert "| pcgrad | 0.6250 ± 0.0071 |" in table and "+0.1000 ± 0.0000" in table
+    assert "tuned: weights one" in table and "0.6250 ± 0.0071" in (tmp_path / "out" / "compare.html").read_text()
+
+
+def test_a_failed_method_is_counted_and_finished_runs_are_kept(tmp_path: Path, recipe: str) -> None:
+    status, found = compare(tmp_path, recipe, ["sum", "gradvac"], [1, 2])
+    assert status == FAILED and found["gradvac"]["failed"] == 2 and found["sum"]["failed"] == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("points/*/results.json")}
+    compare(tmp_path, recipe, ["sum", "pcgrad"], [1, 2, 3])
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+@pytest.mark.parametrize(
+    ("methods", "seeds", "message"),
+    [
+        (["pcgard"], [1], "unknown method 'pcgard'. Did you mean 'pcgrad'?"),
+        (["sum", "sum"], [1], "--methods: name at least one, and each once"),
+        (["sum"], [], "--seeds: name at least one"),
+    ],
+)
+def test_bad_methods_and_seeds(methods: list[str], seeds: list[int], message: str, tmp_path: Path, recipe: str) -> None:
+    with pytest.raises(UserError) as caught:
+        run_comparison(recipe, [], methods, seeds, None, tmp_path / "out")
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_interval_is_students() -> None:
+    """The 95 % interval of four numbers: t = 3.182 for three degrees of freedom."""
+    assert half_width([1.0, 2.0, 3.0, 4.0]) == pytest.approx(3.1824463 * 1.2909944 / 2)
+    assert half_width([1.0]) is None
