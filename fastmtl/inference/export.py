@@ -135,8 +135,11 @@ def _finish(written: Path, target: Path) -> None:
 
 
 def _own_pooling(recipe: Recipe, task: str | None, *, adapters: bool) -> str:
-    tasks = recipe.task_names if task is None else [task]
+    tasks = [name for name in recipe.task_names if recipe.tasks[name].scores != "tokens"] if task is None else [task]
     found = {recipe.tasks[name].pooling for name in tasks}
+    if not found or any(recipe.tasks[name].scores == "tokens" for name in tasks):
+        named = "the tasks read" if task is None else f"--task {task}: it reads"
+        raise UserError(f"{named} the states of tokens, no pooling: choose with --pooling {'|'.join(_POOLINGS)}")
     if len(found) > 1:
         each = ", ".join(f"{name}: {recipe.tasks[name].pooling}" for name in tasks)
         options = f"--pooling {'|'.join(_POOLINGS)}{'' if adapters else ' or --task'}"

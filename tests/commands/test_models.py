@@ -370,6 +370,20 @@ def test_berts_pooler_is_a_dense_layer_on_cls(
     torch.testing.assert_close(theirs, expected, atol=2e-6, rtol=0)
 
 
+def test_tasks_that_score_tokens_have_no_pooling(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {"words": MORE_TASKS["words"]}
+    model = make("model", {"tone": TASKS["tone"], **words}, adapter={"name": "none"})
+    assert run(monkeypatch, "export", model, tmp_path / "st") == 0
+    assert "pooling: mean" in capsys.readouterr().out
+    assert run(monkeypatch, "export", model, tmp_path / "none", "--task", "words") == 2
+    assert "--task words: it reads the states of tokens, no pooling: choose" in capsys.readouterr().err
+    assert run(monkeypatch, "export", make("alone", words), tmp_path / "none") == 2
+    assert "no pooling: choose with --pooling mean|cls|max|pooler" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_tasks_projection_is_exported_with_its_pooling(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
