@@ -103,7 +103,7 @@ def prepare(
     corpus = ranks.in_turn(lambda: Corpus.load(recipe, tokenizer, encoder.max_length, rows))
     check_token_types([*corpus.train, *corpus.dev], encoder.settings.type_vocab_size)
     digests = corpus.digests(recipe)
-    _check_same_rows(ranks, digests)
+    check_same_rows(ranks, digests)
     data_changes = {} if found is None else changed_rows(at.data, digests)
     refuse(str(found and found.path), data_changes, accept_changes)
     at.data = digests
@@ -114,7 +114,7 @@ def prepare(
     return Start(recipe, tokenizer, corpus, checkpoints, found, changes, at, model, jobs, notes)
 
 
-def _check_same_rows(ranks: Ranks, digests: dict[str, str]) -> None:
+def check_same_rows(ranks: Ranks, digests: dict[str, str]) -> None:
     """Raise UserError on all ranks if their data sets differ."""
     every = ranks.all_gather(digests) if ranks.world > 1 else [digests]
     for name in digests:
