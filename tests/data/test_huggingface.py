@@ -1,4 +1,4 @@
-"""Rows of Hugging Face's datasets: folders, Arrow and Parquet files, objects, and names of classes."""
+"""Rows of Hugging Face's datasets: folders, Arrow and Parquet files, objects, names of classes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXTS, CLASSES, TAGS = ["a b", "c", "d e"], [1, 0, -1], [[0, 1], [1], [0, 0]]
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder: `both`, a DatasetDict of two splits; `one`, a Dataset; files of the same rows."""
+    """Return a folder with a DatasetDict `both`, a Dataset `one` and files of the same rows."""
     folder = tmp_path_factory.mktemp("saved")
     names, tags = datasets.ClassLabel(names=["no", "yes"]), datasets.ClassLabel(names=["O", "B-x"])
     text = datasets.Value("string")

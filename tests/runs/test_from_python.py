@@ -1,4 +1,4 @@
-"""A run that a Python program starts: equal to the run of the same rows in files, and its errors."""
+"""A run that a Python program starts: the same as with the rows in files; its errors."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_arguments(tmp_path: Path, tiny_bert: Path) -> None:
         ({"recipe": "demo", "output": tmp_path / "a", "overrides": ["train.epoch=1"]}, "Did you mean 'train.epochs'"),
     ):
         with pytest.raises(UserError) as error:
-            fastmtl.train(**arguments)  # type: ignore[arg-type]
+            fastmtl.train(**arguments)
         assert message in str(error.value)
     assert not (tmp_path / "a").exists()
 
