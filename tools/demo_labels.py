@@ -138,23 +138,33 @@ as good as ever|superb""".replace("\n", "").split("|")
 BAD = """awful|disappointing|dreadful|poor|unacceptable|a disgrace|beneath contempt|worse than expected|
 as bad as ever|terrible""".replace("\n", "").split("|")
 
-# Clauses about a part {a}: the guest's opinion {o}, or somebody else's.
+# Clauses about a part {a}, with words of praise {g} and of blame {b}.
 PRAISE = {
-    "train": ["the {a} was {g}", "I found the {a} {g}", "nobody could complain about the {a}"],
+    "train": [
+        "the {a} was {g}",
+        "I found the {a} {g}",
+        "nobody could complain about the {a}",
+        "there was nothing wrong with the {a}",
+    ],
     "dev": ["the {a} seemed {g} to me", "the {a} , I must say , was {g}", "I have no complaint about the {a}"],
 }
 BLAME = {
-    "train": ["the {a} was {b}", "I found the {a} {b}", "nobody could like the {a}"],
+    "train": [
+        "the {a} was {b}",
+        "I found the {a} {b}",
+        "nobody could praise the {a}",
+        "there was nothing right with the {a}",
+    ],
     "dev": ["the {a} seemed {b} to me", "the {a} , I must say , was {b}", "I have no praise for the {a}"],
 }
-# Opinions that turn out wrong: the second one counts.
+# Two opinions, of which the guest's own counts.
 REVISED_PRAISE = {
-    "train": ["we feared that the {a} would be {b} , but it was {g}", "far from being {b} , the {a} was {g}"],
-    "dev": ["a friend had called the {a} {b} , yet we thought it {g}"],
+    "train": ["far from being {b} , the {a} was {g}", "my sister called the {a} {b} , but to me it was {g}"],
+    "dev": ["a friend had called the {a} {b} , but we thought it was {g}"],
 }
 REVISED_BLAME = {
-    "train": ["we hoped that the {a} would be {g} , but it was {b}", "far from being {g} , the {a} was {b}"],
-    "dev": ["a friend had called the {a} {g} , yet we thought it {b}"],
+    "train": ["far from being {g} , the {a} was {b}", "my sister called the {a} {g} , but to me it was {b}"],
+    "dev": ["a friend had called the {a} {g} , but we thought it was {b}"],
 }
 JOINED = {"train": [" , but ", " , while ", " ; ", " , and "], "dev": [" , whereas ", " . Then again , ", " , though "]}
 

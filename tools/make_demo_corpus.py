@@ -24,7 +24,7 @@ ROWS = {
     "paraphrase": {"train": 2400, "dev": 400},
     "similarity": {"train": 1600, "dev": 400},
     "entities": {"train": 1000, "dev": 200},
-    "complaints": {"train": 1000, "dev": 200},
+    "complaints": {"train": 1600, "dev": 200},
 }
 
 # Opinions by class, worst to best. The last two of each class are for dev only.

@@ -45,7 +45,7 @@ def test_train_and_dev_share_no_sentence(task: str) -> None:
 
 
 def test_train_and_dev_share_no_labelled_text() -> None:
-    for task, ending in (("entities", "conll"), ("complaints", "csv")):
+    for task, ending, rows in (("entities", "conll", 1000), ("complaints", "csv", 1600)):
         texts: dict[str, list[str]] = {}
         for split in ("train", "dev"):
             lines = (demo_directory() / f"{task}-{split}.{ending}").read_text(encoding="utf-8").splitlines()
@@ -53,8 +53,8 @@ def test_train_and_dev_share_no_labelled_text() -> None:
                 texts[split] = [row["text"] for row in csv.DictReader(lines)]
             else:
                 texts[split] = "\n".join(line for line in lines if not line.startswith("#")).split("\n\n")
-        assert [len(texts["train"]), len(texts["dev"])] == [1000, 200]
-        assert len({*texts["train"], *texts["dev"]}) == 1200
+        assert [len(texts["train"]), len(texts["dev"])] == [rows, 200]
+        assert len({*texts["train"], *texts["dev"]}) == rows + 200
 
 
 @pytest.mark.parametrize(
@@ -76,4 +76,4 @@ def test_linear_models_of_labelled_texts_stay_low() -> None:
     train, dev = (demo_directory() / f"entities-{split}.conll" for split in ("train", "dev"))
     assert entities_score(train, dev, neighbours=0) <= 0.40
     assert entities_score(train, dev, neighbours=1) <= 0.70
-    assert complaints_score(*(demo_directory() / f"complaints-{split}.csv" for split in ("train", "dev"))) <= 0.60
+    assert complaints_score(*(demo_directory() / f"complaints-{split}.csv" for split in ("train", "dev"))) <= 0.65

@@ -36,6 +36,7 @@ PARTS: dict[str, tuple[list[str], list[str]]] = {
     "examples": (["examples.py"], ["--alone"]),
     "serving": (["serving.py"], ["--requests", "1000", "--bodies", "100"]),
     "steps": (["steps.py"], ["--steps", "200"]),
+    "demo tasks": (["demo_tasks.py"], ["--steps", "5"]),
 }
 
 
