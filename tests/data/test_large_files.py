@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from fastmtl.config import DataConfig, TaskConfig
-from fastmtl.data import display, file_bytes, records, spill, tokenized
+from fastmtl.data import columnar, display, file_bytes, spill, tokenized
 from fastmtl.data.cells import repeated_ids
 from fastmtl.data.filters import drop_longest
 from fastmtl.data.readers import read_rows
@@ -103,7 +103,7 @@ def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spill, "IN_MEMORY", 160)
     for module in (spill, file_bytes):
         monkeypatch.setattr(module, "PIECE", 61)
-    monkeypatch.setattr(records, "_PARQUET_ROWS", 4)
+    monkeypatch.setattr(columnar, "BATCH", 4)
     monkeypatch.setattr(tokenized, "PIECE_ROWS", 5)
     monkeypatch.setattr(tokenized, "PIECE_CHARACTERS", 120)
 

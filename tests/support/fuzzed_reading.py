@@ -8,12 +8,15 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from random import Random
+from unittest import mock
 
 import numpy as np
 from fuzzed_files import Case, draw_case
 
+from fastmtl.data import columnar, file_bytes, spill
 from fastmtl.data.readers import read_file
 from fastmtl.data.rows import Rows
 from fastmtl.errors import UserError
@@ -96,6 +99,7 @@ def check(case: Case, folder: Path) -> Counter[str]:
         counts["rows"] += len(rows)
         counts["bad rows reported"] += len(rows.skipped)
         _check_rows(case, rows)
+    _check_pieces(path, case, rows)
     strict = _read(path, case, "error")
     if rows is not None:
         _require((strict is None) == bool(rows.skipped), "bad rows are an error, and nothing else is")
@@ -137,6 +141,22 @@ def _check_rows(case: Case, rows: Rows) -> None:
         assert rows.labels is not None
         written = np.array([row.label for row in kept], dtype=rows.labels.dtype)
         _require(np.array_equal(rows.labels, written), f"labels {rows.labels.tolist()}, written {written.tolist()}")
+
+
+def _check_pieces(path: Path, case: Case, rows: Rows | None) -> None:
+    """Check that a file too large for memory, which is read in small pieces, has the same rows."""
+    limits = [(spill, "IN_MEMORY", 40), (spill, "PIECE", 7), (file_bytes, "PIECE", 7), (columnar, "BATCH", 2)]
+    with ExitStack() as patches:
+        for module, name, value in limits:
+            patches.enter_context(mock.patch.object(module, name, value))
+        pieces = _read(path, case, "skip")
+    _require((pieces is None) == (rows is None), "a file is refused either in pieces or as a whole")
+    if rows is None or pieces is None:
+        return
+    for name in ("ids", "texts", "pair_texts", "skipped", "notes"):
+        one, other = getattr(rows, name), getattr(pieces, name)
+        _require(one == (None if other is None else list(other)), f"{name} in pieces: {other}, as a whole: {one}")
+    _require(np.array_equal(np.array(rows.labels), np.array(pieces.labels)), "labels in pieces are not those")
 
 
 def _rows_in(case: Case) -> int | None:
