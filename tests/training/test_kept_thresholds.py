@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ def test_a_task_that_keeps_its_weights_keeps_its_thresholds(tiny_bert: Path, tmp
         "multilabel": {"thresholds": "tuned"},
         "data": {"train": "t.csv", "dev": "d.csv"},
     }
-    phases = [{"name": "heads", "trains": "heads", "keep": "best_of_each"}]
+    phases: Any = [{"name": "heads", "trains": "heads", "keep": "best_of_each"}]
     model = build_model(tiny_bert, tasks={"one": task, "two": task}, phases=phases)
     (phase,) = phases_of(model.recipe)
     ranks = Ranks(0, 1, 0, torch.device("cpu"))
