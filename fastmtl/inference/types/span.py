@@ -62,15 +62,15 @@ def _results(task: TaskConfig, scores: Scores) -> tuple[dict[int, SpanPrediction
     answers = scores.rows.answers
     if answers is None:
         raise UserError(f"{scores.dataset.path}: there are no answers to evaluate against")
-    predicted = _predicted(task, scores)
-    if not predicted:
+    if not len(scores.dataset):
         raise UserError("there are no rows to evaluate")
     broken = len(np.unique(_row_of(scores)[~_finite_windows(scores)]))
     if broken:
         raise UserError(
-            f"{broken} of {len(predicted)} predictions are not finite: the training diverged; lower optimizer.lr, "
-            "or raise schedule.warmup, or use engine.precision=bf16 instead of fp16"
+            f"{broken} of {scores.dataset.num_rows} predictions are not finite: the training diverged; lower "
+            "optimizer.lr, or raise schedule.warmup, or use engine.precision=bf16 instead of fp16"
         )
+    predicted = _predicted(task, scores)
     results = [compare(found.text, [text for _, text in answers[row]]) for row, found in predicted.items()]
     return predicted, np.array(results), np.array([bool(answers[row]) for row in predicted])
 

@@ -87,7 +87,7 @@ SPANS = [(-1, -1), (0, 3), (3, 7), (7, 12)]  # tokens of bytes begin with their 
 
 
 def scores_of(best: list[list[tuple[int, int] | None]]) -> Scores:
-    """Return the scores of four questions of two windows each; best: first and last token of each."""
+    """Return the scores of four questions of two windows each; best: first and last token."""
     answers = [[(0, "Ann")], [(9, "Bob"), (4, "met  Bob")], [], []]
     rows = Rows(Path("made"), list("abcd"), ["who"] * 4, [CONTEXT] * 4, None, answers=answers)
     windows = [window for row in best for window in row]
