@@ -65,13 +65,14 @@ def test_files_of_all_formats_have_the_same_questions(tmp_path: Path) -> None:
             start, text = answers[0] if answers else (-1, "")
             writer.writerow([row["id"], row["question"], row["context"], text, start])
     csv_columns = {"id": "id", "text": "q", "text_pair": "c", "answer": "a", "answer_start": "s"}
-    for name, data in {
+    settings: dict[str, dict[str, Any]] = {
         "one.json": {},
         "lines.json": {"format": "squad"},
         "table.json": {"format": "squad"},
         "a.parquet": {"columns": {"id": "id", "text": "question", "text_pair": "context"}},
         "a.csv": {"columns": csv_columns},
-    }.items():
+    }
+    for name, data in settings.items():
         rows = read_file(tmp_path / name, task(**data))
         assert rows.texts == ["Who sat?", "Who ran?", "Who ate?"] and rows.ids == ["a", "b", "c"], name
         assert rows.pair_texts == [CONTEXT] * 3, name
@@ -254,7 +255,7 @@ def test_long_questions_are_cut_and_counted(tmp_path: Path, tiny_bert: Path) -> 
 
 
 def question_of(found: TokenizedDataset, tokenizer: PreTrainedTokenizerBase) -> str:
-    return tokenizer.decode(found.tokens[1 : found.second_text[0] - 1])
+    return str(tokenizer.decode(found.tokens[1 : found.second_text[0] - 1]))
 
 
 def test_windows_without_room_are_refused(tmp_path: Path, tiny_bert: Path, rows: Rows) -> None:

@@ -180,6 +180,6 @@ def test_errors_name_what_is_wrong() -> None:
         (("\ud800", "b"), r"texts\[0\], character 1"),
     ):
         with pytest.raises(UserError, match=message):
-            SPAN.rows_of(config, [wrong])  # type: ignore[list-item]
+            SPAN.rows_of(config, [wrong])
     assert SPAN.rows_of(config, [("who  is", " a  b")]).pair_texts == [" a  b"]
     assert SpanPrediction("", None, None, 1.0, 1.0).text == ""
