@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from fastmtl.config.base import Section, Whole
 from fastmtl.config.encoder import AdapterConfig, EncoderConfig, LoraConfig
@@ -74,12 +74,6 @@ class Recipe(Section):
         for name in tasks:
             check_task_name(name)
         return tasks
-
-    @model_validator(mode="after")
-    def _dev_rows_once(self) -> Recipe:
-        if self.data.dev_fraction and all(task.data.dev is not None for task in self.tasks.values()):
-            raise ValueError(f"data.dev_fraction: {self.data.dev_fraction:g}: all tasks have dev files: leave it out")
-        return self
 
     @property
     def task_names(self) -> list[str]:

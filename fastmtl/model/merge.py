@@ -250,7 +250,7 @@ def _joined_recipe(first: TrainedModel, second: TrainedModel) -> Recipe:
     values = first.recipe.model_dump(mode="json", exclude=TRAINING_SECTIONS | {"description", "add_to"})
     values["data"] = first.recipe.data.model_dump(mode="json", include={"dir", "on_bad_row", "cache_dir"})
     values["train"] = {"eval_tokens": first.recipe.train.eval_tokens}
-    values["tasks"] |= {name: _task_values(name, first.recipe, second.recipe) for name in second.recipe.tasks}
+    values["tasks"] |= {name: task_values(name, first.recipe, second.recipe) for name in second.recipe.tasks}
     for recipe in (first.recipe, second.recipe):
         for name, task in recipe.tasks.items():
             if recipe.data.dev_share(task.data):  # the joined recipe has no data.dev_fraction
@@ -262,7 +262,7 @@ def _joined_recipe(first: TrainedModel, second: TrainedModel) -> Recipe:
     return parse_recipe(values, f"{first.name} and {second.name}")
 
 
-def _task_values(name: str, first: Recipe, second: Recipe) -> dict[str, Any]:
+def task_values(name: str, first: Recipe, second: Recipe) -> dict[str, Any]:
     """Return the section of a task of the second recipe for the joined recipe.
 
     If the two recipes differ in data.dir, the paths of the task's files become absolute, since the

@@ -9,6 +9,7 @@ from fastmtl.data.completion import with_class_names
 from fastmtl.data.corpus import CorpusRows
 from fastmtl.data.places import Table
 from fastmtl.data.schedule import Schedule
+from fastmtl.errors import UserError
 from fastmtl.tracking.backends import check_tracking
 from fastmtl.training.phases import Phase, split
 
@@ -22,6 +23,8 @@ def check_recipe(
     files. world: number of processes. tables: rows from Python, by task and split. Raises UserError
     naming the file, line or key.
     """
+    if recipe.data.dev_fraction and all(task.data.dev is not None for task in recipe.tasks.values()):
+        raise UserError(f"data.dev_fraction: {recipe.data.dev_fraction:g}: all tasks have dev files: leave it out")
     recipe = with_class_names(recipe, tables)
     phases = split(recipe)
     check_tracking(recipe)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from fastmtl.config import Recipe
 from fastmtl.data.class_weights import with_class_weights
 from fastmtl.data.completion import with_class_names
-from fastmtl.data.corpus import Corpus, CorpusRows
+from fastmtl.data.corpus import Corpus, CorpusRows, folder_of
+from fastmtl.data.find_places import find_places
 from fastmtl.data.tokenized import check_token_types
 from fastmtl.engine.build import check_engine
 from fastmtl.engine.checkpoint import Checkpoints, Found
@@ -132,7 +133,7 @@ def check_run(
     local_rank: int | None = None,
     rows: CorpusRows | None = None,
 ) -> str | None:
-    """Check a run and return a line that lists what was checked; None on every rank but the first.
+    """Check a run and return lines about what was checked; None on every rank but the first.
 
     Arguments and errors are those of `train`. Nothing is trained or written to `output`.
     """
@@ -140,20 +141,32 @@ def check_run(
     start = prepare(recipe, output, ranks, resume=resume, accept_changes=accept_changes, rows=rows)
     if not ranks.is_main:
         return None
+    recipe, data = start.recipe, folder_of(start.recipe)
     files = [dataset for dataset in (*start.corpus.train, *start.corpus.dev) if dataset is not None]
+    places = [
+        place
+        for task in recipe.tasks.values()
+        for split in ("train", "dev")
+        for place in find_places(task.data.names(split), data.dir or ".", split)
+    ]
     note = start.model.model.encoder.note
     skipped = sum(len(dataset.skipped) for dataset in files)
     parts = [
-        _counted(len(start.recipe.tasks), "task"),
-        _counted(len(files), "file"),
+        _counted(len(recipe.tasks), "task"),
+        _counted(len(places), "file"),
         _counted(sum(dataset.num_rows for dataset in files), "row")
         + (f" ({_counted(skipped, 'bad one')} skipped)" if skipped else ""),
-        f"encoder {start.recipe.encoder.path}" + (f" ({note.removeprefix('encoder: ')})" if note else ""),
+        f"encoder {recipe.encoder.path}" + (f" ({note.removeprefix('encoder: ')})" if note else ""),
         _counted(ranks.world, "process", "processes"),
     ]
     if start.found is not None:
         parts.append(f"resumed after step {start.at.step}")
-    return f"checked, nothing was trained: {', '.join(parts)}"
+    drawn = [
+        f"{name} dev: {note}"
+        for (name, task), dev in zip(recipe.tasks.items(), start.corpus.dev, strict=True)
+        for note in (dev.notes if dev is not None and data.dev_share(task.data) else ())
+    ]
+    return "\n".join([*drawn, f"checked, nothing was trained: {', '.join(parts)}"])
 
 
 def _counted(number: int, one: str, many: str | None = None) -> str:

@@ -15,6 +15,8 @@ from fastmtl.data.readers import read_rows
 from fastmtl.data.rows import Rows
 from fastmtl.errors import UserError
 from fastmtl.inference.selection import check_early_stopping
+from fastmtl.model.merge import task_values
+from fastmtl.training.early_checks import check_recipe
 
 
 def task(kind: str = "binary", **data: Any) -> TaskConfig:
@@ -134,10 +136,19 @@ def test_the_corpus_reads_both_splits_at_once(tmp_path: Path) -> None:
 def test_two_sources_of_dev_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dev_fraction: 0.1: the task has dev files too"):
         task(train="a.csv", dev="b.csv", dev_fraction=0.1)
-    with pytest.raises(ValueError, match=r"data.dev_fraction: 0.1: all tasks have dev files"):
-        Recipe.model_validate(
-            {"tasks": {"one": task(train="a.csv", dev="b.csv").model_dump()}, "data": {"dev_fraction": 0.1}}
-        )
+    both = {"tasks": {"one": task(train="a.csv", dev="b.csv").model_dump()}, "data": {"dev_fraction": 0.1}}
+    with pytest.raises(UserError, match=r"data.dev_fraction: 0.1: all tasks have dev files"):
+        check_recipe(Recipe.model_validate(both), 1)
     write(tmp_path, 2)
     with pytest.raises(UserError, match="dev_fraction=0.9 leaves none of 2 rows to train on"):
         read_rows(task("classification", train="rows.csv"), DataConfig(dir=str(tmp_path), dev_fraction=0.9), "train")
+
+
+def test_a_merged_model_finds_the_files_of_both(tmp_path: Path) -> None:
+    first, second = (
+        Recipe.model_validate({"tasks": {"one": task(train=train, dev="d.csv").model_dump()}, "data": {"dir": name}})
+        for train, name in (("a.csv", "here"), (["b.csv", "/c/*.csv"], str(tmp_path)))
+    )
+    data = task_values("one", first, second)["data"]
+    assert (data["train"], data["dev"]) == ([str(tmp_path / "b.csv"), "/c/*.csv"], str(tmp_path / "d.csv"))
+    assert task_values("one", first, first)["data"]["train"] == "a.csv"
