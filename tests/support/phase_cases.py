@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import option_cases
 from ranks import run_ranks
 from results_only import results_only
 
@@ -174,6 +175,7 @@ def main(directory: Path, bert: Path) -> None:
     with results_only():
         train_loras(directory, bert)
         train_in_parts(directory, bert)
+        option_cases.run_all(directory, bert)
 
 
 def train_loras(directory: Path, bert: Path) -> None:

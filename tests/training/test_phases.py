@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import option_cases
 import phase_cases as cases
 import pytest
 import torch
@@ -44,6 +45,24 @@ def test_heads_alone_leave_the_encoder_and_every_task_keeps_its_own_best(runs: P
         load(runs / "heads"), "dev", None, None
     ).metrics  # of model/ itself, not of the files beside it
     assert {task: found[task][metric] for task, metric in own.items()} == pytest.approx(best, abs=1e-5)
+
+
+@pytest.mark.slow(40)
+@pytest.mark.parametrize("name", option_cases.RUNS)
+def test_models_of_all_task_types_have_the_scores_of_their_run(name: str, runs: Path) -> None:
+    from fastmtl.inference.predict import evaluate_split, load
+
+    results = json.loads((runs / name / "results.json").read_text(encoding="utf-8"))
+    every = sorted(option_cases.eight_tasks())
+    assert sorted(results["dev"]) == sorted(results["errors"].keys() | results["per_label"].keys()) == every
+    found = evaluate_split(load(runs / name, device="cpu"), "dev", None, None).metrics
+    for task, metrics in results["dev"].items():
+        assert found[task] == pytest.approx(metrics, abs=1e-5), task
+    trained = {(line.get("phase"), *sorted(line["loss"])) for line in lines(runs / name) if "loss" in line}
+    if name == "phases":
+        assert trained == {("mlm", "mlm"), ("words", "tags"), ("all", *every), ("heads", *every)}
+    else:
+        assert trained == {(None, *every)}
 
 
 @pytest.mark.slow(40)
