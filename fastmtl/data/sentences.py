@@ -39,8 +39,8 @@ class Sentence:
 def read_sentences(place: Place, task: TaskConfig, bad: OnBadRow, *, require_labels: bool) -> Iterator[Sentence | None]:
     """Yield the sentences of a place, by `data.format` or, for format table, the file's suffix.
 
-    bad: called for a sentence whose words cannot be read, which becomes a None. require_labels: whether tags are read.
-    Raises UserError for a file that cannot be read at all.
+    bad: called for a sentence whose words cannot be read, which becomes a None. require_labels:
+    whether tags are read. Raises UserError for a file that cannot be read at all.
     """
     name = task.data.format
     if isinstance(place, Table):

@@ -15,9 +15,9 @@ from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.profile.load import Load
 from fastmtl.profile.lora_shape import LoraShape, lora_shape
 
-# Vectors of the tags, besides the pairs, that the two sums of a CRF keep at each place: scores,
-# results of the sums, and their values at the end of an example.
-CRF_VECTORS = 3
+# Vectors of the tags that each of the two sums of a CRF keeps at each place: its result, and the
+# value from which the next place begins.
+CRF_VECTORS = 2
 
 
 @dataclass(frozen=True)
@@ -274,9 +274,8 @@ def _unit_bytes(task: TaskConfig, recipe: Recipe, hidden_size: int) -> int:
 
 
 def _cell_bytes(task: TaskConfig) -> int:
-    """Return the bytes of two sums over the tags of neighbours, in float32, that a CRF keeps."""
-    tags = num_outputs(task)
-    return 2 * (tags + CRF_VECTORS) * tags * 4 if "crf" in task.losses else 0
+    """Return the bytes, in float32, that the two sums of a CRF keep."""
+    return 2 * CRF_VECTORS * num_outputs(task) * 4 if "crf" in task.losses else 0
 
 
 def _moments(recipe: Recipe) -> int:

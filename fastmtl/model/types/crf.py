@@ -17,8 +17,11 @@ on Hidden Markov Models", section III.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fastmtl.data.packed_batch import Units
 from fastmtl.data.tags import Allowed
@@ -83,6 +86,27 @@ def _grid(x: Tensor, units: Units) -> tuple[Tensor, Tensor]:
     return grid, torch.arange(grid.shape[1], device=x.device) < counts[:, None]
 
 
+class _Advance(torch.autograd.Function):
+    """Map alpha [..., C] and transitions [C, C] to log sum_i exp(alpha_i + transitions_ij).
+
+    The result is [..., C]. The gradients are products with p_ij = exp(alpha_i + transitions_ij -
+    result_j). Autograd's own would keep the C^2 sums of every unit until the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, alpha: Tensor, transitions: Tensor) -> Tensor:
+        result = (alpha[..., :, None] + transitions).logsumexp(dim=-2)
+        ctx.save_for_backward(alpha, transitions, result)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, transitions, result = ctx.saved_tensors
+        p = (alpha[..., :, None] + transitions - result[..., None, :]).exp() * gradient[..., None, :]
+        return p.sum(dim=-1), p.sum(dim=tuple(range(alpha.dim() - 1)))
+
+
 def _forward(grid: Tensor, inside: Tensor, transitions: Tensor, start: Tensor) -> list[Tensor]:
     """Return L tensors [E, ..., C]: log of the sum over all tags of the units before each.
 
@@ -90,7 +114,7 @@ def _forward(grid: Tensor, inside: Tensor, transitions: Tensor, start: Tensor) -
     """
     alphas = [start + grid[:, 0]]
     for x, here in zip(grid.unbind(dim=1)[1:], inside.unbind(dim=1)[1:], strict=True):
-        new = (alphas[-1][..., :, None] + transitions).logsumexp(dim=-2) + x
+        new = _Advance.apply(alphas[-1], transitions) + x
         alphas.append(torch.where(here.reshape(-1, *[1] * (x.dim() - 1)), new, alphas[-1]))
     return alphas
 
