@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from fastmtl.config.types.spec import may_bring_names
 from fastmtl.errors import listed, quoted
 from fastmtl.files.label_text import as_label
 
@@ -37,7 +38,8 @@ def check_class_weights(task: Task) -> None:
         raise ValueError(f"focal_gamma: a setting of the loss focal; this task has {' + '.join(task.losses)}")
     if task.class_weights == BALANCED and task.data.augment is not None:
         raise ValueError("class_weights: balanced does not go with data.augment, which makes the classes equally large")
-    class_weights(task)
+    if task.label_names is not None or not may_bring_names(task):  # names that the rows bring are checked with them
+        class_weights(task)
 
 
 def _check_place(task: Task, key: str, given: bool, types: tuple[str, ...], losses: tuple[str, ...]) -> None:

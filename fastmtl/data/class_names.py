@@ -8,6 +8,7 @@ from typing import Any
 from fastmtl.config import TaskConfig
 from fastmtl.data.columnar import is_columnar, open_columnar
 from fastmtl.data.places import Place, Table
+from fastmtl.data.sentences import TAGS
 from fastmtl.errors import UserError, listed
 from fastmtl.files.label_text import as_label
 
@@ -39,6 +40,7 @@ def names_of_labels(place: Place, task: TaskConfig) -> tuple[str, list[str]] | N
         return None
     given: Any = task.data.columns.get("label")
     if given is None:
-        given = next(iter(place.classes), None) if len(place.classes) == 1 else "label"
+        defaults = TAGS if task.type == "tokens" else ("label",)
+        given = next((column for column in defaults if column in place.header), None)
     names = place.classes.get(given) if isinstance(given, str) else None
     return None if names is None else (given, names)

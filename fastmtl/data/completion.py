@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import ValidationError
 
 from fastmtl.config import DataConfig, Recipe, TaskConfig
+from fastmtl.config.class_weights import class_weights
 from fastmtl.config.types.spec import may_bring_names
 from fastmtl.data.class_names import NAMED, names_of_labels, opened
 from fastmtl.data.corpus import folder_of
@@ -49,4 +50,8 @@ def _named(task: TaskConfig, data: DataConfig, given: Sequence[Place] | None) ->
     if task.num_labels is None and task.type != "binary":
         also = " (or num_labels)" if task.type == "classification" else ""
         raise UserError(f"{places[0]}: its labels have no names of classes, so the task needs label_names{also}")
+    try:
+        class_weights(task)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     return task

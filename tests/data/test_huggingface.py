@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from fastmtl.config import DataConfig, Recipe, TaskConfig
+from fastmtl.config.class_weights import class_weights
 from fastmtl.data.completion import with_class_names
 from fastmtl.data.corpus import CorpusRows
 from fastmtl.data.objects import marked, tables
@@ -73,6 +74,13 @@ def test_lists_of_classes_are_tags(saved: Path) -> None:
     assert made.tasks["one"].label_names == ["O", "B-x"]
     rows = read_rows(made.tasks["one"], made.data, "train")
     assert rows.labels is not None and rows.labels.tolist() == [0, 1, 1, 0, 0]
+    without_columns = with_class_names(recipe("tokens", saved, train="one", columns={}))
+    assert without_columns.tasks["one"].label_names == ["O", "B-x"], "the column `tags`"
+    columns = {"text": "text", "label": "tags"}
+    sets = with_class_names(recipe("multilabel", saved, train="both", columns=columns))
+    assert sets.tasks["one"].label_names == ["O", "B-x"]
+    found = read_rows(sets.tasks["one"], sets.data, "train").labels
+    assert found is not None and found.tolist() == [[0, 1], [1, 1]]
 
 
 def test_names_of_the_recipe_decide_and_are_checked(saved: Path) -> None:
@@ -90,6 +98,17 @@ def test_names_of_the_recipe_decide_and_are_checked(saved: Path) -> None:
     assert line.endswith("its labels have no names of classes, so the task needs label_names (or num_labels)")
     with pytest.raises(ValueError, match="a classification task needs num_labels"):
         recipe("classification", saved, train="t.csv")
+
+
+def test_weights_of_classes_by_the_names_of_the_rows(saved: Path) -> None:
+    weighted = with_class_names(recipe("binary", saved, {"class_weights": {"yes": 2.0}}, train="both"))
+    assert class_weights(weighted.tasks["one"]) == [1.0, 2.0]
+    (saved / "plain").mkdir(exist_ok=True)
+    pa.parquet.write_table(pa.table({"text": ["a"], "label": [0]}), saved / "plain" / "t.parquet")
+    for train in ("both", "plain/*.parquet"):
+        assert "class_weights: 'good' is none of the classes" in refused(
+            recipe("binary", saved, {"class_weights": {"good": 2.0}}, train=train)
+        )
 
 
 def test_bad_rows_and_folders(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
