@@ -59,7 +59,13 @@ def check_no_names(task: Task, why: str) -> None:
 _TEXT = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".conll", ".conllu", ".gz")
 
 
-def may_bring_names(task: Task) -> bool:
+class WithFiles(Protocol):
+    """A task's files (fastmtl.config.FileConfig)."""
+
+    data: Any
+
+
+def may_bring_names(task: WithFiles) -> bool:
     """Return whether a task's training rows may bring the names of their classes.
 
     Parquet and Arrow files, saved data sets and objects from Python may.
