@@ -223,8 +223,8 @@ def predict(
     task: Annotated[str | None, typer.Option(metavar="T", help="The task to predict.", show_default=False)] = None,
     all_tasks: Annotated[bool, typer.Option("--all-tasks", help="Predict all tasks of the model.")] = False,
     layout: Annotated[
-        Literal["table", "cs224n"],
-        typer.Option("--format", help="CSV with probabilities, or the CS224N hand-in format."),
+        Literal["table", "cs224n", "squad"],
+        typer.Option("--format", help="CSV with probabilities, the CS224N hand-in format, or SQuAD's JSON."),
     ] = "table",
     debug: Debug = False,
 ) -> None:

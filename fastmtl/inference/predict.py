@@ -22,7 +22,7 @@ from fastmtl.errors import UserError, unknown_name
 from fastmtl.files.user_path import user_path
 from fastmtl.inference.all_tasks import score_together
 from fastmtl.inference.evaluation import score
-from fastmtl.inference.predictions import write_cs224n, write_table
+from fastmtl.inference.predictions import write_cs224n, write_squad, write_table
 from fastmtl.inference.scores import Scores
 from fastmtl.inference.selection import evaluate_scores, mean_score
 from fastmtl.inference.types import INFERENCE_TYPES
@@ -176,19 +176,19 @@ def _check_there(data: DataConfig, file: str, *, given: bool) -> None:
 
 
 def predict_file(
-    predictor: Predictor, task: str, source: Path, target: Path, layout: Literal["table", "cs224n"]
+    predictor: Predictor, task: str, source: Path, target: Path, layout: Literal["table", "cs224n", "squad"]
 ) -> tuple[int, list[str]]:
     """Predict the rows of a file, with or without labels, and write the predictions to `target`.
 
-    layout: that of `write_table` or `write_cs224n`. Returns the number of rows, and lines for the
-    user about skipped rows.
+    layout: that of `write_table`, `write_cs224n` or `write_squad`. Returns the number of rows, and
+    lines for the user about skipped rows.
     """
     config = predictor.task(task)
     if not target.parent.is_dir():
         raise UserError(f"cannot write {target}: there is no directory {target.parent}")
     rows = _read(predictor, config, source, require_labels=False)
     scores = predictor.scores(task, rows)
-    (write_cs224n if layout == "cs224n" else write_table)(target, config, scores)
+    {"table": write_table, "cs224n": write_cs224n, "squad": write_squad}[layout](target, config, scores)
     return len(rows), _skipped(task, rows)
 
 

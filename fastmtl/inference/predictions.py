@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
 
 from fastmtl.config import TaskConfig
@@ -47,6 +48,20 @@ def write_cs224n(path: Path, task: TaskConfig, scores: Scores) -> None:
     lines = [f"id \t {CS224N_COLUMN[task.type]} \n"]
     lines.extend(f"{row_id} , {value} \n" for row_id, value in zip(ids, texts(task, scores.scores), strict=True))
     _write(path, "".join(lines))
+
+
+def write_squad(path: Path, task: TaskConfig, scores: Scores) -> None:
+    """Write the JSON object {id: answer} that SQuAD's evaluation program reads; "" is no answer.
+
+    Raises UserError if the file cannot be written, for a task of another type, and for an id of
+    several questions.
+    """
+    if task.type != "span":
+        raise UserError(f"the format squad has no tasks of type {task.type}: use the format table")
+    answers = {row_id: answer for row_id, answer, *_ in INFERENCE_TYPES[task.type].table(task, scores)[1]}
+    if len(answers) < len(scores.rows):
+        raise UserError(f"{scores.rows.path}: several questions have the same id: use the format table")
+    _write(path, json.dumps(answers, ensure_ascii=False, indent=0) + "\n")
 
 
 def _write(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from itertools import product
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from fastmtl.config import TaskConfig
 from fastmtl.data.rows import Rows
 from fastmtl.data.tokenized import TokenizedDataset, UnitTable
 from fastmtl.errors import UserError
+from fastmtl.inference.predictions import write_squad
 from fastmtl.inference.scores import Scores
 from fastmtl.inference.spans import best_spans
 from fastmtl.inference.squad import compare
@@ -149,12 +151,16 @@ def test_a_part_of_the_windows_gives_the_questions_that_are_there() -> None:
     assert (values["exact"], values["has_answer_exact"], values["no_answer_exact"]) == pytest.approx((1 / 3, 0.5, 0))
 
 
-def test_files_and_reports() -> None:
+def test_files_and_reports(tmp_path: Path) -> None:
     scores, config = scores_of(BEST), task(unanswerable=True)
     head, lines = SPAN.table(config, scores)
     cells = [dict(zip(head, line, strict=True)) for line in lines]
     assert [cell["predicted"] for cell in cells] == ["Ann", "Bob", "", "Ann met"]
     assert [cell["id"] for cell in cells] == list("abcd") and (cells[2]["start"], cells[1]["start"]) == ("", "9")
+    write_squad(tmp_path / "answers.json", config, scores)
+    assert json.loads((tmp_path / "answers.json").read_text()) == {"a": "Ann", "b": "Bob", "c": "", "d": "Ann met"}
+    with pytest.raises(UserError, match="format squad has no tasks of type binary"):
+        write_squad(tmp_path / "none", TaskConfig.model_validate({"type": "binary", "data": {}}), scores)
     summary = SPAN.summary(config, scores)
     assert summary.per_label is not None and summary.errors is not None
     assert summary.per_label.rows == [
