@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from eight_tasks import ENDINGS, eight_tasks, write_eight_tasks
+from eight_tasks import COLORS, ENDINGS, eight_tasks, write_eight_tasks
 from launch import cpu_environment, nothing_in_shared_memory, two_processes
 from left_by_run import lasting as _lasting
 from left_by_run import lines as _lines
@@ -93,6 +93,21 @@ def test_config_of_a_run_repeats_it(whole: Path, recipe: Path) -> None:
     from fastmtl.config import load_recipe
 
     assert load_recipe(str(whole / "config.yaml")) == load_recipe(str(recipe))
+
+
+def test_the_model_has_numbers_for_words_of_the_recipe(whole: Path, recipe: Path) -> None:
+    """The weights are from training rows, the thresholds from dev rows; config.yaml has words."""
+    config = yaml.safe_load((whole / "config.yaml").read_text(encoding="utf-8"))["tasks"]
+    tasks = json.loads((whole / "model" / "fastmtl.json").read_text(encoding="utf-8"))["recipe"]["tasks"]
+    assert config["colors"]["class_weights"] == "balanced"
+    with (recipe.parent / "colors-train.csv").open(encoding="utf-8") as file:
+        sets = [row["label"].split(";") for row in csv.DictReader(file)]
+    counts = [sum(color in found for found in sets) for color in COLORS]
+    assert tasks["colors"]["class_weights"] == pytest.approx([len(sets) / count - 1 for count in counts])
+    assert config["colors"]["multilabel"]["thresholds"] == "tuned"
+    thresholds = tasks["colors"]["multilabel"]["thresholds"]
+    table = json.loads((whole / "results.json").read_text(encoding="utf-8"))["per_label"]["colors"]
+    assert [f"{value:.3f}" for value in thresholds] == [row[table["head"].index("threshold")] for row in table["rows"]]
 
 
 def test_evaluate_finds_the_scores_of_the_run(

@@ -122,6 +122,7 @@ def eight_tasks() -> dict[str, Any]:
             "type": "tokens",
             "label_names": ["O", "B-CAR", "I-CAR", "B-PLACE"],
             "tokens": {"scheme": "bio"},
+            "class_weights": {"O": 0.5},
             "data": files("tags"),
         },
         "answer": {
@@ -133,6 +134,8 @@ def eight_tasks() -> dict[str, Any]:
             "type": "multilabel",
             "label_names": COLORS,
             "multilabel": {"separator": ";", "thresholds": "tuned"},
+            "loss": ["bce", "focal"],
+            "class_weights": "balanced",
             "data": files("colors", id="id", text="text", label="label"),
         },
         "next": {
