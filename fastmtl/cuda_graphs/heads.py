@@ -24,7 +24,7 @@ from fastmtl.config import Recipe
 from fastmtl.cuda_graphs.buffers.heads import Losses, StaticHeads
 from fastmtl.cuda_graphs.options import heads_unsupported_reason
 from fastmtl.cuda_graphs.recorder import Recorder, Recordings, Turn
-from fastmtl.model.heads.batch import HeadBatch, Vectors
+from fastmtl.model.examples import HeadBatch, Vectors
 from fastmtl.surgery.random_state import RandomState
 
 # Number of recordings kept. If there are so many, a new one replaces the least recently used, but

@@ -17,11 +17,10 @@ from fastmtl.errors import UserError
 from fastmtl.model.adapters import build_adapter
 from fastmtl.model.encoder.base import Encoder
 from fastmtl.model.encoder.pooler import Pooler
+from fastmtl.model.examples import Examples, HeadBatch, RecordedHeads, Vectors
 from fastmtl.model.groups import parameter_groups
 from fastmtl.model.heads import build_head
-from fastmtl.model.heads.batch import Examples, HeadBatch, RecordedHeads, Vectors
 from fastmtl.model.heads.embed import Recurrent
-from fastmtl.model.heads.features import precise
 from fastmtl.model.heads.outputs import kind, predictions, targets
 from fastmtl.model.heads.pooling import pooling
 from fastmtl.model.lora import build_lora
@@ -29,6 +28,7 @@ from fastmtl.model.losses.smart import Smart, SmartModel
 from fastmtl.model.losses.task_loss import TaskLoss, build_loss
 from fastmtl.model.losses.weighting import LEARNED, add_learned_weight, batch_weights, check_gradnorm
 from fastmtl.model.losses.weighting.batch_weights import weighted
+from fastmtl.model.precision import precise
 from fastmtl.model.types import UNIT_TYPES
 from fastmtl.surgery.random_state import RandomState
 

@@ -30,7 +30,7 @@ from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.packing import pack
 from fastmtl.engine.build import build_engine
 from fastmtl.errors import UserError
-from fastmtl.model.heads.batch import HeadBatch
+from fastmtl.model.examples import HeadBatch
 from fastmtl.model.losses.cached_pairs import cache_pairs
 from fastmtl.model.multitask import MultiTaskModel
 

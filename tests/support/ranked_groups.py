@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastmtl.config import TaskConfig
 from fastmtl.data.packed_batch import Units
-from fastmtl.model.heads.batch import Examples
+from fastmtl.model.examples import Examples
 from fastmtl.model.losses.task_loss import build_loss
 
 GRADES = [[1.0, 0.0, 0.0], [0.0, 2.0, 1.0, 0.0, 0.5], [0.0], [0.0, 0.0], [1.0], [3.0, 0.0]]

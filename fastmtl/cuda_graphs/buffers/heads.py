@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastmtl.model.heads.batch import HeadBatch, Vectors
+from fastmtl.model.examples import HeadBatch, Vectors
 
 Losses = Callable[[Vectors, HeadBatch], list[Tensor]]
 

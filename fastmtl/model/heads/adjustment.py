@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastmtl.model.heads.features import precise
+from fastmtl.model.precision import precise
 
 
 class Adjusted(nn.Module):

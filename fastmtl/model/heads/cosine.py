@@ -15,9 +15,9 @@ from torch.nn import functional
 
 from fastmtl.config import TaskConfig
 from fastmtl.errors import UserError
-from fastmtl.model.heads.features import precise
 from fastmtl.model.heads.outputs import kind
 from fastmtl.model.heads.squash import SQUASHES, from_unit_range
+from fastmtl.model.precision import precise
 
 
 class CosineHead(nn.Module):

@@ -27,11 +27,3 @@ def features(task: TaskConfig, u: Tensor, v: Tensor | None) -> Tensor:
     pairs, the combinations in the setting head.features are joined side by side.
     """
     return u if v is None else torch.cat([PAIR_FEATURES[name](u, v) for name in task.head.features], dim=1)
-
-
-def precise(x: Tensor) -> Tensor:
-    """Return x in float32, or unchanged if its dtype is at least as wide.
-
-    Cosines need it: in bf16 the rounding error near 1 exceeds most differences between pairs.
-    """
-    return x if x.dtype.itemsize >= 4 else x.float()

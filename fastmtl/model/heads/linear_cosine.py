@@ -7,9 +7,9 @@ from torch import Tensor
 from fastmtl.config import TaskConfig
 from fastmtl.errors import UserError
 from fastmtl.model.heads.cosine import cosine_of
-from fastmtl.model.heads.features import precise
 from fastmtl.model.heads.linear import LinearHead
 from fastmtl.model.heads.outputs import num_outputs
+from fastmtl.model.precision import precise
 
 
 class LinearCosineHead(LinearHead):

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastmtl.config import TaskConfig
-from fastmtl.model.heads.ordinal import ordinal_log_probabilities
+from fastmtl.model.ordinal import ordinal_log_probabilities
 from fastmtl.model.types import UNIT_TYPES
 
 RANGE_WIDTH = 4.0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastmtl.model.heads.features import precise
 from fastmtl.model.heads.outputs import RANGE_WIDTH
+from fastmtl.model.precision import precise
 
 SQUASHES = {"relu": Tensor.relu, "sigmoid": Tensor.sigmoid}
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fastmtl.data.packed_batch import PackedBatch
-from fastmtl.model.heads.features import precise
 from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.model.precision import precise
 from fastmtl.surgery.random_state import RandomState
 
 

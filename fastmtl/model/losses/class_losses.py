@@ -8,7 +8,7 @@ cross_entropy  (1 - e) w[y] (- log p[y]) + e / C sum_c w[c] (- log p[c])
 bce            that of two classes with logits 0 and x; for several labels the mean over the labels,
                with w for rows that have the label and 1 for the others
 focal          (1 - p[y])^g w[y] (- log p[y])  (Lin et al. 2017, equation 5)
-ordinal        w[y] (- log p[y]), p the probabilities of heads/ordinal.py
+ordinal        w[y] (- log p[y]), p the probabilities of model/ordinal.py
 
 The mean over the examples is taken later: it is not divided by the sum of the weights, as
 torch.nn.CrossEntropyLoss does.
@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from fastmtl.config import TaskConfig
 from fastmtl.config.class_weights import BALANCED, class_weights
-from fastmtl.model.heads.ordinal import ordinal_log_probabilities
+from fastmtl.model.ordinal import ordinal_log_probabilities
 
 Function = Callable[[Tensor, Tensor], Tensor]
 

@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from fastmtl.config import TaskConfig
 from fastmtl.model.heads.cosine import cosine_of
-from fastmtl.model.heads.features import precise
 from fastmtl.model.losses.rank_rows import gather_rows
+from fastmtl.model.precision import precise
 
 
 class PairLoss(Protocol):

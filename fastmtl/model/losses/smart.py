@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from fastmtl.config import Recipe, TaskConfig
 from fastmtl.data.packed_batch import PackedBatch, Units
 from fastmtl.errors import UserError, unknown_name
-from fastmtl.model.heads.batch import Examples
-from fastmtl.model.heads.ordinal import ordinal_log_probabilities
+from fastmtl.model.examples import Examples
 from fastmtl.model.heads.outputs import kind, num_outputs
+from fastmtl.model.ordinal import ordinal_log_probabilities
 from fastmtl.model.types import UNIT_TYPES
 from fastmtl.surgery.random_state import RandomState
 from fastmtl_kernels import pool

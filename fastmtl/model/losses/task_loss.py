@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fastmtl.config import TaskConfig
 from fastmtl.errors import UserError, unknown_name
-from fastmtl.model.heads.batch import Examples
+from fastmtl.model.examples import Examples
 from fastmtl.model.losses import class_losses
 from fastmtl.model.losses.pairs import PAIR_LOSSES, PairLoss
 from fastmtl.model.types import UNIT_TYPES

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from fastmtl.data.packed_batch import Units
 from fastmtl.data.tags import Allowed
-from fastmtl.model.heads.features import precise
+from fastmtl.model.precision import precise
 from fastmtl.model.types.segments import padded
 
 EXCLUDED = -1e30  # score of a tag other than the label; exp of it is 0

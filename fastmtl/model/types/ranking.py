@@ -28,9 +28,9 @@ from torch.nn import functional
 
 from fastmtl.config import TaskConfig
 from fastmtl.data.packed_batch import Units
-from fastmtl.model.heads.batch import Examples
-from fastmtl.model.heads.features import precise
+from fastmtl.model.examples import Examples
 from fastmtl.model.losses.rank_rows import gather_rows
+from fastmtl.model.precision import precise
 from fastmtl.model.types.segments import padded, segment_divergence, segment_log_softmax, segment_sum
 from fastmtl.model.types.spec import UnitLoss, UnitType
 from fastmtl.surgery.ranks.collectives import world_size

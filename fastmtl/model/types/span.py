@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastmtl.config import TaskConfig
 from fastmtl.data.packed_batch import Units
-from fastmtl.model.heads.batch import Examples
+from fastmtl.model.examples import Examples
 from fastmtl.model.types.segments import segment_log_softmax, segment_sum
 from fastmtl.model.types.spec import UnitLoss, UnitType
 

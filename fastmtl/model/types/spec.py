@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastmtl.config import TaskConfig
 from fastmtl.data.packed_batch import Units
-from fastmtl.model.heads.batch import Examples
+from fastmtl.model.examples import Examples
 
 # (examples of a task, their labels as in PackedBatch, the task's head) -> losses of any shape, in
 # float32 or wider. Their sum divided by the number of loss terms is the task's loss.

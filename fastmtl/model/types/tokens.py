@@ -13,7 +13,7 @@ from fastmtl.config import TaskConfig
 from fastmtl.data.packed_batch import Units
 from fastmtl.data.tags import allowed
 from fastmtl.errors import UserError
-from fastmtl.model.heads.batch import Examples
+from fastmtl.model.examples import Examples
 from fastmtl.model.losses import class_losses
 from fastmtl.model.types.crf import Crf
 from fastmtl.model.types.spec import UnitLoss, UnitType

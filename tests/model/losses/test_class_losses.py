@@ -18,8 +18,8 @@ from fastmtl.data.class_weights import balanced, with_class_weights
 from fastmtl.data.corpus import CorpusRows
 from fastmtl.data.packed_batch import Units
 from fastmtl.errors import UserError
+from fastmtl.model.examples import Examples
 from fastmtl.model.heads import build_head
-from fastmtl.model.heads.batch import Examples
 from fastmtl.model.heads.outputs import num_outputs, predictions
 from fastmtl.model.losses.smart import divergence
 from fastmtl.model.losses.task_loss import build_loss

@@ -16,7 +16,7 @@ from transformers import BertForMultipleChoice
 from fastmtl.config import TaskConfig
 from fastmtl.data.packing import pack
 from fastmtl.data.tokenized import TokenizedDataset, UnitTable
-from fastmtl.model.heads.batch import Examples
+from fastmtl.model.examples import Examples
 from fastmtl.model.losses.task_loss import build_loss
 
 COUNTS, LABELS = [3, 2, 4], [2, 0, 1]

@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from fastmtl.config import TaskConfig
 from fastmtl.errors import UserError
+from fastmtl.model.examples import Examples
 from fastmtl.model.heads import build_head
-from fastmtl.model.heads.batch import Examples
 from fastmtl.model.losses.smart import divergence
 from fastmtl.model.losses.task_loss import build_loss
 
