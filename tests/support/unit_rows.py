@@ -33,18 +33,18 @@ def unit_rows(
     total = int(offsets.sum())
     tagged = random.integers(0, tags, total)
     tagged[::7] = -100
-    labels: np.ndarray = {
+    labels: dict[str, np.ndarray] = {
         "tokens": tagged,
         "span": np.sort(random.integers(0, offsets[:, None], (rows, 2)), axis=1),
         "choice": random.integers(0, texts),
         "ranking": random.integers(0, 3, total).astype(np.float32),
-    }[kind]
+    }
     return TokenizedDataset(
         tokens=random.integers(0, vocabulary, lengths.sum()).astype(np.int32),
         offsets=_ends(lengths),
         second_text=lengths.astype(np.int32),
         sequences_per_example=1,
-        labels=labels,
+        labels=labels[kind],
         ids=[str(row) for row in range(rows)],
         truncated=0,
         skipped=[],

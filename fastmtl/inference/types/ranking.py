@@ -12,9 +12,9 @@ from fastmtl.config import TaskConfig
 from fastmtl.data.rows import Rows
 from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.errors import UserError
-from fastmtl.inference.candidates import check_scores, counted, given_rows, table_of_sizes
 from fastmtl.inference.ranks import Ranked
 from fastmtl.inference.scores import Scores
+from fastmtl.inference.types.candidates import check_scores, counted, given_rows, table_of_sizes
 from fastmtl.inference.types.spec import InferenceType, Summary, Table
 from fastmtl.inference.types.texts import shown, text_cells, text_columns, worst
 
