@@ -29,6 +29,7 @@ from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery.info import SurgeryInfo
 from fastmtl.surgery.ranks.collectives import sum_over_ranks
 from fastmtl.training.average import WeightAverage
+from fastmtl_kernels.upload import upload
 
 EMA = "ema."  # before the names of averaged weights in a checkpoint
 Metrics = Mapping[str, Mapping[str, float]]
@@ -169,7 +170,7 @@ class Objectives:
             for batch in self._rows_of_step:
                 losses = self._model(batch).values()
                 sums[0] += torch.stack([loss for loss, _ in losses])
-                sums[1] += sums.new_tensor([terms for _, terms in losses])
+                sums[1] += upload(torch.tensor([terms for _, terms in losses], dtype=sums.dtype), sums.device)
         totals, terms = sum_over_ranks(sums).tolist()
         return {name: total / count for name, total, count in zip(names, totals, terms, strict=True) if count}
 

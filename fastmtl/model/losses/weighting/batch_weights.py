@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.surgery.ranks.collectives import sum_over_ranks, world_size
+from fastmtl_kernels.upload import upload
 
 
 class BatchWeights(Protocol):
@@ -30,7 +31,7 @@ def weighted(losses: Sequence[Tensor], terms: Sequence[int], by: BatchWeights) -
     for its part of the micro-batch, and the weights are those of the whole one.
     """
     sums = torch.stack([loss.detach() for loss in losses]).double()
-    counts = sums.new_tensor(terms)
+    counts = upload(torch.tensor(terms, dtype=sums.dtype), sums.device)
     if world_size() > 1:
         sums, counts = sum_over_ranks(torch.stack([sums, counts])).unbind()
     present = counts > 0
