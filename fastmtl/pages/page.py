@@ -37,7 +37,7 @@ td.own { font-weight: 700; } tbody tr:last-child > * { border-bottom: 0; }
 .matrix small { display: block; font-size: .72rem; opacity: .75; line-height: 1; padding-bottom: .15rem; }
 .texts :is(td, th) { text-align: left; }
 .texts td { white-space: normal; overflow-wrap: break-word; max-width: 28rem; vertical-align: top; }
-.texts tbody th { max-width: 10rem; overflow: hidden; text-overflow: ellipsis; vertical-align: top; }
+.texts tbody th { max-width: 12rem; white-space: normal; overflow-wrap: anywhere; vertical-align: top; }
 .wide { overflow-x: auto; } details { margin-top: .75rem; } summary { cursor: pointer; font-weight: 600; }
 pre { background: var(--panel); border: 1px solid var(--rule); border-radius: 8px; padding: 1rem; overflow-x: auto;
   font: .82rem/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
