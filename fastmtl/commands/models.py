@@ -102,6 +102,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
             raise UserError("merge needs OUT and at least two models: fastmtl merge OUT MODEL_DIR MODEL_DIR")
         names = _renamed(rename or [], model_dirs)
         _check_new(out)
+        from fastmtl.inference.model_card import write_card
         from fastmtl.model.merge import TrainedModel, join, rename_tasks
         from fastmtl.model.saved_model import model_directory
 
@@ -112,6 +113,7 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
             joined = source if joined is None else join(joined, source)
         assert joined is not None
         joined.save(out)
+        write_card(out, joined.recipe, {})
         if len(set(tokens.values())) > 1:
             print(
                 f"train.eval_tokens is that of {model_dirs[0]}, {tokens[model_dirs[0]]}: batches of another size may "

@@ -19,13 +19,14 @@ from fastmtl.data.types import DATA_TYPES
 from fastmtl.engine.distributed import Ranks
 from fastmtl.engine.recipe_changes import CHANGES_FILE, Changes
 from fastmtl.files.writing import replace_text
+from fastmtl.inference.model_card import write_card
 from fastmtl.inference.predictions import CS224N_COLUMN, write_cs224n, write_table
 from fastmtl.inference.scores import Scores
 from fastmtl.inference.selection import with_thresholds
 from fastmtl.inference.types import INFERENCE_TYPES
 from fastmtl.model.add_task import Addition
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.model.saved_model import save_model
+from fastmtl.model.saved_model import read_about, save_model
 from fastmtl.model.task_weights import TaskWeights, read_task_weights
 from fastmtl.training.phases import Phase
 from fastmtl.training.results import collect_results
@@ -155,7 +156,9 @@ class RunFiles:
         return recipe.model_copy(update={"tasks": ordered}), kept.state_dict(list(ordered))
 
     def results(self, steps: int, seconds: float) -> dict[str, Any] | None:
-        """Return the results of the run for its report, as JSON values; None on ranks other than 0.
+        """Return the results of the run as JSON values, and write the model's card with them.
+
+        None on ranks other than 0.
 
         They are computed from the scores that `keep` has written. steps, seconds: of the whole run.
         """
@@ -177,7 +180,13 @@ class RunFiles:
                 config = self._recipe.tasks[name]
                 numbers["labels"] = INFERENCE_TYPES[config.type].statistics(config, dataset)
             counts.setdefault(name, {})[split] = numbers
-        return collect_results(self._recipe, kept, counts, steps=steps, seconds=seconds, world_size=self._ranks.world)
+        results = collect_results(
+            self._recipe, kept, counts, steps=steps, seconds=seconds, world_size=self._ranks.world
+        )
+        directory = self.output / "model"
+        if directory.is_dir():
+            write_card(directory, read_about(directory)[0], results["dev"])
+        return results
 
     def _datasets(self) -> list[tuple[str, str, TokenizedDataset]]:
         named = zip(self._recipe.task_names, self._corpus.train, self._corpus.dev, strict=True)
