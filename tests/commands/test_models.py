@@ -67,7 +67,7 @@ def test_merged_tasks_predict_what_they_did(
     assert_same_predictions(out, three, "tone", "mood")
     assert (scores(out, "tone") != scores(out, "mood")).any()
     assert (out / "model.safetensors").read_bytes() == (one / "model.safetensors").read_bytes()
-    assert {path.suffix for path in out.iterdir()} <= {".safetensors", ".json", ".txt"}
+    assert {path.suffix for path in out.iterdir()} <= {".safetensors", ".json", ".txt", ".md"}
 
 
 def test_tasks_of_all_types_are_merged(

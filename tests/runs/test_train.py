@@ -14,6 +14,7 @@ import psutil
 import pytest
 import yaml
 from eight_tasks import COLORS, ENDINGS, eight_tasks, write_eight_tasks
+from huggingface_hub import ModelCard
 from launch import cpu_environment, nothing_in_shared_memory, two_processes
 from left_by_run import lasting as _lasting
 from left_by_run import lines as _lines
@@ -87,6 +88,11 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     assert all(line["surgery_seconds"] > 0 and line["surgery_bytes"] > 0 for line in steps)
     losses = [line["loss"]["kind"] for line in steps]
     assert sum(losses[-8:]) < sum(losses[:8])
+    scores = ModelCard.load(whole / "model" / "README.md").data.eval_results
+    dev = json.loads((whole / "results.json").read_text(encoding="utf-8"))["dev"]
+    assert {(one.task_name, one.metric_type): one.metric_value for one in scores} == {
+        (task, metric): round(value, 4) for task, metrics in dev.items() for metric, value in metrics.items()
+    }
 
 
 def test_config_of_a_run_repeats_it(whole: Path, recipe: Path) -> None:
