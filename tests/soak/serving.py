@@ -85,7 +85,7 @@ async def load(server: Server, requests: int, clients: int) -> list[float]:
 
 
 async def stop_under_load(server: Server, clients: int) -> tuple[int, int]:
-    """Send SIGTERM while clients send; return the numbers of answers and of refused connections."""
+    """Send SIGTERM while clients send; return the numbers of answers and of closed connections."""
     answered = refused = 0
 
     async def client() -> None:
@@ -94,7 +94,8 @@ async def stop_under_load(server: Server, clients: int) -> tuple[int, int]:
             while True:
                 try:
                     answer = await http.post(f"{server.url}/predict", json={"texts": SENTENCES})
-                except httpx.ConnectError:  # the server takes no new connection any more
+                # The server takes no new connection, or has closed this one while it was idle.
+                except (httpx.ConnectError, httpx.ReadError, httpx.RemoteProtocolError):
                     refused += 1
                     return
                 assert answer.status_code == 200, answer.text
