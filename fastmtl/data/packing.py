@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -79,6 +79,14 @@ def pack(
         units=tuple(units),
         terms=tuple(terms),
     )
+
+
+def pack_tasks(names: Sequence[str], parts: Mapping[str, tuple[TokenizedDataset, np.ndarray]]) -> PackedBatch:
+    """Return a batch with the given rows of some tasks; the other tasks are absent.
+
+    names: all tasks, in the order of the recipe. parts: {task: (data set, numbers of its rows)}.
+    """
+    return pack([parts.get(name, (None, np.zeros(0, np.int64))) for name in names])
 
 
 def _units(dataset: TokenizedDataset, rows: np.ndarray, starts: np.ndarray) -> Units | None:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.config import Recipe, TaskConfig
-from fastmtl.data.packed_batch import PackedBatch
-from fastmtl.data.packing import pack
+from fastmtl.data.packing import pack_tasks
 from fastmtl.data.rows import Rows
 from fastmtl.data.stream import evaluation_batches
 from fastmtl.data.tokenized import TokenizedDataset
@@ -73,12 +72,8 @@ def _batches(
         if copies == 1:
             yield chosen, model.predict_for_tasks(batch.to(predictor.device), names)
             continue
-        yield chosen, model.predict(_for_each(recipe.task_names, names, dataset, chosen).to(predictor.device))
-
-
-def _for_each(tasks: list[str], names: list[str], dataset: TokenizedDataset, chosen: np.ndarray) -> PackedBatch:
-    none: tuple[Any, np.ndarray] = (None, np.zeros(0, np.int64))
-    return pack([(dataset, chosen) if name in names else none for name in tasks])
+        copied = pack_tasks(recipe.task_names, {name: (dataset, chosen) for name in names})
+        yield chosen, model.predict(copied.to(predictor.device))
 
 
 def _same(one: Rows, other: Rows) -> bool:

@@ -24,9 +24,11 @@ from fastmtl.version import __version__
 
 @dataclass(frozen=True)
 class Limits:
-    """tokens: budget of a batch. wait: seconds that a batch waits for more requests. body: bytes of
-    a request's body. texts: texts of a request. characters: those of a text, all its parts
-    together. queue: requests that wait; the next one is refused.
+    """The limits of batches and requests.
+
+    tokens: budget of a batch. wait: seconds that a batch waits for more requests. body: bytes of a
+    request's body. texts: texts of a request. characters: those of a text, all its parts together.
+    queue: requests that wait; the next one is refused.
     """
 
     tokens: int = 8192
@@ -53,13 +55,13 @@ class Asked(BaseModel):
 
 
 class Answer(BaseModel):
-    """predictions: {task: one prediction per text, in order}."""
+    """The answer of POST /predict: {task: one prediction per text, in order}."""
 
     predictions: dict[str, list[dict[str, Any]]]
 
 
 class Problem(BaseModel):
-    """error: what is wrong, and what to do."""
+    """A sentence that says what is wrong, and what to do."""
 
     error: str
 

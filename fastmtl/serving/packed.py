@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fastmtl.data.joining import joined
-from fastmtl.data.packing import pack
+from fastmtl.data.packing import pack_tasks
 from fastmtl.data.tokenized import TokenizedDataset, check_token_types, tokenize_in_memory
 from fastmtl.data.types import encoding_key
 from fastmtl.inference.predict import Predictor
@@ -113,13 +111,8 @@ class PackedPredictor:
                 outputs[number][name] = piece
 
     def _packed(self, datasets: Mapping[str, TokenizedDataset]) -> Any:
-        none = np.zeros(0, np.int64)
-        unlabelled = {name: dataclasses.replace(dataset, labels=None) for name, dataset in datasets.items()}
-        parts = [
-            (unlabelled[name], np.arange(len(unlabelled[name]))) if name in unlabelled else (None, none)
-            for name in self.recipe.task_names
-        ]
-        return pack(parts).to(self._predictor.device)
+        parts = {name: (dataset, np.arange(len(dataset))) for name, dataset in datasets.items()}
+        return pack_tasks(self.recipe.task_names, parts).to(self._predictor.device)
 
     def _key(self, name: str) -> Any:
         """Return a value that is equal for tasks which encode the same texts alike."""
@@ -134,10 +127,9 @@ def _outputs(dataset: TokenizedDataset) -> int:
 
 def warm_up(predictor: PackedPredictor) -> None:
     """Run the model once, so that the first request need not wait for libraries to load."""
-    with torch.no_grad():
-        for name, task in predictor.recipe.tasks.items():
-            example = EXAMPLES.get(task.type, ["a text"])
-            predictor.predict([predictor.encode(example, [name])])
+    for name, task in predictor.recipe.tasks.items():
+        example = EXAMPLES.get(task.type, ["a text"])
+        predictor.predict([predictor.encode(example, [name])])
 
 
 EXAMPLES: dict[str, list[Any]] = {

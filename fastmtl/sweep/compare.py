@@ -7,7 +7,6 @@ other methods together, unless the user says otherwise.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,17 +50,20 @@ class Comparison:
     say: Callable[[str], None]
 
     def check(self) -> None:
-        """Raise UserError for an unknown method, a repeated name, or settings that do not fit."""
+        """Raise UserError for unknown or repeated methods, unfit settings, or no dev rows."""
         from fastmtl.training.phases import phases_of
 
         for given, what in ((self.methods, "method"), (self.seeds, "seed")):
             if not given or len(set(given)) < len(given):
                 raise UserError(f"--{what}s: name at least one, and each once")
+        recipe = load_recipe(self.recipe, self.overrides)
+        if not any(recipe.data.has_dev(task.data) for task in recipe.tasks.values()):
+            raise UserError("compare needs dev rows: name a dev file, as tasks.<task>.data.dev, or set dev_fraction")
         for method in self.methods:
             if method == TUNED:
                 check_optuna()
             settings = {} if method == TUNED else settings_of(method)
-            phases_of(load_recipe(self.recipe, [*self.overrides, *_lines(settings)]))
+            phases_of(Point.of(self.recipe, self.overrides, settings).recipe)
 
     def run(self) -> tuple[list[Compared], int]:
         """Run all methods that are not finished; return their results and a status."""
@@ -74,7 +76,7 @@ class Comparison:
                 if weights is None:
                     continue
             settings = tuned_settings(weights) if weights is not None else settings_of(method)
-            points = [self._point({**settings, "seed": seed}) for seed in self.seeds]
+            points = [Point.of(self.recipe, self.overrides, {**settings, "seed": seed}) for seed in self.seeds]
             self.say(f"method {method}")
             results, new = run_points(self.directory, points, self.say, self.launcher)
             found.append(Compared(method, results, weights))
@@ -91,7 +93,8 @@ class Comparison:
         space = Space(Path("--methods tuned"), {f"tasks.{name}.weight": WEIGHTS for name in tasks})
         directory = self.directory / "tuning"
         directory.mkdir(parents=True, exist_ok=True)
-        lines = [*self.overrides, *_lines(settings_of("sum")), f"seed={self.seeds[0]}"]
+        fixed = [f"{key}={value}" for key, value in settings_of("sum").items()]
+        lines = [*self.overrides, *fixed, f"seed={self.seeds[0]}"]
         self.say(f"method {TUNED}: searching the tasks' weights in {trials} trials")
         search = Search(directory, self.recipe, lines, space, Budget(trials), self.launcher, self.say)
         results, new = search.run()
@@ -100,9 +103,6 @@ class Comparison:
             return None, max(status, new)
         best = max(scored, key=lambda result: (result.results or {})["mean"])
         return {key.split(".")[1]: value for key, value in best.point.settings.items()}, max(status, new)
-
-    def _point(self, settings: dict[str, Any]) -> Point:
-        return Point(settings, load_recipe(self.recipe, [*self.overrides, *_lines(settings)]))
 
 
 def settings_of(method: str) -> dict[str, Any]:
@@ -121,7 +121,3 @@ def settings_of(method: str) -> dict[str, Any]:
 def tuned_settings(weights: dict[str, float]) -> dict[str, Any]:
     """Return the settings of the sum with these weights of the tasks."""
     return {**settings_of("sum"), **{f"tasks.{name}.weight": weight for name, weight in weights.items()}}
-
-
-def _lines(settings: dict[str, Any]) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]

@@ -40,30 +40,28 @@ class Line:
 
 def lines_of(compared: Sequence[Compared]) -> list[Line]:
     """Return a line per method, in their order."""
-    first = {r.point.settings["seed"]: r.results["mean"] for r in compared[0].results if r.results}
+    first: dict[int, float] = {}
     lines = []
     for number, method in enumerate(compared):
-        done = [result for result in method.results if result.results is not None]
+        runs = [(r.point.settings["seed"], found) for r in method.results if (found := r.results) is not None]
         tasks = method.results[0].point.recipe.tasks
         scores = {
-            f"{name} {title_of(task.metric_name)}": [(r.results or {})["dev"][name][task.metric_name] for r in done]
+            f"{name} {title_of(task.metric_name)}": [found["dev"][name][task.metric_name] for _, found in runs]
             for name, task in tasks.items()
-            if all(name in (r.results or {})["dev"] for r in done)
+            if all(name in found["dev"] for _, found in runs)
         }
-        scores["mean"] = [(r.results or {})["mean"] for r in done]
-        pairs = [
-            (r.results or {})["mean"] - first[r.point.settings["seed"]]
-            for r in done
-            if r.point.settings["seed"] in first
-        ]
+        scores["mean"] = [found["mean"] for _, found in runs]
+        if not number:
+            first = {seed: found["mean"] for seed, found in runs}
+        pairs = [found["mean"] - first[seed] for seed, found in runs if seed in first]
         lines.append(
             Line(
                 method.method,
                 scores,
                 None if not number or not pairs else (statistics.mean(pairs), half_width(pairs)),
-                [(r.results or {})["seconds"] for r in done],
-                [(r.results or {}).get("memory_mib") or math.nan for r in done],
-                len(method.results) - len(done),
+                [found["seconds"] for _, found in runs],
+                [found.get("memory_mib") or math.nan for _, found in runs],
+                len(method.results) - len(runs),
             )
         )
     return lines

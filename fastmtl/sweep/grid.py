@@ -30,6 +30,15 @@ class Point:
     settings: dict[str, Any]
     recipe: Recipe
 
+    @classmethod
+    def of(cls, recipe: str, overrides: Sequence[str], settings: dict[str, Any]) -> Point:
+        """Return the point of a recipe with overrides and, after these, its own settings.
+
+        Raises UserError for invalid settings.
+        """
+        lines = [f"{key}={json.dumps(value)}" for key, value in settings.items()]  # JSON is YAML
+        return cls(settings, load_recipe(recipe, [*overrides, *lines]))
+
     @property
     def folder(self) -> str:
         """The name of the point's folder in the sweep's directory.
@@ -64,9 +73,9 @@ def read_grid(file: Path, recipe: str, overrides: Sequence[str] = ()) -> list[Po
     """
     points = []
     for settings in _settings(file, load_grid(file)):
-        lines = [f"{key}={_json(file, key, value)}" for key, value in settings.items()]  # JSON is YAML
+        lines = [f"{key}={_json(file, key, value)}" for key, value in settings.items()]
         try:
-            points.append(Point(settings, load_recipe(recipe, [*overrides, *lines])))
+            points.append(Point.of(recipe, overrides, settings))
         except UserError as error:
             raise UserError(*(f"{file}, point {listed(lines)}: {line}" for line in error.lines)) from None
     folders = [point.folder for point in points]

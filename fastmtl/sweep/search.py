@@ -31,8 +31,9 @@ POLL = 0.5  # seconds between two looks at the running trials
 
 @dataclass(frozen=True)
 class Budget:
-    """trials: the number of trials in the study. hours: no trial begins after this time; or None.
+    """The extent of a search.
 
+    trials: the number of trials in the study. hours: no trial begins after this time; or None.
     parallel: the number of trials that run at the same time.
     """
 
@@ -158,9 +159,7 @@ class Search:
 
     def _begin(self, study: Any, running: list[Running]) -> Running:
         trial = study.ask(self.space.distributions)
-        settings = self.space.settings(trial.params)
-        lines = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-        point = Point(settings, load_recipe(self.recipe, [*self.overrides, *lines]))
+        point = self._point(trial)
         place = self.directory / "points" / point.folder
         number = self._used(study) + len(running) + 1
         self.say(f"trial {number} of {self.budget.trials}: {point.name}")
@@ -176,6 +175,9 @@ class Search:
                 start_new_session=True,  # Ctrl-C reaches this process only, which ends its children
             )
         return Running(trial, number, point, process, place, slot)
+
+    def _point(self, trial: Any) -> Point:
+        return Point.of(self.recipe, self.overrides, self.space.settings(trial.params))
 
     def _environment(self, slot: int) -> dict[str, str]:
         """Return the environment of a trial: with several, one GPU or a part of the cores each."""
@@ -223,9 +225,7 @@ class Search:
         return True
 
     def _result(self, trial: Any) -> Result:
-        settings = self.space.settings(trial.params)
-        lines = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-        point = Point(settings, load_recipe(self.recipe, [*self.overrides, *lines]))
+        point = self._point(trial)
         if "pruned" in trial.user_attrs:
             return Result(point, None, f"pruned after {trial.user_attrs['pruned']} evaluations")
         return Result(point, finished(self.directory / "points" / point.folder), trial.user_attrs.get("error", ""))

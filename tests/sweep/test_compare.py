@@ -92,6 +92,12 @@ def test_bad_methods_and_seeds(methods: list[str], seeds: list[int], message: st
     assert not (tmp_path / "out").exists()
 
 
+def test_a_recipe_without_dev_rows_is_refused(tmp_path: Path, recipe: str) -> None:
+    overrides = ["tasks.one.data.dev=null", "tasks.two.data.dev=null"]
+    with pytest.raises(UserError, match="compare needs dev rows"):
+        run_comparison(recipe, overrides, ["sum"], [1], None, tmp_path / "out")
+
+
 def test_the_interval_is_students() -> None:
     """The 95 % interval of four numbers: t = 3.182 for three degrees of freedom."""
     assert half_width([1.0, 2.0, 3.0, 4.0]) == pytest.approx(3.1824463 * 1.2909944 / 2)

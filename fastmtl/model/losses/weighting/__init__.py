@@ -45,10 +45,7 @@ def batch_weights(recipe: Recipe) -> BatchWeights | None:
 
 
 def step_weights(recipe: Recipe) -> StepWeights | None:
-    """Return the weights that are known before a step; None for other weightings.
-
-    Raises UserError for gradnorm without the norms of the tasks' gradients.
-    """
+    """Return the weights that are known before a step; None for other weightings."""
     given, tasks = recipe.weighting, recipe.task_names
     match given.name:
         case "dwa":
@@ -56,7 +53,6 @@ def step_weights(recipe: Recipe) -> StepWeights | None:
         case "rlw":
             return RandomWeights(tasks, recipe.seed)
         case "gradnorm":
-            check_gradnorm(recipe)
             return GradNorm(tasks, [task.weight for task in recipe.tasks.values()], given.alpha, given.lr)
     return None
 
