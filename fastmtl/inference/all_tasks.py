@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,27 +49,38 @@ def score_together(predictor: Loaded, rows: Mapping[str, Rows]) -> dict[str, Sco
             groups.append(([name], predictor.tokenized(name, of_task)))
     result: dict[str, Scores] = {}
     for names, dataset in groups:
-        numbers: list[np.ndarray] = []
-        outputs: dict[str, list[np.ndarray]] = {name: [] for name in names}
-        for chosen, found in _batches(predictor, names, dataset):
-            numbers.append(chosen)
-            for name in names:
-                outputs[name].append(found[name].float().cpu().numpy())
-        for name in names:
-            result[name] = Scores(dataset, in_order(dataset, numbers, outputs[name]))
+        for name, outputs in outputs_together(predictor, names, dataset, predictor.recipe.train.eval_tokens).items():
+            result[name] = Scores(dataset, outputs)
     return {name: result[name] for name in rows}
 
 
+def outputs_together(
+    predictor: Loaded, names: Sequence[str], dataset: TokenizedDataset, tokens: int
+) -> dict[str, np.ndarray]:
+    """Return {task: the model's outputs for a data set, in its order, float32}.
+
+    names: tasks that encode the data set alike. tokens: the most tokens of a batch, which a longer
+    example may exceed.
+    """
+    numbers: list[np.ndarray] = []
+    outputs: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for chosen, found in _batches(predictor, names, dataset, tokens):
+        numbers.append(chosen)
+        for name in names:
+            outputs[name].append(found[name].float().cpu().numpy())
+    return {name: in_order(dataset, numbers, outputs[name]) for name in names}
+
+
 def _batches(
-    predictor: Loaded, names: list[str], dataset: TokenizedDataset
+    predictor: Loaded, names: Sequence[str], dataset: TokenizedDataset, tokens: int
 ) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
     """Yield the numbers of the rows of each batch, and {task: the model's output for them}."""
     recipe, model = predictor.recipe, predictor.model
     index, tasks = recipe.task_names.index(names[0]), len(recipe.tasks)
     copies = 1 if model.runs_encoder_once else len(names)
-    for batch in evaluation_batches(dataset, index, tasks, max(1, recipe.train.eval_tokens // copies)):
+    for batch in evaluation_batches(dataset, index, tasks, max(1, tokens // copies)):
         chosen = batch.example_ids[index].numpy()
-        if copies == 1:
+        if model.runs_encoder_once:
             yield chosen, model.predict_for_tasks(batch.to(predictor.device), names)
             continue
         copied = pack_tasks(recipe.task_names, {name: (dataset, chosen) for name in names})

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi import FastAPI, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from pydantic_core import to_json
+from starlette.routing import Route
 
 from fastmtl.errors import UserError
-from fastmtl.serving.batches import Batcher, Overloaded
+from fastmtl.serving.batches import Batcher
+from fastmtl.serving.middleware import Measured, WholeBody
 from fastmtl.serving.packed import PackedPredictor
+from fastmtl.serving.problems import PROBLEMS, add_handlers
 from fastmtl.version import __version__
 
 
@@ -28,7 +28,7 @@ class Limits:
 
     tokens: budget of a batch. wait: seconds that a batch waits for more requests. body: bytes of a
     request's body. texts: texts of a request. characters: those of a text, all its parts together.
-    queue: requests that wait; the next one is refused.
+    queue, waiting_texts: requests that wait, and their texts; the next one is refused.
     """
 
     tokens: int = 8192
@@ -37,6 +37,7 @@ class Limits:
     texts: int = 256
     characters: int = 20_000
     queue: int = 1000
+    waiting_texts: int = 4096
 
 
 # A text, a pair, a list of words, or for choice and ranking (question, [texts]).
@@ -60,49 +61,6 @@ class Answer(BaseModel):
     predictions: dict[str, list[dict[str, Any]]]
 
 
-class Problem(BaseModel):
-    """A sentence that says what is wrong, and what to do."""
-
-    error: str
-
-
-class BodyLimit:
-    """ASGI middleware that refuses bodies of more than `most` bytes, also without a length."""
-
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app, self._most = app, most
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        problem = JSONResponse({"error": f"the body has more than {self._most} bytes: send fewer texts"}, 413)
-        lengths = [value for key, value in scope["headers"] if key == b"content-length"]
-        if lengths and lengths[0].isdigit() and int(lengths[0]) > self._most:
-            await problem(scope, receive, send)
-            return
-        body, more = b"", True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self._most:
-                await problem(scope, receive, send)
-                return
-        given = False
-
-        async def again() -> Message:
-            nonlocal given
-            if given:
-                return await receive()
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        await self._app(scope, again, send)
-
-
 def build_app(predictor: PackedPredictor, limits: Limits) -> FastAPI:
     """Return the application that answers by `predictor`."""
     registry = CollectorRegistry()
@@ -122,7 +80,7 @@ def build_app(predictor: PackedPredictor, limits: Limits) -> FastAPI:
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        app.state.batcher = Batcher(predictor, limits.tokens, limits.wait, limits.queue, observe)
+        app.state.batcher = Batcher(predictor, limits.tokens, limits.wait, limits.queue, limits.waiting_texts, observe)
         waiting.set_function(lambda: app.state.batcher.length)
         app.state.batcher.start()
         yield
@@ -134,46 +92,23 @@ def build_app(predictor: PackedPredictor, limits: Limits) -> FastAPI:
         description="Predictions of a multi-task model. One call answers one or several tasks for the same texts.",
         lifespan=life,
     )
-    app.add_middleware(BodyLimit, most=limits.body)
 
-    @app.middleware("http")
-    async def measured(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        begun = asyncio.get_running_loop().time()
-        response = await call_next(request)
-        route = request.scope.get("route")
-        requests.labels(getattr(route, "path", "other"), str(response.status_code)).inc()
-        if getattr(route, "path", "") == "/predict":
-            seconds.observe(asyncio.get_running_loop().time() - begun)
-        return response
+    def count(path: str, status: int, took: float) -> None:
+        requests.labels(path if path in known else "other", str(status)).inc()
+        if path == "/predict":
+            seconds.observe(took)
 
-    @app.exception_handler(UserError)
-    async def bad_text(_: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"error": str(error)}, 422)
+    app.add_middleware(WholeBody, most=limits.body)
+    app.add_middleware(Measured, observe=count)  # around the other
+    add_handlers(app)
 
-    @app.exception_handler(RequestValidationError)
-    async def bad_body(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
-        return JSONResponse({"error": f"{place}: {first['msg']}"}, 422)
-
-    @app.exception_handler(Overloaded)
-    async def overloaded(_: Request, error: Exception) -> JSONResponse:
-        problem = {"error": f"{limits.queue} requests wait already: try again later"}
-        return JSONResponse(problem, 503, headers={"Retry-After": "1"})
-
-    problems: dict[int | str, dict[str, Any]] = {
-        413: {"model": Problem, "description": "The body is too large"},
-        422: {"model": Problem, "description": "The body, a task or a text is not valid"},
-        503: {"model": Problem, "description": "Too many requests wait"},
-    }
-
-    @app.post("/predict", responses=problems)
-    async def predict(asked: Asked) -> Answer:
+    @app.post("/predict", responses=PROBLEMS, response_model=Answer)
+    async def predict(asked: Asked) -> Response:
         """Predict the texts for one or several tasks."""
         check(asked, limits)
         answers = await app.state.batcher.answer(asked.texts, asked.tasks or predictor.recipe.task_names)
-        return Answer(predictions={task: [dataclasses.asdict(one) for one in found] for task, found in answers.items()})
+        # pydantic writes this in one call; FastAPI would copy up to a million numbers in Python.
+        return Response(to_json({"predictions": answers}, inf_nan_mode="null"), media_type="application/json")
 
     @app.get("/tasks")
     async def tasks() -> dict[str, dict[str, Any]]:
@@ -193,6 +128,7 @@ def build_app(predictor: PackedPredictor, limits: Limits) -> FastAPI:
         """Return the metrics in Prometheus's format."""
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
+    known = {route.path for route in app.routes if isinstance(route, Route)}
     return app
 
 

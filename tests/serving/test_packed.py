@@ -17,7 +17,7 @@ from fastmtl.data.readers import read_file
 from fastmtl.errors import UserError
 from fastmtl.inference.all_tasks import score_together
 from fastmtl.inference.predict import Predictor, predict_all_tasks
-from fastmtl.serving.packed import PackedPredictor
+from fastmtl.serving.packed import PackedPredictor, warm_up
 
 TASKS: dict[str, dict[str, Any]] = {
     "tone": {"type": "classification", "num_labels": 3, "pooling": "mean", "data": {}},
@@ -76,8 +76,10 @@ def close(ours: Any, theirs: Any) -> None:
         assert ours == theirs
 
 
-def test_answers_equal_predictions_one_by_one(model: Any) -> None:
-    packed = PackedPredictor(model)
+@pytest.mark.parametrize("tokens", [8192, 16], ids=["together", "divided"])
+def test_answers_equal_predictions_one_by_one(tokens: int, model: Any) -> None:
+    """Requests of one batch, and requests that are larger than a batch."""
+    packed = PackedPredictor(model, tokens)
     requests = [packed.encode(texts, tasks) for texts, tasks in ASKED]
     for (texts, tasks), answers in zip(ASKED, packed.predict(requests), strict=True):
         assert list(answers) == tasks
@@ -103,12 +105,31 @@ def test_the_encoder_runs_once_for_all_tasks_of_a_text(model: Any, monkeypatch: 
     assert tokens == [expected] and sum(request.tokens for request in requests) == expected
 
 
+def test_a_batch_of_a_large_request_keeps_the_budget(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, tokens = PackedPredictor(model, 60), []
+    original = model.model.encoder.forward
+    monkeypatch.setattr(
+        model.model.encoder,
+        "forward",
+        lambda batch, *rest, **more: (tokens.append(batch.num_tokens), original(batch, *rest, **more))[1],
+    )
+    request = packed.encode(SENTENCES * 5, ["tone", "kind", "tags"])
+    packed.predict([request])
+    assert sum(tokens) == request.tokens and max(tokens) <= 60 < request.tokens
+
+
+def test_every_task_warms_up(model: Any) -> None:
+    warm_up(PackedPredictor(model))
+
+
 def test_bad_texts_and_tasks(model: Any) -> None:
     packed = PackedPredictor(model)
     with pytest.raises(UserError, match="unknown task 'ton'"):
         packed.encode(["x"], ["ton"])
     with pytest.raises(UserError, match=r"texts\[1\] is not a string"):
         packed.encode(["x", ["y", "z"]], ["tone"])
+    with pytest.raises(UserError, match=r"texts\[0\] is one text, but the task takes pairs .*: 'x' \(task near\)"):
+        packed.encode(["x"], ["tone", "near"])
     assert not torch.is_grad_enabled() or packed.predict([packed.encode(["x"], ["tone"])])
 
 
@@ -125,5 +146,7 @@ def test_all_tasks_of_a_file_equal_those_one_by_one(model: Any, tmp_path: Path) 
     for name in tasks:
         expected = few.scores(name, read_file(file, few.task(name), require_labels=False))
         np.testing.assert_allclose(found[name].scores, expected.scores, rtol=1e-4, atol=1e-5)
+    alone = score_together(few, {"kind": read_file(file, few.task("kind"), require_labels=False)})["kind"]
+    np.testing.assert_allclose(alone.scores, found["kind"].scores, rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="task near cannot read it: "):
         predict_all_tasks(few, file, tmp_path / "out")

@@ -68,6 +68,8 @@ def rows_of(task: TaskConfig, texts: Sequence[Text]) -> Rows:
     if isinstance(texts, str):
         raise UserError("predict takes a list of texts or pairs, not one string: write [text]")
     pairs = not isinstance(texts[0], str)
+    if task.pairs == "bi" and not pairs:
+        raise UserError(f"texts[0] is one text, but the task takes pairs [text, other text]: {quoted(texts[0])}")
     for position, text in enumerate(texts):
         good = (
             isinstance(text, (tuple, list)) and len(text) == 2 and all(isinstance(part, str) for part in text)
