@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import subprocess
 import sys
@@ -14,11 +15,23 @@ from typing import Any
 from fastmtl.config import Recipe
 from fastmtl.engine.recipe_changes import differences
 
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
 FASTMTL = (sys.executable, "-c", "from fastmtl.cli import main; main()")
 
 
 class Interrupted(Exception):
     """A stop by the user has ended the current run; the runs before it are finished."""
+
+
+def end_with_parent() -> None:
+    """Ask the kernel to send SIGTERM to this process when its parent ends, also by `kill -9`.
+
+    For `preexec_fn`. Without it the run of a killed sweep would go on, and the next call of the
+    sweep could not use its folder. Linux only.
+    """
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def run_fastmtl(*arguments: str, command: Sequence[str] = FASTMTL, log: Path | None = None) -> int:
@@ -40,7 +53,7 @@ def run_fastmtl(*arguments: str, command: Sequence[str] = FASTMTL, log: Path | N
     try:
         with log.open("wb") if log is not None else nullcontext() as file:
             streams: dict[str, Any] = {} if file is None else {"stdout": file, "stderr": subprocess.STDOUT}
-            process = subprocess.Popen([*command, *arguments], **streams)
+            process = subprocess.Popen([*command, *arguments], preexec_fn=end_with_parent, **streams)
             while True:
                 try:
                     status = process.wait()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from fastmtl.config import load_recipe
 from fastmtl.errors import UserError
+from fastmtl.files.output_folder import OutputFolder
 from fastmtl.sweep import compare_page
 from fastmtl.sweep.compare import Comparison
 from fastmtl.sweep.grid import load_grid, read_grid
@@ -54,8 +56,9 @@ def run_sweep(
             raise UserError(f"{grid}: --trials searches a mapping of settings to lists or distributions of values")
         load_recipe(recipe, overrides)
         search = Search(output, recipe, overrides, Space(grid, values), budget, launcher, say)
-    _make(output)
-    results, status = run_points(output, points, say, launcher) if search is None else search.run()
+        search.check()
+    with _alone_in(output):
+        results, status = run_points(output, points, say, launcher) if search is None else search.run()
     if not results:
         say("no trial was begun")
         return status
@@ -92,8 +95,8 @@ def run_comparison(
 
     comparison = Comparison(output, recipe, overrides, methods, seeds, tuning, launcher, say)
     comparison.check()
-    _make(output)
-    compared, status = comparison.run()
+    with _alone_in(output):
+        compared, status = comparison.run()
     if any(result.results is not None for one in compared for result in one.results):
         header, rows = compare_page.rows_of(compare_page.write_comparison(output, compared, recipe))
         _print(console, "dev scores, mean ± standard deviation over the seeds", header, rows)
@@ -101,6 +104,16 @@ def run_comparison(
     if status == INTERRUPTED:
         say("stopped; run the same command to continue")
     return status
+
+
+@contextmanager
+def _alone_in(output: Path) -> Iterator[None]:
+    """Create the output directory and lock it for the time of the block."""
+    folder = OutputFolder(output, resume=True)
+    try:
+        yield
+    finally:
+        folder.release()
 
 
 def _print(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -117,10 +130,3 @@ def _check_launcher(command: str, launcher: Sequence[str]) -> None:
         raise UserError(f"{command} starts its own processes: run it without a launcher, and name it with --launcher")
     if launcher and shutil.which(launcher[0]) is None:
         raise UserError(f"--launcher: there is no command {launcher[0]}")
-
-
-def _make(output: Path) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to the output directory {output}: {error.strerror}") from None

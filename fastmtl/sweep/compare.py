@@ -71,9 +71,12 @@ class Comparison:
         status = OK
         for method in self.methods:
             weights = None
-            if method == TUNED and status != INTERRUPTED:
+            if method == TUNED:
                 weights, status = self._searched(status)
+                if status == INTERRUPTED:
+                    return found, status
                 if weights is None:
+                    self.say(f"method {TUNED}: no trial has a score, so it is left out")
                     continue
             settings = tuned_settings(weights) if weights is not None else settings_of(method)
             points = [Point.of(self.recipe, self.overrides, {**settings, "seed": seed}) for seed in self.seeds]

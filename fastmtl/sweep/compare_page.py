@@ -17,6 +17,7 @@ from typing import Any
 from fastmtl.files.writing import replace_text
 from fastmtl.pages import page
 from fastmtl.sweep.compare import Compared
+from fastmtl.sweep.runs import Result
 from fastmtl.tracking.titles import title_of
 
 
@@ -27,7 +28,7 @@ class Line:
     scores: {column: values by seed}; the columns are the tasks' own metrics and "mean". difference:
     mean and half-width of the 95 % interval of the paired difference of the mean score from that of
     the first method; None for it, and with one seed no half-width. seconds: of each run. memory:
-    MiB at most, of each run.
+    MiB at most, of each run. failed: runs without a mean score.
     """
 
     method: str
@@ -43,7 +44,7 @@ def lines_of(compared: Sequence[Compared]) -> list[Line]:
     first: dict[int, float] = {}
     lines = []
     for number, method in enumerate(compared):
-        runs = [(r.point.settings["seed"], found) for r in method.results if (found := r.results) is not None]
+        runs = [(result.point.settings["seed"], found) for result in method.results if (found := scored(result))]
         tasks = method.results[0].point.recipe.tasks
         scores = {
             f"{name} {title_of(task.metric_name)}": [found["dev"][name][task.metric_name] for _, found in runs]
@@ -60,11 +61,16 @@ def lines_of(compared: Sequence[Compared]) -> list[Line]:
                 scores,
                 None if not number or not pairs else (statistics.mean(pairs), half_width(pairs)),
                 [found["seconds"] for _, found in runs],
-                [found.get("memory_mib") or math.nan for _, found in runs],
+                [found["memory_mib"] for _, found in runs if found.get("memory_mib")],
                 len(method.results) - len(runs),
             )
         )
     return lines
+
+
+def scored(result: Result) -> dict[str, Any] | None:
+    """Return the results of a run; None for a failed one, and for a metric that is not a number."""
+    return result.results if result.results is not None and result.results["mean"] is not None else None
 
 
 def half_width(values: Sequence[float]) -> float | None:

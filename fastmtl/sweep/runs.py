@@ -7,6 +7,7 @@ log.txt), sweep.csv, sweep.md and sweep.svg.
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from fastmtl.config import load_recipe
 from fastmtl.errors import UserError
 from fastmtl.files.json_files import read_json
+from fastmtl.files.output_folder import check_output
 from fastmtl.sweep.child_process import FASTMTL, Interrupted, difference, run_fastmtl
 from fastmtl.sweep.grid import Point
 
@@ -79,7 +81,7 @@ def _check(directory: Path, points: Sequence[Point]) -> None:
 
 def _run(place: Path, point: Point, launcher: Sequence[str]) -> str:
     """Run a point and return the reason of its failure, "" if it succeeded."""
-    place.mkdir(parents=True, exist_ok=True)
+    wait_until_free(place)
     arguments = training_arguments(place, point)
     return ended(place, run_fastmtl(*arguments, command=starting(launcher), log=place / "log.txt"))
 
@@ -87,6 +89,22 @@ def _run(place: Path, point: Point, launcher: Sequence[str]) -> str:
 def starting(launcher: Sequence[str]) -> Sequence[str]:
     """Return the words that start `fastmtl` in a child process."""
     return [*launcher, "fastmtl"] if launcher else FASTMTL
+
+
+def wait_until_free(place: Path, seconds: float = 60.0) -> None:
+    """Create a run's folder, or wait until another process has left it.
+
+    The run of a sweep that was killed saves a checkpoint before it ends. After `seconds` the run
+    itself reports who has the folder.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            check_output(place, resume=True)
+            return
+        except UserError:
+            time.sleep(0.2)
 
 
 def training_arguments(place: Path, point: Point) -> list[str]:

@@ -6,8 +6,6 @@ trial that a stop has interrupted continues from its checkpoint.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import signal
 import subprocess
@@ -22,9 +20,22 @@ from typing import Any
 
 from fastmtl.config import load_recipe
 from fastmtl.errors import UserError
+from fastmtl.sweep.child_process import end_with_parent
 from fastmtl.sweep.grid import Point
-from fastmtl.sweep.runs import FAILED, INTERRUPTED, OK, Result, ended, finished, starting, training_arguments
+from fastmtl.sweep.runs import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    Result,
+    ended,
+    finished,
+    starting,
+    training_arguments,
+    wait_until_free,
+)
 from fastmtl.sweep.space import Space
+from fastmtl.sweep.study import open_study
+from fastmtl.sweep.trials import Running, ended_at_errors, environment_of, evaluations
 
 POLL = 0.5  # seconds between two looks at the running trials
 
@@ -40,25 +51,6 @@ class Budget:
     trials: int
     hours: float | None = None
     parallel: int = 1
-
-
-@dataclass
-class Running:
-    """A trial that runs.
-
-    number: that of the message, from 1. slot: from 0. reported: the number of evaluations that
-    Optuna knows. told: the process has been told to end.
-    """
-
-    trial: Any
-    number: int
-    point: Point
-    process: subprocess.Popen[bytes]
-    place: Path
-    slot: int
-    reported: int = 0
-    pruned: bool = False
-    told: bool = False
 
 
 @dataclass
@@ -78,21 +70,38 @@ class Search:
     say: Callable[[str], None]
     _stopped: bool = field(default=False, init=False)
 
+    def check(self) -> None:
+        """Raise UserError for a space with a value that the recipe cannot have.
+
+        Every value of a list and both ends of a distribution are tried, with the first value of
+        each other setting.
+        """
+        first = {key: self.space.ends(key)[0] for key in self.space.distributions}
+        for key in self.space.distributions:
+            for value in self.space.ends(key):
+                try:
+                    Point.of(self.recipe, self.overrides, {**first, key: value})
+                except UserError as error:
+                    raise UserError(*(f"{self.space.file}, {key}={value}: {line}" for line in error.lines)) from None
+
     def run(self) -> tuple[list[Result], int]:
         """Run trials until the budget is used; return all results and a status.
 
-        The status is 0, 1 if a trial failed, 130 after a stop (SIGTERM, Ctrl-C).
+        The status is 0, 1 if a trial failed, 130 after a stop (SIGTERM, Ctrl-C). Raises UserError
+        for a directory with another search.
         """
         from optuna.trial import TrialState
 
         study = self._study()
         running: list[Running] = []
         until = None if self.budget.hours is None else time.monotonic() + 3600 * self.budget.hours
-        with self._signals():
+        with self._signals(), ended_at_errors(running):
             while True:
                 while not self._stopped and len(running) < self.budget.parallel and self._more(study, running, until):
-                    running.append(self._begin(study, running))
-                running = [one for one in running if not self._look(study, one)]
+                    begun = self._begin(study, running)
+                    if begun is not None:
+                        running.append(begun)
+                running[:] = [one for one in running if not self._look(study, one)]
                 if not running and (self._stopped or not self._more(study, running, until)):
                     break
                 time.sleep(POLL)
@@ -112,7 +121,7 @@ class Search:
         import optuna
         from optuna.trial import TrialState
 
-        study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{self.directory / 'study.db'}")
+        study = open_study(self.directory, load_recipe(self.recipe, self.overrides), self.space)
         found = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
         if len(found) < 4 or len({trial.value for trial in found}) < 2:
             return {}
@@ -125,22 +134,11 @@ class Search:
         import optuna
         from optuna.trial import TrialState
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.create_study(
-            study_name="sweep",
-            storage=f"sqlite:///{self.directory / 'study.db'}",
-            direction="maximize",
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
-            load_if_exists=True,
-        )
+        recipe = load_recipe(self.recipe, self.overrides)
+        study = open_study(self.directory, recipe, self.space)
         # Another seed in each call, which would otherwise draw the first trials again.
-        seed = load_recipe(self.recipe, self.overrides).seed + len(study.trials)
+        seed = recipe.seed + len(study.trials)
         study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=self.budget.parallel > 1)
-        names = [name for trial in study.trials[:1] for name in trial.params]
-        if names and set(names) != set(self.space.distributions):
-            raise UserError(
-                f"{self.directory} has a search of {', '.join(sorted(names))}: choose another place with --output"
-            )
         for trial in study.get_trials(states=[TrialState.RUNNING]):
             study.tell(trial.number, state=TrialState.FAIL)
             study.enqueue_trial(trial.params)
@@ -157,38 +155,48 @@ class Search:
         ends = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL])
         return sum(trial.state != TrialState.FAIL or "error" in trial.user_attrs for trial in ends)
 
-    def _begin(self, study: Any, running: list[Running]) -> Running:
+    def _begin(self, study: Any, running: list[Running]) -> Running | None:
+        """Start the next trial; return None if it has ended at once.
+
+        Its settings may be invalid together, or those of an earlier trial, which is not repeated.
+        """
         trial = study.ask(self.space.distributions)
-        point = self._point(trial)
-        place = self.directory / "points" / point.folder
         number = self._used(study) + len(running) + 1
+        try:
+            point = self._point(trial)
+        except UserError as error:
+            self.say(f"trial {number} of {self.budget.trials}: {self.space.settings(trial.params)}")
+            self._fail(study, trial, number, f"failed: {error}")
+            return None
         self.say(f"trial {number} of {self.budget.trials}: {point.name}")
-        place.mkdir(parents=True, exist_ok=True)
+        place = self._place(trial, point, running)
+        if (known := finished(place)) is not None:
+            self._end(study, trial, number, known)
+            return None
         taken = {one.slot for one in running}
         slot = next(free for free in range(self.budget.parallel) if free not in taken)
+        wait_until_free(place)
         with (place / "log.txt").open("wb") as log:
             process = subprocess.Popen(
                 [*starting(self.launcher), *training_arguments(place, point)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self._environment(slot),
+                env=environment_of(slot, 1 if self.launcher else self.budget.parallel),
                 start_new_session=True,  # Ctrl-C reaches this process only, which ends its children
+                preexec_fn=end_with_parent,
             )
         return Running(trial, number, point, process, place, slot)
 
+    def _place(self, trial: Any, point: Point, running: list[Running]) -> Path:
+        """Return the folder of a trial: another one if a running trial has the same settings."""
+        taken = {one.place.name for one in running}
+        names = [point.folder, *(f"{point.folder}-{number}" for number in range(2, len(taken) + 2))]
+        name = next(name for name in names if name not in taken)
+        trial.set_user_attr("folder", name)
+        return self.directory / "points" / name
+
     def _point(self, trial: Any) -> Point:
         return Point.of(self.recipe, self.overrides, self.space.settings(trial.params))
-
-    def _environment(self, slot: int) -> dict[str, str]:
-        """Return the environment of a trial: with several, one GPU or a part of the cores each."""
-        environment = dict(os.environ)
-        if self.budget.parallel > 1 and not self.launcher:
-            devices = visible_devices()
-            if devices:
-                environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
-            else:
-                environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.budget.parallel)))
-        return environment
 
     def _look(self, study: Any, one: Running) -> bool:
         """Report a trial's new dev scores, and its end; return True if it has ended."""
@@ -214,21 +222,40 @@ class Search:
             pass  # it stays a running trial of the study, for the next call
         else:
             error = ended(one.place, status)
-            results = None if error else finished(one.place)
-            if results is None or results["mean"] is None:
-                one.trial.set_user_attr("error", error or "the recipe has no dev rows, so there is no mean")
-                study.tell(one.trial, state=TrialState.FAIL)
-                self.say(f"trial {one.number}: {one.trial.user_attrs['error']}")
+            results = finished(one.place)
+            if error or results is None:
+                self._fail(study, one.trial, one.number, error)
             else:
-                study.tell(one.trial, results["mean"])
-                self.say(f"trial {one.number}: mean {results['mean']:.4f}")
+                self._end(study, one.trial, one.number, results)
         return True
 
+    def _end(self, study: Any, trial: Any, number: int, results: dict[str, Any]) -> None:
+        if results["mean"] is None:
+            why = "a metric is not a number" if results["dev"] else "the recipe has no dev rows"
+            self._fail(study, trial, number, f"failed: there is no mean dev score: {why}")
+            return
+        study.tell(trial, results["mean"])
+        self.say(f"trial {number}: mean {results['mean']:.4f}")
+
+    def _fail(self, study: Any, trial: Any, number: int, error: str) -> None:
+        from optuna.trial import TrialState
+
+        trial.set_user_attr("error", error)
+        study.tell(trial, state=TrialState.FAIL)
+        self.say(f"trial {number}: {error}")
+
     def _result(self, trial: Any) -> Result:
-        point = self._point(trial)
+        error = trial.user_attrs.get("error", "")
+        try:
+            point = self._point(trial)
+        except UserError:
+            return Result(
+                Point(self.space.settings(trial.params), load_recipe(self.recipe, self.overrides)), None, error
+            )
         if "pruned" in trial.user_attrs:
             return Result(point, None, f"pruned after {trial.user_attrs['pruned']} evaluations")
-        return Result(point, finished(self.directory / "points" / point.folder), trial.user_attrs.get("error", ""))
+        place = self.directory / "points" / trial.user_attrs.get("folder", point.folder)
+        return Result(point, None if error else finished(place), error)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -249,32 +276,3 @@ def check_optuna() -> None:
     """Raise UserError if Optuna is not installed."""
     if find_spec("optuna") is None:
         raise UserError("a search over distributions needs Optuna: pip install 'fastmtl-torch[optuna]'")
-
-
-def evaluations(place: Path) -> list[float]:
-    """Return the mean dev score of each evaluation of a run so far.
-
-    The last line of metrics.jsonl may be incomplete while the run writes it.
-    """
-    try:
-        lines = (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    means = []
-    for line in lines:
-        if '"dev"' in line:
-            try:
-                means.append(json.loads(line)["mean"])
-            except (ValueError, KeyError):
-                continue
-    return means
-
-
-def visible_devices() -> list[str]:
-    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        return [name for name in given.split(",") if name.strip() not in ("", "-1")]
-    import torch
-
-    return [str(number) for number in range(torch.cuda.device_count())]

@@ -7,6 +7,7 @@ list of values a choice.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,12 +33,32 @@ class Space:
     """
 
     def __init__(self, file: Path, values: Mapping[str, Any]) -> None:
+        self.file = file
         self.distributions: dict[str, BaseDistribution] = {}
         for key, given in values.items():
             try:
                 self.distributions[str(key)] = _distribution(given)
             except ValueError as error:
                 raise UserError(f"{file}: {key}: {error}") from None
+
+    def ends(self, key: str) -> list[Any]:
+        """Return the values of a list, or low and high of a distribution."""
+        from optuna.distributions import CategoricalDistribution
+
+        distribution: Any = self.distributions[key]
+        if isinstance(distribution, CategoricalDistribution):
+            return [self.settings({key: choice})[key] for choice in distribution.choices]
+        return [distribution.low, distribution.high]
+
+    def fits(self, key: str, former: BaseDistribution) -> bool:
+        """Return whether the trials of a former distribution can be in one search with this one."""
+        from optuna.distributions import check_distribution_compatibility
+
+        try:
+            check_distribution_compatibility(former, self.distributions[key])
+        except ValueError:
+            return False
+        return True
 
     def settings(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings of a trial with the parameters `params` of Optuna."""
@@ -57,8 +78,8 @@ def _distribution(given: Any) -> BaseDistribution:
     numbers = [low, high] + ([] if step is None else [step])
     if not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers) or not isinstance(log, bool):
         raise ValueError(f"low, high and step are numbers, log is true or false, not {quoted(given)}")
-    if not low < high or (log and low <= 0) or (step is not None and step <= 0):
-        raise ValueError(f"low is below high, and with log or step above 0: {quoted(given)}")
+    if not all(map(math.isfinite, numbers)) or not low < high or (log and low <= 0) or (step is not None and step <= 0):
+        raise ValueError(f"low is below high, both finite, and with log or step above 0: {quoted(given)}")
     if log and step is not None:
         raise ValueError("log and step exclude each other: take one of the two")
     if all(isinstance(n, int) for n in numbers):

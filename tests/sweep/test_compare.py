@@ -14,7 +14,7 @@ from fastmtl.errors import UserError
 from fastmtl.sweep import search
 from fastmtl.sweep.command import run_comparison
 from fastmtl.sweep.compare_page import half_width
-from fastmtl.sweep.runs import FAILED, OK
+from fastmtl.sweep.runs import FAILED, INTERRUPTED, OK
 
 pytest.importorskip("optuna")
 # A program in the place of the launcher: the score depends on the method, the weights and the seed.
@@ -30,7 +30,7 @@ ratio = recipe["tasks"]["one"]["weight"] / recipe["tasks"]["two"]["weight"]
 mean = {"sum": 0.5, "pcgrad": 0.6, "equal": 0.55}[method] + seed / 100 + 0.01 * min(ratio, 4)
 mean += (weighting != "fixed") / 10
 dev = {name: {"accuracy": mean} for name in ("one", "two")}
-results = {"dev": dev, "mean": mean, "steps": 4, "seconds": 10.0 * seed, "memory_mib": 100.0}
+results = {"dev": dev, "mean": None if seed == 9 else mean, "steps": 4, "seconds": 10.0 * seed, "memory_mib": 100.0}
 (place / "results.json").write_text(json.dumps(results))
 """
 
@@ -75,6 +75,24 @@ def test_a_failed_method_is_counted_and_finished_runs_are_kept(tmp_path: Path, r
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("points/*/results.json")}
     compare(tmp_path, recipe, ["sum", "pcgrad"], [1, 2, 3])
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+def test_a_run_without_a_mean_has_failed(tmp_path: Path, recipe: str) -> None:
+    _, found = compare(tmp_path, recipe, ["sum", "pcgrad"], [1, 9, 2])
+    assert [found[method]["failed"] for method in ("sum", "pcgrad")] == [1, 1]
+    assert found["pcgrad"]["scores"]["mean"] == pytest.approx([0.62, 0.63])
+    assert found["pcgrad"]["difference"] == pytest.approx([0.1, 0.0], abs=1e-9)
+
+
+def test_a_stop_of_the_search_stops_the_comparison(
+    tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search.Search, "run", lambda self: ([], INTERRUPTED))
+    status, found = compare(tmp_path, recipe, ["sum", "tuned", "pcgrad"], [1])
+    assert status == INTERRUPTED and list(found) == ["sum"]
+    monkeypatch.setattr(search.Search, "run", lambda self: ([], FAILED))
+    status, found = compare(tmp_path, recipe, ["sum", "tuned", "pcgrad"], [1])
+    assert status == FAILED and list(found) == ["sum", "pcgrad"]
 
 
 @pytest.mark.parametrize(
