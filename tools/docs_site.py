@@ -11,6 +11,7 @@ NAV groups the pages; every page of docs/ must be in it.
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 import shutil
@@ -98,14 +99,23 @@ def site_path(target: str) -> str:
 
 
 def source_page(target: str) -> str:
-    """Return the Markdown of a page that shows a file, or lists the files of a folder."""
+    """Return the Markdown of a page with a file, the cells of a notebook, or a list of files."""
     path = ROOT / target
     if path.is_dir():
         shown = "\n".join(f"- `{file.relative_to(path).as_posix()}`" for file in checkout_files(ROOT, path))
+    elif path.suffix == ".ipynb":
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        texts = [("".join(cell["source"]), cell["cell_type"]) for cell in cells]
+        shown = "\n\n".join(fenced(text, "py") if kind == "code" else text for text, kind in texts)
     else:
-        fence = "~" * 12  # longer than any in a file
-        shown = f"{fence}{path.suffix.removeprefix('.')}\n{path.read_text(encoding='utf-8')}\n{fence}"
+        shown = fenced(path.read_text(encoding="utf-8"), path.suffix.removeprefix("."))
     return f"---\norphan: true\n---\n# {target}\n\n{shown}\n"
+
+
+def fenced(text: str, language: str) -> str:
+    """Return Markdown that shows a text as it is."""
+    fence = "~" * 12  # longer than any in a file
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 if __name__ == "__main__":

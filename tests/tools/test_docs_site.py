@@ -51,3 +51,7 @@ def test_links_of_the_site(page: str, markdown: str, expected: str) -> None:
 def test_pages_of_files_and_folders() -> None:
     assert "\n# tests/soak\n\n" in source_page("tests/soak") and "\n- `soak.py`\n" in source_page("tests/soak")
     assert f"py\n{(ROOT / 'setup.py').read_text()}\n~~~" in source_page("setup.py")
+    notebook = source_page("examples/demo.ipynb")
+    assert (
+        "\n# The demo: " in notebook and "\n~~~~~~~~~~~~py\nimport fastmtl\n" in notebook and '"cells"' not in notebook
+    )
