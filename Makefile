@@ -13,13 +13,14 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DOCS_STAMP := .venv/.installed-docs
 SOAK_STAMP := .venv/.installed-soak
+RELEASE_STAMP := .venv/.installed-release
 export PIP_NO_CACHE_DIR := 1
 # Tests start many processes, which share the compiled modules.
 export PYTHONDONTWRITEBYTECODE :=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 
-.PHONY: install train test test-fast lint docs bench bench-kernels bench-step bench-surgery bench-peers soak gpu-check compile-table check-torch-headers clean
+.PHONY: install train test test-fast lint docs dist bench bench-kernels bench-step bench-surgery bench-peers soak gpu-check compile-table check-torch-headers clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -27,7 +28,7 @@ install: $(STAMP)
 # torch is installed first and pip's isolated builds are off, so that no build downloads a second
 # torch. DeepSpeed's setup then imports torch, psutil and py-cpuinfo. The encoder's files come from
 # a package whose dependencies are not needed.
-$(STAMP): pyproject.toml setup.py tools/build_kernels.py tools/cuda_toolkit.py $(wildcard csrc/*)
+$(STAMP): pyproject.toml setup.py fastmtl/version.py tools/build_kernels.py tools/cuda_toolkit.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fastmtl needs Python 3.10 or newer: make PYTHON=python3.x")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q $(foreach word,$(TORCH),'$(word)')
@@ -58,7 +59,8 @@ test-fast: install
 		-n 2 --dist loadfile --no-loadscope-reorder --benchmark-disable -m "not slow and not gpu" tests $(ARGS)
 
 # Checks that are too long for the tests, at most an hour on two cores: random files for the
-# readers, truncated and interrupted checkpoints, full disks, random kernel shapes, 2,000 steps.
+# readers, truncated and interrupted checkpoints, full disks, random kernel shapes, 2,000 steps, the
+# notebook, the distributions.
 # make soak ARGS="--quick" runs a few of each, ARGS="--only kills" one part.
 soak: $(SOAK_STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/soak/soak.py $(ARGS)
@@ -70,12 +72,21 @@ lint: install
 	$(BIN)/python tools/check_prose.py
 	$(BIN)/mypy
 
-# Builds the pages as a site in site/, which opens without a server.
+# Builds the pages as a site in site/VERSION, which opens without a server. Other versions in site/
+# stay, and every page links to them.
 docs: $(DOCS_STAMP)
-	rm -rf site
 	$(BIN)/python tools/docs_site.py .cache/docs
-	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d .cache/docs-doctrees .cache/docs site
-	@echo "built: site/index.html"
+	@version=$$($(BIN)/python -c 'import fastmtl; print(fastmtl.__version__)') && rm -rf "site/$$version" && \
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d .cache/docs-doctrees .cache/docs "site/$$version" && \
+	$(BIN)/python tools/docs_versions.py site && \
+	echo "built: site/$$version/index.html, and the list of versions in site/index.html"
+
+# Builds the sdist and the wheel of a release in dist/, and tries each in an empty environment: about
+# ten minutes. ARGS="--only wheel" tries one of them.
+dist: $(RELEASE_STAMP)
+	rm -rf dist
+	$(BIN)/python tools/build_distributions.py dist
+	PYTHONPATH=tools $(BIN)/python tests/soak/distributions.py dist --torch "$(TORCH)" $(ARGS)
 
 $(DOCS_STAMP): $(STAMP)
 	$(BIN)/pip install -q "fastmtl-torch[docs]"
@@ -83,6 +94,10 @@ $(DOCS_STAMP): $(STAMP)
 
 $(SOAK_STAMP): $(STAMP)
 	$(BIN)/pip install -q "fastmtl-torch[soak]"
+	@touch $@
+
+$(RELEASE_STAMP): $(STAMP)
+	$(BIN)/pip install -q "fastmtl-torch[release]"
 	@touch $@
 
 # Each target saves its result and figures in .benchmarks and has its own ARGS:

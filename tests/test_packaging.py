@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.version import Version
 
 from fastmtl.version import __version__
 
@@ -145,4 +146,6 @@ def test_the_citation_is_of_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= set(citation)  # required by the format
     project = (ROOT / "pyproject.toml").read_text()
+    dated = f"\n## [{__version__}] - {citation.get('date-released')}\n" in (ROOT / "CHANGELOG.md").read_text()
+    assert dated != Version(__version__).is_devrelease
     assert citation["version"] == __version__ and f'\nlicense = "{citation["license"]}"\n' in project

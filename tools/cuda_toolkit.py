@@ -68,7 +68,7 @@ def find_toolkit(
         LeftOut: no nvcc can be used; the message names each one found and the reason.
     """
     if torch_cuda is None:
-        raise LeftOut("torch is built without CUDA; for an NVIDIA GPU install a CUDA build of torch")
+        raise LeftOut("the torch of the build has no CUDA; for an NVIDIA GPU install a CUDA build of torch")
     major = torch_cuda.split(".")[0]
     reasons = []
     for nvcc in _candidates(environment, wheel, usual):

@@ -37,13 +37,15 @@ PARTS: dict[str, tuple[list[str], list[str]]] = {
     "serving": (["serving.py"], ["--requests", "1000", "--bodies", "100"]),
     "steps": (["steps.py"], ["--steps", "200"]),
     "demo tasks": (["demo_tasks.py"], ["--steps", "5"]),
+    "notebook": (["notebook.py"], ["--steps", "3"]),
+    "distributions": (["distributions.py"], ["--only", "wheel"]),
 }
 
 
 def run_part(name: str, *, quick: bool) -> dict[str, Any]:
     """Return seconds, figures and, if the part failed, the reason."""
     command, less = PARTS[name]
-    folders = (".", "kernels", "tests/support", "tests/kernels", "tests/kernels/cases")
+    folders = (".", "kernels", "tools", "tests/support", "tests/kernels", "tests/kernels/cases")
     paths = [str(ROOT / folder) for folder in folders]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     known = os.environ.get("PYTHONPATH")

@@ -70,7 +70,7 @@ def reason(environment: dict[str, str], scratch: Path, torch_cuda: str | None = 
 
 
 def test_a_torch_without_cuda_needs_no_nvcc(tmp_path: Path) -> None:
-    assert "torch is built without CUDA; " in reason({"PATH": ""}, tmp_path, None)
+    assert "the torch of the build has no CUDA; " in reason({"PATH": ""}, tmp_path, None)
 
 
 def test_no_nvcc(tmp_path: Path) -> None:

