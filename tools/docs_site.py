@@ -32,7 +32,7 @@ PAGES = {
 }
 NAV = {
     "Start": ["install", "recipes", "tasks", "data", "encoders"],
-    "Train": ["training", "models", "serving", "multi-host", "papers", "reproductions"],
+    "Train": ["training", "models", "export", "serving", "multi-host", "papers", "reproductions"],
     "Plug in": ["surgery", "surgery-reference", "trainer", "accelerate", "lightning", "peft", "examples", "extending"],
     "Kernels": ["kernels", "compile-table", "compile-table-triton-3.6"],
     "Measure": ["benchmarks", "profiling", "scale-out", "gpu-check"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -12,6 +12,9 @@ from fastmtl.commands.options import Debug, ModelDir
 from fastmtl.errors import UserError, printable
 
 OutDir = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write: a new one, or an empty one.")]
+
+_ENCODER = "The encoder alone"
+_WHOLE: dict[str, Any] = {"rich_help_panel": "The whole model"}
 
 
 def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
@@ -23,16 +26,22 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
     @app.command(no_args_is_help=True)
     def export(
         model_dir: ModelDir,
-        out: OutDir,
+        out: Annotated[
+            Path | None,
+            typer.Argument(
+                metavar="[OUT]", help="The directory for the encoder: a new one, or an empty one.", show_default=False
+            ),
+        ] = None,
         layout: Annotated[
             Literal["sentence-transformers", "transformers", "peft"],
-            typer.Option("--format", help="The library that loads it."),
+            typer.Option("--format", help="The library that loads it.", rich_help_panel=_ENCODER),
         ] = "sentence-transformers",
         pooling: Annotated[
             Literal["mean", "cls", "max", "pooler"] | None,
             typer.Option(
                 help="Pooling of tokens to one vector. Default: the tasks' pooling, if all have the same.",
                 show_default=False,
+                rich_help_panel=_ENCODER,
             ),
         ] = None,
         task: Annotated[
@@ -41,11 +50,37 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
                 metavar="T",
                 help="Export the vectors of this task, or its own LoRA. Not for models with adapters.",
                 show_default=False,
+                rich_help_panel=_ENCODER,
+            ),
+        ] = None,
+        onnx: Annotated[
+            Path | None,
+            typer.Option(metavar="DIR", help="Write ONNX graphs for onnxruntime.", show_default=False, **_WHOLE),
+        ] = None,
+        torch: Annotated[
+            Path | None,
+            typer.Option(metavar="DIR", help="Write programs of torch.export (.pt2).", show_default=False, **_WHOLE),
+        ] = None,
+        int8: Annotated[
+            bool,
+            typer.Option("--int8", help="Also quantise the ONNX graphs, and measure the loss on dev rows.", **_WHOLE),
+        ] = False,
+        merge_adapters: Annotated[
+            bool, typer.Option("--merge-adapters", help="Add the LoRA to the encoder's weights.", **_WHOLE)
+        ] = False,
+        per_task: Annotated[
+            bool,
+            typer.Option("--per-task", help="One graph per task, also where one could hold all heads.", **_WHOLE),
+        ] = False,
+        data_dir: Annotated[
+            Path | None,
+            typer.Option(
+                "--data", metavar="DIR", help="Folder of the dev rows for --int8.", show_default=False, **_WHOLE
             ),
         ] = None,
         debug: Debug = False,
     ) -> None:
-        """Write a model's encoder, or its LoRA, for another library.
+        """Write a model's encoder, or its LoRA, for another library; or a whole model as ONNX.
 
         [bold]Examples[/bold]
 
@@ -58,10 +93,46 @@ def register(app: typer.Typer, set_debug: Callable[[bool], None]) -> None:
         For peft.PeftModel.from_pretrained(encoder, "lora"):
           [cyan]fastmtl export runs/demo/model lora --format peft[/cyan]
 
-        A LoRA is merged into the exported encoder. Adapters and heads are not part of
-        the encoder and are not exported.
+        For onnxruntime, and for torch.export.load, with adapters and heads:
+          [cyan]fastmtl export runs/demo/model --onnx graphs --int8[/cyan]
+          [cyan]fastmtl export runs/demo/model --torch programs[/cyan]
+
+        A LoRA is merged into the exported encoder. Adapters and heads are no part of
+        the encoder: they are in the graphs and programs only.
         """
         set_debug(debug)
+        if onnx is not None or torch is not None:
+            if out is not None or layout != "sentence-transformers" or pooling is not None or task is not None:
+                raise UserError(
+                    "--onnx and --torch export a whole model: leave OUT, --format, --pooling and --task out"
+                )
+            if onnx == torch:
+                raise UserError(f"--onnx and --torch: {onnx} is the same folder: give each its own")
+            for folder in (onnx, torch):
+                if folder is not None:
+                    _check_new(folder)
+            from fastmtl.inference.exported.write import export_model
+            from fastmtl.model.saved_model import model_directory
+
+            export_model(
+                model_directory(model_dir),
+                onnx_dir=onnx,
+                torch_dir=torch,
+                int8=int8,
+                merge_adapters=merge_adapters,
+                per_task=per_task,
+                data_dir=data_dir,
+                say=lambda line: print(printable(line), flush=True),
+            )
+            return
+        if int8 or merge_adapters or per_task or data_dir is not None:
+            raise UserError(
+                "--int8, --merge-adapters, --per-task and --data go with --onnx DIR or --torch DIR: add one"
+            )
+        if out is None:
+            raise UserError(
+                "export needs a folder: OUT for the encoder alone, or --onnx DIR or --torch DIR for all tasks"
+            )
         if layout != "sentence-transformers" and pooling is not None:
             raise UserError(f"--format {layout} has no pooling: leave --pooling out")
         _check_new(out)

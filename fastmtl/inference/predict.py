@@ -43,6 +43,9 @@ __all__ = [
 ]
 
 
+Split = Literal["train", "dev", "test"]
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The result of an evaluation.
@@ -134,14 +137,22 @@ def evaluate_file(predictor: Predictor, task: str, file: Path) -> Evaluation:
     return _evaluate(predictor, {task: rows}, [])
 
 
-def evaluate_split(
-    predictor: Predictor, split: Literal["train", "dev", "test"], data_dir: Path | None, tasks: list[str] | None
-) -> Evaluation:
+def evaluate_split(predictor: Predictor, split: Split, data_dir: Path | None, tasks: list[str] | None) -> Evaluation:
     """Return the metrics of several tasks on the files that the recipe names for a split.
 
+    The arguments and errors are those of `split_rows`. A task without a file for this split is
+    named in `notes` of the result.
+    """
+    return _evaluate(predictor, *split_rows(predictor, split, data_dir, tasks))
+
+
+def split_rows(
+    predictor: Predictor, split: Split, data_dir: Path | None, tasks: list[str] | None
+) -> tuple[dict[str, Rows], list[str]]:
+    """Return {task: labelled rows} of the files that the recipe names for a split, and notes.
+
     data_dir: the folder of the files; default: the recipe's. tasks: names of tasks; default: all. A
-    task without a file for this split is named in `notes` of the result. Raises UserError if no
-    task has one.
+    task without a file for this split is named in the notes. Raises UserError if no task has one.
     """
     recipe = predictor.recipe
     data = recipe.data.model_copy(update={"dir": str(data_dir or recipe.data.dir or demo_directory())})
@@ -159,7 +170,7 @@ def evaluate_split(
             rows[name] = read_rows(config, data, split)
     if not rows:
         raise UserError(f"the recipe names no {split} file for {', '.join(tasks or recipe.task_names)}")
-    return _evaluate(predictor, rows, notes)
+    return rows, notes
 
 
 def _check_there(data: DataConfig, file: str, *, given: bool) -> None:

@@ -122,7 +122,7 @@ class MultiTaskModel(SmartModel):
         if returns == "predictions":
             tasks = zip(self.recipe.tasks.items(), self._examples(vectors, rest), batch.counts, strict=True)
             heads = zip(tasks, self.heads, strict=True)
-            return {name: _predictions(task, found, head) for ((name, task), found, count), head in heads if count}
+            return {name: predictions_of(task, found, head) for ((name, task), found, count), head in heads if count}
         recorded = self.recorded_heads if torch.is_grad_enabled() and terms is None else None
         losses = None if recorded is None else recorded.run(vectors, rest)
         if losses is None:
@@ -161,7 +161,7 @@ class MultiTaskModel(SmartModel):
                 index = self.recipe.task_names.index(name)
                 moved = batch.of_task(index)
                 examples = self._examples(self._pooled(hidden, moved, None), HeadBatch.of(moved))[index]
-                found[name] = _predictions(self.recipe.tasks[name], examples, self.heads[index])
+                found[name] = predictions_of(self.recipe.tasks[name], examples, self.heads[index])
         return found
 
     def shared_parameters(self) -> list[nn.Parameter]:
@@ -302,7 +302,8 @@ def _units(batch: HeadBatch, index: int, u: Tensor) -> Units:
     return Units(none, u.new_zeros(1, dtype=torch.int64), none, (0,))
 
 
-def _predictions(task: TaskConfig, found: Examples, head: nn.Module) -> Tensor:
+def predictions_of(task: TaskConfig, found: Examples, head: nn.Module) -> Tensor:
+    """Return the predictions of a task, as `MultiTaskModel.predict` does. head: the task's."""
     if task.type in UNIT_TYPES:
         return UNIT_TYPES[task.type].predictions(task, found, head)
     return predictions(task, found.outputs)

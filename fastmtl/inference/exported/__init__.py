@@ -1,0 +1,4 @@
+"""Whole models for other runtimes: ONNX graphs and programs of torch.export.
+
+fastmtl/inference/export.py writes the encoder alone, for other libraries.
+"""
