@@ -98,7 +98,7 @@ def run_comparison(
     with _alone_in(output):
         compared, status = comparison.run()
     if any(result.results is not None for one in compared for result in one.results):
-        header, rows = compare_page.rows_of(compare_page.write_comparison(output, compared, recipe))
+        header, rows = compare_page.rows_of(compare_page.write_comparison(output, compared, recipe, overrides))
         _print(console, "dev scores, mean ± standard deviation over the seeds", header, rows)
         say(f"{output / 'compare.html'}\n{output / 'compare.md'}")
     if status == INTERRUPTED:

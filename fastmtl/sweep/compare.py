@@ -1,8 +1,8 @@
 """The runs of `fastmtl compare`: one recipe with several methods, each with several seeds.
 
-A method is a gradient method, a weighting of the losses, or `tuned`: the plain sum with weights of
-the tasks that Optuna has searched for the first seed. The search of `tuned` has as many runs as the
-other methods together, unless the user says otherwise.
+A method is a gradient method, with options as in `cagrad:c=0.4`, a weighting of the losses, or
+`tuned`: the plain sum with weights of the tasks that Optuna has searched for the first seed. The
+search of `tuned` has as many runs as the other methods together, unless the user says otherwise.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 from fastmtl.config import WeightingConfig, load_recipe
 from fastmtl.errors import UserError, unknown_name
+from fastmtl.recipes import yaml_reader
 from fastmtl.sweep.grid import Point
 from fastmtl.sweep.runs import INTERRUPTED, OK, Result, run_points
 from fastmtl.sweep.search import Budget, Search, check_optuna
@@ -25,11 +26,15 @@ WEIGHTS = {"low": 0.1, "high": 10.0, "log": True}  # the range of the searched w
 
 @dataclass(frozen=True)
 class Compared:
-    """The results of a method, one per seed. weights: {task: weight} of `tuned`, else None."""
+    """The results of a method, one per seed.
+
+    weights: {task: weight} of `tuned`, else None. trials: those that searched the weights.
+    """
 
     method: str
     results: list[Result]
     weights: dict[str, float] | None = None
+    trials: int = 0
 
 
 @dataclass
@@ -82,16 +87,19 @@ class Comparison:
             points = [Point.of(self.recipe, self.overrides, {**settings, "seed": seed}) for seed in self.seeds]
             self.say(f"method {method}")
             results, new = run_points(self.directory, points, self.say, self.launcher)
-            found.append(Compared(method, results, weights))
+            found.append(Compared(method, results, weights, self._trials if weights else 0))
             if new == INTERRUPTED:
                 return found, new
             status = max(status, new)
         return found, status
 
+    @property
+    def _trials(self) -> int:
+        return self.tuning or max(1, len(self.methods) - 1) * len(self.seeds)
+
     def _searched(self, status: int) -> tuple[dict[str, float] | None, int]:
         """Search the weights of the tasks; return the best ones, None after a stop or failure."""
-        others = len(self.methods) - 1
-        trials = self.tuning or max(1, others) * len(self.seeds)
+        trials = self._trials
         tasks = load_recipe(self.recipe, self.overrides).task_names
         space = Space(Path("--methods tuned"), {f"tasks.{name}.weight": WEIGHTS for name in tasks})
         directory = self.directory / "tuning"
@@ -109,16 +117,35 @@ class Comparison:
 
 
 def settings_of(method: str) -> dict[str, Any]:
-    """Return the settings of a method by name. Raises UserError for an unknown one."""
+    """Return the settings of a method by name, with the options after a colon (`cagrad:c=0.4`).
+
+    Raises UserError for an unknown name, and for options that are not KEY=VALUE.
+    """
     from fastmtl.surgery.methods.table import method_names
 
+    method, *given = method.split(":")
+    options = dict(_option(method, text) for text in given)
     weightings = get_args(WeightingConfig.model_fields["name"].annotation)
-    if method in weightings and method != "fixed":
+    if method in weightings and method != "fixed" and not options:
         return {"gradient.method": "equal" if method == "gradnorm" else "sum", "weighting.name": method}
     if method not in method_names():
         known = [*method_names(), *(name for name in weightings if name != "fixed"), TUNED]
+        if options and method in known:
+            raise UserError(f"--methods {method}: options after a colon are for gradient methods")
         raise unknown_name("method", method, known)
-    return {"gradient.method": method, "weighting.name": "fixed"}
+    settings = {"gradient.method": method, "weighting.name": "fixed"}
+    return {**settings, "gradient.options": options} if options else settings
+
+
+def _option(method: str, text: str) -> tuple[str, Any]:
+    """Return the key and the value of `key=value`; the value is read as YAML, as an override is."""
+    key, equals, value = text.partition("=")
+    try:
+        if key and equals and value:
+            return key, yaml_reader.load(value)
+    except ValueError:
+        pass
+    raise UserError(f"--methods {method}:{text}: an option is written KEY=VALUE, as in cagrad:c=0.4")
 
 
 def tuned_settings(weights: dict[str, float]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import yaml
 from fastmtl.errors import UserError
 from fastmtl.sweep import search
 from fastmtl.sweep.command import run_comparison
-from fastmtl.sweep.compare_page import half_width
+from fastmtl.sweep.compare import settings_of
+from fastmtl.sweep.compare_lines import half_width
 from fastmtl.sweep.runs import FAILED, INTERRUPTED, OK
 
 pytest.importorskip("optuna")
@@ -31,6 +32,9 @@ mean = {"sum": 0.5, "pcgrad": 0.6, "equal": 0.55}[method] + seed / 100 + 0.01 * 
 mean += (weighting != "fixed") / 10
 dev = {name: {"accuracy": mean} for name in ("one", "two")}
 results = {"dev": dev, "mean": None if seed == 9 else mean, "steps": 4, "seconds": 10.0 * seed, "memory_mib": 100.0}
+if method == "pcgrad":
+    lines = [{"step": step, "cosines": {"one/two": cosine}} for step, cosine in enumerate((-0.5, None, 0.5, 0.1, 0.2))]
+    (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
 (place / "results.json").write_text(json.dumps(results))
 """
 
@@ -59,6 +63,8 @@ def test_methods_weightings_and_tuned(tmp_path: Path, recipe: str) -> None:
     assert found["famo"]["scores"]["mean"] == pytest.approx([0.62, 0.63])  # 0.1 for a weighting
     assert found["gradnorm"]["scores"]["one accuracy"] == pytest.approx([0.67, 0.68])
     assert found["pcgrad"]["difference"] == pytest.approx([0.1, 0.0], abs=1e-9) and found["sum"]["difference"] is None
+    assert found["pcgrad"]["differences"]["two accuracy"] == pytest.approx([0.1, 0.0], abs=1e-9)
+    assert found["pcgrad"]["conflicts"] == {"all": 0.25, "one/two": 0.25} and found["sum"]["conflicts"] == {}
     assert found["sum"]["seconds"] == [10.0, 20.0] and found["sum"]["memory_mib"] == [100.0, 100.0]
     (weights,) = json.loads((tmp_path / "out" / "compare.json").read_text())["weights"]
     ratio = min(weights["one"] / weights["two"], 4)
@@ -66,6 +72,8 @@ def test_methods_weightings_and_tuned(tmp_path: Path, recipe: str) -> None:
     assert len(list((tmp_path / "out" / "tuning" / "points").iterdir())) == 3
     table = (tmp_path / "out" / "compare.md").read_text()
     assert "| pcgrad | 0.6250 ± 0.0071 |" in table and "+0.1000 ± 0.0000" in table
+    assert "best of 3 trials with seed 1 by the same dev rows" in table
+    assert (tmp_path / "out" / "compare.svg").read_text().count("pcgrad") == 1
     assert "tuned: weights one" in table and "0.6250 ± 0.0071" in (tmp_path / "out" / "compare.html").read_text()
 
 
@@ -101,6 +109,9 @@ def test_a_stop_of_the_search_stops_the_comparison(
         (["pcgard"], [1], "unknown method 'pcgard'. Did you mean 'pcgrad'?"),
         (["sum", "sum"], [1], "--methods: name at least one, and each once"),
         (["sum"], [], "--seeds: name at least one"),
+        (["sum:c=1"], [1], "gradient method sum takes no options, got c"),
+        (["famo:lr=1"], [1], "--methods famo: options after a colon are for gradient methods"),
+        (["pcgrad:seed"], [1], "--methods pcgrad:seed: an option is written KEY=VALUE"),
     ],
 )
 def test_bad_methods_and_seeds(methods: list[str], seeds: list[int], message: str, tmp_path: Path, recipe: str) -> None:
@@ -108,6 +119,10 @@ def test_bad_methods_and_seeds(methods: list[str], seeds: list[int], message: st
         run_comparison(recipe, [], methods, seeds, None, tmp_path / "out")
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_options_of_a_method() -> None:
+    assert settings_of("gradvac:beta=0.5") == {**settings_of("gradvac"), "gradient.options": {"beta": 0.5}}
 
 
 def test_a_recipe_without_dev_rows_is_refused(tmp_path: Path, recipe: str) -> None:
