@@ -12,16 +12,16 @@ style, and two of praise or blame. There are three tasks.
 | verdict | one | good or bad | 1200 | cross-entropy |
 
 The heads of topic and style have no weights: a score is the cosine of the vectors of two texts. In
-a pair of `--conflict` the tasks disagree (the same topic in two styles, or two topics in one
-style), in any other pair they agree. The degree C is the share of the pairs that disagree:
+some pairs the two tasks disagree (one topic in two styles, or two topics in one style); in all
+others they agree. The degree C is the share of the pairs that disagree:
 
-- C = 0: both tasks need the same vectors, so their gradients point the same way.
+- C = 0: both tasks need the same vectors.
 - C = 0.5: topic and style are independent.
 - C = 1: where topic needs a cosine of 1, style needs 0.
 
 The word that names the task makes all tasks solvable at once for every C, but only for an encoder
-that has learned to read it: without it, what helps one task harms the other. The sizes and the
-scales of the losses differ as well. Dev rows are drawn in the same way.
+that has learned to use it. Until then, what helps one task harms the other in the pairs that
+disagree. The sizes and the scales of the losses differ as well. Dev rows are drawn like train rows.
 
 The same call writes the same bytes; the texts depend on C and the seed only. `encoder/` is a BERT
 with two layers of 32 columns and random weights.
