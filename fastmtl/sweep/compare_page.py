@@ -108,7 +108,7 @@ def figure_of(lines: Sequence[Line]) -> str:
         axes.set_title(plain(column), fontsize=9)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].invert_yaxis()
+    figure.axes[0].set_ylim(max(1, len(others)) - 0.5, -0.5)  # the first method on top
     figure.supxlabel(plain(f"difference from {lines[0].method}, 95 % confidence interval"), fontsize=8)
     text = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "compare"}):
