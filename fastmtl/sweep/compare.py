@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from fastmtl.config import WeightingConfig, load_recipe
-from fastmtl.errors import UserError, unknown_name
+from fastmtl.errors import UserError
 from fastmtl.recipes import yaml_reader
 from fastmtl.sweep.grid import Point
 from fastmtl.sweep.runs import INTERRUPTED, OK, Result, run_points
@@ -121,7 +121,7 @@ def settings_of(method: str) -> dict[str, Any]:
 
     Raises UserError for an unknown name, and for options that are not KEY=VALUE.
     """
-    from fastmtl.surgery.methods.table import method_names
+    from fastmtl.surgery.methods.table import method_names, unknown_method
 
     method, *given = method.split(":")
     options = dict(_option(method, text) for text in given)
@@ -132,7 +132,7 @@ def settings_of(method: str) -> dict[str, Any]:
         known = [*method_names(), *(name for name in weightings if name != "fixed"), TUNED]
         if options and method in known:
             raise UserError(f"--methods {method}: options after a colon are for gradient methods")
-        raise unknown_name("method", method, known)
+        raise unknown_method("method", method, known)
     settings = {"gradient.method": method, "weighting.name": "fixed"}
     return {**settings, "gradient.options": options} if options else settings
 

@@ -7,7 +7,7 @@ of TorchJD's weightings come from torchjd.py.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from fastmtl.errors import UserError, listed, quoted, unknown_name
@@ -55,6 +55,10 @@ def find_method(name: str, reduction: Reduction = "sum", options: Mapping[str, A
         if reduction != "sum":
             raise UserError(f"reduction={reduction!r} is for pcgrad and gradvac; {name} scales its weights itself")
         return torchjd.TorchJDMethod(name, options)
-    if torchjd.unavailable_reason():
-        raise UserError(f"{unknown_name('gradient method', name, ['sum', *METHODS])} ({torchjd.unavailable_reason()})")
-    raise unknown_name("gradient method", name, method_names())
+    raise unknown_method("gradient method", name, method_names())
+
+
+def unknown_method(what: str, name: str, known: Iterable[str]) -> UserError:
+    """Return the error for an unknown method, which may be one of TorchJD's that is not installed."""
+    error, reason = unknown_name(what, name, known), torchjd.unavailable_reason()
+    return UserError(f"{error} ({reason})") if reason else error
