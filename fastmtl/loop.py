@@ -110,8 +110,10 @@ def train(
         torch.manual_seed(phase.recipe.seed + 1 + ranks.rank)  # different dropout masks on every rank
         if found is not None:
             checkpoints.restore(engine, found)
+            tensors = found.tensors()
             surgery.load_state_dict(at.surgery)
-            objectives.load(at.objectives, found.tensors())
+            surgery.load_tensors(tensors)
+            objectives.load(at.objectives, tensors)
             found = None
         if run is None:
             with writing(output):
@@ -184,7 +186,8 @@ def run_phase(
             tracker.flush()
         advice = "Make room and continue from the last checkpoint with --resume."
         with writing(run.checkpoints.path(at.step), advice):
-            run.checkpoints.save(engine, at.step, asdict(at), value, phase.name, objectives.tensors())
+            tensors = {**objectives.tensors(), **surgery.tensors()}
+            run.checkpoints.save(engine, at.step, asdict(at), value, phase.name, tensors)
 
     begun = time.monotonic() - at.seconds
     while not job.is_over(at):

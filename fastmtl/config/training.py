@@ -12,7 +12,7 @@ from fastmtl.config.base import Int, Section, Whole
 class WeightingConfig(Section):
     """Weights of the tasks' losses, multiplied by the fixed `tasks.<task>.weight`."""
 
-    name: Literal["fixed", "uncertainty", "imtl_l", "dwa", "rlw", "stch", "famo", "gradnorm"] = Field(
+    name: Literal["fixed", "uncertainty", "imtl_l", "dwa", "rlw", "stch", "famo", "gradnorm", "excess_mtl"] = Field(
         "fixed", description="docs/recipes.md gives the formulas"
     )
     temperature: float = Field(2.0, gt=0, description="dwa: the higher, the more equal the weights")
@@ -20,6 +20,8 @@ class WeightingConfig(Section):
     alpha: float = Field(1.5, ge=0, description="gradnorm: the higher, the more a task that trains slowly counts")
     lr: float = Field(0.025, gt=0, description="famo, gradnorm: learning rate of the weights")
     weight_decay: float = Field(1e-3, ge=0, description="famo: of the weights' logits")
+    step_size: float = Field(0.01, gt=0, description="excess_mtl: of the weights' logits")
+    warmup_steps: Int = Field(10, ge=0, description="excess_mtl: steps with equal weights, which give the baseline")
 
     @model_validator(mode="after")
     def _own_keys(self) -> WeightingConfig:
@@ -35,6 +37,8 @@ _WEIGHTING_KEYS = {
     "alpha": ("gradnorm",),
     "lr": ("famo", "gradnorm"),
     "weight_decay": ("famo",),
+    "step_size": ("excess_mtl",),
+    "warmup_steps": ("excess_mtl",),
 }
 
 

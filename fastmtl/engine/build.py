@@ -19,6 +19,7 @@ from fastmtl.engine.gradient_norm import leave_norm_to_surgery, max_norm, surger
 from fastmtl.engine.settings import deepspeed_config, deepspeed_section, set_buckets
 from fastmtl.errors import UserError, listed, quoted
 from fastmtl.model.encoder.transformers_encoder import TransformersEncoder
+from fastmtl.model.losses.weighting import gradient_weights
 from fastmtl.model.masked_lm import MaskedLanguageModel
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery.checks import DTYPES, check_options
@@ -143,6 +144,7 @@ def build_surgery(recipe: Recipe, engine: Any, model: Model, tasks: list[str] | 
         seed=recipe.seed,
         cuda_graphs=record_merging if recipe.engine.cuda_graphs else False,
         max_norm=max_norm(recipe, model, world_size()),
+        balance=gradient_weights(recipe) if isinstance(model, MultiTaskModel) else None,
     )
     if isinstance(model.encoder, TransformersEncoder):
         model.encoder.rows = None if trunk is None else surgery.rows

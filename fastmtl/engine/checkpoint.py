@@ -81,7 +81,7 @@ class Checkpoints:
 
         state: JSON values, returned by `restore`. value: the metric that selects the best
         checkpoint, None if there is no such value. phase: the name of the current phase, None in a
-        run without phases. tensors: tensors to save beside the engine's, equal on all ranks.
+        run without phases. tensors: tensors to save beside the engine's, those of rank 0.
         """
         incomplete = self._directory / f".incomplete-step-{step}"
         final = self._directory / f"step-{step}"

@@ -26,7 +26,7 @@ from fastmtl.model.heads.pooling import pooling
 from fastmtl.model.lora import build_lora
 from fastmtl.model.losses.smart import Smart, SmartModel
 from fastmtl.model.losses.task_loss import TaskLoss, build_loss
-from fastmtl.model.losses.weighting import LEARNED, add_learned_weight, batch_weights, check_gradnorm
+from fastmtl.model.losses.weighting import LEARNED, add_learned_weight, batch_weights, check_weighting
 from fastmtl.model.losses.weighting.batch_weights import weighted
 from fastmtl.model.precision import precise
 from fastmtl.model.types import UNIT_TYPES
@@ -73,7 +73,7 @@ class MultiTaskModel(SmartModel):
             except UserError as error:
                 raise UserError(f"tasks.{name}: {error}") from None
             add_learned_weight(recipe, heads[-1], squared_error=kind(task) == "score")
-        check_gradnorm(recipe)
+        check_weighting(recipe)
         self.batch_weights = batch_weights(recipe)
         self.heads = nn.ModuleList(heads)
         self.lora = build_lora(recipe.lora, encoder, len(recipe.tasks))  # last: heads begin as without it

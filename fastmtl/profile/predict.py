@@ -51,6 +51,9 @@ def predict(shape: Shape) -> Prediction:
     kept["activations"] = shape.rotations * FLOAT  # made in the first forward
     if shape.storage == "stacked" and not shape.joint:
         kept["task gradients"] = shape.tasks * shape.dense * shape.j_bytes
+    if shape.squares:
+        sums = deepspeed.share(shape.tasks * (shape.dense + shape.table) * FLOAT, shape.world)
+        kept["task gradients"] = kept.get("task gradients", 0) + sums
     ledger = Ledger(kept)
     if shape.in_hand:
         _joint_in_hand(ledger, shape)
@@ -89,7 +92,8 @@ def _joint_in_hand(ledger: Ledger, shape: Shape) -> None:
 
 def _first_pass(ledger: Ledger, shape: Shape) -> None:
     """Run the first of replay's two passes, which computes the Gramian."""
-    keeps = shape.accumulation > 1 and shape.sketch_size is None
+    keeps = (shape.accumulation > 1 or shape.squares) and shape.sketch_size is None
+    before = ledger.held["task gradients"]
     ledger.hold("task gradients", _sketch(shape))
     for number in range(shape.accumulation):
         pass_ = Pass(ledger, shape, number)
@@ -98,7 +102,8 @@ def _first_pass(ledger: Ledger, shape: Shape) -> None:
         _compact_rows(ledger, shape, number)
     ledger.phase = "surgery"
     ledger.touch(_gramian_of_rows(shape))
-    ledger.drop("task gradients", ledger.held["task gradients"])
+    ledger.touch(_squares(shape))
+    ledger.drop("task gradients", ledger.held["task gradients"] - before)
 
 
 def _stacked(ledger: Ledger, shape: Shape) -> None:
@@ -114,6 +119,8 @@ def _stacked(ledger: Ledger, shape: Shape) -> None:
             _last_pieces(ledger, shape)
         ledger.phase = "surgery"
         ledger.touch(_gramian_of_rows(shape))
+        shares = deepspeed.share(shape.tasks * shape.dense * shape.j_bytes, shape.world) if scatters(shape) else 0
+        ledger.touch(_squares(shape) + (shares if shape.squares else 0))
         ledger.hold("gradients", shape.dense * shape.merged_bytes)
         if shape.merged_bytes not in (shape.j_bytes, FLOAT):  # merged in float32, then rounded
             ledger.touch(shape.dense * FLOAT)
@@ -196,6 +203,19 @@ def _last_pieces(ledger: Ledger, shape: Shape) -> None:
 
 def _sketch(shape: Shape) -> int:
     return 0 if shape.sketch_size is None else shape.tasks * shape.sketch_size * FLOAT
+
+
+def _squares(shape: Shape) -> int:
+    """Return temporary bytes of the squares of task gradients, which are computed in pieces.
+
+    With replay each parameter is a piece. The rows of word embeddings are kept until then.
+    """
+    if not shape.squares:
+        return 0
+    numbers = shape.largest if shape.storage == "replay" else shape.dense
+    piece = min(BUCKET, deepspeed.share(shape.tasks * numbers, shape.world)) * FLOAT
+    rows = shape.embedding * FLOAT if shape.table else 0
+    return max(3 * piece, 3 * shape.load.largest_task * rows) + _tokens(shape) * rows
 
 
 def _gramian_of_rows(shape: Shape) -> int:

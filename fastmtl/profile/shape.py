@@ -63,6 +63,7 @@ class Shape:
     gradients of a sum are ready before DeepSpeed gets one. freezes: the encoder is frozen.
     unit_bytes: for each task whose head scores tokens, what the head keeps per token; 0 for others.
     cell_bytes: what a CRF keeps for each of the task's `Load.cells`; 0 for tasks without one.
+    squares: True if the sums of squared task gradients are kept.
     """
 
     load: Load
@@ -114,6 +115,7 @@ class Shape:
     freezes: bool = False
     unit_bytes: tuple[int, ...] = ()
     cell_bytes: tuple[int, ...] = ()
+    squares: bool = False
 
     @property
     def trained(self) -> int:
@@ -224,6 +226,7 @@ class Shape:
             and bool(zero.get("overlap_comm", overlaps(engine.zero, bucket, total, cpu=not on_gpu))),
             bucket=bucket,
             in_hand=joint and surgery_clips(recipe, model, world),
+            squares=recipe.weighting.name == "excess_mtl" and not joint,
         )
 
     def spread(self, zero: int, world: int) -> Shape:

@@ -210,6 +210,26 @@ def check_features_watched(*, watched: bool) -> None:
         )
 
 
+def check_features_balanced(*, balanced: bool) -> None:
+    """Raise UserError for a step with features and weights from the squares of task gradients."""
+    if balanced:
+        raise UserError(
+            "balance: a step with features takes no task gradients of the trunk's parameters: leave features out, or "
+            "leave balance out"
+        )
+
+
+def check_balance(method: str, storage: str, scope: str, reduce: str) -> None:
+    """Raise UserError where no step has all columns of J, whose squares `balance` needs."""
+    if method == "sum":
+        raise UserError('balance: the method "sum" takes no task gradients: use "equal", which gives the same sum')
+    if scope != "global" or reduce != "exact" or storage == "kept":
+        raise UserError(
+            "balance needs the columns of J, summed over all ranks: use storage='stacked' or 'replay', scope='global' "
+            f"and reduce='exact', not storage={storage!r}, scope={scope!r} and reduce={reduce!r}"
+        )
+
+
 def check_cuda_graphs(cuda_graphs: object) -> None:
     """Raise UserError for True: surgery does not import CUDA graphs, so it expects a function."""
     if cuda_graphs is True:

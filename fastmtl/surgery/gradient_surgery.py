@@ -18,6 +18,7 @@ from torch import nn
 
 from fastmtl.surgery import checks
 from fastmtl.surgery.attach.attachment import Attachment
+from fastmtl.surgery.balance import Balance, RiskWeights
 from fastmtl.surgery.checks import Passes, Reduce, Scope, Storage
 from fastmtl.surgery.clipping import check_max_norm
 from fastmtl.surgery.info import SurgeryInfo
@@ -29,6 +30,7 @@ from fastmtl.surgery.parts import Parts
 from fastmtl.surgery.sinks.layer_gramians import LayerWatcher
 from fastmtl.surgery.sinks.make import make_sink
 from fastmtl.surgery.sinks.sink import Sink
+from fastmtl.surgery.sinks.source import GramianSource
 from fastmtl.surgery.solver import Solver
 from fastmtl.surgery.steps.runner import Settings, StepRunner
 from fastmtl.surgery.steps.stacked import RecordMerging
@@ -99,6 +101,10 @@ class GradientSurgery:
             norm, so the engine's `gradient_clipping` can be 0 and its gradient checks off. math.inf
             only measures. None leaves clipping to the target. "sum" under DeepSpeed needs a single
             process for it.
+        balance: weights of the tasks that follow their excess risks, such as
+            fastmtl.model.losses.weighting.ExcessMTL(len(tasks)). They multiply the task gradients
+            before the method sees them; parameters of one task keep their own gradient. Takes
+            T x P float32 numbers, divided among the ranks; storage "replay" then also keeps J.
 
     Raises:
         UserError: an unknown name; an unsupported combination, with the nearest supported one.
@@ -127,6 +133,7 @@ class GradientSurgery:
         seed: int = 0,
         cuda_graphs: RecordMerging | Literal[False] = False,
         max_norm: float | None = None,
+        balance: RiskWeights | None = None,
     ) -> None:
         self._target = find_target(target)
         chosen = find_method(method, reduction, options)
@@ -168,7 +175,12 @@ class GradientSurgery:
             verifier = Verifier(verify_every, merged, self.tasks, names, device, self._target.per_task)
         ids = {id(parameter) for parameter in merged}
         own = [parameter for parameter in self._target.parameters if id(parameter) not in ids]
-        solver = Solver(chosen, method, self.tasks, seed, by_rank=reduce == "local")
+        weighing: Balance | None = None
+        if balance is not None:
+            checks.check_balance(method, self.storage, scope, reduce)
+            if chosen is not None and isinstance(self._sink, GramianSource):
+                weighing = self._sink.balance = Balance(balance, merged, len(self.tasks))
+        solver = Solver(chosen, method, self.tasks, seed, by_rank=reduce == "local", balance=weighing)
         parts = Parts(self._target, solver, self.tasks, merged, own, max_norm, attached, verifier)
         settings = Settings(
             model=model,
@@ -330,8 +342,12 @@ class GradientSurgery:
         self._runner.watch(watcher)
 
     def kept_tensors(self) -> list[torch.Tensor]:
-        """Return the tensors that hold task gradients now, and the buffers of `cuda_graphs`."""
-        return self._sink.tensors() + self._runner.recorded_tensors()
+        """Return the tensors that hold task gradients now or sums of their squares, and the buffers
+        of `cuda_graphs`.
+        """
+        balance = self._runner.parts.solver.balance
+        sums = [] if balance is None else balance.kept_tensors()
+        return self._sink.tensors() + self._runner.recorded_tensors() + sums
 
     def state_dict(self) -> dict[str, Any]:
         """Return seed, counts of steps and skipped steps, and the method's state, for JSON."""
@@ -339,3 +355,22 @@ class GradientSurgery:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._runner.parts.solver.load_state_dict(state)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the part of the state for a checkpoint that is too large for JSON.
+
+        It is the sums of squared task gradients of `balance`, float32 [T, *shape] per shared
+        parameter, as "squares.NAME" on the CPU of rank 0; {} on other ranks and without `balance`.
+        Every rank must call this method.
+        """
+        balance = self._runner.parts.solver.balance
+        return {} if balance is None else balance.tensors(self.shared_names)
+
+    def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take the result of `tensors`, on every rank; the number of ranks may be another one.
+
+        Tensors with other names are ignored.
+        """
+        balance = self._runner.parts.solver.balance
+        if balance is not None:
+            balance.load_tensors(tensors, self.shared_names)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import TrainingError, UserError
+from fastmtl.surgery.balance import Balance
 from fastmtl.surgery.info import SurgeryInfo
 from fastmtl.surgery.methods.method import Method
 from fastmtl.surgery.methods.order import draw_order
@@ -27,11 +28,21 @@ class Solver:
     """State of surgery: the step's number, skipped steps, and the state of the method.
 
     name: the method's name. seed: fixes the projection order, together with the step's number.
-    by_rank: True if each rank has its own Gramian (`reduce: local`).
+    by_rank: True if each rank has its own Gramian (`reduce: local`). balance: weights of the task
+    gradients before the method sees them; None for 1.
     """
 
-    def __init__(self, method: Method | None, name: str, tasks: list[str], seed: int, *, by_rank: bool) -> None:
-        self.method, self.name, self.tasks = method, name, tasks
+    def __init__(
+        self,
+        method: Method | None,
+        name: str,
+        tasks: list[str],
+        seed: int,
+        *,
+        by_rank: bool,
+        balance: Balance | None = None,
+    ) -> None:
+        self.method, self.name, self.tasks, self.balance = method, name, tasks, balance
         self._seed, self._by_rank = seed, by_rank
         self._step = self._skipped = self._skipped_in_a_row = 0
 
@@ -78,8 +89,14 @@ class Solver:
         All weights are NaN after an overflow that the target must find in the merged gradient, to
         reduce its loss scale. Arguments: see `report`.
         """
-        weights = self.weights(gram)
+        if self.balance is None:
+            weights = self.weights(gram)
+        else:
+            factors = self.balance.weights(gram)
+            weights = factors * self.weights(gram * torch.outer(factors, factors))
         info, overflow = self.report(gram, weights, step, target, own, own_names, own_scale)
+        if self.balance is not None:
+            self.balance.finish(accepted=info.skipped is None and not overflow)
         return info, torch.full_like(weights, float("nan")) if overflow else weights
 
     def report(
@@ -154,6 +171,7 @@ class Solver:
             "skipped_in_a_row": self._skipped_in_a_row,
             "method": self.name,
             "method_state": {} if self.method is None else self.method.state_dict(),
+            **({} if self.balance is None else {"balance": self.balance.state_dict()}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -166,6 +184,13 @@ class Solver:
         self._skipped, self._skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         if self.method is not None:
             self.method.load_state_dict(dict(state["method_state"]))
+        if self.balance is not None:
+            if "balance" not in state:
+                raise UserError(
+                    "the saved state is of a run whose task weights did not follow excess risks: keep its weighting, "
+                    "or start a new run from the saved model"
+                )
+            self.balance.load_state_dict(state["balance"])
 
 
 _ADVICE = "lower optimizer.lr, lengthen schedule.warmup, or look for broken rows of that task"

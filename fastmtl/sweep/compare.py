@@ -127,7 +127,8 @@ def settings_of(method: str) -> dict[str, Any]:
     options = dict(_option(method, text) for text in given)
     weightings = get_args(WeightingConfig.model_fields["name"].annotation)
     if method in weightings and method != "fixed" and not options:
-        return {"gradient.method": "equal" if method == "gradnorm" else "sum", "weighting.name": method}
+        gradient = "equal" if method in ("gradnorm", "excess_mtl") else "sum"
+        return {"gradient.method": gradient, "weighting.name": method}
     if method not in method_names():
         known = [*method_names(), *(name for name in weightings if name != "fixed"), TUNED]
         if options and method in known:

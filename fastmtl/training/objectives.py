@@ -26,6 +26,7 @@ from fastmtl.model.losses.cached_pairs import cache_pairs
 from fastmtl.model.losses.smart import Smart
 from fastmtl.model.losses.weighting import Famo, StepWeights, step_weights
 from fastmtl.model.multitask import MultiTaskModel
+from fastmtl.surgery.balance import SQUARES
 from fastmtl.surgery.info import SurgeryInfo
 from fastmtl.surgery.ranks.collectives import sum_over_ranks
 from fastmtl.training.average import WeightAverage
@@ -52,6 +53,7 @@ class Objectives:
         batch_weights = None if self._model is None else self._model.batch_weights
         self._famo = batch_weights if isinstance(batch_weights, Famo) else None
         self._rows_of_step: list[PackedBatch] = []
+        self._gradient_weights: Tensor | None = None  # of the last step, with excess_mtl
         self._smart: Smart | None = None if self._model is None else self._model.smart
         if self._model is not None and self._smart is not None and self._smart.needs_teacher:
             self._smart.start_teacher(self._model)
@@ -88,6 +90,8 @@ class Objectives:
         if self._famo is not None and info.skipped is None:
             self._famo.after_step(info.losses, self._losses_again())
         self._rows_of_step = []
+        if self._recipe.weighting.name == "excess_mtl" and info.weights is not None:
+            self._gradient_weights = info.weights
         if self._model is not None and self._smart is not None and self._smart.teacher and info.skipped is None:
             self._smart.follow_model(self._model)
         if self._average is not None and info.skipped is None:
@@ -116,6 +120,9 @@ class Objectives:
         if self._weights is not None:
             self._weights.after_epoch()
             notes.append(_listed("weights of the losses", self._weights.weights()))
+        if self._gradient_weights is not None:
+            weights = dict(zip(self._recipe.task_names, self._gradient_weights.tolist(), strict=True))
+            notes.append(_listed("weights of the tasks' gradients", weights))
         if self._smart is not None and self._recipe.smart.follows == "gap":
             scored = evaluate(self._sample(dev))
             tasks = self._recipe.tasks
@@ -152,7 +159,7 @@ class Objectives:
         if self._smart is not None:
             self._smart.scale.update(state["scale"])
             if self._smart.teacher is not None:
-                taught = {name: tensor for name, tensor in tensors.items() if not name.startswith(EMA)}
+                taught = {name: tensor for name, tensor in tensors.items() if not name.startswith((EMA, SQUARES))}
                 self._smart.teacher.load_state_dict(taught)
         if self._average is not None:
             averages = {name: tensor for name, tensor in tensors.items() if name.startswith(EMA)}

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import deepspeed_cases as steps
 from ranks import run_ranks
@@ -20,17 +22,28 @@ from fastmtl.engine.build import build_engine
 from fastmtl.engine.checkpoint import Checkpoints
 from fastmtl.engine.distributed import Ranks, start
 from fastmtl.engine.gather import gathered_state_dict
+from fastmtl.surgery.ranks import collectives
 
-STAGES = ("zero0", "zero1", "zero2", "zero3", "zero1-flat")
+STAGES = ("zero0", "zero1", "zero2", "zero3", "zero1-flat", "zero2-excess-pieces")
 
 
 def make_recipe(stage: str) -> Recipe:
     zero, _, variant = stage.removeprefix("zero").partition("-")
-    recipe = steps.make_recipe(steps.Case(int(zero), 1, "pcgrad", variant=variant))
+    # In ZeRO 3 the sums of squares are divided by parameter, else all together.
+    case = steps.Case(int(zero), 1, "pcgrad", variant="excess" if stage == "zero3" else variant)
+    recipe = steps.make_recipe(case)
     recipe.optimizer.name = "adamw"
     recipe.optimizer.lr = 1e-3
     recipe.schedule.name = "linear"
     return recipe
+
+
+def each(stages: Sequence[str]) -> Iterator[str]:
+    """Yield stages; for those whose names end in "pieces", J has many pieces until the next one."""
+    for stage in stages:
+        bucket = steps.PIECE if stage.endswith("pieces") else collectives.BUCKET
+        with mock.patch.object(collectives, "BUCKET", bucket):
+            yield stage
 
 
 class Run:
@@ -57,7 +70,7 @@ class Run:
 
 
 def save_and_go_on(directory: Path, ranks: Ranks) -> None:
-    for stage in STAGES:
+    for stage in each(STAGES):
         recipe = make_recipe(stage)
         run = save(directory, ranks, stage)
         run.go_on(3, 4)
@@ -70,6 +83,7 @@ def save_and_go_on(directory: Path, ranks: Ranks) -> None:
         run = Run(recipe, ranks)
         state = checkpoints.restore(run.engine, found)
         run.surgery.load_state_dict(state["surgery"])
+        run.surgery.load_tensors(found.tensors())
         run.go_on(3, 4)
         run.write(directory / f"{stage}-{ranks.world}-resumed.safetensors")
         run.engine.destroy()
@@ -81,13 +95,13 @@ def save(directory: Path, ranks: Ranks, stage: str) -> Run:
     run.go_on(1, 2)
     run.write(directory / f"{stage}-{ranks.world}-saved.safetensors")
     checkpoints = Checkpoints(directory / f"{stage}-{ranks.world}", recipe, ranks)
-    checkpoints.save(run.engine, 2, {"surgery": run.surgery.state_dict()})
+    checkpoints.save(run.engine, 2, {"surgery": run.surgery.state_dict()}, tensors=run.surgery.tensors())
     return run
 
 
 def load_of_others(directory: Path, ranks: Ranks) -> None:
     others = 3 - ranks.world
-    for stage in STAGES[1:]:
+    for stage in each(STAGES[1:]):
         recipe = make_recipe(stage)
         checkpoints = Checkpoints(directory / f"{stage}-{others}", recipe, ranks)
         found = checkpoints.find()
@@ -99,6 +113,7 @@ def load_of_others(directory: Path, ranks: Ranks) -> None:
         # surgery with one.
         assert run.engine.optimizer.clip_grad == clip == (0.0 if ranks.world == 1 and stage != "zero3" else 1.0)
         run.surgery.load_state_dict(state["surgery"])
+        run.surgery.load_tensors(found.tensors())
         run.write(directory / f"{stage}-{others}-universal-saved.safetensors")
         run.go_on(3, 4)
         run.write(directory / f"{stage}-{others}-universal.safetensors")
@@ -107,7 +122,7 @@ def load_of_others(directory: Path, ranks: Ranks) -> None:
 
 def save_alone(directory: Path) -> None:
     processes = start()
-    for stage in STAGES[1:]:
+    for stage in each(STAGES[1:]):
         save(directory, processes, stage).engine.destroy()
 
 

@@ -24,7 +24,8 @@ from fastmtl.engine.manifest import Refused, read_manifest
 from fastmtl.errors import UserError
 
 WORKER = Path(__file__).with_name("checkpoint_cases.py")
-STAGES = ("zero1", "zero2", "zero3", "zero1-flat")  # which any number of ranks can resume
+EXCESS = ("zero2-excess-pieces", "zero3")
+STAGES = ("zero1", "zero2", "zero3", "zero1-flat", "zero2-excess-pieces")  # which any number of ranks can resume
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,16 @@ def test_another_number_of_ranks_goes_on(saved: Path, stage: str, savers: int) -
             torch.testing.assert_close(
                 went_on[name], tensor, atol=2e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
             )
+
+
+@pytest.mark.slow(40)
+@pytest.mark.parametrize("stage", EXCESS)
+def test_sums_of_squares_are_whole_on_any_number_of_ranks(saved: Path, stage: str) -> None:
+    one, two = (load_file(saved / f"{stage}-{n}" / "step-2" / "tensors.safetensors") for n in (1, 2))
+    assert one.keys() == two.keys() and len(one) > 10 and all(name.startswith("squares.") for name in one)
+    for name, sums in one.items():
+        assert sums.shape[0] == 3 and (sums.any() or name.endswith("key.bias")), name
+        torch.testing.assert_close(sums, two[name], rtol=1e-3, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.fixture

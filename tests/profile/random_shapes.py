@@ -61,6 +61,8 @@ UNITS: tuple[tuple[list[str], dict[str, Any], str, str, int], ...] = (
     (["tokens", "choice", "binary"], {"loss": "crf"}, "fp32", "stacked", 2),
     (["tokens", "tokens"], {"head": {"name": "mlp", "hidden": [100]}}, "bf16", "replay", 1),
 )
+# Recipes with sums of squared task gradients: precision, storage, ZeRO stage.
+SQUARES: tuple[tuple[str, str, int], ...] = (("fp32", "replay", 1), ("bf16", "stacked", 2))
 TAGS = 50
 KEPT = 2  # recipes with J that are also measured with `storage: kept`
 
@@ -163,6 +165,20 @@ def with_units(
     return recipe, config, [pack(parts, counts)]
 
 
+def with_squares(precision: str, storage: str, zero: int) -> tuple[Recipe, PretrainedConfig, list[PackedBatch]]:
+    """Return a recipe whose weighting keeps sums of squares, a configuration and a micro-batch."""
+    sizes = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 192, "max_position_embeddings": 64}
+    config = AutoConfig.for_model("bert", num_hidden_layers=2, num_attention_heads=4, **sizes)
+    values = {
+        "tasks": {f"task{k}": {"type": "binary", "data": {}} for k in range(3)},
+        "gradient": {"method": "equal", "storage": storage},
+        "weighting": {"name": "excess_mtl"},
+        "engine": {"zero": zero, "precision": precision},
+    }
+    recipe = parse_recipe(values, "drawn")
+    return recipe, config, [_batch(np.random.default_rng(3), config, 3, 8, 30, recipe)]
+
+
 def _units_of(random: np.random.Generator, config: PretrainedConfig, kind: str, rows: int) -> TokenizedDataset:
     """Return rows of one type: words are four of five tokens, and a row has 1 to 4 texts."""
     counts = random.integers(1, 5, rows) if kind == "choice" else np.ones(rows, dtype=np.int64)
@@ -263,6 +279,7 @@ def main(number: int, seed: int) -> None:
     if ranks.world == 1:
         drawn += [with_lora(*settings) for settings in LORAS]
         drawn += [with_units(*settings) for settings in UNITS]
+        drawn += [with_squares(*settings) for settings in SQUARES]
     # ZeRO 3 last: DeepSpeed replaces torch's linear layer for the rest of the process.
     for recipe, config, batches in sorted(drawn, key=lambda one: one[0].engine.zero == 3):
         found = compare(recipe, config, batches, ranks)

@@ -29,8 +29,9 @@ def all_measured() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def all_compared(all_measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return those of the drawn shapes, none of which has a LoRA or scores tokens."""
-    return [entry for entry in all_measured if "lora" not in entry["recipe"] and not entry["units"]]
+    """Return those of the drawn shapes, none of which has a LoRA, a weighting or scores tokens."""
+    drawn = [entry for entry in all_measured if not {"lora", "weighting"} & entry["recipe"].keys()]
+    return [entry for entry in drawn if not entry["units"]]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,15 @@ def test_the_peak_with_heads_that_score_tokens_is_predicted(all_measured: list[d
     assert all(abs(error) < 0.03 for error in errors(found)), errors(found)
     activations = sum(entry["measured"]["activations"] for entry in found)
     assert activations > 0.4 * sum(sum(entry["measured"].values()) for entry in found)
+
+
+@pytest.mark.slow(25)
+def test_the_peak_with_sums_of_squares_is_predicted(all_measured: list[dict[str, Any]]) -> None:
+    found = [entry for entry in all_measured if "weighting" in entry["recipe"]]
+    assert [entry["storage"] for entry in found] == ["replay", "stacked"]
+    assert all(abs(error) < 0.03 for error in errors(found)), errors(found)
+    for entry in found:
+        assert abs(entry["predicted"]["task gradients"] / entry["measured"]["task gradients"] - 1) < 0.03
 
 
 @pytest.mark.slow(25)

@@ -23,6 +23,12 @@ def recipe_of(directory: Path, bert: Path, schedule: str = "constant", **train_s
     return make_recipe(directory, bert, [], train={"epochs": 2, **train_section}, **more)
 
 
+def balanced_recipe(directory: Path, bert: Path, steps: int) -> Recipe:
+    weighting = {"name": "excess_mtl", "step_size": 0.5, "warmup_steps": 1}
+    more: dict[str, Any] = {"schedule": {"name": "constant", "warmup": 0}, "weighting": weighting}
+    return make_recipe(directory, bert, [], zero=2, train={"epochs": 1, "max_steps": steps}, **more)
+
+
 def refusal(recipe: Recipe, output: Path, begin: Callable[..., object] = train) -> str:
     try:
         begin(recipe, output, resume=True)
@@ -50,6 +56,10 @@ def main(directory: Path, bert: Path) -> None:
         shutil.copytree(in_parts, directory / "changed")
         train(recipe_of(directory, bert, max_steps=9, log_every=2), in_parts, resume=True)  # moves epoch 1's model
         train(elsewhere, in_parts, resume=True)
+
+        train(balanced_recipe(directory, bert, 4), directory / "balanced")
+        train(balanced_recipe(directory, bert, 2), directory / "balanced-parts")
+        train(balanced_recipe(directory, bert, 4), directory / "balanced-parts", resume=True)
 
     other = recipe_of(directory, bert, "linear")
     other.optimizer.lr, other.seed, other.sampler.batch_size = 0.5, 5, 4

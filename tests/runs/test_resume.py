@@ -41,6 +41,17 @@ def test_a_longer_run_is_the_uninterrupted_one(runs: Path) -> None:
     assert not (in_parts / ".set-aside").exists()
 
 
+def test_weights_from_sums_of_squared_gradients_go_on(runs: Path) -> None:
+    parts, whole = runs / "balanced-parts", runs / "balanced"
+    assert lasting(parts) == lasting(whole)
+    for part in ("model", "adapters", "heads"):
+        assert same(weights(parts, part), weights(whole, part))
+    last = [run / "checkpoints" / "step-4" for run in (parts, whole)]
+    assert same(*(load_file(path / "tensors.safetensors") for path in last))
+    states = [json.loads((path / "state.json").read_text())["surgery"]["balance"] for path in last]
+    assert states[0] == states[1] and states[0]["steps"] == [4, 4, 4] and len(set(states[0]["logits"])) == 3
+
+
 def test_a_check_finds_the_checkpoint_and_changes_nothing(runs: Path) -> None:
     message = json.loads((runs / "messages.json").read_text())["check"]
     assert message.startswith("checked, nothing was trained: 3 tasks, 6 files, ")

@@ -37,6 +37,7 @@ from fastmtl.model.encoder.base import Encoder
 from fastmtl.model.encoder.bert import PackedBert
 from fastmtl.model.encoder.families import FAMILIES
 from fastmtl.model.encoder.transformers_encoder import TransformersEncoder
+from fastmtl.model.losses.weighting import gradient_weights
 from fastmtl.model.multitask import MultiTaskModel
 from fastmtl.surgery.gradient_surgery import GradientSurgery
 from fastmtl.surgery.info import SurgeryInfo
@@ -67,8 +68,8 @@ class Case:
     # rows, so that heads are reached on one rank only), "padded" (transformers' own modules, also
     # "flat-padded" and "padded-tensor"), "lora" (for all tasks, encoder frozen), "lora-own" (one
     # for each task, beside the adapter), "units" (heads that score words or several texts of a row;
-    # also "units-tensor"), or an option's value: "tensor" (scope), "local", "sketch"
-    # (reduce), "cheap", "full" (recompute).
+    # also "units-tensor"), "excess" (weights that follow excess risks, also "excess-pieces"), or an
+    # option's value: "tensor" (scope), "local", "sketch" (reduce), "cheap", "full" (recompute).
     variant: str = ""
     family: str = ""  # a case of encoder_families.py; "" for the BERT of make_model
 
@@ -114,7 +115,11 @@ CASES = [
     *(Case(zero, 1, "pcgrad", variant="units") for zero in (0, 1, 2, 3)),
     Case(2, 4, "pcgrad", storage="kept", variant="units"),
     Case(3, 1, "pcgrad", variant="units-tensor"),
+    *(Case(zero, acc, "equal", variant="excess") for zero, acc in ((0, 1), (1, 4), (3, 1))),
+    Case(2, 1, "pcgrad", variant="excess-pieces"),
+    Case(3, 4, "pcgrad", variant="excess"),
 ]
+EXCESS = {"name": "excess_mtl", "step_size": 0.5, "warmup_steps": 1}
 PIECE = 1000  # numbers in a collective, for cases with many collectives
 
 
@@ -153,6 +158,7 @@ def make_recipe(case: Case) -> Recipe:
             "sketch_size": 256,
         },
         "optimizer": {"name": "sgd", "lr": 0.05},
+        "weighting": EXCESS if case.variant.startswith("excess") else {},
         "schedule": {"name": "constant", "warmup": 0.0},
         "engine": {
             "zero": case.zero,
@@ -305,6 +311,7 @@ def make_surgery(target: Any, model: MultiTaskModel, recipe: Recipe) -> Gradient
         seed=3,
         max_norm=gradient_norm.max_norm(recipe, model, collectives.world_size()) if hasattr(target, "module") else None,
         model=model.encoder.trunk,
+        balance=gradient_weights(recipe),
     )
     if isinstance(model.encoder, TransformersEncoder):
         model.encoder.rows = surgery.rows

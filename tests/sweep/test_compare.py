@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
+from fastmtl.config import WeightingConfig, load_recipe
 from fastmtl.errors import UserError
+from fastmtl.model.losses.weighting import check_weighting
 from fastmtl.sweep import search
 from fastmtl.sweep.command import run_comparison
 from fastmtl.sweep.compare import settings_of
@@ -18,6 +20,7 @@ from fastmtl.sweep.compare_lines import half_width
 from fastmtl.sweep.runs import FAILED, INTERRUPTED, OK
 
 pytest.importorskip("optuna")
+NAMES = get_args(WeightingConfig.model_fields["name"].annotation)
 # A program in the place of the launcher: the score depends on the method, the weights and the seed.
 TRAINING = """
 import json, pathlib, sys
@@ -75,6 +78,14 @@ def test_methods_weightings_and_tuned(tmp_path: Path, recipe: str) -> None:
     assert "best of 3 trials with seed 1 by the same dev rows" in table
     assert (tmp_path / "out" / "compare.svg").read_text().count("pcgrad") == 1
     assert "tuned: weights one" in table and "0.6250 ± 0.0071" in (tmp_path / "out" / "compare.html").read_text()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "fixed"])
+def test_a_weighting_has_a_gradient_method_that_it_works_with(name: str) -> None:
+    settings = settings_of(name)
+    assert settings["gradient.method"] == ("equal" if name in ("gradnorm", "excess_mtl") else "sum")
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    check_weighting(load_recipe("demo", overrides))
 
 
 def test_a_failed_method_is_counted_and_finished_runs_are_kept(tmp_path: Path, recipe: str) -> None:

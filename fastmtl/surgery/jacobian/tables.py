@@ -18,6 +18,12 @@ class TakesTables(Protocol):
     def add_table(self, key: int, gram: Tensor) -> None: ...
 
 
+class TakesRows(Protocol):
+    """Receiver of the T gradients of each table, by the table's id: pairs from `coalesce`."""
+
+    def take_table(self, key: int, tasks: Sequence[Rows]) -> None: ...
+
+
 class Tables:
     """T task gradients of each of `tables` [V, d], each a list of pairs (ids [k], rows [k, d]).
 
@@ -36,11 +42,11 @@ class Tables:
         """Return the pairs of one task's gradient of a table."""
         return self._rows[id(table)][task] if id(table) in self._rows else []
 
-    def gramian(self, device: torch.device, each: TakesTables | None = None) -> Tensor:
+    def gramian(self, device: torch.device, each: TakesTables | None = None, rows: TakesRows | None = None) -> Tensor:
         """Return the sum of all tables' Gramians, float32 [T, T].
 
         The rows of all `ranks` are gathered before, so each of these ranks returns the same. each:
-        receives the Gramian of each table.
+        receives the Gramian of each table. rows: receives the gathered rows of each table.
         """
         total = torch.zeros(self._num_tasks, self._num_tasks, device=device)
         shapes = [whole_shape(table) for table in self._tables]
@@ -51,6 +57,8 @@ class Tables:
             total += part
             if each is not None:
                 each.add_table(id(table), part)
+            if rows is not None:
+                rows.take_table(id(table), tasks)
         return total
 
     def merged(self, weights: Tensor) -> dict[int, Tensor]:

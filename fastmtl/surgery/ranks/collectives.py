@@ -45,6 +45,13 @@ def gather_over_ranks(value: _Value) -> list[_Value]:
     return gathered
 
 
+def all_gather(value: Tensor) -> list[Tensor]:
+    """Return the tensors of all ranks, which have one shape, in the ranks' order."""
+    found = [torch.empty_like(value) for _ in range(world_size())]
+    dist.all_gather(found, value)
+    return found
+
+
 def union_over_ranks(values: set[_Value]) -> set[_Value]:
     """Return the union of the ranks' sets of small objects. The host waits for all ranks."""
     return set().union(*gather_over_ranks(values))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmtl.measure.ranges import profile_range
 from fastmtl.surgery.jacobian.compact_rows import Rows, coalesce, is_first
-from fastmtl.surgery.ranks.collectives import column_pieces, start_scatter, sum_over_ranks, world_size
+from fastmtl.surgery.ranks.collectives import all_gather, column_pieces, start_scatter, sum_over_ranks, world_size
 
 
 class Together:
@@ -53,7 +53,7 @@ class Together:
         firsts = [is_first(ids) for tasks in tables for ids, _ in tasks]
         sizes = torch.stack([first.sum() for first in firsts])
         with profile_range("communication"):
-            of_ranks = torch.stack(_all_gather(sizes)).tolist()
+            of_ranks = torch.stack(all_gather(sizes)).tolist()
             found, begin = [], 0
             for tasks, shape in zip(tables, shapes, strict=True):
                 of_table = slice(begin, begin + len(tasks))
@@ -83,16 +83,10 @@ def _gather_rows(tasks: Sequence[Rows], sizes: Sequence[Sequence[int]]) -> list[
 
     def gathered(mine: Sequence[Tensor]) -> list[Tensor]:
         joined = torch.cat(list(mine))
-        return _all_gather(torch.cat([joined, joined.new_zeros(longest - len(joined), *joined.shape[1:])]))
+        return all_gather(torch.cat([joined, joined.new_zeros(longest - len(joined), *joined.shape[1:])]))
 
     ids, rows = map(gathered, zip(*tasks, strict=True))
     return [
         list(zip(rank_ids[: sum(counts)].split(counts), rank_rows[: sum(counts)].split(counts), strict=True))
         for rank_ids, rank_rows, counts in zip(ids, rows, sizes, strict=True)
     ]
-
-
-def _all_gather(value: Tensor) -> list[Tensor]:
-    found = [torch.empty_like(value) for _ in range(world_size())]
-    dist.all_gather(found, value)
-    return found

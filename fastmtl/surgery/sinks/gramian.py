@@ -17,9 +17,10 @@ class GramianSink(GramianSource):
     """Sink that computes G of a step without storing J.
 
     accumulates: True if a step has several micro-batches. Their task gradients add up before G, so
-    this rank keeps its share of J's columns until `gramian`. If False, a weight's task gradients go
-    into G and are dropped as soon as the last use of the weight has delivered. There must then be
-    only one forward until `clear`, and `forward_done` between it and its backward.
+    this rank keeps its share of J's columns until `clear`. With `balance` it always does. If False,
+    a weight's task gradients go into G and are dropped as soon as the last use of the weight has
+    delivered. There must then be only one forward until `clear`, and `forward_done` between it and
+    its backward.
     tasks_of_pass: numbers of the tasks to which the gradients of a backward belong; None: all. Only
     these are sent to other ranks. Needs `accumulates`.
     """
@@ -42,8 +43,8 @@ class GramianSink(GramianSource):
 
     @contextmanager
     def armed(self, device: torch.device, *, accumulates: bool = True) -> Iterator[None]:
-        self.accumulates = accumulates
-        self._uses.counting = not accumulates and self._sketch is None
+        self.accumulates = accumulates or self.balance is not None
+        self._uses.counting = not self.accumulates and self._sketch is None
         with super().armed(device):
             yield
 
@@ -81,6 +82,8 @@ class GramianSink(GramianSource):
         total = torch.zeros(self.num_tasks, self.num_tasks, device=self.anchor.device)
         for key, share in self._shares.items():
             self._add_part(total, key, gramian(share))
+            if self.balance is not None:
+                self.balance.take((key,), share)
         for key, part in self._parts.items():
             self._add_part(total, key, part)
         for key, held in self._uses.held.items():  # other uses never deliver: no loss depends on them

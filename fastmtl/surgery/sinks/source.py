@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastmtl.surgery.balance import Balance
 from fastmtl.surgery.jacobian.compact_rows import Rows
 from fastmtl.surgery.jacobian.sketch import CountSketch
 from fastmtl.surgery.jacobian.tables import Tables
@@ -25,6 +26,7 @@ class GramianSource(Sink):
     G is estimated; None for the exact G.
 
     layers: receives the Gramians of layers from `gramian`, None for a step that measures none.
+    balance: receives J's columns from `gramian`, if there is one; G must then be exact.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class GramianSource(Sink):
         self._sketch_size = sketch_size
         self._sketch: CountSketch | None = None
         self.layers: LayerGramians | None = None
+        self.balance: Balance | None = None
 
     @property
     def sketches(self) -> bool:
@@ -94,7 +97,7 @@ class GramianSource(Sink):
 
         total: Gramian of this rank's share of the dense parameters.
         """
-        found = self._ranks.total(total) + self._tables.gramian(total.device, self.layers)
+        found = self._ranks.total(total) + self._tables.gramian(total.device, self.layers, self.balance)
         if self.layers is not None:
             self.layers.finish(self._ranks)
         return found

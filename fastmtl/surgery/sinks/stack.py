@@ -191,6 +191,8 @@ class StackSink(MergingSink):
         if jacobian is not None:
             columns = jacobian.complete() if self.early is None else self.early.shares()
             total += gramian(columns)
+            if self.balance is not None and self.dense:
+                self.balance.take(tuple(map(id, self.dense)), columns)
             if self.layers is not None:
                 spans = list(jacobian.spans().items())
                 self.layers.add_columns(columns, self._ranks.spans_of_share(spans, *jacobian.buffer.shape))

@@ -203,7 +203,10 @@ class StepRunner:
             raise UserError("cuda_graphs: verify_every compares only steps that are not recorded: give one of them")
         if self._watcher is not None:
             raise UserError("cuda_graphs: diagnose measures only steps that are not recorded: call its stop() before")
-        if method is not None:  # a sum has nothing to record
+        if self.parts.solver.balance is not None:
+            self.not_recorded = ["balance needs the columns of J before the weights are known"]
+            log.warning("gradient surgery falls back to eager execution: %s", self.not_recorded[0])
+        elif method is not None:  # a sum has nothing to record
             target = self.parts.target
             self._recorded, self.not_recorded = record(self._sink, method, target, self._settings.storage)
 
@@ -233,11 +236,14 @@ class StepRunner:
         parts = self.parts
         if features:
             checks.check_features_watched(watched=self._watcher is not None)
+            checks.check_features_balanced(balanced=parts.solver.balance is not None)
         if not self._settings.plain:  # in a plain sum, autograd decides which parameters get a gradient
             parts.target.check_trained()
         parts.target.begin()
         of_step = checks.check_task_weights(weights or {}, parts.tasks, "weights")
         parts.solver.next_step()
+        if parts.solver.balance is not None:
+            parts.solver.balance.begin(parts.target.loss_scale())
         if isinstance(self._sink, GramianSource):
             self._sink.layers = self._layers_to_measure()
         return Step(

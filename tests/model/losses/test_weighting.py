@@ -14,12 +14,14 @@ from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.errors import UserError
 from fastmtl.model.losses.weighting import (
     DynamicWeightAverage,
+    ExcessMTL,
     Famo,
     GradNorm,
     ImpartialScale,
     RandomWeights,
     SmoothTchebycheff,
     Uncertainty,
+    gradient_weights,
 )
 from fastmtl.model.losses.weighting.batch_weights import weighted
 from fastmtl.model.multitask import MultiTaskModel
@@ -188,3 +190,13 @@ def test_gradnorm_needs_the_norms(make_model: MakeModel) -> None:
     with pytest.raises(UserError, match="gradnorm needs the norms.*gradient.method: equal"):
         make_model(weighting={"name": "gradnorm"})
     assert make_model(weighting={"name": "gradnorm"}, gradient={"method": "equal"}) is not None
+
+
+def test_excess_mtl_needs_exact_task_gradients(make_model: MakeModel) -> None:
+    with pytest.raises(UserError, match="excess_mtl needs the tasks' gradients of shared.*gradient.method: equal"):
+        make_model(weighting={"name": "excess_mtl"})
+    for given in ({"storage": "kept"}, {"reduce": "sketch"}, {"reduce": "local"}):
+        with pytest.raises(UserError, match="excess_mtl needs the tasks' gradients of all ranks"):
+            make_model(weighting={"name": "excess_mtl"}, gradient={"method": "pcgrad", **given})
+    model = make_model(weighting={"name": "excess_mtl", "step_size": 0.5}, gradient={"method": "pcgrad"})
+    assert isinstance(gradient_weights(model.recipe), ExcessMTL)
