@@ -12,18 +12,15 @@ import argparse
 import asyncio
 import json
 import os
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+
+from fastmtl.measure.server_process import ServerProcess, free_port
 
 TASKS = {
     "sentiment": {"type": "classification", "num_labels": 5, "pooling": "mean", "data": {}},
@@ -71,32 +68,6 @@ def save_models(folder: Path) -> None:
         load_tokenizer(recipe.encoder).save_pretrained(folder / name)
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-@contextmanager
-def server(command: list[str], port: int) -> Iterator[None]:
-    import httpx
-
-    process = subprocess.Popen(command)
-    try:
-        for _ in range(600):
-            try:
-                httpx.get(f"http://127.0.0.1:{port}/health")
-                break
-            except httpx.TransportError:
-                if process.poll() is not None:
-                    raise SystemExit(f"the server ended: {command}") from None
-                time.sleep(0.1)
-        yield
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-
-
 def texts(number: int) -> list[str]:
     """Return short sentences, 6 to 20 words, from the words of the demo corpus."""
     from fastmtl.data.corpus import demo_directory
@@ -106,7 +77,7 @@ def texts(number: int) -> list[str]:
     return [found[index % len(found)] for index in range(number)]
 
 
-async def load(port: int, requests: int, clients: int) -> tuple[float, list[float]]:
+async def load(url: str, requests: int, clients: int) -> tuple[float, list[float]]:
     """Send the requests from `clients` connections; return requests/s and the seconds of each."""
     import httpx
 
@@ -118,7 +89,7 @@ async def load(port: int, requests: int, clients: int) -> tuple[float, list[floa
             for text in waiting:
                 begun = time.perf_counter()
                 body = {"texts": [text]}
-                answer = await http.post(f"http://127.0.0.1:{port}/predict", json=body)
+                answer = await http.post(f"{url}/predict", json=body)
                 seconds.append(time.perf_counter() - begun)
                 assert answer.status_code == 200 and len(answer.json()["predictions"]) == 3, answer.text
 
@@ -145,10 +116,10 @@ def main() -> None:
                 port = free_port()
                 own = [*fastmtl, str(folder / kind), "--port", str(port)]
                 other = [sys.executable, str(folder / "pipelines.py"), name, str(port)]
-                with server(other if kind == "pipelines" else own, port):
-                    asyncio.run(load(port, given.clients, given.clients))  # warm up
+                with ServerProcess(other if kind == "pipelines" else own, port) as server:
+                    asyncio.run(load(server.url, given.clients, given.clients))  # warm up
                     number = given.requests if kind != "pipelines" else max(given.clients, given.requests // 4)
-                    rate, seconds = asyncio.run(load(port, number, given.clients))
+                    rate, seconds = asyncio.run(load(server.url, number, given.clients))
                 rates.setdefault(kind, []).append(rate)
                 times.setdefault(kind, []).extend(seconds)
     base = statistics.median(rates["pipelines"])

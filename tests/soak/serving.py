@@ -11,7 +11,6 @@ import asyncio
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,8 @@ import httpx
 import numpy as np
 from saved_models import SENTENCES, save_random_model
 from tiny_bert import save_tiny_bert
+
+from fastmtl.measure.server_process import ServerProcess, free_port
 
 TASKS: dict[str, dict[str, Any]] = {
     "tone": {"type": "classification", "num_labels": 3, "pooling": "mean", "data": {}},
@@ -38,31 +39,14 @@ def resident(process: int) -> float:
     return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
 
 
-class Server:
-    """`fastmtl serve` in a process of its own, on a free port."""
-
-    def __init__(self, model: Path) -> None:
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-c", "from fastmtl.cli import main; main()", "serve", str(model)]
-        self.process = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL)
-        for _ in range(600):
-            try:
-                httpx.get(f"{self.url}/health")
-                return
-            except httpx.TransportError:
-                assert self.process.poll() is None, "the server ended at its start"
-                time.sleep(0.1)
-
-    def stop(self) -> int:
-        """Send SIGTERM; return the exit status."""
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+def start(model: Path) -> ServerProcess:
+    """Start `fastmtl serve` on a free port."""
+    port = free_port()
+    command = [sys.executable, "-c", "from fastmtl.cli import main; main()", "serve", str(model)]
+    return ServerProcess([*command, "--port", str(port)], port)
 
 
-async def load(server: Server, requests: int, clients: int) -> list[float]:
+async def load(server: ServerProcess, requests: int, clients: int) -> list[float]:
     """Send requests from many clients and check every answer; return the seconds of each."""
     waiting = iter(range(requests))
     seconds: list[float] = []
@@ -84,7 +68,7 @@ async def load(server: Server, requests: int, clients: int) -> list[float]:
     return seconds
 
 
-async def stop_under_load(server: Server, clients: int) -> tuple[int, int]:
+async def stop_under_load(server: ServerProcess, clients: int) -> tuple[int, int]:
     """Send SIGTERM while clients send; return the numbers of answers and of closed connections."""
     answered = refused = 0
 
@@ -110,7 +94,7 @@ async def stop_under_load(server: Server, clients: int) -> tuple[int, int]:
     return answered, refused
 
 
-def fuzz(server: Server, bodies: int) -> int:
+def fuzz(server: ServerProcess, bodies: int) -> int:
     """Send bodies of schemathesis; return their number. Fails after an answer of 500 or more."""
     program = shutil.which("schemathesis")
     if program is None:
@@ -134,18 +118,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fastmtl-serving-") as name:
         folder = Path(name)
         model = save_random_model(folder / "model", save_tiny_bert(folder / "bert"), TASKS, adapter={"name": "none"})
-        server = Server(model)
-        asyncio.run(load(server, min(1000, given.requests), given.clients))
-        before = resident(server.process.pid)
-        begun = time.perf_counter()
-        seconds = asyncio.run(load(server, given.requests, given.clients))
-        rate = given.requests / (time.perf_counter() - begun)
-        grown = resident(server.process.pid) - before
-        assert len(seconds) == given.requests, "requests were lost"
-        assert grown < FLAT, f"the memory grew by {grown:.1f} MiB"
-        sent = fuzz(server, given.bodies) - given.requests - min(1000, given.requests)
-        answered, refused = asyncio.run(stop_under_load(server, given.clients))
-        assert answered and server.process.wait(60) in (0, -signal.SIGTERM)
+        with start(model) as server:
+            asyncio.run(load(server, min(1000, given.requests), given.clients))
+            before = resident(server.process.pid)
+            begun = time.perf_counter()
+            seconds = asyncio.run(load(server, given.requests, given.clients))
+            rate = given.requests / (time.perf_counter() - begun)
+            grown = resident(server.process.pid) - before
+            assert len(seconds) == given.requests, "requests were lost"
+            assert grown < FLAT, f"the memory grew by {grown:.1f} MiB"
+            sent = fuzz(server, given.bodies) - given.requests - min(1000, given.requests)
+            answered, refused = asyncio.run(stop_under_load(server, given.clients))
+            assert answered and server.process.wait(60) in (0, -signal.SIGTERM)
         p50, p99 = 1e3 * np.percentile(seconds, [50, 99])
     print(
         json.dumps(
