@@ -43,5 +43,8 @@ class Padding:
         return self.pad(torch.ones_like(self.places), 0)
 
     def unpad(self, hidden: Tensor) -> Tensor:
-        """Return the rows [N, d] of the tokens in padded hidden states [B, L, d]."""
+        """Return the rows [N, d] of the tokens in padded hidden states [B, L, d].
+
+        fastmtl_kernels.texts.to_rows would compute the places once more, on the device.
+        """
         return hidden.flatten(0, 1).index_select(0, self.places)
