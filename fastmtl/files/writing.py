@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from fastmtl.errors import TrainingError
 
@@ -18,18 +19,32 @@ _OF_SAFETENSORS = re.compile(r"\(os error (\d+)\)")
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write text to a file in UTF-8, atomically.
+    """Write text to a file in UTF-8 as `replacing` does."""
+    with replacing(path) as file:
+        file.write(text)
 
-    A reader sees the old or the new text, never a part, even if the process is killed. Devices and
-    pipes are written directly, and a link stays a link. Raises OSError.
+
+@contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """Open a file for UTF-8 text that takes the place of the old one at the end of the block.
+
+    A reader sees the old or the new text, never a part, even if the process is killed. After an
+    error in the block the old text stays. Devices and pipes are written directly, and a link stays
+    a link. Line ends are written as they are. Raises OSError.
     """
     if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
+        with path.open("w", encoding="utf-8", newline="") as file:
+            yield file
         return
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, target)
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from fastmtl.config import TaskConfig
 from fastmtl.errors import UserError
-from fastmtl.files.writing import replace_text
+from fastmtl.files.writing import replacing
 from fastmtl.inference.scores import Scores
 from fastmtl.inference.types import INFERENCE_TYPES
 from fastmtl.inference.types.single import texts
@@ -28,12 +30,11 @@ def write_table(path: Path, task: TaskConfig, scores: Scores) -> None:
     docs/tasks.md gives the columns of each task type. Raises UserError if the file cannot be
     written.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     header, lines = INFERENCE_TYPES[task.type].table(task, scores)
-    writer.writerow(header)
-    writer.writerows(lines)
-    _write(path, text.getvalue())
+    with _writing(path) as file:  # line by line: the text of a large file does not fit into memory
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(lines)
 
 
 def write_cs224n(path: Path, task: TaskConfig, scores: Scores) -> None:
@@ -45,9 +46,10 @@ def write_cs224n(path: Path, task: TaskConfig, scores: Scores) -> None:
     if task.type not in CS224N_COLUMN:
         raise UserError(f"the format cs224n has no tasks of type {task.type}: use the format table")
     ids = scores.dataset.ids
-    lines = [f"id \t {CS224N_COLUMN[task.type]} \n"]
-    lines.extend(f"{row_id} , {value} \n" for row_id, value in zip(ids, texts(task, scores.scores), strict=True))
-    _write(path, "".join(lines))
+    lines = (f"{row_id} , {value} \n" for row_id, value in zip(ids, texts(task, scores.scores), strict=True))
+    with _writing(path) as file:
+        file.write(f"id \t {CS224N_COLUMN[task.type]} \n")
+        file.writelines(lines)
 
 
 def write_squad(path: Path, task: TaskConfig, scores: Scores) -> None:
@@ -61,11 +63,15 @@ def write_squad(path: Path, task: TaskConfig, scores: Scores) -> None:
     answers = {row_id: answer for row_id, answer, *_ in INFERENCE_TYPES[task.type].table(task, scores)[1]}
     if len(answers) < len(scores.rows):
         raise UserError(f"{scores.rows.path}: several questions have the same id: use the format table")
-    _write(path, json.dumps(answers, ensure_ascii=False, indent=0) + "\n")
+    with _writing(path) as file:
+        json.dump(answers, file, ensure_ascii=False, indent=0)
+        file.write("\n")
 
 
-def _write(path: Path, text: str) -> None:
+@contextmanager
+def _writing(path: Path) -> Iterator[TextIO]:
     try:
-        replace_text(path, text)
+        with replacing(path) as file:
+            yield file
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None

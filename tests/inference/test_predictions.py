@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from scored import scored
 from fastmtl.config import TaskConfig
 from fastmtl.errors import UserError
 from fastmtl.inference.predictions import write_cs224n, write_table
+from fastmtl.inference.types import INFERENCE_TYPES
 
 NAMED = TaskConfig.model_validate({"type": "classification", "label_names": ["bad", "so, so"], "data": {}})
 CLASSES = TaskConfig.model_validate({"type": "classification", "num_labels": 3, "data": {}})
@@ -42,6 +45,28 @@ def test_table_survives_names_and_ids_with_commas_and_quotes(tmp_path: Path) -> 
     path = tmp_path / "out.csv"
     write_table(path, NAMED, scored(np.array([[0.2, 0.8]]), ids=['a "b", c']))
     assert read(path) == [{"id": 'a "b", c', "predicted": "so, so", "p_bad": "0.200000", "p_so, so": "0.800000"}]
+
+
+def test_a_table_is_written_line_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "out.csv"
+    path.write_text("old")
+    written: list[int] = []
+
+    def lines(fails: bool) -> Iterator[list[str]]:
+        for number in range(3000):
+            yield [str(number), "x" * 100]
+            written.append((tmp_path / ".out.csv.tmp").stat().st_size)
+        if fails:
+            raise RuntimeError("the scores are broken")
+
+    monkeypatch.setitem(INFERENCE_TYPES, "binary", SimpleNamespace(table=lambda *_: (["id", "text"], lines(True))))
+    with pytest.raises(RuntimeError, match="the scores are broken"):
+        write_table(path, BINARY, scored(np.array([0.5])))
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["out.csv"]
+    assert 0 < written[1500] < written[-1] < 3000 * 110
+    monkeypatch.setitem(INFERENCE_TYPES, "binary", SimpleNamespace(table=lambda *_: (["id", "text"], lines(False))))
+    write_table(path, BINARY, scored(np.array([0.5])))
+    assert len(path.read_text().splitlines()) == 3001
 
 
 def test_cs224n_lines(tmp_path: Path) -> None:
