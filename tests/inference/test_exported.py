@@ -18,7 +18,7 @@ from fastmtl.errors import UserError
 from fastmtl.inference.exported import onnx
 from fastmtl.inference.exported.compare import OpenGraph, largest_difference
 from fastmtl.inference.exported.write import export_model
-from fastmtl.inference.predict import Predictor
+from fastmtl.inference.predict import Predictor, evaluate_split
 from fastmtl.model.padded import PaddedModel
 
 ALL_TASKS = {**TASKS, **MORE_TASKS}
@@ -126,7 +126,8 @@ def test_graphs_run_with_onnxruntime_alone(exported: tuple[Path, Path, Path, lis
 def test_all_task_types_in_one_graph(exported: tuple[Path, Path, Path, list[str]]) -> None:
     source, folder, programs, lines = exported
     predictor = fastmtl.load(source, device="cpu")
-    inputs = list(json.loads((folder / "export.json").read_text())["graphs"]["model.onnx"]["inputs"])
+    about = json.loads((folder / "export.json").read_text())
+    inputs = list(about["graphs"]["model.onnx"]["inputs"])
     graph = OpenGraph(onnx.open_graph(folder / "model.onnx"), inputs)
     for name in predictor.recipe.task_names:
         assert 0 < largest_difference(predictor, name, graph) < 1e-5
@@ -137,10 +138,11 @@ def test_all_task_types_in_one_graph(exported: tuple[Path, Path, Path, list[str]
     )
     assert outputs["words.logits"].shape == (2, 11, 3) and outputs["order.logits"].shape == (1, 1)
     assert (folder / "model.int8.onnx").stat().st_size < (folder / "model.onnx").stat().st_size
-    assert [line.split()[:2] for line in lines if line.startswith(("task", "tone"))] == [
-        ["task", "metric"],
-        ["tone", "accuracy"],
-    ]
+    assert about["graphs"]["model.onnx"]["int8"] == "model.int8.onnx"
+    expected = evaluate_split(predictor, "dev", None, ["tone"]).metrics["tone"]["accuracy"]
+    table = [line.split() for line in lines if line.startswith(("task", "tone"))]
+    assert table[0] == ["task", "metric", "float32", "int8", "loss"]
+    assert table[1][:3] == ["tone", "accuracy", f"{expected:.4f}"]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +181,19 @@ def test_refused_models(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.Mon
         export_model(lstm, torch_dir=tmp_path / "out")
     with pytest.raises(UserError, match="--merge-adapters: the model has no LoRA to merge"):
         export_model(plain, torch_dir=tmp_path / "out", merge_adapters=True)
+    lines = list[str]()
+    with monkeypatch.context() as patched:
+        patched.setattr(onnx, "check_libraries", lambda: None)
+        with pytest.raises(UserError, match="no such file"):
+            export_model(plain, onnx_dir=tmp_path / "out", int8=True, data_dir=tmp_path)
+        patched.setattr(torch.export, "export", None)
+        with pytest.raises(UserError, match="torch.export cannot trace BertModel"):
+            export_model(plain, onnx_dir=tmp_path / "out", int8=True, say=lines.append)
+    assert lines[0].startswith("no dev rows were found, so the loss of int8 is not measured: ")
     monkeypatch.setattr(onnx, "find_spec", lambda name: None if name == "onnxscript" else object())
     with pytest.raises(UserError, match=r"--onnx needs onnxscript: pip install 'fastmtl-torch\[onnx\]'"):
         export_model(plain, onnx_dir=tmp_path / "out")
+    with pytest.raises(UserError, match=r"model\.pt2: its results for the task tone differ"):
+        monkeypatch.setattr("fastmtl.inference.exported.write.largest_difference", lambda *_: float("nan"))
+        export_model(plain, torch_dir=tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))

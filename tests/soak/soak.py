@@ -35,6 +35,7 @@ PARTS: dict[str, tuple[list[str], list[str]]] = {
     "sharded": (["sharded.py"], []),
     "examples": (["examples.py"], ["--alone"]),
     "serving": (["serving.py"], ["--requests", "1000", "--bodies", "100"]),
+    "exported": (["exported.py"], ["--quick"]),
     "steps": (["steps.py"], ["--steps", "200"]),
     "demo tasks": (["demo_tasks.py"], ["--steps", "5"]),
     "notebook": (["notebook.py"], ["--steps", "3"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fastmtl.config import TaskConfig
@@ -15,19 +16,19 @@ FORMAT = 1
 FILE = "export.json"
 
 
-def metadata(
-    predictor: Predictor,
-    graphs: Mapping[str, Sequence[str]],
-    inputs: Mapping[str, Sequence[str]],
-    int8: Mapping[str, str],
-) -> dict[str, Any]:
-    """Return the contents of export.json.
+@dataclass(frozen=True)
+class Graph:
+    """A graph in a file. tasks, inputs: names. int8: the file of its int8 version, or None."""
 
-    graphs: {file: names of its tasks}. inputs: {file: names of its inputs}. int8: {file: file of
-    the same graph in int8}.
-    """
+    tasks: Sequence[str]
+    inputs: Sequence[str]
+    int8: str | None = None
+
+
+def metadata(predictor: Predictor, graphs: Mapping[str, Graph]) -> dict[str, Any]:
+    """Return the contents of export.json. graphs: {file: its graph}."""
     encoder, recipe = predictor.model.encoder, predictor.recipe
-    files = {task: file for file, tasks in graphs.items() for task in tasks}
+    files = {task: file for file, graph in graphs.items() for task in graph.tasks}
     return {
         "format": FORMAT,
         "fastmtl": __version__,
@@ -36,23 +37,23 @@ def metadata(
         "padding": {"side": "right", "token_id": padding_id(predictor)},
         "graphs": {
             file: {
-                **({"int8": int8[file]} if file in int8 else {}),
-                "inputs": {name: _input(name) for name in inputs[file]},
+                **({} if graph.int8 is None else {"int8": graph.int8}),
+                "inputs": {name: _input(name) for name in graph.inputs},
                 "outputs": {
                     f"{task}.{output}": values
-                    for task in graphs[file]
+                    for task in graph.tasks
                     for output, values in outputs_of(recipe.tasks[task]).items()
                 },
             }
-            for file in graphs
+            for file, graph in graphs.items()
         },
         "tasks": {name: _task(predictor, name, files[name]) for name in recipe.task_names},
     }
 
 
 def padding_id(predictor: Predictor) -> int:
-    """Return the id of the token for padding; 0 if the tokenizer has none."""
-    return predictor.tokenizer.pad_token_id or 0
+    """Return the id of the encoder's token for padding; 0 if it has none."""
+    return getattr(predictor.model.encoder.config, "pad_token_id", None) or 0
 
 
 def outputs_of(task: TaskConfig) -> dict[str, dict[str, Any]]:

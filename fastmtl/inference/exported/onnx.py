@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +12,7 @@ from torch.export import ExportedProgram
 
 from fastmtl.errors import UserError
 from fastmtl.inference.exported.feeds import Run
-from fastmtl.inference.exported.program import PAIRS, TEXTS, TOKENS, output_names
+from fastmtl.inference.exported.program import PAIRS, TEXTS, TOKENS, first_line, output_names, quiet
 
 OPSET = 20
 
@@ -30,20 +27,24 @@ def check_libraries() -> None:
 def write_graph(program: ExportedProgram, inputs: Sequence[str], path: Path) -> None:
     """Write a program as an ONNX graph with its weights. inputs: names, in the program's order.
 
-    A graph of more than 2 GB has its weights in a second file, path + ".data".
+    A graph of more than 2 GB has its weights in a second file, path + ".data". Raises UserError for
+    a program that torch.onnx cannot convert.
     """
     texts = {0: TEXTS, 1: TOKENS}
-    with _quiet():
-        graph = torch.onnx.export(
-            program,
-            (),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=list(inputs),
-            output_names=output_names(program),
-            dynamic_shapes={name: {0: PAIRS} if name == "pairs" else texts for name in inputs},
-            verbose=False,
-        )
+    with quiet():
+        try:
+            graph = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(inputs),
+                output_names=output_names(program),
+                dynamic_shapes={name: {0: PAIRS} if name == "pairs" else texts for name in inputs},
+                verbose=False,
+            )
+        except Exception as error:  # of many kinds
+            raise UserError(f"torch.onnx cannot convert {path.stem}: {first_line(error)}") from error
         assert graph is not None
         graph.save(path)
 
@@ -73,18 +74,5 @@ def quantize(source: Path, target: Path) -> None:
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with _quiet():
+    with quiet():
         quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Drop warnings and log lines of torch.onnx and onnxruntime in the block."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 
 import torch
 from torch import Tensor
@@ -37,8 +41,7 @@ def trace(model: PaddedModel, max_length: int) -> ExportedProgram:
     dims = {name: {0: rows, 1: columns} for name in given} | {"pairs": {0: Dim(PAIRS, min=0)}}
     module = model.eval().requires_grad_(False)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), quiet():
             return torch.export.export(
                 module,
                 (),
@@ -48,8 +51,27 @@ def trace(model: PaddedModel, max_length: int) -> ExportedProgram:
             )
     except Exception as error:  # torch.export raises errors of many kinds
         name = type(model.encoder.module).__name__
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"torch.export cannot trace {name} of transformers: {first}") from error
+        raise UserError(f"torch.export cannot trace {name} of transformers: {first_line(error)}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Drop what torch.export, torch.onnx and onnxruntime warn, log and print in the block.
+
+    torch.export prints the graph so far to stderr before it raises an error.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def output_names(program: ExportedProgram) -> list[str]:

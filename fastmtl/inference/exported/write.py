@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from fastmtl.data.rows import Rows
 from fastmtl.errors import UserError
 from fastmtl.files.writing import writing
 from fastmtl.inference.exported import onnx
 from fastmtl.inference.exported.compare import OpenGraph, dev_metrics, largest_difference
-from fastmtl.inference.exported.metadata import FILE, metadata, padding_id
+from fastmtl.inference.exported.metadata import FILE, Graph, metadata, padding_id
 from fastmtl.inference.exported.program import open_program, trace
 from fastmtl.inference.predict import Predictor, load, split_rows
 from fastmtl.model.heads.embed import Recurrent
@@ -56,47 +59,43 @@ def export_model(
         raise UserError("--int8 quantises ONNX graphs: add --onnx DIR")
     predictor = load(source, "cpu")
     _check(predictor, merge_adapters=merge_adapters)
+    rows = _dev_rows(predictor, data_dir, say) if int8 else {}
     names, once = predictor.recipe.task_names, predictor.model.runs_encoder_once
     groups = {"model": names} if once and not per_task else {name: [name] for name in names}
-    targets = [target for target in (onnx_dir, torch_dir) if target is not None]
-    new = {target: _begin(target, predictor) for target in targets}
-    written: dict[Path, dict[str, list[str]]] = {target: {} for target in targets}
-    inputs: dict[str, list[str]] = {}
     floats: dict[str, OpenGraph] = {}
     smaller: dict[str, OpenGraph] = {}
-    quantized_files: dict[str, str] = {}
-    for stem, tasks in groups.items():
-        model = PaddedModel(predictor.model, tasks, merge_lora=merge_adapters)
-        program = trace(model, predictor.model.encoder.max_length)
-        if torch_dir is not None:
-            path = new[torch_dir] / f"{stem}.pt2"
-            with writing(path):
-                torch.export.save(program, path)
-            _compared(predictor, tasks, OpenGraph(open_program(torch.export.load(path)), model.inputs), path, say)
-            written[torch_dir][path.name], inputs[path.name] = tasks, model.inputs
-        if onnx_dir is not None:
-            path = new[onnx_dir] / f"{stem}.onnx"
-            with writing(path):
-                onnx.write_graph(program, model.inputs, path)
-            graph = OpenGraph(onnx.open_graph(path), model.inputs)
-            _compared(predictor, tasks, graph, path, say)
-            written[onnx_dir][path.name], inputs[path.name] = tasks, model.inputs
-            floats |= dict.fromkeys(tasks, graph)
-            if int8:
-                quantized = path.with_suffix(".int8.onnx")
-                with writing(quantized):
-                    onnx.quantize(path, quantized)
-                smaller |= dict.fromkeys(tasks, OpenGraph(onnx.open_graph(quantized), model.inputs))
-                quantized_files[path.name] = quantized.name
-                say(f"{quantized.name}: {_size(quantized)}")
-    for target, folder in new.items():
-        values = metadata(predictor, written[target], inputs, quantized_files)
-        (folder / FILE).write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        if target.exists():
-            target.rmdir()
-        folder.rename(target)
-    if int8:
-        _say_loss(predictor, floats, smaller, data_dir, say)
+    with ExitStack() as stack:
+        onnx_folder, torch_folder = (
+            None if target is None else stack.enter_context(_new_folder(target, predictor))
+            for target in (onnx_dir, torch_dir)
+        )
+        for stem, tasks in groups.items():
+            model = PaddedModel(predictor.model, tasks, merge_lora=merge_adapters)
+            program = trace(model, predictor.model.encoder.max_length)
+            if torch_folder is not None:
+                path = torch_folder.path / f"{stem}.pt2"
+                with writing(path):
+                    torch.export.save(program, path)
+                _compared(predictor, tasks, OpenGraph(open_program(torch.export.load(path)), model.inputs), path, say)
+                torch_folder.graphs[path.name] = Graph(tasks, model.inputs)
+            if onnx_folder is not None:
+                path = onnx_folder.path / f"{stem}.onnx"
+                with writing(path):
+                    onnx.write_graph(program, model.inputs, path)
+                graph = OpenGraph(onnx.open_graph(path), model.inputs)
+                _compared(predictor, tasks, graph, path, say)
+                floats |= dict.fromkeys(tasks, graph)
+                quantized = path.with_suffix(".int8.onnx") if int8 else None
+                if quantized is not None:
+                    with writing(quantized):
+                        onnx.quantize(path, quantized)
+                    say(f"{quantized.name}: {_size(quantized)}")
+                    smaller |= dict.fromkeys(tasks, OpenGraph(onnx.open_graph(quantized), model.inputs))
+                onnx_folder.graphs[path.name] = Graph(
+                    tasks, model.inputs, None if quantized is None else quantized.name
+                )
+    if rows:
+        _say_loss(predictor, rows, floats, smaller, say)
 
 
 def _check(predictor: Predictor, *, merge_adapters: bool) -> None:
@@ -117,18 +116,39 @@ def _check(predictor: Predictor, *, merge_adapters: bool) -> None:
         raise UserError("--merge-adapters: the model has no LoRA to merge: leave it out")
 
 
-def _begin(target: Path, predictor: Predictor) -> Path:
-    """Return a new folder beside `target` with the tokenizer."""
-    folder = target.with_name(f".{target.name}.new")
-    shutil.rmtree(folder, ignore_errors=True)
-    with writing(folder):
-        folder.mkdir(parents=True)
-        tokenizer = predictor.tokenizer
-        backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
-        backend.enable_truncation(max_length=predictor.model.encoder.max_length, strategy="longest_first")
-        backend.enable_padding(pad_id=padding_id(predictor), pad_token=tokenizer.pad_token or "", direction="right")
-        backend.save(str(folder / "tokenizer.json"))
-    return folder
+@dataclass(frozen=True)
+class _Folder:
+    """A folder that is being written. graphs: {file: its graph}."""
+
+    path: Path
+    graphs: dict[str, Graph] = field(default_factory=dict)
+
+
+@contextmanager
+def _new_folder(target: Path, predictor: Predictor) -> Iterator[_Folder]:
+    """Yield a folder beside `target` with the tokenizer, which gets export.json and then its name.
+
+    It is removed if the block raises an error.
+    """
+    folder = _Folder(target.with_name(f".{target.name}.new"))
+    shutil.rmtree(folder.path, ignore_errors=True)
+    try:
+        with writing(folder.path):
+            folder.path.mkdir(parents=True)
+            tokenizer = predictor.tokenizer
+            backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+            backend.enable_truncation(max_length=predictor.model.encoder.max_length, strategy="longest_first")
+            backend.enable_padding(pad_id=padding_id(predictor), pad_token=tokenizer.pad_token or "", direction="right")
+            backend.save(str(folder.path / "tokenizer.json"))
+        yield folder
+        with writing(target):
+            text = json.dumps(metadata(predictor, folder.graphs), indent=1, ensure_ascii=False)
+            (folder.path / FILE).write_text(text + "\n", encoding="utf-8")
+            if target.exists():
+                target.rmdir()
+            folder.path.rename(target)
+    finally:
+        shutil.rmtree(folder.path, ignore_errors=True)
 
 
 def _compared(predictor: Predictor, tasks: list[str], graph: OpenGraph, path: Path, say: Callable[[str], None]) -> None:
@@ -151,23 +171,31 @@ def _size(path: Path) -> str:
     return f"{size / 1e6:.1f} MB"
 
 
-def _say_loss(
-    predictor: Predictor,
-    floats: dict[str, OpenGraph],
-    smaller: dict[str, OpenGraph],
-    data_dir: Path | None,
-    say: Callable[[str], None],
-) -> None:
-    """Say the dev scores of the graphs in float32 and int8, and the loss."""
+def _dev_rows(predictor: Predictor, data_dir: Path | None, say: Callable[[str], None]) -> dict[str, Rows]:
+    """Return {task: dev rows} of the recipe, {} if its files are not there.
+
+    Raises UserError if the files are not in a folder that the user has named.
+    """
     try:
         rows, notes = split_rows(predictor, "dev", data_dir, None)
     except UserError as error:
         if data_dir is not None:
             raise
         say(f"no dev rows were found, so the loss of int8 is not measured: {error}")
-        return
+        return {}
     for note in notes:
         say(note)
+    return rows
+
+
+def _say_loss(
+    predictor: Predictor,
+    rows: dict[str, Rows],
+    floats: dict[str, OpenGraph],
+    smaller: dict[str, OpenGraph],
+    say: Callable[[str], None],
+) -> None:
+    """Say the dev scores of the graphs in float32 and int8, and the loss."""
     before, after = (dev_metrics(predictor, graphs, rows) for graphs in (floats, smaller))
     say(f"{'task':<20} {'metric':<12} {'float32':>8} {'int8':>8} {'loss':>8}")
     for name in rows:

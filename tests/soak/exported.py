@@ -1,0 +1,92 @@
+"""`fastmtl export` with onnxruntime and torch.export on small random models.
+
+All adapters, LoRAs and tops with all task types on BERT, and every encoder without adapters, with a
+PAL and with a LoRA of each task. Results differ from `predict` by at most 1e-5, where a difference
+is divided by the largest value if this is above 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from encoder_families import FAMILY_CASES, save_encoder_of
+from other_encoders import save_other
+from saved_models import MORE_TASKS, TASKS, save_random_model
+from tiny_bert import save_tiny_bert
+from tiny_tokenizers import save_tokenizer
+
+from fastmtl.inference.exported.write import export_model
+
+BOUND = 1e-5
+BI = {**TASKS["near"], "pooling": "mean"}
+NONE = {"name": "none"}
+OTHER_HEADS: dict[str, dict[str, Any]] = {
+    "ordinal": {"type": "classification", "num_labels": 4, "loss": "ordinal", "pooling": "mean", "data": {}},
+    "score": {"type": "classification", "num_labels": 4, "loss": "mse", "pooling": "max", "data": {}},
+    "bins": {"type": "regression", "range": [0, 5], "loss": "cross_entropy", "data": {}},
+    "cosine": {**BI, "head": {"name": "cosine", "squash": "sigmoid"}},
+    "both": {**BI, "head": {"name": "linear_cosine", "projection": 8}},
+    "within": {**BI, "head": {"name": "mlp", "hidden": [8], "squash": "sigmoid"}},
+    "adjusted": {**TASKS["tone"], "head": {"adjustment": True}},
+    "tagged": {**MORE_TASKS["words"], "loss": "crf"},
+}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "none": {"adapter": NONE},
+    "pal": {"adapter": {"name": "pal", "size": 8, "heads": 2, "projections": 2, "activation": "gelu"}},
+    "low rank": {"adapter": {"name": "low_rank", "size": 4, "layers": [1], "activation": "relu"}},
+    "lora beside": {"adapter": {"name": "lora", "size": 4, "top": "layer"}},
+    "pal on top": {"adapter": {"name": "none", "top": "pal", "size": 8, "heads": 2}},
+    "shared lora": {"adapter": NONE, "lora": {"rank": 4}},
+    "own lora": {"adapter": NONE, "lora": {"rank": 4, "tasks": "own", "targets": "all-linear", "rslora": True}},
+    "pal and lora": {"adapter": {"name": "pal", "size": 8, "heads": 2}, "lora": {"rank": 4}},
+}
+
+
+def differences(model: Path, folder: Path, *, merge: bool = False) -> list[float]:
+    """Return the largest difference from `predict` of each graph and program of a model."""
+    lines: list[str] = []
+    export_model(model, onnx_dir=folder / "onnx", torch_dir=folder / "torch", merge_adapters=merge, say=lines.append)
+    return [float(found[1]) for line in lines if (found := re.search(r"difference from predict (\S+)$", line))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="BERT without adapters and one other encoder")
+    quick = parser.parse_args().quick
+    worst, graphs = 0.0, 0
+    with tempfile.TemporaryDirectory(prefix="fastmtl-soak-") as name:
+        directory = Path(name)
+        bert = save_tiny_bert(directory / "bert")
+        cases: list[tuple[str, Path, dict[str, dict], dict[str, Any]]] = []
+        for adapter, sections in list(ADAPTERS.items())[: 1 if quick else None]:
+            once = adapter in ("none", "shared lora")
+            few = {name: {**TASKS, **MORE_TASKS}[name] for name in ("tone", "near", "words")}
+            tasks = {**TASKS, **MORE_TASKS, **OTHER_HEADS} if once else few
+            cases.append((f"bert, {adapter}", bert, tasks, sections))
+        for family in list(FAMILY_CASES)[: 2 if quick else None]:
+            encoder = save_encoder_of(family, directory / family.replace(", ", "-"), vocab_size=340)
+            save_tokenizer("bytes", encoder)
+            for adapter in ("none",) if quick else ("none", "pal", "own lora"):
+                tasks = {"near": BI} if adapter != "none" else {"near": BI, "words": MORE_TASKS["words"]}
+                cases.append((f"{family}, {adapter}", encoder, tasks, ADAPTERS[adapter]))
+        for other in () if quick else ("convbert", "squeezebert", "megatron", "t5"):
+            encoder = save_other(other, directory / other)
+            cases.append((other, encoder, {"near": BI}, {"adapter": NONE, "encoder": {"max_length": 24}}))
+        for number, (case, encoder, tasks, sections) in enumerate(cases):
+            model = save_random_model(directory / f"model{number}", encoder, tasks, **sections)
+            for merge in (False, True) if "lora" in sections and sections["adapter"] == NONE else (False,):
+                found = differences(model, directory / f"out{number}{merge}", merge=merge)
+                print(f"{case}{' merged' * merge}: {max(found):.1e}", file=sys.stderr, flush=True)
+                assert max(found) <= BOUND, f"{case}, merged {merge}: results differ by {max(found):.1e}"
+                worst, graphs = max(worst, *found), graphs + len(found)
+    print(json.dumps({"models": len(cases), "graphs and programs": graphs, "largest difference": worst}))
+
+
+if __name__ == "__main__":
+    main()
