@@ -79,6 +79,7 @@ def test_overrides_are_yaml_and_reach_nested_and_absent_sections(tmp_path: Path)
         ({"tasks": TASKS, "engine": {"zero": 5}}, "engine.zero: "),
         ({"tasks": TASKS, "train": {"epochs": 0}}, "train.epochs: "),
         ({"tasks": TASKS, "encoder": {"checkpointing": True}}, "encoder: checkpointing is now recompute: none, cheap"),
+        ({"tasks": TASKS, "encoder": {"cuda_graphs": True}}, "encoder: cuda_graphs is now a setting of the section"),
         ({"tasks": TASKS, "encoder": {"recompute": "yes"}}, "encoder.recompute: Input should be 'none', 'cheap' or"),
         ({"tasks": {"a": {"type": "regression", "data": {}}}}, "a regression task needs range"),
         ({"tasks": {"a": {"type": "classification", "data": {}}}}, "needs num_labels"),

@@ -44,23 +44,18 @@ def main(folder: Path) -> None:
 def build_sdist(scratch: Path) -> Path:
     """Build the sdist in `scratch` and return it; fail if it lacks files of the checkout."""
     tree = scratch / "tree"
-    for path in checkout_files(ROOT, ROOT):
-        copy = tree / path.relative_to(ROOT)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, copy)
+    files = [path.relative_to(ROOT) for path in checkout_files(ROOT, ROOT)]
+    for file in files:
+        (tree / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, tree / file)
     python("build", "--sdist", "--no-isolation", f"--outdir={scratch}", str(tree))
     (sdist,) = scratch.glob("*.tar.gz")
-    if missing := absent(tree, sdist):
-        sys.exit(f"{sdist.name} lacks {', '.join(missing)}: name them in MANIFEST.in")
-    return sdist
-
-
-def absent(tree: Path, sdist: Path) -> list[str]:
-    """Return the files of `tree` that `sdist` lacks, except those of services and editors (.*)."""
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
-    files = [path.relative_to(tree).as_posix() for path in sorted(tree.rglob("*")) if path.is_file()]
-    return [file for file in files if file not in packed and not file.startswith((".", "fastmtl_torch.egg-info"))]
+    # Files and folders that begin with a dot are for services and editors.
+    if missing := [str(file) for file in files if not file.parts[0].startswith(".") and str(file) not in packed]:
+        sys.exit(f"{sdist.name} lacks {', '.join(missing)}: name them in MANIFEST.in")
+    return sdist
 
 
 def build_wheel(sdist: Path, scratch: Path) -> Path:

@@ -40,6 +40,8 @@ class EncoderConfig(Section):
         if isinstance(values, dict) and "checkpointing" in values:
             new = "full" if values["checkpointing"] else "none"
             raise ValueError(f"checkpointing is now recompute: none, cheap or full; write recompute: {new}")
+        if isinstance(values, dict) and "cuda_graphs" in values:
+            raise ValueError("cuda_graphs is now a setting of the section engine; write it there")
         return values
 
 

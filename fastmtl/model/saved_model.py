@@ -117,7 +117,16 @@ def read_about(directory: Path) -> tuple[Recipe, dict[str, Any]]:
         raise UserError(f"{path}: format {about.get('format')!r}, this version of fastmtl reads format {FORMAT}")
     if not isinstance(about.get("recipe"), dict):
         raise UserError(f"{path}: recipe is missing")
-    return parse_recipe(about["recipe"], str(path)), about
+    return parse_recipe(_without_former_settings(about["recipe"]), str(path)), about
+
+
+def _without_former_settings(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a saved recipe without the settings that version 0.1.0 knew for training only."""
+    encoder = recipe.get("encoder")
+    if not isinstance(encoder, dict):
+        return recipe
+    kept = {key: value for key, value in encoder.items() if key not in ("checkpointing", "cuda_graphs")}
+    return {**recipe, "encoder": kept}
 
 
 def load_model(directory: Path) -> tuple[MultiTaskModel, Recipe, PreTrainedTokenizerBase]:

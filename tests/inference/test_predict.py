@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -90,6 +91,15 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 def numbers(predictions: list[Prediction]) -> np.ndarray:
     return np.array([p.label if p.probabilities is None else p.probabilities for p in predictions], dtype=np.float64)
+
+
+def test_a_model_of_version_0_1_predicts_the_same(run_dir: Path, tmp_path: Path) -> None:
+    old = tmp_path / "model"
+    shutil.copytree(run_dir / "model", old)
+    about = json.loads((old / "fastmtl.json").read_text())
+    about["recipe"]["encoder"] |= {"checkpointing": False, "cuda_graphs": False}
+    (old / "fastmtl.json").write_text(json.dumps(about))
+    assert fastmtl.load(old).predict("sst", SENTENCES) == fastmtl.load(run_dir).predict("sst", SENTENCES)
 
 
 @pytest.mark.parametrize(("task", "texts"), [("sst", SENTENCES), ("para", PAIRS), ("sts", PAIRS)])
