@@ -24,7 +24,7 @@ from fastmtl.inference.all_tasks import score_together
 from fastmtl.inference.evaluation import score
 from fastmtl.inference.predictions import write_cs224n, write_squad, write_table
 from fastmtl.inference.scores import Scores
-from fastmtl.inference.selection import evaluate_scores, mean_score
+from fastmtl.inference.selection import evaluate_scores, mean_score, tuned_setting
 from fastmtl.inference.types import INFERENCE_TYPES
 from fastmtl.inference.types.multilabel import LabelsPrediction
 from fastmtl.inference.types.single import Prediction
@@ -108,8 +108,9 @@ class Predictor:
         if name not in self.recipe.tasks:
             raise unknown_name("task", name, self.recipe.task_names)
         config = self.recipe.tasks[name]
-        if config.multilabel.thresholds == "tuned":
-            raise UserError(f"task {name} has no thresholds yet: they are chosen when its training is evaluated")
+        tuned = tuned_setting(config)
+        if tuned is not None:
+            raise UserError(f"task {name} has no {tuned} yet: it is chosen when its training is evaluated")
         return config
 
     def _forward(self, batch: PackedBatch) -> dict[str, Tensor]:

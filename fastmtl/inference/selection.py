@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from fastmtl.inference.metrics import LOWER_IS_BETTER
 from fastmtl.inference.scores import Scores
 from fastmtl.inference.types import INFERENCE_TYPES
 from fastmtl.inference.types.multilabel import thresholds
+from fastmtl.inference.types.span import no_answer_threshold
 
 
 def metric_names(task: TaskConfig) -> tuple[str, ...]:
@@ -27,17 +28,32 @@ def evaluate_scores(task: TaskConfig, scores: Scores) -> dict[str, float]:
     return INFERENCE_TYPES[task.type].evaluate(task, scores)
 
 
+# The setting of a task type that may be "tuned", and the function that finds its value.
+_TUNABLE: dict[str, tuple[str, Callable[[TaskConfig, Scores], float | np.ndarray]]] = {
+    "multilabel": ("thresholds", thresholds),
+    "span": ("no_answer_threshold", no_answer_threshold),
+}
+
+
+def tuned_setting(task: TaskConfig) -> str | None:
+    """Return the setting whose value is "tuned", as `multilabel.thresholds`; None without one."""
+    key, _ = _TUNABLE.get(task.type, ("", None))
+    return f"{task.type}.{key}" if key and getattr(getattr(task, task.type), key) == "tuned" else None
+
+
 def with_thresholds(recipe: Recipe, scored: Mapping[str, Scores]) -> Recipe:
-    """Return the recipe with numbers for `multilabel.thresholds: tuned`, for a saved model.
+    """Return the recipe with numbers for settings that are "tuned", for a saved model.
 
     scored: {task: scores of its dev rows}; a task without scores keeps the word.
     """
     tasks = dict(recipe.tasks)
     for name, scores in scored.items():
-        if tasks[name].multilabel.thresholds == "tuned":
-            values = thresholds(tasks[name], scores).tolist()
-            section = tasks[name].multilabel.model_copy(update={"thresholds": values})
-            tasks[name] = tasks[name].model_copy(update={"multilabel": section})
+        task = tasks[name]
+        if tuned_setting(task) is not None:
+            key, find = _TUNABLE[task.type]
+            value = np.asarray(find(task, scores)).tolist()
+            section = getattr(task, task.type).model_copy(update={key: value})
+            tasks[name] = task.model_copy(update={task.type: section})
     return recipe.model_copy(update={"tasks": tasks})
 
 
@@ -47,10 +63,11 @@ def check_metrics(recipe: Recipe) -> None:
     The message names the key and the nearest valid name. Called before training.
     """
     for name, task in recipe.tasks.items():
-        if task.multilabel.thresholds == "tuned" and not recipe.data.has_dev(task.data):
+        tuned = tuned_setting(task)
+        if tuned is not None and not recipe.data.has_dev(task.data):
             raise UserError(
-                f"tasks.{name}.multilabel.thresholds: tuned needs dev rows: name a file as tasks.{name}.data.dev, or "
-                "set data.dev_fraction"
+                f"tasks.{name}.{tuned}: tuned needs dev rows: name a file as tasks.{name}.data.dev, or set "
+                "data.dev_fraction"
             )
         valid = [metric for metric in metric_names(task) if metric not in LOWER_IS_BETTER]
         if task.metric_name not in valid:

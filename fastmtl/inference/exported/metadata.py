@@ -116,6 +116,8 @@ def _task(predictor: Predictor, name: str, file: str) -> dict[str, Any]:
         found["range"] = list(task.range)
     if task.type == "multilabel":
         found["thresholds"] = task.multilabel.thresholds
+    if task.type == "span":
+        found["unanswerable"], found["no_answer_threshold"] = task.span.unanswerable, task.span.no_answer_threshold
     if task.type == "tokens":
         found["subwords"], found["scheme"] = task.tokens.subwords, task.tokens.scheme
     if "crf" in task.losses:

@@ -13,7 +13,7 @@ from fastmtl.data.rows import Rows
 from fastmtl.data.tokenized import TokenizedDataset
 from fastmtl.errors import UserError, quoted
 from fastmtl.inference.scores import Scores
-from fastmtl.inference.spans import best_spans
+from fastmtl.inference.spans import Spans, best_spans
 from fastmtl.inference.squad import compare
 from fastmtl.inference.types.single import check_unicode
 from fastmtl.inference.types.spec import InferenceType, Summary, Table
@@ -85,23 +85,71 @@ def _row_of(scores: Scores) -> np.ndarray:
     return row_of
 
 
-def _predicted(task: TaskConfig, scores: Scores) -> dict[int, SpanPrediction]:
-    """Return the prediction for each row that has windows, by its position in the file."""
+def _best(task: TaskConfig, scores: Scores) -> tuple[Spans, np.ndarray, list[str]]:
+    """Return the best answers of the rows that have windows, the scores of no answer, and texts.
+
+    Scores are -inf for a task without span.unanswerable. The texts are the answers' characters.
+    """
     table = scores.dataset.units
     assert table is not None
     assert table.spans is not None
     found = best_spans(scores.scores, table.offsets, table.spans, _row_of(scores), task.span.max_answer)
-    nothing = found.no_answer if task.span.unanswerable else np.full(len(found.rows), -np.inf)
-    total = np.logaddexp(found.total, nothing)
-    contexts, predicted = scores.rows.pair_texts, {}
+    contexts = scores.rows.pair_texts
     assert contexts is not None
-    parts = (found.rows, *found.spans.T, found.score, nothing, total)
-    for row, start, end, score, none, every in zip(*(part.tolist() for part in parts), strict=True):
+    texts = [
+        contexts[row][start:end] for row, (start, end) in zip(found.rows.tolist(), found.spans.tolist(), strict=True)
+    ]
+    return found, found.no_answer if task.span.unanswerable else np.full(len(texts), -np.inf), texts
+
+
+def no_answer_threshold(task: TaskConfig, scores: Scores) -> float:
+    """Return by how much the score of no answer exceeds the best answer's where it is predicted.
+
+    `tuned` gives the number with the largest mean F1 on these rows, of equally good numbers the one
+    nearest to 0. Raises UserError for `tuned` without right answers.
+    """
+    given, answers = task.span.no_answer_threshold, scores.rows.answers
+    if given != "tuned":
+        return given
+    if answers is None:
+        raise UserError(f"{scores.dataset.path}: there are no answers to evaluate against")
+    found, nothing, texts = _best(task, scores)
+    right = [[text for _, text in answers[row]] for row in found.rows.tolist()]
+    gains = np.array([compare(text.strip(), r)[1] - compare("", r)[1] for text, r in zip(texts, right, strict=True)])
+    return _tuned(nothing - found.score, gains)
+
+
+def _tuned(excess: np.ndarray, gains: np.ndarray) -> float:
+    """Return the threshold up to which answers have the largest sum of gains, nearest to 0.
+
+    excess: float [n], by how much the score of no answer exceeds an answer's. gains: float [n], of
+    answering instead of not. A threshold is 0, the middle between two neighbouring numbers, or 1
+    beyond all numbers.
+    """
+    finite = np.isfinite(excess)
+    order = np.argsort(excess[finite])
+    sorted_excess, sums = excess[finite][order], np.cumsum(np.append(0.0, gains[finite][order]))
+    if not len(order):
+        return 0.0
+    values = np.unique(sorted_excess)
+    middle = (values[1:] + values[:-1]) / 2
+    candidates = np.concatenate([[values[0] - 1, values[-1] + 1, 0.0], middle])
+    total = sums[np.searchsorted(sorted_excess, candidates, side="right")]
+    best = candidates[total >= total.max() - 1e-9]  # sums of equal gains differ by their rounding
+    return float(best[np.abs(best).argmin()])
+
+
+def _predicted(task: TaskConfig, scores: Scores) -> dict[int, SpanPrediction]:
+    """Return the prediction for each row that has windows, by its position in the file."""
+    found, nothing, texts = _best(task, scores)
+    threshold = no_answer_threshold(task, scores)
+    total, predicted = np.logaddexp(found.total, nothing), {}
+    parts = (found.rows, found.spans[:, 0], found.score, nothing, total)
+    for text, row, start, score, none, every in zip(texts, *(part.tolist() for part in parts), strict=True):
         p_none = float(np.exp(none - every)) if np.isfinite(none) else 0.0
-        text = contexts[row][start:end]
         start += len(text) - len(text.lstrip())  # byte-level tokens begin with their space
         text = text.strip()
-        if not text or none > score:
+        if not text or none - score > threshold:
             predicted[row] = SpanPrediction("", None, None, p_none, p_none)
         else:
             predicted[row] = SpanPrediction(text, start, start + len(text), float(np.exp(score - every)), p_none)

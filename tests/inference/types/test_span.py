@@ -6,21 +6,24 @@ import dataclasses
 import json
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from fastmtl.config import TaskConfig
+from fastmtl.config import Recipe, TaskConfig
 from fastmtl.data.rows import Rows
 from fastmtl.data.tokenized import TokenizedDataset, UnitTable
 from fastmtl.errors import UserError
 from fastmtl.inference.predictions import write_squad
 from fastmtl.inference.scores import Scores
+from fastmtl.inference.selection import check_metrics, with_thresholds
 from fastmtl.inference.spans import best_spans
 from fastmtl.inference.squad import compare
-from fastmtl.inference.types.span import SPAN, SpanPrediction
+from fastmtl.inference.types.span import SPAN, SpanPrediction, no_answer_threshold
 
 # (tokens of question and special tokens before, tokens of the context, special tokens after)
 SIZES = st.tuples(st.integers(1, 3), st.integers(0, 6), st.integers(0, 2))
@@ -79,9 +82,9 @@ def test_the_rules_of_squad(answer: str, right: list[str], exact: float, f1: flo
     assert compare(answer, right) == pytest.approx((exact, f1))
 
 
-def task(*, unanswerable: bool) -> TaskConfig:
-    span = {"unanswerable": unanswerable, "max_answer": 2}
-    return TaskConfig.model_validate({"type": "span", "span": span, "data": {}})
+def task(*, unanswerable: bool, **more: Any) -> TaskConfig:
+    span = {"unanswerable": unanswerable, "max_answer": 2, **more}
+    return TaskConfig.model_validate({"type": "span", "span": span, "data": {"train": "t.json", "dev": "d.json"}})
 
 
 CONTEXT = "Ann met  Bob"
@@ -149,6 +152,46 @@ def test_a_part_of_the_windows_gives_the_questions_that_are_there() -> None:
     assert [one.text for one in found] == ["", "met  Bob", "Ann met"]
     values = SPAN.evaluate(task(unanswerable=True), part)
     assert (values["exact"], values["has_answer_exact"], values["no_answer_exact"]) == pytest.approx((1 / 3, 0.5, 0))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_tuned_threshold_has_the_best_f1_and_is_saved(seed: int) -> None:
+    scores, config = scores_of(BEST), task(unanswerable=True, no_answer_threshold="tuned")
+    noise = 8 * np.random.default_rng(seed).normal(size=scores.scores.shape)
+    scores = Scores(scores.dataset, (scores.scores + noise).astype(np.float32))
+
+    def f1(threshold: float) -> float:
+        return SPAN.evaluate(task(unanswerable=True, no_answer_threshold=threshold), scores)["f1"]
+
+    grid = [f1(threshold) for threshold in np.linspace(-80, 80, 81)]
+    found = no_answer_threshold(config, scores)
+    assert SPAN.evaluate(config, scores)["f1"] == pytest.approx(max(grid)) == pytest.approx(f1(found))
+    assert f1(0) < max(grid) or found == 0  # of equally good numbers, that nearest to 0
+    saved = with_thresholds(Recipe(tasks={"where": config}), {"where": scores}).tasks["where"]
+    assert saved.span.no_answer_threshold == found
+    assert SPAN.predictions(saved, scores) == SPAN.predictions(config, scores)
+
+
+def test_larger_thresholds_answer_more() -> None:
+    texts = [
+        [one.text for one in SPAN.predictions(task(unanswerable=True, no_answer_threshold=value), scores_of(BEST))]
+        for value in (-100, 0, 100)
+    ]
+    assert texts[0] == [""] * 4 and texts[1].count("") == 1 and "" not in texts[2]
+
+
+def test_wrong_thresholds_name_what_is_wrong() -> None:
+    with pytest.raises(ValidationError, match="no_answer_threshold: tuned is for span.unanswerable: true"):
+        task(unanswerable=False, no_answer_threshold="tuned")
+    recipe = Recipe(tasks={"where": task(unanswerable=True, no_answer_threshold="tuned")})
+    check_metrics(recipe)
+    recipe.tasks["where"].data.dev = None
+    with pytest.raises(UserError, match="tasks.where.span.no_answer_threshold: tuned needs dev rows"):
+        check_metrics(recipe)
+    scores = scores_of(BEST)
+    without = dataclasses.replace(scores.dataset, rows=dataclasses.replace(scores.rows, answers=None))
+    with pytest.raises(UserError, match="there are no answers to evaluate against"):
+        no_answer_threshold(recipe.tasks["where"], Scores(without, scores.scores))
 
 
 def test_files_and_reports(tmp_path: Path) -> None:
