@@ -2,25 +2,30 @@
 
 All adapters, LoRAs and tops with all task types on BERT, and every encoder without adapters, with a
 PAL and with a LoRA of each task. Results differ from `predict` by at most 1e-5, where a difference
-is divided by the largest value if this is above 1.
+is divided by the largest value if this is above 1. The client of docs/export.md runs as it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import re
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from encoder_families import FAMILY_CASES, save_encoder_of
 from other_encoders import save_other
 from saved_models import MORE_TASKS, TASKS, save_random_model
 from tiny_bert import save_tiny_bert
 from tiny_tokenizers import save_tokenizer
+from transformers import AutoConfig, BertModel
 
+import fastmtl
 from fastmtl.inference.exported.write import export_model
 
 BOUND = 1e-5
@@ -55,6 +60,22 @@ def differences(model: Path, folder: Path, *, merge: bool = False) -> list[float
     return [float(found[1]) for line in lines if (found := re.search(r"difference from predict (\S+)$", line))]
 
 
+def check_client(directory: Path, bert: Path) -> None:
+    """Run the first Python block of docs/export.md, which prints the predictions of its texts."""
+    page = Path(__file__).parents[2] / "docs" / "export.md"
+    found = re.search(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    code = found[1]
+    model = save_random_model(directory / "model", bert, {"sentiment": TASKS["tone"]}, **ADAPTERS["pal"])
+    export_model(model, onnx_dir=directory / "graphs", say=lambda line: None)
+    done = subprocess.run([sys.executable, "-c", code], cwd=directory, capture_output=True, text=True)
+    assert done.returncode == 0, f"docs/export.md: its client fails: {done.stderr}"
+    texts = ast.literal_eval(re.search(r"^texts = (.*)$", code, re.MULTILINE)[1])
+    expected = [one.probabilities for one in fastmtl.load(model, device="cpu").predict("sentiment", texts)]
+    printed = [float(number) for number in re.findall(r"\d\.\d*", done.stdout)]
+    assert np.abs(np.array(expected).ravel() - printed).max() < 1e-4, f"docs/export.md: its client: {done.stdout}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="BERT without adapters and one other encoder")
@@ -69,6 +90,9 @@ def main() -> None:
             few = {name: {**TASKS, **MORE_TASKS}[name] for name in ("tone", "near", "words")}
             tasks = {**TASKS, **MORE_TASKS, **OTHER_HEADS} if once else few
             cases.append((f"bert, {adapter}", bert, tasks, sections))
+        pooled = save_tiny_bert(directory / "pooled")
+        BertModel(AutoConfig.from_pretrained(pooled)).save_pretrained(pooled)
+        cases.append(("bert, pooler", pooled, {"near": {**BI, "pooling": "pooler"}}, ADAPTERS["none"]))
         for family in list(FAMILY_CASES)[: 2 if quick else None]:
             encoder = save_encoder_of(family, directory / family.replace(", ", "-"), vocab_size=340)
             save_tokenizer("bytes", encoder)
@@ -78,6 +102,7 @@ def main() -> None:
         for other in () if quick else ("convbert", "squeezebert", "megatron", "t5"):
             encoder = save_other(other, directory / other)
             cases.append((other, encoder, {"near": BI}, {"adapter": NONE, "encoder": {"max_length": 24}}))
+        check_client(directory / "client", bert)
         for number, (case, encoder, tasks, sections) in enumerate(cases):
             model = save_random_model(directory / f"model{number}", encoder, tasks, **sections)
             for merge in (False, True) if "lora" in sections and sections["adapter"] == NONE else (False,):

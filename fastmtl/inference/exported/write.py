@@ -76,14 +76,14 @@ def export_model(
                 path = torch_folder.path / f"{stem}.pt2"
                 with writing(path):
                     torch.export.save(program, path)
-                _compared(predictor, tasks, OpenGraph(open_program(torch.export.load(path)), model.inputs), path, say)
+                check_same(predictor, tasks, OpenGraph(open_program(torch.export.load(path)), model.inputs), path, say)
                 torch_folder.graphs[path.name] = Graph(tasks, model.inputs)
             if onnx_folder is not None:
                 path = onnx_folder.path / f"{stem}.onnx"
                 with writing(path):
                     onnx.write_graph(program, model.inputs, path)
                 graph = OpenGraph(onnx.open_graph(path), model.inputs)
-                _compared(predictor, tasks, graph, path, say)
+                check_same(predictor, tasks, graph, path, say)
                 floats |= dict.fromkeys(tasks, graph)
                 quantized = path.with_suffix(".int8.onnx") if int8 else None
                 if quantized is not None:
@@ -151,7 +151,9 @@ def _new_folder(target: Path, predictor: Predictor) -> Iterator[_Folder]:
         shutil.rmtree(folder.path, ignore_errors=True)
 
 
-def _compared(predictor: Predictor, tasks: list[str], graph: OpenGraph, path: Path, say: Callable[[str], None]) -> None:
+def check_same(
+    predictor: Predictor, tasks: list[str], graph: OpenGraph, path: Path, say: Callable[[str], None]
+) -> None:
     """Say the size of a graph and its largest difference from the model.
 
     Raises UserError if the difference is more than rounding.
