@@ -1,7 +1,8 @@
-"""Metrics of rankings: nDCG@k, the reciprocal rank and recall@k.
+"""Metrics of rankings: nDCG@k, the reciprocal rank, recall@k and the average precision.
 
 Candidates with equal scores have no order: each metric is its mean over all orders of theirs, as
-in sklearn.metrics.ndcg_score.
+in sklearn.metrics.ndcg_score. Only the average precision counts them as one rank, the last of
+theirs, as sklearn.metrics.average_precision_score does.
 """
 
 from __future__ import annotations
@@ -42,6 +43,18 @@ class Ranked:
         """Return the share of relevant candidates, those with a grade above 0, in the first k."""
         relevant = (self._grades > 0).astype(np.float64)
         return _ratio(self._sum(self._shared(relevant) * (self._place < k)), self._sum(relevant))
+
+    def average_precision(self) -> np.ndarray:
+        """Return the mean of the precision at each relevant candidate of a group, float64 [n].
+
+        A relevant candidate has a grade above 0; the result is 0 for a group without one.
+        """
+        relevant = (self._grades > 0).astype(np.float64)
+        found = np.cumsum(relevant)
+        found -= np.repeat(found[self._starts] - relevant[self._starts], np.bincount(self._group))
+        last = np.append(self._tie_starts[1:], len(relevant)) - 1  # of each run of equal scores
+        precision = (found[last] / (self._place[last] + 1.0))[self._tie]
+        return _ratio(self._sum(relevant * precision), self._sum(relevant))
 
     def reciprocal_rank(self) -> np.ndarray:
         """Return 1 / (rank of the first relevant candidate) of each group, float64 [n], or 0."""

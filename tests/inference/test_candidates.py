@@ -66,7 +66,7 @@ def test_ranking() -> None:
     groups = [[0.1, 0.3, 0.2], [1.0, 2.0], [5.0], [0.0, -1.0]]
     scores = scores_of(RANKING, groups, [2, 0, 1, 0, 1, 3, 0, 0])
     dcg = (1 / np.log2(3)) / (2 + 1 / np.log2(3))  # of the first group at 2
-    expected = {"ndcg": (dcg + 2) / 3, "mrr": (1 / 2 + 2) / 3, "recall": (1 / 2 + 2) / 3}
+    expected = {"ndcg": (dcg + 2) / 3, "mrr": 2.5 / 3, "recall": 2.5 / 3, "map": (7 / 12 + 2) / 3}
     assert kind.evaluate(RANKING, scores) == pytest.approx(expected)  # the last group has no good candidate
     first = kind.predictions(RANKING, scores)[0]
     assert first == RankingPrediction((1, 2, 0), first.scores) and first.scores == pytest.approx((0.1, 0.3, 0.2))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import ndcg_score
+from sklearn.metrics import average_precision_score, ndcg_score
 
 from fastmtl.inference.ranks import Ranked
 
@@ -28,18 +28,19 @@ def over_orders(group: list[tuple[int, float]], value: Callable[[list[float]], f
 
 
 @given(st.lists(GROUP, min_size=1, max_size=4), st.integers(1, 4))
-def test_metrics_are_means_over_the_orders_of_equal_scores(groups: list[list[tuple[int, float]]], k: int) -> None:
+def test_metrics_over_the_orders_of_equal_scores(groups: list[list[tuple[int, float]]], k: int) -> None:
     found = ranked(groups)
     metrics = [
         found.ndcg(k, exponential=False),
         found.ndcg(k, exponential=True),
         found.recall(k),
         found.reciprocal_rank(),
+        found.average_precision(),
     ]
     for row, group in enumerate(groups):
         relevant = sum(grade > 0 for _, grade in group)
         gains = [np.array([grade for _, grade in group]), np.exp2([grade for _, grade in group]) - 1]
-        expected = [0.0, 0.0, 0.0, 0.0]
+        expected = [0.0, 0.0, 0.0, 0.0, 0.0]
         if relevant:
             if len(group) > 1:
                 scores = [[score for score, _ in group]]
@@ -50,6 +51,8 @@ def test_metrics_are_means_over_the_orders_of_equal_scores(groups: list[list[tup
             expected[3] = over_orders(
                 group, lambda grades: 1 / next(r for r, grade in enumerate(grades, 1) if grade > 0)
             )
+            pairs = np.array(group)
+            expected[4] = average_precision_score(pairs[:, 1] > 0, pairs[:, 0])
         np.testing.assert_allclose([metric[row] for metric in metrics], expected, rtol=1e-9)
 
 

@@ -32,7 +32,7 @@ class RankingPrediction:
 
 
 def metrics(task: TaskConfig) -> tuple[str, ...]:
-    return ("ndcg", "mrr", "recall")
+    return ("ndcg", "mrr", "recall", "map")
 
 
 def evaluate(task: TaskConfig, scores: Scores) -> dict[str, float]:
@@ -51,6 +51,7 @@ def _values(task: TaskConfig, scores: Scores) -> tuple[dict[str, np.ndarray], np
         "ndcg": ranked.ndcg(config.k, exponential=config.gains == "exponential"),
         "mrr": ranked.reciprocal_rank(),
         "recall": ranked.recall(config.k),
+        "map": ranked.average_precision(),
     }
     return values, np.maximum.reduceat(grades, scores.offsets[:-1]) > 0
 
