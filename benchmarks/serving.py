@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmtl.measure.server_process import ServerProcess, free_port
+from fastmtl.measure.server_process import ServerProcess
+from fastmtl.system.ports import free_port
 
 TASKS = {
     "sentiment": {"type": "classification", "num_labels": 5, "pooling": "mean", "data": {}},

@@ -6,7 +6,6 @@ import atexit
 import logging
 import os
 import signal
-import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch.distributed as dist
 
 from fastmtl.engine import extension_locks
 from fastmtl.errors import UserError
+from fastmtl.system import ports
 from fastmtl.system.launcher_variables import number, world_size
 
 T = TypeVar("T")
@@ -202,9 +202,8 @@ def _quiet() -> None:
 
 
 def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    """Return a free port as a launcher's argument (`fastmtl.system.ports`)."""
+    return str(ports.free_port())
 
 
 class StopFlag:

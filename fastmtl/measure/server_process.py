@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Sequence
@@ -12,13 +11,6 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 WAIT = 60  # seconds for the start, and for the end after SIGTERM
-
-
-def free_port() -> int:
-    """Return a port of this machine that no process uses now."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 class ServerProcess:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -122,7 +123,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[st
         result = settings.run / f"{name}.json"
         code = f"import json, os, sys, time\nout = open({str(result)!r}, 'w')\n{code}"
         needs = ("no_such_module",) if name == "needy" else ()
-        limit = 1 if name == "hangs" else 30
+        limit = 2 if name == "hangs" else 30
         return Part(name, name, ("-c", code), 3, limit, result, needs)
 
     monkeypatch.setattr(parts, "table", lambda settings: [part(*entry, settings) for entry in found.items()])
@@ -162,7 +163,7 @@ def test_no_part_costs_another_its_result(
     states = {name: (entry["state"], entry["why"]) for name, entry in result["parts"].items()}
     assert states == {
         "fails": ("failed", "exit status 1"),
-        "hangs": ("timed out", "killed at its limit of 1 s"),
+        "hangs": ("timed out", "killed at its limit of 2 s"),
         "crashes": ("failed", "killed by SIGABRT"),
         "silent": ("failed", "the part did not write silent.json"),
         "needy": ("left out", f"{sys.executable} has no no_such_module"),
@@ -187,11 +188,16 @@ def test_no_part_costs_another_its_result(
 
 @pytest.mark.slow
 def test_what_does_not_fit_into_the_seconds_is_named(
-    scripts: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    scripts: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scripts["first"] = "json.dump({'found': 1}, out); time.sleep(1.5)"
+    def clock() -> float:
+        """Return the time, an hour later once the first part has begun."""
+        return time.monotonic() + 3600 * (tmp_path / "run" / "first.json").exists()
+
+    scripts["first"] = "json.dump({'found': 1}, out)"
     scripts["second"] = "json.dump({'found': 2}, out)"
-    status, result = run(tmp_path, "--seconds", str(gpu_check.RESERVE_S + 4.4))
+    monkeypatch.setattr(gpu_check, "time", SimpleNamespace(monotonic=clock))
+    status, result = run(tmp_path, "--seconds", str(gpu_check.RESERVE_S + 600))
     assert status == 0 and "second" not in result and result["first"] == {"found": 1}
     why = result["parts"]["second"]["why"]
     assert why.startswith("--seconds leaves ") and why.endswith(" s, the part needs about 3 s")

@@ -222,6 +222,7 @@ def test_batches_follow_the_budget_and_the_deadline() -> None:
         await until_waiting(4, 1)
         with pytest.raises(Overloaded):
             await asyncio.gather(*(batcher.answer(["x"], ["any"]) for _ in range(8)))
+        await until_waiting(6, 1)
         model.free.set()
         assert await first == [3]
         assert [await one for one in others] == [[4], [6], [20], [2]]

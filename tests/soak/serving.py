@@ -23,7 +23,8 @@ import numpy as np
 from saved_models import SENTENCES, save_random_model
 from tiny_bert import save_tiny_bert
 
-from fastmtl.measure.server_process import ServerProcess, free_port
+from fastmtl.measure.server_process import ServerProcess
+from fastmtl.system.ports import free_port
 
 TASKS: dict[str, dict[str, Any]] = {
     "tone": {"type": "classification", "num_labels": 3, "pooling": "mean", "data": {}},

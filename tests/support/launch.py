@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -12,6 +13,12 @@ from fastmtl.engine.distributed import free_port
 def python_path() -> str:
     """Return a PYTHONPATH with everything that this process can import, tests/support included."""
     return os.pathsep.join(filter(None, sys.path))
+
+
+def children_seconds() -> float:
+    """Return the processor time of all child processes that have ended; other load does not count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def cpu_environment() -> dict[str, str]:

@@ -43,7 +43,8 @@ with (place / "metrics.jsonl").open("a") as file:
         mean = None if rate == 0.45 else rate + epoch / 100
         file.write(json.dumps({"step": epoch, "dev": {"one": {"accuracy": rate}}, "mean": mean}) + "\\n")
         file.flush()
-        time.sleep(PAUSE)
+        last_of_pruned = epoch == 3 and 0.05 < rate < 0.15
+        time.sleep(20 * PAUSE if last_of_pruned else PAUSE)
 (place / "results.json").write_text(json.dumps(
     {"dev": {"one": {"accuracy": rate}}, "mean": mean, "steps": 4, "seconds": 1.0}))
 """
@@ -106,7 +107,7 @@ def test_trials_with_low_scores_are_pruned_and_failures_are_told(tmp_path: Path,
     output = tmp_path / "sweep"
     rates = {"optimizer.lr": {"low": 0.001, "high": 0.7}}
     assert (
-        run_sweep(recipe, grid(tmp_path, rates), [], output, launcher(tmp_path, 0.1), Budget(10, parallel=2)) == FAILED
+        run_sweep(recipe, grid(tmp_path, rates), [], output, launcher(tmp_path, 0.05), Budget(10, parallel=2)) == FAILED
     )
     errors = [row["error"] for row in table(output)]
     assert any(error.startswith("pruned after") for error in errors)
@@ -190,7 +191,7 @@ def test_a_stop_leaves_running_trials_to_the_next_call(tmp_path: Path, recipe: s
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop).start()
-    assert run_sweep(recipe, file, [], output, launcher(tmp_path, 0.5), Budget(2)) == INTERRUPTED
+    assert run_sweep(recipe, file, [], output, launcher(tmp_path, 5.0), Budget(2)) == INTERRUPTED
     (begun,) = output.glob("points/*")
     assert not (begun / "results.json").exists()
     assert run_sweep(recipe, file, [], output, launcher(tmp_path), Budget(2)) == OK

@@ -16,7 +16,7 @@ from fastmtl.engine import distributed
 from fastmtl.errors import TrainingError, UserError
 from fastmtl.files.json_files import read_json
 from fastmtl.files.user_path import cache_path, user_path
-from fastmtl.inference.predictions import _write
+from fastmtl.inference.predictions import _writing
 from fastmtl.system.failures import explained
 from fastmtl.system.launcher_variables import is_first, number, world_size
 from fastmtl.tracking.metrics_file import read_metrics
@@ -141,11 +141,13 @@ def test_predictions_go_into_devices_and_through_links_and_replace_neither(tmp_p
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    _write(pipe, "rows")
+    with _writing(pipe) as file:
+        file.write("rows")
     assert os.read(reader, 100) == b"rows" and pipe.is_fifo()
     os.close(reader)
     (tmp_path / "link").symlink_to("there")
-    _write(tmp_path / "link", "rows")
+    with _writing(tmp_path / "link") as file:
+        file.write("rows")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "there").read_text() == "rows"
 
 

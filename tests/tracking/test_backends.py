@@ -97,6 +97,8 @@ def test_a_missing_library_is_named_before_the_run(monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match="tracking: wandb needs its library: pip install wandb"):
         check_tracking(recipe("wandb"))
     check_tracking(recipe())
+    with pytest.raises(UserError, match="tracking: wandb, wandb: name each library once"):
+        check_tracking(recipe("wandb", "wandb"))
 
 
 def test_a_run_goes_on_without_a_library_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

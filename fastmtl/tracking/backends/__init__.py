@@ -20,7 +20,9 @@ BACKENDS = {
 
 
 def check_tracking(recipe: Recipe) -> None:
-    """Raise UserError for a tracker whose library is not installed, before a run begins."""
+    """Raise UserError for a tracker that is named twice or whose library is not installed."""
+    if len(set(recipe.tracking)) < len(recipe.tracking):
+        raise UserError(f"tracking: {', '.join(recipe.tracking)}: name each library once")
     for name in recipe.tracking:
         _, _, package, distribution = BACKENDS[name]
         if find_spec(package) is None:
