@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Seed the generators before the fixtures of a test, so that a commit either passes or fails."""
+    """Seed the generators before the fixtures of a test: a commit either passes or fails."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

@@ -59,6 +59,6 @@ def find_method(name: str, reduction: Reduction = "sum", options: Mapping[str, A
 
 
 def unknown_method(what: str, name: str, known: Iterable[str]) -> UserError:
-    """Return the error for an unknown method, which may be one of TorchJD's that is not installed."""
+    """Return the error for an unknown method, which TorchJD may have if it is not installed."""
     error, reason = unknown_name(what, name, known), torchjd.unavailable_reason()
     return UserError(f"{error} ({reason})") if reason else error
