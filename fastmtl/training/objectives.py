@@ -20,13 +20,13 @@ from fastmtl.config import Recipe
 from fastmtl.data.corpus import Corpus
 from fastmtl.data.packed_batch import PackedBatch
 from fastmtl.data.tokenized import TokenizedDataset
+from fastmtl.errors import UserError
 from fastmtl.inference.scores import Scores
 from fastmtl.inference.selection import evaluate_scores
 from fastmtl.model.losses.cached_pairs import cache_pairs
 from fastmtl.model.losses.smart import Smart
 from fastmtl.model.losses.weighting import Famo, StepWeights, step_weights
 from fastmtl.model.multitask import MultiTaskModel
-from fastmtl.surgery.balance import SQUARES
 from fastmtl.surgery.info import SurgeryInfo
 from fastmtl.surgery.ranks.collectives import sum_over_ranks
 from fastmtl.training.average import WeightAverage
@@ -152,18 +152,26 @@ class Objectives:
         return {**taught, **{f"{EMA}{name}": tensor for name, tensor in averages.items()}}
 
     def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Take `state_dict` and `tensors` of a checkpoint.
+
+        Raises UserError if its run had other weights of the losses, no SMART or no average.
+        """
         if self._weights is not None:
-            self._weights.load_state_dict(state["weights"] if "weights" in state else state["average"])  # as in 0.1
+            with _saved(f"weighting.name: {self._recipe.weighting.name}"):
+                self._weights.load_state_dict(state["weights"] if "weights" in state else state["average"])  # as in 0.1
         if self._famo is not None:
-            self._famo.load_state_dict(state["famo"])
+            with _saved("weighting.name: famo"):
+                self._famo.load_state_dict(state["famo"])
         if self._smart is not None:
-            self._smart.scale.update(state["scale"])
-            if self._smart.teacher is not None:
-                taught = {name: tensor for name, tensor in tensors.items() if not name.startswith((EMA, SQUARES))}
-                self._smart.teacher.load_state_dict(taught)
+            with _saved("smart"):
+                self._smart.scale.update(state["scale"])
+                if self._smart.teacher is not None:
+                    names = self._smart.teacher.state_dict()
+                    self._smart.teacher.load_state_dict({name: tensors[name] for name in names})
         if self._average is not None:
             averages = {name: tensor for name, tensor in tensors.items() if name.startswith(EMA)}
-            self._average.load({name.removeprefix(EMA): tensor for name, tensor in averages.items()})
+            with _saved(f"train.ema: {self._recipe.train.ema}"):
+                self._average.load({name.removeprefix(EMA): tensor for name, tensor in averages.items()})
 
     def _losses_again(self) -> dict[str, float]:
         """Return {task: mean loss over all ranks} of the last step's rows with the present weights.
@@ -196,6 +204,18 @@ class Objectives:
             count = min(train.num_rows, rows.num_rows)
             samples.append(train.take(train.examples_of(np.arange(count) * train.num_rows // count)))
         return dataclasses.replace(self._corpus, dev=samples)
+
+
+@contextmanager
+def _saved(setting: str) -> Iterator[None]:
+    """Turn the KeyError for a state that a checkpoint lacks into a UserError about the setting."""
+    try:
+        yield
+    except KeyError:
+        raise UserError(
+            f"{setting}: the checkpoint has no state of it: keep the former setting, or start a new run from the saved "
+            "model"
+        ) from None
 
 
 def _listed(what: str, values: Mapping[str, float]) -> str:
