@@ -122,6 +122,8 @@ def _print(console: Console, title: str, header: Sequence[str], rows: Sequence[S
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*row)
+    if not console.is_terminal:  # a file or a pipe has no width that the table must keep
+        console = Console(width=console.measure(table, options=console.options.update(max_width=10_000)).maximum)
     console.print(table, markup=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -58,9 +59,11 @@ def compare(tmp_path: Path, recipe: str, methods: list[str], seeds: list[int], t
     return status, json.loads((tmp_path / "out" / "compare.json").read_text())["methods"]
 
 
-def test_methods_weightings_and_tuned(tmp_path: Path, recipe: str) -> None:
+def test_methods_weightings_and_tuned(tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, found = compare(tmp_path, recipe, ["sum", "tuned", "pcgrad", "famo", "gradnorm"], [1, 2], tuning=3)
     assert status == OK and list(found) == ["sum", "tuned", "pcgrad", "famo", "gradnorm"]
+    printed = capsys.readouterr().out
+    assert re.search(r"method +┃ one accuracy +┃ two accuracy +┃ mean ", printed)  # not in columns of a few letters
     assert found["sum"]["scores"]["mean"] == pytest.approx([0.52, 0.53])
     assert found["pcgrad"]["scores"]["mean"] == pytest.approx([0.62, 0.63])
     assert found["famo"]["scores"]["mean"] == pytest.approx([0.62, 0.63])  # 0.1 for a weighting
