@@ -24,14 +24,15 @@ from fastmtl.engine.distributed import Ranks, start
 from fastmtl.engine.gather import gathered_state_dict
 from fastmtl.surgery.ranks import collectives
 
-STAGES = ("zero0", "zero1", "zero2", "zero3", "zero1-flat", "zero2-excess-pieces")
+STAGES = ("zero0", "zero1", "zero2", "zero3", "zero1-flat")
+# Stages with weights that follow excess risks, whose sums of squares are divided among the ranks:
+# in ZeRO 2 those of all parameters together, in many pieces; in ZeRO 3 those of each parameter.
+EXCESS = {"zero2": "excess-pieces", "zero3": "excess"}
 
 
 def make_recipe(stage: str) -> Recipe:
     zero, _, variant = stage.removeprefix("zero").partition("-")
-    # In ZeRO 3 the sums of squares are divided by parameter, else all together.
-    case = steps.Case(int(zero), 1, "pcgrad", variant="excess" if stage == "zero3" else variant)
-    recipe = steps.make_recipe(case)
+    recipe = steps.make_recipe(steps.Case(int(zero), 1, "pcgrad", variant=EXCESS.get(stage, variant)))
     recipe.optimizer.name = "adamw"
     recipe.optimizer.lr = 1e-3
     recipe.schedule.name = "linear"
@@ -39,9 +40,9 @@ def make_recipe(stage: str) -> Recipe:
 
 
 def each(stages: Sequence[str]) -> Iterator[str]:
-    """Yield stages; for those whose names end in "pieces", J has many pieces until the next one."""
+    """Yield stages; J has many pieces until the next one in those with that variant."""
     for stage in stages:
-        bucket = steps.PIECE if stage.endswith("pieces") else collectives.BUCKET
+        bucket = steps.PIECE if EXCESS.get(stage, "").endswith("pieces") else collectives.BUCKET
         with mock.patch.object(collectives, "BUCKET", bucket):
             yield stage
 

@@ -24,8 +24,7 @@ from fastmtl.engine.manifest import Refused, read_manifest
 from fastmtl.errors import UserError
 
 WORKER = Path(__file__).with_name("checkpoint_cases.py")
-EXCESS = ("zero2-excess-pieces", "zero3")
-STAGES = ("zero1", "zero2", "zero3", "zero1-flat", "zero2-excess-pieces")  # which any number of ranks can resume
+STAGES = ("zero1", "zero2", "zero3", "zero1-flat")  # which any number of ranks can resume
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +69,7 @@ def test_another_number_of_ranks_goes_on(saved: Path, stage: str, savers: int) -
 
 
 @pytest.mark.slow(40)
-@pytest.mark.parametrize("stage", EXCESS)
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_sums_of_squares_are_whole_on_any_number_of_ranks(saved: Path, stage: str) -> None:
     one, two = (load_file(saved / f"{stage}-{n}" / "step-2" / "tensors.safetensors") for n in (1, 2))
     assert one.keys() == two.keys() and len(one) > 10 and all(name.startswith("squares.") for name in one)
