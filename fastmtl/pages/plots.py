@@ -37,6 +37,7 @@ def curves(
     *,
     name: str,
     ylabel: str,
+    xlabel: str = "optimiser step",
     smooth: bool = True,
     size: tuple[float, float] = SMALL,
     zero_line: bool = False,
@@ -45,7 +46,7 @@ def curves(
     markers: bool = False,
     first_color: int = 0,
 ) -> str:
-    """Return the SVG of curves over the optimiser step.
+    """Return the SVG of curves over the optimiser step, or over what `xlabel` names.
 
     series: {name of a curve: (steps, values)}, with None for a missing value. name: the plot's name
     for screen readers. smooth: draw the values faintly, and their moving average strongly.
@@ -63,7 +64,7 @@ def curves(
                 axes.plot(x, _moving_average(y), color=color, linewidth=1.7, label=label)
             else:
                 axes.plot(x, y, color=color, linewidth=1.7, marker="o" if markers else "", markersize=4, label=label)
-        axes.set_xlabel("optimiser step")
+        axes.set_xlabel(xlabel)
         axes.set_ylabel(plain(ylabel))
         if zero_line:
             axes.axhline(0, color=TEXT, linewidth=0.8, linestyle=(0, (4, 3)))

@@ -27,6 +27,7 @@ def write_page(directory: Path, results: Sequence[Result], importances: Mapping[
         {"mean dev score": (numbers, means), "best so far": (numbers, best)},
         name="scores of the trials",
         ylabel="mean dev score",
+        xlabel="trial",
         smooth=False,
         markers=True,
         size=plots.WIDE,
@@ -44,7 +45,9 @@ def write_page(directory: Path, results: Sequence[Result], importances: Mapping[
                 "best mean dev score": "–" if not best or best[-1] is None else f"{best[-1]:.4f}",
             }
         ),
-        page.section("Scores", "The x axis is the number of the trial.", [page.figure("Trials in order", history)]),
+        page.section(
+            "Scores", "Trials that are pruned or failed have no dot.", [page.figure("Trials in order", history)]
+        ),
         page.section(
             "Settings that matter",
             "The share of the variance of the scores that each setting explains (fANOVA of Optuna).",

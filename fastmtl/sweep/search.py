@@ -6,6 +6,7 @@ trial that a stop has interrupted continues from its checkpoint.
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 import subprocess
@@ -205,7 +206,8 @@ class Search:
         status = one.process.poll()
         means = evaluations(one.place)
         for number in range(one.reported, len(means)):
-            one.trial.report(means[number], number)
+            if math.isfinite(means[number]):
+                one.trial.report(means[number], number)
         one.reported = len(means)
         if status is None:
             one.pruned = one.pruned or (not self._stopped and one.trial.should_prune())

@@ -16,7 +16,7 @@ def python_path() -> str:
 
 
 def children_seconds() -> float:
-    """Return the processor time of the child processes that have ended, which load does not change."""
+    """Return the processor time of all child processes that have ended, in seconds."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

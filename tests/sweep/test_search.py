@@ -93,6 +93,7 @@ def test_a_search_ends_after_its_trials_and_goes_on_with_more(tmp_path: Path, re
     means = [float(row["mean"]) for row in rows if row["mean"]]
     assert means == sorted(means, reverse=True)
     page = (output / "sweep.html").read_text()
+    assert ">trial</text>" in page or "<!-- trial -->" in page
     assert "optimizer.lr" in page and "Settings that matter" in page
     with pytest.raises(UserError, match="has a search of engine.zero, optimizer.lr"):
         run_sweep(recipe, grid(tmp_path, {"seed": [1, 2]}), [], output, launcher(tmp_path), Budget(9))
