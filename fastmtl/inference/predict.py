@@ -122,11 +122,23 @@ def load(model_dir: str | Path, device: str | None = None) -> Predictor:
 
     model_dir: a `model/` directory, or the run's directory around it. device: a torch device;
     default: the first GPU if there is one, else the CPU. Raises UserError for a directory without a
-    model.
+    model, and for a device that torch does not find.
     """
+    chosen = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, recipe, tokenizer = load_model(model_directory(model_dir))
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Predictor(model, recipe, tokenizer, torch.device(chosen))
+    return Predictor(model, recipe, tokenizer, chosen)
+
+
+def _device(name: str) -> torch.device:
+    """Return a device that has taken a tensor."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has one for each case
+        found = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise UserError(f"device {name}: not usable here, choose {' or '.join(found)} ({reason})") from None
+    return device
 
 
 def evaluate_file(predictor: Predictor, task: str, file: Path) -> Evaluation:

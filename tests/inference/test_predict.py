@@ -156,6 +156,12 @@ def test_load_takes_the_run_directory_and_names_what_is_no_model(run_dir: Path, 
         fastmtl.load(tmp_path)
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_is_named(device: str, run_dir: Path) -> None:
+    with pytest.raises(UserError, match=f"device {device}: not usable here, choose cpu"):
+        fastmtl.load(run_dir, device)
+
+
 def test_evaluation_equals_the_metrics_of_the_predictions(predictor: Predictor, data: Path) -> None:
     result = evaluate_split(predictor, "dev", None, None)
     assert result.rows == {"sst": 4, "para": 3, "sts": 3}
