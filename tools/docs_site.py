@@ -35,7 +35,7 @@ NAV = {
     "Train": ["training", "models", "export", "serving", "multi-host", "papers", "reproductions"],
     "Plug in": ["surgery", "surgery-reference", "trainer", "accelerate", "lightning", "peft", "examples", "extending"],
     "Kernels": ["kernels", "compile-table", "compile-table-triton-3.6"],
-    "Measure": ["benchmarks", "profiling", "scale-out", "gpu-check"],
+    "Measure": ["does-it-pay", "benchmarks", "profiling", "scale-out", "gpu-check"],
     "Design": ["design", "design-deepspeed", "design-kernels", "design-cuda-graphs"],
     "Notes": ["notes/*"],
     "Project": ["contributing", "changelog", "security", "code-of-conduct"],
