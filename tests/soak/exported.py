@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import torch
 from encoder_families import FAMILY_CASES, save_encoder_of
 from other_encoders import save_other
@@ -62,6 +63,11 @@ def written(model: Path, folder: Path, *, merge: bool) -> list[float]:
     """Return the largest difference from `predict` of each graph and program of a model."""
     lines: list[str] = []
     export_model(model, onnx_dir=folder / "onnx", torch_dir=folder / "torch", merge_adapters=merge, say=lines.append)
+    for file, graph in json.loads((folder / "onnx" / "export.json").read_text(encoding="utf-8"))["graphs"].items():
+        session = onnxruntime.InferenceSession(folder / "onnx" / file)
+        shapes = {put.name: put.shape for put in (*session.get_inputs(), *session.get_outputs())}
+        told = {name: put["shape"] for name, put in (graph["inputs"] | graph["outputs"]).items()}
+        assert told == shapes, f"export.json has the shapes {told}, {file} has {shapes}"
     return [float(found[1]) for line in lines if (found := re.search(r"difference from predict (\S+)$", line))]
 
 
