@@ -54,12 +54,13 @@ def open_twin(predictor: Predictor, tasks: list[str], **options: bool) -> OpenGr
 )
 def test_padded_models_equal_packed_ones(sections: dict[str, Any], tiny_bert: Path, tmp_path: Path) -> None:
     predictor = fastmtl.load(save_random_model(tmp_path / "m", tiny_bert, ALL_TASKS, **sections), device="cpu")
+    predictor.model.double()  # large random weights would amplify rounding of float32
     names = predictor.recipe.task_names
     groups = [names] if predictor.model.runs_encoder_once else [[name] for name in names]
     for merge in (False, True) if "lora" in sections else (False,):
         for tasks in groups:
             twin = open_twin(predictor, tasks, merge_lora=merge)
-            assert max(largest_difference(predictor, name, twin) for name in tasks) < 1e-5
+            assert max(largest_difference(predictor, name, twin) for name in tasks) < 1e-10
 
 
 def test_a_difference_is_found(tiny_bert: Path, tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 Padded models in torch have all adapters, LoRAs and tops, all task types and heads, and every
 encoder. Graphs and programs are those of all heads, of a pair task with each adapter, and of every
-encoder with and without PALs. Results differ from `predict` by at most 1e-5, where a difference is
-divided by the largest value if this is above 1. The client of docs/export.md runs as it is.
+encoder with and without PALs. Results differ from `predict` by at most 1e-5, and those of padded
+models in float64 by 1e-10, where a difference is divided by the largest value if this is above 1.
+The client of docs/export.md runs as it is.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from fastmtl.inference.exported.compare import OpenGraph, largest_difference
 from fastmtl.inference.exported.write import export_model
 from fastmtl.model.padded import PaddedModel
 
-BOUND = 1e-5
+# Padded models are compared in float64, where large random weights do not amplify rounding.
+BOUNDS = {"padded models": 1e-10, "graphs and programs": 1e-5}
 BI = {**TASKS["near"], "pooling": "mean"}
 NONE = {"name": "none"}
 OTHER_HEADS: dict[str, dict[str, Any]] = {
@@ -72,8 +74,9 @@ def written(model: Path, folder: Path, *, merge: bool) -> list[float]:
 
 
 def padded(model: Path, *, merge: bool) -> list[float]:
-    """Return the largest difference from `predict` of the padded model of each task, in torch."""
+    """Return the largest difference from `predict` of the padded model of each task, in float64."""
     predictor = fastmtl.load(model, device="cpu")
+    predictor.model.double()
     found = []
     for name in predictor.recipe.task_names:
         twin = PaddedModel(predictor.model, [name], merge_lora=merge).eval()
@@ -116,13 +119,13 @@ def main() -> None:
                 else:
                     kind, found = "padded models", padded(model, merge=merge)
                 print(f"{kind}, {case}{' merged' * merge}: {max(found):.1e}", file=sys.stderr, flush=True)
-                assert max(found) <= BOUND, f"{kind}, {case}, merged {merge}: results differ by {max(found):.1e}"
+                assert max(found) <= BOUNDS[kind], f"{kind}, {case}, merged {merge}: results differ by {max(found):.1e}"
                 checks[kind] += found
     print(
         json.dumps(
             {
                 **{kind: len(found) for kind, found in checks.items()},
-                "largest difference": max(map(max, checks.values())),
+                **{f"largest difference of {kind}": max(found) for kind, found in checks.items()},
             }
         )
     )

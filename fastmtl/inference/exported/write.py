@@ -22,8 +22,9 @@ from fastmtl.inference.predict import Predictor, load, split_rows
 from fastmtl.model.heads.embed import Recurrent
 from fastmtl.model.padded import PaddedModel
 
-# A graph whose results differ by more is not written. Rounding gives about 1e-6.
-LARGEST_DIFFERENCE = 1e-4
+# A graph whose results differ by more is not written. Rounding gives about 1e-6 for trained models,
+# and at most 1e-4 for random ones with large weights.
+LARGEST_DIFFERENCE = 1e-3
 
 
 def export_model(
