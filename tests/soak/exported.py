@@ -55,9 +55,9 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "low rank": {"adapter": {"name": "low_rank", "size": 4, "layers": [1], "activation": "gelu"}},
     "lora beside": {"adapter": {"name": "lora", "size": 4, "top": "layer"}},
     "pal on top": {"adapter": {"name": "none", "top": "pal", "size": 8, "heads": 2}},
-    "shared lora": {"adapter": NONE, "lora": {"rank": 4}},
+    "shared lora": {"adapter": NONE, "lora": {"rank": 4, "targets": "all-linear"}},
     "own lora": {"adapter": NONE, "lora": {"rank": 4, "tasks": "own", "targets": "all-linear", "rslora": True}},
-    "pal and lora": {"adapter": {"name": "pal", "size": 8, "heads": 2}, "lora": {"rank": 4}},
+    "pal and lora": {"adapter": {"name": "pal", "size": 8, "heads": 2}, "lora": {"rank": 4, "targets": "all-linear"}},
 }
 
 
