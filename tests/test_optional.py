@@ -23,6 +23,7 @@ from fastmtl.surgery.methods import torchjd
 from fastmtl.surgery.methods.table import find_method
 from fastmtl.sweep.compare import Comparison, settings_of
 from fastmtl.sweep.search import check_optuna
+from fastmtl.system.extras import EXTRAS
 from fastmtl.tracking.backends import BACKENDS, check_tracking
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +80,19 @@ def test_install_commands_name_extras_of_this_package() -> None:
     }
     assert {"serve", "optuna", "torchjd", "data"} <= {extra for _, extra in named}
     assert not {(file, extra) for file, extra in named if extra not in extras}
+
+
+def test_the_doctor_knows_every_optional_library() -> None:
+    """The table has the libraries of each extra in pyproject.toml, and those of the trackers."""
+    tomllib = pytest.importorskip("tomllib")  # since Python 3.11
+    section = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra in EXTRAS:
+        if extra.name in section:
+            assert {re.split(r"[\[>]", each)[0] for each in section[extra.name]} == set(extra.libraries)
+        else:
+            assert BACKENDS[extra.name][3] == extra.command
+    tools = {"triton", "test", "bench", "release", "soak", "lint", "docs", "dev"}
+    assert {*section, *BACKENDS} - {extra.name for extra in EXTRAS} == {*tools, "tensorboard"}
 
 
 def recipe(*trackers: str) -> Recipe:

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from fastmtl.engine.fused_optimizers import deepspeed_unsupported_reason
 from fastmtl.system import nvidia_apex
+from fastmtl.system.extras import EXTRAS, version
 from fastmtl.version import __version__
 
 Status = Literal["ok", "missing", "broken"]
@@ -65,8 +66,8 @@ def diagnose() -> list[Finding]:
             *_guard("packages", "apex", _apex),
             *_guard("packages", "DeepSpeed's Adam", _deepspeed_adam),
             *_guard("packages", "minilm", _minilm),
-            *_guard("packages", "torchjd", lambda: _installed("torchjd", "needs pip install 'fastmtl-torch[torchjd]'")),
             *_guard("packages", "launcher", _launcher),
+            *_guard("optional", "extras", _extras),
         ]
     return findings
 
@@ -100,6 +101,16 @@ def _installed(name: str, advice: str = "not installed") -> list[tuple[str, Stat
         return [(name, "ok", importlib.metadata.version(name))]
     except importlib.metadata.PackageNotFoundError:
         return [(name, "missing", advice)]
+
+
+def _extras() -> list[tuple[str, Status, str]]:
+    found: list[tuple[str, Status, str]] = []
+    for extra in EXTRAS:
+        if extra.missing():
+            found.append((extra.name, "missing", f"for {extra.use}: pip install {extra.command}"))
+        else:
+            found.append((extra.name, "ok", ", ".join(f"{name} {version(name)}" for name in extra.libraries)))
+    return found
 
 
 def _try_import(name: str) -> str | None:

@@ -32,7 +32,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.slow
 def test_everything_is_diagnosed_on_this_machine() -> None:
     findings = doctor.diagnose()
-    assert {finding.section for finding in findings} == {"versions", "device", "kernels", "packages"}
+    assert {finding.section for finding in findings} == {"versions", "device", "kernels", "packages", "optional"}
     names = [finding.name for finding in findings]
     wanted = [
         "python",
@@ -48,6 +48,8 @@ def test_everything_is_diagnosed_on_this_machine() -> None:
         "C++ kernels",
         "CUDA kernels",
         "apex",
+        "serve",
+        "optuna",
     ]
     assert set(wanted) <= set(names)
     assert [finding for finding in findings if finding.required and finding.status != "ok"] == []
