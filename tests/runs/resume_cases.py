@@ -26,7 +26,7 @@ def recipe_of(directory: Path, bert: Path, schedule: str = "constant", **train_s
 def balanced_recipe(directory: Path, bert: Path, steps: int) -> Recipe:
     weighting = {"name": "excess_mtl", "step_size": 0.5, "warmup_steps": 1}
     more: dict[str, Any] = {"schedule": {"name": "constant", "warmup": 0}, "weighting": weighting}
-    return make_recipe(directory, bert, [], zero=2, train={"epochs": 1, "max_steps": steps}, **more)
+    return make_recipe(directory, bert, [], zero=2, train={"epochs": 1, "max_steps": steps, "ema": 0.5}, **more)
 
 
 def refusal(recipe: Recipe, output: Path, begin: Callable[..., object] = train) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from left_by_run import lasting, lines, same, weights
 from safetensors.torch import load_file
 from scripts import run_script
@@ -41,13 +42,18 @@ def test_a_longer_run_is_the_uninterrupted_one(runs: Path) -> None:
     assert not (in_parts / ".set-aside").exists()
 
 
-def test_weights_from_sums_of_squared_gradients_go_on(runs: Path) -> None:
+def test_weights_from_sums_of_squared_gradients_and_averaged_weights_go_on(runs: Path) -> None:
     parts, whole = runs / "balanced-parts", runs / "balanced"
     assert lasting(parts) == lasting(whole)
     for part in ("model", "adapters", "heads"):
         assert same(weights(parts, part), weights(whole, part))
     last = [run / "checkpoints" / "step-4" for run in (parts, whole)]
     assert same(*(load_file(path / "tensors.safetensors") for path in last))
+    averages = load_file(last[0] / "tensors.safetensors")
+    tasks = ["kind", "same", "degree"]
+    for name, weight in weights(parts, "heads").items():  # model/ has the average
+        task, _, rest = name.partition(".")
+        assert torch.equal(weight, averages[f"ema.heads.{tasks.index(task)}.{rest}"])
     states = [json.loads((path / "state.json").read_text())["surgery"]["balance"] for path in last]
     assert states[0] == states[1] and states[0]["steps"] == [4, 4, 4] and len(set(states[0]["logits"])) == 3
 
