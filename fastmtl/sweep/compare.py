@@ -16,7 +16,7 @@ from fastmtl.config import WeightingConfig, load_recipe
 from fastmtl.errors import UserError
 from fastmtl.recipes import yaml_reader
 from fastmtl.sweep.grid import Point
-from fastmtl.sweep.runs import INTERRUPTED, OK, Result, run_points
+from fastmtl.sweep.runs import INTERRUPTED, OK, Result, check_unchanged, run_points
 from fastmtl.sweep.search import Budget, Search, check_optuna
 from fastmtl.sweep.space import Space
 
@@ -55,7 +55,7 @@ class Comparison:
     say: Callable[[str], None]
 
     def check(self) -> None:
-        """Raise UserError for unknown or repeated methods, unfit settings, or no dev rows."""
+        """Raise UserError for unknown methods, unfit settings, no dev rows, or other former runs."""
         from fastmtl.training.phases import phases_of
 
         for given, what in ((self.methods, "method"), (self.seeds, "seed")):
@@ -69,6 +69,11 @@ class Comparison:
                 check_optuna()
             settings = {} if method == TUNED else settings_of(method)
             phases_of(Point.of(self.recipe, self.overrides, settings).recipe)
+            if method != TUNED:  # its points are known after the search, which compares recipes itself
+                check_unchanged(self.directory, self._points(settings))
+
+    def _points(self, settings: dict[str, Any]) -> list[Point]:
+        return [Point.of(self.recipe, self.overrides, {**settings, "seed": seed}) for seed in self.seeds]
 
     def run(self) -> tuple[list[Compared], int]:
         """Run all methods that are not finished; return their results and a status."""
@@ -84,9 +89,8 @@ class Comparison:
                     self.say(f"method {TUNED}: no trial has a score, so it is left out")
                     continue
             settings = tuned_settings(weights) if weights is not None else settings_of(method)
-            points = [Point.of(self.recipe, self.overrides, {**settings, "seed": seed}) for seed in self.seeds]
             self.say(f"method {method}")
-            results, new = run_points(self.directory, points, self.say, self.launcher)
+            results, new = run_points(self.directory, self._points(settings), self.say, self.launcher)
             found.append(Compared(method, results, weights, self._trials if weights else 0))
             if new == INTERRUPTED:
                 return found, new

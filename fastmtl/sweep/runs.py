@@ -45,7 +45,7 @@ def run_points(
     for the user. launcher: a command in front of `fastmtl train` (deepspeed --no_python); default:
     one process. Raises UserError if the directory has a point's run with other settings.
     """
-    _check(directory, points)
+    check_unchanged(directory, points)
     results: list[Result] = []
     status = OK
     for number, point in enumerate(points, start=1):
@@ -68,7 +68,8 @@ def run_points(
     return results, status
 
 
-def _check(directory: Path, points: Sequence[Point]) -> None:
+def check_unchanged(directory: Path, points: Sequence[Point]) -> None:
+    """Raise UserError if the directory has a run of one of the points with other settings."""
     for point in points:
         file = directory / "points" / point.folder / "recipe.yaml"
         if file.is_file():

@@ -246,5 +246,5 @@ def test_batches_follow_the_budget_and_the_deadline() -> None:
         await batcher.stop()
         return model.batches
 
-    batches = asyncio.run(run())
+    batches = asyncio.run(asyncio.wait_for(run(), 60))
     assert batches[:4] == [[3], [4, 6], [20], [2, 1, 1]] and batches[-2:] == [[3], [5]]

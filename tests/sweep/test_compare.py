@@ -100,6 +100,10 @@ def test_a_failed_method_is_counted_and_finished_runs_are_kept(tmp_path: Path, r
     assert [found[method]["failed"] for method in ("sum", "pcgrad")] == [1, 1]
     assert found["pcgrad"]["scores"]["mean"] == pytest.approx([0.62, 0.63])
     assert found["pcgrad"]["difference"] == pytest.approx([0.1, 0.0], abs=1e-9)
+    runs = len(list((tmp_path / "out").glob("points/*")))
+    with pytest.raises(UserError, match="is a run with train.epochs: 1, now 7"):  # before famo is trained
+        run_comparison(recipe, ["train.epochs=7"], ["famo", "sum"], [1], None, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("points/*"))) == runs
 
 
 def test_a_stop_of_the_search_stops_the_comparison(
