@@ -55,7 +55,7 @@ class Comparison:
     say: Callable[[str], None]
 
     def check(self) -> None:
-        """Raise UserError for unknown methods, unfit settings, no dev rows, or other former runs."""
+        """Raise UserError for bad methods or settings, no dev rows, and other former runs."""
         from fastmtl.training.phases import phases_of
 
         for given, what in ((self.methods, "method"), (self.seeds, "seed")):
