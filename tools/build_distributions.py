@@ -65,8 +65,12 @@ def build_wheel(sdist: Path, scratch: Path) -> Path:
     (sources,) = (scratch / "sources").iterdir()
     # Messages of the kernels name their source files. The folders of this machine say nothing.
     paths = {str(sources): "fastmtl", str(Path(torch.__file__).parent): "torch"}
-    flags = [os.environ.get("CFLAGS", ""), *(f"-ffile-prefix-map={path}={name}" for path, name in paths.items())]
-    python("build", "--wheel", "--no-isolation", f"--outdir={scratch}", str(sources), CFLAGS=" ".join(flags).strip())
+    maps = [f"-ffile-prefix-map={path}={name}" for path, name in paths.items()]
+    flags = {
+        "CFLAGS": " ".join([os.environ.get("CFLAGS", ""), *maps]).strip(),
+        "NVCC_APPEND_FLAGS": " ".join(f"-Xcompiler={one}" for one in maps),
+    }
+    python("build", "--wheel", "--no-isolation", f"--outdir={scratch}", str(sources), **flags)
     (wheel,) = scratch.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()

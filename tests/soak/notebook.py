@@ -19,7 +19,7 @@ from nbclient.exceptions import CellExecutionError
 
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "demo.ipynb"
 SCORES = re.compile(r"^(\w+) sentiment (\S+), paraphrase (\S+), similarity (\S+)$", re.MULTILINE)
-FLOORS = (0.75, 0.75, 0.85)
+FLOORS = (0.7, 0.7, 0.8)  # word counts alone reach 0.533, 0.675 and 0.621
 
 
 def main() -> None:
